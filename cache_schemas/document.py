@@ -1,0 +1,164 @@
+"""From JSON to a frozen dataclass and back, reporting every problem at once with its path.
+
+A schema is a frozen dataclass; its type hints are the format. `parse` walks them against the JSON. Supported
+hints: int, float, str, bool, object, None in unions, Literal, tuple[X, ...], dict[str, X] and other dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from typing import Any, ClassVar, Literal, Self, Union
+
+from cache_schemas.problems import Problem, SchemaError
+
+_T = typing.TypeVar("_T")
+_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+
+
+def parse_dataclass(cls: type[_T], raw: object, where: str) -> _T:
+    """Parse plain JSON data into dataclass `cls`.
+
+    Raises SchemaError naming every missing, unknown or wrongly typed field; `where` says which file it came from.
+    """
+    problems: list[Problem] = []
+    value = _dataclass(cls, raw, "", problems)
+    if problems:
+        raise SchemaError(where, cls.__name__, problems)
+    return typing.cast(_T, value)
+
+
+def to_plain(value: object) -> Any:
+    """A dataclass (or tuple, dict, scalar) as plain JSON data: what `parse_dataclass` reads back."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: to_plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(v) for v in value]
+    return value
+
+
+def digest_of(value: object) -> str:
+    """sha256 of the canonical JSON of `value` (sorted keys, no spaces), as hex."""
+    text = json.dumps(to_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Document:
+    """Base of everything this project writes as JSON: it carries the name and version of its schema."""
+
+    SCHEMA: ClassVar[str]
+    VERSION: ClassVar[int] = 1
+
+    @classmethod
+    def parse(cls, raw: object, where: str) -> Self:
+        """Parse `raw`, read from `where`. Raises SchemaError with every problem, or for a version not known here."""
+        if not isinstance(raw, dict):
+            raise SchemaError(where, cls.SCHEMA, [Problem("", f"expected an object, found {_show(raw)}")])
+        name, version = raw.get("schema"), raw.get("version")
+        if name != cls.SCHEMA:
+            raise SchemaError(where, cls.SCHEMA, [Problem("schema", f"expected {cls.SCHEMA!r}, found {_show(name)}")])
+        if version != cls.VERSION:
+            what = f"version {_show(version)} is not readable here; this release reads version {cls.VERSION}"
+            remedy = "install the dimefm release that wrote it, or write it again with this one"
+            raise SchemaError(where, cls.SCHEMA, [Problem("version", f"{what}. {remedy}")])
+        problems: list[Problem] = []
+        body = {k: v for k, v in raw.items() if k not in ("schema", "version")}
+        value = _dataclass(cls, body, "", problems)
+        if not problems:
+            problems = list(typing.cast(Self, value).problems())
+        if problems:
+            raise SchemaError(where, cls.SCHEMA, problems)
+        return typing.cast(Self, value)
+
+    def problems(self) -> list[Problem]:
+        """What the types cannot say: problems between fields. Overridden where there are any."""
+        return []
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data, `schema` and `version` first."""
+        return {"schema": self.SCHEMA, "version": self.VERSION, **to_plain(self)}
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _dataclass(cls: type[Any], raw: object, path: str, problems: list[Problem]) -> Any:
+    if not isinstance(raw, dict):
+        problems.append(Problem(path, f"expected an object, found {_show(raw)}"))
+        return None
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name in raw:
+        if name not in fields:
+            problems.append(Problem(_join(path, str(name)), "unknown field"))
+    values, before = {}, len(problems)
+    for name, field in fields.items():
+        if name in raw:
+            values[name] = _value(hints[name], raw[name], _join(path, name), problems)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            problems.append(Problem(_join(path, name), "missing"))
+    return cls(**values) if len(problems) == before else None
+
+
+def _value(hint: Any, raw: object, path: str, problems: list[Problem]) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _optional(args, raw, path, problems)
+    if origin is Literal:
+        if raw not in args:
+            problems.append(Problem(path, f"expected one of {', '.join(map(repr, args))}, found {_show(raw)}"))
+        return raw
+    if origin is tuple:
+        return _tuple(args, raw, path, problems)
+    if origin is dict:
+        if not isinstance(raw, dict):
+            problems.append(Problem(path, f"expected an object, found {_show(raw)}"))
+            return None
+        return {str(k): _value(args[1], v, _join(path, str(k)), problems) for k, v in raw.items()}
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(typing.cast("type[Any]", hint), raw, path, problems)
+    return _scalar(hint, raw, path, problems)
+
+
+def _optional(args: tuple[Any, ...], raw: object, path: str, problems: list[Problem]) -> Any:
+    if raw is None and type(None) in args:
+        return None
+    (inner,) = (a for a in args if a is not type(None))
+    return _value(inner, raw, path, problems)
+
+
+def _tuple(args: tuple[Any, ...], raw: object, path: str, problems: list[Problem]) -> Any:
+    if not isinstance(raw, (list, tuple)):
+        problems.append(Problem(path, f"expected a list, found {_show(raw)}"))
+        return None
+    hints = [args[0]] * len(raw) if len(args) == 2 and args[1] is Ellipsis else list(args)
+    if len(hints) != len(raw):
+        problems.append(Problem(path, f"expected {len(hints)} items, found {len(raw)}"))
+        return None
+    pairs = zip(hints, raw, strict=True)
+    return tuple(_value(h, v, f"{path}[{i}]", problems) for i, (h, v) in enumerate(pairs))
+
+
+def _scalar(hint: Any, raw: object, path: str, problems: list[Problem]) -> Any:
+    if hint in (object, Any):
+        return raw
+    number = isinstance(raw, (int, float)) and not isinstance(raw, bool)
+    if hint is float and number:
+        return float(typing.cast(float, raw))
+    if hint is int and isinstance(raw, bool):
+        problems.append(Problem(path, f"expected an integer, found {_show(raw)}"))
+    elif not isinstance(raw, hint):
+        problems.append(Problem(path, f"expected {_NAMES.get(hint, hint.__name__)}, found {_show(raw)}"))
+    return raw
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,64 @@
+"""PAIRS.zarr: for every image row, its top-k sentences; for every sentence, how many images retrieved it.
+
+    PAIRS.zarr/
+      zarr.json            attributes: a PairsStore document under the key "dimefm"
+      text_row/            int32 (image rows, k): rows of the text store, best first; -1 where the image has none
+      score/               float16 (image rows, k): cosine similarity, unscaled; NaN where text_row is -1
+      hits/                uint32 (text rows,): number of images that have this sentence among their top k
+      commits/<shard>.json one per shard of text_row and score; hits.json, written when hits is complete
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from cache_schemas.document import Document
+from cache_schemas.problems import Problem
+
+TEXT_ROW, SCORE, HITS = "text_row", "score", "hits"
+HITS_COMMIT = "commits/hits.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsStore(Document):
+    """The attributes of a pseudo-text store."""
+
+    SCHEMA: ClassVar[str] = "dimefm.pairs"
+
+    images: str
+    images_identity: str
+    texts: str
+    texts_identity: str
+    index: str
+    index_digest: str
+    top_k: int
+    rows: int
+    text_rows: int
+    shard_rows: int
+
+    def problems(self) -> list[Problem]:
+        fields = ("top_k", "rows", "text_rows", "shard_rows")
+        return [Problem(f, f"must be at least 1, found {getattr(self, f)}") for f in fields if getattr(self, f) < 1]
+
+    @property
+    def shards(self) -> int:
+        """Number of shards over the image rows."""
+        return -(-self.rows // self.shard_rows)
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """First image row and one past the last of `shard`."""
+        return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(Document):
+    """commits/hits.json: the visually grounded corpus in numbers."""
+
+    SCHEMA: ClassVar[str] = "dimefm.selection"
+
+    images: int
+    selected: int
+    text_rows: int
+    mean_score: float
+    digest: str

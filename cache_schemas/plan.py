@@ -1,0 +1,47 @@
+"""rows/*.parquet: which sample is row r. One file per shard, written before any work and never changed."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from cache_schemas.problems import Problem, SchemaError
+
+IMAGE_PLAN = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("file", pa.string(), nullable=False),  # absolute path or URL
+        pa.field("offset", pa.int64(), nullable=False),  # bytes into the file
+        pa.field("size", pa.int64(), nullable=False),  # bytes
+    ]
+)
+TEXT_PLAN = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+    ]
+)
+PLANS = {"image": IMAGE_PLAN, "text": TEXT_PLAN}
+
+
+def parse_plan(table: pa.Table, kind: str, start: int, stop: int, where: str) -> pa.Table:
+    """Check one shard's plan: its columns, and that its rows are exactly start..stop-1 in order.
+
+    Raises SchemaError with every problem.
+    """
+    problems = []
+    for field in PLANS[kind]:
+        index = table.schema.get_field_index(field.name)
+        if index < 0:
+            problems.append(Problem(field.name, "missing column"))
+        elif table.schema.field(index).type != field.type:
+            found = table.schema.field(index).type
+            problems.append(Problem(field.name, f"expected {field.type}, found {found}"))
+    if table.num_rows != stop - start:
+        problems.append(Problem("row", f"expected {stop - start} rows, found {table.num_rows}"))
+    elif not problems and table["row"].to_pylist() != list(range(start, stop)):
+        problems.append(Problem("row", f"must count from {start} to {stop - 1} in order"))
+    if problems:
+        raise SchemaError(where, f"{kind} plan", problems)
+    return table

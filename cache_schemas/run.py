@@ -1,0 +1,52 @@
+"""A training run's folder: run.json beside metrics.jsonl, checkpoints/ and the exported student.
+
+    RUN/
+      run.json                    this document, written once when the run starts
+      metrics.jsonl               one JSON object a line: training steps and validations
+      events.out.tfevents.*       the same for TensorBoard
+      checkpoints/step-*.pt       weights, optimiser, position; last.json and best.json name one of them
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from cache_schemas.document import Document
+from cache_schemas.identity import TeacherIdentity
+
+RUN_FILE, METRICS_FILE, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentSpec:
+    """An image tower as open_clip describes one: enough to build it again, and to export it.
+
+    `vision_cfg` is open_clip's own vision config (a timm_model_name, or a ViT or ResNet of open_clip);
+    `image_size` in pixels; `mean` and `std` of [0, 1] RGB; `activation` is shared with the teacher, since an
+    open_clip config has one for both towers.
+    """
+
+    name: str
+    vision_cfg: dict[str, object]
+    embed_dim: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    activation: Literal["gelu", "quick_gelu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Document):
+    """What a run was started with. `config` is the training config, which its owner parses."""
+
+    SCHEMA: ClassVar[str] = "dimefm.run"
+
+    config: dict[str, object]
+    student: StudentSpec
+    teacher: TeacherIdentity
+    images_identity: str
+    texts_identity: str | None
+    pairs_digest: str | None
+    steps: int
+    versions: dict[str, str]

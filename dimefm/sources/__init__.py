@@ -1,0 +1,18 @@
+"""Where images and sentences come from. A source lists its samples once, in a fixed order; see base.Source."""
+
+from dimefm.sources.base import ImageSample, Source, SourceFile, TextSample
+from dimefm.sources.images import ImageFolder, WebDataset, open_image_source
+from dimefm.sources.texts import PromptSet, TextFile, open_text_source
+
+__all__ = [
+    "ImageFolder",
+    "ImageSample",
+    "PromptSet",
+    "Source",
+    "SourceFile",
+    "TextFile",
+    "TextSample",
+    "WebDataset",
+    "open_image_source",
+    "open_text_source",
+]

@@ -1,0 +1,92 @@
+"""Files by local path or fsspec URL: the few operations that stores need, with atomic writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from dimefm.errors import StoreError
+
+
+def is_url(path: str) -> bool:
+    """True for s3://..., gs://... and the like; False for local paths."""
+    return "://" in path
+
+
+def absolute(path: str) -> str:
+    """The same place whatever the working directory: an absolute local path, or the URL as it is."""
+    return path if is_url(path) else str(Path(path).expanduser().absolute())
+
+
+def join(base: str, name: str) -> str:
+    """`name` within `base`, for paths and URLs alike."""
+    return f"{base.rstrip('/')}/{name}"
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder is at `path`."""
+    if not is_url(path):
+        return Path(path).exists()
+    fs, inner = fsspec.url_to_fs(path)
+    return bool(fs.exists(inner))
+
+
+def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
+    """The bytes [offset, offset + size) of a file, fewer where it ends earlier. Raises OSError."""
+    if not is_url(path):
+        with Path(path).open("rb") as file:
+            file.seek(offset)
+            return file.read(-1 if size is None else size)
+    fs, inner = fsspec.url_to_fs(path)
+    return bytes(fs.cat_file(inner, start=offset, end=None if size is None else offset + size))
+
+
+def write_atomic(path: str, data: bytes) -> None:
+    """Write a whole file so that a reader, or a kill at any instant, sees all of it or none."""
+    if is_url(path):
+        fs, inner = fsspec.url_to_fs(path)
+        fs.pipe_file(inner, data)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: str) -> Any:
+    """Parsed JSON. Raises StoreError where the file is missing or is not JSON."""
+    try:
+        return json.loads(read_bytes(path))
+    except FileNotFoundError:
+        raise StoreError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise StoreError(f"{path} is not JSON: {error}", remedy="it is damaged; write it again") from None
+
+
+def write_json(path: str, value: object) -> None:
+    """`value` as indented JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def listing(path: str) -> list[str]:
+    """Names of the files in a folder, sorted; empty where there is no such folder. Leaves out hidden files."""
+    if not is_url(path):
+        folder = Path(path)
+        names = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
+    else:
+        fs, inner = fsspec.url_to_fs(path)
+        names = [name.rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False)] if fs.exists(inner) else []
+    return sorted(name for name in names if not name.startswith("."))
