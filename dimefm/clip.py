@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from cache_schemas import Preprocessing, TeacherIdentity
 from dimefm.errors import TeacherError
 from dimefm.preprocess import normalise
+from dimefm.student import has_convolutions
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -174,10 +175,4 @@ def digest_weights(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)} ".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def has_convolutions(tower: nn.Module) -> bool:
-    """Whether a tower has more than a patch embedding's one convolution: where channels-last pays."""
-    return sum(isinstance(m, nn.Conv2d) for m in tower.modules()) > 1
-
 

@@ -24,7 +24,9 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
         elif kind is None:
@@ -37,6 +39,13 @@ class Progress:
         self._now = done
         if self._bar is None and time.monotonic() - self._printed > _LINE_EVERY:
             self._line()
+
+    def note(self, text: str) -> None:
+        """A line of text that stays, beside the progress."""
+        if self._bar is not None:
+            self._bar.write(f"{self._what}: {self._now:,} of {self._total:,}: {text}", file=sys.stderr)
+        else:
+            print(f"{self._what}: {self._now:,} of {self._total:,}: {text}", file=sys.stderr, flush=True)
 
     def _line(self) -> None:
         self._printed = time.monotonic()

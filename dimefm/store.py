@@ -33,7 +33,7 @@ from cache_schemas.embedding_store import (
     rows_path,
 )
 from dimefm import storage
-from dimefm.errors import StoreError
+from dimefm.errors import MismatchError, StoreError
 from dimefm.mapped import MappedArray
 
 _COMMIT_NAME = re.compile(r"(\d{6})\.json")
@@ -77,21 +77,10 @@ class Store:
     ) -> Commit:
         """Write one whole shard, then its commit. Until the commit is there, the shard counts as not done."""
         start, stop = self.schema.shard_range(shard)
-        codes, counts = np.unique(status_N, return_counts=True)
         self._embedding[start:stop] = embedding_ND
         self._status[start:stop] = status_N
-        commit = Commit(
-            shard=shard,
-            start=start,
-            stop=stop,
-            counts={Status(code).name: int(n) for code, n in zip(codes, counts, strict=True)},
-            failures=tuple(failures),
-            digest=digest_arrays(embedding_ND, status_N),
-            device=device,
-            seconds=round(seconds, 3),
-            finished=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions=versions(),
-        )
+        digest = digest_arrays(embedding_ND, status_N)
+        commit = make_commit(shard, start, status_N, failures, digest=digest, device=device, seconds=seconds)
         storage.write_json(storage.join(self.path, commit_path(shard)), commit.to_json())
         return commit
 
@@ -147,8 +136,49 @@ class Store:
 
     def samples(self, rows_N: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
         """The plan's entries of any rows, in the order asked for."""
-        size = self.schema.shard_rows
-        return [self.plan(int(row) // size).slice(int(row) % size, 1).to_pylist()[0] for row in rows_N]
+        found: list[dict[str, Any]] = [{}] * len(rows_N)
+        shard_N, within_N = np.divmod(np.asarray(rows_N, np.int64), self.schema.shard_rows)
+        for shard in np.unique(shard_N):
+            places = np.flatnonzero(shard_N == shard)
+            entries = self.plan(int(shard)).take(within_N[places]).to_pylist()
+            for place, entry in zip(places, entries, strict=True):
+                found[place] = entry
+        return found
+
+
+def make_commit(
+    shard: int,
+    start: int,
+    status_N: np.ndarray[Any, Any],
+    failures: Sequence[Failure],
+    *,
+    digest: str,
+    device: str,
+    seconds: float,
+) -> Commit:
+    """The commit of a shard whose rows, from `start` on, have these status codes."""
+    codes, counts = np.unique(status_N, return_counts=True)
+    return Commit(
+        shard=shard,
+        start=start,
+        stop=start + len(status_N),
+        counts={Status(code).name: int(n) for code, n in zip(codes, counts, strict=True)},
+        failures=tuple(failures),
+        digest=digest,
+        device=device,
+        seconds=round(seconds, 3),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions(),
+    )
+
+
+def require_same_teacher(one: Store, other: Store) -> None:
+    """Raises MismatchError unless both stores' embeddings come from the same teacher; precision may differ."""
+    differences = one.schema.teacher.differences(other.schema.teacher, ignore=("precision",))
+    if differences:
+        lines = "".join(f"\n  - teacher.{d}" for d in differences)
+        what = f"{one.path} and {other.path} come from different teachers:{lines}"
+        raise MismatchError(what, remedy="cache both with the same teacher")
 
 
 def write_plan(path: str, shard: int, table: pa.Table) -> None:
@@ -177,10 +207,16 @@ def group_attributes(group: zarr.Group, path: str) -> Any:
 
 
 def create_array(
-    group: zarr.Group, name: str, shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...], shard_rows: int
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    chunks: tuple[int, ...],
+    shard_rows: int,
+    *,
+    fill: float = 0,
 ) -> None:
     """An uncompressed array in whole-row chunks with crc32c, sharded by `shard_rows`."""
-    fill: float = float("nan") if name == "score" else 0
     group.create_array(
         name,
         shape=shape,

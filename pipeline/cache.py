@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from cache_schemas import TeacherIdentity
+from cache_schemas import TeacherIdentity, to_plain
 from dimefm.clip import Precision, load_clip
+from dimefm.progress import amount
 from dimefm.store import Store
 from pipeline.plan import Forecast, PlanRequest, forecast, open_or_plan
 from pipeline.runner import Job, run_shards
@@ -35,23 +36,14 @@ class CacheConfig:
     ray_address: str | None = None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A finished store, and its rows by status."""
-
-    store: Store
-    counts: dict[str, int]
-
-
-def cache(config: CacheConfig) -> Outcome:
-    """Run the job to its end, or go on with it where an earlier run stopped.
+def cache(config: CacheConfig) -> Store:
+    """Run the job to its end, or go on with it where an earlier run stopped; the finished store.
 
     Raises a DimefmError for whatever the user can mend; shards that were committed stay.
     """
-    device = _device(config)
-    teacher = load_clip(config.teacher, config.pretrained, precision=config.precision, device=_probe(device)).identity
+    device, teacher = _device_and_teacher(config)
     store = open_or_plan(_request(config, device), config.out, teacher)
-    workers = config.workers or (torch.cuda.device_count() if device == "cuda" else _cpus())
+    workers = config.workers or (torch.cuda.device_count() if device.startswith("cuda") else _cpus())
     job = Job(
         store=store.path,
         teacher=config.teacher,
@@ -61,17 +53,39 @@ def cache(config: CacheConfig) -> Outcome:
         threads=config.threads or max(1, _cpus() // workers),
     )
     run_shards(job, workers=workers, address=config.ray_address)
-    counts: Counter[str] = Counter()
-    for commit in store.commits():
-        counts.update(commit.counts)
-    return Outcome(store, dict(counts))
+    return store
 
 
 def dry_run(config: CacheConfig) -> tuple[Forecast, TeacherIdentity]:
     """What `cache` would do: rows, shards and bytes, and the teacher's identity. Writes nothing."""
-    device = _device(config)
-    teacher = load_clip(config.teacher, config.pretrained, precision=config.precision, device=_probe(device)).identity
+    device, teacher = _device_and_teacher(config)
     return forecast(_request(config, device), teacher.embed_dim), teacher
+
+
+def show_forecast(found: Forecast, teacher: TeacherIdentity) -> str:
+    """The lines of --dry-run."""
+    source = found.source
+    lines = [
+        f"rows     {found.rows:,} from {source.files:,} files, {amount(source.bytes)} to read",
+        f"shards   {found.shards:,}",
+        f"writes   {amount(found.bytes_out)} of embeddings and status",
+        *(f"dropped  {count:,} {reason}" for reason, count in source.dropped.items() if count),
+        *(f"problem  {problem}" for problem in source.problems),
+        "teacher",
+    ]
+    lines += [f"  {name:<15} {value}" for name, value in to_plain(teacher).items()]
+    return "\n".join(lines)
+
+
+def _device_and_teacher(config: CacheConfig) -> tuple[str, TeacherIdentity]:
+    """Where the workers run, and who the teacher will be there; read off a copy in this process's memory."""
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = config.precision or ("fp32" if device == "cpu" else "bf16")
+    return device, load_clip(config.teacher, config.pretrained, precision=precision, device="cpu").identity
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _request(config: CacheConfig, device: str) -> PlanRequest:

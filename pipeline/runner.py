@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,8 +93,9 @@ class _Supervisor:
     def __init__(self, job: Job, workers: int, *, check: bool) -> None:
         gpus = 1 if job.device.startswith("cuda") else 0
         # Two threads of an actor: one works on a shard while the other answers how far it is.
-        actor = ray.remote(Worker).options(num_cpus=1, num_gpus=gpus, max_concurrency=2)
-        self._start = lambda: actor.remote(job)
+        actor: Any = ray.remote(Worker)
+        actor = actor.options(num_cpus=1, num_gpus=gpus, max_concurrency=2)
+        self._start: Callable[[], Any] = lambda: actor.remote(job)
         self._actors: list[Any] = [self._start() for _ in range(workers)]
         self._tries: dict[int, int] = {}
         if check:
@@ -170,7 +172,7 @@ def cluster(address: str | None, workers: int, device: str) -> Iterator[None]:
             object_store_memory=_OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
         )
     try:
         yield

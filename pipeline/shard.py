@@ -30,8 +30,8 @@ def encode_shard(
 ) -> Commit:
     """Encode every row of `shard` and commit it. `progress` is told how many more rows are done, as they are."""
     began = time.monotonic()
-    rows = store.plan(shard).to_pylist()
-    embedding_ND, status_N, reasons = encode_rows(rows, store.schema.kind, clip, store.schema.batch_size, threads, progress)
+    rows, schema = store.plan(shard).to_pylist(), store.schema
+    embedding_ND, status_N, reasons = encode_rows(rows, schema.kind, clip, schema.batch_size, threads, progress)
     failures = [
         Failure(
             row=row["row"],
@@ -150,7 +150,7 @@ def check_canary(store: Store, clip: Clip) -> None:
     cosine_N = (again_ND.astype(np.float32) * kept_ND.astype(np.float32)).sum(axis=1)
     for i, row in enumerate(good):
         if status_N[i] != Status.OK or cosine_N[i] < _CANARY_COSINE:
-            key = plan[row]["key"]
-            what = f"{store.path}: row {commit.start + row} ({key}) encoded again has cosine {cosine_N[i]:.4f} to itself"
+            name = f"{store.path}: row {commit.start + row} ({plan[row]['key']})"
+            what = f"{name} encoded again has cosine {cosine_N[i]:.4f} to what is stored"
             remedy = "a file, a library or the device has changed since it was written; cache into a new --out"
             raise MismatchError(what, remedy=remedy)

@@ -1,0 +1,242 @@
+"""The command line: each command parses its options and makes one library call."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from cache_schemas import SchemaError
+from dimefm import __version__
+from dimefm.errors import DimefmError
+
+
+class _Group(click.Group):
+    """A group that shows a user's mistake as one message and exits with 1; anything else is a bug and is traced."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (DimefmError, SchemaError) as error:
+            raise click.ClickException(str(error)) from error
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of the work, not of the alphabet
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="dimefm")
+def cli() -> None:
+    """Distil a large CLIP into a small student from unpaired images and sentences.
+
+    Stage 1 runs the teacher once and caches its embeddings: cache-images, cache-texts. Pseudo texts are found with
+    build-index and retrieve. Stage 2, train-student, reads only the caches. Then evaluate and export.
+
+    Every command can be stopped and run again: it goes on where it was, and does nothing where it had finished.
+    """
+
+
+def main() -> None:
+    """Entry point of the `dimefm` command."""
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    cli(prog_name="dimefm")
+
+
+def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.argument("sources", nargs=-1, required=True, metavar="SOURCE..."),
+        click.option("--out", required=True, help="The store to write, a folder or URL ending in .zarr."),
+        click.option("--teacher", required=True, help="open_clip model: NAME, hf-hub:ORG/MODEL or local-dir:FOLDER."),
+        click.option("--pretrained", help="Tag or file of the weights, with a plain NAME."),
+        click.option(
+            "--precision",
+            type=click.Choice(["fp32", "bf16", "fp16"]),
+            help="Of the teacher's matrix products. Default: fp32 on CPU, bf16 on GPU.",
+        ),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one."),
+        click.option("--batch-size", type=click.IntRange(1), help="Default: 32 on CPU, 512 on GPU."),
+        click.option("--shard-rows", type=click.IntRange(1), help="Rows of a unit of work. Default: by input size."),
+        click.option("--workers", type=click.IntRange(1), help="Ray actors. Default: one a GPU, or one a CPU core."),
+        click.option("--threads", type=click.IntRange(1), help="CPU threads of a worker. Default: cores / workers."),
+        click.option("--ray-address", help="An existing Ray cluster. Default: a local Ray for this command alone."),
+        click.option("--dry-run", is_flag=True, help="Print rows, shards, bytes and the teacher; write nothing."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@_cache_options
+def cache_images(**options: Any) -> None:
+    """Write the teacher's embedding of every image to a store.
+
+    SOURCE: WebDataset tars (globs and ranges such as {000..009}.tar), folders of tars, or image folders.
+    """
+    _cache("image", options)
+
+
+@cli.command()
+@_cache_options
+def cache_texts(**options: Any) -> None:
+    """Write the teacher's embedding of every sentence to a store, repeated ones once.
+
+    SOURCE: .txt or .txt.gz files with one sentence a line, folders of them, or labelled sets, whose prompts (every
+    class name in every template) are cached.
+    """
+    _cache("text", options)
+
+
+def _cache(kind: Any, options: dict[str, Any]) -> None:
+    from dimefm.info import describe
+    from pipeline.cache import CacheConfig, cache, dry_run, show_forecast
+
+    dry = options.pop("dry_run")
+    config = CacheConfig(kind=kind, **options)
+    click.echo(show_forecast(*dry_run(config)) if dry else describe(cache(config).path))
+
+
+@cli.command()
+@click.argument("store", metavar="TEXTS.zarr")
+@click.option("--out", required=True, help="The folder to write, ending in .index.")
+@click.option("--factory", help="FAISS factory string. Default: by the number of rows.")
+@click.option("--recall", "recall_target", type=click.FloatRange(0, 1), default=0.95, show_default=True,
+              help="Recall@10 to reach, against exact search.")  # fmt: skip
+@click.option("--accept", is_flag=True, help="Keep an index that stays below --recall.")
+@click.option("--queries", help="An image store: measure the recall with its embeddings too.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def build_index(**options: Any) -> None:
+    """Build a FAISS index over a store and measure its recall against exact search."""
+    from dimefm.index import IndexConfig
+    from dimefm.index import build_index as build
+    from dimefm.info import describe
+
+    build(IndexConfig(**options))
+    click.echo(describe(options["out"]))
+
+
+@cli.command()
+@click.argument("images", metavar="IMAGES.zarr")
+@click.option("--texts", required=True, help="The text store that the index is over.")
+@click.option("--index", required=True, help="The index, from build-index.")
+@click.option("--top-k", type=click.IntRange(1), default=16, show_default=True, help="Sentences for each image.")
+@click.option("--out", required=True, help="The pseudo-text store to write, ending in .zarr.")
+def retrieve(images: str, texts: str, index: str, top_k: int, out: str) -> None:
+    """Find the nearest sentences of every image, and so which sentences are visually grounded."""
+    from dimefm.index import retrieve_with_index
+    from dimefm.info import describe
+
+    retrieve_with_index(images, texts, index, top_k=top_k, out=out)
+    click.echo(describe(out))
+
+
+@cli.command()
+@click.option("--images", required=True, help="Image store.")
+@click.option("--texts", required=True, help="Text store.")
+@click.option("--out", required=True, help="The run folder to write.")
+@click.option("--pairs", help="Pseudo-text store, for --text-mix selected=... or retrieved=...")
+@click.option("--recipe", type=click.Choice(["paper", "sample"]), default="paper", show_default=True,
+              help="Where every option below that is not given comes from.")  # fmt: skip
+@click.option("--student", help="Image tower: an open_clip model (ViT-B-32) or a timm model (resnet18).")
+@click.option("--image-size", type=int, help="Pixels a side.")
+@click.option("--epochs", type=float)
+@click.option("--batch-size", type=int, help="Images of a step, of all processes together.")
+@click.option("--texts-per-step", type=int, help="Texts of a step; may be far more than images.")
+@click.option("--lr", type=float, help="Peak learning rate.")
+@click.option("--weight-decay", type=float)
+@click.option("--loss", metavar="NAME=WEIGHT,...", help="Of vl, pvl, udist, cosine, centred: vl=0.7,pvl=0.3.")
+@click.option("--text-mix", metavar="KIND=SHARE,...", help="Of random, selected, retrieved; sum 1.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]))
+@click.option("--val", multiple=True, help="Labelled set to validate on; may be repeated.")
+@click.option("--val-texts", help="Text store with the prompts of the --val sets. Default: --texts.")
+@click.option("--val-every", type=float, help="Epochs between validations.")
+@click.option("--checkpoint-every", type=int, help="Steps between checkpoints.")
+@click.option("--log-every", type=int, help="Steps between lines of metrics.jsonl.")
+@click.option("--max-steps", type=int, help="Stop here, whatever --epochs says.")
+@click.option("--workers", type=int, help="Processes that decode images.")
+@click.option("--seed", type=int)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
+def train_student(images: str, texts: str, out: str, recipe: str, **options: Any) -> None:
+    """Train a student from cached embeddings; no teacher runs. On several GPUs: torchrun -m dimefm train-student ..."""
+    from dimefm.losses import LossConfig
+    from dimefm.recipes import RECIPES
+    from dimefm.textbank import TextMix
+    from dimefm.train import train
+
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    for name, kind in (("loss", LossConfig), ("text_mix", TextMix)):
+        if name in given:
+            given[name] = _weights(f"--{name.replace('_', '-')}", given[name], kind)
+    result = train(dataclasses.replace(RECIPES[recipe](images, texts, out), **given))
+    scores = "".join(f"\n  {name:<14} top-1 {score:.3f}" for name, score in result.validation.items())
+    click.echo(f"{result.out}: {result.steps:,} steps done{scores}")
+
+
+def _weights(option: str, text: str, kind: Any) -> Any:
+    """`vl=0.7,pvl=0.3` as a config in which every weight that is not named is 0."""
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in kind.CONSTANTS]
+    values = dict.fromkeys(names, 0.0)
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in names:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(names)}", param_hint=option)
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise click.BadParameter(f"{part!r} is not NAME=NUMBER", param_hint=option) from None
+    return kind(**values)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("sets", nargs=-1, required=True, metavar="SET...")
+@click.option("--pretrained", help="Tag or file of the weights, where MODEL is a plain open_clip name.")
+@click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True, help="Of a run.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
+@click.option("--out", help="Write the results, with every prediction, as JSON.")
+def evaluate(model: str, sets: tuple[str, ...], out: str | None, **options: Any) -> None:
+    """Zero-shot accuracy of MODEL on labelled sets.
+
+    MODEL: a run folder, an exported open_clip folder, or an open_clip name (also hf-hub:, local-dir:).
+    SET: a folder with classnames.txt, templates.txt and either tars of key.jpg and key.cls or one folder a class.
+    """
+    from dimefm.evaluate import evaluate as run
+    from dimefm.evaluate import write_results
+
+    results = run(model, list(sets), **options)
+    click.echo(f"{model}, zero-shot")
+    for name, r in results.items():
+        missing = f", {r.unreadable} unreadable (counted as wrong)" if r.unreadable else ""
+        scores = f"top-1 {r.top1:6.1%}  top-5 {r.top5:6.1%}  {r.times_chance:5.1f}x chance"
+        click.echo(f"  {name:<16} {scores}  {r.images:,} images, {r.classes} classes{missing}")
+    if out:
+        write_results(out, model, results)
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--out", required=True, help="The folder to write.")
+@click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True)
+@click.option("--teacher", help="Where the teacher is now. Default: where it was when images were cached.")
+@click.option("--pretrained", help="Its tag or file, with a plain NAME.")
+def export(run: str, **options: Any) -> None:
+    """Write a run's student, with the teacher's text tower, as an open_clip folder.
+
+    Load it with open_clip.create_model_and_transforms("local-dir:FOLDER").
+    """
+    from dimefm.export import export as write
+
+    click.echo(f"{write(run, **options)}: load it with open_clip as local-dir:{options['out']}")
+
+
+@cli.command()
+@click.argument("path")
+def info(path: str) -> None:
+    """Describe a store, an index or a run."""
+    from dimefm.info import describe
+
+    click.echo(describe(path))

@@ -1,0 +1,178 @@
+"""Training batches: augmented images beside their cached teacher embeddings.
+
+Every random choice about an image is drawn from (seed, epoch, row), so that it does not depend on which process
+decodes it, or on where a run was resumed.
+
+Shapes: B images of this process, G images of all, D embedding width, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dimefm import storage
+from dimefm.decode import DecodeError, decode_rgb
+from dimefm.errors import TrainingError
+from dimefm.order import epoch_batches
+from dimefm.preprocess import resize
+from dimefm.store import Store
+
+_RATIO = (3 / 4, 4 / 3)
+_CROP_TRIES = 10
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one batch is made of."""
+
+    step: int
+    epoch: int
+    rows_B: np.ndarray[Any, Any]
+    all_rows_G: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input: uint8 pixels (B, 3, H, W), teacher embeddings float16 (B, D), their rows
+    int64 (B,), and the rows of the global batch int64 (G,) that this is every world-th of."""
+
+    step: int
+    epoch: int
+    pixels_B3HW: torch.Tensor
+    teacher_BD: torch.Tensor
+    rows_B: torch.Tensor
+    all_rows_G: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random resized crop to `size` pixels over `crop_scale` of the area, bilinear, and a horizontal flip."""
+
+    size: int
+    crop_scale: tuple[float, float]
+    flip: bool
+    seed: int
+
+    def __call__(self, image_3HW: torch.Tensor, epoch: int, row: int) -> torch.Tensor:
+        """The view of `row` in `epoch`, uint8 (3, size, size)."""
+        rng = np.random.default_rng((self.seed, epoch, row))
+        top, left, height, width = random_crop(image_3HW.shape[-2], image_3HW.shape[-1], self.crop_scale, rng)
+        view = image_3HW[:, top : top + height, left : left + width]
+        view = resize(view, (self.size, self.size), "bilinear")
+        return view.flip(-1) if self.flip and rng.random() < 0.5 else view
+
+
+def random_crop(
+    height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random crop, by the rule of torchvision's RandomResizedCrop: an area drawn
+    from `scale`, a log-uniform aspect ratio from 3/4 to 4/3, and after ten misses the largest central crop."""
+    for _ in range(_CROP_TRIES):
+        area = height * width * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    w = min(width, round(height * _RATIO[1]))
+    h = min(height, round(width / _RATIO[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+class TrainingImages(Dataset[Batch]):
+    """Indexed by Request: reads, decodes and augments the images of a batch and gathers their embeddings."""
+
+    def __init__(self, store: str, augmentation: Augmentation) -> None:
+        self._path = store
+        self._augmentation = augmentation
+        self._store: Store | None = None
+
+    def __getitem__(self, request: Request) -> Batch:
+        store = self._store = self._store or Store(self._path)  # opened in the process that reads
+        samples = store.samples(request.rows_B)
+        pixels = [self._augmentation(self._decode(s), request.epoch, s["row"]) for s in samples]
+        return Batch(
+            step=request.step,
+            epoch=request.epoch,
+            pixels_B3HW=torch.stack(pixels),
+            teacher_BD=torch.from_numpy(store.gather(request.rows_B)),
+            rows_B=torch.from_numpy(request.rows_B),
+            all_rows_G=torch.from_numpy(request.all_rows_G),
+        )
+
+    def _decode(self, sample: dict[str, Any]) -> torch.Tensor:
+        where = f"row {sample['row']} (key {sample['key']!r} in {sample['file']})"
+        try:
+            return decode_rgb(storage.read_bytes(sample["file"], sample["offset"], sample["size"]))
+        except (OSError, DecodeError) as error:
+            what = f"{where} was read when it was cached and cannot be read now: {error}"
+            raise TrainingError(what, remedy="put the file back as it was, or cache the images again") from None
+
+
+class _Requests(Sampler[Request]):
+    """The batches of this rank from `first` step to the last, in order."""
+
+    def __init__(
+        self, store: Store, *, seed: int, batch_size: int, per_epoch: int, first: int, steps: int, rank: int, world: int
+    ) -> None:
+        self._store, self._seed, self._batch_size = store, seed, batch_size
+        self._per_epoch, self._first, self._steps = per_epoch, first, steps
+        self._rank, self._world = rank, world
+
+    def __iter__(self) -> Iterator[Request]:
+        step = self._first
+        while step < self._steps:
+            epoch, skip = divmod(step, self._per_epoch)
+            batches = epoch_batches(self._store, seed=self._seed, epoch=epoch, batch_size=self._batch_size, skip=skip)
+            for rows in batches:
+                if step >= self._steps:
+                    return
+                yield Request(step, epoch, rows[self._rank :: self._world].copy(), rows)
+                step += 1
+
+
+def training_loader(
+    store: Store,
+    augmentation: Augmentation,
+    *,
+    batch_size: int,
+    per_epoch: int,
+    first: int,
+    steps: int,
+    workers: int,
+    rank: int = 0,
+    world: int = 1,
+) -> DataLoader[Batch]:
+    """Batches from step `first` to `steps`; `batch_size` is that of all `world` processes together.
+
+    The same batches whatever the number of `workers` (processes that decode; 0: this one).
+    """
+    requests = _Requests(
+        store,
+        seed=augmentation.seed,
+        batch_size=batch_size,
+        per_epoch=per_epoch,
+        first=first,
+        steps=steps,
+        rank=rank,
+        world=world,
+    )
+    return DataLoader(
+        TrainingImages(store.path, augmentation),
+        sampler=requests,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_one_thread,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

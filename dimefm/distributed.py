@@ -1,0 +1,63 @@
+"""What the trainer needs of torch.distributed under torchrun; with one process, nothing is set up.
+
+Shapes: B images of this process, G images of all processes, D width.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import distributed
+from torch.distributed.nn.functional import all_gather
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among all: rank 0 writes the run folder."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def join_group(device: str | None) -> Place:
+    """Join the processes that torchrun started, if it did. One device a process: cuda:LOCAL_RANK, or the CPU."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda":
+        kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(kind)
+    if world > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+    return Place(int(os.environ.get("RANK", "0")), world, torch.device(kind))
+
+
+def leave_group(place: Place) -> None:
+    """End what `join_group` began."""
+    if place.world > 1:
+        distributed.destroy_process_group()
+
+
+def gather_batch(rows_BD: torch.Tensor, place: Place) -> torch.Tensor:
+    """The rows of all processes in the order of the global batch, (G, D), with gradients to where each came from.
+
+    Rank r holds rows r, r + world, ... of the batch. A loss over the result that every process computes in full,
+    with parameter gradients averaged over processes, has the gradient of one process with the whole batch: the
+    backward pass of all_gather sums over processes what averaging divides again.
+    """
+    if place.world == 1:
+        return rows_BD
+    parts = all_gather(rows_BD)
+    return torch.stack(tuple(parts), dim=1).flatten(0, 1)
+
+
+def wait_for_all(place: Place) -> None:
+    """Let rank 0 finish writing before the others read."""
+    if place.world > 1:
+        distributed.barrier()

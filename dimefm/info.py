@@ -1,0 +1,141 @@
+"""`dimefm info`: any of our artefacts in a screenful."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from cache_schemas import EmbeddingStore, PairsStore, TeacherIdentity
+from cache_schemas.embedding_store import ATTRIBUTES_KEY
+from cache_schemas.index import SIDECAR_FILE, IndexSidecar
+from cache_schemas.run import RUN_FILE
+from dimefm import storage
+from dimefm.checkpoint import Checkpoints
+from dimefm.errors import StoreError
+from dimefm.pairs import Pairs
+from dimefm.progress import amount
+from dimefm.run import read_run
+from dimefm.runlog import last_validation, read_metrics
+from dimefm.store import Store
+
+_FAILURES, _EXAMPLES = 10, 5
+
+
+def describe(path: str) -> str:
+    """A few lines about the store, index, pseudo-text store or run at `path`. Raises StoreError for anything else."""
+    if storage.exists(storage.join(path, RUN_FILE)):
+        return _run(path)
+    if storage.exists(storage.join(path, SIDECAR_FILE)):
+        where = storage.join(path, SIDECAR_FILE)
+        return _index(path, IndexSidecar.parse(storage.read_json(where), where))
+    attributes = storage.join(path, "zarr.json")
+    group = storage.read_json(attributes) if storage.exists(attributes) else {}
+    document = group.get("attributes", {}).get(ATTRIBUTES_KEY)
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema == EmbeddingStore.SCHEMA:
+        return _store(Store(path))
+    if schema == PairsStore.SCHEMA:
+        return _pairs(Pairs(path))
+    raise StoreError(f"{path} is no store, index or run of dimefm", remedy="give the --out of one of its commands")
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def _teacher(teacher: TeacherIdentity) -> list[tuple[str, str]]:
+    pre = teacher.preprocessing
+    tag = f" ({teacher.pretrained})" if teacher.pretrained else ""
+    return [
+        ("teacher", f"{teacher.name}{tag}, {teacher.embed_dim} wide, {teacher.activation}, {teacher.precision}"),
+        ("weights", f"sha256 {teacher.weights[:16]}"),
+        ("preprocessing", f"{pre.size[0]} x {pre.size[1]} px, {pre.resize_mode}, {pre.interpolation}"),
+    ]
+
+
+def _store(store: Store) -> str:
+    schema, source = store.schema, store.schema.source
+    commits = list(store.commits())
+    counts: Counter[str] = Counter()
+    for commit in commits:
+        counts.update(commit.counts)
+    failures = [f for commit in commits for f in commit.failures]
+    seconds = sum(c.seconds for c in commits)
+    rows = [
+        ("rows", f"{schema.rows:,} of {source.files:,} files, {amount(source.bytes)}"),
+        ("shards", f"{len(commits):,} of {schema.shards:,} done, {schema.shard_rows:,} rows each"),
+        ("status", ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())) or "nothing done yet"),
+        ("embeddings", f"float16 ({schema.rows:,}, {schema.dim}), {amount(schema.rows * schema.dim * 2)}"),
+        *_teacher(schema.teacher),
+        ("identity", schema.identity[:16]),
+    ]
+    if source.repeated_keys:
+        rows.append(("repeated keys", f"{source.repeated_keys:,}; each keeps its own row"))
+    rows += [("dropped", f"{count:,} {reason}") for reason, count in source.dropped.items() if count]
+    rows += [("problem", problem) for problem in source.problems[:_FAILURES]]
+    rows += [("failed", f"row {f.row}, {f.key}: {f.status}, {f.reason}") for f in failures[:_FAILURES]]
+    if len(failures) > _FAILURES:
+        rows.append(("", f"and {len(failures) - _FAILURES:,} more"))
+    if seconds:
+        rows.append(("worker time", f"{seconds:,.0f} s, {sum(counts.values()) / seconds:,.1f} rows/s a worker"))
+    return _table(f"{store.path}: {schema.kind} embeddings", rows)
+
+
+def _index(path: str, sidecar: IndexSidecar) -> str:
+    parameters = ", ".join(f"{name} {value}" for name, value in sidecar.search_parameters.items()) or "none"
+    rows = [
+        ("vectors", f"{sidecar.rows:,} {sidecar.kind}s, {sidecar.skipped:,} skipped, {sidecar.dim} wide"),
+        ("factory", f"{sidecar.factory}, search parameters: {parameters}, re-scoring x{sidecar.rescore}"),
+        *(
+            ("recall", f"@{r.k} {r.value:.4f} over {r.queries:,} {r.source} queries (target {sidecar.recall_target})")
+            for r in sidecar.recall
+        ),
+        ("size", f"{amount(sidecar.bytes)}, {sidecar.bytes_per_vector:,.0f} bytes a vector"),
+        ("store", f"{sidecar.store} ({sidecar.store_identity[:16]})"),
+        *_teacher(sidecar.teacher),
+        ("built in", f"{sidecar.seconds:,.1f} s, trained on {sidecar.train_rows:,} rows, seed {sidecar.seed}"),
+    ]
+    return _table(f"{path}: FAISS index", rows)
+
+
+def _pairs(pairs: Pairs) -> str:
+    schema, selection = pairs.schema, pairs.selection()
+    share = selection.selected / selection.text_rows
+    hits = pairs.hits()
+    rows = [
+        ("images", f"{selection.images:,} of {schema.rows:,}, the nearest {schema.top_k} sentences each"),
+        ("selected", f"{selection.selected:,} of {selection.text_rows:,} sentences, {share:.1%}, by an image or more"),
+        ("mean score", f"{selection.mean_score:.4f}"),
+        ("images store", schema.images),
+        ("texts store", schema.texts),
+        ("index", schema.index),
+    ]
+    if storage.exists(schema.texts):
+        best = np.argsort(-hits.astype(np.int64), kind="stable")[:_EXAMPLES]
+        rows += [(f"{hits[s['row']]:,} hits", s["text"][:80]) for s in Store(schema.texts).samples(best)]
+    return _table(f"{pairs.path}: pseudo texts", rows)
+
+
+def _run(path: str) -> str:
+    run, checkpoints = read_run(path), Checkpoints(path)
+    config = run.config
+    loss = config["loss"] if isinstance(config["loss"], dict) else {}
+    train = [line for line in read_metrics(path) if line["event"] == "train"]
+    rows = [
+        ("student", f"{run.student.name} at {run.student.image_size} px, {run.student.embed_dim} wide"),
+        ("steps", f"{checkpoints.step() or 0:,} of {run.steps:,}, batches of {config['batch_size']}"),
+        ("loss", ", ".join(f"{k} {v}" for k, v in loss.items() if v)),
+        *_teacher(run.teacher),
+        ("images", str(config["images"])),
+        ("texts", str(config["texts"])),
+    ]
+    if train:
+        rows.append(("last", f"loss {train[-1]['loss']:.4f}, {train[-1]['images_per_second']:,.0f} images/s"))
+    rows += [("validation", f"{name} top-1 {score:.3f}") for name, score in last_validation(path).items()]
+    best = checkpoints.step("best")
+    if best is not None:
+        rows.append(("best", f"step {best:,}"))
+    return _table(f"{Path(path)}: training run", rows)

@@ -1,0 +1,185 @@
+"""Pseudo texts: for every image its nearest sentences, and from them the visually grounded part of a corpus.
+
+Shapes: N image rows of a shard, D width, K sentences an image, T sentences.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import zarr
+
+from cache_schemas import Failure, PairsStore, Selection, Status
+from cache_schemas.embedding_store import ATTRIBUTES_KEY, commit_path
+from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
+from dimefm import storage
+from dimefm.errors import MismatchError, OutputExistsError, StoreError
+from dimefm.mapped import MappedArray
+from dimefm.store import Store, create_array, digest_arrays, group_attributes, make_commit, open_group
+
+Search = Callable[[np.ndarray[Any, Any], int], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
+_QUERY_BATCH = 4096
+
+
+class Pairs:
+    """A pseudo-text store on disk."""
+
+    def __init__(self, path: str) -> None:
+        """Open one. Raises StoreError where there is none, SchemaError where its attributes are not valid."""
+        self.path = storage.absolute(path)
+        self.group: Any = open_group(self.path)
+        self.schema = PairsStore.parse(group_attributes(self.group, self.path), storage.join(self.path, "zarr.json"))
+
+        self._mapped = MappedArray.open(self.path, TEXT_ROW, self.group[TEXT_ROW])
+
+    @staticmethod
+    def create(path: str, schema: PairsStore) -> Pairs:
+        """Make the arrays, and last the attributes."""
+        group = zarr.open_group(storage.absolute(path), mode="a")
+        shape, chunk = (schema.rows, schema.top_k), (min(schema.shard_rows, 1024), schema.top_k)
+        create_array(group, TEXT_ROW, shape, "int32", chunk, schema.shard_rows)
+        create_array(group, SCORE, shape, "float16", chunk, schema.shard_rows, fill=float("nan"))
+        create_array(group, HITS, (schema.text_rows,), "uint32", (65536,), 65536)
+        group.attrs[ATTRIBUTES_KEY] = schema.to_json()
+        return Pairs(path)
+
+    def text_rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Rows of the text store by image, best first, int32 (N, K); -1 where the image has none."""
+        return np.asarray(self.group[TEXT_ROW][start:stop])
+
+    def gather(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """`text_rows` of any image rows in any order, int32 (N, K)."""
+        if self._mapped is not None:
+            return self._mapped.gather(rows_N)
+        return np.asarray(self.group[TEXT_ROW].oindex[rows_N])
+
+    def scores(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Cosine similarities, float16 (N, K)."""
+        return np.asarray(self.group[SCORE][start:stop])
+
+    def hits(self) -> np.ndarray[Any, Any]:
+        """By sentence, how many images have it among their top k, uint32 (T,). Raises StoreError if unfinished."""
+        self.selection()
+        return np.asarray(self.group[HITS][:])
+
+    def selection(self) -> Selection:
+        """The selection in numbers. Raises StoreError where `retrieve` has not finished."""
+        path = storage.join(self.path, HITS_COMMIT)
+        if not storage.exists(path):
+            raise StoreError(f"{self.path} is unfinished", remedy="run the same dimefm retrieve again")
+        return Selection.parse(storage.read_json(path), path)
+
+
+def retrieve(
+    images: Store,
+    texts: Store,
+    search: Search,
+    *,
+    index: str,
+    index_digest: str,
+    top_k: int,
+    out: str,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Selection:
+    """Write the `top_k` sentences of every image to `out`, a shard at a time, and count the hits of each sentence.
+
+    `search` gives scores and rows of `texts` for a batch of queries. Goes on where an earlier run stopped; raises
+    OutputExistsError where `out` holds something else.
+    """
+    schema = PairsStore(
+        images=images.path,
+        images_identity=images.schema.identity,
+        texts=texts.path,
+        texts_identity=texts.schema.identity,
+        index=index,
+        index_digest=index_digest,
+        top_k=top_k,
+        rows=images.schema.rows,
+        text_rows=texts.schema.rows,
+        shard_rows=images.schema.shard_rows,
+    )
+    pairs = _open_or_create(out, schema)
+    for shard in range(schema.shards):
+        if not storage.exists(storage.join(pairs.path, commit_path(shard))):
+            _retrieve_shard(pairs, images, search, shard)
+        progress(schema.shard_range(shard)[1])
+    return _count_hits(pairs)
+
+
+def _open_or_create(out: str, schema: PairsStore) -> Pairs:
+    attributes = storage.join(storage.absolute(out), "zarr.json")
+    strangers = set(storage.listing(out)) - {"zarr.json", TEXT_ROW, SCORE, HITS, "commits"}
+    if strangers:
+        what = f"{out} exists and is not a pseudo-text store (it holds {min(strangers)!r})"
+        raise OutputExistsError(what, remedy="give another --out")
+    planned = storage.exists(attributes) and ATTRIBUTES_KEY in storage.read_json(attributes).get("attributes", {})
+    if not planned:
+        return Pairs.create(out, schema)
+    pairs = Pairs(out)
+    names = ("images_identity", "texts_identity", "index_digest", "top_k", "shard_rows")
+    old, new = pairs.schema, schema
+    differences = [f"{n}: {getattr(old, n)} != {getattr(new, n)}" for n in names if getattr(old, n) != getattr(new, n)]
+    if differences:
+        what = f"{out} exists and differs: {'; '.join(differences)}"
+        raise OutputExistsError(what, remedy="give another --out, or delete it")
+    return pairs
+
+
+def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> None:
+    began = time.monotonic()
+    start, stop = pairs.schema.shard_range(shard)
+    status_N, embedding_ND = images.status(start, stop), images.read(start, stop)
+    row_NK = np.full((stop - start, pairs.schema.top_k), -1, np.int32)
+    score_NK = np.full(row_NK.shape, np.nan, np.float16)
+    good = np.flatnonzero(status_N == Status.OK)
+    for at in range(0, len(good), _QUERY_BATCH):
+        chosen = good[at : at + _QUERY_BATCH]
+        score_NK[chosen], row_NK[chosen] = search(embedding_ND[chosen].astype(np.float32), pairs.schema.top_k)
+    pairs.group[TEXT_ROW][start:stop] = row_NK
+    pairs.group[SCORE][start:stop] = score_NK
+    failures = [_no_embedding(images, shard, i, status_N[i]) for i in np.flatnonzero(status_N != Status.OK).tolist()]
+    digest, seconds = digest_arrays(row_NK, score_NK), time.monotonic() - began
+    commit = make_commit(shard, start, status_N, failures, digest=digest, device="cpu", seconds=seconds)
+    storage.write_json(storage.join(pairs.path, commit_path(shard)), commit.to_json())
+
+
+def _no_embedding(images: Store, shard: int, i: int, code: int) -> Failure:
+    row = images.plan(shard).slice(i, 1).to_pylist()[0]
+    reason = "the image has no embedding"
+    return Failure(row=row["row"], key=row["key"], file=row["file"], status=Status(code).name, reason=reason)
+
+
+def _count_hits(pairs: Pairs) -> Selection:
+    schema = pairs.schema
+    hits_T = np.zeros(schema.text_rows, np.uint32)
+    images, total = 0, 0.0
+    for shard in range(schema.shards):
+        row_NK = pairs.text_rows(*schema.shard_range(shard))
+        used = row_NK[row_NK >= 0]
+        hits_T += np.bincount(used, minlength=schema.text_rows).astype(np.uint32)
+        images += int((row_NK[:, 0] >= 0).sum())
+        total += float(np.nansum(pairs.scores(*schema.shard_range(shard)).astype(np.float64)))
+    pairs.group[HITS][:] = hits_T
+    selection = Selection(
+        images=images,
+        selected=int((hits_T > 0).sum()),
+        text_rows=schema.text_rows,
+        mean_score=round(total / max(1, int(hits_T.sum())), 6),
+        digest=digest_arrays(hits_T),
+    )
+    storage.write_json(storage.join(pairs.path, HITS_COMMIT), selection.to_json())
+    return selection
+
+
+def require_pairs_match(pairs: Pairs, images: Store, texts: Store) -> None:
+    """Raises MismatchError unless `pairs` was retrieved over these two stores."""
+    for name, mine, store in (
+        ("images", pairs.schema.images_identity, images),
+        ("texts", pairs.schema.texts_identity, texts),
+    ):
+        if mine != store.schema.identity:
+            what = f"{pairs.path} was retrieved over other {name} than {store.path}"
+            raise MismatchError(what, remedy="run dimefm retrieve over these two stores")

@@ -1,0 +1,94 @@
+"""What a run tells: metrics.jsonl and TensorBoard events in its folder, progress on the terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch.utils.tensorboard import SummaryWriter
+
+from cache_schemas.run import METRICS_FILE
+from dimefm import storage
+from dimefm.progress import Progress
+
+
+class RunLog:
+    """The log of one process; of those beside rank 0 nothing is written or shown (`enabled` False).
+
+    A resumed run goes on after `first` steps: lines of later steps, written before it was stopped, are dropped.
+    """
+
+    def __init__(self, out: str, *, first: int, steps: int, enabled: bool) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
+        self._path = Path(out) / METRICS_FILE
+        kept = [line for line in read_metrics(out) if line["step"] <= first]
+        storage.write_atomic(str(self._path), "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(out, purge_step=first + 1 if first else None)
+        self._progress = Progress("training", steps, "step", first)
+        self._began, self._images, self._waited = time.monotonic(), 0, 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._enabled:
+            self._file.close()
+            self._events.close()
+            self._progress.__exit__(kind, error, trace)
+
+    def step(self, done: int, *, images: int, waited: float) -> None:
+        """A step is done: `images` of all processes, after `waited` seconds for data."""
+        if self._enabled:
+            self._images += images
+            self._waited += waited
+            self._progress.at(done)
+
+    def train(self, done: int, values: dict[str, float]) -> None:
+        """A line of losses and learning rate, with images/s and the share of time waited for data since the last."""
+        if not self._enabled:
+            return
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        rate, share = self._images / seconds, self._waited / seconds
+        self._began, self._images, self._waited = time.monotonic(), 0, 0.0
+        speed = {"images_per_second": round(rate, 1), "data_wait": round(share, 4)}
+        self._write("train", done, {**values, **speed})
+        self._progress.note(f"loss {values['loss']:.4f}, {rate:,.0f} images/s, {share:.0%} of it waiting for data")
+
+    def validation(self, done: int, scores: dict[str, float], seconds: float) -> None:
+        """A line with the top-1 of every validation set. Its time does not count as training."""
+        if self._enabled:
+            self._began += seconds
+            self._write("validation", done, scores)
+            self._progress.note(", ".join(f"{name} top-1 {score:.3f}" for name, score in scores.items()))
+
+    def _write(self, event: str, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{event}/{name}", value, step)
+
+
+def read_metrics(out: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, none where there is no file; a line cut off by a kill is left out."""
+    path = Path(out) / METRICS_FILE
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def last_validation(out: str) -> dict[str, float]:
+    """The scores of the last validation of a run, empty where there was none."""
+    lines = [line for line in read_metrics(out) if line["event"] == "validation"]
+    return {k: v for k, v in lines[-1].items() if k not in ("event", "step")} if lines else {}

@@ -1,0 +1,73 @@
+"""The student: any image tower of open_clip or timm, projected to the teacher's embedding width.
+
+Shapes: B images, D embedding width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import open_clip
+import timm
+import torch
+from open_clip.model import _build_vision_tower
+
+from cache_schemas import StudentSpec, TeacherIdentity
+from dimefm.errors import TrainingError
+
+
+def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = None) -> StudentSpec:
+    """The tower that `name` means: an open_clip model (``ViT-B-32``), or a timm model (``resnet18``).
+
+    `image_size` in pixels replaces the model's own. Raises TrainingError for a name that neither library knows.
+    """
+    cfg = open_clip.get_model_config(name)
+    if cfg is not None:
+        vision_cfg: dict[str, Any] = dict(cfg["vision_cfg"])
+        if "timm_model_name" in vision_cfg:
+            vision_cfg["timm_model_pretrained"] = False
+    elif timm.is_model(name):
+        vision_cfg = {
+            "timm_model_name": name,
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "linear",
+            "image_size": 224,
+        }
+    else:
+        remedy = "see open_clip.list_models() and timm.list_models()"
+        raise TrainingError(f"no image tower is called {name!r} in open_clip or timm", remedy=remedy)
+    if image_size is not None:
+        vision_cfg["image_size"] = image_size
+    size = vision_cfg.get("image_size", 224)
+    return StudentSpec(
+        name=name,
+        vision_cfg=vision_cfg,
+        embed_dim=teacher.embed_dim,
+        image_size=size[0] if isinstance(size, (list, tuple)) else size,
+        mean=teacher.preprocessing.mean,
+        std=teacher.preprocessing.std,
+        activation=teacher.activation,
+    )
+
+
+def build_student(spec: StudentSpec) -> Any:
+    """The tower with random weights, images float32 (B, 3, size, size) to features (B, D), not normalised.
+
+    Built by open_clip's own function, so that an exported folder gives the same module.
+    """
+    try:
+        return _build_vision_tower(spec.embed_dim, dict(spec.vision_cfg), spec.activation == "quick_gelu")
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise TrainingError(f"cannot build {spec.name} at {spec.image_size} px: {reason}") from error
+
+
+def parameters_millions(tower: torch.nn.Module) -> float:
+    """Number of parameters in millions."""
+    return sum(p.numel() for p in tower.parameters()) / 1e6
+
+
+def has_convolutions(tower: torch.nn.Module) -> bool:
+    """Whether a tower has more than a patch embedding's one convolution: where channels-last pays."""
+    return sum(isinstance(m, torch.nn.Conv2d) for m in tower.modules()) > 1
