@@ -1,11 +1,11 @@
 """IMAGES.zarr and TEXTS.zarr: group attributes, arrays, status codes and the layout of files.
 
-    STORE.zarr/
-      zarr.json              attributes: an EmbeddingStore document under the key "dimefm"
-      embedding/             float16 (rows, dim), unit norm, sharded, crc32c on every chunk, uncompressed
-      status/                uint8 (rows,), a Status code each
-      rows/<shard>.parquet   the plan, written before any work (plan.py)
-      commits/<shard>.json   written last, one per finished shard (commit.py)
+STORE.zarr/
+  zarr.json              attributes: an EmbeddingStore document under the key "dimefm"
+  embedding/             float16 (rows, dim), unit norm, sharded, crc32c on every chunk, uncompressed
+  status/                uint8 (rows,), a Status code each
+  rows/<shard>.parquet   the plan, written before any work (plan.py)
+  commits/<shard>.json   written last, one per finished shard (commit.py)
 """
 
 from __future__ import annotations

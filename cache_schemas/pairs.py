@@ -1,11 +1,11 @@
 """PAIRS.zarr: for every image row, its top-k sentences; for every sentence, how many images retrieved it.
 
-    PAIRS.zarr/
-      zarr.json            attributes: a PairsStore document under the key "dimefm"
-      text_row/            int32 (image rows, k): rows of the text store, best first; -1 where the image has none
-      score/               float16 (image rows, k): cosine similarity, unscaled; NaN where text_row is -1
-      hits/                uint32 (text rows,): number of images that have this sentence among their top k
-      commits/<shard>.json one per shard of text_row and score; hits.json, written when hits is complete
+PAIRS.zarr/
+  zarr.json            attributes: a PairsStore document under the key "dimefm"
+  text_row/            int32 (image rows, k): rows of the text store, best first; -1 where the image has none
+  score/               float16 (image rows, k): cosine similarity, unscaled; NaN where text_row is -1
+  hits/                uint32 (text rows,): number of images that have this sentence among their top k
+  commits/<shard>.json one per shard of text_row and score; hits.json, written when hits is complete
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A training run's folder: run.json beside metrics.jsonl, checkpoints/ and the exported student.
 
-    RUN/
-      run.json                    this document, written once when the run starts
-      metrics.jsonl               one JSON object a line: training steps and validations
-      events.out.tfevents.*       the same for TensorBoard
-      checkpoints/step-*.pt       weights, optimiser, position; last.json and best.json name one of them
+RUN/
+  run.json                    this document, written once when the run starts
+  metrics.jsonl               one JSON object a line: training steps and validations
+  events.out.tfevents.*       the same for TensorBoard
+  checkpoints/step-*.pt       weights, optimiser, position; last.json and best.json name one of them
 """
 
 from __future__ import annotations

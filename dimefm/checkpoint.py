@@ -1,7 +1,7 @@
 """Checkpoints of a run: written whole or not at all, the last few and the best kept.
 
-    RUN/checkpoints/step-00001200.pt   tensors and plain values only (read with weights_only=True)
-    RUN/checkpoints/last.json          {"step": 1200}; best.json also has the score
+RUN/checkpoints/step-00001200.pt   tensors and plain values only (read with weights_only=True)
+RUN/checkpoints/last.json          {"step": 1200}; best.json also has the score
 """
 
 from __future__ import annotations

@@ -175,4 +175,3 @@ def digest_weights(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)} ".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
-

@@ -80,9 +80,7 @@ def cosine_loss(teacher_image_BD: torch.Tensor, student_image_BD: torch.Tensor) 
     return 1 - (teacher_image_BD * student_image_BD).sum(dim=1).mean()
 
 
-def centred_loss(
-    teacher_image_BD: torch.Tensor, student_image_BD: torch.Tensor, mean_D: torch.Tensor
-) -> torch.Tensor:
+def centred_loss(teacher_image_BD: torch.Tensor, student_image_BD: torch.Tensor, mean_D: torch.Tensor) -> torch.Tensor:
     """Regression of what tells images apart: the mean of 1 - cos(si - m, ti - m), m the mean teacher embedding.
 
     CLIP's image embeddings share a large common direction (a mean cosine of about 0.5); 1 - cos is small once a student

@@ -27,9 +27,7 @@ def adamw(model: Any, *, lr: float, weight_decay: float, betas: tuple[float, flo
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
 
 
-def learning_rate(
-    step: int, *, steps: int, warmup_steps: int, peak: float, warmup_start: float, floor: float
-) -> float:
+def learning_rate(step: int, *, steps: int, warmup_steps: int, peak: float, warmup_start: float, floor: float) -> float:
     """Learning rate of step 0..steps-1: linear from `warmup_start` to `peak`, then half a cosine down to `floor`."""
     if step < warmup_steps:
         return warmup_start + (peak - warmup_start) * step / warmup_steps

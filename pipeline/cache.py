@@ -90,6 +90,4 @@ def _cpus() -> int:
 
 def _request(config: CacheConfig, device: str) -> PlanRequest:
     batch_size = config.batch_size or BATCH_SIZE[device.partition(":")[0]]
-    return PlanRequest(
-        kind=config.kind, arguments=config.sources, shard_rows=config.shard_rows, batch_size=batch_size
-    )
+    return PlanRequest(kind=config.kind, arguments=config.sources, shard_rows=config.shard_rows, batch_size=batch_size)

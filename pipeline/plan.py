@@ -190,9 +190,7 @@ def _is_planned(out: str) -> bool:
     return ATTRIBUTES_KEY in attributes
 
 
-def _require_same(
-    store: Store, request: PlanRequest, digest: str, shard_rows: int, teacher: TeacherIdentity
-) -> None:
+def _require_same(store: Store, request: PlanRequest, digest: str, shard_rows: int, teacher: TeacherIdentity) -> None:
     schema = store.schema
     differences = [
         f"{name}: {mine} != {theirs}"
