@@ -26,12 +26,12 @@ from dimefm.sample.archive import Sample, read_lines, read_tars, scattered, writ
 LIMIT_BYTES = 45_000_000
 IMAGES_PER_TAR = 1000
 
-CALTECH_PER_CLASS, CALTECH_SIDE = 24, 80
-CIFAR_PER_CLASS = 300
-JPEG_QUALITY = 80
-
+CALTECH_PER_CLASS, CIFAR_PER_CLASS = 24, 300
 CIFAR_TEST_PER_CLASS = 100
-CALTECH_TEST_SIDE = 112
+CALTECH_SIDE, CALTECH_TEST_SIDE = 80, 112
+"""Shorter side in pixels. Fewer images at 80 teach more than all at 64, where the teacher sees something else."""
+JPEG_QUALITY = 80
+"""At a side of 80 the teacher classifies as many test images rightly at 75 as at 85."""
 
 SENTENCES = {
     "visual_coco_val2017": None,
