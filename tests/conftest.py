@@ -1,0 +1,94 @@
+"""What many tests share: the shipped sample, its teacher, and three small stores made from it without Ray."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+import torch
+
+from dimefm.clip import Clip, load_clip
+from dimefm.sample import sample_dir
+from dimefm.store import Store
+from pipeline.plan import PlanRequest, open_or_plan
+from pipeline.shard import encode_shard
+from tests.making import read_tar, write_tar
+
+IMAGES, SENTENCES, SHARD_ROWS = 96, 200, 32
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """torchvision 0.29 says so on every decode_jpeg; as an error it would make every JPEG undecodable."""
+    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding:DeprecationWarning")
+
+
+@pytest.fixture(scope="session")
+def sample() -> Path:
+    """The folder with teacher/, images/, texts/ and eval/."""
+    return sample_dir()
+
+
+@pytest.fixture(scope="session")
+def teacher_name(sample: Path) -> str:
+    """What --teacher takes for the sample's teacher."""
+    return f"local-dir:{sample / 'teacher'}"
+
+
+@pytest.fixture(scope="session")
+def clip(teacher_name: str) -> Clip:
+    """The sample's teacher on the CPU, on one thread so that sums are always made in the same order."""
+    torch.set_num_threads(1)
+    return load_clip(teacher_name, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def image_tar(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tar of 96 images of the sample."""
+    members = read_tar(sample / "images" / "train-00000.tar", IMAGES)
+    return write_tar(tmp_path_factory.mktemp("images") / "images-00000.tar", members)
+
+
+@pytest.fixture(scope="session")
+def text_file(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 different sentences of the sample, one a line."""
+    lines = gzip.decompress((sample / "texts" / "visual_coco_val2017.txt.gz").read_bytes()).decode().splitlines()
+    path = tmp_path_factory.mktemp("texts") / "sentences.txt"
+    path.write_text("".join(f"{line}\n" for line in list(dict.fromkeys(lines))[:SENTENCES]), encoding="utf-8")
+    return path
+
+
+def cached(kind: str, source: Path, out: Path, clip: Clip) -> Store:
+    """A finished store over `source`, planned and encoded in this process."""
+    request = PlanRequest(kind=kind, arguments=(str(source),), shard_rows=SHARD_ROWS, batch_size=16)
+    store = open_or_plan(request, str(out), clip.identity)
+    for shard in range(store.schema.shards):
+        encode_shard(store, shard, clip)
+    return store
+
+
+@pytest.fixture(scope="session")
+def image_store(image_tar: Path, clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The finished store of `image_tar`: 96 rows in 3 shards. Shared by all tests: not to be written to."""
+    return cached("image", image_tar, tmp_path_factory.mktemp("stores") / "images.zarr", clip)
+
+
+@pytest.fixture(scope="session")
+def text_store(text_file: Path, clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The finished store of `text_file`: 200 rows in 7 shards. Shared by all tests: not to be written to."""
+    return cached("text", text_file, tmp_path_factory.mktemp("stores") / "texts.zarr", clip)
+
+
+@pytest.fixture(scope="session")
+def prompt_store(sample: Path, clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The finished store of the prompts of eval/cifar10. Shared by all tests: not to be written to."""
+    return cached("text", sample / "eval" / "cifar10", tmp_path_factory.mktemp("stores") / "prompts.zarr", clip)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(image_store: Store, text_store: Store) -> list[str]:
+    """The words of a small `dimefm train-student`, all but --out: eight steps of 16 images at 32 px."""
+    stores = ["--images", image_store.path, "--texts", text_store.path]
+    sizes = ["--image-size", "32", "--batch-size", "16", "--texts-per-step", "64", "--epochs", "2", "--max-steps", "8"]
+    rest = ["--loss", "vl=0.7,pvl=0.3,centred=1", "--precision", "fp32", "--workers", "0", "--checkpoint-every", "2"]
+    return ["train-student", *stores, "--recipe", "sample", *sizes, *rest]
