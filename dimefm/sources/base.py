@@ -77,8 +77,12 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 def expand(argument: str) -> list[str]:
     """`shard-{000..009}.tar` and `shard-*.tar` as the paths they stand for, sorted.
 
-    Raises SourceError where a glob matches nothing or a file named by a range is not there.
+    A path that exists is itself, whatever is in its name. Raises SourceError where a glob matches nothing or a file
+    named by a range is not there.
     """
+    path = storage.absolute(argument)
+    if storage.exists(path):
+        return [path]
     match = _RANGE.search(argument)
     if match:
         first, last = match.groups()
@@ -92,19 +96,19 @@ def expand(argument: str) -> list[str]:
         if not found:
             raise SourceError(f"{argument} matches no file", remedy="check the path; quote globs in the shell")
         return [fs.unstrip_protocol(p) if storage.is_url(argument) else p for p in found]
-    path = storage.absolute(argument)
-    if not storage.exists(path):
-        raise SourceError(f"{argument} does not exist", remedy="check the path")
-    return [path]
+    raise SourceError(f"{argument} does not exist", remedy="check the path")
 
 
 def stat_files(paths: list[str]) -> list[SourceFile]:
-    """The files with their sizes."""
+    """The files with their sizes. Raises SourceError for one that is not there."""
     files = []
     for path in paths:
-        if storage.is_url(path):
-            fs, inner = fsspec.url_to_fs(path)
-            files.append(SourceFile(path, int(fs.size(inner))))
-        else:
-            files.append(SourceFile(path, Path(path).stat().st_size))
+        try:
+            if storage.is_url(path):
+                fs, inner = fsspec.url_to_fs(path)
+                files.append(SourceFile(path, int(fs.size(inner))))
+            else:
+                files.append(SourceFile(path, Path(path).stat().st_size))
+        except FileNotFoundError:
+            raise SourceError(f"{path} does not exist", remedy="check the path") from None
     return files

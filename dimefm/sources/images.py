@@ -37,7 +37,7 @@ class WebDataset:
         for path in self._paths:
             for member in tar_members(path, report):
                 key, extension = split_key(member.name)
-                if extension in IMAGE_EXTENSIONS:
+                if extension in IMAGE_EXTENSIONS and key.rpartition("/")[2]:
                     yield ImageSample(key, path, member.offset_data, member.size)
 
 
@@ -51,6 +51,10 @@ def tar_members(path: str, report: Callable[[str], None]) -> Iterator[tarfile.Ta
                 if member.isreg():
                     count += 1
                     yield member
+            # tarfile takes a header that it cannot read, or no header at all, for the end; an archive ends with zeros.
+            raw.seek(tar.offset)
+            if (block := raw.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("a damaged header" if block else "no end mark: it was cut short")
     except (tarfile.TarError, EOFError) as error:
         report(f"{path}: broken after {count} members ({error}); what follows is lost")
     except OSError as error:
@@ -58,7 +62,10 @@ def tar_members(path: str, report: Callable[[str], None]) -> Iterator[tarfile.Ta
 
 
 class ImageFolder:
-    """A folder tree of image files; the key of one is its path within the folder, without the extension."""
+    """A folder tree of image files; the key of one is its path within the folder, without the extension.
+
+    Hidden files are passed over: they are thumbnails and resource forks, not images.
+    """
 
     def __init__(self, root: str) -> None:
         self._root = storage.absolute(root)
@@ -75,12 +82,13 @@ class ImageFolder:
     def samples(self, report: Callable[[str], None]) -> Iterator[ImageSample]:
         """One sample a file."""
         for file in self.files():
-            key = split_key(file.path[len(self._root) :].lstrip("/"))[0]
+            key = file.path[len(self._root) :].lstrip("/").rpartition(".")[0]
             yield ImageSample(key, file.path, 0, file.size)
 
 
 def _is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+    stem, _, extension = name.rpartition("/")[2].rpartition(".")
+    return stem != "" and not stem.startswith(".") and extension.lower() in IMAGE_EXTENSIONS
 
 
 def open_image_source(arguments: list[str]) -> Source[ImageSample]:

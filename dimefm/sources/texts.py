@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
+import codecs
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,12 +35,12 @@ class TextFile:
         try:
             with fsspec.open(self._path, "rb", compression=compression) as file:
                 for number, raw in enumerate(file, 1):
-                    line = raw.decode("utf-8", errors="replace")
+                    line = (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode("utf-8", errors="replace")
                     broken += "�" in line
                     text = " ".join(line.split())
                     if text:
                         yield TextSample(f"{name}:{number}", text)
-        except (EOFError, gzip.BadGzipFile, OSError) as error:
+        except (EOFError, zlib.error, OSError) as error:
             report(f"{self._path}: broken after line {number} ({error}); what follows is lost")
         if broken:
             report(f"{self._path}: {broken} lines are not UTF-8; the bad bytes were replaced")
@@ -87,7 +88,7 @@ def read_templates(root: str) -> list[str]:
 
 def _lines(path: str) -> list[str]:
     try:
-        lines = storage.read_bytes(path).decode("utf-8").splitlines()
+        lines = storage.read_bytes(path).decode("utf-8-sig").splitlines()
     except FileNotFoundError:
         remedy = f"a labelled set needs {CLASSNAMES} and {TEMPLATES}"
         raise SourceError(f"{path} does not exist", remedy=remedy) from None

@@ -1,0 +1,330 @@
+"""Sources: the contract for each of them, and how arguments are turned into sources."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dimefm.errors import SourceError
+from dimefm.sources import ImageFolder, PromptSet, TextFile, WebDataset, open_image_source, open_text_source
+from dimefm.sources.base import expand
+from dimefm.sources.images import split_key
+from dimefm.sources.texts import prompt, read_classnames, read_templates
+from tests.contracts.source_contract import BreakableContract, ImageSourceContract, TextSourceContract, listed
+from tests.making import make_jpeg, write_tar
+
+
+class TestWebDataset(ImageSourceContract, BreakableContract):
+    def make(self, folder: Path) -> Any:
+        images = [(f"{key}.jpg", data) for key, data in self.images().items()]
+        if not (folder / "β.tar").exists():
+            write_tar(folder / "β.tar", dict(images[3:]))
+            write_tar(folder / "a.tar", {"000.txt": b"a caption", **dict(images[:3]), "000.json": b"{}"})
+        return WebDataset([str(folder.absolute() / "β.tar"), str(folder.absolute() / "a.tar")])
+
+    def make_with_broken_file(self, folder: Path) -> tuple[Any, int]:
+        source = self.make(folder)
+        whole = (folder / "a.tar").read_bytes()
+        last = listed(source)[0][2]
+        (folder / "a.tar").write_bytes(whole[: last.offset - 100])  # within the header of the third image
+        return source, 4
+
+
+class TestImageFolder(ImageSourceContract):
+    def make(self, folder: Path) -> Any:
+        for key, data in self.images().items():
+            path = folder / f"{key}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        (folder / "notes.txt").write_text("not an image")
+        return ImageFolder(str(folder))
+
+
+class TestTextFile(TextSourceContract):
+    def make(self, folder: Path) -> Any:
+        folder.mkdir(exist_ok=True)
+        one, two, *rest = self.sentences()
+        (folder / "sätze.txt").write_text(f"{one}\n\n   \n  {two}\t\r\n" + "\n".join(rest), encoding="utf-8")
+        return TextFile(str(folder.absolute() / "sätze.txt"))
+
+
+class TestGzippedTextFile(TextSourceContract, BreakableContract):
+    def make(self, folder: Path) -> Any:
+        folder.mkdir(exist_ok=True)
+        (folder / "sätze.txt.gz").write_bytes(gzip.compress("\n".join(self.sentences()).encode(), mtime=0))
+        return TextFile(str(folder.absolute() / "sätze.txt.gz"))
+
+    def make_with_broken_file(self, folder: Path) -> tuple[Any, int]:
+        lines = [f"sentence {i} of many" for i in range(3000)]
+        whole = gzip.compress("\n".join(lines).encode())
+        (folder / "a.txt.gz").write_bytes(whole[: len(whole) // 2])
+        (folder / "b.txt").write_text("one\ntwo\n")
+        readable = len(listed(TextFile(str(folder / "a.txt.gz")))[0])
+        assert 0 < readable < 3000
+        return open_text_source([str(folder)]), readable + 2
+
+
+class TestPromptSet(TextSourceContract):
+    def make(self, folder: Path) -> Any:
+        folder.mkdir(exist_ok=True)
+        (folder / "classnames.txt").write_text("кот\nred bus\n", encoding="utf-8")
+        (folder / "templates.txt").write_text("a photo of a {c}.\n{}\n")
+        return PromptSet(str(folder))
+
+    def sentences(self) -> list[str]:
+        return ["a photo of a кот.", "кот", "a photo of a red bus.", "red bus"]
+
+
+# -- tars and image folders -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "extension"),
+    [
+        ("0001.jpg", "0001", "jpg"),
+        ("a/b/0001.JPEG", "a/b/0001", "jpeg"),
+        ("v1.2/0001.jpg", "v1.2/0001", "jpg"),
+        ("0001.left.jpg", "0001", "left.jpg"),
+        ("0001", "0001", ""),
+    ],
+)
+def test_the_key_ends_at_the_first_dot_of_the_last_part(name: str, key: str, extension: str) -> None:
+    assert split_key(name) == (key, extension)
+
+
+def test_a_tar_with_a_damaged_header_is_reported(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": make_jpeg(seed=i) for i in range(4)})
+    samples, _ = listed(WebDataset([str(path)]))
+    content = bytearray(path.read_bytes())
+    content[samples[2].offset - 400 : samples[2].offset - 380] = b"x" * 20
+    path.write_bytes(content)
+    found, reports = listed(WebDataset([str(path)]))
+    assert found == samples[:2]
+    assert len(reports) == 1
+    assert "2 members" in reports[0]
+
+
+def test_a_tar_cut_between_two_members_is_reported(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": make_jpeg(seed=i) for i in range(4)})
+    samples, _ = listed(WebDataset([str(path)]))
+    path.write_bytes(path.read_bytes()[: samples[2].offset - 512])
+    found, reports = listed(WebDataset([str(path)]))
+    assert found == samples[:2]
+    assert len(reports) == 1
+
+
+def test_a_text_file_named_tar_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_text("this is no archive\n" * 100)
+    found, reports = listed(WebDataset([str(tmp_path / "a.tar")]))
+    assert found == []
+    assert len(reports) == 1
+    assert "a.tar" in reports[0]
+
+
+def test_a_tar_that_is_gone_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
+    write_tar(tmp_path / "b.tar", {"0.jpg": b"0"})
+    found, reports = listed(WebDataset([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]))
+    assert [sample.key for sample in found] == ["0"]
+    assert len(reports) == 1
+    assert "cannot be read" in reports[0]
+
+
+def test_members_that_are_no_images_or_have_no_name_are_passed_over(tmp_path: Path) -> None:
+    members = {"0.cls": b"3", "0.jpg": b"0", "._0.jpg": b"x", ".jpg": b"x", "1.mp4": b"1", "2.WEBP": b"2"}
+    path = write_tar(tmp_path / "a.tar", members)
+    assert [sample.key for sample in listed(WebDataset([str(path)]))[0]] == ["0", "2"]
+
+
+def test_hidden_files_of_a_folder_are_passed_over(tmp_path: Path) -> None:
+    for name in ("a.jpg", "._a.jpg", ".b.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [sample.key for sample in listed(ImageFolder(str(tmp_path)))[0]] == ["a"]
+
+
+def test_keys_of_a_folder_keep_their_dots(tmp_path: Path) -> None:
+    for name in ("img.v1.jpg", "img.v2.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [sample.key for sample in listed(ImageFolder(str(tmp_path)))[0]] == ["img.v1", "img.v2"]
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """A folder of shard-000.tar to shard-011.tar, one image each, whose key is the number."""
+    for i in range(12):
+        write_tar(tmp_path / f"shard-{i:03d}.tar", {f"{i}.jpg": make_jpeg(seed=i)})
+    return tmp_path
+
+
+def keys(*arguments: str) -> list[str]:
+    return [sample.key for sample in listed(open_image_source(list(arguments)))[0]]
+
+
+def test_a_range_keeps_the_padding_of_its_first_number(tars: Path) -> None:
+    assert keys(f"{tars}/shard-{{000..002}}.tar") == ["0", "1", "2"]
+    assert keys(f"{tars}/shard-0{{08..11}}.tar") == ["8", "9", "10", "11"]
+    with pytest.raises(SourceError, match=r"shard-0\.tar does not exist"):
+        keys(f"{tars}/shard-{{0..2}}.tar")
+
+
+def test_two_ranges_make_every_combination(tmp_path: Path) -> None:
+    for a in range(2):
+        for b in range(3):
+            (tmp_path / f"{a}-{b}.txt").write_text("x")
+    names = [Path(path).name for path in expand(f"{tmp_path}/{{0..1}}-{{0..2}}.txt")]
+    assert names == ["0-0.txt", "0-1.txt", "0-2.txt", "1-0.txt", "1-1.txt", "1-2.txt"]
+
+
+def test_a_glob_is_sorted(tars: Path) -> None:
+    assert keys(f"{tars}/shard-00[3-5].tar") == ["3", "4", "5"]
+    assert keys(f"{tars}/*.tar") == [str(i) for i in range(12)]
+
+
+def test_a_folder_of_tars_is_all_its_tars(tars: Path) -> None:
+    assert keys(str(tars)) == [str(i) for i in range(12)]
+
+
+def test_arguments_follow_each_other_in_their_order(tars: Path) -> None:
+    assert keys(f"{tars}/shard-007.tar", f"{tars}/shard-001.tar") == ["7", "1"]
+
+
+def test_a_missing_file_within_a_range_is_named(tars: Path) -> None:
+    with pytest.raises(SourceError, match=r"shard-012\.tar does not exist") as caught:
+        keys(f"{tars}/shard-{{010..013}}.tar")
+    assert caught.value.remedy
+
+
+def test_a_range_that_counts_down_is_refused(tars: Path) -> None:
+    with pytest.raises(SourceError, match="counts down"):
+        keys(f"{tars}/shard-{{005..001}}.tar")
+
+
+def test_a_glob_that_matches_nothing_is_refused(tars: Path) -> None:
+    with pytest.raises(SourceError, match="matches no file") as caught:
+        keys(f"{tars}/other-*.tar")
+    assert caught.value.remedy
+
+
+def test_a_name_with_brackets_that_exists_is_itself(tmp_path: Path) -> None:
+    folder = tmp_path / "photos [2019]"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(make_jpeg())
+    assert keys(str(folder)) == ["a"]
+
+
+def test_one_file_given_twice_is_refused(tars: Path) -> None:
+    with pytest.raises(SourceError, match=r"shard-001\.tar is given more than once"):
+        keys(f"{tars}/shard-001.tar", f"{tars}/shard-00*.tar")
+
+
+def test_a_text_file_given_as_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x\n")
+    with pytest.raises(SourceError, match=r"neither a \.tar nor a folder"):
+        open_image_source([str(tmp_path / "a.txt")])
+
+
+@pytest.mark.parametrize("opener", [open_image_source, open_text_source])
+def test_a_path_that_is_not_there_and_an_empty_folder_are_refused(tmp_path: Path, opener: Any) -> None:
+    with pytest.raises(SourceError, match=r"nowhere does not exist\n  remedy: "):
+        opener([str(tmp_path / "nowhere")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=r"empty holds no [^\n]*\n  remedy: "):
+        opener([str(tmp_path / "empty")])
+
+
+def test_an_image_given_as_sentences_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(make_jpeg())
+    with pytest.raises(SourceError, match=r"neither \.txt, \.txt\.gz nor a folder"):
+        open_text_source([str(tmp_path / "a.jpg")])
+
+
+# -- sentences --------------------------------------------------------------------------------------------------------
+
+
+def test_lines_that_are_not_utf8_are_kept_and_reported_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"good\ncaf\xe9 noir\n\xff\xfe\nlast")
+    found, reports = listed(TextFile(str(tmp_path / "a.txt")))
+    assert [sample.text for sample in found] == ["good", "caf� noir", "��", "last"]
+    assert [sample.key for sample in found] == ["a.txt:1", "a.txt:2", "a.txt:3", "a.txt:4"]
+    assert len(reports) == 1
+    assert "2 lines are not UTF-8" in reports[0]
+
+
+def test_keys_count_lines_of_the_file_and_white_space_is_made_one_space(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\n\n one \t two\r\n\nthree")
+    found = listed(TextFile(str(tmp_path / "a.txt")))[0]
+    assert [(sample.key, sample.text) for sample in found] == [("a.txt:3", "one two"), ("a.txt:5", "three")]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    for name in ("a.txt", "classnames.txt"):
+        (tmp_path / name).write_bytes("zebra\nlion\n".encode("utf-8-sig"))
+    assert [sample.text for sample in listed(TextFile(str(tmp_path / "a.txt")))[0]] == ["zebra", "lion"]
+    assert read_classnames(str(tmp_path)) == ["zebra", "lion"]
+
+
+def test_a_text_file_named_gz_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_text("plain text\n")
+    found, reports = listed(TextFile(str(tmp_path / "a.txt.gz")))
+    assert found == []
+    assert len(reports) == 1
+    assert "broken" in reports[0]
+
+
+@pytest.mark.parametrize("damage", [b"\x00", b"\xff", b"u"])
+def test_a_gz_with_a_damaged_middle_is_reported(tmp_path: Path, damage: bytes) -> None:
+    whole = bytearray(gzip.compress("\n".join(f"sentence {i * i}" for i in range(20000)).encode()))
+    whole[len(whole) // 2 : len(whole) // 2 + 200] = damage * 200
+    (tmp_path / "a.txt.gz").write_bytes(whole)
+    found, reports = listed(TextFile(str(tmp_path / "a.txt.gz")))
+    assert len(found) > 5000
+    assert any("broken" in report for report in reports)
+
+
+def test_a_folder_of_text_files_is_read_by_name(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("b\n")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a\n"))
+    (tmp_path / "readme.md").write_text("no sentence\n")
+    assert [sample.text for sample in listed(open_text_source([str(tmp_path)]))[0]] == ["a", "b"]
+
+
+def test_a_labelled_set_given_as_sentences_is_its_prompts(sample: Path) -> None:
+    found = listed(open_text_source([str(sample / "eval" / "cifar10")]))[0]
+    templates = (sample / "eval" / "cifar10" / "templates.txt").read_text().splitlines()
+    assert len(found) == 10 * len(templates)
+    assert found[0].key == "cifar10/0/0"
+    assert found[0].text == templates[0].replace("{c}", "airplane").replace("{}", "airplane")
+
+
+# -- class names and templates ----------------------------------------------------------------------------------------
+
+
+def test_both_forms_of_a_template_take_the_class() -> None:
+    assert prompt("a photo of a {c}.", "red  bus") == "a photo of a red bus."
+    assert prompt("a photo of a {}.", "cat") == "a photo of a cat."
+
+
+def test_a_template_without_a_place_for_the_class_is_refused_by_line(tmp_path: Path) -> None:
+    (tmp_path / "templates.txt").write_text("a {c}\n{}\nno place\n")
+    with pytest.raises(SourceError, match=r"templates\.txt, line 3: 'no place' has no \{c\}"):
+        read_templates(str(tmp_path))
+
+
+def test_a_set_without_templates_names_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "classnames.txt").write_text("cat\n")
+    with pytest.raises(SourceError, match=r"templates\.txt does not exist"):
+        listed(PromptSet(str(tmp_path)))
+    with pytest.raises(SourceError, match=r"templates\.txt does not exist"):
+        open_text_source([str(tmp_path)]).files()
+
+
+@pytest.mark.parametrize(("content", "what"), [(b"\n  \n", "is empty"), (b"caf\xe9\n", "is not UTF-8")])
+def test_class_names_that_cannot_be_used_are_refused(tmp_path: Path, content: bytes, what: str) -> None:
+    (tmp_path / "classnames.txt").write_bytes(content)
+    with pytest.raises(SourceError, match=what):
+        read_classnames(str(tmp_path))
