@@ -66,11 +66,8 @@ class EmbeddingStore(Document):
     source: SourceSummary
 
     def problems(self) -> list[Problem]:
-        found = [
-            Problem(name, f"must be at least 1, found {value}")
-            for name, value in (("rows", self.rows), ("dim", self.dim), ("chunk_rows", self.chunk_rows))
-            if value < 1
-        ]
+        fields = ("rows", "dim", "chunk_rows", "batch_size")
+        found = [Problem(f, f"must be at least 1, found {getattr(self, f)}") for f in fields if getattr(self, f) < 1]
         if self.chunk_rows > 0 and (self.shard_rows < 1 or self.shard_rows % self.chunk_rows):
             found.append(Problem("shard_rows", f"must be a multiple of chunk_rows, found {self.shard_rows}"))
         if self.dim != self.teacher.embed_dim:

@@ -1,0 +1,480 @@
+"""Documents on disk: what is written is read back, and what is wrong is reported in full, with its path."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache_schemas import (
+    IMAGE_PLAN,
+    TEXT_PLAN,
+    Commit,
+    Document,
+    EmbeddingStore,
+    Failure,
+    IndexSidecar,
+    PairsStore,
+    Preprocessing,
+    Recall,
+    Run,
+    SchemaError,
+    Selection,
+    SourceSummary,
+    Status,
+    StudentSpec,
+    TeacherIdentity,
+    digest_of,
+    parse_dataclass,
+    parse_plan,
+)
+
+PREPROCESSING = Preprocessing(
+    size=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), interpolation="bicubic", resize_mode="shortest"
+)
+TEACHER = TeacherIdentity(
+    name="ViT-L-14",
+    pretrained="openai",
+    weights="a" * 64,
+    activation="quick_gelu",
+    preprocessing=PREPROCESSING,
+    tokenizer="SimpleTokenizer",
+    context_length=77,
+    embed_dim=768,
+    precision="fp32",
+    logit_scale=100.0,
+    logit_bias=None,
+)
+SOURCE = SourceSummary(
+    arguments=("images/",),
+    files=2,
+    bytes=1000,
+    digest="b" * 64,
+    repeated_keys=1,
+    dropped={"repeated": 3},
+    problems=("a.tar: broken",),
+)
+STORE = EmbeddingStore(
+    kind="image", rows=1000, dim=768, chunk_rows=64, shard_rows=256, batch_size=32, teacher=TEACHER, source=SOURCE
+)
+FAILURE = Failure(row=3, key="猫", file="/data/a.tar", status="EMPTY", reason="no bytes")
+COMMIT = Commit(
+    shard=0,
+    start=0,
+    stop=256,
+    counts={"OK": 255, "EMPTY": 1},
+    failures=(FAILURE,),
+    digest="c" * 64,
+    device="cpu",
+    seconds=1.5,
+    finished="2025-01-01T00:00:00+00:00",
+    versions={"torch": "2.6"},
+)
+SIDECAR = IndexSidecar(
+    store="/data/texts.zarr",
+    store_identity="d" * 64,
+    kind="text",
+    rows=100,
+    skipped=2,
+    dim=768,
+    teacher=TEACHER,
+    factory="IVF64,SQfp16",
+    search_parameters={"nprobe": 8},
+    rescore=1,
+    recall=(Recall(k=10, queries=1000, source="held-out text", value=0.97),),
+    recall_target=0.95,
+    bytes=200,
+    digest="e" * 64,
+    train_rows=100,
+    seconds=0.25,
+    seed=0,
+    versions={},
+)
+PAIRS = PairsStore(
+    images="/data/images.zarr",
+    images_identity="f" * 64,
+    texts="/data/texts.zarr",
+    texts_identity="0" * 64,
+    index="/data/texts.index",
+    index_digest="1" * 64,
+    top_k=16,
+    rows=1000,
+    text_rows=100,
+    shard_rows=256,
+)
+SELECTION = Selection(images=999, selected=80, text_rows=100, mean_score=0.3, digest="2" * 64)
+STUDENT = StudentSpec(
+    name="resnet18",
+    vision_cfg={"timm_model_name": "resnet18", "image_size": 64, "nested": {"a": [1, None]}},
+    embed_dim=768,
+    image_size=64,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.25, 0.25, 0.25),
+    activation="gelu",
+)
+RUN = Run(
+    config={"lr": 1e-3, "val": ["a", "b"]},
+    student=STUDENT,
+    teacher=TEACHER,
+    images_identity="3" * 64,
+    texts_identity=None,
+    pairs_digest="4" * 64,
+    steps=100,
+    versions={"torch": "2.6"},
+)
+DOCUMENTS: list[Document] = [STORE, COMMIT, SIDECAR, PAIRS, SELECTION, RUN]
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: type(document).__name__)
+
+
+def through_json(document: Document) -> Any:
+    """The document as it comes back from a file."""
+    return json.loads(json.dumps(document.to_json(), allow_nan=False))
+
+
+def problems_of(kind: type[Document], raw: object) -> dict[str, str]:
+    """Path to complaint of everything wrong in `raw`."""
+    with pytest.raises(SchemaError) as caught:
+        kind.parse(raw, "here.json")
+    found = {problem.path: problem.what for problem in caught.value.problems}
+    assert len(found) == len(caught.value.problems)
+    assert "here.json" in str(caught.value)
+    assert all(what in str(caught.value) for what in found.values())
+    return found
+
+
+def test_all_documents_are_tested() -> None:
+    assert {type(document) for document in DOCUMENTS} == set(Document.__subclasses__())
+
+
+@each_document
+def test_a_document_is_read_back_as_it_was_written(document: Document) -> None:
+    raw = through_json(document)
+    assert list(raw)[:2] == ["schema", "version"]
+    assert type(document).parse(raw, "here.json") == document
+
+
+@each_document
+def test_every_missing_field_is_reported_at_once(document: Document) -> None:
+    found = problems_of(type(document), {"schema": document.SCHEMA, "version": document.VERSION})
+    assert found == dict.fromkeys((field.name for field in dataclasses.fields(document)), "missing")
+
+
+@each_document
+def test_an_unknown_version_is_refused_with_a_remedy(document: Document) -> None:
+    found = problems_of(type(document), through_json(document) | {"version": 2, "what_version_2_has": 1})
+    assert list(found) == ["version"]
+    assert "version 2 is not readable" in found["version"]
+    assert "install the dimefm release that wrote it" in found["version"]
+
+
+@each_document
+def test_another_schema_is_refused(document: Document) -> None:
+    found = problems_of(type(document), through_json(document) | {"schema": "dimefm.other"})
+    assert found == {"schema": f"expected {document.SCHEMA!r}, found 'dimefm.other'"}
+
+
+@each_document
+def test_an_unknown_field_is_refused(document: Document) -> None:
+    assert problems_of(type(document), through_json(document) | {"extra": 1}) == {"extra": "unknown field"}
+
+
+@pytest.mark.parametrize("raw", [None, [], "text", 3])
+def test_what_is_no_object_is_refused(raw: object) -> None:
+    assert problems_of(EmbeddingStore, raw) == {"": f"expected an object, found {raw!r}"}
+
+
+def test_four_faults_give_four_problems_with_their_paths() -> None:
+    raw = through_json(STORE)
+    raw["rows"] = "many"
+    raw["teacher"]["preprocessing"]["size"] = [224, 224, 3]
+    raw["teacher"]["activation"] = "relu"
+    del raw["source"]["digest"]
+    assert problems_of(EmbeddingStore, raw) == {
+        "rows": "expected an integer, found 'many'",
+        "teacher.preprocessing.size": "expected 2 items, found 3",
+        "teacher.activation": "expected one of 'gelu', 'quick_gelu', found 'relu'",
+        "source.digest": "missing",
+    }
+
+
+def test_faults_within_lists_and_objects_have_their_place() -> None:
+    raw = through_json(COMMIT)
+    raw["failures"].append({**raw["failures"][0], "row": None, "colour": "red"})
+    raw["counts"]["OK"] = 1.5
+    raw["versions"]["torch"] = 2.6
+    assert problems_of(Commit, raw) == {
+        "failures[1].row": "expected an integer, found None",
+        "failures[1].colour": "unknown field",
+        "counts.OK": "expected an integer, found 1.5",
+        "versions.torch": "expected a string, found 2.6",
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "what"),
+    [
+        ("rows", True, "expected an integer, found True"),
+        ("rows", 3.0, "expected an integer, found 3.0"),
+        ("kind", "video", "expected one of 'image', 'text', found 'video'"),
+        ("teacher", None, "expected an object, found None"),
+        ("teacher.name", 3, "expected a string, found 3"),
+        ("teacher.pretrained", 3, "expected a string, found 3"),
+        ("teacher.logit_scale", "100", "expected a number, found '100'"),
+        ("teacher.logit_scale", False, "expected a number, found False"),
+        ("teacher.logit_bias", [], "expected a number, found []"),
+        ("teacher.preprocessing.mean", 0.5, "expected a list, found 0.5"),
+        ("source.arguments", "images/", "expected a list, found 'images/'"),
+        ("source.dropped", [], "expected an object, found []"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused(path: str, value: object, what: str) -> None:
+    raw = through_json(STORE)
+    *parents, name = path.split(".")
+    place = raw
+    for parent in parents:
+        place = place[parent]
+    place[name] = value
+    assert problems_of(EmbeddingStore, raw) == {path: what}
+
+
+def test_a_long_value_is_shown_in_short() -> None:
+    raw = through_json(SELECTION) | {"images": "x" * 1000}
+    assert len(problems_of(Selection, raw)["images"]) < 100
+
+
+def test_numbers_without_a_point_are_read_as_floats() -> None:
+    raw = through_json(COMMIT) | {"seconds": 2}
+    seconds = Commit.parse(raw, "here.json").seconds
+    assert seconds == 2.0
+    assert isinstance(seconds, float)
+
+
+@pytest.mark.parametrize(
+    ("document", "change", "paths"),
+    [
+        (STORE, {"rows": 0, "chunk_rows": 0}, {"rows", "chunk_rows"}),
+        (STORE, {"dim": 0}, {"dim"}),
+        (STORE, {"dim": 512}, {"dim"}),
+        (STORE, {"shard_rows": 100}, {"shard_rows"}),
+        (STORE, {"shard_rows": 0, "dim": 512}, {"shard_rows", "dim"}),
+        (STORE, {"batch_size": 0}, {"batch_size"}),
+        (COMMIT, {"counts": {"OK": 255}}, {"counts", "failures"}),
+        (COMMIT, {"stop": 300}, {"counts"}),
+        (COMMIT, {"failures": []}, {"failures"}),
+        (
+            PAIRS,
+            {"top_k": 0, "rows": -1, "text_rows": 0, "shard_rows": 0},
+            {"top_k", "rows", "text_rows", "shard_rows"},
+        ),
+    ],
+)
+def test_problems_between_fields_are_reported(document: Document, change: dict[str, object], paths: set[str]) -> None:
+    assert paths <= set(problems_of_any(document, change))
+
+
+def problems_of_any(document: Document, change: dict[str, object]) -> list[str]:
+    with pytest.raises(SchemaError) as caught:
+        type(document).parse(through_json(document) | change, "here.json")
+    return [problem.path for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01])
+def test_a_recall_outside_zero_to_one_is_refused_by_its_place(value: float) -> None:
+    raw = through_json(SIDECAR)
+    raw["recall"].append({"k": 1, "queries": 10, "source": "image", "value": value})
+    assert list(problems_of(IndexSidecar, raw)) == ["recall[1].value"]
+
+
+def test_parse_dataclass_reports_every_problem() -> None:
+    with pytest.raises(SchemaError) as caught:
+        parse_dataclass(Recall, {"k": "ten", "value": None, "more": 1}, "recall.json")
+    assert {problem.path for problem in caught.value.problems} == {"k", "value", "more", "queries", "source"}
+
+
+# -- any valid document -----------------------------------------------------------------------------------------------
+
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+counts = st.integers(0, 10**12)
+preprocessings = st.builds(
+    Preprocessing,
+    size=st.tuples(st.integers(1, 2000), st.integers(1, 2000)),
+    mean=st.tuples(finite, finite, finite),
+    std=st.tuples(finite, finite, finite),
+    interpolation=st.sampled_from(["bicubic", "bilinear", "random"]),
+    resize_mode=st.sampled_from(["shortest", "longest", "squash"]),
+    fill_color=st.integers(0, 255),
+)
+teachers = st.builds(
+    TeacherIdentity,
+    name=names,
+    pretrained=st.none() | names,
+    weights=names,
+    activation=st.sampled_from(["gelu", "quick_gelu"]),
+    preprocessing=preprocessings,
+    tokenizer=names,
+    context_length=st.integers(1, 512),
+    embed_dim=st.integers(1, 4096),
+    precision=st.sampled_from(["fp32", "bf16", "fp16"]),
+    logit_scale=finite,
+    logit_bias=st.none() | finite,
+)
+sources = st.builds(
+    SourceSummary,
+    arguments=st.lists(names).map(tuple),
+    files=counts,
+    bytes=counts,
+    digest=names,
+    repeated_keys=counts,
+    dropped=st.dictionaries(names, counts),
+    problems=st.lists(names).map(tuple),
+)
+
+
+@st.composite
+def stores(draw: st.DrawFn) -> EmbeddingStore:
+    teacher, chunk_rows = draw(teachers), draw(st.integers(1, 5000))
+    return EmbeddingStore(
+        kind=draw(st.sampled_from(["image", "text"])),
+        rows=draw(st.integers(1, 10**11)),
+        dim=teacher.embed_dim,
+        chunk_rows=chunk_rows,
+        shard_rows=chunk_rows * draw(st.integers(1, 64)),
+        batch_size=draw(st.integers(1, 10**5)),
+        teacher=teacher,
+        source=draw(sources),
+    )
+
+
+@st.composite
+def commits(draw: st.DrawFn) -> Commit:
+    failures = st.builds(Failure, row=counts, key=names, file=names, status=st.just("EMPTY"), reason=names)
+    failed, good, start = draw(st.lists(failures, max_size=4)), draw(st.integers(0, 10**6)), draw(counts)
+    return Commit(
+        shard=draw(counts),
+        start=start,
+        stop=start + good + len(failed),
+        counts={"OK": good, "EMPTY": len(failed)},
+        failures=tuple(failed),
+        digest=draw(names),
+        device=draw(names),
+        seconds=draw(finite),
+        finished=draw(names),
+        versions=draw(st.dictionaries(names, names)),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(stores() | commits())
+def test_any_valid_document_is_read_back_from_its_text(document: Document) -> None:
+    raw = json.loads(json.dumps(document.to_json(), ensure_ascii=False, allow_nan=False))
+    assert type(document).parse(raw, "here.json") == document
+
+
+@settings(max_examples=60, deadline=None)
+@given(stores())
+def test_the_shards_of_any_store_cover_its_rows_once(store: EmbeddingStore) -> None:
+    shards = sorted({0, store.shards // 2, max(0, store.shards - 2), store.shards - 1})
+    for shard in shards:
+        start, stop = store.shard_range(shard)
+        assert start == shard * store.shard_rows
+        assert 0 < stop - start <= store.shard_rows
+    assert store.shard_range(store.shards - 1)[1] == store.rows
+
+
+# -- identity ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_field_of_a_teacher_but_its_place_counts() -> None:
+    changes: dict[str, Any] = {
+        "weights": "b" * 64,
+        "activation": "gelu",
+        "preprocessing": dataclasses.replace(PREPROCESSING, resize_mode="squash"),
+        "tokenizer": "Other",
+        "context_length": 32,
+        "embed_dim": 512,
+        "precision": "bf16",
+        "logit_scale": 50.0,
+        "logit_bias": -10.0,
+    }
+    assert {*changes, "name", "pretrained"} == {field.name for field in dataclasses.fields(TeacherIdentity)}
+    for name, value in changes.items():
+        other = dataclasses.replace(TEACHER, **{name: value})
+        assert [line.partition(":")[0] for line in TEACHER.differences(other)] == [name]
+        assert dataclasses.replace(STORE, teacher=other).identity != STORE.identity
+    moved = dataclasses.replace(TEACHER, name="local-dir:/elsewhere", pretrained=None)
+    assert TEACHER.differences(moved) == []
+    assert dataclasses.replace(STORE, teacher=moved).identity == STORE.identity
+
+
+def test_a_store_of_another_kind_or_source_has_another_identity() -> None:
+    other_source = dataclasses.replace(SOURCE, digest="5" * 64)
+    identities = {
+        STORE.identity,
+        dataclasses.replace(STORE, kind="text").identity,
+        dataclasses.replace(STORE, source=other_source).identity,
+    }
+    assert len(identities) == 3
+
+
+def test_a_digest_does_not_depend_on_the_order_of_keys() -> None:
+    assert digest_of({"a": 1, "b": (2, 3)}) == digest_of({"b": [2, 3], "a": 1})
+    assert digest_of({"a": 1}) != digest_of({"a": 2})
+
+
+def test_status_codes_never_change() -> None:
+    names = ["PENDING", "OK", "MISSING", "EMPTY", "TRUNCATED", "UNDECODABLE", "TOO_LARGE", "NOT_FINITE"]
+    assert [(status.name, status.value) for status in Status] == [(name, i) for i, name in enumerate(names)]
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def image_plan(start: int, stop: int) -> pa.Table:
+    rows = list(range(start, stop))
+    columns = {"row": rows, "key": [f"k{r}" for r in rows], "file": ["/a.tar"] * len(rows)}
+    return pa.table({**columns, "offset": rows, "size": rows}, schema=IMAGE_PLAN)
+
+
+def plan_problems(table: pa.Table, kind: str, start: int, stop: int) -> dict[str, str]:
+    with pytest.raises(SchemaError) as caught:
+        parse_plan(table, kind, start, stop, "rows/000001.parquet")
+    assert "rows/000001.parquet" in str(caught.value)
+    return {problem.path: problem.what for problem in caught.value.problems}
+
+
+def test_a_valid_plan_is_given_back() -> None:
+    table = image_plan(32, 64)
+    assert parse_plan(table, "image", 32, 64, "here") is table
+    texts = pa.table({"row": [0], "key": ["a"], "text": ["b"]}, schema=TEXT_PLAN)
+    assert parse_plan(texts, "text", 0, 1, "here") is texts
+
+
+def test_rows_of_another_shard_or_order_are_refused() -> None:
+    assert plan_problems(image_plan(0, 32), "image", 32, 64) == {"row": "must count from 32 to 63 in order"}
+    backwards = image_plan(0, 4).take([3, 2, 1, 0])
+    assert plan_problems(backwards, "image", 0, 4) == {"row": "must count from 0 to 3 in order"}
+
+
+def test_a_plan_of_the_wrong_length_is_refused() -> None:
+    assert plan_problems(image_plan(0, 31), "image", 0, 32) == {"row": "expected 32 rows, found 31"}
+
+
+def test_missing_and_mistyped_columns_are_reported_at_once() -> None:
+    table = image_plan(0, 4).drop_columns(["file"])
+    place = table.schema.get_field_index("size")
+    table = table.set_column(place, "size", table["size"].cast(pa.int32()))
+    assert plan_problems(table, "image", 0, 5) == {
+        "file": "missing column",
+        "size": "expected int64, found int32",
+        "row": "expected 5 rows, found 4",
+    }
+
+
+def test_a_plan_of_the_other_kind_is_refused() -> None:
+    assert plan_problems(image_plan(0, 4), "text", 0, 4) == {"text": "missing column"}
