@@ -1,0 +1,223 @@
+"""Decoding: odd images give the right pixels, broken ones their status and a reason."""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import time
+import tracemalloc
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cache_schemas import Status
+from dimefm.decode import MAX_PIXELS, DecodeError, decode, decode_rgb, open_image
+from tests.making import encoded, make_jpeg, picture
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A valid grey PNG, all black, made a row at a time."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(1)
+    row = bytes(width + 1)
+    rows = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def failure(data: bytes) -> tuple[Status, str]:
+    with pytest.raises(DecodeError) as caught:
+        decode(data)
+    return caught.value.status, str(caught.value)
+
+
+def pixels(data: bytes) -> np.ndarray:
+    """(H, W, 3)"""
+    tensor = decode_rgb(data)
+    assert tensor.dtype == torch.uint8
+    return tensor.permute(1, 2, 0).numpy()
+
+
+# -- what cannot be decoded -------------------------------------------------------------------------------------------
+
+
+def test_no_bytes() -> None:
+    assert failure(b"") == (Status.EMPTY, "no bytes")
+
+
+def test_zeros_alone() -> None:
+    assert failure(bytes(1000))[0] == Status.UNDECODABLE
+
+
+def test_a_text_file_named_jpg() -> None:
+    status, reason = failure(b"<html><body>404 Not Found</body></html>\n" * 20)
+    assert status == Status.UNDECODABLE
+    assert "cannot identify image file" in reason
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_truncated_jpeg(share: float) -> None:
+    whole = make_jpeg((200, 150))
+    status, reason = failure(whole[: int(len(whole) * share)])
+    assert status == Status.UNDECODABLE
+    assert reason
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_a_truncated_file_of_another_format(kind: str) -> None:
+    whole = encoded(picture((200, 150)), kind)
+    assert failure(whole[: len(whole) // 2])[0] == Status.UNDECODABLE
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
+@pytest.mark.parametrize("length", [2, 4, 8, 12, 16])
+def test_a_signature_without_an_image(kind: str, length: int) -> None:
+    status, reason = failure(encoded(picture(), kind)[:length])
+    assert status == Status.UNDECODABLE
+    assert "\n" not in reason
+
+
+def test_damaged_bytes_in_the_middle_of_a_png() -> None:
+    whole = bytearray(encoded(picture((200, 150)), "PNG"))
+    whole[len(whole) // 2 : len(whole) // 2 + 64] = b"\xff" * 64
+    assert failure(bytes(whole))[0] == Status.UNDECODABLE
+
+
+def test_a_huge_image_is_refused_by_its_header_alone() -> None:
+    data = huge_png(20_000, 20_000)
+    assert len(data) < 4_000_000
+    tracemalloc.start()
+    began = time.perf_counter()
+    status, reason = failure(data)
+    seconds, (_, peak) = time.perf_counter() - began, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert status == Status.TOO_LARGE
+    assert "400000000 pixels" in reason.replace(",", "")
+    assert seconds < 1
+    assert peak < 3 * len(data)
+
+
+def test_the_limit_counts_pixels() -> None:
+    data = encoded(picture((40, 30)), "PNG")
+    assert decode_rgb(data, max_pixels=1200).shape == (3, 30, 40)
+    with pytest.raises(DecodeError, match=r"40 x 30 is 1,200 pixels; the limit is 1,199") as caught:
+        decode_rgb(data, max_pixels=1199)
+    assert caught.value.status == Status.TOO_LARGE
+
+
+def test_an_image_a_little_above_the_limit_is_refused_without_a_warning() -> None:
+    side = int(MAX_PIXELS**0.5) + 2
+    header = huge_png(side, side)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DecodeError) as caught:
+            open_image(header)
+    assert caught.value.status == Status.TOO_LARGE
+
+
+# -- what is odd but good ---------------------------------------------------------------------------------------------
+
+
+def test_a_jpeg_has_the_pixels_that_pillow_gives() -> None:
+    data = make_jpeg((61, 47))
+    assert np.array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_a_grey_jpeg_has_three_equal_channels() -> None:
+    found = pixels(encoded(picture().convert("L"), "JPEG"))
+    assert found.shape == (32, 48, 3)
+    assert np.array_equal(found[..., 0], found[..., 1])
+    assert np.array_equal(found[..., 0], found[..., 2])
+    assert found.std() > 5
+
+
+def test_a_progressive_jpeg_is_read() -> None:
+    image = picture((64, 64))
+    progressive, plain = encoded(image, "JPEG", progressive=True), encoded(image, "JPEG")
+    assert np.array_equal(pixels(progressive), pixels(plain))
+
+
+def test_a_cmyk_jpeg_has_its_colours() -> None:
+    red = Image.new("RGB", (32, 32), (200, 30, 40))
+    found = pixels(encoded(red.convert("CMYK"), "JPEG", quality=95)).astype(int)
+    assert np.abs(found.mean(axis=(0, 1)) - (200, 30, 40)).max() < 8
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped() -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, axis=0)
+    found = pixels(encoded(Image.fromarray(ramp), "PNG")).astype(int)
+    assert np.abs(found[..., 0] - np.arange(256)).max() <= 1
+    assert np.array_equal(found[..., 0], found[..., 2])
+
+
+def test_sixteen_bit_tiff_of_either_byte_order_is_scaled() -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, axis=0)
+    for mode in ("I;16", "I;16B"):
+        values = ramp.astype(">u2" if mode == "I;16B" else "<u2")
+        image = Image.frombytes(mode, (256, 4), values.tobytes())
+        found = pixels(encoded(image, "TIFF")).astype(int)
+        assert np.abs(found[..., 0] - np.arange(256)).max() <= 1
+
+
+def test_an_animation_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+    for kind in ("GIF", "WEBP", "PNG"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 3
+        assert np.abs(pixels(data).mean(axis=(0, 1)) - (250, 0, 0)).max() < 6
+
+
+def test_a_palette_png_has_the_colours_of_its_palette() -> None:
+    image = picture((30, 20)).quantize(16)
+    assert np.array_equal(pixels(encoded(image, "PNG")), np.asarray(image.convert("RGB")))
+
+
+def test_an_rgba_png_loses_its_alpha_and_keeps_its_colours() -> None:
+    image = picture((30, 20))
+    with_alpha = image.copy()
+    with_alpha.putalpha(Image.linear_gradient("L").resize((30, 20)))
+    assert np.array_equal(pixels(encoded(with_alpha, "PNG")), np.asarray(image))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_every_mode_of_png_is_read(mode: str) -> None:
+    data = encoded(picture((30, 20)).convert(mode), "PNG")
+    assert pixels(data).shape == (20, 30, 3)
+
+
+def test_exif_orientation_is_left_alone() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert pixels(encoded(picture((40, 20)), "JPEG", exif=exif)).shape == (20, 40, 3)
+
+
+def test_one_pixel_is_an_image() -> None:
+    for kind in ("JPEG", "PNG"):
+        assert pixels(encoded(Image.new("RGB", (1, 1), (9, 9, 9)), kind)).shape == (1, 1, 3)
+
+
+def test_threads_decode_the_same_as_one() -> None:
+    datas = [make_jpeg((50 + i, 40), seed=i) for i in range(8)] + [b"", make_jpeg()[:100]]
+    alone = [_outcome(data) for data in datas]
+    found: dict[int, list[str]] = {}
+    threads = [threading.Thread(target=lambda n=n: found.update({n: [_outcome(d) for d in datas]})) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(found.values()) == [alone] * 4
+
+
+def _outcome(data: bytes) -> str:
+    try:
+        return str(zlib.crc32(decode_rgb(data).numpy().tobytes()))
+    except DecodeError as error:
+        return f"{error.status.name}: {error}"

@@ -1,0 +1,144 @@
+"""Preprocessing gives the pixels that open_clip's own gives, and embeddings that are the same.
+
+The reference in every test is open_clip.transform.image_transform_v2 on the image as Pillow opens it.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from cache_schemas import Preprocessing
+from dimefm.clip import Clip
+from dimefm.decode import DecodeError
+from dimefm.preprocess import Preprocess, normalise, resize, shortest_side
+from tests.making import encoded, make_jpeg, picture, read_tar
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+LARGER, SMALLER, WIDE, TALL, EXTREME, EXACT = (301, 217), (40, 33), (300, 61), (37, 211), (900, 11), (64, 64)
+SIZES = pytest.mark.parametrize("size", [LARGER, SMALLER, WIDE, TALL, EXTREME, EXACT, (65, 64), (64, 63), (1, 1)])
+
+
+def facts(
+    resize_mode: str = "shortest", interpolation: str = "bicubic", size: tuple[int, int] = (64, 64)
+) -> Preprocessing:
+    return Preprocessing(
+        size=size, mean=MEAN, std=STD, interpolation=interpolation, resize_mode=resize_mode, fill_color=7
+    )
+
+
+def of_open_clip(data: bytes, wanted: Preprocessing) -> np.ndarray:
+    """What open_clip's transform gives, brought back to 0..255: float (3, H, W)."""
+    transform = image_transform_v2(PreprocessCfg(**asdict(wanted)), is_train=False)
+    normal_3HW = transform(Image.open(io.BytesIO(data)))
+    std, mean = (torch.tensor(values)[:, None, None] for values in (wanted.std, wanted.mean))
+    return ((normal_3HW * std + mean) * 255).numpy()
+
+
+def difference(data: bytes, wanted: Preprocessing) -> float:
+    ours, theirs = Preprocess(wanted)(data), of_open_clip(data, wanted)
+    assert ours.dtype == torch.uint8
+    assert ours.shape == theirs.shape == (3, *wanted.size)
+    return float(np.abs(ours.numpy() - theirs).max())
+
+
+@SIZES
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
+def test_a_jpeg_agrees_with_open_clip(size: tuple[int, int], interpolation: str, resize_mode: str) -> None:
+    assert difference(make_jpeg(size, seed=3), facts(resize_mode, interpolation)) <= 2.01
+
+
+@SIZES
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
+def test_a_png_is_exactly_as_open_clip_has_it(size: tuple[int, int], resize_mode: str) -> None:
+    assert difference(encoded(picture(size, seed=4), "PNG"), facts(resize_mode)) < 0.01
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
+def test_an_input_that_is_not_square_agrees_with_open_clip(resize_mode: str) -> None:
+    for data in (make_jpeg(LARGER), make_jpeg(SMALLER), encoded(picture(LARGER), "PNG")):
+        assert difference(data, facts(resize_mode, size=(48, 80))) <= 2.01
+
+
+def test_sharp_edges_enlarged_agree_with_open_clip() -> None:
+    """Overshoot of bicubic is largest here: a resize in one call over both axes is 20 of 255 away."""
+    rng = np.random.default_rng(0)
+    checks = Image.fromarray((rng.integers(0, 2, (24, 24, 3)) * 255).astype(np.uint8), "RGB")
+    for size in ((24, 24), (16, 24)):
+        assert difference(encoded(checks.crop((0, 0, *size)), "JPEG", quality=100, subsampling=0), facts()) <= 2.01
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "CMYK"])
+def test_other_modes_agree_with_open_clip(mode: str) -> None:
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    assert difference(encoded(picture(LARGER).convert(mode), kind), facts()) < 0.01
+
+
+def test_a_grey_jpeg_and_a_cmyk_jpeg_agree_with_open_clip() -> None:
+    for mode in ("L", "CMYK"):
+        assert difference(encoded(picture(LARGER).convert(mode), "JPEG"), facts()) <= 2.01
+
+
+def test_the_longer_side_is_cropped_in_the_middle_and_filled_with_the_fill_colour() -> None:
+    halves = Image.new("RGB", (128, 64), (250, 0, 0))
+    halves.paste((0, 0, 250), (64, 0, 128, 64))
+    cropped = Preprocess(facts("shortest"))(encoded(halves, "PNG"))
+    assert (cropped[0, :, 0] > 200).all()
+    assert (cropped[2, :, -1] > 200).all()
+    padded = Preprocess(facts("longest"))(encoded(halves, "PNG"))
+    assert (padded[:, 0] == 7).all()
+    assert (padded[:, -1] == 7).all()
+
+
+def test_what_cannot_be_decoded_raises() -> None:
+    with pytest.raises(DecodeError):
+        Preprocess(facts())(b"no image")
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [(100, 200, (64, 128)), (200, 100, (128, 64)), (3, 1000, (64, 21333)), (64, 64, (64, 64)), (100, 101, (64, 64))],
+)
+def test_the_shorter_side_is_met_and_the_longer_rounded_down(
+    height: int, width: int, expected: tuple[int, int]
+) -> None:
+    assert shortest_side(torch.empty(3, height, width), 64) == expected
+
+
+def test_resize_to_the_same_size_changes_nothing() -> None:
+    image = torch.from_numpy(np.asarray(picture()).copy()).permute(2, 0, 1)
+    assert torch.equal(resize(image, (32, 48)), image)
+
+
+def test_normalise_is_the_formula() -> None:
+    pixels = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).view(2, 3, 4, 5)
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    assert torch.allclose(normalise(pixels, MEAN, STD), (pixels / 255 - mean) / std, atol=1e-5)
+
+
+def test_embeddings_agree_with_a_plain_open_clip_loop(sample: Path, clip: Clip, teacher_name: str) -> None:
+    datas = [
+        *read_tar(sample / "images" / "train-00000.tar", 12).values(),
+        make_jpeg((500, 340)),
+        make_jpeg((30, 90)),
+        encoded(picture((333, 250)), "PNG"),
+    ]
+    model, _, transform = open_clip.create_model_and_transforms(teacher_name)
+    with torch.inference_mode():
+        images = torch.stack([transform(Image.open(io.BytesIO(data))) for data in datas])
+        theirs = torch.nn.functional.normalize(model.eval().encode_image(images), dim=-1)
+    preprocess = Preprocess(clip.identity.preprocessing)
+    ours = clip.encode_images(torch.stack([preprocess(data) for data in datas]))
+    cosine = (ours * theirs).sum(dim=-1)
+    assert cosine.min() > 0.9999
+    others = (ours @ theirs.T)[~torch.eye(len(datas), dtype=torch.bool)]
+    assert others.max() < 0.999
