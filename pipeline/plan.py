@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -178,7 +179,9 @@ def _summary(request: PlanRequest, files: list[Any], tally: _Tally) -> SourceSum
 
 def _is_planned(out: str) -> bool:
     names = set(storage.listing(out))
-    if not names and not storage.exists(out):
+    if not names:
+        if not storage.is_url(out) and Path(out).is_file():
+            raise OutputExistsError(f"{out} exists and is a file", remedy="give another --out")
         return False
     strangers = names - {"zarr.json", EMBEDDING, STATUS, ROWS, COMMITS}
     if strangers:

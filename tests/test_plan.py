@@ -1,0 +1,261 @@
+"""Planning: which sample is row r is fixed before any work, and found again by the same command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache_schemas import TeacherIdentity
+from dimefm.clip import Clip
+from dimefm.errors import MismatchError, OutputExistsError, SourceError
+from dimefm.store import Store
+from pipeline.plan import PlanRequest, choose_shard_rows, forecast, open_or_plan
+from tests.making import make_jpeg, write_tar
+
+
+@pytest.fixture(scope="session")
+def teacher(clip: Clip) -> TeacherIdentity:
+    return clip.identity
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """Two tars of five images each; two keys occur in both."""
+    write_tar(tmp_path / "in" / "a.tar", {f"{key}.jpg": make_jpeg(seed=key) for key in range(5)})
+    write_tar(tmp_path / "in" / "b.tar", {f"{key}.jpg": make_jpeg(seed=10 + key) for key in range(3, 8)})
+    return tmp_path / "in"
+
+
+def of_images(source: object, **changes: Any) -> PlanRequest:
+    return PlanRequest(**{"kind": "image", "arguments": (str(source),), "shard_rows": 4, "batch_size": 2} | changes)
+
+
+def of_texts(*sources: object, **changes: Any) -> PlanRequest:
+    return PlanRequest(**{"kind": "text", "arguments": tuple(map(str, sources)), "shard_rows": 4} | changes)
+
+
+def rows(store: Store) -> list[dict[str, Any]]:
+    return [row for shard in range(store.schema.shards) for row in store.plan(shard).to_pylist()]
+
+
+def all_files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_row_r_is_the_rth_sample_of_the_source(tars: Path, tmp_path: Path, teacher: TeacherIdentity) -> None:
+    store = open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher)
+    found = rows(store)
+    assert [row["row"] for row in found] == list(range(10))
+    assert [row["key"] for row in found] == ["0", "1", "2", "3", "4", "3", "4", "5", "6", "7"]
+    assert [Path(row["file"]).name for row in found] == ["a.tar"] * 5 + ["b.tar"] * 5
+    assert store.schema.shards == 3
+    assert store.plan(2).num_rows == 2
+    for row, seed in zip(found, [*range(5), *range(13, 18)], strict=True):
+        content = Path(row["file"]).read_bytes()
+        assert content[row["offset"] : row["offset"] + row["size"]] == make_jpeg(seed=seed)
+
+
+def test_repeated_keys_keep_their_rows_and_are_counted(tars: Path, tmp_path: Path, teacher: TeacherIdentity) -> None:
+    store = open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher)
+    assert store.schema.rows == 10
+    assert store.schema.source.repeated_keys == 2
+
+
+def test_planning_writes_the_facts_of_the_source(tars: Path, tmp_path: Path, teacher: TeacherIdentity) -> None:
+    schema = open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher).schema
+    assert schema.source.files == 2
+    assert schema.source.bytes == sum(len(make_jpeg(seed=s)) for s in [*range(5), *range(13, 18)])
+    assert schema.source.arguments == (str(tars),)
+    assert (schema.shard_rows, schema.chunk_rows, schema.batch_size) == (4, 4, 2)
+    assert schema.teacher == teacher
+    assert schema.dim == teacher.embed_dim
+
+
+def test_repeated_sentences_are_dropped_and_counted(tmp_path: Path, teacher: TeacherIdentity) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\none\n\n  two \nthree\n")
+    (tmp_path / "b.txt").write_text("three\nfour\nONE\n")
+    store = open_or_plan(of_texts(tmp_path / "a.txt", tmp_path / "b.txt"), str(tmp_path / "s.zarr"), teacher)
+    assert [row["text"] for row in rows(store)] == ["one", "two", "three", "four", "ONE"]
+    assert [row["key"] for row in rows(store)] == ["a.txt:1", "a.txt:2", "a.txt:6", "b.txt:2", "b.txt:3"]
+    assert store.schema.source.dropped == {"repeated": 3}
+    assert store.schema.source.bytes == len("onetwothreefourONE")
+
+
+def test_a_broken_tar_is_in_the_plan_as_far_as_it_goes(tars: Path, tmp_path: Path, teacher: TeacherIdentity) -> None:
+    whole = (tars / "a.tar").read_bytes()
+    (tars / "a.tar").write_bytes(whole[: len(whole) // 2])
+    store = open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher)
+    assert 5 < store.schema.rows < 10
+    assert [row["key"] for row in rows(store)][-5:] == ["3", "4", "5", "6", "7"]
+    assert len(store.schema.source.problems) == 1
+    assert "a.tar: broken after" in store.schema.source.problems[0]
+
+
+def test_two_plans_of_one_source_are_the_same_bytes(tars: Path, tmp_path: Path, teacher: TeacherIdentity) -> None:
+    open_or_plan(of_images(tars), str(tmp_path / "one.zarr"), teacher)
+    open_or_plan(of_images(tars), str(tmp_path / "two.zarr"), teacher)
+    assert all_files(tmp_path / "one.zarr") == all_files(tmp_path / "two.zarr")
+
+
+# -- shards -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_shard_rows_grow_with_the_source_in_powers_of_two(kind: str) -> None:
+    sizes = [0, 1, *(int(1.3**n) for n in range(120))]
+    chosen = [choose_shard_rows(size, kind) for size in sorted(sizes)]
+    assert chosen == sorted(chosen)
+    assert chosen[0] == 512
+    assert chosen[-1] == 65536
+    assert all(n & (n - 1) == 0 for n in chosen)
+    assert set(chosen) == {512 << i for i in range(8)}
+
+
+def test_shard_rows_are_chosen_where_none_are_given(tars: Path, tmp_path: Path, teacher: TeacherIdentity) -> None:
+    store = open_or_plan(of_images(tars, shard_rows=None), str(tmp_path / "s.zarr"), teacher)
+    assert store.schema.shard_rows == 512
+    assert store.schema.shards == 1
+
+
+# -- the same command again -------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_finds_its_store_and_changes_nothing(
+    tars: Path, tmp_path: Path, teacher: TeacherIdentity
+) -> None:
+    first = open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher)
+    before = all_files(tmp_path / "s.zarr")
+    again = open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), replace(teacher, name="moved", pretrained="x"))
+    assert again.schema == first.schema
+    assert all_files(tmp_path / "s.zarr") == before
+
+
+def refused(request: PlanRequest, out: Path, teacher: TeacherIdentity) -> str:
+    before = all_files(out)
+    with pytest.raises(MismatchError) as caught:
+        open_or_plan(request, str(out), teacher)
+    assert caught.value.remedy
+    assert all_files(out) == before
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"), [({"shard_rows": 8}, "shard_rows: 4 != 8"), ({"batch_size": 3}, "batch_size: 2 != 3")]
+)
+def test_another_setting_is_refused_by_its_name(
+    tars: Path, tmp_path: Path, teacher: TeacherIdentity, change: dict[str, Any], field: str
+) -> None:
+    open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher)
+    message = refused(of_images(tars, **change), tmp_path / "s.zarr", teacher)
+    assert field in message
+    assert message.count("\n  - ") == 1
+
+
+def test_another_source_is_refused_by_its_name(tars: Path, tmp_path: Path, teacher: TeacherIdentity) -> None:
+    open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher)
+    message = refused(of_images(tars / "a.tar"), tmp_path / "s.zarr", teacher)
+    assert "source: " in message
+    assert message.count("\n  - ") == 1
+    write_tar(tars / "b.tar", {"larger.jpg": make_jpeg((900, 700))})
+    assert "source: " in refused(of_images(tars), tmp_path / "s.zarr", teacher)
+
+
+def test_another_teacher_is_refused_with_every_field_that_differs(
+    tars: Path, tmp_path: Path, teacher: TeacherIdentity
+) -> None:
+    open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher)
+    other = replace(teacher, weights="0" * 64, precision="bf16")
+    message = refused(of_images(tars), tmp_path / "s.zarr", other)
+    assert "teacher.weights: " in message
+    assert "teacher.precision: fp32 != bf16" in message
+    assert message.count("\n  - ") == 2
+
+
+def test_another_kind_is_refused(tars: Path, tmp_path: Path, teacher: TeacherIdentity) -> None:
+    (tmp_path / "a.txt").write_text("one\n")
+    open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher)
+    assert "kind: image != text" in refused(of_texts(tmp_path / "a.txt"), tmp_path / "s.zarr", teacher)
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(
+    tars: Path, tmp_path: Path, teacher: TeacherIdentity
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter-1.tex").write_text("x")
+    with pytest.raises(OutputExistsError, match=r"'chapter-1\.tex'") as caught:
+        open_or_plan(of_images(tars), str(tmp_path / "thesis"), teacher)
+    assert caught.value.remedy
+    assert list(all_files(tmp_path / "thesis")) == ["chapter-1.tex"]
+
+
+def test_a_file_at_the_output_is_refused_and_left_alone(tars: Path, tmp_path: Path, teacher: TeacherIdentity) -> None:
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(OutputExistsError):
+        open_or_plan(of_images(tars), str(tmp_path / "out"), teacher)
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_a_plan_that_was_stopped_before_its_attributes_is_made_again(
+    tars: Path, tmp_path: Path, teacher: TeacherIdentity
+) -> None:
+    out = tmp_path / "s.zarr"
+    open_or_plan(of_images(tars), str(out), teacher)
+    whole = all_files(out)
+    group = json.loads((out / "zarr.json").read_text())
+    (out / "zarr.json").write_text(json.dumps(group | {"attributes": {}}))
+    (out / "rows" / "000002.parquet").write_bytes(b"cut off")
+    assert open_or_plan(of_images(tars), str(out), teacher).schema.rows == 10
+    assert all_files(out) == whole
+
+
+def test_a_plan_that_was_stopped_among_its_rows_is_made_again(
+    tars: Path, tmp_path: Path, teacher: TeacherIdentity
+) -> None:
+    out = tmp_path / "s.zarr"
+    open_or_plan(of_images(tars), str(tmp_path / "whole.zarr"), teacher)
+    (out / "rows").mkdir(parents=True)
+    (out / "rows" / "000000.parquet").write_bytes(b"of an earlier source")
+    open_or_plan(of_images(tars), str(out), teacher)
+    assert all_files(out) == all_files(tmp_path / "whole.zarr")
+
+
+def test_rows_left_by_a_longer_plan_that_was_stopped_do_no_harm(
+    tars: Path, tmp_path: Path, teacher: TeacherIdentity
+) -> None:
+    out = tmp_path / "s.zarr"
+    (out / "rows").mkdir(parents=True)
+    (out / "rows" / "000007.parquet").write_bytes(b"of an earlier source")
+    store = open_or_plan(of_images(tars), str(out), teacher)
+    assert len(rows(store)) == store.schema.rows == 10
+
+
+# -- nothing to plan --------------------------------------------------------------------------------------------------
+
+
+def test_a_source_without_a_sample_is_refused(tmp_path: Path, teacher: TeacherIdentity) -> None:
+    write_tar(tmp_path / "a.tar", {"0.txt": b"a caption alone"})
+    (tmp_path / "a.txt").write_text("\n \n")
+    for request in (of_images(tmp_path / "a.tar"), of_texts(tmp_path / "a.txt")):
+        with pytest.raises(SourceError, match=f"no {request.kind} in ") as caught:
+            open_or_plan(request, str(tmp_path / "s.zarr"), teacher)
+        assert caught.value.remedy
+        with pytest.raises(SourceError, match=f"no {request.kind} in "):
+            forecast(request, teacher.embed_dim)
+
+
+def test_a_forecast_says_what_the_plan_will_be_and_writes_nothing(
+    tars: Path, tmp_path: Path, teacher: TeacherIdentity
+) -> None:
+    before = all_files(tmp_path)
+    found = forecast(of_images(tars), teacher.embed_dim)
+    assert all_files(tmp_path) == before
+    schema = open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher).schema
+    assert (found.rows, found.shards, found.source) == (schema.rows, schema.shards, schema.source)
+    assert found.bytes_out == 10 * (2 * teacher.embed_dim + 1)
