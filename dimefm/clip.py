@@ -126,8 +126,10 @@ def _create(name: str, pretrained: str | None) -> Any:
 
 def _check_activation(name: str, pretrained: str | None) -> None:
     """Refuse a tag whose weights were trained with another activation than the architecture has: open_clip warns."""
+    if name.startswith(("local-dir:", "hf-hub:")):
+        return
     cfg, tag = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, pretrained or "")
-    if name.startswith(("local-dir:", "hf-hub:")) or not cfg or not tag:
+    if not cfg or not tag:
         return
     wanted, found = bool(tag.get("quick_gelu", False)), bool(cfg.get("quick_gelu", False))
     if wanted != found:

@@ -60,6 +60,8 @@ class TrainConfig:
             for name in ("epochs", "batch_size", "texts_per_step", "lr", "checkpoint_every", "log_every", "val_every")
             if getattr(self, name) <= 0
         ]
+        if self.image_size is not None and self.image_size < 1:
+            wrong.append(f"image_size must be above 0, found {self.image_size}")
         if not 0 < low <= high <= 1:
             wrong.append(f"crop_scale must be 0 < low <= high <= 1, found {self.crop_scale}")
         if not any((self.loss.vl, self.loss.pvl, self.loss.udist, self.loss.cosine, self.loss.centred)):

@@ -102,6 +102,7 @@ def retrieve(
         shard_rows=images.schema.shard_rows,
     )
     pairs = _open_or_create(out, schema)
+    storage.remove_leftovers(pairs.path)
     for shard in range(schema.shards):
         if not storage.exists(storage.join(pairs.path, commit_path(shard))):
             _retrieve_shard(pairs, images, search, shard)

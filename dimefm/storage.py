@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from dimefm.errors import StoreError
+
+_UNFINISHED = ".unfinished"
 
 
 def is_url(path: str) -> bool:
@@ -54,16 +55,21 @@ def write_atomic(path: str, data: bytes) -> None:
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    temporary = target.with_name(f".{target.name}{_UNFINISHED}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(target)
+
+
+def remove_leftovers(folder: str) -> None:
+    """Delete what killed writers left below a local folder: unfinished files of ours and of zarr-python."""
+    if is_url(folder):
+        return
+    for pattern in (f".*{_UNFINISHED}", "*.partial"):
+        for path in Path(folder).rglob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def read_json(path: str) -> Any:

@@ -19,7 +19,8 @@ from dimefm.errors import TrainingError
 def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = None) -> StudentSpec:
     """The tower that `name` means: an open_clip model (``ViT-B-32``), or a timm model (``resnet18``).
 
-    `image_size` in pixels replaces the model's own. Raises TrainingError for a name that neither library knows.
+    `image_size` in pixels replaces the model's own. Raises TrainingError for a name that neither library knows, and
+    for a size that the tower cannot take.
     """
     cfg = open_clip.get_model_config(name)
     if cfg is not None:
@@ -27,13 +28,7 @@ def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = N
         if "timm_model_name" in vision_cfg:
             vision_cfg["timm_model_pretrained"] = False
     elif timm.is_model(name):
-        vision_cfg = {
-            "timm_model_name": name,
-            "timm_model_pretrained": False,
-            "timm_pool": "",
-            "timm_proj": "linear",
-            "image_size": 224,
-        }
+        vision_cfg = _timm_config(name, image_size)
     else:
         remedy = "see open_clip.list_models() and timm.list_models()"
         raise TrainingError(f"no image tower is called {name!r} in open_clip or timm", remedy=remedy)
@@ -49,6 +44,21 @@ def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = N
         std=teacher.preprocessing.std,
         activation=teacher.activation,
     )
+
+
+def _timm_config(name: str, image_size: int | None) -> dict[str, Any]:
+    facts = timm.get_pretrained_cfg(name)
+    size = facts.input_size[-1] if facts is not None else 224
+    if facts is not None and facts.fixed_input_size and image_size not in (None, size):
+        what = f"{name} takes images of {size} px alone: open_clip builds timm towers at their own size"
+        raise TrainingError(what, remedy=f"give --image-size {size}, a convolutional timm model, or an open_clip ViT")
+    return {
+        "timm_model_name": name,
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "image_size": size,
+    }
 
 
 def build_student(spec: StudentSpec) -> Any:

@@ -14,6 +14,7 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from cache_schemas import Commit
+from dimefm import storage
 from dimefm.clip import Precision, load_clip
 from dimefm.errors import DimefmError, MismatchError, StoreError
 from dimefm.progress import Progress
@@ -83,6 +84,7 @@ def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
     done = schema.rows - sum(stop - start for start, stop in map(schema.shard_range, pending))
     if not pending:
         return
+    storage.remove_leftovers(store.path)
     with cluster(address, workers, job.device), Progress(schema.kind + "s", schema.rows, schema.kind, done) as progress:
         _Supervisor(job, min(workers, len(pending)), check=bool(committed)).run(pending, progress, done)
 

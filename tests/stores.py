@@ -1,0 +1,93 @@
+"""Makers of small stores with known content, without a teacher."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cache_schemas import (
+    IMAGE_PLAN,
+    TEXT_PLAN,
+    EmbeddingStore,
+    Failure,
+    Preprocessing,
+    SourceSummary,
+    Status,
+    TeacherIdentity,
+)
+from dimefm.store import Store, write_plan
+
+
+def teacher_identity(**changes: Any) -> TeacherIdentity:
+    """An identity that no model has, 16 wide."""
+    fields: dict[str, Any] = {
+        "name": "local-dir:/somewhere",
+        "pretrained": None,
+        "weights": "w",
+        "activation": "gelu",
+        "preprocessing": Preprocessing(
+            size=(224, 224), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", resize_mode="shortest"
+        ),
+        "tokenizer": "SimpleTokenizer",
+        "context_length": 77,
+        "embed_dim": 16,
+        "precision": "fp32",
+        "logit_scale": 100.0,
+        "logit_bias": None,
+    }
+    return TeacherIdentity(**(fields | changes))
+
+
+def random_store(
+    path: Path,
+    *,
+    rows: int,
+    shard_rows: int,
+    kind: Any = "image",
+    failed: tuple[int, ...] = (),
+    seed: int = 0,
+    digest: str = "d",
+    **teacher: Any,
+) -> tuple[Store, np.ndarray[Any, Any]]:
+    """A finished store of random unit vectors; rows in `failed` have none. The store, and the vectors float16."""
+    identity = teacher_identity(**teacher)
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal((rows, identity.embed_dim))
+    values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16)
+    status = np.full(rows, Status.OK, np.uint8)
+    for row in failed:
+        values[row], status[row] = 0, Status.UNDECODABLE
+    schema = EmbeddingStore(
+        kind=kind,
+        rows=rows,
+        dim=identity.embed_dim,
+        chunk_rows=min(16, shard_rows),
+        shard_rows=shard_rows,
+        batch_size=8,
+        teacher=identity,
+        source=SourceSummary(
+            arguments=("a",), files=1, bytes=1, digest=digest, repeated_keys=0, dropped={}, problems=()
+        ),
+    )
+    for shard in range(schema.shards):
+        write_plan(str(path), shard, _plan(kind, *schema.shard_range(shard)))
+    store = Store.create(str(path), schema)
+    for shard in range(schema.shards):
+        start, stop = schema.shard_range(shard)
+        failures = [
+            Failure(row=row, key=f"k{row}", file="f", status="UNDECODABLE", reason="made so")
+            for row in failed
+            if start <= row < stop
+        ]
+        store.write_shard(shard, values[start:stop], status[start:stop], failures, device="cpu", seconds=1.0)
+    return store, values
+
+
+def _plan(kind: str, start: int, stop: int) -> pa.Table:
+    rows = list(range(start, stop))
+    columns: dict[str, list[Any]] = {"row": rows, "key": [f"k{row}" for row in rows]}
+    if kind == "text":
+        return pa.table({**columns, "text": [f"sentence {row}" for row in rows]}, schema=TEXT_PLAN)
+    zeros = [0] * len(rows)
+    return pa.table({**columns, "file": ["f"] * len(rows), "offset": zeros, "size": zeros}, schema=IMAGE_PLAN)

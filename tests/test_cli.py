@@ -1,0 +1,407 @@
+"""The command line: a user's mistake ends in one message with a remedy, never in a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import open_clip
+import pytest
+from click.testing import CliRunner, Result
+
+from dimefm.cli import cli
+from dimefm.index import IndexConfig, build_index
+from dimefm.store import Store
+from tests.making import make_jpeg, write_tar
+
+COMMANDS = {
+    "cache-images": ["SOURCE...", "--out", "--teacher", "--pretrained", "--shard-rows", "--batch-size", "--dry-run"],
+    "cache-texts": ["SOURCE...", "--out", "--teacher", "--pretrained", "--shard-rows", "--batch-size", "--dry-run"],
+    "build-index": ["TEXTS.zarr", "--out", "--factory", "--recall", "--accept", "--queries", "--seed"],
+    "retrieve": ["IMAGES.zarr", "--texts", "--index", "--top-k", "--out"],
+    "train-student": ["--images", "--texts", "--pairs", "--out", "--recipe", "--student", "--loss", "--text-mix"],
+    "evaluate": ["MODEL", "SET...", "--pretrained", "--checkpoint", "--precision", "--device", "--out"],
+    "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained"],
+    "info": ["PATH"],
+}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object, code: int = 1) -> str:
+    """The one message that a command ends with; it has a remedy where the mistake is not in the usage."""
+    result = run(*arguments)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == code
+    assert "Traceback" not in result.output
+    assert result.output.count("Error: ") == 1
+    if code == 1:
+        assert result.output.startswith("Error: ")
+        assert result.output.count("remedy: ") == 1
+    return result.output
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A tar of three images."""
+    return write_tar(tmp_path / "in" / "000.tar", {f"{i}.jpg": make_jpeg(seed=i) for i in range(3)})
+
+
+def altered(store: Store, out: Path, **teacher: Any) -> Path:
+    """A copy of a store with other facts about its teacher."""
+    shutil.copytree(store.path, out)
+    group = json.loads((out / "zarr.json").read_text())
+    group["attributes"]["dimefm"]["teacher"].update(teacher)
+    (out / "zarr.json").write_text(json.dumps(group))
+    return out
+
+
+def unfinished(store: Store, out: Path) -> Path:
+    """A copy of a store without the commit of its last shard."""
+    shutil.copytree(store.path, out)
+    max((out / "commits").iterdir()).unlink()
+    return out
+
+
+# -- usage ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_command_is_known_to_these_tests() -> None:
+    assert set(COMMANDS) <= set(cli.commands)
+    assert set(cli.commands) - set(COMMANDS) <= {"reproduce", "report"}
+
+
+@pytest.mark.parametrize("command", cli.commands)
+def test_help_names_every_argument_and_option(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    for name in COMMANDS.get(command, []):
+        assert name in result.output
+    for parameter in cli.commands[command].params:
+        if isinstance(parameter, click.Option):
+            assert parameter.opts[0] in result.output
+
+
+def test_help_lists_the_commands_in_the_order_of_the_work() -> None:
+    output = run("--help").output
+    places = [output.index(f"\n  {command} ") for command in COMMANDS]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no-such-command"],
+        ["cache-images"],
+        ["cache-images", "x.tar", "--teacher", "t"],
+        ["cache-images", "x.tar", "--out", "o", "--teacher", "t", "--batch-size", "0"],
+        ["cache-images", "x.tar", "--out", "o", "--teacher", "t", "--precision", "int8"],
+        ["build-index", "x.zarr", "--out", "o", "--recall", "1.5"],
+        ["retrieve", "x.zarr", "--texts", "t", "--index", "i", "--out", "o", "--top-k", "none"],
+        ["train-student", "--images", "i", "--texts", "t", "--out", "o", "--recipe", "secret"],
+        ["evaluate", "model"],
+        ["info"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    refused(*arguments, code=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "what"),
+    [
+        ("--loss", "banana=1", "'banana' is not one of vl, pvl, udist"),
+        ("--loss", "vl=much", "'vl=much' is not NAME=NUMBER"),
+        ("--loss", "vl", "'vl' is not NAME=NUMBER"),
+        ("--loss", "scale=1", "'scale' is not one of"),
+        ("--text-mix", "pretty=1", "'pretty' is not one of random, selected, retrieved"),
+    ],
+)
+def test_a_bad_list_of_weights_says_what_is_known(option: str, value: str, what: str) -> None:
+    message = refused("train-student", "--images", "i", "--texts", "t", "--out", "o", option, value, code=2)
+    assert f"Invalid value for {option}: {what}" in message
+
+
+def test_the_installed_command_prints_one_message_and_no_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dimefm", "info", "nowhere"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("Error: nowhere is no store, index or run of dimefm\n  remedy: ")
+    assert done.stderr.count("\n") == 2
+
+
+# -- cache-images and cache-texts -------------------------------------------------------------------------------------
+
+
+def test_a_source_that_is_not_there(tmp_path: Path, teacher_name: str) -> None:
+    for command in ("cache-images", "cache-texts"):
+        message = refused(command, tmp_path / "nowhere", "--out", tmp_path / "s.zarr", "--teacher", teacher_name)
+        assert f"{tmp_path}/nowhere does not exist" in message
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_an_empty_folder(tmp_path: Path, teacher_name: str) -> None:
+    (tmp_path / "in").mkdir()
+    for command, what in (("cache-images", "no .tar and no image"), ("cache-texts", "no .txt or .txt.gz file")):
+        message = refused(command, tmp_path / "in", "--out", tmp_path / "s.zarr", "--teacher", teacher_name)
+        assert f"{tmp_path}/in holds {what}" in message
+
+
+def test_a_range_of_tars_of_which_one_is_missing(images: Path, tmp_path: Path, teacher_name: str) -> None:
+    source = f"{images.parent}/{{000..001}}.tar"
+    message = refused("cache-images", source, "--out", tmp_path / "s.zarr", "--teacher", teacher_name)
+    assert "001.tar does not exist" in message
+
+
+def test_a_tar_without_an_image(tmp_path: Path, teacher_name: str) -> None:
+    tar = write_tar(tmp_path / "a.tar", {"0.txt": b"a caption"})
+    message = refused("cache-images", tar, "--out", tmp_path / "s.zarr", "--teacher", teacher_name)
+    assert f"no image in {tar}" in message
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_a_labelled_set_without_templates(tmp_path: Path, teacher_name: str) -> None:
+    (tmp_path / "classnames.txt").write_text("cat\n")
+    message = refused("cache-texts", tmp_path, "--out", tmp_path / "s.zarr", "--teacher", teacher_name)
+    assert "templates.txt does not exist" in message
+
+
+@pytest.mark.parametrize(
+    ("teacher", "what"),
+    [
+        (["ViT-Z-99"], "no weights named for ViT-Z-99"),
+        (["ViT-Z-99", "--pretrained", "openai"], "cannot load ViT-Z-99"),
+        (["ViT-B-32"], "no weights named for ViT-B-32"),
+        (["ViT-L-14", "--pretrained", "openai"], "trained with QuickGELU"),
+        (["ViT-B-32-quickgelu", "--pretrained", "laion2b_s34b_b79k"], "trained with GELU"),
+        (["ViT-B-32", "--pretrained", "no_such_tag"], "cannot load ViT-B-32"),
+    ],
+)
+def test_a_teacher_that_is_not_meant_or_not_there(
+    images: Path, tmp_path: Path, teacher: list[str], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*arguments: object, **options: object) -> None:
+        raise AssertionError("a download was begun")
+
+    monkeypatch.setattr(open_clip.pretrained, "download_pretrained", download)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", download)
+    message = refused("cache-images", images, "--out", tmp_path / "s.zarr", "--teacher", *teacher)
+    assert what in message
+    assert "a download was begun" not in message
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_the_remedy_for_another_activation_is_the_right_name(images: Path, tmp_path: Path) -> None:
+    arguments = ["--out", tmp_path / "s.zarr", "--teacher", "ViT-L-14", "--pretrained", "openai"]
+    message = refused("cache-images", images, *arguments)
+    assert "remedy: use --teacher ViT-L-14-quickgelu --pretrained openai" in message
+
+
+def test_a_name_without_weights_lists_the_tags_there_are(images: Path, tmp_path: Path) -> None:
+    message = refused("cache-images", images, "--out", tmp_path / "s.zarr", "--teacher", "ViT-B-32")
+    assert "--pretrained" in message
+    assert "laion2b_s34b_b79k" in message
+
+
+def test_a_teacher_folder_without_weights_or_not_there(images: Path, tmp_path: Path, sample: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    shutil.copy(sample / "teacher" / "open_clip_config.json", tmp_path / "bare")
+    for folder in ("bare", "nowhere"):
+        teacher = f"local-dir:{tmp_path / folder}"
+        message = refused("cache-images", images, "--out", tmp_path / "s.zarr", "--teacher", teacher)
+        assert f"cannot load {teacher}" in message
+
+
+def test_an_output_that_is_something_else_is_left_alone(images: Path, tmp_path: Path, teacher_name: str) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    (tmp_path / "file").write_text("precious")
+    for out in ("thesis", "file"):
+        message = refused("cache-images", images, "--out", tmp_path / out, "--teacher", teacher_name)
+        assert f"{tmp_path / out} exists and is " in message
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+
+
+def test_a_store_made_by_another_command(image_store: Store, images: Path, teacher_name: str) -> None:
+    message = refused("cache-images", images, "--out", image_store.path, "--teacher", teacher_name)
+    assert "was made by another command" in message
+    assert "source: " in message
+
+
+def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
+    images: Path, tmp_path: Path, teacher_name: str
+) -> None:
+    result = run("cache-images", images, "--out", tmp_path / "s.zarr", "--teacher", teacher_name, "--dry-run")
+    assert result.exit_code == 0
+    assert "rows     3 from 1 files" in result.output
+    assert "embed_dim       512" in result.output
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_the_same_command_over_a_finished_store_only_describes_it(
+    image_store: Store, image_tar: Path, teacher_name: str
+) -> None:
+    arguments = [image_tar, "--out", image_store.path, "--teacher", teacher_name]
+    result = run("cache-images", *arguments, "--shard-rows", 32, "--batch-size", 16, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "3 of 3 done" in result.output
+
+
+# -- build-index and retrieve -----------------------------------------------------------------------------------------
+
+
+def test_an_index_over_a_store_that_is_unfinished_or_not_there(text_store: Store, tmp_path: Path) -> None:
+    half = unfinished(text_store, tmp_path / "half.zarr")
+    assert "is unfinished: 6 of 7 shards are done" in refused("build-index", half, "--out", tmp_path / "i.index")
+    assert "is not a dimefm store" in refused("build-index", tmp_path / "nowhere", "--out", tmp_path / "i.index")
+    assert not (tmp_path / "i.index").exists()
+
+
+def test_an_unknown_factory(text_store: Store, tmp_path: Path) -> None:
+    message = refused("build-index", text_store.path, "--out", tmp_path / "i.index", "--factory", "Magic9")
+    assert "--factory Magic9" in message
+
+
+def test_retrieve_with_an_index_over_another_store(
+    image_store: Store, text_store: Store, prompt_store: Store, tmp_path: Path
+) -> None:
+    index = tmp_path / "prompts.index"
+    build_index(IndexConfig(store=prompt_store.path, out=str(index)))
+    arguments = [image_store.path, "--texts", text_store.path, "--out", tmp_path / "p.zarr"]
+    assert f"{index} was built over {prompt_store.path}" in refused("retrieve", *arguments, "--index", index)
+    assert "is not a dimefm index" in refused("retrieve", *arguments, "--index", tmp_path / "nowhere")
+    assert not (tmp_path / "p.zarr").exists()
+
+
+def test_retrieve_over_two_teachers(image_store: Store, prompt_store: Store, tmp_path: Path) -> None:
+    other = altered(prompt_store, tmp_path / "other.zarr", weights="0" * 64)
+    index = tmp_path / "other.index"
+    build_index(IndexConfig(store=str(other), out=str(index)))
+    message = refused("retrieve", image_store.path, "--texts", other, "--index", index, "--out", tmp_path / "p.zarr")
+    assert "come from different teachers" in message
+    assert "teacher.weights: " in message
+
+
+# -- train-student ----------------------------------------------------------------------------------------------------
+
+
+def training(images: object, texts: object, out: Path, *more: object) -> list[object]:
+    given = ["--images", images, "--texts", texts, "--out", out, "--device", "cpu", "--recipe", "sample"]
+    return ["train-student", *given, *more]
+
+
+def test_training_from_two_teachers_names_every_field_that_differs(
+    image_store: Store, text_store: Store, tmp_path: Path
+) -> None:
+    other = altered(text_store, tmp_path / "other.zarr", weights="0" * 64, context_length=77)
+    message = refused(*training(image_store.path, other, tmp_path / "run"))
+    assert "teacher.weights: " in message
+    assert "teacher.context_length: 32 != 77" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_from_a_store_that_is_unfinished_or_not_there(
+    image_store: Store, text_store: Store, tmp_path: Path
+) -> None:
+    half = unfinished(image_store, tmp_path / "half.zarr")
+    assert "is unfinished" in refused(*training(half, text_store.path, tmp_path / "run"))
+    assert "is not a dimefm store" in refused(*training(image_store.path, tmp_path / "no", tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--loss", "vl=0"], "every loss has weight 0"),
+        (["--student", "resnet9000"], "no image tower is called 'resnet9000'"),
+        (["--batch-size", "1000"], "a batch of 1000 is more than the images"),
+        (["--lr", "0", "--epochs", "-1"], "epochs must be above 0, found -1.0; lr must be above 0, found 0.0"),
+        (["--text-mix", "selected=1"], "--pairs"),
+        (["--text-mix", "random=0.5"], "add up to"),
+        (["--pairs", "nowhere"], "nowhere is not a dimefm store"),
+        (["--val", "nowhere"], "nowhere"),
+    ],
+)
+def test_settings_that_cannot_be_trained_with(
+    image_store: Store, text_store: Store, tmp_path: Path, options: list[str], what: str
+) -> None:
+    more = [] if "--batch-size" in options else ["--batch-size", "8"]
+    if "--loss" not in options:
+        more += ["--loss", "vl=1"]
+    assert what in refused(*training(image_store.path, text_store.path, tmp_path / "run", *more, *options))
+
+
+def test_training_into_a_folder_of_something_else(image_store: Store, text_store: Store, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    message = refused(*training(image_store.path, text_store.path, tmp_path / "thesis", "--batch-size", 8))
+    assert "'chapter.tex'" in message
+
+
+# -- evaluate, export, info -------------------------------------------------------------------------------------------
+
+
+def test_evaluate_with_a_label_that_has_no_class(tmp_path: Path, teacher_name: str) -> None:
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / "templates.txt").write_text("a {c}\n")
+    write_tar(tmp_path / "a.tar", {"0.jpg": make_jpeg(), "0.cls": b"2"})
+    message = refused("evaluate", teacher_name, tmp_path)
+    assert "label 2, but classnames.txt has 2 classes" in message
+
+
+def test_evaluate_a_model_or_a_set_that_is_not_there(tmp_path: Path, teacher_name: str, sample: Path) -> None:
+    assert "classnames.txt does not exist" in refused("evaluate", teacher_name, tmp_path / "nowhere")
+    assert "no weights named for nowhere" in refused("evaluate", "nowhere", sample / "eval" / "cifar10")
+
+
+def test_evaluate_prints_and_writes_its_results(tmp_path: Path, teacher_name: str) -> None:
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / "templates.txt").write_text("a {c}\n")
+    write_tar(tmp_path / "a.tar", {"0.jpg": make_jpeg(), "0.cls": b"1", "1.jpg": b"broken", "1.cls": b"0"})
+    result = run("evaluate", teacher_name, tmp_path, "--out", tmp_path / "results.json", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "2 images, 2 classes, 1 unreadable (counted as wrong)" in result.output
+    (found,) = json.loads((tmp_path / "results.json").read_text())["sets"].values()
+    assert found["predictions"][0] in (0, 1)
+    assert found["predictions"][1] == -1
+    assert f"top-1 {found['top1']:6.1%}" in result.output
+
+
+def test_export_of_what_is_no_run(tmp_path: Path, image_store: Store) -> None:
+    for path in (tmp_path / "nowhere", image_store.path):
+        assert "is not a run folder" in refused("export", path, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_info_on_a_stranger(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path, tmp_path / "file", tmp_path / "nowhere"):
+        assert f"{path} is no store, index or run of dimefm" in refused("info", path)
+
+
+def test_info_on_a_damaged_store_reports_every_problem(image_store: Store, tmp_path: Path) -> None:
+    other = altered(image_store, tmp_path / "s.zarr", weights=3, precision="int8")
+    result = run("info", other)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert "teacher.weights: expected a string, found 3" in result.output
+    assert "teacher.precision: expected one of 'fp32', 'bf16', 'fp16', found 'int8'" in result.output
+
+
+def test_info_on_a_store_says_rows_shards_status_and_teacher(image_store: Store, tmp_path: Path) -> None:
+    lines = [" ".join(line.split()) for line in run("info", image_store.path).output.splitlines()]
+    assert lines[0] == f"{image_store.path}: image embeddings"
+    assert any(line.startswith("rows 96 of 1 files") for line in lines)
+    assert "shards 3 of 3 done, 32 rows each" in lines
+    assert "status OK 96" in lines
+    half = run("info", unfinished(image_store, tmp_path / "half.zarr")).output
+    assert "2 of 3 done" in half
+    assert "OK 64" in half

@@ -1,0 +1,163 @@
+"""The order of rows, the augmentation, the text batches and the schedule: pure functions of seed and position."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import RandomResizedCrop
+
+from dimefm import order
+from dimefm.data import Augmentation, random_crop
+from dimefm.errors import TrainingError
+from dimefm.optim import learning_rate, parameter_groups
+from dimefm.order import epoch_batches, steps_per_epoch
+from dimefm.student import build_student, student_spec
+from dimefm.textbank import TextBank, TextMix
+from tests.stores import random_store, teacher_identity
+
+
+def test_every_row_with_an_embedding_comes_once_an_epoch(tmp_path: Path) -> None:
+    store, _ = random_store(tmp_path / "s.zarr", rows=100, shard_rows=32, failed=(0, 50, 99))
+    batches = list(epoch_batches(store, seed=0, epoch=0, batch_size=10))
+    assert len(batches) == steps_per_epoch(store, 10) == 9
+    rows = np.concatenate(batches)
+    assert len(set(rows.tolist())) == 90
+    assert not {0, 50, 99} & set(rows.tolist())
+
+
+def test_a_window_smaller_than_the_store_still_gives_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order, "WINDOW_ROWS", 32)
+    store, _ = random_store(tmp_path / "s.zarr", rows=200, shard_rows=32)
+    rows = np.concatenate(list(epoch_batches(store, seed=0, epoch=0, batch_size=8)))
+    assert sorted(rows.tolist()) == list(range(200))
+    assert np.abs(np.diff(rows)).mean() > 3, "rows come in the order of the store"
+
+
+@pytest.mark.parametrize("skip", [0, 1, 7, 11])
+def test_skipping_gives_the_rest_of_the_same_order(tmp_path: Path, skip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order, "WINDOW_ROWS", 32)
+    store, _ = random_store(tmp_path / "s.zarr", rows=100, shard_rows=32, failed=(1, 2, 3))
+    whole = list(epoch_batches(store, seed=3, epoch=2, batch_size=8))
+    rest = list(epoch_batches(store, seed=3, epoch=2, batch_size=8, skip=skip))
+    np.testing.assert_array_equal(whole[skip:], rest)
+
+
+def test_epochs_and_seeds_differ(tmp_path: Path) -> None:
+    store, _ = random_store(tmp_path / "s.zarr", rows=64, shard_rows=32)
+    orders = {
+        tuple(np.concatenate(list(epoch_batches(store, seed=s, epoch=e, batch_size=64))))
+        for s in (0, 1)
+        for e in (0, 1)
+    }
+    assert len(orders) == 4
+
+
+def test_augmentation_depends_on_seed_epoch_and_row_alone() -> None:
+    image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    augment = Augmentation(size=32, crop_scale=(0.08, 1.0), flip=True, seed=0)
+    assert torch.equal(augment(image, 1, 5), augment(image, 1, 5))
+    assert augment(image, 1, 5).shape == (3, 32, 32)
+    for other in (
+        augment(image, 2, 5),
+        augment(image, 1, 6),
+        Augmentation(size=32, crop_scale=(0.08, 1), flip=True, seed=1)(image, 1, 5),
+    ):
+        assert not torch.equal(augment(image, 1, 5), other)
+
+
+def test_half_of_the_views_are_flipped_and_none_without_flip() -> None:
+    image = torch.arange(64, dtype=torch.uint8).expand(3, 64, 64).contiguous()  # brighter to the right
+    views = {
+        flip: [Augmentation(size=16, crop_scale=(0.9, 1), flip=flip, seed=0)(image, 0, r) for r in range(200)]
+        for flip in (True, False)
+    }
+    flipped = {flip: sum(bool(v[0, 0, 0] > v[0, 0, -1]) for v in found) for flip, found in views.items()}
+    assert flipped[False] == 0
+    assert 70 < flipped[True] < 130
+
+
+def test_crops_are_distributed_as_torchvisions() -> None:
+    """Mean area and aspect ratio of 4,000 crops, against torchvision's own parameters."""
+    torch.manual_seed(0)
+    image, rng = torch.zeros(3, 90, 120), np.random.default_rng(0)
+    mine = np.array([random_crop(90, 120, (0.08, 1.0), rng) for _ in range(4000)], float)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)], float)
+    for value in (
+        lambda c: c[:, 2] * c[:, 3] / 10800,
+        lambda c: np.log(c[:, 3] / c[:, 2]),
+        lambda c: c[:, 0],
+        lambda c: c[:, 1],
+    ):
+        assert value(mine).mean() == pytest.approx(value(theirs).mean(), abs=4 * value(theirs).std() / 4000**0.5 * 1.5)
+    assert (mine[:, 0] + mine[:, 2] <= 90).all()
+    assert (mine[:, 1] + mine[:, 3] <= 120).all()
+
+
+def test_a_crop_of_an_extreme_image_is_its_centre() -> None:
+    top, left, height, width = random_crop(10, 1000, (0.99, 1.0), np.random.default_rng(0))
+    assert (top, height, width) == (0, 10, 13)
+    assert left == (1000 - 13) // 2
+
+
+def test_text_batches_follow_their_mix(tmp_path: Path) -> None:
+    texts, values = random_store(tmp_path / "t.zarr", rows=100, shard_rows=32, kind="text", failed=(4,))
+    bank = TextBank(texts, TextMix(random=0.25, selected=0.5, retrieved=0.25), _Pairs(), seed=0)  # type: ignore[arg-type]
+    rows = bank.rows(3, 400, np.array([0, 1]))
+    assert len(rows) == 400
+    selected, retrieved = rows[100:300], rows[300:]
+    assert set(selected.tolist()) == {10, 20, 30}
+    assert set(retrieved.tolist()) == {7, 8}
+    assert 4 not in rows[:100]
+    assert len(set(rows[:100].tolist())) > 40
+    np.testing.assert_array_equal(bank.sample(3, 400, np.array([0, 1])).numpy(), values[rows].astype(np.float32))
+    np.testing.assert_array_equal(rows, bank.rows(3, 400, np.array([0, 1])))
+    assert not np.array_equal(rows[:100], bank.rows(4, 400, np.array([0, 1]))[:100])
+
+
+class _Pairs:
+    """Every image retrieved sentences 7 and 8 (and nothing more); 10, 20 and 30 are selected."""
+
+    def hits(self) -> np.ndarray:
+        hits = np.zeros(100, np.uint32)
+        hits[[10, 20, 30]] = 1
+        return hits
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        return np.array([[7, 8, -1]] * len(rows), np.int32)
+
+
+def test_a_mix_that_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
+    texts, _ = random_store(tmp_path / "t.zarr", rows=32, shard_rows=32, kind="text")
+    with pytest.raises(TrainingError, match="does not add up to 1"):
+        TextBank(texts, TextMix(random=0.5), None, seed=0)
+    with pytest.raises(TrainingError, match="need --pairs"):
+        TextBank(texts, TextMix(random=0.5, selected=0.5), None, seed=0)
+
+
+def test_schedule_warms_up_and_falls_to_the_floor() -> None:
+    values = [
+        learning_rate(s, steps=100, warmup_steps=10, peak=8e-4, warmup_start=4e-6, floor=4e-5) for s in range(101)
+    ]
+    assert values[0] == 4e-6
+    assert values[10] == pytest.approx(8e-4)
+    assert values[55] == pytest.approx((8e-4 + 4e-5) / 2)
+    assert values[100] == pytest.approx(4e-5)
+    assert max(values) == values[10]
+    assert values[:11] == sorted(values[:11])
+    assert values[10:] == sorted(values[10:], reverse=True)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "resnet10t", "vit_tiny_patch16_224"])
+def test_vectors_and_positional_embeddings_are_not_decayed(name: str) -> None:
+    model = build_student(student_spec(name, teacher_identity()))
+    decayed, kept = parameter_groups(model, 0.05)
+    assert decayed["weight_decay"] == 0.05
+    assert kept["weight_decay"] == 0
+    names = {id(p): n for n, p in model.named_parameters()}
+    kept_names = {names[id(p)] for p in kept["params"]}
+    assert Counter(len(g["params"]) for g in (decayed, kept)).total() == 2
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert all(p.ndim <= 1 or "pos" in names[id(p)] or "cls" in names[id(p)] for p in kept["params"]), kept_names

@@ -1,0 +1,155 @@
+"""The store: what is written is what is read, through the library, the memory maps and plain Zarr alike."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from cache_schemas import EmbeddingStore, SchemaError, SourceSummary, Status
+from dimefm.errors import StoreError
+from dimefm.mapped import MappedArray
+from dimefm.store import Store, create_array
+from tests.stores import random_store, teacher_identity
+
+
+def make_array(path: Path, rows: int, chunk: int, shard: int) -> tuple[zarr.Array, np.ndarray]:
+    group = zarr.open_group(str(path), mode="a")
+    create_array(group, "embedding", (rows, 8), "float16", (chunk, 8), shard)
+    values = np.random.default_rng(rows).standard_normal((rows, 8)).astype(np.float16)
+    array = group["embedding"]
+    for start in range(0, rows, shard):
+        array[start : start + shard] = values[start : start + shard]
+    return array, values
+
+
+@pytest.mark.parametrize(("rows", "chunk", "shard"), [(100, 16, 32), (33, 16, 32), (7, 16, 16), (64, 8, 64)])
+def test_maps_and_zarr_read_the_same_rows(tmp_path: Path, rows: int, chunk: int, shard: int) -> None:
+    array, values = make_array(tmp_path, rows, chunk, shard)
+    mapped = MappedArray.open(str(tmp_path), "embedding", array)
+    assert mapped is not None
+    chosen = np.random.default_rng(0).integers(0, rows, 200)
+    for mine, plain in (
+        (mapped.gather(chosen), array.oindex[chosen]),
+        (mapped.read(0, rows), array[:]),
+        (mapped.read(5, 7), array[5:7]),
+        (mapped.gather(np.array([], np.int64)), array[0:0]),
+    ):
+        np.testing.assert_array_equal(mine, plain)
+    np.testing.assert_array_equal(mapped.read(0, rows), values)
+
+
+def test_rows_in_chunks_that_were_never_stored_are_zero(tmp_path: Path) -> None:
+    array, values = make_array(tmp_path, 96, 16, 48)
+    values[16:32] = 0
+    array[0:48] = values[0:48]  # the second chunk is all fill value, and so is left out of the shard
+    array[48:96] = 0
+    mapped = MappedArray.open(str(tmp_path), "embedding", array)
+    assert mapped is not None
+    np.testing.assert_array_equal(mapped.read(0, 48), values[0:48])
+    np.testing.assert_array_equal(mapped.read(48, 96), 0)
+
+
+def test_rows_beyond_the_array_are_an_error(tmp_path: Path) -> None:
+    array, _ = make_array(tmp_path, 20, 16, 16)
+    mapped = MappedArray.open(str(tmp_path), "embedding", array)
+    assert mapped is not None
+    for rows in ([20], [-1]):
+        with pytest.raises(IndexError, match="rows must lie in"):
+            mapped.gather(np.array(rows))
+
+
+def test_a_shard_that_is_cut_short_names_itself(tmp_path: Path) -> None:
+    store, _ = random_store(tmp_path / "s.zarr", rows=64, shard_rows=32)
+    file = Path(store.path) / "embedding" / "c" / "1" / "0"
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(StoreError, match=r"embedding/c/1/0 is cut short"):
+        Store(store.path).read(32, 64)
+    np.testing.assert_array_equal(Store(store.path).read(0, 32), store.read(0, 32))
+
+
+def test_a_compressed_array_is_read_through_zarr(tmp_path: Path) -> None:
+    group = zarr.open_group(str(tmp_path), mode="a")
+    array = group.create_array("embedding", shape=(10, 4), dtype="float16", chunks=(5, 4))
+    assert MappedArray.open(str(tmp_path), "embedding", array) is None
+
+
+def test_plain_zarr_reads_what_the_library_wrote(tmp_path: Path) -> None:
+    store, values = random_store(tmp_path / "s.zarr", rows=70, shard_rows=32)
+    plain = zarr.open_group(store.path, mode="r")
+    np.testing.assert_array_equal(plain["embedding"][:], values)
+    np.testing.assert_array_equal(plain["status"][:], Status.OK)
+    np.testing.assert_array_equal(store.read(0, 70), values)
+    np.testing.assert_array_equal(store.gather(np.array([69, 0, 31, 32])), values[[69, 0, 31, 32]])
+    assert plain.attrs["dimefm"]["rows"] == 70
+    assert plain["embedding"].shards == (32, 16)
+
+
+def test_a_flipped_bit_fails_the_checksum_in_plain_zarr(tmp_path: Path) -> None:
+    store, _ = random_store(tmp_path / "s.zarr", rows=32, shard_rows=32)
+    file = Path(store.path) / "embedding" / "c" / "0" / "0"
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="checksum"):
+        zarr.open_group(store.path, mode="r")["embedding"][:]
+
+
+def test_only_committed_shards_count(tmp_path: Path) -> None:
+    store, _ = random_store(tmp_path / "s.zarr", rows=64, shard_rows=32)
+    (Path(store.path) / "commits" / "000001.json").unlink()
+    assert store.committed() == {0}
+    with pytest.raises(StoreError, match="1 of 2 shards are done"):
+        store.require_complete()
+
+
+def test_commit_carries_counts_digest_and_failures(tmp_path: Path) -> None:
+    store, _ = random_store(tmp_path / "s.zarr", rows=40, shard_rows=32, failed=(3,))
+    first, second = store.commits()
+    assert first.counts == {"OK": 31, "UNDECODABLE": 1}
+    assert [(f.row, f.status) for f in first.failures] == [(3, "UNDECODABLE")]
+    assert second.counts == {"OK": 8}
+    assert first.digest != second.digest
+    np.testing.assert_array_equal(store.read(3, 4), 0)
+
+
+def test_damaged_attributes_are_refused_with_every_problem(tmp_path: Path) -> None:
+    store, _ = random_store(tmp_path / "s.zarr", rows=32, shard_rows=32)
+    path = Path(store.path) / "zarr.json"
+    document = json.loads(path.read_text())
+    document["attributes"]["dimefm"]["rows"] = "many"
+    document["attributes"]["dimefm"]["teacher"]["weights"] = 3
+    path.write_text(json.dumps(document))
+    with pytest.raises(SchemaError) as caught:
+        Store(store.path)
+    assert [p.path for p in caught.value.problems] == ["rows", "teacher.weights"]
+
+
+@pytest.mark.parametrize("make", ["nothing", "folder", "group"])
+def test_what_is_no_store_is_refused(tmp_path: Path, make: str) -> None:
+    path = tmp_path / "x.zarr"
+    if make == "folder":
+        path.mkdir()
+    if make == "group":
+        zarr.open_group(str(path), mode="w")
+    with pytest.raises(StoreError, match="is not a dimefm store"):
+        Store(str(path))
+
+
+def test_identity_depends_on_teacher_and_source_but_not_on_where_the_teacher_lies() -> None:
+    def schema(**teacher: object) -> EmbeddingStore:
+        source = SourceSummary(arguments=("a",), files=1, bytes=1, digest="d", repeated_keys=0, dropped={}, problems=())
+        return EmbeddingStore(
+            kind="image",
+            rows=1,
+            dim=16,
+            chunk_rows=8,
+            shard_rows=8,
+            batch_size=1,
+            teacher=teacher_identity(**teacher),
+            source=source,
+        )
+
+    assert schema().identity == schema(name="local-dir:/elsewhere").identity
+    assert schema().identity != schema(weights="other").identity

@@ -1,0 +1,195 @@
+"""The training loop: it learns, it goes on exactly where it was, it refuses what does not fit."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dimefm.checkpoint import Checkpoints
+from dimefm.config import TrainConfig
+from dimefm.data import Augmentation, Request, TrainingImages
+from dimefm.errors import MismatchError, OutputExistsError, StoreError, TrainingError
+from dimefm.losses import LossConfig
+from dimefm.run import read_run
+from dimefm.runlog import last_validation, read_metrics
+from dimefm.store import Store
+from dimefm.train import mean_embedding, train
+from tests.stores import random_store
+from tests.training import STEPS, same, tiny_config, weights
+
+
+@pytest.fixture(scope="module")
+def undisturbed(image_store: Store, text_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight steps that nothing interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train(tiny_config(image_store, text_store, out))
+    return out
+
+
+def test_a_student_learns_the_teachers_embeddings(image_store: Store, text_store: Store, tmp_path: Path) -> None:
+    config = tiny_config(
+        image_store, text_store, tmp_path / "run", loss=LossConfig(vl=0, pvl=0, centred=1), epochs=20, max_steps=60,
+        log_every=1, crop_scale=(0.9, 1.0),
+    )  # fmt: skip
+    train(config)
+    losses = [line["loss"] for line in read_metrics(config.out) if line["event"] == "train"]
+    assert len(losses) == 60
+    assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])
+
+
+def test_run_folder_holds_config_metrics_events_and_checkpoints(undisturbed: Path, image_store: Store) -> None:
+    run = read_run(str(undisturbed))
+    assert run.images_identity == image_store.schema.identity
+    assert run.steps == STEPS
+    assert TrainConfig.parse(run.config, "run.json").loss.udist == 0.1
+    train_lines = [line for line in read_metrics(str(undisturbed)) if line["event"] == "train"]
+    assert [line["step"] for line in train_lines] == [2, 4, 6, 8]
+    assert {"loss", "vl", "pvl", "udist", "cosine", "centred", "lr", "images_per_second"} <= train_lines[0].keys()
+    assert list(undisturbed.glob("events.out.tfevents.*"))
+    assert Checkpoints(str(undisturbed)).step() == STEPS
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_resume_gives_the_same_weights_to_the_last_bit(
+    undisturbed: Path, image_store: Store, text_store: Store, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(image_store, text_store, tmp_path / "run", checkpoint_every=1)
+    save = Checkpoints.save
+
+    def save_and_stop(self: Checkpoints, step: int, *args: object) -> None:
+        save(self, step, *args)  # type: ignore[arg-type]
+        if step == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    assert Checkpoints(config.out).step() == stop
+    train(config)
+    assert same(weights(undisturbed), weights(config.out))
+    steps = [line["step"] for line in read_metrics(config.out) if line["event"] == "train"]
+    assert steps == sorted(set(steps)), "a line of metrics appears twice after a resume"
+
+
+def test_the_number_of_workers_does_not_change_the_student(
+    undisturbed: Path, image_store: Store, text_store: Store, tmp_path: Path
+) -> None:
+    config = tiny_config(image_store, text_store, tmp_path / "run", workers=2)
+    train(config)
+    assert same(weights(undisturbed), weights(config.out))
+
+
+def test_another_seed_gives_another_student(
+    undisturbed: Path, image_store: Store, text_store: Store, tmp_path: Path
+) -> None:
+    config = tiny_config(image_store, text_store, tmp_path / "run", seed=1)
+    train(config)
+    assert not same(weights(undisturbed), weights(config.out))
+
+
+def test_a_finished_run_is_left_as_it_is(image_store: Store, text_store: Store, undisturbed: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file() and "tfevents" not in p.name}
+    result = train(tiny_config(image_store, text_store, undisturbed))
+    after = {p: p.stat().st_mtime_ns for p in before}
+    assert result.steps == STEPS
+    assert {p.name for p in before if before[p] != after[p]} <= {"metrics.jsonl"}
+
+
+def test_a_changed_config_is_refused_by_field(image_store: Store, text_store: Store, undisturbed: Path) -> None:
+    config = tiny_config(image_store, text_store, undisturbed, lr=1e-5, batch_size=8)
+    with pytest.raises(MismatchError) as caught:
+        train(config)
+    assert "lr: 0.004 != 1e-05" in str(caught.value)
+    assert "batch_size: 16 != 8" in str(caught.value)
+
+
+def test_validation_scores_every_set_and_picks_the_best(
+    sample: Path, image_store: Store, text_store: Store, prompt_store: Store, tmp_path: Path
+) -> None:
+    config = tiny_config(
+        image_store, text_store, tmp_path / "run", val=(str(sample / "eval" / "cifar10"),),
+        val_texts=prompt_store.path, max_steps=2, epochs=1, val_every=1,
+    )  # fmt: skip
+    result = train(config)
+    assert result.validation.keys() == {"cifar10"}
+    assert 0.02 < result.validation["cifar10"] < 0.4
+    assert last_validation(config.out) == result.validation
+    assert Checkpoints(config.out).step("best") == 2
+
+
+def test_prompts_that_were_not_cached_are_named(
+    sample: Path, image_store: Store, text_store: Store, tmp_path: Path
+) -> None:
+    config = tiny_config(image_store, text_store, tmp_path / "run", val=(str(sample / "eval" / "cifar10"),))
+    with pytest.raises(MismatchError, match=r"(?s)lacks \d+ of \d+ prompts.*cache-texts"):
+        train(replace(config, val_texts=text_store.path))
+
+
+def test_stores_of_different_teachers_are_refused(tmp_path: Path) -> None:
+    images, _ = random_store(tmp_path / "i.zarr", rows=64, shard_rows=32)
+    texts, _ = random_store(tmp_path / "t.zarr", rows=64, shard_rows=32, kind="text", weights="other")
+    with pytest.raises(MismatchError, match=r"teacher.weights: w != other"):
+        train(tiny_config(images, texts, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unfinished_store_is_refused(image_store: Store, tmp_path: Path) -> None:
+    texts, _ = random_store(tmp_path / "t.zarr", rows=64, shard_rows=32, kind="text")
+    (Path(texts.path) / "commits" / "000000.json").unlink()
+    with pytest.raises(StoreError, match="unfinished"):
+        train(tiny_config(image_store, texts, tmp_path / "run"))
+
+
+def test_a_folder_of_something_else_is_refused(image_store: Store, text_store: Store, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"thesis.tex"):
+        train(tiny_config(image_store, text_store, tmp_path))
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_a_batch_larger_than_the_store_is_refused(image_store: Store, text_store: Store, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="a batch of 1000 is more than the images"):
+        train(tiny_config(image_store, text_store, tmp_path / "run", batch_size=1000))
+
+
+def test_not_a_number_stops_the_run_at_its_step(image_store: Store, text_store: Store, tmp_path: Path) -> None:
+    config = tiny_config(image_store, text_store, tmp_path / "run", lr=1e30, warmup_epochs=0)
+    with pytest.raises(TrainingError, match=r"step \d+: loss nan"):
+        train(config)
+
+
+def test_an_image_that_is_gone_is_named(tmp_path: Path) -> None:
+    """The plan of a random store names a file "f" that is not there."""
+    store, _ = random_store(tmp_path / "s.zarr", rows=32, shard_rows=32)
+    images = TrainingImages(store.path, Augmentation(size=32, crop_scale=(0.5, 1), flip=True, seed=0))
+    with pytest.raises(TrainingError, match=r"row 5 \(key 'k5' in f\).*cannot be read now"):
+        images[Request(0, 0, np.array([5]), np.array([5]))]
+
+
+def test_settings_that_make_no_sense_are_all_named(image_store: Store, text_store: Store, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError) as caught:
+        tiny_config(image_store, text_store, tmp_path, epochs=0, crop_scale=(0.5, 1.5), loss=LossConfig(vl=0, pvl=0))
+    for part in ("epochs must be above 0", "crop_scale", "every loss has weight 0"):
+        assert part in str(caught.value)
+
+
+def test_mean_embedding_leaves_out_rows_that_have_none(tmp_path: Path) -> None:
+    store, values = random_store(tmp_path / "s.zarr", rows=40, shard_rows=32, failed=(0, 7))
+    good = np.delete(values.astype(np.float64), [0, 7], axis=0)
+    np.testing.assert_allclose(mean_embedding(store).numpy(), good.mean(axis=0), atol=1e-6)
+
+
+def test_metrics_survive_a_line_cut_off_by_a_kill(tmp_path: Path) -> None:
+    line = json.dumps({"event": "train", "step": 1, "loss": 0.5})
+    (tmp_path / "metrics.jsonl").write_text(f'{line}\n{{"event": "tra')
+    assert read_metrics(str(tmp_path)) == [{"event": "train", "step": 1, "loss": 0.5}]
+
+
+def test_bf16_and_channels_last_train_too(image_store: Store, text_store: Store, tmp_path: Path) -> None:
+    config = tiny_config(image_store, text_store, tmp_path / "run", precision="bf16", max_steps=2)
+    train(config)
+    assert all(torch.isfinite(value.float()).all() for value in weights(config.out).values())
