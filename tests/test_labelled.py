@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cache_schemas import Status
 from dimefm.decode import DecodeError
 from dimefm.errors import SourceError
 from dimefm.labelled import LabelledSet
@@ -128,7 +129,7 @@ def test_batches_hold_every_readable_image_once_under_its_place(tmp_path: Path, 
 
     def preprocess(data: bytes) -> torch.Tensor:
         if sizes[len(data)] == broken:
-            raise DecodeError(3, "broken")  # type: ignore[arg-type]
+            raise DecodeError(Status.UNDECODABLE, "broken")
         return torch.full((3, 2, 2), sizes[len(data)], dtype=torch.uint8)
 
     batches = list(labelled.batches(preprocess, batch_size))

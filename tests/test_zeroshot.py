@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from dimefm.clip import Clip
+from dimefm.decode import decode_rgb
 from dimefm.evaluate import evaluate
 from dimefm.labelled import LabelledSet
-from dimefm.preprocess import Preprocess
+from dimefm.preprocess import Preprocess, resize
 from dimefm.zeroshot import class_embeddings, zero_shot
-from tests.making import make_jpeg, write_tar
+from tests.making import make_jpeg, read_tar, write_tar
 
 CLASSES, IMAGES, WIDTH = 9, 40, 12
 
@@ -48,9 +49,6 @@ def embed(pixels_B3HW: torch.Tensor) -> torch.Tensor:
 
 
 def preprocess(data: bytes) -> torch.Tensor:
-    from dimefm.decode import decode_rgb
-    from dimefm.preprocess import resize
-
     return resize(decode_rgb(data), (8, 8))
 
 
@@ -113,8 +111,6 @@ def test_class_embeddings_are_the_normalised_mean_of_unit_prompts() -> None:
 
 def test_evaluate_is_the_same_by_hand(tmp_path: Path, sample: Path, clip: Clip, teacher_name: str) -> None:
     """The whole path on a slice of the sample's cifar10, with embeddings multiplied out in numpy."""
-    from tests.making import read_tar
-
     source, folder = sample / "eval" / "cifar10", tmp_path / "small"
     write_tar(folder / "a.tar", read_tar(source / "test-00000.tar", 120))
     for name in ("classnames.txt", "templates.txt"):
