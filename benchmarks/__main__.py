@@ -1,0 +1,19 @@
+"""`python -m benchmarks NAME [OPTIONS]`, or `make bench ARGS="NAME [OPTIONS]"`."""
+
+import click
+
+from benchmarks.objectives import objectives
+from benchmarks.preprocessing import preprocessing
+from benchmarks.store_reads import store_reads
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def benchmarks() -> None:
+    """Measure dimefm on this machine. Each command prints a table and the machine that it is of."""
+
+
+for command in (preprocessing, store_reads, objectives):
+    benchmarks.add_command(command)
+
+if __name__ == "__main__":
+    benchmarks(prog_name="python -m benchmarks")
