@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import PIL
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch.nn.functional import interpolate
@@ -18,6 +19,8 @@ from torchvision.transforms.functional import center_crop, to_pil_image
 
 from cache_schemas import Preprocessing
 from dimefm.decode import decode, to_tensor
+
+_PILLOW = int(PIL.__version__.partition(".")[0])
 
 
 class Preprocess:
@@ -63,18 +66,26 @@ def shortest_side(image_3HW: torch.Tensor, side: int) -> tuple[int, int]:
 
 
 def resize(image_3HW: torch.Tensor, size: tuple[int, int], mode: str = "bicubic") -> torch.Tensor:
-    """Antialiased resize of a uint8 image, first in width and then in height, rounding to uint8 in between.
+    """Antialiased resize of a uint8 image, one axis after the other, rounding to uint8 in between.
 
-    That is how Pillow does it. One call over both axes keeps the overshoot of the first pass, and is up to 20 of 255
-    away from Pillow at sharp edges of enlarged images; two calls stay within 2, and are faster on uint8.
+    That is how Pillow does it. Both axes in one call, or in the other order, clip the overshoot of the first pass
+    elsewhere: up to 30 of 255 away from Pillow at sharp edges. Two calls in Pillow's order stay within 2.
     """
     height, width = size
     image = image_3HW[None]
+    if mode == "bicubic" and _height_first(image.shape[-2] - height, image.shape[-1] - width):
+        image = interpolate(image, (height, image.shape[-1]), mode=mode, antialias=True)
     if image.shape[-1] != width:
         image = interpolate(image, (image.shape[-2], width), mode=mode, antialias=True)
     if image.shape[-2] != height:
         image = interpolate(image, (height, width), mode=mode, antialias=True)
     return image[0]
+
+
+def _height_first(fewer_rows: int, fewer_columns: int) -> bool:
+    """Whether Pillow begins with the height: from 13.0 on, where that takes away far more than the width does. The
+    order shows only where a pass overshoots, as bicubic does."""
+    return _PILLOW >= 13 and fewer_rows > max(0, 2 * fewer_columns)
 
 
 def _open_clip_steps(facts: Preprocessing) -> list[Callable[[Any], Any]]:
