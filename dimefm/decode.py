@@ -13,9 +13,13 @@ import warnings
 
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from cache_schemas import Status
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # deprecated since torchvision 0.29: without it Pillow decodes, to the same pixels
+    decode_jpeg = None
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded: Pillow's own threshold for a decompression bomb (a 256 MiB RGB image)."""
@@ -60,7 +64,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor | Image.Im
     """
     image = open_image(data, max_pixels)
     try:
-        if image.format == "JPEG" and image.mode in ("L", "RGB"):
+        if decode_jpeg is not None and image.format == "JPEG" and image.mode in ("L", "RGB"):
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_jpeg(encoded, mode=ImageReadMode.RGB)  # type: ignore[no-any-return]
         image.load()
