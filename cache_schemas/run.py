@@ -38,7 +38,8 @@ class StudentSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Document):
-    """What a run was started with. `config` is the training config, which its owner parses."""
+    """What a run was started with. `config` is the training config, which its owner parses; `images_chunk_rows` is
+    what the order of the rows depends on beside the seed."""
 
     SCHEMA: ClassVar[str] = "dimefm.run"
 
@@ -46,6 +47,7 @@ class Run(Document):
     student: StudentSpec
     teacher: TeacherIdentity
     images_identity: str
+    images_chunk_rows: int
     texts_identity: str | None
     pairs_digest: str | None
     steps: int

@@ -37,9 +37,9 @@ class Checkpoints:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-        storage.write_json(str(self._folder / "last.json"), {"step": step})
         if score is not None and score > self._best_score():
             storage.write_json(str(self._folder / "best.json"), {"step": step, "score": score})
+        storage.write_json(str(self._folder / "last.json"), {"step": step})  # last: from here on the step is done
         self._forget()
 
     def load(self, which: str = "last") -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,10 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except (DimefmError, SchemaError) as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise click.ClickException(f"{error.filename}: {error.strerror}") from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of the work, not of the alphabet
@@ -107,7 +112,7 @@ def _cache(kind: Any, options: dict[str, Any]) -> None:
               help="Recall@10 to reach, against exact search.")  # fmt: skip
 @click.option("--accept", is_flag=True, help="Keep an index that stays below --recall.")
 @click.option("--queries", help="An image store: measure the recall with its embeddings too.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def build_index(**options: Any) -> None:
     """Build a FAISS index over a store and measure its recall against exact search."""
     from dimefm.index import IndexConfig
@@ -141,10 +146,10 @@ def retrieve(images: str, texts: str, index: str, top_k: int, out: str) -> None:
 @click.option("--recipe", type=click.Choice(["paper", "sample"]), default="paper", show_default=True,
               help="Where every option below that is not given comes from.")  # fmt: skip
 @click.option("--student", help="Image tower: an open_clip model (ViT-B-32) or a timm model (resnet18).")
-@click.option("--image-size", type=int, help="Pixels a side.")
+@click.option("--image-size", type=click.IntRange(1), help="Pixels a side.")
 @click.option("--epochs", type=float)
-@click.option("--batch-size", type=int, help="Images of a step, of all processes together.")
-@click.option("--texts-per-step", type=int, help="Texts of a step; may be far more than images.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images of a step, of all processes together.")
+@click.option("--texts-per-step", type=click.IntRange(1), help="Texts of a step; may be far more than images.")
 @click.option("--lr", type=float, help="Peak learning rate.")
 @click.option("--weight-decay", type=float)
 @click.option("--loss", metavar="NAME=WEIGHT,...", help="Of vl, pvl, udist, cosine, centred: vl=0.7,pvl=0.3.")
@@ -153,11 +158,11 @@ def retrieve(images: str, texts: str, index: str, top_k: int, out: str) -> None:
 @click.option("--val", multiple=True, help="Labelled set to validate on; may be repeated.")
 @click.option("--val-texts", help="Text store with the prompts of the --val sets. Default: --texts.")
 @click.option("--val-every", type=float, help="Epochs between validations.")
-@click.option("--checkpoint-every", type=int, help="Steps between checkpoints.")
-@click.option("--log-every", type=int, help="Steps between lines of metrics.jsonl.")
-@click.option("--max-steps", type=int, help="Stop here, whatever --epochs says.")
-@click.option("--workers", type=int, help="Processes that decode images.")
-@click.option("--seed", type=int)
+@click.option("--checkpoint-every", type=click.IntRange(1), help="Steps between checkpoints.")
+@click.option("--log-every", type=click.IntRange(1), help="Steps between lines of metrics.jsonl.")
+@click.option("--max-steps", type=click.IntRange(1), help="The length of the run in steps, if --epochs is longer.")
+@click.option("--workers", type=click.IntRange(0), help="Processes that decode images; 0: the training process.")
+@click.option("--seed", type=click.IntRange(0))
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
 def train_student(images: str, texts: str, out: str, recipe: str, **options: Any) -> None:
     """Train a student from cached embeddings; no teacher runs. On several GPUs: torchrun -m dimefm train-student ..."""
@@ -170,7 +175,14 @@ def train_student(images: str, texts: str, out: str, recipe: str, **options: Any
     for name, kind in (("loss", LossConfig), ("text_mix", TextMix)):
         if name in given:
             given[name] = _weights(f"--{name.replace('_', '-')}", given[name], kind)
-    result = train(dataclasses.replace(RECIPES[recipe](images, texts, out), **given))
+    config = dataclasses.replace(RECIPES[recipe](images, texts, out), **given)
+    unused = {"texts_per_step", "text_mix"} & given.keys()
+    if unused and not config.loss.vl:
+        option = f"--{min(unused).replace('_', '-')}"
+        raise click.UsageError(f"{option} has no effect: the vl loss has weight 0. Give --loss vl=..., or leave it out")
+    result = train(config)
+    if int(os.environ.get("RANK", "0")):
+        return  # under torchrun, one process speaks for all
     scores = "".join(f"\n  {name:<14} top-1 {score:.3f}" for name, score in result.validation.items())
     click.echo(f"{result.out}: {result.steps:,} steps done{scores}")
 

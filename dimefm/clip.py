@@ -18,6 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from cache_schemas import Preprocessing, TeacherIdentity
+from dimefm import storage
+from dimefm.device import choose_device
 from dimefm.errors import TeacherError
 from dimefm.preprocess import normalise
 from dimefm.student import has_convolutions
@@ -36,7 +38,7 @@ class Clip:
         self.model_cfg = model_cfg
         self.device = torch.device(device)
         self.model: Any = model.eval().requires_grad_(False).to(self.device)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._dtype = _DTYPES[identity.precision]
         if has_convolutions(self.model.visual):
             self.model.visual.to(memory_format=torch.channels_last)
@@ -52,7 +54,7 @@ class Clip:
 
     def encode_texts(self, texts: list[str]) -> torch.Tensor:
         """Sentences to unit-norm float32 (B, D) on the device; what goes beyond the context length is cut off."""
-        tokens_BL = self._tokenizer(texts).to(self.device)
+        tokens_BL = self.tokenizer(texts).to(self.device)
         with torch.inference_mode(), self._autocast():
             features_BD = self.model.encode_text(tokens_BL)
         return F.normalize(features_BD.float(), dim=-1)
@@ -69,10 +71,12 @@ def load_clip(
     `precision` is that of the matrix products: bf16 on a GPU and fp32 on a CPU unless said. Raises TeacherError for
     an unknown name, missing weights, weights trained with another activation, or a model without a text tower.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     precision = precision or ("bf16" if device.startswith("cuda") else "fp32")
     if name.startswith("local-dir:"):
-        name = f"local-dir:{Path(name.removeprefix('local-dir:')).expanduser().absolute()}"
+        name = f"local-dir:{storage.absolute(name.removeprefix('local-dir:'))}"
+    if pretrained and Path(pretrained).is_file():
+        pretrained = storage.absolute(pretrained)
     if not name.startswith(("local-dir:", "hf-hub:")) and not pretrained:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none known for this name"
         raise TeacherError(f"no weights named for {name}", remedy=f"give --pretrained TAG or FILE (tags: {tags})")
@@ -144,10 +148,6 @@ def _check_activation(name: str, pretrained: str | None) -> None:
 def _quiet(record: logging.LogRecord) -> bool:
     """open_clip logs to the root logger; what matters of it is raised."""
     return "open_clip" not in record.pathname
-
-
-def _other_activation(name: str) -> str:
-    return name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
 
 
 def _preprocessing(model: nn.Module) -> Preprocessing:

@@ -64,6 +64,8 @@ class TrainConfig:
             wrong.append(f"image_size must be above 0, found {self.image_size}")
         if not 0 < low <= high <= 1:
             wrong.append(f"crop_scale must be 0 < low <= high <= 1, found {self.crop_scale}")
+        if self.pairs and not (self.text_mix.selected or self.text_mix.retrieved):
+            wrong.append("pairs are given, but the text mix draws nothing from them")
         if not any((self.loss.vl, self.loss.pvl, self.loss.udist, self.loss.cosine, self.loss.centred)):
             wrong.append("every loss has weight 0")
         if wrong:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,10 @@ class Batch:
     rows_B: torch.Tensor
     all_rows_G: torch.Tensor
 
+    def pin_memory(self) -> Batch:
+        """Called by the loader where there is a GPU: page-locked memory is copied to it in the background."""
+        return replace(self, pixels_B3HW=self.pixels_B3HW.pin_memory(), teacher_BD=self.teacher_BD.pin_memory())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
@@ -85,15 +89,24 @@ def random_crop(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-class TrainingImages(Dataset[Batch]):
-    """Indexed by Request: reads, decodes and augments the images of a batch and gathers their embeddings."""
+class TrainingImages(Dataset["Batch | TrainingError"]):
+    """Indexed by Request: reads, decodes and augments the images of a batch and gathers their embeddings.
+
+    What goes wrong is returned, since the loader would raise it as a traceback of another process.
+    """
 
     def __init__(self, store: str, augmentation: Augmentation) -> None:
         self._path = store
         self._augmentation = augmentation
         self._store: Store | None = None
 
-    def __getitem__(self, request: Request) -> Batch:
+    def __getitem__(self, request: Request) -> Batch | TrainingError:
+        try:
+            return self._batch(request)
+        except TrainingError as error:
+            return error
+
+    def _batch(self, request: Request) -> Batch:
         store = self._store = self._store or Store(self._path)  # opened in the process that reads
         samples = store.samples(request.rows_B)
         pixels = [self._augmentation(self._decode(s), request.epoch, s["row"]) for s in samples]
@@ -148,7 +161,7 @@ def training_loader(
     workers: int,
     rank: int = 0,
     world: int = 1,
-) -> DataLoader[Batch]:
+) -> DataLoader[Batch | TrainingError]:
     """Batches from step `first` to `steps`; `batch_size` is that of all `world` processes together.
 
     The same batches whatever the number of `workers` (processes that decode; 0: this one).
@@ -171,7 +184,26 @@ def training_loader(
         prefetch_factor=4 if workers else None,
         worker_init_fn=_one_thread,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or the loader would draw from the global one, and drop-path with it
     )
+
+
+def batches(loader: DataLoader[Batch | TrainingError]) -> Iterator[Batch]:
+    """The batches of a loader. Raises TrainingError for what went wrong in a worker, or with it."""
+    iterator = iter(loader)
+    while True:
+        try:
+            item = next(iterator, None)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            what = f"a process that decodes images died: {str(error).splitlines()[0]}"
+            raise TrainingError(what, remedy="often memory: give fewer --workers, and run again") from error
+        if item is None:
+            return
+        if isinstance(item, TrainingError):
+            raise item
+        yield item
 
 
 def _one_thread(worker: int) -> None:

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import distributed
 from torch.distributed.nn.functional import all_gather
+
+from dimefm.device import choose_device
+from dimefm.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Place:
 def join_group(device: str | None) -> Place:
     """Join the processes that torchrun started, if it did. One device a process: cuda:LOCAL_RANK, or the CPU."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = choose_device(device)
     if kind == "cuda":
         kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(kind)
@@ -49,12 +53,25 @@ def gather_batch(rows_BD: torch.Tensor, place: Place) -> torch.Tensor:
 
     Rank r holds rows r, r + world, ... of the batch. A loss over the result that every process computes in full,
     with parameter gradients averaged over processes, has the gradient of one process with the whole batch: the
-    backward pass of all_gather sums over processes what averaging divides again.
+    backward pass of all_gather sums over processes what averaging divides again. Batch norm is the exception: its
+    statistics are those of each process.
     """
     if place.world == 1:
         return rows_BD
     parts = all_gather(rows_BD)
     return torch.stack(tuple(parts), dim=1).flatten(0, 1)
+
+
+def require_same(step: int, place: Place) -> int:
+    """`step`, if all processes go on from the same one. Raises TrainingError otherwise: they see different folders."""
+    if place.world == 1:
+        return step
+    steps: list[Any] = [None] * place.world
+    distributed.all_gather_object(steps, step)
+    if len(set(steps)) > 1:
+        what = f"the processes would go on from different steps: {steps}"
+        raise TrainingError(what, remedy="put --out on a file system that all machines share")
+    return step
 
 
 def wait_for_all(place: Place) -> None:

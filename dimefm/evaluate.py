@@ -13,7 +13,7 @@ from cache_schemas.run import RUN_FILE
 from dimefm import storage
 from dimefm.clip import Clip, Precision, load_clip
 from dimefm.export import CONFIG_FILE, export
-from dimefm.labelled import LabelledSet
+from dimefm.labelled import LabelledSet, open_sets
 from dimefm.preprocess import Preprocess
 from dimefm.zeroshot import ZeroShot, class_embeddings, zero_shot
 
@@ -32,7 +32,7 @@ def evaluate(
     `model` is a run folder (its `checkpoint`, "last" or "best"), an open_clip folder, or an open_clip name with its
     `pretrained` tag. Raises a DimefmError for a model or set that cannot be read.
     """
-    opened = [LabelledSet(path) for path in sets]
+    opened = open_sets(tuple(sets))
     with open_model(model, pretrained, checkpoint, precision, device) as clip:
         return {labelled.name: _evaluate_one(clip, labelled) for labelled in opened}
 

@@ -30,6 +30,7 @@ def export(
     same. The folder appears whole or not at all; one with the same bytes already there is left as it is. Raises
     StoreError for a run without a checkpoint, MismatchError for another teacher, OutputExistsError.
     """
+    out = storage.local(out, "an export")
     document = read_run(run)
     state = Checkpoints(run).load(checkpoint)
     if state is None:
@@ -44,7 +45,7 @@ def export(
         "model_cfg": {**copy.deepcopy(clip.model_cfg), "vision_cfg": document.student.vision_cfg},
         "preprocess_cfg": asdict(student_preprocessing(document.student)),
     }
-    _publish(Path(storage.absolute(out)), config, _weights(clip, state["model"]))
+    _publish(Path(out), config, _weights(clip, state["model"]), clip.tokenizer)
     return out
 
 
@@ -54,11 +55,13 @@ def _weights(clip: Clip, student: dict[str, Any]) -> dict[str, Any]:
     return {name: value.contiguous().clone() for name, value in {**text, **image}.items()}
 
 
-def _publish(out: Path, config: dict[str, Any], weights: dict[str, Any]) -> None:
+def _publish(out: Path, config: dict[str, Any], weights: dict[str, Any], tokenizer: Any) -> None:
     temporary = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    if hasattr(tokenizer, "save_pretrained"):  # one of Hugging Face: open_clip looks for its files in the folder
+        tokenizer.save_pretrained(str(temporary))
     save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
     if out.exists():
         same = all(

@@ -28,6 +28,7 @@ from dimefm.store import Store, require_same_teacher, versions
 
 _TRAIN_PER_CENTROID = 64
 _RECALL_K, _RECALL_QUERIES = 10, 1000
+_RESCORE_BATCH = 256  # queries whose candidates are in memory at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Index:
 
     def __init__(self, path: str) -> None:
         """Open an index. Raises StoreError where it is missing or damaged, SchemaError where its sidecar is."""
-        self.path = storage.absolute(path)
+        self.path = storage.local(path, "an index")
         where = storage.join(self.path, SIDECAR_FILE)
         if not storage.exists(where):
             raise StoreError(f"{path} is not a dimefm index", remedy="make it with dimefm build-index")
@@ -90,9 +91,12 @@ def build_index(config: IndexConfig) -> IndexSidecar:
     The folder appears whole or not at all. Where it is there already and was made by the same settings, nothing is
     done. Raises OutputExistsError where it was made by others, RecallError below the target unless `accept`.
     """
+    config = replace(config, out=storage.local(config.out, "an index"))
     store = Store(config.store)
     store.require_complete()
     rows = int((store.status() == Status.OK).sum())
+    if rows == 0:
+        raise StoreError(f"{store.path} has no embedding at all", remedy="see dimefm info for what failed")
     factory, rescore = choose_factory(rows, store.schema.dim)
     if config.factory:
         factory, rescore = config.factory, 10 if "PQ" in config.factory else 1
@@ -130,16 +134,18 @@ def build_index(config: IndexConfig) -> IndexSidecar:
 
 def _build(store: Store, factory: str, rows: int, seed: int) -> tuple[Any, int]:
     """The index with every valid row added under its row number, and how many rows it was trained on."""
-    ivf = factory.startswith(("IVF", "OPQ"))
-    description = factory if ivf else f"IDMap,{factory}"
+    dim, metric = store.schema.dim, faiss.METRIC_INNER_PRODUCT
     try:
-        index = faiss.index_factory(store.schema.dim, description, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(dim, factory, metric)
+        ivf = faiss.try_extract_index_ivf(index)
+        if ivf is None:  # only inverted lists keep row numbers themselves
+            index = faiss.index_factory(dim, f"IDMap,{factory}", metric)
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0].rpartition(": ")[2]
         raise StoreError(f"--factory {factory}: {reason}", remedy="see FAISS's list of index factory strings") from None
     train_rows = 0
     if not index.is_trained:
-        centroids = faiss.extract_index_ivf(index).nlist if ivf else 256
+        centroids = ivf.nlist if ivf is not None else 256
         sample = min(rows, max(_TRAIN_PER_CENTROID * centroids, 10_000))
         valid = np.flatnonzero(store.status() == Status.OK)
         chosen = np.sort(np.random.default_rng(seed).choice(valid, sample, replace=False))
@@ -147,8 +153,8 @@ def _build(store: Store, factory: str, rows: int, seed: int) -> tuple[Any, int]:
         if train_rows < centroids:
             what = f"--factory {factory} has {centroids:,} centroids, more than the {train_rows:,} rows of {store.path}"
             raise StoreError(what, remedy="give a factory with fewer, or none")
-        if ivf:
-            faiss.extract_index_ivf(index).cp.spherical = True
+        if ivf is not None:
+            ivf.cp.spherical = True
         index.train(store.gather(chosen).astype(np.float32))
     for rows_N, embedding_ND in valid_blocks(store):
         index.add_with_ids(embedding_ND, rows_N)
@@ -159,12 +165,21 @@ def _search(index: Any, queries_QD: Any, k: int, rescore: int, store: Store) -> 
     scores_QK, rows_QK = index.search(queries_QD, k * rescore)
     if rescore == 1:
         return scores_QK, rows_QK
+    exact_QK = np.concatenate(
+        [
+            _exact_scores(queries_QD[at : at + _RESCORE_BATCH], rows_QK[at : at + _RESCORE_BATCH], store)
+            for at in range(0, len(rows_QK), _RESCORE_BATCH)
+        ]
+    )
+    order = np.argsort(-exact_QK, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(exact_QK, order, 1), np.take_along_axis(rows_QK, order, 1)
+
+
+def _exact_scores(queries_QD: Any, rows_QK: Any, store: Store) -> Any:
     unique, position = np.unique(rows_QK, return_inverse=True)
     vectors = store.gather(np.maximum(unique, 0)).astype(np.float32)
     candidates_QKD = vectors[position.reshape(rows_QK.shape)]
-    exact_QK = np.where(rows_QK >= 0, np.einsum("qd,qkd->qk", queries_QD, candidates_QKD), -np.inf)
-    order = np.argsort(-exact_QK, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(exact_QK, order, 1), np.take_along_axis(rows_QK, order, 1)
+    return np.where(rows_QK >= 0, np.einsum("qd,qkd->qk", queries_QD, candidates_QKD), -np.inf)
 
 
 @dataclass(frozen=True)
@@ -181,6 +196,8 @@ def _queries(config: IndexConfig, store: Store) -> list[_Queries]:
     of another store's rows if one is given."""
     rng = np.random.default_rng(config.seed + 1)
     found = []
+    if config.queries:
+        Store(config.queries).require_complete()
     for path in [config.store, *([config.queries] if config.queries else [])]:
         other = Store(path)
         require_same_teacher(other, store)
@@ -224,11 +241,13 @@ def measure_recall(queries: _Queries, truth: tuple[Any, Any], found: tuple[Any, 
     shares = []
     for own, true_scores, true_rows, scores, rows in zip(queries.own_row_Q, *truth, *found, strict=True):
         others = (true_rows != own) & (true_rows >= 0)
+        if not others.any():
+            continue
         expected, least = set(true_rows[others][:_RECALL_K].tolist()), float(true_scores[others][:_RECALL_K].min())
         got = [(r, s) for r, s in zip(rows.tolist(), scores.tolist(), strict=True) if r not in (own, -1)][:_RECALL_K]
         hits = sum(r in expected or abs(s - least) < 1e-6 for r, s in got)
         shares.append(min(hits, len(expected)) / len(expected))
-    return float(np.mean(shares))
+    return float(np.mean(shares)) if shares else 1.0
 
 
 def _publish(index: Any, sidecar: IndexSidecar, config: IndexConfig) -> IndexSidecar:
@@ -253,11 +272,17 @@ def _publish(index: Any, sidecar: IndexSidecar, config: IndexConfig) -> IndexSid
 
 def _require_same(config: IndexConfig, store: Store, factory: str) -> IndexSidecar:
     sidecar = Index(config.out).sidecar
+    asked = [Store(config.queries).schema.kind] if config.queries else []
     pairs = (
         ("store", sidecar.store_identity, store.schema.identity),
         ("factory", sidecar.factory, factory),
         ("seed", sidecar.seed, config.seed),
         ("recall_target", sidecar.recall_target, config.recall_target),
+        (
+            "queries",
+            [r.source for r in sidecar.recall[1:]],
+            [Store(config.queries).schema.kind] if config.queries else [],
+        ),
     )
     differences = [f"{name}: {mine} != {theirs}" for name, mine, theirs in pairs if mine != theirs]
     if differences:
@@ -272,7 +297,8 @@ def retrieve_with_index(images: str, texts: str, index: str, *, top_k: int, out:
     Raises MismatchError where the teachers differ or the index is over another store.
     """
     image_store, text_store, opened = Store(images), Store(texts), Index(index)
-    for store in (image_store, text_store):
+    for store, kind in ((image_store, "image"), (text_store, "text")):
+        store.require_kind(kind)
         store.require_complete()
     require_same_teacher(image_store, text_store)
     if opened.sidecar.store_identity != text_store.schema.identity:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_schemas import EmbeddingStore, PairsStore, TeacherIdentity
+from cache_schemas import EmbeddingStore, Failure, PairsStore, Status, TeacherIdentity
 from cache_schemas.embedding_store import ATTRIBUTES_KEY
 from cache_schemas.index import SIDECAR_FILE, IndexSidecar
+from cache_schemas.pairs import HITS_COMMIT
 from cache_schemas.run import RUN_FILE
 from dimefm import storage
 from dimefm.checkpoint import Checkpoints
@@ -58,15 +59,17 @@ def _teacher(teacher: TeacherIdentity) -> list[tuple[str, str]]:
 
 def _store(store: Store) -> str:
     schema, source = store.schema, store.schema.source
-    commits = list(store.commits())
     counts: Counter[str] = Counter()
-    for commit in commits:
+    failures: list[Failure] = []
+    done, seconds = 0, 0.0
+    for commit in store.commits():
         counts.update(commit.counts)
-    failures = [f for commit in commits for f in commit.failures]
-    seconds = sum(c.seconds for c in commits)
+        failures += commit.failures[: _FAILURES - len(failures)]
+        done, seconds = done + 1, seconds + commit.seconds
+    failed = sum(count for name, count in counts.items() if name != Status.OK.name)
     rows = [
         ("rows", f"{schema.rows:,} of {source.files:,} files, {amount(source.bytes)}"),
-        ("shards", f"{len(commits):,} of {schema.shards:,} done, {schema.shard_rows:,} rows each"),
+        ("shards", f"{done:,} of {schema.shards:,} done, {schema.shard_rows:,} rows each"),
         ("status", ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())) or "nothing done yet"),
         ("embeddings", f"float16 ({schema.rows:,}, {schema.dim}), {amount(schema.rows * schema.dim * 2)}"),
         *_teacher(schema.teacher),
@@ -76,9 +79,9 @@ def _store(store: Store) -> str:
         rows.append(("repeated keys", f"{source.repeated_keys:,}; each keeps its own row"))
     rows += [("dropped", f"{count:,} {reason}") for reason, count in source.dropped.items() if count]
     rows += [("problem", problem) for problem in source.problems[:_FAILURES]]
-    rows += [("failed", f"row {f.row}, {f.key}: {f.status}, {f.reason}") for f in failures[:_FAILURES]]
-    if len(failures) > _FAILURES:
-        rows.append(("", f"and {len(failures) - _FAILURES:,} more"))
+    rows += [("failed", f"row {f.row}, {f.key}: {f.status}, {f.reason}") for f in failures]
+    if failed > len(failures):
+        rows.append(("", f"and {failed - len(failures):,} more"))
     if seconds:
         rows.append(("worker time", f"{seconds:,.0f} s, {sum(counts.values()) / seconds:,.1f} rows/s a worker"))
     return _table(f"{store.path}: {schema.kind} embeddings", rows)
@@ -102,7 +105,11 @@ def _index(path: str, sidecar: IndexSidecar) -> str:
 
 
 def _pairs(pairs: Pairs) -> str:
-    schema, selection = pairs.schema, pairs.selection()
+    schema = pairs.schema
+    if not storage.exists(storage.join(pairs.path, HITS_COMMIT)):
+        done = len([n for n in storage.listing(storage.join(pairs.path, "commits")) if n[0].isdigit()])
+        return _table(f"{pairs.path}: pseudo texts, unfinished", [("shards", f"{done:,} of {schema.shards:,} done")])
+    selection = pairs.selection()
     share = selection.selected / selection.text_rows
     hits = pairs.hits()
     rows = [
@@ -114,7 +121,8 @@ def _pairs(pairs: Pairs) -> str:
         ("index", schema.index),
     ]
     if storage.exists(schema.texts):
-        best = np.argsort(-hits.astype(np.int64), kind="stable")[:_EXAMPLES]
+        best = np.argpartition(hits, -min(_EXAMPLES, len(hits)))[-_EXAMPLES:]
+        best = best[np.argsort(-hits[best].astype(np.int64), kind="stable")]
         rows += [(f"{hits[s['row']]:,} hits", s["text"][:80]) for s in Store(schema.texts).samples(best)]
     return _table(f"{pairs.path}: pseudo texts", rows)
 

@@ -71,6 +71,16 @@ class LabelledSet:
                     yield torch.stack([image for _, image in good]), torch.tensor([place for place, _ in good])
 
 
+def open_sets(paths: tuple[str, ...]) -> list[LabelledSet]:
+    """The sets at these paths. Raises SourceError where two folders have the same name: results go by name."""
+    sets = [LabelledSet(path) for path in paths]
+    names = [labelled.name for labelled in sets]
+    for name in names:
+        if names.count(name) > 1:
+            raise SourceError(f"two sets are called {name!r}", remedy="give folders with different names")
+    return sets
+
+
 @dataclass(frozen=True)
 class _Loader:
     items: list[Labelled]
@@ -111,6 +121,8 @@ def _label(tar: str, key: str, data: bytes) -> int:
 
 
 def _from_folders(root: str, classnames: list[str]) -> Iterator[Labelled]:
+    if storage.is_url(root):
+        raise SourceError(f"{root} holds no .tar", remedy="class folders must be local; pack them into tars")
     folders = sorted(p.name for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith("."))
     for name in folders:
         if name not in classnames:

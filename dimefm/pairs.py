@@ -89,6 +89,7 @@ def retrieve(
     `search` gives scores and rows of `texts` for a batch of queries. Goes on where an earlier run stopped; raises
     OutputExistsError where `out` holds something else.
     """
+    out = storage.absolute(out)
     schema = PairsStore(
         images=images.path,
         images_identity=images.schema.identity,
@@ -102,6 +103,8 @@ def retrieve(
         shard_rows=images.schema.shard_rows,
     )
     pairs = _open_or_create(out, schema)
+    if storage.exists(storage.join(pairs.path, HITS_COMMIT)):
+        return pairs.selection()
     storage.remove_leftovers(pairs.path)
     for shard in range(schema.shards):
         if not storage.exists(storage.join(pairs.path, commit_path(shard))):
@@ -111,7 +114,7 @@ def retrieve(
 
 
 def _open_or_create(out: str, schema: PairsStore) -> Pairs:
-    attributes = storage.join(storage.absolute(out), "zarr.json")
+    attributes = storage.join(out, "zarr.json")
     strangers = set(storage.listing(out)) - {"zarr.json", TEXT_ROW, SCORE, HITS, "commits"}
     if strangers:
         what = f"{out} exists and is not a pseudo-text store (it holds {min(strangers)!r})"
@@ -138,7 +141,8 @@ def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> 
     good = np.flatnonzero(status_N == Status.OK)
     for at in range(0, len(good), _QUERY_BATCH):
         chosen = good[at : at + _QUERY_BATCH]
-        score_NK[chosen], row_NK[chosen] = search(embedding_ND[chosen].astype(np.float32), pairs.schema.top_k)
+        scores, rows = search(embedding_ND[chosen].astype(np.float32), pairs.schema.top_k)
+        row_NK[chosen], score_NK[chosen] = rows, np.where(rows >= 0, scores, np.nan)
     pairs.group[TEXT_ROW][start:stop] = row_NK
     pairs.group[SCORE][start:stop] = score_NK
     failures = [_no_embedding(images, shard, i, status_N[i]) for i in np.flatnonzero(status_N != Status.OK).tolist()]

@@ -17,8 +17,8 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import Normalize
 from torchvision.transforms.functional import center_crop, to_pil_image
 
-from cache_schemas import Preprocessing
-from dimefm.decode import decode, to_tensor
+from cache_schemas import Preprocessing, Status
+from dimefm.decode import MAX_PIXELS, DecodeError, decode, to_tensor
 
 _PILLOW = int(PIL.__version__.partition(".")[0])
 
@@ -38,6 +38,8 @@ class Preprocess:
 
     def __call__(self, data: bytes) -> torch.Tensor:
         image = decode(data)
+        height, width = image.shape[-2:] if isinstance(image, torch.Tensor) else (image.height, image.width)
+        self._require_drawable(height, width)
         if isinstance(image, torch.Tensor):
             if self._fast:
                 return self._resize_and_crop(image)
@@ -45,6 +47,13 @@ class Preprocess:
         for step in self._steps:
             image = step(image)
         return to_tensor(image)
+
+    def _require_drawable(self, height: int, width: int) -> None:
+        """A strip of one pixel by thousands becomes, with its short side enlarged, larger than any memory."""
+        enlarged = max(self.facts.size) ** 2 * max(height, width) // min(height, width)
+        if self.facts.resize_mode == "shortest" and enlarged > MAX_PIXELS:
+            reason = f"{width} x {height} would be {enlarged:,} pixels when resized; the limit is {MAX_PIXELS:,}"
+            raise DecodeError(Status.TOO_LARGE, reason)
 
     def _resize_and_crop(self, image_3HW: torch.Tensor) -> torch.Tensor:
         target = self.facts.size

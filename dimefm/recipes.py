@@ -10,7 +10,10 @@ from dimefm.textbank import TextMix
 
 
 def paper(images: str, texts: str, out: str) -> TrainConfig:
-    """The released recipe: ViT-B/32 from scratch, 100 epochs, vl and pvl. Batch: 640 images on each of 8 GPUs."""
+    """The released recipe: ViT-B/32 from scratch, 100 epochs, vl and pvl; 640 images on each of 8 GPUs, as many texts.
+
+    Its crops are taken from the image as it is, not from one first resized to 256 pixels, which sees the same areas.
+    """
     return TrainConfig(
         images=images,
         texts=texts,

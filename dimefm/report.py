@@ -27,7 +27,7 @@ class Report:
     missed: list[str]
 
 
-def write_report(out: Path, commands: dict[str, list[str]], bars: dict[str, float]) -> Report:
+def write_report(out: Path, bars: dict[str, float]) -> Report:
     """Read what the stages left in `out` and write report.md and report.png beside it."""
     teacher, student = _sets(out / "teacher.json"), _sets(out / "student.json")
     missed = [
@@ -87,13 +87,13 @@ def _stages(out: Path) -> list[str]:
         rows.append(
             (
                 name,
-                f"{spent:,.1f}",
+                f"{spent:,.1f}" if spent else "resumed",
                 f"{count:,} {unit}" if count else "",
-                f"{count / spent:,.0f}/s" if count else "",
+                f"{count / spent:,.0f}/s" if count and spent else "",
                 f"{size:,.0f}" if size else "",
             )
         )
-    total = sum(seconds.values())
+    total = sum(spent or 0 for spent in seconds.values())
     selection = Pairs(str(out / "pairs.zarr")).selection()
     return [
         *_table(("stage", "seconds", "rows", "rate", "bytes/row on disk"), rows),

@@ -7,7 +7,6 @@ python -m dimefm.reproduce --scale paper      the paper's job, on data that --im
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from dimefm import storage
 from dimefm.errors import DimefmError
 from dimefm.forecast import paper_forecast
 from dimefm.report import write_report
@@ -28,7 +28,8 @@ BARS = {"cifar10": 3.5, "caltech101": 8.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What one scale runs on. `train` are further options of train-student."""
+    """What one scale runs on. `train` are further options of train-student; `grounded` draws its texts from those
+    that some image retrieved."""
 
     teacher: tuple[str, ...]
     images: tuple[str, ...]
@@ -36,6 +37,7 @@ class Scale:
     val: tuple[str, ...]
     recipe: str
     train: tuple[str, ...] = ()
+    grounded: bool = False
     bars: dict[str, float] = field(default_factory=dict)
 
 
@@ -53,7 +55,7 @@ def sample_scale() -> Scale:
 
 
 def smoke_scale() -> Scale:
-    """A fifth of the sample's images, a fifth of its sentences, one epoch: everything runs, nothing is learned."""
+    """A fifth of the sample's images, a fifth of its sentences, two epochs: everything runs, nothing is learned."""
     whole = sample_scale()
     texts = sample_dir() / "texts"
     return Scale(
@@ -70,7 +72,9 @@ def commands(scale: Scale, out: Path) -> list[tuple[str, list[str]]]:
     """The job: a name and a `dimefm` command line for each stage."""
     images, texts, prompts = (str(out / name) for name in ("images.zarr", "texts.zarr", "prompts.zarr"))
     index, pairs, run, student = (str(out / name) for name in ("texts.index", "pairs.zarr", "run", "student"))
-    stores = ["--images", images, "--texts", texts, "--pairs", pairs]
+    stores = ["--images", images, "--texts", texts]
+    if scale.grounded:
+        stores += ["--pairs", pairs, "--text-mix", "selected=1"]
     training = ["--recipe", scale.recipe, *scale.train]
     validation = [word for path in scale.val for word in ("--val", path)] + ["--val-texts", prompts]
     teacher = scale.teacher[1:]  # `evaluate` takes the model's name as its argument
@@ -88,18 +92,20 @@ def commands(scale: Scale, out: Path) -> list[tuple[str, list[str]]]:
 
 
 def run_all(stages: list[tuple[str, list[str]]], out: Path) -> None:
-    """Run every stage, echoing it; how long each took when it did its work is kept in stages.json."""
-    out.mkdir(parents=True, exist_ok=True)
-    record = out / "stages.json"
-    seconds: dict[str, float] = json.loads(record.read_text()) if record.exists() else {}
+    """Run every stage, echoing it. stages.json keeps the seconds of each, as first run; null where it was stopped
+    and went on, which no time is fair for."""
+    record = str(out / "stages.json")
+    seconds: dict[str, float | None] = storage.read_json(record) if storage.exists(record) else {}
     for name, words in stages:
         print(f"\n$ {shlex.join(['dimefm', *words])}", flush=True)
+        first = name not in seconds
+        storage.write_json(record, {**seconds, name: seconds.get(name)})
         began = time.monotonic()
         done = subprocess.run([sys.executable, "-m", "dimefm", *words], check=False)
         if done.returncode:
             raise DimefmError(f"{name} failed with exit code {done.returncode}", remedy="mend it and run this again")
-        seconds[name] = max(seconds.get(name, 0.0), round(time.monotonic() - began, 1))
-        record.write_text(json.dumps(seconds, indent=1) + "\n")
+        seconds[name] = round(time.monotonic() - began, 1) if first else seconds[name]
+        storage.write_json(record, seconds)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -128,7 +134,7 @@ def main(
         if not dry_run and not (images and texts and val):
             raise click.UsageError("scale paper needs --images, --texts and --val (or --dry-run)")
         places = (images or ("IMAGES",), texts or ("TEXTS",), val or ("VAL",))
-        scale = Scale(teacher=named, images=places[0], texts=places[1], val=places[2], recipe="paper")
+        scale = Scale(teacher=named, images=places[0], texts=places[1], val=places[2], recipe="paper", grounded=True)
     else:
         scale = smoke_scale() if name == "smoke" else sample_scale()
     stages = commands(scale, out)
@@ -140,7 +146,7 @@ def main(
                 click.echo("\n" + paper_forecast(images, texts))
             return
         run_all(stages, out)
-        report = write_report(out, {stage: list(words) for stage, words in stages}, scale.bars)
+        report = write_report(out, scale.bars)
     except DimefmError as error:
         raise click.ClickException(str(error)) from error
     click.echo("\n" + report.text)

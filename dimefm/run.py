@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cache_schemas import Run
-from cache_schemas.run import CHECKPOINTS, RUN_FILE
+from cache_schemas.run import RUN_FILE
 from dimefm import storage
 from dimefm.config import TrainConfig
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
@@ -34,6 +34,7 @@ def open_run(config: TrainConfig, images: Store, texts: Store, pairs: Pairs | No
         student=student_spec(config.student, teacher, config.image_size),
         teacher=teacher,
         images_identity=images.schema.identity,
+        images_chunk_rows=images.schema.chunk_rows,
         texts_identity=texts.schema.identity,
         pairs_digest=pairs.selection().digest if pairs else None,
         steps=steps,
@@ -46,14 +47,13 @@ def open_run(config: TrainConfig, images: Store, texts: Store, pairs: Pairs | No
         what = f"{config.out} exists and is not a run folder (it holds {storage.listing(config.out)[0]!r})"
         raise OutputExistsError(what, remedy="give another --out")
     elif write:
-        (Path(config.out) / CHECKPOINTS).mkdir(parents=True)
         storage.write_json(str(path), run.to_json())
     return run
 
 
 def _require_same(config: TrainConfig, old: Run, new: Run) -> None:
     differences = TrainConfig.parse(old.config, f"{config.out}/{RUN_FILE}").differences(config)
-    for name in ("images_identity", "texts_identity", "pairs_digest", "steps"):
+    for name in ("images_identity", "images_chunk_rows", "texts_identity", "pairs_digest", "steps"):
         mine, theirs = getattr(old, name), getattr(new, name)
         if mine != theirs:
             differences.append(f"{name}: {mine} != {theirs}")

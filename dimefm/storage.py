@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,26 @@ def is_url(path: str) -> bool:
 
 def absolute(path: str) -> str:
     """The same place whatever the working directory: an absolute local path, or the URL as it is."""
+    path = path.removeprefix("file://")
     return path if is_url(path) else str(Path(path).expanduser().absolute())
+
+
+def local(path: str, what: str) -> str:
+    """`absolute`, for what can only lie on a local file system. Raises StoreError for a URL."""
+    if is_url(absolute(path)):
+        raise StoreError(f"{path}: {what} must be a local path", remedy="give a local folder and copy it up afterwards")
+    return absolute(path)
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path on it. Raises StoreError where it cannot be had."""
+    try:
+        fs, inner = fsspec.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise StoreError(
+            f"{path}: {error}", remedy="install the fsspec package for it, such as s3fs or gcsfs"
+        ) from None
+    return fs, inner
 
 
 def join(base: str, name: str) -> str:
@@ -33,29 +54,31 @@ def exists(path: str) -> bool:
     """Whether a file or folder is at `path`."""
     if not is_url(path):
         return Path(path).exists()
-    fs, inner = fsspec.url_to_fs(path)
+    fs, inner = filesystem(path)
     return bool(fs.exists(inner))
 
 
 def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
     """The bytes [offset, offset + size) of a file, fewer where it ends earlier. Raises OSError."""
+    if size == 0:
+        return b""
     if not is_url(path):
         with Path(path).open("rb") as file:
             file.seek(offset)
             return file.read(-1 if size is None else size)
-    fs, inner = fsspec.url_to_fs(path)
+    fs, inner = filesystem(path)
     return bytes(fs.cat_file(inner, start=offset, end=None if size is None else offset + size))
 
 
 def write_atomic(path: str, data: bytes) -> None:
     """Write a whole file so that a reader, or a kill at any instant, sees all of it or none."""
     if is_url(path):
-        fs, inner = fsspec.url_to_fs(path)
+        fs, inner = filesystem(path)
         fs.pipe_file(inner, data)
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}{_UNFINISHED}")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}{_UNFINISHED}")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
@@ -70,6 +93,16 @@ def remove_leftovers(folder: str) -> None:
     for pattern in (f".*{_UNFINISHED}", "*.partial"):
         for path in Path(folder).rglob(pattern):
             path.unlink(missing_ok=True)
+
+
+def remove_folder(path: str) -> None:
+    """Delete a folder and what is in it, if it is there."""
+    if not is_url(path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    fs, inner = filesystem(path)
+    if fs.exists(inner):
+        fs.rm(inner, recursive=True)
 
 
 def read_json(path: str) -> Any:
@@ -93,6 +126,6 @@ def listing(path: str) -> list[str]:
         folder = Path(path)
         names = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
     else:
-        fs, inner = fsspec.url_to_fs(path)
+        fs, inner = filesystem(path)
         names = [name.rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False)] if fs.exists(inner) else []
     return sorted(name for name in names if not name.startswith("."))

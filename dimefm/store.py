@@ -33,10 +33,10 @@ from cache_schemas.embedding_store import (
     rows_path,
 )
 from dimefm import storage
-from dimefm.errors import MismatchError, StoreError
+from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.mapped import MappedArray
 
-_COMMIT_NAME = re.compile(r"(\d{6})\.json")
+_COMMIT_NAME = re.compile(r"(\d{6,})\.json")
 
 
 class Store:
@@ -51,7 +51,7 @@ class Store:
         self._embedding = _array(self.group, EMBEDDING)
         self._status = _array(self.group, STATUS)
         self._mapped = MappedArray.open(self.path, EMBEDDING, self._embedding)
-        self._plan = lru_cache(maxsize=32)(self._read_plan)
+        self._plan = lru_cache(maxsize=128)(self._read_plan)
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -59,6 +59,8 @@ class Store:
     def create(path: str, schema: EmbeddingStore) -> Store:
         """Make the arrays, and last the attributes: until they are there the store counts as not planned."""
         group = zarr.open_group(storage.absolute(path), mode="a")
+        if ATTRIBUTES_KEY in group.attrs:
+            raise OutputExistsError(f"{path} is a store already", remedy="give another place")
         rows, shard = schema.rows, schema.shard_rows
         create_array(group, EMBEDDING, (rows, schema.dim), EMBEDDING_DTYPE, (schema.chunk_rows, schema.dim), shard)
         create_array(group, STATUS, (rows,), STATUS_DTYPE, (shard,), shard)
@@ -104,6 +106,12 @@ class Store:
             remedy = "run the command that writes it again; it goes on where it stopped"
             raise StoreError(f"{self.path} is unfinished: {done} of {shards} shards are done", remedy=remedy)
 
+    def require_kind(self, kind: str) -> None:
+        """Raises MismatchError for a store of the other kind: images where texts belong, or the reverse."""
+        if self.schema.kind != kind:
+            what = f"{self.path} holds {self.schema.kind} embeddings where {kind} embeddings belong"
+            raise MismatchError(what, remedy="look whether two stores were swapped")
+
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
@@ -129,7 +137,8 @@ class Store:
     def _read_plan(self, shard: int) -> pa.Table:
         path = storage.join(self.path, rows_path(shard))
         try:
-            table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
+            # One thread, no dataset scanner: a table is small, and Arrow's threads can outlive the interpreter.
+            table = pq.ParquetFile(pa.BufferReader(storage.read_bytes(path))).read(use_threads=False)
         except (OSError, pa.ArrowInvalid) as error:
             raise StoreError(f"{path} cannot be read: {error}", remedy="the plan is damaged; cache again") from None
         return parse_plan(table, self.schema.kind, *self.schema.shard_range(shard), path)

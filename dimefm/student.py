@@ -73,11 +73,6 @@ def build_student(spec: StudentSpec) -> Any:
         raise TrainingError(f"cannot build {spec.name} at {spec.image_size} px: {reason}") from error
 
 
-def parameters_millions(tower: torch.nn.Module) -> float:
-    """Number of parameters in millions."""
-    return sum(p.numel() for p in tower.parameters()) / 1e6
-
-
 def has_convolutions(tower: torch.nn.Module) -> bool:
     """Whether a tower has more than a patch embedding's one convolution: where channels-last pays."""
     return sum(isinstance(m, torch.nn.Conv2d) for m in tower.modules()) > 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ import torch
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from dimefm import storage
 from dimefm.checkpoint import Checkpoints
 from dimefm.config import TrainConfig
-from dimefm.data import Augmentation, Batch, training_loader
-from dimefm.distributed import Place, gather_batch, join_group, leave_group, wait_for_all
+from dimefm.data import Augmentation, Batch, batches, training_loader
+from dimefm.distributed import Place, gather_batch, join_group, leave_group, require_same, wait_for_all
 from dimefm.errors import TrainingError
 from dimefm.losses import distillation_loss
 from dimefm.optim import adamw, learning_rate
@@ -50,6 +51,7 @@ def train(config: TrainConfig) -> Result:
 
     Raises TrainingError, MismatchError or StoreError for what the user can mend; checkpoints stay.
     """
+    config = replace(config, out=storage.local(config.out, "a run folder"))
     place = join_group(config.device)
     try:
         return _Trainer(config, place).run()
@@ -63,11 +65,18 @@ class _Trainer:
         self.images, self.texts, self.pairs = _open_stores(config)
         self.per_epoch = _steps_per_epoch(config, self.images, place)
         self.steps = min(round(config.epochs * self.per_epoch), config.max_steps or 2**62)
+        if self.steps < 1:
+            raise TrainingError(
+                f"{config.epochs:g} epochs of {self.per_epoch} steps are none", remedy="give more --epochs"
+            )
+        if not place.first:
+            wait_for_all(place)
         document = open_run(config, self.images, self.texts, self.pairs, self.steps, write=place.first)
-        wait_for_all(place)
+        if place.first:
+            wait_for_all(place)
         self.spec = document.student
         self.mean_D = mean_embedding(self.images).to(place.device) if config.loss.centred else None
-        self.bank = TextBank(self.texts, config.text_mix, self.pairs, seed=config.seed)
+        self.bank = TextBank(self.texts, config.text_mix, self.pairs, seed=config.seed) if config.loss.vl else None
         val_texts = Store(config.val_texts) if config.val_texts else self.texts
         self.validation = Validation(config.val, val_texts, self.spec) if config.val and place.first else None
         self.checkpoints = Checkpoints(config.out)
@@ -85,24 +94,27 @@ class _Trainer:
     def run(self) -> Result:
         """The loop: a batch arrives, a step is taken, and what is due after it is done."""
         config = self.config
-        first = self._restore()
-        scores = last_validation(config.out) if first else {}
+        first = require_same(self._restore(), self.place)
+        if first >= self.steps:
+            return Result(config.out, self.steps, last_validation(config.out))
+        scores: dict[str, float] = {}
         validate_every = max(1, round(config.val_every * self.per_epoch))
         with RunLog(config.out, first=first, steps=self.steps, enabled=self.place.first) as log:
             asked = time.monotonic()
-            for batch in self._loader(first):
+            for batch in batches(self._loader(first)):
                 waited = time.monotonic() - asked
                 values = self._step(batch)
                 done, last = batch.step + 1, batch.step + 1 == self.steps
                 log.step(done, images=config.batch_size, waited=waited)
                 if last or done % config.log_every == 0:
                     log.train(done, values)
-                if self.validation and (last or done % validate_every == 0):
+                validated = last or done % validate_every == 0
+                if self.validation and validated:
                     began = time.monotonic()
                     scores = self.validation.run(self.model, self.place.device)
                     log.validation(done, scores, time.monotonic() - began)
-                if last or done % config.checkpoint_every == 0:
-                    self._save(done, scores)
+                if validated or done % config.checkpoint_every == 0:
+                    self._save(done, scores if validated else {})
                 asked = time.monotonic()
         return Result(config.out, self.steps, scores)
 
@@ -120,7 +132,7 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         teacher_text_TD = None
-        if config.loss.vl:
+        if self.bank is not None:
             teacher_text_TD = self.bank.sample(batch.step, config.texts_per_step, batch.all_rows_G.numpy()).to(device)
         images = normalise(batch.pixels_B3HW.to(device, non_blocking=True), self.spec.mean, self.spec.std)
         dtype = _DTYPES[config.precision]
@@ -192,8 +204,9 @@ def mean_embedding(images: Store) -> torch.Tensor:
 def _open_stores(config: TrainConfig) -> tuple[Store, Store, Pairs | None]:
     """The finished stores of a run, checked against each other."""
     images, texts = Store(config.images), Store(config.texts)
-    images.require_complete()
-    texts.require_complete()
+    for store, kind in ((images, "image"), (texts, "text")):
+        store.require_kind(kind)
+        store.require_complete()
     require_same_teacher(images, texts)
     pairs = Pairs(config.pairs) if config.pairs else None
     if pairs:

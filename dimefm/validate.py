@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from cache_schemas import Preprocessing, Status, StudentSpec
 from dimefm.errors import MismatchError
-from dimefm.labelled import LabelledSet
+from dimefm.labelled import open_sets
 from dimefm.preprocess import Preprocess, normalise
 from dimefm.store import Store
 from dimefm.zeroshot import class_embeddings, zero_shot
@@ -34,7 +34,8 @@ class Validation:
         """Raises MismatchError where a prompt of a set is not in `texts`."""
         self._spec = spec
         self._preprocess = Preprocess(student_preprocessing(spec))
-        self._sets = [LabelledSet(path) for path in sets]
+        texts.require_kind("text")
+        self._sets = open_sets(sets)
         wanted = {text for labelled in self._sets for class_prompts in labelled.prompts() for text in class_prompts}
         self._vectors = _look_up(wanted, texts)
         self._classes = [class_embeddings(labelled.prompts(), self._embed_texts) for labelled in self._sets]

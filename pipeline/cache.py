@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,10 +9,12 @@ import torch
 
 from cache_schemas import TeacherIdentity, to_plain
 from dimefm.clip import Precision, load_clip
+from dimefm.device import choose_device
+from dimefm.errors import DimefmError
 from dimefm.progress import amount
 from dimefm.store import Store
 from pipeline.plan import Forecast, PlanRequest, forecast, open_or_plan
-from pipeline.runner import Job, run_shards
+from pipeline.runner import Job, cpus, run_shards
 
 BATCH_SIZE = {"cpu": 32, "cuda": 512}
 
@@ -43,14 +44,14 @@ def cache(config: CacheConfig) -> Store:
     """
     device, teacher = _device_and_teacher(config)
     store = open_or_plan(_request(config, device), config.out, teacher)
-    workers = config.workers or (torch.cuda.device_count() if device.startswith("cuda") else _cpus())
+    workers = config.workers or (torch.cuda.device_count() if device.startswith("cuda") else cpus())
     job = Job(
         store=store.path,
-        teacher=config.teacher,
-        pretrained=config.pretrained,
+        teacher=teacher.name,
+        pretrained=teacher.pretrained,
         precision=teacher.precision,
         device=device,
-        threads=config.threads or max(1, _cpus() // workers),
+        threads=config.threads,
     )
     run_shards(job, workers=workers, address=config.ray_address)
     return store
@@ -79,13 +80,14 @@ def show_forecast(found: Forecast, teacher: TeacherIdentity) -> str:
 
 def _device_and_teacher(config: CacheConfig) -> tuple[str, TeacherIdentity]:
     """Where the workers run, and who the teacher will be there; read off a copy in this process's memory."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    remote = config.ray_address is not None
+    if remote and config.workers is None:
+        raise DimefmError(
+            "--ray-address without --workers", remedy="say how many of the cluster's GPUs or cores to use"
+        )
+    device = config.device if remote and config.device else choose_device(config.device)
     precision = config.precision or ("fp32" if device == "cpu" else "bf16")
     return device, load_clip(config.teacher, config.pretrained, precision=precision, device="cpu").identity
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _request(config: CacheConfig, device: str) -> PlanRequest:

@@ -63,6 +63,7 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity) -> St
     Raises SourceError for an empty source, OutputExistsError where something else is at `out`, MismatchError where a
     store is there that another source, teacher or setting made.
     """
+    out = storage.absolute(out)
     source = _open(request)
     files = source.files()
     shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind)
@@ -70,6 +71,7 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity) -> St
         store = Store(out)
         _require_same(store, request, _digest(files), shard_rows, teacher)
         return store
+    storage.remove_folder(storage.join(out, ROWS))  # of a run that was stopped while it planned
     tally = _Tally()
     rows = 0
     for shard, batch in enumerate(_batches(_samples(request, source, tally), shard_rows)):
@@ -105,6 +107,9 @@ def choose_shard_rows(source_bytes: int, kind: str) -> int:
 
 
 def _open(request: PlanRequest) -> Any:
+    if request.shard_rows and request.shard_rows > _CHUNK and request.shard_rows % _CHUNK:
+        what = f"shards of {request.shard_rows:,} rows are not whole chunks"
+        raise SourceError(what, remedy=f"give --shard-rows a multiple of {_CHUNK:,}, or less than that")
     opener = open_image_source if request.kind == "image" else open_text_source
     return opener(list(request.arguments))
 
@@ -189,8 +194,10 @@ def _is_planned(out: str) -> bool:
         raise OutputExistsError(what, remedy="give another --out")
     if "zarr.json" not in names:
         return False
-    attributes = storage.read_json(storage.join(storage.absolute(out), "zarr.json")).get("attributes", {})
-    return ATTRIBUTES_KEY in attributes
+    planned = ATTRIBUTES_KEY in storage.read_json(storage.join(out, "zarr.json")).get("attributes", {})
+    if not planned and storage.listing(storage.join(out, COMMITS)):
+        raise OutputExistsError(f"{out} has finished shards but no attributes", remedy="it is damaged: delete it")
+    return planned
 
 
 def _require_same(store: Store, request: PlanRequest, digest: str, shard_rows: int, teacher: TeacherIdentity) -> None:

@@ -40,21 +40,25 @@ class Job:
     pretrained: str | None
     precision: Precision
     device: str
-    threads: int
+    threads: int | None
 
 
 class Worker:
     """One teacher on one device. Plain Python: Ray makes actors of it, tests and benchmarks call it as it is."""
 
     def __init__(self, job: Job) -> None:
-        torch.set_num_threads(job.threads)
-        self._threads = job.threads
-        self._store = Store(job.store)
-        self._clip = load_clip(job.teacher, job.pretrained, precision=job.precision, device=job.device)
+        self._job = job
         self._rows = 0
+
+    def start(self, threads: int) -> None:
+        """Load the teacher. Apart from __init__, whose errors Ray would not hand on as they are."""
+        torch.set_num_threads(threads)
+        job, self._threads, self._store = self._job, threads, Store(self._job.store)
+        self._clip = load_clip(job.teacher, job.pretrained, precision=job.precision, device=job.device)
         differences = self._store.schema.teacher.differences(self._clip.identity)
         if differences:
-            raise MismatchError(f"{job.teacher} is not the teacher of {job.store}: {'; '.join(differences)}")
+            what = f"{job.teacher} is not the teacher of {job.store}: {'; '.join(differences)}"
+            raise MismatchError(what, remedy="name the teacher that the store was begun with")
 
     def check(self) -> None:
         """The canary; see pipeline.shard.check_canary."""
@@ -75,7 +79,8 @@ class Worker:
 def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
     """Encode every shard of the store that has no commit, on `workers` actors, on a cluster or a local Ray.
 
-    Raises StoreError when a shard fails three times, and what a worker raised when it could not start.
+    Raises DimefmError where there are not that many GPUs or cores, StoreError when a shard loses its worker three
+    times, and what a worker raised.
     """
     store = Store(job.store)
     schema = store.schema
@@ -86,19 +91,39 @@ def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
         return
     storage.remove_leftovers(store.path)
     with cluster(address, workers, job.device), Progress(schema.kind + "s", schema.rows, schema.kind, done) as progress:
-        _Supervisor(job, min(workers, len(pending)), check=bool(committed)).run(pending, progress, done)
+        workers = min(workers, len(pending))
+        threads = job.threads or _threads_of_each(workers, job.device, remote=address is not None)
+        _Supervisor(job, workers, threads, check=bool(committed)).run(pending, progress, done)
+
+
+def _threads_of_each(workers: int, device: str, *, remote: bool) -> int:
+    """CPU threads for each worker. Raises DimefmError where Ray could never place so many workers."""
+    kind = "GPU" if device.startswith("cuda") else "CPU"
+    resources = ray.cluster_resources()
+    have = int(resources.get(kind, 0))
+    if workers > have:
+        raise DimefmError(f"{workers} workers need {workers} {kind}s, and Ray has {have}", remedy=f"--workers {have}")
+    return max(1, (int(resources["CPU"]) if remote else cpus()) // workers)
+
+
+def cpus() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Supervisor:
     """Hands out shards, one in flight per actor, and replaces actors that are lost."""
 
-    def __init__(self, job: Job, workers: int, *, check: bool) -> None:
+    def __init__(self, job: Job, workers: int, threads: int, *, check: bool) -> None:
         gpus = 1 if job.device.startswith("cuda") else 0
         # Two threads of an actor: one works on a shard while the other answers how far it is.
         actor: Any = ray.remote(Worker)
         actor = actor.options(num_cpus=1, num_gpus=gpus, max_concurrency=2)
-        self._start: Callable[[], Any] = lambda: actor.remote(job)
-        self._actors: list[Any] = [self._start() for _ in range(workers)]
+        self._place: Callable[[], Any] = lambda: actor.remote(job)
+        self._threads = threads
+        self._actors: list[Any] = [self._place() for _ in range(workers)]
+        for started in [actor.start.remote(threads) for actor in self._actors]:
+            _get(started)
         self._tries: dict[int, int] = {}
         if check:
             _get(self._actors[0].check.remote())
@@ -122,9 +147,14 @@ class _Supervisor:
                 except RayActorError as error:
                     pending.append(self._again(shard, error))
                     finished += counted.pop(actor, 0)
-                    self._actors[self._actors.index(actor)] = self._start()
+                    self._actors[self._actors.index(actor)] = self._replacement()
             self._poll(counted)
             progress.at(finished + sum(counted.values()))
+
+    def _replacement(self) -> Any:
+        actor = self._place()
+        _get(actor.start.remote(self._threads))
+        return actor
 
     def _poll(self, counted: dict[Any, int]) -> None:
         asked = {actor.rows.remote(): actor for actor in self._actors}
@@ -152,11 +182,6 @@ def _get(reference: Any) -> Any:
         if isinstance(error.cause, DimefmError):
             raise error.cause from None
         raise
-    except RayActorError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, DimefmError):
-            raise cause from None
-        raise
 
 
 @contextmanager
@@ -165,7 +190,11 @@ def cluster(address: str | None, workers: int, device: str) -> Iterator[None]:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if address:
-        ray.init(address=address, log_to_driver=False)
+        try:
+            ray.init(address=address, log_to_driver=False)
+        except ConnectionError as error:
+            remedy = "start one with ray start --head, or leave --ray-address out"
+            raise DimefmError(f"no Ray cluster answers at {address}: {error}", remedy=remedy) from None
     else:
         ray.init(
             address="local",

@@ -18,11 +18,13 @@ from cache_schemas import Commit, Failure, Status
 from dimefm import storage
 from dimefm.clip import Clip
 from dimefm.decode import DecodeError
-from dimefm.errors import MismatchError
+from dimefm.errors import MismatchError, StoreError
 from dimefm.preprocess import Preprocess
 from dimefm.store import Store
 
 _CANARY_ROWS, _CANARY_COSINE = 8, 0.999
+_GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_WAITS = (0.5, 2.0)  # seconds before a failed read is tried again
 
 
 def encode_shard(
@@ -127,20 +129,36 @@ def _decoded(
 
 def _load(row: dict[str, Any], preprocess: Preprocess) -> torch.Tensor | DecodeError:
     try:
-        data = storage.read_bytes(row["file"], row["offset"], row["size"])
+        data = _read(row)
         if len(data) < row["size"]:
             return DecodeError(Status.TRUNCATED, f"the file ends after {len(data):,} of {row['size']:,} bytes")
         return preprocess(data)
-    except OSError as error:
+    except _GONE as error:
         return DecodeError(Status.MISSING, str(error))
     except DecodeError as error:
         return error
 
 
+def _read(row: dict[str, Any]) -> bytes:
+    """The bytes of a sample. Storage that fails for the moment is asked again, and at last ends the job: a row is
+    given up for good only where its file is gone."""
+    for wait in (*_WAITS, None):
+        try:
+            return storage.read_bytes(row["file"], row["offset"], row["size"])
+        except _GONE:
+            raise
+        except OSError as error:
+            if wait is None:
+                what = f"{row['file']} cannot be read: {error}"
+                raise StoreError(what, remedy="run the same command again once the storage answers") from error
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
 def check_canary(store: Store, clip: Clip) -> None:
     """Encode a few rows of a finished shard again. Raises MismatchError where they no longer agree: the files, the
     libraries or the device have changed since, and more rows would not belong with those that are there."""
-    commit = next(store.commits(), None)
+    commit = next((c for c in store.commits() if c.counts.get(Status.OK.name)), None)
     if commit is None:
         return
     good = np.flatnonzero(store.status(commit.start, commit.stop) == Status.OK)[:_CANARY_ROWS]

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-import fsspec
-
 from dimefm import storage
 from dimefm.errors import SourceError
 
@@ -37,7 +35,7 @@ class ImageSample:
 
 @dataclass(frozen=True)
 class TextSample:
-    """One sentence, stripped of white space at its ends, never empty."""
+    """One sentence, never empty; white space within it is single spaces, and there is none at its ends."""
 
     key: str
     text: str
@@ -91,7 +89,7 @@ def expand(argument: str) -> list[str]:
         numbers = (f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1))
         return [p for n in numbers for p in expand(argument[: match.start()] + n + argument[match.end() :])]
     if any(c in argument for c in "*?["):
-        fs, inner = fsspec.url_to_fs(storage.absolute(argument))
+        fs, inner = storage.filesystem(storage.absolute(argument))
         found = sorted(fs.glob(inner))
         if not found:
             raise SourceError(f"{argument} matches no file", remedy="check the path; quote globs in the shell")
@@ -105,7 +103,7 @@ def stat_files(paths: list[str]) -> list[SourceFile]:
     for path in paths:
         try:
             if storage.is_url(path):
-                fs, inner = fsspec.url_to_fs(path)
+                fs, inner = storage.filesystem(path)
                 files.append(SourceFile(path, int(fs.size(inner))))
             else:
                 files.append(SourceFile(path, Path(path).stat().st_size))

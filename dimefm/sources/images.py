@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -69,15 +70,19 @@ class ImageFolder:
 
     def __init__(self, root: str) -> None:
         self._root = storage.absolute(root)
+        self._files: list[SourceFile] | None = None
 
     def files(self) -> list[SourceFile]:
-        """Every image file below the folder, by name."""
+        """Every image file below the folder, by name. The tree is walked once."""
+        if self._files is None:
+            self._files = stat_files(self._walk())
+        return self._files
+
+    def _walk(self) -> list[str]:
         if not storage.is_url(self._root):
-            found = sorted(str(p) for p in Path(self._root).rglob("*") if _is_image(p.name) and p.is_file())
-        else:
-            fs, inner = fsspec.url_to_fs(self._root)
-            found = sorted(fs.unstrip_protocol(p) for p in fs.find(inner) if _is_image(p))
-        return stat_files(found)
+            return sorted(str(p) for p in Path(self._root).rglob("*") if _is_image(p.name) and p.is_file())
+        fs, inner = storage.filesystem(self._root)
+        return sorted(fs.unstrip_protocol(p) for p in fs.find(inner) if _is_image(p))
 
     def samples(self, report: Callable[[str], None]) -> Iterator[ImageSample]:
         """One sample a file."""
@@ -101,8 +106,8 @@ def open_image_source(arguments: list[str]) -> Source[ImageSample]:
         paths = expand(argument)
         for path in paths:
             parts.append(_open_one(argument, path))
-    files = [file.path for part in parts for file in part.files()]
-    repeated = {path for path in files if files.count(path) > 1} if len(files) < 10_000 else set()
+    counts = Counter(file.path for part in parts for file in part.files())
+    repeated = [path for path, count in counts.items() if count > 1]
     if repeated:
         raise SourceError(f"{min(repeated)} is given more than once", remedy="name each file or folder once")
     return Joined(parts)

@@ -94,9 +94,14 @@ def _lines(path: str) -> list[str]:
         raise SourceError(f"{path} does not exist", remedy=remedy) from None
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8: {error}") from None
-    found = [line.strip() for line in lines if line.strip()]
+    found = [line.strip() for line in lines]
+    while found and not found[-1]:
+        found.pop()
     if not found:
         raise SourceError(f"{path} is empty", remedy="write one entry a line")
+    if "" in found:
+        what = f"{path}, line {found.index('') + 1} is blank"
+        raise SourceError(what, remedy="delete it: lines are counted, and those after it would shift")
     return found
 
 

@@ -1,0 +1,93 @@
+"""`make reproduce`: its commands, its forecast, its report. The whole of it runs in test_end_to_end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dimefm.cli import cli
+from dimefm.report import write_report
+from dimefm.reproduce import commands, main, sample_scale, smoke_scale
+
+
+@pytest.mark.parametrize("scale", [smoke_scale(), sample_scale()])
+def test_every_stage_is_a_command_with_options_that_exist(scale: object, tmp_path: Path) -> None:
+    stages = commands(scale, tmp_path)  # type: ignore[arg-type]
+    assert [words[0] for _, words in stages] == [
+        "cache-images", "cache-texts", "cache-texts", "build-index", "retrieve", "train-student", "export",
+        "evaluate", "evaluate",
+    ]  # fmt: skip
+    for _, words in stages:
+        command = cli.commands[words[0]]
+        command.make_context(words[0], list(words[1:]))  # parses, and raises a usage error otherwise
+
+
+def test_the_papers_job_is_forecast_without_its_data() -> None:
+    result = CliRunner().invoke(main, ["--scale", "paper", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    for part in ("40,000,000", "28,400,000", "61.5 GB", "ViT-L-14-quickgelu", "--recipe paper", "GPU hours"):
+        assert part in result.output
+
+
+def test_the_forecast_counts_data_that_is_there(sample: Path) -> None:
+    words = ["--scale", "paper", "--dry-run", "--images", str(sample / "images"), "--texts", str(sample / "texts")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    assert "5,311" in result.output
+    assert "counted" in result.output
+
+
+def test_the_papers_job_asks_for_its_data() -> None:
+    result = CliRunner().invoke(main, ["--scale", "paper"])
+    assert result.exit_code == 2
+    assert "needs --images, --texts and --val" in result.output
+
+
+@pytest.fixture(scope="module")
+def finished(
+    image_tar: Path, text_file: Path, sample: Path, teacher_name: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The whole job by its commands, on 96 images, as `make reproduce` runs them."""
+    from dimefm.reproduce import Scale, run_all
+
+    out = tmp_path_factory.mktemp("reproduce") / "tiny"
+    scale = Scale(
+        teacher=("--teacher", teacher_name),
+        images=(str(image_tar),),
+        texts=(str(text_file),),
+        val=(str(sample / "eval" / "cifar10"),),
+        recipe="sample",
+        train=("--image-size", "32", "--batch-size", "16", "--epochs", "2", "--log-every", "2"),
+        bars={"cifar10": 9.9},
+    )
+    run_all(commands(scale, out), out)
+    return out
+
+
+@pytest.mark.slow
+def test_end_to_end_the_job_ends_in_a_report(finished: Path) -> None:
+    report = write_report(finished, {"cifar10": 9.9})
+    assert report.missed[0].startswith("cifar10 ")
+    for part in ("agreement", "cache-images", "bytes/row", "visually grounded", "seed 0"):
+        assert part in report.text
+    assert (finished / "report.md").read_text().startswith("# dimefm: tiny")
+    assert (finished / "report.png").stat().st_size > 20_000
+    student = json.loads((finished / "student.json").read_text())["sets"]["cifar10"]
+    teacher = json.loads((finished / "teacher.json").read_text())["sets"]["cifar10"]
+    assert teacher["top1"] > 0.4 > student["top1"]
+    assert write_report(finished, {"cifar10": 0.1}).missed == []
+
+
+@pytest.mark.slow
+def test_python_dash_m_is_the_command(finished: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dimefm", "info", str(finished / "pairs.zarr")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "the nearest 16 sentences each" in done.stdout
+    assert "hits" in done.stdout

@@ -1,0 +1,66 @@
+"""Stage 1 on a real local Ray: several workers, one writer a shard, errors that arrive as they were raised."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dimefm.errors import DimefmError, MismatchError
+from dimefm.store import Store
+from pipeline.cache import CacheConfig, cache, dry_run, show_forecast
+from pipeline.runner import Job, run_shards
+
+pytestmark = pytest.mark.slow
+
+
+def config(out: Path, image_tar: Path, teacher_name: str, **changes: object) -> CacheConfig:
+    words = {"kind": "image", "sources": (str(image_tar),), "out": str(out), "teacher": teacher_name, "device": "cpu"}
+    return CacheConfig(**{**words, "shard_rows": 32, "batch_size": 16, "workers": 2, "threads": 1, **changes})
+
+
+def test_ray_writes_what_one_process_writes(
+    image_store: Store, image_tar: Path, teacher_name: str, tmp_path: Path
+) -> None:
+    store = cache(config(tmp_path / "i.zarr", image_tar, teacher_name))
+    assert store.committed() == {0, 1, 2}
+    np.testing.assert_array_equal(store.read(0, 96), image_store.read(0, 96))
+    assert store.schema.identity == image_store.schema.identity
+    for shard in range(3):
+        assert store.plan(shard).equals(image_store.plan(shard))
+    assert [c.digest for c in store.commits()] == [c.digest for c in image_store.commits()]
+
+
+def test_a_finished_store_needs_no_ray(
+    image_store: Store, image_tar: Path, teacher_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.runner.cluster", lambda *_: pytest.fail("Ray was started for nothing"))
+    assert cache(config(Path(image_store.path), image_tar, teacher_name)).path == image_store.path
+
+
+def test_what_a_worker_refuses_arrives_as_one_line(image_tar: Path, teacher_name: str, tmp_path: Path) -> None:
+    """Workers that load another teacher than the plan's, as after a file was replaced under a running cluster."""
+    from pipeline.plan import PlanRequest, open_or_plan
+    from tests.stores import teacher_identity
+
+    request = PlanRequest(kind="image", arguments=(str(image_tar),), shard_rows=32)
+    store = open_or_plan(request, str(tmp_path / "i.zarr"), teacher_identity())
+    job = Job(store=store.path, teacher=teacher_name, pretrained=None, precision="fp32", device="cpu", threads=1)
+    with pytest.raises(DimefmError, match=r"is not the teacher of"):
+        run_shards(job, workers=1)
+    assert not store.committed()
+
+
+def test_the_canary_runs_before_more_is_added(image_tar: Path, teacher_name: str, tmp_path: Path) -> None:
+    store = cache(config(tmp_path / "i.zarr", image_tar, teacher_name))
+    (Path(store.path) / "commits" / "000002.json").unlink()
+    store.group["embedding"][0:32] = np.roll(store.read(0, 32), 1, axis=1)
+    with pytest.raises(MismatchError, match="encoded again has cosine"):
+        cache(config(tmp_path / "i.zarr", image_tar, teacher_name))
+    assert store.committed() == {0, 1}
+
+
+def test_a_dry_run_counts_and_writes_nothing(image_tar: Path, teacher_name: str, tmp_path: Path) -> None:
+    text = show_forecast(*dry_run(config(tmp_path / "i.zarr", image_tar, teacher_name)))
+    for part in ("rows     96 from 1 files", "shards   3", "98.4 kB", "weights", "logit_scale"):
+        assert part in text
+    assert not (tmp_path / "i.zarr").exists()
