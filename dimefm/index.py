@@ -278,11 +278,7 @@ def _require_same(config: IndexConfig, store: Store, factory: str) -> IndexSidec
         ("factory", sidecar.factory, factory),
         ("seed", sidecar.seed, config.seed),
         ("recall_target", sidecar.recall_target, config.recall_target),
-        (
-            "queries",
-            [r.source for r in sidecar.recall[1:]],
-            [Store(config.queries).schema.kind] if config.queries else [],
-        ),
+        ("queries", [r.source for r in sidecar.recall[1:]], asked),
     )
     differences = [f"{name}: {mine} != {theirs}" for name, mine, theirs in pairs if mine != theirs]
     if differences:

@@ -326,7 +326,9 @@ def test_training_from_a_store_that_is_unfinished_or_not_there(
         (["--lr", "0", "--epochs", "-1"], "epochs must be above 0, found -1.0; lr must be above 0, found 0.0"),
         (["--text-mix", "selected=1"], "--pairs"),
         (["--text-mix", "random=0.5"], "add up to"),
-        (["--pairs", "nowhere"], "nowhere is not a dimefm store"),
+        (["--pairs", "nowhere"], "the text mix draws nothing from them"),
+        (["--pairs", "nowhere", "--text-mix", "selected=1"], "nowhere is not a dimefm store"),
+        (["--epochs", "0.001"], "of 12 steps are none"),
         (["--val", "nowhere"], "nowhere"),
     ],
 )

@@ -203,3 +203,40 @@ def test_a_sidecar_of_another_version_is_refused_with_the_remedy(
     path.write_text(json.dumps({**document, "version": 9}))
     with pytest.raises(ValueError, match="version 9 is not readable here"):
         Index(str(tmp_path / "t.index"))
+
+
+def test_images_with_fewer_sentences_than_asked_have_none_in_their_place(tmp_path: Path) -> None:
+    """One list of the index is probed, and holds fewer than k."""
+    texts, _ = random_store(tmp_path / "t.zarr", rows=300, shard_rows=512, kind="text")
+    images, _ = random_store(tmp_path / "i.zarr", rows=20, shard_rows=32, seed=5)
+    out = str(tmp_path / "t.index")
+    build_index(IndexConfig(store=texts.path, out=out, factory="IVF32,Flat", recall_target=0.01))
+    selection = retrieve_with_index(images.path, texts.path, out, top_k=64, out=str(tmp_path / "p.zarr"))
+    pairs = Pairs(str(tmp_path / "p.zarr"))
+    rows, scores = pairs.text_rows(0, 20), pairs.scores(0, 20)
+    assert (rows == -1).any()
+    np.testing.assert_array_equal(np.isnan(scores), rows == -1)
+    assert selection.mean_score == pytest.approx(float(np.nanmean(scores.astype(np.float64))), abs=1e-4)
+    assert int(pairs.hits().sum()) == int((rows >= 0).sum())
+
+
+def test_swapped_stores_are_refused(
+    texts: tuple[Store, np.ndarray], images: tuple[Store, np.ndarray], tmp_path: Path
+) -> None:
+    retrieved(images[0], texts[0], tmp_path)
+    with pytest.raises(MismatchError, match="holds text embeddings where image embeddings belong"):
+        retrieve_with_index(texts[0].path, images[0].path, str(tmp_path / "t.index"), top_k=4, out=str(tmp_path / "q"))
+
+
+def test_recall_of_other_queries_is_not_taken_for_done(
+    texts: tuple[Store, np.ndarray], images: tuple[Store, np.ndarray], tmp_path: Path
+) -> None:
+    config = IndexConfig(store=texts[0].path, out=str(tmp_path / "t.index"))
+    build_index(config)
+    with pytest.raises(OutputExistsError, match="queries"):
+        build_index(IndexConfig(store=texts[0].path, out=config.out, queries=images[0].path))
+
+
+def test_an_index_over_one_row_can_be_built(tmp_path: Path) -> None:
+    store, _ = random_store(tmp_path / "s.zarr", rows=1, shard_rows=16, kind="text")
+    assert build_index(IndexConfig(store=store.path, out=str(tmp_path / "s.index"))).rows == 1

@@ -259,3 +259,47 @@ def test_a_forecast_says_what_the_plan_will_be_and_writes_nothing(
     schema = open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher).schema
     assert (found.rows, found.shards, found.source) == (schema.rows, schema.shards, schema.source)
     assert found.bytes_out == 10 * (2 * teacher.embed_dim + 1)
+
+
+def test_a_home_folder_is_the_same_store_again(
+    tars: Path, teacher: TeacherIdentity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """~ is not always expanded by the shell; planned again at another place, a finished store would be lost."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    store = open_or_plan(of_images(tars), "~/i.zarr", teacher)
+    assert store.path == str(tmp_path / "i.zarr")
+    before = all_files(tmp_path / "i.zarr")
+    assert open_or_plan(of_images(tars), "~/i.zarr", teacher).path == store.path
+    assert all_files(tmp_path / "i.zarr") == before
+    with pytest.raises(OutputExistsError, match="is a store already"):
+        Store.create(store.path, store.schema)
+
+
+def test_a_plan_that_was_stopped_leaves_no_rows_behind(tars: Path, teacher: TeacherIdentity, tmp_path: Path) -> None:
+    left = tmp_path / "i.zarr" / "rows" / "000099.parquet"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of a longer source")
+    open_or_plan(of_images(tars), str(tmp_path / "i.zarr"), teacher)
+    assert not left.exists()
+
+
+def test_commits_without_attributes_are_not_planned_over(tars: Path, teacher: TeacherIdentity, tmp_path: Path) -> None:
+    commits = tmp_path / "i.zarr" / "commits"
+    commits.mkdir(parents=True)
+    (commits / "000000.json").write_text("{}")
+    (tmp_path / "i.zarr" / "zarr.json").write_text("{}")
+    with pytest.raises(OutputExistsError, match="finished shards but no attributes"):
+        open_or_plan(of_images(tars), str(tmp_path / "i.zarr"), teacher)
+
+
+def test_shards_are_whole_chunks(tars: Path, teacher: TeacherIdentity, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"5,000 rows are not whole chunks"):
+        open_or_plan(of_images(tars, shard_rows=5000), str(tmp_path / "i.zarr"), teacher)
+    assert not (tmp_path / "i.zarr").exists()
+
+
+def test_a_source_given_twice_is_refused(tars: Path, teacher: TeacherIdentity, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"a\.tar is given more than once"):
+        open_or_plan(
+            PlanRequest(kind="image", arguments=(str(tars), str(tars / "a.tar"))), str(tmp_path / "i"), teacher
+        )

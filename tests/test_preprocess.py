@@ -16,7 +16,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from cache_schemas import Preprocessing
+from cache_schemas import Preprocessing, Status
 from dimefm.clip import Clip
 from dimefm.decode import DecodeError
 from dimefm.preprocess import Preprocess, normalise, resize, shortest_side
@@ -143,3 +143,12 @@ def test_embeddings_agree_with_a_plain_open_clip_loop(sample: Path, clip: Clip, 
     assert cosine.min() > 0.9999
     others = (ours @ theirs.T)[~torch.eye(len(datas), dtype=torch.bool)]
     assert others.max() < 0.999
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_strip_that_would_fill_the_memory_is_refused(kind: str) -> None:
+    """1 x 60,000 pixels are few, and 224 x 13,440,000 are three gigabytes a channel."""
+    strip = encoded(Image.new("RGB", (60_000, 1)), kind)
+    with pytest.raises(DecodeError, match="would be 3,010,560,000 pixels when resized") as caught:
+        Preprocess(facts(size=(224, 224)))(strip)
+    assert caught.value.status == Status.TOO_LARGE

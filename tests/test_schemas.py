@@ -122,6 +122,7 @@ RUN = Run(
     student=STUDENT,
     teacher=TEACHER,
     images_identity="3" * 64,
+    images_chunk_rows=512,
     texts_identity=None,
     pairs_digest="4" * 64,
     steps=100,

@@ -17,8 +17,9 @@ import zarr
 from PIL import Image
 
 from cache_schemas import Status
+from dimefm import storage
 from dimefm.clip import Clip
-from dimefm.errors import MismatchError
+from dimefm.errors import MismatchError, StoreError
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.shard import check_canary, encode_rows, encode_shard
@@ -320,3 +321,31 @@ def test_the_canary_refuses_when_a_file_is_gone(begun: Store, clip: Clip) -> Non
     Path(begun.plan(0).to_pylist()[0]["file"]).unlink()
     with pytest.raises(MismatchError, match="row 0"):
         check_canary(begun, clip)
+
+
+def test_storage_that_fails_for_a_moment_is_asked_again(
+    image_store: Store, clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, read, failures = image_store.plan(0).to_pylist()[:2], storage.read_bytes, iter([OSError("stale handle")])
+
+    def flaky(*where: Any) -> bytes:
+        for failure in failures:
+            raise failure
+        return read(*where)
+
+    monkeypatch.setattr("dimefm.storage.read_bytes", flaky)
+    monkeypatch.setattr("pipeline.shard._WAITS", (0.0, 0.0))
+    _, status, _ = encode_rows(rows, "image", clip, 2)
+    assert (status == Status.OK).all()
+
+
+def test_storage_that_goes_on_failing_ends_the_job_and_gives_up_no_row(
+    image_store: Store, clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*where: Any) -> bytes:
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr("dimefm.storage.read_bytes", broken)
+    monkeypatch.setattr("pipeline.shard._WAITS", (0.0,))
+    with pytest.raises(StoreError, match=r"cannot be read: no answer"):
+        encode_rows([{"row": 0, "key": "k", "file": "f", "offset": 0, "size": 9}], "image", clip, 2)

@@ -1,6 +1,9 @@
 """The training loop: it learns, it goes on exactly where it was, it refuses what does not fit."""
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from cache_schemas import StudentSpec
+from dimefm import train as train_module
 from dimefm.checkpoint import Checkpoints
 from dimefm.config import TrainConfig
-from dimefm.data import Augmentation, Request, TrainingImages
+from dimefm.data import Augmentation, TrainingImages, batches, training_loader
 from dimefm.errors import MismatchError, OutputExistsError, StoreError, TrainingError
 from dimefm.losses import LossConfig
 from dimefm.run import read_run
@@ -162,12 +167,100 @@ def test_not_a_number_stops_the_run_at_its_step(image_store: Store, text_store: 
         train(config)
 
 
-def test_an_image_that_is_gone_is_named(tmp_path: Path) -> None:
-    """The plan of a random store names a file "f" that is not there."""
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_gone_is_named(text_store: Store, tmp_path: Path, workers: int) -> None:
+    """The plan of a random store names a file "f" that is not there; a worker says so as this process would."""
     store, _ = random_store(tmp_path / "s.zarr", rows=32, shard_rows=32)
-    images = TrainingImages(store.path, Augmentation(size=32, crop_scale=(0.5, 1), flip=True, seed=0))
-    with pytest.raises(TrainingError, match=r"row 5 \(key 'k5' in f\).*cannot be read now"):
-        images[Request(0, 0, np.array([5]), np.array([5]))]
+    augmentation = Augmentation(size=32, crop_scale=(0.5, 1), flip=True, seed=0)
+    loader = training_loader(store, augmentation, batch_size=8, per_epoch=4, first=0, steps=4, workers=workers)
+    with pytest.raises(TrainingError, match=r"^row \d+ \(key 'k\d+' in f\).*cannot be read now"):
+        next(batches(loader))
+
+
+def test_a_worker_that_dies_ends_the_run_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingImages, "_batch", lambda self, request: os.kill(os.getpid(), signal.SIGKILL))
+    store, _ = random_store(tmp_path / "s.zarr", rows=32, shard_rows=32)
+    augmentation = Augmentation(size=32, crop_scale=(0.5, 1), flip=True, seed=0)
+    loader = training_loader(store, augmentation, batch_size=8, per_epoch=4, first=0, steps=4, workers=1)
+    with pytest.raises(TrainingError, match=r"a process that decodes images died"):
+        next(batches(loader))
+
+
+def test_resume_is_exact_for_a_tower_that_draws_random_numbers(
+    image_store: Store, text_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stochastic depth draws from torch's global generator at every step."""
+    build = train_module.build_student
+
+    def with_dropout(spec: StudentSpec) -> torch.nn.Module:
+        return torch.nn.Sequential(build(spec), torch.nn.Dropout(0.3))
+
+    monkeypatch.setattr(train_module, "build_student", with_dropout)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(tiny_config(image_store, text_store, whole, checkpoint_every=1, max_steps=4))
+    monkeypatch.setattr(Checkpoints, "_forget", _interrupt_at(2, Checkpoints._forget))
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(image_store, text_store, parts, checkpoint_every=1, max_steps=4))
+    monkeypatch.setattr(Checkpoints, "_forget", lambda self: None)
+    train(tiny_config(image_store, text_store, parts, checkpoint_every=1, max_steps=4))
+    assert same(weights(whole), weights(parts))
+
+
+def _interrupt_at(call: int, method: Callable[[Checkpoints], None]) -> Callable[[Checkpoints], None]:
+    calls = []
+
+    def interrupting(self: Checkpoints) -> None:
+        calls.append(1)
+        method(self)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    return interrupting
+
+
+def test_a_start_that_was_killed_at_once_is_repeated(image_store: Store, text_store: Store, tmp_path: Path) -> None:
+    """What a kill can leave before run.json: an empty folder, and an unfinished file of ours."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.json.0.unfinished").write_text("{")
+    train(tiny_config(image_store, text_store, tmp_path / "run", max_steps=1))
+    assert Checkpoints(str(tmp_path / "run")).step() == 1
+
+
+def test_the_best_checkpoint_is_one_that_was_validated(
+    sample: Path,
+    image_store: Store,
+    text_store: Store,
+    prompt_store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scores = iter([0.9, 0.1, 0.2, 0.3])
+    monkeypatch.setattr("dimefm.validate.Validation.run", lambda *_: {"cifar10": next(scores)})
+    config = tiny_config(
+        image_store, text_store, tmp_path / "run", val=(str(sample / "eval" / "cifar10"),),
+        val_texts=prompt_store.path, val_every=0.5, max_steps=8, checkpoint_every=5,
+    )  # fmt: skip
+    train(config)
+    assert Checkpoints(config.out).step("best") == 3  # 6 steps an epoch, validated every 3
+    assert (Path(config.out) / "checkpoints" / "step-00000003.pt").exists()
+
+
+def test_swapped_stores_are_refused(image_store: Store, text_store: Store, tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match="holds text embeddings where image embeddings belong"):
+        train(tiny_config(text_store, image_store, tmp_path / "run"))
+    with pytest.raises(MismatchError, match="holds image embeddings where text embeddings belong"):
+        train(tiny_config(image_store, image_store, tmp_path / "run"))
+
+
+def test_pairs_that_would_not_be_used_are_refused(image_store: Store, text_store: Store, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="the text mix draws nothing from them"):
+        tiny_config(image_store, text_store, tmp_path / "run", pairs="pairs.zarr")
+
+
+def test_a_run_cannot_go_to_a_url(image_store: Store, text_store: Store) -> None:
+    config = replace(tiny_config(image_store, text_store, Path("x")), out="s3://bucket/run")
+    with pytest.raises(StoreError, match="a run folder must be a local path"):
+        train(config)
 
 
 def test_settings_that_make_no_sense_are_all_named(image_store: Store, text_store: Store, tmp_path: Path) -> None:
