@@ -48,13 +48,13 @@ def objectives(
                 run = Path(out) / f"{list(OBJECTIVES).index(name)}-{lr}-{epochs}-{seed}"
                 config = dataclasses.replace(
                     sample(*stores, str(run)),
-                    pairs=str(folder / "pairs.zarr"),
                     val=sets,
                     val_texts=str(folder / "prompts.zarr"),
                     val_every=epochs,
                     epochs=epochs,
                     lr=lr,
                     seed=seed,
+                    pairs=str(folder / "pairs.zarr") if "text_mix" in changes else None,
                     **changes,
                 )
                 scores.append(train(config).validation)

@@ -12,6 +12,7 @@ from dimefm.clip import Precision, load_clip
 from dimefm.device import choose_device
 from dimefm.errors import DimefmError
 from dimefm.progress import amount
+from dimefm.sources.base import expand
 from dimefm.store import Store
 from pipeline.plan import Forecast, PlanRequest, forecast, open_or_plan
 from pipeline.runner import Job, cpus, run_shards
@@ -80,6 +81,8 @@ def show_forecast(found: Forecast, teacher: TeacherIdentity) -> str:
 
 def _device_and_teacher(config: CacheConfig) -> tuple[str, TeacherIdentity]:
     """Where the workers run, and who the teacher will be there; read off a copy in this process's memory."""
+    for argument in config.sources:
+        expand(argument)  # a mistyped path is found before a large teacher is loaded
     remote = config.ray_address is not None
     if remote and config.workers is None:
         raise DimefmError(
