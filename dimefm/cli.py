@@ -65,7 +65,9 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--batch-size", type=click.IntRange(1), help="Default: 32 on CPU, 512 on GPU."),
         click.option("--shard-rows", type=click.IntRange(1), help="Rows of a unit of work. Default: by input size."),
         click.option("--workers", type=click.IntRange(1), help="Ray actors. Default: one a GPU, or one a CPU core."),
-        click.option("--threads", type=click.IntRange(1), help="CPU threads of a worker. Default: cores / workers."),
+        click.option(
+            "--threads", type=click.IntRange(1), help="Decoding threads of a worker. Default: cores / workers."
+        ),
         click.option("--ray-address", help="An existing Ray cluster. Default: a local Ray for this command alone."),
         click.option("--dry-run", is_flag=True, help="Print rows, shards, bytes and the teacher; write nothing."),
     ]

@@ -51,8 +51,12 @@ class Worker:
         self._rows = 0
 
     def start(self, threads: int) -> None:
-        """Load the teacher. Apart from __init__, whose errors Ray would not hand on as they are."""
-        torch.set_num_threads(threads)
+        """Load the teacher, and decode on `threads`. Not in __init__, whose errors Ray would not hand on as they are.
+
+        The teacher itself computes on one thread on a CPU: sums come out differently on more, and a run that goes on
+        with other workers must write the same bytes. Several workers of one thread are faster than one of several.
+        """
+        torch.set_num_threads(1)
         job, self._threads, self._store = self._job, threads, Store(self._job.store)
         self._clip = load_clip(job.teacher, job.pretrained, precision=job.precision, device=job.device)
         differences = self._store.schema.teacher.differences(self._clip.identity)

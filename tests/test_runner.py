@@ -30,6 +30,17 @@ def test_ray_writes_what_one_process_writes(
     assert [c.digest for c in store.commits()] == [c.digest for c in image_store.commits()]
 
 
+def test_one_shard_left_is_written_as_among_many(
+    image_store: Store, image_tar: Path, teacher_name: str, tmp_path: Path
+) -> None:
+    """One shard, one worker, all cores: on more threads a CPU adds up in another order, and gives other bytes."""
+    store = cache(config(tmp_path / "i.zarr", image_tar, teacher_name, threads=None))
+    (Path(store.path) / "commits" / "000001.json").unlink()
+    (Path(store.path) / "embedding" / "c" / "1" / "0").unlink()
+    again = cache(config(tmp_path / "i.zarr", image_tar, teacher_name, threads=None))
+    np.testing.assert_array_equal(again.read(0, 96), image_store.read(0, 96))
+
+
 def test_a_finished_store_needs_no_ray(
     image_store: Store, image_tar: Path, teacher_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
