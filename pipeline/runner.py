@@ -96,18 +96,20 @@ def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
     storage.remove_leftovers(store.path)
     with cluster(address, workers, job.device), Progress(schema.kind + "s", schema.rows, schema.kind, done) as progress:
         workers = min(workers, len(pending))
-        threads = job.threads or _threads_of_each(workers, job.device, remote=address is not None)
+        cores = _require_room(workers, job.device)
+        cores = cores if address else cpus()  # a local Ray is told of one core a worker, whatever there are
+        threads = job.threads or max(1, cores // workers)
         _Supervisor(job, workers, threads, check=bool(committed)).run(pending, progress, done)
 
 
-def _threads_of_each(workers: int, device: str, *, remote: bool) -> int:
-    """CPU threads for each worker. Raises DimefmError where Ray could never place so many workers."""
+def _require_room(workers: int, device: str) -> int:
+    """CPU cores of the Ray that is running. Raises DimefmError where it could never place so many workers."""
     kind = "GPU" if device.startswith("cuda") else "CPU"
     resources = ray.cluster_resources()
     have = int(resources.get(kind, 0))
     if workers > have:
         raise DimefmError(f"{workers} workers need {workers} {kind}s, and Ray has {have}", remedy=f"--workers {have}")
-    return max(1, (int(resources["CPU"]) if remote else cpus()) // workers)
+    return int(resources["CPU"])
 
 
 def cpus() -> int:

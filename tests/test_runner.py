@@ -61,6 +61,15 @@ def test_what_a_worker_refuses_arrives_as_one_line(image_tar: Path, teacher_name
     assert not store.committed()
 
 
+@pytest.mark.parametrize("threads", [None, 1])
+def test_more_workers_than_devices_are_refused_instead_of_waited_for(
+    image_tar: Path, teacher_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None
+) -> None:
+    monkeypatch.setattr("pipeline.runner.ray.cluster_resources", lambda: {"CPU": 1.0})
+    with pytest.raises(DimefmError, match=r"2 workers need 2 CPUs, and Ray has 1(?s:.*)--workers 1"):
+        cache(config(tmp_path / "i.zarr", image_tar, teacher_name, threads=threads))
+
+
 def test_the_canary_runs_before_more_is_added(image_tar: Path, teacher_name: str, tmp_path: Path) -> None:
     store = cache(config(tmp_path / "i.zarr", image_tar, teacher_name))
     (Path(store.path) / "commits" / "000002.json").unlink()
