@@ -20,7 +20,8 @@ import torch
 from dimefm import storage
 from dimefm.decode import DecodeError
 from dimefm.errors import SourceError
-from dimefm.sources.images import IMAGE_EXTENSIONS, ImageFolder, split_key, tar_members
+from dimefm.sources.images import IMAGE_EXTENSIONS, ImageFolder, split_key
+from dimefm.sources.tar import tar_members
 from dimefm.sources.texts import prompt, read_classnames, read_templates
 
 
@@ -102,9 +103,9 @@ def _from_tars(tars: list[str]) -> Iterator[Labelled]:
         for member in tar_members(tar, problems.append):
             key, extension = split_key(member.name)
             if extension in IMAGE_EXTENSIONS:
-                images[key] = (member.offset_data, member.size)
+                images[key] = (member.offset, member.size)
             elif extension == "cls":
-                labels[key] = _label(tar, key, storage.read_bytes(tar, member.offset_data, member.size))
+                labels[key] = _label(tar, key, storage.read_bytes(tar, member.offset, member.size))
         if problems:
             raise SourceError(problems[0], remedy="fetch the tar again")
         for key, (offset, size) in images.items():

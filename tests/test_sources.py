@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dimefm.errors import SourceError
-from dimefm.sources import ImageFolder, PromptSet, TextFile, WebDataset, open_image_source, open_text_source
-from dimefm.sources.base import expand
+from dimefm.sources import ImageFolder, PromptSet, SourceFile, TextFile, WebDataset, open_image_source, open_text_source
+from dimefm.sources.files import expand, stat_files
 from dimefm.sources.images import split_key
 from dimefm.sources.texts import prompt, read_classnames, read_templates
 from tests.contracts.source_contract import BreakableContract, ImageSourceContract, TextSourceContract, listed
@@ -23,7 +23,7 @@ class TestWebDataset(ImageSourceContract, BreakableContract):
         if not (folder / "β.tar").exists():
             write_tar(folder / "β.tar", dict(images[3:]))
             write_tar(folder / "a.tar", {"000.txt": b"a caption", **dict(images[:3]), "000.json": b"{}"})
-        return WebDataset([str(folder.absolute() / "β.tar"), str(folder.absolute() / "a.tar")])
+        return WebDataset(stat_files([str(folder.absolute() / name) for name in ("a.tar", "β.tar")]))
 
     def make_with_broken_file(self, folder: Path) -> tuple[Any, int]:
         source = self.make(folder)
@@ -48,21 +48,21 @@ class TestTextFile(TextSourceContract):
         folder.mkdir(exist_ok=True)
         one, two, *rest = self.sentences()
         (folder / "sätze.txt").write_text(f"{one}\n\n   \n  {two}\t\r\n" + "\n".join(rest), encoding="utf-8")
-        return TextFile(str(folder.absolute() / "sätze.txt"))
+        return TextFile(*stat_files([str(folder.absolute() / "sätze.txt")]))
 
 
 class TestGzippedTextFile(TextSourceContract, BreakableContract):
     def make(self, folder: Path) -> Any:
         folder.mkdir(exist_ok=True)
         (folder / "sätze.txt.gz").write_bytes(gzip.compress("\n".join(self.sentences()).encode(), mtime=0))
-        return TextFile(str(folder.absolute() / "sätze.txt.gz"))
+        return TextFile(*stat_files([str(folder.absolute() / "sätze.txt.gz")]))
 
     def make_with_broken_file(self, folder: Path) -> tuple[Any, int]:
         lines = [f"sentence {i} of many" for i in range(3000)]
         whole = gzip.compress("\n".join(lines).encode())
         (folder / "a.txt.gz").write_bytes(whole[: len(whole) // 2])
         (folder / "b.txt").write_text("one\ntwo\n")
-        readable = len(listed(TextFile(str(folder / "a.txt.gz")))[0])
+        readable = len(listed(TextFile(*stat_files([str(folder / "a.txt.gz")])))[0])
         assert 0 < readable < 3000
         return open_text_source([str(folder)]), readable + 2
 
@@ -97,11 +97,11 @@ def test_the_key_ends_at_the_first_dot_of_the_last_part(name: str, key: str, ext
 
 def test_a_tar_with_a_damaged_header_is_reported(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": make_jpeg(seed=i) for i in range(4)})
-    samples, _ = listed(WebDataset([str(path)]))
+    samples, _ = listed(WebDataset(stat_files([str(path)])))
     content = bytearray(path.read_bytes())
     content[samples[2].offset - 400 : samples[2].offset - 380] = b"x" * 20
     path.write_bytes(content)
-    found, reports = listed(WebDataset([str(path)]))
+    found, reports = listed(WebDataset(stat_files([str(path)])))
     assert found == samples[:2]
     assert len(reports) == 1
     assert "2 members" in reports[0]
@@ -109,16 +109,16 @@ def test_a_tar_with_a_damaged_header_is_reported(tmp_path: Path) -> None:
 
 def test_a_tar_cut_between_two_members_is_reported(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": make_jpeg(seed=i) for i in range(4)})
-    samples, _ = listed(WebDataset([str(path)]))
+    samples, _ = listed(WebDataset(stat_files([str(path)])))
     path.write_bytes(path.read_bytes()[: samples[2].offset - 512])
-    found, reports = listed(WebDataset([str(path)]))
+    found, reports = listed(WebDataset(stat_files([str(path)])))
     assert found == samples[:2]
     assert len(reports) == 1
 
 
 def test_a_text_file_named_tar_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_text("this is no archive\n" * 100)
-    found, reports = listed(WebDataset([str(tmp_path / "a.tar")]))
+    found, reports = listed(WebDataset(stat_files([str(tmp_path / "a.tar")])))
     assert found == []
     assert len(reports) == 1
     assert "a.tar" in reports[0]
@@ -126,7 +126,7 @@ def test_a_text_file_named_tar_is_reported(tmp_path: Path) -> None:
 
 def test_a_tar_that_is_gone_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
     write_tar(tmp_path / "b.tar", {"0.jpg": b"0"})
-    found, reports = listed(WebDataset([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]))
+    found, reports = listed(WebDataset([SourceFile(str(tmp_path / name), 1024, 0) for name in ("a.tar", "b.tar")]))
     assert [sample.key for sample in found] == ["0"]
     assert len(reports) == 1
     assert "cannot be read" in reports[0]
@@ -135,7 +135,7 @@ def test_a_tar_that_is_gone_is_reported_and_the_rest_go_on(tmp_path: Path) -> No
 def test_members_that_are_no_images_or_have_no_name_are_passed_over(tmp_path: Path) -> None:
     members = {"0.cls": b"3", "0.jpg": b"0", "._0.jpg": b"x", ".jpg": b"x", "1.mp4": b"1", "2.WEBP": b"2"}
     path = write_tar(tmp_path / "a.tar", members)
-    assert [sample.key for sample in listed(WebDataset([str(path)]))[0]] == ["0", "2"]
+    assert [sample.key for sample in listed(WebDataset(stat_files([str(path)])))[0]] == ["0", "2"]
 
 
 def test_hidden_files_of_a_folder_are_passed_over(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_two_ranges_make_every_combination(tmp_path: Path) -> None:
     for a in range(2):
         for b in range(3):
             (tmp_path / f"{a}-{b}.txt").write_text("x")
-    names = [Path(path).name for path in expand(f"{tmp_path}/{{0..1}}-{{0..2}}.txt")]
+    names = [Path(place.path).name for place in expand(f"{tmp_path}/{{0..1}}-{{0..2}}.txt")]
     assert names == ["0-0.txt", "0-1.txt", "0-2.txt", "1-0.txt", "1-1.txt", "1-2.txt"]
 
 
@@ -248,7 +248,7 @@ def test_an_image_given_as_sentences_is_refused(tmp_path: Path) -> None:
 
 def test_lines_that_are_not_utf8_are_kept_and_reported_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"good\ncaf\xe9 noir\n\xff\xfe\nlast")
-    found, reports = listed(TextFile(str(tmp_path / "a.txt")))
+    found, reports = listed(TextFile(*stat_files([str(tmp_path / "a.txt")])))
     assert [sample.text for sample in found] == ["good", "caf� noir", "��", "last"]
     assert [sample.key for sample in found] == ["a.txt:1", "a.txt:2", "a.txt:3", "a.txt:4"]
     assert len(reports) == 1
@@ -257,20 +257,20 @@ def test_lines_that_are_not_utf8_are_kept_and_reported_once(tmp_path: Path) -> N
 
 def test_keys_count_lines_of_the_file_and_white_space_is_made_one_space(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\n\n one \t two\r\n\nthree")
-    found = listed(TextFile(str(tmp_path / "a.txt")))[0]
+    found = listed(TextFile(*stat_files([str(tmp_path / "a.txt")])))[0]
     assert [(sample.key, sample.text) for sample in found] == [("a.txt:3", "one two"), ("a.txt:5", "three")]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
     for name in ("a.txt", "classnames.txt"):
         (tmp_path / name).write_bytes("zebra\nlion\n".encode("utf-8-sig"))
-    assert [sample.text for sample in listed(TextFile(str(tmp_path / "a.txt")))[0]] == ["zebra", "lion"]
+    assert [sample.text for sample in listed(TextFile(*stat_files([str(tmp_path / "a.txt")])))[0]] == ["zebra", "lion"]
     assert read_classnames(str(tmp_path)) == ["zebra", "lion"]
 
 
 def test_a_text_file_named_gz_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_text("plain text\n")
-    found, reports = listed(TextFile(str(tmp_path / "a.txt.gz")))
+    found, reports = listed(TextFile(*stat_files([str(tmp_path / "a.txt.gz")])))
     assert found == []
     assert len(reports) == 1
     assert "broken" in reports[0]
@@ -281,7 +281,7 @@ def test_a_gz_with_a_damaged_middle_is_reported(tmp_path: Path, damage: bytes) -
     whole = bytearray(gzip.compress("\n".join(f"sentence {i * i}" for i in range(20000)).encode()))
     whole[len(whole) // 2 : len(whole) // 2 + 200] = damage * 200
     (tmp_path / "a.txt.gz").write_bytes(whole)
-    found, reports = listed(TextFile(str(tmp_path / "a.txt.gz")))
+    found, reports = listed(TextFile(*stat_files([str(tmp_path / "a.txt.gz")])))
     assert len(found) > 5000
     assert any("broken" in report for report in reports)
 

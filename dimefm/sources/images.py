@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
-import fsspec
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 from dimefm import storage
 from dimefm.errors import SourceError
-from dimefm.sources.base import ImageSample, Joined, Source, SourceFile, expand, stat_files
+from dimefm.sources.base import ImageSample, Joined, Source, SourceFile
+from dimefm.sources.files import below, children, expand, in_order
+from dimefm.sources.tar import tar_members
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jfif"})
 
@@ -26,40 +25,61 @@ def split_key(name: str) -> tuple[str, str]:
 class WebDataset:
     """Tar files with one image a sample (key.jpg, key.png, ...); other members of a sample are passed over."""
 
-    def __init__(self, paths: list[str]) -> None:
-        self._paths = sorted(paths)
+    def __init__(self, files: Sequence[SourceFile]) -> None:
+        self._files = files
 
     def files(self) -> list[SourceFile]:
-        """The tars."""
-        return stat_files(self._paths)
+        """The tars, as given."""
+        return list(self._files)
 
     def samples(self, report: Callable[[str], None]) -> Iterator[ImageSample]:
-        """Images by tar and by place in it. Only headers are read."""
-        for path in self._paths:
-            for member in tar_members(path, report):
-                key, extension = split_key(member.name)
-                if extension in IMAGE_EXTENSIONS and key.rpartition("/")[2]:
-                    yield ImageSample(key, path, member.offset_data, member.size)
+        """Images by tar and by place in it. Only headers are read; of tars at URLs, several at a time."""
+        dotted = _Dotted()
+        paths = [file.path for file in self._files]
+        if not paths or not storage.is_url(paths[0]):
+            for path in paths:
+                yield from _images(path, report, dotted)
+        else:
+            for images, problems, seen in in_order(_listed, paths):
+                for problem in problems:
+                    report(problem)
+                dotted.add(seen.count, seen.example)
+                yield from images
+        if dotted.count:
+            what = f"{dotted.count} members such as {dotted.example} have an extension of more than one part"
+            report(f"{what} and are passed over")
 
 
-def tar_members(path: str, report: Callable[[str], None]) -> Iterator[tarfile.TarInfo]:
-    """Regular files in a tar, in order. What follows a broken header is lost; `report` is told so."""
+class _Dotted:
+    """Members that look like images, but whose key has a dot more than WebDataset's rule allows."""
+
     count = 0
-    try:
-        with fsspec.open(path, "rb") as raw, tarfile.open(fileobj=raw, mode="r:") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen: unbounded on a large archive
-                if member.isreg():
-                    count += 1
-                    yield member
-            # tarfile takes a header that it cannot read, or no header at all, for the end; an archive ends with zeros.
-            raw.seek(tar.offset)
-            if (block := raw.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("a damaged header" if block else "no end mark: it was cut short")
-    except (tarfile.TarError, EOFError) as error:
-        report(f"{path}: broken after {count} members ({error}); what follows is lost")
-    except OSError as error:
-        report(f"{path}: cannot be read ({error})")
+    example = ""
+
+    def add(self, count: int, example: str) -> None:
+        self.count += count
+        self.example = self.example or example
+
+
+def _images(path: str, report: Callable[[str], None], dotted: _Dotted) -> Iterator[ImageSample]:
+    for name, offset, size in tar_members(path, report):
+        key, extension = split_key(name)
+        if extension in IMAGE_EXTENSIONS:
+            if key and key[-1] != "/":
+                yield ImageSample(key, path, offset, size)
+        elif "." in extension and key and extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+            dotted.add(1, name)
+
+
+def _listed(path: str) -> tuple[list[ImageSample], list[str], _Dotted]:
+    problems: list[str] = []
+    dotted = _Dotted()
+    return list(_images(path, problems.append, dotted)), problems, dotted
+
+
+def _is_image(name: str) -> bool:
+    stem, _, extension = name.rpartition(".")
+    return stem != "" and extension.lower() in IMAGE_EXTENSIONS
 
 
 class ImageFolder:
@@ -73,16 +93,10 @@ class ImageFolder:
         self._files: list[SourceFile] | None = None
 
     def files(self) -> list[SourceFile]:
-        """Every image file below the folder, by name. The tree is walked once."""
+        """Every image file below the folder, by path. The tree is walked once."""
         if self._files is None:
-            self._files = stat_files(self._walk())
+            self._files = below(self._root, _is_image)
         return self._files
-
-    def _walk(self) -> list[str]:
-        if not storage.is_url(self._root):
-            return sorted(str(p) for p in Path(self._root).rglob("*") if _is_image(p.name) and p.is_file())
-        fs, inner = storage.filesystem(self._root)
-        return sorted(fs.unstrip_protocol(p) for p in fs.find(inner) if _is_image(p))
 
     def samples(self, report: Callable[[str], None]) -> Iterator[ImageSample]:
         """One sample a file."""
@@ -91,21 +105,16 @@ class ImageFolder:
             yield ImageSample(key, file.path, 0, file.size)
 
 
-def _is_image(name: str) -> bool:
-    stem, _, extension = name.rpartition("/")[2].rpartition(".")
-    return stem != "" and not stem.startswith(".") and extension.lower() in IMAGE_EXTENSIONS
-
-
-def open_image_source(arguments: list[str]) -> Source[ImageSample]:
+def open_image_source(arguments: list[str], column: str | None = None) -> Source[ImageSample]:
     """The source that the arguments name: tars (globs and {000..009} ranges too), folders of tars, image folders.
 
     Raises SourceError where one does not exist, holds no image, or is of another kind.
     """
     parts: list[Source[ImageSample]] = []
     for argument in arguments:
-        paths = expand(argument)
-        for path in paths:
-            parts.append(_open_one(argument, path))
+        for path, places in groupby(expand(argument), lambda place: None if place.file else place.path):
+            files = [place.file for place in places if place.file]
+            parts.append(_files(argument, files) if path is None else _folder(argument, path))
     counts = Counter(file.path for part in parts for file in part.files())
     repeated = [path for path, count in counts.items() if count > 1]
     if repeated:
@@ -113,12 +122,16 @@ def open_image_source(arguments: list[str]) -> Source[ImageSample]:
     return Joined(parts)
 
 
-def _open_one(argument: str, path: str) -> Source[ImageSample]:
-    if path.endswith(".tar"):
-        return WebDataset([path])
-    if not storage.is_url(path) and not Path(path).is_dir():
-        raise SourceError(f"{argument}: {path} is neither a .tar nor a folder", remedy="give tars or image folders")
-    tars = [storage.join(path, name) for name in storage.listing(path) if name.endswith(".tar")]
+def _files(argument: str, files: list[SourceFile]) -> Source[ImageSample]:
+    for file in files:
+        if not file.path.endswith(".tar"):
+            what = f"{argument}: {file.path} is neither a .tar nor a folder"
+            raise SourceError(what, remedy="give tars or image folders")
+    return WebDataset(files)
+
+
+def _folder(argument: str, path: str) -> Source[ImageSample]:
+    tars = children(path, lambda name: name.endswith(".tar"))
     if tars:
         return WebDataset(tars)
     folder = ImageFolder(path)

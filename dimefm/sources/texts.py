@@ -5,13 +5,11 @@ from __future__ import annotations
 import codecs
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
-
-import fsspec
 
 from dimefm import storage
 from dimefm.errors import SourceError
-from dimefm.sources.base import Joined, Source, SourceFile, TextSample, expand, stat_files
+from dimefm.sources.base import Joined, Source, SourceFile, TextSample
+from dimefm.sources.files import Place, children, expand, open_forward, stat_files
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "templates.txt"
 
@@ -19,21 +17,20 @@ CLASSNAMES, TEMPLATES = "classnames.txt", "templates.txt"
 class TextFile:
     """A .txt or .txt.gz file in UTF-8, one sentence a line. The key of a sentence is file:line."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, file: SourceFile) -> None:
+        self._file, self._path = file, file.path
 
     def files(self) -> list[SourceFile]:
         """The one file."""
-        return stat_files([self._path])
+        return [self._file]
 
     def samples(self, report: Callable[[str], None]) -> Iterator[TextSample]:
         """Every line that is not blank. Bytes that are not UTF-8 become U+FFFD, and the file is reported once."""
         name = self._path.rpartition("/")[2]
-        compression = "gzip" if self._path.endswith(".gz") else None
         broken = 0
         number = 0
         try:
-            with fsspec.open(self._path, "rb", compression=compression) as file:
+            with open_forward(self._path) as file:
                 for number, raw in enumerate(file, 1):
                     line = (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode("utf-8", errors="replace")
                     broken += "�" in line
@@ -105,27 +102,31 @@ def _lines(path: str) -> list[str]:
     return found
 
 
-def open_text_source(arguments: list[str]) -> Source[TextSample]:
+def open_text_source(arguments: list[str], column: str | None = None) -> Source[TextSample]:
     """The source that the arguments name: .txt and .txt.gz files, folders of them, or folders of a labelled set.
 
     Raises SourceError where one does not exist or is of another kind.
     """
     parts: list[Source[TextSample]] = []
     for argument in arguments:
-        for path in expand(argument):
-            parts.extend(_open(argument, path))
+        for place in expand(argument):
+            parts.extend(_open(argument, place))
     return Joined(parts)
 
 
-def _open(argument: str, path: str) -> list[Source[TextSample]]:
-    if path.endswith((".txt", ".txt.gz")):
-        return [TextFile(path)]
-    if not storage.is_url(path) and not Path(path).is_dir():
-        raise SourceError(f"{argument}: {path} is neither .txt, .txt.gz nor a folder", remedy="give text files")
-    names = storage.listing(path)
-    if CLASSNAMES in names:
-        return [PromptSet(path)]
-    found = [storage.join(path, name) for name in names if name.endswith((".txt", ".txt.gz"))]
+def _open(argument: str, place: Place) -> list[Source[TextSample]]:
+    if place.file:
+        if not _is_text(place.path):
+            what = f"{argument}: {place.path} is neither .txt, .txt.gz nor a folder"
+            raise SourceError(what, remedy="give text files")
+        return [TextFile(place.file)]
+    if storage.exists(storage.join(place.path, CLASSNAMES)):
+        return [PromptSet(place.path)]
+    found = children(place.path, _is_text)
     if not found:
         raise SourceError(f"{argument} holds no .txt or .txt.gz file", remedy="give files with one sentence a line")
-    return [TextFile(name) for name in found]
+    return [TextFile(file) for file in found]
+
+
+def _is_text(name: str) -> bool:
+    return name.endswith((".txt", ".txt.gz"))

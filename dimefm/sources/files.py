@@ -1,0 +1,228 @@
+"""The files that arguments name, with their sizes and times; reading one forward, local or by URL."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import re
+import stat
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+
+from dimefm import storage
+from dimefm.errors import SourceError
+from dimefm.sources.base import SourceFile
+
+THREADS = 16
+"""Requests to an object store at a time."""
+
+URL_BLOCK = 8 << 20
+"""Bytes of one request where a file is read from its beginning to its end."""
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MODIFIED = ("LastModified", "last_modified", "mtime", "updated", "modified")  # as s3fs, adlfs, gcsfs, ... call it
+
+
+class Place(NamedTuple):
+    """What an argument names: a file, or a folder where `file` is None."""
+
+    path: str
+    file: SourceFile | None
+
+
+def expand(argument: str) -> list[Place]:
+    """`shard-{000..009}.tar` and `shard-*.tar` as what they stand for: ranges in their order, globs sorted.
+
+    A path that exists is itself, whatever is in its name. Raises SourceError where a glob matches nothing or a file
+    named by a range is not there.
+    """
+    if storage.is_url(argument):
+        fs, _ = storage.filesystem(argument)
+        fs.invalidate_cache()  # listings that fsspec kept from earlier in this process
+    if found := _look(argument):
+        return [found]
+    names = _without_ranges(argument)
+    if any(c in argument for c in "*?["):
+        return [place for name in names for place in _glob(name)]
+    return _look_up(names)
+
+
+def stat_files(paths: list[str]) -> list[SourceFile]:
+    """The files with their sizes and times. Raises SourceError for one that is not there."""
+    return [place.file or SourceFile(place.path, 0, 0) for place in _look_up(paths)]
+
+
+def children(folder: str, keep: Callable[[str], bool]) -> list[SourceFile]:
+    """The files in a folder whose name `keep` wants, sorted by path; hidden ones are left out."""
+    if storage.is_url(folder):
+        return _listed(folder, keep, lambda fs, inner: fs.ls(inner, detail=True))
+    return _local(((folder, name) for name in os.listdir(folder)), keep)  # noqa: PTH208  # not a Path for each
+
+
+def below(folder: str, keep: Callable[[str], bool]) -> list[SourceFile]:
+    """The files in a folder and in all folders below it, as `children` gives those of one."""
+    if storage.is_url(folder):
+        return _listed(folder, keep, lambda fs, inner: fs.find(inner, detail=True).values())
+    return _local(((root, name) for root, _, names in os.walk(folder) for name in names), keep)
+
+
+def in_order(work: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_Out]:
+    """`work` of each item, in the order of the items, on THREADS threads; no more results than that are held."""
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        ahead = iter(items)
+        waiting = deque(pool.submit(work, item) for item in islice(ahead, THREADS))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(work, item) for item in islice(ahead, 1))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def open_forward(path: str) -> Iterator[BinaryIO]:
+    """A file to be read from its beginning on, decompressed if its name ends in .gz. Raises OSError.
+
+    Reading one that is no whole gzip file raises EOFError, zlib.error or OSError.
+    """
+    with open_seekable(path) as file:
+        if path.endswith(".gz"):
+            with gzip.open(file) as plain:
+                yield cast(BinaryIO, plain)
+        else:
+            yield file
+
+
+def open_seekable(path: str) -> BinaryIO:
+    """A file that can be read in any order, held in blocks of bounded size. Raises OSError."""
+    if storage.is_url(path):
+        return io.BufferedReader(_UrlFile(path), URL_BLOCK)
+    return Path(path).open("rb", buffering=1 << 17)
+
+
+class _UrlFile(io.RawIOBase):
+    """A file at a URL, by byte ranges. It holds no connection, so a process may be forked around it."""
+
+    def __init__(self, path: str) -> None:
+        fs, inner = storage.filesystem(path)
+        self._path, self._position, self._size = path, 0, int(fs.size(inner))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self._size - self._position))
+        data = storage.read_bytes(self._path, self._position, size)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def _without_ranges(argument: str) -> list[str]:
+    match = _RANGE.search(argument)
+    if not match:
+        return [argument]
+    first, last = match.groups()
+    if int(last) < int(first):
+        raise SourceError(f"{argument}: the range {match.group()} counts down", remedy="write {low..high}")
+    numbers = (f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1))
+    return [name for n in numbers for name in _without_ranges(argument[: match.start()] + n + argument[match.end() :])]
+
+
+def _look_up(names: list[str]) -> list[Place]:
+    found = list(in_order(_look, names) if storage.is_url(names[0]) else map(_look, names))
+    for name, place in zip(names, found, strict=True):
+        if place is None:
+            raise SourceError(f"{name} does not exist", remedy="check the path")
+    return [place for place in found if place is not None]
+
+
+def _look(name: str) -> Place | None:
+    path = storage.absolute(name)
+    try:
+        if storage.is_url(path):
+            fs, inner = storage.filesystem(path)
+            info = fs.info(inner)
+            return Place(path, None if info["type"] == "directory" else _from_info(path, info))
+        status = os.stat(path)  # noqa: PTH116
+        folder = stat.S_ISDIR(status.st_mode)
+        return Place(path, None if folder else SourceFile(path, status.st_size, status.st_mtime_ns))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _glob(name: str) -> list[Place]:
+    path = storage.absolute(name)
+    fs, inner = storage.filesystem(path)
+    try:
+        found = fs.glob(inner, detail=True)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    if not found:
+        raise SourceError(f"{name} matches no file", remedy="check the path; quote globs in the shell")
+    if not storage.is_url(path):
+        return _look_up(sorted(found))
+    places = []
+    for info in found.values():
+        url = fs.unstrip_protocol(info["name"])
+        places.append(Place(url, None if info["type"] == "directory" else _from_info(url, info)))
+    return sorted(places, key=lambda place: place.path)
+
+
+def _listed(folder: str, keep: Callable[[str], bool], listing: Callable[[Any, str], Any]) -> list[SourceFile]:
+    fs, inner = storage.filesystem(folder)
+    try:
+        found = list(listing(fs, inner))
+    except FileNotFoundError:
+        return []
+    except Exception as error:
+        raise _unreadable(folder, error) from error
+    names = ((info, info["name"].rsplit("/", 1)[-1]) for info in found if info["type"] == "file")
+    kept = (info for info, name in names if name and not name.startswith(".") and keep(name))
+    return sorted(_from_info(fs.unstrip_protocol(info["name"]), info) for info in kept)
+
+
+def _local(names: Iterator[tuple[str, str]], keep: Callable[[str], bool]) -> list[SourceFile]:
+    files = []
+    for folder, name in names:
+        if not name.startswith(".") and keep(name):
+            path = f"{folder.rstrip('/')}/{name}"
+            status = os.stat(path)  # noqa: PTH116
+            if stat.S_ISREG(status.st_mode):
+                files.append(SourceFile(path, status.st_size, status.st_mtime_ns))
+    return sorted(files)
+
+
+def _from_info(path: str, info: dict[str, Any]) -> SourceFile:
+    value = next((info[name] for name in _MODIFIED if info.get(name)), 0)
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            value = 0
+    seconds = value.timestamp() if isinstance(value, datetime) else float(value)
+    # Whole seconds: a listing may say more than the answer about one file, and both must agree.
+    return SourceFile(path, int(info["size"] or 0), int(seconds) * 10**9)
+
+
+def _unreadable(path: str, error: Exception) -> SourceError:
+    return SourceError(f"{path} cannot be read ({error})", remedy="check the path, the credentials and the network")

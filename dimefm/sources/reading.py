@@ -1,0 +1,42 @@
+"""The encoded image that a row of a plan names, whatever kind of file it is in."""
+
+from __future__ import annotations
+
+import base64
+
+from cache_schemas import Status
+from dimefm import storage
+from dimefm.decode import DecodeError
+from dimefm.sources.parquet import SUFFIX, DamagedParquetError, read_cell
+
+
+def read_encoded(file: str, offset: int, size: int) -> bytes:
+    """The bytes of the image that ImageSample(key, file, offset, size) names. Safe in threads and forked processes.
+
+    An ordinary file that was cut short gives fewer bytes. A null in a Parquet file gives none. Raises
+    FileNotFoundError where the file is gone, another OSError where the storage does not answer, and DecodeError for a
+    .tsv or Parquet file that was cut short or damaged, or whose text is not base64.
+    """
+    path, mark, column = file.partition(f"{SUFFIX}#")
+    if mark:
+        return _from_parquet(path + SUFFIX, column, offset)
+    data = storage.read_bytes(file, offset, size)
+    if not file.endswith(".tsv"):
+        return data
+    if len(data) < size:
+        raise DecodeError(Status.TRUNCATED, f"the file ends after {len(data):,} of {size:,} bytes")
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise DecodeError(Status.UNDECODABLE, f"not base64: {error}") from None
+
+
+def _from_parquet(path: str, column: str, row: int) -> bytes:
+    try:
+        return read_cell(path, column, row) or b""
+    except IndexError:
+        raise DecodeError(Status.TRUNCATED, f"{path} has no row {row:,}") from None
+    except KeyError:
+        raise DecodeError(Status.UNDECODABLE, f"{path} has no column {column!r}") from None
+    except DamagedParquetError as error:
+        raise DecodeError(Status.UNDECODABLE, f"{path} is damaged: {error}") from None
