@@ -5,15 +5,16 @@ Needs the standard library, numpy and pyarrow, nothing else.
 
 from cache_schemas.commit import Commit, Failure
 from cache_schemas.document import Document, digest_of, parse_dataclass, to_plain
-from cache_schemas.embedding_store import EmbeddingStore, SourceSummary, Status
+from cache_schemas.embedding_store import EmbeddingStore, SourceSummary, Status, ViewPlan
 from cache_schemas.identity import Preprocessing, TeacherIdentity
 from cache_schemas.index import IndexSidecar, Recall
 from cache_schemas.pairs import PairsStore, Selection
-from cache_schemas.plan import IMAGE_PLAN, TEXT_PLAN, parse_plan
+from cache_schemas.plan import FILES, IMAGE_PLAN, TEXT_PLAN, parse_plan
 from cache_schemas.problems import Problem, SchemaError
 from cache_schemas.run import Run, StudentSpec
 
 __all__ = [
+    "FILES",
     "IMAGE_PLAN",
     "TEXT_PLAN",
     "Commit",
@@ -32,6 +33,7 @@ __all__ = [
     "Status",
     "StudentSpec",
     "TeacherIdentity",
+    "ViewPlan",
     "digest_of",
     "parse_dataclass",
     "parse_plan",

@@ -22,7 +22,8 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class Commit(Document):
-    """One finished shard. `digest` is sha256 over its data in row order, `seconds` the wall time it took."""
+    """One finished shard. `digest` is sha256 over its arrays, `plan` that of its plan's file, `pixels` that of its
+    tar, if it has one; `seconds` is the wall time it took."""
 
     SCHEMA: ClassVar[str] = "dimefm.commit"
 
@@ -36,6 +37,8 @@ class Commit(Document):
     seconds: float
     finished: str
     versions: dict[str, str]
+    plan: str = ""
+    pixels: str | None = None
 
     def problems(self) -> list[Problem]:
         counted, rows = sum(self.counts.values()), self.stop - self.start

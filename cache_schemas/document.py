@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal, Self, Union
 
 from cache_schemas.problems import Problem, SchemaError
 
+CHECKSUM = "checksum"
+
 _T = typing.TypeVar("_T")
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
@@ -50,7 +52,8 @@ def digest_of(value: object) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Document:
-    """Base of everything this project writes as JSON: it carries the name and version of its schema."""
+    """Base of everything this project writes as JSON: it carries the name and version of its schema, and a checksum
+    of itself, so that one flipped bit is found wherever it is."""
 
     SCHEMA: ClassVar[str]
     VERSION: ClassVar[int] = 1
@@ -68,10 +71,12 @@ class Document:
             remedy = "install the dimefm release that wrote it, or write it again with this one"
             raise SchemaError(where, cls.SCHEMA, [Problem("version", f"{what}. {remedy}")])
         problems: list[Problem] = []
-        body = {k: v for k, v in raw.items() if k not in ("schema", "version")}
+        body = {k: v for k, v in raw.items() if k not in ("schema", "version", CHECKSUM)}
         value = _dataclass(cls, body, "", problems)
         if not problems:
             problems = list(typing.cast(Self, value).problems())
+        if not problems and raw.get(CHECKSUM) != digest_of({k: v for k, v in raw.items() if k != CHECKSUM}):
+            problems = [Problem(CHECKSUM, "does not fit the rest: the document was damaged or edited by hand")]
         if problems:
             raise SchemaError(where, cls.SCHEMA, problems)
         return typing.cast(Self, value)
@@ -81,8 +86,9 @@ class Document:
         return []
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON data, `schema` and `version` first."""
-        return {"schema": self.SCHEMA, "version": self.VERSION, **to_plain(self)}
+        """Plain JSON data: `schema` and `version`, the fields, and a sha256 over all of them."""
+        body = {"schema": self.SCHEMA, "version": self.VERSION, **to_plain(self)}
+        return {**body, CHECKSUM: digest_of(body)}
 
 
 def _show(value: object) -> str:

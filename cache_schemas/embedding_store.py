@@ -2,15 +2,18 @@
 
 STORE.zarr/
   zarr.json              attributes: an EmbeddingStore document under the key "dimefm"
-  embedding/             float16 (rows, dim), unit norm, sharded, crc32c on every chunk, uncompressed
+  embedding/             float16 (rows, dim) or (rows, views, dim), unit norm, sharded, crc32c on every chunk
   status/                uint8 (rows,), a Status code each
-  rows/<shard>.parquet   the plan, written before any work (plan.py)
+  view/                  with views: int32 (rows, views, 5), the ViewBox of each: enough to replay it exactly
+  rows/<shard>.parquet   the plan, written before any work (plan.py); rows/files.parquet: the files it was made from
   commits/<shard>.json   written last, one per finished shard (commit.py)
+  pixels/<shard>.tar     with pixels: the decoded images as JPEG, a WebDataset in order of row; pixel_range/ int64
+                         (rows, 2) is where in the tar the JPEG of a row begins and ends
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import ClassVar, Literal
 
@@ -19,8 +22,18 @@ from cache_schemas.identity import TeacherIdentity
 from cache_schemas.problems import Problem
 
 ATTRIBUTES_KEY = "dimefm"
-EMBEDDING, STATUS, ROWS, COMMITS = "embedding", "status", "rows", "commits"
-EMBEDDING_DTYPE, STATUS_DTYPE = "float16", "uint8"
+EMBEDDING, STATUS, VIEW, PIXEL_RANGE = "embedding", "status", "view", "pixel_range"
+ROWS, COMMITS, PIXELS = "rows", "commits", "pixels"
+BOX = 5  # numbers of a ViewBox
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """What an array of the store must look like: one chunk or more of whole rows in a shard, no compression."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunk_rows: int
 
 
 class Status(IntEnum):
@@ -38,8 +51,9 @@ class Status(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSummary:
-    """What was planned: `digest` covers every file's path and size; `problems` are files that could not be read
-    through; `dropped` counts sentences left out at plan time, by reason."""
+    """What was planned: `digest` covers every file's path and size and the `settings` (column, length limits, seed of
+    the order); `problems` are files that could not be read through; `dropped` counts the sentences that were left
+    out, by reason."""
 
     arguments: tuple[str, ...]
     files: int
@@ -48,6 +62,18 @@ class SourceSummary:
     repeated_keys: int
     dropped: dict[str, int]
     problems: tuple[str, ...]
+    settings: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewPlan:
+    """`count` views of every image: random resized crops over `crop_scale` of the area, and flips where `flip`, each
+    drawn from (seed, row, view)."""
+
+    count: int
+    seed: int
+    crop_scale: tuple[float, float]
+    flip: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +90,9 @@ class EmbeddingStore(Document):
     batch_size: int
     teacher: TeacherIdentity
     source: SourceSummary
+    plan: str  # sha256 over the sha256 of every shard's plan, in order
+    views: ViewPlan | None = None
+    pixels: int | None = None  # short side of the JPEGs in pixels/
 
     def problems(self) -> list[Problem]:
         fields = ("rows", "dim", "chunk_rows", "batch_size")
@@ -72,6 +101,24 @@ class EmbeddingStore(Document):
             found.append(Problem("shard_rows", f"must be a multiple of chunk_rows, found {self.shard_rows}"))
         if self.dim != self.teacher.embed_dim:
             found.append(Problem("dim", f"is {self.dim}, but teacher.embed_dim is {self.teacher.embed_dim}"))
+        if self.views and self.views.count < 1:
+            found.append(Problem("views.count", f"must be at least 1, found {self.views.count}"))
+        for name in ("views", "pixels"):
+            if self.kind == "text" and getattr(self, name) is not None:
+                found.append(Problem(name, "is for images, and the store holds texts"))
+        return found
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """The arrays of this store, by name."""
+        views = (self.views.count,) if self.views else ()
+        found = {
+            EMBEDDING: ArraySpec(shape=(self.rows, *views, self.dim), dtype="float16", chunk_rows=self.chunk_rows),
+            STATUS: ArraySpec(shape=(self.rows,), dtype="uint8", chunk_rows=self.shard_rows),
+        }
+        if self.views:
+            found[VIEW] = ArraySpec(shape=(self.rows, *views, BOX), dtype="int32", chunk_rows=self.chunk_rows)
+        if self.pixels:
+            found[PIXEL_RANGE] = ArraySpec(shape=(self.rows, 2), dtype="int64", chunk_rows=self.chunk_rows)
         return found
 
     @property
@@ -85,13 +132,20 @@ class EmbeddingStore(Document):
 
     @property
     def identity(self) -> str:
-        """Digest of teacher, source and kind: what an index or a run refers to."""
-        return digest_of({"kind": self.kind, "teacher": self.teacher.compared(), "source": self.source.digest})
+        """Digest of teacher, source, plan, views and kind: what an index or a run refers to."""
+        facts = {"kind": self.kind, "teacher": self.teacher.compared(), "source": self.source.digest}
+        # Views are drawn on the stored pixels where there are any; without views they change no embedding.
+        return digest_of({**facts, "plan": self.plan, "views": self.views, "pixels": self.views and self.pixels})
 
 
 def rows_path(shard: int) -> str:
     """Where, within a store, the plan of `shard` is."""
     return f"{ROWS}/{shard:06d}.parquet"
+
+
+def pixels_path(shard: int) -> str:
+    """Where, within a store, the JPEGs of `shard` are."""
+    return f"{PIXELS}/{shard:06d}.tar"
 
 
 def commit_path(shard: int) -> str:

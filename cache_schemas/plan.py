@@ -1,4 +1,5 @@
-"""rows/*.parquet: which sample is row r. One file per shard, written before any work and never changed."""
+"""rows/*.parquet: which sample is row r. One file per shard, written before any work and never changed; and
+rows/files.parquet, the files that the plan was made from, as they were then."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ IMAGE_PLAN = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("key", pa.string(), nullable=False),
-        pa.field("file", pa.string(), nullable=False),  # absolute path or URL
-        pa.field("offset", pa.int64(), nullable=False),  # bytes into the file
-        pa.field("size", pa.int64(), nullable=False),  # bytes
+        pa.field("file", pa.string(), nullable=False),  # absolute path or URL; of a Parquet file with #COLUMN
+        pa.field("offset", pa.int64(), nullable=False),  # bytes into the file; in a Parquet file, its row
+        pa.field("size", pa.int64(), nullable=False),  # bytes; in a .tsv those of the base64 text
     ]
 )
 TEXT_PLAN = pa.schema(
@@ -22,6 +23,14 @@ TEXT_PLAN = pa.schema(
         pa.field("text", pa.string(), nullable=False),
     ]
 )
+FILES = pa.schema(
+    [
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),  # bytes
+        pa.field("modified", pa.int64(), nullable=False),  # nanoseconds since 1970, 0 where not known
+    ]
+)
+FILES_TABLE = "rows/files.parquet"
 PLANS = {"image": IMAGE_PLAN, "text": TEXT_PLAN}
 
 

@@ -51,11 +51,13 @@ def main() -> None:
 
 
 def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What cache-images and cache-texts share; put after the options of their own."""
     options = [
         click.argument("sources", nargs=-1, required=True, metavar="SOURCE..."),
         click.option("--out", required=True, help="The store to write, a folder or URL ending in .zarr."),
         click.option("--teacher", required=True, help="open_clip model: NAME, hf-hub:ORG/MODEL or local-dir:FOLDER."),
         click.option("--pretrained", help="Tag or file of the weights, with a plain NAME."),
+        click.option("--column", help="Of Parquet, CSV, TSV and JSONL sources. Default: the one that fits."),
         click.option(
             "--precision",
             type=click.Choice(["fp32", "bf16", "fp16"]),
@@ -64,12 +66,9 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one."),
         click.option("--batch-size", type=click.IntRange(1), help="Default: 32 on CPU, 512 on GPU."),
         click.option("--shard-rows", type=click.IntRange(1), help="Rows of a unit of work. Default: by input size."),
-        click.option("--workers", type=click.IntRange(1), help="Ray actors. Default: one a GPU, or one a CPU core."),
-        click.option(
-            "--threads", type=click.IntRange(1), help="Decoding threads of a worker. Default: cores / workers."
-        ),
+        click.option("--workers", type=click.IntRange(1), help="Ray actors. Default: one a CPU core, or by the GPUs."),
         click.option("--ray-address", help="An existing Ray cluster. Default: a local Ray for this command alone."),
-        click.option("--dry-run", is_flag=True, help="Print rows, shards, bytes and the teacher; write nothing."),
+        click.option("--dry-run", is_flag=True, help="Print rows, bytes, hours and the teacher; write nothing."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -78,32 +77,44 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @cli.command()
 @_cache_options
+@click.option("--threads", type=click.IntRange(1), help="Decoding threads of a worker. Default: measured.")
+@click.option("--compile", is_flag=True, help="torch.compile the image tower; with CUDA graphs on a GPU.")
+@click.option("--pixels", type=click.IntRange(8), metavar="SIDE",
+              help="Also keep every image as a JPEG of this short side, for train-student to read.")  # fmt: skip
+@click.option("--views", type=click.IntRange(1), help="Cache this many random crops of an image, not the whole.")
+@click.option("--view-scale", type=click.FloatRange(0.01, 1), default=0.4, show_default=True,
+              help="Least share of the area that a view shows.")  # fmt: skip
+@click.option("--retry-failed", is_flag=True, help="Read the rows again that have no embedding.")
 def cache_images(**options: Any) -> None:
     """Write the teacher's embedding of every image to a store.
 
-    SOURCE: WebDataset tars (globs and ranges such as {000..009}.tar), folders of tars, or image folders.
+    SOURCE: WebDataset tars (globs and ranges such as {000..009}.tar), Parquet files with an image column, .tsv files of
+    key and base64, folders of these, or folders of images; all as local paths or as URLs (s3://...).
     """
     _cache("image", options)
 
 
 @cli.command()
 @_cache_options
+@click.option("--min-words", type=click.IntRange(1), help="Leave shorter sentences out.")
+@click.option("--max-words", type=click.IntRange(1), help="Leave longer sentences out.")
+@click.option("--shuffle", type=click.IntRange(0), metavar="SEED", help="Rows in a random order: reads are then draws.")
 def cache_texts(**options: Any) -> None:
     """Write the teacher's embedding of every sentence to a store, repeated ones once.
 
-    SOURCE: .txt or .txt.gz files with one sentence a line, folders of them, or labelled sets, whose prompts (every
-    class name in every template) are cached.
+    SOURCE: .txt (one sentence a line), .jsonl, .csv, .tsv (also .gz) and Parquet files, folders of them, or labelled
+    sets, whose prompts (every class name in every template) are cached; all as local paths or as URLs (s3://...).
     """
     _cache("text", options)
 
 
 def _cache(kind: Any, options: dict[str, Any]) -> None:
     from dimefm.info import describe
-    from pipeline.cache import CacheConfig, cache, dry_run, show_forecast
+    from pipeline.cache import CacheConfig, cache, dry_run
 
     dry = options.pop("dry_run")
     config = CacheConfig(kind=kind, **options)
-    click.echo(show_forecast(*dry_run(config)) if dry else describe(cache(config).path))
+    click.echo(dry_run(config) if dry else describe(cache(config).path))
 
 
 @cli.command()
@@ -249,8 +260,30 @@ def export(run: str, **options: Any) -> None:
 
 @cli.command()
 @click.argument("path")
-def info(path: str) -> None:
+@click.option("--failures", is_flag=True, help="List every row of a store that has no embedding, tab-separated.")
+def info(path: str, failures: bool) -> None:
     """Describe a store, an index or a run."""
-    from dimefm.info import describe
+    from dimefm.info import describe, list_failures
 
-    click.echo(describe(path))
+    if not failures:
+        click.echo(describe(path))
+        return
+    for line in list_failures(path):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("store")
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="Encode N rows again and compare.")
+@click.option("--teacher", help="For --sample: where the teacher is now. Default: where it was.")
+@click.option("--pretrained", help="Its tag or file, with a plain NAME.")
+@click.option("--repair", is_flag=True, help="Mark bad shards, so that the command that wrote them does them again.")
+def verify(store: str, sample: int | None, teacher: str | None, pretrained: str | None, repair: bool) -> None:
+    """Read every byte of a store and say whether it can be trusted; exits with 1 if not."""
+    from pipeline.verify import VerifyConfig
+    from pipeline.verify import verify as check
+
+    report = check(VerifyConfig(store=store, sample=sample, teacher=teacher, pretrained=pretrained, repair=repair))
+    click.echo(report.show())
+    if not report.trusted:
+        raise click.exceptions.Exit(1)

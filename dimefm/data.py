@@ -8,24 +8,22 @@ Shapes: B images of this process, G images of all, D embedding width, H height, 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dimefm import storage
 from dimefm.decode import DecodeError, decode_rgb
 from dimefm.errors import TrainingError
 from dimefm.order import epoch_batches
 from dimefm.preprocess import resize
+from dimefm.sources.reading import read_encoded
 from dimefm.store import Store
-
-_RATIO = (3 / 4, 4 / 3)
-_CROP_TRIES = 10
+from dimefm.views import random_crop, replay
 
 
 @dataclass(frozen=True)
@@ -73,22 +71,6 @@ class Augmentation:
         return view.flip(-1) if self.flip and rng.random() < 0.5 else view
 
 
-def random_crop(
-    height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random crop, by the rule of torchvision's RandomResizedCrop: an area drawn
-    from `scale`, a log-uniform aspect ratio from 3/4 to 4/3, and after ten misses the largest central crop."""
-    for _ in range(_CROP_TRIES):
-        area = height * width * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    w = min(width, round(height * _RATIO[1]))
-    h = min(height, round(width / _RATIO[0]))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
 class TrainingImages(Dataset["Batch | TrainingError"]):
     """Indexed by Request: reads, decodes and augments the images of a batch and gathers their embeddings.
 
@@ -108,21 +90,41 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
 
     def _batch(self, request: Request) -> Batch:
         store = self._store = self._store or Store(self._path)  # opened in the process that reads
-        samples = store.samples(request.rows_B)
-        pixels = [self._augmentation(self._decode(s), request.epoch, s["row"]) for s in samples]
+        images = self._images(store, request.rows_B)
+        rows = request.rows_B.tolist()
+        if store.schema.views:
+            # Every image in another view each epoch, the same crop and flip that the teacher saw.
+            view_B = (request.rows_B + request.epoch) % store.schema.views.count
+            teacher_BD, boxes_B5 = store.gather_view(request.rows_B, view_B)
+            size, facts = (self._augmentation.size,) * 2, store.schema.teacher.preprocessing
+            pixels = [replay(image, box, size, facts) for image, box in zip(images, boxes_B5, strict=True)]
+        else:
+            teacher_BD = store.gather(request.rows_B)
+            pixels = [self._augmentation(i, request.epoch, row) for i, row in zip(images, rows, strict=True)]
         return Batch(
             step=request.step,
             epoch=request.epoch,
             pixels_B3HW=torch.stack(pixels),
-            teacher_BD=torch.from_numpy(store.gather(request.rows_B)),
+            teacher_BD=torch.from_numpy(teacher_BD),
             rows_B=torch.from_numpy(request.rows_B),
             all_rows_G=torch.from_numpy(request.all_rows_G),
         )
 
-    def _decode(self, sample: dict[str, Any]) -> torch.Tensor:
-        where = f"row {sample['row']} (key {sample['key']!r} in {sample['file']})"
+    def _images(self, store: Store, rows_B: np.ndarray[Any, Any]) -> list[torch.Tensor]:
+        """Decoded images: the store's own pixels where it has them, else the files that it was cached from."""
+        if store.schema.pixels:
+            return [self._decode(f"row {row}", partial(store.pixels, row)) for row in rows_B.tolist()]
+        return [
+            self._decode(
+                f"row {s['row']} (key {s['key']!r} in {s['file']})",
+                partial(read_encoded, s["file"], s["offset"], s["size"]),
+            )
+            for s in store.samples(rows_B)
+        ]
+
+    def _decode(self, where: str, read: Callable[[], bytes]) -> torch.Tensor:
         try:
-            return decode_rgb(storage.read_bytes(sample["file"], sample["offset"], sample["size"]))
+            return decode_rgb(read())
         except (OSError, DecodeError) as error:
             what = f"{where} was read when it was cached and cannot be read now: {error}"
             raise TrainingError(what, remedy="put the file back as it was, or cache the images again") from None

@@ -50,8 +50,8 @@ def _rows(kind: str, sources: tuple[str, ...], stated: int) -> tuple[int, str]:
     if not sources:
         return stated, "the paper"
     try:
-        from pipeline.plan import PlanRequest, forecast
+        from pipeline.plan import PlanRequest, count_rows
     except ImportError as error:
         raise DimefmError(f"counting rows needs the pipeline package: {error}") from error
     request = PlanRequest(kind="image" if kind == "image" else "text", arguments=sources)
-    return forecast(request, WIDTH).rows, "counted"
+    return count_rows(request), "counted"

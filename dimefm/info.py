@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from cache_schemas import EmbeddingStore, Failure, PairsStore, Status, TeacherIdentity
-from cache_schemas.embedding_store import ATTRIBUTES_KEY
+from cache_schemas.embedding_store import ATTRIBUTES_KEY, EMBEDDING
 from cache_schemas.index import SIDECAR_FILE, IndexSidecar
 from cache_schemas.pairs import HITS_COMMIT
 from cache_schemas.run import RUN_FILE
@@ -42,6 +44,14 @@ def describe(path: str) -> str:
     raise StoreError(f"{path} is no store, index or run of dimefm", remedy="give the --out of one of its commands")
 
 
+def list_failures(path: str) -> Iterator[str]:
+    """A line for each row of a store without an embedding, after one with the names of the columns; tab-separated."""
+    yield "row\tkey\tstatus\tfile\treason"
+    for commit in Store(path).commits():
+        for f in commit.failures:
+            yield "\t".join(" ".join(str(part).split()) for part in (f.row, f.key, f.status, f.file, f.reason))
+
+
 def _table(title: str, rows: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
@@ -71,10 +81,16 @@ def _store(store: Store) -> str:
         ("rows", f"{schema.rows:,} of {source.files:,} files, {amount(source.bytes)}"),
         ("shards", f"{done:,} of {schema.shards:,} done, {schema.shard_rows:,} rows each"),
         ("status", ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())) or "nothing done yet"),
-        ("embeddings", f"float16 ({schema.rows:,}, {schema.dim}), {amount(schema.rows * schema.dim * 2)}"),
+        ("embeddings", f"float16 {_shape(schema)}, {amount(math.prod(schema.arrays()[EMBEDDING].shape) * 2)}"),
         *_teacher(schema.teacher),
         ("identity", schema.identity[:16]),
     ]
+    if schema.views:
+        low, high = schema.views.crop_scale
+        rows.append(("views", f"{schema.views.count} an image, crops of {low:g} to {high:g} of its area"))
+    if schema.pixels:
+        rows.append(("pixels", f"JPEGs of short side {schema.pixels}, which train-student reads"))
+    rows += [(name.replace("_", " "), str(value)) for name, value in source.settings.items()]
     if source.repeated_keys:
         rows.append(("repeated keys", f"{source.repeated_keys:,}; each keeps its own row"))
     rows += [("dropped", f"{count:,} {reason}") for reason, count in source.dropped.items() if count]
@@ -85,6 +101,10 @@ def _store(store: Store) -> str:
     if seconds:
         rows.append(("worker time", f"{seconds:,.0f} s, {sum(counts.values()) / seconds:,.1f} rows/s a worker"))
     return _table(f"{store.path}: {schema.kind} embeddings", rows)
+
+
+def _shape(schema: EmbeddingStore) -> str:
+    return f"({', '.join(f'{n:,}' for n in schema.arrays()[EMBEDDING].shape)})"
 
 
 def _index(path: str, sidecar: IndexSidecar) -> str:

@@ -1,15 +1,17 @@
 """Reading a local, uncompressed, sharded Zarr array through memory maps of its shard files.
 
 zarr-python decodes whole chunks: thousands of random rows a second. A map reads only the rows asked for: millions.
-It goes around the checksum of each chunk, so it is for stores whose shards are committed. Shapes: N rows, D width.
+The checksum of a chunk is compared when the first row of it is asked for, once in each process. Shapes: N rows.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from zarr.codecs import Crc32cCodec, ShardingCodec
 
@@ -19,18 +21,19 @@ from dimefm.errors import StoreError
 _ABSENT = np.uint64(2**64 - 1)
 _ENTRY = 16  # bytes of a shard index entry: offset and length, uint64 each
 _CRC = 4
-_REMEDY = "delete the commit of this shard and run the command that wrote the store again"
+_REMEDY = "dimefm verify STORE --repair marks damaged shards; then run the command that wrote the store again"
 
 
 class MappedArray:
-    """Rows of a 2-d array whose chunks and shards hold whole rows."""
+    """Rows of an array whose chunks and shards hold whole rows."""
 
     def __init__(self, folder: Path, array: Any, chunk_rows: int, shard_rows: int) -> None:
         self._folder = folder
-        self._rows, self._width = array.shape
+        self._rows, self._row_shape = array.shape[0], tuple(array.shape[1:])
         self._dtype = np.dtype(array.dtype)
-        self._chunk_rows = chunk_rows
-        self._shard_rows = shard_rows
+        self._chunk_rows, self._shard_rows = chunk_rows, shard_rows
+        self._chunk_shape = (chunk_rows, *self._row_shape)
+        self._chunk_bytes = math.prod(self._chunk_shape) * self._dtype.itemsize
         self._shard = lru_cache(maxsize=4096)(self._map_shard)
 
     @classmethod
@@ -40,22 +43,23 @@ class MappedArray:
         if storage.is_url(store) or len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
             return None
         inner = codecs[0].codecs
-        if len(inner) != 2 or not isinstance(inner[1], Crc32cCodec) or array.ndim != 2:
+        if len(inner) != 2 or not isinstance(inner[1], Crc32cCodec) or array.ndim < 2:
             return None
-        if codecs[0].index_location.value != "end" or array.chunks[1] != array.shape[1]:
+        if codecs[0].index_location.value != "end" or array.chunks[1:] != array.shape[1:]:
             return None
         return cls(Path(store) / name, array, array.chunks[0], array.shards[0])
 
     def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Rows start..stop-1, copied out, (N, D)."""
+        """Rows start..stop-1, copied out, (N, ...)."""
         return self.gather(np.arange(start, stop))
 
     def gather(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Any rows in any order, (N, D). Raises IndexError beyond the array, StoreError for a damaged shard file."""
+        """Any rows in any order, (N, ...). Raises IndexError beyond the array, StoreError for a shard file that is
+        missing or damaged."""
         rows_N = np.asarray(rows_N, dtype=np.int64)
         if len(rows_N) and (rows_N.min() < 0 or rows_N.max() >= self._rows):
             raise IndexError(f"rows must lie in [0, {self._rows}), found {rows_N.min()} to {rows_N.max()}")
-        out = np.empty((len(rows_N), self._width), self._dtype)
+        out = np.empty((len(rows_N), *self._row_shape), self._dtype)
         shard_N, within_N = np.divmod(rows_N, self._shard_rows)
         for shard in np.unique(shard_N):
             chosen = np.flatnonzero(shard_N == shard) if len(rows_N) > 1 else slice(None)
@@ -63,45 +67,61 @@ class MappedArray:
         return out
 
     def _gather_in_shard(self, shard: int, within_N: Any, out: Any, chosen: Any) -> None:
-        data, offsets = self._shard(shard)
+        file = self._shard(shard)
         chunk_N, row_N = np.divmod(within_N, self._chunk_rows)
-        if data is None:
-            out[chosen] = 0
-            return
-        first, step = int(offsets[0]), self._chunk_rows * self._width * self._dtype.itemsize + _CRC
-        if np.array_equal(offsets, first + step * np.arange(len(offsets), dtype=np.uint64)):
-            strides = (step, self._width * self._dtype.itemsize, self._dtype.itemsize)
-            shape = (len(offsets), self._chunk_rows, self._width)
-            view = np.ndarray(shape, self._dtype, buffer=data, offset=first, strides=strides)
+        for chunk in np.unique(chunk_N):
+            if not file.checked[chunk]:
+                self._check_chunk(shard, file, int(chunk))
+        if file.regular:
+            strides = (self._chunk_bytes + _CRC, *np.empty(self._chunk_shape, self._dtype).strides)
+            shape = (len(file.offsets), *self._chunk_shape)
+            view = np.ndarray(shape, self._dtype, buffer=file.data, offset=int(file.offsets[0]), strides=strides)
             out[chosen] = view[chunk_N, row_N]
             return
         positions = np.arange(len(out))[chosen]
         for chunk in np.unique(chunk_N):
-            mine = chunk_N == chunk
-            out[positions[mine]] = self._chunk(data, offsets[chunk])[row_N[mine]]
+            mine, offset = chunk_N == chunk, int(file.offsets[chunk])
+            out[positions[mine]] = np.ndarray(self._chunk_shape, self._dtype, buffer=file.data, offset=offset)[
+                row_N[mine]
+            ]
 
-    def _chunk(self, data: Any, offset: np.uint64) -> np.ndarray[Any, Any]:
-        shape = (self._chunk_rows, self._width)
-        if offset == _ABSENT:  # a chunk of fill values only is not stored
-            return np.zeros(shape, self._dtype)
-        return np.ndarray(shape, self._dtype, buffer=data, offset=int(offset))
+    def _check_chunk(self, shard: int, file: _ShardFile, chunk: int) -> None:
+        offset, end = int(file.offsets[chunk]), int(file.offsets[chunk]) + self._chunk_bytes
+        where = f"{self._path(shard)}, chunk {chunk}"
+        if file.offsets[chunk] == _ABSENT:
+            raise StoreError(f"{where} was never written", remedy=_REMEDY)
+        if google_crc32c.value(file.data[offset:end]) != int.from_bytes(file.data[end : end + _CRC], "little"):
+            raise StoreError(f"{where} is damaged: its checksum does not fit", remedy=_REMEDY)
+        file.checked[chunk] = True
 
-    def _map_shard(self, shard: int) -> tuple[np.ndarray[Any, Any] | None, np.ndarray[Any, Any]]:
-        """The bytes of a shard file and where each chunk begins; (None, empty) where the shard was never written."""
-        path = self._folder / "c" / str(shard) / "0"
-        chunks = self._shard_rows // self._chunk_rows
-        data: np.ndarray[Any, Any]
+    def _path(self, shard: int) -> Path:
+        return self._folder.joinpath("c", str(shard), *("0" for _ in self._row_shape))
+
+    def _map_shard(self, shard: int) -> _ShardFile:
+        path, chunks = self._path(shard), self._shard_rows // self._chunk_rows
         try:
-            data = np.memmap(path, np.uint8, mode="r")
-        except (FileNotFoundError, ValueError):  # ValueError: an empty file
-            if not path.exists():
-                return None, np.empty(0, np.uint64)
+            data: np.ndarray[Any, Any] = np.memmap(path, np.uint8, mode="r")
+        except FileNotFoundError:
+            raise StoreError(f"{path} is missing", remedy=_REMEDY) from None
+        except ValueError:  # an empty file
             data = np.empty(0, np.uint8)
         size = chunks * _ENTRY
         if len(data) < size + _CRC:
             raise StoreError(f"{path} is cut short: {len(data)} bytes", remedy=_REMEDY)
-        entries = np.frombuffer(data[-size - _CRC : -_CRC].tobytes(), np.uint64).reshape(chunks, 2)
+        index = data[-size - _CRC : -_CRC].tobytes()
+        if google_crc32c.value(index) != int.from_bytes(data[-_CRC:], "little"):
+            raise StoreError(f"{path} is damaged: the checksum of its index does not fit", remedy=_REMEDY)
+        entries = np.frombuffer(index, np.uint64).reshape(chunks, 2)
         stored = entries[entries[:, 0] != _ABSENT]
         if len(stored) and int(stored.sum(axis=1).max()) > len(data) - size - _CRC:
             raise StoreError(f"{path} is damaged: its index points beyond it", remedy=_REMEDY)
-        return data, entries[:, 0]
+        return _ShardFile(data, entries[:, 0], self._chunk_bytes + _CRC)
+
+
+class _ShardFile:
+    """The bytes of a shard file, where each chunk begins, and which were found whole."""
+
+    def __init__(self, data: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any], step: int) -> None:
+        self.data, self.offsets = data, offsets
+        self.checked = np.zeros(len(offsets), bool)
+        self.regular = np.array_equal(offsets, offsets[0] + np.uint64(step) * np.arange(len(offsets), dtype=np.uint64))

@@ -143,8 +143,8 @@ def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> 
         chosen = good[at : at + _QUERY_BATCH]
         scores, rows = search(embedding_ND[chosen].astype(np.float32), pairs.schema.top_k)
         row_NK[chosen], score_NK[chosen] = rows, np.where(rows >= 0, scores, np.nan)
-    pairs.group[TEXT_ROW][start:stop] = row_NK
-    pairs.group[SCORE][start:stop] = score_NK
+    for name, values in ((TEXT_ROW, row_NK), (SCORE, score_NK)):
+        pairs.group[name].with_config({"write_empty_chunks": True})[start:stop] = values
     failures = [_no_embedding(images, shard, i, status_N[i]) for i in np.flatnonzero(status_N != Status.OK).tolist()]
     digest, seconds = digest_arrays(row_NK, score_NK), time.monotonic() - began
     commit = make_commit(shard, start, status_N, failures, digest=digest, device="cpu", seconds=seconds)

@@ -13,6 +13,7 @@ from typing import Any
 import PIL
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from torch.nn.functional import interpolate
 from torchvision.transforms import Normalize
 from torchvision.transforms.functional import center_crop, to_pil_image
@@ -37,16 +38,20 @@ class Preprocess:
         self._fast = facts.resize_mode == "squash" or (facts.resize_mode == "shortest" and height == width)
 
     def __call__(self, data: bytes) -> torch.Tensor:
-        image = decode(data)
+        return self.apply(decode(data))
+
+    def apply(self, image: torch.Tensor | Image.Image) -> torch.Tensor:
+        """As calling it, for an image that is decoded already (see dimefm.decode.decode)."""
         height, width = image.shape[-2:] if isinstance(image, torch.Tensor) else (image.height, image.width)
         self._require_drawable(height, width)
         if isinstance(image, torch.Tensor):
             if self._fast:
                 return self._resize_and_crop(image)
             image = to_pil_image(image)
+        drawn: Any = image
         for step in self._steps:
-            image = step(image)
-        return to_tensor(image)
+            drawn = step(drawn)
+        return to_tensor(drawn)
 
     def _require_drawable(self, height: int, width: int) -> None:
         """A strip of one pixel by thousands becomes, with its short side enlarged, larger than any memory."""
@@ -58,12 +63,14 @@ class Preprocess:
     def _resize_and_crop(self, image_3HW: torch.Tensor) -> torch.Tensor:
         target = self.facts.size
         if self.facts.resize_mode == "squash":
-            return resize(image_3HW, target, self._mode)
-        return center_crop(resize(image_3HW, shortest_side(image_3HW, target[0]), self._mode), list(target))  # type: ignore[no-any-return]
+            return resize(image_3HW, target, interpolation_mode(self.facts))
+        resized_3HW = resize(image_3HW, shortest_side(image_3HW, target[0]), interpolation_mode(self.facts))
+        return center_crop(resized_3HW, list(target))  # type: ignore[no-any-return]
 
-    @property
-    def _mode(self) -> str:
-        return "bilinear" if self.facts.interpolation == "bilinear" else "bicubic"
+
+def interpolation_mode(facts: Preprocessing) -> str:
+    """torch's name of the interpolation: open_clip's evaluation takes bicubic for what is not bilinear."""
+    return "bilinear" if facts.interpolation == "bilinear" else "bicubic"
 
 
 def shortest_side(image_3HW: torch.Tensor, side: int) -> tuple[int, int]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import fsspec
 from dimefm.errors import StoreError
 
 _UNFINISHED = ".unfinished"
+_BLOCK = 8 * 1024**2
 
 
 def is_url(path: str) -> bool:
@@ -50,6 +54,25 @@ def join(base: str, name: str) -> str:
     return f"{base.rstrip('/')}/{name}"
 
 
+def digest_file(path: str) -> str:
+    """sha256 of a file, read in pieces, as hex. Raises OSError."""
+    digest = hashlib.sha256()
+    with fsspec.open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tree(folder: str) -> set[str]:
+    """The files below a folder, by path within it; without hidden ones, such as a lock."""
+    if is_url(folder):
+        fs, inner = filesystem(folder)
+        found = [name[len(inner.rstrip("/")) + 1 :] for name in fs.find(inner)]
+    else:
+        found = [p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file()]
+    return {name for name in found if not name.rpartition("/")[2].startswith(".")}
+
+
 def exists(path: str) -> bool:
     """Whether a file or folder is at `path`."""
     if not is_url(path):
@@ -76,14 +99,53 @@ def write_atomic(path: str, data: bytes) -> None:
         fs, inner = filesystem(path)
         fs.pipe_file(inner, data)
         return
+    with writing_atomically(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def writing_atomically(path: str) -> Iterator[Any]:
+    """A binary file to write to, which is at `path` only once the block has ended without an error."""
+    if is_url(path):
+        fs, inner = filesystem(path)
+        with fs.transaction, fs.open(inner, "wb") as file:
+            yield file
+        return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}{_UNFINISHED}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(target)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush(path)
+
+
+def flush(path: str) -> None:
+    """See a local file and its name through to the disk, so that a commit written after it is not there without it."""
+    if is_url(path):
+        return
+    for part in (path, Path(path).parent):
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_file(path: str) -> None:
+    """Delete a file, if it is there."""
+    if not is_url(path):
+        Path(path).unlink(missing_ok=True)
+        return
+    fs, inner = filesystem(path)
+    if fs.exists(inner):
+        fs.rm_file(inner)
 
 
 def remove_leftovers(folder: str) -> None:

@@ -1,6 +1,6 @@
 """The embedding store: one Zarr v3 group per cached source, written a shard at a time, read by row.
 
-Shapes: N rows asked for, D embedding width.
+Shapes: N rows asked for, V views, D embedding width.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import hashlib
 import io
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,16 +27,19 @@ from cache_schemas.embedding_store import (
     ATTRIBUTES_KEY,
     COMMITS,
     EMBEDDING,
-    EMBEDDING_DTYPE,
+    PIXEL_RANGE,
     STATUS,
-    STATUS_DTYPE,
+    VIEW,
+    ArraySpec,
     commit_path,
+    pixels_path,
     rows_path,
 )
 from dimefm import storage
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.mapped import MappedArray
 
+DAMAGED = "dimefm verify STORE --repair marks damaged shards; then run the command that wrote the store again"
 _COMMIT_NAME = re.compile(r"(\d{6,})\.json")
 
 
@@ -48,9 +52,9 @@ class Store:
         self.group = open_group(self.path)
         attributes = group_attributes(self.group, self.path)
         self.schema = EmbeddingStore.parse(attributes, storage.join(self.path, "zarr.json"))
-        self._embedding = _array(self.group, EMBEDDING)
-        self._status = _array(self.group, STATUS)
-        self._mapped = MappedArray.open(self.path, EMBEDDING, self._embedding)
+        self._arrays = {name: _array(self.group, name, spec) for name, spec in self.schema.arrays().items()}
+        self._mapped = {name: MappedArray.open(self.path, name, array) for name, array in self._arrays.items()}
+        self._seen: set[str] = set()
         self._plan = lru_cache(maxsize=128)(self._read_plan)
 
     # -- writing ------------------------------------------------------------------------------------------------------
@@ -61,9 +65,9 @@ class Store:
         group = zarr.open_group(storage.absolute(path), mode="a")
         if ATTRIBUTES_KEY in group.attrs:
             raise OutputExistsError(f"{path} is a store already", remedy="give another place")
-        rows, shard = schema.rows, schema.shard_rows
-        create_array(group, EMBEDDING, (rows, schema.dim), EMBEDDING_DTYPE, (schema.chunk_rows, schema.dim), shard)
-        create_array(group, STATUS, (rows,), STATUS_DTYPE, (shard,), shard)
+        for name, spec in schema.arrays().items():
+            chunks = (spec.chunk_rows, *spec.shape[1:])
+            create_array(group, name, spec.shape, spec.dtype, chunks, schema.shard_rows)
         group.attrs[ATTRIBUTES_KEY] = schema.to_json()
         return Store(path)
 
@@ -76,14 +80,37 @@ class Store:
         *,
         device: str,
         seconds: float,
+        more: Mapping[str, np.ndarray[Any, Any]] = MappingProxyType({}),
+        pixels: str | None = None,
     ) -> Commit:
-        """Write one whole shard, then its commit. Until the commit is there, the shard counts as not done."""
+        """Write one whole shard, then its commit. Until the commit is there, the shard counts as not done.
+
+        `embedding_ND` is (N, V, D) in a store of views; `more` are its other arrays, if it has them, and `pixels` is
+        the digest of its tar. Raises StoreError where it cannot be written, as on a full disk: the shards that were
+        committed before are not touched.
+        """
         start, stop = self.schema.shard_range(shard)
-        self._embedding[start:stop] = embedding_ND
-        self._status[start:stop] = status_N
-        digest = digest_arrays(embedding_ND, status_N)
-        commit = make_commit(shard, start, status_N, failures, digest=digest, device=device, seconds=seconds)
-        storage.write_json(storage.join(self.path, commit_path(shard)), commit.to_json())
+        values = {EMBEDDING: embedding_ND, STATUS: status_N, **more}
+        path = storage.join(self.path, commit_path(shard))
+        try:
+            storage.remove_file(path)  # of a shard that is written again
+            for name, array in self._arrays.items():
+                array[start:stop] = values[name]
+                storage.flush(storage.join(self.path, self.shard_file(name, shard)))
+            commit = make_commit(
+                shard,
+                start,
+                status_N,
+                failures,
+                digest=digest_arrays(*(values[name] for name in self._arrays)),
+                device=device,
+                seconds=seconds,
+                plan=sha256(storage.read_bytes(storage.join(self.path, rows_path(shard)))),
+                pixels=pixels,
+            )
+            storage.write_json(path, commit.to_json())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
         return commit
 
     # -- progress -----------------------------------------------------------------------------------------------------
@@ -92,6 +119,11 @@ class Store:
         """The shards that are done."""
         names = storage.listing(storage.join(self.path, COMMITS))
         return {int(match[1]) for name in names if (match := _COMMIT_NAME.fullmatch(name))}
+
+    def commit(self, shard: int) -> Commit | None:
+        """The commit of a shard, None where it is not done."""
+        path = storage.join(self.path, commit_path(shard))
+        return Commit.parse(storage.read_json(path), path) if storage.exists(path) else None
 
     def commits(self) -> Iterator[Commit]:
         """The commits in order of shard."""
@@ -115,20 +147,71 @@ class Store:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Embeddings of rows start..stop-1, float16 (N, D). Rows without an embedding are zero."""
-        if self._mapped is not None:
-            return self._mapped.read(start, stop)
-        return np.asarray(self._embedding[start:stop])
+        """Embeddings of rows start..stop-1, float16 (N, D); of a store of views, their normalised mean. Rows without an
+        embedding are zero. Raises StoreError for rows that were never written, or are damaged."""
+        return (
+            _mean_view(self._read(EMBEDDING, np.arange(start, stop))) if self.schema.views else self._slice(start, stop)
+        )
 
     def gather(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Embeddings of any rows in any order, float16 (N, D)."""
-        if self._mapped is not None:
-            return self._mapped.gather(rows_N)
-        return np.asarray(self._embedding.oindex[rows_N])
+        """Embeddings of any rows in any order, as `read` gives them."""
+        found = self._read(EMBEDDING, rows_N)
+        return _mean_view(found) if self.schema.views else found
+
+    def gather_view(
+        self, rows_N: np.ndarray[Any, Any], view_N: np.ndarray[Any, Any]
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Of a store of views: the embedding float16 (N, D) and box int32 (N, 5) of one view of each row."""
+        places = np.arange(len(rows_N))
+        return self._read(EMBEDDING, rows_N)[places, view_N], self._read(VIEW, rows_N)[places, view_N]
+
+    def embeddings(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Embeddings as they are stored, (N, D) or with views (N, V, D)."""
+        return self._read(EMBEDDING, rows_N)
+
+    def shard_arrays(self, shard: int) -> dict[str, np.ndarray[Any, Any]]:
+        """All arrays of one shard by name, every checksum compared."""
+        return {name: self._zarr(name, slice(*self.schema.shard_range(shard))) for name in self._arrays}
+
+    def pixels(self, row: int) -> bytes:
+        """The JPEG of a row, of a store with pixels. Raises OSError as reading a file does."""
+        start, stop = self._read(PIXEL_RANGE, np.array([row]))[0].tolist()
+        path = storage.join(self.path, pixels_path(row // self.schema.shard_rows))
+        return storage.read_bytes(path, start, stop - start)
 
     def status(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         """Status codes, uint8 (N,)."""
-        return np.asarray(self._status[start : self.schema.rows if stop is None else stop])
+        return self._zarr(STATUS, slice(start, self.schema.rows if stop is None else stop))
+
+    def _read(self, name: str, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        mapped = self._mapped[name]
+        return mapped.gather(rows_N) if mapped is not None else self._zarr(name, rows_N)
+
+    def _slice(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        mapped = self._mapped[EMBEDDING]
+        return mapped.read(start, stop) if mapped is not None else self._zarr(EMBEDDING, slice(start, stop))
+
+    def _zarr(self, name: str, rows: Any) -> np.ndarray[Any, Any]:
+        """Rows through zarr-python, which compares every checksum, but takes a missing file for one full of zeros."""
+        array, size = self._arrays[name], self.schema.shard_rows
+        found = np.arange(rows.start // size, -(-rows.stop // size)) if isinstance(rows, slice) else rows // size
+        for shard in np.unique(found).tolist():
+            self._require_file(self.shard_file(name, shard))
+        try:
+            return np.asarray(array[rows] if isinstance(rows, slice) else array.oindex[rows])
+        except ValueError as error:
+            raise StoreError(f"{self.path}/{name} is damaged: {error}", remedy=DAMAGED) from error
+
+    def shard_file(self, name: str, shard: int) -> str:
+        """Where, within the store, the data of an array's shard is."""
+        return f"{name}/c/{shard}{'/0' * (self._arrays[name].ndim - 1)}"
+
+    def _require_file(self, name: str) -> None:
+        if name not in self._seen:
+            path = storage.join(self.path, name)
+            if not storage.exists(path):
+                raise StoreError(f"{path} is missing", remedy=DAMAGED)
+            self._seen.add(name)
 
     def plan(self, shard: int) -> pa.Table:
         """The plan of one shard: its rows' keys and where they are. Kept for the last few shards asked for."""
@@ -138,9 +221,13 @@ class Store:
         path = storage.join(self.path, rows_path(shard))
         try:
             # One thread, no dataset scanner: a table is small, and Arrow's threads can outlive the interpreter.
-            table = pq.ParquetFile(pa.BufferReader(storage.read_bytes(path))).read(use_threads=False)
-        except (OSError, pa.ArrowInvalid) as error:
+            data = storage.read_bytes(path)
+            table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        except (OSError, pa.ArrowException) as error:
             raise StoreError(f"{path} cannot be read: {error}", remedy="the plan is damaged; cache again") from None
+        commit = self.commit(shard)
+        if commit and commit.plan != sha256(data):
+            raise StoreError(f"{path} is damaged: its checksum does not fit", remedy="the plan is damaged; cache again")
         return parse_plan(table, self.schema.kind, *self.schema.shard_range(shard), path)
 
     def samples(self, rows_N: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
@@ -164,6 +251,8 @@ def make_commit(
     digest: str,
     device: str,
     seconds: float,
+    plan: str = "",
+    pixels: str | None = None,
 ) -> Commit:
     """The commit of a shard whose rows, from `start` on, have these status codes."""
     codes, counts = np.unique(status_N, return_counts=True)
@@ -178,6 +267,8 @@ def make_commit(
         seconds=round(seconds, 3),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
+        plan=plan,
+        pixels=pixels,
     )
 
 
@@ -190,11 +281,33 @@ def require_same_teacher(one: Store, other: Store) -> None:
         raise MismatchError(what, remedy="cache both with the same teacher")
 
 
-def write_plan(path: str, shard: int, table: pa.Table) -> None:
-    """Write the plan of one shard."""
+def write_plan(path: str, shard: int, table: pa.Table) -> str:
+    """Write the plan of one shard; its sha256."""
+    return write_table(storage.join(path, rows_path(shard)), table)
+
+
+def plan_digest(digests: Iterable[str]) -> str:
+    """One sha256 for the whole plan, from those of its shards in order."""
+    return sha256(b"".join(map(bytes.fromhex, digests)))
+
+
+def write_table(path: str, table: pa.Table) -> str:
+    """A table as a Parquet file; its sha256."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
-    storage.write_atomic(storage.join(path, rows_path(shard)), sink.getvalue())
+    data = sink.getvalue()
+    storage.write_atomic(path, data)
+    return sha256(data)
+
+
+def read_table(path: str, schema: pa.Schema) -> pa.Table:
+    """A small Parquet file. Raises StoreError where it is missing, damaged or has other columns."""
+    try:
+        # One thread, no dataset scanner: a table is small, and Arrow's threads can outlive the interpreter.
+        table = pq.ParquetFile(pa.BufferReader(storage.read_bytes(path))).read(use_threads=False)
+        return table.select(schema.names).cast(schema)
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise StoreError(f"{path} cannot be read: {error}", remedy="the plan is damaged; cache again") from None
 
 
 def open_group(path: str) -> zarr.Group:
@@ -237,7 +350,26 @@ def create_array(
         filters=None,
         fill_value=fill,
         overwrite=True,
+        config={"write_empty_chunks": True},
     )
+
+
+def sha256(data: bytes) -> str:
+    """As hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def cannot_write(path: str, error: OSError) -> StoreError:
+    """What a full disk, a read-only folder or a lost share becomes."""
+    remedy = "make room, or mend the permissions, and run the same command again; finished shards are kept"
+    return StoreError(f"{path} cannot be written: {error.strerror or error}", remedy=remedy)
+
+
+def _mean_view(embedding_NVD: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The mean over views with its norm set to 1 again, float16 (N, D); zero stays zero."""
+    mean_ND: np.ndarray[Any, Any] = embedding_NVD.astype(np.float32).mean(axis=1)
+    norm_N1 = np.linalg.norm(mean_ND, axis=1, keepdims=True)
+    return (mean_ND / np.where(norm_N1 > 0, norm_N1, 1)).astype(np.float16)
 
 
 def digest_arrays(*arrays: np.ndarray[Any, Any]) -> str:
@@ -254,8 +386,16 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def _array(group: zarr.Group, name: str) -> Any:
+def _array(group: zarr.Group, name: str, spec: ArraySpec) -> Any:
+    """The array, ready to be written with chunks of fill values too: an absent chunk is then always a loss."""
+    where = f"{group.store_path}/{name}"
     try:
-        return group[name]
-    except KeyError:
-        raise StoreError(f"{group.store_path} has no array {name!r}", remedy="it is damaged; cache again") from None
+        array: Any = group[name]
+    except (KeyError, ValueError, TypeError) as error:
+        raise StoreError(f"{where} cannot be opened: {error}", remedy="it is damaged; cache again") from None
+    shape, dtype, chunks = array.shape, str(array.dtype), array.chunks
+    expected = spec.shape, spec.dtype, (spec.chunk_rows, *spec.shape[1:])
+    if (shape, dtype, chunks) != expected:
+        what = f"{where} is {dtype} {shape} in chunks {chunks}, where {expected[1]} {expected[0]} {expected[2]} belongs"
+        raise StoreError(what, remedy="it is damaged; cache again")
+    return array.with_config({"write_empty_chunks": True})

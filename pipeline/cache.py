@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from cache_schemas import TeacherIdentity, to_plain
-from dimefm.clip import Precision, load_clip
+from cache_schemas import TeacherIdentity, ViewPlan, to_plain
+from dimefm.clip import Clip, Precision, load_clip
 from dimefm.device import choose_device
 from dimefm.errors import DimefmError
-from dimefm.progress import amount
-from dimefm.sources.base import expand
+from dimefm.lock import writing
+from dimefm.progress import amount, duration
+from dimefm.sources.files import expand
 from dimefm.store import Store
 from pipeline.plan import Forecast, PlanRequest, forecast, open_or_plan
+from pipeline.probe import PROBE_ROWS, Rates, measure
 from pipeline.runner import Job, cpus, run_shards
+from pipeline.sentences import SentenceRules
 
 BATCH_SIZE = {"cpu": 32, "cuda": 512}
+_TEXT_WORKERS_PER_GPU = 4  # a tokenizer is plain Python: one process of it does not keep a GPU busy
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """One job of stage 1. None means: chosen by the machine (device, precision, workers, threads) or the source."""
+    """One job of stage 1. None means: chosen by the machine (device, precision, workers, threads), the source, or that
+    there is none (views, pixels, limits on sentences, the seed of their order)."""
 
     kind: Literal["image", "text"]
     sources: tuple[str, ...]
     out: str
     teacher: str
     pretrained: str | None = None
+    column: str | None = None
+    min_words: int | None = None
+    max_words: int | None = None
+    shuffle: int | None = None
+    views: int | None = None
+    view_scale: float = 0.4
+    view_seed: int = 0
+    pixels: int | None = None
     precision: Precision | None = None
     device: str | None = None
+    compile: bool = False
     batch_size: int | None = None
     shard_rows: int | None = None
     workers: int | None = None
     threads: int | None = None
     ray_address: str | None = None
+    retry_failed: bool = False
 
 
 def cache(config: CacheConfig) -> Store:
@@ -43,44 +58,65 @@ def cache(config: CacheConfig) -> Store:
 
     Raises a DimefmError for whatever the user can mend; shards that were committed stay.
     """
-    device, teacher = _device_and_teacher(config)
-    store = open_or_plan(_request(config, device), config.out, teacher)
-    workers = config.workers or (torch.cuda.device_count() if device.startswith("cuda") else cpus())
-    job = Job(
-        store=store.path,
-        teacher=teacher.name,
-        pretrained=teacher.pretrained,
-        precision=teacher.precision,
-        device=device,
-        threads=config.threads,
-    )
-    run_shards(job, workers=workers, address=config.ray_address)
+    device = _device(config)
+    teacher = _load(config, device, "cpu").identity
+    with writing(config.out):
+        store = open_or_plan(_request(config, device), config.out, teacher)
+        job = Job(
+            store=store.path,
+            teacher=teacher.name,
+            pretrained=teacher.pretrained,
+            precision=teacher.precision,
+            device=device,
+            threads=config.threads,
+            compile=config.compile,
+        )
+        workers = config.workers or _workers(config.kind, device)
+        run_shards(job, workers=workers, address=config.ray_address)
+        if config.retry_failed:
+            run_shards(replace(job, retry=True), workers=workers, address=config.ray_address)
     return store
 
 
-def dry_run(config: CacheConfig) -> tuple[Forecast, TeacherIdentity]:
-    """What `cache` would do: rows, shards and bytes, and the teacher's identity. Writes nothing."""
-    device, teacher = _device_and_teacher(config)
-    return forecast(_request(config, device), teacher.embed_dim), teacher
+def dry_run(config: CacheConfig) -> str:
+    """What `cache` would do, in lines: rows, shards and bytes, the teacher's identity, and the hours that follow from
+    the speed of this machine over the first rows. Writes nothing."""
+    device = _device(config)
+    clip = _load(config, device, device)
+    request = _request(config, device)
+    found = forecast(request, clip.identity, keep=PROBE_ROWS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker does
+    try:
+        rates = measure(found.first, found.schema, clip)
+    finally:
+        torch.set_num_threads(threads)
+    return _show_forecast(config, device, found, clip.identity, rates)
 
 
-def show_forecast(found: Forecast, teacher: TeacherIdentity) -> str:
-    """The lines of --dry-run."""
-    source = found.source
+def _show_forecast(config: CacheConfig, device: str, found: Forecast, teacher: TeacherIdentity, rates: Rates) -> str:
+    source, workers = found.schema.source, config.workers or _workers(config.kind, device)
+    on_cpu = device == "cpu"
+    threads = config.threads or rates.threads(max(1, cpus() // workers))
+    rate = workers * rates.worker(threads, shared=on_cpu)
+    jpegs = f" and {amount(found.schema.rows * rates.jpeg_bytes)} of JPEGs" if rates.jpeg_bytes else ""
+    each = f"{rates.load:,.0f} images/s read and decoded by a thread, " if config.kind == "image" else ""
+    plural = f"{workers} workers of {threads} decoding threads" if config.kind == "image" else f"{workers} workers"
     lines = [
-        f"rows     {found.rows:,} from {source.files:,} files, {amount(source.bytes)} to read",
-        f"shards   {found.shards:,}",
-        f"writes   {amount(found.bytes_out)} of embeddings and status",
-        *(f"dropped  {count:,} {reason}" for reason, count in source.dropped.items() if count),
-        *(f"problem  {problem}" for problem in source.problems),
+        f"rows      {found.schema.rows:,} from {source.files:,} files, {amount(source.bytes)} to read",
+        f"shards    {found.schema.shards:,}",
+        f"writes    {amount(found.bytes_out)} of embeddings and status{jpegs}",
+        f"measured  {each}{rates.teacher:,.0f} {config.kind}s/s by the teacher on one {'core' if on_cpu else 'GPU'}",
+        f"takes     {duration(found.schema.rows / rate)} at {rate:,.0f} {config.kind}s/s with {plural}",
+        *(f"dropped   {count:,} {reason}" for reason, count in source.dropped.items() if count),
+        *(f"problem   {problem}" for problem in source.problems),
         "teacher",
     ]
     lines += [f"  {name:<15} {value}" for name, value in to_plain(teacher).items()]
     return "\n".join(lines)
 
 
-def _device_and_teacher(config: CacheConfig) -> tuple[str, TeacherIdentity]:
-    """Where the workers run, and who the teacher will be there; read off a copy in this process's memory."""
+def _device(config: CacheConfig) -> str:
     for argument in config.sources:
         expand(argument)  # a mistyped path is found before a large teacher is loaded
     remote = config.ray_address is not None
@@ -88,11 +124,33 @@ def _device_and_teacher(config: CacheConfig) -> tuple[str, TeacherIdentity]:
         raise DimefmError(
             "--ray-address without --workers", remedy="say how many of the cluster's GPUs or cores to use"
         )
-    device = config.device if remote and config.device else choose_device(config.device)
+    return config.device if remote and config.device else choose_device(config.device)
+
+
+def _load(config: CacheConfig, device: str, place: str) -> Clip:
+    """The teacher in this process's memory, on `place`, with the precision that workers on `device` will have."""
     precision = config.precision or ("fp32" if device == "cpu" else "bf16")
-    return device, load_clip(config.teacher, config.pretrained, precision=precision, device="cpu").identity
+    return load_clip(config.teacher, config.pretrained, precision=precision, device=place)
+
+
+def _workers(kind: str, device: str) -> int:
+    if device == "cpu":
+        return cpus()
+    gpus = torch.cuda.device_count()
+    return gpus * min(_TEXT_WORKERS_PER_GPU, max(1, cpus() // gpus)) if kind == "text" else gpus
 
 
 def _request(config: CacheConfig, device: str) -> PlanRequest:
-    batch_size = config.batch_size or BATCH_SIZE[device.partition(":")[0]]
-    return PlanRequest(kind=config.kind, arguments=config.sources, shard_rows=config.shard_rows, batch_size=batch_size)
+    scale = (config.view_scale, 1.0)
+    return PlanRequest(
+        kind=config.kind,
+        arguments=config.sources,
+        column=config.column,
+        sentences=SentenceRules(min_words=config.min_words, max_words=config.max_words, shuffle=config.shuffle),
+        views=ViewPlan(count=config.views, seed=config.view_seed, crop_scale=scale, flip=True)
+        if config.views
+        else None,
+        pixels=config.pixels,
+        shard_rows=config.shard_rows,
+        batch_size=config.batch_size or BATCH_SIZE[device.partition(":")[0]],
+    )

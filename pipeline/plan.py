@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -13,25 +16,46 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from cache_schemas import IMAGE_PLAN, TEXT_PLAN, EmbeddingStore, SourceSummary, TeacherIdentity
-from cache_schemas.embedding_store import ATTRIBUTES_KEY, COMMITS, EMBEDDING, ROWS, STATUS
+from cache_schemas import FILES, EmbeddingStore, SourceSummary, TeacherIdentity, ViewPlan
+from cache_schemas.embedding_store import (
+    ATTRIBUTES_KEY,
+    COMMITS,
+    EMBEDDING,
+    PIXEL_RANGE,
+    PIXELS,
+    ROWS,
+    STATUS,
+    VIEW,
+)
+from cache_schemas.plan import FILES_TABLE, PLANS
 from dimefm import storage
 from dimefm.errors import MismatchError, OutputExistsError, SourceError
 from dimefm.sources import open_image_source, open_text_source
-from dimefm.store import Store, write_plan
+from dimefm.store import Store, plan_digest, read_table, write_plan, write_table
+from pipeline.sentences import SentenceRules, tidy
 
 _LEAST_SHARD, _MOST_SHARD, _CHUNK = 512, 65536, 1024
 _BYTES_PER_ROW = {"image": 16_000, "text": 40}  # a guess that only sets the order of magnitude of a shard
+_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What to plan: the arguments that name the source, and how the store is to be cut."""
+    """What to plan: the arguments that name the source, what to take of it, and how the store is to be cut."""
 
     kind: Literal["image", "text"]
     arguments: tuple[str, ...]
+    column: str | None = None
+    sentences: SentenceRules = field(default_factory=SentenceRules)
+    views: ViewPlan | None = None
+    pixels: int | None = None
     shard_rows: int | None = None
     batch_size: int = 64
+
+    def settings(self) -> dict[str, object]:
+        """What decides the rows beside the files."""
+        column: dict[str, object] = {"column": self.column} if self.column else {}
+        return {**column, **self.sentences.settings()} if self.kind == "text" else column
 
 
 @dataclass
@@ -41,27 +65,28 @@ class _Tally:
     bytes: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    keys: array[int] = field(default_factory=lambda: array("Q"))
+    keys: array[int] = field(default_factory=lambda: array("q"))
 
     def repeated_keys(self) -> int:
-        return len(self.keys) - int(_first_of_each(self.keys).sum())
+        values = np.frombuffer(self.keys, np.int64) if len(self.keys) else np.empty(0, np.int64)
+        values = np.sort(values)
+        return int((values[1:] == values[:-1]).sum())
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a plan would hold, without writing it."""
+    """What a plan would hold, without writing it: the store's attributes, its arrays' bytes, a few entries."""
 
-    rows: int
-    shards: int
-    source: SourceSummary
+    schema: EmbeddingStore
     bytes_out: int
+    first: list[dict[str, Any]]
 
 
 def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity) -> Store:
     """The store at `out`: opened if the same command made it, planned if there is none.
 
     Raises SourceError for an empty source, OutputExistsError where something else is at `out`, MismatchError where a
-    store is there that another source, teacher or setting made.
+    store is there that another source, teacher or setting made, or whose source has changed since.
     """
     out = storage.absolute(out)
     source = _open(request)
@@ -69,35 +94,73 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity) -> St
     shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind)
     if _is_planned(out):
         store = Store(out)
-        _require_same(store, request, _digest(files), shard_rows, teacher)
+        _require_unchanged(store, files)
+        _require_same(store, request, _digest(files, request.settings()), shard_rows, teacher)
         return store
     storage.remove_folder(storage.join(out, ROWS))  # of a run that was stopped while it planned
+    write_table(storage.join(out, FILES_TABLE), _file_table(files))
     tally = _Tally()
-    rows = 0
-    for shard, batch in enumerate(_batches(_samples(request, source, tally), shard_rows)):
-        write_plan(out, shard, _table(request.kind, batch, shard * shard_rows))
-        rows += len(batch)
-    schema = EmbeddingStore(
+    rows, digests = 0, []
+    for shard, table in enumerate(_tables(request, source, shard_rows, tally)):
+        digests.append(write_plan(out, shard, table))
+        rows += table.num_rows
+    return Store.create(out, _schema(request, files, tally, rows, shard_rows, teacher, plan_digest(digests)))
+
+
+def forecast(request: PlanRequest, teacher: TeacherIdentity, keep: int = 0) -> Forecast:
+    """Go through the source as planning would, and write nothing. Keeps the first `keep` entries."""
+    source = _open(request)
+    files = source.files()
+    shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind)
+    tally = _Tally()
+    rows, first = 0, list[dict[str, Any]]()
+    for table in _tables(request, source, _MOST_SHARD, tally):
+        first += table.slice(0, keep - len(first)).to_pylist()
+        rows += table.num_rows
+    schema = _schema(request, files, tally, rows, shard_rows, teacher, plan="")
+    specs = schema.arrays().values()
+    return Forecast(schema, sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs), first)
+
+
+def count_rows(request: PlanRequest) -> int:
+    """The rows of a plan, without writing it."""
+    return sum(table.num_rows for table in _tables(request, _open(request), _MOST_SHARD, _Tally()))
+
+
+def _schema(
+    request: PlanRequest,
+    files: list[Any],
+    tally: _Tally,
+    rows: int,
+    shard_rows: int,
+    teacher: TeacherIdentity,
+    plan: str,
+) -> EmbeddingStore:
+    if rows == 0:
+        what = f"no {request.kind} in {', '.join(request.arguments)}"
+        raise SourceError(what, remedy="check that the files hold what you mean to cache, and what is dropped")
+    return EmbeddingStore(
         kind=request.kind,
-        rows=_require_rows(rows, request),
+        rows=rows,
         dim=teacher.embed_dim,
         chunk_rows=min(_CHUNK, shard_rows),
         shard_rows=shard_rows,
         batch_size=request.batch_size,
         teacher=teacher,
-        source=_summary(request, files, tally),
+        source=SourceSummary(
+            arguments=request.arguments,
+            files=len(files),
+            bytes=tally.bytes,
+            digest=_digest(files, request.settings()),
+            repeated_keys=tally.repeated_keys(),
+            dropped=tally.dropped,
+            problems=tuple(tally.problems),
+            settings=request.settings(),
+        ),
+        plan=plan,
+        views=request.views,
+        pixels=request.pixels,
     )
-    return Store.create(out, schema)
-
-
-def forecast(request: PlanRequest, embed_dim: int) -> Forecast:
-    """Go through the source as planning would, and write nothing."""
-    source = _open(request)
-    files = source.files()
-    tally = _Tally()
-    rows = _require_rows(sum(1 for _ in _samples(request, source, tally)), request)
-    shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind)
-    return Forecast(rows, -(-rows // shard_rows), _summary(request, files, tally), rows * (2 * embed_dim + 1))
 
 
 def choose_shard_rows(source_bytes: int, kind: str) -> int:
@@ -111,75 +174,66 @@ def _open(request: PlanRequest) -> Any:
         what = f"shards of {request.shard_rows:,} rows are not whole chunks"
         raise SourceError(what, remedy=f"give --shard-rows a multiple of {_CHUNK:,}, or less than that")
     opener = open_image_source if request.kind == "image" else open_text_source
-    return opener(list(request.arguments))
+    return opener(list(request.arguments), request.column)
 
 
 def _samples(request: PlanRequest, source: Any, tally: _Tally) -> Iterator[Any]:
-    if request.kind == "image":
-        for sample in source.samples(tally.problems.append):
-            tally.keys.append(_hash(sample.key))
-            tally.bytes += sample.size
-            yield sample
-        return
-    # Two passes over the sentences: 8 bytes a sentence are kept to know the repeats, not the sentences themselves.
-    hashes = array("Q", (_hash(sample.text) for sample in source.samples(lambda problem: None)))
-    keep = _first_of_each(hashes)
-    tally.dropped["repeated"] = len(keep) - int(keep.sum())
-    for sample, first in zip(source.samples(tally.problems.append), keep, strict=True):
-        if first:
-            tally.bytes += len(sample.text.encode())
-            yield sample
+    if request.kind == "text":
+        return tidy(source, request.sentences, tally.problems.append, tally.dropped)
+    return iter(source.samples(tally.problems.append))
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def _tables(request: PlanRequest, source: Any, size: int, tally: _Tally) -> Iterator[pa.Table]:
+    """The plan in tables of `size` rows."""
+    samples, schema, rows = _samples(request, source, tally), PLANS[request.kind], 0
+    while batch := list(islice(samples, size)):
+        columns = dict(zip(batch[0]._fields, zip(*batch, strict=True), strict=True))
+        if request.kind == "image":
+            tally.keys.extend(map(hash, columns["key"]))
+        tally.bytes += sum(
+            columns["size"] if request.kind == "image" else (len(text.encode()) for text in columns["text"])
+        )
+        yield pa.table({"row": np.arange(rows, rows + len(batch)), **columns}, schema=schema)
+        rows += len(batch)
 
 
-def _first_of_each(hashes: array[int]) -> np.ndarray[Any, Any]:
-    """True where a value occurs for the first time."""
-    values = np.frombuffer(hashes, np.uint64) if len(hashes) else np.empty(0, np.uint64)
-    order = np.argsort(values, kind="stable")
-    first = np.ones(len(values), bool)
-    first[order[1:]] = values[order[1:]] != values[order[:-1]]
-    return first
-
-
-def _batches(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(samples)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
-def _table(kind: str, batch: list[Any], start: int) -> pa.Table:
-    schema = IMAGE_PLAN if kind == "image" else TEXT_PLAN
-    columns = {name: [getattr(sample, name) for sample in batch] for name in schema.names if name != "row"}
-    return pa.table({"row": list(range(start, start + len(batch))), **columns}, schema=schema)
-
-
-def _require_rows(rows: int, request: PlanRequest) -> int:
-    if rows == 0:
-        what = f"no {request.kind} in {', '.join(request.arguments)}"
-        raise SourceError(what, remedy="check that the files hold what you mean to cache")
-    return rows
-
-
-def _digest(files: list[Any]) -> str:
+def _digest(files: list[Any], settings: dict[str, object]) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.path}\0{file.size}\n".encode())
+    if settings:
+        digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def _summary(request: PlanRequest, files: list[Any], tally: _Tally) -> SourceSummary:
-    return SourceSummary(
-        arguments=request.arguments,
-        files=len(files),
-        bytes=tally.bytes,
-        digest=_digest(files),
-        repeated_keys=tally.repeated_keys(),
-        dropped=tally.dropped,
-        problems=tuple(tally.problems),
-    )
+def _file_table(files: list[Any]) -> pa.Table:
+    columns = {name: [getattr(file, name) for file in files] for name in FILES.names}
+    return pa.table(columns, schema=FILES)
+
+
+def _require_unchanged(store: Store, files: list[Any]) -> None:
+    """Raises MismatchError naming the files that are not what they were when the plan was made."""
+    path = storage.join(store.path, FILES_TABLE)
+    before = {file["path"]: file for file in read_table(path, FILES).to_pylist()}
+    now = {file.path: file for file in files}
+    changes = [f"{name} is new" for name in now if name not in before]
+    changes += [f"{name} is gone" for name in before if name not in now]
+    for name in before.keys() & now.keys():
+        old, new = before[name], now[name]
+        if old["size"] != new.size:
+            changes.append(f"{name} has changed: {old['size']:,} bytes when it was planned, {new.size:,} now")
+        elif old["modified"] and new.modified and old["modified"] != new.modified:
+            times = f"{_time(old['modified'])} when it was planned, {_time(new.modified)} now"
+            changes.append(f"{name} has changed: written {times}")
+    if changes:
+        lines = "".join(f"\n  - {change}" for change in sorted(changes)[:_SHOWN])
+        more = f"\n  - and {len(changes) - _SHOWN:,} more" if len(changes) > _SHOWN else ""
+        what = f"the source of {store.path} has changed since it was planned:{lines}{more}"
+        raise MismatchError(what, remedy="put the files back as they were, their times too, or give another --out")
+
+
+def _time(nanoseconds: int) -> str:
+    return datetime.fromtimestamp(nanoseconds / 1e9, UTC).isoformat(sep=" ", timespec="milliseconds")
 
 
 def _is_planned(out: str) -> bool:
@@ -188,7 +242,7 @@ def _is_planned(out: str) -> bool:
         if not storage.is_url(out) and Path(out).is_file():
             raise OutputExistsError(f"{out} exists and is a file", remedy="give another --out")
         return False
-    strangers = names - {"zarr.json", EMBEDDING, STATUS, ROWS, COMMITS}
+    strangers = names - {"zarr.json", EMBEDDING, STATUS, VIEW, PIXEL_RANGE, ROWS, COMMITS, PIXELS}
     if strangers:
         what = f"{out} exists and is not an embedding store (it holds {min(strangers)!r})"
         raise OutputExistsError(what, remedy="give another --out")
@@ -209,6 +263,9 @@ def _require_same(store: Store, request: PlanRequest, digest: str, shard_rows: i
             ("source", schema.source.digest, digest),
             ("shard_rows", schema.shard_rows, shard_rows),
             ("batch_size", schema.batch_size, request.batch_size),
+            ("settings", schema.source.settings, request.settings()),
+            ("views", schema.views, request.views),
+            ("pixels", schema.pixels, request.pixels),
         )
         if mine != theirs
     ]

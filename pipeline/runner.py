@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,15 +15,17 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
-from cache_schemas import Commit
+from cache_schemas import Commit, Status
 from dimefm import storage
 from dimefm.clip import Precision, load_clip
 from dimefm.errors import DimefmError, MismatchError, StoreError
 from dimefm.progress import Progress
 from dimefm.store import Store
-from pipeline.shard import check_canary, encode_shard
+from pipeline.probe import PROBE_ROWS, measure
+from pipeline.shard import check_canary, encode_shard, retry_shard
 
 _TRIES = 3
+_PATIENCE = 60.0  # seconds without any worker before that is said
 _OBJECT_STORE_BYTES = 100 * 1024**2  # only shard numbers and commits pass through it
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -33,7 +37,8 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every worker needs to know: the planned store and how to load its teacher."""
+    """What every worker needs to know: the planned store and how to load its teacher. `retry`: encode only the rows
+    of finished shards that have no embedding."""
 
     store: str
     teacher: str
@@ -41,6 +46,8 @@ class Job:
     precision: Precision
     device: str
     threads: int | None
+    compile: bool = False
+    retry: bool = False
 
 
 class Worker:
@@ -50,19 +57,27 @@ class Worker:
         self._job = job
         self._rows = 0
 
-    def start(self, threads: int) -> None:
-        """Load the teacher, and decode on `threads`. Not in __init__, whose errors Ray would not hand on as they are.
+    def start(self, threads: int, shard: int) -> None:
+        """Load the teacher, and decode on up to `threads`: as many as its speed needs, measured on rows of `shard`.
+        Not in __init__, whose errors Ray would not hand on as they are.
 
         The teacher itself computes on one thread on a CPU: sums come out differently on more, and a run that goes on
         with other workers must write the same bytes. Several workers of one thread are faster than one of several.
         """
         torch.set_num_threads(1)
-        job, self._threads, self._store = self._job, threads, Store(self._job.store)
+        job, self._store = self._job, Store(self._job.store)
+        schema = self._store.schema
         self._clip = load_clip(job.teacher, job.pretrained, precision=job.precision, device=job.device)
-        differences = self._store.schema.teacher.differences(self._clip.identity)
+        differences = schema.teacher.differences(self._clip.identity)
         if differences:
             what = f"{job.teacher} is not the teacher of {job.store}: {'; '.join(differences)}"
             raise MismatchError(what, remedy="name the teacher that the store was begun with")
+        if job.compile:
+            self._clip.compile(schema.batch_size)
+        self._threads = threads
+        if job.threads is None and threads > 1 and schema.kind == "image":
+            rows = self._store.plan(shard).slice(0, PROBE_ROWS).to_pylist()
+            self._threads = measure(rows, schema, self._clip).threads(threads)
 
     def check(self) -> None:
         """The canary; see pipeline.shard.check_canary."""
@@ -70,10 +85,12 @@ class Worker:
 
     def encode(self, shard: int) -> Commit:
         """Encode and commit one shard."""
-        return encode_shard(self._store, shard, self._clip, threads=self._threads, progress=self._count)
+        self._rows = 0
+        work = retry_shard if self._job.retry else encode_shard
+        return work(self._store, shard, self._clip, threads=self._threads, progress=self._count)
 
     def rows(self) -> int:
-        """Rows encoded since this worker started."""
+        """Rows of the present shard that are encoded."""
         return self._rows
 
     def _count(self, rows: int) -> None:
@@ -81,35 +98,57 @@ class Worker:
 
 
 def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
-    """Encode every shard of the store that has no commit, on `workers` actors, on a cluster or a local Ray.
+    """Encode every shard of the store that has no commit (or, to retry, that has failed rows) on `workers` actors, on
+    a cluster or a local Ray.
 
     Raises DimefmError where there are not that many GPUs or cores, StoreError when a shard loses its worker three
     times, and what a worker raised.
     """
     store = Store(job.store)
-    schema = store.schema
-    committed = store.committed()
-    pending = [shard for shard in range(schema.shards) if shard not in committed]
-    done = schema.rows - sum(stop - start for start, stop in map(schema.shard_range, pending))
+    pending = _pending(store, retry=job.retry)
+    rows = sum(pending.values())
     if not pending:
         return
     storage.remove_leftovers(store.path)
-    with cluster(address, workers, job.device), Progress(schema.kind + "s", schema.rows, schema.kind, done) as progress:
+    total, done = (rows, 0) if job.retry else (store.schema.rows, store.schema.rows - rows)
+    kind = store.schema.kind
+    with cluster(address, workers, job.device), Progress(kind + "s", total, kind, done) as progress:
+        check = bool(store.committed())
         workers = min(workers, len(pending))
         cores = _require_room(workers, job.device)
         cores = cores if address else cpus()  # a local Ray is told of one core a worker, whatever there are
         threads = job.threads or max(1, cores // workers)
-        _Supervisor(job, workers, threads, check=bool(committed)).run(pending, progress, done)
+        _Supervisor(job, workers, threads, pending).run(progress, done, check=check)
+
+
+def _pending(store: Store, *, retry: bool) -> dict[int, int]:
+    """The shards to do, and how many rows of each."""
+    schema = store.schema
+    if retry:
+        failed = {c.shard: c.stop - c.start - c.counts.get(Status.OK.name, 0) for c in store.commits()}
+        return {shard: count for shard, count in failed.items() if count}
+    committed = store.committed()
+    ranges = {shard: schema.shard_range(shard) for shard in range(schema.shards) if shard not in committed}
+    return {shard: stop - start for shard, (start, stop) in ranges.items()}
 
 
 def _require_room(workers: int, device: str) -> int:
     """CPU cores of the Ray that is running. Raises DimefmError where it could never place so many workers."""
-    kind = "GPU" if device.startswith("cuda") else "CPU"
     resources = ray.cluster_resources()
-    have = int(resources.get(kind, 0))
-    if workers > have:
-        raise DimefmError(f"{workers} workers need {workers} {kind}s, and Ray has {have}", remedy=f"--workers {have}")
-    return int(resources["CPU"])
+    cores, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    if device.startswith("cuda") and gpus == 0:
+        raise DimefmError(
+            "--device cuda: Ray has no GPU", remedy="start Ray where there are some, or give --device cpu"
+        )
+    if workers > cores:
+        raise DimefmError(f"{workers} workers need {workers} CPUs, and Ray has {cores}", remedy=f"--workers {cores}")
+    return cores
+
+
+def _gpu_share(workers: int, device: str) -> float:
+    """GPUs of one worker: one, or a share where there are more workers than GPUs (several then feed one)."""
+    gpus = ray.cluster_resources().get("GPU", 0) if device.startswith("cuda") else 0
+    return 1 if gpus >= workers else 1 / math.ceil(workers / gpus) if gpus else 0
 
 
 def cpus() -> int:
@@ -118,66 +157,84 @@ def cpus() -> int:
 
 
 class _Supervisor:
-    """Hands out shards, one in flight per actor, and replaces actors that are lost."""
+    """Hands out shards, one in flight per actor, and replaces actors that are lost.
 
-    def __init__(self, job: Job, workers: int, threads: int, *, check: bool) -> None:
-        gpus = 1 if job.device.startswith("cuda") else 0
+    A replacement that Ray cannot place yet, as after a node is lost, is not waited for: the others go on.
+    """
+
+    def __init__(self, job: Job, workers: int, threads: int, pending: dict[int, int]) -> None:
         # Two threads of an actor: one works on a shard while the other answers how far it is.
         actor: Any = ray.remote(Worker)
-        actor = actor.options(num_cpus=1, num_gpus=gpus, max_concurrency=2)
-        self._place: Callable[[], Any] = lambda: actor.remote(job)
-        self._threads = threads
-        self._actors: list[Any] = [self._place() for _ in range(workers)]
-        for started in [actor.start.remote(threads) for actor in self._actors]:
-            _get(started)
-        self._tries: dict[int, int] = {}
+        actor = actor.options(num_cpus=1, num_gpus=_gpu_share(workers, job.device), max_concurrency=2)
+        self._new: Callable[[], Any] = lambda: actor.remote(job)
+        self._workers, self._threads = workers, threads
+        self._rows, self._pending = dict(pending), sorted(pending, reverse=True)
+        self._tries: dict[int | None, int] = {}
+        self._flying: dict[Any, tuple[Any, int | None]] = {}  # reference: actor, its shard; None while it starts
+        self._idle: list[Any] = []
+        self._counted: dict[Any, int] = {}
+
+    def run(self, progress: Progress, finished: int, *, check: bool) -> None:
+        """Until every shard is committed. With `check`, one actor first goes through the canary alone."""
+        self._place()
         if check:
-            _get(self._actors[0].check.remote())
-
-    def run(self, pending: list[int], progress: Progress, done: int) -> None:
-        pending = list(reversed(pending))
-        finished = done
-        counted: dict[Any, int] = dict.fromkeys(self._actors, 0)
-        flying: dict[Any, tuple[Any, int]] = {}
-        while pending or flying:
-            busy = {actor for actor, _ in flying.values()}
-            for actor in self._actors:
-                if actor not in busy and pending:
-                    shard = pending.pop()
-                    flying[actor.encode.remote(shard)] = (actor, shard)
-            ready, _ = ray.wait(list(flying), timeout=1.0)
+            _get(next(iter(self._flying)))
+            _get(next(iter(self._flying.values()))[0].check.remote())
+        for _ in range(self._workers - 1):
+            self._place()
+        heard = time.monotonic()
+        while self._pending or any(shard is not None for _, shard in self._flying.values()):
+            while self._pending and self._idle:
+                actor, shard = self._idle.pop(), self._pending.pop()
+                self._flying[actor.encode.remote(shard)] = (actor, shard)
+            ready, _ = ray.wait(list(self._flying), timeout=1.0)
             for reference in ready:
-                actor, shard = flying.pop(reference)
-                try:
-                    _get(reference)
-                except RayActorError as error:
-                    pending.append(self._again(shard, error))
-                    finished += counted.pop(actor, 0)
-                    self._actors[self._actors.index(actor)] = self._replacement()
-            self._poll(counted)
-            progress.at(finished + sum(counted.values()))
+                finished += self._landed(reference)
+            busy = any(shard is not None for _, shard in self._flying.values())
+            heard = time.monotonic() if busy or ready else heard
+            if time.monotonic() - heard > _PATIENCE:
+                heard = time.monotonic()
+                progress.note("no worker runs: Ray has no node with room for one, or it is still loading the teacher")
+            self._poll()
+            progress.at(finished + sum(self._counted.values()))
 
-    def _replacement(self) -> Any:
-        actor = self._place()
-        _get(actor.start.remote(self._threads))
-        return actor
+    def _place(self) -> None:
+        actor = self._new()
+        shard = self._pending[-1] if self._pending else 0
+        self._flying[actor.start.remote(self._threads, shard)] = (actor, None)
 
-    def _poll(self, counted: dict[Any, int]) -> None:
-        asked = {actor.rows.remote(): actor for actor in self._actors}
-        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0.5)
+    def _landed(self, reference: Any) -> int:
+        """An actor has started, finished its shard, or is lost; the rows that are done with that."""
+        actor, shard = self._flying.pop(reference)
+        self._counted.pop(actor, None)
+        try:
+            _get(reference)
+        except RayActorError as error:
+            self._count_loss(shard, error)
+            if shard is not None:
+                self._pending.append(shard)
+            self._place()
+            return 0
+        self._idle.append(actor)
+        self._tries.pop(None, None)
+        return 0 if shard is None else self._rows[shard]
+
+    def _poll(self) -> None:
+        asked = {actor.rows.remote(): actor for actor, shard in self._flying.values() if shard is not None}
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0.5) if asked else ([], [])
         for reference in ready:
             try:
-                counted[asked[reference]] = ray.get(reference)
+                self._counted[asked[reference]] = ray.get(reference)
             except RayActorError:
                 continue  # its shard comes back with the same error, which is handled there
 
-    def _again(self, shard: int, error: RayActorError) -> int:
+    def _count_loss(self, shard: int | None, error: RayActorError) -> None:
         self._tries[shard] = self._tries.get(shard, 0) + 1
         if self._tries[shard] >= _TRIES:
             reason = str(error).strip().split("\n")[0]
-            what = f"shard {shard} lost its worker {_TRIES} times: {reason}"
-            raise StoreError(what, remedy="see the worker's log, mend the cause (often memory), and run again")
-        return shard
+            lost = f"shard {shard} lost its worker" if shard is not None else "a worker was lost while it started"
+            remedy = "see the worker's log, mend the cause (often memory), and run again"
+            raise StoreError(f"{lost} {_TRIES} times: {reason}", remedy=remedy)
 
 
 def _get(reference: Any) -> Any:

@@ -1,158 +1,225 @@
 """The work of one shard, as a plain function: plan slice in, committed shard out. Runs with or without Ray.
 
-Shapes: B images or sentences in a batch, N rows of the shard, D embedding width, H height, W width.
+Shapes: N rows of the shard, B images or sentences in a batch, V views, D embedding width, H height, W width.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from cache_schemas import Commit, Failure, Status
+from cache_schemas import Commit, EmbeddingStore, Failure, Status
+from cache_schemas.embedding_store import EMBEDDING, PIXEL_RANGE, STATUS, VIEW, pixels_path
 from dimefm import storage
-from dimefm.clip import Clip
+from dimefm.clip import Clip, token_counts
 from dimefm.decode import DecodeError
-from dimefm.errors import MismatchError, StoreError
-from dimefm.preprocess import Preprocess
-from dimefm.store import Store
+from dimefm.errors import MismatchError
+from dimefm.pixels import PixelTar, pixel_tar
+from dimefm.store import Store, cannot_write
+from pipeline.loading import Loader
 
 _CANARY_ROWS, _CANARY_COSINE = 8, 0.999
-_GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-_WAITS = (0.5, 2.0)  # seconds before a failed read is tried again
+
+Rows = list[dict[str, Any]]
+Progress = Callable[[int], None]
 
 
-def encode_shard(
-    store: Store, shard: int, clip: Clip, *, threads: int = 1, progress: Callable[[int], None] = lambda rows: None
-) -> Commit:
-    """Encode every row of `shard` and commit it. `progress` is told how many more rows are done, as they are."""
-    began = time.monotonic()
-    rows, schema = store.plan(shard).to_pylist(), store.schema
-    embedding_ND, status_N, reasons = encode_rows(rows, schema.kind, clip, schema.batch_size, threads, progress)
-    failures = [
-        Failure(
-            row=row["row"],
-            key=row["key"],
-            file=row.get("file", ""),
-            status=Status(status_N[i]).name,
-            reason=reasons[i],
-        )
-        for i, row in enumerate(rows)
-        if status_N[i] != Status.OK
-    ]
-    device, seconds = str(clip.device), time.monotonic() - began
-    return store.write_shard(shard, embedding_ND, status_N, failures, device=device, seconds=seconds)
+def _silent(rows: int) -> None:
+    pass
+
+
+@dataclass
+class ShardData:
+    """What is written of a shard: the store's arrays by name, (N, ...), and why a row has no embedding."""
+
+    arrays: dict[str, np.ndarray[Any, Any]]
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, rows: int, schema: EmbeddingStore) -> ShardData:
+        """All rows pending."""
+        return cls({name: np.zeros((rows, *spec.shape[1:]), spec.dtype) for name, spec in schema.arrays().items()})
+
+    def failed(self) -> np.ndarray[Any, Any]:
+        """The rows without an embedding."""
+        return np.flatnonzero(self.arrays[STATUS] != Status.OK)
+
+    def fail(self, row: int, status: Status, reason: str) -> None:
+        """Leave a row without one."""
+        self.arrays[STATUS][row], self.reasons[row] = status, reason
+
+
+def encode_shard(store: Store, shard: int, clip: Clip, *, threads: int = 1, progress: Progress = _silent) -> Commit:
+    """Encode every row of `shard` and commit it. `progress` is told how many more rows are done, as they are.
+
+    Raises StoreError where the input does not answer or the shard cannot be written.
+    """
+    began, rows, digest = time.monotonic(), store.plan(shard).to_pylist(), None
+    with _writing(store), ExitStack() as stack:
+        tar = stack.enter_context(_tar(store, shard)) if store.schema.pixels else None
+        data = encode_rows(rows, store.schema, clip, threads=threads, progress=progress, tar=tar)
+        digest = tar.finish() if tar else None
+    return _commit(store, shard, rows, data, digest, clip, began)
+
+
+def retry_shard(store: Store, shard: int, clip: Clip, *, threads: int = 1, progress: Progress = _silent) -> Commit:
+    """As `encode_shard`, but only for the rows of a finished shard that have no embedding; the others stay."""
+    began, rows, digest = time.monotonic(), store.plan(shard).to_pylist(), None
+    commit = store.commit(shard)
+    reasons = {f.row - commit.start: f.reason for f in commit.failures} if commit else {}
+    data = ShardData(store.shard_arrays(shard), reasons)
+    failed = data.failed()
+    with _writing(store), tempfile.TemporaryFile() as spool:
+        tar = PixelTar(spool) if store.schema.pixels else None
+        again = encode_rows([rows[i] for i in failed], store.schema, clip, threads=threads, progress=progress, tar=tar)
+        kept_range_N2 = data.arrays.get(PIXEL_RANGE)
+        for name, values in again.arrays.items():
+            data.arrays[name] = data.arrays[name].copy()
+            data.arrays[name][failed] = values
+        good = {int(row) for place, row in enumerate(failed) if place not in again.reasons}
+        retried = {int(row): again.reasons[place] for place, row in enumerate(failed) if place in again.reasons}
+        data.reasons = {**{row: why for row, why in reasons.items() if row not in good}, **retried}
+        if kept_range_N2 is not None:
+            digest = _merge(store, shard, data, kept_range_N2, set(failed.tolist()), spool)
+    return _commit(store, shard, rows, data, digest, clip, began)
 
 
 def encode_rows(
-    rows: list[dict[str, Any]],
-    kind: str,
+    rows: Rows,
+    schema: EmbeddingStore,
     clip: Clip,
-    batch_size: int,
+    *,
     threads: int = 1,
-    progress: Callable[[int], None] = lambda rows: None,
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], dict[int, str]]:
-    """Embeddings float16 (N, D), zero where there is none; status uint8 (N,); the reason of each failed row."""
-    embedding_ND = np.zeros((len(rows), clip.identity.embed_dim), np.float16)
-    status_N = np.zeros(len(rows), np.uint8)
-    reasons: dict[int, str] = {}
-    batches = _image_batches(rows, clip, batch_size, threads, status_N, reasons)
-    if kind == "text":
-        batches = _text_batches(rows, clip, batch_size)
-    done = 0
-    for indices, features_BD in batches:
+    progress: Progress = _silent,
+    tar: PixelTar | None = None,
+) -> ShardData:
+    """The shard's data of these rows of its plan. Which rows share a batch depends on the data alone, never on timing,
+    so that a second run gives the same bytes."""
+    data, done = ShardData.empty(len(rows), schema), 0
+    batches = _text_batches(rows, schema, clip)
+    if schema.kind == "image":
+        batches = _image_batches(rows, schema, clip, threads, data, tar)
+    for indices, features_BD in _one_behind(batches):
         finite_B = torch.isfinite(features_BD).all(dim=1) & (features_BD.norm(dim=1) > 0.5)
-        values, good = features_BD.cpu().numpy().astype(np.float16), finite_B.cpu().numpy()
-        for i, value, ok in zip(indices, values, good, strict=True):
-            embedding_ND[i] = value if ok else 0
-            status_N[i] = Status.OK if ok else Status.NOT_FINITE
-            if not ok:
-                reasons[i] = "the teacher's embedding is NaN, infinite or zero"
-        progress(indices[-1] + 1 - done)
-        done = indices[-1] + 1
+        values_BVD = features_BD.half().cpu().numpy().reshape(len(indices), -1, features_BD.shape[1])
+        good_B = finite_B.cpu().numpy().reshape(len(indices), -1).all(axis=1)
+        data.arrays[EMBEDDING][indices] = np.where(good_B[:, None, None], values_BVD, 0).reshape(
+            len(indices), *data.arrays[EMBEDDING].shape[1:]
+        )
+        data.arrays[STATUS][indices] = Status.OK
+        for i in np.array(indices)[~good_B].tolist():
+            data.fail(i, Status.NOT_FINITE, "the teacher's embedding is NaN, infinite or zero")
+        progress(len(indices))
+        done += len(indices)
     progress(len(rows) - done)
-    return embedding_ND, status_N, reasons
+    return data
 
 
 _Batches = Iterator[tuple[list[int], torch.Tensor]]
 
 
-def _text_batches(rows: list[dict[str, Any]], clip: Clip, batch_size: int) -> _Batches:
-    for start in range(0, len(rows), batch_size):
-        indices = list(range(start, min(start + batch_size, len(rows))))
-        yield indices, clip.encode_texts([rows[i]["text"] for i in indices])
+def _one_behind(batches: _Batches) -> _Batches:
+    """Each batch once the next is on its way: on a GPU the teacher works while results are fetched and written."""
+    before = next(batches, None)
+    for batch in batches:
+        assert before is not None
+        yield before
+        before = batch
+    if before is not None:
+        yield before
+
+
+def _text_batches(rows: Rows, schema: EmbeddingStore, clip: Clip) -> _Batches:
+    """Sentences of like length together, so that little of a batch is padding."""
+    tokens_NL = clip.tokenize([row["text"] for row in rows])
+    order = np.argsort(token_counts(tokens_NL), kind="stable")
+    for at in range(0, len(rows), schema.batch_size):
+        indices = order[at : at + schema.batch_size]
+        yield indices.tolist(), clip.encode_tokens(tokens_NL[torch.from_numpy(indices)])
 
 
 def _image_batches(
-    rows: list[dict[str, Any]],
-    clip: Clip,
-    batch_size: int,
-    threads: int,
-    status_N: np.ndarray[Any, Any],
-    reasons: dict[int, str],
+    rows: Rows, schema: EmbeddingStore, clip: Clip, threads: int, data: ShardData, tar: PixelTar | None
 ) -> _Batches:
-    """Batches of decoded images through the teacher. Rows that cannot be read get their status and reason; which
-    rows share a batch depends on the data alone, never on timing, so a second run gives the same bytes."""
+    """Batches of decoded images through the teacher. Rows that cannot be read get their status and reason here."""
+    views = schema.views.count if schema.views else 1
+    size = max(1, schema.batch_size // views)
     indices: list[int] = []
     pixels: list[torch.Tensor] = []
-    for i, result in enumerate(_decoded(rows, Preprocess(clip.identity.preprocessing), threads, 2 * batch_size)):
-        if isinstance(result, DecodeError):
-            status_N[i], reasons[i] = result.status, str(result)
+    for i, loaded in enumerate(Loader(schema).load_all(rows, threads, 2 * size)):
+        if isinstance(loaded, DecodeError):
+            data.fail(i, loaded.status, str(loaded))
             continue
+        if loaded.boxes_V5 is not None:
+            data.arrays[VIEW][i] = loaded.boxes_V5
+        if tar is not None and loaded.jpeg is not None:
+            data.arrays[PIXEL_RANGE][i] = tar.add(rows[i]["row"], loaded.jpeg)
         indices.append(i)
-        pixels.append(result)
-        if len(indices) == batch_size:
-            yield indices, clip.encode_images(torch.stack(pixels))
+        pixels.append(loaded.pixels_V3HW)
+        if len(indices) == size:
+            yield indices, clip.encode_images(torch.cat(pixels))
             indices, pixels = [], []
     if indices:
-        yield indices, clip.encode_images(torch.stack(pixels))
+        yield indices, clip.encode_images(torch.cat(pixels))
 
 
-def _decoded(
-    rows: list[dict[str, Any]], preprocess: Preprocess, threads: int, ahead: int
-) -> Iterator[torch.Tensor | DecodeError]:
-    """Preprocessed images in order of row, decoded on threads at most `ahead` rows before they are needed."""
-    waiting: deque[Future[torch.Tensor | DecodeError]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for row in rows:
-            waiting.append(pool.submit(_load, row, preprocess))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def _commit(
+    store: Store, shard: int, rows: Rows, data: ShardData, pixels: str | None, clip: Clip, began: float
+) -> Commit:
+    failures = [
+        Failure(
+            row=rows[i]["row"],
+            key=rows[i]["key"],
+            file=rows[i].get("file", ""),
+            status=Status(data.arrays[STATUS][i]).name,
+            reason=data.reasons[i],
+        )
+        for i in data.failed().tolist()
+    ]
+    more = {name: data.arrays[name] for name in (VIEW, PIXEL_RANGE) if name in data.arrays}
+    embedding, status, seconds = data.arrays[EMBEDDING], data.arrays[STATUS], time.monotonic() - began
+    device = str(clip.device)
+    return store.write_shard(
+        shard, embedding, status, failures, more=more, pixels=pixels, device=device, seconds=seconds
+    )
 
 
-def _load(row: dict[str, Any], preprocess: Preprocess) -> torch.Tensor | DecodeError:
+@contextmanager
+def _writing(store: Store) -> Iterator[None]:
+    """Whatever could not be read has become a status or a StoreError: an OSError that is left is of the writing."""
     try:
-        data = _read(row)
-        if len(data) < row["size"]:
-            return DecodeError(Status.TRUNCATED, f"the file ends after {len(data):,} of {row['size']:,} bytes")
-        return preprocess(data)
-    except _GONE as error:
-        return DecodeError(Status.MISSING, str(error))
-    except DecodeError as error:
-        return error
+        yield
+    except OSError as error:
+        raise cannot_write(store.path, error) from error
 
 
-def _read(row: dict[str, Any]) -> bytes:
-    """The bytes of a sample. Storage that fails for the moment is asked again, and at last ends the job: a row is
-    given up for good only where its file is gone."""
-    for wait in (*_WAITS, None):
-        try:
-            return storage.read_bytes(row["file"], row["offset"], row["size"])
-        except _GONE:
-            raise
-        except OSError as error:
-            if wait is None:
-                what = f"{row['file']} cannot be read: {error}"
-                raise StoreError(what, remedy="run the same command again once the storage answers") from error
-            time.sleep(wait)
-    raise AssertionError("unreachable")
+def _tar(store: Store, shard: int) -> AbstractContextManager[PixelTar]:
+    return pixel_tar(storage.join(store.path, pixels_path(shard)))
+
+
+def _merge(
+    store: Store, shard: int, data: ShardData, kept_range_N2: np.ndarray[Any, Any], failed: set[int], spool: Any
+) -> str:
+    """The shard's tar again: its JPEGs as they were, with those of the retried rows from `spool` in their places."""
+    range_N2 = data.arrays[PIXEL_RANGE]
+    path, first = storage.join(store.path, pixels_path(shard)), store.schema.shard_range(shard)[0]
+    with _tar(store, shard) as tar:
+        for i in range(len(range_N2)):
+            start, stop = (range_N2 if i in failed else kept_range_N2)[i].tolist()
+            if stop == 0:
+                continue
+            if i in failed:
+                spool.seek(start)
+            jpeg = spool.read(stop - start) if i in failed else storage.read_bytes(path, start, stop - start)
+            range_N2[i] = tar.add(first + i, jpeg)
+        return tar.finish()
 
 
 def check_canary(store: Store, clip: Clip) -> None:
@@ -161,14 +228,19 @@ def check_canary(store: Store, clip: Clip) -> None:
     commit = next((c for c in store.commits() if c.counts.get(Status.OK.name)), None)
     if commit is None:
         return
-    good = np.flatnonzero(store.status(commit.start, commit.stop) == Status.OK)[:_CANARY_ROWS]
-    plan = store.plan(commit.shard).to_pylist()
-    again_ND, status_N, _ = encode_rows([plan[i] for i in good], store.schema.kind, clip, len(good) or 1)
-    kept_ND = store.gather(good + commit.start)
-    cosine_N = (again_ND.astype(np.float32) * kept_ND.astype(np.float32)).sum(axis=1)
-    for i, row in enumerate(good):
-        if status_N[i] != Status.OK or cosine_N[i] < _CANARY_COSINE:
-            name = f"{store.path}: row {commit.start + row} ({plan[row]['key']})"
-            what = f"{name} encoded again has cosine {cosine_N[i]:.4f} to what is stored"
+    good = np.flatnonzero(store.status(commit.start, commit.stop) == Status.OK)[:_CANARY_ROWS] + commit.start
+    for row, key, cosine in compare_again(store, clip, good):
+        if cosine < _CANARY_COSINE:
+            what = f"{store.path}: row {row} ({key}) encoded again has cosine {cosine:.4f} to what is stored"
             remedy = "a file, a library or the device has changed since it was written; cache into a new --out"
             raise MismatchError(what, remedy=remedy)
+
+
+def compare_again(store: Store, clip: Clip, rows_N: np.ndarray[Any, Any]) -> list[tuple[int, str, float]]:
+    """Rows encoded again: of each its number, its key, and the least cosine of its views to what is stored; 0 where it
+    can no longer be read."""
+    plan = store.samples(rows_N)
+    again = encode_rows(plan, store.schema, clip).arrays[EMBEDDING].astype(np.float32)
+    kept = store.embeddings(rows_N).astype(np.float32)
+    cosine_N = (again * kept).sum(axis=-1).reshape(len(rows_N), -1).min(axis=1)
+    return [(int(row), entry["key"], float(c)) for row, entry, c in zip(rows_N, plan, cosine_N, strict=True)]

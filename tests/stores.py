@@ -1,5 +1,6 @@
 """Makers of small stores with known content, without a teacher."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cache_schemas import (
     Status,
     TeacherIdentity,
 )
-from dimefm.store import Store, write_plan
+from dimefm.store import Store, plan_digest, write_plan
 
 
 def teacher_identity(**changes: Any) -> TeacherIdentity:
@@ -69,10 +70,10 @@ def random_store(
         source=SourceSummary(
             arguments=("a",), files=1, bytes=1, digest=digest, repeated_keys=0, dropped={}, problems=()
         ),
+        plan="",
     )
-    for shard in range(schema.shards):
-        write_plan(str(path), shard, _plan(kind, *schema.shard_range(shard)))
-    store = Store.create(str(path), schema)
+    digests = [write_plan(str(path), shard, _plan(kind, *schema.shard_range(shard))) for shard in range(schema.shards)]
+    store = Store.create(str(path), dataclasses.replace(schema, plan=plan_digest(digests)))
     for shard in range(schema.shards):
         start, stop = schema.shard_range(shard)
         failures = [

@@ -29,6 +29,7 @@ from cache_schemas import (
     Status,
     StudentSpec,
     TeacherIdentity,
+    ViewPlan,
     digest_of,
     parse_dataclass,
     parse_plan,
@@ -60,7 +61,15 @@ SOURCE = SourceSummary(
     problems=("a.tar: broken",),
 )
 STORE = EmbeddingStore(
-    kind="image", rows=1000, dim=768, chunk_rows=64, shard_rows=256, batch_size=32, teacher=TEACHER, source=SOURCE
+    kind="image",
+    rows=1000,
+    dim=768,
+    chunk_rows=64,
+    shard_rows=256,
+    batch_size=32,
+    teacher=TEACHER,
+    source=SOURCE,
+    plan="3" * 64,
 )
 FAILURE = Failure(row=3, key="猫", file="/data/a.tar", status="EMPTY", reason="no bytes")
 COMMIT = Commit(
@@ -162,7 +171,27 @@ def test_a_document_is_read_back_as_it_was_written(document: Document) -> None:
 @each_document
 def test_every_missing_field_is_reported_at_once(document: Document) -> None:
     found = problems_of(type(document), {"schema": document.SCHEMA, "version": document.VERSION})
-    assert found == dict.fromkeys((field.name for field in dataclasses.fields(document)), "missing")
+    required = [f.name for f in dataclasses.fields(document) if f.default is f.default_factory is dataclasses.MISSING]
+    assert found == dict.fromkeys(required, "missing")
+
+
+@each_document
+def test_a_document_in_which_one_value_has_changed_is_refused(document: Document) -> None:
+    """Any value: each leaf is changed to another of its kind, as a flipped bit or an editor would."""
+    raw = through_json(document)
+    for name, value in raw.items():
+        if isinstance(value, str) and name not in ("schema", "kind") and value:
+            changed = raw | {name: value[:-1] + chr(ord(value[-1]) ^ 1)}
+        elif isinstance(value, int) and name != "version":
+            changed = raw | {name: value ^ (1 << 20)}
+        else:
+            continue
+        assert problems_of(type(document), changed), name
+
+
+def test_the_checksum_names_what_happened() -> None:
+    found = problems_of(Selection, through_json(SELECTION) | {"selected": 81})
+    assert found == {"checksum": "does not fit the rest: the document was damaged or edited by hand"}
 
 
 @each_document
@@ -249,7 +278,8 @@ def test_a_long_value_is_shown_in_short() -> None:
 
 
 def test_numbers_without_a_point_are_read_as_floats() -> None:
-    raw = through_json(COMMIT) | {"seconds": 2}
+    raw = {name: value for name, value in through_json(COMMIT).items() if name != "checksum"} | {"seconds": 2}
+    raw["checksum"] = digest_of(raw)
     seconds = Commit.parse(raw, "here.json").seconds
     assert seconds == 2.0
     assert isinstance(seconds, float)
@@ -334,14 +364,19 @@ sources = st.builds(
     repeated_keys=counts,
     dropped=st.dictionaries(names, counts),
     problems=st.lists(names).map(tuple),
+    settings=st.dictionaries(names, counts | names),
+)
+view_plans = st.builds(
+    ViewPlan, count=st.integers(1, 9), seed=counts, crop_scale=st.tuples(finite, finite), flip=st.booleans()
 )
 
 
 @st.composite
 def stores(draw: st.DrawFn) -> EmbeddingStore:
     teacher, chunk_rows = draw(teachers), draw(st.integers(1, 5000))
+    kind = draw(st.sampled_from(["image", "text"]))
     return EmbeddingStore(
-        kind=draw(st.sampled_from(["image", "text"])),
+        kind=kind,
         rows=draw(st.integers(1, 10**11)),
         dim=teacher.embed_dim,
         chunk_rows=chunk_rows,
@@ -349,6 +384,9 @@ def stores(draw: st.DrawFn) -> EmbeddingStore:
         batch_size=draw(st.integers(1, 10**5)),
         teacher=teacher,
         source=draw(sources),
+        plan=draw(names),
+        views=draw(st.none() | view_plans) if kind == "image" else None,
+        pixels=draw(st.none() | st.integers(8, 512)) if kind == "image" else None,
     )
 
 

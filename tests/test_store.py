@@ -40,15 +40,19 @@ def test_maps_and_zarr_read_the_same_rows(tmp_path: Path, rows: int, chunk: int,
     np.testing.assert_array_equal(mapped.read(0, rows), values)
 
 
-def test_rows_in_chunks_that_were_never_stored_are_zero(tmp_path: Path) -> None:
+def test_rows_that_were_never_stored_are_an_error_and_not_zeros(tmp_path: Path) -> None:
     array, values = make_array(tmp_path, 96, 16, 48)
     values[16:32] = 0
-    array[0:48] = values[0:48]  # the second chunk is all fill value, and so is left out of the shard
-    array[48:96] = 0
+    array.with_config({"write_empty_chunks": False})[0:48] = values[0:48]  # the second chunk is left out of the shard
+    (tmp_path / "embedding" / "c" / "1" / "0").unlink()
     mapped = MappedArray.open(str(tmp_path), "embedding", array)
     assert mapped is not None
-    np.testing.assert_array_equal(mapped.read(0, 48), values[0:48])
-    np.testing.assert_array_equal(mapped.read(48, 96), 0)
+    np.testing.assert_array_equal(mapped.read(0, 16), values[0:16])
+    np.testing.assert_array_equal(mapped.read(32, 48), values[32:48])
+    with pytest.raises(StoreError, match="c/0/0, chunk 1 was never written"):
+        mapped.read(16, 32)
+    with pytest.raises(StoreError, match="c/1/0 is missing"):
+        mapped.read(48, 96)
 
 
 def test_rows_beyond_the_array_are_an_error(tmp_path: Path) -> None:
@@ -149,6 +153,7 @@ def test_identity_depends_on_teacher_and_source_but_not_on_where_the_teacher_lie
             batch_size=1,
             teacher=teacher_identity(**teacher),
             source=source,
+            plan="p",
         )
 
     assert schema().identity == schema(name="local-dir:/elsewhere").identity

@@ -1,0 +1,95 @@
+"""From a row of an image plan to what the teacher sees and what is stored beside its embedding.
+
+Shapes: V views (1 without), H height, W width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache_schemas import EmbeddingStore, Status
+from dimefm.decode import DecodeError, decode, decode_rgb
+from dimefm.errors import StoreError
+from dimefm.pixels import small_jpeg
+from dimefm.preprocess import Preprocess
+from dimefm.sources.reading import read_encoded
+from dimefm.views import draw_boxes, replay
+
+_GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_WAITS = (0.5, 2.0)  # seconds before a failed read is tried again
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """uint8 (V, 3, H, W) for the teacher; with views their boxes int32 (V, 5); with pixels the JPEG to keep."""
+
+    pixels_V3HW: torch.Tensor
+    boxes_V5: np.ndarray[Any, Any] | None = None
+    jpeg: bytes | None = None
+
+
+class Loader:
+    """Reads and decodes the images of a store's plan. Safe in threads."""
+
+    def __init__(self, schema: EmbeddingStore) -> None:
+        self._views, self._side = schema.views, schema.pixels
+        self._preprocess = Preprocess(schema.teacher.preprocessing)
+
+    def load(self, row: dict[str, Any]) -> Loaded | DecodeError:
+        """One image, or why it cannot be had. Raises StoreError where the storage does not answer."""
+        try:
+            data = _read(row)
+            return self._decode(data, row["row"])
+        except _GONE as error:
+            return DecodeError(Status.MISSING, str(error))
+        except DecodeError as error:
+            return error
+
+    def load_all(self, rows: list[dict[str, Any]], threads: int, ahead: int) -> Iterator[Loaded | DecodeError]:
+        """The images of `rows` in order, decoded on threads at most `ahead` rows before they are needed."""
+        waiting: deque[Future[Loaded | DecodeError]] = deque()
+        with ThreadPoolExecutor(threads) as pool:
+            for row in rows:
+                waiting.append(pool.submit(self.load, row))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _decode(self, data: bytes, row: int) -> Loaded:
+        image = decode(data)
+        jpeg = small_jpeg(data, image, self._side) if self._side else None
+        if not self._views:
+            return Loaded(self._preprocess.apply(image)[None], None, jpeg)
+        # Views are drawn on what the trainer will decode: the kept JPEG, where there is one.
+        image_3HW = decode_rgb(jpeg or data)
+        boxes_V5 = draw_boxes(self._views, row, *image_3HW.shape[-2:])
+        facts = self._preprocess.facts
+        return Loaded(torch.stack([replay(image_3HW, box, facts.size, facts) for box in boxes_V5]), boxes_V5, jpeg)
+
+
+def _read(row: dict[str, Any]) -> bytes:
+    """The bytes of a sample. Storage that fails for the moment is asked again, and at last ends the job: a row is
+    given up for good only where its file is gone."""
+    for wait in (*_WAITS, None):
+        try:
+            data = read_encoded(row["file"], row["offset"], row["size"])
+            break
+        except _GONE:
+            raise
+        except OSError as error:
+            if wait is None:
+                what = f"{row['file']} cannot be read: {error}"
+                raise StoreError(what, remedy="run the same command again once the storage answers") from error
+            time.sleep(wait)
+    if len(data) < row["size"] and not row["file"].endswith(".tsv"):
+        raise DecodeError(Status.TRUNCATED, f"the file ends after {len(data):,} of {row['size']:,} bytes")
+    return data

@@ -1,0 +1,65 @@
+"""How fast this machine reads, decodes and encodes: measured on a few rows, for --dry-run and for the number of
+decoding threads that keep a GPU busy."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cache_schemas import EmbeddingStore
+from dimefm.clip import Clip
+from dimefm.decode import DecodeError
+from dimefm.errors import DimefmError
+from pipeline.loading import Loaded, Loader
+
+PROBE_ROWS = 256
+_HEADROOM = 1.25
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rows a second: `load` of one decoding thread (infinite for sentences), `teacher` of one device. `jpeg_bytes` is
+    the mean size of a kept JPEG, 0 without."""
+
+    load: float
+    teacher: float
+    jpeg_bytes: float = 0.0
+
+    def threads(self, most: int) -> int:
+        """Decoding threads that one device needs, with some to spare, of `most` that there are."""
+        return max(1, min(most, math.ceil(_HEADROOM * self.teacher / self.load)))
+
+    def worker(self, threads: int, *, shared: bool) -> float:
+        """Rows a second of a worker; `shared`: the teacher runs on the cores that decode."""
+        return 1 / (1 / self.load + 1 / self.teacher) if shared else min(threads * self.load, self.teacher)
+
+
+def measure(rows: list[dict[str, Any]], schema: EmbeddingStore, clip: Clip) -> Rates:
+    """The rates over some rows of a plan. Raises DimefmError where none of them can be read."""
+    if schema.kind == "text":
+        batch = [row["text"] for row in rows]
+        return Rates(math.inf, _rate(len(batch), lambda: clip.encode_texts(batch)))
+    loader = Loader(schema)
+    began = time.perf_counter()
+    loaded = [loader.load(row) for row in rows]
+    seconds = time.perf_counter() - began
+    good = [one for one in loaded if isinstance(one, Loaded)]
+    if not good:
+        reason = next(str(one) for one in loaded if isinstance(one, DecodeError))
+        raise DimefmError(f"none of the first {len(rows)} images can be read: {reason}", remedy="look at the source")
+    images = max(1, schema.batch_size // len(good[0].pixels_V3HW))
+    batch_B3HW = torch.cat([one.pixels_V3HW for one in good[:images]])
+    jpeg_bytes = sum(len(one.jpeg) for one in good if one.jpeg) / len(good)
+    return Rates(len(loaded) / seconds, _rate(len(good[:images]), lambda: clip.encode_images(batch_B3HW)), jpeg_bytes)
+
+
+def _rate(count: int, call: Any) -> float:
+    """Rows a second of the second call: the first also sets up."""
+    call().cpu()
+    began = time.perf_counter()
+    call().cpu()
+    return count / (time.perf_counter() - began)

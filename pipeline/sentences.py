@@ -1,0 +1,83 @@
+"""Sentence hygiene at plan time: repeats and sentences that are too short or too long are left out, the order is
+shuffled where asked. The sentences themselves are never all in memory: 8 to 24 bytes of each are.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dimefm.sources.base import Source, TextSample
+
+_BUCKETS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceRules:
+    """Which sentences to keep, by their number of words, and the seed of their order; None: any, as they come."""
+
+    min_words: int | None = None
+    max_words: int | None = None
+    shuffle: int | None = None
+
+    def settings(self) -> dict[str, object]:
+        """Those that are set."""
+        names = ("min_words", "max_words", "shuffle")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def tidy(
+    source: Source[TextSample], rules: SentenceRules, report: Callable[[str], None], dropped: dict[str, int]
+) -> Iterator[TextSample]:
+    """The sentences to keep; how many were left out, and why, is put into `dropped` before the first comes.
+
+    Reads the source twice: once to know the repeats by a 64-bit hash, once for the sentences.
+    """
+    keep = _wanted(source, rules, dropped)
+    chosen = compress(source.samples(report), keep)
+    return chosen if rules.shuffle is None else _shuffled(chosen, int(keep.sum()), rules.shuffle)
+
+
+def _wanted(source: Source[TextSample], rules: SentenceRules, dropped: dict[str, int]) -> np.ndarray[Any, Any]:
+    """True for each sentence to keep. Of those that are equal, the first is kept."""
+    hashes, words = array("q"), array("H")
+    for sample in source.samples(lambda problem: None):
+        hashes.append(hash(sample.text))
+        words.append(min(sample.text.count(" ") + 1, 65535))
+    count = np.frombuffer(words, np.uint16) if len(words) else np.empty(0, np.uint16)
+    short, long = count < (rules.min_words or 0), count > (rules.max_words or 65535)
+    keep = ~(short | long)
+    within = np.flatnonzero(keep)
+    values = np.frombuffer(hashes, np.int64)[within] if len(within) else np.empty(0, np.int64)
+    order = np.argsort(values, kind="stable")
+    values = values[order]
+    repeated = within[order[1:][values[1:] == values[:-1]]]
+    keep[repeated] = False
+    counts = {"shorter than --min-words": short.sum(), "longer than --max-words": long.sum(), "repeated": len(repeated)}
+    dropped.update({reason: int(n) for reason, n in counts.items() if n or reason == "repeated"})
+    return keep
+
+
+def _shuffled(samples: Iterator[TextSample], count: int, seed: int) -> Iterator[TextSample]:
+    """A random order by `seed`: each sentence is written to the bucket of its new place, then each bucket is sorted."""
+    place = np.random.default_rng(seed).permutation(count)
+    with tempfile.TemporaryDirectory(prefix="dimefm-shuffle-") as folder:
+        paths = [Path(folder) / f"{bucket}.jsonl" for bucket in range(min(_BUCKETS, count))]
+        with ExitStack() as stack:
+            files = [stack.enter_context(path.open("w", encoding="utf-8")) for path in paths]
+            for to, sample in zip(place.tolist(), samples, strict=True):
+                files[to * len(files) // count].write(json.dumps([to, *sample]) + "\n")
+        for path in paths:
+            with path.open(encoding="utf-8") as lines:
+                bucket = sorted(map(json.loads, lines))
+            path.unlink()
+            yield from (TextSample(key, text) for _, key, text in bucket)
