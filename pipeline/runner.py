@@ -231,7 +231,8 @@ class _Supervisor:
     def _count_loss(self, shard: int | None, error: RayActorError) -> None:
         self._tries[shard] = self._tries.get(shard, 0) + 1
         if self._tries[shard] >= _TRIES:
-            reason = str(error).strip().split("\n")[0]
+            lines = str(error).strip().split("\n")  # of an error in its own code, what was raised comes last
+            reason = lines[-1] if "creation task" in lines[0] else lines[0]
             lost = f"shard {shard} lost its worker" if shard is not None else "a worker was lost while it started"
             remedy = "see the worker's log, mend the cause (often memory), and run again"
             raise StoreError(f"{lost} {_TRIES} times: {reason}", remedy=remedy)

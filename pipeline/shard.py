@@ -242,5 +242,6 @@ def compare_again(store: Store, clip: Clip, rows_N: np.ndarray[Any, Any]) -> lis
     plan = store.samples(rows_N)
     again = encode_rows(plan, store.schema, clip).arrays[EMBEDDING].astype(np.float32)
     kept = store.embeddings(rows_N).astype(np.float32)
-    cosine_N = (again * kept).sum(axis=-1).reshape(len(rows_N), -1).min(axis=1)
+    norms = np.linalg.norm(again, axis=-1) * np.linalg.norm(kept, axis=-1)
+    cosine_N = ((again * kept).sum(axis=-1) / np.where(norms > 0, norms, 1)).reshape(len(rows_N), -1).min(axis=1)
     return [(int(row), entry["key"], float(c)) for row, entry, c in zip(rows_N, plan, cosine_N, strict=True)]
