@@ -118,6 +118,33 @@ def _cache(kind: Any, options: dict[str, Any]) -> None:
 
 
 @cli.command()
+@click.argument("folder")
+@click.option("--out", required=True, help="The store to write, ending in .zarr.")
+@click.option("--kind", type=click.Choice(["image", "text"]), required=True, help="Of img_emb/, or of text_emb/.")
+@click.option("--teacher", required=True, help="The open_clip model that made them, as for cache-images.")
+@click.option("--pretrained", help="Tag or file of its weights, with a plain NAME.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
+              help="Of the teacher's matrix products, when it made them.")  # fmt: skip
+@click.option("--images", "sources", multiple=True, metavar="SOURCE",
+              help="The images they were made from, as for cache-images; may be repeated.")  # fmt: skip
+@click.option("--check", type=click.IntRange(0), default=8, show_default=True,
+              help="Rows that are encoded again and compared.")  # fmt: skip
+@click.option("--accept", is_flag=True, help="Take embeddings that the teacher does not give.")
+def import_embeddings(folder: str, **options: Any) -> None:
+    """Make a store of embeddings that were made before, as clip-retrieval writes them.
+
+    FOLDER: img_emb/img_emb_N.npy or text_emb/text_emb_N.npy beside metadata/metadata_N.parquet. train-student reads the
+    images too: a store of their embeddings serves it only if --images says where they are; retrieve needs none.
+    """
+    from dimefm.foreign import ImportConfig
+    from dimefm.foreign import import_embeddings as run
+    from dimefm.info import describe
+
+    store = run(ImportConfig(folder=folder, **options), lambda line: click.echo(line, err=True))
+    click.echo(describe(store.path))
+
+
+@cli.command()
 @click.argument("store", metavar="TEXTS.zarr")
 @click.option("--out", required=True, help="The folder to write, ending in .index.")
 @click.option("--factory", help="FAISS factory string. Default: by the number of rows.")
@@ -256,6 +283,20 @@ def export(run: str, **options: Any) -> None:
     from dimefm.export import export as write
 
     click.echo(f"{write(run, **options)}: load it with open_clip as local-dir:{options['out']}")
+
+
+@cli.command()
+@click.argument("store", metavar="STORE.zarr")
+@click.option("--out", required=True, help="The folder to write.")
+@click.option("--rows-per-file", type=click.IntRange(1), help="Rows of the store in a file. Default: those of a shard.")
+def export_embeddings(store: str, out: str, rows_per_file: int | None) -> None:
+    """Write a store's embeddings as clip-retrieval does: img_emb/ or text_emb/ beside metadata/.
+
+    Rows without an embedding are left out; the column `row` says which ones are there.
+    """
+    from dimefm.foreign import export_embeddings as run
+
+    click.echo(f"{run(store, out, rows_per_file=rows_per_file)}: embeddings as .npy, metadata as .parquet")
 
 
 @cli.command()

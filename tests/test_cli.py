@@ -22,11 +22,13 @@ from tests.making import make_jpeg, write_tar
 COMMANDS = {
     "cache-images": ["SOURCE...", "--out", "--teacher", "--pretrained", "--shard-rows", "--batch-size", "--dry-run"],
     "cache-texts": ["SOURCE...", "--out", "--teacher", "--pretrained", "--shard-rows", "--batch-size", "--dry-run"],
+    "import-embeddings": ["FOLDER", "--out", "--kind", "--teacher", "--images", "--check", "--accept"],
     "build-index": ["TEXTS.zarr", "--out", "--factory", "--recall", "--accept", "--queries", "--seed"],
     "retrieve": ["IMAGES.zarr", "--texts", "--index", "--top-k", "--out"],
     "train-student": ["--images", "--texts", "--pairs", "--out", "--recipe", "--student", "--loss", "--text-mix"],
     "evaluate": ["MODEL", "SET...", "--pretrained", "--checkpoint", "--precision", "--device", "--out"],
     "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained"],
+    "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file"],
     "info": ["PATH"],
 }
 

@@ -1,0 +1,688 @@
+"""Embeddings of others: folders as clip-retrieval writes them become stores, and stores such folders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from cache_schemas import Status
+from dimefm import lock, storage
+from dimefm.cli import cli
+from dimefm.errors import DimefmError, MismatchError, OutputExistsError, SourceError, StoreError
+from dimefm.foreign import ImportConfig, export_embeddings, import_embeddings
+from dimefm.foreign_folder import Folder, unit
+from dimefm.index import IndexConfig, build_index, retrieve_with_index
+from dimefm.info import describe
+from dimefm.matching import only_match, stem
+from dimefm.store import Store
+from dimefm.train import train
+from pipeline.verify import VerifyConfig, verify
+from tests.making import make_jpeg, read_tar, write_tar
+from tests.stores import random_store
+from tests.training import tiny_config
+
+SHARD_ROWS = 32
+Columns = dict[str, list[Any]]
+
+
+def write_folder(
+    root: Path, kind: str, vectors_ND: np.ndarray, columns: Columns, numbers: tuple[str, ...] = ("0", "1")
+) -> Path:
+    """The layout as clip-retrieval writes it: the rows shared out over files with these numbers."""
+    name = {"image": "img_emb", "text": "text_emb"}[kind]
+    (root / name).mkdir(parents=True)
+    (root / "metadata").mkdir(exist_ok=True)
+    parts = np.array_split(np.arange(len(vectors_ND)), len(numbers))
+    for number, rows in zip(numbers, parts, strict=True):
+        np.save(root / name / f"{name}_{number}.npy", vectors_ND[rows])
+        table = pa.table({column: values[rows[0] : rows[-1] + 1] for column, values in columns.items()})
+        pq.write_table(table, root / "metadata" / f"metadata_{number}.parquet")
+    return root
+
+
+@pytest.fixture(scope="module")
+def captions(text_store: Store) -> list[str]:
+    return [entry["text"] for entry in text_store.samples(np.arange(text_store.schema.rows))]
+
+
+@pytest.fixture(scope="module")
+def keys(image_store: Store) -> list[str]:
+    return [entry["key"] for entry in image_store.samples(np.arange(image_store.schema.rows))]
+
+
+@pytest.fixture(scope="module")
+def text_vectors(text_store: Store) -> np.ndarray:
+    return text_store.read(0, text_store.schema.rows)
+
+
+@pytest.fixture(scope="module")
+def image_vectors(image_store: Store) -> np.ndarray:
+    return image_store.read(0, image_store.schema.rows)
+
+
+@pytest.fixture
+def texts(tmp_path: Path, text_vectors: np.ndarray, captions: list[str]) -> Path:
+    """The text store's embeddings as clip-retrieval would have written them."""
+    return write_folder(tmp_path / "texts", "text", text_vectors, {"caption": captions, "url": captions})
+
+
+@pytest.fixture
+def images(tmp_path: Path, image_vectors: np.ndarray, keys: list[str]) -> Path:
+    """The image store's embeddings as clip-retrieval would have written them."""
+    return write_folder(tmp_path / "images", "image", image_vectors, {"image_path": keys, "caption": keys})
+
+
+@pytest.fixture
+def config(tmp_path: Path, teacher_name: str) -> ImportConfig:
+    """An import of texts; what is imported in a test replaces `folder` and `kind`."""
+    out = str(tmp_path / "out.zarr")
+    return ImportConfig(folder="", out=out, kind="text", teacher=teacher_name, shard_rows=SHARD_ROWS)
+
+
+def of(config: ImportConfig, folder: Path, **changes: Any) -> ImportConfig:
+    return replace(config, folder=str(folder), **changes)
+
+
+def files_below(folder: Path | str) -> dict[str, tuple[int, bytes]]:
+    """Time and bytes of every file."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+
+# -- what comes in ----------------------------------------------------------------------------------------------------
+
+
+def test_texts_become_a_finished_store_row_by_row(
+    config: ImportConfig, texts: Path, text_vectors: np.ndarray, captions: list[str]
+) -> None:
+    lines: list[str] = []
+    store = import_embeddings(of(config, texts), lines.append)
+    store.require_complete()
+    assert store.schema.kind == "text"
+    assert store.schema.batch_size == 1
+    assert store.schema.source.problems == ()
+    assert store.read(0, 200).tobytes() == text_vectors.tobytes()
+    assert (store.status() == Status.OK).all()
+    entries = store.samples(np.arange(200))
+    assert [entry["text"] for entry in entries] == captions
+    assert entries[0]["key"] == "text_emb_0.npy:0"
+    assert entries[150]["key"] == "text_emb_1.npy:50"
+    assert len(lines) == 1
+    assert lines[0].startswith("mean cosine 1.0000")
+    assert "8 of 8 rows" in lines[0]
+
+
+def test_images_with_their_sources_are_planned_as_if_they_had_been_cached(
+    config: ImportConfig, images: Path, image_tar: Path, image_store: Store, image_vectors: np.ndarray
+) -> None:
+    lines: list[str] = []
+    store = import_embeddings(of(config, images, kind="image", sources=(str(image_tar),)), lines.append)
+    assert store.read(0, 96).tobytes() == image_vectors.tobytes()
+    assert store.samples(np.arange(96)) == image_store.samples(np.arange(96))
+    assert lines[0] == "96 of 96 rows have an image in the sources"
+    assert "8 of 8 rows" in lines[1]
+    assert store.schema.source.problems == ()
+
+
+def test_an_imported_store_passes_its_verification(config: ImportConfig, images: Path, image_tar: Path) -> None:
+    store = import_embeddings(of(config, images, kind="image", sources=(str(image_tar),)))
+    report = verify(VerifyConfig(store=store.path, sample=8))
+    assert report.trusted, report.show()
+
+
+def test_a_trainer_learns_from_imported_stores(
+    config: ImportConfig, images: Path, texts: Path, image_tar: Path, tmp_path: Path
+) -> None:
+    sources = (str(image_tar),)
+    image = import_embeddings(of(config, images, kind="image", sources=sources, out=str(tmp_path / "i.zarr")))
+    text = import_embeddings(of(config, texts, out=str(tmp_path / "t.zarr")))
+    assert train(tiny_config(image, text, tmp_path / "run", max_steps=2)).steps == 2
+
+
+def test_without_sources_images_serve_retrieve_and_the_store_says_what_they_do_not(
+    config: ImportConfig, images: Path, text_store: Store, tmp_path: Path
+) -> None:
+    store = import_embeddings(of(config, images, kind="image"))
+    places = {(entry["file"], entry["offset"], entry["size"]) for entry in store.samples(np.arange(96))}
+    assert places == {("", 0, 0)}
+    assert "serves retrieve, but not train-student" in describe(store.path)
+    assert "not compared with the teacher" in describe(store.path)
+    index, pairs = str(tmp_path / "texts.index"), str(tmp_path / "pairs.zarr")
+    build_index(IndexConfig(store=text_store.path, out=index))
+    assert retrieve_with_index(store.path, text_store.path, index, top_k=4, out=pairs).images == 96
+
+
+@pytest.mark.parametrize("numbers", [("9", "10", "11"), ("09", "10", "011")])
+def test_files_come_in_the_order_of_their_numbers(
+    tmp_path: Path, config: ImportConfig, text_vectors: np.ndarray, captions: list[str], numbers: tuple[str, ...]
+) -> None:
+    folder = write_folder(tmp_path / "in", "text", text_vectors, {"caption": captions}, numbers)
+    store = import_embeddings(of(config, folder))
+    assert store.read(0, 200).tobytes() == text_vectors.tobytes()
+
+
+def test_vectors_of_any_length_are_normalised(
+    tmp_path: Path, config: ImportConfig, text_vectors: np.ndarray, captions: list[str]
+) -> None:
+    scale = np.linspace(1e-3, 1e3, 200, dtype=np.float32)[:, None]
+    folder = write_folder(tmp_path / "in", "text", text_vectors.astype(np.float32) * scale, {"caption": captions})
+    read = import_embeddings(of(config, folder)).read(0, 200).astype(np.float32)
+    np.testing.assert_allclose(read, text_vectors.astype(np.float32), atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(read, axis=1), 1, atol=1e-3)
+
+
+def test_vectors_that_cannot_be_normalised_keep_their_rows(
+    tmp_path: Path, config: ImportConfig, text_vectors: np.ndarray, captions: list[str]
+) -> None:
+    vectors = text_vectors.copy()
+    vectors[3, 5], vectors[40, 0], vectors[199] = np.nan, np.inf, 0
+    store = import_embeddings(of(config, write_folder(tmp_path / "in", "text", vectors, {"caption": captions})))
+    bad = [3, 40, 199]
+    assert np.flatnonzero(store.status() == Status.NOT_FINITE).tolist() == bad
+    assert not store.gather(np.array(bad)).any()
+    good = np.setdiff1d(np.arange(200), bad)
+    assert store.gather(good).tobytes() == text_vectors[good].tobytes()
+    failures = [failure for commit in store.commits() for failure in commit.failures]
+    assert [(f.row, f.status) for f in failures] == [(row, "NOT_FINITE") for row in bad]
+    assert "NaN, infinite or zero" in failures[0].reason
+
+
+def test_unit_keeps_what_is_a_unit_vector_to_the_last_bit() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((500, 64))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    assert unit(vectors)[0].tobytes() == vectors.tobytes()
+    doubled, good = unit(vectors * np.float16(2))
+    np.testing.assert_allclose(np.linalg.norm(doubled.astype(np.float32), axis=1), 1, atol=1e-3)
+    assert good.all()
+
+
+def test_unit_survives_vectors_whose_squares_overflow() -> None:
+    vectors = np.array([[1e30, 0], [0, 1e-30], [3e38, 3e38]], np.float32)
+    embedding, good = unit(vectors)
+    assert good.all()
+    np.testing.assert_allclose(embedding, [[1, 0], [0, 1], [0.5**0.5, 0.5**0.5]], atol=1e-3)
+
+
+def test_a_row_without_a_caption_is_an_empty_sentence_and_counted(
+    tmp_path: Path, config: ImportConfig, text_vectors: np.ndarray, captions: list[str]
+) -> None:
+    columns: Columns = {"caption": [None, *captions[1:]]}
+    store = import_embeddings(of(config, write_folder(tmp_path / "in", "text", text_vectors, columns)))
+    assert store.samples(np.array([0, 1]))[0]["text"] == ""
+    assert store.schema.source.problems == ("1 rows have no caption; their sentence is empty",)
+
+
+# -- which image a row is ---------------------------------------------------------------------------------------------
+
+
+def test_images_are_found_by_the_last_part_of_a_path_from_another_machine_where_only_one_has_it(
+    tmp_path: Path,
+    config: ImportConfig,
+    image_vectors: np.ndarray,
+    image_tar: Path,
+    image_store: Store,
+    keys: list[str],
+) -> None:
+    last = [key.rpartition("/")[2] for key in keys]
+    once = np.array([last.count(name) == 1 for name in last])
+    assert 0 < once.sum() < 96
+    columns: Columns = {"image_path": [f"/there/{name}.jpg" for name in last]}
+    folder = write_folder(tmp_path / "in", "image", image_vectors, columns)
+    store = import_embeddings(of(config, folder, kind="image", sources=(str(image_tar),)))
+    assert store.status().tolist() == np.where(once, Status.OK, Status.MISSING).tolist()
+    rows = np.flatnonzero(once)
+    places = [[(entry["file"], entry["offset"]) for entry in s.samples(rows)] for s in (store, image_store)]
+    assert places[0] == places[1]
+
+
+def test_files_of_a_folder_are_found_by_their_path(
+    tmp_path: Path, config: ImportConfig, image_vectors: np.ndarray, image_tar: Path
+) -> None:
+    """The two have the same last part, so nothing else tells them apart."""
+    paths = [tmp_path / "pictures" / name / "0.jpg" for name in ("b", "a")]
+    for path, data in zip(paths, read_tar(image_tar, 2).values(), strict=True):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(data)
+    columns: Columns = {"image_path": [str(path) for path in paths]}
+    folder = write_folder(tmp_path / "in", "image", image_vectors[:2], columns)
+    store = import_embeddings(of(config, folder, kind="image", sources=(str(tmp_path / "pictures"),)))
+    assert [entry["file"] for entry in store.samples(np.arange(2))] == [str(path) for path in paths]
+
+
+def test_rows_without_an_image_are_counted_and_left_out_of_training(
+    tmp_path: Path, config: ImportConfig, images: Path, image_tar: Path, keys: list[str], image_vectors: np.ndarray
+) -> None:
+    members = read_tar(image_tar, 96)
+    fewer = write_tar(tmp_path / "fewer.tar", dict(list(members.items())[10:]))
+    lines: list[str] = []
+    store = import_embeddings(of(config, images, kind="image", sources=(str(fewer),)), lines.append)
+    assert lines[0] == "86 of 96 rows have an image in the sources"
+    assert store.status().tolist() == [Status.MISSING] * 10 + [Status.OK] * 86
+    assert not store.read(0, 10).any()
+    assert store.read(10, 96).tobytes() == image_vectors[10:].tobytes()
+    failure = next(store.commits()).failures[0]
+    assert (failure.key, failure.status, failure.reason) == (keys[0], "MISSING", "no image of the sources has this key")
+
+
+def test_sources_with_none_of_the_images_are_refused_with_an_example_of_both(
+    tmp_path: Path, config: ImportConfig, images: Path, keys: list[str]
+) -> None:
+    other = write_tar(tmp_path / "other.tar", {"elsewhere/zebra.jpg": make_jpeg()})
+    with pytest.raises(SourceError) as caught:
+        import_embeddings(of(config, images, kind="image", sources=(str(other),)))
+    assert repr(keys[0]) in str(caught.value)
+    assert "'elsewhere/zebra'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"), [("key", ["a", "img_emb_0.npy:1", "c"]), ("url", [f"img_emb_0.npy:{i}" for i in range(3)])]
+)
+def test_images_without_a_path_are_called_by_their_key_or_their_place(
+    tmp_path: Path, config: ImportConfig, image_vectors: np.ndarray, column: str, expected: list[str]
+) -> None:
+    folder = write_folder(tmp_path / "in", "image", image_vectors[:3], {column: ["a", None, "c"]}, ("0",))
+    store = import_embeddings(of(config, folder, kind="image"))
+    assert [entry["key"] for entry in store.samples(np.arange(3))] == expected
+
+
+def test_a_key_that_comes_twice_means_no_image(
+    tmp_path: Path, config: ImportConfig, image_vectors: np.ndarray, image_tar: Path, keys: list[str]
+) -> None:
+    columns: Columns = {"image_path": [keys[0], keys[0], *keys[2:]]}
+    folder = write_folder(tmp_path / "in", "image", image_vectors, columns)
+    store = import_embeddings(of(config, folder, kind="image", sources=(str(image_tar),)))
+    assert store.status().tolist() == [Status.MISSING] * 2 + [Status.OK] * 94
+    assert store.schema.source.repeated_keys == 1
+
+
+def test_only_match_takes_what_is_once_on_both_sides() -> None:
+    ours = np.array([5, 7, 7, 9, 3], np.uint64)
+    theirs = np.array([3, 9, 9, 7, 5, 1], np.uint64)
+    assert only_match(ours, theirs).tolist() == [4, -1, -1, -1, 0]
+    assert only_match(ours, np.empty(0, np.uint64)).tolist() == [-1] * 5
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a/b/000012", "000012"), ("/x/cat.JPG", "cat"), ("x/v1.5", "v1.5"), ("v1.5.png", "v1.5"), (".jpg", ".jpg")],
+)
+def test_stem_takes_off_folders_and_the_extension_of_an_image(name: str, expected: str) -> None:
+    assert stem(name) == expected
+
+
+# -- who made them ----------------------------------------------------------------------------------------------------
+
+
+def test_embeddings_of_another_teacher_are_refused_with_their_cosine(
+    tmp_path: Path, config: ImportConfig, captions: list[str], text_vectors: np.ndarray
+) -> None:
+    vectors = np.random.default_rng(0).standard_normal(text_vectors.shape).astype(np.float32)
+    folder = write_folder(tmp_path / "in", "text", vectors, {"caption": captions})
+    with pytest.raises(MismatchError, match=r"mean cosine -?0\.\d{4}.*not from that teacher"):
+        import_embeddings(of(config, folder))
+    assert storage.listing(config.out) == []  # a second try with the right teacher is not in the way of this one
+    store = import_embeddings(of(config, folder, accept=True))
+    assert "accepted at a mean cosine" in describe(store.path)
+
+
+def test_metadata_that_is_shifted_by_a_row_is_refused(
+    tmp_path: Path, config: ImportConfig, captions: list[str], text_vectors: np.ndarray
+) -> None:
+    shifted: Columns = {"caption": captions[1:] + captions[:1]}
+    with pytest.raises(MismatchError, match="mean cosine"):
+        import_embeddings(of(config, write_folder(tmp_path / "in", "text", text_vectors, shifted)))
+
+
+def test_images_are_compared_too(
+    tmp_path: Path, config: ImportConfig, keys: list[str], image_vectors: np.ndarray, image_tar: Path
+) -> None:
+    folder = write_folder(tmp_path / "in", "image", image_vectors[::-1], {"image_path": keys})
+    with pytest.raises(MismatchError, match=r"8 of 8 rows encoded again.*not of these images"):
+        import_embeddings(of(config, folder, kind="image", sources=(str(image_tar),)))
+
+
+def test_rows_that_cannot_be_compared_do_not_count_as_equal(
+    tmp_path: Path, config: ImportConfig, captions: list[str], text_vectors: np.ndarray
+) -> None:
+    folder = write_folder(tmp_path / "in", "text", np.zeros_like(text_vectors), {"caption": captions})
+    with pytest.raises(MismatchError, match="0 of 8 rows"):
+        import_embeddings(of(config, folder))
+
+
+def test_another_width_is_refused(
+    tmp_path: Path, config: ImportConfig, captions: list[str], text_vectors: np.ndarray
+) -> None:
+    folder = write_folder(tmp_path / "in", "text", text_vectors[:, :100], {"caption": captions})
+    with pytest.raises(MismatchError, match=f"100 wide.*{text_vectors.shape[1]}"):
+        import_embeddings(of(config, folder, accept=True))
+
+
+# -- folders that are not what they should be -------------------------------------------------------------------------
+
+
+class Trap:
+    """Unpickling one makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_an_array_of_objects_is_refused_and_nothing_is_unpickled(
+    texts: Path, config: ImportConfig, tmp_path: Path
+) -> None:
+    sprung = tmp_path / "sprung"
+    objects = np.array([[Trap(sprung)] * 4] * 100, object)
+    np.save(texts / "text_emb" / "text_emb_1.npy", objects, allow_pickle=True)
+    with pytest.raises(SourceError, match=r"text_emb_1\.npy cannot be read as a plain \.npy"):
+        import_embeddings(of(config, texts))
+    (texts / "text_emb" / "text_emb_1.npy").write_bytes(objects.dumps())
+    with pytest.raises(SourceError, match=r"text_emb_1\.npy cannot be read as a plain \.npy"):
+        import_embeddings(of(config, texts))
+    assert not sprung.exists()
+
+
+def test_metadata_of_another_length_is_refused(texts: Path, config: ImportConfig) -> None:
+    path = texts / "metadata" / "metadata_1.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 99), path)
+    with pytest.raises(SourceError, match=r"text_emb_1\.npy has 100 rows and .*metadata_1\.parquet has 99"):
+        import_embeddings(of(config, texts))
+
+
+def test_texts_without_captions_are_refused(
+    tmp_path: Path, config: ImportConfig, captions: list[str], text_vectors: np.ndarray
+) -> None:
+    folder = write_folder(tmp_path / "in", "text", text_vectors, {"url": captions, "key": captions})
+    with pytest.raises(SourceError, match=r"no column 'caption' \(it has url, key\)"):
+        import_embeddings(of(config, folder))
+
+
+def damage(texts: Path, how: str) -> None:
+    emb, metadata = texts / "text_emb", texts / "metadata"
+    match how:
+        case "no metadata":
+            (metadata / "metadata_1.parquet").unlink()
+        case "no vectors":
+            (emb / "text_emb_1.npy").unlink()
+        case "cut":
+            os.truncate(emb / "text_emb_1.npy", 5000)
+        case "integers":
+            np.save(emb / "text_emb_1.npy", np.ones((100, 4), np.int64))
+        case "flat":
+            np.save(emb / "text_emb_1.npy", np.ones(100, np.float32))
+        case "width":
+            np.save(emb / "text_emb_1.npy", np.ones((100, 4), np.float32))
+        case "twice":
+            shutil.copy(emb / "text_emb_1.npy", emb / "text_emb_01.npy")
+        case "stranger":
+            shutil.copy(emb / "text_emb_1.npy", emb / "extra.npy")
+        case "parquet":
+            (metadata / "metadata_1.parquet").write_bytes(b"PAR1" + bytes(100))
+        case "empty":
+            shutil.rmtree(emb)
+        case "no rows":
+            for number in range(2):
+                np.save(emb / f"text_emb_{number}.npy", np.empty((0, 512), np.float16))
+                path = metadata / f"metadata_{number}.parquet"
+                pq.write_table(pq.read_table(path).slice(0, 0), path)
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ("no metadata", r"text_emb_1\.npy has no file of its number in metadata/"),
+        ("no vectors", r"metadata_1\.parquet has no file of its number in text_emb/"),
+        ("cut", "larger|greater"),
+        ("integers", r"int64 \(100, 4\)"),
+        ("flat", r"float32 \(100,\)"),
+        ("width", "4 wide, those before it"),
+        ("twice", "have the same number"),
+        ("stranger", r"extra\.npy is not named text_emb_<number>\.npy"),
+        ("parquet", r"metadata_1\.parquet cannot be read"),
+        ("empty", r"holds no text_emb_<number>\.npy"),
+        ("no rows", "holds no embedding"),
+    ],
+)
+def test_a_damaged_folder_is_refused_before_anything_is_written(
+    texts: Path, config: ImportConfig, how: str, what: str
+) -> None:
+    damage(texts, how)
+    with pytest.raises(SourceError, match=what) as caught:
+        import_embeddings(of(config, texts))
+    assert caught.value.remedy
+    assert not Path(config.out).exists()
+
+
+def test_images_for_texts_are_refused(texts: Path, config: ImportConfig, image_tar: Path) -> None:
+    with pytest.raises(DimefmError, match="images are given for text embeddings"):
+        import_embeddings(of(config, texts, sources=(str(image_tar),)))
+
+
+# -- stopped, and typed again -----------------------------------------------------------------------------------------
+
+
+def test_a_second_import_does_nothing(texts: Path, config: ImportConfig) -> None:
+    before = files_below(import_embeddings(of(config, texts)).path)
+    import_embeddings(of(config, texts))
+    assert files_below(config.out) == before
+
+
+def test_an_import_goes_on_where_it_was_stopped(texts: Path, config: ImportConfig) -> None:
+    before = files_below(import_embeddings(of(config, texts)).path)
+    lost = [str(Path(config.out) / name) for name in ("commits/000005.json", "embedding/c/5/0")]
+    for path in lost:
+        Path(path).unlink()
+    import_embeddings(of(config, texts)).require_complete()
+    after = files_below(config.out)
+    assert after[lost[1]][1] == before[lost[1]][1]
+    for path in before:
+        if "/5" not in path and "000005" not in path:
+            assert after[path] == before[path], path
+
+
+def test_an_import_that_was_stopped_while_it_planned_plans_again(
+    texts: Path, config: ImportConfig, monkeypatch: pytest.MonkeyPatch, text_vectors: np.ndarray
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "create", lambda path, schema: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            import_embeddings(of(config, texts))
+    assert storage.listing(config.out) == ["rows"]
+    store = import_embeddings(of(config, texts, shard_rows=64))
+    assert store.read(0, 200).tobytes() == text_vectors.tobytes()
+    assert verify(VerifyConfig(store=store.path)).trusted  # nothing is left of the first plan
+
+
+@pytest.fixture
+def imported(texts: Path, config: ImportConfig) -> Store:
+    """The store at `config.out`, of the folder `texts`."""
+    return import_embeddings(of(config, texts))
+
+
+def test_another_folder_is_refused(imported: Store, texts: Path, config: ImportConfig, tmp_path: Path) -> None:
+    other = shutil.copytree(texts, tmp_path / "other")
+    with pytest.raises(MismatchError, match="source: "):
+        import_embeddings(of(config, other))
+
+
+def test_a_folder_that_was_written_again_is_refused(imported: Store, texts: Path, config: ImportConfig) -> None:
+    os.utime(texts / "text_emb" / "text_emb_1.npy", ns=(1, 1))
+    with pytest.raises(MismatchError, match=r"source: .*text_emb_1\.npy has been written again"):
+        import_embeddings(of(config, texts))
+
+
+def test_another_teacher_is_refused(imported: Store, texts: Path, config: ImportConfig) -> None:
+    with pytest.raises(MismatchError, match=r"teacher\.precision: fp32 != bf16"):
+        import_embeddings(of(config, texts, precision="bf16"))
+
+
+def test_other_shards_are_refused(imported: Store, texts: Path, config: ImportConfig) -> None:
+    with pytest.raises(MismatchError, match="shard_rows: 32 != 64"):
+        import_embeddings(of(config, texts, shard_rows=64))
+
+
+def test_another_writer_is_refused(texts: Path, config: ImportConfig) -> None:
+    with lock.writing(config.out), pytest.raises(StoreError, match="is being written by"):
+        import_embeddings(of(config, texts))
+
+
+def test_something_else_at_out_is_refused(texts: Path, config: ImportConfig) -> None:
+    Path(config.out).mkdir()
+    (Path(config.out) / "thesis.tex").touch()
+    with pytest.raises(OutputExistsError, match=r"thesis\.tex"):
+        import_embeddings(of(config, texts))
+
+
+def test_finished_shards_that_nothing_describes_are_refused(imported: Store, texts: Path, config: ImportConfig) -> None:
+    (Path(imported.path) / "zarr.json").unlink()
+    with pytest.raises(OutputExistsError, match="finished shards but no attributes"):
+        import_embeddings(of(config, texts))
+
+
+def test_shards_of_part_of_a_chunk_are_refused(texts: Path, config: ImportConfig) -> None:
+    with pytest.raises(SourceError, match="1,500 rows are not whole chunks"):
+        import_embeddings(of(config, texts, shard_rows=1500))
+
+
+# -- what goes out ----------------------------------------------------------------------------------------------------
+
+
+def read_folder(root: Path, kind: str) -> Iterator[tuple[str, np.ndarray, Columns]]:
+    """Number, vectors and metadata of each file, with NumPy and PyArrow alone."""
+    name = {"image": "img_emb", "text": "text_emb"}[kind]
+    for path in sorted((root / name).iterdir()):
+        number = path.stem.rpartition("_")[2]
+        yield number, np.load(path), pq.read_table(root / "metadata" / f"metadata_{number}.parquet").to_pydict()
+
+
+def test_an_exported_store_reads_with_numpy_and_pyarrow(
+    image_store: Store, image_vectors: np.ndarray, keys: list[str], image_tar: Path, tmp_path: Path
+) -> None:
+    out = Path(export_embeddings(image_store.path, str(tmp_path / "out")))
+    assert sorted(entry.name for entry in out.iterdir()) == ["img_emb", "metadata"]
+    parts = list(read_folder(out, "image"))
+    assert [number for number, _, _ in parts] == ["0", "1", "2"]
+    for shard, (_, vectors, metadata) in enumerate(parts):
+        rows = slice(shard * 32, shard * 32 + 32)
+        assert vectors.dtype == np.float16
+        assert vectors.tobytes() == image_vectors[rows].tobytes()
+        assert metadata["image_path"] == metadata["key"] == keys[rows]
+        assert metadata["row"] == list(range(96))[rows]
+        assert metadata["file"] == [str(image_tar)] * 32
+
+
+@pytest.mark.parametrize("rows_per_file", [1, 7, 45, 1000])
+def test_rows_without_an_embedding_are_left_out_whatever_the_size_of_the_files(
+    tmp_path: Path, rows_per_file: int
+) -> None:
+    store, values = random_store(tmp_path / "s.zarr", rows=100, shard_rows=32, kind="text", failed=(0, 31, 32, 99))
+    out = export_embeddings(store.path, str(tmp_path / "out"), rows_per_file=rows_per_file)
+    parts = sorted(read_folder(Path(out), "text"), key=lambda part: part[0])
+    good = [row for row in range(100) if row not in (0, 31, 32, 99)]
+    assert [row for _, _, metadata in parts for row in metadata["row"]] == good
+    assert [text for _, _, metadata in parts for text in metadata["caption"]] == [f"sentence {row}" for row in good]
+    assert np.concatenate([vectors for _, vectors, _ in parts]).tobytes() == values[good].tobytes()
+    assert all(len(vectors) == len(metadata["row"]) for _, vectors, metadata in parts)
+
+
+def test_export_then_import_gives_the_same_bytes(
+    image_store: Store, text_store: Store, config: ImportConfig, image_tar: Path, tmp_path: Path
+) -> None:
+    for store, kind, sources in ((image_store, "image", (str(image_tar),)), (text_store, "text", ())):
+        folder = Path(export_embeddings(store.path, str(tmp_path / kind), rows_per_file=50))
+        back = import_embeddings(of(config, folder, kind=kind, sources=sources, out=str(tmp_path / f"{kind}.zarr")))
+        rows = store.schema.rows
+        assert back.read(0, rows).tobytes() == store.read(0, rows).tobytes()
+        assert (back.status() == store.status()).all()
+        column = "file" if kind == "image" else "text"
+        mine, theirs = back.samples(np.arange(rows)), store.samples(np.arange(rows))
+        assert [entry[column] for entry in mine] == [entry[column] for entry in theirs]
+
+
+def test_an_export_that_is_stopped_leaves_nothing_and_begins_again(
+    image_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def stop(path: str, data: bytes) -> None:
+        if "_2" in path:
+            raise KeyboardInterrupt
+        write(path, data)
+
+    write = storage.write_atomic
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_atomic", stop)
+        with pytest.raises(KeyboardInterrupt):
+            export_embeddings(image_store.path, str(out))
+    assert not out.exists()
+    export_embeddings(image_store.path, str(out), rows_per_file=96)
+    assert [path.name for path in (out / "img_emb").iterdir()] == ["img_emb_0.npy"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_goes_nowhere_where_something_is(image_store: Store, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(OutputExistsError):
+        export_embeddings(image_store.path, str(tmp_path))
+    with pytest.raises(OutputExistsError):
+        export_embeddings(image_store.path, str(tmp_path / "thesis.tex"))
+    (tmp_path / "empty").mkdir()
+    export_embeddings(image_store.path, str(tmp_path / "empty"))
+    assert Folder(str(tmp_path / "empty"), "image").rows == 96
+
+
+def test_a_store_without_any_embedding_is_not_exported(tmp_path: Path) -> None:
+    store, _ = random_store(tmp_path / "s.zarr", rows=3, shard_rows=16, failed=(0, 1, 2))
+    with pytest.raises(StoreError, match="no row with an embedding"):
+        export_embeddings(store.path, str(tmp_path / "out"))
+
+
+def test_an_unfinished_store_is_not_exported(image_store: Store, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(image_store.path, tmp_path / "copy.zarr"))
+    (copy / "commits" / "000001.json").unlink()
+    with pytest.raises(StoreError, match="unfinished"):
+        export_embeddings(str(copy), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+# -- the commands -----------------------------------------------------------------------------------------------------
+
+
+def test_the_commands(texts: Path, teacher_name: str, tmp_path: Path, text_vectors: np.ndarray) -> None:
+    store, folder = tmp_path / "store.zarr", tmp_path / "folder"
+    arguments = ["import-embeddings", texts, "--out", store, "--kind", "text", "--teacher", teacher_name]
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    assert "mean cosine 1.0000" in result.output
+    assert "OK 200" in result.output
+    result = CliRunner().invoke(cli, ["export-embeddings", str(store), "--out", str(folder), "--rows-per-file", "200"])
+    assert result.exit_code == 0, result.output
+    assert np.load(folder / "text_emb" / "text_emb_0.npy").tobytes() == text_vectors.tobytes()
+
+
+def test_the_import_command_says_what_images_without_pixels_are_for(
+    images: Path, teacher_name: str, image_tar: Path, tmp_path: Path
+) -> None:
+    def run(name: str, *more: str) -> str:
+        words = ["import-embeddings", str(images), "--out", str(tmp_path / name), "--kind", "image"]
+        result = CliRunner().invoke(cli, [*words, "--teacher", teacher_name, *more])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert "serves retrieve, but not train-student" in run("without.zarr")
+    with_pixels = run("with.zarr", "--images", str(image_tar))
+    assert "train-student" not in with_pixels
+    assert "96 of 96 rows have an image" in with_pixels
