@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 
@@ -46,6 +51,30 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     return path
+
+
+def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], **options: object) -> Path:
+    """A Parquet file of these rows, in row groups of two unless `options` say otherwise; `path` again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows)), path, **{"row_group_size": 2, **options})
+    return path
+
+
+def write_tsv(path: Path, images: Mapping[str, bytes], middle: str = "\t", end: str = "\n") -> Path:
+    """A table of key, tab and image in base64, a line each; `path` again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"{key}{middle}{base64.b64encode(data).decode()}{end}" for key, data in images.items()]
+    path.write_bytes("".join(lines).encode())
+    return path
+
+
+def write_lineidx(path: Path) -> Path:
+    """The NAME.lineidx of a NAME.tsv: the offset of every line; its path."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    offsets = [0, *accumulate(len(line) for line in lines)][: len(lines)]
+    index = path.with_suffix(".lineidx")
+    index.write_text("".join(f"{offset}\n" for offset in offsets))
+    return index
 
 
 def read_tar(path: Path, limit: int) -> dict[str, bytes]:

@@ -9,12 +9,22 @@ from typing import Any
 import pytest
 
 from dimefm.errors import SourceError
-from dimefm.sources import ImageFolder, PromptSet, SourceFile, TextFile, WebDataset, open_image_source, open_text_source
+from dimefm.sources import (
+    ImageFolder,
+    ParquetImages,
+    PromptSet,
+    SourceFile,
+    TextFile,
+    TsvImages,
+    WebDataset,
+    open_image_source,
+    open_text_source,
+)
 from dimefm.sources.files import expand, stat_files
 from dimefm.sources.images import split_key
 from dimefm.sources.texts import prompt, read_classnames, read_templates
 from tests.contracts.source_contract import BreakableContract, ImageSourceContract, TextSourceContract, listed
-from tests.making import make_jpeg, write_tar
+from tests.making import make_jpeg, write_lineidx, write_parquet, write_tar, write_tsv
 
 
 class TestWebDataset(ImageSourceContract, BreakableContract):
@@ -41,6 +51,42 @@ class TestImageFolder(ImageSourceContract):
             path.write_bytes(data)
         (folder / "notes.txt").write_text("not an image")
         return ImageFolder(str(folder))
+
+
+class TestParquetImages(ImageSourceContract, BreakableContract):
+    def make(self, folder: Path) -> Any:
+        images = [{"name": "x", "key": key, "image": data} for key, data in self.images().items()]
+        if not (folder / "β.parquet").exists():
+            write_parquet(folder / "a.parquet", images[:3])
+            write_parquet(folder / "β.parquet", images[3:])
+        return ParquetImages(stat_files([str(folder.absolute() / name) for name in ("a.parquet", "β.parquet")]))
+
+    def make_with_broken_file(self, folder: Path) -> tuple[Any, int]:
+        source = self.make(folder)
+        path = folder / "a.parquet"
+        path.write_bytes(path.read_bytes()[:-20])  # within the footer
+        return source, 2
+
+
+class TestParquetStructs(ImageSourceContract):
+    def make(self, folder: Path) -> Any:
+        images = [{"image": {"bytes": data, "path": key}, "label": 3} for key, data in self.images().items()]
+        return ParquetImages(stat_files([str(write_parquet(folder.absolute() / "a.parquet", images))]))
+
+
+class TestTsvImages(ImageSourceContract):
+    def make(self, folder: Path) -> Any:
+        write_tsv(folder / "a.tsv", dict(list(self.images().items())[:3]))
+        write_tsv(folder / "β.tsv", dict(list(self.images().items())[3:]))
+        return TsvImages(stat_files([str(folder.absolute() / name) for name in ("a.tsv", "β.tsv")]))
+
+
+class TestTsvImagesByIndex(TestTsvImages):
+    def make(self, folder: Path) -> Any:
+        source = super().make(folder)
+        for file in source.files():
+            write_lineidx(Path(file.path))
+        return source
 
 
 class TestTextFile(TextSourceContract):
@@ -224,7 +270,7 @@ def test_one_file_given_twice_is_refused(tars: Path) -> None:
 
 def test_a_text_file_given_as_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x\n")
-    with pytest.raises(SourceError, match=r"neither a \.tar nor a folder"):
+    with pytest.raises(SourceError, match=r"neither a \.tar, \.parquet, \.tsv nor a folder"):
         open_image_source([str(tmp_path / "a.txt")])
 
 

@@ -2,16 +2,20 @@
 
 from dimefm.sources.base import ImageSample, Source, SourceFile, TextSample
 from dimefm.sources.images import ImageFolder, WebDataset, open_image_source
+from dimefm.sources.parquet_images import ParquetImages
 from dimefm.sources.texts import PromptSet, TextFile, open_text_source
+from dimefm.sources.tsv_images import TsvImages
 
 __all__ = [
     "ImageFolder",
     "ImageSample",
+    "ParquetImages",
     "PromptSet",
     "Source",
     "SourceFile",
     "TextFile",
     "TextSample",
+    "TsvImages",
     "WebDataset",
     "open_image_source",
     "open_text_source",

@@ -10,9 +10,13 @@ from dimefm import storage
 from dimefm.errors import SourceError
 from dimefm.sources.base import ImageSample, Joined, Source, SourceFile
 from dimefm.sources.files import below, children, expand, in_order
+from dimefm.sources.parquet_images import ParquetImages
 from dimefm.sources.tar import tar_members
+from dimefm.sources.tsv_images import TsvImages
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jfif"})
+
+_KINDS = (".tar", ".parquet", ".tsv")
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -106,36 +110,59 @@ class ImageFolder:
 
 
 def open_image_source(arguments: list[str], column: str | None = None) -> Source[ImageSample]:
-    """The source that the arguments name: tars (globs and {000..009} ranges too), folders of tars, image folders.
+    """The source that the arguments name: .tar, .parquet and .tsv files (globs and {000..009} ranges too), and folders.
 
-    Raises SourceError where one does not exist, holds no image, or is of another kind.
+    A folder is all its tars if it has any, since downloaders put a .parquet of captions beside each; else all its
+    .parquet or all its .tsv files, and an error where it has both; else a tree of image files. `column` is the one
+    with the images in Parquet files.
+
+    Raises SourceError where an argument does not exist, holds no image or is of another kind, where a file is given
+    twice, and where no file has the column.
     """
     parts: list[Source[ImageSample]] = []
     for argument in arguments:
         for path, places in groupby(expand(argument), lambda place: None if place.file else place.path):
             files = [place.file for place in places if place.file]
-            parts.append(_files(argument, files) if path is None else _folder(argument, path))
+            parts.extend(_files(argument, files, column) if path is None else _folder(argument, path, column))
     counts = Counter(file.path for part in parts for file in part.files())
     repeated = [path for path, count in counts.items() if count > 1]
     if repeated:
         raise SourceError(f"{min(repeated)} is given more than once", remedy="name each file or folder once")
+    tables = [part for part in parts if isinstance(part, ParquetImages)]
+    if column is not None and not tables:
+        what = f"--column {column}: there is no .parquet among the images, and only those have columns to choose from"
+        raise SourceError(what, remedy="leave it out")
+    if tables:
+        tables[0].check()
     return Joined(parts)
 
 
-def _files(argument: str, files: list[SourceFile]) -> Source[ImageSample]:
-    for file in files:
-        if not file.path.endswith(".tar"):
-            what = f"{argument}: {file.path} is neither a .tar nor a folder"
-            raise SourceError(what, remedy="give tars or image folders")
-    return WebDataset(files)
+def _files(argument: str, files: Sequence[SourceFile], column: str | None) -> Iterator[Source[ImageSample]]:
+    for suffix, group in groupby(files, lambda file: "." + file.path.rpartition(".")[2]):
+        alike = list(group)
+        if suffix == ".tar":
+            yield WebDataset(alike)
+        elif suffix == ".parquet":
+            yield ParquetImages(alike, column)
+        elif suffix == ".tsv":
+            yield TsvImages(alike)
+        else:
+            what = f"{argument}: {alike[0].path} is neither a {', '.join(_KINDS)} nor a folder"
+            raise SourceError(what, remedy="give tars, tables or image folders")
 
 
-def _folder(argument: str, path: str) -> Source[ImageSample]:
-    tars = children(path, lambda name: name.endswith(".tar"))
-    if tars:
-        return WebDataset(tars)
+def _folder(argument: str, path: str, column: str | None) -> Iterator[Source[ImageSample]]:
+    found = children(path, lambda name: name.endswith(_KINDS))
+    files = [file for file in found if file.path.endswith(".tar")] or found
+    kinds = sorted({"." + file.path.rpartition(".")[2] for file in files})
+    if len(kinds) > 1:
+        what = f"{argument} holds both {' and '.join(kinds)} files"
+        raise SourceError(what, remedy=f"name those you mean, such as {storage.join(argument, '*' + kinds[0])}")
+    if files:
+        yield from _files(argument, files, column)
+        return
     folder = ImageFolder(path)
     if not folder.files():
-        kinds = ", ".join(sorted(IMAGE_EXTENSIONS))
-        raise SourceError(f"{argument} holds no .tar and no image", remedy=f"images end in: {kinds}")
-    return folder
+        what = f"{argument} holds no {', '.join(_KINDS)} and no image"
+        raise SourceError(what, remedy=f"images end in: {', '.join(sorted(IMAGE_EXTENSIONS))}")
+    yield folder

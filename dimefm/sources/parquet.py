@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -51,8 +53,9 @@ def block_rows(file: pq.ParquetFile, columns: list[str], group: int) -> int:
     """Rows of a block: BLOCK_BYTES of these columns by the mean of the row group, and at least one."""
     facts = file.metadata.row_group(group)
     chunks = (facts.column(i) for i in range(facts.num_columns))
-    size = sum(c.total_uncompressed_size for c in chunks if _is_within(c.path_in_schema, columns))
-    return max(1, min(_BLOCK_ROWS, facts.num_rows, BLOCK_BYTES * facts.num_rows // max(1, size)))
+    size: int = sum(c.total_uncompressed_size for c in chunks if _is_within(c.path_in_schema, columns))
+    rows = int(facts.num_rows)
+    return max(1, min(_BLOCK_ROWS, rows, BLOCK_BYTES * rows // max(1, size)))
 
 
 def read_cell(path: str, column: str, row: int) -> bytes | None:
@@ -64,12 +67,19 @@ def read_cell(path: str, column: str, row: int) -> bytes | None:
     return _cells.read(path, column, row)
 
 
+def is_string(type_: pa.DataType) -> bool:
+    """Whether values of this type are read as str."""
+    if pa.types.is_dictionary(type_):
+        return is_string(type_.value_type)
+    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
+
+
 class _Cells:
     """The files and blocks that were read last, in this process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._files: OrderedDict[tuple[str, int, int], pq.ParquetFile] = OrderedDict()
+        self._files: OrderedDict[tuple[str, int, int], tuple[pq.ParquetFile, list[int]]] = OrderedDict()
         self._blocks: OrderedDict[tuple[Any, ...], pa.Array] = OrderedDict()
         # The row group that is being read, and the number of its next block: rows mostly come in order.
         self._reading: tuple[tuple[Any, ...], Iterator[pa.RecordBatch]] | None = None
@@ -77,22 +87,29 @@ class _Cells:
 
     def read(self, path: str, column: str, row: int) -> bytes | None:
         with self._lock:
-            key, file = self._open(path)
-            group, place = _row_group(file, row)
+            key, file, stops = self._open(path)
+            group = bisect_right(stops, row)
+            if group == len(stops):
+                raise IndexError(row)
+            place = row - (stops[group - 1] if group else 0)
             columns = [_leaf(file.schema_arrow, column)]
             number, place = divmod(place, block_rows(file, columns, group))
             value = self._block(file, columns, (*key, column, group), number)[place].as_py()
         return value.get("bytes") if isinstance(value, dict) else value
 
-    def _open(self, path: str) -> tuple[tuple[str, int, int], pq.ParquetFile]:
+    def _open(self, path: str) -> tuple[tuple[str, int, int], pq.ParquetFile, list[int]]:
+        """What tells this file from a later one of the same name, the file, and where each of its row groups stops."""
         status = None if storage.is_url(path) else os.stat(path)  # noqa: PTH116
         key = (path, status.st_mtime_ns, status.st_size) if status else (path, 0, 0)
-        file = self._files.pop(key, None) or open_parquet(path)
-        self._files[key] = file
+        if key not in self._files:
+            file = open_parquet(path)
+            groups = range(file.metadata.num_row_groups)
+            self._files[key] = file, list(accumulate(file.metadata.row_group(group).num_rows for group in groups))
+        self._files.move_to_end(key)
         if len(self._files) > _FILES:
-            self._files.popitem(last=False)[1].close()
+            self._files.popitem(last=False)[1][0].close()
             self._reading = None  # it may be of that file
-        return key, file
+        return key, *self._files[key]
 
     def _block(self, file: pq.ParquetFile, columns: list[str], key: tuple[Any, ...], number: int) -> pa.Array:
         block = self._blocks.pop((key, number), None)
@@ -123,16 +140,6 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def _row_group(file: pq.ParquetFile, row: int) -> tuple[int, int]:
-    """The row group that a row is in, and its place there."""
-    for group in range(file.metadata.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if row < rows:
-            return group, row
-        row -= rows
-    raise IndexError(row)
 
 
 def _leaf(schema: pa.Schema, column: str) -> str:

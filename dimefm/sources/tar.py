@@ -7,13 +7,11 @@ only a name, whatever it holds.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from zlib import adler32
 
-from dimefm import storage
-from dimefm.sources.files import URL_BLOCK
+from dimefm.sources.window import Window, open_window
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
@@ -45,41 +43,12 @@ def tar_members(path: str, report: Callable[[str], None]) -> Iterator[TarMember]
     """
     count = [0]
     try:
-        if storage.is_url(path):
-            window = Window(lambda offset, size: storage.read_bytes(path, offset, size), URL_BLOCK >> 5, URL_BLOCK)
+        with open_window(path) as window:
             yield from _walk(window, count)
-            return
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        try:
-            yield from _walk(Window(lambda offset, size: os.pread(descriptor, size, offset), 1 << 12, 1 << 17), count)
-        finally:
-            os.close(descriptor)
     except _Damaged as error:
         report(f"{path}: broken after {count[0]} members ({error}); what follows is lost")
     except OSError as error:
         report(f"{path}: cannot be read ({error})")
-
-
-class Window:
-    """The part of a file that was read last. Made for going forward, in small steps or in long leaps.
-
-    `read(offset, size)` gives bytes, fewer at the end. Reads grow from `least` to `most` bytes as long as what is
-    asked for lies near the end of the last, and are `least` again after a leap of more than half of `most`.
-    """
-
-    def __init__(self, read: Callable[[int, int], bytes], least: int, most: int) -> None:
-        self._read, self._least, self._most, self._chunk = read, least, most, least
-        self.start, self.data = 0, b""
-
-    def get(self, offset: int, size: int) -> bytes:
-        """The bytes [offset, offset + size), fewer where the file ends."""
-        at = offset - self.start
-        if at < 0 or at + size > len(self.data):
-            gap = at - len(self.data)
-            self._chunk = self._least if at < 0 or 2 * gap > self._most else min(2 * self._chunk, self._most)
-            self.data = self._read(offset, max(self._chunk, size))
-            self.start, at = offset, 0
-        return self.data[at : at + size]
 
 
 def _walk(window: Window, count: list[int]) -> Iterator[TarMember]:
@@ -122,11 +91,12 @@ def _walk(window: Window, count: list[int]) -> Iterator[TarMember]:
             records = {}
         if kind in _NO_DATA:
             size = 0
+        elif kind == 0 and name.endswith(b"/"):  # a folder, from before there was a letter for those
+            kind, size = 5, 0
         elif kind in b"S":
             data = _after_map(window, data) if header[482] else data
         position = data + (size + 511 & -512)
-        # Sparse files are not laid out as they read. A name that ends in / was a folder before those had a letter.
-        if kind in _REGULAR and not sparse and not (kind == 0 and name.endswith(b"/")):
+        if kind in _REGULAR and not sparse:  # sparse files are not laid out as they read
             count[0] += 1
             yield TarMember(name.decode("utf-8", "backslashreplace"), data, size)
 

@@ -1,0 +1,42 @@
+"""A window that slides forward over a file: few reads for small steps, few bytes for long ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from dimefm import storage
+from dimefm.sources.files import URL_BLOCK
+
+
+class Window:
+    """The part of a file that was read last.
+
+    `read(offset, size)` gives bytes, fewer at the end. Reads grow from `least` to `most` bytes as long as what is
+    asked for lies near the end of the last, and are `least` again after a leap of more than half of `most`.
+    """
+
+    def __init__(self, read: Callable[[int, int], bytes], least: int, most: int) -> None:
+        self._read, self._least, self._most, self._chunk = read, least, most, least
+        self._start, self._data = 0, b""
+
+    def get(self, offset: int, size: int) -> bytes:
+        """The bytes [offset, offset + size), fewer where the file ends."""
+        at = offset - self._start
+        if at < 0 or at + size > len(self._data):
+            gap = at - len(self._data)
+            self._chunk = self._least if at < 0 or 2 * gap > self._most else min(2 * self._chunk, self._most)
+            self._data = self._read(offset, max(self._chunk, size))
+            self._start, at = offset, 0
+        return self._data[at : at + size]
+
+
+@contextmanager
+def open_window(path: str) -> Iterator[Window]:
+    """A window over a local file, in reads of 4 to 128 KB, or over one at a URL, of 256 KB to 8 MB. Raises OSError."""
+    if storage.is_url(path):
+        yield Window(lambda offset, size: storage.read_bytes(path, offset, size), URL_BLOCK >> 5, URL_BLOCK)
+        return
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        yield Window(lambda offset, size: os.pread(file.fileno(), size, offset), 1 << 12, 1 << 17)
