@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,14 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], **options: obje
     """A Parquet file of these rows, in row groups of two unless `options` say otherwise; `path` again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(rows)), path, **{"row_group_size": 2, **options})
+    return path
+
+
+def write_text(path: Path, lines: Sequence[str]) -> Path:
+    """These lines in UTF-8, compressed if the name ends in .gz; `path` again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = "".join(f"{line}\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
     return path
 
 

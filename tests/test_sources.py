@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from dimefm.errors import SourceError
 from dimefm.sources import (
+    Delimited,
     ImageFolder,
+    JsonLines,
     ParquetImages,
+    ParquetTexts,
     PromptSet,
     SourceFile,
     TextFile,
@@ -24,7 +29,7 @@ from dimefm.sources.files import expand, stat_files
 from dimefm.sources.images import split_key
 from dimefm.sources.texts import prompt, read_classnames, read_templates
 from tests.contracts.source_contract import BreakableContract, ImageSourceContract, TextSourceContract, listed
-from tests.making import make_jpeg, write_lineidx, write_parquet, write_tar, write_tsv
+from tests.making import make_jpeg, write_lineidx, write_parquet, write_tar, write_text, write_tsv
 
 
 class TestWebDataset(ImageSourceContract, BreakableContract):
@@ -111,6 +116,54 @@ class TestGzippedTextFile(TextSourceContract, BreakableContract):
         readable = len(listed(TextFile(*stat_files([str(folder / "a.txt.gz")])))[0])
         assert 0 < readable < 3000
         return open_text_source([str(folder)]), readable + 2
+
+
+class TestJsonLines(TextSourceContract):
+    suffix = ".jsonl"
+
+    def make(self, folder: Path) -> Any:
+        lines = [json.dumps({"id": i, "text": text}) for i, text in enumerate(self.sentences())]
+        return JsonLines(*stat_files([str(write_text(folder.absolute() / f"sätze{self.suffix}", lines))]))
+
+
+class TestGzippedJsonLines(TestJsonLines, BreakableContract):
+    suffix = ".jsonl.gz"
+
+    def make_with_broken_file(self, folder: Path) -> tuple[Any, int]:
+        path = write_text(folder / "a.jsonl.gz", [json.dumps({"text": f"sentence {i * i}"}) for i in range(9000)])
+        path.write_bytes(path.read_bytes()[:-2000])
+        write_text(folder / "b.jsonl", ['{"text": "one"}'])
+        readable = len(listed(JsonLines(*stat_files([str(path)])))[0])
+        assert 100 < readable < 9000
+        return open_text_source([str(folder)]), readable + 1
+
+
+class TestCsv(TextSourceContract):
+    def make(self, folder: Path) -> Any:
+        lines = ["id,caption", *(f'{i},"{text}"' for i, text in enumerate(self.sentences()))]
+        return Delimited(*stat_files([str(write_text(folder.absolute() / "sätze.csv", lines))]))
+
+
+class TestGzippedTsv(TextSourceContract):
+    def make(self, folder: Path) -> Any:
+        lines = ["id\tTEXT", *(f"{i}\t{text}" for i, text in enumerate(self.sentences()))]
+        return Delimited(*stat_files([str(write_text(folder.absolute() / "sätze.tsv.gz", lines))]))
+
+
+class TestParquetTexts(TextSourceContract, BreakableContract):
+    def make(self, folder: Path) -> Any:
+        rows = [{"id": i, "sentence": text} for i, text in enumerate(self.sentences())]
+        return ParquetTexts(*stat_files([str(write_parquet(folder.absolute() / "sätze.parquet", rows))]))
+
+    def make_with_broken_file(self, folder: Path) -> tuple[Any, int]:
+        rows = [{"text": f"sentence {i}"} for i in range(6)]
+        path = write_parquet(folder / "a.parquet", rows, compression="none", use_dictionary=False)
+        write_parquet(folder / "b.parquet", rows)
+        start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+        damaged = bytearray(path.read_bytes())
+        damaged[start : start + 20] = b"\xff" * 20
+        path.write_bytes(damaged)
+        return open_text_source([str(folder)]), 2 + 6
 
 
 class TestPromptSet(TextSourceContract):
@@ -285,7 +338,7 @@ def test_a_path_that_is_not_there_and_an_empty_folder_are_refused(tmp_path: Path
 
 def test_an_image_given_as_sentences_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(make_jpeg())
-    with pytest.raises(SourceError, match=r"neither \.txt, \.txt\.gz nor a folder"):
+    with pytest.raises(SourceError, match=r"neither \.txt, \.jsonl, \.csv, \.tsv, \.parquet nor a folder"):
         open_text_source([str(tmp_path / "a.jpg")])
 
 

@@ -3,13 +3,17 @@
 from dimefm.sources.base import ImageSample, Source, SourceFile, TextSample
 from dimefm.sources.images import ImageFolder, WebDataset, open_image_source
 from dimefm.sources.parquet_images import ParquetImages
+from dimefm.sources.text_tables import Delimited, JsonLines, ParquetTexts
 from dimefm.sources.texts import PromptSet, TextFile, open_text_source
 from dimefm.sources.tsv_images import TsvImages
 
 __all__ = [
+    "Delimited",
     "ImageFolder",
     "ImageSample",
+    "JsonLines",
     "ParquetImages",
+    "ParquetTexts",
     "PromptSet",
     "Source",
     "SourceFile",

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from dimefm import storage
 from dimefm.errors import SourceError
 from dimefm.sources.base import Joined, Source, SourceFile, TextSample
-from dimefm.sources.files import Place, children, expand, open_forward, stat_files
+from dimefm.sources.files import children, expand, open_forward, stat_files
+from dimefm.sources.text_tables import Delimited, JsonLines, ParquetTexts
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "templates.txt"
+_KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 class TextFile:
@@ -103,30 +105,61 @@ def _lines(path: str) -> list[str]:
 
 
 def open_text_source(arguments: list[str], column: str | None = None) -> Source[TextSample]:
-    """The source that the arguments name: .txt and .txt.gz files, folders of them, or folders of a labelled set.
+    """The source that the arguments name: text files and tables (globs and {000..009} ranges too), folders of either,
+    or folders of a labelled set, which stand for its prompts.
 
-    Raises SourceError where one does not exist or is of another kind.
+    Text files are .txt, tables .jsonl, .csv, .tsv and .parquet; all but the last may end in .gz. A folder must hold
+    one kind. `column` is the column or field of tables, by default the first of text, caption, sentence and TEXT;
+    a number for .csv and .tsv without a header.
+
+    Raises SourceError where an argument does not exist, holds no sentences or is of another kind, and where the first
+    table has no such column. Later tables are looked at when their turn comes.
     """
     parts: list[Source[TextSample]] = []
     for argument in arguments:
         for place in expand(argument):
-            parts.extend(_open(argument, place))
+            parts.extend(_file(argument, place.file, column) if place.file else _folder(argument, place.path, column))
+    tables = [part for part in parts if isinstance(part, (JsonLines, Delimited, ParquetTexts))]
+    if column is not None and not tables:
+        what = f"--column {column}: there is no table among the sentences, and only those have columns"
+        raise SourceError(what, remedy=f"leave it out; tables are {', '.join(_KINDS[1:])}")
+    if tables:
+        tables[0].check()
     return Joined(parts)
 
 
-def _open(argument: str, place: Place) -> list[Source[TextSample]]:
-    if place.file:
-        if not _is_text(place.path):
-            what = f"{argument}: {place.path} is neither .txt, .txt.gz nor a folder"
-            raise SourceError(what, remedy="give text files")
-        return [TextFile(place.file)]
-    if storage.exists(storage.join(place.path, CLASSNAMES)):
-        return [PromptSet(place.path)]
-    found = children(place.path, _is_text)
-    if not found:
-        raise SourceError(f"{argument} holds no .txt or .txt.gz file", remedy="give files with one sentence a line")
-    return [TextFile(file) for file in found]
+def _file(argument: str, file: SourceFile, column: str | None) -> Iterator[Source[TextSample]]:
+    kind = _kind(file.path)
+    if kind == ".txt":
+        yield TextFile(file)
+    elif kind == ".jsonl":
+        yield JsonLines(file, column)
+    elif kind in (".csv", ".tsv"):
+        yield Delimited(file, column)
+    elif kind == ".parquet":
+        yield ParquetTexts(file, column)
+    else:
+        what = f"{argument}: {file.path} is neither {', '.join(_KINDS)} nor a folder"
+        raise SourceError(what, remedy="give text files or tables; all but .parquet may be .gz")
 
 
-def _is_text(name: str) -> bool:
-    return name.endswith((".txt", ".txt.gz"))
+def _folder(argument: str, path: str, column: str | None) -> Iterator[Source[TextSample]]:
+    if storage.exists(storage.join(path, CLASSNAMES)):
+        yield PromptSet(path)
+        return
+    files = children(path, lambda name: _kind(name) is not None)
+    kinds = sorted({str(_kind(file.path)) for file in files})
+    if not files:
+        what = f"{argument} holds no {', '.join(_KINDS)} file"
+        raise SourceError(what, remedy="give files with one sentence a line, or tables with a column of them")
+    if len(kinds) > 1:
+        what = f"{argument} holds {' and '.join(kinds)} files"
+        raise SourceError(what, remedy=f"name those you mean, such as {storage.join(argument, '*' + kinds[0])}")
+    for file in files:
+        yield from _file(argument, file, column)
+
+
+def _kind(path: str) -> str | None:
+    """Which of _KINDS a file is, with .gz or without."""
+    name = path.removesuffix(".gz")
+    return next((kind for kind in _KINDS if name.endswith(kind) and (name == path or kind != ".parquet")), None)

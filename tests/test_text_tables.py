@@ -1,0 +1,207 @@
+"""Sentences in .jsonl, .csv, .tsv and Parquet files: columns, and lines that hold none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dimefm.errors import SourceError
+from dimefm.sources import open_text_source, parquet
+from tests.contracts.source_contract import listed
+from tests.making import write_parquet, write_tar, write_text
+
+
+def read(*paths: Path, column: str | None = None) -> tuple[list[tuple[str, str]], list[str]]:
+    """Keys and sentences, and reports."""
+    samples, reports = listed(open_text_source([str(path) for path in paths], column))
+    return [tuple(sample) for sample in samples], reports
+
+
+def texts(*paths: Path, column: str | None = None) -> list[str]:
+    """The sentences of a source that must have nothing to report."""
+    found, reports = read(*paths, column=column)
+    assert reports == []
+    return [text for _, text in found]
+
+
+def write(folder: Path, kind: str, rows: list[dict[str, object]]) -> Path:
+    """The same rows as a table of any kind."""
+    path = folder / f"a.{kind}"
+    if kind == "parquet":
+        return write_parquet(path, rows)
+    if kind.startswith("jsonl"):
+        return write_text(path, [json.dumps(row) for row in rows])
+    separator = "," if kind.startswith("csv") else "\t"
+    return write_text(path, [separator.join(map(str, row)) for row in ([*rows[0]], *(row.values() for row in rows))])
+
+
+KINDS = ["jsonl", "jsonl.gz", "csv", "csv.gz", "tsv", "tsv.gz", "parquet"]
+
+
+# -- columns ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_column_is_the_one_named_or_the_first_known(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, kind, [{"url": "u", "TEXT": "T", "sentence": "s", "caption": "c", "text": "t"}])
+    assert texts(path) == ["t"]
+    assert texts(path, column="url") == ["u"]
+    path = write(tmp_path, kind, [{"url": "u", "TEXT": "T", "sentence": "s", "caption": "c"}])
+    assert texts(path) == ["c"]
+    path = write(tmp_path, kind, [{"url": "u", "TEXT": "T"}])
+    assert texts(path) == ["T"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("column", [None, "title"])
+def test_a_missing_column_is_refused_with_those_that_are_there(tmp_path: Path, kind: str, column: str | None) -> None:
+    path = write(tmp_path, kind, [{"url": "u", "alt": "a"}])
+    with pytest.raises(
+        SourceError, match=rf"a\.{kind} has no column .*; there is: url, alt\n  remedy: .*--column NAME"
+    ):
+        open_text_source([str(path)], column)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_later_file_without_the_column_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    one, two = write(tmp_path / "1", kind, [{"text": "t"}]), write(tmp_path / "2", kind, [{"title": "t"}])
+    with pytest.raises(SourceError, match=rf"2/a\.{kind} has no column"):
+        texts(one, two)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_are_the_file_and_the_line_or_row(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, kind, [{"text": " one\u3000 two "}, {"text": " "}, {"text": "three"}])
+    numbers = {"jsonl": (1, 3), "csv": (2, 4), "tsv": (2, 4), "parquet": (0, 2)}[kind.removesuffix(".gz")]
+    assert read(path)[0] == [(f"a.{kind}:{numbers[0]}", "one two"), (f"a.{kind}:{numbers[1]}", "three")]
+
+
+def test_a_column_without_tables_is_refused(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.txt", ["one"])
+    with pytest.raises(SourceError, match="--column text: there is no table"):
+        open_text_source([str(path)], "text")
+    assert texts(path, write(tmp_path, "jsonl", [{"text": "two"}]), column="text") == ["one", "two"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "csv.gz", "tsv.gz"])
+def test_a_number_is_a_column_of_a_file_without_a_header(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, kind, [{"text": "1"}, {"text": "2"}])
+    assert texts(path, column="0") == ["text", "1", "2"]
+    found, reports = read(path, column="1")
+    assert found == []
+    assert reports == [
+        f"{path}: 3 lines are passed over (line 1 to begin with: it ends after column 0, counted from 0)"
+    ]
+
+
+def test_a_field_that_the_first_objects_lack_may_come_later(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.jsonl", ['{"id": 1}', '{"id": 2, "caption": "c"}'])
+    found, reports = read(path)
+    assert found == [("a.jsonl:2", "c")]
+    assert reports == [f"{path}: 1 lines are passed over (line 1 to begin with: there is no 'caption')"]
+
+
+# -- what is no text --------------------------------------------------------------------------------------------------
+
+
+def test_lines_of_jsonl_that_hold_no_text_are_counted_once(tmp_path: Path) -> None:
+    lines = ['{"text": "good"}', "{not json", '{"other": "x"}', '{"text": null}', '{"text": ["a"]}', "[1]", "", '"s"']
+    found, reports = read(write_text(tmp_path / "a.jsonl", [*lines, '{"text": "last"}']))
+    assert found == [("a.jsonl:1", "good"), ("a.jsonl:9", "last")]
+    assert reports == [f"{tmp_path}/a.jsonl: 6 lines are passed over (line 2 to begin with: not a JSON object)"]
+
+
+def test_a_file_of_no_json_at_all_gives_nothing_but_a_report(tmp_path: Path) -> None:
+    found, reports = read(write_text(tmp_path / "a.jsonl", ["plain", "text", "[" * 100_000]))
+    assert found == []
+    assert reports == [f"{tmp_path}/a.jsonl: 3 lines are passed over (line 1 to begin with: not a JSON object)"]
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.jsonl", [r'{"text": "a \ud83d b \ud83e\udd93"}'])
+    assert texts(path) == ["a \ufffd b 🦓"]
+
+
+def test_nulls_of_parquet_are_counted(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [{"text": "a"}, {"text": None}, {"text": "b"}, {"text": None}])
+    found, reports = read(path)
+    assert found == [("a.parquet:0", "a"), ("a.parquet:2", "b")]
+    assert reports == [f"{path}: 2 rows are passed over (row 1 to begin with: null)"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
+def test_bytes_that_are_not_utf8_are_replaced_and_reported(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, kind, [{"text": "caf__ noir"}, {"text": "good"}])
+    path.write_bytes(path.read_bytes().replace(b"__", b"\xe9"))
+    found, reports = read(path)
+    assert [text for _, text in found] == ["caf\ufffd noir", "good"]
+    assert reports == [f"{path}: 1 lines are not UTF-8; the bad bytes were replaced"]
+
+
+# -- csv, tsv, Parquet ------------------------------------------------------------------------------------------------
+
+
+def test_quotes_of_csv_may_hold_anything(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes('\ufeffid,text\r\n1,"a, ""b""\r\nand c"\r\n\r\n2,plain\r\n3\r\n'.encode())
+    found, reports = read(path)
+    assert found == [("a.csv:2", 'a, "b" and c'), ("a.csv:5", "plain")]
+    assert reports == [
+        f"{path}: 1 lines are passed over (line 6 to begin with: it ends after column 0, counted from 0)"
+    ]
+
+
+def test_quotes_of_tsv_are_text(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.tsv", ["id\ttext", '1\t"a, b', '2\t"c" d"'])
+    assert texts(path) == ['"a, b', '"c" d"']
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_a_field_may_be_longer_than_the_csv_module_likes(tmp_path: Path, kind: str) -> None:
+    assert texts(write(tmp_path, kind, [{"text": "x" * 300_000}])) == ["x" * 300_000]
+
+
+def test_a_quote_that_is_never_closed_is_reported(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.csv", ["text", "one", '"two', *["more"] * 2000])
+    found, reports = read(path)
+    assert [key for key, _ in found] == ["a.csv:2", "a.csv:3"]
+    assert len(reports) == 1
+    assert "the record of line 3 goes on for 2000 lines" in reports[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_table_holds_nothing(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    else:
+        write_text(path, [])
+    assert texts(path) == []
+
+
+def test_parquet_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentences = [f"sentence {i}" for i in range(1000)]
+    types = (pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()))
+    for number, kind in enumerate(types):
+        table = pa.table({"id": range(1000), "text": pa.array(sentences).cast(kind)})
+        pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=400)
+    monkeypatch.setattr(parquet, "BLOCK_BYTES", 500)
+    assert texts(tmp_path) == sentences * 3
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_must_be_of_one_kind(tmp_path: Path) -> None:
+    write(tmp_path, "jsonl", [{"text": "a"}])
+    write(tmp_path, "jsonl.gz", [{"text": "b"}])
+    write_tar(tmp_path / "a.tar", {"a.txt": b"x"})
+    assert texts(tmp_path) == ["a", "b"]
+    write(tmp_path, "csv", [{"text": "c"}])
+    with pytest.raises(SourceError, match=r"holds \.csv and \.jsonl files\n  remedy: name those .*\*\.csv"):
+        texts(tmp_path)
+    assert texts(tmp_path / "*.jsonl*") == ["a", "b"]
