@@ -78,7 +78,8 @@ class ViewPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingStore(Document):
-    """The attributes of an embedding store."""
+    """The attributes of an embedding store. `digests` are sha256 of what is written once and for all when it is
+    planned, by path: every array's zarr.json, rows/files.parquet and the plans."""
 
     SCHEMA: ClassVar[str] = "dimefm.embedding-store"
 
@@ -93,6 +94,7 @@ class EmbeddingStore(Document):
     plan: str  # sha256 over the sha256 of every shard's plan, in order
     views: ViewPlan | None = None
     pixels: int | None = None  # short side of the JPEGs in pixels/
+    digests: dict[str, str] = field(default_factory=dict)
 
     def problems(self) -> list[Problem]:
         fields = ("rows", "dim", "chunk_rows", "batch_size")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -90,7 +91,15 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
             file.seek(offset)
             return file.read(-1 if size is None else size)
     fs, inner = filesystem(path)
-    return bytes(fs.cat_file(inner, start=offset, end=None if size is None else offset + size))
+    try:
+        return bytes(fs.cat_file(inner, start=offset, end=None if size is None else offset + size))
+    except OSError as error:
+        # Object stores refuse a range that begins at the end or later, where a local file gives no bytes.
+        if error.errno == errno.EINVAL and fs.info(inner)["size"] <= offset:
+            return b""
+        raise
+    except Exception as error:  # of a client's own kind, such as botocore's for a connection that is refused
+        raise OSError(f"{path}: {error}") from error
 
 
 def write_atomic(path: str, data: bytes) -> None:
@@ -179,7 +188,12 @@ def read_json(path: str) -> Any:
 
 def write_json(path: str, value: object) -> None:
     """`value` as indented JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_atomic(path, json_bytes(value))
+
+
+def json_bytes(value: object) -> bytes:
+    """What `write_json` writes."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def listing(path: str) -> list[str]:

@@ -10,6 +10,7 @@ import io
 import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from cache_schemas import Commit, EmbeddingStore, Failure, Status, parse_plan
+from cache_schemas import FILES, Commit, EmbeddingStore, Failure, Status, parse_plan
 from cache_schemas.embedding_store import (
     ATTRIBUTES_KEY,
     COMMITS,
@@ -35,11 +36,13 @@ from cache_schemas.embedding_store import (
     pixels_path,
     rows_path,
 )
+from cache_schemas.plan import FILES_TABLE
 from dimefm import storage
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.mapped import MappedArray
 
 DAMAGED = "dimefm verify STORE --repair marks damaged shards; then run the command that wrote the store again"
+PLAN_DAMAGED = "put the file back from a copy, or cache again into another --out"
 _COMMIT_NAME = re.compile(r"(\d{6,})\.json")
 
 
@@ -52,6 +55,8 @@ class Store:
         self.group = open_group(self.path)
         attributes = group_attributes(self.group, self.path)
         self.schema = EmbeddingStore.parse(attributes, storage.join(self.path, "zarr.json"))
+        for name in self.schema.arrays():
+            self._require_digest(f"{name}/zarr.json", "cache again")
         self._arrays = {name: _array(self.group, name, spec) for name, spec in self.schema.arrays().items()}
         self._mapped = {name: MappedArray.open(self.path, name, array) for name, array in self._arrays.items()}
         self._seen: set[str] = set()
@@ -68,7 +73,13 @@ class Store:
         for name, spec in schema.arrays().items():
             chunks = (spec.chunk_rows, *spec.shape[1:])
             create_array(group, name, spec.shape, spec.dtype, chunks, schema.shard_rows)
-        group.attrs[ATTRIBUTES_KEY] = schema.to_json()
+        names = [*(f"{name}/zarr.json" for name in schema.arrays()), FILES_TABLE]
+        places = {name: storage.join(storage.absolute(path), name) for name in names}
+        found = {name: sha256(storage.read_bytes(place)) for name, place in places.items() if storage.exists(place)}
+        schema = replace(schema, digests={**schema.digests, **found})
+        # Written as our other documents are, so that `dimefm verify` knows every byte of it, whatever zarr's release.
+        document = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTES_KEY: schema.to_json()}}
+        storage.write_json(storage.join(storage.absolute(path), "zarr.json"), document)
         return Store(path)
 
     def write_shard(
@@ -118,18 +129,25 @@ class Store:
     def committed(self) -> set[int]:
         """The shards that are done."""
         names = storage.listing(storage.join(self.path, COMMITS))
-        return {int(match[1]) for name in names if (match := _COMMIT_NAME.fullmatch(name))}
+        found = {int(match[1]) for name in names if (match := _COMMIT_NAME.fullmatch(name))}
+        return {shard for shard in found if shard < self.schema.shards}
 
     def commit(self, shard: int) -> Commit | None:
-        """The commit of a shard, None where it is not done."""
+        """The commit of a shard, None where it is not done. Raises SchemaError, StoreError for a damaged one."""
         path = storage.join(self.path, commit_path(shard))
-        return Commit.parse(storage.read_json(path), path) if storage.exists(path) else None
+        return self._read_commit(shard) if storage.exists(path) else None
 
     def commits(self) -> Iterator[Commit]:
-        """The commits in order of shard."""
-        for shard in sorted(self.committed()):
-            path = storage.join(self.path, commit_path(shard))
-            yield Commit.parse(storage.read_json(path), path)
+        """The commits in order of shard. Raises as `commit` does."""
+        return map(self._read_commit, sorted(self.committed()))
+
+    def _read_commit(self, shard: int) -> Commit:
+        path = storage.join(self.path, commit_path(shard))
+        commit = Commit.parse(storage.read_json(path), path)
+        if (commit.shard, commit.start, commit.stop) != (shard, *self.schema.shard_range(shard)):
+            what = f"{path} is the commit of shard {commit.shard}, rows {commit.start} to {commit.stop - 1}"
+            raise StoreError(what, remedy=DAMAGED)
+        return commit
 
     def require_complete(self) -> None:
         """Raises StoreError unless every shard is done."""
@@ -222,13 +240,33 @@ class Store:
         try:
             # One thread, no dataset scanner: a table is small, and Arrow's threads can outlive the interpreter.
             data = storage.read_bytes(path)
+            if self._plan_digest(shard) not in (None, sha256(data)):
+                raise StoreError(f"{path} is damaged: its checksum does not fit", remedy=PLAN_DAMAGED)
             table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"{path} cannot be read: {error}", remedy="the plan is damaged; cache again") from None
-        commit = self.commit(shard)
-        if commit and commit.plan != sha256(data):
-            raise StoreError(f"{path} is damaged: its checksum does not fit", remedy="the plan is damaged; cache again")
+            raise StoreError(f"{path} cannot be read: {error}", remedy=PLAN_DAMAGED) from None
         return parse_plan(table, self.schema.kind, *self.schema.shard_range(shard), path)
+
+    def _plan_digest(self, shard: int) -> str | None:
+        if known := self.schema.digests.get(rows_path(shard)):
+            return known
+        commit = self.commit(shard)
+        return commit.plan if commit else None
+
+    def source_files(self) -> pa.Table:
+        """The files that the plan was made from, as they were then. Raises StoreError where the table is damaged."""
+        self._require_digest(FILES_TABLE, PLAN_DAMAGED)
+        return read_table(storage.join(self.path, FILES_TABLE), FILES)
+
+    def _require_digest(self, name: str, remedy: str) -> None:
+        """Raises StoreError unless a file is what it was when the store was planned."""
+        path = storage.join(self.path, name)
+        try:
+            digest = sha256(storage.read_bytes(path))
+        except FileNotFoundError:
+            raise StoreError(f"{path} is missing", remedy=remedy) from None
+        if digest != self.schema.digests.get(name):
+            raise StoreError(f"{path} is damaged: its checksum does not fit", remedy=remedy)
 
     def samples(self, rows_N: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
         """The plan's entries of any rows, in the order asked for."""
@@ -307,7 +345,7 @@ def read_table(path: str, schema: pa.Schema) -> pa.Table:
         table = pq.ParquetFile(pa.BufferReader(storage.read_bytes(path))).read(use_threads=False)
         return table.select(schema.names).cast(schema)
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise StoreError(f"{path} cannot be read: {error}", remedy="the plan is damaged; cache again") from None
+        raise StoreError(f"{path} cannot be read: {error}", remedy=PLAN_DAMAGED) from None
 
 
 def open_group(path: str) -> zarr.Group:
@@ -316,6 +354,8 @@ def open_group(path: str) -> zarr.Group:
         return zarr.open_group(path, mode="r+")
     except (FileNotFoundError, zarr.errors.GroupNotFoundError):
         pass
+    except (KeyError, TypeError, ValueError) as error:  # what zarr makes of a damaged one
+        raise StoreError(f"{path}/zarr.json is damaged: {error}", remedy="write the store again") from None
     remedy = "check the path" if not storage.exists(path) else "it is unfinished or something else; cache again"
     raise StoreError(f"{path} is not a dimefm store", remedy=remedy)
 

@@ -7,7 +7,7 @@ import json
 import math
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from cache_schemas import FILES, EmbeddingStore, SourceSummary, TeacherIdentity, ViewPlan
+from cache_schemas import FILES, EmbeddingStore, SourceSummary, TeacherIdentity, ViewPlan, to_plain
 from cache_schemas.embedding_store import (
     ATTRIBUTES_KEY,
     COMMITS,
@@ -26,12 +26,13 @@ from cache_schemas.embedding_store import (
     ROWS,
     STATUS,
     VIEW,
+    rows_path,
 )
 from cache_schemas.plan import FILES_TABLE, PLANS
 from dimefm import storage
 from dimefm.errors import MismatchError, OutputExistsError, SourceError
 from dimefm.sources import open_image_source, open_text_source
-from dimefm.store import Store, plan_digest, read_table, write_plan, write_table
+from dimefm.store import Store, plan_digest, write_plan, write_table
 from pipeline.sentences import SentenceRules, tidy
 
 _LEAST_SHARD, _MOST_SHARD, _CHUNK = 512, 65536, 1024
@@ -92,19 +93,20 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity) -> St
     source = _open(request)
     files = source.files()
     shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind)
+    require_no_stranger(out)
     if _is_planned(out):
         store = Store(out)
-        _require_unchanged(store, files)
-        _require_same(store, request, _digest(files, request.settings()), shard_rows, teacher)
+        _require_same(store, request, files, shard_rows, teacher)
         return store
     storage.remove_folder(storage.join(out, ROWS))  # of a run that was stopped while it planned
-    write_table(storage.join(out, FILES_TABLE), _file_table(files))
     tally = _Tally()
     rows, digests = 0, []
     for shard, table in enumerate(_tables(request, source, shard_rows, tally)):
         digests.append(write_plan(out, shard, table))
         rows += table.num_rows
-    return Store.create(out, _schema(request, files, tally, rows, shard_rows, teacher, plan_digest(digests)))
+    schema = _schema(request, files, tally, rows, shard_rows, teacher, plan_digest(digests))
+    write_table(storage.join(out, FILES_TABLE), _file_table(files))
+    return Store.create(out, replace(schema, digests={rows_path(i): digest for i, digest in enumerate(digests)}))
 
 
 def forecast(request: PlanRequest, teacher: TeacherIdentity, keep: int = 0) -> Forecast:
@@ -211,10 +213,65 @@ def _file_table(files: list[Any]) -> pa.Table:
     return pa.table(columns, schema=FILES)
 
 
-def _require_unchanged(store: Store, files: list[Any]) -> None:
-    """Raises MismatchError naming the files that are not what they were when the plan was made."""
-    path = storage.join(store.path, FILES_TABLE)
-    before = {file["path"]: file for file in read_table(path, FILES).to_pylist()}
+def _time(nanoseconds: int) -> str:
+    return datetime.fromtimestamp(nanoseconds / 1e9, UTC).isoformat(sep=" ", timespec="milliseconds")
+
+
+def require_no_stranger(out: str) -> None:
+    """Raises OutputExistsError where something is at `out` that is no embedding store, finished or not."""
+    out = storage.absolute(out)
+    names = set(storage.listing(out))
+    if not names and not storage.is_url(out) and Path(out).is_file():
+        raise OutputExistsError(f"{out} exists and is a file", remedy="give another --out")
+    strangers = names - {"zarr.json", EMBEDDING, STATUS, VIEW, PIXEL_RANGE, ROWS, COMMITS, PIXELS}
+    if strangers:
+        what = f"{out} exists and is not an embedding store (it holds {min(strangers)!r})"
+        raise OutputExistsError(what, remedy="give another --out")
+
+
+def _is_planned(out: str) -> bool:
+    if "zarr.json" not in storage.listing(out):
+        return False
+    planned = ATTRIBUTES_KEY in storage.read_json(storage.join(out, "zarr.json")).get("attributes", {})
+    if not planned and storage.listing(storage.join(out, COMMITS)):
+        raise OutputExistsError(f"{out} has finished shards but no attributes", remedy="it is damaged: delete it")
+    return planned
+
+
+def _require_same(
+    store: Store, request: PlanRequest, files: list[Any], shard_rows: int, teacher: TeacherIdentity
+) -> None:
+    """Raises MismatchError naming every setting, and the files, that are not what the store was planned with."""
+    schema = store.schema
+    changes = _changes(store, files)
+    own = {**_flat(schema.source.settings), **_flat({"views": schema.views}), "pixels": schema.pixels}
+    asked = {**_flat(request.settings()), **_flat({"views": request.views}), "pixels": request.pixels}
+    own |= {"kind": schema.kind, "batch_size": schema.batch_size}
+    asked |= {"kind": request.kind, "batch_size": request.batch_size}
+    if request.shard_rows or not changes:  # else it was chosen by files that are named below
+        own["shard_rows"], asked["shard_rows"] = schema.shard_rows, shard_rows
+    names = sorted(own.keys() | asked.keys())
+    differences = [f"{n}: {own.get(n)} != {asked.get(n)}" for n in names if own.get(n) != asked.get(n)]
+    differences += [f"teacher.{d}" for d in schema.teacher.differences(teacher)]
+    if not differences and not changes:
+        if schema.source.digest == _digest(files, request.settings()):
+            return
+        changes = ["the files are given in another order"]
+    what = f"{store.path} was made by another command (its own != this one's):"
+    remedy = "give another --out, or repeat the command that made it"
+    if not differences:
+        what = f"the source of {store.path} has changed since it was planned:"
+        remedy = "put the files back as they were, their times too, or give another --out"
+    shown = sorted(changes)[:_SHOWN]
+    lines = differences + [f"source: {change}" for change in shown]
+    if len(changes) > _SHOWN:
+        lines.append(f"source: and {len(changes) - _SHOWN:,} more")
+    raise MismatchError(what + "".join(f"\n  - {line}" for line in lines), remedy=remedy)
+
+
+def _changes(store: Store, files: list[Any]) -> list[str]:
+    """The files that are not what they were when the plan was made."""
+    before = {file["path"]: file for file in store.source_files().to_pylist()}
     now = {file.path: file for file in files}
     changes = [f"{name} is new" for name in now if name not in before]
     changes += [f"{name} is gone" for name in before if name not in now]
@@ -225,52 +282,13 @@ def _require_unchanged(store: Store, files: list[Any]) -> None:
         elif old["modified"] and new.modified and old["modified"] != new.modified:
             times = f"{_time(old['modified'])} when it was planned, {_time(new.modified)} now"
             changes.append(f"{name} has changed: written {times}")
-    if changes:
-        lines = "".join(f"\n  - {change}" for change in sorted(changes)[:_SHOWN])
-        more = f"\n  - and {len(changes) - _SHOWN:,} more" if len(changes) > _SHOWN else ""
-        what = f"the source of {store.path} has changed since it was planned:{lines}{more}"
-        raise MismatchError(what, remedy="put the files back as they were, their times too, or give another --out")
+    return changes
 
 
-def _time(nanoseconds: int) -> str:
-    return datetime.fromtimestamp(nanoseconds / 1e9, UTC).isoformat(sep=" ", timespec="milliseconds")
-
-
-def _is_planned(out: str) -> bool:
-    names = set(storage.listing(out))
-    if not names:
-        if not storage.is_url(out) and Path(out).is_file():
-            raise OutputExistsError(f"{out} exists and is a file", remedy="give another --out")
-        return False
-    strangers = names - {"zarr.json", EMBEDDING, STATUS, VIEW, PIXEL_RANGE, ROWS, COMMITS, PIXELS}
-    if strangers:
-        what = f"{out} exists and is not an embedding store (it holds {min(strangers)!r})"
-        raise OutputExistsError(what, remedy="give another --out")
-    if "zarr.json" not in names:
-        return False
-    planned = ATTRIBUTES_KEY in storage.read_json(storage.join(out, "zarr.json")).get("attributes", {})
-    if not planned and storage.listing(storage.join(out, COMMITS)):
-        raise OutputExistsError(f"{out} has finished shards but no attributes", remedy="it is damaged: delete it")
-    return planned
-
-
-def _require_same(store: Store, request: PlanRequest, digest: str, shard_rows: int, teacher: TeacherIdentity) -> None:
-    schema = store.schema
-    differences = [
-        f"{name}: {mine} != {theirs}"
-        for name, mine, theirs in (
-            ("kind", schema.kind, request.kind),
-            ("source", schema.source.digest, digest),
-            ("shard_rows", schema.shard_rows, shard_rows),
-            ("batch_size", schema.batch_size, request.batch_size),
-            ("settings", schema.source.settings, request.settings()),
-            ("views", schema.views, request.views),
-            ("pixels", schema.pixels, request.pixels),
-        )
-        if mine != theirs
-    ]
-    differences += [f"teacher.{d}" for d in schema.teacher.differences(teacher)]
-    if differences:
-        lines = "".join(f"\n  - {d}" for d in differences)
-        what = f"{store.path} was made by another command (its own != this one's):{lines}"
-        raise MismatchError(what, remedy="give another --out, or repeat the command that made it")
+def _flat(value: object, path: str = "") -> dict[str, object]:
+    """`{"views": {"count": 3}}` as `{"views.count": 3}`."""
+    plain = to_plain(value)
+    if not isinstance(plain, dict):
+        return {path: plain}
+    parts = [_flat(inner, f"{path}.{name}" if path else name) for name, inner in plain.items()]
+    return {name: inner for part in parts for name, inner in part.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cache_schemas import Commit, EmbeddingStore, Failure, Status
-from cache_schemas.embedding_store import EMBEDDING, PIXEL_RANGE, STATUS, VIEW, pixels_path
+from cache_schemas.embedding_store import EMBEDDING, PIXEL_RANGE, STATUS, VIEW, commit_path, pixels_path
 from dimefm import storage
 from dimefm.clip import Clip, token_counts
 from dimefm.decode import DecodeError
@@ -200,8 +200,12 @@ def _writing(store: Store) -> Iterator[None]:
         raise cannot_write(store.path, error) from error
 
 
-def _tar(store: Store, shard: int) -> AbstractContextManager[PixelTar]:
-    return pixel_tar(storage.join(store.path, pixels_path(shard)))
+@contextmanager
+def _tar(store: Store, shard: int) -> Iterator[PixelTar]:
+    """The shard's tar to write. The commit of one that was there before goes first: it names places in the old tar."""
+    with pixel_tar(storage.join(store.path, pixels_path(shard))) as tar:
+        yield tar
+        storage.remove_file(storage.join(store.path, commit_path(shard)))
 
 
 def _merge(
@@ -230,18 +234,20 @@ def check_canary(store: Store, clip: Clip) -> None:
         return
     good = np.flatnonzero(store.status(commit.start, commit.stop) == Status.OK)[:_CANARY_ROWS] + commit.start
     for row, key, cosine in compare_again(store, clip, good):
-        if cosine < _CANARY_COSINE:
+        if not cosine >= _CANARY_COSINE:
             what = f"{store.path}: row {row} ({key}) encoded again has cosine {cosine:.4f} to what is stored"
             remedy = "a file, a library or the device has changed since it was written; cache into a new --out"
             raise MismatchError(what, remedy=remedy)
 
 
 def compare_again(store: Store, clip: Clip, rows_N: np.ndarray[Any, Any]) -> list[tuple[int, str, float]]:
-    """Rows encoded again: of each its number, its key, and the least cosine of its views to what is stored; 0 where it
-    can no longer be read."""
+    """Rows encoded again: of each its number, its key, and the least cosine of its views to what is stored; NaN where
+    it can no longer be read."""
     plan = store.samples(rows_N)
-    again = encode_rows(plan, store.schema, clip).arrays[EMBEDDING].astype(np.float32)
+    data = encode_rows(plan, store.schema, clip)
+    again = data.arrays[EMBEDDING].astype(np.float32)
     kept = store.embeddings(rows_N).astype(np.float32)
     norms = np.linalg.norm(again, axis=-1) * np.linalg.norm(kept, axis=-1)
     cosine_N = ((again * kept).sum(axis=-1) / np.where(norms > 0, norms, 1)).reshape(len(rows_N), -1).min(axis=1)
+    cosine_N[data.failed()] = np.nan
     return [(int(row), entry["key"], float(c)) for row, entry, c in zip(rows_N, plan, cosine_N, strict=True)]

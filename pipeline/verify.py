@@ -3,20 +3,23 @@ embedding must be; and, where asked, rows encoded again by the live teacher."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from cache_schemas import FILES, Commit, SchemaError, Status, parse_plan
-from cache_schemas.embedding_store import EMBEDDING, STATUS, commit_path, pixels_path, rows_path
-from cache_schemas.plan import FILES_TABLE, PLANS
+from cache_schemas import Commit, SchemaError, Status
+from cache_schemas.embedding_store import ATTRIBUTES_KEY, EMBEDDING, STATUS, commit_path, pixels_path, rows_path
+from cache_schemas.plan import FILES_TABLE
 from dimefm import storage
 from dimefm.clip import load_clip
-from dimefm.errors import StoreError
+from dimefm.errors import DimefmError, StoreError
 from dimefm.lock import writing
-from dimefm.store import Store, digest_arrays, plan_digest, read_table, sha256
+from dimefm.store import Store, digest_arrays, plan_digest, sha256
 from pipeline.shard import compare_again
 
 _NORM_OFF = 2e-3  # float16 of a unit vector
@@ -64,40 +67,54 @@ class Report:
         if len(found) > _SHOWN:
             lines.append(f"  bad   and {len(found) - _SHOWN:,} more")
         lines += [f"  note  {note}" for note in self.notes]
+        return "\n".join([*lines, f"  {self._verdict()}"])
+
+    def _verdict(self) -> str:
+        shards = f"{len(self.bad):,} bad shard{'s' if len(self.bad) > 1 else ''}"
         if self.repaired:
-            lines.append(
-                f"  marked {len(self.bad)} shards: run the command that wrote the store again, and verify again"
-            )
-        verdict = "can be trusted" if self.trusted else "must not be trusted"
-        if not self.bad and not self.faults and not self.trusted:
-            verdict = "is unfinished; what is there can be trusted"
-        return "\n".join([*lines, f"  the store {verdict}"])
+            return f"{shards} marked: run the command that wrote the store again, then verify again"
+        if self.bad:
+            again = f"to mend the {shards}, give --repair, then run the command that wrote the store again"
+            return f"the store must not be trusted; {again}"
+        if self.faults:
+            return "the store must not be trusted"
+        if not self.trusted:
+            return "the store is unfinished: run the command that writes it again; what is there can be trusted"
+        return "the store can be trusted"
 
 
 def verify(config: VerifyConfig) -> Report:
     """Read a whole store. Raises StoreError, SchemaError where it cannot even be opened."""
     store = Store(config.store)
-    schema = store.schema
-    report = Report(store.path, schema.rows, len(store.committed()), schema.shards)
-    digests: list[str] = []
-    keys = _Keys()
-    for shard in range(schema.shards):
-        problems, digest = _check_shard(store, shard, keys)
-        digests.append(digest)
-        if problems:
-            report.bad[shard] = problems
-    _check_whole(store, digests, report)
-    if keys.repeated() != schema.source.repeated_keys and schema.kind == "image":
-        report.faults.append(f"{keys.repeated():,} keys are repeated; the plan had {schema.source.repeated_keys:,}")
-    elif keys.repeated():
-        report.notes.append(f"{keys.repeated():,} keys are repeated, as they were in the source; each has its own row")
-    if config.sample:
-        _check_teacher(store, config, report)
-    if config.repair and report.bad:
-        with writing(store.path):
+    with writing(store.path) if config.repair else nullcontext():
+        report = _check(store)
+        if config.sample:
+            _check_teacher(store, config, report)
+        if config.repair and report.bad:
             for shard in report.bad:
                 storage.remove_file(storage.join(store.path, commit_path(shard)))
-        report.repaired = True
+            report.repaired = True
+    return report
+
+
+def _check(store: Store) -> Report:
+    schema = store.schema
+    report = Report(store.path, schema.rows, len(store.committed()), schema.shards)
+    keys, digests = _Keys(), list[str]()
+    for shard in range(schema.shards):
+        digests.append(_check_plan(store, shard, keys, report))
+        problems = _check_shard(store, shard, digests[-1])
+        if problems:
+            report.bad[shard] = problems
+    if plan_digest(digests) != schema.plan:
+        report.faults.append("rows/ is not the plan that the store was made with")
+    _check_documents(store, report)
+    _check_foreign(store, report)
+    repeated = keys.repeated()
+    if schema.kind == "image" and repeated != schema.source.repeated_keys:
+        report.faults.append(f"{repeated:,} keys are repeated, where the source had {schema.source.repeated_keys:,}")
+    elif schema.kind == "image" and repeated:
+        report.notes.append(f"{repeated:,} keys are repeated, as they were in the source; each has its own row")
     return report
 
 
@@ -115,33 +132,31 @@ class _Keys:
         return int((hashes[1:] == hashes[:-1]).sum())
 
 
-def _check_shard(store: Store, shard: int, keys: _Keys) -> tuple[list[str], str]:
-    """What is wrong with a shard, and the digest of its plan."""
-    problems: list[str] = []
-    start, stop = store.schema.shard_range(shard)
-    path, digest = storage.join(store.path, rows_path(shard)), "00" * 32
+def _check_plan(store: Store, shard: int, keys: _Keys, report: Report) -> str:
+    """The digest of a shard's plan. What is wrong with a plan is no fault of the embeddings: writing the shard again
+    would not mend it."""
+    digest = "00" * 32
     try:
-        digest = sha256(storage.read_bytes(path))
-        table = parse_plan(read_table(path, PLANS[store.schema.kind]), store.schema.kind, start, stop, path)
-        keys.add(table["key"].to_pylist())
+        digest = sha256(storage.read_bytes(storage.join(store.path, rows_path(shard))))
+        keys.add(store.plan(shard)["key"].to_pylist())
     except (OSError, StoreError, SchemaError) as error:
-        problems.append(f"its plan: {error}")
+        report.faults.append(_line(error))
+    return digest
+
+
+def _check_shard(store: Store, shard: int, plan: str) -> list[str]:
+    """What is wrong with a finished shard."""
+    path = storage.join(store.path, commit_path(shard))
     try:
         commit = store.commit(shard)
-    except (StoreError, SchemaError) as error:
-        return [*problems, f"its commit: {error}"], digest
-    if commit is None:
-        return problems, digest
-    if commit.plan != digest:
-        problems.append("its plan is not the one that it was written from")
-    if (commit.shard, commit.start, commit.stop) != (shard, start, stop):
-        problems.append(f"its commit is of shard {commit.shard}, rows {commit.start} to {commit.stop - 1}")
-    try:
-        problems += _check_data(store, commit)
-        problems += _check_pixels(store, commit)
-    except (OSError, StoreError) as error:
-        problems.append(str(error))
-    return problems, digest
+        if commit is None:
+            return []
+        problems = [] if _is_normal(path) else [f"{path} is damaged"]
+        if commit.plan != plan and store.schema.digests.get(rows_path(shard), plan) == plan:
+            problems.append("it was written from another plan")
+        return [*problems, *_check_data(store, commit), *_check_pixels(store, commit)]
+    except (OSError, StoreError, SchemaError) as error:
+        return [_line(error)]
 
 
 def _check_data(store: Store, commit: Commit) -> Iterator[str]:
@@ -154,7 +169,7 @@ def _check_data(store: Store, commit: Commit) -> Iterator[str]:
     names = {code.value: code.name for code in Status}
     found = {names.get(int(code), str(code)): int(n) for code, n in zip(codes, counts, strict=True)}
     if found != commit.counts:
-        yield f"status says {found}, its commit {commit.counts}"
+        yield f"its rows are {_show_counts(found)}, and its commit says {_show_counts(commit.counts)}"
     norm = np.linalg.norm(arrays[EMBEDDING].astype(np.float32), axis=-1).reshape(len(status_N), -1)
     good = status_N == Status.OK
     odd = int((~(np.abs(norm[good] - 1) < _NORM_OFF)).any(axis=1).sum())
@@ -164,30 +179,57 @@ def _check_data(store: Store, commit: Commit) -> Iterator[str]:
         yield "there are embeddings in rows that failed"
 
 
+def _show_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
+
+
 def _check_pixels(store: Store, commit: Commit) -> Iterator[str]:
-    if (
-        store.schema.pixels
-        and storage.digest_file(storage.join(store.path, pixels_path(commit.shard))) != commit.pixels
-    ):
-        yield "its tar of JPEGs is not the one that was committed"
+    path = storage.join(store.path, pixels_path(commit.shard))
+    if store.schema.pixels and storage.digest_file(path) != commit.pixels:
+        yield f"{path} is damaged: it is not the tar of JPEGs that was committed"
 
 
-def _check_whole(store: Store, digests: list[str], report: Report) -> None:
-    """What no single shard can answer for: the plan as a whole, and files that do not belong."""
-    schema = store.schema
-    if plan_digest(digests) != schema.plan:
-        report.faults.append("rows/: the plan is not the one that the store was made with; cache again")
+def _check_documents(store: Store, report: Report) -> None:
+    """Every byte of the attributes, and the table of files; the arrays' zarr.json were compared when it was opened."""
+    path = storage.join(store.path, "zarr.json")
+    attributes = store.group.attrs.asdict()
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    if attributes.keys() != {ATTRIBUTES_KEY} or not _is_normal(path) or storage.read_json(path) != document:
+        report.faults.append(f"{path} is damaged")
     try:
-        read_table(storage.join(store.path, FILES_TABLE), FILES)
+        store.source_files()
     except StoreError as error:
-        report.faults.append(str(error))
-    expected = {rows_path(shard) for shard in range(schema.shards)} | {FILES_TABLE}
-    expected |= {commit_path(shard) for shard in range(schema.shards)} | {"zarr.json"}
-    expected |= {pixels_path(shard) for shard in range(schema.shards)} if schema.pixels else set()
+        report.faults.append(_line(error))
+
+
+def _is_normal(path: str) -> bool:
+    """Whether a JSON file is byte for byte as we write what is in it: other digits may parse to the same number."""
+    data = storage.read_bytes(path)
+    return storage.json_bytes(json.loads(data)) == data
+
+
+def _check_foreign(store: Store, report: Report) -> None:
+    schema, shards = store.schema, range(store.schema.shards)
+    expected = {"zarr.json", FILES_TABLE}
+    expected |= {path(shard) for shard in shards for path in (rows_path, commit_path)}
+    expected |= {pixels_path(shard) for shard in shards} if schema.pixels else set()
     for name in schema.arrays():
-        expected |= {store.shard_file(name, shard) for shard in range(schema.shards)} | {f"{name}/zarr.json"}
+        expected |= {store.shard_file(name, shard) for shard in shards} | {f"{name}/zarr.json"}
     foreign = sorted(storage.tree(store.path) - expected)
-    report.faults += [f"{name} does not belong to the store; move it away" for name in foreign]
+    report.faults += [
+        f"{storage.join(store.path, name)} does not belong to the store: move it away" for name in foreign
+    ]
+
+
+def _line(error: Exception) -> str:
+    """What is wrong, in one line and without the remedy: the report has its own."""
+    if isinstance(error, SchemaError):
+        return f"{error.where}: {'; '.join(map(str, error.problems))}"
+    if isinstance(error, DimefmError):
+        return error.what
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{error.filename} is missing"
+    return str(error)
 
 
 def _check_teacher(store: Store, config: VerifyConfig, report: Report) -> None:
@@ -207,8 +249,14 @@ def _check_teacher(store: Store, config: VerifyConfig, report: Report) -> None:
         report.faults.append(f"{name} is not the teacher of the store: {'; '.join(differences)}")
         return
     found = compare_again(store, clip, chosen)
-    worst = min(found, key=lambda one: one[2])
-    report.notes.append(f"{len(found):,} rows encoded again: least cosine {worst[2]:.6f} (row {worst[0]}, {worst[1]})")
+    gone = [one for one in found if math.isnan(one[2])]
+    if gone:
+        row, key, _ = gone[0]
+        report.notes.append(f"{len(gone):,} of {len(found):,} rows can no longer be read, such as row {row} ({key})")
+    if len(gone) < len(found):
+        row, key, cosine = min((one for one in found if not math.isnan(one[2])), key=lambda one: one[2])
+        least = f"least cosine to what is stored {cosine:.6f}, row {row} ({key})"
+        report.notes.append(f"{len(found) - len(gone):,} rows encoded again: {least}")
     for row, key, cosine in found:
         if cosine < _SAME:
             problem = f"row {row} ({key}) encoded again has cosine {cosine:.4f} to what is stored"
