@@ -11,6 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -84,6 +85,15 @@ def write_lineidx(path: Path) -> Path:
     index = path.with_suffix(".lineidx")
     index.write_text("".join(f"{offset}\n" for offset in offsets))
     return index
+
+
+def upload(folder: Path, url: str) -> str:
+    """Copy every file below `folder` to below `url`; `url` again."""
+    fs, inner = fsspec.url_to_fs(url)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            fs.pipe_file(f"{inner}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    return url
 
 
 def read_tar(path: Path, limit: int) -> dict[str, bytes]:
