@@ -3,7 +3,9 @@
 import click
 
 from benchmarks.objectives import objectives
+from benchmarks.plan_scale import plan_scale
 from benchmarks.preprocessing import preprocessing
+from benchmarks.stage1 import stage1
 from benchmarks.store_reads import store_reads
 
 
@@ -12,7 +14,7 @@ def benchmarks() -> None:
     """Measure dimefm on this machine. Each command prints a table and the machine that it is of."""
 
 
-for command in (preprocessing, store_reads, objectives):
+for command in (preprocessing, stage1, plan_scale, store_reads, objectives):
     benchmarks.add_command(command)
 
 if __name__ == "__main__":

@@ -95,8 +95,10 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
         return bytes(fs.cat_file(inner, start=offset, end=None if size is None else offset + size))
     except OSError as error:
         # Object stores refuse a range that begins at the end or later, where a local file gives no bytes.
-        if error.errno == errno.EINVAL and fs.info(inner)["size"] <= offset:
-            return b""
+        if error.errno == errno.EINVAL:
+            fs.invalidate_cache()  # what it was when a listing was made says nothing of now
+            if fs.info(inner)["size"] <= offset:
+                return b""
         raise
     except Exception as error:  # of a client's own kind, such as botocore's for a connection that is refused
         raise OSError(f"{path}: {error}") from error
@@ -132,19 +134,22 @@ def writing_atomically(path: str) -> Iterator[Any]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    flush(path)
+    _sync(str(target.parent))
 
 
 def flush(path: str) -> None:
     """See a local file and its name through to the disk, so that a commit written after it is not there without it."""
-    if is_url(path):
-        return
-    for part in (path, Path(path).parent):
-        descriptor = os.open(part, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    if not is_url(path):
+        _sync(path)
+        _sync(str(Path(path).parent))
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_file(path: str) -> None:
