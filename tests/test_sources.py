@@ -237,9 +237,21 @@ def test_members_that_are_no_images_or_have_no_name_are_passed_over(tmp_path: Pa
     assert [sample.key for sample in listed(WebDataset(stat_files([str(path)])))[0]] == ["0", "2"]
 
 
-def test_hidden_files_of_a_folder_are_passed_over(tmp_path: Path) -> None:
+def test_images_whose_key_has_more_dots_are_passed_over_and_counted_once(tmp_path: Path) -> None:
+    names = ["0.left.jpg", "0.right.PNG", "0.jpg", "0.meta.json", "._0.left.jpg", "v1.2/1.jpg"]
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", {f"{number}/{name}": b"x" for name in names})
+    found, reports = listed(open_image_source([str(tmp_path)]))
+    assert [sample.key for sample in found] == ["0/0", "0/v1.2/1", "1/0", "1/v1.2/1"]
+    what = "4 members such as 0/0.left.jpg have an extension of more than one part and are passed over"
+    assert reports == [what]
+
+
+def test_hidden_files_of_a_folder_and_what_is_no_file_are_passed_over(tmp_path: Path) -> None:
     for name in ("a.jpg", "._a.jpg", ".b.jpg"):
         (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "c.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "d.jpg").mkdir()
     assert [sample.key for sample in listed(ImageFolder(str(tmp_path)))[0]] == ["a"]
 
 

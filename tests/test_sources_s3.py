@@ -203,6 +203,17 @@ def test_tars_are_listed_together_in_their_order_with_their_reports(
     assert len(reports) == 6
 
 
+def test_members_with_more_dots_are_counted_over_all_tars(tmp_path: Path, s3: str) -> None:
+    for i in range(3):
+        write_tar(tmp_path / f"{i}.tar", {f"{i}.left.jpg": b"x", f"{i}.jpg": b"y"})
+    local = listed(open_image_source([str(tmp_path)]))
+    samples, reports = listed(open_image_source([upload(tmp_path, f"{s3}/tars")]))
+    assert [sample.key for sample in samples] == ["0", "1", "2"]
+    assert reports == local[1]
+    assert len(reports) == 1
+    assert "3 members such as 0.left.jpg" in reports[0]
+
+
 def test_results_wait_for_the_one_who_takes_them() -> None:
     begun: list[int] = []
     results = in_order(lambda i: begun.append(i) or i, range(1000))
@@ -249,6 +260,16 @@ def test_a_file_that_is_gone_or_cut_short_is_read_as_far_as_it_goes(tmp_path: Pa
         read_encoded(f"{s3}/b.tsv", 0, 4)
     with pytest.raises(DecodeError):
         read_encoded(f"{upload(write_text(tmp_path / 'x' / 'a.parquet', ['x']).parent, s3)}/a.parquet#image", 0, 4)
+
+
+def test_a_file_that_became_shorter_since_it_was_listed_is_read_as_far_as_it_goes(tmp_path: Path, s3: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"0123456789")
+    (sample,), _ = listed(open_image_source([upload(tmp_path, f"{s3}/images")]))
+    import boto3
+
+    boto3.client("s3").put_object(Bucket=s3.removeprefix("s3://"), Key="images/a.jpg", Body=b"01")
+    assert read_encoded(sample.file, 0, sample.size) == b"01"
+    assert read_encoded(sample.file, 5, 5) == b""
 
 
 def test_a_server_that_does_not_answer_is_an_oserror_and_a_source_error(

@@ -206,7 +206,10 @@ def _local(names: Iterator[tuple[str, str]], keep: Callable[[str], bool]) -> lis
     for folder, name in names:
         if not name.startswith(".") and keep(name):
             path = f"{folder.rstrip('/')}/{name}"
-            status = os.stat(path)  # noqa: PTH116
+            try:
+                status = os.stat(path)  # noqa: PTH116
+            except FileNotFoundError:  # a link to nowhere
+                continue
             if stat.S_ISREG(status.st_mode):
                 files.append(SourceFile(path, status.st_size, status.st_mtime_ns))
     return sorted(files)

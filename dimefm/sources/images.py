@@ -68,10 +68,11 @@ class _Dotted:
 def _images(path: str, report: Callable[[str], None], dotted: _Dotted) -> Iterator[ImageSample]:
     for name, offset, size in tar_members(path, report):
         key, extension = split_key(name)
+        if not key or key[-1] == "/":
+            continue
         if extension in IMAGE_EXTENSIONS:
-            if key and key[-1] != "/":
-                yield ImageSample(key, path, offset, size)
-        elif "." in extension and key and extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+            yield ImageSample(key, path, offset, size)
+        elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
             dotted.add(1, name)
 
 
