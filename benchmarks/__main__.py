@@ -2,11 +2,14 @@
 
 import click
 
+from benchmarks.memory import memory
 from benchmarks.objectives import objectives
 from benchmarks.plan_scale import plan_scale
 from benchmarks.preprocessing import preprocessing
+from benchmarks.sentences import sentences
 from benchmarks.stage1 import stage1
 from benchmarks.store_reads import store_reads
+from benchmarks.training_pixels import training_pixels
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -14,7 +17,9 @@ def benchmarks() -> None:
     """Measure dimefm on this machine. Each command prints a table and the machine that it is of."""
 
 
-for command in (preprocessing, stage1, plan_scale, store_reads, objectives):
+for command in (
+    preprocessing, stage1, sentences, memory, plan_scale, training_pixels, store_reads, objectives
+):  # fmt: skip
     benchmarks.add_command(command)
 
 if __name__ == "__main__":

@@ -48,11 +48,11 @@ def stage1(images: str | None, limit: int, count: int, teachers: str, clip_retri
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = _gather(tars, limit)
+        data = gather(tars, limit)
         # Two tars a copy: the loader of clip-retrieval gives each of its processes tars of its own.
         halves = [dict(list(data.items())[half::2]) for half in range(2)]
-        copies = [_write_tar(folder / "images" / f"{i:05d}.tar", halves[i % 2]) for i in range(2 * _TIMES)]
-        models = {"sample": sample_dir() / "teacher", "trivial": _trivial(folder / "trivial")}
+        copies = [write_tar(folder / "images" / f"{i:05d}.tar", halves[i % 2]) for i in range(2 * _TIMES)]
+        models = {"sample": sample_dir() / "teacher", "trivial": trivial_teacher(folder / "trivial")}
         rows = []
         for teacher in teachers.split(","):
             rows += _compare(teacher, models[teacher], data, copies, folder, count, clip_retrieval)
@@ -147,7 +147,7 @@ def _floor(model: Path, data: list[bytes]) -> tuple[float, float]:
     return (time.process_time() - began) / (32 * len(batches)), decode
 
 
-def _gather(tars: list[Path], limit: int) -> dict[str, bytes]:
+def gather(tars: list[Path], limit: int) -> dict[str, bytes]:
     """The first JPEGs, largest archives first, by name."""
     found: dict[str, bytes] = {}
     for path in tars:
@@ -158,7 +158,7 @@ def _gather(tars: list[Path], limit: int) -> dict[str, bytes]:
     return found
 
 
-def _write_tar(path: Path, data: dict[str, bytes]) -> Path:
+def write_tar(path: Path, data: dict[str, bytes]) -> Path:
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, content in data.items():
@@ -168,7 +168,7 @@ def _write_tar(path: Path, data: dict[str, bytes]) -> Path:
     return path
 
 
-def _trivial(folder: Path) -> Path:
+def trivial_teacher(folder: Path) -> Path:
     """A model that costs nothing beside the pipeline: one transformer layer over four patches, random weights."""
     folder.mkdir()
     torch.manual_seed(0)
