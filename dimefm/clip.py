@@ -27,7 +27,7 @@ from dimefm.preprocess import normalise
 from dimefm.student import has_convolutions
 
 Precision = Literal["fp32", "bf16", "fp16"]
-_SAME = 0.9999
+_SAME = 1e-4  # between unit vectors: above the rounding of float32, far below a change of any use
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -82,31 +82,34 @@ class Clip:
         text tower does not look at it."""
         if self._ignores_padding:
             tokens_BL = tokens_BL[:, : token_counts(tokens_BL).max()]
-        features_BD = self._encode_tokens(tokens_BL)
+        with self._autocast():
+            features_BD = self._encode_tokens(tokens_BL)
         return F.normalize(features_BD.float(), dim=-1)
 
     def _encode_tokens(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         tokens_BL, length, model = tokens_BL.to(self.device), tokens_BL.shape[1], self.model
-        with torch.inference_mode(), self._autocast():
-            if hasattr(model, "text") or length == self.identity.context_length:
+        # Of fewer tokens, open_clip would still add the whole mask, and a plain CLIP all of its positions.
+        tower, name = (model.text, "model.text") if hasattr(model, "text") else (model, "model")
+        cut = {} if tower is not model else {"model.positional_embedding": model.positional_embedding[:length]}
+        if isinstance(getattr(tower, "attn_mask", None), torch.Tensor):
+            cut[f"{name}.attn_mask"] = tower.attn_mask[:length, :length]
+        with torch.inference_mode():
+            if length == self.identity.context_length or not cut:
                 return model.encode_text(tokens_BL)  # type: ignore[no-any-return]
-            # open_clip's plain CLIP adds all of its positions and its whole mask, whatever the length.
-            cut = {"positional_embedding": model.positional_embedding[:length]}
-            if model.attn_mask is not None:
-                cut["attn_mask"] = model.attn_mask[:length, :length]
-            return torch.func.functional_call(_Text(model), {f"model.{n}": v for n, v in cut.items()}, (tokens_BL,))  # type: ignore[no-any-return]
+            return torch.func.functional_call(_Text(model), cut, (tokens_BL,))  # type: ignore[no-any-return]
 
     @cached_property
     def _ignores_padding(self) -> bool:
         """Whether a sentence comes out the same without its padding: so it does behind a causal mask, or a mask of the
-        padding; found out by trying."""
+        padding; found out by trying, in float32."""
         tokens_BL = self.tokenize(["a photo of a cat", "two dogs"])
         length = int(token_counts(tokens_BL).max())
         try:
             cut_BD, whole_BD = self._encode_tokens(tokens_BL[:, :length]), self._encode_tokens(tokens_BL)
         except (RuntimeError, AttributeError, IndexError, ValueError):
             return False
-        return bool((F.cosine_similarity(cut_BD.float(), whole_BD.float()) > _SAME).all())
+        difference_BD = F.normalize(cut_BD.float(), dim=-1) - F.normalize(whole_BD.float(), dim=-1)
+        return bool((difference_BD.norm(dim=-1) < _SAME).all())
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)

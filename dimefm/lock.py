@@ -10,9 +10,10 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 from dimefm import storage
 from dimefm.errors import StoreError
@@ -24,33 +25,66 @@ _LOCK = ".lock"
 def writing(store: str) -> Iterator[None]:
     """Hold the store for the block. Raises StoreError with the owner's name where another process writes to it.
 
-    The kernel lets go of the lock when the process ends, however it ends. Stores at URLs have no such lock: there two
-    runs on one store are only harmless in that both write the same bytes.
+    The kernel lets go of the lock when the process ends, however it ends. A block that leaves nothing but the lock
+    leaves no folder either. Stores at URLs have no such lock: there two runs on one store are only harmless in that
+    both write the same bytes.
     """
     path = storage.absolute(store)
     if storage.is_url(path):
         yield
         return
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        file = (Path(path) / _LOCK).open("a+", encoding="utf-8")
-    except FileExistsError:
-        raise StoreError(f"{path} exists and is a file", remedy="give another --out") from None
-    except OSError as error:
-        raise StoreError(
-            f"{path} cannot be written: {error.strerror}", remedy="mend its permissions, or give another place"
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            what = f"{path} is being written by {file.read().strip() or 'another process'}"
-            raise StoreError(what, remedy="wait until it has finished, or stop it") from None
+    folder = Path(path)
+    made = not folder.exists()
+    with _locked(folder) as file:
         file.truncate(0)
         file.write(_owner())
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # another process may have come at this moment
+                if made and [entry.name for entry in folder.iterdir()] == [_LOCK]:
+                    (folder / _LOCK).unlink()
+                    folder.rmdir()
+
+
+def _locked(folder: Path) -> TextIO:
+    """The lock file of a folder, made if need be, and locked until it is closed."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise StoreError(f"{folder} exists and is a file", remedy="give another --out") from None
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+        with suppress(FileNotFoundError):  # another process has just removed a folder that it left empty
+            file = _open(folder)
+            if os.path.samestat(os.fstat(file.fileno()), (folder / _LOCK).stat()):
+                return file
+            file.close()
+
+
+def _open(folder: Path) -> TextIO:
+    try:
+        file = (folder / _LOCK).open("a+", encoding="utf-8")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            what = f"{folder} is being written by {file.read().strip() or 'another process'}"
+        raise StoreError(what, remedy="wait until it has finished, or stop it") from None
+    return file
+
+
+def _cannot_write(folder: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"{folder} cannot be written: {error.strerror}", remedy="mend its permissions, or give another place"
+    )
 
 
 def _owner() -> str:

@@ -15,7 +15,7 @@ from dimefm.lock import writing
 from dimefm.progress import amount, duration
 from dimefm.sources.files import expand
 from dimefm.store import Store
-from pipeline.plan import Forecast, PlanRequest, forecast, open_or_plan
+from pipeline.plan import Forecast, PlanRequest, forecast, open_or_plan, require_no_stranger
 from pipeline.probe import PROBE_ROWS, Rates, measure
 from pipeline.runner import Job, cpus, run_shards
 from pipeline.sentences import SentenceRules
@@ -59,6 +59,7 @@ def cache(config: CacheConfig) -> Store:
     Raises a DimefmError for whatever the user can mend; shards that were committed stay.
     """
     device = _device(config)
+    require_no_stranger(config.out)  # before the lock is put into it
     teacher = _load(config, device, "cpu").identity
     with writing(config.out):
         store = open_or_plan(_request(config, device), config.out, teacher)

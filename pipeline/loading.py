@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cache_schemas import EmbeddingStore, Status
-from dimefm.decode import DecodeError, decode, decode_rgb
+from dimefm.decode import DecodeError, decode, decode_rgb, to_tensor
 from dimefm.errors import StoreError
 from dimefm.pixels import small_jpeg
 from dimefm.preprocess import Preprocess
@@ -70,7 +70,10 @@ class Loader:
         if not self._views:
             return Loaded(self._preprocess.apply(image)[None], None, jpeg)
         # Views are drawn on what the trainer will decode: the kept JPEG, where there is one.
-        image_3HW = decode_rgb(jpeg or data)
+        if jpeg is not None and jpeg is not data:
+            image_3HW = decode_rgb(jpeg)
+        else:
+            image_3HW = image if isinstance(image, torch.Tensor) else to_tensor(image)
         boxes_V5 = draw_boxes(self._views, row, *image_3HW.shape[-2:])
         facts = self._preprocess.facts
         return Loaded(torch.stack([replay(image_3HW, box, facts.size, facts) for box in boxes_V5]), boxes_V5, jpeg)

@@ -13,7 +13,7 @@ import torch
 from cache_schemas import EmbeddingStore
 from dimefm.clip import Clip
 from dimefm.decode import DecodeError
-from dimefm.errors import DimefmError
+from dimefm.errors import SourceError
 from pipeline.loading import Loaded, Loader
 
 PROBE_ROWS = 256
@@ -39,7 +39,7 @@ class Rates:
 
 
 def measure(rows: list[dict[str, Any]], schema: EmbeddingStore, clip: Clip) -> Rates:
-    """The rates over some rows of a plan. Raises DimefmError where none of them can be read."""
+    """The rates over some rows of a plan. Raises SourceError where none of them can be read."""
     if schema.kind == "text":
         batch = [row["text"] for row in rows]
         return Rates(math.inf, _rate(len(batch), lambda: clip.encode_texts(batch)))
@@ -50,7 +50,7 @@ def measure(rows: list[dict[str, Any]], schema: EmbeddingStore, clip: Clip) -> R
     good = [one for one in loaded if isinstance(one, Loaded)]
     if not good:
         reason = next(str(one) for one in loaded if isinstance(one, DecodeError))
-        raise DimefmError(f"none of the first {len(rows)} images can be read: {reason}", remedy="look at the source")
+        raise SourceError(f"none of the first {len(rows)} images can be read: {reason}", remedy="look at the source")
     images = max(1, schema.batch_size // len(good[0].pixels_V3HW))
     batch_B3HW = torch.cat([one.pixels_V3HW for one in good[:images]])
     jpeg_bytes = sum(len(one.jpeg) for one in good if one.jpeg) / len(good)

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from cache_schemas import Commit, Status
 from dimefm import storage
 from dimefm.clip import Precision, load_clip
-from dimefm.errors import DimefmError, MismatchError, StoreError
+from dimefm.errors import DimefmError, MismatchError, SourceError, StoreError
 from dimefm.progress import Progress
 from dimefm.store import Store
 from pipeline.probe import PROBE_ROWS, measure
@@ -77,7 +77,8 @@ class Worker:
         self._threads = threads
         if job.threads is None and threads > 1 and schema.kind == "image":
             rows = self._store.plan(shard).slice(0, PROBE_ROWS).to_pylist()
-            self._threads = measure(rows, schema, self._clip).threads(threads)
+            with suppress(SourceError):  # not one image can be read: there is no speed to go by
+                self._threads = measure(rows, schema, self._clip).threads(threads)
 
     def check(self) -> None:
         """The canary; see pipeline.shard.check_canary."""

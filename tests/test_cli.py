@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +16,14 @@ import open_clip
 import pytest
 from click.testing import CliRunner, Result
 
+from cache_schemas.document import CHECKSUM, digest_of
 from dimefm.cli import cli
+from dimefm.clip import Clip, load_clip
 from dimefm.index import IndexConfig, build_index
+from dimefm.progress import amount
 from dimefm.store import Store
+from pipeline.plan import PlanRequest, open_or_plan
+from tests.conftest import cached
 from tests.making import make_jpeg, write_tar
 
 COMMANDS = {
@@ -29,7 +36,8 @@ COMMANDS = {
     "evaluate": ["MODEL", "SET...", "--pretrained", "--checkpoint", "--precision", "--device", "--out"],
     "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained"],
     "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file"],
-    "info": ["PATH"],
+    "info": ["PATH", "--failures"],
+    "verify": ["STORE", "--sample", "--teacher", "--pretrained", "--repair"],
 }
 
 
@@ -60,9 +68,17 @@ def altered(store: Store, out: Path, **teacher: Any) -> Path:
     """A copy of a store with other facts about its teacher."""
     shutil.copytree(store.path, out)
     group = json.loads((out / "zarr.json").read_text())
-    group["attributes"]["dimefm"]["teacher"].update(teacher)
+    document = store.schema.to_json()
+    document["teacher"].update(teacher)
+    group["attributes"]["dimefm"] = with_checksum(document)
     (out / "zarr.json").write_text(json.dumps(group))
     return out
+
+
+def with_checksum(document: dict[str, Any]) -> dict[str, Any]:
+    """A document as it would be, had it been written with these fields."""
+    body = {name: value for name, value in document.items() if name != CHECKSUM}
+    return {**body, CHECKSUM: digest_of(body)}
 
 
 def unfinished(store: Store, out: Path) -> Path:
@@ -153,7 +169,7 @@ def test_a_source_that_is_not_there(tmp_path: Path, teacher_name: str) -> None:
 
 def test_an_empty_folder(tmp_path: Path, teacher_name: str) -> None:
     (tmp_path / "in").mkdir()
-    for command, what in (("cache-images", "no .tar and no image"), ("cache-texts", "no .txt or .txt.gz file")):
+    for command, what in (("cache-images", "no .tar"), ("cache-texts", "no .txt")):
         message = refused(command, tmp_path / "in", "--out", tmp_path / "s.zarr", "--teacher", teacher_name)
         assert f"{tmp_path}/in holds {what}" in message
 
@@ -231,12 +247,30 @@ def test_an_output_that_is_something_else_is_left_alone(images: Path, tmp_path: 
         message = refused("cache-images", images, "--out", tmp_path / out, "--teacher", teacher_name)
         assert f"{tmp_path / out} exists and is " in message
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_a_store_made_by_another_command(image_store: Store, images: Path, teacher_name: str) -> None:
-    message = refused("cache-images", images, "--out", image_store.path, "--teacher", teacher_name)
+    arguments = ["--out", image_store.path, "--teacher", teacher_name, "--batch-size", 8]
+    message = refused("cache-images", images, *arguments)
     assert "was made by another command" in message
-    assert "source: " in message
+    assert "batch_size: 16 != 8" in message
+    assert f"source: {images} is new" in message
+    assert "shard_rows" not in message  # it was chosen by the size of the source
+
+
+def test_a_store_whose_source_was_written_again_is_left_alone(images: Path, tmp_path: Path, teacher_name: str) -> None:
+    out = tmp_path / "s.zarr"
+    open_or_plan(PlanRequest(kind="image", arguments=(str(images),)), str(out), load_clip(teacher_name).identity)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    os.utime(images)
+    message = refused("cache-images", images, "--out", out, "--teacher", teacher_name, "--batch-size", 64)
+    assert f"the source of {out} has changed since it was planned" in message
+    assert f"{images} has changed: written " in message
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
+    assert {path: time for path, time in before.items() if path != out} == {
+        path: time for path, time in after.items() if path != out
+    }
 
 
 def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
@@ -244,9 +278,40 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
 ) -> None:
     result = run("cache-images", images, "--out", tmp_path / "s.zarr", "--teacher", teacher_name, "--dry-run")
     assert result.exit_code == 0
-    assert "rows     3 from 1 files" in result.output
+    assert "rows      3 from 1 files" in result.output
+    assert f"writes    {amount(3 * (2 * 512 + 1))} of embeddings and status\n" in result.output
     assert "embed_dim       512" in result.output
     assert not (tmp_path / "s.zarr").exists()
+
+
+def test_a_dry_run_of_images_measures_reading_and_the_teacher(images: Path, tmp_path: Path, teacher_name: str) -> None:
+    words = ["--device", "cpu", "--workers", 2, "--threads", 1, "--pixels", 32, "--dry-run"]
+    output = run("cache-images", images, "--out", tmp_path / "s.zarr", "--teacher", teacher_name, *words).output
+    rates = r"measured  ([\d,]+) images/s read and decoded by a thread, ([\d,]+) images/s by the teacher on one core\n"
+    taken = r"takes     \d+s at ([\d,]+) images/s with 2 workers of 1 decoding threads\n"
+    measured, takes = re.search(rates, output), re.search(taken, output)
+    assert measured
+    assert takes
+    load, teacher = (float(part.replace(",", "")) for part in measured.groups())
+    assert float(takes[1].replace(",", "")) == pytest.approx(2 / (1 / load + 1 / teacher), rel=0.1)
+    assert " of JPEGs\n" in output
+
+
+def test_a_dry_run_of_sentences_says_what_is_dropped(tmp_path: Path, teacher_name: str) -> None:
+    (tmp_path / "a.txt").write_text("one two three\none two three\none\nfour five six\n")
+    words = ["--min-words", 2, "--device", "cpu", "--workers", 1, "--dry-run"]
+    output = run("cache-texts", tmp_path / "a.txt", "--out", tmp_path / "s.zarr", "--teacher", teacher_name, *words)
+    assert "rows      2 from 1 files" in output.output
+    assert "dropped   1 shorter than --min-words\n" in output.output
+    assert "dropped   1 repeated\n" in output.output
+    assert re.search(r"measured  [\d,]+ texts/s by the teacher on one core\n", output.output)
+    assert "with 1 workers\n" in output.output
+
+
+def test_a_dry_run_over_images_that_cannot_be_read_says_why(tmp_path: Path, teacher_name: str) -> None:
+    tar = write_tar(tmp_path / "a.tar", {"0.jpg": b"not an image", "1.jpg": b"nor this"})
+    message = refused("cache-images", tar, "--out", tmp_path / "s.zarr", "--teacher", teacher_name, "--dry-run")
+    assert "none of the first 2 images can be read: " in message
 
 
 def test_the_same_command_over_a_finished_store_only_describes_it(
@@ -398,6 +463,22 @@ def test_info_on_a_damaged_store_reports_every_problem(image_store: Store, tmp_p
     assert isinstance(result.exception, SystemExit)
     assert "teacher.weights: expected a string, found 3" in result.output
     assert "teacher.precision: expected one of 'fp32', 'bf16', 'fp16', found 'int8'" in result.output
+
+
+def test_info_lists_every_failure_as_a_table(clip: Clip, tmp_path: Path) -> None:
+    contents = {"a.jpg": b"", "b.jpg": make_jpeg(), **{f"c{i:02d}.jpg": b"no image" for i in range(12)}}
+    tar = write_tar(tmp_path / "a.tar", contents)
+    store = cached("image", tar, tmp_path / "s.zarr", clip)
+    lines = run("info", store.path, "--failures").output.splitlines()
+    assert lines[0].split("\t") == ["row", "key", "status", "file", "reason"]
+    assert lines[1].split("\t") == ["0", "a", "EMPTY", str(tar), "no bytes"]
+    assert [line.split("\t")[:3] for line in lines[2:]] == [[str(2 + i), f"c{i:02d}", "UNDECODABLE"] for i in range(12)]
+    assert all(line.split("\t")[4] for line in lines[2:])
+    assert "and 3 more" in run("info", store.path).output
+
+
+def test_info_of_no_failures_is_the_head_of_a_table(image_store: Store) -> None:
+    assert run("info", image_store.path, "--failures").output == "row\tkey\tstatus\tfile\treason\n"
 
 
 def test_info_on_a_store_says_rows_shards_status_and_teacher(image_store: Store, tmp_path: Path) -> None:

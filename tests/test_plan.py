@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,10 +163,58 @@ def test_another_setting_is_refused_by_its_name(
 def test_another_source_is_refused_by_its_name(tars: Path, tmp_path: Path, teacher: TeacherIdentity) -> None:
     open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher)
     message = refused(of_images(tars / "a.tar"), tmp_path / "s.zarr", teacher)
-    assert "source: " in message
+    assert f"source: {tars}/b.tar is gone" in message
     assert message.count("\n  - ") == 1
+    write_tar(tmp_path / "c.tar", {"0.jpg": make_jpeg()})
+    more = of_images(tars, arguments=(str(tars), str(tmp_path / "c.tar")))
+    assert f"source: {tmp_path}/c.tar is new" in refused(more, tmp_path / "s.zarr", teacher)
+
+
+def test_a_file_of_another_size_is_refused_with_both(tars: Path, tmp_path: Path, teacher: TeacherIdentity) -> None:
+    open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher)
+    before = (tars / "b.tar").stat().st_size
     write_tar(tars / "b.tar", {"larger.jpg": make_jpeg((900, 700))})
-    assert "source: " in refused(of_images(tars), tmp_path / "s.zarr", teacher)
+    message = refused(of_images(tars), tmp_path / "s.zarr", teacher)
+    after = (tars / "b.tar").stat().st_size
+    assert f"{tars}/b.tar has changed: {before:,} bytes when it was planned, {after:,} now" in message
+
+
+def test_a_file_written_again_is_refused_with_both_times(tars: Path, tmp_path: Path, teacher: TeacherIdentity) -> None:
+    os.utime(tars / "b.tar", (1_000_000_000, 1_000_000_000))
+    open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher)
+    os.utime(tars / "b.tar", (1_000_000_000, 1_000_000_001))
+    message = refused(of_images(tars), tmp_path / "s.zarr", teacher)
+    times = "written 2001-09-09 01:46:40.000+00:00 when it was planned, 2001-09-09 01:46:41.000+00:00 now"
+    assert f"{tars}/b.tar has changed: {times}" in message
+    assert message.count("\n  - ") == 1
+
+
+def test_files_put_back_with_their_times_are_the_same_source(
+    tars: Path, tmp_path: Path, teacher: TeacherIdentity
+) -> None:
+    store = open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher)
+    shutil.copytree(tars, tmp_path / "copy")
+    shutil.rmtree(tars)
+    (tmp_path / "copy").rename(tars)
+    assert open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher).schema == store.schema
+
+
+def test_of_many_changed_files_a_few_are_named_and_the_rest_counted(
+    tars: Path, tmp_path: Path, teacher: TeacherIdentity
+) -> None:
+    open_or_plan(of_images(tars / "a.tar"), str(tmp_path / "s.zarr"), teacher)
+    for number in range(9):
+        write_tar(tars / f"n{number}.tar", {"0.jpg": make_jpeg()})
+    message = refused(of_images(tars), tmp_path / "s.zarr", teacher)
+    assert message.count(" is new") == 3
+    assert "source: and 7 more" in message
+
+
+def test_the_same_files_in_another_order_are_refused(tars: Path, tmp_path: Path, teacher: TeacherIdentity) -> None:
+    one, other = str(tars / "a.tar"), str(tars / "b.tar")
+    open_or_plan(of_images(tars, arguments=(one, other)), str(tmp_path / "s.zarr"), teacher)
+    message = refused(of_images(tars, arguments=(other, one)), tmp_path / "s.zarr", teacher)
+    assert "source: the files are given in another order" in message
 
 
 def test_another_teacher_is_refused_with_every_field_that_differs(
@@ -181,7 +231,9 @@ def test_another_teacher_is_refused_with_every_field_that_differs(
 def test_another_kind_is_refused(tars: Path, tmp_path: Path, teacher: TeacherIdentity) -> None:
     (tmp_path / "a.txt").write_text("one\n")
     open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher)
-    assert "kind: image != text" in refused(of_texts(tmp_path / "a.txt"), tmp_path / "s.zarr", teacher)
+    message = refused(of_texts(tmp_path / "a.txt"), tmp_path / "s.zarr", teacher)
+    assert "kind: image != text" in message
+    assert "was made by another command" in message
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(
@@ -247,18 +299,20 @@ def test_a_source_without_a_sample_is_refused(tmp_path: Path, teacher: TeacherId
             open_or_plan(request, str(tmp_path / "s.zarr"), teacher)
         assert caught.value.remedy
         with pytest.raises(SourceError, match=f"no {request.kind} in "):
-            forecast(request, teacher.embed_dim)
+            forecast(request, teacher)
+        assert not (tmp_path / "s.zarr").exists() or not all_files(tmp_path / "s.zarr")
 
 
 def test_a_forecast_says_what_the_plan_will_be_and_writes_nothing(
     tars: Path, tmp_path: Path, teacher: TeacherIdentity
 ) -> None:
     before = all_files(tmp_path)
-    found = forecast(of_images(tars), teacher.embed_dim)
+    found = forecast(of_images(tars), teacher, keep=7)
     assert all_files(tmp_path) == before
     schema = open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher).schema
-    assert (found.rows, found.shards, found.source) == (schema.rows, schema.shards, schema.source)
+    assert found.schema == replace(schema, plan="", digests={})
     assert found.bytes_out == 10 * (2 * teacher.embed_dim + 1)
+    assert [entry["key"] for entry in found.first] == ["0", "1", "2", "3", "4", "3", "4"]
 
 
 def test_a_home_folder_is_the_same_store_again(

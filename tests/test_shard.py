@@ -17,6 +17,7 @@ import zarr
 from PIL import Image
 
 from cache_schemas import Status
+from cache_schemas.embedding_store import EMBEDDING, STATUS
 from dimefm import storage
 from dimefm.clip import Clip
 from dimefm.errors import MismatchError, StoreError
@@ -189,7 +190,7 @@ def test_a_file_that_went_after_planning_is_missing(tmp_path: Path, clip: Clip) 
 
 def test_embeddings_that_are_not_finite_or_zero_have_a_status_of_their_own(tmp_path: Path, clip: Clip) -> None:
     tar = write_tar(tmp_path / "a.tar", {f"{i}.jpg": make_jpeg(seed=i) for i in range(4)})
-    rows = planned(tar, tmp_path / "s.zarr", clip).plan(0).to_pylist()
+    store = planned(tar, tmp_path / "s.zarr", clip, batch_size=4)
 
     class Odd:
         identity = clip.identity
@@ -203,11 +204,11 @@ def test_embeddings_that_are_not_finite_or_zero_have_a_status_of_their_own(tmp_p
             return features
 
     odd: Any = Odd()
-    embedding, status, reasons = encode_rows(rows, "image", odd, batch_size=4)
-    assert [Status(code).name for code in status] == ["OK", "NOT_FINITE", "NOT_FINITE", "NOT_FINITE"]
-    assert (embedding[1:] == 0).all()
-    assert embedding[0].any()
-    assert sorted(reasons) == [1, 2, 3]
+    data = encode_rows(store.plan(0).to_pylist(), store.schema, odd)
+    assert [Status(code).name for code in data.arrays[STATUS]] == ["OK", "NOT_FINITE", "NOT_FINITE", "NOT_FINITE"]
+    assert (data.arrays[EMBEDDING][1:] == 0).all()
+    assert data.arrays[EMBEDDING][0].any()
+    assert sorted(data.reasons) == [1, 2, 3]
 
 
 # -- rows of real images and sentences --------------------------------------------------------------------------------
@@ -334,9 +335,8 @@ def test_storage_that_fails_for_a_moment_is_asked_again(
         return read(*where)
 
     monkeypatch.setattr("dimefm.storage.read_bytes", flaky)
-    monkeypatch.setattr("pipeline.shard._WAITS", (0.0, 0.0))
-    _, status, _ = encode_rows(rows, "image", clip, 2)
-    assert (status == Status.OK).all()
+    monkeypatch.setattr("pipeline.loading._WAITS", (0.0, 0.0))
+    assert (encode_rows(rows, image_store.schema, clip).arrays[STATUS] == Status.OK).all()
 
 
 def test_storage_that_goes_on_failing_ends_the_job_and_gives_up_no_row(
@@ -346,6 +346,6 @@ def test_storage_that_goes_on_failing_ends_the_job_and_gives_up_no_row(
         raise TimeoutError("no answer")
 
     monkeypatch.setattr("dimefm.storage.read_bytes", broken)
-    monkeypatch.setattr("pipeline.shard._WAITS", (0.0,))
+    monkeypatch.setattr("pipeline.loading._WAITS", (0.0,))
     with pytest.raises(StoreError, match=r"cannot be read: no answer"):
-        encode_rows([{"row": 0, "key": "k", "file": "f", "offset": 0, "size": 9}], "image", clip, 2)
+        encode_rows([{"row": 0, "key": "k", "file": "f", "offset": 0, "size": 9}], image_store.schema, clip)
