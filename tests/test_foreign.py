@@ -420,7 +420,7 @@ def damage(texts: Path, how: str) -> None:
         case "cut":
             os.truncate(emb / "text_emb_1.npy", 5000)
         case "integers":
-            np.save(emb / "text_emb_1.npy", np.ones((100, 4), np.int64))
+            np.save(emb / "text_emb_1.npy", np.ones((100, 512), np.int32))
         case "flat":
             np.save(emb / "text_emb_1.npy", np.ones(100, np.float32))
         case "width":
@@ -446,7 +446,7 @@ def damage(texts: Path, how: str) -> None:
         ("no metadata", r"text_emb_1\.npy has no file of its number in metadata/"),
         ("no vectors", r"metadata_1\.parquet has no file of its number in text_emb/"),
         ("cut", "larger|greater"),
-        ("integers", r"int64 \(100, 4\)"),
+        ("integers", r"int32 \(100, 512\)"),
         ("flat", r"float32 \(100,\)"),
         ("width", "4 wide, those before it"),
         ("twice", "have the same number"),
