@@ -26,6 +26,7 @@ from benchmarks.processes import Usage, run
 from dimefm.clip import load_clip
 from dimefm.preprocess import Preprocess, normalise
 from dimefm.sample import sample_dir
+from dimefm.student import has_convolutions
 
 _TIMES = 3  # the long run is over the images this many times
 TRIVIAL = {
@@ -138,7 +139,8 @@ def _floor(model: Path, data: list[bytes]) -> tuple[float, float]:
     pixels = [preprocess(d) for d in data[:512]]
     decode = (time.process_time() - began) / len(pixels)
     whole = torch.stack(pixels[: len(pixels) // 32 * 32]).split(32)
-    batches = [normalise(b, facts.mean, facts.std).to(memory_format=torch.channels_last) for b in whole]
+    layout = torch.channels_last if has_convolutions(clip.model.visual) else torch.contiguous_format
+    batches = [normalise(b, facts.mean, facts.std).to(memory_format=layout) for b in whole]
     with torch.inference_mode():
         clip.model.encode_image(batches[0])
         began = time.process_time()
