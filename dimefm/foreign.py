@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache_schemas import FILES, IMAGE_PLAN, TEXT_PLAN, EmbeddingStore, Failure, SourceSummary, Status, TeacherIdentity
-from cache_schemas.embedding_store import ATTRIBUTES_KEY, COMMITS, EMBEDDING, ROWS, STATUS
+from cache_schemas.embedding_store import ATTRIBUTES_KEY, COMMITS, EMBEDDING, ROWS, STATUS, rows_path
 from cache_schemas.plan import FILES_TABLE
 from dimefm import lock, storage
 from dimefm.clip import Clip, Precision, load_clip
@@ -79,6 +79,7 @@ def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lamb
     source = open_image_source(list(config.sources)) if config.sources else None
     files = folder.files() + (source.files() if source else [])
     shard_rows = _shard_rows(config.shard_rows, folder.rows)
+    _require_no_stranger(storage.absolute(config.out))  # before the lock is put into it
     clip = load_clip(config.teacher, config.pretrained, precision=config.precision)
     if folder.dim != clip.identity.embed_dim:
         what = f"{folder.root} holds embeddings {folder.dim} wide; {config.teacher} gives {clip.identity.embed_dim}"
@@ -151,6 +152,7 @@ def _plan(
             problems=tuple(problems),
         ),
         plan=plan_digest(digests),
+        digests={rows_path(shard): digest for shard, digest in enumerate(digests)},
     )
     return Store.create(out, schema)
 
@@ -221,13 +223,18 @@ def _digest(files: list[SourceFile]) -> str:
     return digest.hexdigest()
 
 
-def _is_planned(out: str) -> bool:
+def _require_no_stranger(out: str) -> None:
     names = set(storage.listing(out))
+    if not names and not storage.is_url(out) and Path(out).is_file():
+        raise OutputExistsError(f"{out} exists and is a file", remedy="give another --out")
     strangers = names - {"zarr.json", EMBEDDING, STATUS, ROWS, COMMITS}
     if strangers:
         what = f"{out} exists and is not an imported store (it holds {min(strangers)!r})"
         raise OutputExistsError(what, remedy="give another --out")
-    path = storage.join(out, "zarr.json")
+
+
+def _is_planned(out: str) -> bool:
+    names, path = storage.listing(out), storage.join(out, "zarr.json")
     planned = "zarr.json" in names and ATTRIBUTES_KEY in storage.read_json(path).get("attributes", {})
     if not planned and COMMITS in names:
         raise OutputExistsError(f"{out} has finished shards but no attributes", remedy="it is damaged: delete it")

@@ -138,6 +138,7 @@ def test_an_imported_store_passes_its_verification(config: ImportConfig, images:
     store = import_embeddings(of(config, images, kind="image", sources=(str(image_tar),)))
     report = verify(VerifyConfig(store=store.path, sample=8))
     assert report.trusted, report.show()
+    assert {f"rows/{name}.parquet" for name in ("000000", "000002", "files")} < store.schema.digests.keys()
 
 
 def test_a_trainer_learns_from_imported_stores(
@@ -331,7 +332,7 @@ def test_embeddings_of_another_teacher_are_refused_with_their_cosine(
     folder = write_folder(tmp_path / "in", "text", vectors, {"caption": captions})
     with pytest.raises(MismatchError, match=r"mean cosine -?0\.\d{4}.*not from that teacher"):
         import_embeddings(of(config, folder))
-    assert storage.listing(config.out) == []  # a second try with the right teacher is not in the way of this one
+    assert not Path(config.out).exists()  # a second try with the right teacher is not in the way of this one
     store = import_embeddings(of(config, folder, accept=True))
     assert "accepted at a mean cosine" in describe(store.path)
 
@@ -539,11 +540,15 @@ def test_another_writer_is_refused(texts: Path, config: ImportConfig) -> None:
         import_embeddings(of(config, texts))
 
 
-def test_something_else_at_out_is_refused(texts: Path, config: ImportConfig) -> None:
-    Path(config.out).mkdir()
-    (Path(config.out) / "thesis.tex").touch()
+def test_something_else_at_out_is_refused_and_left_alone(texts: Path, config: ImportConfig, tmp_path: Path) -> None:
+    out = Path(config.out)
+    out.mkdir()
+    (out / "thesis.tex").touch()
     with pytest.raises(OutputExistsError, match=r"thesis\.tex"):
         import_embeddings(of(config, texts))
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+    with pytest.raises(OutputExistsError, match="is a file"):
+        import_embeddings(of(config, texts, out=str(out / "thesis.tex")))
 
 
 def test_finished_shards_that_nothing_describes_are_refused(imported: Store, texts: Path, config: ImportConfig) -> None:
