@@ -118,6 +118,19 @@ def test_images_are_read_in_any_order_whatever_the_blocks(
     assert contents(found) == values
 
 
+def test_files_and_columns_may_be_read_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "BLOCK_BYTES", 300)
+    found = []
+    for name in ("a", "b"):
+        rows = [{"key": f"{name}{i}", "one": os.urandom(100), "two": os.urandom(100)} for i in range(40)]
+        path = write_parquet(tmp_path / f"{name}.parquet", rows, row_group_size=20)
+        for column in ("one", "two"):
+            found.append([(sample, rows[sample.offset][column]) for sample in samples(path, column=column)])
+    for turn in zip(*found, strict=True):
+        for sample, value in turn:
+            assert read_encoded(*sample[1:]) == value
+
+
 def test_few_blocks_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet, "BLOCK_BYTES", 5_000)
     monkeypatch.setattr(parquet, "_cells", parquet._Cells())
