@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,9 +59,10 @@ def text_file(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def cached(kind: str, source: Path, out: Path, clip: Clip) -> Store:
-    """A finished store over `source`, planned and encoded in this process."""
-    request = PlanRequest(kind=kind, arguments=(str(source),), shard_rows=SHARD_ROWS, batch_size=16)
+def cached(kind: Any, source: Path, out: Path, clip: Clip, **changes: Any) -> Store:
+    """A finished store over `source`, planned and encoded in this process; `changes` are those of its PlanRequest."""
+    words: dict[str, Any] = {"shard_rows": SHARD_ROWS, "batch_size": 16, **changes}
+    request = PlanRequest(kind=kind, arguments=(str(source),), **words)
     store = open_or_plan(request, str(out), clip.identity)
     for shard in range(store.schema.shards):
         encode_shard(store, shard, clip)
