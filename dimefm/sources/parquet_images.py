@@ -62,14 +62,12 @@ class ParquetImages:
         for group in range(file.metadata.num_row_groups):
             # Parquet keeps no lengths apart from the values: the images are read, a bounded block at a time.
             for batch in blocks(file, columns, group):
-                images = batch.column(column)
-                keys = (
-                    pc.struct_field(images, "path") if in_struct else batch.column(key) if key else pa.nulls(len(batch))
-                )
-                images = pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
-                for size, given in zip(
-                    pc.binary_length(images).fill_null(0).to_pylist(), keys.to_pylist(), strict=True
-                ):
+                images, keys = batch.column(column), batch.column(key) if key else pa.nulls(len(batch))
+                if pa.types.is_struct(images.type):
+                    keys = pc.struct_field(images, "path") if in_struct else keys
+                    images = pc.struct_field(images, "bytes")
+                sizes = pc.binary_length(images).fill_null(0).to_pylist()
+                for size, given in zip(sizes, keys.to_pylist(), strict=True):
                     yield ImageSample(given or f"{name}:{row}", where, row, size)
                     row += 1
 

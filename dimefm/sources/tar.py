@@ -1,8 +1,8 @@
 """The members of a tar, by its headers alone.
 
-The standard library's tarfile takes 30 microseconds a member and keeps every one; plans have 40 million. This reads
-what tar, GNU tar and Python write: v7, ustar, GNU and pax headers. Nothing is ever extracted, so a member's name is
-only a name, whatever it holds.
+The standard library's tarfile takes nine times as long a member, and plans have 40 million of them. This reads what tar,
+GNU tar and Python write: v7, ustar, GNU and pax headers. Nothing is ever extracted, so a member's name is only a name,
+whatever it holds.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ class _Damaged(Exception):
 def tar_members(path: str, report: Callable[[str], None]) -> Iterator[TarMember]:
     """Regular files in a tar, in order. What follows a broken header is lost; `report` is told so.
 
-    Of a local file, what lies between headers is passed over where that is more than a few of them; at a URL, blocks
-    of up to 8 MB are read.
+    Small members are read through in large blocks, and large ones (64 KB, at a URL 4 MB) are leapt over.
     """
     count = [0]
     try:
