@@ -66,6 +66,10 @@ class MappedArray:
             self._gather_in_shard(int(shard), within_N[chosen], out, chosen)
         return out
 
+    def forget(self) -> None:
+        """Map the files anew: one of them has been written again."""
+        self._shard.cache_clear()
+
     def _gather_in_shard(self, shard: int, within_N: Any, out: Any, chosen: Any) -> None:
         file = self._shard(shard)
         chunk_N, row_N = np.divmod(within_N, self._chunk_rows)

@@ -106,8 +106,13 @@ class Store:
         try:
             storage.remove_file(path)  # of a shard that is written again
             for name, array in self._arrays.items():
+                file = storage.join(self.path, self.shard_file(name, shard))
+                storage.remove_file(file)  # zarr would read what is in it, where the last shard is not a full one
                 array[start:stop] = values[name]
-                storage.flush(storage.join(self.path, self.shard_file(name, shard)))
+                storage.flush(file)
+                mapped = self._mapped[name]
+                if mapped is not None:
+                    mapped.forget()
             commit = make_commit(
                 shard,
                 start,
@@ -213,12 +218,15 @@ class Store:
         """Rows through zarr-python, which compares every checksum, but takes a missing file for one full of zeros."""
         array, size = self._arrays[name], self.schema.shard_rows
         found = np.arange(rows.start // size, -(-rows.stop // size)) if isinstance(rows, slice) else rows // size
-        for shard in np.unique(found).tolist():
+        shards = np.unique(found).tolist()
+        for shard in shards:
             self._require_file(self.shard_file(name, shard))
         try:
             return np.asarray(array[rows] if isinstance(rows, slice) else array.oindex[rows])
         except ValueError as error:
-            raise StoreError(f"{self.path}/{name} is damaged: {error}", remedy=DAMAGED) from error
+            where = self.shard_file(name, shards[0]) if len(shards) == 1 else f"a file below {name}/c"
+            what = f"{storage.join(self.path, where)} is damaged: its checksum does not fit"
+            raise StoreError(what, remedy=DAMAGED) from error
 
     def shard_file(self, name: str, shard: int) -> str:
         """Where, within the store, the data of an array's shard is."""
@@ -354,7 +362,7 @@ def open_group(path: str) -> zarr.Group:
         return zarr.open_group(path, mode="r+")
     except (FileNotFoundError, zarr.errors.GroupNotFoundError):
         pass
-    except (KeyError, TypeError, ValueError) as error:  # what zarr makes of a damaged one
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # what zarr makes of a damaged one
         raise StoreError(f"{path}/zarr.json is damaged: {error}", remedy="write the store again") from None
     remedy = "check the path" if not storage.exists(path) else "it is unfinished or something else; cache again"
     raise StoreError(f"{path} is not a dimefm store", remedy=remedy)
