@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import getpass
 import json
@@ -19,6 +20,7 @@ from dimefm import storage
 from dimefm.errors import StoreError
 
 _LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what some network file systems answer
 
 
 @contextmanager
@@ -26,8 +28,8 @@ def writing(store: str) -> Iterator[None]:
     """Hold the store for the block. Raises StoreError with the owner's name where another process writes to it.
 
     The kernel lets go of the lock when the process ends, however it ends. A block that leaves nothing but the lock
-    leaves no folder either. Stores at URLs have no such lock: there two runs on one store are only harmless in that
-    both write the same bytes.
+    leaves no folder either. Stores at URLs, and file systems that cannot lock, have no such lock: there two runs on one
+    store are only harmless in that both write the same bytes.
     """
     path = storage.absolute(store)
     if storage.is_url(path):
@@ -36,9 +38,12 @@ def writing(store: str) -> Iterator[None]:
     folder = Path(path)
     made = not folder.exists()
     with _locked(folder) as file:
-        file.truncate(0)
-        file.write(_owner())
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(_owner())
+            file.flush()
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
         try:
             yield
         finally:
@@ -76,8 +81,12 @@ def _open(folder: Path) -> TextIO:
     except BlockingIOError:
         with file:
             file.seek(0)
-            what = f"{folder} is being written by {file.read().strip() or 'another process'}"
+            what = f"{folder} is being written by {_show(file.read())}"
         raise StoreError(what, remedy="wait until it has finished, or stop it") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            file.close()
+            raise _cannot_write(folder, error) from error
     return file
 
 
@@ -100,3 +109,12 @@ def _owner() -> str:
         "command": shlex.join(sys.argv),
     }
     return json.dumps(facts)
+
+
+def _show(owner: str) -> str:
+    try:
+        facts = json.loads(owner)
+        place = f"process {facts['process']} of {facts['user']} on {facts['host']}"
+        return f"{place} since {facts['since']}: {facts['command']}"
+    except (ValueError, KeyError, TypeError):  # it is just writing who it is
+        return "another process"
