@@ -4,6 +4,7 @@ shuffled where asked. The sentences themselves are never all in memory: 8 to 24 
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 from array import array
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from dimefm.errors import StoreError
 from dimefm.sources.base import Source, TextSample
 
 _BUCKETS = 256
@@ -72,10 +74,16 @@ def _shuffled(samples: Iterator[TextSample], count: int, seed: int) -> Iterator[
     place = np.random.default_rng(seed).permutation(count)
     with tempfile.TemporaryDirectory(prefix="dimefm-shuffle-") as folder:
         paths = [Path(folder) / f"{bucket}.jsonl" for bucket in range(min(_BUCKETS, count))]
-        with ExitStack() as stack:
-            files = [stack.enter_context(path.open("w", encoding="utf-8")) for path in paths]
-            for to, sample in zip(place.tolist(), samples, strict=True):
-                files[to * len(files) // count].write(json.dumps([to, *sample]) + "\n")
+        try:
+            with ExitStack() as stack:
+                files = [stack.enter_context(path.open("w", encoding="utf-8")) for path in paths]
+                for to, sample in zip(place.tolist(), samples, strict=True):
+                    files[to * len(files) // count].write(json.dumps([to, *sample]) + "\n")
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            remedy = "set TMPDIR to a folder with room for all sentences"
+            raise StoreError(f"{folder} cannot be written: {error.strerror}", remedy=remedy) from error
         for path in paths:
             with path.open(encoding="utf-8") as lines:
                 bucket = sorted(map(json.loads, lines))

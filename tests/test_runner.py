@@ -1,5 +1,7 @@
 """Stage 1 on a real local Ray: several workers, one writer a shard, errors that arrive as they were raised."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 from dimefm.errors import DimefmError, MismatchError
 from dimefm.store import Store
 from pipeline.cache import CacheConfig, cache, dry_run
-from pipeline.runner import Job, run_shards
+from pipeline.plan import PlanRequest, open_or_plan
+from pipeline.runner import Job, Worker, run_shards
+from tests.stores import teacher_identity
 
 pytestmark = pytest.mark.slow
 
@@ -50,9 +54,6 @@ def test_a_finished_store_needs_no_ray(
 
 def test_what_a_worker_refuses_arrives_as_one_line(image_tar: Path, teacher_name: str, tmp_path: Path) -> None:
     """Workers that load another teacher than the plan's, as after a file was replaced under a running cluster."""
-    from pipeline.plan import PlanRequest, open_or_plan
-    from tests.stores import teacher_identity
-
     request = PlanRequest(kind="image", arguments=(str(image_tar),), shard_rows=32)
     store = open_or_plan(request, str(tmp_path / "i.zarr"), teacher_identity())
     job = Job(store=store.path, teacher=teacher_name, pretrained=None, precision="fp32", device="cpu", threads=1)
@@ -84,3 +85,23 @@ def test_a_dry_run_counts_and_writes_nothing(image_tar: Path, teacher_name: str,
     for part in ("rows      96 from 1 files", "shards    3", "98.4 kB", "weights", "logit_scale"):
         assert part in text
     assert not (tmp_path / "i.zarr").exists()
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_teacher_gives_the_same_embeddings(
+    image_store: Store, image_tar: Path, teacher_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of 12 over shards of 32 rows: the last one of a shard is padded to the size that was compiled."""
+    request = PlanRequest(kind="image", arguments=(str(image_tar),), shard_rows=32, batch_size=12)
+    store = open_or_plan(request, str(tmp_path / "i.zarr"), image_store.schema.teacher)
+    job = Job(store=store.path, teacher=teacher_name, pretrained=None, precision="fp32", device="cpu", threads=1)
+    worker = Worker(replace(job, compile=True))
+    worker.start(1, 0)
+    sizes, encode = set(), worker._clip._encode_image
+    monkeypatch.setattr(worker._clip, "_encode_image", lambda images: sizes.add(len(images)) or encode(images))
+    for shard in range(3):
+        worker.encode(shard)
+    compiled, plain = store.read(0, 96).astype(np.float32), image_store.read(0, 96).astype(np.float32)
+    assert (compiled * plain).sum(axis=1).min() > 0.9999
+    assert sizes == {12}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 from cache_schemas import Status
 from dimefm.cli import cli
 from dimefm.clip import Clip
-from dimefm.errors import MismatchError
+from dimefm.errors import MismatchError, StoreError
 from dimefm.sources.base import SourceFile, TextSample
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
@@ -131,11 +132,21 @@ def test_a_shuffle_moves_sentences_over_the_whole_length() -> None:
     place = np.array([int(sample.text) for sample in found])
     assert abs(np.corrcoef(place, np.arange(2000))[0, 1]) < 0.1
     assert np.abs(place - np.arange(2000)).mean() == pytest.approx(2000 / 3, rel=0.1)
+    assert (np.diff(place) > 0).mean() == pytest.approx(0.5, abs=0.05)
 
 
 def test_text_that_json_escapes_survives_a_shuffle() -> None:
     texts = ['"quoted"', "back\\slash", "line\u2028separator", "\ud83d lone surrogate", "日本語"]
     assert Counter(sample.text for sample in tidied(texts, shuffle=1)[0]) == Counter(texts)
+
+
+def test_a_full_temporary_folder_is_named_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(value: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.sentences.json.dumps", full)
+    with pytest.raises(StoreError, match=r"(?s)dimefm-shuffle-.* cannot be written: No space left.*TMPDIR"):
+        tidied(["a", "b"], shuffle=1)
 
 
 # -- stores -----------------------------------------------------------------------------------------------------------
