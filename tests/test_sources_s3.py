@@ -216,12 +216,21 @@ def test_members_with_more_dots_are_counted_over_all_tars(tmp_path: Path, s3: st
 
 def test_results_wait_for_the_one_who_takes_them() -> None:
     begun: list[int] = []
-    results = in_order(lambda i: begun.append(i) or i, range(1000))
+
+    def work(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.05)
+        return number
+
+    results = in_order(work, range(1000))
     assert [next(results) for _ in range(3)] == [0, 1, 2]
-    time.sleep(0.1)
-    assert len(begun) <= 3 + files.THREADS
+    time.sleep(0.3)
+    assert len(begun) == 3 + files.THREADS
+    next(results)
     results.close()
-    assert threading.active_count() < files.THREADS
+    ended = len(begun)
+    time.sleep(0.3)
+    assert len(begun) == ended
 
 
 def test_a_tar_that_is_gone_is_reported_and_the_rest_go_on(tmp_path: Path, s3: str) -> None:

@@ -155,6 +155,13 @@ def test_quotes_of_csv_may_hold_anything(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, kind, [{"text": "one", "id": 1}])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert texts(path) == ["one"]
+
+
 def test_quotes_of_tsv_are_text(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.tsv", ["id\ttext", '1\t"a, b', '2\t"c" d"'])
     assert texts(path) == ['"a, b', '"c" d"']
