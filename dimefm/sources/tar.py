@@ -1,8 +1,8 @@
 """The members of a tar, by its headers alone.
 
-The standard library's tarfile takes nine times as long a member, and plans have 40 million of them. This reads what tar,
-GNU tar and Python write: v7, ustar, GNU and pax headers. Nothing is ever extracted, so a member's name is only a name,
-whatever it holds.
+The standard library's tarfile takes nine times as long a member, and plans have 40 million of them. This reads what
+tar, GNU tar and Python write: v7, ustar, GNU and pax headers. Nothing is ever extracted, so a member's name is only a
+name, whatever it holds.
 """
 
 from __future__ import annotations
