@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -57,9 +58,10 @@ class Worker:
         self._job = job
         self._rows = 0
 
-    def start(self, threads: int, shard: int) -> None:
+    def start(self, threads: int, shard: int, check: bool = False) -> None:
         """Load the teacher, and decode on up to `threads`: as many as its speed needs, measured on rows of `shard`.
-        Not in __init__, whose errors Ray would not hand on as they are.
+        With `check`, go through the canary (see pipeline.shard.check_canary). Not in __init__, whose errors Ray would
+        not hand on as they are.
 
         The teacher itself computes on one thread on a CPU: sums come out differently on more, and a run that goes on
         with other workers must write the same bytes. Several workers of one thread are faster than one of several.
@@ -79,10 +81,8 @@ class Worker:
             rows = self._store.plan(shard).slice(0, PROBE_ROWS).to_pylist()
             with suppress(SourceError):  # not one image can be read: there is no speed to go by
                 self._threads = measure(rows, schema, self._clip).threads(threads)
-
-    def check(self) -> None:
-        """The canary; see pipeline.shard.check_canary."""
-        check_canary(self._store, self._clip)
+        if check:
+            check_canary(self._store, self._clip)
 
     def encode(self, shard: int) -> Commit:
         """Encode and commit one shard."""
@@ -119,7 +119,7 @@ def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
         cores = _require_room(workers, job.device)
         cores = cores if address else cpus()  # a local Ray is told of one core a worker, whatever there are
         threads = job.threads or max(1, cores // workers)
-        _Supervisor(job, workers, threads, pending).run(progress, done, check=check)
+        _Supervisor(job, workers, threads, pending, check=check).run(progress, done)
 
 
 def _pending(store: Store, *, retry: bool) -> dict[int, int]:
@@ -160,28 +160,25 @@ def cpus() -> int:
 class _Supervisor:
     """Hands out shards, one in flight per actor, and replaces actors that are lost.
 
-    A replacement that Ray cannot place yet, as after a node is lost, is not waited for: the others go on.
+    A replacement that Ray cannot place yet, as after a node is lost, is not waited for: the others go on. With `check`,
+    one actor goes through the canary before there are others.
     """
 
-    def __init__(self, job: Job, workers: int, threads: int, pending: dict[int, int]) -> None:
+    def __init__(self, job: Job, workers: int, threads: int, pending: dict[int, int], *, check: bool) -> None:
         # Two threads of an actor: one works on a shard while the other answers how far it is.
         actor: Any = ray.remote(Worker)
         actor = actor.options(num_cpus=1, num_gpus=_gpu_share(workers, job.device), max_concurrency=2)
         self._new: Callable[[], Any] = lambda: actor.remote(job)
-        self._workers, self._threads = workers, threads
+        self._workers, self._threads, self._check = workers, threads, check
         self._rows, self._pending = dict(pending), sorted(pending, reverse=True)
         self._tries: dict[int | None, int] = {}
         self._flying: dict[Any, tuple[Any, int | None]] = {}  # reference: actor, its shard; None while it starts
         self._idle: list[Any] = []
         self._counted: dict[Any, int] = {}
 
-    def run(self, progress: Progress, finished: int, *, check: bool) -> None:
-        """Until every shard is committed. With `check`, one actor first goes through the canary alone."""
-        self._place()
-        if check:
-            _get(next(iter(self._flying)))
-            _get(next(iter(self._flying.values()))[0].check.remote())
-        for _ in range(self._workers - 1):
+    def run(self, progress: Progress, finished: int) -> None:
+        """Until every shard is committed; `finished` rows are already."""
+        for _ in range(1 if self._check else self._workers):
             self._place()
         heard = time.monotonic()
         while self._pending or any(shard is not None for _, shard in self._flying.values()):
@@ -202,7 +199,7 @@ class _Supervisor:
     def _place(self) -> None:
         actor = self._new()
         shard = self._pending[-1] if self._pending else 0
-        self._flying[actor.start.remote(self._threads, shard)] = (actor, None)
+        self._flying[actor.start.remote(self._threads, shard, self._check)] = (actor, None)
 
     def _landed(self, reference: Any) -> int:
         """An actor has started, finished its shard, or is lost; the rows that are done with that."""
@@ -218,6 +215,10 @@ class _Supervisor:
             return 0
         self._idle.append(actor)
         self._tries.pop(None, None)
+        if self._check:
+            self._check = False
+            for _ in range(self._workers - 1):
+                self._place()
         return 0 if shard is None else self._rows[shard]
 
     def _poll(self) -> None:
@@ -256,8 +257,9 @@ def cluster(address: str | None, workers: int, device: str) -> Iterator[None]:
         os.environ.setdefault(name, value)
     if address:
         try:
+            _require_answer(address)
             ray.init(address=address, log_to_driver=False)
-        except ConnectionError as error:
+        except OSError as error:
             remedy = "start one with ray start --head, or leave --ray-address out"
             raise DimefmError(f"no Ray cluster answers at {address}: {error}", remedy=remedy) from None
     else:
@@ -274,3 +276,10 @@ def cluster(address: str | None, workers: int, device: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raises OSError where nothing listens at HOST:PORT. Ray alone would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
