@@ -136,9 +136,9 @@ def import_embeddings(folder: str, **options: Any) -> None:
     FOLDER: img_emb/img_emb_N.npy or text_emb/text_emb_N.npy beside metadata/metadata_N.parquet. train-student reads the
     images too: a store of their embeddings serves it only if --images says where they are; retrieve needs none.
     """
-    from dimefm.foreign import ImportConfig
-    from dimefm.foreign import import_embeddings as run
     from dimefm.info import describe
+    from pipeline.importing import ImportConfig
+    from pipeline.importing import import_embeddings as run
 
     store = run(ImportConfig(folder=folder, **options), lambda line: click.echo(line, err=True))
     click.echo(describe(store.path))
@@ -294,7 +294,7 @@ def export_embeddings(store: str, out: str, rows_per_file: int | None) -> None:
 
     Rows without an embedding are left out; the column `row` says which ones are there.
     """
-    from dimefm.foreign import export_embeddings as run
+    from pipeline.clip_retrieval import export_embeddings as run
 
     click.echo(f"{run(store, out, rows_per_file=rows_per_file)}: embeddings as .npy, metadata as .parquet")
 

@@ -15,7 +15,8 @@ from dimefm.lock import writing
 from dimefm.progress import amount, duration
 from dimefm.sources.files import expand
 from dimefm.store import Store
-from pipeline.plan import Forecast, PlanRequest, forecast, open_or_plan, require_no_stranger
+from pipeline.existing import require_no_stranger
+from pipeline.plan import Forecast, PlanRequest, forecast, open_or_plan
 from pipeline.probe import PROBE_ROWS, Rates, measure
 from pipeline.runner import Job, cpus, run_shards
 from pipeline.sentences import SentenceRules

@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from cache_schemas import FILES, EmbeddingStore, SourceSummary, TeacherIdentity, ViewPlan, to_plain
-from cache_schemas.embedding_store import (
-    ATTRIBUTES_KEY,
-    COMMITS,
-    EMBEDDING,
-    PIXEL_RANGE,
-    PIXELS,
-    ROWS,
-    STATUS,
-    VIEW,
-    rows_path,
-)
+from cache_schemas import FILES, EmbeddingStore, SourceSummary, TeacherIdentity, ViewPlan
+from cache_schemas.embedding_store import ROWS, rows_path
 from cache_schemas.plan import FILES_TABLE, PLANS
 from dimefm import storage
-from dimefm.errors import MismatchError, OutputExistsError, SourceError
+from dimefm.errors import SourceError
 from dimefm.sources import open_image_source, open_text_source
+from dimefm.sources.base import SourceFile
 from dimefm.store import Store, plan_digest, write_plan, write_table
+from pipeline.existing import is_planned, require_no_stranger, require_same, source_digest
 from pipeline.sentences import SentenceRules, tidy
 
 _LEAST_SHARD, _MOST_SHARD, _CHUNK = 512, 65536, 1024
 _BYTES_PER_ROW = {"image": 16_000, "text": 40}  # a guess that only sets the order of magnitude of a shard
-_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +81,20 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity) -> St
     files = source.files()
     shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind)
     require_no_stranger(out)
-    if _is_planned(out):
+    if is_planned(out):
         store = Store(out)
-        _require_same(store, request, files, shard_rows, teacher)
+        require_same(
+            store,
+            files,
+            teacher,
+            kind=request.kind,
+            batch_size=request.batch_size,
+            shard_rows=shard_rows,
+            chosen=request.shard_rows is None,
+            settings=request.settings(),
+            views=request.views,
+            pixels=request.pixels,
+        )
         return store
     storage.remove_folder(storage.join(out, ROWS))  # of a run that was stopped while it planned
     tally = _Tally()
@@ -104,9 +102,15 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity) -> St
     for shard, table in enumerate(_tables(request, source, shard_rows, tally)):
         digests.append(write_plan(out, shard, table))
         rows += table.num_rows
-    schema = _schema(request, files, tally, rows, shard_rows, teacher, plan_digest(digests))
-    write_table(storage.join(out, FILES_TABLE), _file_table(files))
-    return Store.create(out, replace(schema, digests={rows_path(i): digest for i, digest in enumerate(digests)}))
+    return create_store(out, _schema(request, files, tally, rows, shard_rows, teacher), digests, files)
+
+
+def create_store(out: str, schema: EmbeddingStore, digests: Sequence[str], files: Sequence[SourceFile]) -> Store:
+    """The store of plans that are written, one a digest: the table of its source's files, and last its attributes."""
+    columns = {name: [getattr(file, name) for file in files] for name in FILES.names}
+    write_table(storage.join(out, FILES_TABLE), pa.table(columns, schema=FILES))
+    plans = {rows_path(shard): digest for shard, digest in enumerate(digests)}
+    return Store.create(out, replace(schema, plan=plan_digest(digests), digests=plans))
 
 
 def forecast(request: PlanRequest, teacher: TeacherIdentity, keep: int = 0) -> Forecast:
@@ -119,7 +123,7 @@ def forecast(request: PlanRequest, teacher: TeacherIdentity, keep: int = 0) -> F
     for table in _tables(request, source, _MOST_SHARD, tally):
         first += table.slice(0, keep - len(first)).to_pylist()
         rows += table.num_rows
-    schema = _schema(request, files, tally, rows, shard_rows, teacher, plan="")
+    schema = _schema(request, files, tally, rows, shard_rows, teacher)
     specs = schema.arrays().values()
     return Forecast(schema, sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs), first)
 
@@ -131,12 +135,11 @@ def count_rows(request: PlanRequest) -> int:
 
 def _schema(
     request: PlanRequest,
-    files: list[Any],
+    files: Sequence[SourceFile],
     tally: _Tally,
     rows: int,
     shard_rows: int,
     teacher: TeacherIdentity,
-    plan: str,
 ) -> EmbeddingStore:
     if rows == 0:
         what = f"no {request.kind} in {', '.join(request.arguments)}"
@@ -145,7 +148,7 @@ def _schema(
         kind=request.kind,
         rows=rows,
         dim=teacher.embed_dim,
-        chunk_rows=min(_CHUNK, shard_rows),
+        chunk_rows=chunk_rows(shard_rows),
         shard_rows=shard_rows,
         batch_size=request.batch_size,
         teacher=teacher,
@@ -153,13 +156,13 @@ def _schema(
             arguments=request.arguments,
             files=len(files),
             bytes=tally.bytes,
-            digest=_digest(files, request.settings()),
+            digest=source_digest(files, request.settings()),
             repeated_keys=tally.repeated_keys(),
             dropped=tally.dropped,
             problems=tuple(tally.problems),
             settings=request.settings(),
         ),
-        plan=plan,
+        plan="",
         views=request.views,
         pixels=request.pixels,
     )
@@ -167,14 +170,28 @@ def _schema(
 
 def choose_shard_rows(source_bytes: int, kind: str) -> int:
     """Rows of a shard, a power of two from 512 to 65,536, for about 64 shards or more; by the source's bytes alone."""
-    estimate = source_bytes // _BYTES_PER_ROW[kind] // 64
-    return min(_MOST_SHARD, max(_LEAST_SHARD, 1 << max(0, estimate - 1).bit_length()))
+    return shard_size(source_bytes // _BYTES_PER_ROW[kind] // 64)
+
+
+def shard_size(rows: int) -> int:
+    """The first power of two from 512 to 65,536 that is not below `rows`, or the last."""
+    return min(_MOST_SHARD, max(_LEAST_SHARD, 1 << max(0, rows - 1).bit_length()))
+
+
+def chunk_rows(shard_rows: int) -> int:
+    """Rows of a chunk, of which a shard has one or many."""
+    return min(_CHUNK, shard_rows)
+
+
+def require_whole_chunks(shard_rows: int | None) -> None:
+    """Raises SourceError for shards that end within a chunk."""
+    if shard_rows and shard_rows > _CHUNK and shard_rows % _CHUNK:
+        what = f"shards of {shard_rows:,} rows are not whole chunks"
+        raise SourceError(what, remedy=f"give --shard-rows a multiple of {_CHUNK:,}, or less than that")
 
 
 def _open(request: PlanRequest) -> Any:
-    if request.shard_rows and request.shard_rows > _CHUNK and request.shard_rows % _CHUNK:
-        what = f"shards of {request.shard_rows:,} rows are not whole chunks"
-        raise SourceError(what, remedy=f"give --shard-rows a multiple of {_CHUNK:,}, or less than that")
+    require_whole_chunks(request.shard_rows)
     opener = open_image_source if request.kind == "image" else open_text_source
     return opener(list(request.arguments), request.column)
 
@@ -197,98 +214,3 @@ def _tables(request: PlanRequest, source: Any, size: int, tally: _Tally) -> Iter
         )
         yield pa.table({"row": np.arange(rows, rows + len(batch)), **columns}, schema=schema)
         rows += len(batch)
-
-
-def _digest(files: list[Any], settings: dict[str, object]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.path}\0{file.size}\n".encode())
-    if settings:
-        digest.update(json.dumps(settings, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def _file_table(files: list[Any]) -> pa.Table:
-    columns = {name: [getattr(file, name) for file in files] for name in FILES.names}
-    return pa.table(columns, schema=FILES)
-
-
-def _time(nanoseconds: int) -> str:
-    return datetime.fromtimestamp(nanoseconds / 1e9, UTC).isoformat(sep=" ", timespec="milliseconds")
-
-
-def require_no_stranger(out: str) -> None:
-    """Raises OutputExistsError where something is at `out` that is no embedding store, finished or not."""
-    out = storage.absolute(out)
-    names = set(storage.listing(out))
-    if not names and not storage.is_url(out) and Path(out).is_file():
-        raise OutputExistsError(f"{out} exists and is a file", remedy="give another --out")
-    strangers = names - {"zarr.json", EMBEDDING, STATUS, VIEW, PIXEL_RANGE, ROWS, COMMITS, PIXELS}
-    if strangers:
-        what = f"{out} exists and is not an embedding store (it holds {min(strangers)!r})"
-        raise OutputExistsError(what, remedy="give another --out")
-
-
-def _is_planned(out: str) -> bool:
-    if "zarr.json" not in storage.listing(out):
-        return False
-    planned = ATTRIBUTES_KEY in storage.read_json(storage.join(out, "zarr.json")).get("attributes", {})
-    if not planned and storage.listing(storage.join(out, COMMITS)):
-        raise OutputExistsError(f"{out} has finished shards but no attributes", remedy="it is damaged: delete it")
-    return planned
-
-
-def _require_same(
-    store: Store, request: PlanRequest, files: list[Any], shard_rows: int, teacher: TeacherIdentity
-) -> None:
-    """Raises MismatchError naming every setting, and the files, that are not what the store was planned with."""
-    schema = store.schema
-    changes = _changes(store, files)
-    own = {**_flat(schema.source.settings), **_flat({"views": schema.views}), "pixels": schema.pixels}
-    asked = {**_flat(request.settings()), **_flat({"views": request.views}), "pixels": request.pixels}
-    own |= {"kind": schema.kind, "batch_size": schema.batch_size}
-    asked |= {"kind": request.kind, "batch_size": request.batch_size}
-    if request.shard_rows or not changes:  # else it was chosen by files that are named below
-        own["shard_rows"], asked["shard_rows"] = schema.shard_rows, shard_rows
-    names = sorted(own.keys() | asked.keys())
-    differences = [f"{n}: {own.get(n)} != {asked.get(n)}" for n in names if own.get(n) != asked.get(n)]
-    differences += [f"teacher.{d}" for d in schema.teacher.differences(teacher)]
-    if not differences and not changes:
-        if schema.source.digest == _digest(files, request.settings()):
-            return
-        changes = ["the files are given in another order"]
-    what = f"{store.path} was made by another command (its own != this one's):"
-    remedy = "give another --out, or repeat the command that made it"
-    if not differences:
-        what = f"the source of {store.path} has changed since it was planned:"
-        remedy = "put the files back as they were, their times too, or give another --out"
-    shown = sorted(changes)[:_SHOWN]
-    lines = differences + [f"source: {change}" for change in shown]
-    if len(changes) > _SHOWN:
-        lines.append(f"source: and {len(changes) - _SHOWN:,} more")
-    raise MismatchError(what + "".join(f"\n  - {line}" for line in lines), remedy=remedy)
-
-
-def _changes(store: Store, files: list[Any]) -> list[str]:
-    """The files that are not what they were when the plan was made."""
-    before = {file["path"]: file for file in store.source_files().to_pylist()}
-    now = {file.path: file for file in files}
-    changes = [f"{name} is new" for name in now if name not in before]
-    changes += [f"{name} is gone" for name in before if name not in now]
-    for name in before.keys() & now.keys():
-        old, new = before[name], now[name]
-        if old["size"] != new.size:
-            changes.append(f"{name} has changed: {old['size']:,} bytes when it was planned, {new.size:,} now")
-        elif old["modified"] and new.modified and old["modified"] != new.modified:
-            times = f"{_time(old['modified'])} when it was planned, {_time(new.modified)} now"
-            changes.append(f"{name} has changed: written {times}")
-    return changes
-
-
-def _flat(value: object, path: str = "") -> dict[str, object]:
-    """`{"views": {"count": 3}}` as `{"views.count": 3}`."""
-    plain = to_plain(value)
-    if not isinstance(plain, dict):
-        return {path: plain}
-    parts = [_flat(inner, f"{path}.{name}" if path else name) for name, inner in plain.items()]
-    return {name: inner for part in parts for name, inner in part.items()}

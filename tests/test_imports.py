@@ -84,6 +84,12 @@ def test_a_whole_training_run_contains_no_ray_no_faiss_and_no_teacher(tmp_path: 
         assert name not in modules
 
 
+def test_a_job_that_needs_no_workers_contains_no_ray() -> None:
+    modules = loaded_after("import pipeline.importing")
+    assert "pipeline.plan" in modules
+    assert "ray" not in modules
+
+
 def test_importing_the_command_line_loads_nothing_heavy() -> None:
     modules = loaded_after("import dimefm.cli")
     for name in ("torch", "ray", "faiss", "zarr", "open_clip", "matplotlib"):

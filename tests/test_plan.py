@@ -337,11 +337,15 @@ def test_a_plan_that_was_stopped_leaves_no_rows_behind(tars: Path, teacher: Teac
     assert not left.exists()
 
 
-def test_commits_without_attributes_are_not_planned_over(tars: Path, teacher: TeacherIdentity, tmp_path: Path) -> None:
+@pytest.mark.parametrize("document", ["{}", None])
+def test_commits_without_attributes_are_not_planned_over(
+    tars: Path, teacher: TeacherIdentity, tmp_path: Path, document: str | None
+) -> None:
     commits = tmp_path / "i.zarr" / "commits"
     commits.mkdir(parents=True)
     (commits / "000000.json").write_text("{}")
-    (tmp_path / "i.zarr" / "zarr.json").write_text("{}")
+    if document is not None:
+        (tmp_path / "i.zarr" / "zarr.json").write_text(document)
     with pytest.raises(OutputExistsError, match="finished shards but no attributes"):
         open_or_plan(of_images(tars), str(tmp_path / "i.zarr"), teacher)
 

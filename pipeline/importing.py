@@ -1,41 +1,37 @@
-"""Embeddings that others made, in and out: folders as clip-retrieval writes them to stores, and stores to such folders.
+"""`import-embeddings` as one call: a store of a folder of embeddings that others made.
 
 Shapes: N rows, D embedding width.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cache_schemas import FILES, IMAGE_PLAN, TEXT_PLAN, EmbeddingStore, Failure, SourceSummary, Status, TeacherIdentity
-from cache_schemas.embedding_store import ATTRIBUTES_KEY, COMMITS, EMBEDDING, ROWS, STATUS, rows_path
-from cache_schemas.plan import FILES_TABLE
+from cache_schemas import IMAGE_PLAN, TEXT_PLAN, EmbeddingStore, Failure, SourceSummary, Status
+from cache_schemas.embedding_store import ROWS
 from dimefm import lock, storage
 from dimefm.clip import Clip, Precision, load_clip
 from dimefm.decode import DecodeError
-from dimefm.errors import MismatchError, OutputExistsError, SourceError, StoreError
-from dimefm.foreign_folder import CAPTION, NAMES, Folder, Kind
-from dimefm.matching import Images, Names
+from dimefm.errors import MismatchError, SourceError
 from dimefm.preprocess import Preprocess
 from dimefm.progress import Progress
 from dimefm.sources import open_image_source
 from dimefm.sources.base import ImageSample, Source, SourceFile
 from dimefm.sources.reading import read_encoded
-from dimefm.store import Store, plan_digest, read_table, write_plan, write_table
+from dimefm.store import Store, write_plan
+from pipeline.clip_retrieval import Folder, Kind
+from pipeline.existing import is_planned, require_no_stranger, require_same, source_digest
+from pipeline.matching import Images, Names
+from pipeline.plan import chunk_rows, create_store, require_whole_chunks, shard_size
 
-_LEAST_SHARD, _MOST_SHARD, _CHUNK = 512, 65536, 1024
+_BATCH_SIZE = 1  # in the store; the teacher's own is not known
 _LEAST_COSINE = 0.99
 _BAD_VECTOR = "the imported embedding is NaN, infinite or zero"
 _NO_IMAGE = "no image of the sources has this key"
@@ -78,16 +74,26 @@ def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lamb
         raise SourceError("images are given for text embeddings", remedy="give --kind image, or no --images")
     source = open_image_source(list(config.sources)) if config.sources else None
     files = folder.files() + (source.files() if source else [])
-    shard_rows = _shard_rows(config.shard_rows, folder.rows)
-    _require_no_stranger(storage.absolute(config.out))  # before the lock is put into it
+    require_whole_chunks(config.shard_rows)
+    shard_rows = config.shard_rows or shard_size(folder.rows // 64 + 1)  # for about 64 shards or more
+    require_no_stranger(config.out)  # before the lock is put into it
     clip = load_clip(config.teacher, config.pretrained, precision=config.precision)
     if folder.dim != clip.identity.embed_dim:
         what = f"{folder.root} holds embeddings {folder.dim} wide; {config.teacher} gives {clip.identity.embed_dim}"
         raise MismatchError(what, remedy="name the teacher that made them")
     with lock.writing(config.out):
-        if _is_planned(storage.absolute(config.out)):
+        if is_planned(config.out):
             store = Store(config.out)
-            _require_same(store, config.kind, files, shard_rows, clip.identity)
+            require_same(
+                store,
+                files,
+                clip.identity,
+                kind=config.kind,
+                batch_size=_BATCH_SIZE,
+                shard_rows=shard_rows,
+                chosen=config.shard_rows is None,
+                settings={},
+            )
         else:
             store = _plan(config, folder, source, files, shard_rows, clip, report)
         _write(store, folder, unmatched_fail=source is not None)
@@ -126,7 +132,6 @@ def _plan(
 
     out = storage.absolute(config.out)
     storage.remove_folder(storage.join(out, ROWS))  # of a run that was stopped while it planned
-    write_table(storage.join(out, FILES_TABLE), pa.Table.from_pylist([file._asdict() for file in files], schema=FILES))
     records, digests, silent = folder.records(), [], 0
     for shard, start in enumerate(range(0, folder.rows, shard_rows)):
         batch = list(islice(records, shard_rows))
@@ -138,23 +143,22 @@ def _plan(
         kind=config.kind,
         rows=folder.rows,
         dim=folder.dim,
-        chunk_rows=min(_CHUNK, shard_rows),
+        chunk_rows=chunk_rows(shard_rows),
         shard_rows=shard_rows,
-        batch_size=1,
+        batch_size=_BATCH_SIZE,
         teacher=clip.identity,
         source=SourceSummary(
             arguments=(config.folder, *config.sources),
             files=len(files),
             bytes=sum(file.size for file in files),
-            digest=_digest(files),
+            digest=source_digest(files, {}),
             repeated_keys=names.repeated(),
             dropped={},
             problems=tuple(problems),
         ),
-        plan=plan_digest(digests),
-        digests={rows_path(shard): digest for shard, digest in enumerate(digests)},
+        plan="",
     )
-    return Store.create(out, schema)
+    return create_store(out, schema, digests, files)
 
 
 def _table(
@@ -208,65 +212,6 @@ def _encode(clip: Clip, place: tuple[str, int, int], caption: str | None) -> np.
     return clip.encode_images(pixels_3HW[None])[0].cpu().numpy()
 
 
-def _shard_rows(asked: int | None, rows: int) -> int:
-    """`asked`, or a power of two from 512 to 65,536, for about 64 shards or more."""
-    if asked and asked > _CHUNK and asked % _CHUNK:
-        what = f"shards of {asked:,} rows are not whole chunks"
-        raise SourceError(what, remedy=f"take a multiple of {_CHUNK:,}, or less than that")
-    return asked or min(_MOST_SHARD, max(_LEAST_SHARD, 1 << (rows // 64).bit_length()))
-
-
-def _digest(files: list[SourceFile]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.path}\0{file.size}\n".encode())
-    return digest.hexdigest()
-
-
-def _require_no_stranger(out: str) -> None:
-    names = set(storage.listing(out))
-    if not names and not storage.is_url(out) and Path(out).is_file():
-        raise OutputExistsError(f"{out} exists and is a file", remedy="give another --out")
-    strangers = names - {"zarr.json", EMBEDDING, STATUS, ROWS, COMMITS}
-    if strangers:
-        what = f"{out} exists and is not an imported store (it holds {min(strangers)!r})"
-        raise OutputExistsError(what, remedy="give another --out")
-
-
-def _is_planned(out: str) -> bool:
-    names, path = storage.listing(out), storage.join(out, "zarr.json")
-    planned = "zarr.json" in names and ATTRIBUTES_KEY in storage.read_json(path).get("attributes", {})
-    if not planned and COMMITS in names:
-        raise OutputExistsError(f"{out} has finished shards but no attributes", remedy="it is damaged: delete it")
-    return planned
-
-
-def _require_same(store: Store, kind: Kind, files: list[SourceFile], shard_rows: int, teacher: TeacherIdentity) -> None:
-    schema = store.schema
-    differences = [
-        f"{name}: {mine} != {theirs}"
-        for name, mine, theirs in (
-            ("kind", schema.kind, kind),
-            ("source", schema.source.digest, _digest(files)),
-            ("shard_rows", schema.shard_rows, shard_rows),
-            ("batch_size", schema.batch_size, 1),
-        )
-        if mine != theirs
-    ]
-    differences += [f"teacher.{d}" for d in schema.teacher.differences(teacher)]
-    if not differences:  # the same files by name and size, so in the same order
-        before = read_table(storage.join(store.path, FILES_TABLE), FILES)["modified"].to_pylist()
-        differences = [
-            f"source: {file.path} has been written again"
-            for file, modified in zip(files, before, strict=True)
-            if file.modified != modified
-        ]
-    if differences:
-        lines = "".join(f"\n  - {d}" for d in differences)
-        what = f"{store.path} was made by another command (its own != this one's):{lines}"
-        raise MismatchError(what, remedy="give another --out, or repeat the command that made it")
-
-
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -300,52 +245,3 @@ def _write(store: Store, folder: Folder, *, unmatched_fail: bool) -> None:
 def _failure(row: dict[str, Any], code: int) -> Failure:
     reason = _NO_IMAGE if code == Status.MISSING else _BAD_VECTOR
     return Failure(row=row["row"], key=row["key"], file=row.get("file", ""), status=Status(code).name, reason=reason)
-
-
-# -- export -----------------------------------------------------------------------------------------------------------
-
-
-def export_embeddings(store_path: str, out: str, *, rows_per_file: int | None = None) -> str:
-    """Write a finished store as a folder in clip-retrieval's layout, float16; the folder.
-
-    One .npy and one metadata file for every `rows_per_file` rows of the store, by default those of a shard; rows
-    without an embedding are left out. The metadata has `row` (in the store), `key`, for texts `caption`, and for
-    images `image_path` (the key again) and `file`. The folder appears whole or not at all. Raises StoreError for an
-    unfinished store, OutputExistsError where `out` holds something.
-    """
-    store = Store(store_path)
-    store.require_complete()
-    target = Path(storage.local(out, "an export"))
-    if target.is_file() or storage.listing(str(target)):
-        raise OutputExistsError(f"{target} exists and is not empty", remedy="give another --out, or delete it")
-    temporary = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
-    rows, step, name = store.schema.rows, rows_per_file or store.schema.shard_rows, NAMES[store.schema.kind]
-    digits = len(str((rows - 1) // step))
-    with Progress("export", rows, "row") as progress:
-        for number, start in enumerate(range(0, rows, step)):
-            stop = min(start + step, rows)
-            good_N = np.flatnonzero(store.status(start, stop) == Status.OK)
-            if len(good_N):
-                vectors, table = io.BytesIO(), io.BytesIO()
-                np.save(vectors, store.read(start, stop)[good_N])
-                pq.write_table(_metadata(store, start, stop).take(good_N), table)
-                storage.write_atomic(f"{temporary}/{name}/{name}_{number:0{digits}d}.npy", vectors.getvalue())
-                storage.write_atomic(f"{temporary}/metadata/metadata_{number:0{digits}d}.parquet", table.getvalue())
-            progress.at(stop)
-    if not temporary.exists():
-        raise StoreError(f"{store.path} has no row with an embedding", remedy="dimefm info STORE says why")
-    temporary.rename(target)
-    return str(target)
-
-
-def _metadata(store: Store, start: int, stop: int) -> pa.Table:
-    """The metadata of rows start..stop-1, from the plans of the shards that they are in."""
-    size = store.schema.shard_rows
-    first, last = start // size, (stop - 1) // size
-    plan = pa.concat_tables([store.plan(shard) for shard in range(first, last + 1)])
-    plan = plan.slice(start - first * size, stop - start)
-    columns = {"row": plan["row"], "key": plan["key"]}
-    if store.schema.kind == "text":
-        return pa.table({CAPTION: plan["text"], **columns})
-    return pa.table({"image_path": plan["key"], **columns, "file": plan["file"]})

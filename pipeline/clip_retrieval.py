@@ -1,4 +1,4 @@
-"""The layout that clip-retrieval writes embeddings in, and reads them in.
+"""The layout that clip-retrieval writes embeddings in, and reads them in; a folder of it read, a store written to one.
 
 FOLDER/
   img_emb/img_emb_<n>.npy        float16 or float32 (rows, D); for texts text_emb/text_emb_<n>.npy
@@ -9,7 +9,9 @@ Numbers may be padded with zeros and may leave gaps; what counts is their order.
 
 from __future__ import annotations
 
+import io
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,15 +23,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cache_schemas import Status
 from dimefm import storage
-from dimefm.errors import SourceError
+from dimefm.errors import OutputExistsError, SourceError, StoreError
+from dimefm.progress import Progress
 from dimefm.sources.base import SourceFile
 from dimefm.sources.files import stat_files
+from dimefm.store import Store
 
 Kind = Literal["image", "text"]
 
-NAMES = {"image": "img_emb", "text": "text_emb"}
-CAPTION, _IMAGE_KEYS = "caption", ("image_path", "key")
+_NAMES = {"image": "img_emb", "text": "text_emb"}
+_CAPTION, _IMAGE_KEYS = "caption", ("image_path", "key")
 _BLOCK = 4096  # rows that are normalised, or read from a metadata file, at a time
 _UNIT = 1e-3  # how far from 1 a norm may be for its vector to be kept as it is
 
@@ -50,11 +55,11 @@ class Folder:
     def __init__(self, root: str, kind: Kind) -> None:
         self.root = storage.local(root, "a folder of embeddings")
         self.kind = kind
-        vectors = _numbered(f"{self.root}/{NAMES[kind]}", NAMES[kind], ".npy")
+        vectors = _numbered(f"{self.root}/{_NAMES[kind]}", _NAMES[kind], ".npy")
         metadata = _numbered(f"{self.root}/metadata", "metadata", ".parquet")
         for number in sorted(vectors.keys() ^ metadata.keys()):
             there = vectors.get(number) or metadata[number]
-            other = "metadata" if number in vectors else NAMES[kind]
+            other = "metadata" if number in vectors else _NAMES[kind]
             raise SourceError(f"{there} has no file of its number in {other}/", remedy="complete the folder")
         self.parts: list[_Part] = []
         self.rows, self.dim = 0, 0
@@ -73,8 +78,8 @@ class Folder:
         if self.parts and dim != self.dim:
             what = f"{vectors} is {dim} wide, those before it {self.dim}"
             raise SourceError(what, remedy="import the embeddings of each model into a store of their own")
-        if self.kind == "text" and CAPTION not in names:
-            what = f"{metadata} has no column {CAPTION!r} (it has {', '.join(names)})"
+        if self.kind == "text" and _CAPTION not in names:
+            what = f"{metadata} has no column {_CAPTION!r} (it has {', '.join(names)})"
             raise SourceError(what, remedy="texts cannot do without their captions: make the metadata again")
         self.parts.append(_Part(vectors, metadata, self.rows, self.rows + rows))
         self.rows, self.dim = self.rows + rows, dim
@@ -124,7 +129,7 @@ class Folder:
     def _column(self, part: _Part) -> Iterator[str | None]:
         with _open_parquet(part.metadata) as file:
             names = file.schema_arrow.names
-            column = CAPTION if self.kind == "text" else next((name for name in _IMAGE_KEYS if name in names), None)
+            column = _CAPTION if self.kind == "text" else next((name for name in _IMAGE_KEYS if name in names), None)
             if column is None:
                 yield from [None] * (part.stop - part.start)
                 return
@@ -186,3 +191,49 @@ def unit(vectors_ND: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.nda
     scale_N = np.where(good_N & (abs(norm_N - 1) > _UNIT), norm_N, 1)
     embedding_ND = np.where(good_N[:, None], values_ND, 0) / scale_N[:, None]
     return embedding_ND.astype(np.float16), good_N
+
+
+def export_embeddings(store_path: str, out: str, *, rows_per_file: int | None = None) -> str:
+    """Write a finished store as a folder in clip-retrieval's layout, float16; the folder.
+
+    One .npy and one metadata file for every `rows_per_file` rows of the store, by default those of a shard; rows
+    without an embedding are left out. The metadata has `row` (in the store), `key`, for texts `caption`, and for
+    images `image_path` (the key again) and `file`. The folder appears whole or not at all. Raises StoreError for an
+    unfinished store, OutputExistsError where `out` holds something.
+    """
+    store = Store(store_path)
+    store.require_complete()
+    target = Path(storage.local(out, "an export"))
+    if target.is_file() or storage.listing(str(target)):
+        raise OutputExistsError(f"{target} exists and is not empty", remedy="give another --out, or delete it")
+    temporary = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
+    rows, step, name = store.schema.rows, rows_per_file or store.schema.shard_rows, _NAMES[store.schema.kind]
+    digits = len(str((rows - 1) // step))
+    with Progress("export", rows, "row") as progress:
+        for number, start in enumerate(range(0, rows, step)):
+            stop = min(start + step, rows)
+            good_N = np.flatnonzero(store.status(start, stop) == Status.OK)
+            if len(good_N):
+                vectors, table = io.BytesIO(), io.BytesIO()
+                np.save(vectors, store.read(start, stop)[good_N])
+                pq.write_table(_metadata(store, start, stop).take(good_N), table)
+                storage.write_atomic(f"{temporary}/{name}/{name}_{number:0{digits}d}.npy", vectors.getvalue())
+                storage.write_atomic(f"{temporary}/metadata/metadata_{number:0{digits}d}.parquet", table.getvalue())
+            progress.at(stop)
+    if not temporary.exists():
+        raise StoreError(f"{store.path} has no row with an embedding", remedy="dimefm info STORE says why")
+    temporary.rename(target)
+    return str(target)
+
+
+def _metadata(store: Store, start: int, stop: int) -> pa.Table:
+    """The metadata of rows start..stop-1, from the plans of the shards that they are in."""
+    size = store.schema.shard_rows
+    first, last = start // size, (stop - 1) // size
+    plan = pa.concat_tables([store.plan(shard) for shard in range(first, last + 1)])
+    plan = plan.slice(start - first * size, stop - start)
+    columns = {"row": plan["row"], "key": plan["key"]}
+    if store.schema.kind == "text":
+        return pa.table({_CAPTION: plan["text"], **columns})
+    return pa.table({"image_path": plan["key"], **columns, "file": plan["file"]})
