@@ -72,9 +72,7 @@ def encode_shard(store: Store, shard: int, clip: Clip, *, threads: int = 1, prog
 def retry_shard(store: Store, shard: int, clip: Clip, *, threads: int = 1, progress: Progress = _silent) -> Commit:
     """As `encode_shard`, but only for the rows of a finished shard that have no embedding; the others stay."""
     began, rows, digest = time.monotonic(), store.plan(shard).to_pylist(), None
-    commit = store.commit(shard)
-    reasons = {f.row - commit.start: f.reason for f in commit.failures} if commit else {}
-    data = ShardData(store.shard_arrays(shard), reasons)
+    data = ShardData(store.shard_arrays(shard))
     failed = data.failed()
     with _writing(store), tempfile.TemporaryFile() as spool:
         tar = PixelTar(spool) if store.schema.pixels else None
@@ -83,9 +81,7 @@ def retry_shard(store: Store, shard: int, clip: Clip, *, threads: int = 1, progr
         for name, values in again.arrays.items():
             data.arrays[name] = data.arrays[name].copy()
             data.arrays[name][failed] = values
-        good = {int(row) for place, row in enumerate(failed) if place not in again.reasons}
-        retried = {int(row): again.reasons[place] for place, row in enumerate(failed) if place in again.reasons}
-        data.reasons = {**{row: why for row, why in reasons.items() if row not in good}, **retried}
+        data.reasons = {int(failed[place]): reason for place, reason in again.reasons.items()}
         if kept_range_N2 is not None:
             digest = _merge(store, shard, data, kept_range_N2, set(failed.tolist()), spool)
     return _commit(store, shard, rows, data, digest, clip, began)
