@@ -43,8 +43,8 @@ class Clip:
         self.model: Any = model.eval().requires_grad_(False).to(self.device)
         self.tokenizer = tokenizer
         self._dtype = _DTYPES[identity.precision]
-        if has_convolutions(self.model.visual):
-            self.model.visual.to(memory_format=torch.channels_last)
+        self._layout = torch.channels_last if has_convolutions(self.model.visual) else torch.contiguous_format
+        self.model.visual.to(memory_format=self._layout)
         self._encode_image = self.model.encode_image
         self._compiled_batch = 0
 
@@ -64,7 +64,7 @@ class Clip:
         if count < self._compiled_batch:  # one shape, compiled once
             pixels_B3HW = F.pad(pixels_B3HW, (0, 0, 0, 0, 0, 0, 0, self._compiled_batch - count))
         with torch.inference_mode(), self._autocast():
-            images = normalise(pixels_B3HW, facts.mean, facts.std).to(memory_format=torch.channels_last)
+            images = normalise(pixels_B3HW, facts.mean, facts.std).to(memory_format=self._layout)
             features_BD = self._encode_image(images)[:count]
         return F.normalize(features_BD.float(), dim=-1)
 

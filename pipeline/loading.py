@@ -24,6 +24,7 @@ from dimefm.sources.reading import read_encoded
 from dimefm.views import draw_boxes, replay
 
 _GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_TASK = 8  # images a task of the thread pool: one each would cost as much as reading it
 _WAITS = (0.5, 2.0)  # seconds before a failed read is tried again
 
 
@@ -55,14 +56,17 @@ class Loader:
 
     def load_all(self, rows: list[dict[str, Any]], threads: int, ahead: int) -> Iterator[Loaded | DecodeError]:
         """The images of `rows` in order, decoded on threads at most `ahead` rows before they are needed."""
-        waiting: deque[Future[Loaded | DecodeError]] = deque()
+        waiting: deque[Future[list[Loaded | DecodeError]]] = deque()
         with ThreadPoolExecutor(threads) as pool:
-            for row in rows:
-                waiting.append(pool.submit(self.load, row))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
+            for at in range(0, len(rows), _TASK):
+                waiting.append(pool.submit(self._load_some, rows[at : at + _TASK]))
+                if len(waiting) > -(-ahead // _TASK):
+                    yield from waiting.popleft().result()
             while waiting:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
+
+    def _load_some(self, rows: list[dict[str, Any]]) -> list[Loaded | DecodeError]:
+        return [self.load(row) for row in rows]
 
     def _decode(self, data: bytes, row: int) -> Loaded:
         image = decode(data)
