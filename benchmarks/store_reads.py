@@ -8,8 +8,8 @@ import numpy as np
 import zarr
 
 from benchmarks.measure import machine, median, ratio, rounds, table
+from dimefm.arrays import create_array
 from dimefm.mapped import MappedArray
-from dimefm.store import create_array
 
 
 @click.command()

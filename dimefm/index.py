@@ -20,11 +20,12 @@ import numpy as np
 from cache_schemas import IndexSidecar, Recall, Selection, Status
 from cache_schemas.index import INDEX_FILE, SIDECAR_FILE
 from dimefm import storage
+from dimefm.commits import versions
 from dimefm.errors import MismatchError, OutputExistsError, RecallError, StoreError
 from dimefm.exact import exact_search, valid_blocks
 from dimefm.pairs import retrieve
 from dimefm.progress import Progress
-from dimefm.store import Store, require_same_teacher, versions
+from dimefm.store import Store, require_same_teacher
 
 _TRAIN_PER_CENTROID = 64
 _RECALL_K, _RECALL_QUERIES = 10, 1000

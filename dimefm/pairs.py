@@ -16,9 +16,11 @@ from cache_schemas import Failure, PairsStore, Selection, Status
 from cache_schemas.embedding_store import ATTRIBUTES_KEY, commit_path
 from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
 from dimefm import storage
+from dimefm.arrays import create_array, digest_arrays, group_attributes, open_group
+from dimefm.commits import make_commit
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.mapped import MappedArray
-from dimefm.store import Store, create_array, digest_arrays, group_attributes, make_commit, open_group
+from dimefm.store import Store
 
 Search = Callable[[np.ndarray[Any, Any], int], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
 _QUERY_BATCH = 4096

@@ -12,9 +12,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from dimefm.commits import versions
 from dimefm.pairs import Pairs
 from dimefm.runlog import read_metrics
-from dimefm.store import Store, versions
+from dimefm.store import Store
 
 REPORT_FILE, PLOT_FILE = "report.md", "report.png"
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from cache_schemas import Run
 from cache_schemas.run import RUN_FILE
 from dimefm import storage
+from dimefm.commits import versions
 from dimefm.config import TrainConfig
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.pairs import Pairs
-from dimefm.store import Store, versions
+from dimefm.store import Store
 from dimefm.student import student_spec
 
 

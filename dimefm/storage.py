@@ -210,3 +210,9 @@ def listing(path: str) -> list[str]:
         fs, inner = filesystem(path)
         names = [name.rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False)] if fs.exists(inner) else []
     return sorted(name for name in names if not name.startswith("."))
+
+
+def cannot_write(path: str, error: OSError) -> StoreError:
+    """What a full disk, a read-only folder or a lost share becomes."""
+    remedy = "make room, or mend the permissions, and run the same command again; finished shards are kept"
+    return StoreError(f"{path} cannot be written: {error.strerror or error}", remedy=remedy)

@@ -5,15 +5,10 @@ Shapes: N rows asked for, V views, D embedding width.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import lru_cache
-from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any
 
@@ -21,9 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
 
-from cache_schemas import FILES, Commit, EmbeddingStore, Failure, Status, parse_plan
+from cache_schemas import FILES, Commit, EmbeddingStore, Failure, parse_plan
 from cache_schemas.embedding_store import (
     ATTRIBUTES_KEY,
     COMMITS,
@@ -31,18 +25,19 @@ from cache_schemas.embedding_store import (
     PIXEL_RANGE,
     STATUS,
     VIEW,
-    ArraySpec,
     commit_path,
     pixels_path,
     rows_path,
 )
 from cache_schemas.plan import FILES_TABLE
 from dimefm import storage
+from dimefm.arrays import create_array, digest_arrays, group_attributes, open_array, open_group
+from dimefm.commits import make_commit
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.mapped import MappedArray
+from dimefm.tables import PLAN_DAMAGED, read_table, sha256
 
 DAMAGED = "dimefm verify STORE --repair marks damaged shards; then run the command that wrote the store again"
-PLAN_DAMAGED = "put the file back from a copy, or cache again into another --out"
 _COMMIT_NAME = re.compile(r"(\d{6,})\.json")
 
 
@@ -57,7 +52,7 @@ class Store:
         self.schema = EmbeddingStore.parse(attributes, storage.join(self.path, "zarr.json"))
         for name in self.schema.arrays():
             self._require_digest(f"{name}/zarr.json", "cache again")
-        self._arrays = {name: _array(self.group, name, spec) for name, spec in self.schema.arrays().items()}
+        self._arrays = {name: open_array(self.group, name, spec) for name, spec in self.schema.arrays().items()}
         self._mapped = {name: MappedArray.open(self.path, name, array) for name, array in self._arrays.items()}
         self._seen: set[str] = set()
         self._plan = lru_cache(maxsize=128)(self._read_plan)
@@ -126,7 +121,7 @@ class Store:
             )
             storage.write_json(path, commit.to_json())
         except OSError as error:
-            raise cannot_write(self.path, error) from error
+            raise storage.cannot_write(self.path, error) from error
         return commit
 
     # -- progress -----------------------------------------------------------------------------------------------------
@@ -288,36 +283,6 @@ class Store:
         return found
 
 
-def make_commit(
-    shard: int,
-    start: int,
-    status_N: np.ndarray[Any, Any],
-    failures: Sequence[Failure],
-    *,
-    digest: str,
-    device: str,
-    seconds: float,
-    plan: str = "",
-    pixels: str | None = None,
-) -> Commit:
-    """The commit of a shard whose rows, from `start` on, have these status codes."""
-    codes, counts = np.unique(status_N, return_counts=True)
-    return Commit(
-        shard=shard,
-        start=start,
-        stop=start + len(status_N),
-        counts={Status(code).name: int(n) for code, n in zip(codes, counts, strict=True)},
-        failures=tuple(failures),
-        digest=digest,
-        device=device,
-        seconds=round(seconds, 3),
-        finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=versions(),
-        plan=plan,
-        pixels=pixels,
-    )
-
-
 def require_same_teacher(one: Store, other: Store) -> None:
     """Raises MismatchError unless both stores' embeddings come from the same teacher; precision may differ."""
     differences = one.schema.teacher.differences(other.schema.teacher, ignore=("precision",))
@@ -327,123 +292,8 @@ def require_same_teacher(one: Store, other: Store) -> None:
         raise MismatchError(what, remedy="cache both with the same teacher")
 
 
-def write_plan(path: str, shard: int, table: pa.Table) -> str:
-    """Write the plan of one shard; its sha256."""
-    return write_table(storage.join(path, rows_path(shard)), table)
-
-
-def plan_digest(digests: Iterable[str]) -> str:
-    """One sha256 for the whole plan, from those of its shards in order."""
-    return sha256(b"".join(map(bytes.fromhex, digests)))
-
-
-def write_table(path: str, table: pa.Table) -> str:
-    """A table as a Parquet file; its sha256."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    data = sink.getvalue()
-    storage.write_atomic(path, data)
-    return sha256(data)
-
-
-def read_table(path: str, schema: pa.Schema) -> pa.Table:
-    """A small Parquet file. Raises StoreError where it is missing, damaged or has other columns."""
-    try:
-        # One thread, no dataset scanner: a table is small, and Arrow's threads can outlive the interpreter.
-        table = pq.ParquetFile(pa.BufferReader(storage.read_bytes(path))).read(use_threads=False)
-        return table.select(schema.names).cast(schema)
-    except (OSError, KeyError, pa.ArrowException) as error:
-        raise StoreError(f"{path} cannot be read: {error}", remedy=PLAN_DAMAGED) from None
-
-
-def open_group(path: str) -> zarr.Group:
-    """The Zarr group at `path`, for reading and writing. Raises StoreError where there is none."""
-    try:
-        return zarr.open_group(path, mode="r+")
-    except (FileNotFoundError, zarr.errors.GroupNotFoundError):
-        pass
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # what zarr makes of a damaged one
-        raise StoreError(f"{path}/zarr.json is damaged: {error}", remedy="write the store again") from None
-    remedy = "check the path" if not storage.exists(path) else "it is unfinished or something else; cache again"
-    raise StoreError(f"{path} is not a dimefm store", remedy=remedy)
-
-
-def group_attributes(group: zarr.Group, path: str) -> Any:
-    """The document that a group of ours carries. Raises StoreError where it has none."""
-    if ATTRIBUTES_KEY not in group.attrs:
-        remedy = "it is another Zarr group, or was stopped while it was planned: run the same command again"
-        raise StoreError(f"{path} is not a dimefm store", remedy=remedy)
-    return group.attrs[ATTRIBUTES_KEY]
-
-
-def create_array(
-    group: zarr.Group,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: str,
-    chunks: tuple[int, ...],
-    shard_rows: int,
-    *,
-    fill: float = 0,
-) -> None:
-    """An uncompressed array in whole-row chunks with crc32c, sharded by `shard_rows`."""
-    group.create_array(
-        name,
-        shape=shape,
-        dtype=dtype,
-        chunks=chunks,
-        shards=(shard_rows, *chunks[1:]),
-        compressors=[Crc32cCodec()],
-        serializer=BytesCodec(endian="little"),
-        filters=None,
-        fill_value=fill,
-        overwrite=True,
-        config={"write_empty_chunks": True},
-    )
-
-
-def sha256(data: bytes) -> str:
-    """As hex."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def cannot_write(path: str, error: OSError) -> StoreError:
-    """What a full disk, a read-only folder or a lost share becomes."""
-    remedy = "make room, or mend the permissions, and run the same command again; finished shards are kept"
-    return StoreError(f"{path} cannot be written: {error.strerror or error}", remedy=remedy)
-
-
 def _mean_view(embedding_NVD: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The mean over views with its norm set to 1 again, float16 (N, D); zero stays zero."""
     mean_ND: np.ndarray[Any, Any] = embedding_NVD.astype(np.float32).mean(axis=1)
     norm_N1 = np.linalg.norm(mean_ND, axis=1, keepdims=True)
     return (mean_ND / np.where(norm_N1 > 0, norm_N1, 1)).astype(np.float16)
-
-
-def digest_arrays(*arrays: np.ndarray[Any, Any]) -> str:
-    """sha256 over the bytes of the arrays, in order, as hex."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers that are written."""
-    packages = ("dimefm", "torch", "open_clip_torch", "zarr", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def _array(group: zarr.Group, name: str, spec: ArraySpec) -> Any:
-    """The array, ready to be written with chunks of fill values too: an absent chunk is then always a loss."""
-    where = f"{group.store_path}/{name}"
-    try:
-        array: Any = group[name]
-    except (KeyError, ValueError, TypeError) as error:
-        raise StoreError(f"{where} cannot be opened: {error}", remedy="it is damaged; cache again") from None
-    shape, dtype, chunks = array.shape, str(array.dtype), array.chunks
-    expected = spec.shape, spec.dtype, (spec.chunk_rows, *spec.shape[1:])
-    if (shape, dtype, chunks) != expected:
-        what = f"{where} is {dtype} {shape} in chunks {chunks}, where {expected[1]} {expected[0]} {expected[2]} belongs"
-        raise StoreError(what, remedy="it is damaged; cache again")
-    return array.with_config({"write_empty_chunks": True})

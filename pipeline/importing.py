@@ -25,7 +25,8 @@ from dimefm.progress import Progress
 from dimefm.sources import open_image_source
 from dimefm.sources.base import ImageSample, Source, SourceFile
 from dimefm.sources.reading import read_encoded
-from dimefm.store import Store, write_plan
+from dimefm.store import Store
+from dimefm.tables import write_plan
 from pipeline.clip_retrieval import Folder, Kind
 from pipeline.existing import is_planned, require_no_stranger, require_same, source_digest
 from pipeline.matching import Images, Names

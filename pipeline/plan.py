@@ -19,7 +19,8 @@ from dimefm import storage
 from dimefm.errors import SourceError
 from dimefm.sources import open_image_source, open_text_source
 from dimefm.sources.base import SourceFile
-from dimefm.store import Store, plan_digest, write_plan, write_table
+from dimefm.store import Store
+from dimefm.tables import plan_digest, write_plan, write_table
 from pipeline.existing import is_planned, require_no_stranger, require_same, source_digest
 from pipeline.sentences import SentenceRules, tidy
 

@@ -22,7 +22,8 @@ from dimefm.clip import Clip, token_counts
 from dimefm.decode import DecodeError
 from dimefm.errors import MismatchError
 from dimefm.pixels import PixelTar, pixel_tar
-from dimefm.store import Store, cannot_write
+from dimefm.storage import cannot_write
+from dimefm.store import Store
 from pipeline.loading import Loader
 
 _CANARY_ROWS, _CANARY_COSINE = 8, 0.999

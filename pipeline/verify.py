@@ -16,10 +16,12 @@ from cache_schemas import Commit, SchemaError, Status
 from cache_schemas.embedding_store import ATTRIBUTES_KEY, EMBEDDING, STATUS, commit_path, pixels_path, rows_path
 from cache_schemas.plan import FILES_TABLE
 from dimefm import storage
+from dimefm.arrays import digest_arrays
 from dimefm.clip import load_clip
 from dimefm.errors import DimefmError, StoreError
 from dimefm.lock import writing
-from dimefm.store import Store, digest_arrays, plan_digest, sha256
+from dimefm.store import Store
+from dimefm.tables import plan_digest, sha256
 from pipeline.shard import compare_again
 
 _NORM_OFF = 2e-3  # float16 of a unit vector

@@ -17,7 +17,8 @@ from cache_schemas import (
     Status,
     TeacherIdentity,
 )
-from dimefm.store import Store, plan_digest, write_plan
+from dimefm.store import Store
+from dimefm.tables import plan_digest, write_plan
 
 
 def teacher_identity(**changes: Any) -> TeacherIdentity:

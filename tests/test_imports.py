@@ -15,7 +15,7 @@ STANDARD = sys.stdlib_module_names
 HOMES = {
     "ray": {"pipeline/runner.py"},
     "faiss": {"dimefm/index.py"},
-    "zarr": {"dimefm/store.py", "dimefm/mapped.py", "dimefm/pairs.py"},
+    "zarr": {"dimefm/arrays.py", "dimefm/store.py", "dimefm/mapped.py", "dimefm/pairs.py"},
     "open_clip": {"dimefm/clip.py", "dimefm/student.py", "dimefm/preprocess.py", "dimefm/sample/"},
     "matplotlib": {"dimefm/report.py"},
     "tensorboard": {"dimefm/runlog.py"},

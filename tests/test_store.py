@@ -8,9 +8,10 @@ import pytest
 import zarr
 
 from cache_schemas import EmbeddingStore, SchemaError, SourceSummary, Status
+from dimefm.arrays import create_array
 from dimefm.errors import StoreError
 from dimefm.mapped import MappedArray
-from dimefm.store import Store, create_array
+from dimefm.store import Store
 from tests.stores import random_store, teacher_identity
 
 

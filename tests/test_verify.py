@@ -25,7 +25,8 @@ from dimefm import storage
 from dimefm.cli import cli
 from dimefm.clip import Clip
 from dimefm.errors import DimefmError, StoreError
-from dimefm.store import Store, sha256, write_table
+from dimefm.store import Store
+from dimefm.tables import sha256, write_table
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.shard import encode_shard
 from pipeline.verify import Report, VerifyConfig, verify

@@ -1,0 +1,83 @@
+"""Zarr groups and arrays as this project writes them: how they are made, opened and digested."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec
+
+from cache_schemas.embedding_store import ATTRIBUTES_KEY, ArraySpec
+from dimefm import storage
+from dimefm.errors import StoreError
+
+
+def open_group(path: str) -> zarr.Group:
+    """The Zarr group at `path`, for reading and writing. Raises StoreError where there is none."""
+    try:
+        return zarr.open_group(path, mode="r+")
+    except (FileNotFoundError, zarr.errors.GroupNotFoundError):
+        pass
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # what zarr makes of a damaged one
+        raise StoreError(f"{path}/zarr.json is damaged: {error}", remedy="write the store again") from None
+    remedy = "check the path" if not storage.exists(path) else "it is unfinished or something else; cache again"
+    raise StoreError(f"{path} is not a dimefm store", remedy=remedy)
+
+
+def group_attributes(group: zarr.Group, path: str) -> Any:
+    """The document that a group of ours carries. Raises StoreError where it has none."""
+    if ATTRIBUTES_KEY not in group.attrs:
+        remedy = "it is another Zarr group, or was stopped while it was planned: run the same command again"
+        raise StoreError(f"{path} is not a dimefm store", remedy=remedy)
+    return group.attrs[ATTRIBUTES_KEY]
+
+
+def create_array(
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    chunks: tuple[int, ...],
+    shard_rows: int,
+    *,
+    fill: float = 0,
+) -> None:
+    """An uncompressed array in whole-row chunks with crc32c, sharded by `shard_rows`."""
+    group.create_array(
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=chunks,
+        shards=(shard_rows, *chunks[1:]),
+        compressors=[Crc32cCodec()],
+        serializer=BytesCodec(endian="little"),
+        filters=None,
+        fill_value=fill,
+        overwrite=True,
+        config={"write_empty_chunks": True},
+    )
+
+
+def open_array(group: zarr.Group, name: str, spec: ArraySpec) -> Any:
+    """The array, ready to be written with chunks of fill values too: an absent chunk is then always a loss."""
+    where = f"{group.store_path}/{name}"
+    try:
+        array: Any = group[name]
+    except (KeyError, ValueError, TypeError) as error:
+        raise StoreError(f"{where} cannot be opened: {error}", remedy="it is damaged; cache again") from None
+    shape, dtype, chunks = array.shape, str(array.dtype), array.chunks
+    expected = spec.shape, spec.dtype, (spec.chunk_rows, *spec.shape[1:])
+    if (shape, dtype, chunks) != expected:
+        what = f"{where} is {dtype} {shape} in chunks {chunks}, where {expected[1]} {expected[0]} {expected[2]} belongs"
+        raise StoreError(what, remedy="it is damaged; cache again")
+    return array.with_config({"write_empty_chunks": True})
+
+
+def digest_arrays(*arrays: np.ndarray[Any, Any]) -> str:
+    """sha256 over the bytes of the arrays, in order, as hex."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
