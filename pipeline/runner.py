@@ -208,7 +208,8 @@ class _Supervisor:
         try:
             _get(reference)
         except RayActorError as error:
-            self._count_loss(shard, error)
+            if "never ran" not in str(error):  # Ray sent it to a node that was lost already, and did not know yet
+                self._count_loss(shard, error)
             if shard is not None:
                 self._pending.append(shard)
             self._place()

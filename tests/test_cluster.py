@@ -1,0 +1,188 @@
+"""Stage 1 on a cluster of several machines: Ray's own simulation of one, a node of one CPU a machine, real processes.
+
+Nodes are lost in the middle of the work by SIGKILL of all their processes. The commands run as a user runs them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.cluster_utils import Cluster
+
+from dimefm.clip import Clip
+from dimefm.store import Store
+from pipeline.plan import PlanRequest, open_or_plan
+from pipeline.runner import _ENVIRONMENT
+from pipeline.shard import encode_shard
+from tests.making import read_tar, write_tar
+from tests.test_kill import ENVIRONMENT, processes
+
+pytestmark = pytest.mark.slow
+_NODE = {"object_store_memory": 80 * 1024**2, "include_dashboard": False}
+_IMAGES, _SHARDS = 320, 20
+
+
+class Machines:
+    """A cluster whose head does no work, and the nodes that do."""
+
+    def __init__(self) -> None:
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **_NODE})
+        self.address: str = self._cluster.address
+
+    def add(self) -> Any:
+        node = self._cluster.add_node(num_cpus=1, **_NODE)
+        self._cluster.wait_for_nodes()
+        return node
+
+    def lose(self, node: Any) -> None:
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def shutdown(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
+    for name, value in _ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    found = Machines()
+    yield found
+    found.shutdown()
+
+
+@pytest.fixture(scope="module")
+def source(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Work for some ten seconds of two workers."""
+    members = read_tar(sample / "images" / "train-00000.tar", _IMAGES)
+    return write_tar(tmp_path_factory.mktemp("cluster") / "images.tar", members)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source: Path, clip: Clip) -> Store:
+    """What one process makes of it."""
+    request = PlanRequest(kind="image", arguments=(str(source),), shard_rows=_IMAGES // _SHARDS, batch_size=16)
+    store = open_or_plan(request, str(source.with_name("undisturbed.zarr")), clip.identity)
+    for shard in range(_SHARDS):
+        encode_shard(store, shard, clip)
+    return store
+
+
+@pytest.fixture
+def words(source: Path, teacher_name: str, tmp_path: Path) -> list[str]:
+    sizes = ["--shard-rows", str(_IMAGES // _SHARDS), "--batch-size", "16", "--device", "cpu", "--threads", "1"]
+    return ["cache-images", str(source), "--teacher", teacher_name, *sizes, "--out", str(tmp_path / "images.zarr")]
+
+
+class Run:
+    """The command at work."""
+
+    def __init__(self, words: list[str], address: str, workers: int) -> None:
+        command = [sys.executable, "-m", "dimefm", *words, "--ray-address", address, "--workers", str(workers)]
+        self._out = Path(words[-1])
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, env=ENVIRONMENT, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def wait_until(self, due: Callable[[], bool], seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not due():
+            assert self._process.poll() is None, "ended before its time"
+            assert time.monotonic() < end, "waited for too long"
+            time.sleep(0.02)
+
+    def commits(self) -> int:
+        return len(list((self._out / "commits").glob("*.json"))) if self._out.exists() else 0
+
+    def finish(self, seconds: float = 60) -> str:
+        output, _ = self._process.communicate(timeout=seconds)
+        assert self._process.returncode == 0, output
+        return output
+
+
+def both_at_work() -> Callable[[], bool]:
+    """Whether two actors have been seen encoding. They are then seldom idle, but may be called after another method,
+    such as that which says how far they are."""
+    seen: set[int] = set()
+
+    def look() -> bool:
+        seen.update(processes("ray::Worker.encode"))
+        return len(seen) == 2
+
+    return look
+
+
+def assert_as_undisturbed(out: Path, undisturbed: Store) -> None:
+    store = Store(str(out))
+    store.require_complete()
+    np.testing.assert_array_equal(store.read(0, _IMAGES), undisturbed.read(0, _IMAGES))
+    np.testing.assert_array_equal(store.status(), undisturbed.status())
+
+
+def test_a_lost_node_is_not_waited_for(machines: Machines, words: list[str], undisturbed: Store) -> None:
+    """Nor its replacement, which has no node to go to: the other worker does what is left."""
+    first, _ = machines.add(), machines.add()
+    with Run(words, machines.address, workers=2) as run:
+        run.wait_until(both_at_work())
+        machines.lose(first)
+        assert run.commits() < _SHARDS - 2
+        run.finish()
+    assert_as_undisturbed(Path(words[-1]), undisturbed)
+
+
+def test_work_goes_on_when_a_machine_comes_after_all_were_lost(
+    machines: Machines, words: list[str], undisturbed: Store
+) -> None:
+    nodes = machines.add(), machines.add()
+    with Run(words, machines.address, workers=2) as run:
+        run.wait_until(both_at_work())
+        for node in nodes:
+            machines.lose(node)
+        run.wait_until(lambda: not processes("ray::Worker"))
+        left = run.commits()
+        assert left < _SHARDS - 2
+        machines.add()
+        run.finish()
+    assert_as_undisturbed(Path(words[-1]), undisturbed)
+
+
+def test_a_node_that_is_lost_during_the_canary_is_replaced(
+    machines: Machines, words: list[str], undisturbed: Store
+) -> None:
+    """The first worker of a run that goes on is alone until it has compared: its loss must not end the run."""
+    out = Path(shutil.copytree(undisturbed.path, words[-1]))
+    for shard in range(2, _SHARDS):
+        (out / "commits" / f"{shard:06d}.json").unlink()
+    node = machines.add()
+    with Run(words, machines.address, workers=1) as run:
+        run.wait_until(lambda: bool(processes("ray::Worker.start")))
+        machines.lose(node)
+        machines.add()
+        run.finish()
+    assert_as_undisturbed(out, undisturbed)
+
+
+def test_an_address_at_which_nothing_listens_is_refused_at_once(words: list[str]) -> None:
+    command = [sys.executable, "-m", "dimefm", *words, "--ray-address", "127.0.0.1:9", "--workers", "1"]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"Error: no Ray cluster answers at 127\.0\.0\.1:9: .*refused\n"
+        r"  remedy: start one with ray start --head, or leave --ray-address out\n",
+        done.stderr,
+    )
