@@ -7,8 +7,8 @@ STORE.zarr/
   view/                  with views: int32 (rows, views, 5), the ViewBox of each: enough to replay it exactly
   rows/<shard>.parquet   the plan, written before any work (plan.py); rows/files.parquet: the files it was made from
   commits/<shard>.json   written last, one per finished shard (commit.py)
-  pixels/<shard>.tar     with pixels: the decoded images as JPEG, a WebDataset in order of row; pixel_range/ int64
-                         (rows, 2) is where in the tar the JPEG of a row begins and ends
+  pixels/<shard>.tar     with pixels: the decoded images as JPEG, a WebDataset in order of row
+  pixel_index/           with pixels: int64 (rows, 3): where in the tar the JPEG of a row begins and ends, its crc32c
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cache_schemas.identity import TeacherIdentity
 from cache_schemas.problems import Problem
 
 ATTRIBUTES_KEY = "dimefm"
-EMBEDDING, STATUS, VIEW, PIXEL_RANGE = "embedding", "status", "view", "pixel_range"
+EMBEDDING, STATUS, VIEW, PIXEL_INDEX = "embedding", "status", "view", "pixel_index"
 ROWS, COMMITS, PIXELS = "rows", "commits", "pixels"
 BOX = 5  # numbers of a ViewBox
 
@@ -120,7 +120,7 @@ class EmbeddingStore(Document):
         if self.views:
             found[VIEW] = ArraySpec(shape=(self.rows, *views, BOX), dtype="int32", chunk_rows=self.chunk_rows)
         if self.pixels:
-            found[PIXEL_RANGE] = ArraySpec(shape=(self.rows, 2), dtype="int64", chunk_rows=self.chunk_rows)
+            found[PIXEL_INDEX] = ArraySpec(shape=(self.rows, 3), dtype="int64", chunk_rows=self.chunk_rows)
         return found
 
     @property

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dimefm.decode import DecodeError, decode_rgb
-from dimefm.errors import TrainingError
+from dimefm.errors import DimefmError, TrainingError
 from dimefm.order import epoch_batches
 from dimefm.preprocess import resize
 from dimefm.sources.reading import read_encoded
@@ -85,8 +85,8 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
     def __getitem__(self, request: Request) -> Batch | TrainingError:
         try:
             return self._batch(request)
-        except TrainingError as error:
-            return error
+        except DimefmError as error:
+            return TrainingError(error.what, remedy=error.remedy)
 
     def _batch(self, request: Request) -> Batch:
         store = self._store = self._store or Store(self._path)  # opened in the process that reads

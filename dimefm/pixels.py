@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import google_crc32c
 import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
@@ -52,14 +53,14 @@ class PixelTar:
     def __init__(self, file: Any) -> None:
         self._file, self._sha256, self._offset = file, hashlib.sha256(), 0
 
-    def add(self, row: int, jpeg: bytes) -> tuple[int, int]:
-        """Append the JPEG of a row; where in the tar it begins and ends."""
+    def add(self, row: int, jpeg: bytes) -> tuple[int, int, int]:
+        """Append the JPEG of a row; where in the tar it begins and ends, and its crc32c."""
         member = tarfile.TarInfo(f"{row:09d}.jpg")
         member.size, member.mode = len(jpeg), 0o644
         start = self._offset + tarfile.BLOCKSIZE
         self._write(member.tobuf(tarfile.USTAR_FORMAT))
         self._write(jpeg + bytes(-len(jpeg) % tarfile.BLOCKSIZE))
-        return start, start + len(jpeg)
+        return start, start + len(jpeg), google_crc32c.value(jpeg)
 
     def finish(self) -> str:
         """Write the end mark; the sha256 of the whole tar."""

@@ -12,6 +12,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +23,7 @@ from cache_schemas.embedding_store import (
     ATTRIBUTES_KEY,
     COMMITS,
     EMBEDDING,
-    PIXEL_RANGE,
+    PIXEL_INDEX,
     STATUS,
     VIEW,
     commit_path,
@@ -192,10 +193,13 @@ class Store:
         return {name: self._zarr(name, slice(*self.schema.shard_range(shard))) for name in self._arrays}
 
     def pixels(self, row: int) -> bytes:
-        """The JPEG of a row, of a store with pixels. Raises OSError as reading a file does."""
-        start, stop = self._read(PIXEL_RANGE, np.array([row]))[0].tolist()
+        """The JPEG of a row, of a store with pixels. Raises OSError as reading a file does, StoreError if damaged."""
+        start, stop, checksum = self._read(PIXEL_INDEX, np.array([row]))[0].tolist()
         path = storage.join(self.path, pixels_path(row // self.schema.shard_rows))
-        return storage.read_bytes(path, start, stop - start)
+        jpeg = storage.read_bytes(path, start, stop - start)
+        if google_crc32c.value(jpeg) != checksum:
+            raise StoreError(f"{path}, row {row} is damaged: its checksum does not fit", remedy=DAMAGED)
+        return jpeg
 
     def status(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         """Status codes, uint8 (N,)."""

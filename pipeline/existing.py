@@ -13,7 +13,7 @@ from cache_schemas.embedding_store import (
     ATTRIBUTES_KEY,
     COMMITS,
     EMBEDDING,
-    PIXEL_RANGE,
+    PIXEL_INDEX,
     PIXELS,
     ROWS,
     STATUS,
@@ -33,7 +33,7 @@ def require_no_stranger(out: str) -> None:
     names = set(storage.listing(out))
     if not names and not storage.is_url(out) and Path(out).is_file():
         raise OutputExistsError(f"{out} exists and is a file", remedy="give another --out")
-    strangers = names - {"zarr.json", EMBEDDING, STATUS, VIEW, PIXEL_RANGE, ROWS, COMMITS, PIXELS}
+    strangers = names - {"zarr.json", EMBEDDING, STATUS, VIEW, PIXEL_INDEX, ROWS, COMMITS, PIXELS}
     if strangers:
         what = f"{out} exists and is not an embedding store (it holds {min(strangers)!r})"
         raise OutputExistsError(what, remedy="give another --out")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cache_schemas import Commit, EmbeddingStore, Failure, Status
-from cache_schemas.embedding_store import EMBEDDING, PIXEL_RANGE, STATUS, VIEW, commit_path, pixels_path
+from cache_schemas.embedding_store import EMBEDDING, PIXEL_INDEX, STATUS, VIEW, commit_path, pixels_path
 from dimefm import storage
 from dimefm.clip import Clip, token_counts
 from dimefm.decode import DecodeError
@@ -78,13 +78,13 @@ def retry_shard(store: Store, shard: int, clip: Clip, *, threads: int = 1, progr
     with _writing(store), tempfile.TemporaryFile() as spool:
         tar = PixelTar(spool) if store.schema.pixels else None
         again = encode_rows([rows[i] for i in failed], store.schema, clip, threads=threads, progress=progress, tar=tar)
-        kept_range_N2 = data.arrays.get(PIXEL_RANGE)
+        kept_index_N3 = data.arrays.get(PIXEL_INDEX)
         for name, values in again.arrays.items():
             data.arrays[name] = data.arrays[name].copy()
             data.arrays[name][failed] = values
         data.reasons = {int(failed[place]): reason for place, reason in again.reasons.items()}
-        if kept_range_N2 is not None:
-            digest = _merge(store, shard, data, kept_range_N2, set(failed.tolist()), spool)
+        if kept_index_N3 is not None:
+            digest = _merge(store, shard, data, kept_index_N3, set(failed.tolist()), spool)
     return _commit(store, shard, rows, data, digest, clip, began)
 
 
@@ -157,7 +157,7 @@ def _image_batches(
         if loaded.boxes_V5 is not None:
             data.arrays[VIEW][i] = loaded.boxes_V5
         if tar is not None and loaded.jpeg is not None:
-            data.arrays[PIXEL_RANGE][i] = tar.add(rows[i]["row"], loaded.jpeg)
+            data.arrays[PIXEL_INDEX][i] = tar.add(rows[i]["row"], loaded.jpeg)
         indices.append(i)
         pixels.append(loaded.pixels_V3HW)
         if len(indices) == size:
@@ -180,7 +180,7 @@ def _commit(
         )
         for i in data.failed().tolist()
     ]
-    more = {name: data.arrays[name] for name in (VIEW, PIXEL_RANGE) if name in data.arrays}
+    more = {name: data.arrays[name] for name in (VIEW, PIXEL_INDEX) if name in data.arrays}
     embedding, status, seconds = data.arrays[EMBEDDING], data.arrays[STATUS], time.monotonic() - began
     device = str(clip.device)
     return store.write_shard(
@@ -206,20 +206,20 @@ def _tar(store: Store, shard: int) -> Iterator[PixelTar]:
 
 
 def _merge(
-    store: Store, shard: int, data: ShardData, kept_range_N2: np.ndarray[Any, Any], failed: set[int], spool: Any
+    store: Store, shard: int, data: ShardData, kept_index_N3: np.ndarray[Any, Any], failed: set[int], spool: Any
 ) -> str:
     """The shard's tar again: its JPEGs as they were, with those of the retried rows from `spool` in their places."""
-    range_N2 = data.arrays[PIXEL_RANGE]
-    path, first = storage.join(store.path, pixels_path(shard)), store.schema.shard_range(shard)[0]
+    index_N3 = data.arrays[PIXEL_INDEX]
+    first = store.schema.shard_range(shard)[0]
     with _tar(store, shard) as tar:
-        for i in range(len(range_N2)):
-            start, stop = (range_N2 if i in failed else kept_range_N2)[i].tolist()
+        for i in range(len(index_N3)):
+            start, stop, _ = (index_N3 if i in failed else kept_index_N3)[i].tolist()
             if stop == 0:
                 continue
             if i in failed:
                 spool.seek(start)
-            jpeg = spool.read(stop - start) if i in failed else storage.read_bytes(path, start, stop - start)
-            range_N2[i] = tar.add(first + i, jpeg)
+            jpeg = spool.read(stop - start) if i in failed else store.pixels(first + i)  # its checksum is compared
+            index_N3[i] = tar.add(first + i, jpeg)
         return tar.finish()
 
 

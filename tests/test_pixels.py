@@ -19,7 +19,7 @@ from cache_schemas.embedding_store import pixels_path
 from dimefm.clip import Clip
 from dimefm.data import Augmentation, Batch, Request, TrainingImages
 from dimefm.decode import DecodeError, decode, decode_rgb
-from dimefm.errors import MismatchError
+from dimefm.errors import MismatchError, StoreError, TrainingError
 from dimefm.pixels import small_jpeg
 from dimefm.store import Store
 from dimefm.train import train
@@ -197,6 +197,22 @@ def test_a_student_is_trained_on_the_kept_pixels(orphan: Store) -> None:
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_flipped_bit_in_a_kept_jpeg_stops_the_training_with_what_to_do(
+    orphan: Store, text_store: Store, tmp_path: Path, workers: int
+) -> None:
+    """One bit of the picture's data: it decodes all the same, to another picture."""
+    file = Path(orphan.path) / pixels_path(0)
+    data = bytearray(file.read_bytes())
+    place = data.index(orphan.pixels(3)) + len(orphan.pixels(3)) // 2
+    data[place] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(StoreError, match="row 3 is damaged"):
+        orphan.pixels(3)
+    with pytest.raises(TrainingError, match=r"row 3 is damaged(?s:.*)dimefm verify"):
+        train(tiny_config(orphan, text_store, tmp_path / "run", workers=workers))
 
 
 def test_pixels_of_another_size_are_refused_by_name(store: Store, source: Path, clip: Clip) -> None:

@@ -187,7 +187,7 @@ def places(path: Path, rng: random.Random) -> Iterator[tuple[int, int]]:
 
 @pytest.mark.parametrize("kind", ["full", "text"])
 @pytest.mark.parametrize(
-    "part", ["zarr.json", "embedding", "status", "view", "pixel_range", "rows", "commits", "pixels"]
+    "part", ["zarr.json", "embedding", "status", "view", "pixel_index", "rows", "commits", "pixels"]
 )
 def test_one_flipped_bit_is_found_and_never_read(copy: Callable[[str], Path], kind: str, part: str) -> None:
     store = copy(kind)
