@@ -19,7 +19,8 @@ class TrainConfig:
     """Everything that decides a student. Paths are those of the stores; sizes in images, texts, pixels, epochs.
 
     `batch_size` is of all processes together. `val` lists labelled sets, whose prompts must all be
-    in the text store `val_texts` (default: `texts`).
+    in the text store `val_texts` (default: `texts`). `crop_scale` and `flip` are for images cached whole: a store of
+    views brings its own crops and flips.
     """
 
     images: str

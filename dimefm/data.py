@@ -114,12 +114,16 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
         """Decoded images: the store's own pixels where it has them, else the files that it was cached from."""
         if store.schema.pixels:
             return [self._decode(f"row {row}", partial(store.pixels, row)) for row in rows_B.tolist()]
+        samples = store.samples(rows_B)
+        if not all(s["file"] for s in samples):
+            what = f"{store.path} was imported without the images that its embeddings are of"
+            raise TrainingError(what, remedy="import it again with --images, or cache the images")
         return [
             self._decode(
                 f"row {s['row']} (key {s['key']!r} in {s['file']})",
                 partial(read_encoded, s["file"], s["offset"], s["size"]),
             )
-            for s in store.samples(rows_B)
+            for s in samples
         ]
 
     def _decode(self, where: str, read: Callable[[], bytes]) -> torch.Tensor:

@@ -77,7 +77,7 @@ class Worker:
         if job.compile:
             self._clip.compile(schema.batch_size)
         self._threads = threads
-        if job.threads is None and threads > 1 and schema.kind == "image":
+        if job.threads is None and threads > 1 and schema.kind == "image" and not job.retry:
             rows = self._store.plan(shard).slice(0, PROBE_ROWS).to_pylist()
             with suppress(SourceError):  # not one image can be read: there is no speed to go by
                 self._threads = measure(rows, schema, self._clip).threads(threads)

@@ -73,6 +73,8 @@ def encode_shard(store: Store, shard: int, clip: Clip, *, threads: int = 1, prog
 def retry_shard(store: Store, shard: int, clip: Clip, *, threads: int = 1, progress: Progress = _silent) -> Commit:
     """As `encode_shard`, but only for the rows of a finished shard that have no embedding; the others stay."""
     began, rows, digest = time.monotonic(), store.plan(shard).to_pylist(), None
+    commit = store.commit(shard)
+    before = commit.seconds if commit else 0.0
     data = ShardData(store.shard_arrays(shard))
     failed = data.failed()
     with _writing(store), tempfile.TemporaryFile() as spool:
@@ -85,7 +87,8 @@ def retry_shard(store: Store, shard: int, clip: Clip, *, threads: int = 1, progr
         data.reasons = {int(failed[place]): reason for place, reason in again.reasons.items()}
         if kept_index_N3 is not None:
             digest = _merge(store, shard, data, kept_index_N3, set(failed.tolist()), spool)
-    return _commit(store, shard, rows, data, digest, clip, began)
+    # The time of a shard is all that was spent on it.
+    return _commit(store, shard, rows, data, digest, clip, began - before)
 
 
 def encode_rows(

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from cache_schemas import Status
 from dimefm import lock, storage
 from dimefm.cli import cli
-from dimefm.errors import DimefmError, MismatchError, OutputExistsError, SourceError, StoreError
+from dimefm.errors import DimefmError, MismatchError, OutputExistsError, SourceError, StoreError, TrainingError
 from dimefm.index import IndexConfig, build_index, retrieve_with_index
 from dimefm.info import describe
 from dimefm.store import Store
@@ -156,6 +156,8 @@ def test_without_sources_images_serve_retrieve_and_the_store_says_what_they_do_n
     assert places == {("", 0, 0)}
     assert "serves retrieve, but not train-student" in describe(store.path)
     assert "not compared with the teacher" in describe(store.path)
+    with pytest.raises(TrainingError, match=r"imported without the images(?s:.*)--images"):
+        train(tiny_config(store, text_store, tmp_path / "run"))
     index, pairs = str(tmp_path / "texts.index"), str(tmp_path / "pairs.zarr")
     build_index(IndexConfig(store=text_store.path, out=index))
     assert retrieve_with_index(store.path, text_store.path, index, top_k=4, out=pairs).images == 96
