@@ -212,6 +212,15 @@ def listing(path: str) -> list[str]:
     return sorted(name for name in names if not name.startswith("."))
 
 
+@contextmanager
+def writing_to(path: str) -> Iterator[None]:
+    """For a block that only writes: an OSError in it becomes a StoreError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def cannot_write(path: str, error: OSError) -> StoreError:
     """What a full disk, a read-only folder or a lost share becomes."""
     remedy = "make room, or mend the permissions, and run the same command again; finished shards are kept"

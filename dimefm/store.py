@@ -62,20 +62,24 @@ class Store:
 
     @staticmethod
     def create(path: str, schema: EmbeddingStore) -> Store:
-        """Make the arrays, and last the attributes: until they are there the store counts as not planned."""
-        group = zarr.open_group(storage.absolute(path), mode="a")
-        if ATTRIBUTES_KEY in group.attrs:
-            raise OutputExistsError(f"{path} is a store already", remedy="give another place")
-        for name, spec in schema.arrays().items():
-            chunks = (spec.chunk_rows, *spec.shape[1:])
-            create_array(group, name, spec.shape, spec.dtype, chunks, schema.shard_rows)
-        names = [*(f"{name}/zarr.json" for name in schema.arrays()), FILES_TABLE]
-        places = {name: storage.join(storage.absolute(path), name) for name in names}
-        found = {name: sha256(storage.read_bytes(place)) for name, place in places.items() if storage.exists(place)}
-        schema = replace(schema, digests={**schema.digests, **found})
-        # Written as our other documents are, so that `dimefm verify` knows every byte of it, whatever zarr's release.
-        document = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTES_KEY: schema.to_json()}}
-        storage.write_json(storage.join(storage.absolute(path), "zarr.json"), document)
+        """Make the arrays, and last the attributes: until they are there the store counts as not planned.
+
+        Raises StoreError where they cannot be written.
+        """
+        with storage.writing_to(path):
+            group = zarr.open_group(storage.absolute(path), mode="a")
+            if ATTRIBUTES_KEY in group.attrs:
+                raise OutputExistsError(f"{path} is a store already", remedy="give another place")
+            for name, spec in schema.arrays().items():
+                chunks = (spec.chunk_rows, *spec.shape[1:])
+                create_array(group, name, spec.shape, spec.dtype, chunks, schema.shard_rows)
+            names = [*(f"{name}/zarr.json" for name in schema.arrays()), FILES_TABLE]
+            places = {name: storage.join(storage.absolute(path), name) for name in names}
+            found = {name: sha256(storage.read_bytes(place)) for name, place in places.items() if storage.exists(place)}
+            schema = replace(schema, digests={**schema.digests, **found})
+            # Written as our other documents are, so that `dimefm verify` knows each byte, whatever zarr's release.
+            document = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTES_KEY: schema.to_json()}}
+            storage.write_json(storage.join(storage.absolute(path), "zarr.json"), document)
         return Store(path)
 
     def write_shard(
@@ -99,7 +103,7 @@ class Store:
         start, stop = self.schema.shard_range(shard)
         values = {EMBEDDING: embedding_ND, STATUS: status_N, **more}
         path = storage.join(self.path, commit_path(shard))
-        try:
+        with storage.writing_to(self.path):
             storage.remove_file(path)  # of a shard that is written again
             for name, array in self._arrays.items():
                 file = storage.join(self.path, self.shard_file(name, shard))
@@ -121,8 +125,6 @@ class Store:
                 pixels=pixels,
             )
             storage.write_json(path, commit.to_json())
-        except OSError as error:
-            raise storage.cannot_write(self.path, error) from error
         return commit
 
     # -- progress -----------------------------------------------------------------------------------------------------

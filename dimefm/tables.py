@@ -27,11 +27,12 @@ def plan_digest(digests: Iterable[str]) -> str:
 
 
 def write_table(path: str, table: pa.Table) -> str:
-    """A table as a Parquet file; its sha256."""
+    """A table as a Parquet file; its sha256. Raises StoreError where it cannot be written."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     data = sink.getvalue()
-    storage.write_atomic(path, data)
+    with storage.writing_to(path):
+        storage.write_atomic(path, data)
     return sha256(data)
 
 

@@ -24,7 +24,7 @@ from cache_schemas import Commit, SchemaError, Status, ViewPlan
 from dimefm import storage
 from dimefm.cli import cli
 from dimefm.clip import Clip
-from dimefm.errors import DimefmError, StoreError
+from dimefm.errors import StoreError
 from dimefm.store import Store
 from dimefm.tables import sha256, write_table
 from pipeline.plan import PlanRequest, open_or_plan
@@ -513,11 +513,6 @@ def test_a_status_code_of_no_meaning_is_found(copy: Callable[[str], Path]) -> No
     store = copy("image")
     Store(str(store)).group["status"][9] = max(Status) + 1
     assert any("rows are 2 OK, 1 8" in problem for problem in check(store).bad[1])
-
-
-def test_errors_of_verify_are_those_of_the_user(tmp_path: Path) -> None:
-    with pytest.raises(DimefmError, match="is not a dimefm store"):
-        check(tmp_path)
 
 
 def test_a_shard_that_is_written_again_is_read_as_it_is_now(copy: Callable[[str], Path]) -> None:
