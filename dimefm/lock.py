@@ -39,12 +39,7 @@ def writing(store: str) -> Iterator[None]:
     made = not folder.exists()
     with _locked(folder) as file:
         try:
-            file.truncate(0)
-            file.write(_owner())
-            file.flush()
-        except OSError as error:
-            raise _cannot_write(folder, error) from error
-        try:
+            _sign(file, folder)
             yield
         finally:
             with suppress(OSError):  # another process may have come at this moment
@@ -90,9 +85,18 @@ def _open(folder: Path) -> TextIO:
     return file
 
 
+def _sign(file: TextIO, folder: Path) -> None:
+    try:
+        file.truncate(0)
+        os.write(file.fileno(), _owner().encode())  # past the buffer, which would be written once more by close
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
 def _cannot_write(folder: Path, error: OSError) -> StoreError:
     return StoreError(
-        f"{folder} cannot be written: {error.strerror}", remedy="mend its permissions, or give another place"
+        f"{folder} cannot be written: {error.strerror}",
+        remedy="make room, mend its permissions, or give another place",
     )
 
 

@@ -108,6 +108,7 @@ def test_a_disk_that_is_full_at_any_moment_ends_the_job_with_what_to_do_and_cost
     with pytest.raises(StoreError, match=r"cannot be written: No space left on device\n  remedy: make room") as caught:
         encode_rest(request_, out, clip)
     assert str(caught.value).startswith(str(out))
+    assert not list(out.rglob("*.unfinished"))
     with suppress(StoreError):  # it may not have come to be a store
         report = verify(VerifyConfig(store=str(out)))
         assert not report.bad
@@ -115,6 +116,15 @@ def test_a_disk_that_is_full_at_any_moment_ends_the_job_with_what_to_do_and_cost
     disk.options("size=4m")
     assert contents(Path(encode_rest(request_, out, clip).path)) == contents(undisturbed)
     assert verify(VerifyConfig(store=str(out))).trusted
+
+
+def test_a_disk_without_a_free_byte_is_refused(disk: Disk) -> None:
+    with suppress(OSError), (disk.path / "other").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(StoreError, match="cannot be written: No space left on device"), writing(str(disk.path / "s")):
+        pass
+    assert [path.name for path in disk.path.iterdir()] == ["other"]
 
 
 def test_the_sizes_above_cover_planning_and_every_shard(undisturbed: Path) -> None:
@@ -294,6 +304,7 @@ def talkative_png() -> bytes:
 
 BOMBS: dict[str, Callable[[], bytes]] = {
     "png": lambda: png(40_000, 40_000),
+    "smaller png": lambda: png(10_000, 9_000),
     "jpeg": huge_jpeg,
     "gif": huge_gif,
     "comment": talkative_png,
@@ -317,7 +328,14 @@ print(status, peak() - before)
 
 
 @pytest.mark.parametrize(
-    ("bomb", "status"), [("png", "TOO_LARGE"), ("jpeg", "TOO_LARGE"), ("gif", "TOO_LARGE"), ("comment", "UNDECODABLE")]
+    ("bomb", "status"),
+    [
+        ("png", "TOO_LARGE"),
+        ("smaller png", "TOO_LARGE"),
+        ("jpeg", "TOO_LARGE"),
+        ("gif", "TOO_LARGE"),
+        ("comment", "UNDECODABLE"),
+    ],
 )
 def test_a_decompression_bomb_is_refused_before_it_takes_memory(tmp_path: Path, bomb: str, status: str) -> None:
     path = tmp_path / "bomb"
