@@ -50,6 +50,13 @@ def filesystem(path: str) -> tuple[Any, str]:
     return fs, inner
 
 
+def _fresh(path: str) -> tuple[Any, str]:
+    """`filesystem`, which has forgotten what it listed before: other processes, and zarr, write to the same place."""
+    fs, inner = filesystem(path)
+    fs.invalidate_cache()
+    return fs, inner
+
+
 def join(base: str, name: str) -> str:
     """`name` within `base`, for paths and URLs alike."""
     return f"{base.rstrip('/')}/{name}"
@@ -67,7 +74,7 @@ def digest_file(path: str) -> str:
 def tree(folder: str) -> set[str]:
     """The files below a folder, by path within it; without hidden ones, such as a lock."""
     if is_url(folder):
-        fs, inner = filesystem(folder)
+        fs, inner = _fresh(folder)
         found = [name[len(inner.rstrip("/")) + 1 :] for name in fs.find(inner)]
     else:
         found = [p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file()]
@@ -78,7 +85,7 @@ def exists(path: str) -> bool:
     """Whether a file or folder is at `path`."""
     if not is_url(path):
         return Path(path).exists()
-    fs, inner = filesystem(path)
+    fs, inner = _fresh(path)
     return bool(fs.exists(inner))
 
 
@@ -157,7 +164,7 @@ def remove_file(path: str) -> None:
     if not is_url(path):
         Path(path).unlink(missing_ok=True)
         return
-    fs, inner = filesystem(path)
+    fs, inner = _fresh(path)
     if fs.exists(inner):
         fs.rm_file(inner)
 
@@ -176,7 +183,7 @@ def remove_folder(path: str) -> None:
     if not is_url(path):
         shutil.rmtree(path, ignore_errors=True)
         return
-    fs, inner = filesystem(path)
+    fs, inner = _fresh(path)
     if fs.exists(inner):
         fs.rm(inner, recursive=True)
 
@@ -207,7 +214,7 @@ def listing(path: str) -> list[str]:
         folder = Path(path)
         names = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
     else:
-        fs, inner = filesystem(path)
+        fs, inner = _fresh(path)
         names = [name.rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False)] if fs.exists(inner) else []
     return sorted(name for name in names if not name.startswith("."))
 

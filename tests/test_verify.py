@@ -521,3 +521,17 @@ def test_a_shard_that_is_written_again_is_read_as_it_is_now(copy: Callable[[str]
     before = store.read(8, 11)
     store.write_shard(1, arrays["embedding"][::-1], arrays["status"], [], device="cpu", seconds=1)
     np.testing.assert_array_equal(store.read(8, 11), before[::-1])
+
+
+def test_a_shard_that_is_being_written_again_is_not_committed(
+    copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(path: str) -> None:
+        raise KeyboardInterrupt
+
+    store = Store(str(copy("image")))
+    arrays = store.shard_arrays(1)
+    monkeypatch.setattr("dimefm.storage.flush", stop)
+    with pytest.raises(KeyboardInterrupt):
+        store.write_shard(1, arrays["embedding"], arrays["status"], [], device="cpu", seconds=1)
+    assert store.committed() == {0}

@@ -1,0 +1,210 @@
+"""Stage 1 and training with everything on S3, and what is there is what a local disk would hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import s3fs
+from click.testing import CliRunner
+
+from cache_schemas import SchemaError, ViewPlan
+from dimefm import storage
+from dimefm.cli import cli
+from dimefm.clip import Clip
+from dimefm.errors import DimefmError, StoreError
+from dimefm.lock import writing
+from dimefm.store import Store
+from dimefm.train import train
+from pipeline.plan import PlanRequest, open_or_plan
+from pipeline.shard import encode_shard
+from pipeline.verify import VerifyConfig, verify
+from tests.making import read_tar, upload, write_tar
+from tests.training import same, tiny_config, weights
+
+pytest_plugins = ["tests.s3"]
+
+VIEWS = ViewPlan(count=2, seed=0, crop_scale=(0.4, 1.0), flip=True)
+KINDS = {"plain": {}, "full": {"pixels": 64, "views": VIEWS}}
+ROWS, SHARD_ROWS = 40, 16
+
+
+def put(path: Path, url: str) -> str:
+    """Copy a file to S3; its URL."""
+    fs, inner = fsspec.url_to_fs(f"{url}/{path.name}")
+    fs.pipe_file(inner, path.read_bytes())
+    return f"{url}/{path.name}"
+
+
+def encode_rest(request: PlanRequest, out: str, clip: Clip) -> Store:
+    """What the cache command does, without Ray."""
+    with writing(out):
+        store = open_or_plan(request, out, clip.identity)
+        storage.remove_leftovers(store.path)
+        for shard in sorted(set(range(store.schema.shards)) - store.committed()):
+            encode_shard(store, shard, clip)
+    return store
+
+
+def request(source: str, kind: str = "plain") -> PlanRequest:
+    return PlanRequest(kind="image", arguments=(source,), shard_rows=SHARD_ROWS, batch_size=8, **KINDS[kind])  # type: ignore[arg-type]
+
+
+def contents(store: str) -> dict[str, bytes]:
+    """Every file of the store that does not say when, or from where, it was made."""
+    names = [name for name in storage.tree(store) if name.split("/")[0] not in ("commits", "rows", "zarr.json")]
+    return {name: storage.read_bytes(storage.join(store, name)) for name in names}
+
+
+@pytest.fixture(scope="module")
+def tar(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    members = read_tar(sample / "images" / "train-00000.tar", ROWS)
+    return write_tar(tmp_path_factory.mktemp("s3") / "images.tar", members)
+
+
+@pytest.fixture(scope="module")
+def local(tar: Path, clip: Clip) -> dict[str, Store]:
+    """A store of each kind on a local disk."""
+    return {kind: encode_rest(request(str(tar), kind), str(tar.with_name(f"{kind}.zarr")), clip) for kind in KINDS}
+
+
+@pytest.fixture
+def images(s3: str, tar: Path) -> str:
+    """The tar on S3."""
+    return put(tar, f"{s3}/in")
+
+
+@pytest.fixture
+def prepared(s3: str, local: dict[str, Store]) -> str:
+    """The store with views and pixels, copied to S3."""
+    return upload(Path(local["full"].path), f"{s3}/s.zarr")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_on_s3_holds_what_a_local_one_does(
+    s3: str, images: str, clip: Clip, local: dict[str, Store], kind: str
+) -> None:
+    there = encode_rest(request(images, kind), f"{s3}/s.zarr", clip)
+    assert contents(there.path) == contents(local[kind].path)
+    assert verify(VerifyConfig(store=there.path, sample=4)).trusted
+
+
+def test_rows_of_a_store_on_s3_are_read(prepared: str, local: dict[str, Store]) -> None:
+    store, here, rows = Store(prepared), local["full"], np.array([39, 0, 15, 16, 20])
+    np.testing.assert_array_equal(store.read(3, 37), here.read(3, 37))
+    np.testing.assert_array_equal(store.gather(rows), here.gather(rows))
+    np.testing.assert_array_equal(store.status(), here.status())
+    for mine, theirs in zip(store.gather_view(rows, rows % 2), here.gather_view(rows, rows % 2), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert store.samples(rows) == here.samples(rows)
+    assert [store.pixels(row) for row in rows.tolist()] == [here.pixels(row) for row in rows.tolist()]
+
+
+def test_what_another_process_writes_is_seen(prepared: str) -> None:
+    """Listings and what is not there are not kept from before."""
+    store = Store(prepared)
+    assert store.committed() == {0, 1, 2}
+    fs, inner = s3fs.S3FileSystem(skip_instance_cache=True), prepared.removeprefix("s3://")
+    fs.rm_file(f"{inner}/commits/000002.json")
+    assert store.committed() == {0, 1}
+    assert store.commit(2) is None
+    fs.pipe_file(f"{inner}/note.txt", b"")
+    assert "note.txt" in storage.tree(prepared)
+
+
+def test_a_store_on_s3_goes_on_after_a_commit_is_lost(s3: str, images: str, clip: Clip) -> None:
+    store = encode_rest(request(images, "full"), f"{s3}/s.zarr", clip)
+    before = contents(store.path)
+    storage.remove_file(f"{store.path}/commits/000001.json")
+    assert Store(store.path).committed() == {0, 2}
+    assert not verify(VerifyConfig(store=store.path)).trusted
+    encode_rest(request(images, "full"), store.path, clip)
+    assert contents(store.path) == before
+    assert verify(VerifyConfig(store=store.path)).trusted
+
+
+@pytest.mark.parametrize("name", ["embedding/c/1/0/0", "status/c/1", "pixels/000001.tar"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_on_s3_is_found_and_mended(
+    prepared: str, images: str, local: dict[str, Store], clip: Clip, name: str, damage: str
+) -> None:
+    path = storage.join(prepared, name)
+    data = bytearray(storage.read_bytes(path))
+    data[len(data) // 2] ^= 4
+    if damage == "remove":
+        storage.remove_file(path)
+    else:
+        storage.write_atomic(path, bytes(data if damage == "flip" else data[:-1]))
+    assert verify(VerifyConfig(store=prepared, repair=True)).bad.keys() == {1}
+    encode_shard(Store(prepared), 1, clip)
+    assert contents(prepared) == contents(local["full"].path)
+    assert verify(VerifyConfig(store=prepared)).trusted
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}"])
+def test_damaged_attributes_on_s3_are_refused(prepared: str, data: bytes) -> None:
+    storage.write_atomic(f"{prepared}/zarr.json", data)
+    with pytest.raises((StoreError, SchemaError)):
+        Store(prepared)
+
+
+@pytest.mark.parametrize("words", [["info"], ["verify"]])
+def test_commands_say_that_there_is_no_store_at_a_url(s3: str, words: list[str]) -> None:
+    result = CliRunner().invoke(cli, [*words, f"{s3}/none.zarr"])
+    assert result.exit_code == 1
+    assert result.output.startswith(f"Error: {s3}/none.zarr is ")
+
+
+def test_a_bucket_that_is_not_there_is_refused_in_one_message(tar: Path, s3: str, clip: Clip) -> None:
+    with pytest.raises(DimefmError, match=r"s3://no-such-bucket/s\.zarr\S* cannot be written: "):
+        encode_rest(request(str(tar)), "s3://no-such-bucket/s.zarr", clip)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "workers"), [("plain", 0), ("plain", 1), ("full", 1)])
+def test_a_student_is_trained_from_s3_to_the_same_weights(
+    s3: str,
+    images: str,
+    local: dict[str, Store],
+    text_store: Store,
+    clip: Clip,
+    tmp_path: Path,
+    kind: str,
+    workers: int,
+) -> None:
+    there = encode_rest(request(images, kind), f"{s3}/images.zarr", clip)
+    texts = Store(upload(Path(text_store.path), f"{s3}/texts.zarr"))
+    train(tiny_config(there, texts, tmp_path / "there", workers=workers))
+    train(tiny_config(local[kind], text_store, tmp_path / "here"))
+    assert same(weights(tmp_path / "there"), weights(tmp_path / "here"))
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_command_caches_on_ray_from_s3_to_s3(
+    s3: str, images: str, local: dict[str, Store], teacher_name: str
+) -> None:
+    out = f"{s3}/s.zarr"
+    sizes = ["--shard-rows", str(SHARD_ROWS), "--batch-size", "8", "--pixels", "64", "--views", "2", "--workers", "2"]
+    words = ["cache-images", images, "--teacher", teacher_name, *sizes, "--device", "cpu", "--out", out]
+    command = [sys.executable, "-m", "dimefm"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{out}: image embeddings" in done.stdout
+    assert "3 of 3 done" in done.stdout
+    assert contents(out) == contents(local["full"].path)
+    storage.remove_file(f"{out}/commits/000000.json")
+    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([*command, "verify", out, "--sample", "4"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the store can be trusted" in done.stdout
