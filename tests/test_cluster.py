@@ -13,21 +13,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayActorError
 
 from dimefm.clip import Clip
+from dimefm.errors import StoreError
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
-from pipeline.runner import _ENVIRONMENT
+from pipeline.runner import _ENVIRONMENT, Job, _Supervisor
 from pipeline.shard import encode_shard
 from tests.making import read_tar, write_tar
 from tests.test_kill import ENVIRONMENT, processes
 
-pytestmark = pytest.mark.slow
 _NODE = {"object_store_memory": 80 * 1024**2, "include_dashboard": False}
 _IMAGES, _SHARDS = 320, 20
 
@@ -134,6 +136,7 @@ def assert_as_undisturbed(out: Path, undisturbed: Store) -> None:
     np.testing.assert_array_equal(store.status(), undisturbed.status())
 
 
+@pytest.mark.slow
 def test_a_lost_node_is_not_waited_for(machines: Machines, words: list[str], undisturbed: Store) -> None:
     """Nor its replacement, which has no node to go to: the other worker does what is left."""
     first, _ = machines.add(), machines.add()
@@ -145,6 +148,7 @@ def test_a_lost_node_is_not_waited_for(machines: Machines, words: list[str], und
     assert_as_undisturbed(Path(words[-1]), undisturbed)
 
 
+@pytest.mark.slow
 def test_work_goes_on_when_a_machine_comes_after_all_were_lost(
     machines: Machines, words: list[str], undisturbed: Store
 ) -> None:
@@ -161,6 +165,7 @@ def test_work_goes_on_when_a_machine_comes_after_all_were_lost(
     assert_as_undisturbed(Path(words[-1]), undisturbed)
 
 
+@pytest.mark.slow
 def test_a_node_that_is_lost_during_the_canary_is_replaced(
     machines: Machines, words: list[str], undisturbed: Store
 ) -> None:
@@ -186,3 +191,34 @@ def test_an_address_at_which_nothing_listens_is_refused_at_once(words: list[str]
         r"  remedy: start one with ray start --head, or leave --ray-address out\n",
         done.stderr,
     )
+
+
+def supervisor(monkeypatch: pytest.MonkeyPatch, message: str) -> _Supervisor:
+    """One whose actors are all lost as they start."""
+
+    def lost(reference: object) -> None:
+        raise RayActorError(error_msg=message)
+
+    actor = SimpleNamespace(start=SimpleNamespace(remote=lambda *_: object()))
+    made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda _: actor))
+    monkeypatch.setattr("pipeline.runner.ray.remote", lambda _: made)
+    monkeypatch.setattr("pipeline.runner._get", lost)
+    job = Job(store="s.zarr", teacher="t", pretrained=None, precision="fp32", device="cpu", threads=1)
+    found = _Supervisor(job, 1, 1, {0: 4}, check=False)
+    found._place()
+    return found
+
+
+def test_actors_that_never_ran_are_placed_again_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as long as Ray does not know that a node is lost, it sends actors to it."""
+    found = supervisor(monkeypatch, "The actor never ran - it was cancelled before it started running.")
+    for _ in range(20):
+        found._landed(next(iter(found._flying)))
+
+
+def test_actors_that_are_lost_while_they_start_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = supervisor(monkeypatch, "The actor died unexpectedly.")
+    for _ in range(2):
+        found._landed(next(iter(found._flying)))
+    with pytest.raises(StoreError, match="a worker was lost while it started 3 times: The actor died unexpectedly"):
+        found._landed(next(iter(found._flying)))
