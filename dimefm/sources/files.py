@@ -28,6 +28,7 @@ URL_BLOCK = 8 << 20
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, gzip.BadGzipFile)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MODIFIED = ("LastModified", "last_modified", "mtime", "updated", "modified")  # as s3fs, adlfs, gcsfs, ... call it
 
@@ -229,3 +230,11 @@ def _from_info(path: str, info: dict[str, Any]) -> SourceFile:
 
 def _unreadable(path: str, error: Exception) -> SourceError:
     return SourceError(f"{path} cannot be read ({error})", remedy="check the path, the credentials and the network")
+
+
+def require_lasting(path: str, error: Exception) -> None:
+    """Raises SourceError where `error` is of storage that fails for the moment. A file that is gone, refused or damaged
+    is reported and left out; planned without one that only did not answer, its samples would be missing for good."""
+    if isinstance(error, OSError) and not isinstance(error, _LASTING):
+        remedy = "run the same command again once the storage answers, or leave the file out"
+        raise SourceError(f"{path} cannot be read: {error}", remedy=remedy) from error

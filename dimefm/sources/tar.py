@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from zlib import adler32
 
+from dimefm.sources.files import require_lasting
 from dimefm.sources.window import Window, open_window
 
 BLOCK = 512
@@ -47,6 +48,7 @@ def tar_members(path: str, report: Callable[[str], None]) -> Iterator[TarMember]
     except _Damaged as error:
         report(f"{path}: broken after {count[0]} members ({error}); what follows is lost")
     except OSError as error:
+        require_lasting(path, error)
         report(f"{path}: cannot be read ({error})")
 
 
