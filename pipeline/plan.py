@@ -22,6 +22,7 @@ from dimefm.sources.base import SourceFile
 from dimefm.store import Store
 from dimefm.tables import plan_digest, write_plan, write_table
 from pipeline.existing import is_planned, require_no_stranger, require_same, source_digest
+from pipeline.repeats import as_array, repeats
 from pipeline.sentences import SentenceRules, tidy
 
 _LEAST_SHARD, _MOST_SHARD, _CHUNK = 512, 65536, 1024
@@ -57,9 +58,7 @@ class _Tally:
     keys: array[int] = field(default_factory=lambda: array("q"))
 
     def repeated_keys(self) -> int:
-        values = np.frombuffer(self.keys, np.int64) if len(self.keys) else np.empty(0, np.int64)
-        values = np.sort(values)
-        return int((values[1:] == values[:-1]).sum())
+        return sum(len(places) for places in repeats(as_array(self.keys)))
 
 
 @dataclass(frozen=True)

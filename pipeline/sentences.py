@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import numpy as np
 
 from dimefm.errors import StoreError
 from dimefm.sources.base import Source, TextSample
+from pipeline.repeats import as_array, repeats
 
 _BUCKETS = 256
+_BLOCK = 65536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +60,11 @@ def _wanted(source: Source[TextSample], rules: SentenceRules, dropped: dict[str,
     count = np.frombuffer(words, np.uint16) if len(words) else np.empty(0, np.uint16)
     short, long = count < (rules.min_words or 0), count > (rules.max_words or 65535)
     keep = ~(short | long)
-    within = np.flatnonzero(keep)
-    values = np.frombuffer(hashes, np.int64)[within] if len(within) else np.empty(0, np.int64)
-    order = np.argsort(values, kind="stable")
-    values = values[order]
-    repeated = within[order[1:][values[1:] == values[:-1]]]
-    keep[repeated] = False
-    counts = {"shorter than --min-words": short.sum(), "longer than --max-words": long.sum(), "repeated": len(repeated)}
+    fitting = int(keep.sum())
+    for places in repeats(as_array(hashes), keep.copy()):
+        keep[places] = False
+    repeated = fitting - int(keep.sum())
+    counts = {"shorter than --min-words": short.sum(), "longer than --max-words": long.sum(), "repeated": repeated}
     dropped.update({reason: int(n) for reason, n in counts.items() if n or reason == "repeated"})
     return keep
 
@@ -77,7 +77,7 @@ def _shuffled(samples: Iterator[TextSample], count: int, seed: int) -> Iterator[
         try:
             with ExitStack() as stack:
                 files = [stack.enter_context(path.open("w", encoding="utf-8")) for path in paths]
-                for to, sample in zip(place.tolist(), samples, strict=True):
+                for to, sample in zip(_each(place), samples, strict=True):
                     files[to * len(files) // count].write(json.dumps([to, *sample]) + "\n")
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -89,3 +89,8 @@ def _shuffled(samples: Iterator[TextSample], count: int, seed: int) -> Iterator[
                 bucket = sorted(map(json.loads, lines))
             path.unlink()
             yield from (TextSample(key, text) for _, key, text in bucket)
+
+
+def _each(place: np.ndarray[Any, Any]) -> Iterator[int]:
+    """Its numbers one by one: all at once, as objects, they would take five times the memory."""
+    return chain.from_iterable(place[at : at + _BLOCK].tolist() for at in range(0, len(place), _BLOCK))

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from dimefm.errors import DimefmError, StoreError
 from dimefm.lock import writing
 from dimefm.store import Store
 from dimefm.tables import plan_digest, sha256
+from pipeline.repeats import as_array, repeats
 from pipeline.shard import compare_again
 
 _NORM_OFF = 2e-3  # float16 of a unit vector
@@ -124,14 +125,13 @@ class _Keys:
     """Counts keys that come twice, by 64-bit hashes."""
 
     def __init__(self) -> None:
-        self._hashes: list[np.ndarray[Any, Any]] = []
+        self._hashes = array("q")
 
     def add(self, keys: list[str]) -> None:
-        self._hashes.append(np.fromiter(map(hash, keys), np.int64, len(keys)))
+        self._hashes.extend(map(hash, keys))
 
     def repeated(self) -> int:
-        hashes = np.sort(np.concatenate(self._hashes)) if self._hashes else np.empty(0, np.int64)
-        return int((hashes[1:] == hashes[:-1]).sum())
+        return sum(len(places) for places in repeats(as_array(self._hashes)))
 
 
 def _check_plan(store: Store, shard: int, keys: _Keys, report: Report) -> str:
