@@ -24,14 +24,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding:DeprecationWarning")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests run in two processes, but those with a Ray of their own in one of them: they look for its processes."""
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.xdist_group("slow"))
-
-
 @pytest.fixture(scope="session")
 def sample() -> Path:
     """The folder with teacher/, images/, texts/ and eval/."""
