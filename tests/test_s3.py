@@ -168,7 +168,7 @@ def test_a_bucket_that_is_not_there_is_refused_in_one_message(tar: Path, s3: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "workers"), [("plain", 0), ("plain", 1), ("full", 1)])
+@pytest.mark.parametrize(("kind", "workers"), [("plain", 0), ("full", 1)])
 def test_a_student_is_trained_from_s3_to_the_same_weights(
     s3: str,
     images: str,
