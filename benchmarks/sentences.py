@@ -82,5 +82,4 @@ def _schema(clip: Clip, rows: int) -> EmbeddingStore:
         batch_size=32,
         teacher=clip.identity,
         source=source,
-        plan="",
     )

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from PIL import Image
 
@@ -66,7 +67,7 @@ def _epoch(store: Store, size: int) -> None:
 
 def _kept_bytes(stores: dict[str, Store]) -> int:
     store = list(stores.values())[-1]
-    return sum(len(store.pixels(row)) for row in range(store.schema.rows))
+    return sum(map(len, store.pixels(np.arange(store.schema.rows))))
 
 
 def _enlarged(jpeg: bytes, times: float) -> bytes:

@@ -22,8 +22,8 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class Commit(Document):
-    """One finished shard. `digest` is sha256 over its arrays, `plan` that of its plan's file, `pixels` that of its
-    tar, if it has one; `seconds` is the wall time it took."""
+    """One finished shard. `digest` is sha256 over its arrays, `plan` that of the plan that they were made from,
+    `pixels` that of its tar, if it has one; `seconds` is the wall time it took."""
 
     SCHEMA: ClassVar[str] = "dimefm.commit"
 
@@ -37,7 +37,7 @@ class Commit(Document):
     seconds: float
     finished: str
     versions: dict[str, str]
-    plan: str = ""
+    plan: str | None = None
     pixels: str | None = None
 
     def problems(self) -> list[Problem]:

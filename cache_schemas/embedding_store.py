@@ -91,7 +91,6 @@ class EmbeddingStore(Document):
     batch_size: int
     teacher: TeacherIdentity
     source: SourceSummary
-    plan: str  # sha256 over the sha256 of every shard's plan, in order
     views: ViewPlan | None = None
     pixels: int | None = None  # short side of the JPEGs in pixels/
     digests: dict[str, str] = field(default_factory=dict)
@@ -136,8 +135,9 @@ class EmbeddingStore(Document):
     def identity(self) -> str:
         """Digest of teacher, source, plan, views and kind: what an index or a run refers to."""
         facts = {"kind": self.kind, "teacher": self.teacher.compared(), "source": self.source.digest}
+        plans = [self.digests.get(rows_path(shard)) for shard in range(self.shards)]
         # Views are drawn on the stored pixels where there are any; without views they change no embedding.
-        return digest_of({**facts, "plan": self.plan, "views": self.views, "pixels": self.views and self.pixels})
+        return digest_of({**facts, "plans": plans, "views": self.views, "pixels": self.views and self.pixels})
 
 
 def rows_path(shard: int) -> str:

@@ -13,6 +13,8 @@ from cache_schemas.embedding_store import ATTRIBUTES_KEY, ArraySpec
 from dimefm import storage
 from dimefm.errors import StoreError
 
+DAMAGED = "dimefm verify STORE --repair marks damaged shards; then run the command that wrote the store again"
+
 
 def open_group(path: str) -> zarr.Group:
     """The Zarr group at `path`, for reading and writing. Raises StoreError where there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -24,6 +25,10 @@ class _Group(click.Group):
         except (DimefmError, SchemaError) as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # of a write, which names no file
+                where = f"{error.filename}: " if error.filename else ""
+                remedy = "make room, or mend the permissions, and run the same command again"
+                raise click.ClickException(f"{where}{error.strerror}\n  remedy: {remedy}") from error
             if error.filename is None:
                 raise
             raise click.ClickException(f"{error.filename}: {error.strerror}") from error
@@ -82,8 +87,8 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--pixels", type=click.IntRange(8), metavar="SIDE",
               help="Also keep every image as a JPEG of this short side, for train-student to read.")  # fmt: skip
 @click.option("--views", type=click.IntRange(1), help="Cache this many random crops of an image, not the whole.")
-@click.option("--view-scale", type=click.FloatRange(0.01, 1), default=0.4, show_default=True,
-              help="Least share of the area that a view shows.")  # fmt: skip
+@click.option("--view-scale", type=click.FloatRange(0.01, 1),
+              help="Least share of the area that a view shows. Default: 0.4.")  # fmt: skip
 @click.option("--retry-failed", is_flag=True, help="Read the rows again that have no embedding.")
 def cache_images(**options: Any) -> None:
     """Write the teacher's embedding of every image to a store.
@@ -91,6 +96,11 @@ def cache_images(**options: Any) -> None:
     SOURCE: WebDataset tars (globs and ranges such as {000..009}.tar), Parquet files with an image column, .tsv files of
     key and base64, folders of these, or folders of images; all as local paths or as URLs (s3://...).
     """
+    _require_with("--view-scale", options["view_scale"], "--views", options["views"])
+    if options["view_scale"] is None:
+        del options["view_scale"]
+    if options["retry_failed"] and options["dry_run"]:
+        raise click.UsageError("--dry-run says nothing of --retry-failed: dimefm info STORE --failures does")
     _cache("image", options)
 
 
@@ -106,6 +116,12 @@ def cache_texts(**options: Any) -> None:
     sets, whose prompts (every class name in every template) are cached; all as local paths or as URLs (s3://...).
     """
     _cache("text", options)
+
+
+def _require_with(option: str, value: object, needed: str, given: object) -> None:
+    """Refuses an option that has no effect without another."""
+    if value is not None and given is None:
+        raise click.UsageError(f"{option} has no effect without {needed}")
 
 
 def _cache(kind: Any, options: dict[str, Any]) -> None:
@@ -324,6 +340,8 @@ def verify(store: str, sample: int | None, teacher: str | None, pretrained: str 
     from pipeline.verify import VerifyConfig
     from pipeline.verify import verify as check
 
+    _require_with("--teacher", teacher, "--sample", sample)
+    _require_with("--pretrained", pretrained, "--teacher", teacher)
     report = check(VerifyConfig(store=store, sample=sample, teacher=teacher, pretrained=pretrained, repair=repair))
     click.echo(report.show())
     if not report.trusted:

@@ -22,7 +22,7 @@ def make_commit(
     digest: str,
     device: str,
     seconds: float,
-    plan: str = "",
+    plan: str | None = None,
     pixels: str | None = None,
 ) -> Commit:
     """The commit of a shard whose rows, from `start` on, have these status codes."""

@@ -113,7 +113,8 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
     def _images(self, store: Store, rows_B: np.ndarray[Any, Any]) -> list[torch.Tensor]:
         """Decoded images: the store's own pixels where it has them, else the files that it was cached from."""
         if store.schema.pixels:
-            return [self._decode(f"row {row}", partial(store.pixels, row)) for row in rows_B.tolist()]
+            jpegs = store.pixels(rows_B)
+            return [self._decode(f"row {row}", partial(next, jpegs)) for row in rows_B.tolist()]
         samples = store.samples(rows_B)
         if not all(s["file"] for s in samples):
             what = f"{store.path} was imported without the images that its embeddings are of"

@@ -56,7 +56,7 @@ def _locked(folder: Path) -> TextIO:
         except FileExistsError:
             raise StoreError(f"{folder} exists and is a file", remedy="give another --out") from None
         except OSError as error:
-            raise _cannot_write(folder, error) from error
+            raise storage.cannot_write(str(folder), error) from error
         with suppress(FileNotFoundError):  # another process has just removed a folder that it left empty
             file = _open(folder)
             if os.path.samestat(os.fstat(file.fileno()), (folder / _LOCK).stat()):
@@ -70,7 +70,7 @@ def _open(folder: Path) -> TextIO:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise storage.cannot_write(str(folder), error) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -81,7 +81,7 @@ def _open(folder: Path) -> TextIO:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             file.close()
-            raise _cannot_write(folder, error) from error
+            raise storage.cannot_write(str(folder), error) from error
     return file
 
 
@@ -90,14 +90,7 @@ def _sign(file: TextIO, folder: Path) -> None:
         file.truncate(0)
         os.write(file.fileno(), _owner().encode())  # past the buffer, which would be written once more by close
     except OSError as error:
-        raise _cannot_write(folder, error) from error
-
-
-def _cannot_write(folder: Path, error: OSError) -> StoreError:
-    return StoreError(
-        f"{folder} cannot be written: {error.strerror}",
-        remedy="make room, mend its permissions, or give another place",
-    )
+        raise storage.cannot_write(str(folder), error) from error
 
 
 def _owner() -> str:

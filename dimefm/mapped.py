@@ -16,12 +16,12 @@ import numpy as np
 from zarr.codecs import Crc32cCodec, ShardingCodec
 
 from dimefm import storage
+from dimefm.arrays import DAMAGED
 from dimefm.errors import StoreError
 
 _ABSENT = np.uint64(2**64 - 1)
 _ENTRY = 16  # bytes of a shard index entry: offset and length, uint64 each
 _CRC = 4
-_REMEDY = "dimefm verify STORE --repair marks damaged shards; then run the command that wrote the store again"
 
 
 class MappedArray:
@@ -93,9 +93,9 @@ class MappedArray:
         offset, end = int(file.offsets[chunk]), int(file.offsets[chunk]) + self._chunk_bytes
         where = f"{self._path(shard)}, chunk {chunk}"
         if file.offsets[chunk] == _ABSENT:
-            raise StoreError(f"{where} was never written", remedy=_REMEDY)
+            raise StoreError(f"{where} was never written", remedy=DAMAGED)
         if google_crc32c.value(file.data[offset:end]) != int.from_bytes(file.data[end : end + _CRC], "little"):
-            raise StoreError(f"{where} is damaged: its checksum does not fit", remedy=_REMEDY)
+            raise StoreError(f"{where} is damaged: its checksum does not fit", remedy=DAMAGED)
         file.checked[chunk] = True
 
     def _path(self, shard: int) -> Path:
@@ -106,19 +106,19 @@ class MappedArray:
         try:
             data: np.ndarray[Any, Any] = np.memmap(path, np.uint8, mode="r")
         except FileNotFoundError:
-            raise StoreError(f"{path} is missing", remedy=_REMEDY) from None
+            raise StoreError(f"{path} is missing", remedy=DAMAGED) from None
         except ValueError:  # an empty file
             data = np.empty(0, np.uint8)
         size = chunks * _ENTRY
         if len(data) < size + _CRC:
-            raise StoreError(f"{path} is cut short: {len(data)} bytes", remedy=_REMEDY)
+            raise StoreError(f"{path} is cut short: {len(data)} bytes", remedy=DAMAGED)
         index = data[-size - _CRC : -_CRC].tobytes()
         if google_crc32c.value(index) != int.from_bytes(data[-_CRC:], "little"):
-            raise StoreError(f"{path} is damaged: the checksum of its index does not fit", remedy=_REMEDY)
+            raise StoreError(f"{path} is damaged: the checksum of its index does not fit", remedy=DAMAGED)
         entries = np.frombuffer(index, np.uint64).reshape(chunks, 2)
         stored = entries[entries[:, 0] != _ABSENT]
         if len(stored) and int(stored.sum(axis=1).max()) > len(data) - size - _CRC:
-            raise StoreError(f"{path} is damaged: its index points beyond it", remedy=_REMEDY)
+            raise StoreError(f"{path} is damaged: its index points beyond it", remedy=DAMAGED)
         return _ShardFile(data, entries[:, 0], self._chunk_bytes + _CRC)
 
 

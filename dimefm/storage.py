@@ -17,6 +17,9 @@ import fsspec
 
 from dimefm.errors import StoreError
 
+GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""What a file that is not there, or not to be read, raises; any other OSError may be of the moment."""
+
 _UNFINISHED = ".unfinished"
 _BLOCK = 8 * 1024**2
 

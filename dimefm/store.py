@@ -9,16 +9,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zarr
 
-from cache_schemas import FILES, Commit, EmbeddingStore, Failure, parse_plan
+from cache_schemas import Commit, EmbeddingStore, Failure, parse_plan
 from cache_schemas.embedding_store import (
     ATTRIBUTES_KEY,
     COMMITS,
@@ -32,13 +30,12 @@ from cache_schemas.embedding_store import (
 )
 from cache_schemas.plan import FILES_TABLE
 from dimefm import storage
-from dimefm.arrays import create_array, digest_arrays, group_attributes, open_array, open_group
+from dimefm.arrays import DAMAGED, create_array, digest_arrays, group_attributes, open_array, open_group
 from dimefm.commits import make_commit
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.mapped import MappedArray
-from dimefm.tables import PLAN_DAMAGED, read_table, sha256
+from dimefm.tables import read_table, require_digest, sha256
 
-DAMAGED = "dimefm verify STORE --repair marks damaged shards; then run the command that wrote the store again"
 _COMMIT_NAME = re.compile(r"(\d{6,})\.json")
 
 
@@ -52,7 +49,8 @@ class Store:
         attributes = group_attributes(self.group, self.path)
         self.schema = EmbeddingStore.parse(attributes, storage.join(self.path, "zarr.json"))
         for name in self.schema.arrays():
-            self._require_digest(f"{name}/zarr.json", "cache again")
+            metadata = f"{name}/zarr.json"
+            require_digest(storage.join(self.path, metadata), self.schema.digests.get(metadata), "cache again")
         self._arrays = {name: open_array(self.group, name, spec) for name, spec in self.schema.arrays().items()}
         self._mapped = {name: MappedArray.open(self.path, name, array) for name, array in self._arrays.items()}
         self._seen: set[str] = set()
@@ -85,30 +83,26 @@ class Store:
     def write_shard(
         self,
         shard: int,
-        embedding_ND: np.ndarray[Any, Any],
-        status_N: np.ndarray[Any, Any],
+        arrays: Mapping[str, np.ndarray[Any, Any]],
         failures: Sequence[Failure],
         *,
         device: str,
         seconds: float,
-        more: Mapping[str, np.ndarray[Any, Any]] = MappingProxyType({}),
         pixels: str | None = None,
     ) -> Commit:
         """Write one whole shard, then its commit. Until the commit is there, the shard counts as not done.
 
-        `embedding_ND` is (N, V, D) in a store of views; `more` are its other arrays, if it has them, and `pixels` is
-        the digest of its tar. Raises StoreError where it cannot be written, as on a full disk: the shards that were
-        committed before are not touched.
+        `arrays` are all that the store has, by name, (N, ...); `pixels` is the digest of the shard's tar. Raises
+        StoreError where it cannot be written, as on a full disk: the shards that were committed before are not touched.
         """
         start, stop = self.schema.shard_range(shard)
-        values = {EMBEDDING: embedding_ND, STATUS: status_N, **more}
         path = storage.join(self.path, commit_path(shard))
         with storage.writing_to(self.path):
             storage.remove_file(path)  # of a shard that is written again
             for name, array in self._arrays.items():
                 file = storage.join(self.path, self.shard_file(name, shard))
                 storage.remove_file(file)  # zarr would read what is in it, where the last shard is not a full one
-                array[start:stop] = values[name]
+                array[start:stop] = arrays[name]
                 storage.flush(file)
                 mapped = self._mapped[name]
                 if mapped is not None:
@@ -116,12 +110,12 @@ class Store:
             commit = make_commit(
                 shard,
                 start,
-                status_N,
+                arrays[STATUS],
                 failures,
-                digest=digest_arrays(*(values[name] for name in self._arrays)),
+                digest=digest_arrays(*(arrays[name] for name in self._arrays)),
                 device=device,
                 seconds=seconds,
-                plan=sha256(storage.read_bytes(storage.join(self.path, rows_path(shard)))),
+                plan=self.schema.digests.get(rows_path(shard)),
                 pixels=pixels,
             )
             storage.write_json(path, commit.to_json())
@@ -170,14 +164,14 @@ class Store:
     def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Embeddings of rows start..stop-1, float16 (N, D); of a store of views, their normalised mean. Rows without an
         embedding are zero. Raises StoreError for rows that were never written, or are damaged."""
-        return (
-            _mean_view(self._read(EMBEDDING, np.arange(start, stop))) if self.schema.views else self._slice(start, stop)
-        )
+        return self._one_view(self._read(EMBEDDING, slice(start, stop)))
 
     def gather(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Embeddings of any rows in any order, as `read` gives them."""
-        found = self._read(EMBEDDING, rows_N)
-        return _mean_view(found) if self.schema.views else found
+        return self._one_view(self._read(EMBEDDING, rows_N))
+
+    def _one_view(self, embedding: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return _mean_view(embedding) if self.schema.views else embedding
 
     def gather_view(
         self, rows_N: np.ndarray[Any, Any], view_N: np.ndarray[Any, Any]
@@ -194,28 +188,32 @@ class Store:
         """All arrays of one shard by name, every checksum compared."""
         return {name: self._zarr(name, slice(*self.schema.shard_range(shard))) for name in self._arrays}
 
-    def pixels(self, row: int) -> bytes:
-        """The JPEG of a row, of a store with pixels. Raises OSError as reading a file does, StoreError if damaged."""
-        start, stop, checksum = self._read(PIXEL_INDEX, np.array([row]))[0].tolist()
-        path = storage.join(self.path, pixels_path(row // self.schema.shard_rows))
-        jpeg = storage.read_bytes(path, start, stop - start)
-        if google_crc32c.value(jpeg) != checksum:
-            raise StoreError(f"{path}, row {row} is damaged: its checksum does not fit", remedy=DAMAGED)
-        return jpeg
+    def pixels(self, rows_N: np.ndarray[Any, Any]) -> Iterator[bytes]:
+        """The JPEGs of any rows in any order, of a store with pixels; where they are is looked up for all at once.
+
+        Raises StoreError for one that is missing or damaged, OSError where the storage does not answer.
+        """
+        for row, (start, stop, checksum) in zip(rows_N.tolist(), self._read(PIXEL_INDEX, rows_N).tolist(), strict=True):
+            path = storage.join(self.path, pixels_path(row // self.schema.shard_rows))
+            try:
+                jpeg = storage.read_bytes(path, start, stop - start)
+            except FileNotFoundError:
+                raise StoreError(f"{path} is missing", remedy=DAMAGED) from None
+            if google_crc32c.value(jpeg) != checksum:
+                raise StoreError(f"{path}, row {row} is damaged: its checksum does not fit", remedy=DAMAGED)
+            yield jpeg
 
     def status(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         """Status codes, uint8 (N,)."""
         return self._zarr(STATUS, slice(start, self.schema.rows if stop is None else stop))
 
-    def _read(self, name: str, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _read(self, name: str, rows: slice | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         mapped = self._mapped[name]
-        return mapped.gather(rows_N) if mapped is not None else self._zarr(name, rows_N)
+        if mapped is None:
+            return self._zarr(name, rows)
+        return mapped.read(rows.start, rows.stop) if isinstance(rows, slice) else mapped.gather(rows)
 
-    def _slice(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        mapped = self._mapped[EMBEDDING]
-        return mapped.read(start, stop) if mapped is not None else self._zarr(EMBEDDING, slice(start, stop))
-
-    def _zarr(self, name: str, rows: Any) -> np.ndarray[Any, Any]:
+    def _zarr(self, name: str, rows: slice | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Rows through zarr-python, which compares every checksum, but takes a missing file for one full of zeros."""
         array, size = self._arrays[name], self.schema.shard_rows
         found = np.arange(rows.start // size, -(-rows.stop // size)) if isinstance(rows, slice) else rows // size
@@ -246,36 +244,12 @@ class Store:
 
     def _read_plan(self, shard: int) -> pa.Table:
         path = storage.join(self.path, rows_path(shard))
-        try:
-            # One thread, no dataset scanner: a table is small, and Arrow's threads can outlive the interpreter.
-            data = storage.read_bytes(path)
-            if self._plan_digest(shard) not in (None, sha256(data)):
-                raise StoreError(f"{path} is damaged: its checksum does not fit", remedy=PLAN_DAMAGED)
-            table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"{path} cannot be read: {error}", remedy=PLAN_DAMAGED) from None
+        table = read_table(path, self.schema.digests.get(rows_path(shard)))
         return parse_plan(table, self.schema.kind, *self.schema.shard_range(shard), path)
-
-    def _plan_digest(self, shard: int) -> str | None:
-        if known := self.schema.digests.get(rows_path(shard)):
-            return known
-        commit = self.commit(shard)
-        return commit.plan if commit else None
 
     def source_files(self) -> pa.Table:
         """The files that the plan was made from, as they were then. Raises StoreError where the table is damaged."""
-        self._require_digest(FILES_TABLE, PLAN_DAMAGED)
-        return read_table(storage.join(self.path, FILES_TABLE), FILES)
-
-    def _require_digest(self, name: str, remedy: str) -> None:
-        """Raises StoreError unless a file is what it was when the store was planned."""
-        path = storage.join(self.path, name)
-        try:
-            digest = sha256(storage.read_bytes(path))
-        except FileNotFoundError:
-            raise StoreError(f"{path} is missing", remedy=remedy) from None
-        if digest != self.schema.digests.get(name):
-            raise StoreError(f"{path} is damaged: its checksum does not fit", remedy=remedy)
+        return read_table(storage.join(self.path, FILES_TABLE), self.schema.digests.get(FILES_TABLE))
 
     def samples(self, rows_N: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
         """The plan's entries of any rows, in the order asked for."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,11 +20,6 @@ def write_plan(path: str, shard: int, table: pa.Table) -> str:
     return write_table(storage.join(path, rows_path(shard)), table)
 
 
-def plan_digest(digests: Iterable[str]) -> str:
-    """One sha256 for the whole plan, from those of its shards in order."""
-    return sha256(b"".join(map(bytes.fromhex, digests)))
-
-
 def write_table(path: str, table: pa.Table) -> str:
     """A table as a Parquet file; its sha256. Raises StoreError where it cannot be written."""
     sink = io.BytesIO()
@@ -36,14 +30,25 @@ def write_table(path: str, table: pa.Table) -> str:
     return sha256(data)
 
 
-def read_table(path: str, schema: pa.Schema) -> pa.Table:
-    """A small Parquet file. Raises StoreError where it is missing, damaged or has other columns."""
+def read_table(path: str, digest: str | None) -> pa.Table:
+    """A Parquet file that has this sha256. Raises StoreError where it is missing or damaged."""
+    data = require_digest(path, digest, PLAN_DAMAGED)
     try:
         # One thread, no dataset scanner: a table is small, and Arrow's threads can outlive the interpreter.
-        table = pq.ParquetFile(pa.BufferReader(storage.read_bytes(path))).read(use_threads=False)
-        return table.select(schema.names).cast(schema)
-    except (OSError, KeyError, pa.ArrowException) as error:
+        return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+    except (OSError, pa.ArrowException) as error:
         raise StoreError(f"{path} cannot be read: {error}", remedy=PLAN_DAMAGED) from None
+
+
+def require_digest(path: str, digest: str | None, remedy: str) -> bytes:
+    """The content of a file. Raises StoreError unless it is what it was when the store was planned."""
+    try:
+        data = storage.read_bytes(path)
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing", remedy=remedy) from None
+    if sha256(data) != digest:
+        raise StoreError(f"{path} is damaged: its checksum does not fit", remedy=remedy)
+    return data
 
 
 def sha256(data: bytes) -> str:

@@ -86,6 +86,8 @@ def dry_run(config: CacheConfig) -> str:
     device = _device(config)
     clip = _load(config, device, device)
     request = _request(config, device)
+    if config.compile:
+        clip.compile(request.batch_size)
     found = forecast(request, clip.identity, keep=PROBE_ROWS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker does

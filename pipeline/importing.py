@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from cache_schemas import IMAGE_PLAN, TEXT_PLAN, EmbeddingStore, Failure, SourceSummary, Status
-from cache_schemas.embedding_store import ROWS
+from cache_schemas.embedding_store import EMBEDDING, ROWS, STATUS
 from dimefm import lock, storage
 from dimefm.clip import Clip, Precision, load_clip
 from dimefm.decode import DecodeError
@@ -157,7 +157,6 @@ def _plan(
             dropped={},
             problems=tuple(problems),
         ),
-        plan="",
     )
     return create_store(out, schema, digests, files)
 
@@ -238,7 +237,9 @@ def _write(store: Store, folder: Folder, *, unmatched_fail: bool) -> None:
                 _failure(row, status_N[i]) for i, row in zip(failed_F, plan.take(failed_F).to_pylist(), strict=True)
             ]
             seconds = time.monotonic() - began
-            store.write_shard(shard, embedding_ND, status_N, failures, device="import", seconds=seconds)
+            store.write_shard(
+                shard, {EMBEDDING: embedding_ND, STATUS: status_N}, failures, device="import", seconds=seconds
+            )
             done += stop - start
             progress.at(done)
 

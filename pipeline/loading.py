@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from cache_schemas import EmbeddingStore, Status
+from dimefm import storage
 from dimefm.decode import DecodeError, decode, decode_rgb, to_tensor
 from dimefm.errors import StoreError
 from dimefm.pixels import small_jpeg
@@ -23,7 +24,6 @@ from dimefm.preprocess import Preprocess
 from dimefm.sources.reading import read_encoded
 from dimefm.views import draw_boxes, replay
 
-_GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _TASK = 8  # images a task of the thread pool: one each would cost as much as reading it
 _WAITS = (0.5, 2.0)  # seconds before a failed read is tried again
 
@@ -49,7 +49,7 @@ class Loader:
         try:
             data = _read(row)
             return self._decode(data, row["row"])
-        except _GONE as error:
+        except storage.GONE as error:
             return DecodeError(Status.MISSING, str(error))
         except DecodeError as error:
             return error
@@ -90,7 +90,7 @@ def _read(row: dict[str, Any]) -> bytes:
         try:
             data = read_encoded(row["file"], row["offset"], row["size"])
             break
-        except _GONE:
+        except storage.GONE:
             raise
         except OSError as error:
             if wait is None:

@@ -5,7 +5,6 @@ Shapes: N names asked for, M images of the source.
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Iterable
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from dimefm.sources.base import ImageSample
 from dimefm.sources.images import IMAGE_EXTENSIONS
+from pipeline.repeats import as_array, repeats
 
 
 class Names:
@@ -21,29 +21,29 @@ class Names:
 
     def __init__(self, names: Iterable[str]) -> None:
         self.first = ""
-        self._whole, self._stem = array("Q"), array("Q")
+        self._whole, self._stem = array("q"), array("q")
         for name in names:
             self.add(name)
 
     def add(self, name: str) -> None:
         """One more."""
         self.first = self.first or name
-        self._whole.append(_hash(name))
-        self._stem.append(_hash(stem(name)))
+        self._whole.append(hash(name))
+        self._stem.append(hash(stem(name)))
 
     @property
     def whole_N(self) -> np.ndarray[Any, Any]:
-        """uint64 (N,)."""
-        return np.array(self._whole, np.uint64)
+        """int64 (N,)."""
+        return as_array(self._whole)
 
     @property
     def stem_N(self) -> np.ndarray[Any, Any]:
-        """uint64 (N,)."""
-        return np.array(self._stem, np.uint64)
+        """int64 (N,)."""
+        return as_array(self._stem)
 
     def repeated(self) -> int:
         """How many names occurred before."""
-        return len(self._whole) - len(np.unique(self.whole_N))
+        return sum(len(places) for places in repeats(self.whole_N))
 
 
 class Images:
@@ -52,10 +52,10 @@ class Images:
     def __init__(self, samples: Iterable[ImageSample]) -> None:
         self.keys = Names(())
         self._files: dict[str, int] = {}
-        self._paths, self._file, self._offset, self._size = array("Q"), array("q"), array("q"), array("q")
+        self._paths, self._file, self._offset, self._size = array("q"), array("q"), array("q"), array("q")
         for sample in samples:
             self.keys.add(sample.key)
-            self._paths.append(_hash(sample.file))
+            self._paths.append(hash(sample.file))
             self._file.append(self._files.setdefault(sample.file, len(self._files)))
             self._offset.append(sample.offset)
             self._size.append(sample.size)
@@ -66,7 +66,7 @@ class Images:
         by the last part of its key. A name, or a key, that occurs twice means no image: it is not known which."""
         image_N = only_match(names.whole_N, self.keys.whole_N)
         for ours_N, theirs_M in (
-            (names.whole_N, np.array(self._paths, np.uint64)),
+            (names.whole_N, as_array(self._paths)),
             (names.stem_N, self.keys.stem_N),
         ):
             image_N = np.where(image_N < 0, only_match(ours_N, theirs_M), image_N)
@@ -98,7 +98,3 @@ def only_match(ours_N: np.ndarray[Any, Any], theirs_M: np.ndarray[Any, Any]) -> 
 def _singles(values_N: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     values, places, counts = np.unique(values_N, return_index=True, return_counts=True)
     return values[counts == 1], places[counts == 1]
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -20,7 +20,7 @@ from dimefm.errors import SourceError
 from dimefm.sources import open_image_source, open_text_source
 from dimefm.sources.base import SourceFile
 from dimefm.store import Store
-from dimefm.tables import plan_digest, write_plan, write_table
+from dimefm.tables import write_plan, write_table
 from pipeline.existing import is_planned, require_no_stranger, require_same, source_digest
 from pipeline.repeats import as_array, repeats
 from pipeline.sentences import SentenceRules, tidy
@@ -110,7 +110,7 @@ def create_store(out: str, schema: EmbeddingStore, digests: Sequence[str], files
     columns = {name: [getattr(file, name) for file in files] for name in FILES.names}
     write_table(storage.join(out, FILES_TABLE), pa.table(columns, schema=FILES))
     plans = {rows_path(shard): digest for shard, digest in enumerate(digests)}
-    return Store.create(out, replace(schema, plan=plan_digest(digests), digests=plans))
+    return Store.create(out, replace(schema, digests=plans))
 
 
 def forecast(request: PlanRequest, teacher: TeacherIdentity, keep: int = 0) -> Forecast:
@@ -162,7 +162,6 @@ def _schema(
             problems=tuple(tally.problems),
             settings=request.settings(),
         ),
-        plan="",
         views=request.views,
         pixels=request.pixels,
     )

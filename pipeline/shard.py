@@ -22,7 +22,6 @@ from dimefm.clip import Clip, token_counts
 from dimefm.decode import DecodeError
 from dimefm.errors import MismatchError
 from dimefm.pixels import PixelTar, pixel_tar
-from dimefm.storage import cannot_write
 from dimefm.store import Store
 from pipeline.loading import Loader
 
@@ -63,7 +62,8 @@ def encode_shard(store: Store, shard: int, clip: Clip, *, threads: int = 1, prog
     Raises StoreError where the input does not answer or the shard cannot be written.
     """
     began, rows, digest = time.monotonic(), store.plan(shard).to_pylist(), None
-    with _writing(store), ExitStack() as stack:
+    # What cannot be read becomes a status or a StoreError: an OSError that is left is of the writing.
+    with storage.writing_to(store.path), ExitStack() as stack:
         tar = stack.enter_context(_tar(store, shard)) if store.schema.pixels else None
         data = encode_rows(rows, store.schema, clip, threads=threads, progress=progress, tar=tar)
         digest = tar.finish() if tar else None
@@ -77,16 +77,15 @@ def retry_shard(store: Store, shard: int, clip: Clip, *, threads: int = 1, progr
     before = commit.seconds if commit else 0.0
     data = ShardData(store.shard_arrays(shard))
     failed = data.failed()
-    with _writing(store), tempfile.TemporaryFile() as spool:
+    with storage.writing_to(store.path), tempfile.TemporaryFile() as spool:
         tar = PixelTar(spool) if store.schema.pixels else None
         again = encode_rows([rows[i] for i in failed], store.schema, clip, threads=threads, progress=progress, tar=tar)
-        kept_index_N3 = data.arrays.get(PIXEL_INDEX)
         for name, values in again.arrays.items():
             data.arrays[name] = data.arrays[name].copy()
             data.arrays[name][failed] = values
         data.reasons = {int(failed[place]): reason for place, reason in again.reasons.items()}
-        if kept_index_N3 is not None:
-            digest = _merge(store, shard, data, kept_index_N3, set(failed.tolist()), spool)
+        if tar is not None:
+            digest = _merge(store, shard, data, np.isin(np.arange(len(rows)), failed), spool)
     # The time of a shard is all that was spent on it.
     return _commit(store, shard, rows, data, digest, clip, began - before)
 
@@ -183,21 +182,8 @@ def _commit(
         )
         for i in data.failed().tolist()
     ]
-    more = {name: data.arrays[name] for name in (VIEW, PIXEL_INDEX) if name in data.arrays}
-    embedding, status, seconds = data.arrays[EMBEDDING], data.arrays[STATUS], time.monotonic() - began
-    device = str(clip.device)
-    return store.write_shard(
-        shard, embedding, status, failures, more=more, pixels=pixels, device=device, seconds=seconds
-    )
-
-
-@contextmanager
-def _writing(store: Store) -> Iterator[None]:
-    """Whatever could not be read has become a status or a StoreError: an OSError that is left is of the writing."""
-    try:
-        yield
-    except OSError as error:
-        raise cannot_write(store.path, error) from error
+    device, seconds = str(clip.device), time.monotonic() - began
+    return store.write_shard(shard, data.arrays, failures, pixels=pixels, device=device, seconds=seconds)
 
 
 @contextmanager
@@ -208,21 +194,17 @@ def _tar(store: Store, shard: int) -> Iterator[PixelTar]:
         storage.remove_file(storage.join(store.path, commit_path(shard)))
 
 
-def _merge(
-    store: Store, shard: int, data: ShardData, kept_index_N3: np.ndarray[Any, Any], failed: set[int], spool: Any
-) -> str:
+def _merge(store: Store, shard: int, data: ShardData, failed_N: np.ndarray[Any, Any], spool: Any) -> str:
     """The shard's tar again: its JPEGs as they were, with those of the retried rows from `spool` in their places."""
     index_N3 = data.arrays[PIXEL_INDEX]
     first = store.schema.shard_range(shard)[0]
     with _tar(store, shard) as tar:
-        for i in range(len(index_N3)):
-            start, stop, _ = (index_N3 if i in failed else kept_index_N3)[i].tolist()
-            if stop == 0:
-                continue
-            if i in failed:
+        kept = store.pixels(first + np.flatnonzero((index_N3[:, 1] > 0) & ~failed_N))
+        for i in np.flatnonzero(index_N3[:, 1] > 0).tolist():
+            if failed_N[i]:
+                start, stop, _ = index_N3[i].tolist()
                 spool.seek(start)
-            jpeg = spool.read(stop - start) if i in failed else store.pixels(first + i)  # its checksum is compared
-            index_N3[i] = tar.add(first + i, jpeg)
+            index_N3[i] = tar.add(first + i, spool.read(stop - start) if failed_N[i] else next(kept))
         return tar.finish()
 
 

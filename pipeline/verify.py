@@ -21,7 +21,6 @@ from dimefm.clip import load_clip
 from dimefm.errors import DimefmError, StoreError
 from dimefm.lock import writing
 from dimefm.store import Store
-from dimefm.tables import plan_digest, sha256
 from pipeline.repeats import as_array, repeats
 from pipeline.shard import compare_again
 
@@ -103,14 +102,12 @@ def verify(config: VerifyConfig) -> Report:
 def _check(store: Store) -> Report:
     schema = store.schema
     report = Report(store.path, schema.rows, len(store.committed()), schema.shards)
-    keys, digests = _Keys(), list[str]()
+    keys = _Keys()
     for shard in range(schema.shards):
-        digests.append(_check_plan(store, shard, keys, report))
-        problems = _check_shard(store, shard, digests[-1])
+        _check_plan(store, shard, keys, report)
+        problems = _check_shard(store, shard)
         if problems:
             report.bad[shard] = problems
-    if plan_digest(digests) != schema.plan:
-        report.faults.append("rows/ is not the plan that the store was made with")
     _check_documents(store, report)
     _check_foreign(store, report)
     repeated = keys.repeated()
@@ -134,19 +131,15 @@ class _Keys:
         return sum(len(places) for places in repeats(as_array(self._hashes)))
 
 
-def _check_plan(store: Store, shard: int, keys: _Keys, report: Report) -> str:
-    """The digest of a shard's plan. What is wrong with a plan is no fault of the embeddings: writing the shard again
-    would not mend it."""
-    digest = "00" * 32
+def _check_plan(store: Store, shard: int, keys: _Keys, report: Report) -> None:
+    """What is wrong with a plan is no fault of the embeddings: writing the shard again would not mend it."""
     try:
-        digest = sha256(storage.read_bytes(storage.join(store.path, rows_path(shard))))
         keys.add(store.plan(shard)["key"].to_pylist())
     except (OSError, StoreError, SchemaError) as error:
         report.faults.append(_line(error))
-    return digest
 
 
-def _check_shard(store: Store, shard: int, plan: str) -> list[str]:
+def _check_shard(store: Store, shard: int) -> list[str]:
     """What is wrong with a finished shard."""
     path = storage.join(store.path, commit_path(shard))
     try:
@@ -154,7 +147,7 @@ def _check_shard(store: Store, shard: int, plan: str) -> list[str]:
         if commit is None:
             return []
         problems = [] if _is_normal(path) else [f"{path} is damaged"]
-        if commit.plan != plan and store.schema.digests.get(rows_path(shard), plan) == plan:
+        if commit.plan != store.schema.digests.get(rows_path(shard)):
             problems.append("it was written from another plan")
         return [*problems, *_check_data(store, commit), *_check_pixels(store, commit)]
     except (OSError, StoreError, SchemaError) as error:

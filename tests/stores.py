@@ -17,8 +17,9 @@ from cache_schemas import (
     Status,
     TeacherIdentity,
 )
+from cache_schemas.embedding_store import rows_path
 from dimefm.store import Store
-from dimefm.tables import plan_digest, write_plan
+from dimefm.tables import write_plan
 
 
 def teacher_identity(**changes: Any) -> TeacherIdentity:
@@ -71,10 +72,10 @@ def random_store(
         source=SourceSummary(
             arguments=("a",), files=1, bytes=1, digest=digest, repeated_keys=0, dropped={}, problems=()
         ),
-        plan="",
     )
     digests = [write_plan(str(path), shard, _plan(kind, *schema.shard_range(shard))) for shard in range(schema.shards)]
-    store = Store.create(str(path), dataclasses.replace(schema, plan=plan_digest(digests)))
+    plans = {rows_path(shard): digest for shard, digest in enumerate(digests)}
+    store = Store.create(str(path), dataclasses.replace(schema, digests=plans))
     for shard in range(schema.shards):
         start, stop = schema.shard_range(shard)
         failures = [
@@ -82,7 +83,8 @@ def random_store(
             for row in failed
             if start <= row < stop
         ]
-        store.write_shard(shard, values[start:stop], status[start:stop], failures, device="cpu", seconds=1.0)
+        arrays = {"embedding": values[start:stop], "status": status[start:stop]}
+        store.write_shard(shard, arrays, failures, device="cpu", seconds=1.0)
     return store, values
 
 

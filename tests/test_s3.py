@@ -101,7 +101,7 @@ def test_rows_of_a_store_on_s3_are_read(prepared: str, local: dict[str, Store]) 
     for mine, theirs in zip(store.gather_view(rows, rows % 2), here.gather_view(rows, rows % 2), strict=True):
         np.testing.assert_array_equal(mine, theirs)
     assert store.samples(rows) == here.samples(rows)
-    assert [store.pixels(row) for row in rows.tolist()] == [here.pixels(row) for row in rows.tolist()]
+    assert list(store.pixels(rows)) == list(here.pixels(rows))
 
 
 def test_what_another_process_writes_is_seen(prepared: str) -> None:

@@ -69,7 +69,6 @@ STORE = EmbeddingStore(
     batch_size=32,
     teacher=TEACHER,
     source=SOURCE,
-    plan="3" * 64,
 )
 FAILURE = Failure(row=3, key="猫", file="/data/a.tar", status="EMPTY", reason="no bytes")
 COMMIT = Commit(
@@ -384,7 +383,6 @@ def stores(draw: st.DrawFn) -> EmbeddingStore:
         batch_size=draw(st.integers(1, 10**5)),
         teacher=teacher,
         source=draw(sources),
-        plan=draw(names),
         views=draw(st.none() | view_plans) if kind == "image" else None,
         pixels=draw(st.none() | st.integers(8, 512)) if kind == "image" else None,
     )

@@ -154,7 +154,6 @@ def test_identity_depends_on_teacher_and_source_but_not_on_where_the_teacher_lie
             batch_size=1,
             teacher=teacher_identity(**teacher),
             source=source,
-            plan="p",
         )
 
     assert schema().identity == schema(name="local-dir:/elsewhere").identity

@@ -152,7 +152,7 @@ def test_boxes_lie_in_the_image_that_the_trainer_decodes(
     boxes = store.gather_view(np.repeat(np.arange(ROWS), VIEWS), np.tile(np.arange(VIEWS), ROWS))[1]
     originals = list(read_tar(source, ROWS).values())
     for row, views in enumerate(boxes.reshape(ROWS, VIEWS, 5)):
-        height, width = decode_rgb(store.pixels(row) if side else originals[row]).shape[-2:]
+        height, width = decode_rgb(next(store.pixels(np.array([row]))) if side else originals[row]).shape[-2:]
         for top, left, high, wide, flipped in views.tolist():
             assert top >= 0 <= left
             assert 0 < high <= height - top

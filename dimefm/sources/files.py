@@ -28,7 +28,6 @@ URL_BLOCK = 8 << 20
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
-_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, gzip.BadGzipFile)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MODIFIED = ("LastModified", "last_modified", "mtime", "updated", "modified")  # as s3fs, adlfs, gcsfs, ... call it
 
@@ -235,6 +234,6 @@ def _unreadable(path: str, error: Exception) -> SourceError:
 def require_lasting(path: str, error: Exception) -> None:
     """Raises SourceError where `error` is of storage that fails for the moment. A file that is gone, refused or damaged
     is reported and left out; planned without one that only did not answer, its samples would be missing for good."""
-    if isinstance(error, OSError) and not isinstance(error, _LASTING):
+    if isinstance(error, OSError) and not isinstance(error, (*storage.GONE, gzip.BadGzipFile)):
         remedy = "run the same command again once the storage answers, or leave the file out"
         raise SourceError(f"{path} cannot be read: {error}", remedy=remedy) from error
