@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -113,14 +114,17 @@ def test_help_lists_the_commands_in_the_order_of_the_work() -> None:
     assert places == sorted(places)
 
 
+CACHE = ["cache-images", "x.tar", "--out", "o", "--teacher", "t"]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ["no-such-command"],
         ["cache-images"],
         ["cache-images", "x.tar", "--teacher", "t"],
-        ["cache-images", "x.tar", "--out", "o", "--teacher", "t", "--batch-size", "0"],
-        ["cache-images", "x.tar", "--out", "o", "--teacher", "t", "--precision", "int8"],
+        [*CACHE, "--batch-size", "0"],
+        [*CACHE, "--precision", "int8"],
         ["build-index", "x.zarr", "--out", "o", "--recall", "1.5"],
         ["retrieve", "x.zarr", "--texts", "t", "--index", "i", "--out", "o", "--top-k", "none"],
         ["train-student", "--images", "i", "--texts", "t", "--out", "o", "--recipe", "secret"],
@@ -130,6 +134,32 @@ def test_help_lists_the_commands_in_the_order_of_the_work() -> None:
 )
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     refused(*arguments, code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["cache-images", "x", "--out", "o", "--teacher", "t", "--view-scale", "0.5"], "--view-scale has no effect"),
+        (
+            ["cache-images", "x", "--out", "o", "--teacher", "t", "--dry-run", "--retry-failed"],
+            "--dry-run says nothing",
+        ),
+        (["verify", "s.zarr", "--teacher", "t"], "--teacher has no effect without --sample"),
+        (["verify", "s.zarr", "--sample", "3", "--pretrained", "t"], "--pretrained has no effect without --teacher"),
+    ],
+)
+def test_an_option_that_would_have_no_effect_is_refused(arguments: list[str], what: str) -> None:
+    assert what in refused(*arguments, code=2)
+
+
+def test_a_full_disk_is_one_message_whatever_was_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a write raises it: without the name of a file."""
+
+    def full(path: str) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("dimefm.info.describe", full)
+    assert "No space left on device" in refused("info", "anything")
 
 
 @pytest.mark.parametrize(
