@@ -52,3 +52,4 @@ class Run(Document):
     pairs_digest: str | None
     steps: int
     versions: dict[str, str]
+    selection_digest: str | None = None

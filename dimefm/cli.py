@@ -43,7 +43,8 @@ def cli() -> None:
     """Distil a large CLIP into a small student from unpaired images and sentences.
 
     Stage 1 runs the teacher once and caches its embeddings: cache-images, cache-texts. Pseudo texts are found with
-    build-index and retrieve. Stage 2, train-student, reads only the caches. Then evaluate and export.
+    build-index and retrieve, and the sentences worth training on with select-texts. Stage 2, train-student, reads only
+    the caches. Then evaluate and export.
 
     Every command can be stopped and run again: it goes on where it was, and does nothing where it had finished.
     """
@@ -195,10 +196,46 @@ def retrieve(images: str, texts: str, index: str, top_k: int, out: str) -> None:
 
 
 @cli.command()
+@click.argument("pairs", metavar="PAIRS.zarr")
+@click.option("--out", required=True, help="The folder to write, ending in .selection.")
+@click.option("--by", type=click.Choice(["similarity", "hits", "random"]), default="similarity", show_default=True,
+              help="What ranks sentences.")  # fmt: skip
+@click.option("--size", type=click.IntRange(1), metavar="N", help="Keep the best N.")
+@click.option("--min-hits", type=click.IntRange(1), metavar="N", help="Only those among the top k of N images or more.")
+@click.option("--min-score", type=float, metavar="X", help="Only those that score X or more.")
+@click.option("--pool", type=click.IntRange(1), metavar="N", help="Only the best N come to --dedup and --balance.")
+@click.option("--dedup", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="COSINE",
+              help="Leave out what is this near to a better one.")  # fmt: skip
+@click.option("--balance", is_flag=True,
+              help="The same cap on every cluster of similar sentences: the least that fills --size.")  # fmt: skip
+@click.option("--images-sample", type=click.IntRange(2), metavar="N",
+              help="Images that the similarity is to. Default: 16,384.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), help="Of the draw, the samples and the clusters. Default: 0.")
+@click.option("--images", help="Where the image store is now. Default: where it was.")
+@click.option("--texts", help="Where the text store is now. Default: where it was.")
+@click.option("--scores", metavar="OTHER.selection", help="Take the scores of another selection over the same stores.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
+def select_texts(**options: Any) -> None:
+    """Select the visually grounded sentences of a text store, for train-student --selection.
+
+    PAIRS.zarr, from retrieve, names the stores. By similarity: how far the images nearest to a sentence stand out from
+    all others. By hits: how many images have it among their top k. Then, each if asked for and in this order:
+    --min-hits, --min-score, --pool, --dedup, --balance, --size.
+    """
+    from dimefm.info import describe
+    from dimefm.selection import SelectionConfig
+    from dimefm.selection import select_texts as select
+
+    select(SelectionConfig(**options))
+    click.echo(describe(options["out"]))
+
+
+@cli.command()
 @click.option("--images", required=True, help="Image store.")
 @click.option("--texts", required=True, help="Text store.")
 @click.option("--out", required=True, help="The run folder to write.")
 @click.option("--pairs", help="Pseudo-text store, for --text-mix selected=... or retrieved=...")
+@click.option("--selection", help="Selected sentences, for --text-mix selected=... in place of those of --pairs.")
 @click.option("--recipe", type=click.Choice(["paper", "sample"]), default="paper", show_default=True,
               help="Where every option below that is not given comes from.")  # fmt: skip
 @click.option("--student", help="Image tower: an open_clip model (ViT-B-32) or a timm model (resnet18).")
@@ -319,7 +356,7 @@ def export_embeddings(store: str, out: str, rows_per_file: int | None) -> None:
 @click.argument("path")
 @click.option("--failures", is_flag=True, help="List every row of a store that has no embedding, tab-separated.")
 def info(path: str, failures: bool) -> None:
-    """Describe a store, an index or a run."""
+    """Describe a store, an index, a selection or a run."""
     from dimefm.info import describe, list_failures
 
     if not failures:

@@ -10,7 +10,7 @@ from dimefm.errors import TrainingError
 from dimefm.losses import LossConfig
 from dimefm.textbank import TextMix
 
-MAY_DIFFER = ("images", "texts", "pairs", "out", "val", "val_texts", "workers", "log_every", "device")
+MAY_DIFFER = ("images", "texts", "pairs", "selection", "out", "val", "val_texts", "workers", "log_every", "device")
 """Fields in which a resumed run may differ from its start: where things are and how fast, not what is computed."""
 
 
@@ -19,7 +19,8 @@ class TrainConfig:
     """Everything that decides a student. Paths are those of the stores; sizes in images, texts, pixels, epochs.
 
     `batch_size` is of all processes together. `val` lists labelled sets, whose prompts must all be
-    in the text store `val_texts` (default: `texts`). `crop_scale` and `flip` are for images cached whole: a store of
+    in the text store `val_texts` (default: `texts`). Selected texts of the mix are drawn from `selection`, without one
+    from those that `pairs` has for an image or more. `crop_scale` and `flip` are for images cached whole: a store of
     views brings its own crops and flips.
     """
 
@@ -40,6 +41,7 @@ class TrainConfig:
     crop_scale: tuple[float, float]
     precision: Literal["fp32", "bf16", "fp16"]
     pairs: str | None = None
+    selection: str | None = None
     val: tuple[str, ...] = ()
     val_texts: str | None = None
     val_every: float = 1.0
@@ -65,8 +67,11 @@ class TrainConfig:
             wrong.append(f"image_size must be above 0, found {self.image_size}")
         if not 0 < low <= high <= 1:
             wrong.append(f"crop_scale must be 0 < low <= high <= 1, found {self.crop_scale}")
-        if self.pairs and not (self.text_mix.selected or self.text_mix.retrieved):
+        drawn = self.text_mix.retrieved or (self.text_mix.selected and not self.selection)
+        if self.pairs and not drawn:
             wrong.append("pairs are given, but the text mix draws nothing from them")
+        if self.selection and not self.text_mix.selected:
+            wrong.append("a selection is given, but the text mix draws nothing from it")
         if not any((self.loss.vl, self.loss.pvl, self.loss.udist, self.loss.cosine, self.loss.centred)):
             wrong.append("every loss has weight 0")
         if wrong:

@@ -39,5 +39,9 @@ class RecallError(DimefmError):
     """An index that does not reach the recall asked for."""
 
 
+class SelectionError(DimefmError):
+    """Sentences that cannot be selected as asked: settings without effect, or nothing that fulfils them."""
+
+
 class TrainingError(DimefmError):
     """A run that cannot start or go on: bad settings, NaN or infinity, a failed worker."""

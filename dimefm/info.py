@@ -14,6 +14,7 @@ from cache_schemas.embedding_store import ATTRIBUTES_KEY, EMBEDDING
 from cache_schemas.index import SIDECAR_FILE, IndexSidecar
 from cache_schemas.pairs import HITS_COMMIT
 from cache_schemas.run import RUN_FILE
+from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, SCORES, SELECTION_FILE, SelectionPlan
 from dimefm import storage
 from dimefm.checkpoint import Checkpoints
 from dimefm.errors import StoreError
@@ -21,18 +22,23 @@ from dimefm.pairs import Pairs
 from dimefm.progress import amount
 from dimefm.run import read_run
 from dimefm.runlog import last_validation, read_metrics
+from dimefm.selected import SelectedTexts
+from dimefm.selection_files import how
 from dimefm.store import Store
 
-_FAILURES, _EXAMPLES = 10, 5
+_FAILURES, _EXAMPLES, _SHOWN = 10, 5, 12
 
 
 def describe(path: str) -> str:
-    """A few lines about the store, index, pseudo-text store or run at `path`. Raises StoreError for anything else."""
+    """A few lines about the store, index, pseudo-text store, selection or run at `path`. Raises StoreError for anything
+    else."""
     if storage.exists(storage.join(path, RUN_FILE)):
         return _run(path)
     if storage.exists(storage.join(path, SIDECAR_FILE)):
         where = storage.join(path, SIDECAR_FILE)
         return _index(path, IndexSidecar.parse(storage.read_json(where), where))
+    if storage.exists(storage.join(path, PLAN_FILE)):
+        return _selection(path)
     attributes = storage.join(path, "zarr.json")
     group = storage.read_json(attributes) if storage.exists(attributes) else {}
     document = group.get("attributes", {}).get(ATTRIBUTES_KEY)
@@ -41,7 +47,9 @@ def describe(path: str) -> str:
         return _store(Store(path))
     if schema == PairsStore.SCHEMA:
         return _pairs(Pairs(path))
-    raise StoreError(f"{path} is no store, index or run of dimefm", remedy="give the --out of one of its commands")
+    raise StoreError(
+        f"{path} is no store, index, selection or run of dimefm", remedy="give the --out of one of its commands"
+    )
 
 
 def list_failures(path: str) -> Iterator[str]:
@@ -145,6 +153,34 @@ def _pairs(pairs: Pairs) -> str:
         best = best[np.argsort(-hits[best].astype(np.int64), kind="stable")]
         rows += [(f"{hits[s['row']]:,} hits", s["text"][:80]) for s in Store(schema.texts).samples(best)]
     return _table(f"{pairs.path}: pseudo texts", rows)
+
+
+def _selection(path: str) -> str:
+    if not storage.exists(storage.join(path, SELECTION_FILE)):
+        where = storage.join(path, PLAN_FILE)
+        plan = SelectionPlan.parse(storage.read_json(where), where)
+        shards = Store(plan.texts).schema.shards if storage.exists(plan.texts) else 0
+        done = len(storage.listing(storage.join(path, SCORES)))
+        state = [("scores", f"{done:,} of {shards:,} shards done")] if plan.settings.by == "similarity" else []
+        return _table(f"{storage.absolute(path)}: selected texts, unfinished", [*state, ("texts store", plan.texts)])
+    selected = SelectedTexts(path)
+    found = selected.document
+    sources = sorted(found.sources, key=lambda s: (-s.kept, s.file))
+    rows = [
+        ("kept", f"{found.kept:,} of {found.rows:,} sentences, {found.kept / found.rows:.1%}"),
+        ("how", how(found)),
+        *(("left out", f"{count:,} {reason}") for reason, count in found.dropped.items()),
+        *(
+            ("of", f"{s.file or '(no file)'}: {s.kept:,} of {s.rows:,}, {s.kept / s.rows:.1%}")
+            for s in sources[:_SHOWN]
+        ),
+        *([("", f"and {len(sources) - _SHOWN:,} files more")] if len(sources) > _SHOWN else []),
+        ("texts store", found.plan.texts),
+        ("images store", found.plan.images),
+        ("pairs", found.plan.pairs),
+        ("read more", storage.join(selected.path, REPORT_FILE)),
+    ]
+    return _table(f"{selected.path}: selected texts", rows)
 
 
 def _run(path: str) -> str:

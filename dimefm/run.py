@@ -11,6 +11,7 @@ from dimefm.commits import versions
 from dimefm.config import TrainConfig
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.pairs import Pairs
+from dimefm.selected import SelectedTexts
 from dimefm.store import Store
 from dimefm.student import student_spec
 
@@ -23,7 +24,16 @@ def read_run(path: str) -> Run:
     return Run.parse(storage.read_json(where), where)
 
 
-def open_run(config: TrainConfig, images: Store, texts: Store, pairs: Pairs | None, steps: int, *, write: bool) -> Run:
+def open_run(
+    config: TrainConfig,
+    images: Store,
+    texts: Store,
+    pairs: Pairs | None,
+    selection: SelectedTexts | None,
+    steps: int,
+    *,
+    write: bool,
+) -> Run:
     """The run document of `config`, written if this is the first start and `write`.
 
     Raises MismatchError where the folder holds a run with another config or other stores, and names the fields;
@@ -38,6 +48,7 @@ def open_run(config: TrainConfig, images: Store, texts: Store, pairs: Pairs | No
         images_chunk_rows=images.schema.chunk_rows,
         texts_identity=texts.schema.identity,
         pairs_digest=pairs.selection().digest if pairs else None,
+        selection_digest=selection.document.digest if selection else None,
         steps=steps,
         versions=versions(),
     )
@@ -54,7 +65,7 @@ def open_run(config: TrainConfig, images: Store, texts: Store, pairs: Pairs | No
 
 def _require_same(config: TrainConfig, old: Run, new: Run) -> None:
     differences = TrainConfig.parse(old.config, f"{config.out}/{RUN_FILE}").differences(config)
-    for name in ("images_identity", "images_chunk_rows", "texts_identity", "pairs_digest", "steps"):
+    for name in ("images_identity", "images_chunk_rows", "texts_identity", "pairs_digest", "selection_digest", "steps"):
         mine, theirs = getattr(old, name), getattr(new, name)
         if mine != theirs:
             differences.append(f"{name}: {mine} != {theirs}")

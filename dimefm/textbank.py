@@ -14,6 +14,7 @@ import torch
 from cache_schemas import Status
 from dimefm.errors import TrainingError
 from dimefm.pairs import Pairs
+from dimefm.selected import SelectedTexts
 from dimefm.store import Store
 
 RESIDENT_BYTES = 4 * 1024**3
@@ -21,8 +22,8 @@ RESIDENT_BYTES = 4 * 1024**3
 
 @dataclass(frozen=True, kw_only=True)
 class TextMix:
-    """Shares of a text batch: any sentence, a visually grounded one (retrieved by some image), one that was
-    retrieved for an image of the same batch. They add up to 1."""
+    """Shares of a text batch: any sentence, a visually grounded one (of the selection, or retrieved by some image), one
+    that was retrieved for an image of the same batch. They add up to 1."""
 
     CONSTANTS: ClassVar[frozenset[str]] = frozenset()
 
@@ -39,15 +40,30 @@ class TextMix:
 class TextBank:
     """Draws text batches. The embeddings are held in memory up to 4 GiB, beyond that read from the store's maps."""
 
-    def __init__(self, store: Store, mix: TextMix, pairs: Pairs | None, *, seed: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        mix: TextMix,
+        pairs: Pairs | None,
+        selection: SelectedTexts | None = None,
+        *,
+        seed: int,
+    ) -> None:
         shares = (mix.random, mix.selected, mix.retrieved)
         if abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
             raise TrainingError(f"the text mix {mix} does not add up to 1", remedy="give shares from 0 to 1")
-        if (mix.selected or mix.retrieved) and pairs is None:
-            raise TrainingError("selected or retrieved texts need --pairs", remedy="run dimefm retrieve first")
+        if mix.retrieved and pairs is None:
+            raise TrainingError("retrieved texts need --pairs", remedy="run dimefm retrieve first")
+        if mix.selected and pairs is None and selection is None:
+            remedy = "run dimefm retrieve first, and select-texts for a selection"
+            raise TrainingError("selected texts need --selection or --pairs", remedy=remedy)
         self._store, self._mix, self._pairs, self._seed = store, mix, pairs, seed
         self._valid = np.flatnonzero(store.status() == Status.OK).astype(np.int32)
-        self._selected = np.flatnonzero(pairs.hits()).astype(np.int32) if pairs and mix.selected else None
+        self._selected: np.ndarray[Any, Any] | None = None
+        if mix.selected and selection is not None:
+            self._selected = selection.rows()
+        elif mix.selected and pairs is not None:
+            self._selected = np.flatnonzero(pairs.hits()).astype(np.int32)
         size = store.schema.rows * store.schema.dim * 2
         self._resident = store.read(0, store.schema.rows) if size <= RESIDENT_BYTES else None
 

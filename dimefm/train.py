@@ -28,6 +28,7 @@ from dimefm.pairs import Pairs, require_pairs_match
 from dimefm.preprocess import normalise
 from dimefm.run import open_run
 from dimefm.runlog import RunLog, last_validation
+from dimefm.selected import SelectedTexts
 from dimefm.store import Store, require_same_teacher
 from dimefm.student import build_student, has_convolutions
 from dimefm.textbank import TextBank
@@ -62,7 +63,7 @@ def train(config: TrainConfig) -> Result:
 class _Trainer:
     def __init__(self, config: TrainConfig, place: Place) -> None:
         self.config, self.place = config, place
-        self.images, self.texts, self.pairs = _open_stores(config)
+        self.images, self.texts, self.pairs, self.selection = _open_stores(config)
         self.per_epoch = _steps_per_epoch(config, self.images, place)
         self.steps = min(round(config.epochs * self.per_epoch), config.max_steps or 2**62)
         if self.steps < 1:
@@ -71,12 +72,14 @@ class _Trainer:
             )
         if not place.first:
             wait_for_all(place)
-        document = open_run(config, self.images, self.texts, self.pairs, self.steps, write=place.first)
+        document = open_run(config, self.images, self.texts, self.pairs, self.selection, self.steps, write=place.first)
         if place.first:
             wait_for_all(place)
         self.spec = document.student
         self.mean_D = mean_embedding(self.images).to(place.device) if config.loss.centred else None
-        self.bank = TextBank(self.texts, config.text_mix, self.pairs, seed=config.seed) if config.loss.vl else None
+        self.bank = None
+        if config.loss.vl:
+            self.bank = TextBank(self.texts, config.text_mix, self.pairs, self.selection, seed=config.seed)
         val_texts = Store(config.val_texts) if config.val_texts else self.texts
         self.validation = Validation(config.val, val_texts, self.spec) if config.val and place.first else None
         self.checkpoints = Checkpoints(config.out)
@@ -201,7 +204,7 @@ def mean_embedding(images: Store) -> torch.Tensor:
     return embedding_ND[embedding_ND.any(dim=1)].mean(dim=0).float()
 
 
-def _open_stores(config: TrainConfig) -> tuple[Store, Store, Pairs | None]:
+def _open_stores(config: TrainConfig) -> tuple[Store, Store, Pairs | None, SelectedTexts | None]:
     """The finished stores of a run, checked against each other."""
     images, texts = Store(config.images), Store(config.texts)
     for store, kind in ((images, "image"), (texts, "text")):
@@ -211,9 +214,12 @@ def _open_stores(config: TrainConfig) -> tuple[Store, Store, Pairs | None]:
     pairs = Pairs(config.pairs) if config.pairs else None
     if pairs:
         require_pairs_match(pairs, images, texts)
+    selection = SelectedTexts(config.selection) if config.selection else None
+    if selection:
+        selection.require_texts(texts)
     if config.val_texts:
         require_same_teacher(images, Store(config.val_texts))
-    return images, texts, pairs
+    return images, texts, pairs, selection
 
 
 def _steps_per_epoch(config: TrainConfig, images: Store, place: Place) -> int:

@@ -33,6 +33,7 @@ COMMANDS = {
     "import-embeddings": ["FOLDER", "--out", "--kind", "--teacher", "--images", "--check", "--accept"],
     "build-index": ["TEXTS.zarr", "--out", "--factory", "--recall", "--accept", "--queries", "--seed"],
     "retrieve": ["IMAGES.zarr", "--texts", "--index", "--top-k", "--out"],
+    "select-texts": ["PAIRS.zarr", "--out", "--by", "--size", "--min-hits", "--dedup", "--balance", "--scores"],
     "train-student": ["--images", "--texts", "--pairs", "--out", "--recipe", "--student", "--loss", "--text-mix"],
     "evaluate": ["MODEL", "SET...", "--pretrained", "--checkpoint", "--precision", "--device", "--out"],
     "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained"],
@@ -183,7 +184,7 @@ def test_the_installed_command_prints_one_message_and_no_traceback(tmp_path: Pat
     )
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.startswith("Error: nowhere is no store, index or run of dimefm\n  remedy: ")
+    assert done.stderr.startswith("Error: nowhere is no store, index, selection or run of dimefm\n  remedy: ")
     assert done.stderr.count("\n") == 2
 
 
@@ -483,7 +484,7 @@ def test_export_of_what_is_no_run(tmp_path: Path, image_store: Store) -> None:
 def test_info_on_a_stranger(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path, tmp_path / "file", tmp_path / "nowhere"):
-        assert f"{path} is no store, index or run of dimefm" in refused("info", path)
+        assert f"{path} is no store, index, selection or run of dimefm" in refused("info", path)
 
 
 def test_info_on_a_damaged_store_reports_every_problem(image_store: Store, tmp_path: Path) -> None:
