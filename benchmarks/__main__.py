@@ -6,6 +6,7 @@ from benchmarks.memory import memory
 from benchmarks.objectives import objectives
 from benchmarks.plan_scale import plan_scale
 from benchmarks.preprocessing import preprocessing
+from benchmarks.selection import selection
 from benchmarks.sentences import sentences
 from benchmarks.stage1 import stage1
 from benchmarks.store_reads import store_reads
@@ -18,7 +19,8 @@ def benchmarks() -> None:
 
 
 for command in (
-    preprocessing, stage1, sentences, memory, plan_scale, training_pixels, store_reads, objectives
+    preprocessing, stage1, sentences, memory, plan_scale, training_pixels, store_reads, objectives,
+    selection,
 ):  # fmt: skip
     benchmarks.add_command(command)
 

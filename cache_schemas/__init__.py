@@ -12,6 +12,7 @@ from cache_schemas.pairs import PairsStore, Selection
 from cache_schemas.plan import FILES, IMAGE_PLAN, TEXT_PLAN, parse_plan
 from cache_schemas.problems import Problem, SchemaError
 from cache_schemas.run import Run, StudentSpec
+from cache_schemas.text_selection import SelectionPlan, TextSelection
 
 __all__ = [
     "FILES",
@@ -29,10 +30,12 @@ __all__ = [
     "Run",
     "SchemaError",
     "Selection",
+    "SelectionPlan",
     "SourceSummary",
     "Status",
     "StudentSpec",
     "TeacherIdentity",
+    "TextSelection",
     "ViewPlan",
     "digest_of",
     "parse_dataclass",

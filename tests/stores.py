@@ -1,6 +1,7 @@
 """Makers of small stores with known content, without a teacher."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,17 @@ def random_store(
     failed: tuple[int, ...] = (),
     seed: int = 0,
     digest: str = "d",
+    values: np.ndarray[Any, Any] | None = None,
+    keys: Sequence[str] | None = None,
     **teacher: Any,
 ) -> tuple[Store, np.ndarray[Any, Any]]:
-    """A finished store of random unit vectors; rows in `failed` have none. The store, and the vectors float16."""
+    """A finished store of random unit vectors; rows in `failed` have none. The store, and the vectors float16.
+
+    `values` (rows, 16) instead of random ones, with their norms set to 1; `keys` instead of k0, k1, ...
+    """
     identity = teacher_identity(**teacher)
     rng = np.random.default_rng(seed)
-    values = rng.standard_normal((rows, identity.embed_dim))
+    values = rng.standard_normal((rows, identity.embed_dim)) if values is None else values
     values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16)
     status = np.full(rows, Status.OK, np.uint8)
     for row in failed:
@@ -73,7 +79,10 @@ def random_store(
             arguments=("a",), files=1, bytes=1, digest=digest, repeated_keys=0, dropped={}, problems=()
         ),
     )
-    digests = [write_plan(str(path), shard, _plan(kind, *schema.shard_range(shard))) for shard in range(schema.shards)]
+    keys = keys or [f"k{row}" for row in range(rows)]
+    digests = [
+        write_plan(str(path), shard, _plan(kind, keys, *schema.shard_range(shard))) for shard in range(schema.shards)
+    ]
     plans = {rows_path(shard): digest for shard, digest in enumerate(digests)}
     store = Store.create(str(path), dataclasses.replace(schema, digests=plans))
     for shard in range(schema.shards):
@@ -88,9 +97,9 @@ def random_store(
     return store, values
 
 
-def _plan(kind: str, start: int, stop: int) -> pa.Table:
+def _plan(kind: str, keys: Sequence[str], start: int, stop: int) -> pa.Table:
     rows = list(range(start, stop))
-    columns: dict[str, list[Any]] = {"row": rows, "key": [f"k{row}" for row in rows]}
+    columns: dict[str, list[Any]] = {"row": rows, "key": list(keys[start:stop])}
     if kind == "text":
         return pa.table({**columns, "text": [f"sentence {row}" for row in rows]}, schema=TEXT_PLAN)
     zeros = [0] * len(rows)

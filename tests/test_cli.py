@@ -20,7 +20,9 @@ from click.testing import CliRunner, Result
 from cache_schemas.document import CHECKSUM, digest_of
 from dimefm.cli import cli
 from dimefm.clip import Clip, load_clip
+from dimefm.exact import ExactSearch
 from dimefm.index import IndexConfig, build_index
+from dimefm.pairs import retrieve
 from dimefm.progress import amount
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
@@ -128,6 +130,8 @@ CACHE = ["cache-images", "x.tar", "--out", "o", "--teacher", "t"]
         [*CACHE, "--precision", "int8"],
         ["build-index", "x.zarr", "--out", "o", "--recall", "1.5"],
         ["retrieve", "x.zarr", "--texts", "t", "--index", "i", "--out", "o", "--top-k", "none"],
+        ["select-texts", "p.zarr", "--out", "o", "--by", "beauty"],
+        ["select-texts", "p.zarr", "--out", "o", "--dedup", "1"],
         ["train-student", "--images", "i", "--texts", "t", "--out", "o", "--recipe", "secret"],
         ["evaluate", "model"],
         ["info"],
@@ -387,6 +391,34 @@ def test_retrieve_over_two_teachers(image_store: Store, prompt_store: Store, tmp
     message = refused("retrieve", image_store.path, "--texts", other, "--index", index, "--out", tmp_path / "p.zarr")
     assert "come from different teachers" in message
     assert "teacher.weights: " in message
+
+
+# -- select-texts -----------------------------------------------------------------------------------------------------
+
+
+def test_selecting_from_what_is_not_there_or_with_options_without_effect(tmp_path: Path) -> None:
+    words = ["select-texts", tmp_path / "p.zarr", "--out", tmp_path / "s"]
+    assert "is not a dimefm store" in refused(*words, "--size", 3)
+    assert "--seed has no effect without --by similarity" in refused(*words, "--by", "hits", "--seed", 3)
+    assert "--pool has no effect without --dedup or --balance" in refused(*words, "--size", 3, "--pool", 9)
+    assert not (tmp_path / "s").exists()
+
+
+def test_what_is_selected_is_what_training_draws_from(
+    image_store: Store, text_store: Store, tmp_path: Path, tiny_run: list[str]
+) -> None:
+    pairs, out = tmp_path / "p.zarr", tmp_path / "s.selection"
+    search = ExactSearch(text_store).search
+    retrieve(image_store, text_store, search, index="exact", index_digest="e", top_k=4, out=str(pairs))
+    result = run("select-texts", pairs, "--out", out, "--size", 40, "--dedup", 0.99, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "kept          40 of 200 sentences" in result.output
+    assert run("info", out).output in result.output
+    train = [*tiny_run, "--max-steps", 1, "--device", "cpu"]
+    result = run(*train, "--out", tmp_path / "run", "--selection", out, "--text-mix", "selected=1")
+    assert result.exit_code == 0, result.output
+    message = refused(*train, "--out", tmp_path / "other", "--selection", out)
+    assert "a selection is given, but the text mix draws nothing from it" in message
 
 
 # -- train-student ----------------------------------------------------------------------------------------------------

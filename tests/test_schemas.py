@@ -25,15 +25,18 @@ from cache_schemas import (
     Run,
     SchemaError,
     Selection,
+    SelectionPlan,
     SourceSummary,
     Status,
     StudentSpec,
     TeacherIdentity,
+    TextSelection,
     ViewPlan,
     digest_of,
     parse_dataclass,
     parse_plan,
 )
+from cache_schemas.text_selection import Example, Histogram, SelectionSettings, SourceShare
 
 PREPROCESSING = Preprocessing(
     size=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), interpolation="bicubic", resize_mode="shortest"
@@ -136,7 +139,31 @@ RUN = Run(
     steps=100,
     versions={"torch": "2.6"},
 )
-DOCUMENTS: list[Document] = [STORE, COMMIT, SIDECAR, PAIRS, SELECTION, RUN]
+SELECTION_PLAN = SelectionPlan(
+    images="/data/images.zarr",
+    images_identity="f" * 64,
+    texts="/data/texts.zarr",
+    texts_identity="0" * 64,
+    pairs="/data/pairs.zarr",
+    pairs_digest="2" * 64,
+    settings=SelectionSettings(
+        by="similarity", among=None, min_hits=None, min_score=4.5, pool=60, dedup=0.9, balance=True, size=20,
+        images_sample=16384, seed=0,
+    ),
+)  # fmt: skip
+TEXT_SELECTION = TextSelection(
+    plan=SELECTION_PLAN,
+    rows=100,
+    kept=20,
+    dropped={"below --min-score": 70, "beyond --size": 10},
+    clusters=8,
+    cap=3,
+    sources=(SourceShare(file="a.txt", rows=100, kept=20),),
+    histogram=Histogram(of="score", edges=(0.0, 1.5, 3.0), kept=(0, 20), dropped=(70, 10)),
+    examples=(Example(group="kept", row=3, score=None, hits=0, file="a.txt", text="犬", like="a dog"),),
+    digest="5" * 64,
+)
+DOCUMENTS: list[Document] = [STORE, COMMIT, SIDECAR, PAIRS, SELECTION, RUN, SELECTION_PLAN, TEXT_SELECTION]
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: type(document).__name__)
 
 
@@ -186,6 +213,15 @@ def test_a_document_in_which_one_value_has_changed_is_refused(document: Document
         else:
             continue
         assert problems_of(type(document), changed), name
+
+
+def test_a_selection_must_account_for_every_sentence_and_every_bin() -> None:
+    raw = through_json(TEXT_SELECTION)
+    wrong = raw | {"kept": 21, "histogram": raw["histogram"] | {"kept": [1, 2, 3]}}
+    assert problems_of(TextSelection, wrong) == {
+        "histogram.kept": "expected 2 bins, found 3",
+        "dropped": "with those kept adds up to 101 sentences, not to 100",
+    }
 
 
 def test_the_checksum_names_what_happened() -> None:
