@@ -36,7 +36,7 @@ def methods(size: int) -> dict[str, dict[str, object]]:
         "hits": {"by": "hits"},
         "hits, balanced": {"by": "hits", "balance": True},
         "similarity": {},
-        "similarity, dedup 0.9": {"dedup": 0.9, "pool": 3 * size},
+        "similarity, dedup 0.995": {"dedup": 0.995, "pool": 3 * size},
         "similarity, balanced": {"balance": True, "pool": 3 * size},
     }
 

@@ -50,7 +50,9 @@ class SelectionConfig:
     Then come, each if asked for and in this order: `min_hits` images or more that have it among their top k;
     `min_score` or more, by similarity of that score, else of the best cosine; the best `pool` of the ranking;
     `dedup`: no sentence whose cosine to a better one, kept itself, is that or more; `balance`: the same cap on every
-    cluster of similar sentences, the smallest that fills `size`; the best `size` of the ranking.
+    cluster of similar sentences, the smallest that fills `size`; the best `size` of the ranking. From which cosine on
+    two sentences are alike is the teacher's affair: where all of its sentences lie in a narrow cone, 0.98 may join
+    strangers. The report shows some that were left out, each with its better one.
 
     `images` and `texts` say where the stores are now, if they were moved; `scores` is another selection over the same
     stores whose scores by similarity are taken. `device` is that of the products. Raises SelectionError for settings
