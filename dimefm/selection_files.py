@@ -46,31 +46,33 @@ def write_kept(
     path = storage.join(out, ROWS_FILE)
     with (
         storage.writing_to(out),
-        storage.writing_atomically(path) as rows_file,
-        storage.writing_atomically(storage.join(out, SENTENCES_FILE)) as sentences_file,
-        pq.ParquetWriter(rows_file, SELECTED_ROWS, compression="zstd") as writer,
+        storage.writing_atomically(path) as file,
+        pq.ParquetWriter(file, SELECTED_ROWS, compression="zstd") as writer,
         Progress("writing", texts.schema.rows, "text") as progress,
     ):
         for shard in range(texts.schema.shards):
             start, stop = texts.schema.shard_range(shard)
-            plan = texts.plan(shard)
+            plan, chosen = texts.plan(shard), np.flatnonzero(fate_T[start:stop] == Fate.KEPT)
             files = [source_file(key) for key in plan["key"].to_pylist()]
-            chosen = np.flatnonzero(fate_T[start:stop] == Fate.KEPT)
             kept_files = [files[i] for i in chosen.tolist()]
-            sentences = plan["text"].take(pa.array(chosen))
             score = score_T[start + chosen]
             columns = {
                 "row": pa.array(start + chosen, pa.int64()),
                 "score": pa.array(score, pa.float32(), mask=np.isnan(score)),
                 "hits": pa.array(hits_T[start + chosen], pa.uint32()),
                 "file": pa.array(kept_files, pa.string()),
-                "text": sentences,
+                "text": plan["text"].take(pa.array(chosen)),
             }
             writer.write_table(pa.table(columns, schema=SELECTED_ROWS))
-            sentences_file.write("".join(f"{' '.join(text.split())}\n" for text in sentences.to_pylist()).encode())
             total.update(files)
             kept.update(kept_files)
             progress.at(stop)
+    # One file after the other: of two at once, an object store's file system would finish the second alone.
+    with storage.writing_to(out), storage.writing_atomically(storage.join(out, SENTENCES_FILE)) as file:
+        for shard in range(texts.schema.shards):
+            chosen = np.flatnonzero(fate_T[slice(*texts.schema.shard_range(shard))] == Fate.KEPT)
+            sentences = texts.plan(shard)["text"].take(pa.array(chosen)).to_pylist()
+            file.write("".join(f"{' '.join(text.split())}\n" for text in sentences).encode())
     sources = tuple(SourceShare(file=name, rows=total[name], kept=kept[name]) for name in sorted(total))
     return sources, storage.digest_file(path)
 
@@ -87,7 +89,7 @@ def histogram(
     there_T = fate_T != Fate.NO_EMBEDDING
     value_T, kept_T = (score_T if settings.by == "similarity" else hits_T)[there_T], fate_T[there_T] == Fate.KEPT
     if settings.by == "similarity":
-        edges = np.linspace(float(value_T.min()), float(value_T.max()) or 1.0, _BINS + 1)
+        edges = np.linspace(float(value_T.min()), float(value_T.max()), _BINS + 1)
     else:
         edges = np.array([0, 1, *(1 + 2.0 ** np.arange(int(value_T.max()).bit_length() + 1))])
     kept, dropped = (np.histogram(value_T[mask], edges)[0].tolist() for mask in (kept_T, ~kept_T))

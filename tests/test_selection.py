@@ -17,7 +17,7 @@ import torch
 
 from cache_schemas import SchemaError
 from cache_schemas.text_selection import SELECTED_ROWS
-from dimefm import clusters, grounding
+from dimefm import clusters, grounding, storage
 from dimefm.choice import Fate
 from dimefm.clusters import capped, cluster, cluster_count, repetitions
 from dimefm.errors import MismatchError, OutputExistsError, SelectionError, StoreError, TrainingError
@@ -35,6 +35,8 @@ from dimefm.textbank import TextBank, TextMix
 from dimefm.train import train
 from tests.stores import random_store
 from tests.training import tiny_config
+
+pytest_plugins = ["tests.s3"]
 
 IMAGES, TEXTS, SHARD = 120, 600, 128
 FAILED, BROKEN = (7, 300), (8, 450)
@@ -66,7 +68,7 @@ class World:
         )
         self.gone = (*FAILED, BROKEN[0])
         self.there = np.setdiff1d(np.arange(TEXTS), self.gone)
-        search, self.pairs = ExactSearch(self.texts).search, str(folder / "p.zarr")
+        search, self.pairs = ExactSearch(self.texts), str(folder / "p.zarr")
         retrieve(
             self.images, self.texts, search, index="exact", index_digest="e", top_k=5, out=self.pairs
         )  # fmt: skip
@@ -390,7 +392,7 @@ def test_sigkill_and_the_same_command_give_the_same_bytes(world: World, tmp_path
     texts, _ = random_store(tmp_path / "t.zarr", rows=960, shard_rows=16, kind="text", seed=9)
     pairs = str(tmp_path / "p.zarr")
     retrieve(
-        world.images, texts, ExactSearch(texts).search, index="exact", index_digest="e", top_k=5, out=pairs
+        world.images, texts, ExactSearch(texts), index="exact", index_digest="e", top_k=5, out=pairs
     )  # fmt: skip
     command = [sys.executable, "-m", "dimefm", "select-texts", pairs, "--size", "50", "--dedup", "0.9", "--out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -405,6 +407,15 @@ def test_sigkill_and_the_same_command_give_the_same_bytes(world: World, tmp_path
     for out in (killed, whole):
         subprocess.run([*command, str(out)], env=environment, check=True, capture_output=True)
     assert files(killed) == files(whole)
+
+
+def test_a_selection_on_s3_is_the_one_on_disk(world: World, scored: Path, s3: str) -> None:
+    url = f"{s3}/s.selection"
+    found = select_texts(SelectionConfig(pairs=world.pairs, out=url, size=100, device="cpu"))
+    assert {name: storage.read_bytes(f"{url}/{name}") for name in storage.tree(url)} == files(scored)
+    assert SelectedTexts(url).rows().tolist() == SelectedTexts(str(scored)).rows().tolist()
+    assert select_texts(SelectionConfig(pairs=world.pairs, out=url, size=100, device="cpu")) == found
+    assert "100 of 600 sentences" in describe(url)
 
 
 def test_damaged_scores_are_made_again(world: World, scored: Path, tmp_path: Path) -> None:
@@ -507,7 +518,7 @@ def test_selected_texts_are_drawn_from_the_selection_alone(world: World, scored:
 def real(image_store: Store, text_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs and two selections over the real stores that training reads."""
     out = tmp_path_factory.mktemp("real")
-    search = ExactSearch(text_store).search
+    search = ExactSearch(text_store)
     retrieve(
         image_store, text_store, search, index="exact", index_digest="e", top_k=4, out=str(out / "p.zarr")
     )  # fmt: skip
