@@ -50,20 +50,33 @@ class MappedArray:
         return cls(Path(store) / name, array, array.chunks[0], array.shards[0])
 
     def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Rows start..stop-1, copied out, (N, ...)."""
-        return self.gather(np.arange(start, stop))
+        """Rows start..stop-1, copied out, (N, ...). Raises as `gather` does."""
+        if not 0 <= start <= stop <= self._rows:
+            raise IndexError(f"rows must lie in [0, {self._rows}], found {start} to {stop}")
+        out = np.empty((stop - start, *self._row_shape), self._dtype)
+        first = start
+        while first < stop:  # a chunk at a time: a plain copy, where any rows take a look-up each
+            shard, within = divmod(first, self._shard_rows)
+            chunk, row = divmod(within, self._chunk_rows)
+            count = min(self._chunk_rows - row, stop - first)
+            out[first - start : first - start + count] = self._chunk(shard, chunk)[row : row + count]
+            first += count
+        return out
 
     def gather(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Any rows in any order, (N, ...). Raises IndexError beyond the array, StoreError for a shard file that is
         missing or damaged."""
         rows_N = np.asarray(rows_N, dtype=np.int64)
-        if len(rows_N) and (rows_N.min() < 0 or rows_N.max() >= self._rows):
-            raise IndexError(f"rows must lie in [0, {self._rows}), found {rows_N.min()} to {rows_N.max()}")
         out = np.empty((len(rows_N), *self._row_shape), self._dtype)
+        if not len(rows_N):
+            return out
+        if rows_N.min() < 0 or rows_N.max() >= self._rows:
+            raise IndexError(f"rows must lie in [0, {self._rows}), found {rows_N.min()} to {rows_N.max()}")
         shard_N, within_N = np.divmod(rows_N, self._shard_rows)
-        for shard in np.unique(shard_N):
-            chosen = np.flatnonzero(shard_N == shard) if len(rows_N) > 1 else slice(None)
-            self._gather_in_shard(int(shard), within_N[chosen], out, chosen)
+        order_N = np.argsort(shard_N, kind="stable")
+        shards, starts = np.unique(shard_N[order_N], return_index=True)
+        for shard, chosen in zip(shards.tolist(), np.split(order_N, starts[1:]), strict=True):
+            self._gather_in_shard(shard, within_N[chosen], out, chosen)
         return out
 
     def forget(self) -> None:
@@ -82,12 +95,16 @@ class MappedArray:
             view = np.ndarray(shape, self._dtype, buffer=file.data, offset=int(file.offsets[0]), strides=strides)
             out[chosen] = view[chunk_N, row_N]
             return
-        positions = np.arange(len(out))[chosen]
         for chunk in np.unique(chunk_N):
-            mine, offset = chunk_N == chunk, int(file.offsets[chunk])
-            out[positions[mine]] = np.ndarray(self._chunk_shape, self._dtype, buffer=file.data, offset=offset)[
-                row_N[mine]
-            ]
+            mine = chunk_N == chunk
+            out[chosen[mine]] = self._chunk(shard, int(chunk))[row_N[mine]]
+
+    def _chunk(self, shard: int, chunk: int) -> np.ndarray[Any, Any]:
+        """The rows of one chunk, as they lie in the file."""
+        file = self._shard(shard)
+        if not file.checked[chunk]:
+            self._check_chunk(shard, file, chunk)
+        return np.ndarray(self._chunk_shape, self._dtype, buffer=file.data, offset=int(file.offsets[chunk]))
 
     def _check_chunk(self, shard: int, file: _ShardFile, chunk: int) -> None:
         offset, end = int(file.offsets[chunk]), int(file.offsets[chunk]) + self._chunk_bytes
