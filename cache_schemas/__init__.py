@@ -7,7 +7,7 @@ from cache_schemas.commit import Commit, Failure
 from cache_schemas.document import Document, digest_of, parse_dataclass, to_plain
 from cache_schemas.embedding_store import EmbeddingStore, SourceSummary, Status, ViewPlan
 from cache_schemas.identity import Preprocessing, TeacherIdentity
-from cache_schemas.index import IndexSidecar, Recall
+from cache_schemas.index import IndexPart, IndexSidecar, Recall
 from cache_schemas.pairs import PairsStore, Selection
 from cache_schemas.plan import FILES, IMAGE_PLAN, TEXT_PLAN, parse_plan
 from cache_schemas.problems import Problem, SchemaError
@@ -22,6 +22,7 @@ __all__ = [
     "Document",
     "EmbeddingStore",
     "Failure",
+    "IndexPart",
     "IndexSidecar",
     "PairsStore",
     "Preprocessing",

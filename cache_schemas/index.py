@@ -1,4 +1,11 @@
-"""TEXTS.index/: a FAISS index beside index.json, the sidecar that says what it holds and how well it searches."""
+"""TEXTS.index/: a FAISS index beside index.json, the sidecar that says what it holds and how well it searches.
+
+TEXTS.index/
+  index.json               the sidecar; written last, it names the index file
+  index-<digest>.faiss     ids are rows of the store
+  build/                   while the index is built or extended: trained.faiss, then a file for each part; each beside a
+                           JSON document that is written after it
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,7 @@ from cache_schemas.document import Document
 from cache_schemas.identity import TeacherIdentity
 from cache_schemas.problems import Problem
 
-INDEX_FILE, SIDECAR_FILE = "index.faiss", "index.json"
+SIDECAR_FILE, BUILD = "index.json", "build"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +30,35 @@ class Recall:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IndexPart(Document):
+    """A file below build/: the trained, empty index (no rows), or the rows of some shards of the store. `settings` is
+    the digest of what decides its bytes: store, factory, seed, training rows; `skipped` rows have no finite, non-zero
+    embedding."""
+
+    SCHEMA: ClassVar[str] = "dimefm.index_part"
+
+    settings: str
+    rows: int
+    skipped: int
+    bytes: int
+    digest: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class IndexSidecar(Document):
-    """The sidecar. Ids in the index are rows of the store with digest `store_identity`. `rescore` is how many
-    times k candidates are fetched and re-scored exactly from the store (1: the index's own scores are exact)."""
+    """The sidecar. `file` holds rows of the store with digest `store_identity`: those of `shards`, by the digest of
+    each one's commit. `rescore` is how many times k candidates are fetched and scored again from the store (1: the
+    index's own scores are taken). The search parameters were tuned to `recall_target` over the first kind of `recall`.
+    """
 
     SCHEMA: ClassVar[str] = "dimefm.index"
+    VERSION: ClassVar[int] = 2
 
     store: str
     store_identity: str
     kind: str
+    shards: dict[str, str]
     rows: int
     skipped: int
     dim: int
@@ -41,6 +68,8 @@ class IndexSidecar(Document):
     rescore: int
     recall: tuple[Recall, ...]
     recall_target: float
+    queries_per_second: float
+    file: str
     bytes: int
     digest: str
     train_rows: int
@@ -49,11 +78,14 @@ class IndexSidecar(Document):
     versions: dict[str, str]
 
     def problems(self) -> list[Problem]:
-        return [
+        found = [
             Problem(f"recall[{i}].value", f"must lie in [0, 1], found {r.value}")
             for i, r in enumerate(self.recall)
             if not 0 <= r.value <= 1
         ]
+        if "/" in self.file:
+            found.append(Problem("file", f"must lie beside the sidecar, found {self.file}"))
+        return found
 
     @property
     def bytes_per_vector(self) -> float:

@@ -22,7 +22,7 @@ HITS_COMMIT = "commits/hits.json"
 
 @dataclass(frozen=True, kw_only=True)
 class PairsStore(Document):
-    """The attributes of a pseudo-text store."""
+    """The attributes of a pseudo-text store. `index` is where the index was, or "exact search"."""
 
     SCHEMA: ClassVar[str] = "dimefm.pairs"
 
@@ -53,11 +53,12 @@ class PairsStore(Document):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection(Document):
-    """commits/hits.json: the visually grounded corpus in numbers."""
+    """commits/hits.json: the visually grounded corpus in numbers. `skipped` images have no usable embedding."""
 
     SCHEMA: ClassVar[str] = "dimefm.selection"
 
     images: int
+    skipped: int
     selected: int
     text_rows: int
     mean_score: float

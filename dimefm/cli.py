@@ -161,38 +161,105 @@ def import_embeddings(folder: str, **options: Any) -> None:
     click.echo(describe(store.path))
 
 
+class _Bytes(click.ParamType[int]):
+    """`12GB` as bytes."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from dimefm.factory import parse_bytes
+
+        try:
+            return value if isinstance(value, int) else parse_bytes(value)
+        except (ValueError, KeyError):
+            self.fail(f"{value!r} is not a size such as 800MB or 12GB", param, ctx)
+
+
 @cli.command()
-@click.argument("store", metavar="TEXTS.zarr")
+@click.argument("store", metavar="STORE.zarr")
 @click.option("--out", required=True, help="The folder to write, ending in .index.")
-@click.option("--factory", help="FAISS factory string. Default: by the number of rows.")
+@click.option("--queries", help="An image store: tune and measure the recall with its embeddings, as retrieve asks.")
 @click.option("--recall", "recall_target", type=click.FloatRange(0, 1), default=0.95, show_default=True,
               help="Recall@10 to reach, against exact search.")  # fmt: skip
 @click.option("--accept", is_flag=True, help="Keep an index that stays below --recall.")
-@click.option("--queries", help="An image store: measure the recall with its embeddings too.")
+@click.option("--factory", help="FAISS factory string. Default: by rows and memory.")
+@click.option("--memory", type=_Bytes(), metavar="SIZE", help="Of each process, such as 12GB. Default: half of all.")
+@click.option("--workers", type=click.IntRange(1), help="Build parts on Ray, so many at once. Default: without Ray.")
+@click.option("--ray-address", help="An existing Ray cluster for --workers. Default: a local Ray.")
+@click.option("--partial", is_flag=True, help="Index what an unfinished store has so far; run again for the rest.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-def build_index(**options: Any) -> None:
-    """Build a FAISS index over a store and measure its recall against exact search."""
-    from dimefm.index import IndexConfig
-    from dimefm.index import build_index as build
+@click.option("--dry-run", is_flag=True, help="Print what would be built, and when exact search is cheaper.")
+def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **options: Any) -> None:
+    """Build a FAISS index over a store, tune it to a recall and measure it against exact search.
+
+    Run again after rows were added to the store, it adds them.
+    """
+    from dimefm.building import IndexConfig, forecast
+    from dimefm.building import build_index as build
     from dimefm.info import describe
 
-    build(IndexConfig(**options))
+    _require_with("--ray-address", ray_address, "--workers", workers)
+    config = IndexConfig(**options)
+    if dry_run:
+        click.echo(forecast(config))
+        return
+    run = None
+    if workers:
+        from pipeline.index_parts import on_ray
+
+        run = on_ray(workers, ray_address)
+    build(config, run)
     click.echo(describe(options["out"]))
 
 
 @cli.command()
 @click.argument("images", metavar="IMAGES.zarr")
-@click.option("--texts", required=True, help="The text store that the index is over.")
-@click.option("--index", required=True, help="The index, from build-index.")
+@click.option("--texts", required=True, help="The text store.")
+@click.option("--index", help="An index over it, from build-index. Default: exact search.")
 @click.option("--top-k", type=click.IntRange(1), default=16, show_default=True, help="Sentences for each image.")
 @click.option("--out", required=True, help="The pseudo-text store to write, ending in .zarr.")
-def retrieve(images: str, texts: str, index: str, top_k: int, out: str) -> None:
-    """Find the nearest sentences of every image, and so which sentences are visually grounded."""
-    from dimefm.index import retrieve_with_index
-    from dimefm.info import describe
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Of exact search. Default: cuda where there is one.")
+def retrieve(images: str, **options: Any) -> None:
+    """Find the nearest sentences of every image, and so which sentences are visually grounded.
 
-    retrieve_with_index(images, texts, index, top_k=top_k, out=out)
-    click.echo(describe(out))
+    Exact search suits a GPU, or a hundred thousand sentences; build-index --dry-run says which is cheaper.
+    """
+    from dimefm.info import describe
+    from dimefm.retrieval import retrieve_stores
+
+    if options["index"] and options["device"]:
+        raise click.UsageError("--device has no effect with --index: an index searches on the CPU")
+    retrieve_stores(images, **options)
+    click.echo(describe(options["out"]))
+
+
+@cli.command()
+@click.argument("path", metavar="STORE.zarr|STORE.index")
+@click.option("--image", "images", multiple=True, metavar="FILE", help="What to search with; may be repeated.")
+@click.option("--text", "texts", multiple=True, metavar="SENTENCE", help="What to search with; may be repeated.")
+@click.option("--top-k", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--teacher", help="Where the teacher is now. Default: where it was.")
+@click.option("--pretrained", help="Its tag or file, with a plain NAME.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
+def search(path: str, **options: Any) -> None:
+    """Print what an image or a sentence is nearest to, with cosine similarities.
+
+    Over sentences it finds sentences, over images images: the fastest way to see that a cache is sane. A store is
+    searched exactly, an index as retrieve does.
+    """
+    from dimefm.search import search as run
+
+    queries = [*options["images"], *options["texts"]]
+    if not queries:
+        raise click.UsageError("give --image FILE or --text SENTENCE")
+    _require_with("--pretrained", options["pretrained"], "--teacher", options["teacher"])
+    for query, hits in zip(queries, run(path, **options), strict=True):
+        click.echo(query)
+        for hit in hits:
+            entry = hit.entry
+            click.echo(
+                f"  {hit.score:7.4f}  {entry.get('text') or entry['key']}  ({entry.get('file') or entry['key']})"
+            )
 
 
 @cli.command()

@@ -1,325 +1,274 @@
-"""The FAISS index over a store: chosen by size, searched at a measured recall. The only importer of faiss.
+"""The FAISS index over a store: what is done to one, and searching it. The only importer of faiss.
 
-Shapes: Q queries, N vectors of a block, D width, K neighbours.
+`dimefm.building` puts these steps together. Shapes: Q queries, N rows of a block, D width, C candidates, K neighbours.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import shutil
-import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
+import torch
 
-from cache_schemas import IndexSidecar, Recall, Selection, Status
-from cache_schemas.index import INDEX_FILE, SIDECAR_FILE
+from cache_schemas import IndexSidecar
+from cache_schemas.index import SIDECAR_FILE
 from dimefm import storage
-from dimefm.commits import versions
-from dimefm.errors import MismatchError, OutputExistsError, RecallError, StoreError
-from dimefm.exact import exact_search, valid_blocks
-from dimefm.pairs import retrieve
-from dimefm.progress import Progress
-from dimefm.store import Store, require_same_teacher
+from dimefm.errors import MismatchError, StoreError
+from dimefm.exact import valid_rows
+from dimefm.factory import RESCORE
+from dimefm.recall import Setting
+from dimefm.store import Store
 
-_TRAIN_PER_CENTROID = 64
-_RECALL_K, _RECALL_QUERIES = 10, 1000
-_RESCORE_BATCH = 256  # queries whose candidates are in memory at once
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexConfig:
-    """How to build an index. `factory` None: chosen from the number of rows; `queries` an image store whose
-    embeddings the recall is measured with, beside held-out rows of the store itself."""
-
-    store: str
-    out: str
-    factory: str | None = None
-    recall_target: float = 0.95
-    accept: bool = False
-    queries: str | None = None
-    seed: int = 0
-
-
-def choose_factory(rows: int, dim: int) -> tuple[str, int]:
-    """FAISS factory string and the re-scoring factor for that many rows, by measured speed and recall.
-
-    Exact up to 100k rows; fp16 inverted lists to 2M; beyond that product codes, whose best candidates are scored
-    again from the store itself (codes alone never reach 0.95).
-    """
-    if rows <= 100_000:
-        return "Flat", 1
-    if rows <= 2_000_000:
-        return f"IVF{1 << round(math.log2(4 * math.sqrt(rows)))},SQfp16", 1
-    centroids = "IVF65536" if rows <= 50_000_000 else "IVF262144_HNSW32"
-    return f"{centroids},PQ{dim // 4}x4fs", 10
+_BLOCK_ROWS = 16384
+_RESCORE_QUERIES = 128  # of a thread: they share candidates, each of which is read once
+DAMAGED = "delete the folder and build the index again"
 
 
 class Index:
-    """An index on disk with the store it is over."""
+    """An index in memory and the store that it is over, which its best candidates are scored again from."""
 
-    def __init__(self, path: str) -> None:
-        """Open an index. Raises StoreError where it is missing or damaged, SchemaError where its sidecar is."""
-        self.path = storage.local(path, "an index")
-        where = storage.join(self.path, SIDECAR_FILE)
-        if not storage.exists(where):
-            raise StoreError(f"{path} is not a dimefm index", remedy="make it with dimefm build-index")
-        self.sidecar = IndexSidecar.parse(storage.read_json(where), where)
-        file = Path(self.path) / INDEX_FILE
-        size = file.stat().st_size if file.exists() else 0
-        if size != self.sidecar.bytes:
-            what = f"{file} has {size:,} bytes, its sidecar says {self.sidecar.bytes:,}"
-            raise StoreError(what, remedy="it is damaged: delete the folder and build the index again")
-        self._faiss = faiss.read_index(str(file))
-        _set_parameters(self._faiss, self.sidecar.search_parameters)
-        self._rescore = self.sidecar.rescore
+    batch = 4096
 
-    def search(
-        self, queries_QD: np.ndarray[Any, Any], k: int, store: Store
-    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Scores float32 (Q, K) and rows of `store` int64 (Q, K), best first; -1 where fewer than k were found."""
-        return _search(self._faiss, np.asarray(queries_QD, np.float32), k, self._rescore, store)
+    def __init__(self, inner: Any, store: Store, setting: Setting) -> None:
+        self._faiss, self._store, self._setting = inner, store, setting
+
+    @staticmethod
+    def open(path: str, store: Store | None = None) -> Index:
+        """Open an index; its store is where the sidecar says, or `store`.
+
+        Raises StoreError where it is missing, damaged or lacks rows of the store, SchemaError where its sidecar is not
+        valid, MismatchError where it is over another store.
+        """
+        folder = storage.local(path, "an index")
+        sidecar = read_sidecar(folder)
+        store = store or Store(sidecar.store)
+        if sidecar.store_identity != store.schema.identity:
+            what = f"{path} was built over {sidecar.store}, not over {store.path}"
+            raise MismatchError(what, remedy="build an index over this store")
+        lacking = {shard for shard, digest in shard_digests(store).items() if sidecar.shards.get(shard) != digest}
+        if lacking:
+            what = f"{path} lacks {len(lacking)} shards of {store.path} that were written since it was built"
+            raise StoreError(what, remedy="run the same dimefm build-index again: it adds them")
+        probes = sidecar.search_parameters.get("nprobe", 0)
+        return Index(read_file(folder, sidecar), store, Setting(probes, sidecar.rescore))
+
+    def search(self, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Scores float32 (Q, K) and rows of the store int64 (Q, K), best first; -1 where fewer than k were found.
+
+        Fastest with a thousand queries or more at once.
+        """
+        return self.search_with(self._setting, queries_QD, k)
+
+    def probes(self) -> Sequence[int]:
+        """Numbers of lists worth trying, ascending: powers of two and what is half between; (0,) without lists."""
+        ivf = faiss.try_extract_index_ivf(self._faiss)
+        if ivf is None:
+            return (0,)
+        steps = {n for p in range(int(math.log2(ivf.nlist)) + 1) for n in (1 << p, 3 << p >> 1) if n <= ivf.nlist}
+        return sorted(steps | {ivf.nlist})
+
+    def depths(self) -> Sequence[int]:
+        """Depths of re-scoring worth trying; (1,) where the setting that it was opened with has none."""
+        return RESCORE if self._setting.rescore > 1 else (1,)
+
+    def search_with(self, setting: Setting, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[Any, Any]:
+        """`search` with other parameters than those the index was opened with."""
+        queries_QD = np.ascontiguousarray(queries_QD, np.float32)
+        if setting.probes:
+            faiss.extract_index_ivf(self._faiss).nprobe = setting.probes
+        candidates = min(k * setting.rescore, max(k, self._faiss.ntotal))
+        scores_QC, rows_QC = self._faiss.search(queries_QD, candidates)
+        if setting.rescore == 1:
+            return scores_QC, rows_QC
+        parts = [slice(at, at + _RESCORE_QUERIES) for at in range(0, len(rows_QC), _RESCORE_QUERIES)]
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            found = list(pool.map(lambda part: _rescore(self._store, queries_QD[part], rows_QC[part], k), parts))
+        return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
 
 
-def build_index(config: IndexConfig) -> IndexSidecar:
-    """Build an index over a finished store, tune it to the recall target and measure it.
+def _rescore(store: Store, queries_QD: Any, rows_QC: Any, k: int) -> tuple[Any, Any]:
+    """The k best of each query's candidates, by the inner product with their rows of the store."""
+    rows_N, place_QC = np.unique(rows_QC, return_inverse=True)
+    embedding_ND = torch.from_numpy(store.gather(np.maximum(rows_N, 0))).float()
+    # All against all is several times the products that are needed, and still less work than copying rows to queries.
+    scores_QN = torch.from_numpy(queries_QD) @ embedding_ND.T
+    scores_QC = scores_QN.gather(1, torch.from_numpy(place_QC.reshape(rows_QC.shape)))
+    scores_QC[torch.from_numpy(rows_QC < 0)] = -torch.inf
+    scores_QK, place_QK = scores_QC.topk(min(k, rows_QC.shape[1]), dim=1)
+    return scores_QK.numpy(), np.take_along_axis(rows_QC, place_QK.numpy(), axis=1)
 
-    The folder appears whole or not at all. Where it is there already and was made by the same settings, nothing is
-    done. Raises OutputExistsError where it was made by others, RecallError below the target unless `accept`.
+
+# -- steps of a build -------------------------------------------------------------------------------------------------
+
+
+def empty(factory: str, dim: int) -> Any:
+    """An index by its FAISS factory string, for inner products, that takes row numbers with its vectors.
+
+    Raises StoreError where FAISS does not know the string.
     """
-    config = replace(config, out=storage.local(config.out, "an index"))
-    store = Store(config.store)
-    store.require_complete()
-    rows = int((store.status() == Status.OK).sum())
-    if rows == 0:
-        raise StoreError(f"{store.path} has no embedding at all", remedy="see dimefm info for what failed")
-    factory, rescore = choose_factory(rows, store.schema.dim)
-    if config.factory:
-        factory, rescore = config.factory, 10 if "PQ" in config.factory else 1
-    if storage.exists(config.out):
-        return _require_same(config, store, factory)
-    queries = _queries(config, store)
-    began = time.monotonic()
-    index, train_rows = _build(store, factory, rows, config.seed)
-    parameters, recall = _tune(index, store, queries, rescore, config.recall_target)
-    return _publish(
-        index,
-        IndexSidecar(
-            store=store.path,
-            store_identity=store.schema.identity,
-            kind=store.schema.kind,
-            rows=int(index.ntotal),
-            skipped=store.schema.rows - int(index.ntotal),
-            dim=store.schema.dim,
-            teacher=store.schema.teacher,
-            factory=factory,
-            search_parameters=parameters,
-            rescore=rescore,
-            recall=tuple(recall),
-            recall_target=config.recall_target,
-            bytes=0,
-            digest="",
-            train_rows=train_rows,
-            seconds=round(time.monotonic() - began, 3),
-            seed=config.seed,
-            versions={**versions(), "faiss": _faiss_version()},
-        ),
-        config,
-    )
-
-
-def _build(store: Store, factory: str, rows: int, seed: int) -> tuple[Any, int]:
-    """The index with every valid row added under its row number, and how many rows it was trained on."""
-    dim, metric = store.schema.dim, faiss.METRIC_INNER_PRODUCT
     try:
-        index = faiss.index_factory(dim, factory, metric)
-        ivf = faiss.try_extract_index_ivf(index)
-        if ivf is None:  # only inverted lists keep row numbers themselves
-            index = faiss.index_factory(dim, f"IDMap,{factory}", metric)
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        inner = index.index if isinstance(index, faiss.IndexPreTransform) else index
+        if not isinstance(faiss.downcast_index(inner), faiss.IndexIVF):  # only inverted lists keep row numbers
+            index = faiss.index_factory(dim, f"IDMap,{factory}", faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0].rpartition(": ")[2]
         raise StoreError(f"--factory {factory}: {reason}", remedy="see FAISS's list of index factory strings") from None
-    train_rows = 0
-    if not index.is_trained:
-        centroids = ivf.nlist if ivf is not None else 256
-        sample = min(rows, max(_TRAIN_PER_CENTROID * centroids, 10_000))
-        valid = np.flatnonzero(store.status() == Status.OK)
-        chosen = np.sort(np.random.default_rng(seed).choice(valid, sample, replace=False))
-        train_rows = len(chosen)
-        if train_rows < centroids:
-            what = f"--factory {factory} has {centroids:,} centroids, more than the {train_rows:,} rows of {store.path}"
-            raise StoreError(what, remedy="give a factory with fewer, or none")
-        if ivf is not None:
-            ivf.cp.spherical = True
-        index.train(store.gather(chosen).astype(np.float32))
-    for rows_N, embedding_ND in valid_blocks(store):
-        index.add_with_ids(embedding_ND, rows_N)
-    return index, train_rows
+    codes = faiss.try_extract_index_ivf(index)
+    if isinstance(codes, (faiss.IndexIVFPQ, faiss.IndexIVFPQFastScan)):
+        codes.by_residual = True  # FAISS codes the vectors themselves for inner products: half the recall at equal cost
+    return index
 
 
-def _search(index: Any, queries_QD: Any, k: int, rescore: int, store: Store) -> tuple[Any, Any]:
-    scores_QK, rows_QK = index.search(queries_QD, k * rescore)
-    if rescore == 1:
-        return scores_QK, rows_QK
-    exact_QK = np.concatenate(
-        [
-            _exact_scores(queries_QD[at : at + _RESCORE_BATCH], rows_QK[at : at + _RESCORE_BATCH], store)
-            for at in range(0, len(rows_QK), _RESCORE_BATCH)
-        ]
-    )
-    order = np.argsort(-exact_QK, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(exact_QK, order, 1), np.take_along_axis(rows_QK, order, 1)
+def emptied(index: Any) -> Any:
+    """The index without its rows: the centroids and codes alone."""
+    index.reset()
+    return index
 
 
-def _exact_scores(queries_QD: Any, rows_QK: Any, store: Store) -> Any:
-    unique, position = np.unique(rows_QK, return_inverse=True)
-    vectors = store.gather(np.maximum(unique, 0)).astype(np.float32)
-    candidates_QKD = vectors[position.reshape(rows_QK.shape)]
-    return np.where(rows_QK >= 0, np.einsum("qd,qkd->qk", queries_QD, candidates_QKD), -np.inf)
+def needs_training(index: Any) -> bool:
+    """Whether `train` must come before rows."""
+    return not index.is_trained
 
 
-@dataclass(frozen=True)
-class _Queries:
-    """Query vectors, and for queries that are rows of the store itself which row each is (-1: none)."""
-
-    source: str
-    vectors_QD: np.ndarray[Any, Any]
-    own_row_Q: np.ndarray[Any, Any]
-
-
-def _queries(config: IndexConfig, store: Store) -> list[_Queries]:
-    """Held-out queries: a random sample of the store's own rows, each of which is left out of its own result, and
-    of another store's rows if one is given."""
-    rng = np.random.default_rng(config.seed + 1)
-    found = []
-    if config.queries:
-        Store(config.queries).require_complete()
-    for path in [config.store, *([config.queries] if config.queries else [])]:
-        other = Store(path)
-        require_same_teacher(other, store)
-        valid = np.flatnonzero(other.status() == Status.OK)
-        chosen = np.sort(rng.choice(valid, min(len(valid), _RECALL_QUERIES), replace=False))
-        own = chosen if path == config.store else np.full(len(chosen), -1)
-        found.append(_Queries(other.schema.kind, other.gather(chosen).astype(np.float32), own))
-    return found
+def can_merge(index: Any) -> bool:
+    """Whether parts of it can be built apart and merged; graphs cannot."""
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexIDMap) else index
+    try:
+        inner.check_compatible_for_merge(inner)
+    except RuntimeError:
+        return False
+    return True
 
 
-def _tune(
-    index: Any, store: Store, queries: list[_Queries], rescore: int, target: float
-) -> tuple[dict[str, int], list[Recall]]:
-    """The least nprobe, doubling, at which every kind of query reaches the target; its recall by kind of query."""
-    truth = [exact_search(store, q.vectors_QD, _RECALL_K + 1) for q in queries]
-    lists = faiss.try_extract_index_ivf(index)
-    probes = [1 << p for p in range(int(math.log2(lists.nlist)) + 1)] if lists is not None else [0]
-    parameters, recall = {}, []
-    for probe in probes:
-        parameters = {"nprobe": probe} if probe else {}
-        _set_parameters(index, parameters)
-        recall = [
-            Recall(
-                k=_RECALL_K,
-                queries=len(q.vectors_QD),
-                source=q.source,
-                value=round(measure_recall(q, t, _search(index, q.vectors_QD, _RECALL_K + 1, rescore, store)), 4),
-            )
-            for q, t in zip(queries, truth, strict=True)
-        ]
-        if all(r.value >= target for r in recall):
-            break
-    return parameters, recall
+def train(index: Any, factory: str, vectors_ND: np.ndarray[Any, Any], seed: int) -> None:
+    """Find centroids and codes, on GPUs where FAISS sees any. Raises StoreError where there are too few rows."""
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None:
+        if len(vectors_ND) < ivf.nlist:
+            what = f"--factory {factory} has {ivf.nlist:,} centroids, more than the {len(vectors_ND):,} training rows"
+            raise StoreError(what, remedy="give a factory with fewer, more --memory, or neither")
+        ivf.cp.spherical, ivf.cp.seed = True, seed + 1
+        if faiss.get_num_gpus():
+            ivf.clustering_index = on_gpus(faiss.IndexFlatIP(ivf.d))
+    index.train(vectors_ND)
 
 
-def measure_recall(queries: _Queries, truth: tuple[Any, Any], found: tuple[Any, Any]) -> float:
-    """Mean share of the exact top 10 that was found, a query that is itself a row left out of both.
-
-    Rows with the same embedding are worth the same: of those that tie with the tenth, any counts.
-    """
-    shares = []
-    for own, true_scores, true_rows, scores, rows in zip(queries.own_row_Q, *truth, *found, strict=True):
-        others = (true_rows != own) & (true_rows >= 0)
-        if not others.any():
-            continue
-        expected, least = set(true_rows[others][:_RECALL_K].tolist()), float(true_scores[others][:_RECALL_K].min())
-        got = [(r, s) for r, s in zip(rows.tolist(), scores.tolist(), strict=True) if r not in (own, -1)][:_RECALL_K]
-        hits = sum(r in expected or abs(s - least) < 1e-6 for r, s in got)
-        shares.append(min(hits, len(expected)) / len(expected))
-    return float(np.mean(shares)) if shares else 1.0
+def on_gpus(index: Any) -> Any:
+    """A copy of an index on every GPU that FAISS sees."""
+    return faiss.index_cpu_to_all_gpus(index)
 
 
-def _publish(index: Any, sidecar: IndexSidecar, config: IndexConfig) -> IndexSidecar:
-    short = [r for r in sidecar.recall if r.value < config.recall_target]
-    if short and not config.accept:
-        worst = min(short, key=lambda r: r.value)
-        reached = f"{sidecar.factory} reaches recall@{worst.k} {worst.value:.3f} for {worst.source} queries"
-        what = f"{reached}, below {config.recall_target}"
-        raise RecallError(what, remedy="give another --factory or a lower --recall, or --accept this one")
-    out = Path(storage.absolute(config.out))
-    temporary = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    faiss.write_index(index, str(temporary / INDEX_FILE))
-    with (temporary / INDEX_FILE).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    sidecar = replace(sidecar, bytes=(temporary / INDEX_FILE).stat().st_size, digest=digest)
-    storage.write_json(str(temporary / SIDECAR_FILE), sidecar.to_json())
-    temporary.rename(out)
-    return sidecar
+def add_rows(index: Any, store: Store, ranges: Sequence[tuple[int, int]]) -> int:
+    """Add the rows of those ranges under their row numbers; how many were skipped for want of a usable embedding."""
+    skipped = 0
+    with _assigning(index):
+        for first, last in ranges:
+            for start in range(first, last, _BLOCK_ROWS):
+                rows_N, embedding_ND = valid_rows(store, start, min(start + _BLOCK_ROWS, last))
+                index.add_with_ids(embedding_ND.astype(np.float32), rows_N)
+                skipped += min(start + _BLOCK_ROWS, last) - start - len(rows_N)
+    return skipped
 
 
-def _require_same(config: IndexConfig, store: Store, factory: str) -> IndexSidecar:
-    sidecar = Index(config.out).sidecar
-    asked = [Store(config.queries).schema.kind] if config.queries else []
-    pairs = (
-        ("store", sidecar.store_identity, store.schema.identity),
-        ("factory", sidecar.factory, factory),
-        ("seed", sidecar.seed, config.seed),
-        ("recall_target", sidecar.recall_target, config.recall_target),
-        ("queries", [r.source for r in sidecar.recall[1:]], asked),
-    )
-    differences = [f"{name}: {mine} != {theirs}" for name, mine, theirs in pairs if mine != theirs]
-    if differences:
-        what = f"{config.out} exists and differs: {'; '.join(differences)}"
-        raise OutputExistsError(what, remedy="give another --out, or delete it")
-    return sidecar
+@contextmanager
+def _assigning(index: Any) -> Iterator[None]:
+    """For the block, rows are assigned to their lists on GPUs, where FAISS sees any: it is most of the work."""
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is None or not faiss.get_num_gpus():
+        yield
+        return
+    quantizer = ivf.quantizer
+    ivf.quantizer = on_gpus(quantizer)
+    try:
+        yield
+    finally:
+        ivf.quantizer = quantizer
 
 
-def retrieve_with_index(images: str, texts: str, index: str, *, top_k: int, out: str) -> Selection:
-    """`dimefm.pairs.retrieve` over stores and an index on disk, checked against each other.
-
-    Raises MismatchError where the teachers differ or the index is over another store.
-    """
-    image_store, text_store, opened = Store(images), Store(texts), Index(index)
-    for store, kind in ((image_store, "image"), (text_store, "text")):
-        store.require_kind(kind)
-        store.require_complete()
-    require_same_teacher(image_store, text_store)
-    if opened.sidecar.store_identity != text_store.schema.identity:
-        what = f"{index} was built over {opened.sidecar.store}, not over {text_store.path}"
-        raise MismatchError(what, remedy="build an index over this store")
-    with Progress("retrieving", image_store.schema.rows, "image") as progress:
-        return retrieve(
-            image_store,
-            text_store,
-            lambda queries_QD, k: opened.search(queries_QD, k, text_store),
-            index=opened.path,
-            index_digest=opened.sidecar.digest,
-            top_k=min(top_k, opened.sidecar.rows),
-            out=out,
-            progress=progress.at,
-        )
+def remove_rows(index: Any, start: int, stop: int) -> None:
+    """Take the rows start..stop-1 out. Raises StoreError for a kind of index that cannot."""
+    try:
+        index.remove_ids(faiss.IDSelectorRange(start, stop))
+    except RuntimeError:
+        raise StoreError("rows of the store were written again, and this kind of index cannot drop rows",
+                         remedy=DAMAGED) from None  # fmt: skip
 
 
-def _set_parameters(index: Any, parameters: dict[str, int]) -> None:
-    for name, value in parameters.items():
-        faiss.ParameterSpace().set_index_parameter(index, name, value)
+def use_threads(count: int) -> None:
+    """How many threads FAISS computes on."""
+    faiss.omp_set_num_threads(count)
 
 
-def _faiss_version() -> str:
+def merged(index: Any, part: Any) -> Any:
+    """`index` with the rows of `part` moved into it."""
+    if not index.ntotal and not can_merge(index):
+        return part
+    index.merge_from(part, 0)
+    return index
+
+
+def write(index: Any, path: Path) -> None:
+    """Write a file, atomically. Raises StoreError where it cannot be written."""
+    temporary = path.with_name(f".{path.name}.unfinished")
+    try:
+        faiss.write_index(index, str(temporary))
+        storage.flush(str(temporary))
+        temporary.replace(path)
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0].rpartition(": ")[2]
+        remedy = "make room, or mend the permissions, and run the same command again; finished parts are kept"
+        raise StoreError(f"{path} cannot be written: {reason}", remedy=remedy) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Any:
+    """Read a file. Raises StoreError where FAISS cannot."""
+    try:
+        return faiss.read_index(str(path))
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0].rpartition(": ")[2]
+        raise StoreError(f"{path} is damaged: {reason}", remedy=DAMAGED) from None
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_sidecar(folder: str) -> IndexSidecar:
+    """index.json. Raises StoreError where there is none, SchemaError where it is not valid."""
+    where = storage.join(folder, SIDECAR_FILE)
+    if not storage.exists(where):
+        raise StoreError(f"{folder} is not a dimefm index", remedy="make it with dimefm build-index")
+    return IndexSidecar.parse(storage.read_json(where), where)
+
+
+def read_file(folder: str, sidecar: IndexSidecar) -> Any:
+    """The index itself. Raises StoreError unless it is whole."""
+    file = Path(folder) / sidecar.file
+    size = file.stat().st_size if file.exists() else 0
+    if size != sidecar.bytes:
+        what = f"{file} has {size:,} bytes, its sidecar says {sidecar.bytes:,}"
+        raise StoreError(what, remedy=f"it is damaged: {DAMAGED}")
+    if storage.digest_file(str(file)) != sidecar.digest:
+        raise StoreError(f"{file} is damaged: its checksum does not fit", remedy=DAMAGED)
+    return read(file)
+
+
+def shard_digests(store: Store) -> dict[str, str]:
+    """What is in the store: the digest of each committed shard, by its number."""
+    return {str(commit.shard): commit.digest for commit in store.commits()}
+
+
+def faiss_version() -> str:
+    """The installed package and its version."""
     for name in ("faiss-gpu", "faiss-cpu"):
         try:
             return f"{name} {version(name)}"

@@ -127,6 +127,7 @@ def _index(path: str, sidecar: IndexSidecar) -> str:
         ("size", f"{amount(sidecar.bytes)}, {sidecar.bytes_per_vector:,.0f} bytes a vector"),
         ("store", f"{sidecar.store} ({sidecar.store_identity[:16]})"),
         *_teacher(sidecar.teacher),
+        ("speed", f"{sidecar.queries_per_second:,.0f} queries/s when it was tuned"),
         ("built in", f"{sidecar.seconds:,.1f} s, trained on {sidecar.train_rows:,} rows, seed {sidecar.seed}"),
     ]
     return _table(f"{path}: FAISS index", rows)
@@ -142,6 +143,7 @@ def _pairs(pairs: Pairs) -> str:
     hits = pairs.hits()
     rows = [
         ("images", f"{selection.images:,} of {schema.rows:,}, the nearest {schema.top_k} sentences each"),
+        ("skipped", f"{selection.skipped:,} images without a usable embedding"),
         ("selected", f"{selection.selected:,} of {selection.text_rows:,} sentences, {share:.1%}, by an image or more"),
         ("mean score", f"{selection.mean_score:.4f}"),
         ("images store", schema.images),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import zarr
@@ -19,11 +19,19 @@ from dimefm import storage
 from dimefm.arrays import create_array, digest_arrays, group_attributes, open_group
 from dimefm.commits import make_commit
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
+from dimefm.exact import valid_rows
+from dimefm.lock import writing
 from dimefm.mapped import MappedArray
 from dimefm.store import Store
 
-Search = Callable[[np.ndarray[Any, Any], int], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
-_QUERY_BATCH = 4096
+
+class Search(Protocol):
+    """Nearest rows of a store: `dimefm.exact.ExactSearch` or `dimefm.index.Index`. `batch` queries at once are best."""
+
+    batch: int
+
+    def search(self, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Scores float32 (Q, K) and rows int64 (Q, K), best first; -1 where there are fewer."""
 
 
 class Pairs:
@@ -88,10 +96,25 @@ def retrieve(
 ) -> Selection:
     """Write the `top_k` sentences of every image to `out`, a shard at a time, and count the hits of each sentence.
 
-    `search` gives scores and rows of `texts` for a batch of queries. Goes on where an earlier run stopped; raises
-    OutputExistsError where `out` holds something else.
+    `search` is over `texts`; `index` and `index_digest` are what is written of it. Images without a finite, non-zero
+    embedding get no sentence and are counted. Goes on where an earlier run stopped; raises OutputExistsError where
+    `out` holds something else, StoreError where it cannot be written or another process writes to it.
     """
     out = storage.absolute(out)
+    with writing(out):
+        return _retrieve(images, texts, search, index, index_digest, top_k, out, progress)
+
+
+def _retrieve(
+    images: Store,
+    texts: Store,
+    search: Search,
+    index: str,
+    index_digest: str,
+    top_k: int,
+    out: str,
+    progress: Callable[[int], None],
+) -> Selection:
     schema = PairsStore(
         images=images.path,
         images_identity=images.schema.identity,
@@ -137,20 +160,28 @@ def _open_or_create(out: str, schema: PairsStore) -> Pairs:
 def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> None:
     began = time.monotonic()
     start, stop = pairs.schema.shard_range(shard)
-    status_N, embedding_ND = images.status(start, stop), images.read(start, stop)
+    status_N = images.status(start, stop)
+    valid_N, embedding_ND = valid_rows(images, start, stop)
+    good_N = valid_N - start
+    unusable_N = status_N == Status.OK
+    unusable_N[good_N] = False
+    status_N[unusable_N] = Status.NOT_FINITE
     row_NK = np.full((stop - start, pairs.schema.top_k), -1, np.int32)
     score_NK = np.full(row_NK.shape, np.nan, np.float16)
-    good = np.flatnonzero(status_N == Status.OK)
-    for at in range(0, len(good), _QUERY_BATCH):
-        chosen = good[at : at + _QUERY_BATCH]
-        scores, rows = search(embedding_ND[chosen].astype(np.float32), pairs.schema.top_k)
-        row_NK[chosen], score_NK[chosen] = rows, np.where(rows >= 0, scores, np.nan)
-    for name, values in ((TEXT_ROW, row_NK), (SCORE, score_NK)):
-        pairs.group[name].with_config({"write_empty_chunks": True})[start:stop] = values
-    failures = [_no_embedding(images, shard, i, status_N[i]) for i in np.flatnonzero(status_N != Status.OK).tolist()]
-    digest, seconds = digest_arrays(row_NK, score_NK), time.monotonic() - began
-    commit = make_commit(shard, start, status_N, failures, digest=digest, device="cpu", seconds=seconds)
-    storage.write_json(storage.join(pairs.path, commit_path(shard)), commit.to_json())
+    for at in range(0, len(good_N), search.batch):
+        part = slice(at, at + search.batch)
+        scores, rows = search.search(embedding_ND[part], pairs.schema.top_k)
+        row_NK[good_N[part]], score_NK[good_N[part]] = rows, np.where(rows >= 0, scores, np.nan)
+    with storage.writing_to(pairs.path):
+        for name, values in ((TEXT_ROW, row_NK), (SCORE, score_NK)):
+            pairs.group[name].with_config({"write_empty_chunks": True})[start:stop] = values
+            storage.flush(storage.join(pairs.path, f"{name}/c/{shard}/0"))
+        failures = [
+            _no_embedding(images, shard, i, status_N[i]) for i in np.flatnonzero(status_N != Status.OK).tolist()
+        ]
+        digest, seconds = digest_arrays(row_NK, score_NK), time.monotonic() - began
+        commit = make_commit(shard, start, status_N, failures, digest=digest, device="cpu", seconds=seconds)
+        storage.write_json(storage.join(pairs.path, commit_path(shard)), commit.to_json())
 
 
 def _no_embedding(images: Store, shard: int, i: int, code: int) -> Failure:
@@ -169,9 +200,11 @@ def _count_hits(pairs: Pairs) -> Selection:
         hits_T += np.bincount(used, minlength=schema.text_rows).astype(np.uint32)
         images += int((row_NK[:, 0] >= 0).sum())
         total += float(np.nansum(pairs.scores(*schema.shard_range(shard)).astype(np.float64)))
-    pairs.group[HITS][:] = hits_T
+    with storage.writing_to(pairs.path):
+        pairs.group[HITS][:] = hits_T
     selection = Selection(
         images=images,
+        skipped=schema.rows - images,
         selected=int((hits_T > 0).sum()),
         text_rows=schema.text_rows,
         mean_score=round(total / max(1, int(hits_T.sum())), 6),

@@ -58,12 +58,14 @@ def random_store(
 ) -> tuple[Store, np.ndarray[Any, Any]]:
     """A finished store of random unit vectors; rows in `failed` have none. The store, and the vectors float16.
 
-    `values` (rows, 16) instead of random ones, with their norms set to 1; `keys` instead of k0, k1, ...
+    `values` (rows, 16) instead of random ones, with their norms set to 1, or float16 to be stored as they are; `keys`
+    instead of k0, k1, ...
     """
     identity = teacher_identity(**teacher)
     rng = np.random.default_rng(seed)
     values = rng.standard_normal((rows, identity.embed_dim)) if values is None else values
-    values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16)
+    if values.dtype != np.float16:
+        values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16)
     status = np.full(rows, Status.OK, np.uint8)
     for row in failed:
         values[row], status[row] = 0, Status.UNDECODABLE
@@ -104,3 +106,12 @@ def _plan(kind: str, keys: Sequence[str], start: int, stop: int) -> pa.Table:
         return pa.table({**columns, "text": [f"sentence {row}" for row in rows]}, schema=TEXT_PLAN)
     zeros = [0] * len(rows)
     return pa.table({**columns, "file": ["f"] * len(rows), "offset": zeros, "size": zeros}, schema=IMAGE_PLAN)
+
+
+def brute_force(
+    values: np.ndarray[Any, Any], queries: np.ndarray[Any, Any], k: int, without: tuple[int, ...]
+) -> np.ndarray[Any, Any]:
+    """The k rows of largest inner product for each query, best first, some rows left out."""
+    scores = queries.astype(np.float32) @ values.astype(np.float32).T
+    scores[:, list(without)] = -np.inf
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]

@@ -18,10 +18,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cache_schemas.document import CHECKSUM, digest_of
+from dimefm.building import IndexConfig, build_index
 from dimefm.cli import cli
 from dimefm.clip import Clip, load_clip
 from dimefm.exact import ExactSearch
-from dimefm.index import IndexConfig, build_index
 from dimefm.pairs import retrieve
 from dimefm.progress import amount
 from dimefm.store import Store
@@ -408,7 +408,7 @@ def test_what_is_selected_is_what_training_draws_from(
     image_store: Store, text_store: Store, tmp_path: Path, tiny_run: list[str]
 ) -> None:
     pairs, out = tmp_path / "p.zarr", tmp_path / "s.selection"
-    search = ExactSearch(text_store).search
+    search = ExactSearch(text_store)
     retrieve(image_store, text_store, search, index="exact", index_digest="e", top_k=4, out=str(pairs))
     result = run("select-texts", pairs, "--out", out, "--size", 40, "--dedup", 0.99, "--device", "cpu")
     assert result.exit_code == 0, result.output

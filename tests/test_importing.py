@@ -16,10 +16,11 @@ from click.testing import CliRunner
 
 from cache_schemas import Status
 from dimefm import lock, storage
+from dimefm.building import IndexConfig, build_index
 from dimefm.cli import cli
 from dimefm.errors import DimefmError, MismatchError, OutputExistsError, SourceError, StoreError, TrainingError
-from dimefm.index import IndexConfig, build_index, retrieve_with_index
 from dimefm.info import describe
+from dimefm.retrieval import retrieve_stores
 from dimefm.store import Store
 from dimefm.train import train
 from pipeline.clip_retrieval import export_embeddings
@@ -160,7 +161,7 @@ def test_without_sources_images_serve_retrieve_and_the_store_says_what_they_do_n
         train(tiny_config(store, text_store, tmp_path / "run"))
     index, pairs = str(tmp_path / "texts.index"), str(tmp_path / "pairs.zarr")
     build_index(IndexConfig(store=text_store.path, out=index))
-    assert retrieve_with_index(store.path, text_store.path, index, top_k=4, out=pairs).images == 96
+    assert retrieve_stores(store.path, text_store.path, index=index, top_k=4, out=pairs).images == 96
 
 
 @pytest.mark.parametrize("numbers", [("9", "10", "11"), ("09", "10", "011")])

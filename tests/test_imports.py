@@ -13,7 +13,7 @@ STANDARD = sys.stdlib_module_names
 
 # A heavy library has one home; what is listed may import it, nothing else.
 HOMES = {
-    "ray": {"pipeline/runner.py"},
+    "ray": {"pipeline/runner.py", "pipeline/index_parts.py"},
     "faiss": {"dimefm/index.py"},
     "zarr": {"dimefm/arrays.py", "dimefm/store.py", "dimefm/mapped.py", "dimefm/pairs.py"},
     "open_clip": {"dimefm/clip.py", "dimefm/student.py", "dimefm/preprocess.py", "dimefm/sample/"},

@@ -1,0 +1,50 @@
+"""Building the parts of an index on Ray: each part is one task, done again where its worker is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError, WorkerCrashedError
+
+from dimefm.building import Part, Runner, build_part
+from dimefm.errors import DimefmError, StoreError
+from pipeline.runner import cluster, cpus
+
+_TRIES = 3
+
+
+def on_ray(workers: int, address: str | None = None) -> Runner:
+    """A runner for `dimefm.building.build_index`: `workers` parts at a time, on a cluster that sees the same files or
+    on a local Ray of this command."""
+
+    def run(parts: Sequence[Part]) -> Iterator[Part]:
+        if not parts:
+            return
+        count = min(workers, len(parts))
+        with cluster(address, count, "cpu"):
+            threads = max(1, cpus() // count)
+            task: Any = ray.remote(build_part)
+            task = task.options(num_cpus=1, max_retries=_TRIES - 1)
+            waiting, flying = list(reversed(parts)), list[Any]()
+            while waiting or flying:
+                while waiting and len(flying) < count:
+                    flying.append(task.remote(waiting.pop(), threads))
+                ready, flying = ray.wait(flying)
+                for reference in ready:
+                    yield _get(reference)
+
+    return run
+
+
+def _get(reference: Any) -> Part:
+    try:
+        return ray.get(reference)  # type: ignore[no-any-return]
+    except RayTaskError as error:
+        if isinstance(error.cause, DimefmError):
+            raise error.cause from None
+        raise
+    except WorkerCrashedError:
+        remedy = "see Ray's log, mend the cause (often memory: fewer --workers), and run again; finished parts are kept"
+        raise StoreError(f"a part lost its worker {_TRIES} times", remedy=remedy) from None
