@@ -28,7 +28,7 @@ from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.runner import _ENVIRONMENT, Job, _Supervisor
 from pipeline.shard import encode_shard
 from tests.making import read_tar, write_tar
-from tests.test_kill import ENVIRONMENT, processes
+from tests.processes import ENVIRONMENT, MARK, processes
 
 _NODE = {"object_store_memory": 80 * 1024**2, "include_dashboard": False}
 _IMAGES, _SHARDS = 320, 20
@@ -55,7 +55,7 @@ class Machines:
 
 @pytest.fixture
 def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
-    for name, value in _ENVIRONMENT.items():
+    for name, value in {**_ENVIRONMENT, **MARK}.items():
         monkeypatch.setenv(name, value)
     found = Machines()
     yield found
