@@ -48,7 +48,7 @@ def test_the_papers_job_asks_for_its_data() -> None:
 
 @pytest.fixture(scope="module")
 def finished(
-    image_tar: Path, text_file: Path, sample: Path, teacher_name: str, tmp_path_factory: pytest.TempPathFactory
+    image_tar: Path, text_file: Path, cifar10: str, teacher_name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The whole job by its commands, on 96 images, as `make reproduce` runs them."""
     from dimefm.reproduce import Scale, run_all
@@ -58,7 +58,7 @@ def finished(
         teacher=("--teacher", teacher_name),
         images=(str(image_tar),),
         texts=(str(text_file),),
-        val=(str(sample / "eval" / "cifar10"),),
+        val=(cifar10,),
         recipe="sample",
         train=("--image-size", "32", "--batch-size", "16", "--epochs", "2", "--log-every", "2"),
         bars={"cifar10": 9.9},
