@@ -8,51 +8,59 @@ import os
 import tempfile
 import time
 import uuid
+import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# Ours among all processes of the machine: whoever is started with this environment has it, Ray's workers too.
 MARK = {"DIMEFM_TEST": uuid.uuid4().hex}
-ENVIRONMENT = {**os.environ, **MARK, "OMP_NUM_THREADS": "1"}
+"""Ours among all processes of the machine: whoever is started with this environment has it, Ray's workers too."""
 
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(["pipeline.shard", "dimefm.train", "dimefm.recipes", "torch.distributed.nn"])
 
 
 class Command:
-    """A `dimefm` command at work."""
+    """A `dimefm` command at work, on one thread."""
 
     def __init__(self, words: list[str]) -> None:
         with tempfile.NamedTemporaryFile(delete=False) as output:
             self._output = Path(output.name)
-        self._process = FORKING.Process(target=_dimefm, args=(words, str(self._output), ENVIRONMENT))
+        weakref.finalize(self, self._output.unlink)
+        environment = {**os.environ, **MARK, "OMP_NUM_THREADS": "1"}
+        self._process = FORKING.Process(target=_dimefm, args=(words, str(self._output), environment))
         self._process.start()
 
     def ended(self) -> bool:
         return self._process.exitcode is not None
 
-    def kill(self) -> None:
-        """SIGKILL."""
-        self._process.kill()
-        self._process.join()
-        self._output.unlink()
+    def output(self) -> str:
+        """All that it has printed until now."""
+        return self._output.read_text()
 
-    def finish(self) -> None:
-        """Wait until it ends; fails where that is not with 0."""
-        self._process.join(240)
-        output = self._output.read_text()
-        self.kill()
-        assert self._process.exitcode == 0, output
+    def wait_until(self, due: Callable[[], bool], seconds: float = 120) -> None:
+        """Fails where the command ends before, since then nothing is tested."""
+        end = time.monotonic() + seconds
+        while not due():
+            assert not self.ended(), f"ended before its time: {self.output()}"
+            assert time.monotonic() < end, "waited for too long"
+            time.sleep(0.01)
 
     def kill_when(self, due: Callable[[], bool]) -> None:
-        """SIGKILL as soon as `due`; fails where the command ended before, since then nothing was tested."""
-        end = time.monotonic() + 120
-        while not due() and time.monotonic() < end:
-            assert not self.ended(), f"ended before it could be killed: {self._output.read_text()}"
-            time.sleep(0.01)
+        """SIGKILL as soon as `due`."""
+        self.wait_until(due)
         self.kill()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def finish(self, code: int = 0, seconds: float = 240) -> str:
+        """Wait until it ends, with this exit code; what it has printed."""
+        self._process.join(seconds)
+        assert self._process.exitcode == code, self.output()
+        return self.output()
 
 
 def _dimefm(words: list[str], output: str, environment: dict[str, str]) -> None:
@@ -64,7 +72,7 @@ def _dimefm(words: list[str], output: str, environment: dict[str, str]) -> None:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.environ.update(environment)
-    torch.set_num_threads(1)  # OMP_NUM_THREADS is too late for this process
+    torch.set_num_threads(1)  # OMP_NUM_THREADS comes too late for this process, but not for Ray's
     cli(words, prog_name="dimefm")
 
 

@@ -8,7 +8,6 @@ import resource
 import shutil
 import struct
 import subprocess
-import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.shard import encode_shard
 from pipeline.verify import VerifyConfig, verify
 from tests.making import make_jpeg, read_tar, write_tar
-from tests.processes import result_of
+from tests.processes import Command, result_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -141,18 +140,16 @@ def test_the_command_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
 ) -> None:
     out = disk.path / "s.zarr"
     sizes = ["--shard-rows", "8", "--batch-size", "8", "--pixels", "64", "--workers", "1", "--device", "cpu"]
-    words = [sys.executable, "-m", "dimefm", "cache-images", str(source), "--teacher", teacher_name, *sizes]
+    words = ["cache-images", str(source), "--teacher", teacher_name, *sizes, "--out", str(out)]
     disk.options("size=128k")
-    full = subprocess.run([*words, "--out", str(out)], capture_output=True, text=True, check=False)
-    assert full.returncode == 1
-    assert "Traceback" not in full.stderr
+    output = Command(words).finish(code=1)
+    assert "Traceback" not in output
     what = f"Error: {out} cannot be written: No space left on device\n  remedy: make room, or mend the permissions, and"
-    assert what in full.stderr
+    assert what in output
     kept = {path: path.stat().st_mtime_ns for path in (out / "commits").iterdir()}
     assert kept
     disk.options("size=4m")
-    again = subprocess.run([*words, "--out", str(out)], capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
+    Command(words).finish()
     assert contents(out) == contents(undisturbed)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 

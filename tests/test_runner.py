@@ -43,7 +43,7 @@ def config(out: Path, image_tar: Path, teacher_name: str, **changes: object) -> 
 
 
 def test_ray_writes_what_one_process_writes(
-    image_store: Store, image_tar: Path, teacher_name: str, tmp_path: Path
+    one_ray: None, image_store: Store, image_tar: Path, teacher_name: str, tmp_path: Path
 ) -> None:
     store = cache(config(tmp_path / "i.zarr", image_tar, teacher_name))
     assert store.committed() == {0, 1, 2}
