@@ -126,20 +126,20 @@ def test_a_store_on_s3_goes_on_after_a_commit_is_lost(s3: str, images: str, clip
     assert verify(VerifyConfig(store=store.path)).trusted
 
 
-@pytest.mark.parametrize("name", ["embedding/c/1/0/0", "status/c/1", "pixels/000001.tar"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_damage_on_s3_is_found_and_mended(
-    prepared: str, images: str, local: dict[str, Store], clip: Clip, name: str, damage: str
-) -> None:
-    path = storage.join(prepared, name)
-    data = bytearray(storage.read_bytes(path))
-    data[len(data) // 2] ^= 4
-    if damage == "remove":
-        storage.remove_file(path)
-    else:
-        storage.write_atomic(path, bytes(data if damage == "flip" else data[:-1]))
-    assert verify(VerifyConfig(store=prepared, repair=True)).bad.keys() == {1}
-    encode_shard(Store(prepared), 1, clip)
+def test_damage_on_s3_is_found_and_mended(prepared: str, local: dict[str, Store], clip: Clip, damage: str) -> None:
+    """Another file of each shard."""
+    for name in ("embedding/c/0/0/0", "status/c/1", "pixels/000002.tar"):
+        path = storage.join(prepared, name)
+        data = bytearray(storage.read_bytes(path))
+        data[len(data) // 2] ^= 4
+        if damage == "remove":
+            storage.remove_file(path)
+        else:
+            storage.write_atomic(path, bytes(data if damage == "flip" else data[:-1]))
+    assert verify(VerifyConfig(store=prepared, repair=True)).bad.keys() == {0, 1, 2}
+    for shard in range(3):
+        encode_shard(Store(prepared), shard, clip)
     assert contents(prepared) == contents(local["full"].path)
     assert verify(VerifyConfig(store=prepared)).trusted
 
