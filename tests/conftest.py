@@ -62,6 +62,16 @@ def text_file(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def cifar10(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A labelled set: the first 200 images of eval/cifar10, with all its classes and prompts."""
+    source, folder = sample / "eval" / "cifar10", tmp_path_factory.mktemp("eval") / "cifar10"
+    write_tar(folder / "test-00000.tar", read_tar(source / "test-00000.tar", 2 * 200))
+    for name in ("classnames.txt", "templates.txt"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    return str(folder)
+
+
 def cached(kind: Any, source: Path, out: Path, clip: Clip, **changes: Any) -> Store:
     """A finished store over `source`, planned and encoded in this process; `changes` are those of its PlanRequest."""
     words: dict[str, Any] = {"shard_rows": SHARD_ROWS, "batch_size": 16, **changes}
@@ -85,9 +95,9 @@ def text_store(text_file: Path, clip: Clip, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def prompt_store(sample: Path, clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """The finished store of the prompts of eval/cifar10. Shared by all tests: not to be written to."""
-    return cached("text", sample / "eval" / "cifar10", tmp_path_factory.mktemp("stores") / "prompts.zarr", clip)
+def prompt_store(cifar10: str, clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The finished store of the prompts of `cifar10`. Shared by all tests: not to be written to."""
+    return cached("text", Path(cifar10), tmp_path_factory.mktemp("stores") / "prompts.zarr", clip)
 
 
 @pytest.fixture(scope="session")

@@ -1,26 +1,25 @@
 """Stage 1 on a cluster of several machines: Ray's own simulation of one, a node of one CPU a machine, real processes.
 
-Nodes are lost in the middle of the work by SIGKILL of all their processes. The commands run as a user runs them.
+Nodes are lost in the middle of the work by SIGKILL of all their processes.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayActorError
 
+from dimefm.cli import cli
 from dimefm.clip import Clip
 from dimefm.errors import StoreError
 from dimefm.store import Store
@@ -28,7 +27,7 @@ from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.runner import _ENVIRONMENT, Job, _Supervisor
 from pipeline.shard import encode_shard
 from tests.making import read_tar, write_tar
-from tests.test_kill import ENVIRONMENT, processes
+from tests.processes import MARK, Command, processes
 
 _NODE = {"object_store_memory": 80 * 1024**2, "include_dashboard": False}
 _IMAGES, _SHARDS = 320, 20
@@ -40,26 +39,30 @@ class Machines:
     def __init__(self) -> None:
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **_NODE})
         self.address: str = self._cluster.address
+        self.nodes: list[Any] = []
 
-    def add(self) -> Any:
-        node = self._cluster.add_node(num_cpus=1, **_NODE)
+    def have(self, count: int) -> None:
+        """Add nodes until there are so many."""
+        while len(self.nodes) < count:
+            self.nodes.append(self._cluster.add_node(num_cpus=1, **_NODE))
         self._cluster.wait_for_nodes()
-        return node
 
-    def lose(self, node: Any) -> None:
-        self._cluster.remove_node(node, allow_graceful=False)
+    def lose(self, count: int) -> None:
+        for _ in range(count):
+            self._cluster.remove_node(self.nodes.pop(0), allow_graceful=False)
 
     def shutdown(self) -> None:
         self._cluster.shutdown()
 
 
-@pytest.fixture
-def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
-    for name, value in _ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    found = Machines()
-    yield found
-    found.shutdown()
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**_ENVIRONMENT, **MARK}.items():
+            patch.setenv(name, value)
+        found = Machines()
+        yield found
+        found.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -85,36 +88,16 @@ def words(source: Path, teacher_name: str, tmp_path: Path) -> list[str]:
     return ["cache-images", str(source), "--teacher", teacher_name, *sizes, "--out", str(tmp_path / "images.zarr")]
 
 
-class Run:
-    """The command at work."""
+@contextmanager
+def running(words: list[str], machines: Machines, workers: int) -> Iterator[Command]:
+    """The command at work on the cluster."""
+    command = Command([*words, "--ray-address", machines.address, "--workers", str(workers)])
+    yield command
+    command.kill()
 
-    def __init__(self, words: list[str], address: str, workers: int) -> None:
-        command = [sys.executable, "-m", "dimefm", *words, "--ray-address", address, "--workers", str(workers)]
-        self._out = Path(words[-1])
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, env=ENVIRONMENT, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def wait_until(self, due: Callable[[], bool], seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
-        while not due():
-            assert self._process.poll() is None, "ended before its time"
-            assert time.monotonic() < end, "waited for too long"
-            time.sleep(0.02)
-
-    def commits(self) -> int:
-        return len(list((self._out / "commits").glob("*.json"))) if self._out.exists() else 0
-
-    def finish(self, seconds: float = 60) -> str:
-        output, _ = self._process.communicate(timeout=seconds)
-        assert self._process.returncode == 0, output
-        return output
+def commits(words: list[str]) -> int:
+    return len(list((Path(words[-1]) / "commits").glob("*.json")))
 
 
 def both_at_work() -> Callable[[], bool]:
@@ -139,12 +122,12 @@ def assert_as_undisturbed(out: Path, undisturbed: Store) -> None:
 @pytest.mark.slow
 def test_a_lost_node_is_not_waited_for(machines: Machines, words: list[str], undisturbed: Store) -> None:
     """Nor its replacement, which has no node to go to: the other worker does what is left."""
-    first, _ = machines.add(), machines.add()
-    with Run(words, machines.address, workers=2) as run:
-        run.wait_until(both_at_work())
-        machines.lose(first)
-        assert run.commits() < _SHARDS - 2
-        run.finish()
+    machines.have(2)
+    with running(words, machines, workers=2) as command:
+        command.wait_until(both_at_work())
+        machines.lose(1)
+        assert commits(words) < _SHARDS - 2
+        command.finish(seconds=60)
     assert_as_undisturbed(Path(words[-1]), undisturbed)
 
 
@@ -152,16 +135,14 @@ def test_a_lost_node_is_not_waited_for(machines: Machines, words: list[str], und
 def test_work_goes_on_when_a_machine_comes_after_all_were_lost(
     machines: Machines, words: list[str], undisturbed: Store
 ) -> None:
-    nodes = machines.add(), machines.add()
-    with Run(words, machines.address, workers=2) as run:
-        run.wait_until(both_at_work())
-        for node in nodes:
-            machines.lose(node)
-        run.wait_until(lambda: not processes("ray::Worker"))
-        left = run.commits()
-        assert left < _SHARDS - 2
-        machines.add()
-        run.finish()
+    machines.have(2)
+    with running(words, machines, workers=2) as command:
+        command.wait_until(both_at_work())
+        machines.lose(2)
+        command.wait_until(lambda: not processes("ray::Worker"))
+        assert commits(words) < _SHARDS - 2
+        machines.have(1)
+        command.finish(seconds=60)
     assert_as_undisturbed(Path(words[-1]), undisturbed)
 
 
@@ -173,23 +154,24 @@ def test_a_node_that_is_lost_during_the_canary_is_replaced(
     out = Path(shutil.copytree(undisturbed.path, words[-1]))
     for shard in range(2, _SHARDS):
         (out / "commits" / f"{shard:06d}.json").unlink()
-    node = machines.add()
-    with Run(words, machines.address, workers=1) as run:
-        run.wait_until(lambda: bool(processes("ray::Worker.start")))
-        machines.lose(node)
-        machines.add()
-        run.finish()
+    machines.have(1)
+    machines.lose(len(machines.nodes) - 1)
+    with running(words, machines, workers=1) as command:
+        command.wait_until(lambda: bool(processes("ray::Worker.start")))
+        machines.lose(1)
+        machines.have(1)
+        command.finish(seconds=60)
     assert_as_undisturbed(out, undisturbed)
 
 
+@pytest.mark.timeout(60)
 def test_an_address_at_which_nothing_listens_is_refused_at_once(words: list[str]) -> None:
-    command = [sys.executable, "-m", "dimefm", *words, "--ray-address", "127.0.0.1:9", "--workers", "1"]
-    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
+    result = CliRunner().invoke(cli, [*words, "--ray-address", "127.0.0.1:9", "--workers", "1"])
+    assert result.exit_code == 1
     assert re.fullmatch(
         r"Error: no Ray cluster answers at 127\.0\.0\.1:9: .*refused\n"
         r"  remedy: start one with ray start --head, or leave --ray-address out\n",
-        done.stderr,
+        result.output,
     )
 
 

@@ -16,6 +16,7 @@ from dimefm.checkpoint import Checkpoints
 from dimefm.distributed import gather_batch, join_group, leave_group
 from dimefm.losses import LossConfig, distillation_loss
 from dimefm.runlog import read_metrics
+from tests.processes import FORKING
 
 LOSS = LossConfig(vl=0.7, pvl=0.3, udist=0.1, cosine=0.5)
 IMAGES, TEXTS, WIDTH = 8, 12, 6
@@ -61,7 +62,8 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_gradients_are_those_of_one_process_with_the_whole_batch(world: int, tmp_path: Path) -> None:
-    multiprocessing.spawn(one_of_many, args=(world, free_port(), str(tmp_path)), nprocs=world)
+    arguments = (world, free_port(), str(tmp_path))
+    multiprocessing.start_processes(one_of_many, arguments, nprocs=world, start_method=FORKING.get_start_method())
     expected = one_process()
     assert len(expected) == 2
     for rank in range(world):

@@ -9,8 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from dimefm.cli import cli
+from dimefm.errors import DimefmError
 from dimefm.report import write_report
-from dimefm.reproduce import commands, main, sample_scale, smoke_scale
+from dimefm.reproduce import Scale, commands, main, run_all, sample_scale, smoke_scale
+from tests.processes import Command
 
 
 @pytest.mark.parametrize("scale", [smoke_scale(), sample_scale()])
@@ -48,23 +50,28 @@ def test_the_papers_job_asks_for_its_data() -> None:
 
 @pytest.fixture(scope="module")
 def finished(
-    image_tar: Path, text_file: Path, sample: Path, teacher_name: str, tmp_path_factory: pytest.TempPathFactory
+    image_tar: Path, text_file: Path, cifar10: str, teacher_name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The whole job by its commands, on 96 images, as `make reproduce` runs them."""
-    from dimefm.reproduce import Scale, run_all
-
+    """The whole job by its commands, on 96 images, as `make reproduce` runs them; but each process is forked."""
     out = tmp_path_factory.mktemp("reproduce") / "tiny"
     scale = Scale(
         teacher=("--teacher", teacher_name),
         images=(str(image_tar),),
         texts=(str(text_file),),
-        val=(str(sample / "eval" / "cifar10"),),
+        val=(cifar10,),
         recipe="sample",
         train=("--image-size", "32", "--batch-size", "16", "--epochs", "2", "--log-every", "2"),
         bars={"cifar10": 9.9},
     )
-    run_all(commands(scale, out), out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dimefm.reproduce.subprocess.run", forked)
+        run_all(commands(scale, out), out)
     return out
+
+
+def forked(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+    assert command[:3] == [sys.executable, "-m", "dimefm"]
+    return subprocess.CompletedProcess(command, 0, Command(command[3:]).finish())
 
 
 @pytest.mark.slow
@@ -82,12 +89,15 @@ def test_end_to_end_the_job_ends_in_a_report(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_python_dash_m_is_the_command(finished: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "dimefm", "info", str(finished / "pairs.zarr")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "the nearest 16 sentences each" in done.stdout
-    assert "hits" in done.stdout
+def test_python_dash_m_is_the_command(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_all([("info", ["info", str(finished / "pairs.zarr")])], tmp_path)
+    output = capfd.readouterr().out
+    assert "the nearest 16 sentences each" in output
+    assert "hits" in output
+    assert json.loads((tmp_path / "stages.json").read_text())["info"] > 0
+
+
+def test_a_command_that_fails_ends_the_job(tmp_path: Path) -> None:
+    with pytest.raises(DimefmError, match="info failed with exit code 2"):
+        run_all([("info", ["info", "--no-such-option"]), ("never", [])], tmp_path)
+    assert json.loads((tmp_path / "stages.json").read_text()) == {"info": None}

@@ -263,14 +263,6 @@ def test_failures_are_left_alone_where_no_retry_is_asked_for(
     assert statuses(store).count("MISSING") == len(LOST)
 
 
-@pytest.mark.slow
-def test_the_command_retries_on_ray(folder: Folder, tmp_path: Path, clip: Clip, teacher_name: str) -> None:
-    store = begun(folder, tmp_path / "s.zarr", clip, pixels=32)
-    folder.put_back(*LOST)
-    cache(config(folder, tmp_path / "s.zarr", teacher_name, pixels=32, retry_failed=True))
-    assert statuses(store) == ["OK"] * COUNT
-
-
 def test_a_worker_starts_on_a_shard_in_which_no_image_can_be_read(
     folder: Folder, tmp_path: Path, clip: Clip, teacher_name: str
 ) -> None:

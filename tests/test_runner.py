@@ -1,6 +1,8 @@
 """Stage 1 on a real local Ray: several workers, one writer a shard, errors that arrive as they were raised."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from dimefm.errors import DimefmError, MismatchError
 from dimefm.store import Store
+from pipeline import runner
 from pipeline.cache import CacheConfig, cache, dry_run
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.runner import Job, Worker, run_shards
@@ -17,13 +20,30 @@ from tests.stores import teacher_identity
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[None]:
+    """A Ray for all tests that take it: what would start one of its own, which takes seconds, finds this one."""
+    with runner.cluster(None, 2, "cpu"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "cluster", lambda *_: nullcontext())
+        yield
+
+
+@pytest.fixture
+def partial_store(image_store: Store, tmp_path: Path) -> Store:
+    """A copy of the finished store without its second shard."""
+    out = Path(shutil.copytree(image_store.path, tmp_path / "i.zarr"))
+    (out / "commits" / "000001.json").unlink()
+    (out / "embedding" / "c" / "1" / "0").unlink()
+    return Store(str(out))
+
+
 def config(out: Path, image_tar: Path, teacher_name: str, **changes: object) -> CacheConfig:
     words = {"kind": "image", "sources": (str(image_tar),), "out": str(out), "teacher": teacher_name, "device": "cpu"}
     return CacheConfig(**{**words, "shard_rows": 32, "batch_size": 16, "workers": 2, "threads": 1, **changes})
 
 
 def test_ray_writes_what_one_process_writes(
-    image_store: Store, image_tar: Path, teacher_name: str, tmp_path: Path
+    one_ray: None, image_store: Store, image_tar: Path, teacher_name: str, tmp_path: Path
 ) -> None:
     store = cache(config(tmp_path / "i.zarr", image_tar, teacher_name))
     assert store.committed() == {0, 1, 2}
@@ -35,13 +55,10 @@ def test_ray_writes_what_one_process_writes(
 
 
 def test_one_shard_left_is_written_as_among_many(
-    image_store: Store, image_tar: Path, teacher_name: str, tmp_path: Path
+    one_ray: None, partial_store: Store, image_store: Store, image_tar: Path, teacher_name: str
 ) -> None:
     """One shard, one worker, all cores: on more threads a CPU adds up in another order, and gives other bytes."""
-    store = cache(config(tmp_path / "i.zarr", image_tar, teacher_name, threads=None))
-    (Path(store.path) / "commits" / "000001.json").unlink()
-    (Path(store.path) / "embedding" / "c" / "1" / "0").unlink()
-    again = cache(config(tmp_path / "i.zarr", image_tar, teacher_name, threads=None))
+    again = cache(config(Path(partial_store.path), image_tar, teacher_name, threads=None))
     np.testing.assert_array_equal(again.read(0, 96), image_store.read(0, 96))
 
 
@@ -52,7 +69,9 @@ def test_a_finished_store_needs_no_ray(
     assert cache(config(Path(image_store.path), image_tar, teacher_name)).path == image_store.path
 
 
-def test_what_a_worker_refuses_arrives_as_one_line(image_tar: Path, teacher_name: str, tmp_path: Path) -> None:
+def test_what_a_worker_refuses_arrives_as_one_line(
+    one_ray: None, image_tar: Path, teacher_name: str, tmp_path: Path
+) -> None:
     """Workers that load another teacher than the plan's, as after a file was replaced under a running cluster."""
     request = PlanRequest(kind="image", arguments=(str(image_tar),), shard_rows=32)
     store = open_or_plan(request, str(tmp_path / "i.zarr"), teacher_identity())
@@ -64,20 +83,25 @@ def test_what_a_worker_refuses_arrives_as_one_line(image_tar: Path, teacher_name
 
 @pytest.mark.parametrize("threads", [None, 1])
 def test_more_workers_than_devices_are_refused_instead_of_waited_for(
-    image_tar: Path, teacher_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None
+    one_ray: None,
+    image_tar: Path,
+    teacher_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int | None,
 ) -> None:
     monkeypatch.setattr("pipeline.runner.ray.cluster_resources", lambda: {"CPU": 1.0})
     with pytest.raises(DimefmError, match=r"2 workers need 2 CPUs, and Ray has 1(?s:.*)--workers 1"):
         cache(config(tmp_path / "i.zarr", image_tar, teacher_name, threads=threads))
 
 
-def test_the_canary_runs_before_more_is_added(image_tar: Path, teacher_name: str, tmp_path: Path) -> None:
-    store = cache(config(tmp_path / "i.zarr", image_tar, teacher_name))
-    (Path(store.path) / "commits" / "000002.json").unlink()
-    store.group["embedding"][0:32] = np.roll(store.read(0, 32), 1, axis=1)
+def test_the_canary_runs_before_more_is_added(
+    one_ray: None, partial_store: Store, image_tar: Path, teacher_name: str
+) -> None:
+    partial_store.group["embedding"][0:32] = np.roll(partial_store.read(0, 32), 1, axis=1)
     with pytest.raises(MismatchError, match="encoded again has cosine"):
-        cache(config(tmp_path / "i.zarr", image_tar, teacher_name))
-    assert store.committed() == {0, 1}
+        cache(config(Path(partial_store.path), image_tar, teacher_name))
+    assert partial_store.committed() == {0, 2}
 
 
 def test_a_dry_run_counts_and_writes_nothing(image_tar: Path, teacher_name: str, tmp_path: Path) -> None:

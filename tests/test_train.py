@@ -113,10 +113,10 @@ def test_a_changed_config_is_refused_by_field(image_store: Store, text_store: St
 
 
 def test_validation_scores_every_set_and_picks_the_best(
-    sample: Path, image_store: Store, text_store: Store, prompt_store: Store, tmp_path: Path
+    cifar10: str, image_store: Store, text_store: Store, prompt_store: Store, tmp_path: Path
 ) -> None:
     config = tiny_config(
-        image_store, text_store, tmp_path / "run", val=(str(sample / "eval" / "cifar10"),),
+        image_store, text_store, tmp_path / "run", val=(cifar10,),
         val_texts=prompt_store.path, max_steps=2, epochs=1, val_every=1,
     )  # fmt: skip
     result = train(config)
@@ -127,9 +127,9 @@ def test_validation_scores_every_set_and_picks_the_best(
 
 
 def test_prompts_that_were_not_cached_are_named(
-    sample: Path, image_store: Store, text_store: Store, tmp_path: Path
+    cifar10: str, image_store: Store, text_store: Store, tmp_path: Path
 ) -> None:
-    config = tiny_config(image_store, text_store, tmp_path / "run", val=(str(sample / "eval" / "cifar10"),))
+    config = tiny_config(image_store, text_store, tmp_path / "run", val=(cifar10,))
     with pytest.raises(MismatchError, match=r"(?s)lacks \d+ of \d+ prompts.*cache-texts"):
         train(replace(config, val_texts=text_store.path))
 
@@ -227,7 +227,7 @@ def test_a_start_that_was_killed_at_once_is_repeated(image_store: Store, text_st
 
 
 def test_the_best_checkpoint_is_one_that_was_validated(
-    sample: Path,
+    cifar10: str,
     image_store: Store,
     text_store: Store,
     prompt_store: Store,
@@ -237,7 +237,7 @@ def test_the_best_checkpoint_is_one_that_was_validated(
     scores = iter([0.9, 0.1, 0.2, 0.3])
     monkeypatch.setattr("dimefm.validate.Validation.run", lambda *_: {"cifar10": next(scores)})
     config = tiny_config(
-        image_store, text_store, tmp_path / "run", val=(str(sample / "eval" / "cifar10"),),
+        image_store, text_store, tmp_path / "run", val=(cifar10,),
         val_texts=prompt_store.path, val_every=0.5, max_steps=8, checkpoint_every=5,
     )  # fmt: skip
     train(config)

@@ -1,0 +1,106 @@
+"""Processes for tests, forked from one that has imported the heavy libraries: they begin at once, with nothing of
+pytest's process in them. And how the processes that they start in turn are found."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import uuid
+import weakref
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+MARK = {"DIMEFM_TEST": uuid.uuid4().hex}
+"""Ours among all processes of the machine: whoever is started with this environment has it, Ray's workers too."""
+
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["pipeline.shard", "dimefm.train", "dimefm.recipes", "torch.distributed.nn"])
+
+
+class Command:
+    """A `dimefm` command at work, on one thread."""
+
+    def __init__(self, words: list[str]) -> None:
+        with tempfile.NamedTemporaryFile(delete=False) as output:
+            self._output = Path(output.name)
+        weakref.finalize(self, self._output.unlink)
+        environment = {**os.environ, **MARK, "OMP_NUM_THREADS": "1"}
+        self._process = FORKING.Process(target=_dimefm, args=(words, str(self._output), environment))
+        self._process.start()
+
+    def ended(self) -> bool:
+        return self._process.exitcode is not None
+
+    def output(self) -> str:
+        """All that it has printed until now."""
+        return self._output.read_text()
+
+    def wait_until(self, due: Callable[[], bool], seconds: float = 120) -> None:
+        """Fails where the command ends before, since then nothing is tested."""
+        end = time.monotonic() + seconds
+        while not due():
+            assert not self.ended(), f"ended before its time: {self.output()}"
+            assert time.monotonic() < end, "waited for too long"
+            time.sleep(0.01)
+
+    def kill_when(self, due: Callable[[], bool]) -> None:
+        """SIGKILL as soon as `due`."""
+        self.wait_until(due)
+        self.kill()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def finish(self, code: int = 0, seconds: float = 240) -> str:
+        """Wait until it ends, with this exit code; what it has printed."""
+        self._process.join(seconds)
+        assert self._process.exitcode == code, self.output()
+        return self.output()
+
+
+def _dimefm(words: list[str], output: str, environment: dict[str, str]) -> None:
+    import torch
+
+    from dimefm.cli import cli
+
+    with Path(output).open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ.update(environment)
+    torch.set_num_threads(1)  # OMP_NUM_THREADS comes too late for this process, but not for Ray's
+    cli(words, prog_name="dimefm")
+
+
+def result_of(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of a test module returns, called in a process of its own."""
+    here, there = FORKING.Pipe(duplex=False)
+    process = FORKING.Process(target=_send, args=(there, function, arguments))
+    process.start()
+    there.close()
+    with here:
+        result = here.recv()
+    process.join()
+    return result
+
+
+def _send(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    connection.send(function(*arguments))
+
+
+def processes(title: str) -> list[int]:
+    """Ids of the processes that tests have started and whose command line begins with `title`."""
+    mark = "".join(f"{name}={value}" for name, value in MARK.items()).encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            ours = entry.name.isdigit() and mark in (entry / "environ").read_bytes()
+            if ours and (entry / "cmdline").read_bytes().startswith(title.encode()):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
