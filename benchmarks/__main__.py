@@ -6,6 +6,7 @@ from benchmarks.memory import memory
 from benchmarks.objectives import objectives
 from benchmarks.plan_scale import plan_scale
 from benchmarks.preprocessing import preprocessing
+from benchmarks.retrieval import retrieval
 from benchmarks.selection import selection
 from benchmarks.sentences import sentences
 from benchmarks.stage1 import stage1
@@ -20,7 +21,7 @@ def benchmarks() -> None:
 
 for command in (
     preprocessing, stage1, sentences, memory, plan_scale, training_pixels, store_reads, objectives,
-    selection,
+    retrieval, selection,
 ):  # fmt: skip
     benchmarks.add_command(command)
 

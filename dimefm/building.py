@@ -21,7 +21,7 @@ from dimefm import storage
 from dimefm.commits import versions
 from dimefm.errors import OutputExistsError, RecallError, StoreError
 from dimefm.exact import valid_rows
-from dimefm.factory import IndexPlan, available_memory, breakeven_queries, has_coarse_codes, plan_index
+from dimefm.factory import available_memory, has_coarse_codes, plan_index
 from dimefm.index import Index
 from dimefm.lock import writing
 from dimefm.progress import Progress, amount
@@ -332,28 +332,3 @@ def _require_only_ours(folder: Path) -> None:
     if strangers:
         what = f"{folder} exists and is not an index (it holds {min(strangers)!r})"
         raise OutputExistsError(what, remedy="give another --out")
-
-
-def forecast(config: IndexConfig) -> str:
-    """What `build_index` would build, and for how many queries exact search is cheaper. Builds nothing."""
-    store = Store(config.store)
-    memory = config.memory or available_memory() // 2
-    plan: IndexPlan = plan_index(store.schema.rows, store.schema.dim, memory, config.factory)
-    queries = breakeven_queries(store.schema.rows, plan)
-    size = amount(plan.bytes) if plan.bytes else "by the factory"
-    lines = [
-        f"rows     {store.schema.rows:,}, {store.schema.dim} wide",
-        f"factory  {plan.factory}, trained on {plan.train_rows:,} rows",
-        f"size     {size}, built in parts of {plan.part_rows:,} rows within {amount(memory)}",
-        f"exact    {advice(queries, Store(config.queries).schema.rows if config.queries else None)}",
-    ]
-    return "\n".join(lines)
-
-
-def advice(breakeven: int, queries: int | None) -> str:
-    """When to do without an index."""
-    cheaper = f"up to {breakeven:,} queries cost less than the building: dimefm retrieve without --index"
-    if queries is None:
-        return cheaper
-    verdict = "exact search is cheaper" if queries <= breakeven else "the index is cheaper"
-    return f"for {queries:,} queries {verdict}; {cheaper}"

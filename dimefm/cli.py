@@ -194,15 +194,19 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **o
 
     Run again after rows were added to the store, it adds them.
     """
-    from dimefm.building import IndexConfig, forecast
+    from dimefm.building import IndexConfig
     from dimefm.building import build_index as build
+    from dimefm.index_forecast import forecast
     from dimefm.info import describe
 
     _require_with("--ray-address", ray_address, "--workers", workers)
     config = IndexConfig(**options)
+    expected = forecast(config)
     if dry_run:
-        click.echo(forecast(config))
+        click.echo(expected.show())
         return
+    if expected.exact_is_cheaper:
+        click.echo(expected.advice(), err=True)
     run = None
     if workers:
         from pipeline.index_parts import on_ray
@@ -248,18 +252,13 @@ def search(path: str, **options: Any) -> None:
     searched exactly, an index as retrieve does.
     """
     from dimefm.search import search as run
+    from dimefm.search import show
 
     queries = [*options["images"], *options["texts"]]
     if not queries:
         raise click.UsageError("give --image FILE or --text SENTENCE")
     _require_with("--pretrained", options["pretrained"], "--teacher", options["teacher"])
-    for query, hits in zip(queries, run(path, **options), strict=True):
-        click.echo(query)
-        for hit in hits:
-            entry = hit.entry
-            click.echo(
-                f"  {hit.score:7.4f}  {entry.get('text') or entry['key']}  ({entry.get('file') or entry['key']})"
-            )
+    click.echo("\n\n".join(map(show, queries, run(path, **options))))
 
 
 @cli.command()

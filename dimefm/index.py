@@ -27,7 +27,7 @@ from dimefm.recall import Setting
 from dimefm.store import Store
 
 _BLOCK_ROWS = 16384
-_RESCORE_QUERIES = 128  # of a thread: they share candidates, each of which is read once
+_RESCORE_QUERIES, _RESCORE_ROWS = 128, 65536  # of a thread at most: queries share candidates, each is read once
 DAMAGED = "delete the folder and build the index again"
 
 
@@ -87,7 +87,8 @@ class Index:
         scores_QC, rows_QC = self._faiss.search(queries_QD, candidates)
         if setting.rescore == 1:
             return scores_QC, rows_QC
-        parts = [slice(at, at + _RESCORE_QUERIES) for at in range(0, len(rows_QC), _RESCORE_QUERIES)]
+        step = max(1, min(_RESCORE_QUERIES, _RESCORE_ROWS // rows_QC.shape[1]))
+        parts = [slice(at, at + step) for at in range(0, len(rows_QC), step)]
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             found = list(pool.map(lambda part: _rescore(self._store, queries_QD[part], rows_QC[part], k), parts))
         return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])

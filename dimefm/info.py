@@ -11,7 +11,7 @@ import numpy as np
 
 from cache_schemas import EmbeddingStore, Failure, PairsStore, Status, TeacherIdentity
 from cache_schemas.embedding_store import ATTRIBUTES_KEY, EMBEDDING
-from cache_schemas.index import SIDECAR_FILE, IndexSidecar
+from cache_schemas.index import BUILD, SIDECAR_FILE, IndexSidecar
 from cache_schemas.pairs import HITS_COMMIT
 from cache_schemas.run import RUN_FILE
 from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, SCORES, SELECTION_FILE, SelectionPlan
@@ -39,6 +39,11 @@ def describe(path: str) -> str:
         return _index(path, IndexSidecar.parse(storage.read_json(where), where))
     if storage.exists(storage.join(path, PLAN_FILE)):
         return _selection(path)
+    parts = [name for name in storage.listing(storage.join(path, BUILD)) if name.endswith(".json")]
+    if parts:
+        return _table(
+            f"{path}: FAISS index, unfinished", [("done", f"{len(parts):,} steps; build-index goes on there")]
+        )
     attributes = storage.join(path, "zarr.json")
     group = storage.read_json(attributes) if storage.exists(attributes) else {}
     document = group.get("attributes", {}).get(ATTRIBUTES_KEY)

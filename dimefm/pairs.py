@@ -34,6 +34,9 @@ class Search(Protocol):
         """Scores float32 (Q, K) and rows int64 (Q, K), best first; -1 where there are fewer."""
 
 
+_DAMAGED = "delete the folder and retrieve again"
+
+
 class Pairs:
     """A pseudo-text store on disk."""
 
@@ -43,7 +46,7 @@ class Pairs:
         self.group: Any = open_group(self.path)
         self.schema = PairsStore.parse(group_attributes(self.group, self.path), storage.join(self.path, "zarr.json"))
 
-        self._mapped = MappedArray.open(self.path, TEXT_ROW, self.group[TEXT_ROW])
+        self._mapped = {name: MappedArray.open(self.path, name, self.group[name]) for name in (TEXT_ROW, SCORE)}
 
     @staticmethod
     def create(path: str, schema: PairsStore) -> Pairs:
@@ -58,22 +61,40 @@ class Pairs:
 
     def text_rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Rows of the text store by image, best first, int32 (N, K); -1 where the image has none."""
-        return np.asarray(self.group[TEXT_ROW][start:stop])
+        return self._read(TEXT_ROW, start, stop)
 
     def gather(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """`text_rows` of any image rows in any order, int32 (N, K)."""
-        if self._mapped is not None:
-            return self._mapped.gather(rows_N)
+        mapped = self._mapped[TEXT_ROW]
+        if mapped is not None:
+            return mapped.gather(rows_N)
         return np.asarray(self.group[TEXT_ROW].oindex[rows_N])
 
     def scores(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Cosine similarities, float16 (N, K)."""
-        return np.asarray(self.group[SCORE][start:stop])
+        return self._read(SCORE, start, stop)
 
     def hits(self) -> np.ndarray[Any, Any]:
-        """By sentence, how many images have it among their top k, uint32 (T,). Raises StoreError if unfinished."""
-        self.selection()
-        return np.asarray(self.group[HITS][:])
+        """By sentence, how many images have it among their top k, uint32 (T,). Raises StoreError if unfinished, or
+        damaged."""
+        expected = self.selection().digest
+        try:
+            hits_T = np.asarray(self.group[HITS][:])
+        except ValueError:  # a checksum
+            hits_T = np.empty(0, np.uint32)
+        if digest_arrays(hits_T) != expected:
+            raise StoreError(f"{storage.join(self.path, HITS)} is damaged: its checksum does not fit", remedy=_DAMAGED)
+        return hits_T
+
+    def _read(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
+        mapped, size = self._mapped[name], self.schema.shard_rows
+        if mapped is not None:
+            return mapped.read(start, stop)
+        for shard in range(start // size, -(-stop // size)):
+            path = storage.join(self.path, f"{name}/c/{shard}/0")
+            if not storage.exists(path):  # which zarr would read as rows without sentences
+                raise StoreError(f"{path} is missing", remedy=_DAMAGED)
+        return np.asarray(self.group[name][start:stop])
 
     def selection(self) -> Selection:
         """The selection in numbers. Raises StoreError where `retrieve` has not finished."""

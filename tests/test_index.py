@@ -12,10 +12,11 @@ import pytest
 
 from cache_schemas import Status
 from dimefm import building
-from dimefm.building import IndexConfig, Part, build_index, build_part, forecast
+from dimefm.building import IndexConfig, Part, build_index, build_part
 from dimefm.errors import DimefmError, MismatchError, OutputExistsError, RecallError, StoreError
 from dimefm.factory import available_memory, breakeven_queries, parse_bytes, plan_index
 from dimefm.index import Index, read_sidecar
+from dimefm.index_forecast import forecast
 from dimefm.recall import HeldOut, Setting, tune
 from dimefm.store import Store
 from tests.stores import brute_force, random_store
@@ -479,9 +480,13 @@ def test_the_forecast_says_when_exact_search_is_cheaper(texts: tuple[Store, np.n
     breakeven = breakeven_queries(500_000, plan)
     assert breakeven == round(2048 * (1 + 10 * 131_072 / 500_000))
     config = config_for(texts[0], tmp_path, factory="IVF16,Flat", queries=texts[0].path)
-    assert "for 3,000 queries the index is cheaper; up to 176 queries" in forecast(config)
+    expected = forecast(config)
+    assert (expected.breakeven, expected.exact_is_cheaper) == (176, False)
+    assert "up to 176 queries take less work than the building; for the 3,000 of --queries, build it" in expected.show()
+    assert not forecast(dataclasses.replace(config, queries=None)).exact_is_cheaper
     config = dataclasses.replace(config, factory="IVF512,Flat")
-    assert "for 3,000 queries exact search is cheaper" in forecast(config)
+    assert forecast(config).exact_is_cheaper
+    assert "exact search is cheaper: dimefm retrieve without --index" in forecast(config).show()
     assert not (tmp_path / "t.index").exists()
 
 

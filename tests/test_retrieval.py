@@ -151,3 +151,22 @@ def test_two_runs_on_one_store_at_once_are_refused(
 
     with writing(str(tmp_path / "p.zarr")), pytest.raises(StoreError, match="is being written by"):
         retrieved(images[0], texts[0], tmp_path, exact=True)
+
+
+@pytest.mark.parametrize("array", ["text_row", "score", "hits"])
+@pytest.mark.parametrize("damage", ["missing", "flipped"])
+def test_pairs_that_are_damaged_are_not_read(
+    texts: tuple[Store, np.ndarray], images: tuple[Store, np.ndarray], tmp_path: Path, array: str, damage: str
+) -> None:
+    retrieved(images[0], texts[0], tmp_path, exact=True)
+    file = next(path for path in sorted((tmp_path / "p.zarr" / array / "c").rglob("*")) if path.is_file())
+    if damage == "missing":
+        file.unlink()
+    else:
+        data = bytearray(file.read_bytes())
+        data[5] ^= 1
+        file.write_bytes(data)
+    pairs = Pairs(str(tmp_path / "p.zarr"))
+    reads = {"text_row": lambda: pairs.text_rows(0, 90), "score": lambda: pairs.scores(0, 90), "hits": pairs.hits}
+    with pytest.raises(StoreError, match="is missing" if damage == "missing" and array != "hits" else "is damaged"):
+        reads[array]()
