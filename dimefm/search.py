@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from cache_schemas import Status
 from cache_schemas.index import SIDECAR_FILE
 from dimefm import storage
 from dimefm.clip import Clip, load_clip
 from dimefm.decode import DecodeError
-from dimefm.errors import MismatchError, SourceError
+from dimefm.errors import MismatchError, SourceError, StoreError, TeacherError
 from dimefm.preprocess import Preprocess
 from dimefm.retrieval import open_search
 from dimefm.store import Store
@@ -46,13 +47,33 @@ def search(
     for a teacher that is not to be had or is another.
     """
     index = path if storage.exists(storage.join(path, SIDECAR_FILE)) else None
-    store = _store_of(index) if index else Store(path)
-    clip = _teacher(store, teacher, pretrained, device)
-    queries_QD = torch.cat([_encode_image(clip, image) for image in images] + [clip.encode_texts([t]) for t in texts])
+    store = _store_of(index) if index else _open_store(path)
+    # What costs little comes before the teacher, which may take a minute to load.
+    pixels = [_read_image(store, image) for image in images]
     found, _, _ = open_search(store, index, device)
+    clip = _teacher(store, teacher, pretrained, device)
+    queries = [clip.encode_images(image[None]) for image in pixels] + [clip.encode_texts([text]) for text in texts]
+    if not queries:
+        return []
     # As float16, which is how a store would hold them.
-    scores_QK, rows_QK = found.search(queries_QD.cpu().half().float().numpy(), min(top_k, store.schema.rows))
+    queries_QD = torch.cat(queries).cpu().half().float().numpy()
+    scores_QK, rows_QK = found.search(queries_QD, min(top_k, store.schema.rows))
     return [_hits(store, scores_K, rows_K) for scores_K, rows_K in zip(scores_QK, rows_QK, strict=True)]
+
+
+def show(query: str, hits: Sequence[Hit]) -> str:
+    """A query, and below it a line for each hit: cosine, row, sentence or key, and where it is from. Of float16 vectors
+    a fourth digit of a cosine is noise."""
+    if not hits:
+        return f"{query}\n  nothing: no row has an embedding"
+    width = len(str(max(hit.row for hit in hits)))
+    lines = [f"  {hit.score:6.3f}  row {hit.row:<{width}}  {_what(hit.entry)}" for hit in hits]
+    return "\n".join([query, *lines])
+
+
+def _what(entry: dict[str, Any]) -> str:
+    what, where = (entry["text"], entry["key"]) if "text" in entry else (entry["key"], entry["file"])
+    return f"{' '.join(what.split())}  ({where})"
 
 
 def _store_of(index: str) -> Store:
@@ -61,23 +82,37 @@ def _store_of(index: str) -> Store:
     return Store(read_sidecar(storage.absolute(index)).store)
 
 
+def _open_store(path: str) -> Store:
+    if not storage.exists(storage.join(path, "zarr.json")):
+        what = f"{path} is neither a dimefm store nor an index"
+        raise StoreError(what, remedy="give the --out of cache-images, cache-texts or build-index")
+    return Store(path)
+
+
 def _teacher(store: Store, teacher: str | None, pretrained: str | None, device: str | None) -> Clip:
-    known = store.schema.teacher
-    clip = load_clip(teacher or known.name, pretrained if teacher else known.pretrained, device=device)
+    known, remedy = store.schema.teacher, "give --teacher, where that of the store is now"
+    try:
+        clip = load_clip(teacher or known.name, pretrained if teacher else known.pretrained, device=device)
+    except TeacherError as error:
+        if teacher:
+            raise
+        raise TeacherError(error.what, remedy=remedy) from error
     differences = known.differences(clip.identity, ignore=("precision",))
     if differences:
         what = f"{clip.identity.name} is not the teacher of {store.path}: {'; '.join(differences)}"
-        raise MismatchError(what, remedy="give --teacher, where that of the store is now")
+        raise MismatchError(what, remedy=remedy)
     return clip
 
 
-def _encode_image(clip: Clip, path: str) -> torch.Tensor:
+def _read_image(store: Store, path: str) -> torch.Tensor:
+    """As the teacher of the store takes it."""
     try:
-        pixels = Preprocess(clip.identity.preprocessing)(storage.read_bytes(path))
-    except (OSError, DecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise SourceError(f"{path}: {reason}", remedy="give an image file") from None
-    return clip.encode_images(pixels[None])
+        return Preprocess(store.schema.teacher.preprocessing)(storage.read_bytes(path))
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except DecodeError as error:
+        reason = "it is no image that can be read" if error.status == Status.UNDECODABLE else str(error)
+    raise SourceError(f"{path}: {reason}", remedy="give an image file")
 
 
 def _hits(store: Store, scores_K: np.ndarray[Any, Any], rows_K: np.ndarray[Any, Any]) -> list[Hit]:
