@@ -27,7 +27,8 @@ from dimefm.recall import Setting
 from dimefm.store import Store
 
 _BLOCK_ROWS = 16384
-_RESCORE_QUERIES, _RESCORE_ROWS = 128, 65536  # of a thread at most: queries share candidates, each is read once
+_RESCORE_QUERIES, _RESCORE_JOBS = 1024, 4  # queries share candidates, each of which is read once
+_RESCORE_BYTES = 128 * 1024**2  # of candidates in float32, for each job
 DAMAGED = "delete the folder and build the index again"
 
 
@@ -87,23 +88,28 @@ class Index:
         scores_QC, rows_QC = self._faiss.search(queries_QD, candidates)
         if setting.rescore == 1:
             return scores_QC, rows_QC
-        step = max(1, min(_RESCORE_QUERIES, _RESCORE_ROWS // rows_QC.shape[1]))
-        parts = [slice(at, at + step) for at in range(0, len(rows_QC), step)]
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        parts = [slice(at, at + _RESCORE_QUERIES) for at in range(0, len(rows_QC), _RESCORE_QUERIES)]
+        with ThreadPoolExecutor(min(_RESCORE_JOBS, torch.get_num_threads())) as pool:
             found = list(pool.map(lambda part: _rescore(self._store, queries_QD[part], rows_QC[part], k), parts))
         return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
 
 
 def _rescore(store: Store, queries_QD: Any, rows_QC: Any, k: int) -> tuple[Any, Any]:
     """The k best of each query's candidates, by the inner product with their rows of the store."""
+    (queries, width), candidates = queries_QD.shape, rows_QC.shape[1]
     rows_N, place_QC = np.unique(rows_QC, return_inverse=True)
-    embedding_ND = torch.from_numpy(store.gather(np.maximum(rows_N, 0))).float()
-    # All against all is several times the products that are needed, and still less work than copying rows to queries.
-    scores_QN = torch.from_numpy(queries_QD) @ embedding_ND.T
-    scores_QC = scores_QN.gather(1, torch.from_numpy(place_QC.reshape(rows_QC.shape)))
-    scores_QC[torch.from_numpy(rows_QC < 0)] = -torch.inf
-    scores_QK, place_QK = scores_QC.topk(min(k, rows_QC.shape[1]), dim=1)
-    return scores_QK.numpy(), np.take_along_axis(rows_QC, place_QK.numpy(), axis=1)
+    if len(rows_N) * width * 4 > _RESCORE_BYTES and queries > 1:
+        halves = (slice(0, queries // 2), slice(queries // 2, queries))
+        found = [_rescore(store, queries_QD[half], rows_QC[half], k) for half in halves]
+        return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
+    embedding_ND = torch.from_numpy(store.gather(np.maximum(rows_N, 0))).float().numpy()
+    place_QC = np.ascontiguousarray(place_QC.reshape(rows_QC.shape), np.int64)
+    scores_QC = np.empty(rows_QC.shape, np.float32)
+    pointers = [faiss.swig_ptr(array) for array in (scores_QC, queries_QD, embedding_ND, place_QC)]
+    faiss.fvec_inner_products_by_idx(*pointers, width, queries, candidates)
+    scores_QC[rows_QC < 0] = -np.inf
+    best_QK, at_QK = torch.from_numpy(scores_QC).topk(min(k, candidates), dim=1)
+    return best_QK.numpy(), np.take_along_axis(rows_QC, at_QK.numpy(), axis=1)
 
 
 # -- steps of a build -------------------------------------------------------------------------------------------------

@@ -497,7 +497,24 @@ def test_sizes_are_read_as_people_write_them() -> None:
         8 * 10**8,
         4096,
     ]
-    for wrong in ("", "GB", "12 bananas", "12GBs"):
-        with pytest.raises((ValueError, KeyError)):
+    for wrong in ("", "GB", "12 bananas", "12GBs", "0", "-5GB", "nanGB", "infGB", "0.1"):
+        with pytest.raises(ValueError, match="is no size"):
             parse_bytes(wrong)
     assert available_memory() > 10**8
+
+
+def test_candidates_are_scored_again_within_little_memory_and_at_once_alike(
+    texts: tuple[Store, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(texts[0], tmp_path, factory="IVF16,PQ8x4fs")
+    build_index(config)
+    index, queries = Index.open(config.out), texts[1][:200].astype(np.float32)
+    setting = Setting(4, 20)
+    at_once = index.search_with(setting, queries, 9)
+    monkeypatch.setattr("dimefm.index._RESCORE_BYTES", 16 * 4 * 200)
+    monkeypatch.setattr("dimefm.index._RESCORE_QUERIES", 33)
+    scores, rows = index.search_with(setting, queries, 9)
+    np.testing.assert_allclose(scores, at_once[0], atol=1e-6)
+    assert (rows == at_once[1]).mean() > 0.99
+    true = np.take_along_axis(queries @ texts[1].astype(np.float32).T, rows, 1)
+    np.testing.assert_allclose(scores, true, atol=1e-6)
