@@ -106,7 +106,7 @@ def _rescore(store: Store, queries_QD: Any, rows_QC: Any, k: int) -> tuple[Any, 
     place_QC = np.ascontiguousarray(place_QC.reshape(rows_QC.shape), np.int64)
     scores_QC = np.empty(rows_QC.shape, np.float32)
     pointers = [faiss.swig_ptr(array) for array in (scores_QC, queries_QD, embedding_ND, place_QC)]
-    faiss.fvec_inner_products_by_idx(*pointers, width, queries, candidates)
+    faiss.fvec_inner_products_by_idx(*pointers, width, queries, candidates)  # type: ignore[attr-defined]
     scores_QC[rows_QC < 0] = -np.inf
     best_QK, at_QK = torch.from_numpy(scores_QC).topk(min(k, candidates), dim=1)
     return best_QK.numpy(), np.take_along_axis(rows_QC, at_QK.numpy(), axis=1)

@@ -517,4 +517,5 @@ def test_candidates_are_scored_again_within_little_memory_and_at_once_alike(
     np.testing.assert_allclose(scores, at_once[0], atol=1e-6)
     assert (rows == at_once[1]).mean() > 0.99
     true = np.take_along_axis(queries @ texts[1].astype(np.float32).T, rows, 1)
-    np.testing.assert_allclose(scores, true, atol=1e-6)
+    np.testing.assert_allclose(scores[rows >= 0], true[rows >= 0], atol=1e-6)
+    assert (rows >= 0).mean() > 0.9
