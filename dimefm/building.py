@@ -47,6 +47,10 @@ class IndexConfig:
     partial: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.recall_target <= 1:
+            raise RecallError(f"--recall must lie between 0 and 1, found {self.recall_target}", remedy="change it")
+
 
 @dataclass(frozen=True)
 class Part:

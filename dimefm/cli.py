@@ -171,7 +171,7 @@ class _Bytes(click.ParamType[int]):
 
         try:
             return value if isinstance(value, int) else parse_bytes(value)
-        except (ValueError, KeyError):
+        except ValueError:
             self.fail(f"{value!r} is not a size such as 800MB or 12GB", param, ctx)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ _LEAST_PER_CENTROID = 39  # below it FAISS warns that clusters are too few point
 _KMEANS_ROUNDS = 10
 _MANY_LISTS, _MOST_LISTS = 65536, 262144
 _PROGRAM = 700_000_000  # bytes of the process itself, its libraries among them
+_UNITS = {None: 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _PARTS, _PART_ROWS = 8, (65_536, 2_000_000)
 
 
@@ -88,10 +90,12 @@ def available_memory() -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """`12GB` or `800 MB` as bytes. Raises ValueError for anything else."""
-    units = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-    number = text.strip().lower().rstrip("kmgtb ")
-    return round(float(number) * units[text.strip().lower()[len(number) :].strip()])
+    """`12GB` or `800 MB` as bytes, at least one. Raises ValueError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt])?b)?", text.strip().lower())
+    size = round(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if size < 1:
+        raise ValueError(f"{text!r} is no size")
+    return size
 
 
 def _centroids_of(factory: str) -> int:

@@ -5,6 +5,7 @@ Shapes: T sentences of the store, N image rows of a shard, K sentences an image.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,6 +80,8 @@ class SelectionConfig:
         given = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if value is not None}
         low = ("--min-hits", "--pool", "--size", "--images-sample")
         wrong = [f"{n} must be 1 or more, found {given[n]}" for n in low if given.get(n, 1) < 1]
+        if self.min_score is not None and not math.isfinite(self.min_score):
+            wrong.append(f"--min-score must be a number, found {self.min_score}")
         if self.dedup is not None and not 0 < self.dedup < 1:
             wrong.append(f"--dedup must lie between 0 and 1, found {self.dedup}")
         clustered, scored = self.dedup is not None or self.balance, self.by == "similarity"

@@ -28,21 +28,25 @@ from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
 from tests.conftest import cached
 from tests.making import make_jpeg, write_tar
+from tests.stores import random_store
 
 COMMANDS = {
     "cache-images": ["SOURCE...", "--out", "--teacher", "--pretrained", "--shard-rows", "--batch-size", "--dry-run"],
     "cache-texts": ["SOURCE...", "--out", "--teacher", "--pretrained", "--shard-rows", "--batch-size", "--dry-run"],
     "import-embeddings": ["FOLDER", "--out", "--kind", "--teacher", "--images", "--check", "--accept"],
-    "build-index": ["TEXTS.zarr", "--out", "--factory", "--recall", "--accept", "--queries", "--seed"],
-    "retrieve": ["IMAGES.zarr", "--texts", "--index", "--top-k", "--out"],
-    "select-texts": ["PAIRS.zarr", "--out", "--by", "--size", "--min-hits", "--dedup", "--balance", "--scores"],
+    "build-index": ["STORE.zarr", "--out", "--queries", "--recall", "--accept", "--factory", "--memory", "--workers",
+                    "--ray-address", "--partial", "--seed", "--dry-run"],
+    "retrieve": ["IMAGES.zarr", "--texts", "--index", "--top-k", "--out", "--device"],
+    "search": ["STORE.zarr|STORE.index", "--image", "--text", "--top-k", "--teacher", "--pretrained", "--device"],
+    "select-texts": ["PAIRS.zarr", "--out", "--by", "--size", "--min-hits", "--min-score", "--pool", "--dedup",
+                     "--balance", "--images-sample", "--seed", "--images", "--texts", "--scores", "--device"],
     "train-student": ["--images", "--texts", "--pairs", "--out", "--recipe", "--student", "--loss", "--text-mix"],
     "evaluate": ["MODEL", "SET...", "--pretrained", "--checkpoint", "--precision", "--device", "--out"],
     "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained"],
     "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file"],
     "info": ["PATH", "--failures"],
     "verify": ["STORE", "--sample", "--teacher", "--pretrained", "--repair"],
-}
+}  # fmt: skip
 
 
 def run(*arguments: object) -> Result:
@@ -128,10 +132,17 @@ CACHE = ["cache-images", "x.tar", "--out", "o", "--teacher", "t"]
         ["cache-images", "x.tar", "--teacher", "t"],
         [*CACHE, "--batch-size", "0"],
         [*CACHE, "--precision", "int8"],
+        ["build-index", "x.zarr"],
         ["build-index", "x.zarr", "--out", "o", "--recall", "1.5"],
+        ["build-index", "x.zarr", "--out", "o", "--workers", "0"],
+        ["build-index", "x.zarr", "--out", "o", "--seed", "-1"],
+        ["retrieve", "x.zarr", "--index", "i", "--out", "o"],
         ["retrieve", "x.zarr", "--texts", "t", "--index", "i", "--out", "o", "--top-k", "none"],
+        ["retrieve", "x.zarr", "--texts", "t", "--out", "o", "--device", "tpu"],
+        ["search"],
         ["select-texts", "p.zarr", "--out", "o", "--by", "beauty"],
         ["select-texts", "p.zarr", "--out", "o", "--dedup", "1"],
+        ["select-texts", "p.zarr", "--out", "o", "--images-sample", "1"],
         ["train-student", "--images", "i", "--texts", "t", "--out", "o", "--recipe", "secret"],
         ["evaluate", "model"],
         ["info"],
@@ -149,12 +160,23 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
             ["cache-images", "x", "--out", "o", "--teacher", "t", "--dry-run", "--retry-failed"],
             "--dry-run says nothing",
         ),
+        (["build-index", "s.zarr", "--out", "o", "--ray-address", "x"], "--ray-address has no effect without --worker"),
+        (
+            ["retrieve", "i.zarr", "--texts", "t", "--out", "o", "--index", "i", "--device", "cpu"],
+            "--device has no effect with --index",
+        ),
         (["verify", "s.zarr", "--teacher", "t"], "--teacher has no effect without --sample"),
         (["verify", "s.zarr", "--sample", "3", "--pretrained", "t"], "--pretrained has no effect without --teacher"),
     ],
 )
 def test_an_option_that_would_have_no_effect_is_refused(arguments: list[str], what: str) -> None:
     assert what in refused(*arguments, code=2)
+
+
+@pytest.mark.parametrize("size", ["banana", "GB", "0", "-5GB", "nanGB", "infGB", "1e400"])
+def test_a_size_that_is_none_is_refused(size: str) -> None:
+    message = refused("build-index", "s.zarr", "--out", "o", f"--memory={size}", code=2)
+    assert f"Invalid value for '--memory': {size!r} is not a size such as 800MB or 12GB" in message
 
 
 def test_a_full_disk_is_one_message_whatever_was_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,9 +390,73 @@ def test_an_index_over_a_store_that_is_unfinished_or_not_there(text_store: Store
     assert not (tmp_path / "i.index").exists()
 
 
-def test_an_unknown_factory(text_store: Store, tmp_path: Path) -> None:
-    message = refused("build-index", text_store.path, "--out", tmp_path / "i.index", "--factory", "Magic9")
-    assert "--factory Magic9" in message
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--factory", "Magic9"], "--factory Magic9: "),
+        (["--factory", "IVF512,Flat"], "--factory IVF512,Flat has 512 centroids, more than the 200 training rows"),
+        (["--memory", "100MB"], "no index over 200 rows of width 512 fits into 100.0 MB: the smallest takes 700.0 MB"),
+        (["--recall", "nan"], "--recall must lie between 0 and 1, found nan"),
+        (["--queries", "nowhere"], "nowhere is not a dimefm store"),
+        (["--workers", "1", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),
+    ],
+)
+def test_an_index_that_cannot_be_built_as_asked(
+    text_store: Store, tmp_path: Path, options: list[str], what: str
+) -> None:
+    assert what in refused("build-index", text_store.path, "--out", tmp_path / "i.index", *options)
+    assert not (tmp_path / "i.index" / "index.json").exists()
+
+
+def test_an_index_that_falls_short_is_refused_and_kept_with_accept(tmp_path: Path) -> None:
+    store, _ = random_store(tmp_path / "t.zarr", rows=3000, shard_rows=1024, kind="text")
+    out = tmp_path / "i.index"
+    words = ["build-index", store.path, "--out", out, "--recall", 1, "--factory", "PQ1x4"]
+    message = refused(*words)
+    assert re.search(
+        r"PQ1x4 reaches recall@10 0\.\d+ for text queries, 0\.\d+ below 1\.0\n  remedy: .*--accept", message
+    )
+    assert run("info", out).output.startswith(f"{out}: FAISS index, unfinished\n")
+    result = run(*words, "--accept")
+    assert result.exit_code == 0, result.output
+    assert run("info", out).output in result.output
+    assert "  factory        PQ1x4, " in result.output
+
+
+def test_an_index_into_what_is_there_already(text_store: Store, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    message = refused("build-index", text_store.path, "--out", tmp_path / "thesis")
+    assert "is not an index (it holds 'chapter.tex')" in message
+    words = ["build-index", text_store.path, "--out", tmp_path / "i.index"]
+    assert run(*words).exit_code == 0
+    assert "exists and differs: recall_target: 0.95 != 0.5" in refused(*words, "--recall", 0.5)
+    assert "an index must be a local path" in refused("build-index", text_store.path, "--out", "s3://bucket/i.index")
+
+
+def test_part_of_a_store_is_indexed_if_it_is_asked_for(text_store: Store, tmp_path: Path) -> None:
+    half = unfinished(text_store, tmp_path / "half.zarr")
+    result = run("build-index", half, "--out", tmp_path / "i.index", "--partial")
+    assert result.exit_code == 0, result.output
+    assert "vectors        192 texts, 0 skipped" in result.output
+
+
+def test_a_dry_run_of_an_index_builds_nothing(text_store: Store, image_store: Store, tmp_path: Path) -> None:
+    words = ["build-index", text_store.path, "--out", tmp_path / "i.index", "--factory", "IVF16,Flat", "--dry-run"]
+    assert "factory  IVF16,Flat, trained on 200 rows\n" in run(*words).output
+    assert "for the 96 of --queries, exact search is cheaper" in run(*words, "--queries", image_store.path).output
+    assert not (tmp_path / "i.index").exists()
+
+
+def test_retrieve_without_an_index_searches_exactly(image_store: Store, text_store: Store, tmp_path: Path) -> None:
+    words = ["retrieve", image_store.path, "--texts", text_store.path, "--top-k", 3, "--device", "cpu"]
+    result = run(*words, "--out", tmp_path / "p.zarr")
+    assert result.exit_code == 0, result.output
+    assert "images        96 of 96, the nearest 3 sentences each\n" in result.output
+    assert "index         exact search\n" in result.output
+    half = unfinished(image_store, tmp_path / "half.zarr")
+    message = refused("retrieve", half, "--texts", text_store.path, "--out", tmp_path / "q.zarr")
+    assert "is unfinished: 2 of 3 shards are done" in message
 
 
 def test_retrieve_with_an_index_over_another_store(

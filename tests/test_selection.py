@@ -291,6 +291,7 @@ def test_nothing_left_is_an_error_that_says_why(world: World, scored: Path, tmp_
         ({}, "nothing says what to leave out"),
         ({"size": 0}, "--size must be 1 or more, found 0"),
         ({"dedup": 1.0}, "--dedup must lie between 0 and 1"),
+        ({"min_score": float("nan")}, "--min-score must be a number, found nan"),
     ],
 )
 def test_settings_without_effect_are_refused(words: dict[str, Any], what: str) -> None:
