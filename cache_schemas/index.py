@@ -33,7 +33,7 @@ class Recall:
 class IndexPart(Document):
     """A file below build/: the trained, empty index (no rows), or the rows of some shards of the store. `settings` is
     the digest of what decides its bytes: store, factory, seed, training rows; `skipped` rows have no finite, non-zero
-    embedding."""
+    embedding; `spread`, of the trained index alone, is the sidecar's."""
 
     SCHEMA: ClassVar[str] = "dimefm.index_part"
 
@@ -43,13 +43,16 @@ class IndexPart(Document):
     bytes: int
     digest: str
     seconds: float
+    spread: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexSidecar(Document):
     """The sidecar. `file` holds rows of the store with digest `store_identity`: those of `shards`, by the digest of
     each one's commit. `rescore` is how many times k candidates are fetched and scored again from the store (1: the
-    index's own scores are taken). The search parameters were tuned to `recall_target` over the first kind of `recall`.
+    index's own scores are taken). `spread` is the standard deviation of each list's rows about their mean, base64 of
+    float16, by which the lists to probe are chosen; empty where FAISS chooses. The search parameters were tuned to
+    `recall_target` over the first kind of `recall`.
     """
 
     SCHEMA: ClassVar[str] = "dimefm.index"
@@ -66,6 +69,7 @@ class IndexSidecar(Document):
     factory: str
     search_parameters: dict[str, int]
     rescore: int
+    spread: str
     recall: tuple[Recall, ...]
     recall_target: float
     queries_per_second: float

@@ -92,6 +92,16 @@ def build_index(config: IndexConfig, run: Runner | None = None) -> IndexSidecar:
         return _Build(config, store, images).run(run or _one_by_one)
 
 
+@dataclass
+class _Base:
+    """An index that rows are added to, the number of rows it was trained on, and the spread of its lists (see
+    IndexSidecar)."""
+
+    index: Any
+    train_rows: int
+    spread: str
+
+
 class _Build:
     def __init__(self, config: IndexConfig, store: Store, images: Store | None) -> None:
         self.config, self.store, self.images = config, store, images
@@ -118,38 +128,39 @@ class _Build:
         _require_only_ours(self.folder)
         storage.remove_leftovers(str(self.folder))
         began = time.monotonic()
-        base, trained = self._base([shard for shard in pending if str(shard) in old])
-        parts = self._parts(pending, base)
-        documents = self._build_parts(parts, run)
+        base = self._base([shard for shard in pending if str(shard) in old])
+        parts = self._parts(pending, base.index)
+        self._build_parts(parts, run)
         for part in parts:
-            rows = faiss_index.read(self.folder / BUILD / part.file)
-            base = faiss_index.merged(base, rows)
-        if not base.ntotal:
+            base.index = faiss_index.merged(base.index, faiss_index.read(self.folder / BUILD / part.file))
+        if not base.index.ntotal:
             raise StoreError(f"{self.store.path} has no embedding at all", remedy="see dimefm info for what failed")
-        tuned = self._tune(base)
-        return self._publish(base, tuned, trained, documents, time.monotonic() - began)
+        return self._publish(base, self._tune(base), time.monotonic() - began)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def _base(self, changed: list[int]) -> tuple[Any, int]:
-        """What the parts are merged into, and how many rows it was trained on: the index that is there, without the
-        rows of shards that have changed, or a trained one without rows."""
+    def _base(self, changed: list[int]) -> _Base:
+        """What the parts are merged into: the index that is there, without the rows of shards that have changed, or a
+        trained one without rows."""
         trained = self.folder / BUILD / f"{_TRAINED}.faiss"
         if self.old:
             if _document(trained, self.settings) is None:
-                self._write(faiss_index.emptied(faiss_index.read_file(str(self.folder), self.old)), trained, 0, 0, 0.0)
-            base = faiss_index.read_file(str(self.folder), self.old)
+                index = faiss_index.emptied(faiss_index.read_file(str(self.folder), self.old))
+                _write(index, trained, self.settings, 0, 0, 0.0, self.old.spread)
+            index = faiss_index.read_file(str(self.folder), self.old)
             for shard in changed:
-                faiss_index.remove_rows(base, *self.store.schema.shard_range(shard))
-            return base, self.old.train_rows
-        if _document(trained, self.settings) is None:
+                faiss_index.remove_rows(index, *self.store.schema.shard_range(shard))
+            return _Base(index, self.old.train_rows, self.old.spread)
+        document = _document(trained, self.settings)
+        if document is None:
             began = time.monotonic()
-            index = faiss_index.empty(self.plan.factory, self.store.schema.dim)
+            index, spread = faiss_index.empty(self.plan.factory, self.store.schema.dim), ""
             if faiss_index.needs_training(index):
                 sample = _sample(self.store, self.plan.train_rows, self.config.seed)
                 faiss_index.train(index, self.plan.factory, sample, self.config.seed)
-            self._write(index, trained, 0, 0, time.monotonic() - began)
-        return faiss_index.read(trained), self.plan.train_rows
+                spread = faiss_index.spread_of(index, sample)
+            document = _write(index, trained, self.settings, 0, 0, time.monotonic() - began, spread)
+        return _Base(faiss_index.read(trained), self.plan.train_rows, document.spread)
 
     def _parts(self, shards: list[int], base: Any) -> list[Part]:
         """The pending shards in parts of about `plan.part_rows` rows; one part where parts cannot be merged."""
@@ -166,10 +177,11 @@ class _Build:
             found.append(Part(self.store.path, self.build, f"part-{name}.faiss", self.settings, ranges))
         return found
 
-    def _build_parts(self, parts: list[Part], run: Runner) -> list[IndexPart]:
-        """The documents of all parts, those built that were not there.
+    def _build_parts(self, parts: list[Part], run: Runner) -> None:
+        """Build the parts that are not there.
 
-        Raises StoreError, with the parts kept, where the whole would not fit into memory."""
+        Raises StoreError, with the parts kept, where the whole would not fit into memory.
+        """
         total = sum(part.rows for part in parts)
         pending = [part for part in parts if _document(Path(self.build) / part.file, self.settings) is None]
         done = total - sum(part.rows for part in pending)
@@ -178,25 +190,19 @@ class _Build:
                 done += part.rows
                 progress.at(done)
                 self._require_room(part, total)
-        return [self._read_document(part) for part in parts]
 
     def _require_room(self, part: Part, total: int) -> None:
-        needed = self._read_document(part).bytes / part.rows * total
+        needed = (Path(self.build) / part.file).stat().st_size / part.rows * total
         if needed > self.memory:
             what = f"{self.plan.factory} over {total:,} rows takes {amount(needed)}, --memory is {amount(self.memory)}"
             raise StoreError(what, remedy="give more --memory or a factory with smaller codes; the parts are kept")
 
-    def _read_document(self, part: Part) -> IndexPart:
-        found = _document(Path(self.build) / part.file, self.settings)
-        if found is None:
-            raise StoreError(f"{part.file} in {self.build} is damaged", remedy="run the same command again")
-        return found
-
-    def _tune(self, base: Any) -> Tuned:
+    def _tune(self, base: _Base) -> Tuned:
         rescore = 2 if has_coarse_codes(self.plan.factory) else 1
         ranges = [self.store.schema.shard_range(shard) for shard in sorted(map(int, self.now))]
         queries = held_out(self.store, ranges, self.images, self.config.seed)
-        tuned = tune(Index(base, self.store, Setting(0, rescore)), queries, self.config.recall_target)
+        index = Index(base.index, self.store, Setting(0, rescore), base.spread)
+        tuned = tune(index, queries, self.config.recall_target)
         reached = tuned.recall[0]
         if reached.value < self.config.recall_target and not self.config.accept:
             found = f"{self.plan.factory} reaches recall@{reached.k} {reached.value:.3f} for {reached.source} queries"
@@ -205,12 +211,10 @@ class _Build:
             raise RecallError(what, remedy="give another --factory, a lower --recall, or --accept; the parts are kept")
         return tuned
 
-    def _publish(
-        self, base: Any, tuned: Tuned, train_rows: int, parts: list[IndexPart], seconds: float
-    ) -> IndexSidecar:
+    def _publish(self, base: _Base, tuned: Tuned, seconds: float) -> IndexSidecar:
         """Write the index, then the sidecar that names it: until then the old one is in force."""
         written = self.folder / BUILD / "merged.faiss"
-        faiss_index.write(base, written)
+        faiss_index.write(base.index, written)
         digest = storage.digest_file(str(written))
         file = self.folder / f"index-{digest[:12]}.faiss"
         written.replace(file)
@@ -220,20 +224,21 @@ class _Build:
             store_identity=self.store.schema.identity,
             kind=self.store.schema.kind,
             shards=self.now,
-            rows=int(base.ntotal),
-            skipped=rows - int(base.ntotal),
+            rows=int(base.index.ntotal),
+            skipped=rows - int(base.index.ntotal),
             dim=self.store.schema.dim,
             teacher=self.store.schema.teacher,
             factory=self.plan.factory,
             search_parameters={"nprobe": tuned.setting.probes} if tuned.setting.probes else {},
             rescore=tuned.setting.rescore,
+            spread=base.spread,
             recall=tuned.recall,
             recall_target=self.config.recall_target,
             queries_per_second=tuned.queries_per_second,
             file=file.name,
             bytes=file.stat().st_size,
             digest=digest,
-            train_rows=train_rows,
+            train_rows=base.train_rows,
             seconds=round(seconds, 3),
             seed=self.config.seed,
             versions={**versions(), "faiss": faiss_index.faiss_version()},
@@ -244,9 +249,6 @@ class _Build:
                 stale.unlink()
         storage.remove_folder(self.build)
         return sidecar
-
-    def _write(self, index: Any, path: Path, rows: int, skipped: int, seconds: float) -> None:
-        _write(index, path, self.settings, rows, skipped, seconds)
 
 
 def build_part(part: Part, threads: int | None = None) -> Part:
@@ -266,7 +268,9 @@ def _one_by_one(parts: Sequence[Part]) -> Iterable[Part]:
     return map(build_part, parts)
 
 
-def _write(index: Any, path: Path, settings: str, rows: int, skipped: int, seconds: float) -> None:
+def _write(
+    index: Any, path: Path, settings: str, rows: int, skipped: int, seconds: float, spread: str = ""
+) -> IndexPart:
     path.parent.mkdir(parents=True, exist_ok=True)
     faiss_index.write(index, path)
     document = IndexPart(
@@ -276,8 +280,10 @@ def _write(index: Any, path: Path, settings: str, rows: int, skipped: int, secon
         bytes=path.stat().st_size,
         digest=storage.digest_file(str(path)),
         seconds=round(seconds, 3),
+        spread=spread,
     )
     storage.write_json(str(path.with_suffix(".json")), document.to_json())
+    return document
 
 
 def _document(path: Path, settings: str) -> IndexPart | None:

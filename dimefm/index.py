@@ -1,10 +1,12 @@
 """The FAISS index over a store: what is done to one, and searching it. The only importer of faiss.
 
-`dimefm.building` puts these steps together. Shapes: Q queries, N rows of a block, D width, C candidates, K neighbours.
+`dimefm.building` puts these steps together. Shapes: Q queries, N rows of a block, D width, L lists, P lists
+probed, C candidates, K neighbours.
 """
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,7 @@ from dimefm.recall import Setting
 from dimefm.store import Store
 
 _BLOCK_ROWS = 16384
+_CHOICE_QUERIES = 1024  # whose products with all centroids are in memory at once
 _RESCORE_QUERIES, _RESCORE_JOBS = 1024, 4  # queries share candidates, each of which is read once
 _RESCORE_BYTES = 128 * 1024**2  # of candidates in float32, for each job
 DAMAGED = "delete the folder and build the index again"
@@ -37,8 +40,11 @@ class Index:
 
     batch = 4096
 
-    def __init__(self, inner: Any, store: Store, setting: Setting) -> None:
+    def __init__(self, inner: Any, store: Store, setting: Setting, spread: str = "") -> None:
         self._faiss, self._store, self._setting = inner, store, setting
+        self._bonus_L = _bonus(inner, spread) if spread else None
+        if self._bonus_L is not None:
+            self._centroid_LD = torch.from_numpy(faiss.downcast_index(inner.quantizer).reconstruct_n(0, inner.nlist))
 
     @staticmethod
     def open(path: str, store: Store | None = None) -> Index:
@@ -58,7 +64,7 @@ class Index:
             what = f"{path} lacks {len(lacking)} shards of {store.path} that were written since it was built"
             raise StoreError(what, remedy="run the same dimefm build-index again: it adds them")
         probes = sidecar.search_parameters.get("nprobe", 0)
-        return Index(read_file(folder, sidecar), store, Setting(probes, sidecar.rescore))
+        return Index(read_file(folder, sidecar), store, Setting(probes, sidecar.rescore), sidecar.spread)
 
     def search(self, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Scores float32 (Q, K) and rows of the store int64 (Q, K), best first; -1 where fewer than k were found.
@@ -82,16 +88,41 @@ class Index:
     def search_with(self, setting: Setting, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[Any, Any]:
         """`search` with other parameters than those the index was opened with."""
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
-        if setting.probes:
-            faiss.extract_index_ivf(self._faiss).nprobe = setting.probes
         candidates = min(k * setting.rescore, max(k, self._faiss.ntotal))
-        scores_QC, rows_QC = self._faiss.search(queries_QD, candidates)
+        scores_QC, rows_QC = self._candidates(queries_QD, candidates, setting.probes)
         if setting.rescore == 1:
             return scores_QC, rows_QC
         parts = [slice(at, at + _RESCORE_QUERIES) for at in range(0, len(rows_QC), _RESCORE_QUERIES)]
         with ThreadPoolExecutor(min(_RESCORE_JOBS, torch.get_num_threads())) as pool:
             found = list(pool.map(lambda part: _rescore(self._store, queries_QD[part], rows_QC[part], k), parts))
         return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
+
+    def _candidates(self, queries_QD: Any, count: int, probes: int) -> tuple[Any, Any]:
+        """The index's own best rows, (Q, C)."""
+        if self._bonus_L is None:
+            if probes:
+                faiss.extract_index_ivf(self._faiss).nprobe = probes
+            return self._faiss.search(queries_QD, count)  # type: ignore[no-any-return]
+        self._faiss.nprobe, found = probes, []
+        for at in range(0, len(queries_QD), _CHOICE_QUERIES):
+            part_QD = queries_QD[at : at + _CHOICE_QUERIES]
+            near_QL = torch.from_numpy(part_QD) @ self._centroid_LD.T
+            list_QP = (near_QL + self._bonus_L).topk(probes, dim=1).indices
+            near_QP = near_QL.gather(1, list_QP)
+            found.append(self._faiss.search_preassigned(part_QD, count, list_QP.numpy(), near_QP.numpy()))
+        return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
+
+
+def _bonus(ivf: Any, spread: str) -> torch.Tensor:
+    """What a list's best row is expected to score above its centroid, float32 (L,).
+
+    A list of n rows, of standard deviation s about its centroid, projected on a query: the expected maximum of n normal
+    values, s sqrt(2 ln n / D). Without it tight lists are probed before wide ones that hold better rows, the more so
+    the further the queries are from all rows, as images are from sentences.
+    """
+    size_L = np.array([ivf.invlists.list_size(number) for number in range(ivf.nlist)])
+    spread_L = np.frombuffer(base64.b64decode(spread), np.float16).astype(np.float32)
+    return torch.from_numpy(spread_L * np.sqrt(2 * np.log(np.maximum(size_L, 2)) / ivf.d).astype(np.float32))
 
 
 def _rescore(store: Store, queries_QD: Any, rows_QC: Any, k: int) -> tuple[Any, Any]:
@@ -166,6 +197,21 @@ def train(index: Any, factory: str, vectors_ND: np.ndarray[Any, Any], seed: int)
         if faiss.get_num_gpus():
             ivf.clustering_index = on_gpus(faiss.IndexFlatIP(ivf.d))
     index.train(vectors_ND)
+
+
+def spread_of(index: Any, vectors_ND: np.ndarray[Any, Any]) -> str:
+    """`IndexSidecar.spread`, by training vectors of unit norm; empty for an index without lists, or whose lists are not
+    of the vectors themselves, or are found through a graph."""
+    if not isinstance(index, faiss.IndexIVF) or not isinstance(faiss.downcast_index(index.quantizer), faiss.IndexFlat):
+        return ""
+    with _assigning(index):
+        near_N1, list_N1 = index.quantizer.search(vectors_ND[:: max(1, len(vectors_ND) // (16 * index.nlist))], 1)
+    count_L = np.bincount(list_N1[:, 0], minlength=index.nlist)
+    # Of unit vectors whose mean has length r, the variance about the mean is 1 - r^2.
+    length_L = np.bincount(list_N1[:, 0], near_N1[:, 0], minlength=index.nlist) / np.maximum(count_L, 1)
+    spread_L = np.sqrt(np.clip(1 - length_L**2, 0, 1))
+    spread_L[count_L == 0] = np.median(spread_L[count_L > 0])
+    return base64.b64encode(spread_L.astype(np.float16).tobytes()).decode()
 
 
 def on_gpus(index: Any) -> Any:

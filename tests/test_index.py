@@ -177,7 +177,7 @@ def test_gpus_train_and_assign_and_are_not_written(
     monkeypatch.setattr("dimefm.index.on_gpus", copied)
     fast = config_for(texts[0], tmp_path, factory="IVF16,SQ8", out=str(tmp_path / "fast.index"))
     build_index(fast)
-    assert len(copies) == 1 + 6, "one for the training, one for each part"
+    assert len(copies) == 2 + 6, "for the training, for the spread of the lists, for each part"
     assert index_bytes(fast.out) == index_bytes(plain.out)
 
 
@@ -519,3 +519,33 @@ def test_candidates_are_scored_again_within_little_memory_and_at_once_alike(
     true = np.take_along_axis(queries @ texts[1].astype(np.float32).T, rows, 1)
     np.testing.assert_allclose(scores[rows >= 0], true[rows >= 0], atol=1e-6)
     assert (rows >= 0).mean() > 0.9
+
+
+def test_lists_are_chosen_by_what_their_best_row_may_score(tmp_path: Path) -> None:
+    """Half of the lists are wide: of as many probed, those that are chosen so hold more of the nearest rows than those
+    with the nearest centroids, for queries unlike any row."""
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((32, 32))
+    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    width = np.where(np.arange(32) % 2, 0.25, 0.02)
+    chosen = rng.integers(32, size=6000)
+    rows = centres[chosen] + rng.standard_normal((6000, 32)) * width[chosen, None]
+    store, values = random_store(
+        tmp_path / "t.zarr", rows=6000, shard_rows=2048, kind="text", values=rows, embed_dim=32
+    )
+    config = config_for(store, tmp_path, factory="IVF32,Flat", recall_target=0.5)
+    sidecar = build_index(config)
+    assert sidecar.spread
+    queries = rng.standard_normal((200, 32)).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    expected = brute_force(values, queries, 10, ())
+    inner = faiss.read_index(str(tmp_path / "t.index" / sidecar.file))
+    recalls = []
+    for spread in ("", sidecar.spread):
+        _, found = Index(inner, store, Setting(0, 1), spread).search_with(Setting(6, 1), queries, 10)
+        recalls.append(
+            np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), expected.tolist(), strict=True)])
+        )
+    assert recalls[1] > recalls[0] + 0.03
+    every = Index(inner, store, Setting(0, 1), sidecar.spread).search_with(Setting(32, 1), queries, 10)[1]
+    assert (np.sort(every, axis=1) == np.sort(expected, axis=1)).mean() > 0.99
