@@ -78,6 +78,7 @@ def _stages(out: Path) -> list[str]:
         "cache-prompts": (prompts.schema.rows, "prompts", _bytes(out / "prompts.zarr") / prompts.schema.rows),
         "build-index": (texts.schema.rows, "texts", _bytes(out / "texts.index") / texts.schema.rows),
         "retrieve": (images.schema.rows, "images", _bytes(out / "pairs.zarr") / images.schema.rows),
+        "select-texts": (texts.schema.rows, "texts", None),
         "train-student": (train[-1]["step"] * batch, "images seen", None),
         "evaluate student": (evaluated, "images", None),
         "evaluate teacher": (evaluated, "images", None),

@@ -71,10 +71,11 @@ def smoke_scale() -> Scale:
 def commands(scale: Scale, out: Path) -> list[tuple[str, list[str]]]:
     """The job: a name and a `dimefm` command line for each stage."""
     images, texts, prompts = (str(out / name) for name in ("images.zarr", "texts.zarr", "prompts.zarr"))
-    index, pairs, run, student = (str(out / name) for name in ("texts.index", "pairs.zarr", "run", "student"))
+    index, pairs, grounded = (str(out / name) for name in ("texts.index", "pairs.zarr", "texts.selection"))
+    run, student = str(out / "run"), str(out / "student")
     stores = ["--images", images, "--texts", texts]
     if scale.grounded:
-        stores += ["--pairs", pairs, "--text-mix", "selected=1"]
+        stores += ["--selection", grounded, "--text-mix", "selected=1"]
     training = ["--recipe", scale.recipe, *scale.train]
     validation = [word for path in scale.val for word in ("--val", path)] + ["--val-texts", prompts]
     teacher = scale.teacher[1:]  # `evaluate` takes the model's name as its argument
@@ -84,6 +85,7 @@ def commands(scale: Scale, out: Path) -> list[tuple[str, list[str]]]:
         ("cache-prompts", ["cache-texts", *scale.val, "--out", prompts, *scale.teacher]),
         ("build-index", ["build-index", texts, "--out", index, "--queries", images]),
         ("retrieve", ["retrieve", images, "--texts", texts, "--index", index, "--top-k", "16", "--out", pairs]),
+        ("select-texts", ["select-texts", pairs, "--by", "hits", "--out", grounded]),
         ("train-student", ["train-student", *stores, "--out", run, *training, *validation]),
         ("export", ["export", run, "--out", student]),
         ("evaluate student", ["evaluate", student, *scale.val, "--out", str(out / "student.json")]),

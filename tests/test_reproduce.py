@@ -19,8 +19,8 @@ from tests.processes import Command
 def test_every_stage_is_a_command_with_options_that_exist(scale: object, tmp_path: Path) -> None:
     stages = commands(scale, tmp_path)  # type: ignore[arg-type]
     assert [words[0] for _, words in stages] == [
-        "cache-images", "cache-texts", "cache-texts", "build-index", "retrieve", "train-student", "export",
-        "evaluate", "evaluate",
+        "cache-images", "cache-texts", "cache-texts", "build-index", "retrieve", "select-texts", "train-student",
+        "export", "evaluate", "evaluate",
     ]  # fmt: skip
     for _, words in stages:
         command = cli.commands[words[0]]
