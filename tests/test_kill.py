@@ -20,12 +20,16 @@ import torch
 from dimefm import storage
 from dimefm.checkpoint import Checkpoints
 from dimefm.clip import Clip, load_clip
+from dimefm.index import Index
+from dimefm.pairs import Pairs
+from dimefm.recall import Setting
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.shard import encode_shard, retry_shard
 from pipeline.verify import VerifyConfig, verify
 from tests.making import make_jpeg
 from tests.processes import FORKING, Command, processes
+from tests.stores import random_store
 from tests.training import same, weights
 
 pytestmark = pytest.mark.slow
@@ -233,22 +237,70 @@ def test_the_trainer_killed_and_repeated_gives_the_same_student(tiny_run: list[s
     assert same(weights(tmp_path / "undisturbed"), weights(out))
 
 
-def test_index_and_retrieve_killed_and_repeated_give_the_same_pairs(
-    image_store: Store, text_store: Store, tmp_path: Path
-) -> None:
-    """Killed with half an index written, as its unfinished folder shows, and after the first commit of the pairs."""
-    index, pairs, undisturbed = (tmp_path / name for name in ("t.index", "p.zarr", "undisturbed.zarr"))
-    left = tmp_path / ".t.index.unfinished"
-    left.mkdir()
-    (left / "index.faiss").write_bytes(b"half an index")
-    Command(["build-index", text_store.path, "--out", str(index)]).finish()
-    assert not left.exists()
-    search = ["retrieve", image_store.path, "--texts", text_store.path, "--index", str(index), "--out"]
-    Command([*search, str(pairs)]).kill_when(lambda: (pairs / "commits").exists())
-    Command([*search, str(pairs)]).finish()
-    Command([*search, str(undisturbed)]).finish()
-    for name in ("text_row", "score", "hits"):
-        files = [file for file in (pairs / name).rglob("*") if file.is_file()]
-        assert files
-        for file in files:
-            assert file.read_bytes() == (undisturbed / name / file.relative_to(pairs / name)).read_bytes()
+class Searched:
+    """Images, so many sentences that an index over them has three parts, and the words of both commands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.texts, _ = random_store(folder / "t.zarr", rows=140_000, shard_rows=16384, kind="text")
+        self.images, _ = random_store(folder / "i.zarr", rows=128, shard_rows=4, seed=1)
+        self.index = folder / "undisturbed.index"
+        Command(self.building(self.index)).finish()
+
+    def building(self, out: Path) -> list[str]:
+        settings = ["--factory", "IVF16,SQ8", "--recall", "0.5", "--queries", self.images.path]
+        return ["build-index", self.texts.path, *settings, "--out", str(out)]
+
+    def retrieving(self, out: Path) -> list[str]:
+        return ["retrieve", self.images.path, "--texts", self.texts.path, "--index", str(self.index), "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    return Searched(tmp_path_factory.mktemp("searched"))
+
+
+def steps(index: Path) -> dict[Path, int]:
+    """When each finished step of a build was written."""
+    return {path: path.stat().st_mtime_ns for path in (index / "build").glob("*.json")}
+
+
+def test_an_index_killed_and_repeated_is_the_same(searched: Searched, tmp_path: Path) -> None:
+    """Killed when it is trained, when one of its three parts is there, when all are, and while it gets its name."""
+    out = tmp_path / "t.index"
+    build = out / "build"
+    before: dict[Path, int] = {}
+    for done in (1, 2, 4):
+        Command(searched.building(out)).kill_when(lambda done=done: len(steps(out)) >= done)  # type: ignore[misc]
+        assert before.items() <= steps(out).items(), "a finished step was done again"
+        before = steps(out)
+        assert not (out / "index.json").exists()
+        assert build / "trained.json" in before
+        assert len(before) < 4 or done == 4, "killed when all was done"
+    Command(searched.building(out)).kill_when(lambda: any([*build.glob("*merged.faiss*"), *out.glob("index-*.faiss")]))
+    assert before.items() <= steps(out).items() or (out / "index.json").exists()
+    Command(searched.building(out)).finish()
+    assert {path.name: path.read_bytes() for path in out.glob("index-*")} == {
+        path.name: path.read_bytes() for path in searched.index.glob("index-*")
+    }
+    assert sorted(storage.listing(str(out))) == sorted(storage.listing(str(searched.index)))
+    assert found_by(out) == found_by(searched.index)
+
+
+def found_by(index: Path) -> list[list[float]]:
+    """What each list of an index and its re-scoring give, whatever setting was the fastest when it was tuned."""
+    queries_QD = np.eye(16, dtype=np.float32)
+    scores_QK, rows_QK = Index.open(str(index)).search_with(Setting(16, 10), queries_QD, 10)
+    return [*scores_QK.tolist(), *rows_QK.tolist()]
+
+
+def test_retrieval_killed_and_repeated_gives_the_same_pairs(searched: Searched, tmp_path: Path) -> None:
+    out, undisturbed = tmp_path / "p.zarr", tmp_path / "undisturbed.zarr"
+    for done in (1, 8):
+        Command(searched.retrieving(out)).kill_when(lambda done=done: len(stamps(out)) >= done)  # type: ignore[misc]
+        before = stamps(out)
+        assert len(before) < 32, "killed when all was done"
+    Command(searched.retrieving(out)).finish()
+    Command(searched.retrieving(undisturbed)).finish()
+    assert before.items() <= stamps(out).items(), "a finished shard was done again"
+    assert data_files(out) == data_files(undisturbed)
+    assert Pairs(str(out)).selection() == Pairs(str(undisturbed)).selection()
