@@ -38,7 +38,7 @@ def retrieval(texts: str, images: str, python: str | None, size: str, memory: st
         folder = Path(name)
         began = time.perf_counter()
         _, truth = ExactSearch(store).search(queries_QD, K)
-        rows = [("exact search", "", "", "", "", "1.000", f"{queries / (time.perf_counter() - began):,.0f}")]
+        rows = [("exact search", "", "", "", "", "", "1.000", f"{queries / (time.perf_counter() - began):,.0f}")]
         words = ["build-index", texts, "--out", str(folder / "ours"), "--queries", images, "--memory", memory]
         ours = run([sys.executable, "-m", "dimefm", *words], memory=True)
         theirs = _autofaiss(python, folder, store, queries_QD, size) if python else None
@@ -59,7 +59,9 @@ def retrieval(texts: str, images: str, python: str | None, size: str, memory: st
             their_bytes = (folder / "autofaiss.index").stat().st_size
             reached = _recall(np.load(folder / "autofaiss-found.npy"), truth)
             rows.append(_row("autofaiss", their["name"], theirs, their_bytes, reached, speeds["theirs"]))
-        click.echo(table(("", "index", "build", "peak memory", "size", f"recall@{K}", "queries/s"), rows))
+        click.echo(
+            table(("", "index", "build", "its CPU time", "peak memory", "size", f"recall@{K}", "queries/s"), rows)
+        )
         if theirs:
             faster = ratio(speeds["ours"], speeds["theirs"])
             click.echo(
@@ -115,4 +117,5 @@ def _recall(found_QK: Any, truth_QK: Any) -> float:
 
 def _row(who: str, name: str, usage: Usage, size: int, recall: float, speeds: list[float]) -> tuple[str, ...]:
     peak = max(held for _, held in usage.memory)
-    return who, name, f"{usage.wall:,.0f} s", amount(peak), amount(size), f"{recall:.3f}", f"{median(speeds):,.0f}"
+    times = f"{usage.wall:,.0f} s", f"{usage.total_cpu:,.0f} s"
+    return who, name, *times, amount(peak), amount(size), f"{recall:.3f}", f"{median(speeds):,.0f}"
