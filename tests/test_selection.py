@@ -1,11 +1,7 @@
 """The visually grounded corpus: scores and choices against plain NumPy, and what a run leaves on disk."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +29,7 @@ from dimefm.selection_files import source_file
 from dimefm.store import Store
 from dimefm.textbank import TextBank, TextMix
 from dimefm.train import train
+from tests.processes import Command
 from tests.stores import random_store
 from tests.training import tiny_config
 
@@ -395,18 +392,12 @@ def test_sigkill_and_the_same_command_give_the_same_bytes(world: World, tmp_path
     retrieve(
         world.images, texts, ExactSearch(texts), index="exact", index_digest="e", top_k=5, out=pairs
     )  # fmt: skip
-    command = [sys.executable, "-m", "dimefm", "select-texts", pairs, "--size", "50", "--dedup", "0.9", "--out"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = ["select-texts", pairs, "--size", "50", "--dedup", "0.9", "--out"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen([*command, str(killed)], env=environment, stderr=subprocess.DEVNULL)
-    while len(list(killed.glob("scores/0*"))) < after:
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
+    Command([*words, str(killed)]).kill_when(lambda: len(list(killed.glob("scores/0*"))) >= after)
     assert not (killed / "selection.json").exists()
     for out in (killed, whole):
-        subprocess.run([*command, str(out)], env=environment, check=True, capture_output=True)
+        Command([*words, str(out)]).finish()
     assert files(killed) == files(whole)
 
 
