@@ -35,9 +35,9 @@ def methods(size: int) -> dict[str, dict[str, object]]:
         "all visual": {"by": "random"},
         "hits": {"by": "hits"},
         "hits, balanced": {"by": "hits", "balance": True},
-        "similarity": {},
-        "similarity, dedup 0.995": {"dedup": 0.995, "pool": 3 * size},
-        "similarity, balanced": {"balance": True, "pool": 3 * size},
+        "similarity": {"by": "similarity"},
+        "similarity, dedup 0.995": {"by": "similarity", "dedup": 0.995, "pool": 3 * size},
+        "similarity, balanced": {"by": "similarity", "balance": True, "pool": 3 * size},
     }
 
 
@@ -73,7 +73,7 @@ def selection(
     chosen = {}
     for number, (name, words) in enumerate(methods(size).items()):
         path = folder / f"{number}-{name.replace(',', '').replace(' ', '-')}.selection"
-        if words.get("by") is None:
+        if words["by"] == "similarity":
             words |= {"images": images, "images_sample": images_sample}
             words |= {"scores": chosen["similarity"].path} if "similarity" in chosen else {}
         config = SelectionConfig(pairs=pairs, texts=texts, out=str(path), size=size, **words)  # type: ignore[arg-type]

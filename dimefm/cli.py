@@ -264,7 +264,7 @@ def search(path: str, **options: Any) -> None:
 @cli.command()
 @click.argument("pairs", metavar="PAIRS.zarr")
 @click.option("--out", required=True, help="The folder to write, ending in .selection.")
-@click.option("--by", type=click.Choice(["similarity", "hits", "random"]), default="similarity", show_default=True,
+@click.option("--by", type=click.Choice(["hits", "similarity", "random"]), default="hits", show_default=True,
               help="What ranks sentences.")  # fmt: skip
 @click.option("--size", type=click.IntRange(1), metavar="N", help="Keep the best N.")
 @click.option("--min-hits", type=click.IntRange(1), metavar="N", help="Only those among the top k of N images or more.")
@@ -284,9 +284,9 @@ def search(path: str, **options: Any) -> None:
 def select_texts(**options: Any) -> None:
     """Select the visually grounded sentences of a text store, for train-student --selection.
 
-    PAIRS.zarr, from retrieve, names the stores. By similarity: how far the images nearest to a sentence stand out from
-    all others. By hits: how many images have it among their top k. Then, each if asked for and in this order:
-    --min-hits, --min-score, --pool, --dedup, --balance, --size.
+    PAIRS.zarr, from retrieve, names the stores. By hits: how many images have it among their top k; without more, all
+    that any image has. By similarity: how far the images nearest to a sentence stand out from all others. Then, each if
+    asked for and in this order: --min-hits, --min-score, --pool, --dedup, --balance, --size.
     """
     from dimefm.info import describe
     from dimefm.selection import SelectionConfig

@@ -85,7 +85,7 @@ def commands(scale: Scale, out: Path) -> list[tuple[str, list[str]]]:
         ("cache-prompts", ["cache-texts", *scale.val, "--out", prompts, *scale.teacher]),
         ("build-index", ["build-index", texts, "--out", index, "--queries", images]),
         ("retrieve", ["retrieve", images, "--texts", texts, "--index", index, "--top-k", "16", "--out", pairs]),
-        ("select-texts", ["select-texts", pairs, "--by", "hits", "--out", grounded]),
+        ("select-texts", ["select-texts", pairs, "--out", grounded]),
         ("train-student", ["train-student", *stores, "--out", run, *training, *validation]),
         ("export", ["export", run, "--out", student]),
         ("evaluate student", ["evaluate", student, *scale.val, "--out", str(out / "student.json")]),

@@ -44,9 +44,11 @@ class SelectionConfig:
     """How to select sentences, and what from: `pairs`, which name their image and text stores.
 
     The sentences are ranked, `by`
+      hits        how many images have it among their top k, equals by the best cosine of these; without any: left out.
+                  The default, without more: the union over images, which trained the best students of all that were
+                  tried (benchmarks/RESULTS.md);
       similarity  how far the images nearest to a sentence stand out from all others (dimefm.grounding.Grounding), over
                   a random sample of `images_sample` images (default 16,384);
-      hits        how many images have it among their top k, equals by the best cosine of these; without any: left out;
       random      the draw of `seed` (default 0).
     Then come, each if asked for and in this order: `min_hits` images or more that have it among their top k;
     `min_score` or more, by similarity of that score, else of the best cosine; the best `pool` of the ranking;
@@ -62,7 +64,7 @@ class SelectionConfig:
 
     pairs: str
     out: str
-    by: Literal["similarity", "hits", "random"] = "similarity"
+    by: Literal["hits", "similarity", "random"] = "hits"
     min_hits: int | None = None
     min_score: float | None = None
     pool: int | None = None

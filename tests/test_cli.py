@@ -496,7 +496,9 @@ def test_what_is_selected_is_what_training_draws_from(
     pairs, out = tmp_path / "p.zarr", tmp_path / "s.selection"
     search = ExactSearch(text_store)
     retrieve(image_store, text_store, search, index="exact", index_digest="e", top_k=4, out=str(pairs))
-    result = run("select-texts", pairs, "--out", out, "--size", 40, "--dedup", 0.99, "--device", "cpu")
+    result = run(
+        "select-texts", pairs, "--out", out, "--by", "similarity", "--size", 40, "--dedup", 0.99, "--device", "cpu"
+    )
     assert result.exit_code == 0, result.output
     assert "kept          40 of 200 sentences" in result.output
     assert run("info", out).output in result.output

@@ -71,7 +71,9 @@ class World:
         )  # fmt: skip
 
     def select(self, out: Path, **changes: Any) -> SelectedTexts:
-        select_texts(SelectionConfig(**{"pairs": self.pairs, "out": str(out), "device": "cpu", **changes}))
+        select_texts(
+            SelectionConfig(**{"pairs": self.pairs, "out": str(out), "by": "similarity", "device": "cpu", **changes})
+        )
         return SelectedTexts(str(out))
 
 
@@ -293,7 +295,7 @@ def test_nothing_left_is_an_error_that_says_why(world: World, scored: Path, tmp_
 )
 def test_settings_without_effect_are_refused(words: dict[str, Any], what: str) -> None:
     with pytest.raises(SelectionError, match=what.replace("(", r"\(")):
-        SelectionConfig(pairs="p.zarr", out="o", **words)
+        SelectionConfig(**{"pairs": "p.zarr", "out": "o", "by": "similarity", **words})
 
 
 # -- on disk ----------------------------------------------------------------------------------------------------------
@@ -392,7 +394,7 @@ def test_sigkill_and_the_same_command_give_the_same_bytes(world: World, tmp_path
     retrieve(
         world.images, texts, ExactSearch(texts), index="exact", index_digest="e", top_k=5, out=pairs
     )  # fmt: skip
-    words = ["select-texts", pairs, "--size", "50", "--dedup", "0.9", "--out"]
+    words = ["select-texts", pairs, "--by", "similarity", "--size", "50", "--dedup", "0.9", "--out"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     Command([*words, str(killed)]).kill_when(lambda: len(list(killed.glob("scores/0*"))) >= after)
     assert not (killed / "selection.json").exists()
@@ -403,10 +405,10 @@ def test_sigkill_and_the_same_command_give_the_same_bytes(world: World, tmp_path
 
 def test_a_selection_on_s3_is_the_one_on_disk(world: World, scored: Path, s3: str) -> None:
     url = f"{s3}/s.selection"
-    found = select_texts(SelectionConfig(pairs=world.pairs, out=url, size=100, device="cpu"))
+    found = select_texts(SelectionConfig(pairs=world.pairs, out=url, by="similarity", size=100, device="cpu"))
     assert {name: storage.read_bytes(f"{url}/{name}") for name in storage.tree(url)} == files(scored)
     assert SelectedTexts(url).rows().tolist() == SelectedTexts(str(scored)).rows().tolist()
-    assert select_texts(SelectionConfig(pairs=world.pairs, out=url, size=100, device="cpu")) == found
+    assert select_texts(SelectionConfig(pairs=world.pairs, out=url, by="similarity", size=100, device="cpu")) == found
     assert "100 of 600 sentences" in describe(url)
 
 
@@ -515,7 +517,9 @@ def real(image_store: Store, text_store: Store, tmp_path_factory: pytest.TempPat
         image_store, text_store, search, index="exact", index_digest="e", top_k=4, out=str(out / "p.zarr")
     )  # fmt: skip
     for name, size in (("a", 60), ("b", 61)):
-        select_texts(SelectionConfig(pairs=str(out / "p.zarr"), out=str(out / name), size=size, device="cpu"))
+        select_texts(
+            SelectionConfig(pairs=str(out / "p.zarr"), out=str(out / name), by="similarity", size=size, device="cpu")
+        )
     return out
 
 
