@@ -243,7 +243,8 @@ class _Build:
             seed=self.config.seed,
             versions={**versions(), "faiss": faiss_index.faiss_version()},
         )
-        storage.write_json(str(self.folder / SIDECAR_FILE), sidecar.to_json())
+        with storage.writing_to(str(self.folder)):
+            storage.write_json(str(self.folder / SIDECAR_FILE), sidecar.to_json())
         for stale in self.folder.glob("index-*.faiss"):
             if stale != file:
                 stale.unlink()
@@ -271,7 +272,6 @@ def _one_by_one(parts: Sequence[Part]) -> Iterable[Part]:
 def _write(
     index: Any, path: Path, settings: str, rows: int, skipped: int, seconds: float, spread: str = ""
 ) -> IndexPart:
-    path.parent.mkdir(parents=True, exist_ok=True)
     faiss_index.write(index, path)
     document = IndexPart(
         settings=settings,
@@ -282,7 +282,8 @@ def _write(
         seconds=round(seconds, 3),
         spread=spread,
     )
-    storage.write_json(str(path.with_suffix(".json")), document.to_json())
+    with storage.writing_to(str(path)):
+        storage.write_json(str(path.with_suffix(".json")), document.to_json())
     return document
 
 

@@ -269,18 +269,26 @@ def merged(index: Any, part: Any) -> Any:
 
 
 def write(index: Any, path: Path) -> None:
-    """Write a file, atomically. Raises StoreError where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.unfinished")
-    try:
-        faiss.write_index(index, str(temporary))
-        storage.flush(str(temporary))
-        temporary.replace(path)
-    except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0].rpartition(": ")[2]
-        remedy = "make room, or mend the permissions, and run the same command again; finished parts are kept"
-        raise StoreError(f"{path} cannot be written: {reason}", remedy=remedy) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a file, atomically. Raises StoreError where it cannot be written.
+
+    Through a file of ours: FAISS's own, on a disk that is full, prints an error as it is closed and raises none.
+    """
+    failed: list[OSError] = []
+
+    def put(data: bytes) -> None:
+        try:
+            file.write(data)
+        except OSError as error:
+            failed.append(error)
+            raise
+
+    with storage.writing_to(str(path)), storage.writing_atomically(str(path)) as file:
+        try:
+            faiss.write_index(index, faiss.PyCallbackIOWriter(put))
+        except RuntimeError:
+            if failed:
+                raise failed[0] from None
+            raise
 
 
 def read(path: Path) -> Any:

@@ -161,17 +161,19 @@ def _retrieve(
 
 def _open_or_create(out: str, schema: PairsStore) -> Pairs:
     attributes = storage.join(out, "zarr.json")
-    strangers = set(storage.listing(out)) - {"zarr.json", TEXT_ROW, SCORE, HITS, "commits"}
+    names = {name for name in storage.listing(out) if not name.endswith(".partial")}  # zarr's, of a killed writer
+    strangers = names - {"zarr.json", TEXT_ROW, SCORE, HITS, "commits"}
     if strangers:
         what = f"{out} exists and is not a pseudo-text store (it holds {min(strangers)!r})"
         raise OutputExistsError(what, remedy="give another --out")
     planned = storage.exists(attributes) and ATTRIBUTES_KEY in storage.read_json(attributes).get("attributes", {})
     if not planned:
-        return Pairs.create(out, schema)
+        with storage.writing_to(out):
+            return Pairs.create(out, schema)
     pairs = Pairs(out)
-    names = ("images_identity", "texts_identity", "index_digest", "top_k", "shard_rows")
+    fields = ("images_identity", "texts_identity", "index_digest", "top_k", "shard_rows")
     old, new = pairs.schema, schema
-    differences = [f"{n}: {getattr(old, n)} != {getattr(new, n)}" for n in names if getattr(old, n) != getattr(new, n)]
+    differences = [f"{n}: {getattr(old, n)} != {getattr(new, n)}" for n in fields if getattr(old, n) != getattr(new, n)]
     if differences:
         what = f"{out} exists and differs: {'; '.join(differences)}"
         raise OutputExistsError(what, remedy="give another --out, or delete it")
@@ -231,7 +233,8 @@ def _count_hits(pairs: Pairs) -> Selection:
         mean_score=round(total / max(1, int(hits_T.sum())), 6),
         digest=digest_arrays(hits_T),
     )
-    storage.write_json(storage.join(pairs.path, HITS_COMMIT), selection.to_json())
+    with storage.writing_to(pairs.path):
+        storage.write_json(storage.join(pairs.path, HITS_COMMIT), selection.to_json())
     return selection
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import open_clip
 import pytest
 from click.testing import CliRunner, Result
@@ -22,8 +23,9 @@ from dimefm.building import IndexConfig, build_index
 from dimefm.cli import cli
 from dimefm.clip import Clip, load_clip
 from dimefm.exact import ExactSearch
-from dimefm.pairs import retrieve
+from dimefm.pairs import Pairs, retrieve
 from dimefm.progress import amount
+from dimefm.selected import SelectedTexts
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
 from tests.conftest import cached
@@ -496,6 +498,9 @@ def test_what_is_selected_is_what_training_draws_from(
     pairs, out = tmp_path / "p.zarr", tmp_path / "s.selection"
     search = ExactSearch(text_store)
     retrieve(image_store, text_store, search, index="exact", index_digest="e", top_k=4, out=str(pairs))
+    union = tmp_path / "union.selection"
+    assert run("select-texts", pairs, "--out", union).exit_code == 0
+    np.testing.assert_array_equal(SelectedTexts(str(union)).rows(), np.flatnonzero(Pairs(str(pairs)).hits()))
     result = run(
         "select-texts", pairs, "--out", out, "--by", "similarity", "--size", 40, "--dedup", 0.99, "--device", "cpu"
     )
