@@ -32,6 +32,7 @@ _BLOCK_ROWS = 16384
 _CHOICE_QUERIES = 1024  # whose products with all centroids are in memory at once
 _RESCORE_QUERIES, _RESCORE_JOBS = 1024, 4  # queries share candidates, each of which is read once
 _RESCORE_BYTES = 128 * 1024**2  # of candidates in float32, for each job
+_OTHER_FACTORY = "give another --factory, from FAISS's list of index factory strings, or none"
 DAMAGED = "delete the folder and build the index again"
 
 
@@ -157,8 +158,8 @@ def empty(factory: str, dim: int) -> Any:
         if not isinstance(faiss.downcast_index(inner), faiss.IndexIVF):  # only inverted lists keep row numbers
             index = faiss.index_factory(dim, f"IDMap,{factory}", faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0].rpartition(": ")[2]
-        raise StoreError(f"--factory {factory}: {reason}", remedy="see FAISS's list of index factory strings") from None
+        reason = _reason(error)
+        raise StoreError(f"--factory {factory}: {reason}", remedy=_OTHER_FACTORY) from None
     codes = faiss.try_extract_index_ivf(index)
     if isinstance(codes, (faiss.IndexIVFPQ, faiss.IndexIVFPQFastScan)):
         codes.by_residual = True  # FAISS codes the vectors themselves for inner products: half the recall at equal cost
@@ -220,13 +221,19 @@ def on_gpus(index: Any) -> Any:
 
 
 def add_rows(index: Any, store: Store, ranges: Sequence[tuple[int, int]]) -> int:
-    """Add the rows of those ranges under their row numbers; how many were skipped for want of a usable embedding."""
+    """Add the rows of those ranges under their row numbers; how many were skipped for want of a usable embedding.
+
+    Raises StoreError for a kind of index that cannot be added to.
+    """
     skipped = 0
     with _assigning(index):
         for first, last in ranges:
             for start in range(first, last, _BLOCK_ROWS):
                 rows_N, embedding_ND = valid_rows(store, start, min(start + _BLOCK_ROWS, last))
-                index.add_with_ids(embedding_ND.astype(np.float32), rows_N)
+                try:
+                    index.add_with_ids(embedding_ND.astype(np.float32), rows_N)
+                except RuntimeError as error:  # of a kind that is built at once, such as NSG
+                    raise StoreError(f"FAISS cannot add rows: {_reason(error)}", remedy=_OTHER_FACTORY) from None
                 skipped += min(start + _BLOCK_ROWS, last) - start - len(rows_N)
     return skipped
 
@@ -274,6 +281,7 @@ def write(index: Any, path: Path) -> None:
     Through a file of ours: FAISS's own, on a disk that is full, prints an error as it is closed and raises none.
     """
     failed: list[OSError] = []
+    library: Any = faiss  # whose type stubs lack the writer
 
     def put(data: bytes) -> None:
         try:
@@ -284,7 +292,7 @@ def write(index: Any, path: Path) -> None:
 
     with storage.writing_to(str(path)), storage.writing_atomically(str(path)) as file:
         try:
-            faiss.write_index(index, faiss.PyCallbackIOWriter(put))
+            library.write_index(index, library.PyCallbackIOWriter(put))
         except RuntimeError:
             if failed:
                 raise failed[0] from None
@@ -296,8 +304,13 @@ def read(path: Path) -> Any:
     try:
         return faiss.read_index(str(path))
     except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0].rpartition(": ")[2]
+        reason = _reason(error)
         raise StoreError(f"{path} is damaged: {reason}", remedy=DAMAGED) from None
+
+
+def _reason(error: RuntimeError) -> str:
+    """What FAISS has to say, without where in its sources it says it."""
+    return str(error).strip().split("\n")[0].rpartition(": ")[2]
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
