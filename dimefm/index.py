@@ -240,9 +240,10 @@ def add_rows(index: Any, store: Store, ranges: Sequence[tuple[int, int]]) -> int
 
 @contextmanager
 def _assigning(index: Any) -> Iterator[None]:
-    """For the block, rows are assigned to their lists on GPUs, where FAISS sees any: it is most of the work."""
+    """For the block, rows are assigned to their lists on GPUs, where FAISS sees any: it is most of the work. Graphs of
+    centroids stay where they are."""
     ivf = faiss.try_extract_index_ivf(index)
-    if ivf is None or not faiss.get_num_gpus():
+    if ivf is None or not faiss.get_num_gpus() or not isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexFlat):
         yield
         return
     quantizer = ivf.quantizer
