@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import re
 import resource
 import shutil
 import struct
@@ -17,22 +18,27 @@ from typing import Any
 
 import fsspec
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cache_schemas import Status
 from dimefm import storage
+from dimefm.building import Part, build_part
 from dimefm.cli import cli
 from dimefm.clip import Clip
 from dimefm.decode import DecodeError, decode
 from dimefm.errors import SourceError, StoreError
+from dimefm.index import Index
+from dimefm.index import read as read_index
 from dimefm.lock import writing
+from dimefm.selected import SelectedTexts
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.shard import encode_shard
 from pipeline.verify import VerifyConfig, verify
 from tests.making import make_jpeg, read_tar, write_tar
 from tests.processes import Command, result_of
+from tests.stores import random_store
 
 ROOT = Path(__file__).parents[1]
 
@@ -187,6 +193,129 @@ def test_repair_on_a_read_only_disk_is_refused(read_only: Path, disk: Disk) -> N
     result = CliRunner().invoke(cli, ["verify", str(read_only), "--repair"])
     assert result.exit_code == 1
     assert f"Error: {read_only} cannot be written: Read-only file system" in result.output
+
+
+# -- disks of an index, pairs and a selection --------------------------------------------------------------------------
+
+
+class Work:
+    """Two small stores, the words of the commands that follow on them, and what each leaves undisturbed."""
+
+    def __init__(self, folder: Path) -> None:
+        texts, _ = random_store(folder / "t.zarr", rows=600, shard_rows=128, kind="text")
+        images, _ = random_store(folder / "i.zarr", rows=96, shard_rows=32, seed=1)
+        self.index, self.pairs, self.selection = (folder / name for name in ("t.index", "p.zarr", "s.selection"))
+        self._words = {
+            "build-index": [texts.path, "--factory", "IVF16,SQ8", "--recall", "0.5"],
+            "retrieve": [images.path, "--texts", texts.path, "--top-k", "4", "--device", "cpu"],
+            "select-texts": [str(self.pairs), "--by", "similarity", "--size", "50", "--device", "cpu"],
+        }
+        self.undisturbed = {"build-index": self.index, "retrieve": self.pairs, "select-texts": self.selection}
+        for command, out in self.undisturbed.items():
+            result = self.run(command, out)
+            assert result.exit_code == 0, result.output
+
+    def run(self, command: str, out: Path, *more: str) -> Result:
+        return CliRunner().invoke(cli, [command, *self._words[command], "--out", str(out), *more])
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of one shard, and no more queries than a recall is measured by."""
+    monkeypatch.setattr("dimefm.factory._PART_ROWS", (128, 128))
+    monkeypatch.setattr("dimefm.recall.QUERIES", 20)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    return Work(tmp_path_factory.mktemp("work"))
+
+
+def pieces(out: Path) -> dict[Path, int]:
+    """When each finished piece of work was written: parts of an index, shards of pairs, scores of sentences."""
+    found = [*out.glob("build/*.json"), *out.glob("commits/0*.json"), *out.glob("scores/0*")]
+    return {path: path.stat().st_mtime_ns for path in found}
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """Every file but those that say when, or how fast."""
+    return {name: data for name, data in contents(out).items() if name != "index.json"}
+
+
+SIZES = {
+    "build-index": [4, 8, 20, 32, 48, 68, 84],
+    "retrieve": [4, 8, 16, 28, 36, 56, 312],
+    "select-texts": [4, 8, 16, 28, 36, 40, 44],
+}
+"""In KiB, of disks on which a command comes ever further; on the last all pieces of work are finished, and yet it has
+no room for what is made of them."""
+PIECES = {"build-index": 6, "retrieve": 3, "select-texts": 5}
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(("command", "size"), [(command, size) for command in SIZES for size in SIZES[command]])
+def test_a_disk_that_is_full_ends_a_command_with_what_to_do_and_costs_nothing(
+    disk: Disk, work: Work, command: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, built = disk.path / "out", list[str]()
+
+    def counting(part: Part) -> Part:
+        built.append(Path(part.file).stem)
+        return build_part(part)
+
+    monkeypatch.setattr("dimefm.building.build_part", counting)
+    disk.options(f"size={size}k")
+    result = work.run(command, out)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    message = (
+        rf"Error: {out}\S* cannot be written: No space left on device\n  remedy: make room, or mend the permissions"
+    )
+    assert len(re.findall(message, result.output)) == result.output.count("Error: ") == 1
+    assert not [*out.rglob("*.unfinished"), *out.rglob("*.partial")]
+    for file in out.rglob("*.faiss"):
+        assert read_index(file), "a file that is not whole has got its name"
+    kept = pieces(out)
+    assert size < SIZES[command][-1] or len(kept) == PIECES[command]
+    built.clear()
+    disk.options("size=4m")
+    result = work.run(command, out)
+    assert result.exit_code == 0, result.output
+    assert results(out) == results(work.undisturbed[command])
+    if command == "build-index":
+        assert not set(built) & {path.stem for path in kept}, "a finished part was built again"
+    else:
+        assert kept.items() <= pieces(out).items(), "a finished shard was done again"
+
+
+@pytest.mark.parametrize("command", ["build-index", "retrieve", "select-texts"])
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_command_whose_output_is_on_a_read_only_disk_is_refused(
+    disk: Disk, work: Work, command: str, finished: bool
+) -> None:
+    out = disk.path / "out"
+    if finished:
+        disk.options("size=4m")
+        shutil.copytree(work.undisturbed[command], out)
+    disk.options("ro")
+    result = work.run(command, out)
+    assert result.exit_code == 1
+    assert result.output.startswith(f"Error: {out} cannot be written: Read-only file system\n  remedy: ")
+    assert result.output.count("\n") == 2
+
+
+def test_what_lies_on_a_read_only_disk_is_read(disk: Disk, work: Work, tmp_path: Path) -> None:
+    disk.options("size=4m")
+    for folder in work.undisturbed.values():
+        shutil.copytree(folder, disk.path / folder.name)
+    disk.options("ro")
+    for folder in work.undisturbed.values():
+        assert CliRunner().invoke(cli, ["info", str(disk.path / folder.name)]).exit_code == 0
+    Index.open(str(disk.path / "t.index"))
+    result = CliRunner().invoke(cli, ["select-texts", str(disk.path / "p.zarr"), "--out", str(tmp_path / "s")])
+    assert result.exit_code == 0, result.output
+    selected, expected = (SelectedTexts(str(path)).rows() for path in (disk.path / "s.selection", work.selection))
+    assert selected.tolist() == expected.tolist()
 
 
 # -- storage that does not answer -------------------------------------------------------------------------------------
