@@ -41,6 +41,8 @@ class IndexForecast:
 
     def advice(self) -> str:
         """When to do without an index."""
+        if not self.breakeven:
+            return "the index holds all rows as they are: it saves reading them, not products"
         least = f"up to {self.breakeven:,} queries take less work than the building"
         if self.queries is None:
             return f"{least}: dimefm retrieve without --index"

@@ -225,6 +225,8 @@ def _count_hits(pairs: Pairs) -> Selection:
         total += float(np.nansum(pairs.scores(*schema.shard_range(shard)).astype(np.float64)))
     with storage.writing_to(pairs.path):
         pairs.group[HITS][:] = hits_T
+        for file in sorted(storage.tree(storage.join(pairs.path, HITS))):
+            storage.flush(storage.join(pairs.path, f"{HITS}/{file}"))
     selection = Selection(
         images=images,
         skipped=schema.rows - images,
