@@ -18,6 +18,7 @@ from cache_schemas import (
     Document,
     EmbeddingStore,
     Failure,
+    IndexPart,
     IndexSidecar,
     PairsStore,
     Preprocessing,
@@ -90,6 +91,7 @@ SIDECAR = IndexSidecar(
     store="/data/texts.zarr",
     store_identity="d" * 64,
     kind="text",
+    shards={"0": "6" * 64},
     rows=100,
     skipped=2,
     dim=768,
@@ -97,8 +99,11 @@ SIDECAR = IndexSidecar(
     factory="IVF64,SQfp16",
     search_parameters={"nprobe": 8},
     rescore=1,
+    spread="ADwAPA==",
     recall=(Recall(k=10, queries=1000, source="held-out text", value=0.97),),
     recall_target=0.95,
+    queries_per_second=1200.0,
+    file="index-eeeeeeeeeeee.faiss",
     bytes=200,
     digest="e" * 64,
     train_rows=100,
@@ -118,7 +123,8 @@ PAIRS = PairsStore(
     text_rows=100,
     shard_rows=256,
 )
-SELECTION = Selection(images=999, selected=80, text_rows=100, mean_score=0.3, digest="2" * 64)
+PART = IndexPart(settings="7" * 64, rows=100, skipped=2, bytes=200, digest="e" * 64, seconds=0.25)
+SELECTION = Selection(images=999, skipped=1, selected=80, text_rows=100, mean_score=0.3, digest="2" * 64)
 STUDENT = StudentSpec(
     name="resnet18",
     vision_cfg={"timm_model_name": "resnet18", "image_size": 64, "nested": {"a": [1, None]}},
@@ -163,7 +169,7 @@ TEXT_SELECTION = TextSelection(
     examples=(Example(group="kept", row=3, score=None, hits=0, file="a.txt", text="犬", like="a dog"),),
     digest="5" * 64,
 )
-DOCUMENTS: list[Document] = [STORE, COMMIT, SIDECAR, PAIRS, SELECTION, RUN, SELECTION_PLAN, TEXT_SELECTION]
+DOCUMENTS: list[Document] = [STORE, COMMIT, SIDECAR, PART, PAIRS, SELECTION, RUN, SELECTION_PLAN, TEXT_SELECTION]
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: type(document).__name__)
 
 
@@ -231,9 +237,10 @@ def test_the_checksum_names_what_happened() -> None:
 
 @each_document
 def test_an_unknown_version_is_refused_with_a_remedy(document: Document) -> None:
-    found = problems_of(type(document), through_json(document) | {"version": 2, "what_version_2_has": 1})
+    later = document.VERSION + 1
+    found = problems_of(type(document), through_json(document) | {"version": later, "what_it_has": 1})
     assert list(found) == ["version"]
-    assert "version 2 is not readable" in found["version"]
+    assert f"version {later} is not readable" in found["version"]
     assert "install the dimefm release that wrote it" in found["version"]
 
 
