@@ -122,20 +122,6 @@ def retrieve(
     `out` holds something else, StoreError where it cannot be written or another process writes to it.
     """
     out = storage.absolute(out)
-    with writing(out):
-        return _retrieve(images, texts, search, index, index_digest, top_k, out, progress)
-
-
-def _retrieve(
-    images: Store,
-    texts: Store,
-    search: Search,
-    index: str,
-    index_digest: str,
-    top_k: int,
-    out: str,
-    progress: Callable[[int], None],
-) -> Selection:
     schema = PairsStore(
         images=images.path,
         images_identity=images.schema.identity,
@@ -148,15 +134,16 @@ def _retrieve(
         text_rows=texts.schema.rows,
         shard_rows=images.schema.shard_rows,
     )
-    pairs = _open_or_create(out, schema)
-    if storage.exists(storage.join(pairs.path, HITS_COMMIT)):
-        return pairs.selection()
-    storage.remove_leftovers(pairs.path)
-    for shard in range(schema.shards):
-        if not storage.exists(storage.join(pairs.path, commit_path(shard))):
-            _retrieve_shard(pairs, images, search, shard)
-        progress(schema.shard_range(shard)[1])
-    return _count_hits(pairs)
+    with writing(out):
+        pairs = _open_or_create(out, schema)
+        if storage.exists(storage.join(pairs.path, HITS_COMMIT)):
+            return pairs.selection()
+        storage.remove_leftovers(pairs.path)
+        for shard in range(schema.shards):
+            if not storage.exists(storage.join(pairs.path, commit_path(shard))):
+                _retrieve_shard(pairs, images, search, shard)
+            progress(schema.shard_range(shard)[1])
+        return _count_hits(pairs)
 
 
 def _open_or_create(out: str, schema: PairsStore) -> Pairs:
