@@ -65,7 +65,8 @@ class Document:
             raise SchemaError(where, cls.SCHEMA, [Problem("", f"expected an object, found {_show(raw)}")])
         name, version = raw.get("schema"), raw.get("version")
         if name != cls.SCHEMA:
-            raise SchemaError(where, cls.SCHEMA, [Problem("schema", f"expected {cls.SCHEMA!r}, found {_show(name)}")])
+            what = f"expected {cls.SCHEMA!r}, found {_show(name)}: look whether two paths were swapped"
+            raise SchemaError(where, cls.SCHEMA, [Problem("schema", what)])
         if version != cls.VERSION:
             what = f"version {_show(version)} is not readable here; this release reads version {cls.VERSION}"
             remedy = "install the dimefm release that wrote it, or write it again with this one"

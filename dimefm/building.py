@@ -21,7 +21,14 @@ from dimefm import storage
 from dimefm.commits import versions
 from dimefm.errors import OutputExistsError, RecallError, StoreError
 from dimefm.exact import valid_rows
-from dimefm.factory import available_memory, has_coarse_codes, plan_index
+from dimefm.factory import (
+    RESCORE,
+    IndexForecast,
+    available_memory,
+    breakeven_queries,
+    has_coarse_codes,
+    plan_index,
+)
 from dimefm.index import Index
 from dimefm.lock import writing
 from dimefm.progress import Progress, amount
@@ -73,10 +80,26 @@ Runner = Callable[[Sequence[Part]], Iterable[Part]]
 """Builds parts with `build_part`, here or elsewhere, and yields each as it is done."""
 
 
-def build_index(config: IndexConfig, run: Runner | None = None) -> IndexSidecar:
+def forecast(config: IndexConfig) -> IndexForecast:
+    """What `build_index` would do over the whole store. Builds nothing."""
+    store, memory = Store(config.store), _memory(config)
+    rows, dim = store.schema.rows, store.schema.dim
+    plan = plan_index(rows, dim, memory, config.factory)
+    queries = Store(config.queries).schema.rows if config.queries else None
+    return IndexForecast(rows, dim, memory, plan, breakeven_queries(rows, plan), queries)
+
+
+def _memory(config: IndexConfig) -> int:
+    return config.memory or available_memory() // 2
+
+
+def build_index(
+    config: IndexConfig, run: Runner | None = None, say: Callable[[str], None] = lambda line: None
+) -> IndexSidecar:
     """Build an index over a store, or add to it what the store has got since; tuned to the recall target and measured.
 
-    `run` builds the parts; default: one after another in this process. Nothing is done where all is there already.
+    `run` builds the parts; default: one after another in this process. `say` is told where exact search would be
+    cheaper. Nothing is done where all is there already.
     Raises OutputExistsError where `out` was made by other settings, RecallError below the target unless `accept`; what
     was there before stays.
     """
@@ -89,7 +112,10 @@ def build_index(config: IndexConfig, run: Runner | None = None) -> IndexSidecar:
         images.require_complete()
         require_same_teacher(images, store)
     with writing(config.out):
-        return _Build(config, store, images).run(run or _one_by_one)
+        build = _Build(config, store, images)
+        if build.old is None and (expected := forecast(config)).exact_is_cheaper:
+            say(expected.advice())
+        return build.run(run or _one_by_one)
 
 
 @dataclass
@@ -112,7 +138,7 @@ class _Build:
         if not rows:
             raise StoreError(f"{store.path} has no rows yet", remedy="run the command that writes it")
         factory = config.factory or (self.old.factory if self.old else None)
-        self.memory = config.memory or available_memory() // 2
+        self.memory = _memory(config)
         self.plan = plan_index(rows, store.schema.dim, self.memory, factory)
         train_rows = self.old.train_rows if self.old else self.plan.train_rows
         self.settings = digest_of([store.schema.identity, self.plan.factory, config.seed, train_rows])
@@ -198,11 +224,11 @@ class _Build:
             raise StoreError(what, remedy="give more --memory or a factory with smaller codes; the parts are kept")
 
     def _tune(self, base: _Base) -> Tuned:
-        rescore = 2 if has_coarse_codes(self.plan.factory) else 1
+        depths = RESCORE if has_coarse_codes(self.plan.factory) else (1,)
         ranges = [self.store.schema.shard_range(shard) for shard in sorted(map(int, self.now))]
         queries = held_out(self.store, ranges, self.images, self.config.seed)
-        index = Index(base.index, self.store, Setting(0, rescore), base.spread)
-        tuned = tune(index, queries, self.config.recall_target)
+        index = Index(base.index, self.store, Setting(0, 1), base.spread)
+        tuned = tune(index, depths, queries, self.config.recall_target)
         reached = tuned.recall[0]
         if reached.value < self.config.recall_target and not self.config.accept:
             found = f"{self.plan.factory} reaches recall@{reached.k} {reached.value:.3f} for {reached.source} queries"
@@ -307,7 +333,8 @@ def _sample(store: Store, rows: int, seed: int) -> np.ndarray[Any, Any]:
     found = 0
     for start, stop in ranges:
         rows_N, embedding_ND = valid_rows(store, start, stop)
-        mine = embedding_ND[np.isin(rows_N, chosen, assume_unique=True)]
+        first, last = np.searchsorted(chosen, (start, stop))
+        mine = embedding_ND[np.isin(rows_N, chosen[first:last], assume_unique=True)]
         out[found : found + len(mine)] = mine
         found += len(mine)
     return out[:found]

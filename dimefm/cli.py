@@ -194,25 +194,21 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **o
 
     Run again after rows were added to the store, it adds them.
     """
-    from dimefm.building import IndexConfig
+    from dimefm.building import IndexConfig, forecast
     from dimefm.building import build_index as build
-    from dimefm.index_forecast import forecast
     from dimefm.info import describe
 
     _require_with("--ray-address", ray_address, "--workers", workers)
     config = IndexConfig(**options)
-    expected = forecast(config)
     if dry_run:
-        click.echo(expected.show())
+        click.echo(forecast(config).show())
         return
-    if expected.exact_is_cheaper:
-        click.echo(expected.advice(), err=True)
     run = None
     if workers:
         from pipeline.index_parts import on_ray
 
         run = on_ray(workers, ray_address)
-    build(config, run)
+    build(config, run, lambda line: click.echo(line, err=True))
     click.echo(describe(options["out"]))
 
 

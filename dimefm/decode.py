@@ -9,6 +9,7 @@ Shapes: C channels, H height, W width.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 
 import torch
@@ -24,6 +25,7 @@ except ImportError:  # deprecated since torchvision 0.29: without it Pillow deco
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded: Pillow's own threshold for a decompression bomb (a 256 MiB RGB image)."""
 
+_ADDRESS = re.compile(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>")  # another in every run
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I")
 
 
@@ -96,5 +98,5 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    first_line = str(error).strip().split("\n")[0]
+    first_line = _ADDRESS.sub("", str(error).strip().split("\n")[0])
     return first_line[first_line.find("cpp:") + 4 :].lstrip("0123456789, ") if ".cpp:" in first_line else first_line

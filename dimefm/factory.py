@@ -80,6 +80,47 @@ def breakeven_queries(rows: int, plan: IndexPlan) -> int:
     return round(centroids * (1 + _KMEANS_ROUNDS * plan.train_rows / rows))
 
 
+@dataclass(frozen=True)
+class IndexForecast:
+    """What `dimefm.building.build_index` would build, and how many queries of exact search take as many products as the
+    building; of how many queries is known, if any."""
+
+    rows: int
+    dim: int
+    memory: int
+    plan: IndexPlan
+    breakeven: int
+    queries: int | None
+
+    @property
+    def exact_is_cheaper(self) -> bool:
+        """For the queries that are known of."""
+        return self.queries is not None and self.queries <= self.breakeven
+
+    def show(self) -> str:
+        """As `build-index --dry-run` prints it."""
+        plan = self.plan
+        size = f"{amount(plan.bytes)}, " if plan.bytes else ""
+        return "\n".join(
+            [
+                f"rows     {self.rows:,}, {self.dim} wide",
+                f"factory  {plan.factory}, trained on {plan.train_rows:,} rows",
+                f"size     {size}built in parts of {plan.part_rows:,} rows within {amount(self.memory)}",
+                f"exact    {self.advice()}",
+            ]
+        )
+
+    def advice(self) -> str:
+        """When to do without an index."""
+        if not self.breakeven:
+            return "the index holds all rows as they are: it saves reading them, not products"
+        least = f"up to {self.breakeven:,} queries take less work than the building"
+        if self.queries is None:
+            return f"{least}: dimefm retrieve without --index"
+        verdict = "exact search is cheaper: dimefm retrieve without --index" if self.exact_is_cheaper else "build it"
+        return f"{least}; for the {self.queries:,} of --queries, {verdict}"
+
+
 def available_memory() -> int:
     """Bytes that this process may use: of the machine, or of its control group where that is less."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]

@@ -24,7 +24,6 @@ from cache_schemas.index import SIDECAR_FILE
 from dimefm import storage
 from dimefm.errors import MismatchError, StoreError
 from dimefm.exact import valid_rows
-from dimefm.factory import RESCORE
 from dimefm.recall import Setting
 from dimefm.store import Store
 
@@ -81,10 +80,6 @@ class Index:
             return (0,)
         steps = {n for p in range(int(math.log2(ivf.nlist)) + 1) for n in (1 << p, 3 << p >> 1) if n <= ivf.nlist}
         return sorted(steps | {ivf.nlist})
-
-    def depths(self) -> Sequence[int]:
-        """Depths of re-scoring worth trying; (1,) where the setting that it was opened with has none."""
-        return RESCORE if self._setting.rescore > 1 else (1,)
 
     def search_with(self, setting: Setting, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[Any, Any]:
         """`search` with other parameters than those the index was opened with."""
@@ -162,7 +157,7 @@ def empty(factory: str, dim: int) -> Any:
         raise StoreError(f"--factory {factory}: {reason}", remedy=_OTHER_FACTORY) from None
     codes = faiss.try_extract_index_ivf(index)
     if isinstance(codes, (faiss.IndexIVFPQ, faiss.IndexIVFPQFastScan)):
-        codes.by_residual = True  # FAISS codes the vectors themselves for inner products: half the recall at equal cost
+        codes.by_residual = True  # for inner products FAISS codes the vectors themselves, which finds far fewer
     return index
 
 

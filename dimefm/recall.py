@@ -36,9 +36,6 @@ class Tunable(Protocol):
     def probes(self) -> Sequence[int]:
         """Numbers of lists to try, ascending; (0,) where there are no lists."""
 
-    def depths(self) -> Sequence[int]:
-        """Depths of re-scoring to try, ascending; (1,) where there is none."""
-
     def search_with(self, setting: Setting, queries_QD: Any, k: int) -> tuple[Any, Any]:
         """Scores (Q, K) and rows (Q, K)."""
 
@@ -104,11 +101,12 @@ class Tuned:
     recall: tuple[Recall, ...]
 
 
-def tune(index: Tunable, queries: Sequence[HeldOut], target: float) -> Tuned:
+def tune(index: Tunable, depths: Sequence[int], queries: Sequence[HeldOut], target: float) -> Tuned:
     """The fastest setting that reaches the target over the first kind of query; where none does, the most thorough.
 
-    Recall grows with the lists probed and with the candidates scored again. So for every depth of re-scoring the fewest
-    lists that are enough are found by bisection, the deepest first, and these settings alone are timed.
+    `depths` are those of re-scoring to try, ascending; (1,) for none. Recall grows with the lists probed and with the
+    candidates scored again. So for every depth the fewest lists that are enough are found by bisection, the deepest
+    first, and these settings alone are timed.
     """
     first, probes = queries[0], index.probes()
 
@@ -117,13 +115,13 @@ def tune(index: Tunable, queries: Sequence[HeldOut], target: float) -> Tuned:
         return first.recall(*index.search_with(setting, first.vectors_QD, RECALL_K + 1)) >= target
 
     enough, least = [], 0
-    for depth in reversed(index.depths()):
+    for depth in reversed(depths):
         reaches = [Setting(count, depth) for count in probes]
         least = bisect_left(reaches, True, lo=least, key=reached)
         if least == len(probes):
             break
         enough.append(Setting(probes[least], depth))
-    candidates = enough or [Setting(probes[-1], index.depths()[-1])]
+    candidates = enough or [Setting(probes[-1], depths[-1])]
     speeds = {setting: _speed(index, first, setting) for setting in candidates}
     chosen = max(speeds, key=lambda setting: speeds[setting])
     recall = tuple(

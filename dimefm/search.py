@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_schemas import Status
 from cache_schemas.index import SIDECAR_FILE
 from dimefm import storage
 from dimefm.clip import Clip, load_clip
@@ -111,7 +110,7 @@ def _read_image(store: Store, path: str) -> torch.Tensor:
     except OSError as error:
         reason = error.strerror or str(error)
     except DecodeError as error:
-        reason = "it is no image that can be read" if error.status == Status.UNDECODABLE else str(error)
+        reason = str(error)
     raise SourceError(f"{path}: {reason}", remedy="give an image file")
 
 

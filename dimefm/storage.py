@@ -233,5 +233,5 @@ def writing_to(path: str) -> Iterator[None]:
 
 def cannot_write(path: str, error: OSError) -> StoreError:
     """What a full disk, a read-only folder or a lost share becomes."""
-    remedy = "make room, or mend the permissions, and run the same command again; finished shards are kept"
+    remedy = "make room, or mend the permissions, and run the same command again; what was finished is kept"
     return StoreError(f"{path} cannot be written: {error.strerror or error}", remedy=remedy)

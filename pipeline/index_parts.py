@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError, WorkerCrashedError
+from ray.exceptions import WorkerCrashedError
 
 from dimefm.building import Part, Runner, build_part
-from dimefm.errors import DimefmError, StoreError
-from pipeline.runner import cluster, cpus
+from dimefm.errors import StoreError
+from pipeline.runner import cluster, cpus, fetch
 
 _TRIES = 3
 
@@ -40,11 +40,7 @@ def on_ray(workers: int, address: str | None = None) -> Runner:
 
 def _get(reference: Any) -> Part:
     try:
-        return ray.get(reference)  # type: ignore[no-any-return]
-    except RayTaskError as error:
-        if isinstance(error.cause, DimefmError):
-            raise error.cause from None
-        raise
+        return fetch(reference)  # type: ignore[no-any-return]
     except WorkerCrashedError:
         remedy = "see Ray's log, mend the cause (often memory: fewer --workers), and run again; finished parts are kept"
         raise StoreError(f"a part lost its worker {_TRIES} times", remedy=remedy) from None

@@ -206,7 +206,7 @@ class _Supervisor:
         actor, shard = self._flying.pop(reference)
         self._counted.pop(actor, None)
         try:
-            _get(reference)
+            fetch(reference)
         except RayActorError as error:
             if "never ran" not in str(error):  # Ray sent it to a node that was lost already, and did not know yet
                 self._count_loss(shard, error)
@@ -241,7 +241,7 @@ class _Supervisor:
             raise StoreError(f"{lost} {_TRIES} times: {reason}", remedy=remedy)
 
 
-def _get(reference: Any) -> Any:
+def fetch(reference: Any) -> Any:
     """ray.get, with an error of ours raised as it was rather than wrapped in Ray's."""
     try:
         return ray.get(reference)

@@ -12,11 +12,10 @@ import pytest
 
 from cache_schemas import Status
 from dimefm import building
-from dimefm.building import IndexConfig, Part, build_index, build_part
+from dimefm.building import IndexConfig, Part, build_index, build_part, forecast
 from dimefm.errors import DimefmError, MismatchError, OutputExistsError, RecallError, StoreError
 from dimefm.factory import available_memory, breakeven_queries, parse_bytes, plan_index
 from dimefm.index import Index, read_sidecar
-from dimefm.index_forecast import forecast
 from dimefm.recall import HeldOut, Setting, tune
 from dimefm.store import Store
 from tests.stores import brute_force, random_store
@@ -210,9 +209,6 @@ class Gauge:
     def probes(self) -> list[int]:
         return sorted({p for p, _ in self.found})
 
-    def depths(self) -> list[int]:
-        return sorted({d for _, d in self.found})
-
     def search_with(self, setting: Setting, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         self.asked.append(setting)
         rows = np.where(np.arange(k) < self.found[setting.probes, setting.rescore], np.arange(k), 99)
@@ -224,9 +220,9 @@ class Gauge:
 def test_the_cheapest_setting_that_reaches_the_target_is_taken() -> None:
     queries = HeldOut("text", np.zeros((1, 2)), np.array([-1]), np.arange(11, 0, -1.0)[None], np.arange(11)[None])
     gauge = Gauge({(1, 1): 3, (2, 1): 5, (4, 1): 7, (8, 1): 8, (1, 5): 4, (2, 5): 8, (4, 5): 9, (8, 5): 10})
-    assert tune(gauge, [queries], 0.8).setting == Setting(8, 1)
-    assert tune(gauge, [queries], 0.9).setting == Setting(4, 5)
-    best = tune(gauge, [queries], 1.1)
+    assert tune(gauge, (1, 5), [queries], 0.8).setting == Setting(8, 1)
+    assert tune(gauge, (1, 5), [queries], 0.9).setting == Setting(4, 5)
+    best = tune(gauge, (1, 5), [queries], 1.1)
     assert (best.setting, best.recall[0].value) == (Setting(8, 5), 1.0)
     assert Setting(1, 1) not in gauge.asked, "no need to try what a cheaper bisection has ruled out"
 

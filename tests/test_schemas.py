@@ -247,7 +247,9 @@ def test_an_unknown_version_is_refused_with_a_remedy(document: Document) -> None
 @each_document
 def test_another_schema_is_refused(document: Document) -> None:
     found = problems_of(type(document), through_json(document) | {"schema": "dimefm.other"})
-    assert found == {"schema": f"expected {document.SCHEMA!r}, found 'dimefm.other'"}
+    assert found == {
+        "schema": f"expected {document.SCHEMA!r}, found 'dimefm.other': look whether two paths were swapped"
+    }
 
 
 @each_document

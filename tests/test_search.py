@@ -136,8 +136,8 @@ def test_what_is_no_image_is_refused_before_the_teacher_is_loaded(
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "half.jpg").write_bytes(make_jpeg()[:200])
     for name, reason in (
-        ("notes.txt", "it is no image that can be read"),
-        ("half.jpg", "it is no image that can be read"),
+        ("notes.txt", "cannot identify image file"),
+        ("half.jpg", "Truncated File Read"),
         ("empty.jpg", "no bytes"),
         ("nowhere.jpg", "No such file or directory"),
         (".", "Is a directory"),
