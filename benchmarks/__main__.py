@@ -2,6 +2,7 @@
 
 import click
 
+from benchmarks.index_choices import index_choices
 from benchmarks.memory import memory
 from benchmarks.objectives import objectives
 from benchmarks.plan_scale import plan_scale
@@ -21,7 +22,7 @@ def benchmarks() -> None:
 
 for command in (
     preprocessing, stage1, sentences, memory, plan_scale, training_pixels, store_reads, objectives,
-    retrieval, selection,
+    retrieval, index_choices, selection,
 ):  # fmt: skip
     benchmarks.add_command(command)
 

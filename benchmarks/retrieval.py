@@ -32,7 +32,7 @@ K, _WORKER = 10, str(Path(__file__).parent / "autofaiss_worker.py")
 @click.option("--count", default=3, show_default=True, help="Rounds of searching.")
 def retrieval(texts: str, images: str, python: str | None, size: str, memory: str, queries: int, count: int) -> None:
     """Recall, queries/s, build time and memory of an index over sentences, searched by images."""
-    store, queries_QD = Store(texts), _draw(Store(images), queries)
+    store, queries_QD = Store(texts), draw(Store(images), queries)
     _reading(store, count)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -54,10 +54,10 @@ def retrieval(texts: str, images: str, python: str | None, size: str, memory: st
         sidecar = read_sidecar(str(folder / "ours"))
         probes = sidecar.search_parameters.get("nprobe", 0)
         name = f"{sidecar.factory}, nprobe {probes}, x{sidecar.rescore}"
-        rows.append(_row("dimefm", name, ours, sidecar.bytes, _recall(found, truth), speeds["ours"]))
+        rows.append(_row("dimefm", name, ours, sidecar.bytes, recall(found, truth), speeds["ours"]))
         if theirs:
             their_bytes = (folder / "autofaiss.index").stat().st_size
-            reached = _recall(np.load(folder / "autofaiss-found.npy"), truth)
+            reached = recall(np.load(folder / "autofaiss-found.npy"), truth)
             rows.append(_row("autofaiss", their["name"], theirs, their_bytes, reached, speeds["theirs"]))
         click.echo(
             table(("", "index", "build", "its CPU time", "peak memory", "size", f"recall@{K}", "queries/s"), rows)
@@ -73,7 +73,7 @@ def retrieval(texts: str, images: str, python: str | None, size: str, memory: st
     )
 
 
-def _draw(images: Store, count: int) -> Any:
+def draw(images: Store, count: int) -> Any:
     """Image embeddings float32 (Q, D), other ones than build-index tunes with."""
     rows, embeddings = valid_rows(images, 0, images.schema.rows)
     chosen = np.random.default_rng(12345).choice(len(rows), count, replace=False)
@@ -110,7 +110,8 @@ def _call(python: str, folder: Path, work: str) -> str:
     return done.stdout.strip().split("\n")[-1]
 
 
-def _recall(found_QK: Any, truth_QK: Any) -> float:
+def recall(found_QK: Any, truth_QK: Any) -> float:
+    """Mean share of the true rows that were found."""
     pairs = zip(found_QK.tolist(), truth_QK.tolist(), strict=True)
     return float(np.mean([len(set(found) & set(true)) / K for found, true in pairs]))
 

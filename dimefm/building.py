@@ -182,7 +182,7 @@ class _Build:
             began = time.monotonic()
             index, spread = faiss_index.empty(self.plan.factory, self.store.schema.dim), ""
             if faiss_index.needs_training(index):
-                sample = _sample(self.store, self.plan.train_rows, self.config.seed)
+                sample = sample_rows(self.store, self.plan.train_rows, self.config.seed)
                 faiss_index.train(index, self.plan.factory, sample, self.config.seed)
                 spread = faiss_index.spread_of(index, sample)
             document = _write(index, trained, self.settings, 0, 0, time.monotonic() - began, spread)
@@ -323,7 +323,7 @@ def _document(path: Path, settings: str) -> IndexPart | None:
     return found if whole and found.settings == settings else None
 
 
-def _sample(store: Store, rows: int, seed: int) -> np.ndarray[Any, Any]:
+def sample_rows(store: Store, rows: int, seed: int) -> np.ndarray[Any, Any]:
     """Embeddings of that many rows drawn at random from the shards that are done, float32 (N, D), fewer by what has
     none. Read in order of row; never the first rows, which are of one source file."""
     ranges = [store.schema.shard_range(shard) for shard in sorted(store.committed())]

@@ -130,13 +130,13 @@ def test_parts_on_ray_are_the_parts_of_one_process(texts: tuple[Store, np.ndarra
 
 def test_the_training_rows_are_drawn_from_everywhere(tmp_path: Path) -> None:
     store, _ = random_store(tmp_path / "s.zarr", rows=4096, shard_rows=512, kind="text", failed=(7,))
-    values = building._sample(store, 1000, seed=3)
+    values = building.sample_rows(store, 1000, seed=3)
     everything = store.read(0, 4096).astype(np.float32)
     rows = [int(np.flatnonzero((everything == value).all(axis=1))[0]) for value in values[::10]]
     counts, _ = np.histogram(rows, bins=8, range=(0, 4096))
     assert (counts >= 3).all(), "some shard gave too few"
-    assert np.array_equal(values, building._sample(store, 1000, seed=3))
-    assert not np.array_equal(values, building._sample(store, 1000, seed=4))
+    assert np.array_equal(values, building.sample_rows(store, 1000, seed=3))
+    assert not np.array_equal(values, building.sample_rows(store, 1000, seed=4))
 
 
 def test_an_index_over_one_row_can_be_built(tmp_path: Path) -> None:
