@@ -98,8 +98,7 @@ def score_texts(
     """The score of every sentence, float32 (T,), NaN without an embedding; each shard's are kept in `out`.
 
     Shards whose scores are there, or in another such folder `earlier`, are not scored again, unless they are damaged.
-    Raises StoreError where `out` cannot be
-    written, SelectionError as `Grounding.sample` does.
+    Raises StoreError where `out` cannot be written, SelectionError as `Grounding.sample` does.
     """
     score_T = np.full(texts.schema.rows, np.nan, np.float32)
     grounding: Grounding | None = None
