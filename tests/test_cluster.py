@@ -184,7 +184,7 @@ def supervisor(monkeypatch: pytest.MonkeyPatch, message: str) -> _Supervisor:
     actor = SimpleNamespace(start=SimpleNamespace(remote=lambda *_: object()))
     made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda _: actor))
     monkeypatch.setattr("pipeline.runner.ray.remote", lambda _: made)
-    monkeypatch.setattr("pipeline.runner._get", lost)
+    monkeypatch.setattr("pipeline.runner.fetch", lost)
     job = Job(store="s.zarr", teacher="t", pretrained=None, precision="fp32", device="cpu", threads=1)
     found = _Supervisor(job, 1, 1, {0: 4}, check=False)
     found._place()
