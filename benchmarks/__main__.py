@@ -2,6 +2,7 @@
 
 import click
 
+from benchmarks.authors_loop import authors_loop
 from benchmarks.index_choices import index_choices
 from benchmarks.memory import memory
 from benchmarks.objectives import objectives
@@ -22,7 +23,7 @@ def benchmarks() -> None:
 
 for command in (
     preprocessing, stage1, sentences, memory, plan_scale, training_pixels, store_reads, objectives,
-    retrieval, index_choices, selection,
+    retrieval, index_choices, selection, authors_loop,
 ):  # fmt: skip
     benchmarks.add_command(command)
 
