@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from benchmarks.measure import machine, table
-from dimefm.losses import LossConfig
+from dimefm.objective import LossConfig
 from dimefm.recipes import sample
 from dimefm.sample import sample_dir
 from dimefm.textbank import TextMix

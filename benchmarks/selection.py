@@ -14,7 +14,7 @@ from cache_schemas import Status
 from dimefm.clusters import cluster
 from dimefm.exact import valid_rows
 from dimefm.grounding import score_texts
-from dimefm.losses import LossConfig
+from dimefm.objective import LossConfig
 from dimefm.pairs import Pairs
 from dimefm.recipes import sample
 from dimefm.selected import SelectedTexts

@@ -13,7 +13,8 @@ from PIL import Image
 from benchmarks.measure import machine, median, ratio, rounds, table
 from benchmarks.stage1 import gather, trivial_teacher, write_tar
 from dimefm.clip import load_clip
-from dimefm.data import Augmentation, batches, training_loader
+from dimefm.data import Augmentation, Requests, TrainingImages, training_loader
+from dimefm.order import Order
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.shard import encode_shard
@@ -59,9 +60,9 @@ def training_pixels(images: str, limit: int, enlarge: float, pixels: int, size: 
 
 def _epoch(store: Store, size: int) -> None:
     augmentation = Augmentation(size=size, crop_scale=(0.4, 1.0), flip=True, seed=0)
-    steps = store.schema.rows // 32
-    loader = training_loader(store, augmentation, batch_size=32, per_epoch=steps, first=0, steps=steps, workers=0)
-    for _ in batches(loader):
+    order = Order(store=store, seed=0, batch_size=32)
+    requests = Requests(order, first=0, steps=order.steps_per_epoch())
+    for _ in training_loader(TrainingImages(store.path, augmentation), requests, 0):
         pass
 
 

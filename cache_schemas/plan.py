@@ -3,6 +3,7 @@ rows/files.parquet, the files that the plan was made from, as they were then."""
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 
 from cache_schemas.problems import Problem, SchemaError
@@ -49,7 +50,7 @@ def parse_plan(table: pa.Table, kind: str, start: int, stop: int, where: str) ->
             problems.append(Problem(field.name, f"expected {field.type}, found {found}"))
     if table.num_rows != stop - start:
         problems.append(Problem("row", f"expected {stop - start} rows, found {table.num_rows}"))
-    elif not problems and table["row"].to_pylist() != list(range(start, stop)):
+    elif not problems and not np.array_equal(table["row"].to_numpy(), np.arange(start, stop)):
         problems.append(Problem("row", f"must count from {start} to {stop - 1} in order"))
     if problems:
         raise SchemaError(where, f"{kind} plan", problems)

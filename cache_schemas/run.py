@@ -5,6 +5,7 @@ RUN/
   metrics.jsonl               one JSON object a line: training steps and validations
   events.out.tfevents.*       the same for TensorBoard
   checkpoints/step-*.pt       weights, optimiser, position; last.json and best.json name one of them
+  stopped-at.json             the step, rows and values of a step whose loss or gradient was not finite
 """
 
 from __future__ import annotations
@@ -37,11 +38,32 @@ class StudentSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextSpec:
+    """A text tower as open_clip describes one, by its own text config; projected to `embed_dim`."""
+
+    name: str
+    text_cfg: dict[str, object]
+    embed_dim: int
+    activation: Literal["gelu", "quick_gelu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A field of the config that was changed on purpose after `step` steps, as ``before != after``."""
+
+    step: int
+    field: str
+    values: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run(Document):
-    """What a run was started with. `config` is the training config, which its owner parses; `images_chunk_rows` is
-    what the order of the rows depends on beside the seed."""
+    """What a run was started with. `config` is the training config as it is now, which its owner parses;
+    `images_chunk_rows` is what the order of the rows depends on beside the seed. Without a `text_student` the student
+    has its teacher's text tower."""
 
     SCHEMA: ClassVar[str] = "dimefm.run"
+    VERSION: ClassVar[int] = 2
 
     config: dict[str, object]
     student: StudentSpec
@@ -53,3 +75,5 @@ class Run(Document):
     steps: int
     versions: dict[str, str]
     selection_digest: str | None = None
+    text_student: TextSpec | None = None
+    changes: tuple[Change, ...] = ()

@@ -1,16 +1,16 @@
 """Checkpoints of a run: written whole or not at all, the last few and the best kept.
 
 RUN/checkpoints/step-00001200.pt   tensors and plain values only (read with weights_only=True)
-RUN/checkpoints/last.json          {"step": 1200}; best.json also has the score
+RUN/checkpoints/last.json          {"step": 1200, "crc32c": {...}}, of each file by step; best.json: step and score
 """
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import torch
 
 from cache_schemas.run import CHECKPOINTS
@@ -18,48 +18,72 @@ from dimefm import storage
 from dimefm.errors import StoreError
 
 _NAME = re.compile(r"step-(\d{8})\.pt")
-_KEEP = 2
+_BLOCK = 2**24
 
 
 class Checkpoints:
-    """The checkpoints of the run in folder `run`."""
+    """The checkpoints of the run in folder `run`, of which the last `keep` stay, and the best."""
 
-    def __init__(self, run: str) -> None:
-        self._folder = Path(run) / CHECKPOINTS
+    def __init__(self, run: str, keep: int = 2) -> None:
+        self._folder, self._keep = Path(run) / CHECKPOINTS, keep
 
     def save(self, step: int, state: dict[str, Any], score: float | None = None) -> None:
-        """Write the state after `step` steps; a `score` above all before makes it the best. Older ones go."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        target = self._path(step)
-        temporary = target.with_suffix(".unfinished")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        if score is not None and score > self._best_score():
-            storage.write_json(str(self._folder / "best.json"), {"step": step, "score": score})
-        storage.write_json(str(self._folder / "last.json"), {"step": step})  # last: from here on the step is done
-        self._forget()
+        """Write the state after `step` steps; a `score` above all before makes it the best. Older ones go.
+
+        Raises StoreError where it cannot be written, as on a full disk: those before are not touched.
+        """
+        path = self._path(step)
+        with storage.writing_to(str(path)):
+            storage.remove_leftovers(str(self._folder))  # of a kill: it may be what fills the disk
+            try:
+                with storage.writing_atomically(str(path)) as file:
+                    torch.save(state, file)
+            except RuntimeError as error:  # torch's writer hides why it could not write
+                raise _cause(error) from error
+            checksums = {**self._checksums(), str(step): _checksum(path)}
+            if score is not None and score > self._best_score():
+                storage.write_json(str(self._folder / "best.json"), {"step": step, "score": score})
+            kept = {*[s for s in self.steps() if s <= step][-self._keep :], step, self.step("best")}
+            checksums = {s: c for s, c in checksums.items() if int(s) in kept}
+            storage.write_json(str(self._folder / "last.json"), {"step": step, "crc32c": checksums})  # now it is done
+            for old in set(self.steps()) - kept:
+                self._path(old).unlink()
 
     def load(self, which: str = "last") -> dict[str, Any] | None:
-        """The state of "last" or "best"; None where there is none yet. Raises StoreError for a damaged file."""
+        """The state of "last", "best" or a step by its number; None where there is none. Raises StoreError for a
+        damaged file."""
         step = self.step(which)
         if step is None:
             return None
-        path = self._path(step)
+        path, expected = self._path(step), self._checksums().get(str(step))
         try:
+            if expected is not None and _checksum(path) != expected:
+                raise ValueError("its checksum does not fit")
             return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
         except (OSError, RuntimeError, EOFError, ValueError) as error:
-            others = ", ".join(str(s) for s in self._steps() if s != step) or "none"
             reason = str(error).strip().split("\n")[0]
-            remedy = f"delete it and set the step in {which}.json to another one (there: {others})"
+            others = [s for s in self.steps() if s < step]
+            remedy = "delete the run folder: there is no other checkpoint"
+            if others:
+                remedy = f"delete it: training then goes on from {self._path(others[-1]).name}"
             raise StoreError(f"{path} cannot be read: {reason}", remedy=remedy) from None
 
     def step(self, which: str = "last") -> int | None:
-        """The step of "last" or "best", None where there is none."""
+        """The step of "last" or "best", None where there is none; the one before where the last was deleted. A number
+        is itself, if it is there."""
+        if which.isdigit():
+            return int(which) if self._path(int(which)).exists() else None
         path = self._folder / f"{which}.json"
-        return int(storage.read_json(str(path))["step"]) if path.exists() else None
+        if not path.exists():
+            return None
+        step = int(storage.read_json(str(path))["step"])
+        if which == "last" and not self._path(step).exists():
+            return max((s for s in self.steps() if s < step), default=None)
+        return step
+
+    def _checksums(self) -> dict[str, int]:
+        path = self._folder / "last.json"
+        return dict(storage.read_json(str(path))["crc32c"]) if path.exists() else {}
 
     def _best_score(self) -> float:
         path = self._folder / "best.json"
@@ -68,13 +92,24 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}.pt"
 
-    def _steps(self) -> list[int]:
-        return sorted(int(m[1]) for p in self._folder.iterdir() if (m := _NAME.fullmatch(p.name)))
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        names = self._folder.iterdir() if self._folder.is_dir() else ()
+        return sorted(int(m[1]) for p in names if (m := _NAME.fullmatch(p.name)))
 
-    def _forget(self) -> None:
-        kept = {*self._steps()[-_KEEP:], self.step("last"), self.step("best")}
-        for step in self._steps():
-            if step not in kept:
-                self._path(step).unlink()
-        for leftover in self._folder.glob("*.unfinished"):
-            leftover.unlink()
+
+def _checksum(path: Path) -> int:
+    """crc32c of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            value = google_crc32c.extend(value, block)
+    return value
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The OSError behind an error, or the error itself."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found or error

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,8 @@ import click
 
 from cache_schemas import SchemaError
 from dimefm import __version__
-from dimefm.errors import DimefmError
+from dimefm.errors import DimefmError, StoppedError
+from dimefm.train_command import train_student
 
 
 class _Group(click.Group):
@@ -22,6 +21,9 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except StoppedError as error:
+            click.echo(f"Stopped: {error}", err=True)
+            ctx.exit(128 + error.signal)  # as a shell reports it
         except (DimefmError, SchemaError) as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
@@ -292,76 +294,16 @@ def select_texts(**options: Any) -> None:
     click.echo(describe(options["out"]))
 
 
-@cli.command()
-@click.option("--images", required=True, help="Image store.")
-@click.option("--texts", required=True, help="Text store.")
-@click.option("--out", required=True, help="The run folder to write.")
-@click.option("--pairs", help="Pseudo-text store, for --text-mix selected=... or retrieved=...")
-@click.option("--selection", help="Selected sentences, for --text-mix selected=... in place of those of --pairs.")
-@click.option("--recipe", type=click.Choice(["paper", "sample"]), default="paper", show_default=True,
-              help="Where every option below that is not given comes from.")  # fmt: skip
-@click.option("--student", help="Image tower: an open_clip model (ViT-B-32) or a timm model (resnet18).")
-@click.option("--image-size", type=click.IntRange(1), help="Pixels a side.")
-@click.option("--epochs", type=float)
-@click.option("--batch-size", type=click.IntRange(1), help="Images of a step, of all processes together.")
-@click.option("--texts-per-step", type=click.IntRange(1), help="Texts of a step; may be far more than images.")
-@click.option("--lr", type=float, help="Peak learning rate.")
-@click.option("--weight-decay", type=float)
-@click.option("--loss", metavar="NAME=WEIGHT,...", help="Of vl, pvl, udist, cosine, centred: vl=0.7,pvl=0.3.")
-@click.option("--text-mix", metavar="KIND=SHARE,...", help="Of random, selected, retrieved; sum 1.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]))
-@click.option("--val", multiple=True, help="Labelled set to validate on; may be repeated.")
-@click.option("--val-texts", help="Text store with the prompts of the --val sets. Default: --texts.")
-@click.option("--val-every", type=float, help="Epochs between validations.")
-@click.option("--checkpoint-every", type=click.IntRange(1), help="Steps between checkpoints.")
-@click.option("--log-every", type=click.IntRange(1), help="Steps between lines of metrics.jsonl.")
-@click.option("--max-steps", type=click.IntRange(1), help="The length of the run in steps, if --epochs is longer.")
-@click.option("--workers", type=click.IntRange(0), help="Processes that decode images; 0: the training process.")
-@click.option("--seed", type=click.IntRange(0))
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
-def train_student(images: str, texts: str, out: str, recipe: str, **options: Any) -> None:
-    """Train a student from cached embeddings; no teacher runs. On several GPUs: torchrun -m dimefm train-student ..."""
-    from dimefm.losses import LossConfig
-    from dimefm.recipes import RECIPES
-    from dimefm.textbank import TextMix
-    from dimefm.train import train
-
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    for name, kind in (("loss", LossConfig), ("text_mix", TextMix)):
-        if name in given:
-            given[name] = _weights(f"--{name.replace('_', '-')}", given[name], kind)
-    config = dataclasses.replace(RECIPES[recipe](images, texts, out), **given)
-    unused = {"texts_per_step", "text_mix"} & given.keys()
-    if unused and not config.loss.vl:
-        option = f"--{min(unused).replace('_', '-')}"
-        raise click.UsageError(f"{option} has no effect: the vl loss has weight 0. Give --loss vl=..., or leave it out")
-    result = train(config)
-    if int(os.environ.get("RANK", "0")):
-        return  # under torchrun, one process speaks for all
-    scores = "".join(f"\n  {name:<14} top-1 {score:.3f}" for name, score in result.validation.items())
-    click.echo(f"{result.out}: {result.steps:,} steps done{scores}")
-
-
-def _weights(option: str, text: str, kind: Any) -> Any:
-    """`vl=0.7,pvl=0.3` as a config in which every weight that is not named is 0."""
-    names = [field.name for field in dataclasses.fields(kind) if field.name not in kind.CONSTANTS]
-    values = dict.fromkeys(names, 0.0)
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if name not in names:
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(names)}", param_hint=option)
-        try:
-            values[name] = float(value)
-        except ValueError:
-            raise click.BadParameter(f"{part!r} is not NAME=NUMBER", param_hint=option) from None
-    return kind(**values)
+cli.add_command(train_student)
 
 
 @cli.command()
 @click.argument("model")
 @click.argument("sets", nargs=-1, required=True, metavar="SET...")
 @click.option("--pretrained", help="Tag or file of the weights, where MODEL is a plain open_clip name.")
-@click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True, help="Of a run.")
+@click.option("--checkpoint", default="last", show_default=True, metavar="last|best|STEP", help="Of a run.")
+@click.option("--weights", type=click.Choice(["model", "ema"]), default="model", show_default=True,
+              help="Of a run: the weights, or their moving average.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
 @click.option("--out", help="Write the results, with every prediction, as JSON.")
@@ -387,11 +329,13 @@ def evaluate(model: str, sets: tuple[str, ...], out: str | None, **options: Any)
 @cli.command()
 @click.argument("run")
 @click.option("--out", required=True, help="The folder to write.")
-@click.option("--checkpoint", type=click.Choice(["last", "best"]), default="last", show_default=True)
+@click.option("--checkpoint", default="last", show_default=True, metavar="last|best|STEP", help="Of a run.")
+@click.option("--weights", type=click.Choice(["model", "ema"]), default="model", show_default=True,
+              help="Of a run: the weights, or their moving average.")  # fmt: skip
 @click.option("--teacher", help="Where the teacher is now. Default: where it was when images were cached.")
 @click.option("--pretrained", help="Its tag or file, with a plain NAME.")
 def export(run: str, **options: Any) -> None:
-    """Write a run's student, with the teacher's text tower, as an open_clip folder.
+    """Write a run's student, with its own text tower or the teacher's, as an open_clip folder.
 
     Load it with open_clip.create_model_and_transforms("local-dir:FOLDER").
     """

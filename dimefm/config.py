@@ -7,21 +7,37 @@ from typing import Any, Literal
 
 from cache_schemas import parse_dataclass, to_plain
 from dimefm.errors import TrainingError
-from dimefm.losses import LossConfig
+from dimefm.objective import LossConfig
 from dimefm.textbank import TextMix
 
-MAY_DIFFER = ("images", "texts", "pairs", "selection", "out", "val", "val_texts", "workers", "log_every", "device")
-"""Fields in which a resumed run may differ from its start: where things are and how fast, not what is computed."""
+MAY_DIFFER = ("images", "texts", "pairs", "selection", "out", "val", "val_texts", "workers", "log_every", "device",
+              "checkpoint_every", "keep")  # fmt: skip
+"""Fields in which a resumed run may differ from its start: where things are, how fast and how often, not what is
+computed."""
+
+NEVER_DIFFER = ("student", "image_size", "text_student")
+"""Fields that --allow-changes cannot name: the checkpoint has the weights of these towers."""
+
+
+_TEXT_LOSS = LossConfig(vl=0.0, pvl=0.0, cosine=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that decides a student. Paths are those of the stores; sizes in images, texts, pixels, epochs.
 
-    `batch_size` is of all processes together. `val` lists labelled sets, whose prompts must all be
-    in the text store `val_texts` (default: `texts`). Selected texts of the mix are drawn from `selection`, without one
-    from those that `pairs` has for an image or more. `crop_scale` and `flip` are for images cached whole: a store of
-    views brings its own crops and flips.
+    `batch_size` is of all processes together, and so is `text_batch_size`. `val` lists labelled sets, whose prompts
+    must all be in the text store `val_texts` (default: `texts`). Selected texts of the mix are drawn from `selection`,
+    without one from those that `pairs` has for an image or more. `crop_scale` and `flip` are for images cached whole: a
+    store of views brings its own crops and flips.
+
+    `init` is where the image tower's first weights come from, see dimefm.initial. `accumulate` splits each step into so
+    many passes, with the loss and gradient of the whole batch (dimefm.learner). `clip_grad` is the largest norm of the
+    whole gradient. `ema` is the decay of the moving average of the weights (dimefm.average).
+
+    `text_student` is the open_clip model whose text tower is distilled too, from `text_batch_size` sentences a step and
+    their cached embeddings, by `text_loss`, in which images and texts change places; None keeps the teacher's text
+    tower.
     """
 
     images: str
@@ -42,6 +58,10 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"]
     pairs: str | None = None
     selection: str | None = None
+    init: str | None = None
+    text_student: str | None = None
+    text_batch_size: int = 256
+    text_loss: LossConfig = _TEXT_LOSS
     val: tuple[str, ...] = ()
     val_texts: str | None = None
     val_every: float = 1.0
@@ -49,33 +69,46 @@ class TrainConfig:
     flip: bool = True
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    accumulate: int = 1
+    clip_grad: float | None = None
+    ema: float | None = None
+    compile: bool = False
     seed: int = 0
     max_steps: int | None = None
     checkpoint_every: int = 1000
+    keep: int = 2
     log_every: int = 50
     workers: int = 2
     device: str | None = None
 
     def __post_init__(self) -> None:
-        low, high = self.crop_scale
         wrong = [
             f"{name} must be above 0, found {getattr(self, name)}"
-            for name in ("epochs", "batch_size", "texts_per_step", "lr", "checkpoint_every", "log_every", "val_every")
-            if getattr(self, name) <= 0
-        ]
-        if self.image_size is not None and self.image_size < 1:
-            wrong.append(f"image_size must be above 0, found {self.image_size}")
+            for name in ("epochs", "batch_size", "texts_per_step", "text_batch_size", "lr", "accumulate", "keep",
+                         "checkpoint_every", "log_every", "val_every", "image_size", "clip_grad", "max_steps")
+            if getattr(self, name) is not None and getattr(self, name) <= 0
+        ]  # fmt: skip
+        low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             wrong.append(f"crop_scale must be 0 < low <= high <= 1, found {self.crop_scale}")
-        drawn = self.text_mix.retrieved or (self.text_mix.selected and not self.selection)
+        if self.ema is not None and not 0 < self.ema < 1:
+            wrong.append(f"ema must lie between 0 and 1, found {self.ema}")
+        wrong += self.loss.problems() + self._text_problems()
+        drawn = self.text_mix.retrieved or (self.text_mix.selected and not self.selection) or self.loss.contrastive
         if self.pairs and not drawn:
-            wrong.append("pairs are given, but the text mix draws nothing from them")
-        if self.selection and not self.text_mix.selected:
+            wrong.append("pairs are given, but neither the text mix nor the loss draws from them")
+        if self.selection and not (self.text_mix.selected or self.text_student):
             wrong.append("a selection is given, but the text mix draws nothing from it")
-        if not any((self.loss.vl, self.loss.pvl, self.loss.udist, self.loss.cosine, self.loss.centred)):
-            wrong.append("every loss has weight 0")
         if wrong:
             raise TrainingError("; ".join(wrong), remedy="change the named options")
+
+    def _text_problems(self) -> list[str]:
+        if self.text_student is None:
+            return []
+        wrong = [f"text_{problem}" for problem in self.text_loss.problems()]
+        if self.text_loss.contrastive:
+            wrong.append("text_loss.contrastive: a text tower has no pairs to learn from")
+        return wrong
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as in run.json."""
@@ -86,7 +119,7 @@ class TrainConfig:
         """The config in a run.json. Raises SchemaError with every problem."""
         return parse_dataclass(TrainConfig, raw, where)
 
-    def differences(self, other: TrainConfig) -> list[str]:
-        """The fields that decide the result and in which `other` differs, as ``field: mine != theirs``."""
+    def differences(self, other: TrainConfig) -> dict[str, str]:
+        """The fields that decide the result and in which `other` differs, with what: ``mine != theirs``."""
         mine, theirs = self.to_json(), other.to_json()
-        return [f"{k}: {mine[k]} != {theirs[k]}" for k in mine if k not in MAY_DIFFER and mine[k] != theirs[k]]
+        return {k: f"{mine[k]} != {theirs[k]}" for k in mine if k not in MAY_DIFFER and mine[k] != theirs[k]}

@@ -1,29 +1,32 @@
-"""Training batches: augmented images beside their cached teacher embeddings.
+"""Training batches: augmented images beside their cached teacher embeddings, and the texts of the step.
 
 Every random choice about an image is drawn from (seed, epoch, row), so that it does not depend on which process
 decodes it, or on where a run was resumed.
 
-Shapes: B images of this process, G images of all, D embedding width, H height, W width.
+Shapes: B images of this process, G images of all, T texts, D embedding width, H height, W width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dimefm.decode import DecodeError, decode_rgb
+from dimefm.decode import DecodeError, decode_rgb, decode_scaled, jpeg_size
 from dimefm.errors import DimefmError, TrainingError
-from dimefm.order import epoch_batches
+from dimefm.order import Order
 from dimefm.preprocess import resize
 from dimefm.sources.reading import read_encoded
 from dimefm.store import Store
+from dimefm.textbank import TextBank, TextDraw
 from dimefm.views import random_crop, replay
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -36,21 +39,27 @@ class Request:
     all_rows_G: np.ndarray[Any, Any]
 
 
+class Pinned:
+    """A batch whose tensors the loader can put into page-locked memory, where there is a GPU to copy them to."""
+
+    def pin_memory(self: _T) -> _T:
+        """Called by the loader."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        pinned = {name: value.pin_memory() for name, value in found.items() if hasattr(value, "pin_memory")}
+        return replace(self, **pinned)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class Batch:
-    """One step's input: uint8 pixels (B, 3, H, W), teacher embeddings float16 (B, D), their rows
-    int64 (B,), and the rows of the global batch int64 (G,) that this is every world-th of."""
+class Batch(Pinned):
+    """One step's images: uint8 pixels (B, 3, H, W), teacher embeddings float16 (B, D), their rows int64 (B,); and the
+    texts drawn for the global batch, that this is every world-th image of."""
 
     step: int
     epoch: int
     pixels_B3HW: torch.Tensor
     teacher_BD: torch.Tensor
     rows_B: torch.Tensor
-    all_rows_G: torch.Tensor
-
-    def pin_memory(self) -> Batch:
-        """Called by the loader where there is a GPU: page-locked memory is copied to it in the background."""
-        return replace(self, pixels_B3HW=self.pixels_B3HW.pin_memory(), teacher_BD=self.teacher_BD.pin_memory())
+    texts: TextDraw | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,24 +71,44 @@ class Augmentation:
     flip: bool
     seed: int
 
-    def __call__(self, image_3HW: torch.Tensor, epoch: int, row: int) -> torch.Tensor:
-        """The view of `row` in `epoch`, uint8 (3, size, size)."""
+    def __call__(self, data: bytes, epoch: int, row: int) -> torch.Tensor:
+        """The view of `row` in `epoch`, uint8 (3, size, size), of an encoded image. Raises DecodeError.
+
+        A JPEG is decoded no larger than the crop needs: at the smallest n/8 of its size that leaves the crop `size`
+        pixels or more.
+        """
         rng = np.random.default_rng((self.seed, epoch, row))
-        top, left, height, width = random_crop(image_3HW.shape[-2], image_3HW.shape[-1], self.crop_scale, rng)
-        view = image_3HW[:, top : top + height, left : left + width]
+        whole = jpeg_size(data)
+        if whole is None:
+            image = decode_rgb(data)
+            whole = image.shape[-2], image.shape[-1]
+            box = random_crop(*whole, self.crop_scale, rng)
+        else:
+            box = random_crop(*whole, self.crop_scale, rng)
+            image = decode_scaled(data, whole, min(1.0, self.size / min(box[2:])))
+        top, left, height, width = _scaled(box, whole, image)
+        view = image[:, top : top + height, left : left + width]
         view = resize(view, (self.size, self.size), "bilinear")
         return view.flip(-1) if self.flip and rng.random() < 0.5 else view
 
 
+def _scaled(
+    box: tuple[int, int, int, int], whole: tuple[int, int], image_3HW: torch.Tensor
+) -> tuple[int, int, int, int]:
+    """A crop of the whole image as one of an image that is smaller."""
+    down, across = image_3HW.shape[-2] / whole[0], image_3HW.shape[-1] / whole[1]
+    top, left = int(box[0] * down), int(box[1] * across)
+    return top, left, max(1, round(box[2] * down)), max(1, round(box[3] * across))
+
+
 class TrainingImages(Dataset["Batch | TrainingError"]):
-    """Indexed by Request: reads, decodes and augments the images of a batch and gathers their embeddings.
+    """Indexed by Request: reads, decodes and augments the images of a batch, gathers their embeddings, draws texts.
 
     What goes wrong is returned, since the loader would raise it as a traceback of another process.
     """
 
-    def __init__(self, store: str, augmentation: Augmentation) -> None:
-        self._path = store
-        self._augmentation = augmentation
+    def __init__(self, store: str, augmentation: Augmentation, bank: TextBank | None = None) -> None:
+        self._path, self._augmentation, self._bank = store, augmentation, bank
         self._store: Store | None = None
 
     def __getitem__(self, request: Request) -> Batch | TrainingError:
@@ -90,101 +119,75 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
 
     def _batch(self, request: Request) -> Batch:
         store = self._store = self._store or Store(self._path)  # opened in the process that reads
-        images = self._images(store, request.rows_B)
-        rows = request.rows_B.tolist()
+        view: Callable[[int, bytes], torch.Tensor]
         if store.schema.views:
             # Every image in another view each epoch, the same crop and flip that the teacher saw.
             view_B = (request.rows_B + request.epoch) % store.schema.views.count
             teacher_BD, boxes_B5 = store.gather_view(request.rows_B, view_B)
             size, facts = (self._augmentation.size,) * 2, store.schema.teacher.preprocessing
-            pixels = [replay(image, box, size, facts) for image, box in zip(images, boxes_B5, strict=True)]
+
+            def view(place: int, data: bytes) -> torch.Tensor:
+                return replay(decode_rgb(data), boxes_B5[place], size, facts)
         else:
             teacher_BD = store.gather(request.rows_B)
-            pixels = [self._augmentation(i, request.epoch, row) for i, row in zip(images, rows, strict=True)]
+
+            def view(place: int, data: bytes) -> torch.Tensor:
+                return self._augmentation(data, request.epoch, int(request.rows_B[place]))
+
+        pixels = [
+            _readable(where, read, partial(view, place))
+            for place, (where, read) in enumerate(self._encoded(store, request.rows_B))
+        ]
         return Batch(
             step=request.step,
             epoch=request.epoch,
             pixels_B3HW=torch.stack(pixels),
             teacher_BD=torch.from_numpy(teacher_BD),
             rows_B=torch.from_numpy(request.rows_B),
-            all_rows_G=torch.from_numpy(request.all_rows_G),
+            texts=self._bank.draw(request.step, request.all_rows_G) if self._bank else None,
         )
 
-    def _images(self, store: Store, rows_B: np.ndarray[Any, Any]) -> list[torch.Tensor]:
-        """Decoded images: the store's own pixels where it has them, else the files that it was cached from."""
+    def _encoded(self, store: Store, rows_B: np.ndarray[Any, Any]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        """How each image is called and read: from the store's own pixels, else the files that it was cached from."""
         if store.schema.pixels:
             jpegs = store.pixels(rows_B)
-            return [self._decode(f"row {row}", partial(next, jpegs)) for row in rows_B.tolist()]
-        samples = store.samples(rows_B)
-        if not all(s["file"] for s in samples):
-            what = f"{store.path} was imported without the images that its embeddings are of"
-            raise TrainingError(what, remedy="import it again with --images, or cache the images")
-        return [
-            self._decode(
-                f"row {s['row']} (key {s['key']!r} in {s['file']})",
-                partial(read_encoded, s["file"], s["offset"], s["size"]),
-            )
-            for s in samples
-        ]
-
-    def _decode(self, where: str, read: Callable[[], bytes]) -> torch.Tensor:
-        try:
-            return decode_rgb(read())
-        except (OSError, DecodeError) as error:
-            what = f"{where} was read when it was cached and cannot be read now: {error}"
-            raise TrainingError(what, remedy="put the file back as it was, or cache the images again") from None
+            for row in rows_B.tolist():
+                yield f"row {row}", partial(next, jpegs)
+            return
+        for s in store.samples(rows_B):
+            if not s["file"]:
+                what = f"{store.path} was imported without the images that its embeddings are of"
+                raise TrainingError(what, remedy="import it again with --images, or cache the images")
+            read = partial(read_encoded, s["file"], s["offset"], s["size"])
+            yield f"row {s['row']} (key {s['key']!r} in {s['file']})", read
 
 
-class _Requests(Sampler[Request]):
-    """The batches of this rank from `first` step to the last, in order."""
+def _readable(where: str, read: Callable[[], bytes], view: Callable[[bytes], torch.Tensor]) -> torch.Tensor:
+    try:
+        return view(read())
+    except (OSError, DecodeError) as error:
+        what = f"{where} was read when it was cached and cannot be read now: {error}"
+        raise TrainingError(what, remedy="put the file back as it was, or cache the images again") from None
 
-    def __init__(
-        self, store: Store, *, seed: int, batch_size: int, per_epoch: int, first: int, steps: int, rank: int, world: int
-    ) -> None:
-        self._store, self._seed, self._batch_size = store, seed, batch_size
-        self._per_epoch, self._first, self._steps = per_epoch, first, steps
-        self._rank, self._world = rank, world
+
+class Requests(Sampler[Request]):
+    """The batches of one process of `world`, from step `first` to the last, in order."""
+
+    def __init__(self, order: Order, *, first: int, steps: int, rank: int = 0, world: int = 1) -> None:
+        self._order, self._first, self._steps, self._rank, self._world = order, first, steps, rank, world
 
     def __iter__(self) -> Iterator[Request]:
-        step = self._first
-        while step < self._steps:
-            epoch, skip = divmod(step, self._per_epoch)
-            batches = epoch_batches(self._store, seed=self._seed, epoch=epoch, batch_size=self._batch_size, skip=skip)
-            for rows in batches:
-                if step >= self._steps:
-                    return
-                yield Request(step, epoch, rows[self._rank :: self._world].copy(), rows)
-                step += 1
+        for step, epoch, rows_G in self._order.steps(self._first, self._steps):
+            yield Request(step, epoch, rows_G[self._rank :: self._world].copy(), rows_G)
 
 
-def training_loader(
-    store: Store,
-    augmentation: Augmentation,
-    *,
-    batch_size: int,
-    per_epoch: int,
-    first: int,
-    steps: int,
-    workers: int,
-    rank: int = 0,
-    world: int = 1,
-) -> DataLoader[Batch | TrainingError]:
-    """Batches from step `first` to `steps`; `batch_size` is that of all `world` processes together.
+def training_loader(dataset: Dataset[_T | TrainingError], requests: Requests, workers: int) -> Iterator[_T]:
+    """The batches of a dataset that is indexed by Request, read ahead by `workers` processes (0: by this one).
 
-    The same batches whatever the number of `workers` (processes that decode; 0: this one).
+    They are the same whatever the number of workers. Raises TrainingError for what went wrong in one, or with it.
     """
-    requests = _Requests(
-        store,
-        seed=augmentation.seed,
-        batch_size=batch_size,
-        per_epoch=per_epoch,
-        first=first,
-        steps=steps,
-        rank=rank,
-        world=world,
-    )
-    return DataLoader(
-        TrainingImages(store.path, augmentation),
+    loader = DataLoader(
+        dataset,
         sampler=requests,
         batch_size=None,
         num_workers=workers,
@@ -193,10 +196,6 @@ def training_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or the loader would draw from the global one, and drop-path with it
     )
-
-
-def batches(loader: DataLoader[Batch | TrainingError]) -> Iterator[Batch]:
-    """The batches of a loader. Raises TrainingError for what went wrong in a worker, or with it."""
     iterator = iter(loader)
     while True:
         try:

@@ -9,11 +9,14 @@ Shapes: C channels, H height, W width.
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 
 import torch
 from PIL import Image
+from simplejpeg import decode_jpeg as decode_jpeg_scaled
+from simplejpeg import decode_jpeg_header
 
 from cache_schemas import Status
 
@@ -81,6 +84,30 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     if isinstance(image, torch.Tensor):
         return image
     return to_tensor(image)
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG in grey or colour, from its header; None for anything else, and above MAX_PIXELS."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, space, _ = decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return (height, width) if space in ("Gray", "YCbCr", "RGB") and height * width <= MAX_PIXELS else None
+
+
+def decode_scaled(data: bytes, whole: tuple[int, int], scale: float) -> torch.Tensor:
+    """A JPEG of that height and width as a uint8 RGB tensor (3, H, W), decoded at the smallest n/8 of its size that is
+    `scale` of it or more: the rest of the inverse transform is not computed. At 1 as `decode_rgb`, which is asked where
+    the strict decoder finds fault. Raises DecodeError.
+    """
+    height, width = (math.ceil(side * scale) for side in whole)
+    try:
+        pixels_HW3 = decode_jpeg_scaled(data, min_height=height, min_width=width)
+    except ValueError:
+        return decode_rgb(data)
+    return torch.from_numpy(pixels_HW3).permute(2, 0, 1)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

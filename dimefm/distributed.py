@@ -74,6 +74,15 @@ def require_same(step: int, place: Place) -> int:
     return step
 
 
+def any_of(flag: bool, place: Place) -> bool:
+    """Whether any process says so: what all of them must do in the same step."""
+    if place.world == 1:
+        return flag
+    found = torch.tensor(int(flag), device=place.device)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return bool(found.item())
+
+
 def wait_for_all(place: Place) -> None:
     """Let rank 0 finish writing before the others read."""
     if place.world > 1:

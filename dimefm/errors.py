@@ -45,3 +45,11 @@ class SelectionError(DimefmError):
 
 class TrainingError(DimefmError):
     """A run that cannot start or go on: bad settings, NaN or infinity, a failed worker."""
+
+
+class StoppedError(DimefmError):
+    """A run that was asked to stop by a signal, and did so with a checkpoint. `signal` is its number."""
+
+    def __init__(self, what: str, *, signal: int, remedy: str | None = None) -> None:
+        self.signal = signal
+        super().__init__(what, remedy=remedy)

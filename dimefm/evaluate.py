@@ -24,16 +24,17 @@ def evaluate(
     *,
     pretrained: str | None = None,
     checkpoint: str = "last",
+    weights: str = "model",
     precision: Precision = "fp32",
     device: str | None = None,
 ) -> dict[str, ZeroShot]:
     """Zero-shot accuracy on each labelled set, by name. Class embeddings: the mean over the set's templates.
 
-    `model` is a run folder (its `checkpoint`, "last" or "best"), an open_clip folder, or an open_clip name with its
-    `pretrained` tag. Raises a DimefmError for a model or set that cannot be read.
+    `model` is a run folder (its `checkpoint` and `weights` as for `dimefm.export.export`), an open_clip folder, or an
+    open_clip name with its `pretrained` tag. Raises a DimefmError for a model or set that cannot be read.
     """
     opened = open_sets(tuple(sets))
-    with open_model(model, pretrained, checkpoint, precision, device) as clip:
+    with open_model(model, pretrained, checkpoint, precision, device, weights) as clip:
         return {labelled.name: _evaluate_one(clip, labelled) for labelled in opened}
 
 
@@ -44,13 +45,18 @@ def _evaluate_one(clip: Clip, labelled: LabelledSet) -> ZeroShot:
 
 @contextmanager
 def open_model(
-    model: str, pretrained: str | None, checkpoint: str, precision: Precision, device: str | None
+    model: str,
+    pretrained: str | None,
+    checkpoint: str,
+    precision: Precision,
+    device: str | None,
+    weights: str = "model",
 ) -> Iterator[Clip]:
     """The model that `model` names; see `evaluate`."""
     folder = Path(model)
     if (folder / RUN_FILE).exists():
         with tempfile.TemporaryDirectory() as temporary:
-            exported = export(model, f"{temporary}/student", checkpoint=checkpoint)
+            exported = export(model, f"{temporary}/student", checkpoint=checkpoint, weights=weights)
             yield load_clip(f"local-dir:{exported}", precision=precision, device=device)
         return
     name = f"local-dir:{model}" if (folder / CONFIG_FILE).exists() else model

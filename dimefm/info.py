@@ -197,6 +197,7 @@ def _run(path: str) -> str:
     train = [line for line in read_metrics(path) if line["event"] == "train"]
     rows = [
         ("student", f"{run.student.name} at {run.student.image_size} px, {run.student.embed_dim} wide"),
+        *([("text student", run.text_student.name)] if run.text_student else []),
         ("steps", f"{checkpoints.step() or 0:,} of {run.steps:,}, batches of {config['batch_size']}"),
         ("loss", ", ".join(f"{k} {v}" for k, v in loss.items() if v)),
         *_teacher(run.teacher),
@@ -207,6 +208,6 @@ def _run(path: str) -> str:
         rows.append(("last", f"loss {train[-1]['loss']:.4f}, {train[-1]['images_per_second']:,.0f} images/s"))
     rows += [("validation", f"{name} top-1 {score:.3f}") for name, score in last_validation(path).items()]
     best = checkpoints.step("best")
-    if best is not None:
-        rows.append(("best", f"step {best:,}"))
+    rows.append(("checkpoints", ", ".join(f"{s:,}{' (best)' if s == best else ''}" for s in checkpoints.steps())))
+    rows += [("changed", f"{c.field} after step {c.step:,}: {c.values}") for c in run.changes]
     return _table(f"{Path(path)}: training run", rows)

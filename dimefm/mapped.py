@@ -45,7 +45,7 @@ class MappedArray:
         if storage.is_url(store) or len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
             return None
         inner = codecs[0].codecs
-        if len(inner) != 2 or not isinstance(inner[1], Crc32cCodec) or array.ndim < 2:
+        if len(inner) != 2 or not isinstance(inner[1], Crc32cCodec):
             return None
         if codecs[0].index_location.value != "end" or array.chunks[1:] != array.shape[1:]:
             return None

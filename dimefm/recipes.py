@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dimefm.config import TrainConfig
-from dimefm.losses import LossConfig
+from dimefm.objective import LossConfig
 from dimefm.textbank import TextMix
 
 

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cache_schemas import Run
-from cache_schemas.run import RUN_FILE
+from cache_schemas.run import RUN_FILE, Change
 from dimefm import storage
 from dimefm.commits import versions
-from dimefm.config import TrainConfig
-from dimefm.errors import MismatchError, OutputExistsError, StoreError
-from dimefm.pairs import Pairs
+from dimefm.config import NEVER_DIFFER, TrainConfig
+from dimefm.errors import MismatchError, OutputExistsError, StoreError, TrainingError
+from dimefm.pairs import Pairs, require_pairs_match
 from dimefm.selected import SelectedTexts
-from dimefm.store import Store
-from dimefm.student import student_spec
+from dimefm.store import Store, require_same_teacher
+from dimefm.student import student_spec, text_spec
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The finished stores of a run, checked against each other."""
+
+    images: Store
+    texts: Store
+    pairs: Pairs | None
+    selection: SelectedTexts | None
+
+
+def open_inputs(config: TrainConfig) -> Inputs:
+    """Open what a config names. Raises StoreError for what is unfinished, MismatchError for what does not fit."""
+    images, texts = Store(config.images), Store(config.texts)
+    for store, kind in ((images, "image"), (texts, "text")):
+        store.require_kind(kind)
+        store.require_complete()
+    require_same_teacher(images, texts)
+    pairs = Pairs(config.pairs) if config.pairs else None
+    if pairs:
+        require_pairs_match(pairs, images, texts)
+    selection = SelectedTexts(config.selection) if config.selection else None
+    if selection:
+        selection.require_texts(texts)
+    if config.val_texts:
+        require_same_teacher(images, Store(config.val_texts))
+    return Inputs(images, texts, pairs, selection)
 
 
 def read_run(path: str) -> Run:
@@ -25,20 +54,16 @@ def read_run(path: str) -> Run:
 
 
 def open_run(
-    config: TrainConfig,
-    images: Store,
-    texts: Store,
-    pairs: Pairs | None,
-    selection: SelectedTexts | None,
-    steps: int,
-    *,
-    write: bool,
+    config: TrainConfig, inputs: Inputs, steps: int, *, allow_changes: tuple[str, ...], done: int, write: bool
 ) -> Run:
-    """The run document of `config`, written if this is the first start and `write`.
+    """The run document of `config`, written if `write` and it is not there as it is.
 
-    Raises MismatchError where the folder holds a run with another config or other stores, and names the fields;
-    OutputExistsError where it holds something else.
+    Raises MismatchError where the folder holds a run with another config or other stores, and names the fields: all but
+    those in `allow_changes`, whose change after `done` steps is recorded. Raises OutputExistsError where the folder
+    holds something else.
     """
+    _require_names(allow_changes)
+    images, pairs, selection = inputs.images, inputs.pairs, inputs.selection
     teacher = images.schema.teacher
     run = Run(
         config=config.to_json(),
@@ -46,30 +71,48 @@ def open_run(
         teacher=teacher,
         images_identity=images.schema.identity,
         images_chunk_rows=images.schema.chunk_rows,
-        texts_identity=texts.schema.identity,
+        texts_identity=inputs.texts.schema.identity,
         pairs_digest=pairs.selection().digest if pairs else None,
         selection_digest=selection.document.digest if selection else None,
         steps=steps,
         versions=versions(),
+        text_student=text_spec(config.text_student, teacher) if config.text_student else None,
     )
     path = Path(config.out) / RUN_FILE
     if path.exists():
-        _require_same(config, read_run(config.out), run)
+        old = read_run(config.out)
+        changes = _changes(config, old, run, allow_changes, done)
+        if not changes:
+            return old
+        run = replace(run, changes=(*old.changes, *changes))
     elif storage.listing(config.out):
         what = f"{config.out} exists and is not a run folder (it holds {storage.listing(config.out)[0]!r})"
         raise OutputExistsError(what, remedy="give another --out")
-    elif write:
+    if write:
         storage.write_json(str(path), run.to_json())
     return run
 
 
-def _require_same(config: TrainConfig, old: Run, new: Run) -> None:
+def _changes(config: TrainConfig, old: Run, new: Run, allowed: tuple[str, ...], done: int) -> list[Change]:
+    """What differs and may. Raises MismatchError for what may not."""
     differences = TrainConfig.parse(old.config, f"{config.out}/{RUN_FILE}").differences(config)
     for name in ("images_identity", "images_chunk_rows", "texts_identity", "pairs_digest", "selection_digest", "steps"):
         mine, theirs = getattr(old, name), getattr(new, name)
         if mine != theirs:
-            differences.append(f"{name}: {mine} != {theirs}")
-    if differences:
-        lines = "".join(f"\n  - {d}" for d in differences)
+            differences[name] = f"{mine} != {theirs}"
+    follow = {"steps"} if {"epochs", "max_steps", "batch_size"} & set(allowed) else set()
+    refused = {name: values for name, values in differences.items() if name not in {*allowed, *follow}}
+    if refused:
+        lines = "".join(f"\n  - {name}: {values}" for name, values in refused.items())
         what = f"{config.out} holds a run that differs from this command (its own != this one's):{lines}"
-        raise MismatchError(what, remedy="give another --out, or repeat the command that began it")
+        remedy = "give another --out, repeat the command that began it, or name the fields with --allow-changes"
+        raise MismatchError(what, remedy=remedy)
+    return [Change(step=done, field=name, values=values) for name, values in differences.items()]
+
+
+def _require_names(allowed: tuple[str, ...]) -> None:
+    names = TrainConfig.__dataclass_fields__.keys() - set(NEVER_DIFFER)
+    unknown = sorted(set(allowed) - names)
+    if unknown:
+        what = f"--allow-changes: {', '.join(unknown)} cannot change within a run"
+        raise TrainingError(what, remedy=f"those that can: {', '.join(sorted(names))}")

@@ -205,7 +205,7 @@ class Store:
 
     def status(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         """Status codes, uint8 (N,)."""
-        return self._zarr(STATUS, slice(start, self.schema.rows if stop is None else stop))
+        return self._read(STATUS, slice(start, self.schema.rows if stop is None else stop))
 
     def _read(self, name: str, rows: slice | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         mapped = self._mapped[name]

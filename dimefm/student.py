@@ -1,6 +1,7 @@
-"""The student: any image tower of open_clip or timm, projected to the teacher's embedding width.
+"""The student: any image tower of open_clip or timm, and any text tower of open_clip, projected to the teacher's
+embedding width.
 
-Shapes: B images, D embedding width.
+Shapes: B images or sentences, L tokens, D embedding width.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from typing import Any
 import open_clip
 import timm
 import torch
-from open_clip.model import _build_vision_tower
+from open_clip.model import _build_text_tower, _build_vision_tower
 
 from cache_schemas import StudentSpec, TeacherIdentity
+from cache_schemas.run import TextSpec
 from dimefm.errors import TrainingError
 
 
@@ -71,6 +73,30 @@ def build_student(spec: StudentSpec) -> Any:
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise TrainingError(f"cannot build {spec.name} at {spec.image_size} px: {reason}") from error
+
+
+def text_spec(name: str, teacher: TeacherIdentity) -> TextSpec:
+    """The text tower of the open_clip model `name`. Raises TrainingError for a name that open_clip does not know."""
+    cfg = open_clip.get_model_config(name)
+    if cfg is None:
+        raise TrainingError(f"no model of open_clip is called {name!r}", remedy="see open_clip.list_models()")
+    return TextSpec(
+        name=name, text_cfg=dict(cfg["text_cfg"]), embed_dim=teacher.embed_dim, activation=teacher.activation
+    )
+
+
+def build_text_student(spec: TextSpec) -> Any:
+    """The text tower with random weights, tokens int64 (B, L) to features (B, D), not normalised."""
+    try:
+        return _build_text_tower(spec.embed_dim, dict(spec.text_cfg), spec.activation == "quick_gelu")
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise TrainingError(f"cannot build the text tower of {spec.name}: {reason}") from error
+
+
+def tokenizer_of(spec: TextSpec) -> Any:
+    """Sentences to tokens int64 (B, L), as the exported student will have them."""
+    return open_clip.get_tokenizer(spec.name)
 
 
 def has_convolutions(tower: torch.nn.Module) -> bool:

@@ -1,11 +1,12 @@
 """The text batch of a step: teacher embeddings of sentences, drawn apart from the images.
 
-Shapes: T texts, D width, B images, K sentences retrieved for an image.
+Shapes: T texts, G images of the global batch, D width, K sentences retrieved for an image.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,11 +14,12 @@ import torch
 
 from cache_schemas import Status
 from dimefm.errors import TrainingError
+from dimefm.factory import available_memory
 from dimefm.pairs import Pairs
 from dimefm.selected import SelectedTexts
 from dimefm.store import Store
 
-RESIDENT_BYTES = 4 * 1024**3
+_SHARE = 4  # of the memory, the part of it that sentences may take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class TextMix:
     """Shares of a text batch: any sentence, a visually grounded one (of the selection, or retrieved by some image), one
     that was retrieved for an image of the same batch. They add up to 1."""
 
-    CONSTANTS: ClassVar[frozenset[str]] = frozenset()
+    WEIGHTS: ClassVar[tuple[str, ...]] = ("random", "selected", "retrieved")
 
     random: float = 1.0
     selected: float = 0.0
@@ -37,8 +39,25 @@ class TextMix:
         return total - selected - retrieved, selected, retrieved
 
 
+@dataclass(frozen=True)
+class TextDraw:
+    """The texts of a step: rows int64 (T,) of the text store with their embeddings float16 (T, D), None where those are
+    on the device already; and of each image of the global batch its best retrieved sentence (G,), -1 without one."""
+
+    rows_T: torch.Tensor
+    embedding_TD: torch.Tensor | None
+    pair_row_G: torch.Tensor | None
+    pair_GD: torch.Tensor | None
+
+    def pin_memory(self) -> TextDraw:
+        """See dimefm.data.Pinned."""
+        found = {name: value.pin_memory() for name, value in vars(self).items() if value is not None}
+        return replace(self, **found)
+
+
 class TextBank:
-    """Draws text batches. The embeddings are held in memory up to 4 GiB, beyond that read from the store's maps."""
+    """Draws `total` texts a step. Their embeddings are held on the device, or in memory, where they take a quarter of
+    it at most; else they are read from the store's maps by the processes that read images."""
 
     def __init__(
         self,
@@ -48,39 +67,85 @@ class TextBank:
         selection: SelectedTexts | None = None,
         *,
         seed: int,
+        total: int,
+        paired: bool = False,
+        device: torch.device | None = None,
     ) -> None:
+        """`paired` asks for each image's own sentence too. Raises TrainingError for a mix that cannot be drawn."""
         shares = (mix.random, mix.selected, mix.retrieved)
         if abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
             raise TrainingError(f"the text mix {mix} does not add up to 1", remedy="give shares from 0 to 1")
-        if mix.retrieved and pairs is None:
-            raise TrainingError("retrieved texts need --pairs", remedy="run dimefm retrieve first")
+        if pairs is None and (mix.retrieved or paired):
+            what = "retrieved texts need" if mix.retrieved else "the contrastive loss needs"
+            raise TrainingError(f"{what} --pairs", remedy="run dimefm retrieve first")
         if mix.selected and pairs is None and selection is None:
             remedy = "run dimefm retrieve first, and select-texts for a selection"
             raise TrainingError("selected texts need --selection or --pairs", remedy=remedy)
-        self._store, self._mix, self._pairs, self._seed = store, mix, pairs, seed
-        self._valid = np.flatnonzero(store.status() == Status.OK).astype(np.int32)
+        self._store, self._mix, self._pairs, self._seed, self._total = store, mix, pairs, seed, total
+        self._paired = paired
+        self._valid = np.flatnonzero(store.status() == Status.OK).astype(np.int32) if mix.random else None
         self._selected: np.ndarray[Any, Any] | None = None
         if mix.selected and selection is not None:
             self._selected = selection.rows()
         elif mix.selected and pairs is not None:
             self._selected = np.flatnonzero(pairs.hits()).astype(np.int32)
         size = store.schema.rows * store.schema.dim * 2
-        self._resident = store.read(0, store.schema.rows) if size <= RESIDENT_BYTES else None
+        self.place = "device" if size <= _room(device) else "memory" if size <= _room(None) else "disk"
+        self._resident = store.read(0, store.schema.rows) if self.place != "disk" else None
+        self._on_device: torch.Tensor | None = None
+        if self.place == "device" and self._resident is not None:
+            self._on_device, self._resident = torch.from_numpy(self._resident).to(device), None
 
-    def sample(self, step: int, total: int, rows_B: np.ndarray[Any, Any]) -> torch.Tensor:
-        """`total` embeddings for `step`, float32 (T, D); a function of seed, step and the batch's image rows alone."""
-        rows_T = self.rows(step, total, rows_B)
-        vectors = self._store.gather(rows_T) if self._resident is None else self._resident[rows_T]
-        return torch.from_numpy(vectors).float()
+    def draw(self, step: int, rows_G: np.ndarray[Any, Any]) -> TextDraw:
+        """The texts of `step`: a function of seed, step and the global batch's image rows alone."""
+        rows_T = self.rows(step, rows_G)
+        pair_row_G = self._pairs.gather(rows_G)[:, 0].astype(np.int64) if self._paired and self._pairs else None
+        return TextDraw(
+            rows_T=torch.from_numpy(rows_T),
+            embedding_TD=self._gather(rows_T),
+            pair_row_G=None if pair_row_G is None else torch.from_numpy(pair_row_G),
+            pair_GD=None if pair_row_G is None else self._gather(np.maximum(pair_row_G, 0)),
+        )
 
-    def rows(self, step: int, total: int, rows_B: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """The rows of the text store behind `sample`, int (T,)."""
+    def embeddings(self, drawn: TextDraw, device: torch.device) -> torch.Tensor:
+        """The embeddings of drawn texts, float32 (T, D), on the device."""
+        return self._float(drawn.rows_T, drawn.embedding_TD, device)
+
+    def pair(self, drawn: TextDraw, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Each image's own sentence: embedding float32 (G, D) and row (G,), where they were asked for."""
+        if drawn.pair_row_G is None:
+            return None
+        rows_G = drawn.pair_row_G
+        return self._float(rows_G.clamp(min=0), drawn.pair_GD, device), rows_G.to(device)
+
+    def rows(self, step: int, rows_G: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The rows of the text store that are drawn for `step`, int64 (T,)."""
         rng = np.random.default_rng((self._seed, 0x7E87, step))
-        random, selected, retrieved = self._mix.counts(total)
-        parts = [self._valid[rng.integers(len(self._valid), size=random)]]
+        random, selected, retrieved = self._mix.counts(self._total)
+        parts = []
+        if random and self._valid is not None:
+            parts.append(self._valid[rng.integers(len(self._valid), size=random)])
         if selected and self._selected is not None:
             parts.append(self._selected[rng.integers(len(self._selected), size=selected)])
         if retrieved and self._pairs is not None:
-            found = self._pairs.gather(rows_B)
+            found = self._pairs.gather(rows_G)
             parts.append(rng.choice(found[found >= 0], size=retrieved))
-        return np.concatenate(parts)
+        return np.concatenate(parts).astype(np.int64)
+
+    def _gather(self, rows_N: np.ndarray[Any, Any]) -> torch.Tensor | None:
+        if self.place == "device":
+            return None
+        return torch.from_numpy(self._store.gather(rows_N) if self._resident is None else self._resident[rows_N])
+
+    def _float(self, rows_N: torch.Tensor, read_ND: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        if read_ND is None:
+            assert self._on_device is not None
+            read_ND = self._on_device[rows_N.to(device, non_blocking=True)]
+        return read_ND.to(device, non_blocking=True).float()
+
+
+def _room(device: torch.device | None) -> int:
+    """Bytes that sentences may take on a GPU (none on the CPU as a device), or for None in this machine's memory."""
+    if device is None:
+        return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // _SHARE
+    return torch.cuda.mem_get_info(device)[0] // _SHARE if device.type == "cuda" else 0

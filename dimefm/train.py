@@ -7,35 +7,38 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from dimefm import storage
 from dimefm.checkpoint import Checkpoints
 from dimefm.config import TrainConfig
-from dimefm.data import Augmentation, Batch, batches, training_loader
-from dimefm.distributed import Place, gather_batch, join_group, leave_group, require_same, wait_for_all
-from dimefm.errors import TrainingError
-from dimefm.losses import distillation_loss
+from dimefm.data import Augmentation, Batch, Requests, TrainingImages, training_loader
+from dimefm.distributed import Place, any_of, join_group, leave_group, require_same, wait_for_all
+from dimefm.errors import StoppedError, TrainingError
+from dimefm.initial import load_initial
+from dimefm.learner import Learner
+from dimefm.objective import Objective
 from dimefm.optim import adamw, learning_rate
-from dimefm.order import steps_per_epoch
-from dimefm.pairs import Pairs, require_pairs_match
+from dimefm.order import Order
 from dimefm.preprocess import normalise
-from dimefm.run import open_run
+from dimefm.run import Inputs, open_inputs, open_run
 from dimefm.runlog import RunLog, last_validation
-from dimefm.selected import SelectedTexts
-from dimefm.store import Store, require_same_teacher
-from dimefm.student import build_student, has_convolutions
+from dimefm.stopping import Stopping
+from dimefm.store import Store
+from dimefm.student import build_student, build_text_student, tokenizer_of
+from dimefm.text_data import TextBatch, TrainingTexts
 from dimefm.textbank import TextBank
 from dimefm.validate import Validation
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MEAN_ROWS = 65536
+_TEXTS = 1  # tells the order of a text tower's sentences from that of the images
 
 
 @dataclass(frozen=True)
@@ -47,52 +50,56 @@ class Result:
     validation: dict[str, float]
 
 
-def train(config: TrainConfig) -> Result:
+def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
     """Train to the end, or go on from the last checkpoint of the same run in `config.out`.
 
-    Raises TrainingError, MismatchError or StoreError for what the user can mend; checkpoints stay.
+    A run that goes on may differ from its start in the fields named by `allow_changes`; run.json keeps a record. Raises
+    TrainingError, MismatchError or StoreError for what the user can mend, and StoppedError after SIGINT or SIGTERM;
+    checkpoints stay.
     """
     config = replace(config, out=storage.local(config.out, "a run folder"))
     place = join_group(config.device)
     try:
-        return _Trainer(config, place).run()
+        return _Trainer(config, place, allow_changes).run()
     finally:
         leave_group(place)
 
 
 class _Trainer:
-    def __init__(self, config: TrainConfig, place: Place) -> None:
+    def __init__(self, config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -> None:
         self.config, self.place = config, place
-        self.images, self.texts, self.pairs, self.selection = _open_stores(config)
-        self.per_epoch = _steps_per_epoch(config, self.images, place)
+        self.inputs = inputs = open_inputs(config)
+        self.order, self.text_order = _orders(config, inputs, place)
+        self.per_epoch = self.order.steps_per_epoch()
         self.steps = min(round(config.epochs * self.per_epoch), config.max_steps or 2**62)
         if self.steps < 1:
             raise TrainingError(
                 f"{config.epochs:g} epochs of {self.per_epoch} steps are none", remedy="give more --epochs"
             )
+        self.checkpoints = Checkpoints(config.out, config.keep)
         if not place.first:
             wait_for_all(place)
-        document = open_run(config, self.images, self.texts, self.pairs, self.selection, self.steps, write=place.first)
+        done = self.checkpoints.step() or 0
+        document = open_run(config, inputs, self.steps, allow_changes=allow_changes, done=done, write=place.first)
         if place.first:
             wait_for_all(place)
-        self.spec = document.student
-        self.mean_D = mean_embedding(self.images).to(place.device) if config.loss.centred else None
-        self.bank = None
-        if config.loss.vl:
-            self.bank = TextBank(self.texts, config.text_mix, self.pairs, self.selection, seed=config.seed)
-        val_texts = Store(config.val_texts) if config.val_texts else self.texts
-        self.validation = Validation(config.val, val_texts, self.spec) if config.val and place.first else None
-        self.checkpoints = Checkpoints(config.out)
+        self.spec, self.text_spec = document.student, document.text_student
 
         torch.manual_seed(config.seed)
-        self.model = build_student(self.spec).to(place.device)
-        self.layout = torch.channels_last if has_convolutions(self.model) else torch.contiguous_format
-        self.model.to(memory_format=self.layout)
-        self.tower: Any = DistributedDataParallel(self.model) if place.world > 1 else self.model
+        self.image, self.text = self._image_learner(), self._text_learner()
+        self.learners = [learner for learner in (self.image, self.text) if learner is not None]
+        modules = [m for learner in self.learners for m in (learner.module, learner.objective)]
         self.optimizer = adamw(
-            self.model, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps
+            modules, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps
         )
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.precision == "fp16")
+        self.bank = None
+        if config.loss.vl or config.loss.contrastive:
+            self.bank = TextBank(
+                inputs.texts, config.text_mix, inputs.pairs, inputs.selection, seed=config.seed,
+                total=config.texts_per_step, paired=config.loss.contrastive > 0, device=place.device,
+            )  # fmt: skip
+        self.validation = self._validation() if config.val and place.first else None
 
     def run(self) -> Result:
         """The loop: a batch arrives, a step is taken, and what is due after it is done."""
@@ -102,27 +109,30 @@ class _Trainer:
             return Result(config.out, self.steps, last_validation(config.out))
         scores: dict[str, float] = {}
         validate_every = max(1, round(config.val_every * self.per_epoch))
-        with RunLog(config.out, first=first, steps=self.steps, enabled=self.place.first) as log:
+        with RunLog(config.out, first=first, steps=self.steps, enabled=self.place.first) as log, Stopping() as stopping:
             asked = time.monotonic()
-            for batch in batches(self._loader(first)):
+            for batch, texts in self._batches(first, stopping):
                 waited = time.monotonic() - asked
-                values = self._step(batch)
+                values = self._step(batch, texts)
                 done, last = batch.step + 1, batch.step + 1 == self.steps
+                stop = any_of(stopping.asked is not None, self.place) and not last
                 log.step(done, images=config.batch_size, waited=waited)
-                if last or done % config.log_every == 0:
+                if last or stop or done % config.log_every == 0:
                     log.train(done, values)
                 validated = last or done % validate_every == 0
                 if self.validation and validated:
                     began = time.monotonic()
-                    scores = self.validation.run(self.model, self.place.device)
+                    scores = self._validate()
                     log.validation(done, scores, time.monotonic() - began)
-                if validated or done % config.checkpoint_every == 0:
+                if validated or stop or done % config.checkpoint_every == 0:
                     self._save(done, scores if validated else {})
+                if stop:
+                    raise self._stopped(stopping, f"after step {done:,} of {self.steps:,}, which is kept")
                 asked = time.monotonic()
         return Result(config.out, self.steps, scores)
 
-    def _step(self, batch: Batch) -> dict[str, float]:
-        """Targets in, images forward, losses in float32 over the global batch, backward, optimiser."""
+    def _step(self, batch: Batch, texts: TextBatch | None) -> dict[str, float]:
+        """Each tower's gradients, then the optimiser. Nothing waits for the device before the end."""
         config, device = self.config, self.place.device
         lr = learning_rate(
             batch.step,
@@ -134,55 +144,135 @@ class _Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        teacher_text_TD = None
-        if self.bank is not None:
-            teacher_text_TD = self.bank.sample(batch.step, config.texts_per_step, batch.all_rows_G.numpy()).to(device)
-        images = normalise(batch.pixels_B3HW.to(device, non_blocking=True), self.spec.mean, self.spec.std)
-        dtype = _DTYPES[config.precision]
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            features_BD = self.tower(images.to(memory_format=self.layout))
-        student_GD = gather_batch(F.normalize(features_BD.float(), dim=-1), self.place)
-        teacher_GD = gather_batch(batch.teacher_BD.to(device).float(), self.place)
-        loss, parts = distillation_loss(teacher_GD, teacher_text_TD, student_GD, config.loss, self.mean_D)
-        values = {"loss": loss.item(), **{name: value.item() for name, value in parts.items()}}
-        self._require_finite(values, batch)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        drawn = batch.texts if self.bank else None
+        text_TD = self.bank.embeddings(drawn, device) if self.bank and drawn and config.loss.vl else None
+        pair = self.bank.pair(drawn, device) if self.bank and drawn else None
+        seed = (config.seed, batch.step)
+        values = self.image.learn(
+            batch.pixels_B3HW, batch.teacher_BD, text_TD, pair, seed=seed, scaler=self.scaler
+        )  # fmt: skip
+        if self.text and texts:
+            images_GD = self.image.teacher_GD
+            found = self.text.learn(
+                texts.tokens_BL, texts.teacher_BD, images_GD, None, seed=(*seed, _TEXTS), scaler=self.scaler
+            )
+            values |= {f"text_{name}": value for name, value in found.items()}
+        self.scaler.unscale_(self.optimizer)
+        values["grad_norm"] = self._clip()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return {**values, "lr": lr, "epoch": batch.epoch}
+        for learner in self.learners:
+            learner.after_step()
+        shown = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
+        self._require_finite({**shown, "lr": lr}, batch)
+        return {**shown, "lr": lr, "epoch": batch.epoch}
+
+    def _clip(self) -> torch.Tensor:
+        """The norm of the whole gradient, before it is cut down to `clip_grad`."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm: torch.Tensor = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.config.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
+        return norm
 
     def _require_finite(self, values: dict[str, float], batch: Batch) -> None:
-        if math.isfinite(values["loss"]):
+        """Stops the run at the first step whose loss or gradient is not finite, with all that led to it. In fp16 a
+        gradient may be: the scaler leaves such a step out."""
+        of_loss = [value for name, value in values.items() if name != "grad_norm" or not self.scaler.is_enabled()]
+        if all(map(math.isfinite, of_loss)):
             return
-        listed = ", ".join(f"{name} {value}" for name, value in values.items())
-        what = f"step {batch.step + 1}: {listed}; rows {batch.rows_B[:8].tolist()}..."
-        raise TrainingError(what, remedy="lower --lr, or use --precision bf16 or fp32; the last checkpoint is whole")
+        listed = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        modules = {"": self.image.module, "text.": self.text.module if self.text else torch.nn.Module()}
+        parameters = [(p + name, v) for p, module in modules.items() for name, v in module.named_parameters()]
+        broken = [name for name, v in parameters if v.grad is not None and not torch.isfinite(v.grad).all()]
+        teacher = "finite" if torch.isfinite(batch.teacher_BD).all() else "not finite"
+        facts = {
+            "step": batch.step + 1, "values": {n: str(v) for n, v in values.items()}, "rows": batch.rows_B.tolist(),
+            "teacher_embeddings": teacher, "parameters_with_a_gradient_that_is_not_finite": broken,
+        }  # fmt: skip
+        path = storage.join(self.config.out, "stopped-at.json")
+        storage.write_json(path, facts)
+        what = f"step {batch.step + 1}: {listed}; gradients that are not finite: {len(broken)} of {len(parameters)}"
+        what += f" ({', '.join(broken[:3])})" if broken else ""
+        remedy = f"lower --lr, give --clip-grad, or another --precision; the last checkpoint is whole; see {path}"
+        raise TrainingError(f"{what}; the teacher's embeddings are {teacher}", remedy=remedy)
 
-    def _loader(self, first: int) -> Any:
-        config, spec = self.config, self.spec
-        return training_loader(
-            self.images,
-            Augmentation(size=spec.image_size, crop_scale=config.crop_scale, flip=config.flip, seed=config.seed),
-            batch_size=config.batch_size,
-            per_epoch=self.per_epoch,
-            first=first,
-            steps=self.steps,
-            workers=config.workers,
-            rank=self.place.rank,
-            world=self.place.world,
+    def _batches(self, first: int, stopping: Stopping) -> Iterator[tuple[Batch, TextBatch | None]]:
+        config, place = self.config, self.place
+        augmentation = Augmentation(
+            size=self.spec.image_size, crop_scale=config.crop_scale, flip=config.flip, seed=config.seed
         )
+        span: dict[str, int] = {"first": first, "steps": self.steps, "rank": place.rank, "world": place.world}
+        dataset = TrainingImages(self.inputs.images.path, augmentation, self.bank)
+        images = training_loader(dataset, Requests(self.order, **span), config.workers)
+        texts: Iterator[TextBatch | None] = repeat(None)
+        if self.text_order and self.text_spec:
+            sentences = TrainingTexts(self.inputs.texts.path, self.text_spec)
+            texts = training_loader(sentences, Requests(self.text_order, **span), min(1, config.workers))
+        try:
+            yield from zip(images, texts, strict=False)
+        except TrainingError:
+            if stopping.asked is None:
+                raise  # else the signal went to the processes that read, too
+            raise self._stopped(stopping, "while it waited for images; the last checkpoint is kept") from None
+
+    def _stopped(self, stopping: Stopping, when: str) -> StoppedError:
+        number = stopping.asked  # None where another process of the group was asked
+        name = number.name if number else "a signal to another process"
+        what = f"{self.config.out} was stopped by {name} {when}"
+        return StoppedError(what, signal=int(number or 0), remedy="the same command goes on from there")
+
+    def _image_learner(self) -> Learner:
+        config, spec = self.config, self.spec
+        module = build_student(spec)
+        if config.init and not self.checkpoints.step():
+            load_initial(module, spec, config.init)
+        mean_D = mean_embedding(self.inputs.images) if config.loss.centred else None
+        return self._learner(module, config.loss, mean_D, partial(normalise, mean=spec.mean, std=spec.std))
+
+    def _text_learner(self) -> Learner | None:
+        if self.text_spec is None:
+            return None
+        mean_D = mean_embedding(self.inputs.texts) if self.config.text_loss.centred else None
+        return self._learner(build_text_student(self.text_spec), self.config.text_loss, mean_D, lambda tokens: tokens)
+
+    def _learner(self, module: Any, loss: Any, mean_D: torch.Tensor | None, prepare: Any) -> Learner:
+        config, teacher = self.config, self.inputs.images.schema.teacher
+        objective = Objective(loss, teacher_scale=teacher.logit_scale, dim=teacher.embed_dim, mean_D=mean_D)
+        return Learner(
+            module, objective, self.place, prepare=prepare, precision=config.precision,
+            accumulate=config.accumulate, ema=config.ema, compile=config.compile,
+        )  # fmt: skip
+
+    def _validation(self) -> Validation:
+        config = self.config
+        if self.text_spec:
+            return Validation(config.val, None, self.spec, tokenizer_of(self.text_spec))
+        return Validation(config.val, Store(config.val_texts) if config.val_texts else self.inputs.texts, self.spec)
+
+    def _validate(self) -> dict[str, float]:
+        """Top-1 by set; of the moving average, too, as ``SET_ema``."""
+        assert self.validation
+        device, text = self.place.device, self.text
+        scores = self.validation.run(self.image.module, text and text.module, device)
+        if self.image.average:
+            average = text.average.module if text and text.average else None
+            found = self.validation.run(self.image.average.module, average, device)
+            scores |= {f"{name}_ema": score for name, score in found.items()}
+        return scores
 
     def _save(self, done: int, scores: dict[str, float]) -> None:
         if self.place.first:
             state = {
                 "step": done,
-                "model": self.model.state_dict(),
+                "image": self.image.state_dict(),
+                "text": self.text.state_dict() if self.text else None,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
-                "rng": torch.get_rng_state(),
             }
-            self.checkpoints.save(done, state, sum(scores.values()) / len(scores) if scores else None)
+            ranked = [score for name, score in scores.items() if name.endswith("_ema") or not self.config.ema]
+            self.checkpoints.save(done, state, sum(ranked) / len(ranked) if ranked else None)
         wait_for_all(self.place)
 
     def _restore(self) -> int:
@@ -190,44 +280,40 @@ class _Trainer:
         state = self.checkpoints.load()
         if state is None:
             return 0
-        self.model.load_state_dict(state["model"])
+        self.image.load_state_dict(state["image"])
+        if self.text:
+            self.text.load_state_dict(state["text"])
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, mine in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(mine)  # those of the config, which --allow-changes may have changed
         self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
         return int(state["step"])
 
 
-def mean_embedding(images: Store) -> torch.Tensor:
+def mean_embedding(store: Store) -> torch.Tensor:
     """The mean teacher embedding (D,), float32, over at most 65,536 rows spread evenly over the store."""
-    rows = np.linspace(0, images.schema.rows - 1, min(images.schema.rows, _MEAN_ROWS)).astype(np.int64)
-    embedding_ND = torch.from_numpy(images.gather(rows)).double()
+    rows = np.linspace(0, store.schema.rows - 1, min(store.schema.rows, _MEAN_ROWS)).astype(np.int64)
+    embedding_ND = torch.from_numpy(store.gather(rows)).double()
     return embedding_ND[embedding_ND.any(dim=1)].mean(dim=0).float()
 
 
-def _open_stores(config: TrainConfig) -> tuple[Store, Store, Pairs | None, SelectedTexts | None]:
-    """The finished stores of a run, checked against each other."""
-    images, texts = Store(config.images), Store(config.texts)
-    for store, kind in ((images, "image"), (texts, "text")):
-        store.require_kind(kind)
-        store.require_complete()
-    require_same_teacher(images, texts)
-    pairs = Pairs(config.pairs) if config.pairs else None
-    if pairs:
-        require_pairs_match(pairs, images, texts)
-    selection = SelectedTexts(config.selection) if config.selection else None
-    if selection:
-        selection.require_texts(texts)
-    if config.val_texts:
-        require_same_teacher(images, Store(config.val_texts))
-    return images, texts, pairs, selection
-
-
-def _steps_per_epoch(config: TrainConfig, images: Store, place: Place) -> int:
-    if config.batch_size % place.world:
-        what = f"a batch of {config.batch_size} does not divide over {place.world} processes"
-        raise TrainingError(what, remedy="give a --batch-size that does")
-    steps = steps_per_epoch(images, config.batch_size)
-    if steps == 0:
-        what = f"a batch of {config.batch_size} is more than the images with an embedding in {images.path}"
-        raise TrainingError(what, remedy="give a smaller --batch-size")
-    return steps
+def _orders(config: TrainConfig, inputs: Inputs, place: Place) -> tuple[Order, Order | None]:
+    """The orders of images and, for a text tower, of sentences. Raises TrainingError for a batch that cannot be."""
+    images = Order(store=inputs.images, seed=config.seed, batch_size=config.batch_size)
+    texts = None
+    if config.text_student:
+        only = inputs.selection.rows() if inputs.selection else None
+        size = config.text_batch_size
+        texts = Order(store=inputs.texts, seed=config.seed, batch_size=size, only=only, stream=_TEXTS)
+    named = ((images, "a batch", "images", "--batch-size"), (texts, "a text batch", "sentences", "text_batch_size"))
+    for order, what, of, option in named:
+        if order is None:
+            continue
+        if order.batch_size % place.world:
+            what = f"{what} of {order.batch_size} does not divide over {place.world} processes"
+            raise TrainingError(what, remedy=f"give a {option} that does")
+        if order.steps_per_epoch() == 0:
+            what = f"{what} of {order.batch_size} is more than the {of} with an embedding in {order.store.path}"
+            raise TrainingError(what, remedy=f"give a smaller {option}")
+    return images, texts

@@ -1,7 +1,9 @@
-"""Validation while training: zero-shot on labelled sets, with class embeddings looked up in a cached text store."""
+"""Validation while training: zero-shot on labelled sets. Class embeddings are looked up in a cached text store, or come
+from the student's own text tower where it has one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,34 +30,48 @@ def student_preprocessing(spec: StudentSpec) -> Preprocessing:
 
 
 class Validation:
-    """Labelled sets with their class embeddings, ready to score a student."""
+    """Labelled sets ready to score a student."""
 
-    def __init__(self, sets: tuple[str, ...], texts: Store, spec: StudentSpec) -> None:
-        """Raises MismatchError where a prompt of a set is not in `texts`."""
-        self._spec = spec
+    def __init__(self, sets: tuple[str, ...], texts: Store | None, spec: StudentSpec, tokenizer: Any = None) -> None:
+        """`texts` has the prompts' embeddings; None for a student with a text tower, whose `tokenizer` is then wanted.
+
+        Raises MismatchError where a prompt of a set is not in `texts`.
+        """
+        self._spec, self._tokenizer = spec, tokenizer
         self._preprocess = Preprocess(student_preprocessing(spec))
-        texts.require_kind("text")
         self._sets = open_sets(sets)
+        if texts is None:
+            return
+        texts.require_kind("text")
         wanted = {text for labelled in self._sets for class_prompts in labelled.prompts() for text in class_prompts}
-        self._vectors = _look_up(wanted, texts)
-        self._classes = [class_embeddings(labelled.prompts(), self._embed_texts) for labelled in self._sets]
+        vectors = _look_up(wanted, texts)
+        self._classes = self._embed_classes(lambda prompts: torch.stack([vectors[text] for text in prompts]))
 
-    def run(self, model: Any, device: torch.device) -> dict[str, float]:
-        """Top-1 by set. The model is left in training mode."""
-        model.eval()
+    def run(self, model: Any, text_model: Any, device: torch.device) -> dict[str, float]:
+        """Top-1 by set. The models are left in the mode that they are in."""
+        towers = [tower for tower in (model, text_model) if tower is not None]
+        training = [tower.training for tower in towers]
+        for tower in towers:
+            tower.eval()
 
         def embed(pixels_B3HW: torch.Tensor) -> torch.Tensor:
             with torch.inference_mode():
                 images = normalise(pixels_B3HW.to(device), self._spec.mean, self._spec.std)
                 return F.normalize(model(images).float(), dim=-1).cpu()
 
-        pairs = zip(self._sets, self._classes, strict=True)
+        def embed_texts(prompts: list[str]) -> torch.Tensor:
+            with torch.inference_mode():
+                return F.normalize(text_model(self._tokenizer(prompts).to(device)).float(), dim=-1).cpu()
+
+        classes = self._classes if text_model is None else self._embed_classes(embed_texts)
+        pairs = zip(self._sets, classes, strict=True)
         scores = {s.name: zero_shot(s, classes_CD, embed, self._preprocess).top1 for s, classes_CD in pairs}
-        model.train()
+        for tower, was in zip(towers, training, strict=True):
+            tower.train(was)
         return scores
 
-    def _embed_texts(self, texts: list[str]) -> torch.Tensor:
-        return torch.stack([self._vectors[text] for text in texts])
+    def _embed_classes(self, embed: Callable[[list[str]], torch.Tensor]) -> list[torch.Tensor]:
+        return [class_embeddings(labelled.prompts(), embed) for labelled in self._sets]
 
 
 def _look_up(wanted: set[str], store: Store) -> dict[str, torch.Tensor]:

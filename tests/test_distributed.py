@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dimefm.checkpoint import Checkpoints
 from dimefm.distributed import gather_batch, join_group, leave_group
-from dimefm.losses import LossConfig, distillation_loss
+from dimefm.objective import LossConfig, Objective
 from dimefm.runlog import read_metrics
 from tests.processes import FORKING
 
@@ -34,9 +34,13 @@ def inputs() -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor]
     return model, images, teacher, texts
 
 
+def objective() -> Objective:
+    return Objective(LOSS, teacher_scale=100.0, dim=WIDTH, mean_D=None)
+
+
 def one_process() -> list[torch.Tensor]:
     model, images, teacher, texts = inputs()
-    distillation_loss(teacher, texts, F.normalize(model(images), dim=-1), LOSS)[0].backward()
+    objective()(teacher, F.normalize(model(images), dim=-1), texts)[0].backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
@@ -49,7 +53,7 @@ def one_of_many(rank: int, world: int, port: int, out: str) -> None:
     student = gather_batch(F.normalize(tower(images[rank::world]), dim=-1), place)
     gathered = gather_batch(teacher[rank::world], place)
     assert torch.equal(gathered, teacher), "the rows are not in the order of the global batch"
-    distillation_loss(gathered, texts, student, LOSS)[0].backward()
+    objective()(gathered, student, texts)[0].backward()
     torch.save([p.grad for p in model.parameters()], f"{out}/{rank}.pt")
     leave_group(place)
 

@@ -6,22 +6,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from dimefm import order
+from dimefm import data as data_module
+from dimefm import order, textbank
 from dimefm.data import Augmentation, random_crop
+from dimefm.decode import decode_rgb, decode_scaled, jpeg_size
 from dimefm.errors import TrainingError
 from dimefm.optim import learning_rate, parameter_groups
-from dimefm.order import epoch_batches, steps_per_epoch
+from dimefm.order import Order
 from dimefm.student import build_student, student_spec
 from dimefm.textbank import TextBank, TextMix
+from tests.making import encoded, make_jpeg, picture
 from tests.stores import random_store, teacher_identity
+
+CPU = torch.device("cpu")
 
 
 def test_every_row_with_an_embedding_comes_once_an_epoch(tmp_path: Path) -> None:
     store, _ = random_store(tmp_path / "s.zarr", rows=100, shard_rows=32, failed=(0, 50, 99))
-    batches = list(epoch_batches(store, seed=0, epoch=0, batch_size=10))
-    assert len(batches) == steps_per_epoch(store, 10) == 9
+    batches = list(Order(store=store, seed=0, batch_size=10).batches(0))
+    assert len(batches) == Order(store=store, seed=0, batch_size=10).steps_per_epoch() == 9
     rows = np.concatenate(batches)
     assert len(set(rows.tolist())) == 90
     assert not {0, 50, 99} & set(rows.tolist())
@@ -30,7 +36,7 @@ def test_every_row_with_an_embedding_comes_once_an_epoch(tmp_path: Path) -> None
 def test_a_window_smaller_than_the_store_still_gives_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "WINDOW_ROWS", 32)
     store, _ = random_store(tmp_path / "s.zarr", rows=200, shard_rows=32)
-    rows = np.concatenate(list(epoch_batches(store, seed=0, epoch=0, batch_size=8)))
+    rows = np.concatenate(list(Order(store=store, seed=0, batch_size=8).batches(0)))
     assert sorted(rows.tolist()) == list(range(200))
     assert np.abs(np.diff(rows)).mean() > 3, "rows come in the order of the store"
 
@@ -39,15 +45,15 @@ def test_a_window_smaller_than_the_store_still_gives_every_row(tmp_path: Path, m
 def test_skipping_gives_the_rest_of_the_same_order(tmp_path: Path, skip: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "WINDOW_ROWS", 32)
     store, _ = random_store(tmp_path / "s.zarr", rows=100, shard_rows=32, failed=(1, 2, 3))
-    whole = list(epoch_batches(store, seed=3, epoch=2, batch_size=8))
-    rest = list(epoch_batches(store, seed=3, epoch=2, batch_size=8, skip=skip))
+    whole = list(Order(store=store, seed=3, batch_size=8).batches(2))
+    rest = list(Order(store=store, seed=3, batch_size=8).batches(2, skip))
     np.testing.assert_array_equal(whole[skip:], rest)
 
 
 def test_epochs_and_seeds_differ(tmp_path: Path) -> None:
     store, _ = random_store(tmp_path / "s.zarr", rows=64, shard_rows=32)
     orders = {
-        tuple(np.concatenate(list(epoch_batches(store, seed=s, epoch=e, batch_size=64))))
+        tuple(np.concatenate(list(Order(store=store, seed=s, batch_size=64).batches(e))))
         for s in (0, 1)
         for e in (0, 1)
     }
@@ -55,7 +61,7 @@ def test_epochs_and_seeds_differ(tmp_path: Path) -> None:
 
 
 def test_augmentation_depends_on_seed_epoch_and_row_alone() -> None:
-    image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = make_jpeg((60, 40))
     augment = Augmentation(size=32, crop_scale=(0.08, 1.0), flip=True, seed=0)
     assert torch.equal(augment(image, 1, 5), augment(image, 1, 5))
     assert augment(image, 1, 5).shape == (3, 32, 32)
@@ -68,7 +74,8 @@ def test_augmentation_depends_on_seed_epoch_and_row_alone() -> None:
 
 
 def test_half_of_the_views_are_flipped_and_none_without_flip() -> None:
-    image = torch.arange(64, dtype=torch.uint8).expand(3, 64, 64).contiguous()  # brighter to the right
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None], (64, 64, 3))  # brighter to the right
+    image = encoded(Image.fromarray(ramp), "PNG")
     views = {
         flip: [Augmentation(size=16, crop_scale=(0.9, 1), flip=flip, seed=0)(image, 0, r) for r in range(200)]
         for flip in (True, False)
@@ -76,6 +83,29 @@ def test_half_of_the_views_are_flipped_and_none_without_flip() -> None:
     flipped = {flip: sum(bool(v[0, 0, 0] > v[0, 0, -1]) for v in found) for flip, found in views.items()}
     assert flipped[False] == 0
     assert 70 < flipped[True] < 130
+
+
+@pytest.mark.parametrize("size", [16, 64, 200])
+def test_a_jpeg_decoded_small_gives_nearly_the_same_view(size: int) -> None:
+    """Against the same crop of the whole image."""
+    data = encoded(picture((16, 12)).resize((400, 300), Image.Resampling.BICUBIC), "JPEG")  # smooth
+    augment = Augmentation(size=size, crop_scale=(0.3, 1.0), flip=True, seed=0)
+    whole = decode_rgb(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_module, "decode_scaled", lambda data, size, scale: whole)
+        expected = torch.stack([augment(data, 0, row) for row in range(8)]).float()
+    views = torch.stack([augment(data, 0, row) for row in range(8)]).float()
+    assert (views - expected).abs().mean() < 5
+    for scale, height in ((1.0, 300), (size / 300, {16: 38, 64: 75, 200: 225}[size])):
+        assert decode_scaled(data, (300, 400), scale).shape[-2] == height  # an eighth, a quarter, three quarters
+
+
+def test_jpegs_that_the_strict_decoder_refuses_are_read_as_stage_1_reads_them() -> None:
+    whole = make_jpeg((80, 60))
+    assert jpeg_size(whole) == (60, 80)
+    assert jpeg_size(encoded(picture((8, 8)), "PNG")) is None
+    noisy = whole[:-2] + bytes(20) + whole[-2:]  # bytes between the data and its end mark
+    assert torch.equal(decode_scaled(noisy, (60, 80), 1.0), decode_rgb(noisy))
 
 
 def test_crops_are_distributed_as_torchvisions() -> None:
@@ -101,19 +131,28 @@ def test_a_crop_of_an_extreme_image_is_its_centre() -> None:
     assert left == (1000 - 13) // 2
 
 
-def test_text_batches_follow_their_mix(tmp_path: Path) -> None:
+@pytest.mark.parametrize("room", [0, 2**40], ids=["disk", "memory"])
+def test_text_batches_follow_their_mix(tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(textbank, "_room", lambda device: 0 if device else room)
     texts, values = random_store(tmp_path / "t.zarr", rows=100, shard_rows=32, kind="text", failed=(4,))
-    bank = TextBank(texts, TextMix(random=0.25, selected=0.5, retrieved=0.25), _Pairs(), seed=0)  # type: ignore[arg-type]
-    rows = bank.rows(3, 400, np.array([0, 1]))
+    bank = TextBank(texts, TextMix(random=0.25, selected=0.5, retrieved=0.25), _Pairs(), seed=0, total=400,
+                    paired=True, device=CPU)  # type: ignore[arg-type]  # fmt: skip
+    assert bank.place == ("memory" if room else "disk")
+    rows = bank.rows(3, np.array([0, 1]))
     assert len(rows) == 400
     selected, retrieved = rows[100:300], rows[300:]
     assert set(selected.tolist()) == {10, 20, 30}
     assert set(retrieved.tolist()) == {7, 8}
     assert 4 not in rows[:100]
     assert len(set(rows[:100].tolist())) > 40
-    np.testing.assert_array_equal(bank.sample(3, 400, np.array([0, 1])).numpy(), values[rows].astype(np.float32))
-    np.testing.assert_array_equal(rows, bank.rows(3, 400, np.array([0, 1])))
-    assert not np.array_equal(rows[:100], bank.rows(4, 400, np.array([0, 1]))[:100])
+    drawn = bank.draw(3, np.array([0, 1]))
+    np.testing.assert_array_equal(bank.embeddings(drawn, CPU).numpy(), values[rows].astype(np.float32))
+    np.testing.assert_array_equal(rows, bank.rows(3, np.array([0, 1])))
+    assert not np.array_equal(rows[:100], bank.rows(4, np.array([0, 1]))[:100])
+    pair = bank.pair(drawn, CPU)
+    assert pair is not None
+    assert pair[1].tolist() == [7, 7]
+    np.testing.assert_array_equal(pair[0].numpy(), values[[7, 7]].astype(np.float32))
 
 
 class _Pairs:
@@ -131,11 +170,13 @@ class _Pairs:
 def test_a_mix_that_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     texts, _ = random_store(tmp_path / "t.zarr", rows=32, shard_rows=32, kind="text")
     with pytest.raises(TrainingError, match="does not add up to 1"):
-        TextBank(texts, TextMix(random=0.5), None, seed=0)
+        TextBank(texts, TextMix(random=0.5), None, seed=0, total=8)
     with pytest.raises(TrainingError, match="selected texts need --selection or --pairs"):
-        TextBank(texts, TextMix(random=0.5, selected=0.5), None, seed=0)
+        TextBank(texts, TextMix(random=0.5, selected=0.5), None, seed=0, total=8)
     with pytest.raises(TrainingError, match="retrieved texts need --pairs"):
-        TextBank(texts, TextMix(random=0.5, retrieved=0.5), None, seed=0)
+        TextBank(texts, TextMix(random=0.5, retrieved=0.5), None, seed=0, total=8)
+    with pytest.raises(TrainingError, match="contrastive loss needs --pairs"):
+        TextBank(texts, TextMix(), None, seed=0, total=8, paired=True)
 
 
 def test_schedule_warms_up_and_falls_to_the_floor() -> None:
@@ -154,7 +195,7 @@ def test_schedule_warms_up_and_falls_to_the_floor() -> None:
 @pytest.mark.parametrize("name", ["ViT-B-32", "resnet10t", "vit_tiny_patch16_224"])
 def test_vectors_and_positional_embeddings_are_not_decayed(name: str) -> None:
     model = build_student(student_spec(name, teacher_identity()))
-    decayed, kept = parameter_groups(model, 0.05)
+    decayed, kept = parameter_groups([model], 0.05)
     assert decayed["weight_decay"] == 0.05
     assert kept["weight_decay"] == 0
     names = {id(p): n for n, p in model.named_parameters()}

@@ -193,7 +193,7 @@ def test_a_student_is_trained_on_the_kept_pixels(orphan: Store) -> None:
     assert isinstance(item, Batch)
     kept = dict(samples(orphan))
     for row, pixels in zip(rows.tolist(), item.pixels_B3HW, strict=True):
-        assert torch.equal(pixels, augmentation(decode_rgb(kept[row]), 2, row))
+        assert torch.equal(pixels, augmentation(kept[row], 2, row))
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from dimefm.errors import MismatchError, OutputExistsError, SelectionError, Stor
 from dimefm.exact import ExactSearch
 from dimefm.grounding import Grounding, score_texts
 from dimefm.info import describe
-from dimefm.losses import LossConfig
+from dimefm.objective import LossConfig
 from dimefm.pairs import Pairs, retrieve
 from dimefm.run import read_run
 from dimefm.selected import SelectedTexts
@@ -497,15 +497,16 @@ def test_fates_are_numbered_in_the_order_of_the_conditions() -> None:
 
 def test_selected_texts_are_drawn_from_the_selection_alone(world: World, scored: Path) -> None:
     selected = SelectedTexts(str(scored))
-    bank = TextBank(world.texts, TextMix(random=0, selected=1), None, selected, seed=0)
-    rows = bank.rows(0, 2000, np.arange(4))
+    bank = TextBank(world.texts, TextMix(random=0, selected=1), None, selected, seed=0, total=2000)
+    rows = bank.rows(0, np.arange(4))
     assert set(rows.tolist()) == set(selected.rows().tolist())
-    both = TextBank(world.texts, TextMix(random=0, selected=0.5, retrieved=0.5), Pairs(world.pairs), selected, seed=0)
-    rows = both.rows(0, 2000, np.array([0]))
+    mix = TextMix(random=0, selected=0.5, retrieved=0.5)
+    both = TextBank(world.texts, mix, Pairs(world.pairs), selected, seed=0, total=2000)
+    rows = both.rows(0, np.array([0]))
     assert set(rows[:1000].tolist()) <= set(selected.rows().tolist())
     assert set(rows[1000:].tolist()) <= set(Pairs(world.pairs).text_rows(0, 1)[0].tolist())
     with pytest.raises(TrainingError, match="selected texts need --selection or --pairs"):
-        TextBank(world.texts, TextMix(random=0, selected=1), None, seed=0)
+        TextBank(world.texts, TextMix(random=0, selected=1), None, seed=0, total=8)
 
 
 @pytest.fixture(scope="module")
@@ -541,5 +542,5 @@ def test_a_student_is_trained_on_a_selection_and_resumes_only_on_the_same(
     assert not (tmp_path / "other").exists()
     with pytest.raises(TrainingError, match="a selection is given, but the text mix draws nothing from it"):
         replace(config, text_mix=TextMix())
-    with pytest.raises(TrainingError, match="pairs are given, but the text mix draws nothing from them"):
+    with pytest.raises(TrainingError, match="pairs are given, but neither the text mix nor the loss draws from them"):
         replace(config, pairs=str(real / "p.zarr"))

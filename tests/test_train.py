@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from cache_schemas import StudentSpec
 from dimefm import train as train_module
 from dimefm.checkpoint import Checkpoints
 from dimefm.config import TrainConfig
-from dimefm.data import Augmentation, TrainingImages, batches, training_loader
+from dimefm.data import Augmentation, Requests, TrainingImages, training_loader
 from dimefm.errors import MismatchError, OutputExistsError, StoreError, TrainingError
-from dimefm.losses import LossConfig
+from dimefm.objective import LossConfig
+from dimefm.order import Order
 from dimefm.run import read_run
 from dimefm.runlog import last_validation, read_metrics
 from dimefm.store import Store
@@ -32,6 +34,20 @@ def undisturbed(image_store: Store, text_store: Store, tmp_path_factory: pytest.
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
     train(tiny_config(image_store, text_store, out))
     return out
+
+
+SAVE = Checkpoints.save
+
+
+def interrupted_at(stop: int) -> Callable[..., None]:
+    """Checkpoints.save with a kill after that of step `stop`."""
+
+    def save_and_stop(self: Checkpoints, step: int, *args: Any) -> None:
+        SAVE(self, step, *args)
+        if step == stop:
+            raise KeyboardInterrupt
+
+    return save_and_stop
 
 
 def test_a_student_learns_the_teachers_embeddings(image_store: Store, text_store: Store, tmp_path: Path) -> None:
@@ -62,14 +78,7 @@ def test_resume_gives_the_same_weights_to_the_last_bit(
     undisturbed: Path, image_store: Store, text_store: Store, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(image_store, text_store, tmp_path / "run", checkpoint_every=1)
-    save = Checkpoints.save
-
-    def save_and_stop(self: Checkpoints, step: int, *args: object) -> None:
-        save(self, step, *args)  # type: ignore[arg-type]
-        if step == stop:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+    monkeypatch.setattr(Checkpoints, "save", interrupted_at(stop))
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()
@@ -172,18 +181,20 @@ def test_an_image_that_is_gone_is_named(text_store: Store, tmp_path: Path, worke
     """The plan of a random store names a file "f" that is not there; a worker says so as this process would."""
     store, _ = random_store(tmp_path / "s.zarr", rows=32, shard_rows=32)
     augmentation = Augmentation(size=32, crop_scale=(0.5, 1), flip=True, seed=0)
-    loader = training_loader(store, augmentation, batch_size=8, per_epoch=4, first=0, steps=4, workers=workers)
+    requests = Requests(Order(store=store, seed=0, batch_size=8), first=0, steps=4)
+    loader = training_loader(TrainingImages(store.path, augmentation), requests, workers)
     with pytest.raises(TrainingError, match=r"^row \d+ \(key 'k\d+' in f\).*cannot be read now"):
-        next(batches(loader))
+        next(loader)
 
 
 def test_a_worker_that_dies_ends_the_run_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingImages, "_batch", lambda self, request: os.kill(os.getpid(), signal.SIGKILL))
     store, _ = random_store(tmp_path / "s.zarr", rows=32, shard_rows=32)
     augmentation = Augmentation(size=32, crop_scale=(0.5, 1), flip=True, seed=0)
-    loader = training_loader(store, augmentation, batch_size=8, per_epoch=4, first=0, steps=4, workers=1)
+    requests = Requests(Order(store=store, seed=0, batch_size=8), first=0, steps=4)
+    loader = training_loader(TrainingImages(store.path, augmentation), requests, 1)
     with pytest.raises(TrainingError, match=r"a process that decodes images died"):
-        next(batches(loader))
+        next(loader)
 
 
 def test_resume_is_exact_for_a_tower_that_draws_random_numbers(
@@ -198,24 +209,12 @@ def test_resume_is_exact_for_a_tower_that_draws_random_numbers(
     monkeypatch.setattr(train_module, "build_student", with_dropout)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(tiny_config(image_store, text_store, whole, checkpoint_every=1, max_steps=4))
-    monkeypatch.setattr(Checkpoints, "_forget", _interrupt_at(2, Checkpoints._forget))
+    monkeypatch.setattr(Checkpoints, "save", interrupted_at(2))
     with pytest.raises(KeyboardInterrupt):
         train(tiny_config(image_store, text_store, parts, checkpoint_every=1, max_steps=4))
-    monkeypatch.setattr(Checkpoints, "_forget", lambda self: None)
+    monkeypatch.setattr(Checkpoints, "save", SAVE)
     train(tiny_config(image_store, text_store, parts, checkpoint_every=1, max_steps=4))
     assert same(weights(whole), weights(parts))
-
-
-def _interrupt_at(call: int, method: Callable[[Checkpoints], None]) -> Callable[[Checkpoints], None]:
-    calls = []
-
-    def interrupting(self: Checkpoints) -> None:
-        calls.append(1)
-        method(self)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-
-    return interrupting
 
 
 def test_a_start_that_was_killed_at_once_is_repeated(image_store: Store, text_store: Store, tmp_path: Path) -> None:
@@ -253,7 +252,7 @@ def test_swapped_stores_are_refused(image_store: Store, text_store: Store, tmp_p
 
 
 def test_pairs_that_would_not_be_used_are_refused(image_store: Store, text_store: Store, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="the text mix draws nothing from them"):
+    with pytest.raises(TrainingError, match="neither the text mix nor the loss draws from them"):
         tiny_config(image_store, text_store, tmp_path / "run", pairs="pairs.zarr")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dimefm.config import TrainConfig
-from dimefm.losses import LossConfig
+from dimefm.objective import LossConfig
 from dimefm.recipes import sample
 from dimefm.store import Store
 
@@ -40,7 +40,7 @@ def weights(run: Path | str) -> dict[str, torch.Tensor]:
 
     state = Checkpoints(str(run)).load()
     assert state is not None
-    return dict(state["model"])
+    return dict(state["image"]["model"])
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

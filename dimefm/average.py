@@ -1,0 +1,41 @@
+"""The moving average of a student's weights, which often scores above the weights themselves."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+
+class Average:
+    """A copy of a module whose every weight w is d w + (1 - d) x after a step that made it x.
+
+    d is min(decay, (1 + n) / (10 + n)) in step n, as in TensorFlow's ExponentialMovingAverage: the random weights of
+    the start are forgotten as soon as there is something better. Buffers, such as batch norm's, are averaged too;
+    counters are copied.
+    """
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self.module: Any = copy.deepcopy(module).eval().requires_grad_(False)
+        self._decay, self._steps = decay, 0
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module) -> None:
+        """Take in the weights after one more step."""
+        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
+        self._steps += 1
+        mine, theirs = self.module.state_dict(), module.state_dict()
+        real = [name for name, value in mine.items() if value.is_floating_point()]
+        torch._foreach_lerp_([mine[n] for n in real], [theirs[n] for n in real], 1 - decay)
+        for name in mine.keys() - set(real):
+            mine[name].copy_(theirs[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights and how many steps are in them."""
+        return {"weights": self.module.state_dict(), "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` gave."""
+        self.module.load_state_dict(state["weights"])
+        self._steps = state["steps"]

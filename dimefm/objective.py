@@ -1,0 +1,159 @@
+"""What a student minimises: the weighted sum of losses, with the state that some of them have.
+
+Shapes: B images of the global batch, T texts, Q images of the queue, D embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from dimefm.losses import centred_loss, contrastive_loss, cosine_loss, pvl_loss, udist_loss, vl_loss
+
+MAX_SCALE = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights, temperatures and switches; the defaults are the paper's released recipe.
+
+    Weights: `vl`, `pvl`, `udist` are the paper's; `cosine` is plain regression of the cached embedding, `centred` the
+    same after the mean of the teacher's image embeddings is taken off both sides; `contrastive` is CLIP's own loss with
+    each image's best retrieved sentence, and needs pairs.
+
+    Switches, off by default:
+    `logit_scale`: "fixed" is `scale` for teacher and student; "teacher" is the scale that the teacher was trained with;
+    "learned" is a parameter for the student's logits beside a fixed teacher, begun at `scale` and held within
+    [1, 100] as CLIP's (Radford et al. 2021).
+    `square_temperature` multiplies vl, pvl and udist by T^2, so that their gradients do not shrink with the temperature
+    (Hinton et al. 2015, arXiv:1503.02531).
+    `mask_diagonal` takes an image's own embedding out of pvl and udist. At T = 3 and a mean cosine of 0.5 it has
+    0.99996 of the target's mass.
+    `queue` rows of earlier steps, teacher's and student's, stand beside the batch in vl, pvl and udist (He et al. 2020,
+    arXiv:1911.05722): as many more images to tell apart, at the price of students a few steps old.
+    """
+
+    WEIGHTS: ClassVar[tuple[str, ...]] = ("vl", "pvl", "udist", "cosine", "centred", "contrastive")
+
+    vl: float = 0.7
+    pvl: float = 0.3
+    udist: float = 0.0
+    cosine: float = 0.0
+    centred: float = 0.0
+    contrastive: float = 0.0
+    vl_temperature: float = 1.0
+    pvl_temperature: float = 3.0
+    udist_temperature: float = 7.0
+    scale: float = 100.0
+    logit_scale: Literal["fixed", "teacher", "learned"] = "fixed"
+    square_temperature: bool = False
+    mask_diagonal: bool = False
+    queue: int = 0
+
+    def problems(self) -> list[str]:
+        """What makes no sense, in words."""
+        wrong = [f"loss.{name} must not be below 0" for name in (*self.WEIGHTS, "queue") if getattr(self, name) < 0]
+        for name in ("vl_temperature", "pvl_temperature", "udist_temperature", "scale"):
+            if getattr(self, name) <= 0:
+                wrong.append(f"loss.{name} must be above 0, found {getattr(self, name)}")
+        if not any(getattr(self, name) for name in self.WEIGHTS):
+            wrong.append("every loss has weight 0")
+        scores = self.vl or self.pvl or self.udist
+        if not scores:
+            wrong += [f"loss.{n} needs vl, pvl or udist" for n in ("square_temperature", "queue") if getattr(self, n)]
+        if self.mask_diagonal and not (self.pvl or self.udist):
+            wrong.append("loss.mask_diagonal needs pvl or udist")
+        if self.logit_scale != "fixed" and not (scores or self.contrastive):
+            wrong.append("loss.logit_scale needs vl, pvl, udist or contrastive")
+        return wrong
+
+
+class Objective(torch.nn.Module):
+    """The weighted sum of all losses with a weight. Its state is a learned logit scale and the queue."""
+
+    def __init__(self, config: LossConfig, *, teacher_scale: float, dim: int, mean_D: torch.Tensor | None) -> None:
+        """`mean_D` is the mean teacher embedding, wanted where `centred` has a weight."""
+        super().__init__()
+        self.config, self.mean_D = config, mean_D
+        self.scale = teacher_scale if config.logit_scale == "teacher" else config.scale
+        self.log_scale: torch.nn.Parameter | None = None
+        if config.logit_scale == "learned":
+            self.log_scale = torch.nn.Parameter(torch.tensor(math.log(config.scale)))
+        self.queued: torch.Tensor  # rows that the queue has been given until now
+        self.teacher_QD: torch.Tensor
+        self.student_QD: torch.Tensor
+        if config.queue:
+            self.register_buffer("queued", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("teacher_QD", torch.zeros(config.queue, dim))
+            self.register_buffer("student_QD", torch.zeros(config.queue, dim))
+
+    def forward(
+        self,
+        teacher_BD: torch.Tensor,
+        student_BD: torch.Tensor,
+        text_TD: torch.Tensor | None = None,
+        pair: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss, and each part unweighted and detached. All embeddings unit-norm, float32 or wider.
+
+        `text_TD` is wanted by vl, and `pair`, the embedding (B, D) and row (B,) of each image's own sentence, by
+        contrastive. Raises ValueError where one is missing.
+        """
+        config = self.config
+        student_scale = self.scale if self.log_scale is None else self.log_scale.exp()
+        shared: dict[str, Any] = {"scale": self.scale, "student_scale": student_scale, "queue": self._queue()}
+        masked: dict[str, Any] = {"mask_diagonal": config.mask_diagonal}
+        parts: dict[str, torch.Tensor] = {}
+        if config.vl:
+            if text_TD is None:
+                raise ValueError("the vl loss needs text embeddings")
+            value = vl_loss(teacher_BD, text_TD, student_BD, temperature=config.vl_temperature, **shared)
+            parts["vl"] = value * self._factor(config.vl_temperature)
+        if config.pvl:
+            value = pvl_loss(teacher_BD, student_BD, temperature=config.pvl_temperature, **shared, **masked)
+            parts["pvl"] = value * self._factor(config.pvl_temperature)
+        if config.udist:
+            value = udist_loss(teacher_BD, student_BD, temperature=config.udist_temperature, **shared, **masked)
+            parts["udist"] = value * self._factor(config.udist_temperature)
+        if config.cosine:
+            parts["cosine"] = cosine_loss(teacher_BD, student_BD)
+        if config.centred:
+            if self.mean_D is None:
+                raise ValueError("the centred loss needs the mean embedding")
+            parts["centred"] = centred_loss(teacher_BD, student_BD, self.mean_D)
+        if config.contrastive:
+            if pair is None:
+                raise ValueError("the contrastive loss needs pairs")
+            parts["contrastive"] = contrastive_loss(student_BD, *pair, scale=student_scale)
+        if not parts:
+            raise ValueError("every loss has weight 0")
+        total = torch.stack([getattr(config, name) * value for name, value in parts.items()]).sum()
+        shown = {name: value.detach() for name, value in parts.items()}
+        if self.log_scale is not None:
+            shown["logit_scale"] = self.log_scale.detach().exp()
+        return total, shown
+
+    @torch.no_grad()
+    def after_step(self, teacher_BD: torch.Tensor, student_BD: torch.Tensor) -> None:
+        """Hold a learned scale within its bounds; put the step's rows into the queue, over the oldest."""
+        if self.log_scale is not None:
+            self.log_scale.clamp_(0, math.log(MAX_SCALE))
+        if not self.config.queue:
+            return
+        size = min(len(teacher_BD), self.config.queue)
+        place = (self.queued + torch.arange(size, device=self.queued.device)) % self.config.queue
+        self.teacher_QD[place] = teacher_BD[-size:].to(self.teacher_QD)
+        self.student_QD[place] = student_BD[-size:].to(self.student_QD)
+        self.queued += size
+
+    def _queue(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not self.config.queue:
+            return None
+        filled = min(int(self.queued), self.config.queue)
+        return self.teacher_QD[:filled], self.student_QD[:filled]
+
+    def _factor(self, temperature: float) -> float:
+        return temperature**2 if self.config.square_temperature else 1.0

@@ -1,0 +1,46 @@
+"""Batches for a student's text tower: tokens beside the cached teacher embeddings of their sentences.
+
+Shapes: B sentences of this process, L tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from cache_schemas.run import TextSpec
+from dimefm.data import Pinned, Request
+from dimefm.errors import DimefmError, TrainingError
+from dimefm.store import Store
+from dimefm.student import tokenizer_of
+
+
+@dataclass(frozen=True)
+class TextBatch(Pinned):
+    """One step's sentences: tokens int64 (B, L), teacher embeddings float16 (B, D), their rows int64 (B,)."""
+
+    tokens_BL: torch.Tensor
+    teacher_BD: torch.Tensor
+    rows_B: torch.Tensor
+
+
+class TrainingTexts(Dataset["TextBatch | TrainingError"]):
+    """Indexed by Request: reads the sentences of a batch from the plan, tokenises them and gathers their embeddings."""
+
+    def __init__(self, store: str, spec: TextSpec) -> None:
+        self._path, self._spec = store, spec
+        self._opened: tuple[Store, Any] | None = None
+
+    def __getitem__(self, request: Request) -> TextBatch | TrainingError:
+        try:
+            store, tokenizer = self._opened = self._opened or (Store(self._path), tokenizer_of(self._spec))
+            return TextBatch(
+                tokens_BL=tokenizer([sample["text"] for sample in store.samples(request.rows_B)]),
+                teacher_BD=torch.from_numpy(store.gather(request.rows_B)),
+                rows_B=torch.from_numpy(request.rows_B),
+            )
+        except DimefmError as error:
+            return TrainingError(error.what, remedy=error.remedy)
