@@ -1,0 +1,137 @@
+"""A tower in training: passes that add up to one, the moving average, seeds of a step, compiled towers."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import multiprocessing
+from torch.nn import functional as F
+
+from dimefm.average import Average
+from dimefm.distributed import Place, join_group, leave_group
+from dimefm.learner import Learner
+from dimefm.objective import LossConfig, Objective
+from tests.processes import FORKING
+from tests.test_distributed import free_port
+
+LOSS = LossConfig(vl=0.7, pvl=0.3, udist=0.1, cosine=0.5, queue=6, logit_scale="learned", scale=20.0)
+IMAGES, TEXTS, WIDTH = 8, 12, 6
+ALONE = Place(0, 1, torch.device("cpu"))
+
+
+def units(count: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def tower(dropout: float = 0.0, norm: bool = False) -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(10, 16), torch.nn.BatchNorm1d(16) if norm else torch.nn.GELU()]
+    return torch.nn.Sequential(*layers, torch.nn.Dropout(dropout), torch.nn.Linear(16, WIDTH))
+
+
+def learner(place: Place = ALONE, module: torch.nn.Module | None = None, **changes: Any) -> Learner:
+    objective = Objective(LOSS, teacher_scale=100.0, dim=WIDTH, mean_D=None)
+    prepare = lambda inputs: inputs  # noqa: E731
+    return Learner(module or tower(), objective, place, prepare=prepare, precision="fp32", **changes)
+
+
+def two_steps(found: Learner, rank: int = 0, world: int = 1) -> list[torch.Tensor]:
+    """The gradients of the second step, whose queue has the rows of the first; then its weights' ones."""
+    inputs = torch.randn(2, IMAGES, 10, generator=torch.Generator().manual_seed(1))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    parameters = [*found.module.parameters(), *found.objective.parameters()]
+    for step in range(2):
+        for parameter in parameters:
+            parameter.grad = None
+        batch = inputs[step][rank::world]
+        found.learn(batch, units(IMAGES, step)[rank::world], units(TEXTS, 9), None, seed=(0, step), scaler=scaler)
+        found.after_step()
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+@pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["plain", "dropout"])
+def test_passes_add_up_to_the_gradient_of_the_whole_batch(parts: int, dropout: float) -> None:
+    whole, split = (learner(module=tower(dropout), accumulate=n) for n in (1, parts))
+    gradients = [two_steps(whole), two_steps(split)]
+    assert len(gradients[0]) == 5
+    if dropout:  # other masks than those of one pass: but the same in both passes over a part
+        again = two_steps(learner(module=tower(dropout), accumulate=parts))
+        assert all(torch.equal(one, other) for one, other in zip(gradients[1], again, strict=True))
+        return
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_second_pass_draws_what_the_first_drew(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    found = learner(module=tower(0.5), accumulate=2)
+    features = found._features
+
+    def watching(*args: Any) -> torch.Tensor:
+        seen.append(features(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(found, "_features", watching)
+    two_steps(found)
+    first, second, first_again, second_again = seen[:4]
+    assert torch.equal(first, first_again)
+    assert torch.equal(second, second_again)
+    assert not torch.equal(seen[4], first), "both steps drew the same"
+
+
+def test_batch_norm_counts_each_part_once() -> None:
+    found = learner(module=tower(norm=True), accumulate=2)
+    two_steps(found)
+    assert int(found.module[1].num_batches_tracked) == 4
+
+
+def one_of_many(rank: int, world: int, port: int, out: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    place = join_group("cpu")
+    for accumulate in (1, 2):
+        gradients = two_steps(learner(place, accumulate=accumulate), rank, world)
+        torch.save(gradients, f"{out}/{rank}-{accumulate}.pt")
+    leave_group(place)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_and_passes_have_the_gradient_of_one(world: int, tmp_path: Path) -> None:
+    """With the queue and a learned scale: every switch that looks at the whole batch."""
+    arguments = (world, free_port(), str(tmp_path))
+    multiprocessing.start_processes(one_of_many, arguments, nprocs=world, start_method=FORKING.get_start_method())
+    expected = two_steps(learner())
+    for path in sorted(tmp_path.iterdir()):
+        for mine, whole in zip(torch.load(path, weights_only=True), expected, strict=True):
+            torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5, msg=path.name)
+
+
+def test_the_average_follows_its_formula() -> None:
+    module = tower(norm=True)
+    average = Average(module, 0.5)
+    expected, mean = module[0].weight.detach().clone(), module[1].running_mean.clone()
+    for step, decay in enumerate((0.1, 2 / 11, 0.25)):
+        with torch.no_grad():
+            module[0].weight += 1 + step
+            module[1].running_mean += 1
+            module[1].num_batches_tracked += 1
+        average.update(module)
+        expected = decay * expected + (1 - decay) * module[0].weight.detach()
+        mean = decay * mean + (1 - decay) * module[1].running_mean
+    torch.testing.assert_close(average.module[0].weight, expected)
+    torch.testing.assert_close(average.module[1].running_mean, mean)
+    assert int(average.module[1].num_batches_tracked) == 3
+    other = Average(tower(norm=True), 0.5)
+    other.load_state_dict(average.state_dict())
+    for one in (average, other):
+        one.update(module)
+    assert torch.equal(average.module[0].weight, other.module[0].weight)
+
+
+def test_a_compiled_tower_computes_the_same() -> None:
+    plain, compiled = two_steps(learner()), two_steps(learner(compile=True))
+    for one, other in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
