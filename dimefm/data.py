@@ -8,9 +8,11 @@ Shapes: B images of this process, G images of all, T texts, D embedding width, H
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from multiprocessing import get_all_start_methods
 from typing import Any, TypeVar
 
 import numpy as np
@@ -154,12 +156,11 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
             for row in rows_B.tolist():
                 yield f"row {row}", partial(next, jpegs)
             return
-        for s in store.samples(rows_B):
+        for s in store.samples(rows_B, ("file", "offset", "size")):
             if not s["file"]:
                 what = f"{store.path} was imported without the images that its embeddings are of"
                 raise TrainingError(what, remedy="import it again with --images, or cache the images")
-            read = partial(read_encoded, s["file"], s["offset"], s["size"])
-            yield f"row {s['row']} (key {s['key']!r} in {s['file']})", read
+            yield s["row"], partial(read_encoded, s["file"], s["offset"], s["size"])
 
 
 def _readable(where: str, read: Callable[[], bytes], view: Callable[[bytes], torch.Tensor]) -> torch.Tensor:
@@ -192,7 +193,8 @@ def training_loader(dataset: Dataset[_T | TrainingError], requests: Requests, wo
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_worker,
+        multiprocessing_context="fork" if workers and "fork" in get_all_start_methods() else None,  # shares the texts
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or the loader would draw from the global one, and drop-path with it
     )
@@ -212,5 +214,6 @@ def training_loader(dataset: Dataset[_T | TrainingError], requests: Requests, wo
         yield item
 
 
-def _one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    os.setpgid(0, 0)  # Ctrl-C is for the training process, which lets the others end

@@ -48,6 +48,9 @@ class Pairs:
 
         self._mapped = {name: MappedArray.open(self.path, name, self.group[name]) for name in (TEXT_ROW, SCORE)}
 
+    def __reduce__(self) -> tuple[type[Pairs], tuple[str]]:
+        return Pairs, (self.path,)  # another process opens it anew
+
     @staticmethod
     def create(path: str, schema: PairsStore) -> Pairs:
         """Make the arrays, and last the attributes."""

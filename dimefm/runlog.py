@@ -70,8 +70,9 @@ class RunLog:
             self._progress.note(", ".join(f"{name} top-1 {score:.3f}" for name, score in scores.items()))
 
     def _write(self, event: str, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
-        self._file.flush()
+        with storage.writing_to(str(self._path)):
+            self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+            self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(f"{event}/{name}", value, step)
 

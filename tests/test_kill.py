@@ -23,6 +23,7 @@ from dimefm.clip import Clip, load_clip
 from dimefm.index import Index
 from dimefm.pairs import Pairs
 from dimefm.recall import Setting
+from dimefm.runlog import read_metrics
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.shard import encode_shard, retry_shard
@@ -30,7 +31,6 @@ from pipeline.verify import VerifyConfig, verify
 from tests.making import make_jpeg
 from tests.processes import FORKING, Command, processes
 from tests.stores import random_store
-from tests.training import same, weights
 
 pytestmark = pytest.mark.slow
 
@@ -225,16 +225,44 @@ def test_a_kill_at_any_moment_within_a_shard_leaves_it_undone(
     assert_as_undisturbed(out, small_folder, retried=work == "retry")
 
 
-def test_the_trainer_killed_and_repeated_gives_the_same_student(tiny_run: list[str], tmp_path: Path) -> None:
-    Command([*tiny_run, "--out", str(tmp_path / "undisturbed")]).finish()
-    out = tmp_path / "run"
-    words = [*tiny_run, "--out", str(out)]
-    Command(words).kill_when(lambda: (out / "run.json").exists())
-    for step in (2, 4, 6):
-        Command(words).kill_when(lambda step=step: (Checkpoints(str(out)).step() or 0) >= step)  # type: ignore[misc]
-    Command(words).finish()
-    assert Checkpoints(str(out)).step() == 8
-    assert same(weights(tmp_path / "undisturbed"), weights(out))
+def test_the_trainer_killed_twenty_times_gives_the_same_student(tiny_run: list[str], tmp_path: Path) -> None:
+    """At any moment, also within the writing of a checkpoint, and gone on with other numbers of workers; everything
+    that a checkpoint has must be the same, to the last bit."""
+    switches = ["--ema", "0.9", "--accumulate", "2", "--set", "loss.queue=24", "--set", "loss.logit_scale=learned"]
+    small = ["--student", "test_resnet", "--checkpoint-every", "1", "--max-steps", "40", "--epochs", "10"]
+    words = [*tiny_run, *small, *switches, "--set", "loss.scale=30"]
+    whole, out = tmp_path / "undisturbed", tmp_path / "run"
+    Command([*words, "--out", str(whole)]).finish()
+    rng = np.random.default_rng(0)
+    Command([*words, "--out", str(out)]).kill_when(lambda: (out / "run.json").exists())
+    for kill in range(1, 20):
+        command = Command([*words, "--out", str(out), "--workers", str(kill % 3)])
+        before = Checkpoints(str(out)).step() or 0
+        command.wait_until(lambda before=before: (Checkpoints(str(out)).step() or 0) > before)  # type: ignore[misc]
+        time.sleep(rng.uniform(0, 0.06))
+        command.kill()
+        reached = Checkpoints(str(out)).step() or 0
+        assert before < reached < 40, f"kill {kill} came at step {reached}"
+    Command([*words, "--out", str(out)]).finish()
+    assert Checkpoints(str(out)).step() == 40
+    one, other = (flat(Checkpoints(str(run)).load()) for run in (whole, out))
+    assert one.keys() == other.keys()
+    assert [name for name in one if not equal(one[name], other[name])] == []
+    assert {"image.ema.steps", "image.objective.student_QD", "image.objective.log_scale"} <= one.keys()
+    lines = [line["step"] for line in read_metrics(str(out)) if line["event"] == "train"]
+    assert lines == sorted(set(lines))
+
+
+def flat(state: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of a checkpoint by their path."""
+    if isinstance(state, (dict, list)):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {k: v for key, value in items for k, v in flat(value, f"{name}.{key}" if name else str(key)).items()}
+    return {name: state}
+
+
+def equal(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
 
 
 class Searched:
