@@ -35,13 +35,18 @@ FILES_TABLE = "rows/files.parquet"
 PLANS = {"image": IMAGE_PLAN, "text": TEXT_PLAN}
 
 
-def parse_plan(table: pa.Table, kind: str, start: int, stop: int, where: str) -> pa.Table:
-    """Check one shard's plan: its columns, and that its rows are exactly start..stop-1 in order.
+def parse_plan(
+    table: pa.Table, kind: str, start: int, stop: int, where: str, columns: tuple[str, ...] = ()
+) -> pa.Table:
+    """Check one shard's plan: its columns (or `columns`, where no others were read), and that its rows are exactly
+    start..stop-1 in order.
 
     Raises SchemaError with every problem.
     """
     problems = []
     for field in PLANS[kind]:
+        if columns and field.name not in ("row", *columns):
+            continue
         index = table.schema.get_field_index(field.name)
         if index < 0:
             problems.append(Problem(field.name, "missing column"))

@@ -149,25 +149,34 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
             texts=self._bank.draw(request.step, request.all_rows_G) if self._bank else None,
         )
 
-    def _encoded(self, store: Store, rows_B: np.ndarray[Any, Any]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    def _encoded(
+        self, store: Store, rows_B: np.ndarray[Any, Any]
+    ) -> Iterator[tuple[Callable[[], str], Callable[[], bytes]]]:
         """How each image is called and read: from the store's own pixels, else the files that it was cached from."""
         if store.schema.pixels:
             jpegs = store.pixels(rows_B)
             for row in rows_B.tolist():
-                yield f"row {row}", partial(next, jpegs)
+                yield partial("row {}".format, row), partial(next, jpegs)
             return
         for s in store.samples(rows_B, ("file", "offset", "size")):
             if not s["file"]:
                 what = f"{store.path} was imported without the images that its embeddings are of"
                 raise TrainingError(what, remedy="import it again with --images, or cache the images")
-            yield s["row"], partial(read_encoded, s["file"], s["offset"], s["size"])
+            yield partial(_called, store, s["row"]), partial(read_encoded, s["file"], s["offset"], s["size"])
 
 
-def _readable(where: str, read: Callable[[], bytes], view: Callable[[bytes], torch.Tensor]) -> torch.Tensor:
+def _called(store: Store, row: int) -> str:
+    (sample,) = store.samples(np.array([row]))
+    return f"row {row} (key {sample['key']!r} in {sample['file']})"
+
+
+def _readable(
+    where: Callable[[], str], read: Callable[[], bytes], view: Callable[[bytes], torch.Tensor]
+) -> torch.Tensor:
     try:
         return view(read())
     except (OSError, DecodeError) as error:
-        what = f"{where} was read when it was cached and cannot be read now: {error}"
+        what = f"{where()} was read when it was cached and cannot be read now: {error}"
         raise TrainingError(what, remedy="put the file back as it was, or cache the images again") from None
 
 

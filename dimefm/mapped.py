@@ -2,12 +2,13 @@
 
 zarr-python decodes whole chunks: thousands of random rows a second. A map reads only the rows asked for: millions;
 runs of whole chunks are read straight into place. The checksum of a chunk is compared when the first row of it is asked
-for, once in each process, and with each whole read. Shapes: N rows.
+for, once by a process and those that it forks, and with each whole read. Shapes: N rows.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +38,8 @@ class MappedArray:
         self._chunk_shape = (chunk_rows, *self._row_shape)
         self._chunk_bytes = math.prod(self._chunk_shape) * self._dtype.itemsize
         self._shard = lru_cache(maxsize=4096)(self._map_shard)
+        chunks = -(-self._rows // shard_rows) * (shard_rows // chunk_rows)
+        self._checked = np.frombuffer(mmap.mmap(-1, max(1, chunks)), bool)  # shared with the processes that are forked
 
     @classmethod
     def open(cls, store: str, name: str, array: Any) -> MappedArray | None:
@@ -83,6 +86,7 @@ class MappedArray:
     def forget(self) -> None:
         """Map the files anew: one of them has been written again."""
         self._shard.cache_clear()
+        self._checked[:] = False
 
     def _read_in_shard(self, shard: int, within: int, out: Any) -> None:
         file = self._shard(shard)
@@ -158,13 +162,15 @@ class MappedArray:
         stored = entries[entries[:, 0] != _ABSENT]
         if len(stored) and int(stored.sum(axis=1).max()) > len(data) - size - _CRC:
             raise StoreError(f"{path} is damaged: its index points beyond it", remedy=DAMAGED)
-        return _ShardFile(data, entries[:, 0], self._chunk_bytes + _CRC)
+        checked = self._checked[shard * chunks : (shard + 1) * chunks]
+        return _ShardFile(data, entries[:, 0], checked, self._chunk_bytes + _CRC)
 
 
 class _ShardFile:
     """The bytes of a shard file, where each chunk begins, and which were found whole."""
 
-    def __init__(self, data: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any], step: int) -> None:
-        self.data, self.offsets = data, offsets
-        self.checked = np.zeros(len(offsets), bool)
+    def __init__(
+        self, data: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any], checked: np.ndarray[Any, Any], step: int
+    ) -> None:
+        self.data, self.offsets, self.checked = data, offsets, checked
         self.regular = np.array_equal(offsets, offsets[0] + np.uint64(step) * np.arange(len(offsets), dtype=np.uint64))

@@ -31,7 +31,10 @@ def write_table(path: str, table: pa.Table) -> str:
 
 
 def read_table(path: str, digest: str | None, columns: tuple[str, ...] = ()) -> pa.Table:
-    """A Parquet file that has this sha256; only `columns` of it, where given and there. Raises StoreError where it is missing or damaged."""
+    """A Parquet file that has this sha256; only `columns` of it, where given and there.
+
+    Raises StoreError where it is missing or damaged.
+    """
     data = require_digest(path, digest, PLAN_DAMAGED)
     try:
         # One thread, no dataset scanner: a table is small, and Arrow's threads can outlive the interpreter.

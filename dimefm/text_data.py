@@ -38,7 +38,7 @@ class TrainingTexts(Dataset["TextBatch | TrainingError"]):
         try:
             store, tokenizer = self._opened = self._opened or (Store(self._path), tokenizer_of(self._spec))
             return TextBatch(
-                tokens_BL=tokenizer([sample["text"] for sample in store.samples(request.rows_B)]),
+                tokens_BL=tokenizer([sample["text"] for sample in store.samples(request.rows_B, ("text",))]),
                 teacher_BD=torch.from_numpy(store.gather(request.rows_B)),
                 rows_B=torch.from_numpy(request.rows_B),
             )

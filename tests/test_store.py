@@ -1,17 +1,21 @@
 """The store: what is written is what is read, through the library, the memory maps and plain Zarr alike."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import zarr
 
 from cache_schemas import EmbeddingStore, SchemaError, SourceSummary, Status
+from dimefm import store as store_module
 from dimefm.arrays import create_array
 from dimefm.errors import StoreError
 from dimefm.mapped import MappedArray
 from dimefm.store import Store
+from dimefm.tables import write_plan
 from tests.stores import random_store, teacher_identity
 
 
@@ -72,6 +76,60 @@ def test_a_shard_that_is_cut_short_names_itself(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"embedding/c/1/0 is cut short"):
         Store(store.path).read(32, 64)
     np.testing.assert_array_equal(Store(store.path).read(0, 32), store.read(0, 32))
+
+
+def test_samples_of_scattered_rows_come_in_the_order_asked_for(tmp_path: Path) -> None:
+    """Over many chunks and shards, the last one short, with rows asked for twice."""
+    store, _ = random_store(tmp_path / "s.zarr", rows=300, shard_rows=32)
+    rows = np.random.default_rng(0).integers(0, 300, 500)
+    assert 299 in rows
+    entries = store.samples(rows)
+    assert [(s["row"], s["key"]) for s in entries] == [(row, f"k{row}") for row in rows.tolist()]
+    assert list(entries[0]) == ["row", "key", "file", "offset", "size"]
+    assert store.samples(rows, ("offset", "file")) == [{n: s[n] for n in ("row", "file", "offset")} for s in entries]
+    assert store.samples(np.empty(0, np.int64)) == []
+
+
+def test_samples_keep_a_bounded_number_of_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many shards they came from, and none of the plans that those were read from."""
+    monkeypatch.setattr(store_module, "_CHUNKS", 3)
+    store, _ = random_store(tmp_path / "s.zarr", rows=320, shard_rows=32)
+    store = Store(store.path)
+    before = pa.total_allocated_bytes()
+    store.samples(np.arange(320))
+    store._plan.cache_clear()
+    assert pa.total_allocated_bytes() - before < 3 * 16 * 100
+    assert store._entries.cache_info().currsize == 3
+
+
+def test_a_plan_that_lacks_a_column_is_refused_when_that_is_read(tmp_path: Path) -> None:
+    store, _ = random_store(tmp_path / "s.zarr", rows=32, shard_rows=32)
+    digest = write_plan(store.path, 0, store.plan(0).drop_columns(["offset"]))
+    store = Store(store.path)
+    store.schema.digests["rows/000000.parquet"] = digest
+    assert store.samples(np.array([3]), ("key",)) == [{"row": 3, "key": "k3"}]
+    with pytest.raises(SchemaError, match="offset: missing column"):
+        store.samples(np.array([3]), ("offset",))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_chunk_is_checked_once_by_all_processes_that_are_forked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a child has compared, its parent need not; a shard that is written again is compared again."""
+    array, values = make_array(tmp_path, 64, 16, 32)
+    mapped = MappedArray.open(str(tmp_path), "embedding", array)
+    assert mapped is not None
+    child = multiprocessing.get_context("fork").Process(target=mapped.gather, args=(np.array([0, 40]),))
+    child.start()
+    child.join()
+    checked: list[int] = []
+    monkeypatch.setattr(mapped, "_check_chunk", lambda shard, file, chunk: checked.append(2 * shard + chunk))
+    np.testing.assert_array_equal(mapped.gather(np.array([0, 40, 63])), values[[0, 40, 63]])
+    assert checked == [3]
+    mapped.forget()
+    mapped.gather(np.array([0]))
+    assert checked == [3, 0]
 
 
 def test_a_compressed_array_is_read_through_zarr(tmp_path: Path) -> None:
