@@ -20,6 +20,8 @@ from dimefm import storage
 from dimefm.errors import StoreError
 
 _LOCK = ".lock"
+_held: set[TextIO] = set()
+_forks_let_go = False
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what some network file systems answer
 
 
@@ -38,10 +40,12 @@ def writing(store: str) -> Iterator[None]:
     folder = Path(path)
     made = not folder.exists()
     with _locked(folder) as file:
+        _keep_from_forks(file)
         try:
             _sign(file, folder)
             yield
         finally:
+            _held.discard(file)
             with suppress(OSError):  # another process may have come at this moment
                 if made and [entry.name for entry in folder.iterdir()] == [_LOCK]:
                     (folder / _LOCK).unlink()
@@ -83,6 +87,15 @@ def _open(folder: Path) -> TextIO:
             file.close()
             raise storage.cannot_write(str(folder), error) from error
     return file
+
+
+def _keep_from_forks(file: TextIO) -> None:
+    """A forked child shares its parent's lock, and would hold it for a while after the parent was killed."""
+    global _forks_let_go
+    if not _forks_let_go:
+        os.register_at_fork(after_in_child=lambda: [held.close() for held in _held])
+        _forks_let_go = True
+    _held.add(file)
 
 
 def _sign(file: TextIO, folder: Path) -> None:

@@ -59,7 +59,8 @@ def open_run(
     """The run document of `config`, written if `write` and it is not there as it is.
 
     Raises MismatchError where the folder holds a run with another config or other stores, and names the fields: all but
-    those in `allow_changes`, whose change after `done` steps is recorded. Raises OutputExistsError where the folder
+    those in `allow_changes`, whose change after `done` steps is recorded; before the first checkpoint there is nothing
+    to differ from. Raises OutputExistsError where the folder
     holds something else.
     """
     _require_names(allow_changes)
@@ -79,13 +80,13 @@ def open_run(
         text_student=text_spec(config.text_student, teacher) if config.text_student else None,
     )
     path = Path(config.out) / RUN_FILE
-    if path.exists():
+    if path.exists() and done:
         old = read_run(config.out)
         changes = _changes(config, old, run, allow_changes, done)
         if not changes:
             return old
         run = replace(run, changes=(*old.changes, *changes))
-    elif storage.listing(config.out):
+    elif not path.exists() and storage.listing(config.out):
         what = f"{config.out} exists and is not a run folder (it holds {storage.listing(config.out)[0]!r})"
         raise OutputExistsError(what, remedy="give another --out")
     if write:

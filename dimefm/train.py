@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
@@ -24,6 +25,7 @@ from dimefm.distributed import Place, any_of, join_group, leave_group, require_s
 from dimefm.errors import StoppedError, TrainingError
 from dimefm.initial import load_initial
 from dimefm.learner import Learner
+from dimefm.lock import writing
 from dimefm.objective import Objective
 from dimefm.optim import adamw, learning_rate
 from dimefm.order import Order
@@ -60,7 +62,8 @@ def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
     config = replace(config, out=storage.local(config.out, "a run folder"))
     place = join_group(config.device)
     try:
-        return _Trainer(config, place, allow_changes).run()
+        with writing(config.out) if place.first else nullcontext():
+            return _Trainer(config, place, allow_changes).run()
     finally:
         leave_group(place)
 

@@ -25,6 +25,7 @@ from dimefm.clip import Clip, load_clip
 from dimefm.exact import ExactSearch
 from dimefm.pairs import Pairs, retrieve
 from dimefm.progress import amount
+from dimefm.run import read_run
 from dimefm.selected import SelectedTexts
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
@@ -199,6 +200,10 @@ def test_a_full_disk_is_one_message_whatever_was_being_written(monkeypatch: pyte
         ("--loss", "vl", "'vl' is not NAME=NUMBER"),
         ("--loss", "scale=1", "'scale' is not one of"),
         ("--text-mix", "pretty=1", "'pretty' is not one of random, selected, retrieved"),
+        ("--set", "loss.quue=8", "'loss.quue=8': not FIELD=VALUE of a field that there is; those: images,"),
+        ("--set", "warmup_epochs", "'warmup_epochs': not FIELD=VALUE"),
+        ("--set", "epochs.x=1", "'epochs.x=1': not FIELD=VALUE"),
+        ("--set", "loss.queue=many", "--set"),
     ],
 )
 def test_a_bad_list_of_weights_says_what_is_known(option: str, value: str, what: str) -> None:
@@ -549,7 +554,14 @@ def test_training_from_a_store_that_is_unfinished_or_not_there(
         (["--lr", "0", "--epochs", "-1"], "epochs must be above 0, found -1.0; lr must be above 0, found 0.0"),
         (["--text-mix", "selected=1"], "--pairs"),
         (["--text-mix", "random=0.5"], "add up to"),
-        (["--pairs", "nowhere"], "the text mix draws nothing from them"),
+        (["--pairs", "nowhere"], "neither the text mix nor the loss draws from them"),
+        (["--set", "loss.queue=-1"], "loss.queue must not be below 0"),
+        (["--set", "loss.mask_diagonal=true"], "loss.mask_diagonal needs pvl or udist"),
+        (["--loss", "contrastive=1"], "the contrastive loss needs --pairs"),
+        (["--ema", "1.5"], "ema must lie between 0 and 1"),
+        (["--init", "nowhere.pt"], "'nowhere.pt' is no file, no folder and no tag"),
+        (["--text-student", "nobody", "--set", "text_batch_size=8"], "no model of open_clip is called 'nobody'"),
+        (["--allow-changes", "lr,student"], "student cannot change within a run"),
         (["--pairs", "nowhere", "--text-mix", "selected=1"], "nowhere is not a dimefm store"),
         (["--epochs", "0.001"], "of 12 steps are none"),
         (["--val", "nowhere"], "nowhere"),
@@ -562,6 +574,20 @@ def test_settings_that_cannot_be_trained_with(
     if "--loss" not in options:
         more += ["--loss", "vl=1"]
     assert what in refused(*training(image_store.path, text_store.path, tmp_path / "run", *more, *options))
+
+
+def test_every_switch_arrives_in_the_run(tmp_path: Path, tiny_run: list[str]) -> None:
+    switches = ["--ema", 0.9, "--accumulate", 2, "--clip-grad", 1, "--keep", 3, "--max-steps", 1, "--device", "cpu"]
+    settings = ["--set", "loss.queue=32", "--set", "loss.logit_scale=teacher", "--set", "betas=[0.9, 0.98]"]
+    result = run(*tiny_run, *switches, *settings, "--set", "warmup_epochs=0.5", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    config = read_run(str(tmp_path / "run")).config
+    expected = {"ema": 0.9, "accumulate": 2, "clip_grad": 1.0, "keep": 3, "betas": [0.9, 0.98], "warmup_epochs": 0.5}
+    assert {name: config[name] for name in expected} == expected
+    assert config["loss"]["queue"] == 32  # type: ignore[index]
+    assert config["loss"]["centred"] == 1.0, "--set leaves the rest of --loss alone"  # type: ignore[index]
+    told = run("info", tmp_path / "run").output
+    assert "checkpoints" in told
 
 
 def test_training_into_a_folder_of_something_else(image_store: Store, text_store: Store, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dimefm.checkpoint import Checkpoints
 from dimefm.config import TrainConfig
 from dimefm.data import Augmentation, Requests, TrainingImages, training_loader
 from dimefm.errors import MismatchError, OutputExistsError, StoreError, TrainingError
+from dimefm.lock import writing
 from dimefm.objective import LossConfig
 from dimefm.order import Order
 from dimefm.run import read_run
@@ -106,7 +107,11 @@ def test_another_seed_gives_another_student(
 
 
 def test_a_finished_run_is_left_as_it_is(image_store: Store, text_store: Store, undisturbed: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file() and "tfevents" not in p.name}
+    before = {
+        p: p.stat().st_mtime_ns
+        for p in undisturbed.rglob("*")
+        if p.is_file() and "tfevents" not in p.name and p.name != ".lock"
+    }
     result = train(tiny_config(image_store, text_store, undisturbed))
     after = {p: p.stat().st_mtime_ns for p in before}
     assert result.steps == STEPS
@@ -119,6 +124,22 @@ def test_a_changed_config_is_refused_by_field(image_store: Store, text_store: St
         train(config)
     assert "lr: 0.004 != 1e-05" in str(caught.value)
     assert "batch_size: 16 != 8" in str(caught.value)
+
+
+def test_a_start_that_failed_before_its_first_checkpoint_may_be_repeated_otherwise(
+    image_store: Store, text_store: Store, tmp_path: Path
+) -> None:
+    config = tiny_config(image_store, text_store, tmp_path / "run", init="nowhere.pt", max_steps=1)
+    with pytest.raises(TrainingError, match="is no file"):
+        train(config)
+    train(replace(config, init=None, lr=1e-3))
+    assert TrainConfig.parse(read_run(config.out).config, "run.json").lr == 1e-3
+
+
+def test_two_runs_in_one_folder_are_refused(image_store: Store, text_store: Store, tmp_path: Path) -> None:
+    config = tiny_config(image_store, text_store, tmp_path / "run")
+    with writing(config.out), pytest.raises(StoreError, match="is being written by process"):
+        train(config)
 
 
 def test_validation_scores_every_set_and_picks_the_best(
