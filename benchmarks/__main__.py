@@ -3,7 +3,9 @@
 import click
 
 from benchmarks.authors_loop import authors_loop
+from benchmarks.coco_retrieval import coco_retrieval
 from benchmarks.index_choices import index_choices
+from benchmarks.loader_scale import loader_scale
 from benchmarks.memory import memory
 from benchmarks.objectives import objectives
 from benchmarks.plan_scale import plan_scale
@@ -13,6 +15,7 @@ from benchmarks.selection import selection
 from benchmarks.sentences import sentences
 from benchmarks.stage1 import stage1
 from benchmarks.store_reads import store_reads
+from benchmarks.training_loop import training_loop
 from benchmarks.training_pixels import training_pixels
 
 
@@ -22,8 +25,8 @@ def benchmarks() -> None:
 
 
 for command in (
-    preprocessing, stage1, sentences, memory, plan_scale, training_pixels, store_reads, objectives,
-    retrieval, index_choices, selection, authors_loop,
+    preprocessing, stage1, sentences, memory, plan_scale, training_pixels, store_reads,
+    training_loop, loader_scale, authors_loop, objectives, coco_retrieval, retrieval, index_choices, selection,
 ):  # fmt: skip
     benchmarks.add_command(command)
 

@@ -20,7 +20,7 @@ from benchmarks.measure import machine, table
 from cache_schemas import Preprocessing, TeacherIdentity
 
 _MEMBERS = 10_000
-_TEACHER = TeacherIdentity(
+TEACHER = TeacherIdentity(
     name="none",
     pretrained=None,
     weights="none",
@@ -67,7 +67,7 @@ def _measure(folder: Path, kind: str, count: int, *, shuffle: bool) -> list[tupl
     """The three steps over a source that is made first and deleted after."""
     folder.mkdir(parents=True)
     (_make_tars if kind == "image" else _make_texts)(folder / "source", count)
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for step in ("plan", "resume", "info"):
         words = [sys.executable, "-m", "benchmarks", "plan-scale", "--folder", str(folder), "--step", step]
         words += ["--kind", kind, *(["--shuffle"] if shuffle else [])]
@@ -95,7 +95,7 @@ def _step(step: str, kind: str, folder: Path, shuffle: bool) -> None:
         # The payloads are empty, so the size of a shard is given: what real images of 16 kB would get.
         source = (str(folder / "source"),)
         request = PlanRequest(kind=kind, arguments=source, sentences=rules, shard_rows=65536)  # type: ignore[arg-type]
-        store = open_or_plan(request, str(folder / "out.zarr"), _TEACHER)
+        store = open_or_plan(request, str(folder / "out.zarr"), TEACHER)
         assert step == "plan" or len(_pending(store, retry=False)) == store.schema.shards
     seconds = time.perf_counter() - began
     status = Path("/proc/self/status").read_text().split("VmHWM:")[1]  # getrusage's peak is the parent's too
