@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from dimefm.decode import DecodeError, decode_rgb, decode_scaled, jpeg_size
 from dimefm.errors import DimefmError, TrainingError
@@ -136,14 +136,13 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
             def view(place: int, data: bytes) -> torch.Tensor:
                 return self._augmentation(data, request.epoch, int(request.rows_B[place]))
 
-        pixels = [
-            _readable(where, read, partial(view, place))
-            for place, (where, read) in enumerate(self._encoded(store, request.rows_B))
-        ]
+        pixels_B3HW = _empty_pixels(len(request.rows_B), self._augmentation.size)
+        for place, (where, read) in enumerate(self._encoded(store, request.rows_B)):
+            pixels_B3HW[place] = _readable(where, read, partial(view, place))
         return Batch(
             step=request.step,
             epoch=request.epoch,
-            pixels_B3HW=torch.stack(pixels),
+            pixels_B3HW=pixels_B3HW,
             teacher_BD=torch.from_numpy(teacher_BD),
             rows_B=torch.from_numpy(request.rows_B),
             texts=self._bank.draw(request.step, request.all_rows_G) if self._bank else None,
@@ -163,6 +162,14 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
                 what = f"{store.path} was imported without the images that its embeddings are of"
                 raise TrainingError(what, remedy="import it again with --images, or cache the images")
             yield partial(_called, store, s["row"]), partial(read_encoded, s["file"], s["offset"], s["size"])
+
+
+def _empty_pixels(count: int, size: int) -> torch.Tensor:
+    """uint8 (count, 3, size, size); in a process of the loader's in shared memory, from where it need not be copied."""
+    if get_worker_info() is None:
+        return torch.empty((count, 3, size, size), dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(count * 3 * size * size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(count, 3, size, size)
 
 
 def _called(store: Store, row: int) -> str:
