@@ -77,7 +77,9 @@ class Objective(torch.nn.Module):
     def __init__(self, config: LossConfig, *, teacher_scale: float, dim: int, mean_D: torch.Tensor | None) -> None:
         """`mean_D` is the mean teacher embedding, wanted where `centred` has a weight."""
         super().__init__()
-        self.config, self.mean_D = config, mean_D
+        self.config = config
+        self.mean_D: torch.Tensor | None
+        self.register_buffer("mean_D", mean_D, persistent=False)
         self.scale = teacher_scale if config.logit_scale == "teacher" else config.scale
         self.log_scale: torch.nn.Parameter | None = None
         if config.logit_scale == "learned":

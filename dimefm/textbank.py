@@ -5,6 +5,7 @@ Shapes: T texts, G images of the global batch, D width, K sentences retrieved fo
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -95,6 +96,12 @@ class TextBank:
         self._on_device: torch.Tensor | None = None
         if self.place == "device" and self._resident is not None:
             self._on_device, self._resident = torch.from_numpy(self._resident).to(device), None
+
+    def without_device(self) -> TextBank:
+        """The same draws for the processes that are forked, with nothing of what is on a GPU."""
+        other = copy.copy(self)
+        other._on_device = None
+        return other
 
     def draw(self, step: int, rows_G: np.ndarray[Any, Any]) -> TextDraw:
         """The texts of `step`: a function of seed, step and the global batch's image rows alone."""

@@ -207,7 +207,7 @@ class _Trainer:
             size=self.spec.image_size, crop_scale=config.crop_scale, flip=config.flip, seed=config.seed
         )
         span: dict[str, int] = {"first": first, "steps": self.steps, "rank": place.rank, "world": place.world}
-        dataset = TrainingImages(self.inputs.images.path, augmentation, self.bank)
+        dataset = TrainingImages(self.inputs.images.path, augmentation, self.bank and self.bank.without_device())
         images = training_loader(dataset, Requests(self.order, **span), config.workers)
         texts: Iterator[TextBatch | None] = repeat(None)
         if self.text_order and self.text_spec:
@@ -295,9 +295,14 @@ class _Trainer:
 
 
 def mean_embedding(store: Store) -> torch.Tensor:
-    """The mean teacher embedding (D,), float32, over at most 65,536 rows spread evenly over the store."""
-    rows = np.linspace(0, store.schema.rows - 1, min(store.schema.rows, _MEAN_ROWS)).astype(np.int64)
-    embedding_ND = torch.from_numpy(store.gather(rows)).double()
+    """The mean teacher embedding (D,), float32: of all rows, or of 65,536 in whole chunks spread evenly over the store,
+    since a chunk is read as a whole to be checked."""
+    rows, size = store.schema.rows, store.schema.chunk_rows
+    chunks = np.arange(-(-rows // size))
+    if rows > _MEAN_ROWS:
+        chunks = np.linspace(0, len(chunks) - 1, max(1, _MEAN_ROWS // size)).astype(np.int64)
+    spans = [store.read(at, min(at + size, rows)) for at in (chunks * size).tolist()]
+    embedding_ND = torch.from_numpy(np.concatenate(spans)).double()
     return embedding_ND[embedding_ND.any(dim=1)].mean(dim=0).float()
 
 

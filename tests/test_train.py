@@ -296,6 +296,15 @@ def test_mean_embedding_leaves_out_rows_that_have_none(tmp_path: Path) -> None:
     np.testing.assert_allclose(mean_embedding(store).numpy(), good.mean(axis=0), atol=1e-6)
 
 
+def test_mean_embedding_of_a_large_store_reads_some_chunks_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "_MEAN_ROWS", 48)
+    store, values = random_store(tmp_path / "s.zarr", rows=200, shard_rows=32)  # 13 chunks of 16 rows
+    chosen = np.concatenate([values[:16], values[96:112], values[192:]]).astype(np.float64)
+    np.testing.assert_allclose(mean_embedding(store).numpy(), chosen.mean(axis=0), atol=1e-6)
+
+
 def test_metrics_survive_a_line_cut_off_by_a_kill(tmp_path: Path) -> None:
     line = json.dumps({"event": "train", "step": 1, "loss": 0.5})
     (tmp_path / "metrics.jsonl").write_text(f'{line}\n{{"event": "tra')
