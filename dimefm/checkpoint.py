@@ -6,6 +6,7 @@ RUN/checkpoints/last.json          {"step": 1200, "crc32c": {...}}, of each file
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Checkpoints:
             if expected is not None and _checksum(path) != expected:
                 raise ValueError("its checksum does not fit")
             return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error).strip().split("\n")[0]
             others = [s for s in self.steps() if s < step]
             remedy = "delete the run folder: there is no other checkpoint"
@@ -74,8 +75,8 @@ class Checkpoints:
         if which.isdigit():
             return int(which) if self._path(int(which)).exists() else None
         path = self._folder / f"{which}.json"
-        if not path.exists():
-            return None
+        if not path.exists():  # the newest that there is, where the file that names it was lost
+            return max(self.steps(), default=None) if which == "last" else None
         step = int(storage.read_json(str(path))["step"])
         if which == "last" and not self._path(step).exists():
             return max((s for s in self.steps() if s < step), default=None)
@@ -86,8 +87,9 @@ class Checkpoints:
         return dict(storage.read_json(str(path))["crc32c"]) if path.exists() else {}
 
     def _best_score(self) -> float:
-        path = self._folder / "best.json"
-        return float(storage.read_json(str(path))["score"]) if path.exists() else float("-inf")
+        step, path = self.step("best"), self._folder / "best.json"
+        there = step is not None and self._path(step).exists()
+        return float(storage.read_json(str(path))["score"]) if there else float("-inf")
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}.pt"

@@ -15,11 +15,14 @@ MAY_DIFFER = ("images", "texts", "pairs", "selection", "out", "val", "val_texts"
 """Fields in which a resumed run may differ from its start: where things are, how fast and how often, not what is
 computed."""
 
-NEVER_DIFFER = ("student", "image_size", "text_student")
-"""Fields that --allow-changes cannot name: the checkpoint has the weights of these towers."""
+NEVER_DIFFER = ("student", "image_size", "text_student", "init", "batch_size", "text_batch_size")
+"""Fields that --allow-changes cannot name: a checkpoint has these towers' weights and counts in these batches."""
+
+NEVER_DIFFER_IN_LOSS = ("queue", "logit_scale")
+"""The same of `loss` and `text_loss`: a checkpoint has this state."""
 
 
-_TEXT_LOSS = LossConfig(vl=0.0, pvl=0.0, cosine=1.0)
+_TEXT_LOSS, _TEXT_BATCH = LossConfig(vl=0.0, pvl=0.0, cosine=1.0), 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class TrainConfig:
     selection: str | None = None
     init: str | None = None
     text_student: str | None = None
-    text_batch_size: int = 256
+    text_batch_size: int = _TEXT_BATCH
     text_loss: LossConfig = _TEXT_LOSS
     val: tuple[str, ...] = ()
     val_texts: str | None = None
@@ -85,12 +88,20 @@ class TrainConfig:
         wrong = [
             f"{name} must be above 0, found {getattr(self, name)}"
             for name in ("epochs", "batch_size", "texts_per_step", "text_batch_size", "lr", "accumulate", "keep",
-                         "checkpoint_every", "log_every", "val_every", "image_size", "clip_grad", "max_steps")
+                         "checkpoint_every", "log_every", "val_every", "image_size", "clip_grad", "max_steps", "eps")
             if getattr(self, name) is not None and getattr(self, name) <= 0
         ]  # fmt: skip
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             wrong.append(f"crop_scale must be 0 < low <= high <= 1, found {self.crop_scale}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            wrong.append(f"betas must be 0 <= beta < 1, found {self.betas}")
+        if self.workers < 0:
+            wrong.append(f"workers must not be below 0, found {self.workers}")
+        if self.accumulate > self.batch_size:
+            wrong.append(f"accumulate must be batch_size at most, found {self.accumulate}")
+        if self.val_texts and (self.text_student or not self.val):
+            wrong.append("val_texts has no effect " + ("with a text_student" if self.text_student else "without val"))
         if self.ema is not None and not 0 < self.ema < 1:
             wrong.append(f"ema must lie between 0 and 1, found {self.ema}")
         wrong += self.loss.problems() + self._text_problems()
@@ -104,7 +115,8 @@ class TrainConfig:
 
     def _text_problems(self) -> list[str]:
         if self.text_student is None:
-            return []
+            changed = self.text_loss != _TEXT_LOSS or self.text_batch_size != _TEXT_BATCH
+            return ["text_loss and text_batch_size have no effect without text_student"] if changed else []
         wrong = [f"text_{problem}" for problem in self.text_loss.problems()]
         if self.text_loss.contrastive:
             wrong.append("text_loss.contrastive: a text tower has no pairs to learn from")

@@ -9,8 +9,11 @@ Shapes: B images of this process, G images of all, T texts, D embedding width, H
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_all_start_methods
 from typing import Any, TypeVar
@@ -19,6 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from cache_schemas import SchemaError
 from dimefm.decode import DecodeError, decode_rgb, decode_scaled, jpeg_size
 from dimefm.errors import DimefmError, TrainingError
 from dimefm.order import Order
@@ -29,6 +33,7 @@ from dimefm.textbank import TextBank, TextDraw
 from dimefm.views import random_crop, replay
 
 _T = TypeVar("_T")
+_GRACE = 30.0  # seconds that a loader's process goes on after SIGTERM
 
 
 @dataclass(frozen=True)
@@ -41,27 +46,24 @@ class Request:
     all_rows_G: np.ndarray[Any, Any]
 
 
-class Pinned:
-    """A batch whose tensors the loader can put into page-locked memory, where there is a GPU to copy them to."""
-
-    def pin_memory(self: _T) -> _T:
-        """Called by the loader."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        pinned = {name: value.pin_memory() for name, value in found.items() if hasattr(value, "pin_memory")}
-        return replace(self, **pinned)  # type: ignore[type-var]
-
-
 @dataclass(frozen=True)
-class Batch(Pinned):
-    """One step's images: uint8 pixels (B, 3, H, W), teacher embeddings float16 (B, D), their rows int64 (B,); and the
-    texts drawn for the global batch, that this is every world-th image of."""
+class Batch:
+    """One step's images: uint8 pixels (B, 3, H, W), teacher embeddings float16 (B, D), their rows int64 (B,); and of
+    the global batch, that this is every world-th image of, the rows (G,) and the texts drawn for it."""
 
     step: int
     epoch: int
     pixels_B3HW: torch.Tensor
     teacher_BD: torch.Tensor
     rows_B: torch.Tensor
+    all_rows_G: torch.Tensor
     texts: TextDraw | None = None
+
+    def pin_memory(self) -> Batch:
+        """Called by the loader where there is a GPU: page-locked memory is copied to it in the background."""
+        pixels_B3HW, teacher_BD = self.pixels_B3HW.pin_memory(), self.teacher_BD.pin_memory()
+        texts = self.texts.pin_memory() if self.texts else None
+        return replace(self, pixels_B3HW=pixels_B3HW, teacher_BD=teacher_BD, texts=texts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +118,8 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
     def __getitem__(self, request: Request) -> Batch | TrainingError:
         try:
             return self._batch(request)
-        except DimefmError as error:
-            return TrainingError(error.what, remedy=error.remedy)
+        except (DimefmError, SchemaError) as error:
+            return training_error(error)
 
     def _batch(self, request: Request) -> Batch:
         store = self._store = self._store or Store(self._path)  # opened in the process that reads
@@ -145,6 +147,7 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
             pixels_B3HW=pixels_B3HW,
             teacher_BD=torch.from_numpy(teacher_BD),
             rows_B=torch.from_numpy(request.rows_B),
+            all_rows_G=torch.from_numpy(request.all_rows_G),
             texts=self._bank.draw(request.step, request.all_rows_G) if self._bank else None,
         )
 
@@ -198,10 +201,14 @@ class Requests(Sampler[Request]):
             yield Request(step, epoch, rows_G[self._rank :: self._world].copy(), rows_G)
 
 
-def training_loader(dataset: Dataset[_T | TrainingError], requests: Requests, workers: int) -> Iterator[_T]:
-    """The batches of a dataset that is indexed by Request, read ahead by `workers` processes (0: by this one).
+def training_loader(
+    dataset: Dataset[_T | TrainingError], requests: Requests, workers: int, *, pin: bool = False
+) -> Iterator[_T]:
+    """The batches of a dataset that is indexed by Request, read ahead by `workers` processes (0: by this one), in
+    page-locked memory with `pin`.
 
-    They are the same whatever the number of workers. Raises TrainingError for what went wrong in one, or with it.
+    They are the same whatever the number of workers. Raises TrainingError for what went wrong in one; see also
+    `reader_died`.
     """
     loader = DataLoader(
         dataset,
@@ -211,25 +218,44 @@ def training_loader(dataset: Dataset[_T | TrainingError], requests: Requests, wo
         prefetch_factor=4 if workers else None,
         worker_init_fn=_begin_worker,
         multiprocessing_context="fork" if workers and "fork" in get_all_start_methods() else None,  # shares the texts
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin,
         generator=torch.Generator(),  # or the loader would draw from the global one, and drop-path with it
     )
-    iterator = iter(loader)
-    while True:
-        try:
-            item = next(iterator, None)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            what = f"a process that decodes images died: {str(error).splitlines()[0]}"
-            raise TrainingError(what, remedy="often memory: give fewer --workers, and run again") from error
-        if item is None:
-            return
+    for item in loader:
         if isinstance(item, TrainingError):
             raise item
         yield item
 
 
+@contextmanager
+def reader_died() -> Iterator[None]:
+    """Around all that goes on while loaders are at work: torch tells of a process of theirs that died by a RuntimeError
+    at any moment, which becomes a TrainingError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        what = f"a process that decodes images died: {str(error).splitlines()[0]}"
+        raise TrainingError(what, remedy="often memory: give fewer --workers, and run again") from error
+
+
+def training_error(error: DimefmError | SchemaError) -> TrainingError:
+    """What went wrong where data is read, as it can be sent to the process that trains."""
+    if isinstance(error, SchemaError):
+        return TrainingError(str(error))
+    return TrainingError(error.what, remedy=error.remedy)
+
+
 def _begin_worker(worker: int) -> None:
+    """Ctrl-C, and SIGTERM to all processes of a job, are for the training process, which needs the others until its
+    step is done and then lets them end."""
     torch.set_num_threads(1)
-    os.setpgid(0, 0)  # Ctrl-C is for the training process, which lets the others end
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, _end_soon)
+
+
+def _end_soon(number: int, frame: object) -> None:
+    timer = threading.Timer(_GRACE, os._exit, [0])
+    timer.daemon = True
+    timer.start()

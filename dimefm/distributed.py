@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -38,12 +39,13 @@ def join_group(device: str | None) -> Place:
         kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(kind)
     if world > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+        # Others wait while the first validates, for longer than torch's ten minutes if need be.
+        distributed.init_process_group("nccl" if kind.startswith("cuda") else "gloo", timeout=timedelta(hours=6))
     return Place(int(os.environ.get("RANK", "0")), world, torch.device(kind))
 
 
 def leave_group(place: Place) -> None:
-    """End what `join_group` began."""
+    """End what `join_group` began. Not after an error: with NCCL it would wait for the others, who wait too."""
     if place.world > 1:
         distributed.destroy_process_group()
 
@@ -74,13 +76,20 @@ def require_same(step: int, place: Place) -> int:
     return step
 
 
-def any_of(flag: bool, place: Place) -> bool:
-    """Whether any process says so: what all of them must do in the same step."""
+def largest(number: int, place: Place) -> int:
+    """The largest of all processes' numbers: what they must all know in the same step."""
     if place.world == 1:
-        return flag
-    found = torch.tensor(int(flag), device=place.device)
+        return number
+    found = torch.tensor(number, device=place.device)
     distributed.all_reduce(found, distributed.ReduceOp.MAX)
-    return bool(found.item())
+    return int(found.item())
+
+
+def average(value: torch.Tensor, place: Place) -> None:
+    """Replace a tensor by the mean of all processes' ones."""
+    if place.world > 1:
+        distributed.all_reduce(value)
+        value /= place.world
 
 
 def wait_for_all(place: Place) -> None:

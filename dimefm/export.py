@@ -66,6 +66,8 @@ def export(
         "preprocess_cfg": preprocessing,
     }
     text = {name: value for name, value in clip.model.state_dict().items() if not name.startswith("visual.")}
+    if (learned := state["image"]["objective"].get("log_scale")) is not None:
+        text["logit_scale"] = learned.to(text["logit_scale"])
     _publish(Path(out), config, {**text, **image}, clip.tokenizer)
     return out
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from dimefm.average import Average
-from dimefm.distributed import Place, gather_batch
+from dimefm.distributed import Place, average, gather_batch
 from dimefm.objective import Objective
 from dimefm.student import has_convolutions
 
@@ -86,6 +86,9 @@ class Learner:
             for i, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
                 with nullcontext() if i == len(parts) - 1 else self._no_sync():
                     self._features(part, seed, i).backward(gradient)
+        scale = self.objective.log_scale
+        if scale is not None and scale.grad is not None:  # the same in all, but for rounding that would add up
+            average(scale.grad, self._place)
         self.teacher_GD, self._student_GD = teacher_GD, student_GD.detach()
         return {"loss": loss.detach(), **shown}
 

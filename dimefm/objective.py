@@ -55,7 +55,10 @@ class LossConfig:
 
     def problems(self) -> list[str]:
         """What makes no sense, in words."""
-        wrong = [f"loss.{name} must not be below 0" for name in (*self.WEIGHTS, "queue") if getattr(self, name) < 0]
+        wrong = [f"loss.scale must be {MAX_SCALE:g} at most to be learned, found {self.scale:g}"] * (
+            self.logit_scale == "learned" and not 1 <= self.scale <= MAX_SCALE
+        )
+        wrong += [f"loss.{name} must not be below 0" for name in (*self.WEIGHTS, "queue") if getattr(self, name) < 0]
         for name in ("vl_temperature", "pvl_temperature", "udist_temperature", "scale"):
             if getattr(self, name) <= 0:
                 wrong.append(f"loss.{name} must be above 0, found {getattr(self, name)}")
@@ -84,11 +87,10 @@ class Objective(torch.nn.Module):
         self.log_scale: torch.nn.Parameter | None = None
         if config.logit_scale == "learned":
             self.log_scale = torch.nn.Parameter(torch.tensor(math.log(config.scale)))
-        self.queued: torch.Tensor  # rows that the queue has been given until now
+        self._queued = 0  # rows that the queue has been given until now
         self.teacher_QD: torch.Tensor
         self.student_QD: torch.Tensor
         if config.queue:
-            self.register_buffer("queued", torch.zeros((), dtype=torch.int64))
             self.register_buffer("teacher_QD", torch.zeros(config.queue, dim))
             self.register_buffer("student_QD", torch.zeros(config.queue, dim))
 
@@ -146,15 +148,23 @@ class Objective(torch.nn.Module):
         if not self.config.queue:
             return
         size = min(len(teacher_BD), self.config.queue)
-        place = (self.queued + torch.arange(size, device=self.queued.device)) % self.config.queue
+        place = (self._queued + torch.arange(size, device=self.teacher_QD.device)) % self.config.queue
         self.teacher_QD[place] = teacher_BD[-size:].to(self.teacher_QD)
         self.student_QD[place] = student_BD[-size:].to(self.student_QD)
-        self.queued += size
+        self._queued += size
+
+    def get_extra_state(self) -> int:
+        """What beside tensors belongs to the state."""
+        return self._queued
+
+    def set_extra_state(self, state: int) -> None:
+        """What `get_extra_state` gave."""
+        self._queued = state
 
     def _queue(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         if not self.config.queue:
             return None
-        filled = min(int(self.queued), self.config.queue)
+        filled = min(self._queued, self.config.queue)
         return self.teacher_QD[:filled], self.student_QD[:filled]
 
     def _factor(self, temperature: float) -> float:

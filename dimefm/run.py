@@ -9,7 +9,7 @@ from cache_schemas import Run
 from cache_schemas.run import RUN_FILE, Change
 from dimefm import storage
 from dimefm.commits import versions
-from dimefm.config import NEVER_DIFFER, TrainConfig
+from dimefm.config import NEVER_DIFFER, NEVER_DIFFER_IN_LOSS, TrainConfig
 from dimefm.errors import MismatchError, OutputExistsError, StoreError, TrainingError
 from dimefm.pairs import Pairs, require_pairs_match
 from dimefm.selected import SelectedTexts
@@ -53,10 +53,8 @@ def read_run(path: str) -> Run:
     return Run.parse(storage.read_json(where), where)
 
 
-def open_run(
-    config: TrainConfig, inputs: Inputs, steps: int, *, allow_changes: tuple[str, ...], done: int, write: bool
-) -> Run:
-    """The run document of `config`, written if `write` and it is not there as it is.
+def plan_run(config: TrainConfig, inputs: Inputs, steps: int, *, allow_changes: tuple[str, ...], done: int) -> Run:
+    """The run document of `config`, which `write_run` writes once all that it names has been found good.
 
     Raises MismatchError where the folder holds a run with another config or other stores, and names the fields: all but
     those in `allow_changes`, whose change after `done` steps is recorded; before the first checkpoint there is nothing
@@ -85,35 +83,54 @@ def open_run(
         changes = _changes(config, old, run, allow_changes, done)
         if not changes:
             return old
-        run = replace(run, changes=(*old.changes, *changes))
-    elif not path.exists() and storage.listing(config.out):
+        return replace(run, changes=(*old.changes, *changes))
+    if not path.exists() and storage.listing(config.out):
         what = f"{config.out} exists and is not a run folder (it holds {storage.listing(config.out)[0]!r})"
         raise OutputExistsError(what, remedy="give another --out")
-    if write:
-        storage.write_json(str(path), run.to_json())
     return run
+
+
+def write_run(out: str, run: Run) -> None:
+    """Write the document, if it is not there as it is."""
+    path = str(Path(out) / RUN_FILE)
+    if not storage.exists(path) or storage.read_json(path) != run.to_json():
+        with storage.writing_to(path):
+            storage.write_json(path, run.to_json())
 
 
 def _changes(config: TrainConfig, old: Run, new: Run, allowed: tuple[str, ...], done: int) -> list[Change]:
     """What differs and may. Raises MismatchError for what may not."""
-    differences = TrainConfig.parse(old.config, f"{config.out}/{RUN_FILE}").differences(config)
+    before = TrainConfig.parse(old.config, f"{config.out}/{RUN_FILE}")
+    differences = before.differences(config)
+    for name in ("loss", "text_loss"):
+        for part in NEVER_DIFFER_IN_LOSS:
+            mine, theirs = getattr(getattr(before, name), part), getattr(getattr(config, name), part)
+            if mine != theirs:
+                differences[f"{name}.{part}"] = f"{mine} != {theirs}"
     for name in ("images_identity", "images_chunk_rows", "texts_identity", "pairs_digest", "selection_digest", "steps"):
         mine, theirs = getattr(old, name), getattr(new, name)
         if mine != theirs:
             differences[name] = f"{mine} != {theirs}"
-    follow = {"steps"} if {"epochs", "max_steps", "batch_size"} & set(allowed) else set()
+    follow = {"steps"} if {"epochs", "max_steps"} & set(allowed) else set()
     refused = {name: values for name, values in differences.items() if name not in {*allowed, *follow}}
     if refused:
         lines = "".join(f"\n  - {name}: {values}" for name, values in refused.items())
         what = f"{config.out} holds a run that differs from this command (its own != this one's):{lines}"
-        remedy = "give another --out, repeat the command that began it, or name the fields with --allow-changes"
+        remedy = "give another --out, or repeat the command that began it"
+        named = {*allowed, *refused} - {"steps"}  # which follows from others
+        if named <= _may_change():
+            remedy += f"; to go on with the change: --allow-changes {','.join(sorted(named))}"
         raise MismatchError(what, remedy=remedy)
     return [Change(step=done, field=name, values=values) for name, values in differences.items()]
 
 
 def _require_names(allowed: tuple[str, ...]) -> None:
-    names = TrainConfig.__dataclass_fields__.keys() - set(NEVER_DIFFER)
+    names = _may_change()
     unknown = sorted(set(allowed) - names)
     if unknown:
         what = f"--allow-changes: {', '.join(unknown)} cannot change within a run"
         raise TrainingError(what, remedy=f"those that can: {', '.join(sorted(names))}")
+
+
+def _may_change() -> set[str]:
+    return TrainConfig.__dataclass_fields__.keys() - set(NEVER_DIFFER)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,7 +29,8 @@ class RunLog:
             return
         self._path = Path(out) / METRICS_FILE
         kept = [line for line in read_metrics(out) if line["step"] <= first]
-        storage.write_atomic(str(self._path), "".join(json.dumps(line) + "\n" for line in kept).encode())
+        with storage.writing_to(str(self._path)):
+            storage.write_atomic(str(self._path), "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = self._path.open("a", encoding="utf-8")
         self._events = SummaryWriter(out, purge_step=first + 1 if first else None)
         self._progress = Progress("training", steps, "step", first)
@@ -40,7 +43,8 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._enabled:
-            self._file.close()
+            with suppress(OSError) if kind else nullcontext():  # or it would hide what ended the run
+                self._file.close()
             self._events.close()
             self._progress.__exit__(kind, error, trace)
 
@@ -71,7 +75,8 @@ class RunLog:
 
     def _write(self, event: str, step: int, values: dict[str, float]) -> None:
         with storage.writing_to(str(self._path)):
-            self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+            known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._file.write(json.dumps({"event": event, "step": step, **known}) + "\n")
             self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(f"{event}/{name}", value, step)

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from cache_schemas import SchemaError
 from cache_schemas.run import TextSpec
-from dimefm.data import Pinned, Request
+from dimefm.data import Request, training_error
 from dimefm.errors import DimefmError, TrainingError
 from dimefm.store import Store
 from dimefm.student import tokenizer_of
 
 
 @dataclass(frozen=True)
-class TextBatch(Pinned):
+class TextBatch:
     """One step's sentences: tokens int64 (B, L), teacher embeddings float16 (B, D), their rows int64 (B,)."""
 
     tokens_BL: torch.Tensor
@@ -42,5 +43,5 @@ class TrainingTexts(Dataset["TextBatch | TrainingError"]):
                 teacher_BD=torch.from_numpy(store.gather(request.rows_B)),
                 rows_B=torch.from_numpy(request.rows_B),
             )
-        except DimefmError as error:
-            return TrainingError(error.what, remedy=error.remedy)
+        except (DimefmError, SchemaError) as error:
+            return training_error(error)

@@ -20,7 +20,9 @@ from dimefm.pairs import Pairs
 from dimefm.selected import SelectedTexts
 from dimefm.store import Store
 
+CPU = torch.device("cpu")
 _SHARE = 4  # of the memory, the part of it that sentences may take
+_BLOCK = 2**18  # rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class TextDraw:
     pair_GD: torch.Tensor | None
 
     def pin_memory(self) -> TextDraw:
-        """See dimefm.data.Pinned."""
+        """See dimefm.data.Batch."""
         found = {name: value.pin_memory() for name, value in vars(self).items() if value is not None}
         return replace(self, **found)
 
@@ -70,9 +72,10 @@ class TextBank:
         seed: int,
         total: int,
         paired: bool = False,
-        device: torch.device | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        """`paired` asks for each image's own sentence too. Raises TrainingError for a mix that cannot be drawn."""
+        """`total` may be 0 where nothing but each image's own sentence is wanted, which `paired` asks for. Raises
+        TrainingError for a mix that cannot be drawn."""
         shares = (mix.random, mix.selected, mix.retrieved)
         if abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
             raise TrainingError(f"the text mix {mix} does not add up to 1", remedy="give shares from 0 to 1")
@@ -90,21 +93,31 @@ class TextBank:
             self._selected = selection.rows()
         elif mix.selected and pairs is not None:
             self._selected = np.flatnonzero(pairs.hits()).astype(np.int32)
-        size = store.schema.rows * store.schema.dim * 2
-        self.place = "device" if size <= _room(device) else "memory" if size <= _room(None) else "disk"
-        self._resident = store.read(0, store.schema.rows) if self.place != "disk" else None
+        if self._selected is not None and not len(self._selected):
+            raise TrainingError("no sentence is selected", remedy="select others, or change --text-mix")
+        rows = store.schema.rows
+        size = rows * store.schema.dim * 2
+        self.place = "device" if size <= _room_on(device) else "memory" if size <= _room_in_memory() else "disk"
+        self._resident = store.read(0, rows) if self.place == "memory" else None
         self._on_device: torch.Tensor | None = None
-        if self.place == "device" and self._resident is not None:
-            self._on_device, self._resident = torch.from_numpy(self._resident).to(device), None
+        if self.place == "device":
+            self._on_device = torch.empty((rows, store.schema.dim), dtype=torch.float16, device=device)
+            for at in range(0, rows, _BLOCK):
+                self._on_device[at : at + _BLOCK] = torch.from_numpy(store.read(at, min(at + _BLOCK, rows)))
+        self._process = os.getpid()
 
     def without_device(self) -> TextBank:
-        """The same draws for the processes that are forked, with nothing of what is on a GPU."""
+        """The same draws without the copy that is on a GPU, for the processes that read images."""
         other = copy.copy(self)
         other._on_device = None
         return other
 
     def draw(self, step: int, rows_G: np.ndarray[Any, Any]) -> TextDraw:
-        """The texts of `step`: a function of seed, step and the global batch's image rows alone."""
+        """The texts of `step`: a function of seed, step and the global batch's image rows alone. Raises TrainingError
+        where the batch has no retrieved sentence to draw from."""
+        if self._process != os.getpid():  # a forked process: connections cannot be shared
+            self._store, self._process = Store(self._store.path), os.getpid()
+            self._pairs = Pairs(self._pairs.path) if self._pairs else None
         rows_T = self.rows(step, rows_G)
         pair_row_G = self._pairs.gather(rows_G)[:, 0].astype(np.int64) if self._paired and self._pairs else None
         return TextDraw(
@@ -136,8 +149,12 @@ class TextBank:
             parts.append(self._selected[rng.integers(len(self._selected), size=selected)])
         if retrieved and self._pairs is not None:
             found = self._pairs.gather(rows_G)
-            parts.append(rng.choice(found[found >= 0], size=retrieved))
-        return np.concatenate(parts).astype(np.int64)
+            found = found[found >= 0]
+            if not len(found):
+                what = f"step {step + 1}: no sentence was retrieved for any image of the batch"
+                raise TrainingError(what, remedy="give a larger --batch-size, or another --text-mix")
+            parts.append(rng.choice(found, size=retrieved))
+        return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
 
     def _gather(self, rows_N: np.ndarray[Any, Any]) -> torch.Tensor | None:
         if self.place == "device":
@@ -151,8 +168,11 @@ class TextBank:
         return read_ND.to(device, non_blocking=True).float()
 
 
-def _room(device: torch.device | None) -> int:
-    """Bytes that sentences may take on a GPU (none on the CPU as a device), or for None in this machine's memory."""
-    if device is None:
-        return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // _SHARE
+def _room_on(device: torch.device) -> int:
+    """Bytes that sentences may take on a GPU; none on the CPU."""
     return torch.cuda.mem_get_info(device)[0] // _SHARE if device.type == "cuda" else 0
+
+
+def _room_in_memory() -> int:
+    """Bytes that sentences may take in this machine's memory, by each process that trains on it."""
+    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // _SHARE

@@ -6,9 +6,10 @@ Shapes: B images of this process, G images of all, T texts, D embedding width, H
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
@@ -19,9 +20,10 @@ import torch
 
 from dimefm import storage
 from dimefm.checkpoint import Checkpoints
+from dimefm.collapse import not_finite
 from dimefm.config import TrainConfig
-from dimefm.data import Augmentation, Batch, Requests, TrainingImages, training_loader
-from dimefm.distributed import Place, any_of, join_group, leave_group, require_same, wait_for_all
+from dimefm.data import Augmentation, Batch, Requests, TrainingImages, reader_died, training_loader
+from dimefm.distributed import Place, join_group, largest, leave_group, require_same, wait_for_all
 from dimefm.errors import StoppedError, TrainingError
 from dimefm.initial import load_initial
 from dimefm.learner import Learner
@@ -30,7 +32,7 @@ from dimefm.objective import Objective
 from dimefm.optim import adamw, learning_rate
 from dimefm.order import Order
 from dimefm.preprocess import normalise
-from dimefm.run import Inputs, open_inputs, open_run
+from dimefm.run import Inputs, open_inputs, plan_run, write_run
 from dimefm.runlog import RunLog, last_validation
 from dimefm.stopping import Stopping
 from dimefm.store import Store
@@ -61,11 +63,10 @@ def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
     """
     config = replace(config, out=storage.local(config.out, "a run folder"))
     place = join_group(config.device)
-    try:
-        with writing(config.out) if place.first else nullcontext():
-            return _Trainer(config, place, allow_changes).run()
-    finally:
-        leave_group(place)
+    with writing(config.out) if place.first else nullcontext():
+        result = _Trainer(config, place, allow_changes).run()
+    leave_group(place)
+    return result
 
 
 class _Trainer:
@@ -80,13 +81,9 @@ class _Trainer:
                 f"{config.epochs:g} epochs of {self.per_epoch} steps are none", remedy="give more --epochs"
             )
         self.checkpoints = Checkpoints(config.out, config.keep)
-        if not place.first:
-            wait_for_all(place)
         done = self.checkpoints.step() or 0
-        document = open_run(config, inputs, self.steps, allow_changes=allow_changes, done=done, write=place.first)
-        if place.first:
-            wait_for_all(place)
-        self.spec, self.text_spec = document.student, document.text_student
+        self.document = plan_run(config, inputs, self.steps, allow_changes=allow_changes, done=done)
+        self.spec, self.text_spec = self.document.student, self.document.text_student
 
         torch.manual_seed(config.seed)
         self.image, self.text = self._image_learner(), self._text_learner()
@@ -100,7 +97,8 @@ class _Trainer:
         if config.loss.vl or config.loss.contrastive:
             self.bank = TextBank(
                 inputs.texts, config.text_mix, inputs.pairs, inputs.selection, seed=config.seed,
-                total=config.texts_per_step, paired=config.loss.contrastive > 0, device=place.device,
+                total=config.texts_per_step if config.loss.vl else 0, paired=config.loss.contrastive > 0,
+                device=place.device,
             )  # fmt: skip
         self.validation = self._validation() if config.val and place.first else None
 
@@ -108,29 +106,35 @@ class _Trainer:
         """The loop: a batch arrives, a step is taken, and what is due after it is done."""
         config = self.config
         first = require_same(self._restore(), self.place)
-        if first >= self.steps:
+        if first > self.steps:
+            what = f"{config.out} has done {first:,} steps already, more than {self.steps:,}"
+            raise TrainingError(what, remedy="give more --epochs or --max-steps, or another --out")
+        if self.place.first:
+            write_run(config.out, self.document)
+        if first == self.steps:
             return Result(config.out, self.steps, last_validation(config.out))
         scores: dict[str, float] = {}
         validate_every = max(1, round(config.val_every * self.per_epoch))
-        with RunLog(config.out, first=first, steps=self.steps, enabled=self.place.first) as log, Stopping() as stopping:
+        log = RunLog(config.out, first=first, steps=self.steps, enabled=self.place.first)
+        with log, Stopping() as stopping, self._reading(stopping):
             asked = time.monotonic()
-            for batch, texts in self._batches(first, stopping):
+            for batch, texts in self._batches(first):
                 waited = time.monotonic() - asked
                 values = self._step(batch, texts)
                 done, last = batch.step + 1, batch.step + 1 == self.steps
-                stop = any_of(stopping.asked is not None, self.place) and not last
+                number = 0 if last else largest(stopping.asked or 0, self.place)
                 log.step(done, images=config.batch_size, waited=waited)
-                if last or stop or done % config.log_every == 0:
+                if last or number or done % config.log_every == 0:
                     log.train(done, values)
-                validated = last or done % validate_every == 0
+                validated = bool(config.val) and (last or done % validate_every == 0)
                 if self.validation and validated:
                     began = time.monotonic()
                     scores = self._validate()
                     log.validation(done, scores, time.monotonic() - began)
-                if validated or stop or done % config.checkpoint_every == 0:
+                if last or validated or number or done % config.checkpoint_every == 0:
                     self._save(done, scores if validated else {})
-                if stop:
-                    raise self._stopped(stopping, f"after step {done:,} of {self.steps:,}, which is kept")
+                if number:
+                    raise self._stopped(number, f"after step {done:,} of {self.steps:,}, which is kept")
                 asked = time.monotonic()
         return Result(config.out, self.steps, scores)
 
@@ -168,7 +172,7 @@ class _Trainer:
         for learner in self.learners:
             learner.after_step()
         shown = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
-        self._require_finite({**shown, "lr": lr}, batch)
+        self._require_finite({**shown, "lr": lr}, batch, text_TD)
         return {**shown, "lr": lr, "epoch": batch.epoch}
 
     def _clip(self) -> torch.Tensor:
@@ -179,52 +183,52 @@ class _Trainer:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
         return norm
 
-    def _require_finite(self, values: dict[str, float], batch: Batch) -> None:
+    def _require_finite(self, values: dict[str, float], batch: Batch, text_TD: torch.Tensor | None) -> None:
         """Stops the run at the first step whose loss or gradient is not finite, with all that led to it. In fp16 a
-        gradient may be: the scaler leaves such a step out."""
-        of_loss = [value for name, value in values.items() if name != "grad_norm" or not self.scaler.is_enabled()]
-        if all(map(math.isfinite, of_loss)):
+        gradient may be: the scaler leaves such a step out and halves its scale, until that is hopeless."""
+        scaling = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        if all(math.isfinite(value) for name, value in values.items() if name != "grad_norm" or not scaling):
             return
-        listed = ", ".join(f"{name} {value:g}" for name, value in values.items())
-        modules = {"": self.image.module, "text.": self.text.module if self.text else torch.nn.Module()}
-        parameters = [(p + name, v) for p, module in modules.items() for name, v in module.named_parameters()]
-        broken = [name for name, v in parameters if v.grad is not None and not torch.isfinite(v.grad).all()]
-        teacher = "finite" if torch.isfinite(batch.teacher_BD).all() else "not finite"
-        facts = {
-            "step": batch.step + 1, "values": {n: str(v) for n, v in values.items()}, "rows": batch.rows_B.tolist(),
-            "teacher_embeddings": teacher, "parameters_with_a_gradient_that_is_not_finite": broken,
-        }  # fmt: skip
-        path = storage.join(self.config.out, "stopped-at.json")
-        storage.write_json(path, facts)
-        what = f"step {batch.step + 1}: {listed}; gradients that are not finite: {len(broken)} of {len(parameters)}"
-        what += f" ({', '.join(broken[:3])})" if broken else ""
-        remedy = f"lower --lr, give --clip-grad, or another --precision; the last checkpoint is whole; see {path}"
-        raise TrainingError(f"{what}; the teacher's embeddings are {teacher}", remedy=remedy)
+        cached = {"images": self.image.teacher_GD, "texts": text_TD}
+        modules = {"image": self.image.module}
+        if self.text:
+            cached["sentences"], modules["text"] = self.text.teacher_GD, self.text.module
+        raise not_finite(
+            batch.step + 1, values, cached, modules, batch.all_rows_G.tolist(), self.config.out, write=self.place.first
+        )
 
-    def _batches(self, first: int, stopping: Stopping) -> Iterator[tuple[Batch, TextBatch | None]]:
+    def _batches(self, first: int) -> Iterator[tuple[Batch, TextBatch | None]]:
         config, place = self.config, self.place
         augmentation = Augmentation(
             size=self.spec.image_size, crop_scale=config.crop_scale, flip=config.flip, seed=config.seed
         )
         span: dict[str, int] = {"first": first, "steps": self.steps, "rank": place.rank, "world": place.world}
         dataset = TrainingImages(self.inputs.images.path, augmentation, self.bank and self.bank.without_device())
-        images = training_loader(dataset, Requests(self.order, **span), config.workers)
+        images = training_loader(dataset, Requests(self.order, **span), config.workers, pin=place.device.type == "cuda")
         texts: Iterator[TextBatch | None] = repeat(None)
         if self.text_order and self.text_spec:
-            sentences = TrainingTexts(self.inputs.texts.path, self.text_spec)
-            texts = training_loader(sentences, Requests(self.text_order, **span), min(1, config.workers))
+            texts = training_loader(
+                TrainingTexts(self.inputs.texts.path, self.text_spec),
+                Requests(self.text_order, **span),
+                min(1, config.workers),
+            )
+        for text, image in zip(texts, images, strict=False):  # in this order: all are forked before a thread pins
+            yield image, text
+
+    @contextmanager
+    def _reading(self, stopping: Stopping) -> Iterator[None]:
+        """Around the loop: what the death of a process that reads images is, told apart from a signal to all."""
         try:
-            yield from zip(images, texts, strict=False)
+            with reader_died():
+                yield
         except TrainingError:
             if stopping.asked is None:
-                raise  # else the signal went to the processes that read, too
-            raise self._stopped(stopping, "while it waited for images; the last checkpoint is kept") from None
+                raise
+            raise self._stopped(stopping.asked, "within a step; the last checkpoint is kept") from None
 
-    def _stopped(self, stopping: Stopping, when: str) -> StoppedError:
-        number = stopping.asked  # None where another process of the group was asked
-        name = number.name if number else "a signal to another process"
-        what = f"{self.config.out} was stopped by {name} {when}"
-        return StoppedError(what, signal=int(number or 0), remedy="the same command goes on from there")
+    def _stopped(self, number: int, when: str) -> StoppedError:
+        what = f"{self.config.out} was stopped by {signal.Signals(number).name} {when}"
+        return StoppedError(what, signal=number, remedy="the same command goes on from there")
 
     def _image_learner(self) -> Learner:
         config, spec = self.config, self.spec
@@ -290,7 +294,8 @@ class _Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         for group, mine in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(mine)  # those of the config, which --allow-changes may have changed
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run began in another precision
+            self.scaler.load_state_dict(state["scaler"])
         return int(state["step"])
 
 
@@ -303,7 +308,8 @@ def mean_embedding(store: Store) -> torch.Tensor:
         chunks = np.linspace(0, len(chunks) - 1, max(1, _MEAN_ROWS // size)).astype(np.int64)
     spans = [store.read(at, min(at + size, rows)) for at in (chunks * size).tolist()]
     embedding_ND = torch.from_numpy(np.concatenate(spans)).double()
-    return embedding_ND[embedding_ND.any(dim=1)].mean(dim=0).float()
+    good_N = embedding_ND.any(dim=1) & embedding_ND.isfinite().all(dim=1)
+    return embedding_ND[good_N].mean(dim=0).float()
 
 
 def _orders(config: TrainConfig, inputs: Inputs, place: Place) -> tuple[Order, Order | None]:

@@ -56,10 +56,15 @@ class Command:
         self._process.kill()
         self._process.join()
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def send(self, number: int) -> None:
         """A signal to the process alone."""
-        assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        os.kill(self.pid, number)
 
     def finish(self, code: int = 0, seconds: float = 240) -> str:
         """Wait until it ends, with this exit code; what it has printed."""

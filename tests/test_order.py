@@ -133,7 +133,7 @@ def test_a_crop_of_an_extreme_image_is_its_centre() -> None:
 
 @pytest.mark.parametrize("room", [0, 2**40], ids=["disk", "memory"])
 def test_text_batches_follow_their_mix(tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(textbank, "_room", lambda device: 0 if device else room)
+    monkeypatch.setattr(textbank, "_room_in_memory", lambda: room)
     texts, values = random_store(tmp_path / "t.zarr", rows=100, shard_rows=32, kind="text", failed=(4,))
     bank = TextBank(texts, TextMix(random=0.25, selected=0.5, retrieved=0.25), _Pairs(), seed=0, total=400,
                     paired=True, device=CPU)  # type: ignore[arg-type]  # fmt: skip
@@ -165,6 +165,26 @@ class _Pairs:
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         return np.array([[7, 8, -1]] * len(rows), np.int32)
+
+
+def test_texts_from_where_there_are_none(tmp_path: Path) -> None:
+    texts, _ = random_store(tmp_path / "t.zarr", rows=100, shard_rows=32, kind="text")
+
+    class Nothing(_Pairs):
+        def hits(self) -> np.ndarray:
+            return np.zeros(100, np.uint32)
+
+        def gather(self, rows: np.ndarray) -> np.ndarray:
+            return np.full((len(rows), 3), -1, np.int32)
+
+    bank = TextBank(texts, TextMix(random=0.5, retrieved=0.5), Nothing(), seed=0, total=8)  # type: ignore[arg-type]
+    with pytest.raises(TrainingError, match="step 4: no sentence was retrieved for any image of the batch"):
+        bank.draw(3, np.array([0, 1]))
+    with pytest.raises(TrainingError, match="no sentence is selected"):
+        TextBank(texts, TextMix(random=0, selected=1), Nothing(), seed=0, total=8)  # type: ignore[arg-type]
+    own = TextBank(texts, TextMix(), _Pairs(), seed=0, total=0, paired=True)  # type: ignore[arg-type]
+    drawn = own.draw(0, np.array([0, 1]))
+    assert len(drawn.rows_T) == 0, "texts are read that no loss looks at"
 
 
 def test_a_mix_that_cannot_be_drawn_is_refused(tmp_path: Path) -> None:

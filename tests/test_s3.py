@@ -177,7 +177,10 @@ def test_a_student_is_trained_from_s3_to_the_same_weights(
     tmp_path: Path,
     kind: str,
     workers: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With no memory for the sentences: they too are read from there at every step, by the readers' processes."""
+    monkeypatch.setattr("dimefm.textbank._room_in_memory", lambda: 0)
     there = encode_rest(request(images, kind), f"{s3}/images.zarr", clip)
     texts = Store(upload(Path(text_store.path), f"{s3}/texts.zarr"))
     train(tiny_config(there, texts, tmp_path / "there", workers=workers))

@@ -16,7 +16,7 @@ from cache_schemas import StudentSpec
 from dimefm import train as train_module
 from dimefm.checkpoint import Checkpoints
 from dimefm.config import TrainConfig
-from dimefm.data import Augmentation, Requests, TrainingImages, training_loader
+from dimefm.data import Augmentation, Requests, TrainingImages, reader_died, training_loader
 from dimefm.errors import MismatchError, OutputExistsError, StoreError, TrainingError
 from dimefm.lock import writing
 from dimefm.objective import LossConfig
@@ -214,7 +214,7 @@ def test_a_worker_that_dies_ends_the_run_with_its_reason(tmp_path: Path, monkeyp
     augmentation = Augmentation(size=32, crop_scale=(0.5, 1), flip=True, seed=0)
     requests = Requests(Order(store=store, seed=0, batch_size=8), first=0, steps=4)
     loader = training_loader(TrainingImages(store.path, augmentation), requests, 1)
-    with pytest.raises(TrainingError, match=r"a process that decodes images died"):
+    with pytest.raises(TrainingError, match=r"a process that decodes images died"), reader_died():
         next(loader)
 
 

@@ -1,12 +1,14 @@
 """The trainer when things break: full disks, damaged stores, signals, numbers that are not finite."""
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,7 +139,7 @@ def test_not_a_number_names_what_led_to_it(image_store: Store, text_store: Store
     assert "grad_norm" in str(caught.value)
     facts = json.loads((tmp_path / "run" / "stopped-at.json").read_text())
     assert len(facts["rows"]) == 16
-    assert facts["teacher_embeddings"] == "finite"
+    assert facts["cached_embeddings_that_are_not_finite_of"] == []
     assert facts["parameters_with_a_gradient_that_is_not_finite"]
     assert Checkpoints(config.out).step() is None
 
@@ -152,7 +154,7 @@ def test_an_embedding_that_is_not_a_number_is_blamed(text_store: Store, tmp_path
     assert commit is not None
     store.write_shard(0, arrays, commit.failures, device="cpu", seconds=1)
     config = tiny_config(store, text_store, tmp_path / "run", loss=LossConfig(), **SMALL)
-    with pytest.raises(TrainingError, match="the teacher's embeddings are not finite"):
+    with pytest.raises(TrainingError, match="cached embeddings of images are not finite"):
         train(config)
 
 
@@ -178,7 +180,85 @@ def test_changes_that_are_named_are_made_and_recorded(image_store: Store, text_s
     train(longer)  # the same command again is no change
 
 
-@pytest.mark.parametrize("name", ["student", "nonsense"])
+def test_a_change_that_cannot_be_made_leaves_the_run_as_it_was(
+    image_store: Store, text_store: Store, tmp_path: Path
+) -> None:
+    config = tiny_config(image_store, text_store, tmp_path / "run", max_steps=4, loss=LossConfig(), **SMALL)
+    train(config)
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    wrong = replace(config, max_steps=6, val=(str(tmp_path / "nowhere"),))
+    with pytest.raises(Exception, match="nowhere"):
+        train(wrong, allow_changes=("max_steps",))
+    for part in ({"queue": 8}, {"logit_scale": "learned"}):
+        other = replace(config, loss=replace(config.loss, **part))
+        with pytest.raises(Exception, match=f"loss.{next(iter(part))}: "):
+            train(other, allow_changes=("loss",))
+    with pytest.raises(TrainingError, match="has done 4 steps already, more than 2"):
+        train(replace(config, max_steps=2), allow_changes=("max_steps",))
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    train(config)
+
+
+def test_another_precision_can_be_gone_on_with(image_store: Store, text_store: Store, tmp_path: Path) -> None:
+    config = tiny_config(image_store, text_store, tmp_path / "run", max_steps=2, **SMALL)
+    train(config)
+    other = replace(config, max_steps=4, precision="fp16")
+    assert train(other, allow_changes=("max_steps", "precision")).steps == 4
+
+
+def test_fp16_that_never_has_a_finite_gradient_ends_the_run(
+    image_store: Store, text_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scaler halves its scale in vain; one step of it is no reason to stop."""
+    clip = train.__globals__["_Trainer"]._clip
+
+    def broken(self: Any) -> torch.Tensor:
+        for parameter in self.image.module.parameters():
+            parameter.grad.fill_(float("inf"))
+        self.scaler._per_optimizer_states[id(self.optimizer)]["found_inf_per_device"] = {
+            torch.device("cpu"): torch.ones(())
+        }
+        return clip(self)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(train.__globals__["_Trainer"], "_clip", broken)
+    config = tiny_config(
+        image_store, text_store, tmp_path / "run", precision="fp16", max_steps=40, epochs=10, log_every=1, **SMALL
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match="step 17: "):
+        train(config)
+    lines = read_metrics(config.out)
+    assert len(lines) == 16
+    assert lines[0]["grad_norm"] is None, "not JSON"
+
+
+@pytest.mark.parametrize("to_all", [True, False], ids=["SIGTERM to all", "a reader killed"])
+def test_what_happens_to_the_readers_while_a_step_is_taken(tiny_run: list[str], tmp_path: Path, to_all: bool) -> None:
+    out = tmp_path / "run"
+    words = [*tiny_run, "--student", "test_resnet", "--workers", "2", "--checkpoint-every", "100000",
+             "--max-steps", "100000", "--epochs", "100000", "--log-every", "1", "--out", str(out)]  # fmt: skip
+    command = Command(words)
+    command.wait_until(lambda: len(read_metrics(str(out))) > 3)
+    readers = children(command.pid)
+    assert len(readers) >= 2
+    if to_all:
+        for pid in (*readers, command.pid):
+            os.kill(pid, signal.SIGTERM)
+        assert "was stopped by SIGTERM after step" in command.finish(143)
+        assert Checkpoints(str(out)).step()
+    else:
+        os.kill(readers[-1], signal.SIGKILL)
+        printed = command.finish(1)
+        assert "a process that decodes images died" in printed
+        assert "Traceback" not in printed
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and that are at work."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+@pytest.mark.parametrize("name", ["student", "batch_size", "init", "nonsense"])
 def test_changes_that_cannot_be_are_refused(image_store: Store, text_store: Store, tmp_path: Path, name: str) -> None:
     with pytest.raises(TrainingError, match=f"{name} cannot change within a run"):
         train(tiny_config(image_store, text_store, tmp_path / "run"), allow_changes=(name,))
