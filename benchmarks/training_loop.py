@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 import numpy as np
+import open_clip
 import torch
 
 from benchmarks.measure import machine, median, ratio, rounds, table
@@ -35,15 +36,16 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @click.option("--student", default="ViT-B-32", show_default=True)
 @click.option("--image-size", type=int)
 @click.option("--batch-size", default=32, show_default=True)
-@click.option("--steps", default=8, show_default=True, help="Of a round; the first two are not counted.")
+@click.option("--steps", default=8, show_default=True, help="Of a round; the first third is not counted.")
 @click.option("--count", default=5, show_default=True, help="Rounds.")
 @click.option("--workers", default=1, show_default=True)
 @click.option("--precision", type=click.Choice(list(_DTYPES)), default="bf16", show_default=True)
 @click.option("--texts-per-step", "totals", multiple=True, type=int, help="Also time a step with so many texts.")
+@click.option("--online", metavar="NAME", help="Also time a step with this open_clip model run beside it.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]))
 def training_loop(
     images: str, texts: str, student: str, image_size: int | None, batch_size: int, steps: int, count: int,
-    workers: int, precision: str, totals: tuple[int, ...], device: str | None,
+    workers: int, precision: str, totals: tuple[int, ...], online: str | None, device: str | None,
 ) -> None:  # fmt: skip
     """The whole loop against a bare forward, backward and optimiser step on resident random tensors."""
     chosen = torch.device(choose_device(device))
@@ -58,8 +60,8 @@ def training_loop(
         rates: dict[str, list[float]] = {"bare step": [], "whole loop": []}
         waits: list[float] = []
         for turn in range(count + 1):
-            found = [bare.step() for _ in range(steps)][2:]
-            lines = _whole_loop(dataclasses.replace(config, out=f"{folder}/{turn}"))[2:]
+            found = [bare.step() for _ in range(steps)][steps // 3 :]
+            lines = _whole_loop(dataclasses.replace(config, out=f"{folder}/{turn}"))[steps // 3 :]
             if turn:
                 rates["bare step"].append(batch_size / median(found))
                 rates["whole loop"].append(median([line["images_per_second"] for line in lines]))
@@ -72,8 +74,10 @@ def training_loop(
         click.echo(_targets(Store(images), Store(texts), batch_size, step, chosen))
         if totals:
             click.echo(_texts(bare.module, spec, batch_size, totals, precision, chosen, count))
+        if online:
+            click.echo(_online(online, bare, batch_size, precision, chosen, count))
     where = torch.cuda.get_device_name() if chosen.type == "cuda" else f"{torch.get_num_threads()} threads"
-    click.echo(f"{machine()}, {where}; batches of {batch_size}, medians of {count} paired rounds of {steps - 2} steps")
+    click.echo(f"{machine()}, {where}; batches of {batch_size}, medians of {count} paired rounds of {steps - steps // 3} steps")
 
 
 class _Bare:
@@ -100,6 +104,23 @@ class _Bare:
         self._optimizer.step()
         loss.item()
         return time.perf_counter() - began
+
+
+def _online(name: str, bare: _Bare, batch_size: int, precision: str, device: torch.device, count: int) -> str:
+    """What the cache saves: a step with the teacher's image tower (untrained: its time is the same) and without."""
+    teacher = open_clip.create_model(name, device=device).visual.eval().requires_grad_(False)
+    size = open_clip.get_model_config(name)["vision_cfg"]["image_size"]
+    images = torch.randn(batch_size, 3, size, size, device=device)
+
+    def with_teacher() -> None:
+        with torch.inference_mode(), torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32"):
+            teacher(images)
+        bare.step()
+
+    seconds = rounds({"cached": bare.step, "online": with_teacher}, count)
+    rates = {way: batch_size / median(found) for way, found in seconds.items()}
+    times = ratio(seconds["online"], seconds["cached"])
+    return f"with {name} online {rates['online']:.2f} images/s, from the cache {rates['cached']:.2f}: {times:.1f}x"
 
 
 def _whole_loop(config: Any) -> list[dict[str, Any]]:
