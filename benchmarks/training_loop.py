@@ -77,7 +77,8 @@ def training_loop(
         if online:
             click.echo(_online(online, bare, batch_size, precision, chosen, count))
     where = torch.cuda.get_device_name() if chosen.type == "cuda" else f"{torch.get_num_threads()} threads"
-    click.echo(f"{machine()}, {where}; batches of {batch_size}, medians of {count} paired rounds of {steps - steps // 3} steps")
+    counted = f"medians of {count} paired rounds of {steps - steps // 3} steps"
+    click.echo(f"{machine()}, {where}; batches of {batch_size}, {counted}")
 
 
 class _Bare:

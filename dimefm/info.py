@@ -17,7 +17,9 @@ from cache_schemas.run import RUN_FILE
 from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, SCORES, SELECTION_FILE, SelectionPlan
 from dimefm import storage
 from dimefm.checkpoint import Checkpoints
+from dimefm.config import TrainConfig
 from dimefm.errors import StoreError
+from dimefm.objective import LossConfig
 from dimefm.pairs import Pairs
 from dimefm.progress import amount
 from dimefm.run import read_run
@@ -192,17 +194,18 @@ def _selection(path: str) -> str:
 
 def _run(path: str) -> str:
     run, checkpoints = read_run(path), Checkpoints(path)
-    config = run.config
-    loss = config["loss"] if isinstance(config["loss"], dict) else {}
+    config, usual = TrainConfig.parse(run.config, str(Path(path) / RUN_FILE)), LossConfig()
+    loss = vars(config.loss).items()
+    told = {k: v for k, v in loss if (v if k in LossConfig.WEIGHTS else v != getattr(usual, k))}
     train = [line for line in read_metrics(path) if line["event"] == "train"]
     rows = [
         ("student", f"{run.student.name} at {run.student.image_size} px, {run.student.embed_dim} wide"),
         *([("text student", run.text_student.name)] if run.text_student else []),
-        ("steps", f"{checkpoints.step() or 0:,} of {run.steps:,}, batches of {config['batch_size']}"),
-        ("loss", ", ".join(f"{k} {v}" for k, v in loss.items() if v)),
+        ("steps", f"{checkpoints.step() or 0:,} of {run.steps:,}, batches of {config.batch_size:,}"),
+        ("loss", ", ".join(f"{k} {v}" for k, v in told.items())),
         *_teacher(run.teacher),
-        ("images", str(config["images"])),
-        ("texts", str(config["texts"])),
+        ("images", config.images),
+        ("texts", config.texts),
     ]
     if train:
         rows.append(("last", f"loss {train[-1]['loss']:.4f}, {train[-1]['images_per_second']:,.0f} images/s"))
