@@ -25,7 +25,8 @@ def coco_retrieval(models: tuple[str, ...], data: str, group: bool) -> None:
     images, captions, owners = _read(data)
     found: dict[str, list[list[float]]] = {}
     for model in models:
-        name = Path(model).name.rpartition("-")[0] if group else Path(model).name
+        name = Path(model).name
+        name = (name.rpartition("-")[0] if group else "") or name
         with open_model(model, None, "last", "fp32", "cpu") as clip:
             preprocess = Preprocess(clip.identity.preprocessing)
             image_ND = torch.cat([clip.encode_images(preprocess(data)[None]) for data in images])
