@@ -41,6 +41,7 @@ _PREFETCHED = 4  # batches that a process of dimefm's loader works ahead
 @click.option("--images", required=True, help="Image store.")
 @click.option("--texts", required=True, help="Text store.")
 @click.option("--recipe", type=click.Choice(list(_RECIPES)), default="sample", show_default=True, help="Student, size.")
+@click.option("--student", help="Another image tower than the recipe's.")
 @click.option("--batch-size", default=64, show_default=True, help="Images and texts a step.")
 @click.option("--workers", type=int, help="Loading processes of images; theirs has as many for texts. [the recipe's]")
 @click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="On a CPU.")
@@ -55,6 +56,7 @@ def authors_loop(
     images: str,
     texts: str,
     recipe: str,
+    student: str | None,
     batch_size: int,
     workers: int | None,
     precision: Literal["bf16", "fp32"],
@@ -72,6 +74,7 @@ def authors_loop(
     config = replace(
         config, workers=config.workers if workers is None else workers, precision="fp16" if cuda else precision
     )
+    config = replace(config, student=student or config.student)
     config = replace(config, max_steps=warm_up + steps + max(10, _PREFETCHED * config.workers))
     spec = student_spec(config.student, store.schema.teacher, config.image_size)
     size = spec.image_size
