@@ -69,7 +69,10 @@ def build_student(spec: StudentSpec) -> Any:
     Built by open_clip's own function, so that an exported folder gives the same module.
     """
     try:
-        return _build_vision_tower(spec.embed_dim, dict(spec.vision_cfg), spec.activation == "quick_gelu")
+        tower = _build_vision_tower(spec.embed_dim, dict(spec.vision_cfg), spec.activation == "quick_gelu").eval()
+        with torch.no_grad():  # some towers of timm have another width than open_clip's projection expects
+            tower(torch.zeros(1, 3, spec.image_size, spec.image_size))
+        return tower.train()
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise TrainingError(f"cannot build {spec.name} at {spec.image_size} px: {reason}") from error

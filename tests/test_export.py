@@ -138,6 +138,12 @@ def test_students_of_both_libraries_have_the_teachers_width(name: str, size: int
         assert tower(torch.zeros(2, 3, size, size)).shape == (2, 16)
 
 
+def test_a_tower_that_open_clip_cannot_project_is_refused() -> None:
+    """Its last layers are wider than timm's features, which open_clip's projection is made for."""
+    with pytest.raises(TrainingError, match="cannot build lcnet_050 at 64 px: mat1 and mat2"):
+        build_student(student_spec("lcnet_050", teacher_identity(), image_size=64))
+
+
 def test_a_student_shares_the_teachers_activation() -> None:
     quick = build_student(student_spec("ViT-B-32", teacher_identity(activation="quick_gelu")))
     assert any(type(m).__name__ == "QuickGELU" for m in quick.modules())
