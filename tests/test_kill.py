@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,12 @@ def data_files(store: Path) -> dict[str, bytes]:
 
 
 def stamps(store: Path) -> dict[Path, int]:
-    """When each commit was written."""
-    return {path: path.stat().st_mtime_ns for path in (store / "commits").glob("*.json")}
+    """When each commit was written. One that is being replaced at this moment is not there."""
+    found = {}
+    for path in (store / "commits").glob("*.json"):
+        with suppress(FileNotFoundError):
+            found[path] = path.stat().st_mtime_ns
+    return found
 
 
 LOST = 5  # of eight images, the one that is missing at first
