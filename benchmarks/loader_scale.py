@@ -54,7 +54,7 @@ def loader_scale(
         simulate(base / "images.zarr", "image", rows, dim, sorted(tars))
         simulate(base / "texts.zarr", "text", texts, dim, [])
         start = _Start(base, size, batch_size, texts_per_step, workers)
-        steps = start.order().steps_per_epoch()
+        steps = start.order().steps_per_epoch
         lines = []
         for name, step in (("0", 0), ("half an epoch", steps // 2), ("the last but one", steps - 2)):
             batches, seconds = start.first_batch(step)
@@ -84,7 +84,7 @@ class _Start:
         texts.require_complete()
         bank = TextBank(texts, TextMix(), None, seed=0, total=self.texts)
         augmentation = Augmentation(size=self.size, crop_scale=(0.08, 1.0), flip=True, seed=0)
-        requests = Requests(order, first=step, steps=step + 2 * order.steps_per_epoch())
+        requests = Requests(order, first=step, steps=step + 2 * order.steps_per_epoch)
         return TrainingImages(order.store.path, augmentation, bank), requests
 
     def first_batch(self, step: int) -> tuple[Any, list[float]]:

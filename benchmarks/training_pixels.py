@@ -61,7 +61,7 @@ def training_pixels(images: str, limit: int, enlarge: float, pixels: int, size: 
 def _epoch(store: Store, size: int) -> None:
     augmentation = Augmentation(size=size, crop_scale=(0.4, 1.0), flip=True, seed=0)
     order = Order(store=store, seed=0, batch_size=32)
-    requests = Requests(order, first=0, steps=order.steps_per_epoch())
+    requests = Requests(order, first=0, steps=order.steps_per_epoch)
     for _ in training_loader(TrainingImages(store.path, augmentation), requests, 0):
         pass
 

@@ -31,8 +31,8 @@ class TrainConfig:
 
     `batch_size` is of all processes together, and so is `text_batch_size`. `val` lists labelled sets, whose prompts
     must all be in the text store `val_texts` (default: `texts`). Selected texts of the mix are drawn from `selection`,
-    without one from those that `pairs` has for an image or more. `crop_scale` and `flip` are for images cached whole: a
-    store of views brings its own crops and flips.
+    without one from those that `pairs` has for an image or more; a text tower learns from the selection too.
+    `crop_scale` and `flip` are for images cached whole: a store of views brings its own crops and flips.
 
     `init` is where the image tower's first weights come from, see dimefm.initial. `accumulate` splits each step into so
     many passes, with the loss and gradient of the whole batch (dimefm.learner). `clip_grad` is the largest norm of the
@@ -98,8 +98,6 @@ class TrainConfig:
             wrong.append(f"betas must be 0 <= beta < 1, found {self.betas}")
         if self.workers < 0:
             wrong.append(f"workers must not be below 0, found {self.workers}")
-        if self.accumulate > self.batch_size:
-            wrong.append(f"accumulate must be batch_size at most, found {self.accumulate}")
         if self.val_texts and (self.text_student or not self.val):
             wrong.append("val_texts has no effect " + ("with a text_student" if self.text_student else "without val"))
         if self.ema is not None and not 0 < self.ema < 1:

@@ -48,14 +48,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's images: uint8 pixels (B, 3, H, W), teacher embeddings float16 (B, D), their rows int64 (B,); and of
-    the global batch, that this is every world-th image of, the rows (G,) and the texts drawn for it."""
+    """One step's images: uint8 pixels (B, 3, H, W), teacher embeddings float16 (B, D); and of the global batch,
+    that this is every world-th image of, the rows int64 (G,) and the texts drawn for it."""
 
     step: int
     epoch: int
     pixels_B3HW: torch.Tensor
     teacher_BD: torch.Tensor
-    rows_B: torch.Tensor
     all_rows_G: torch.Tensor
     texts: TextDraw | None = None
 
@@ -146,7 +145,6 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
             epoch=request.epoch,
             pixels_B3HW=pixels_B3HW,
             teacher_BD=torch.from_numpy(teacher_BD),
-            rows_B=torch.from_numpy(request.rows_B),
             all_rows_G=torch.from_numpy(request.all_rows_G),
             texts=self._bank.draw(request.step, request.all_rows_G) if self._bank else None,
         )

@@ -119,11 +119,8 @@ def pvl_loss(
     `mask_diagonal` leaves each image's own embedding out, which otherwise has nearly all of the target's mass; a
     `queue` adds the teacher's embeddings of earlier steps.
     """
-    keys_RD = teacher_image_BD if queue is None else torch.cat([teacher_image_BD, queue[0]])
-    student_scale = scale if student_scale is None else student_scale
-    with torch.no_grad():
-        teacher_BR = scale / temperature * teacher_image_BD @ keys_RD.T
-    return 2 * _kl(teacher_BR, student_scale / temperature * student_image_BD @ keys_RD.T, mask_diagonal)
+    keys = _with_queue(teacher_image_BD, teacher_image_BD, queue and (queue[0], queue[0]))
+    return _between_images(teacher_image_BD, student_image_BD, keys, scale, student_scale, temperature, mask_diagonal)
 
 
 def udist_loss(
@@ -137,13 +134,8 @@ def udist_loss(
     queue: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Uni-modal distance preservation: 2 KL(S(ti, ti), S(si, si)); `mask_diagonal` and `queue` as in pvl_loss."""
-    student_scale = scale if student_scale is None else student_scale
-    teacher_RD, student_RD = teacher_image_BD, student_image_BD
-    if queue is not None:
-        teacher_RD, student_RD = torch.cat([teacher_image_BD, queue[0]]), torch.cat([student_image_BD, queue[1]])
-    with torch.no_grad():
-        teacher_BR = scale / temperature * teacher_image_BD @ teacher_RD.T
-    return 2 * _kl(teacher_BR, student_scale / temperature * student_image_BD @ student_RD.T, mask_diagonal)
+    keys = _with_queue(teacher_image_BD, student_image_BD, queue)
+    return _between_images(teacher_image_BD, student_image_BD, keys, scale, student_scale, temperature, mask_diagonal)
 
 
 def cosine_loss(teacher_image_BD: torch.Tensor, student_image_BD: torch.Tensor) -> torch.Tensor:
@@ -178,6 +170,31 @@ def contrastive_loss(
     other = (row_P[:, None] == row_P) & ~torch.eye(len(row_P), dtype=torch.bool, device=row_P.device)
     logits_PP = logits_PP.masked_fill(other, float("-inf"))
     return (F.cross_entropy(logits_PP, target_P) + F.cross_entropy(logits_PP.T, target_P)) / 2
+
+
+def _with_queue(
+    teacher_BD: torch.Tensor, student_BD: torch.Tensor, queue: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys of both sides, (R, D) each."""
+    if queue is None:
+        return teacher_BD, student_BD
+    return torch.cat([teacher_BD, queue[0]]), torch.cat([student_BD, queue[1]])
+
+
+def _between_images(
+    teacher_BD: torch.Tensor,
+    student_BD: torch.Tensor,
+    keys: tuple[torch.Tensor, torch.Tensor],
+    scale: float,
+    student_scale: Scale | None,
+    temperature: float,
+    mask_diagonal: bool,
+) -> torch.Tensor:
+    """2 KL(S(teacher, its keys), S(student, its keys))."""
+    student_scale = scale if student_scale is None else student_scale
+    with torch.no_grad():
+        teacher_BR = scale / temperature * teacher_BD @ keys[0].T
+    return 2 * _kl(teacher_BR, student_scale / temperature * student_BD @ keys[1].T, mask_diagonal)
 
 
 def _kl(teacher_BR: torch.Tensor, student_BR: torch.Tensor, mask_diagonal: bool) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,9 @@ class Order:
     only: np.ndarray[Any, Any] | None = field(default=None, repr=False)
     stream: int = 0
 
+    @cached_property
     def steps_per_epoch(self) -> int:
-        """Whole batches of an epoch."""
+        """Whole batches of an epoch. Found once: every commit of the store is read for it."""
         if self.only is not None:
             return len(self.only) // self.batch_size
         return sum(commit.counts.get(Status.OK.name, 0) for commit in self.store.commits()) // self.batch_size
@@ -59,7 +61,7 @@ class Order:
 
     def steps(self, first: int, stop: int) -> Iterator[tuple[int, int, np.ndarray[Any, Any]]]:
         """Step, epoch and rows of the steps first..stop-1, through as many epochs as they take."""
-        per_epoch = self.steps_per_epoch()
+        per_epoch = self.steps_per_epoch
         step = first
         while step < stop:
             epoch, skip = divmod(step, per_epoch)

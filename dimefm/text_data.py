@@ -21,11 +21,10 @@ from dimefm.student import tokenizer_of
 
 @dataclass(frozen=True)
 class TextBatch:
-    """One step's sentences: tokens int64 (B, L), teacher embeddings float16 (B, D), their rows int64 (B,)."""
+    """One step's sentences: tokens int64 (B, L), teacher embeddings float16 (B, D)."""
 
     tokens_BL: torch.Tensor
     teacher_BD: torch.Tensor
-    rows_B: torch.Tensor
 
 
 class TrainingTexts(Dataset["TextBatch | TrainingError"]):
@@ -41,7 +40,6 @@ class TrainingTexts(Dataset["TextBatch | TrainingError"]):
             return TextBatch(
                 tokens_BL=tokenizer([sample["text"] for sample in store.samples(request.rows_B, ("text",))]),
                 teacher_BD=torch.from_numpy(store.gather(request.rows_B)),
-                rows_B=torch.from_numpy(request.rows_B),
             )
         except (DimefmError, SchemaError) as error:
             return training_error(error)

@@ -74,7 +74,7 @@ class _Trainer:
         self.config, self.place = config, place
         self.inputs = inputs = open_inputs(config)
         self.order, self.text_order = _orders(config, inputs, place)
-        self.per_epoch = self.order.steps_per_epoch()
+        self.per_epoch = self.order.steps_per_epoch
         self.steps = min(round(config.epochs * self.per_epoch), config.max_steps or 2**62)
         if self.steps < 1:
             raise TrainingError(
@@ -327,7 +327,10 @@ def _orders(config: TrainConfig, inputs: Inputs, place: Place) -> tuple[Order, O
         if order.batch_size % place.world:
             what = f"{what} of {order.batch_size} does not divide over {place.world} processes"
             raise TrainingError(what, remedy=f"give a {option} that does")
-        if order.steps_per_epoch() == 0:
+        if order.batch_size // place.world < config.accumulate:
+            what = f"{what} of {order.batch_size} over {place.world} processes is less than one for each of its passes"
+            raise TrainingError(what, remedy="give a smaller --accumulate")
+        if order.steps_per_epoch == 0:
             what = f"{what} of {order.batch_size} is more than the {of} with an embedding in {order.store.path}"
             raise TrainingError(what, remedy=f"give a smaller {option}")
     return images, texts

@@ -559,6 +559,7 @@ def test_training_from_a_store_that_is_unfinished_or_not_there(
         (["--set", "loss.mask_diagonal=true"], "loss.mask_diagonal needs pvl or udist"),
         (["--loss", "contrastive=1"], "the contrastive loss needs --pairs"),
         (["--ema", "1.5"], "ema must lie between 0 and 1"),
+        (["--accumulate", "9"], "a batch of 8 over 1 processes is less than one for each of its passes"),
         (["--init", "nowhere.pt"], "'nowhere.pt' is no file, no folder and no tag"),
         (["--text-student", "nobody", "--set", "text_batch_size=8"], "no model of open_clip is called 'nobody'"),
         (["--allow-changes", "lr,student"], "student cannot change within a run"),

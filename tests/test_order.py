@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def test_every_row_with_an_embedding_comes_once_an_epoch(tmp_path: Path) -> None:
     store, _ = random_store(tmp_path / "s.zarr", rows=100, shard_rows=32, failed=(0, 50, 99))
     batches = list(Order(store=store, seed=0, batch_size=10).batches(0))
-    assert len(batches) == Order(store=store, seed=0, batch_size=10).steps_per_epoch() == 9
+    assert len(batches) == Order(store=store, seed=0, batch_size=10).steps_per_epoch == 9
     rows = np.concatenate(batches)
     assert len(set(rows.tolist())) == 90
     assert not {0, 50, 99} & set(rows.tolist())
