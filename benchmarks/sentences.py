@@ -14,7 +14,7 @@ from benchmarks.measure import machine, median, ratio, rounds, table
 from cache_schemas import EmbeddingStore, SourceSummary
 from dimefm.clip import Clip, load_clip, wrap
 from dimefm.sample import sample_dir
-from pipeline.shard import encode_rows
+from dimefm.shard import encode_rows
 
 
 @click.command()

@@ -21,10 +21,10 @@ from cache_schemas.embedding_store import EMBEDDING, STATUS, commit_path
 from cache_schemas.plan import PLANS
 from dimefm import storage
 from dimefm.sources import open_image_source
-from dimefm.store import Store
+from dimefm.store import Store, create_store
 from dimefm.tables import write_plan
 from pipeline.existing import is_planned
-from pipeline.plan import chunk_rows, create_store, shard_size
+from pipeline.plan import chunk_rows, shard_size
 
 _SHARDS = 64  # at least, as stage 1 cuts a source
 

@@ -15,9 +15,9 @@ from benchmarks.stage1 import gather, trivial_teacher, write_tar
 from dimefm.clip import load_clip
 from dimefm.data import Augmentation, Requests, TrainingImages, training_loader
 from dimefm.order import Order
+from dimefm.shard import encode_shard
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
-from pipeline.shard import encode_shard
 
 
 @click.command()

@@ -2,7 +2,7 @@
 
 STORE.zarr/
   zarr.json              attributes: an EmbeddingStore document under the key "dimefm"
-  embedding/             float16 (rows, dim) or (rows, views, dim), unit norm, sharded, crc32c on every chunk
+  embedding/             float16 (or float32) (rows, dim) or (rows, views, dim), unit norm, sharded, crc32c on every chunk
   status/                uint8 (rows,), a Status code each
   view/                  with views: int32 (rows, views, 5), the ViewBox of each: enough to replay it exactly
   rows/<shard>.parquet   the plan, written before any work (plan.py); rows/files.parquet: the files it was made from
@@ -93,6 +93,8 @@ class EmbeddingStore(Document):
     source: SourceSummary
     views: ViewPlan | None = None
     pixels: int | None = None  # short side of the JPEGs in pixels/
+    dtype: Literal["float16", "float32"] = "float16"
+    decoder: Literal["fast", "pillow"] = "fast"  # of images: see dimefm.preprocess.Preprocess
     digests: dict[str, str] = field(default_factory=dict)
 
     def problems(self) -> list[Problem]:
@@ -113,7 +115,7 @@ class EmbeddingStore(Document):
         """The arrays of this store, by name."""
         views = (self.views.count,) if self.views else ()
         found = {
-            EMBEDDING: ArraySpec(shape=(self.rows, *views, self.dim), dtype="float16", chunk_rows=self.chunk_rows),
+            EMBEDDING: ArraySpec(shape=(self.rows, *views, self.dim), dtype=self.dtype, chunk_rows=self.chunk_rows),
             STATUS: ArraySpec(shape=(self.rows,), dtype="uint8", chunk_rows=self.shard_rows),
         }
         if self.views:

@@ -72,10 +72,15 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor | Image.Im
         if decode_jpeg is not None and image.format == "JPEG" and image.mode in ("L", "RGB"):
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_jpeg(encoded, mode=ImageReadMode.RGB)  # type: ignore[no-any-return]
-        image.load()
     except Exception as error:  # as in open_image
         raise DecodeError(Status.UNDECODABLE, _reason(error)) from None
-    return _to_eight_bit(image) if image.mode in _SIXTEEN_BIT else image
+    return _loaded(image)
+
+
+def decode_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A loaded Pillow image in its own mode, whatever the format: what open_clip's own steps begin with. Raises
+    DecodeError."""
+    return _loaded(open_image(data, max_pixels))
 
 
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
@@ -115,6 +120,14 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     rgb = image.convert("RGB")
     flat = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return flat.view(rgb.height, rgb.width, 3).permute(2, 0, 1).contiguous()
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+    except Exception as error:  # as in open_image
+        raise DecodeError(Status.UNDECODABLE, _reason(error)) from None
+    return _to_eight_bit(image) if image.mode in _SIXTEEN_BIT else image
 
 
 def _to_eight_bit(image: Image.Image) -> Image.Image:

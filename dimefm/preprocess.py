@@ -19,7 +19,7 @@ from torchvision.transforms import Normalize
 from torchvision.transforms.functional import center_crop, to_pil_image
 
 from cache_schemas import Preprocessing, Status
-from dimefm.decode import MAX_PIXELS, DecodeError, decode, to_tensor
+from dimefm.decode import MAX_PIXELS, DecodeError, decode, decode_pillow, to_tensor
 
 _PILLOW = int(PIL.__version__.partition(".")[0])
 
@@ -27,18 +27,19 @@ _PILLOW = int(PIL.__version__.partition(".")[0])
 class Preprocess:
     """Encoded bytes to a uint8 tensor (3, H, W) of the model's input size. Raises DecodeError. Safe in threads.
 
-    A decoded JPEG stays a tensor: it is resized here and agrees with Pillow to within 2 of 255. All else takes
-    open_clip's own steps on the Pillow image.
+    A decoded JPEG stays a tensor: it is resized here and agrees with Pillow to within 2 of 255. All else, and with
+    `exact` JPEGs too, takes open_clip's own steps on the Pillow image.
     """
 
-    def __init__(self, facts: Preprocessing) -> None:
+    def __init__(self, facts: Preprocessing, *, exact: bool = False) -> None:
         self.facts = facts
+        self.decode: Callable[[bytes], torch.Tensor | Image.Image] = decode_pillow if exact else decode
         self._steps = _open_clip_steps(facts)
         height, width = facts.size
         self._fast = facts.resize_mode == "squash" or (facts.resize_mode == "shortest" and height == width)
 
     def __call__(self, data: bytes) -> torch.Tensor:
-        return self.apply(decode(data))
+        return self.apply(self.decode(data))
 
     def apply(self, image: torch.Tensor | Image.Image) -> torch.Tensor:
         """As calling it, for an image that is decoded already (see dimefm.decode.decode)."""

@@ -28,13 +28,14 @@ from cache_schemas.embedding_store import (
     pixels_path,
     rows_path,
 )
-from cache_schemas.plan import FILES_TABLE
+from cache_schemas.plan import FILES, FILES_TABLE
 from dimefm import storage
 from dimefm.arrays import DAMAGED, create_array, digest_arrays, group_attributes, open_array, open_group
 from dimefm.commits import make_commit
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.mapped import MappedArray
-from dimefm.tables import read_table, require_digest, sha256
+from dimefm.sources.base import SourceFile
+from dimefm.tables import read_table, require_digest, sha256, write_table
 
 _COMMIT_NAME = re.compile(r"(\d{6,})\.json")
 _PLANS, _CHUNKS = 4, 256  # whole plans that are kept, and chunks' worth of entries: more than two windows of an order
@@ -273,6 +274,14 @@ class Store:
         entries = pa.concat_tables([self._entries(chunk, columns) for chunk in chunks.tolist()])
         found: list[dict[str, Any]] = entries.take(place_N * self.schema.chunk_rows + within_N).to_pylist()
         return found
+
+
+def create_store(out: str, schema: EmbeddingStore, digests: Sequence[str], files: Sequence[SourceFile]) -> Store:
+    """The store of plans that are written, one a digest: the table of its source's files, and last its attributes."""
+    columns = {name: [getattr(file, name) for file in files] for name in FILES.names}
+    write_table(storage.join(out, FILES_TABLE), pa.table(columns, schema=FILES))
+    plans = {rows_path(shard): digest for shard, digest in enumerate(digests)}
+    return Store.create(out, replace(schema, digests=plans))
 
 
 def require_same_teacher(one: Store, other: Store) -> None:

@@ -25,12 +25,12 @@ from dimefm.progress import Progress
 from dimefm.sources import open_image_source
 from dimefm.sources.base import ImageSample, Source, SourceFile
 from dimefm.sources.reading import read_encoded
-from dimefm.store import Store
+from dimefm.store import Store, create_store
 from dimefm.tables import write_plan
 from pipeline.clip_retrieval import Folder, Kind
 from pipeline.existing import is_planned, require_no_stranger, require_same, source_digest
 from pipeline.matching import Images, Names
-from pipeline.plan import chunk_rows, create_store, require_whole_chunks, shard_size
+from pipeline.plan import chunk_rows, require_whole_chunks, shard_size
 
 _BATCH_SIZE = 1  # in the store; the teacher's own is not known
 _LEAST_COSINE = 0.99

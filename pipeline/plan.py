@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from cache_schemas import FILES, EmbeddingStore, SourceSummary, TeacherIdentity, ViewPlan
-from cache_schemas.embedding_store import ROWS, rows_path
-from cache_schemas.plan import FILES_TABLE, PLANS
+from cache_schemas import EmbeddingStore, SourceSummary, TeacherIdentity, ViewPlan
+from cache_schemas.embedding_store import ROWS
+from cache_schemas.plan import PLANS
 from dimefm import storage
 from dimefm.errors import SourceError
 from dimefm.sources import open_image_source, open_text_source
 from dimefm.sources.base import SourceFile
-from dimefm.store import Store
-from dimefm.tables import write_plan, write_table
+from dimefm.store import Store, create_store
+from dimefm.tables import write_plan
 from pipeline.existing import is_planned, require_no_stranger, require_same, source_digest
 from pipeline.repeats import as_array, repeats
 from pipeline.sentences import SentenceRules, tidy
@@ -103,14 +103,6 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity) -> St
         digests.append(write_plan(out, shard, table))
         rows += table.num_rows
     return create_store(out, _schema(request, files, tally, rows, shard_rows, teacher), digests, files)
-
-
-def create_store(out: str, schema: EmbeddingStore, digests: Sequence[str], files: Sequence[SourceFile]) -> Store:
-    """The store of plans that are written, one a digest: the table of its source's files, and last its attributes."""
-    columns = {name: [getattr(file, name) for file in files] for name in FILES.names}
-    write_table(storage.join(out, FILES_TABLE), pa.table(columns, schema=FILES))
-    plans = {rows_path(shard): digest for shard, digest in enumerate(digests)}
-    return Store.create(out, replace(schema, digests=plans))
 
 
 def forecast(request: PlanRequest, teacher: TeacherIdentity, keep: int = 0) -> Forecast:

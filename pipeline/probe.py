@@ -14,7 +14,7 @@ from cache_schemas import EmbeddingStore
 from dimefm.clip import Clip
 from dimefm.decode import DecodeError
 from dimefm.errors import SourceError
-from pipeline.loading import Loaded, Loader
+from dimefm.loading import Loaded, Loader
 
 PROBE_ROWS = 256
 _HEADROOM = 1.25

@@ -21,9 +21,9 @@ from dimefm import storage
 from dimefm.clip import Precision, load_clip
 from dimefm.errors import DimefmError, MismatchError, SourceError, StoreError
 from dimefm.progress import Progress
+from dimefm.shard import check_canary, encode_shard, retry_shard
 from dimefm.store import Store
 from pipeline.probe import PROBE_ROWS, measure
-from pipeline.shard import check_canary, encode_shard, retry_shard
 
 _TRIES = 3
 _PATIENCE = 60.0  # seconds without any worker before that is said
@@ -60,7 +60,7 @@ class Worker:
 
     def start(self, threads: int, shard: int, check: bool = False) -> None:
         """Load the teacher, and decode on up to `threads`: as many as its speed needs, measured on rows of `shard`.
-        With `check`, go through the canary (see pipeline.shard.check_canary). Not in __init__, whose errors Ray would
+        With `check`, go through the canary (see dimefm.shard.check_canary). Not in __init__, whose errors Ray would
         not hand on as they are.
 
         The teacher itself computes on one thread on a CPU: sums come out differently on more, and a run that goes on

@@ -20,9 +20,9 @@ from dimefm.arrays import digest_arrays
 from dimefm.clip import load_clip
 from dimefm.errors import DimefmError, StoreError
 from dimefm.lock import writing
+from dimefm.shard import compare_again
 from dimefm.store import Store
 from pipeline.repeats import as_array, repeats
-from pipeline.shard import compare_again
 
 _NORM_OFF = 2e-3  # float16 of a unit vector
 _SAME = 0.999

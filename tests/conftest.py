@@ -11,9 +11,9 @@ import torch
 
 from dimefm.clip import Clip, load_clip
 from dimefm.sample import sample_dir
+from dimefm.shard import encode_shard
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
-from pipeline.shard import encode_shard
 from tests.making import read_tar, write_tar
 
 IMAGES, SENTENCES, SHARD_ROWS = 96, 200, 32

@@ -18,7 +18,7 @@ MARK = {"DIMEFM_TEST": uuid.uuid4().hex}
 """Ours among all processes of the machine: whoever is started with this environment has it, Ray's workers too."""
 
 FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(["pipeline.shard", "dimefm.train", "dimefm.recipes", "torch.distributed.nn"])
+FORKING.set_forkserver_preload(["dimefm.shard", "dimefm.train", "dimefm.recipes", "torch.distributed.nn"])
 
 
 class Command:

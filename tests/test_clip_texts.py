@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from dimefm.clip import Clip, load_clip, token_counts
+from dimefm.shard import encode_rows
 from dimefm.store import Store
-from pipeline.shard import encode_rows
 
 CONTEXT = 32
 SENTENCES = [

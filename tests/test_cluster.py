@@ -22,10 +22,10 @@ from ray.exceptions import RayActorError
 from dimefm.cli import cli
 from dimefm.clip import Clip
 from dimefm.errors import StoreError
+from dimefm.shard import encode_shard
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.runner import _ENVIRONMENT, Job, _Supervisor
-from pipeline.shard import encode_shard
 from tests.making import read_tar, write_tar
 from tests.processes import MARK, Command, processes
 

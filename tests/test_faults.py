@@ -32,9 +32,9 @@ from dimefm.index import Index
 from dimefm.index import read as read_index
 from dimefm.lock import writing
 from dimefm.selected import SelectedTexts
+from dimefm.shard import encode_shard
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
-from pipeline.shard import encode_shard
 from pipeline.verify import VerifyConfig, verify
 from tests.making import make_jpeg, read_tar, write_tar
 from tests.processes import Command, result_of
@@ -344,7 +344,7 @@ class FlakyFileSystem(MemoryFileSystem):
 def flaky(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, OSError]]:
     """Eight images on flaky://in, and what reads of them raise, by name."""
     fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
-    monkeypatch.setattr("pipeline.loading._WAITS", (0.0,))
+    monkeypatch.setattr("dimefm.loading._WAITS", (0.0,))
     fs = fsspec.filesystem("flaky")
     for number in range(8):
         fs.pipe_file(f"/in/{number}.jpg", make_jpeg(seed=number))

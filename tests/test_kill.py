@@ -24,9 +24,9 @@ from dimefm.index import Index
 from dimefm.pairs import Pairs
 from dimefm.recall import Setting
 from dimefm.runlog import read_metrics
+from dimefm.shard import encode_shard, retry_shard
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
-from pipeline.shard import encode_shard, retry_shard
 from pipeline.verify import VerifyConfig, verify
 from tests.making import make_jpeg
 from tests.processes import FORKING, Command, processes

@@ -21,10 +21,10 @@ from dimefm.data import Augmentation, Batch, Request, TrainingImages
 from dimefm.decode import DecodeError, decode, decode_rgb
 from dimefm.errors import MismatchError, StoreError, TrainingError
 from dimefm.pixels import small_jpeg
+from dimefm.shard import encode_shard
 from dimefm.store import Store
 from dimefm.train import train
 from pipeline.plan import PlanRequest, open_or_plan
-from pipeline.shard import encode_shard
 from tests.conftest import cached
 from tests.making import encoded, make_jpeg, picture, read_tar, write_tar
 from tests.training import tiny_config

@@ -16,12 +16,12 @@ from cache_schemas import Status, ViewPlan
 from cache_schemas.embedding_store import pixels_path
 from dimefm.clip import Clip
 from dimefm.pixels import PixelTar
+from dimefm.shard import encode_shard, retry_shard
 from dimefm.store import Store
 from pipeline import loading
 from pipeline.cache import CacheConfig, cache
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.runner import Job, Worker
-from pipeline.shard import encode_shard, retry_shard
 from tests.making import make_jpeg, write_tar
 
 COUNT, SHARD_ROWS = 12, 8

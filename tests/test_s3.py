@@ -16,10 +16,10 @@ from dimefm.cli import cli
 from dimefm.clip import Clip
 from dimefm.errors import DimefmError, StoreError
 from dimefm.lock import writing
+from dimefm.shard import encode_shard
 from dimefm.store import Store
 from dimefm.train import train
 from pipeline.plan import PlanRequest, open_or_plan
-from pipeline.shard import encode_shard
 from pipeline.verify import VerifyConfig, verify
 from tests.making import read_tar, upload, write_tar
 from tests.processes import Command

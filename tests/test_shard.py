@@ -21,9 +21,9 @@ from cache_schemas.embedding_store import EMBEDDING, STATUS
 from dimefm import storage
 from dimefm.clip import Clip
 from dimefm.errors import MismatchError, StoreError
+from dimefm.shard import check_canary, encode_rows, encode_shard
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
-from pipeline.shard import check_canary, encode_rows, encode_shard
 from tests.making import encoded, make_jpeg, picture, read_tar, write_tar
 from tests.test_decode import huge_png
 
@@ -335,7 +335,7 @@ def test_storage_that_fails_for_a_moment_is_asked_again(
         return read(*where)
 
     monkeypatch.setattr("dimefm.storage.read_bytes", flaky)
-    monkeypatch.setattr("pipeline.loading._WAITS", (0.0, 0.0))
+    monkeypatch.setattr("dimefm.loading._WAITS", (0.0, 0.0))
     assert (encode_rows(rows, image_store.schema, clip).arrays[STATUS] == Status.OK).all()
 
 
@@ -346,6 +346,6 @@ def test_storage_that_goes_on_failing_ends_the_job_and_gives_up_no_row(
         raise TimeoutError("no answer")
 
     monkeypatch.setattr("dimefm.storage.read_bytes", broken)
-    monkeypatch.setattr("pipeline.loading._WAITS", (0.0,))
+    monkeypatch.setattr("dimefm.loading._WAITS", (0.0,))
     with pytest.raises(StoreError, match=r"cannot be read: no answer"):
         encode_rows([{"row": 0, "key": "k", "file": "f", "offset": 0, "size": 9}], image_store.schema, clip)

@@ -25,10 +25,10 @@ from dimefm import storage
 from dimefm.cli import cli
 from dimefm.clip import Clip
 from dimefm.errors import StoreError
+from dimefm.shard import encode_shard
 from dimefm.store import Store
 from dimefm.tables import sha256, write_table
 from pipeline.plan import PlanRequest, open_or_plan
-from pipeline.shard import encode_shard
 from pipeline.verify import Report, VerifyConfig, verify
 from tests.making import read_tar, write_tar
 

@@ -16,11 +16,11 @@ from dimefm.clip import Clip
 from dimefm.data import Augmentation, Batch, Request, TrainingImages
 from dimefm.decode import decode_rgb
 from dimefm.errors import MismatchError
+from dimefm.shard import encode_shard
 from dimefm.store import Store
 from dimefm.train import train
 from dimefm.views import draw_boxes, random_crop
 from pipeline.plan import PlanRequest, open_or_plan
-from pipeline.shard import encode_shard
 from tests.conftest import cached
 from tests.making import encoded, make_jpeg, picture, read_tar, write_tar
 from tests.training import tiny_config

@@ -17,7 +17,7 @@ import torch
 
 from cache_schemas import EmbeddingStore, Status
 from dimefm import storage
-from dimefm.decode import DecodeError, decode, decode_rgb, to_tensor
+from dimefm.decode import DecodeError, decode_rgb, to_tensor
 from dimefm.errors import StoreError
 from dimefm.pixels import small_jpeg
 from dimefm.preprocess import Preprocess
@@ -42,7 +42,7 @@ class Loader:
 
     def __init__(self, schema: EmbeddingStore) -> None:
         self._views, self._side = schema.views, schema.pixels
-        self._preprocess = Preprocess(schema.teacher.preprocessing)
+        self._preprocess = Preprocess(schema.teacher.preprocessing, exact=schema.decoder == "pillow")
 
     def load(self, row: dict[str, Any]) -> Loaded | DecodeError:
         """One image, or why it cannot be had. Raises StoreError where the storage does not answer."""
@@ -69,7 +69,7 @@ class Loader:
         return [self.load(row) for row in rows]
 
     def _decode(self, data: bytes, row: int) -> Loaded:
-        image = decode(data)
+        image = self._preprocess.decode(data)
         jpeg = small_jpeg(data, image, self._side) if self._side else None
         if not self._views:
             return Loaded(self._preprocess.apply(image)[None], None, jpeg)

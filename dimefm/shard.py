@@ -21,9 +21,9 @@ from dimefm import storage
 from dimefm.clip import Clip, token_counts
 from dimefm.decode import DecodeError
 from dimefm.errors import MismatchError
+from dimefm.loading import Loader
 from dimefm.pixels import PixelTar, pixel_tar
 from dimefm.store import Store
-from pipeline.loading import Loader
 
 _CANARY_ROWS, _CANARY_COSINE = 8, 0.999
 
@@ -102,12 +102,13 @@ def encode_rows(
     """The shard's data of these rows of its plan. Which rows share a batch depends on the data alone, never on timing,
     so that a second run gives the same bytes."""
     data, done = ShardData.empty(len(rows), schema), 0
+    dtype = torch.float16 if schema.dtype == "float16" else torch.float32
     batches = _text_batches(rows, schema, clip)
     if schema.kind == "image":
         batches = _image_batches(rows, schema, clip, threads, data, tar)
     for indices, features_BD in _one_behind(batches):
         finite_B = torch.isfinite(features_BD).all(dim=1) & (features_BD.norm(dim=1) > 0.5)
-        values_BVD = features_BD.half().cpu().numpy().reshape(len(indices), -1, features_BD.shape[1])
+        values_BVD = features_BD.to(dtype).cpu().numpy().reshape(len(indices), -1, features_BD.shape[1])
         good_B = finite_B.cpu().numpy().reshape(len(indices), -1).all(axis=1)
         data.arrays[EMBEDDING][indices] = np.where(good_B[:, None, None], values_BVD, 0).reshape(
             len(indices), *data.arrays[EMBEDDING].shape[1:]
