@@ -1,0 +1,308 @@
+"""The metrics of evaluation and their 95% intervals: functions of arrays, which neither read nor write anything.
+
+Shapes: N images, C classes, M texts, D width, R resamples, Q queries, S candidates, K best of them, G groups of images
+with equal scores. Scores are higher where something is more likely. An image that could not be read has NaN for all its
+scores; it stays in every metric, as a wrong answer or with the lowest scores of all. Values are in [0, 1].
+
+An interval is that of the percentile bootstrap over images: a resample draws N of the N images with replacement. A
+resample in which the metric is undefined is left out. Any function raises ValueError where its arrays are empty or of
+different lengths, or where an image has NaN for some of its scores only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import expit, logit
+from scipy.stats import binom
+from sklearn.metrics import roc_auc_score
+
+Array = np.ndarray[Any, Any]
+Interval = tuple[float, float]
+Ranking = tuple[Array, Array, Array]
+
+TAILS = (0.025, 0.975)
+RECALLS_11 = np.linspace(1, 0, 11)  # in the order and with the rounding of vision_evaluation
+_QUERIES = 1024  # with 31,000 candidates, 128 MB of scores
+_RESAMPLES = 64  # at a time, with 5,000 images 1.3 MB of counts
+
+
+def _images(*arrays: Array) -> int:
+    lengths = {len(array) for array in arrays}
+    if len(lengths) > 1 or 0 in lengths:
+        raise ValueError(f"arrays of one length, and not empty, are needed, not of {sorted(lengths)}")
+    return lengths.pop()
+
+
+def _unreadable(scores: Array) -> Array:
+    """Bool (N,) of scores (N,) or (N, C): those that have no score."""
+    nan: Array = np.isnan(scores)
+    if nan.ndim == 1:
+        return nan
+    none_N = np.asarray(nan.all(axis=1))
+    if partly := int((nan.any(axis=1) & ~none_N).sum()):
+        raise ValueError(f"{partly} images have NaN for some of their scores only")
+    return none_N
+
+
+def _ranked(scores: Array) -> Array:
+    """Scores as float64, those of unreadable images -inf."""
+    scores = np.array(scores, np.float64)
+    scores[_unreadable(scores)] = -np.inf
+    return scores
+
+
+def _float32(values: Array) -> torch.Tensor:
+    """A copy, as torch warns of an array that cannot be written to."""
+    return torch.tensor(np.ascontiguousarray(values), dtype=torch.float32)
+
+
+def topk_correct(scores_NC: Array, labels_N: Array, k: int) -> Array:
+    """Bool (N,): is the label among the `k` classes with the largest scores, or among all where they are fewer?
+
+    Of equal scores the first counts for k = 1, as with argmax; for more they are taken as torch.topk takes them in
+    float32, as CLIP_benchmark does. Raises ValueError where k is not positive or a label is no class.
+    """
+    _images(scores_NC, labels_N)
+    classes = scores_NC.shape[1]
+    if k < 1:
+        raise ValueError(f"the k best of {classes} classes: k is {k}")
+    if labels_N.min() < 0 or labels_N.max() >= classes:
+        raise ValueError(f"labels {labels_N.min()} to {labels_N.max()} for {classes} classes")
+    if k == 1:
+        best_NK = scores_NC.argmax(axis=1)[:, None]
+    else:
+        best_NK = _float32(scores_NC).topk(min(k, classes), dim=1).indices.numpy()
+    correct_N: Array = (best_NK == labels_N[:, None]).any(axis=1) & ~_unreadable(scores_NC)
+    return correct_N
+
+
+def mean_per_class(correct_N: Array, labels_N: Array, weights: Array | None = None) -> float:
+    """The mean, over classes that occur, of the share of their images that are correct: scikit-learn's balanced
+    accuracy. An image counts `weights` times (N,), or once."""
+    weight_N = np.ones(_images(correct_N, labels_N)) if weights is None else weights
+    count_C = np.bincount(labels_N, weight_N)
+    correct_C = np.bincount(labels_N, weight_N * correct_N)
+    return float((correct_C[count_C > 0] / count_C[count_C > 0]).mean())
+
+
+def _require_two_classes(labels_N: Array) -> None:
+    found = np.unique(labels_N).tolist()
+    if found != [0, 1]:
+        raise ValueError(f"the area under the ROC curve needs images of both class 0 and class 1, not of {found}")
+
+
+def roc_auc(scores_N: Array, labels_N: Array) -> float:
+    """The area under the ROC curve: the probability that an image with label 1 has a higher score than one with label
+    0, equal ones counted as half. `scores_N` are those of class 1. Raises ValueError where only one class occurs."""
+    _images(scores_N, labels_N)
+    _require_two_classes(labels_N)
+    ranks_N = np.unique(_ranked(scores_N), return_inverse=True)[1]  # scikit-learn takes nothing infinite
+    return float(roc_auc_score(labels_N, ranks_N))
+
+
+def _rank(scores_N: Array, positive_N: Array) -> Ranking:
+    """Images from the highest score int64 (N,), which of those are positive bool (N,), and where in them groups of
+    equal scores end int64 (G,): only groups with a positive, as precision is largest where recall rises."""
+    order_N = np.argsort(-scores_N, kind="stable")
+    sorted_N, hits_N = scores_N[order_N], positive_N[order_N]
+    ends_G = np.flatnonzero(np.append(sorted_N[1:] != sorted_N[:-1], True))
+    return order_N, hits_N, ends_G[np.diff(np.cumsum(hits_N)[ends_G], prepend=0) > 0]
+
+
+def _average_precision(weights_RN: Array, ranking: Ranking) -> Array:
+    """11-point average precision (R,) of a class where an image counts `weights_RN` times; NaN without a positive."""
+    order_N, hits_N, ends_G = ranking
+    sorted_RN = weights_RN[:, order_N]
+    seen_RG = sorted_RN.cumsum(axis=1, dtype=weights_RN.dtype)[:, ends_G]
+    true_RG = sorted_RN[:, hits_N].cumsum(axis=1)[:, np.cumsum(hits_N)[ends_G] - 1]
+    precision_RG = true_RG / np.maximum(seen_RG, 1)
+    best_RG = np.maximum.accumulate(precision_RG[:, ::-1], axis=1)[:, ::-1]
+    positives_R = true_RG[:, -1]
+    recall_RG = true_RG / np.maximum(positives_R, 1)[:, None]
+    rows_R = np.arange(len(weights_RN))
+    interpolated = [best_RG[rows_R, (recall_RG >= recall).argmax(axis=1)] for recall in RECALLS_11[:-1]]
+    means_R = (sum(interpolated) + 1.0) / len(RECALLS_11)  # at recall 0, precision 1
+    return np.where(positives_R > 0, means_R, np.nan)
+
+
+def average_precision_11_point(scores_N: Array, positive_N: Array) -> float:
+    """The mean, over the recalls 0, 0.1, ... 1, of the largest precision at that recall or a higher one.
+
+    It is that of vision_evaluation 0.2.14 (MeanAveragePrecisionNPointsEvaluator), which the published ELEVATER numbers
+    come from. There the curve begins at recall 0 with precision 1, so that the first of the eleven is always 1, and
+    images with equal scores enter together; in the devkit of VOC2007 it begins at the first image, and equal scores
+    have an order. Raises ValueError where nothing is positive.
+    """
+    images = _images(scores_N, positive_N)
+    if not positive_N.any():
+        raise ValueError(f"average precision needs a positive; none of {images} images is one")
+    ranking = _rank(_ranked(scores_N), positive_N.astype(bool))
+    return float(_average_precision(np.ones((1, images), np.int64), ranking)[0])
+
+
+def map_11_point(scores_NC: Array, positives_NC: Array) -> float:
+    """The mean of `average_precision_11_point` over the classes with a positive; 0 where there is none, as
+    vision_evaluation has it."""
+    _images(scores_NC, positives_NC)
+    scores_NC = _ranked(scores_NC)
+    classes = np.flatnonzero(positives_NC.any(axis=0))
+    each = [average_precision_11_point(scores_NC[:, c], positives_NC[:, c]) for c in classes]
+    return float(np.mean(each)) if each else 0.0
+
+
+def retrieval_recall(images_ND: Array, texts_MD: Array, image_of_text_M: Array, ks: Sequence[int]) -> dict[str, Array]:
+    """For each k of `ks` the hits of both directions, whose means are the recalls, named as CLIP_benchmark does.
+
+    ``text_retrieval_recall@k`` is bool (N,): is a text of the image among the k nearest texts?
+    ``image_retrieval_recall@k`` is bool (M,): is the image of the text among the k nearest images? Embeddings are of
+    unit norm, and compared in float32; an image of NaN is the nearest of nothing, and a miss in both directions. Equal
+    scores are taken as torch.topk takes them. A k above the number of candidates takes all. Raises ValueError where an
+    image has no text, a text is NaN or of no image, or a k is not positive.
+    """
+    _images(texts_MD, image_of_text_M)
+    images = _images(images_ND)
+    if min(ks) < 1:
+        raise ValueError(f"the k nearest: k is {min(ks)}")
+    if image_of_text_M.min() < 0 or image_of_text_M.max() >= images:
+        raise ValueError(f"texts of images {image_of_text_M.min()} to {image_of_text_M.max()}, but there are {images}")
+    if without := images - len(np.unique(image_of_text_M)):
+        raise ValueError(f"{without} of {images} images have no text")
+    if np.isnan(texts_MD).any():
+        raise ValueError("the embedding of a text is NaN")
+    image_ND, text_MD = _float32(images_ND), _float32(texts_MD)
+    image_N, image_M = torch.arange(images), torch.tensor(image_of_text_M, dtype=torch.int64)
+    lost_N = image_ND.isnan().any(dim=1)
+    to_texts = _hits(image_ND, image_N, text_MD, image_M, lost_N, ks)
+    to_images = _hits(text_MD, image_M, image_ND, image_N, lost_N, ks)
+    found = {f"text_retrieval_recall@{k}": hits for k, hits in zip(ks, to_texts, strict=True)}
+    return found | {f"image_retrieval_recall@{k}": hits for k, hits in zip(ks, to_images, strict=True)}
+
+
+def _hits(
+    queries_QD: torch.Tensor,
+    image_Q: torch.Tensor,
+    candidates_SD: torch.Tensor,
+    image_S: torch.Tensor,
+    lost_N: torch.Tensor,
+    ks: Sequence[int],
+) -> list[Array]:
+    """For each k bool (Q,): has one of the k nearest candidates the query's image? A block of queries at a time."""
+    hits_KQ = torch.zeros((len(ks), len(queries_QD)), dtype=torch.bool)
+    for start in range(0, len(queries_QD), _QUERIES):
+        block = slice(start, start + _QUERIES)
+        scores_QS = (queries_QD[block] @ candidates_SD.T).nan_to_num_(nan=-torch.inf)
+        for row, k in enumerate(ks):
+            nearest_QK = scores_QS.topk(min(k, len(candidates_SD)), dim=1).indices
+            hits_KQ[row, block] = (image_S[nearest_QK] == image_Q[block, None]).any(dim=1)
+    return list((hits_KQ & ~lost_N[image_Q]).numpy())
+
+
+def _resamples(n: int, resamples: int, seed: int) -> Iterator[Array]:
+    """Of each resample int64 (N,), how many times it has each image."""
+    rng = np.random.default_rng(seed)
+    for _ in range(resamples):
+        yield np.bincount(rng.integers(0, n, n), minlength=n)
+
+
+def _percentiles(values_R: Array) -> Interval:
+    defined = values_R[~np.isnan(values_R)]
+    if not len(defined):
+        raise ValueError("the metric is undefined in every resample")
+    low, high = np.quantile(defined, TAILS)
+    return float(low), float(high)
+
+
+def bootstrap_interval(statistic: Callable[[Array], float], n: int, resamples: int = 1000, seed: int = 0) -> Interval:
+    """The 95% interval of any metric of `n` images. `statistic` takes how many times a resample has each image, int64
+    (N,), and gives NaN where it is undefined. Raises ValueError where it is so in every resample."""
+    return _percentiles(np.array([statistic(counts_N) for counts_N in _resamples(n, resamples, seed)]))
+
+
+def mean_interval(correct_N: Array) -> Interval:
+    """Of the mean of bool (N,), and without chance: the number of correct images in a resample is binomial."""
+    images = _images(correct_N)
+    low, high = binom.ppf(TAILS, images, correct_N.mean()) / images
+    return float(low), float(high)
+
+
+def mean_per_class_interval(correct_N: Array, labels_N: Array, resamples: int = 1000, seed: int = 0) -> Interval:
+    """Of `mean_per_class`. A class that a resample has no image of is left out of its mean.
+
+    The numbers of correct and wrong images of each class in a resample are multinomial, and drawn as such.
+    """
+    images = _images(correct_N, labels_N)
+    found, class_N = np.unique(labels_N, return_inverse=True)
+    count_F = np.bincount(2 * class_N + correct_N.astype(np.int64), minlength=2 * len(found))
+    drawn_RF = np.zeros((resamples, len(count_F)), np.int64)
+    drawn_RF[:, count_F > 0] = np.random.default_rng(seed).multinomial(images, count_F[count_F > 0] / images, resamples)
+    wrong_RC, correct_RC = drawn_RF[:, 0::2], drawn_RF[:, 1::2]
+    total_RC = wrong_RC + correct_RC
+    return _percentiles((correct_RC / np.maximum(total_RC, 1)).sum(axis=1) / (total_RC > 0).sum(axis=1))
+
+
+def roc_auc_interval(scores_N: Array, labels_N: Array, resamples: int = 1000, seed: int = 0) -> Interval:
+    """Of `roc_auc`, and ValueError as there. A resample of one class only is left out."""
+    images = _images(scores_N, labels_N)
+    _require_two_classes(labels_N)
+    ranks_N = np.unique(_ranked(scores_N), return_inverse=True)[1]
+    place_N, size = 2 * ranks_N + labels_N.astype(np.int64), 2 * (int(ranks_N.max()) + 1)
+
+    def area(counts_N: Array) -> float:
+        negative_G, positive_G = np.bincount(place_N, counts_N, size).reshape(-1, 2).T
+        pairs = negative_G.sum() * positive_G.sum()
+        # below a positive: the negatives of lower groups, and half of those of its own
+        won = (positive_G * (np.cumsum(negative_G) - negative_G / 2)).sum()
+        return float(won / pairs) if pairs else np.nan
+
+    return bootstrap_interval(area, images, resamples, seed)
+
+
+def map_11_point_interval(scores_NC: Array, positives_NC: Array, resamples: int = 1000, seed: int = 0) -> Interval:
+    """Of `map_11_point`. A class without a positive in a resample is left out of its mean."""
+    images = _images(scores_NC, positives_NC)
+    scores_NC, positives_NC = _ranked(scores_NC), positives_NC.astype(bool)
+    rankings = [_rank(scores_NC[:, c], positives_NC[:, c]) for c in np.flatnonzero(positives_NC.any(axis=0))]
+    if not rankings:
+        return 0.0, 0.0
+    counts, means = _resamples(images, resamples, seed), np.full(resamples, np.nan)
+    for start in range(0, resamples, _RESAMPLES):
+        size = min(_RESAMPLES, resamples - start)
+        counts_RN = np.stack([next(counts) for _ in range(size)]).astype(np.int32)
+        each_RC = np.stack([_average_precision(counts_RN, ranking) for ranking in rankings], axis=1)
+        defined_RC = ~np.isnan(each_RC)
+        sums_R = np.where(defined_RC, each_RC, 0).sum(axis=1)
+        with np.errstate(invalid="ignore"):
+            means[start : start + size] = sums_R / defined_RC.sum(axis=1)
+    return _percentiles(means)
+
+
+def mean_of(values: Sequence[float], intervals: Sequence[Interval]) -> tuple[float, Interval]:
+    """The mean of the scores of several sets, and its interval, cut to [0, 1]: the sets are independent, and normal
+    with the half widths of their intervals, so that the mean's is the root of the sum of their squares over their
+    number. Raises ValueError where there are no values, not as many intervals, or a value is not in [0, 1]."""
+    if not values or len(values) != len(intervals) or not all(0 <= value <= 1 for value in values):
+        raise ValueError(f"a mean of values in [0, 1] with an interval each: {values}, {len(intervals)} intervals")
+    mean = float(np.mean(values))
+    half = float(np.linalg.norm([(high - low) / 2 for low, high in intervals])) / len(values)
+    return mean, (max(0.0, mean - half), min(1.0, mean + half))
+
+
+def effective_robustness(accuracy: float, imagenet_accuracy: float, slope: float, intercept: float) -> float:
+    """Accuracy under a shift above what a model of that ImageNet accuracy is expected to have, in [-1, 1]: Taori et
+    al. (2020), whose line is fitted to logits of accuracies. An ImageNet accuracy of 0 or 1 is moved by 1e-6."""
+    inside = np.clip(imagenet_accuracy, 1e-6, 1 - 1e-6)
+    return float(accuracy - expit(slope * logit(inside) + intercept))
+
+
+def confusion(labels_N: Array, predictions_N: Array, classes: int) -> Array:
+    """int64 (C, C): the images of each label, by prediction. Those with the prediction -1, which could not be read, are
+    in none. Raises ValueError where another label or prediction is no class."""
+    _images(labels_N, predictions_N)
+    both = np.stack([labels_N, predictions_N])[:, predictions_N != -1]
+    if ((both < 0) | (both >= classes)).any() or not ((labels_N >= 0) & (labels_N < classes)).all():
+        raise ValueError(f"a label or prediction that is none of {classes} classes")
+    return np.bincount(both[0] * classes + both[1], minlength=classes**2).reshape(classes, classes).astype(np.int64)
