@@ -2,7 +2,7 @@
 
 STORE.zarr/
   zarr.json              attributes: an EmbeddingStore document under the key "dimefm"
-  embedding/             float16 (or float32) (rows, dim) or (rows, views, dim), unit norm, sharded, crc32c on every chunk
+  embedding/             float16 (or float32) (rows, dim) or (rows, views, dim), unit norm, sharded, crc32c on each
   status/                uint8 (rows,), a Status code each
   view/                  with views: int32 (rows, views, 5), the ViewBox of each: enough to replay it exactly
   rows/<shard>.parquet   the plan, written before any work (plan.py); rows/files.parquet: the files it was made from

@@ -5,6 +5,7 @@ EVALUATIONS/
   NAME/features/SET-SPLIT.zarr          an embedding store of float32: every image encoded once
   NAME/predictions/SET.PROTOCOL.parquet key, label, prediction, correct and scores of every image, where kept
   text_embeddings/DIGEST.safetensors    of class names or captions, by text tower: shared by models
+  unpacked/SET-SPLIT-DIGEST/test.tar    sets that are published as raw arrays
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import ClassVar, Literal
 from cache_schemas.document import Document
 from cache_schemas.problems import Problem
 
-RESULTS_FILE, FEATURES, PREDICTIONS, TEXT_EMBEDDINGS = "results.jsonl", "features", "predictions", "text_embeddings"
+RESULTS_FILE, FEATURES, PREDICTIONS = "results.jsonl", "features", "predictions"
+TEXT_EMBEDDINGS, UNPACKED = "text_embeddings", "unpacked"
 
 Metric = Literal["accuracy", "mean_per_class", "roc_auc", "map_11_point", "recall"]
 Layout = Literal["webdataset", "folders", "torchvision", "original", "parquet"]
@@ -55,6 +57,7 @@ class SetDefinition:
     resize: Literal["model", "squash"] = "model"
     aliases: tuple[str, ...] = ()
     elevater: str | None = None
+    elevater_columns: tuple[int, ...] = ()
 
     def problems(self) -> list[Problem]:
         """What the types cannot say."""
@@ -73,6 +76,8 @@ class SetDefinition:
                 found.append(Problem(name, f"has {len(values)} entries, but class_count is {self.class_count}"))
             if len(set(values)) != len(values) and name != "classes":
                 found.append(Problem(name, "has an entry twice"))
+        if self.elevater_columns and sorted(self.elevater_columns) != list(range(self.class_count)):
+            found.append(Problem("elevater_columns", "does not have each label once"))
         if bool(self.templates) == bool(self.templates_from):
             found.append(Problem("templates", "give them, or where they are from"))
         found += [Problem("templates", f"{t!r} has no {{c}}") for t in self.templates if "{c}" not in t]
@@ -83,7 +88,7 @@ class SetDefinition:
 class EvaluationResult(Document):
     """One set under one protocol.
 
-    `value` is the set's own metric in [0, 1], `interval` its 95% bootstrap interval, `metrics` all that were measured.
+    `metrics` are in [0, 1], `metric` names the one that is reported, `intervals` are their 95% bootstrap intervals.
     `images` were scored, `expected` is the published number; `partial` says every difference from the published set in
     words. `model` has name, tag and digests of weights and text tower; `digests` those of the images and labels, the
     class names and the templates; `settings` what else decides the numbers.
@@ -95,9 +100,8 @@ class EvaluationResult(Document):
     suite: str
     protocol: str
     metric: str
-    value: float
-    interval: tuple[float, float]
     metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
     images: int
     expected: int | None
     classes: int
@@ -112,7 +116,21 @@ class EvaluationResult(Document):
     finished: str
     notes: tuple[str, ...] = field(default_factory=tuple)
 
+    def problems(self) -> list[Problem]:
+        """What the types cannot say."""
+        return [] if self.metric in self.metrics else [Problem("metrics", f"lacks {self.metric!r}")]
+
     @property
     def key(self) -> tuple[str, str]:
         """What a later result replaces."""
         return self.set, self.protocol
+
+    @property
+    def value(self) -> float:
+        """The metric that is reported."""
+        return self.metrics[self.metric]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of `value`."""
+        return self.intervals.get(self.metric, (self.value, self.value))

@@ -12,6 +12,7 @@ import click
 from cache_schemas import SchemaError
 from dimefm import __version__
 from dimefm.errors import DimefmError, StoppedError
+from dimefm.evaluation.command import compare, evaluate, sets, submission
 from dimefm.train_command import train_student
 
 
@@ -297,33 +298,8 @@ def select_texts(**options: Any) -> None:
 cli.add_command(train_student)
 
 
-@cli.command()
-@click.argument("model")
-@click.argument("sets", nargs=-1, required=True, metavar="SET...")
-@click.option("--pretrained", help="Tag or file of the weights, where MODEL is a plain open_clip name.")
-@click.option("--checkpoint", default="last", show_default=True, metavar="last|best|STEP", help="Of a run.")
-@click.option("--weights", type=click.Choice(["model", "ema"]), default="model", show_default=True,
-              help="Of a run: the weights, or their moving average.")  # fmt: skip
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
-@click.option("--out", help="Write the results, with every prediction, as JSON.")
-def evaluate(model: str, sets: tuple[str, ...], out: str | None, **options: Any) -> None:
-    """Zero-shot accuracy of MODEL on labelled sets.
-
-    MODEL: a run folder, an exported open_clip folder, or an open_clip name (also hf-hub:, local-dir:).
-    SET: a folder with classnames.txt, templates.txt and either tars of key.jpg and key.cls or one folder a class.
-    """
-    from dimefm.evaluate import evaluate as run
-    from dimefm.evaluate import write_results
-
-    results = run(model, list(sets), **options)
-    click.echo(f"{model}, zero-shot")
-    for name, r in results.items():
-        missing = f", {r.unreadable} unreadable (counted as wrong)" if r.unreadable else ""
-        scores = f"top-1 {r.top1:6.1%}  top-5 {r.top5:6.1%}  {r.times_chance:5.1f}x chance"
-        click.echo(f"  {name:<16} {scores}  {r.images:,} images, {r.classes} classes{missing}")
-    if out:
-        write_results(out, model, results)
+for _command in (evaluate, sets, compare, submission):
+    cli.add_command(_command)
 
 
 @cli.command()
@@ -342,6 +318,23 @@ def export(run: str, **options: Any) -> None:
     from dimefm.export import export as write
 
     click.echo(f"{write(run, **options)}: load it with open_clip as local-dir:{options['out']}")
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--out", required=True, help="The folder to write.")
+@click.option("--teacher", required=True, help="open_clip model of the text tower, as of cache-images.")
+@click.option("--pretrained", help="Its tag or file, with a plain NAME.")
+def convert_checkpoint(checkpoint: str, **options: Any) -> None:
+    """Write a checkpoint of the authors of DIME-FM as an open_clip folder, with the teacher's text tower.
+
+    CHECKPOINT: a ViT that they released, or that their training code saved; Swin students cannot be converted. Their
+    teacher is --teacher ViT-L-14-quickgelu --pretrained openai. The folder is as export writes one, for evaluate and
+    open_clip.create_model_and_transforms("local-dir:FOLDER").
+    """
+    from dimefm.convert import convert
+
+    click.echo(convert(checkpoint, **options).show())
 
 
 @cli.command()

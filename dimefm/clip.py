@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +111,13 @@ class Clip:
             return False
         difference_BD = F.normalize(cut_BD.float(), dim=-1) - F.normalize(whole_BD.float(), dim=-1)
         return bool((difference_BD.norm(dim=-1) < _SAME).all())
+
+    def text_digest(self) -> str:
+        """sha256 of what decides the embedding of a sentence: the text tower, its tokenizer, activation, precision."""
+        facts, state = self.identity, self.model.state_dict()
+        tower = {name: value for name, value in state.items() if not name.startswith(("visual.", "logit_"))}
+        said = (facts.tokenizer, facts.context_length, facts.activation, facts.precision)
+        return hashlib.sha256(f"{digest_tensors(tower)} {said}".encode()).hexdigest()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)
@@ -244,8 +252,13 @@ def _tokenizer_name(model_cfg: dict[str, Any], tokenizer: Any) -> str:
 
 def digest_weights(model: nn.Module) -> str:
     """sha256 over the names, shapes and float32 values of all weights in order of name, as hex."""
+    return digest_tensors(model.state_dict())
+
+
+def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """As `digest_weights`, of some tensors."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         digest.update(f"{name} {tuple(value.shape)} ".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()

@@ -1,5 +1,8 @@
 """Validation while training: zero-shot on labelled sets. Class embeddings are looked up in a cached text store, or come
-from the student's own text tower where it has one."""
+from the student's own text tower where it has one.
+
+Shapes: N images of a set, B of a batch, C classes, D width.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ import torch
 from torch.nn import functional as F
 
 from cache_schemas import Preprocessing, Status, StudentSpec
-from dimefm.errors import MismatchError
-from dimefm.labelled import open_sets
+from dimefm.errors import MismatchError, SourceError
+from dimefm.evaluation.imageset import ImageSet
+from dimefm.evaluation.opening import open_folders
 from dimefm.preprocess import Preprocess, normalise
 from dimefm.store import Store
-from dimefm.zeroshot import class_embeddings, zero_shot
 
 
 def student_preprocessing(spec: StudentSpec) -> Preprocessing:
@@ -39,7 +42,8 @@ class Validation:
         """
         self._spec, self._tokenizer = spec, tokenizer
         self._preprocess = Preprocess(student_preprocessing(spec))
-        self._sets = open_sets(sets)
+        self._sets = open_folders(sets)
+        self._require_classes()
         if texts is None:
             return
         texts.require_kind("text")
@@ -65,13 +69,43 @@ class Validation:
 
         classes = self._classes if text_model is None else self._embed_classes(embed_texts)
         pairs = zip(self._sets, classes, strict=True)
-        scores = {s.name: zero_shot(s, classes_CD, embed, self._preprocess).top1 for s, classes_CD in pairs}
+        scores = {s.name: top1(s, classes_CD, embed, self._preprocess) for s, classes_CD in pairs}
         for tower, was in zip(towers, training, strict=True):
             tower.train(was)
         return scores
 
+    def _require_classes(self) -> None:
+        for images in self._sets:
+            if images.labels is None or images.labels.ndim == 2:
+                what = f"--val {images.where} does not have one label an image"
+                raise SourceError(what, remedy="give sets with classnames.txt and a label in each KEY.cls")
+
     def _embed_classes(self, embed: Callable[[list[str]], torch.Tensor]) -> list[torch.Tensor]:
         return [class_embeddings(labelled.prompts(), embed) for labelled in self._sets]
+
+
+def class_embeddings(prompts: list[list[str]], embed: Callable[[list[str]], torch.Tensor]) -> torch.Tensor:
+    """Unit-norm (C, D): the mean over templates of each class's unit-norm prompt embeddings, normalised again.
+
+    `embed` gives unit-norm embeddings (P, D) of the P prompts of one class.
+    """
+    return F.normalize(torch.stack([embed(texts).float().mean(dim=0) for texts in prompts]), dim=-1)
+
+
+def top1(
+    images: ImageSet,
+    classes_CD: torch.Tensor,
+    embed: Callable[[torch.Tensor], torch.Tensor],
+    preprocess: Callable[[bytes], torch.Tensor],
+    batch_size: int = 64,
+) -> float:
+    """The share of images whose class has the largest cosine; one that cannot be read is wrong. `embed` takes uint8
+    (B, 3, H, W) to unit-norm (B, D)."""
+    labels_N, correct = torch.from_numpy(images.classes), 0
+    for pixels_B3HW, places_B in images.batches(preprocess, batch_size):
+        best_B = (embed(pixels_B3HW).float() @ classes_CD.T).argmax(dim=1).cpu()
+        correct += int((best_B == labels_N[places_B]).sum())
+    return correct / len(labels_N)
 
 
 def _look_up(wanted: set[str], store: Store) -> dict[str, torch.Tensor]:

@@ -75,9 +75,9 @@ def read_classnames(root: str) -> list[str]:
     return _lines(storage.join(root, CLASSNAMES))
 
 
-def read_templates(root: str) -> list[str]:
+def read_templates(root: str, name: str = TEMPLATES) -> list[str]:
     """Prompt templates, one a line. Raises SourceError where one has no place for the class."""
-    path = storage.join(root, TEMPLATES)
+    path = storage.join(root, name)
     templates = _lines(path)
     for number, template in enumerate(templates, 1):
         if "{c}" not in template and "{}" not in template:

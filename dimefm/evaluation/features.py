@@ -1,0 +1,154 @@
+"""The features of a set: its images through a model once, kept in an embedding store of float32.
+
+The store is planned and written a shard at a time as stage 1 does it, so that a stopped evaluation goes on where it
+was, and `dimefm info` and `dimefm verify` know it. Shapes: N images, D embedding width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from cache_schemas import EmbeddingStore, Failure, SchemaError, SourceSummary, Status, TeacherIdentity, digest_of
+from cache_schemas.plan import IMAGE_PLAN
+from dimefm import storage
+from dimefm.clip import Clip
+from dimefm.errors import StoreError
+from dimefm.evaluation.imageset import ImageSet
+from dimefm.progress import Progress
+from dimefm.shard import encode_shard
+from dimefm.store import Store, create_store
+from dimefm.tables import write_plan
+
+Decoder = Literal["fast", "pillow"]
+_SHARD_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Features:
+    """Unit-norm features of every image of a set; rows of images that could not be read are zero."""
+
+    store: Store
+
+    def __len__(self) -> int:
+        return self.store.schema.rows
+
+    @property
+    def readable(self) -> np.ndarray[Any, Any]:
+        """Which images have features, bool (N,)."""
+        readable: np.ndarray[Any, Any] = self.store.status() == Status.OK
+        return readable
+
+    def all(self) -> np.ndarray[Any, Any]:
+        """float32 (N, D)."""
+        return self.store.read(0, len(self))
+
+    def take(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """float32 (N, D) of these rows alone."""
+        return self.store.gather(rows_N)
+
+    def blocks(self, rows: int = 8192) -> Iterator[np.ndarray[Any, Any]]:
+        """All of them in order, float32 (rows or fewer, D) at a time."""
+        for start in range(0, len(self), rows):
+            yield self.store.read(start, min(start + rows, len(self)))
+
+    def failures(self) -> list[Failure]:
+        """The images that could not be read, with why."""
+        return [failure for commit in self.store.commits() for failure in commit.failures]
+
+
+def features(
+    clip: Clip,
+    images: ImageSet,
+    out: str,
+    *,
+    squash: bool = False,
+    decoder: Decoder = "pillow",
+    batch_size: int = 64,
+    threads: int | None = None,
+) -> Features:
+    """The features of `images`, encoded now or before, in a store at `out`.
+
+    `squash` gives up the aspect ratio; `decoder` is "pillow" for exactly open_clip's pixels, or "fast" (see
+    dimefm.preprocess). A store that is there but of other images, another model or other settings is made again.
+    Raises StoreError where the storage does not answer or cannot be written.
+    """
+    schema = _schema(clip.identity, images, squash, decoder, batch_size)
+    store = _open_same(out, schema) or _plan(out, schema, images)
+    pending = sorted(set(range(store.schema.shards)) - store.committed())
+    rows = [stop - start for start, stop in map(store.schema.shard_range, pending)]
+    done = store.schema.rows - sum(rows)
+    if pending:
+        with Progress(f"{images.name} {images.split}", store.schema.rows, "image", done) as progress:
+            for shard, count in zip(pending, rows, strict=True):
+                seen = [done]
+
+                def more(images: int, seen: list[int] = seen) -> None:
+                    seen[0] += images
+                    progress.at(seen[0])
+
+                encode_shard(store, shard, clip, threads=threads or cores(), progress=more)
+                done += count
+    return Features(store)
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _schema(
+    model: TeacherIdentity, images: ImageSet, squash: bool, decoder: Decoder, batch_size: int
+) -> EmbeddingStore:
+    if squash:
+        model = replace(model, preprocessing=replace(model.preprocessing, resize_mode="squash"))
+    files = [(file.path, file.size, file.modified) for file in images.files]
+    return EmbeddingStore(
+        kind="image",
+        rows=len(images.samples),
+        dim=model.embed_dim,
+        chunk_rows=_SHARD_ROWS,
+        shard_rows=_SHARD_ROWS,
+        batch_size=batch_size,
+        teacher=model,
+        source=SourceSummary(
+            arguments=(images.where,),
+            files=len(files),
+            bytes=sum(max(0, sample.size) for sample in images.samples),
+            digest=digest_of([images.digest(), files]),
+            repeated_keys=0,
+            dropped={},
+            problems=(),
+        ),
+        dtype="float32",
+        decoder=decoder,
+    )
+
+
+def _open_same(out: str, schema: EmbeddingStore) -> Store | None:
+    """The store at `out` if it is of just this schema; anything else there is removed, since it can be made again."""
+    try:
+        store = Store(out)
+        same = replace(store.schema, digests={}, teacher=schema.teacher) == schema
+        if same and not schema.teacher.differences(store.schema.teacher):
+            return store
+    except (StoreError, SchemaError):
+        pass
+    storage.remove_folder(out)
+    return None
+
+
+def _plan(out: str, schema: EmbeddingStore, images: ImageSet) -> Store:
+    digests = []
+    for shard in range(schema.shards):
+        start, stop = schema.shard_range(shard)
+        samples = images.samples[start:stop]
+        columns = {name: [getattr(s, name) for s in samples] for name in ("key", "file", "offset", "size")}
+        table = pa.table({"row": np.arange(start, stop), **columns}, schema=IMAGE_PLAN)
+        digests.append(write_plan(out, shard, table))
+    return create_store(out, schema, digests, images.files)

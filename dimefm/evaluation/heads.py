@@ -1,0 +1,126 @@
+"""Linear classifiers on frozen features, many at once: they see the same batches in the same order, and differ in
+learning rate and weight decay alone, so that one matrix product serves them all.
+
+This is ELEVATER's probe: batch normalisation without parameters, a linear layer that begins with the class embeddings,
+SGD with momentum 0.9, batches of 64, a constant learning rate. The gradient is written out.
+
+Shapes: N images, B of a batch, K classifiers, C classes, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from dimefm.evaluation.features import Features
+
+BATCH, MOMENTUM = 64, 0.9
+_BN_MOMENTUM, _BN_EPS = 0.1, 1e-5
+_IN_MEMORY = 1 << 30  # bytes of features; more stay on disk, and are read batch by batch
+_BLOCK = 4096  # images that are scored at a time
+
+
+class Rows:
+    """Some rows of a feature store, in memory where they are few."""
+
+    def __init__(self, features: Features, rows_N: np.ndarray[Any, Any], device: str, limit: int = _IN_MEMORY) -> None:
+        self._features, self._rows_N, self._device = features, rows_N, device
+        whole = len(rows_N) * features.store.schema.dim * 4 <= limit
+        self._whole = torch.from_numpy(features.take(rows_N)).to(device) if whole else None
+
+    def __len__(self) -> int:
+        return len(self._rows_N)
+
+    def take(self, places_B: torch.Tensor) -> torch.Tensor:
+        """float32 (B, D) of these places among the rows."""
+        if self._whole is not None:
+            whole_BD: torch.Tensor = self._whole[places_B.to(self._device)]
+            return whole_BD
+        return torch.from_numpy(self._features.take(self._rows_N[places_B.numpy()])).to(self._device)
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """All of them in order, float32 (_BLOCK or fewer, D) at a time."""
+        for places in torch.arange(len(self)).split(_BLOCK):
+            yield self.take(places)
+
+
+@dataclass
+class Heads:
+    """K classifiers: weight (K * C, D) and bias (K * C,), and the mean and variance (D,) that both normalise by."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    mean: torch.Tensor
+    variance: torch.Tensor
+    count: int
+
+    def logits(self, features_BD: torch.Tensor) -> torch.Tensor:
+        """float32 (B, K, C)."""
+        normal_BD = (features_BD - self.mean) / (self.variance + _BN_EPS).sqrt()
+        return self.of_normal(normal_BD)
+
+    def of_normal(self, normal_BD: torch.Tensor) -> torch.Tensor:
+        """Of features that are normalised already."""
+        flat: torch.Tensor = normal_BD @ self.weight.T + self.bias
+        return flat.view(len(flat), self.count, -1)
+
+
+def train_heads(
+    data: Rows,
+    targets: torch.Tensor,
+    initial_CD: torch.Tensor,
+    rates: list[float],
+    decays: list[float],
+    epochs: int,
+    seed: int = 0,
+) -> Iterator[Heads]:
+    """The classifiers after each epoch, one of each learning rate and weight decay; they go on changing.
+
+    `targets` are int64 (N,), or float (N, C) of 0 and 1 for the sum of binary cross-entropies. A batch of one image is
+    passed over, as it has no variance. What diverges becomes infinite or NaN; the others do not notice.
+    """
+    device, count = initial_CD.device, len(rates)
+    heads = Heads(
+        weight=initial_CD.repeat(count, 1),
+        bias=torch.zeros(count * len(initial_CD), device=device),
+        mean=torch.zeros(initial_CD.shape[1], device=device),
+        variance=torch.ones(initial_CD.shape[1], device=device),
+        count=count,
+    )
+    rate_K1 = torch.tensor(rates, device=device).repeat_interleave(len(initial_CD))[:, None]
+    decay_K1 = torch.tensor(decays, device=device).repeat_interleave(len(initial_CD))[:, None]
+    moving_W, moving_b = torch.zeros_like(heads.weight), torch.zeros_like(heads.bias)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for places_B in torch.randperm(len(data), generator=generator).split(BATCH):
+            if len(places_B) == 1:
+                continue
+            normal_BD = _normalise(heads, data.take(places_B))
+            slope_BKC = _slope(heads.of_normal(normal_BD), targets[places_B].to(device)).flatten(1)
+            moving_W.mul_(MOMENTUM).addmm_(slope_BKC.T, normal_BD).addcmul_(decay_K1, heads.weight)
+            moving_b.mul_(MOMENTUM).add_(slope_BKC.sum(dim=0)).addcmul_(decay_K1[:, 0], heads.bias)
+            heads.weight.addcmul_(rate_K1, moving_W, value=-1)
+            heads.bias.addcmul_(rate_K1[:, 0], moving_b, value=-1)
+        yield heads
+
+
+def _normalise(heads: Heads, features_BD: torch.Tensor) -> torch.Tensor:
+    """By the batch's own mean and variance, which the running ones follow."""
+    variance_D, mean_D = torch.var_mean(features_BD, dim=0, correction=0)
+    unbiased_D = variance_D * len(features_BD) / (len(features_BD) - 1)
+    heads.mean.lerp_(mean_D, _BN_MOMENTUM)
+    heads.variance.lerp_(unbiased_D, _BN_MOMENTUM)
+    return (features_BD - mean_D) / (variance_D + _BN_EPS).sqrt()
+
+
+def _slope(logits_BKC: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """d loss / d logits of the mean cross-entropy, or of the mean binary cross-entropy over images and classes."""
+    if targets.ndim == 2:
+        return (logits_BKC.sigmoid() - targets[:, None]) / targets.numel()
+    chosen_BC = F.one_hot(targets, logits_BKC.shape[2])
+    return (logits_BKC.softmax(dim=2) - chosen_BC[:, None]) / len(targets)

@@ -1,0 +1,258 @@
+"""How sets are kept on disk: WebDataset tars, Parquet, and class folders; each reader gives what it finds as Records.
+
+    SET/test/0.tar            as CLIP_benchmark publishes them, or SET/test-00000.tar, or SET/*.tar: key.jpg beside
+                              key.cls (a label), key.npy (0 or 1 for every class) or key.txt (a caption a line)
+    SET/test/*.parquet        or SET/test-*.parquet, SET/data/test-*.parquet, SET/*.parquet: a column of images and one
+                              of labels or captions
+    SET/test/CLASS/*.jpg      or SET/CLASS/*.jpg
+
+A folder without splits is the test split.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cache_schemas.evaluation import SetDefinition
+from dimefm import storage
+from dimefm.errors import SourceError
+from dimefm.evaluation.definitions import class_folders, class_names
+from dimefm.evaluation.imageset import Records, one_label
+from dimefm.sources.base import ImageSample, SourceFile
+from dimefm.sources.files import children, in_order
+from dimefm.sources.images import IMAGE_EXTENSIONS, ImageFolder, split_key
+from dimefm.sources.parquet import DamagedParquetError, open_parquet
+from dimefm.sources.parquet_images import ParquetImages, image_column
+from dimefm.sources.tar import TarMember, tar_members
+from dimefm.sources.texts import CLASSNAMES, TEMPLATES, read_classnames, read_templates
+
+Reader = Callable[[str, str, SetDefinition | None], Records | None]
+"""From a folder and a split to what is there, or None where the folder does not have this layout."""
+
+SPLIT_FOLDERS = {
+    "train": ("train", "training", "Train", "Training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "Test", "Final_Test"),
+}
+CLIP_BENCHMARK_TEMPLATES = "zeroshot_classification_templates.txt"
+_LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
+_CAPTIONS = ("caption", "captions", "text", "texts", "sentences", "raw", "txt")
+
+
+def names_of_split(split: str, definition: SetDefinition | None) -> tuple[str, ...]:
+    """What its folder may be called. Where a set has no split for validation, what is called so is the test split, as
+    ImageNet's is."""
+    also = split == "test" and (definition is None or "val" not in definition.splits)
+    return SPLIT_FOLDERS[split] + (SPLIT_FOLDERS["val"] if also else ())
+
+
+def read_webdataset(folder: str, split: str, definition: SetDefinition | None) -> Records | None:
+    """Tars with labels or captions beside the images."""
+    tars = _files(folder, split, ".tar", definition)
+    if not tars:
+        return None
+    records = Records(where=folder, layout="webdataset", samples=[], files=tars)
+    labels: list[Any] = []
+    for tar in sorted(tars, key=lambda file: natural(file.path)):
+        images, said = _members(tar.path)
+        for key in images:
+            if key not in said:
+                what = f"{tar.path}: {key} has no .cls, .npy or .txt"
+                raise SourceError(what, remedy="write its label, an integer, into KEY.cls, or captions into KEY.txt")
+        wanted = [(key, tar.path, *said[key]) for key in images]
+        read = in_order(_read_said, wanted) if storage.is_url(tar.path) else map(_read_said, wanted)
+        labels += read
+        records.samples += [ImageSample(key, tar.path, m.offset, m.size) for key, m in images.items()]
+    captions = {isinstance(one, tuple) for one in labels}
+    if len(captions) > 1:
+        raise SourceError(f"{folder} has labels for some images and captions for others", remedy="part them")
+    if captions == {True}:
+        records.captions = [list(one) for one in labels]
+    else:
+        records.labels = labels
+    return _with_texts(records, folder)
+
+
+def read_parquet(folder: str, split: str, definition: SetDefinition | None) -> Records | None:
+    """Parquet files with a column of images and one of labels (numbers, names, or lists of numbers) or captions."""
+    files = _files(folder, split, ".parquet", definition)
+    if not files:
+        return None
+    files.sort(key=lambda file: natural(file.path))
+    problems: list[str] = []
+    try:
+        columns, names = _said_columns(files[0].path, definition)
+        tables = [open_parquet(file.path).read([columns], use_threads=False) for file in files]
+    except (DamagedParquetError, pa.ArrowException) as error:
+        raise SourceError(f"{folder}: a Parquet file is damaged: {error}", remedy="fetch it again") from error
+    samples = list(ParquetImages(files).samples(problems.append))
+    if problems:
+        raise SourceError(problems[0], remedy="fetch the file again")
+    said = [value for table in tables for value in table.column(columns).to_pylist()]
+    records = Records(where=folder, layout="parquet", samples=samples, files=files, names=names)
+    if columns in _CAPTIONS:
+        records.captions = [[] if one is None else [one] if isinstance(one, str) else list(one) for one in said]
+    else:
+        _with_labels(records, said, columns)
+    return _with_texts(records, folder)
+
+
+def read_folders(folder: str, split: str, definition: SetDefinition | None) -> Records | None:
+    """One folder of images for each class. A folder that is no class of the set is an error; where all classes are
+    there (ObjectNet has 313, of which 113 are scored), more of them are left out, and said so."""
+    if storage.is_url(folder):
+        return None
+    base = next((f"{folder}/{n}" for n in names_of_split(split, definition) if Path(folder, n).is_dir()), None)
+    other = any(Path(folder, n).is_dir() for names in SPLIT_FOLDERS.values() for n in names)
+    if base is None and (split != "test" or other):
+        return None
+    base = base or folder
+    found = sorted(p.name for p in Path(base).iterdir() if p.is_dir() and not p.name.startswith("."))
+    places, classes = _places(folder, definition)
+    if found and all(name.isdigit() for name in found) and not any(plain(name) in places for name in found):
+        places = {name: int(name) for name in found}
+    if not found or (definition is not None and not any(plain(name) in places for name in found)):
+        return None
+    strange = [name for name in found if plain(name) not in places]
+    notes: tuple[str, ...] = ()
+    if strange and definition is not None and len(found) - len(strange) == classes:
+        notes = (f"{len(strange)} folders that are no class of the set are left out, such as {strange[0]}",)
+    elif strange:
+        remedy = "name each folder as its line in classnames.txt" if definition is None else "see dimefm sets NAME"
+        what = f"{base}/{strange[0]} is not a class of {CLASSNAMES if definition is None else definition.title}"
+        raise SourceError(what, remedy=remedy)
+    records = Records(where=base, layout="folders", samples=[], files=[], notes=notes, labels=[])
+    labels: list[int] = []
+    for name in found:
+        if name not in strange:
+            files = ImageFolder(storage.join(base, name)).files()
+            records.files += files
+            records.samples += [ImageSample(_key(file.path, base), file.path, 0, file.size) for file in files]
+            labels += [places[plain(name)]] * len(files)
+    records.labels = labels
+    if definition is not None:
+        records.names = class_names(definition)
+    return _with_texts(records, folder)
+
+
+def plain(name: str) -> str:
+    """A name by its letters and digits alone: ``F/A-18`` and ``fa_18`` are the same."""
+    return re.sub(r"[^a-z0-9]", "", name.lower()) or name
+
+
+def natural(path: str) -> list[tuple[int, str]]:
+    """A key that sorts 2.tar before 10.tar."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path)]
+
+
+def _key(path: str, base: str) -> str:
+    return path[len(base) :].lstrip("/").rpartition(".")[0]
+
+
+def _files(folder: str, split: str, suffix: str, definition: SetDefinition | None) -> list[SourceFile]:
+    """The files of a split, in the first place that has some."""
+
+    def below(place: str, keep: Callable[[str], bool]) -> list[SourceFile]:
+        if not storage.is_url(place) and not Path(place).is_dir():
+            return []
+        return children(place, lambda name: name.endswith(suffix) and keep(name))
+
+    for name in names_of_split(split, definition):
+        prefixes = tuple(f"{name}{mark}" for mark in ("-", "_", "."))
+        for place in (storage.join(folder, name), folder, storage.join(folder, "data")):
+            whole = place.endswith(f"/{name}")
+            if found := below(place, lambda file, p=prefixes, w=whole: w or file.startswith(p)):  # type: ignore[misc]
+                return found
+    if split != "test":
+        return []
+    others = tuple(f"{n}{m}" for s in ("train", "val") for n in SPLIT_FOLDERS[s] for m in ("-", "_", "."))
+    return below(folder, lambda file: not file.startswith(others))
+
+
+def _members(tar: str) -> tuple[dict[str, TarMember], dict[str, tuple[str, TarMember]]]:
+    """Of a tar: its images, and what is said of each, by key."""
+    problems: list[str] = []
+    images: dict[str, TarMember] = {}
+    said: dict[str, tuple[str, TarMember]] = {}
+    for member in tar_members(tar, problems.append):
+        key, extension = split_key(member.name)
+        if extension in IMAGE_EXTENSIONS:
+            images[key] = member
+        elif extension in ("cls", "npy", "txt") and said.get(key, ("txt",))[0] == "txt":
+            said[key] = (extension, member)
+    if problems:
+        raise SourceError(problems[0], remedy="fetch the tar again")
+    return images, said
+
+
+def _read_said(wanted: tuple[str, str, str, TarMember]) -> int | list[int] | tuple[str, ...]:
+    key, tar, extension, member = wanted
+    data = storage.read_bytes(tar, member.offset, member.size)
+    if extension == "cls":
+        return one_label(data, f"{tar}: {key}.cls")
+    if extension == "txt":
+        return tuple(line.strip() for line in data.decode("utf-8", "replace").splitlines() if line.strip())
+    try:
+        return [int(c) for c in np.flatnonzero(np.load(io.BytesIO(data), allow_pickle=False))]
+    except ValueError as error:
+        raise SourceError(f"{tar}: {key}.npy cannot be read: {error}", remedy="write 0 or 1 for each class") from None
+
+
+def _said_columns(path: str, definition: SetDefinition | None) -> tuple[str, list[str] | None]:
+    """The column of labels or captions, and the class names that Hugging Face's metadata gives for it."""
+    file = open_parquet(path)
+    schema = file.schema_arrow
+    image = image_column(file, path, None)
+    wanted = _CAPTIONS if definition is not None and definition.task == "retrieval" else (*_LABELS, *_CAPTIONS)
+    column = next((name for name in wanted if name in schema.names and name != image), None)
+    if column is None:
+        what = f"{path} has no column of labels or captions, only {', '.join(schema.names)}"
+        raise SourceError(what, remedy=f"call it {wanted[0]}")
+    said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = said.get("info", {}).get("features", {}).get(column, {})
+    names = feature.get("names") or feature.get("feature", {}).get("names") if isinstance(feature, dict) else None
+    return column, names
+
+
+def _with_labels(records: Records, said: list[Any], column: str) -> None:
+    """Labels as they were found: numbers, lists of numbers, or names."""
+    empty = next((s.key for s, one in zip(records.samples, said, strict=True) if one is None), None)
+    if empty is not None:
+        raise SourceError(f"{records.where}: {empty} has no {column}", remedy="give every image one")
+    if said and isinstance(said[0], str):
+        records.names = records.names or sorted(set(said), key=natural)
+        places = {name: place for place, name in enumerate(records.names)}
+        records.labels = [places[one] for one in said]
+    else:
+        records.labels = said
+
+
+def _with_texts(records: Records, folder: str) -> Records:
+    """With the class names and templates that are beside the images."""
+    if records.captions is not None:
+        return records
+    there = set(storage.listing(folder))
+    if CLASSNAMES in there and (records.layout != "folders" or records.names is None):
+        records.classnames = read_classnames(folder)
+    for name in (TEMPLATES, CLIP_BENCHMARK_TEMPLATES):
+        if name in there:
+            records.templates = read_templates(folder, name)
+            break
+    return records
+
+
+def _places(folder: str, definition: SetDefinition | None) -> tuple[dict[str, int], int]:
+    """The label of every name that a class folder may have, and the number of classes."""
+    if definition is None:
+        names = read_classnames(folder)
+        return {plain(name): place for place, name in enumerate(names)}, len(names)
+    spelled = [*enumerate(class_names(definition)), *enumerate(class_folders(definition))]
+    return {plain(name): place for place, name in spelled}, definition.class_count

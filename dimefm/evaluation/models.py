@@ -1,0 +1,34 @@
+"""The model that an evaluation names: a run, an exported folder, or any of open_clip's."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cache_schemas.run import RUN_FILE
+from dimefm.clip import Clip, Precision, load_clip
+from dimefm.export import CONFIG_FILE, export
+
+
+@contextmanager
+def open_model(
+    model: str,
+    pretrained: str | None = None,
+    *,
+    checkpoint: str = "last",
+    weights: str = "model",
+    precision: Precision = "fp32",
+    device: str | None = None,
+) -> Iterator[Clip]:
+    """A run folder (its `checkpoint` and `weights` as for `dimefm.export.export`), an open_clip folder, or an open_clip
+    name with its `pretrained` tag, hf-hub:ORG/MODEL or local-dir:FOLDER. Raises a DimefmError."""
+    folder = Path(model)
+    if (folder / RUN_FILE).exists():
+        with tempfile.TemporaryDirectory() as temporary:
+            exported = export(model, f"{temporary}/student", checkpoint=checkpoint, weights=weights)
+            yield load_clip(f"local-dir:{exported}", precision=precision, device=device)
+        return
+    name = f"local-dir:{model}" if (folder / CONFIG_FILE).exists() else model
+    yield load_clip(name, pretrained, precision=precision, device=device)

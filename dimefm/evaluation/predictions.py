@@ -1,0 +1,99 @@
+"""Every image's prediction, for error analysis and for submissions; and a summary of what is taken for what.
+
+Shapes: N images, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cache_schemas import Failure
+from dimefm import storage
+from dimefm.evaluation import metrics
+from dimefm.evaluation.imageset import ImageSet
+from dimefm.tables import write_table
+
+_SHOWN = 20
+PREDICTIONS_SUFFIX, SUMMARY_SUFFIX = ".parquet", ".md"
+
+
+def file_name(name: str, protocol: str) -> str:
+    """Of a set's predictions under a protocol, without its suffix."""
+    return f"{name}.{protocol.replace('/', '.').replace(', ', '-')}"
+
+
+def read_scores(path: str) -> np.ndarray[Any, Any]:
+    """Scores float32 (N, C) from such a file."""
+    column = pq.read_table(path, columns=["scores"], use_threads=False)["scores"].combine_chunks()
+    flat: np.ndarray[Any, Any] = column.flatten().to_numpy()
+    return flat.reshape(len(column), -1)
+
+
+def read_keys(path: str) -> list[str]:
+    """Keys of the images in such a file, in its order."""
+    keys: list[str] = pq.read_table(path, columns=["key"], use_threads=False)["key"].to_pylist()
+    return keys
+
+
+def write_predictions(
+    path: str, scores_NC: np.ndarray[Any, Any], images: ImageSet, failures: Sequence[Failure]
+) -> None:
+    """PATH.parquet with key, file, label, prediction, correct and scores of every image in the set's order, and
+    PATH.md with classes that are recognised least, and what is most often taken for what."""
+    labels, readable = images.classes, ~np.isnan(scores_NC).all(axis=1)
+    filled_NC = np.nan_to_num(scores_NC).astype(np.float32)
+    prediction_N = np.where(readable, filled_NC.argmax(axis=1), -1)
+    multilabel = labels.ndim == 2
+    correct_N = labels[np.arange(len(labels)), prediction_N] & readable if multilabel else labels == prediction_N
+    scores = pa.FixedSizeListArray.from_arrays(pa.array(filled_NC.reshape(-1)), filled_NC.shape[1])
+    said = [np.flatnonzero(row).tolist() for row in labels] if multilabel else labels
+    columns = {
+        "key": pa.array([sample.key for sample in images.samples]),
+        "file": pa.array([sample.file for sample in images.samples]),
+        "label": pa.array(said),
+        "prediction": pa.array(prediction_N),
+        "correct": pa.array(correct_N),
+        "scores": scores,
+    }
+    write_table(path + PREDICTIONS_SUFFIX, pa.table(columns).replace_schema_metadata({"classes": _names(images)}))
+    storage.write_atomic(path + SUMMARY_SUFFIX, _summary(images, prediction_N, correct_N, failures).encode())
+
+
+def _names(images: ImageSet) -> str:
+    return "\n".join(images.classnames)
+
+
+def _summary(
+    images: ImageSet,
+    prediction_N: np.ndarray[Any, Any],
+    correct_N: np.ndarray[Any, Any],
+    failures: Sequence[Failure],
+) -> str:
+    lines = [f"# {images.name}: what is taken for what", ""]
+    lines += [f"{len(images.samples):,} images, {correct_N.mean():.1%} right, {len(failures)} could not be read.", ""]
+    lines += [f"- {failure.key}: {failure.reason}" for failure in failures[:_SHOWN]]
+    if images.classes.ndim == 2:
+        return "\n".join([*lines, "Images have several labels: the best of the scores is right if it is one.", ""])
+    names, count = images.classnames, len(images.classnames)
+    confused_CC = metrics.confusion(images.classes, prediction_N, count)
+    total_C = np.bincount(images.classes, minlength=count)
+    right_C = np.diag(confused_CC) / np.maximum(total_C, 1)
+    worst = [c for c in np.argsort(right_C, kind="stable").tolist() if total_C[c]][:_SHOWN]
+    lines += ["", "| recognised least | images | right | mostly taken for |", "| --- | ---: | ---: | --- |"]
+    for c in worst:
+        others = confused_CC[c].copy()
+        others[c] = 0
+        taken = f"{names[others.argmax()]} ({others.max()})" if others.max() else ""
+        lines.append(f"| {names[c]} | {total_C[c]} | {right_C[c]:.0%} | {taken} |")
+    wrong_CC = confused_CC - np.diag(np.diag(confused_CC))
+    pairs = np.argsort(-wrong_CC, axis=None, kind="stable")[:_SHOWN]
+    lines += ["", "| is | taken for | times |", "| --- | --- | ---: |"]
+    for label, prediction in zip(*np.unravel_index(pairs, wrong_CC.shape), strict=True):
+        if wrong_CC[label, prediction]:
+            lines.append(f"| {names[label]} | {names[prediction]} | {wrong_CC[label, prediction]} |")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,97 @@
+"""From features to the numbers of a set: cosines, metrics and their intervals.
+
+Shapes: N images, C classes, M captions, D embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import softmax
+
+from cache_schemas.evaluation import Metric
+from dimefm.errors import SourceError
+from dimefm.evaluation import metrics
+from dimefm.evaluation.features import Features
+from dimefm.evaluation.imageset import ImageSet
+
+KS = (1, 5, 10)
+REPORTED: dict[Metric, str] = {
+    "accuracy": "top1",
+    "mean_per_class": "mean_per_class",
+    "roc_auc": "roc_auc",
+    "map_11_point": "map_11_point",
+    "recall": "mean_recall@1",
+}
+"""The name, among a result's metrics, of the one that a definition asks for."""
+
+_SCALE = 100.0  # of CLIP's logits: what turns cosines into the probabilities that ELEVATER ranks by
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Metrics in [0, 1] and their 95% intervals, by name."""
+
+    values: dict[str, float]
+    intervals: dict[str, metrics.Interval]
+
+
+def cosines(features: Features, classes_CD: torch.Tensor) -> np.ndarray[Any, Any]:
+    """float32 (N, C); NaN for images that could not be read."""
+    blocks = [torch.from_numpy(block_BD) @ classes_CD.T for block_BD in features.blocks()]
+    scores_NC: np.ndarray[Any, Any] = torch.cat(blocks).numpy()
+    scores_NC[~features.readable] = np.nan
+    return scores_NC
+
+
+def probabilities(cosine_NC: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """CLIP's: the softmax of 100 times the cosine, float32 (N, C)."""
+    found: np.ndarray[Any, Any] = softmax(_SCALE * cosine_NC, axis=1)
+    return found
+
+
+def measure(scores_NC: np.ndarray[Any, Any], images: ImageSet, metric: Metric) -> Measured:
+    """Every metric that the set's labels allow. The area under the ROC curve and mAP rank the images of a class by
+    `scores_NC` as they are. Raises SourceError where the metric that is asked for is not defined."""
+    labels = images.classes
+    values: dict[str, float] = {}
+    intervals: dict[str, metrics.Interval] = {}
+    if labels.ndim == 2:
+        if not labels.any():
+            raise SourceError(f"{images.where}: no image is of any class", remedy="write 1 for the classes of each")
+        values["map_11_point"] = metrics.map_11_point(scores_NC, labels)
+        intervals["map_11_point"] = metrics.map_11_point_interval(scores_NC, labels)
+        return Measured(values, intervals)
+    correct_N = metrics.topk_correct(scores_NC, labels, 1)
+    hits = {"top1": correct_N}
+    if scores_NC.shape[1] > 5:
+        hits["top5"] = metrics.topk_correct(scores_NC, labels, 5)
+    for name, hit_N in hits.items():
+        values[name], intervals[name] = float(hit_N.mean()), metrics.mean_interval(hit_N)
+    values["mean_per_class"] = metrics.mean_per_class(correct_N, labels)
+    intervals["mean_per_class"] = metrics.mean_per_class_interval(correct_N, labels)
+    if metric == "roc_auc":
+        try:
+            values["roc_auc"] = metrics.roc_auc(scores_NC[:, 1], labels)
+            intervals["roc_auc"] = metrics.roc_auc_interval(scores_NC[:, 1], labels)
+        except ValueError as error:
+            raise SourceError(f"{images.where}: {error}", remedy="give images of both classes") from None
+    return Measured(values, intervals)
+
+
+def measure_retrieval(features: Features, texts_MD: torch.Tensor, images: ImageSet) -> Measured:
+    """R@1, 5 and 10 from images to captions and back: does a query find one of its own among the k nearest? Named as
+    CLIP_benchmark does; ``mean_recall@1`` is the mean of both directions."""
+    assert images.captions is not None
+    image_ND = features.all()
+    image_ND[~features.readable] = np.nan
+    image_of_text_M = np.repeat(np.arange(len(images.captions)), [len(texts) for texts in images.captions])
+    hits = metrics.retrieval_recall(image_ND, texts_MD.numpy(), image_of_text_M, KS)
+    values = {name: float(hit.mean()) for name, hit in hits.items()}
+    intervals = {name: metrics.mean_interval(hit) for name, hit in hits.items()}
+    both = [f"{way}_retrieval_recall@1" for way in ("text", "image")]
+    mean, interval = metrics.mean_of([values[name] for name in both], [intervals[name] for name in both])
+    return Measured(values | {"mean_recall@1": mean}, intervals | {"mean_recall@1": interval})

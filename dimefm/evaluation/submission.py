@@ -1,0 +1,140 @@
+"""The submission file of the ELEVATER leaderboard: one JSON of every set's class probabilities, zipped.
+
+Its format is in the toolkit's submission_file_readme.md: {"data": [{"model_name", "dataset_name",
+"num_trainable_params", "num_params", "num_visual_params", "num_backbone_params", "n_shot", "rnd_seeds",
+"predictions"}]}, predictions of shape (seeds, test images, classes) to six digits; zipped as all_predictions.json.
+Columns have the leaderboard's order of the classes. Images have the order of your copy of the set, unless lists of
+images say what the leaderboard's is.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_schemas.evaluation import PREDICTIONS, EvaluationResult
+from dimefm import storage
+from dimefm.errors import StoreError
+from dimefm.evaluation.definitions import load_definitions
+from dimefm.evaluation.predictions import PREDICTIONS_SUFFIX, file_name, read_keys, read_scores
+from dimefm.evaluation.results import read_results
+
+_INSIDE = "all_predictions.json"
+
+
+def write_submission(folder: str, out: str, protocol: str = "zero-shot", order: str | None = None) -> list[str]:
+    """Write the zip of what `folder` (of `dimefm evaluate ... --predictions`) has under `protocol`: ``zero-shot``,
+    ``linear-probe/honest``, ``few-shot-5/honest`` with all its seeds, ... The sets that are in it.
+
+    `order` is a folder of the toolkit's lists of test images, DATASET_NAME.txt, a line an image: a path, perhaps behind
+    ARCHIVE@, and perhaps with a label after it. Raises StoreError where there is nothing, predictions were not kept, or
+    a list does not name the images that there are.
+    """
+    chosen = _by_set(read_results(folder), protocol)
+    if not chosen:
+        remedy = "dimefm evaluate --suite elevater --predictions writes some"
+        raise StoreError(f"{folder} has no result of an ELEVATER set under {protocol}", remedy=remedy)
+    entries = {name: _entry(folder, results, order) for name, results in chosen.items()}
+    with (
+        storage.writing_to(out),
+        storage.writing_atomically(storage.absolute(out)) as sink,
+        zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open(_INSIDE, "w") as file,
+    ):
+        for part in _json(entries.values()):
+            file.write(part.encode())
+    return list(entries)
+
+
+def _by_set(results: list[EvaluationResult], protocol: str) -> dict[str, list[EvaluationResult]]:
+    """Results by ELEVATER's name of the set: one, or one a seed."""
+    known = load_definitions()
+    found: dict[str, list[EvaluationResult]] = {}
+    for result in results:
+        name = known[result.set].elevater if result.set in known else None
+        if name and result.protocol.partition("/seed-")[0] == protocol:
+            found.setdefault(name, []).append(result)
+    return dict(sorted(found.items()))
+
+
+def _entry(
+    folder: str, results: list[EvaluationResult], order: str | None
+) -> tuple[dict[str, object], list[np.ndarray[Any, Any]]]:
+    first = results[0]
+    model, protocol = first.model, first.protocol
+    heads = int(str(model["embed_dim"])) * first.classes + first.classes
+    shots = 0 if protocol == "zero-shot" else -1
+    if protocol.startswith("few-shot-"):
+        shots = int(protocol.removeprefix("few-shot-").partition("/")[0])
+    definition = load_definitions()[first.set]
+    columns = list(definition.elevater_columns) or list(range(first.classes))
+    facts: dict[str, object] = {
+        "model_name": Path(folder).name,
+        "dataset_name": definition.elevater,
+        "num_trainable_params": heads if shots else 0,
+        "num_params": int(str(model["parameters"])) + (heads if shots else 0),
+        "num_visual_params": model["image_parameters"],
+        "num_backbone_params": model["parameters"],
+        "n_shot": shots,
+        "rnd_seeds": [result.settings.get("seed") or 0 for result in results],
+    }
+    scores = []
+    for result in results:
+        path = Path(folder, PREDICTIONS, file_name(result.set, result.protocol) + PREDICTIONS_SUFFIX)
+        if not path.exists():
+            remedy = "run the same dimefm evaluate again with --predictions"
+            raise StoreError(f"{path} does not exist: predictions were not kept", remedy=remedy)
+        rows = _rows(order, str(definition.elevater), str(path))
+        scores.append(read_scores(str(path))[rows][:, columns])
+    return facts, scores
+
+
+def _rows(order: str | None, name: str, predictions: str) -> Any:
+    """Rows of a file of predictions in the leaderboard's order."""
+    if order is None:
+        return slice(None)
+    path = Path(order, f"{name}.txt")
+    if not path.exists():
+        raise StoreError(f"{path} does not exist", remedy="leave --order out, or put the list of test images there")
+    lines = [
+        line.split("@")[-1].rsplit(maxsplit=1)[0] for line in path.read_text(encoding="utf-8").splitlines() if line
+    ]
+    keys = read_keys(predictions)
+    places: dict[str, list[int]] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(key.rpartition("/")[2], []).append(place)
+    found = [_match(line.rpartition(".")[0] or line, keys, places) for line in lines]
+    if None in found or len(set(found)) != len(keys):
+        which = next(
+            (line for line, row in zip(lines, found, strict=True) if row is None), lines[0] if lines else "none"
+        )
+        what = f"{path} does not name the {len(keys):,} images of {predictions}, such as {which}"
+        raise StoreError(what, remedy="evaluate the copy of the set that the list is of")
+    return np.array(found)
+
+
+def _match(line: str, keys: list[str], places: dict[str, list[int]]) -> int | None:
+    """The image whose key ends as the line does; None for none or several."""
+    candidates = places.get(line.rpartition("/")[2], [])
+    if len(candidates) > 1:
+        candidates = [p for p in candidates if f"/{line}".endswith(f"/{keys[p]}") or f"/{keys[p]}".endswith(f"/{line}")]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _json(entries: Any) -> Iterator[str]:
+    """The document, a row of probabilities at a time: whole, it can be larger than memory."""
+    yield '{"data": ['
+    for place, (facts, scores) in enumerate(entries):
+        yield (", " if place else "") + json.dumps(facts)[:-1] + ', "predictions": ['
+        for number, scores_NC in enumerate(scores):
+            yield (", " if number else "") + "["
+            for row, values in enumerate(scores_NC.tolist()):
+                yield (", " if row else "") + "[" + ", ".join(f"{value:.6g}" for value in values) + "]"
+            yield "]"
+        yield "]}"
+    yield "]}"

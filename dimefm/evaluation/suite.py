@@ -1,0 +1,369 @@
+"""`dimefm evaluate`: a model over sets, under one protocol or several, each result on disk as soon as it is there."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from cache_schemas import digest_of, to_plain
+from cache_schemas.evaluation import (
+    FEATURES,
+    PREDICTIONS,
+    TEXT_EMBEDDINGS,
+    UNPACKED,
+    EvaluationResult,
+    Metric,
+    SetDefinition,
+)
+from dimefm import storage
+from dimefm.clip import Clip, Precision
+from dimefm.commits import versions
+from dimefm.errors import DimefmError, SourceError
+from dimefm.evaluation.definitions import load_definitions
+from dimefm.evaluation.features import Decoder, Features, features
+from dimefm.evaluation.imageset import ImageSet
+from dimefm.evaluation.models import open_model
+from dimefm.evaluation.opening import open_folder, open_set
+from dimefm.evaluation.predictions import file_name, write_predictions
+from dimefm.evaluation.probe import Selection, Solver, probe, subset
+from dimefm.evaluation.results import Results
+from dimefm.evaluation.scoring import REPORTED, Measured, cosines, measure, measure_retrieval, probabilities
+from dimefm.evaluation.text_embeddings import TextEmbeddings
+from dimefm.lock import writing
+
+Suite = Literal["imagenet", "robustness", "elevater", "retrieval", "all"]
+Task = Literal["zero-shot", "linear-probe", "few-shot"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What to evaluate on what, and how.
+
+    `folders` are sets of a user's own; `suite` takes those of the package's definitions that are below `data`, or the
+    ones named in `sets`, which may be other folders below `data` too. `selection` says what chooses a probe's
+    hyperparameters: ``honest`` the validation part of the training images, ``elevater`` that and, as ELEVATER's code
+    does, the best epoch on the test images. Results go to `out`/`name`.
+    """
+
+    model: str
+    folders: tuple[str, ...] = ()
+    suite: Suite | None = None
+    data: str | None = None
+    sets: tuple[str, ...] = ()
+    pretrained: str | None = None
+    checkpoint: str = "last"
+    weights: str = "model"
+    precision: Precision = "fp32"
+    device: str | None = None
+    tasks: tuple[Task, ...] = ("zero-shot",)
+    selection: Selection = "honest"
+    solver: Solver = "sgd"
+    shots: tuple[int, ...] = (5, 20, 50)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    decoder: Decoder = "pillow"
+    batch_size: int = 64
+    threads: int | None = None
+    out: str = "evaluations"
+    name: str | None = None
+    skip_existing: bool = False
+    predictions: bool = False
+
+
+@dataclass
+class Evaluation:
+    """What came of it: results in the order of the work, sets that are not there, and sets that could not be done."""
+
+    folder: str
+    results: list[EvaluationResult] = field(default_factory=list)
+    missing: list[tuple[SetDefinition, str]] = field(default_factory=list)
+    failed: list[tuple[str, DimefmError]] = field(default_factory=list)
+
+
+def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None] | None = None) -> Evaluation:
+    """Evaluate; `report` is told each result as it is there.
+
+    A set that is not below `data`, or cannot be read, is listed and the rest goes on. Raises a DimefmError for a model
+    that cannot be loaded, and where nothing of what was asked for exists.
+    """
+    chosen = _chosen(config)
+    folder = str(Path(config.out, config.name or default_name(config)))
+    with writing(folder), _opened(config) as clip:
+        return _Evaluator(config, clip, folder, report or (lambda result: None)).run(chosen)
+
+
+def default_name(config: EvaluationConfig) -> str:
+    """Of the results' folder: the model's own name, with tag, checkpoint and weights where those are not the usual."""
+    model = config.model.removeprefix("local-dir:").removeprefix("hf-hub:").rstrip("/")
+    parts = [model if "/" not in model else model.rpartition("/")[2], config.pretrained or ""]
+    parts += [config.checkpoint if config.checkpoint != "last" else "", "ema" if config.weights == "ema" else ""]
+    return re.sub(r"[^\w.-]+", "-", "-".join(part for part in parts if part)).strip("-.") or "model"
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A set of the package's, or the folder of one of a user's own."""
+
+    name: str
+    definition: SetDefinition | None = None
+    folder: str = ""
+
+
+def _chosen(config: EvaluationConfig) -> list[_Chosen]:
+    known = load_definitions()
+    if (config.suite or config.sets) and not config.data:
+        raise SourceError("which folder has the sets is not said", remedy="give --data ROOT")
+    chosen = [_Chosen(path.rstrip("/").rpartition("/")[2], folder=path) for path in config.folders]
+    named = config.sets or tuple(n for n, d in known.items() if config.suite in ("all", d.suite))
+    for name in named:
+        aliases = {alias: d.name for d in known.values() for alias in d.aliases}
+        definition = known.get(name) or known.get(aliases.get(name, ""))
+        if definition is None and not storage.listing(storage.join(config.data or "", name)):
+            what = f"{name} is none of the sets and no folder of {config.data}"
+            raise SourceError(what, remedy="dimefm sets lists the known ones")
+        if definition is None or config.suite in (None, "all", definition.suite):
+            folder = "" if definition else storage.join(config.data or "", name)
+            chosen.append(_Chosen(definition.name if definition else name, definition, folder))
+    repeated = sorted({one.name for one in chosen if [c.name for c in chosen].count(one.name) > 1})
+    if repeated:
+        raise SourceError(f"two sets are called {repeated[0]!r}", remedy="give folders with different names")
+    if not chosen:
+        raise SourceError("no set is chosen", remedy="name a folder, or give --suite or --sets with --data")
+    return chosen
+
+
+def _opened(config: EvaluationConfig) -> Any:
+    return open_model(
+        config.model,
+        config.pretrained,
+        checkpoint=config.checkpoint,
+        weights=config.weights,
+        precision=config.precision,
+        device=config.device,
+    )
+
+
+class _Evaluator:
+    def __init__(
+        self, config: EvaluationConfig, clip: Clip, folder: str, report: Callable[[EvaluationResult], None]
+    ) -> None:
+        self._config, self._clip, self._folder, self._report = config, clip, folder, report
+        self._results = Results(folder)
+        self._results.require_model(clip.identity.weights)
+        self._texts = TextEmbeddings(clip, storage.join(config.out, TEXT_EMBEDDINGS))
+        self._model = _describe(clip, config.model)
+
+    def run(self, chosen: list[_Chosen]) -> Evaluation:
+        done = Evaluation(self._folder)
+        for one in chosen:
+            try:
+                for result in self._results_of(one, done):
+                    done.results.append(result)
+                    self._report(result)
+            except SourceError as error:
+                done.failed.append((one.name, error))
+        if not done.results and not done.failed:
+            root = self._config.data
+            raise SourceError(f"none of the sets is below {root}", remedy="dimefm sets NAME says where to get one")
+        return done
+
+    def _results_of(self, one: _Chosen, done: Evaluation) -> Iterator[EvaluationResult]:
+        test = self._open(one, "test")
+        if test is None:
+            assert one.definition is not None
+            done.missing.append((one.definition, "test"))
+            return
+        job = _Job(one, test, _metric_of(one, test))
+        if "zero-shot" in self._config.tasks:
+            yield self._zero_shot(job)
+        probes = [task for task in self._config.tasks if task != "zero-shot"]
+        if not probes or test.captions is not None:
+            return
+        train = self._open(one, "train")
+        if train is None:
+            if one.definition is None:
+                what = f"{test.where} has no training images for a probe"
+                raise SourceError(what, remedy="put them below train/, as those of the test split are below test/")
+            done.missing.append((one.definition, "train"))
+            return
+        if train.classnames != test.classnames:
+            what = f"{train.where}: the classes of the training images are not those of the test images"
+            raise SourceError(what, remedy="keep both splits in the same layout")
+        if "linear-probe" in probes:
+            yield self._probe(job, train, f"linear-probe/{self._label()}", np.arange(len(train.samples)), None)
+        if "few-shot" in probes:
+            for shots in self._config.shots:
+                for seed in self._config.seeds:
+                    rows = subset(train.classes, shots, seed)
+                    yield self._probe(job, train, f"few-shot-{shots}/{self._label()}/seed-{seed}", rows, seed)
+
+    def _open(self, one: _Chosen, split: str) -> ImageSet | None:
+        if one.definition is None:
+            try:
+                return open_folder(one.folder, split)
+            except SourceError:
+                if split == "test":
+                    raise
+                return None
+        assert self._config.data is not None
+        return open_set(one.definition, self._config.data, split, storage.join(self._config.out, UNPACKED))
+
+    def _label(self) -> str:
+        """Which rule chose the hyperparameters, and by which solver."""
+        rule = "elevater, test-selected" if self._config.selection == "elevater" else "honest"
+        return rule if self._config.solver == "sgd" else f"{rule}, {self._config.solver}"
+
+    def _features(self, one: _Chosen, images: ImageSet) -> Features:
+        return features(
+            self._clip,
+            images,
+            storage.join(self._folder, f"{FEATURES}/{images.name}-{images.split}.zarr"),
+            squash=one.definition is not None and one.definition.resize == "squash",
+            decoder=self._config.decoder,
+            batch_size=self._config.batch_size,
+            threads=self._config.threads,
+        )
+
+    def _zero_shot(self, job: _Job) -> EvaluationResult:
+        settings: dict[str, object] = {}
+        if found := self._existing(job, "zero-shot", settings):
+            return found
+        began, images = time.monotonic(), job.test
+        embedded = self._features(job.chosen, images)
+        if images.captions is not None:
+            texts_MD = self._texts.of_texts([text for texts in images.captions for text in texts])
+            return self._add(job, "zero-shot", measure_retrieval(embedded, texts_MD, images), settings, embedded, began)
+        classes_CD = self._texts.of_classes(images.classnames, images.prompts())
+        scores_NC = probabilities(cosine_NC := cosines(embedded, classes_CD))
+        ranked_NC = scores_NC if job.metric in ("roc_auc", "map_11_point") else cosine_NC
+        if self._config.predictions:
+            self._keep(job, "zero-shot", scores_NC, embedded)
+        return self._add(job, "zero-shot", measure(ranked_NC, images, job.metric), settings, embedded, began)
+
+    def _probe(
+        self, job: _Job, train: ImageSet, protocol: str, rows: np.ndarray[Any, Any], seed: int | None
+    ) -> EvaluationResult:
+        settings: dict[str, object] = {"train": train.digest(), "seed": seed, "train_images": len(rows)}
+        if found := self._existing(job, protocol, settings):
+            return found
+        began = time.monotonic()
+        train_features, test_features = self._features(job.chosen, train), self._features(job.chosen, job.test)
+        probed = probe(
+            train_features,
+            train.classes,
+            rows,
+            test_features,
+            job.test,
+            job.metric,
+            heads_CD=self._texts.of_classes(train.classnames, train.prompts()),
+            selection=self._config.selection,
+            solver=self._config.solver,
+            device=str(self._clip.device),
+        )
+        if self._config.predictions:
+            self._keep(job, protocol, probed.scores_NC, test_features)
+        measured = measure(probed.scores_NC, job.test, job.metric)
+        return self._add(job, protocol, measured, {**settings, **probed.settings}, test_features, began)
+
+    def _keep(self, job: _Job, protocol: str, scores_NC: np.ndarray[Any, Any], embedded: Features) -> None:
+        path = storage.join(self._folder, f"{PREDICTIONS}/{file_name(job.test.name, protocol)}")
+        write_predictions(path, scores_NC, job.test, embedded.failures())
+
+    def _existing(self, job: _Job, protocol: str, settings: dict[str, object]) -> EvaluationResult | None:
+        """The result that is there already, where it is wanted and of the same images, model and settings."""
+        found = self._results.find(job.test.name, protocol) if self._config.skip_existing else None
+        said = {**settings, **self._settings(job)}
+        if found is None or found.digests != _digests(job.test) or found.model != self._model:
+            return None
+        return found if all(found.settings.get(name) == value for name, value in said.items()) else None
+
+    def _settings(self, job: _Job) -> dict[str, object]:
+        squash = job.chosen.definition is not None and job.chosen.definition.resize == "squash"
+        return {
+            "decoder": self._config.decoder,
+            "batch_size": self._config.batch_size,
+            "preprocessing": to_plain(self._clip.identity.preprocessing),
+            "resize": "squash" if squash else "model",
+            "layout": job.test.layout,
+        }
+
+    def _add(
+        self,
+        job: _Job,
+        protocol: str,
+        measured: Measured,
+        settings: dict[str, object],
+        embedded: Features,
+        began: float,
+    ) -> EvaluationResult:
+        definition, images = job.chosen.definition, job.test
+        failures = embedded.failures()
+        notes = list(images.notes)
+        if failures:
+            some = ", ".join(f"{f.key} ({f.reason})" for f in failures[:3])
+            notes.append(f"{len(failures)} images could not be read and count as wrong: {some}")
+        result = EvaluationResult(
+            set=images.name,
+            suite=definition.suite if definition else "own",
+            protocol=protocol,
+            metric=REPORTED[job.metric],
+            metrics=measured.values,
+            intervals=measured.intervals,
+            images=len(images.samples),
+            expected=definition.splits["test"] if definition else None,
+            classes=len(images.classnames),
+            unreadable=len(failures),
+            partial=images.partial,
+            model=self._model,
+            digests=_digests(images),
+            settings={**settings, **self._settings(job)},
+            versions=versions(),
+            device=str(self._clip.device),
+            seconds=round(time.monotonic() - began, 3),
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            notes=tuple(notes),
+        )
+        self._results.add(result)
+        return result
+
+
+@dataclass(frozen=True)
+class _Job:
+    chosen: _Chosen
+    test: ImageSet
+    metric: Metric
+
+
+def _metric_of(one: _Chosen, images: ImageSet) -> Metric:
+    if one.definition is not None:
+        return one.definition.metric
+    if images.captions is not None:
+        return "recall"
+    return "map_11_point" if images.classes.ndim == 2 else "accuracy"
+
+
+def _digests(images: ImageSet) -> dict[str, str]:
+    digests = {"images": images.digest()}
+    if images.captions is None:
+        digests |= {"classes": digest_of(images.classnames), "templates": digest_of(images.templates)}
+    return digests
+
+
+def _describe(clip: Clip, name: str) -> dict[str, object]:
+    facts, model = clip.identity, clip.model
+    return {
+        "name": name,
+        "pretrained": facts.pretrained,
+        "weights": facts.weights,
+        "text_tower": clip.text_digest(),
+        "precision": facts.precision,
+        "embed_dim": facts.embed_dim,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "image_parameters": sum(p.numel() for p in model.visual.parameters()),
+    }

@@ -1,0 +1,108 @@
+"""Results as a person reads them: a line a set, the means of the suites, what is missing and where to get it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+
+from cache_schemas.evaluation import EvaluationResult, SetDefinition
+from dimefm.evaluation import metrics
+from dimefm.evaluation.definitions import load_definitions
+from dimefm.evaluation.suite import Evaluation
+
+_OTHERS = {"top1": "top-1", "top5": "top-5", "mean_per_class": "per class", "roc_auc": "ROC AUC"}
+_NAMES = {**_OTHERS, "map_11_point": "11-point mAP", "mean_recall@1": "R@1"}
+
+
+def result_line(result: EvaluationResult) -> str:
+    """Set, protocol, the metric that is reported with its interval, the others, and what differs from the set."""
+    low, high = result.interval
+    value = f"{_NAMES[result.metric]} {result.value:6.1%} [{low:.1%}, {high:.1%}]"
+    others = [f"{_NAMES[name]} {result.metrics[name]:.1%}" for name in _OTHERS if name in result.metrics]
+    others = [text for text in others if not text.startswith(_NAMES[result.metric])]
+    if result.metric == "mean_recall@1":
+        ways = (("image to text", "text"), ("text to image", "image"))
+        others = [f"{name} {'/'.join(_recalls(result, way))}" for name, way in ways]
+    size = f"{result.images:,} images" + (f", {result.classes} classes" if result.classes else "")
+    said = [f"partial: {', '.join(result.partial)}"] if result.partial else []
+    text = f"{result.set:<18} {result.protocol:<12} {value}  {'  '.join([*others, size])}"
+    return "".join([text, *(f"\n    {note}" for note in (*said, *result.notes))])
+
+
+def _recalls(result: EvaluationResult, way: str) -> list[str]:
+    return [f"{result.metrics[f'{way}_retrieval_recall@{k}']:.1%}" for k in (1, 5, 10)]
+
+
+def show(done: Evaluation) -> str:
+    """What follows the lines of the results."""
+    lines = [f"{name:<31} {text}" for name, text in means(done.results)]
+    for definition, split in done.missing:
+        lines.append(f"{definition.name}: not there ({split} images). Get it from {definition.get}")
+    lines += [f"{name}: FAILED: {error}" for name, error in done.failed]
+    return "\n".join([*lines, f"written: {done.folder}/results.jsonl"])
+
+
+def means(results: Sequence[EvaluationResult]) -> list[tuple[str, str]]:
+    """Name and text of each suite's mean, by protocol, and effective robustness."""
+    found = []
+    for suite in ("elevater", "robustness"):
+        total = sum(d.suite == suite for d in load_definitions().values())
+        for protocol in dict.fromkeys(r.protocol for r in results):
+            those = [r for r in results if r.suite == suite and r.protocol == protocol]
+            if those:
+                mean, (low, high) = metrics.mean_of([r.value for r in those], [r.interval for r in those])
+                partial = sum(bool(r.partial) for r in those)
+                text = f"{mean:6.1%} [{low:.1%}, {high:.1%}]  mean of {len(those)} of {total} sets"
+                found.append((f"{suite} {protocol}", text + (f", {partial} of them partial" if partial else "")))
+    found += [(f"effective robustness, {n}", f"{100 * v:+5.1f} points") for n, v in robustness(results).items()]
+    return found
+
+
+def robustness(results: Sequence[EvaluationResult]) -> dict[str, float]:
+    """Of each shift, zero-shot top-1 above that of models trained on ImageNet alone, at the same ImageNet top-1; needs
+    the result of imagenet1k. Their mean is added where all are there."""
+    top1 = {r.set: r.metrics["top1"] for r in results if r.protocol == "zero-shot" and "top1" in r.metrics}
+    if "imagenet1k" not in top1:
+        return {}
+    text = (resources.files("dimefm.evaluation") / "baseline.json").read_text(encoding="utf-8")
+    lines: dict[str, dict[str, float]] = json.loads(text)["fit"]
+    found = {
+        name: metrics.effective_robustness(top1[name], top1["imagenet1k"], line["slope"], line["intercept"])
+        for name, line in lines.items()
+        if name in top1
+    }
+    return found | {"mean": sum(found.values()) / len(found)} if len(found) == len(lines) else found
+
+
+def show_sets(definitions: Sequence[SetDefinition], there: dict[str, str]) -> str:
+    """The sets that are known: a line each, with the layout in which it was found; of a single one, everything."""
+    if len(definitions) == 1:
+        return _whole(definitions[0], there)
+    head = f"{'set':<17} {'suite':<11} {'classes':>7} {'test images':>11}  metric"
+    lines = [head]
+    for d in definitions:
+        place = f"  {there[d.name]}" if d.name in there else ""
+        lines.append(f"{d.name:<17} {d.suite:<11} {d.class_count or '':>7} {d.splits['test']:>11,}  {d.metric}{place}")
+    return "\n".join(lines)
+
+
+def _whole(d: SetDefinition, there: dict[str, str]) -> str:
+    splits = ", ".join(f"{name} {count:,}" for name, count in d.splits.items())
+    facts = {
+        "suite": d.suite,
+        "task": d.task,
+        "metric": d.metric,
+        "classes": str(d.class_count),
+        "images": splits,
+        "resize": d.resize,
+        "licence": d.licence,
+        "get it from": d.get,
+        "layouts": ", ".join(d.layouts),
+        "its folder": ", ".join((d.name, *d.aliases)),
+        "templates": "; ".join(d.templates[:3]) + (" ..." if len(d.templates) > 3 else "") or "ImageNet's, by OpenAI",
+        **{f"source of {name}": text for name, text in d.sources.items()},
+    }
+    if there:
+        facts["found"] = there.get(d.name, "no")
+    return "\n".join([d.title, *(f"  {name:<20} {text}" for name, text in facts.items() if text not in ("", "0"))])

@@ -1,0 +1,76 @@
+"""Embeddings of class names and captions, kept by text tower and by what was embedded: models that share a text tower
+share them.
+
+Shapes: P prompts of a class, M texts, C classes, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from torch.nn import functional as F
+
+from cache_schemas import digest_of
+from dimefm import storage
+from dimefm.clip import Clip, token_counts
+from dimefm.progress import Progress
+
+_BATCH = 256  # sentences through the text tower at a time
+_BLOCK = 8192  # sentences that are sorted by length together
+
+
+class TextEmbeddings:
+    """Unit-norm embeddings of one model's text tower, in files of one folder."""
+
+    def __init__(self, clip: Clip, folder: str) -> None:
+        self._clip, self._folder = clip, folder
+        self._tower = clip.text_digest()
+
+    def of_classes(self, names: Sequence[str], prompts: list[list[str]]) -> torch.Tensor:
+        """float32 (C, D): the mean over each class's prompts, normalised again; kept by tower, names and prompts."""
+        key = {"tower": self._tower, "classes": list(names), "prompts": prompts}
+        return self._kept(key, lambda: self._mean_of(prompts))
+
+    def of_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """float32 (M, D) of each text; kept by tower and texts."""
+        key = {"tower": self._tower, "texts": list(texts)}
+        return self._kept(key, lambda: torch.cat(list(self._embedded(list(texts)))))
+
+    def _mean_of(self, prompts: list[list[str]]) -> torch.Tensor:
+        flat = [text for texts in prompts for text in texts]
+        classes = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([len(texts) for texts in prompts]))
+        sums_CD = torch.zeros(len(prompts), self._clip.identity.embed_dim, dtype=torch.float64)
+        start = 0
+        for block_MD in self._embedded(flat):
+            sums_CD.index_add_(0, classes[start : start + len(block_MD)], block_MD.double())
+            start += len(block_MD)
+        return F.normalize(sums_CD, dim=-1).float()
+
+    def _embedded(self, texts: list[str]) -> Iterator[torch.Tensor]:
+        """float32 (M, D) of a block of texts after the other; within a block those of like length go together."""
+        with Progress("texts", len(texts), "text") as progress:
+            for start in range(0, len(texts), _BLOCK):
+                tokens_ML = self._clip.tokenize(texts[start : start + _BLOCK])
+                order = torch.from_numpy(np.argsort(token_counts(tokens_ML), kind="stable"))
+                block_MD = torch.empty(len(tokens_ML), self._clip.identity.embed_dim)
+                for places in order.split(_BATCH):
+                    block_MD[places] = self._clip.encode_tokens(tokens_ML[places]).cpu()
+                yield block_MD
+                progress.at(min(start + _BLOCK, len(texts)))
+
+    def _kept(self, key: object, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        digest = digest_of(key)
+        path = storage.join(self._folder, f"{digest}.safetensors")
+        try:
+            if storage.exists(path):
+                return torch.from_numpy(load(storage.read_bytes(path))["embedding"])
+        except (SafetensorError, KeyError):
+            pass  # cut short or overwritten: it is made again
+        embedding = make()
+        with storage.writing_to(path):
+            storage.write_atomic(path, save({"embedding": embedding.numpy()}))
+        return embedding
