@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 from cache_schemas.document import Document
 from cache_schemas.problems import Problem
 
+OWN = "own"  # the suite of sets that no definition describes
 RESULTS_FILE, FEATURES, PREDICTIONS = "results.jsonl", "features", "predictions"
 TEXT_EMBEDDINGS, UNPACKED = "text_embeddings", "unpacked"
 
@@ -121,9 +122,14 @@ class EvaluationResult(Document):
         return [] if self.metric in self.metrics else [Problem("metrics", f"lacks {self.metric!r}")]
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> tuple[str, str, str]:
         """What a later result replaces."""
-        return self.set, self.protocol
+        return self.suite, self.set, self.protocol
+
+    @property
+    def title(self) -> str:
+        """The set's name; a user's own set is told from a known one that is called the same."""
+        return f"{self.suite}-{self.set}" if self.suite == OWN else self.set
 
     @property
     def value(self) -> float:

@@ -86,7 +86,7 @@ def _measured(folder: str, results: list[EvaluationResult]) -> Row:
     cells: dict[str, str] = {}
     for result in results:
         mark = "*" if result.partial else ""
-        cells[f"{result.set} {_short(result.protocol)}"] = f"{100 * result.value:.1f}{mark}"
+        cells[f"{result.title} {_short(result.protocol)}"] = f"{100 * result.value:.1f}{mark}"
     for protocol in dict.fromkeys(r.protocol for r in results):
         for suite in ("elevater", "robustness"):
             those = [r for r in results if r.suite == suite and r.protocol == protocol]

@@ -26,9 +26,9 @@ class Results:
                 what = f"{self.path} has results of other weights ({str(result.model['weights'])[:12]}...)"
                 raise MismatchError(what, remedy="give this model another --name, or delete the folder")
 
-    def find(self, name: str, protocol: str) -> EvaluationResult | None:
+    def find(self, suite: str, name: str, protocol: str) -> EvaluationResult | None:
         """The last result of a set under a protocol."""
-        return self._found.get((name, protocol))
+        return self._found.get((suite, name, protocol))
 
     def add(self, result: EvaluationResult) -> None:
         """Append a result. It is on disk when this returns."""
@@ -49,7 +49,7 @@ def read_results(folder: str) -> list[EvaluationResult]:
     path = Path(folder) if folder.endswith(".jsonl") else Path(folder, RESULTS_FILE)
     if not path.exists():
         raise StoreError(f"{path} does not exist", remedy="dimefm evaluate MODEL writes it; name its folder")
-    found: dict[tuple[str, str], EvaluationResult] = {}
+    found: dict[tuple[str, str, str], EvaluationResult] = {}
     for number, line in enumerate(path.read_bytes()[: _whole_lines(path)].splitlines(), 1):
         where = f"{path}, line {number}"
         try:

@@ -56,7 +56,7 @@ def _by_set(results: list[EvaluationResult], protocol: str) -> dict[str, list[Ev
     known = load_definitions()
     found: dict[str, list[EvaluationResult]] = {}
     for result in results:
-        name = known[result.set].elevater if result.set in known else None
+        name = known[result.set].elevater if result.suite == "elevater" else None
         if name and result.protocol.partition("/seed-")[0] == protocol:
             found.setdefault(name, []).append(result)
     return dict(sorted(found.items()))
@@ -85,7 +85,7 @@ def _entry(
     }
     scores = []
     for result in results:
-        path = Path(folder, PREDICTIONS, file_name(result.set, result.protocol) + PREDICTIONS_SUFFIX)
+        path = Path(folder, PREDICTIONS, file_name(result.title, result.protocol) + PREDICTIONS_SUFFIX)
         if not path.exists():
             remedy = "run the same dimefm evaluate again with --predictions"
             raise StoreError(f"{path} does not exist: predictions were not kept", remedy=remedy)

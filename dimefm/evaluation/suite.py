@@ -15,6 +15,7 @@ import numpy as np
 from cache_schemas import digest_of, to_plain
 from cache_schemas.evaluation import (
     FEATURES,
+    OWN,
     PREDICTIONS,
     TEXT_EMBEDDINGS,
     UNPACKED,
@@ -114,6 +115,15 @@ class _Chosen:
     definition: SetDefinition | None = None
     folder: str = ""
 
+    @property
+    def suite(self) -> str:
+        return self.definition.suite if self.definition else OWN
+
+    @property
+    def title(self) -> str:
+        """Of its files; see EvaluationResult.title."""
+        return self.name if self.definition else f"{OWN}-{self.name}"
+
 
 def _chosen(config: EvaluationConfig) -> list[_Chosen]:
     known = load_definitions()
@@ -130,7 +140,8 @@ def _chosen(config: EvaluationConfig) -> list[_Chosen]:
         if definition is None or config.suite in (None, "all", definition.suite):
             folder = "" if definition else storage.join(config.data or "", name)
             chosen.append(_Chosen(definition.name if definition else name, definition, folder))
-    repeated = sorted({one.name for one in chosen if [c.name for c in chosen].count(one.name) > 1})
+    titles = [one.title for one in chosen]
+    repeated = sorted({title for title in titles if titles.count(title) > 1})
     if repeated:
         raise SourceError(f"two sets are called {repeated[0]!r}", remedy="give folders with different names")
     if not chosen:
@@ -223,7 +234,7 @@ class _Evaluator:
         return features(
             self._clip,
             images,
-            storage.join(self._folder, f"{FEATURES}/{images.name}-{images.split}.zarr"),
+            storage.join(self._folder, f"{FEATURES}/{one.title}-{images.split}.zarr"),
             squash=one.definition is not None and one.definition.resize == "squash",
             decoder=self._config.decoder,
             batch_size=self._config.batch_size,
@@ -272,14 +283,16 @@ class _Evaluator:
         return self._add(job, protocol, measured, {**settings, **probed.settings}, test_features, began)
 
     def _keep(self, job: _Job, protocol: str, scores_NC: np.ndarray[Any, Any], embedded: Features) -> None:
-        path = storage.join(self._folder, f"{PREDICTIONS}/{file_name(job.test.name, protocol)}")
+        path = storage.join(self._folder, f"{PREDICTIONS}/{file_name(job.chosen.title, protocol)}")
         write_predictions(path, scores_NC, job.test, embedded.failures())
 
     def _existing(self, job: _Job, protocol: str, settings: dict[str, object]) -> EvaluationResult | None:
         """The result that is there already, where it is wanted and of the same images, model and settings."""
-        found = self._results.find(job.test.name, protocol) if self._config.skip_existing else None
+        found = self._results.find(job.chosen.suite, job.test.name, protocol) if self._config.skip_existing else None
         said = {**settings, **self._settings(job)}
-        if found is None or found.digests != _digests(job.test) or found.model != self._model:
+        if found is None or found.digests != _digests(job.test) or found.partial != job.test.partial:
+            return None
+        if found.model != self._model:
             return None
         return found if all(found.settings.get(name) == value for name, value in said.items()) else None
 
@@ -310,7 +323,7 @@ class _Evaluator:
             notes.append(f"{len(failures)} images could not be read and count as wrong: {some}")
         result = EvaluationResult(
             set=images.name,
-            suite=definition.suite if definition else "own",
+            suite=job.chosen.suite,
             protocol=protocol,
             metric=REPORTED[job.metric],
             metrics=measured.values,

@@ -26,7 +26,7 @@ def result_line(result: EvaluationResult) -> str:
         others = [f"{name} {'/'.join(_recalls(result, way))}" for name, way in ways]
     size = f"{result.images:,} images" + (f", {result.classes} classes" if result.classes else "")
     said = [f"partial: {', '.join(result.partial)}"] if result.partial else []
-    text = f"{result.set:<18} {result.protocol:<12} {value}  {'  '.join([*others, size])}"
+    text = f"{result.title:<18} {result.protocol:<12} {value}  {'  '.join([*others, size])}"
     return "".join([text, *(f"\n    {note}" for note in (*said, *result.notes))])
 
 
@@ -62,7 +62,7 @@ def means(results: Sequence[EvaluationResult]) -> list[tuple[str, str]]:
 def robustness(results: Sequence[EvaluationResult]) -> dict[str, float]:
     """Of each shift, zero-shot top-1 above that of models trained on ImageNet alone, at the same ImageNet top-1; needs
     the result of imagenet1k. Their mean is added where all are there."""
-    top1 = {r.set: r.metrics["top1"] for r in results if r.protocol == "zero-shot" and "top1" in r.metrics}
+    top1 = {r.title: r.metrics["top1"] for r in results if r.protocol == "zero-shot" and "top1" in r.metrics}
     if "imagenet1k" not in top1:
         return {}
     text = (resources.files("dimefm.evaluation") / "baseline.json").read_text(encoding="utf-8")
