@@ -323,7 +323,8 @@ def export(run: str, **options: Any) -> None:
 @cli.command()
 @click.argument("checkpoint")
 @click.option("--out", required=True, help="The folder to write.")
-@click.option("--teacher", required=True, help="open_clip model of the text tower, as of cache-images.")
+@click.option("--teacher", required=True,
+              help="open_clip model with the text tower: NAME, hf-hub:ORG/MODEL or local-dir:FOLDER.")  # fmt: skip
 @click.option("--pretrained", help="Its tag or file, with a plain NAME.")
 def convert_checkpoint(checkpoint: str, **options: Any) -> None:
     """Write a checkpoint of the authors of DIME-FM as an open_clip folder, with the teacher's text tower.

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from cache_schemas import Run
+from cache_schemas import Run, StudentSpec
 from dimefm import storage
 from dimefm.checkpoint import Checkpoints
-from dimefm.clip import load_clip
+from dimefm.clip import Clip, load_clip
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.run import read_run
 from dimefm.student import tokenizer_of
@@ -47,13 +47,14 @@ def export(
     state = Checkpoints(run).load(checkpoint)
     if state is None:
         raise StoreError(f"{run} has no {checkpoint} checkpoint", remedy="dimefm info RUN lists them")
-    preprocessing = asdict(student_preprocessing(document.student))
     image = {f"visual.{name}": value for name, value in _chosen(run, state["image"], weights).items()}
     if document.text_student:
         text = {f"text.{name}": value for name, value in _chosen(run, state["text"], weights).items()}
+        preprocessing = asdict(student_preprocessing(document.student))
         config = {"model_cfg": _own_config(document), "preprocess_cfg": preprocessing}
         scale = torch.tensor(math.log(_logit_scale(document, state["image"])))
-        _publish(Path(out), config, {**text, **image, "logit_scale": scale}, tokenizer_of(document.text_student))
+        tokenizer = tokenizer_of(document.text_student)
+        publish_folder(Path(out), config, {**text, **image, "logit_scale": scale}, tokenizer)
         return out
     name, tag = teacher or document.teacher.name, pretrained or document.teacher.pretrained
     clip = load_clip(name, tag, precision="fp32", device="cpu")
@@ -61,15 +62,18 @@ def export(
     if differences:
         what = f"{clip.identity.name} is not the teacher of {run}: {'; '.join(differences)}"
         raise MismatchError(what, remedy="name the teacher with --teacher and --pretrained")
-    config = {
-        "model_cfg": {**copy.deepcopy(clip.model_cfg), "vision_cfg": document.student.vision_cfg},
-        "preprocess_cfg": preprocessing,
-    }
-    text = {name: value for name, value in clip.model.state_dict().items() if not name.startswith("visual.")}
+    config, text = beside_text_tower(clip, document.student)
     if (learned := state["image"]["objective"].get("log_scale")) is not None:
         text["logit_scale"] = learned.to(text["logit_scale"])
-    _publish(Path(out), config, {**text, **image}, clip.tokenizer)
+    publish_folder(Path(out), config, {**text, **image}, clip.tokenizer)
     return out
+
+
+def beside_text_tower(clip: Clip, spec: StudentSpec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """open_clip's config of a model with this image tower and the text tower of `clip`, and the latter's weights."""
+    model_cfg = {**copy.deepcopy(clip.model_cfg), "vision_cfg": spec.vision_cfg}
+    text = {name: value for name, value in clip.model.state_dict().items() if not name.startswith("visual.")}
+    return {"model_cfg": model_cfg, "preprocess_cfg": asdict(student_preprocessing(spec))}, text
 
 
 def _chosen(run: str, tower: dict[str, Any], weights: str) -> dict[str, Any]:
@@ -101,7 +105,9 @@ def _logit_scale(document: Run, image: dict[str, Any]) -> float:
     return math.exp(float(learned)) if learned is not None else document.teacher.logit_scale
 
 
-def _publish(out: Path, config: dict[str, Any], weights: dict[str, Any], tokenizer: Any) -> None:
+def publish_folder(out: Path, config: dict[str, Any], weights: dict[str, Any], tokenizer: Any) -> None:
+    """Write an open_clip folder, whole or not at all; one with the same bytes already there is left as it is. Raises
+    OutputExistsError for anything else at `out`."""
     temporary = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

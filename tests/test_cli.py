@@ -46,6 +46,7 @@ COMMANDS = {
     "train-student": ["--images", "--texts", "--pairs", "--out", "--recipe", "--student", "--loss", "--text-mix"],
     "evaluate": ["MODEL", "SET...", "--pretrained", "--checkpoint", "--precision", "--device", "--out"],
     "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained"],
+    "convert-checkpoint": ["CHECKPOINT", "--out", "--teacher", "--pretrained"],
     "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file"],
     "info": ["PATH", "--failures"],
     "verify": ["STORE", "--sample", "--teacher", "--pretrained", "--repair"],
