@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from cache_schemas import Preprocessing, Status, StudentSpec
 from dimefm.errors import MismatchError, SourceError
 from dimefm.evaluation.imageset import ImageSet
-from dimefm.evaluation.opening import open_folders
+from dimefm.evaluation.own_sets import open_folders
 from dimefm.preprocess import Preprocess, normalise
 from dimefm.store import Store
 

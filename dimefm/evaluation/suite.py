@@ -31,7 +31,8 @@ from dimefm.evaluation.definitions import load_definitions
 from dimefm.evaluation.features import Decoder, Features, features
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.evaluation.models import open_model
-from dimefm.evaluation.opening import open_folder, open_set
+from dimefm.evaluation.opening import open_set
+from dimefm.evaluation.own_sets import open_folder
 from dimefm.evaluation.predictions import file_name, write_predictions
 from dimefm.evaluation.probe import Selection, Solver, probe, subset
 from dimefm.evaluation.results import Results
