@@ -13,10 +13,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dimefm.commits import versions
+from dimefm.evaluation.predictions import read_predictions
+from dimefm.evaluation.results import read_results
 from dimefm.pairs import Pairs
 from dimefm.runlog import read_metrics
 from dimefm.store import Store
 
+EVALUATIONS = "evaluations"
 REPORT_FILE, PLOT_FILE = "report.md", "report.png"
 
 
@@ -30,7 +33,7 @@ class Report:
 
 def write_report(out: Path, bars: dict[str, float]) -> Report:
     """Read what the stages left in `out` and write report.md and report.png beside it."""
-    teacher, student = _sets(out / "teacher.json"), _sets(out / "student.json")
+    teacher, student = _sets(out, "teacher"), _sets(out, "student")
     missed = [
         f"{name} {student[name]['top1'] * student[name]['classes']:.1f}x chance (bar {bar})"
         for name, bar in bars.items()
@@ -42,8 +45,19 @@ def write_report(out: Path, bars: dict[str, float]) -> Report:
     return Report(f"{text}\n\nwritten: {out / REPORT_FILE}, {out / PLOT_FILE}", missed)
 
 
-def _sets(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))["sets"])
+def _sets(out: Path, model: str) -> dict[str, dict[str, Any]]:
+    """Of each set: images, classes, top1, top5 and the prediction of every image."""
+    folder = out / EVALUATIONS / model
+    return {
+        result.set: {
+            "images": result.images,
+            "classes": result.classes,
+            "top1": result.metrics["top1"],
+            "top5": result.metrics.get("top5", 1.0),
+            "predictions": read_predictions(str(folder), result),
+        }
+        for result in read_results(str(folder))
+    }
 
 
 def _accuracy(teacher: dict[str, Any], student: dict[str, Any], bars: dict[str, float]) -> list[str]:
@@ -71,7 +85,7 @@ def _stages(out: Path) -> list[str]:
     images, texts, prompts = (Store(str(out / n)) for n in ("images.zarr", "texts.zarr", "prompts.zarr"))
     train = [line for line in read_metrics(str(out / "run")) if line["event"] == "train"]
     batch = json.loads((out / "run" / "run.json").read_text())["config"]["batch_size"]
-    evaluated = sum(s["images"] for s in _sets(out / "student.json").values())
+    evaluated = sum(s["images"] for s in _sets(out, "student").values())
     counts = {
         "cache-images": (images.schema.rows, "images", _bytes(out / "images.zarr") / images.schema.rows),
         "cache-texts": (texts.schema.rows, "texts", _bytes(out / "texts.zarr") / texts.schema.rows),

@@ -19,7 +19,7 @@ import click
 from dimefm import storage
 from dimefm.errors import DimefmError
 from dimefm.forecast import paper_forecast
-from dimefm.report import write_report
+from dimefm.report import EVALUATIONS, write_report
 from dimefm.sample import sample_dir
 
 BARS = {"cifar10": 3.5, "caltech101": 8.0}
@@ -79,6 +79,7 @@ def commands(scale: Scale, out: Path) -> list[tuple[str, list[str]]]:
     training = ["--recipe", scale.recipe, *scale.train]
     validation = [word for path in scale.val for word in ("--val", path)] + ["--val-texts", prompts]
     teacher = scale.teacher[1:]  # `evaluate` takes the model's name as its argument
+    evaluation = ["--predictions", "--skip-existing", "--out", str(out / EVALUATIONS)]
     return [
         ("cache-images", ["cache-images", *scale.images, "--out", images, *scale.teacher]),
         ("cache-texts", ["cache-texts", *scale.texts, "--out", texts, *scale.teacher]),
@@ -88,8 +89,8 @@ def commands(scale: Scale, out: Path) -> list[tuple[str, list[str]]]:
         ("select-texts", ["select-texts", pairs, "--out", grounded]),
         ("train-student", ["train-student", *stores, "--out", run, *training, *validation]),
         ("export", ["export", run, "--out", student]),
-        ("evaluate student", ["evaluate", student, *scale.val, "--out", str(out / "student.json")]),
-        ("evaluate teacher", ["evaluate", *teacher, *scale.val, "--out", str(out / "teacher.json")]),
+        ("evaluate student", ["evaluate", student, *scale.val, *evaluation, "--name", "student"]),
+        ("evaluate teacher", ["evaluate", *teacher, *scale.val, *evaluation, "--name", "teacher"]),
     ]
 
 

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from dimefm.cli import cli
 from dimefm.errors import DimefmError
+from dimefm.evaluation.results import read_results
 from dimefm.report import write_report
 from dimefm.reproduce import Scale, commands, main, run_all, sample_scale, smoke_scale
 from tests.processes import Command
@@ -82,9 +83,8 @@ def test_end_to_end_the_job_ends_in_a_report(finished: Path) -> None:
         assert part in report.text
     assert (finished / "report.md").read_text().startswith("# dimefm: tiny")
     assert (finished / "report.png").stat().st_size > 20_000
-    student = json.loads((finished / "student.json").read_text())["sets"]["cifar10"]
-    teacher = json.loads((finished / "teacher.json").read_text())["sets"]["cifar10"]
-    assert teacher["top1"] > 0.4 > student["top1"]
+    (student,), (teacher,) = (read_results(str(finished / "evaluations" / name)) for name in ("student", "teacher"))
+    assert teacher.metrics["top1"] > 0.4 > student.metrics["top1"]
     assert write_report(finished, {"cifar10": 0.1}).missed == []
 
 

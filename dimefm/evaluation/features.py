@@ -26,7 +26,7 @@ from dimefm.store import Store, create_store
 from dimefm.tables import write_plan
 
 Decoder = Literal["fast", "pillow"]
-_SHARD_ROWS = 1024
+_SMALL, _SHARD_ROWS = 65_536, (256, 4096)  # of a set with no more images than that, and of a larger one
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class Features:
 
     def all(self) -> np.ndarray[Any, Any]:
         """float32 (N, D)."""
-        return self.store.read(0, len(self))
+        return self.store.read(0, len(self)).astype(np.float32, copy=False)
 
     def take(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """float32 (N, D) of these rows alone."""
-        return self.store.gather(rows_N)
+        return self.store.gather(rows_N).astype(np.float32, copy=False)
 
     def blocks(self, rows: int = 8192) -> Iterator[np.ndarray[Any, Any]]:
         """All of them in order, float32 (rows or fewer, D) at a time."""
         for start in range(0, len(self), rows):
-            yield self.store.read(start, min(start + rows, len(self)))
+            yield self.store.read(start, min(start + rows, len(self))).astype(np.float32, copy=False)
 
     def failures(self) -> list[Failure]:
         """The images that could not be read, with why."""
@@ -108,12 +108,13 @@ def _schema(
     if squash:
         model = replace(model, preprocessing=replace(model.preprocessing, resize_mode="squash"))
     files = [(file.path, file.size, file.modified) for file in images.files]
+    shard_rows = _SHARD_ROWS[len(images.samples) > _SMALL]
     return EmbeddingStore(
         kind="image",
         rows=len(images.samples),
         dim=model.embed_dim,
-        chunk_rows=_SHARD_ROWS,
-        shard_rows=_SHARD_ROWS,
+        chunk_rows=shard_rows,
+        shard_rows=shard_rows,
         batch_size=batch_size,
         teacher=model,
         source=SourceSummary(

@@ -6,6 +6,7 @@ Shapes: N images, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache_schemas import Failure
+from cache_schemas.evaluation import PREDICTIONS, EvaluationResult
 from dimefm import storage
 from dimefm.evaluation import metrics
 from dimefm.evaluation.imageset import ImageSet
@@ -32,6 +34,13 @@ def read_scores(path: str) -> np.ndarray[Any, Any]:
     column = pq.read_table(path, columns=["scores"], use_threads=False)["scores"].combine_chunks()
     flat: np.ndarray[Any, Any] = column.flatten().to_numpy()
     return flat.reshape(len(column), -1)
+
+
+def read_predictions(folder: str, result: EvaluationResult) -> list[int]:
+    """The predicted class of every image, -1 where it could not be read, of a result in `folder`."""
+    path = Path(folder, PREDICTIONS, file_name(result.title, result.protocol) + PREDICTIONS_SUFFIX)
+    found: list[int] = pq.read_table(path, columns=["prediction"], use_threads=False)["prediction"].to_pylist()
+    return found
 
 
 def read_keys(path: str) -> list[str]:

@@ -33,7 +33,7 @@ from dimefm.evaluation.imageset import ImageSet
 from dimefm.evaluation.models import open_model
 from dimefm.evaluation.opening import open_set
 from dimefm.evaluation.own_sets import open_folder
-from dimefm.evaluation.predictions import file_name, write_predictions
+from dimefm.evaluation.predictions import PREDICTIONS_SUFFIX, file_name, write_predictions
 from dimefm.evaluation.probe import Selection, Solver, probe, subset
 from dimefm.evaluation.results import Results
 from dimefm.evaluation.scoring import REPORTED, Measured, cosines, measure, measure_retrieval, probabilities
@@ -283,6 +283,11 @@ class _Evaluator:
         measured = measure(probed.scores_NC, job.test, job.metric)
         return self._add(job, protocol, measured, {**settings, **probed.settings}, test_features, began)
 
+    def _kept(self, job: _Job, protocol: str) -> bool:
+        """Whether predictions are there, or are not wanted."""
+        path = Path(self._folder, PREDICTIONS, file_name(job.chosen.title, protocol) + PREDICTIONS_SUFFIX)
+        return path.exists() or not self._config.predictions or job.test.captions is not None
+
     def _keep(self, job: _Job, protocol: str, scores_NC: np.ndarray[Any, Any], embedded: Features) -> None:
         path = storage.join(self._folder, f"{PREDICTIONS}/{file_name(job.chosen.title, protocol)}")
         write_predictions(path, scores_NC, job.test, embedded.failures())
@@ -293,7 +298,7 @@ class _Evaluator:
         said = {**settings, **self._settings(job)}
         if found is None or found.digests != _digests(job.test) or found.partial != job.test.partial:
             return None
-        if found.model != self._model:
+        if found.model != self._model or not self._kept(job, protocol):
             return None
         return found if all(found.settings.get(name) == value for name, value in said.items()) else None
 

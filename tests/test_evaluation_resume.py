@@ -1,0 +1,102 @@
+"""A stopped evaluation goes on where it was, and what is there already is not made again."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dimefm.evaluation import features as featuring
+from dimefm.evaluation.results import read_results
+from dimefm.evaluation.suite import EvaluationConfig, evaluate
+from dimefm.store import Store
+
+
+def words(sample: Path, teacher: str, out: Path) -> list[str]:
+    cifar10 = str(sample / "eval" / "cifar10")
+    return [sys.executable, "-m", "dimefm", "evaluate", teacher, cifar10, "--out", str(out), "--name", "m"]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_with_the_shards_that_are_there(
+    sample: Path, teacher_name: str, tmp_path: Path
+) -> None:
+    command = words(sample, teacher_name, tmp_path / "killed")
+    commits = tmp_path / "killed" / "m" / "features" / "own-cifar10-test.zarr" / "commits"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (commits / "000000.json").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    written = {path.name: path.stat().st_mtime_ns for path in commits.iterdir()}
+    assert 1 <= len(written) < 4
+    assert not (tmp_path / "killed" / "m" / "results.jsonl").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(words(sample, teacher_name, tmp_path / "whole"), check=True, capture_output=True)
+    assert {name: (commits / name).stat().st_mtime_ns for name in written} == written
+    killed, whole = (read_results(str(tmp_path / name / "m"))[0] for name in ("killed", "whole"))
+    assert killed.metrics == whole.metrics
+    stores = [Store(str(tmp_path / name / "m" / "features" / "own-cifar10-test.zarr")) for name in ("killed", "whole")]
+    assert [c.digest for c in stores[0].commits()] == [c.digest for c in stores[1].commits()]
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The shards that are encoded, as they are."""
+    shards: list[int] = []
+    real = featuring.encode_shard
+
+    def counting(store: Any, shard: int, *args: Any, **words: Any) -> Any:
+        shards.append(shard)
+        return real(store, shard, *args, **words)
+
+    monkeypatch.setattr(featuring, "encode_shard", counting)
+    return shards
+
+
+def test_features_are_encoded_once_and_again_only_for_other_pixels(
+    cifar10: str, teacher_name: str, tmp_path: Path, encoded: list[int]
+) -> None:
+    config: dict[str, Any] = {"model": teacher_name, "folders": (cifar10,), "out": str(tmp_path), "threads": 1}
+    first = evaluate(EvaluationConfig(**config)).results[0]
+    again = evaluate(EvaluationConfig(**config)).results[0]
+    assert encoded == [0]
+    assert again.metrics == first.metrics
+    assert again.finished >= first.finished
+    evaluate(EvaluationConfig(**config, decoder="fast"))
+    assert encoded == [0, 0]
+    (Path(cifar10) / "test-00000.tar").touch()  # changed, for all that is known
+    evaluate(EvaluationConfig(**config, decoder="fast"))
+    assert encoded == [0, 0, 0]
+
+
+def test_skip_existing_keeps_a_result_of_the_same_settings_alone(
+    cifar10: str, teacher_name: str, tmp_path: Path
+) -> None:
+    config: dict[str, Any] = {"model": teacher_name, "folders": (cifar10,), "out": str(tmp_path), "skip_existing": True}
+    path = tmp_path / "teacher" / "results.jsonl"
+    first = evaluate(EvaluationConfig(**config)).results
+    assert evaluate(EvaluationConfig(**config)).results == first
+    assert len(path.read_text().splitlines()) == 1
+    evaluate(EvaluationConfig(**config, predictions=True))  # which were not kept
+    evaluate(EvaluationConfig(**config, predictions=True))
+    assert len(path.read_text().splitlines()) == 2
+    evaluate(EvaluationConfig(**config, decoder="fast"))
+    assert len(path.read_text().splitlines()) == 3
+    assert len(read_results(str(path))) == 1
+
+
+def test_a_last_line_that_was_cut_short_is_written_over(cifar10: str, teacher_name: str, tmp_path: Path) -> None:
+    config = EvaluationConfig(model=teacher_name, folders=(cifar10,), out=str(tmp_path))
+    evaluate(config)
+    path = tmp_path / "teacher" / "results.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:100])
+    assert len(read_results(str(path.parent))) == 1
+    evaluate(config)
+    assert [json.loads(line)["set"] for line in path.read_text().splitlines()] == ["cifar10"] * 2
