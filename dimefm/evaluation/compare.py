@@ -10,68 +10,71 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from cache_schemas.evaluation import EvaluationResult
 from dimefm import storage
 from dimefm.errors import DimefmError
 from dimefm.evaluation import metrics
-from dimefm.evaluation.definitions import load_definitions
-from dimefm.evaluation.results import read_results
+from dimefm.evaluation.results import Pooled, pool, read_results
+from dimefm.evaluation.summary import suites
 
 PUBLISHED = "published"
 
 
 @dataclass(frozen=True)
-class Row:
-    """A model: its name, where the numbers are from, and a text for each column that it has."""
+class Model:
+    """A model: its name, where its numbers are from, and a text for each line that it has."""
 
-    model: str
+    name: str
     source: str
     cells: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of models under columns: ImageNet-1K and the means first, then every set and protocol."""
+    """A column for each model, a line for ImageNet-1K, each mean, and each set and protocol."""
 
-    columns: list[str]
-    rows: list[Row]
+    models: list[Model]
+    notes: list[str]
+
+    def lines(self) -> list[list[str]]:
+        """The cells, without the head."""
+        found = list(dict.fromkeys(name for model in self.models for name in model.cells))
+        first = [name for name in found if name.split(" ")[0] in ("imagenet1k", "elevater", "robustness")]
+        names = [*first, *(name for name in found if name not in first)]
+        return [[name, *(model.cells.get(name, "") for model in self.models)] for name in names]
+
+    def head(self) -> list[list[str]]:
+        """The models, and under each where its numbers are from."""
+        return [["", *(model.name for model in self.models)], ["source", *(model.source for model in self.models)]]
 
     def markdown(self) -> str:
-        """With a mark on what is published and not measured here."""
-        head = ["model", "source", *self.columns]
-        lines = [head, ["---", "---", *["---:"] * len(self.columns)]]
-        lines += [[row.model, row.source, *self._cells(row)] for row in self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        """For a README."""
+        names, sources = self.head()
+        lines = [names, ["---", *["---:"] * len(self.models)], sources, *self.lines()]
+        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return table + "".join(f"\n{note.replace('*', chr(92) + '*')}\n" for note in self.notes)
 
     def csv(self) -> str:
         """For a spreadsheet."""
         sink = io.StringIO()
-        writer = csv.writer(sink, lineterminator="\n")
-        writer.writerow(["model", "source", *self.columns])
-        writer.writerows([row.model, row.source, *self._cells(row)] for row in self.rows)
+        csv.writer(sink, lineterminator="\n").writerows([*self.head(), *self.lines()])
         return sink.getvalue()
 
     def latex(self) -> str:
         """A tabular that needs booktabs."""
-        lines = [rf"\begin{{tabular}}{{ll{'r' * len(self.columns)}}}", r"\toprule"]
-        lines.append(_latex_line(["model", "source", *self.columns]))
-        lines.append(r"\midrule")
-        lines += [_latex_line([row.model, row.source, *self._cells(row)]) for row in self.rows]
-        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
-
-    def _cells(self, row: Row) -> list[str]:
-        return [row.cells.get(column, "") for column in self.columns]
+        head, body = (["".join(_latex_line(line)) for line in part] for part in (self.head(), self.lines()))
+        begin = rf"\begin{{tabular}}{{l{'r' * len(self.models)}}}"
+        lines = [begin, r"\toprule", *head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+        return "\n".join([*lines, *(f"% {note}" for note in self.notes), ""])
 
 
 def compare(folders: Sequence[str], *, published: bool = True) -> Table:
-    """The results in these folders (or results.jsonl files), a row each. Raises StoreError for one without results."""
-    rows = [_measured(folder, read_results(folder)) for folder in folders]
+    """The results in these folders (or results.jsonl files), a column each. Raises StoreError for one without results."""
+    models = [pool(read_results(folder)) for folder in folders]
+    columns = [_measured(folder, pooled) for folder, pooled in zip(folders, models, strict=True)]
     if published:
         text = (resources.files("dimefm.evaluation") / "published.json").read_text(encoding="utf-8")
-        rows += [_published(one) for one in json.loads(text)]
-    found = dict.fromkeys(column for row in rows for column in row.cells)
-    first = [c for c in found if c.split(" ")[0] in ("imagenet1k", "elevater", "robustness")]
-    return Table([*first, *(c for c in found if c not in first)], rows)
+        columns += [_published(one) for one in json.loads(text)]
+    return Table(columns, _notes(models))
 
 
 def write_table(table: Table, path: str) -> None:
@@ -82,25 +85,38 @@ def write_table(table: Table, path: str) -> None:
     storage.write_atomic(storage.absolute(path), kinds[kind]().encode())
 
 
-def _measured(folder: str, results: list[EvaluationResult]) -> Row:
-    cells: dict[str, str] = {}
-    for result in results:
-        mark = "*" if result.partial else ""
-        cells[f"{result.title} {_short(result.protocol)}"] = f"{100 * result.value:.1f}{mark}"
-    for protocol in dict.fromkeys(r.protocol for r in results):
-        for suite in ("elevater", "robustness"):
-            those = [r for r in results if r.suite == suite and r.protocol == protocol]
-            total = sum(d.suite == suite for d in load_definitions().values())
-            if those:
-                mean, (low, high) = metrics.mean_of([r.value for r in those], [r.interval for r in those])
-                share = "" if len(those) == total else f" ({len(those)} of {total})"
-                mark = "*" if any(r.partial for r in those) else ""
-                cells[f"{suite} {_short(protocol)}"] = f"{100 * mean:.1f} ± {50 * (high - low):.1f}{mark}{share}"
+def _measured(folder: str, pooled: list[Pooled]) -> Model:
+    cells = {_column(one): _cell(one) for one in pooled}
+    for suite, protocol, those, total in suites(pooled):
+        mean, (low, high) = metrics.mean_of([r.value for r in those], [r.interval for r in those])
+        share = "" if len(those) == total else f" ({len(those)} of {total})"
+        mark = "*" if any(r.partial for r in those) else ""
+        cells[f"{suite} {_short(protocol)}"] = f"{100 * mean:.1f} ± {50 * (high - low):.1f}{mark}{share}"
     name = Path(folder).parent.name if folder.endswith(".jsonl") else Path(folder).name
-    return Row(name, "measured", cells)
+    return Model(name, "measured", cells)
 
 
-def _published(one: dict[str, object]) -> Row:
+def _cell(one: Pooled) -> str:
+    deviation = "" if one.deviation is None else f" ± {100 * one.deviation:.1f}"
+    return f"{100 * one.value:.1f}{deviation}{'*' if one.partial else ''}"
+
+
+def _column(one: Pooled) -> str:
+    return f"{one.title} {_short(one.protocol)}"
+
+
+def _notes(models: list[list[Pooled]]) -> list[str]:
+    """What a reader must know: what the mark means, and lines whose numbers are not of the same thing."""
+    notes = ["*: not the whole published set, see results.jsonl"] if any(o.partial for m in models for o in m) else []
+    seen: dict[str, dict[str, str]] = {}
+    for one in (one for model in models for one in model):
+        first = seen.setdefault(_column(one), one.digests)
+        if differing := [name for name in first if first[name] != one.digests.get(name)]:
+            notes.append(f"{_column(one)}: the models were not measured on the same {' and '.join(differing)}")
+    return list(dict.fromkeys(notes))
+
+
+def _published(one: dict[str, object]) -> Model:
     values = one["values"]
     assert isinstance(values, dict)
     columns = {
@@ -111,7 +127,7 @@ def _published(one: dict[str, object]) -> Row:
     }
     cells = {columns[name]: f"{100 * value:.1f}" for name, value in values.items() if value is not None}
     corpus = f" ({one['text_corpus']})" if one["text_corpus"] else ""
-    return Row(f"{one['model']}{corpus}", f"{PUBLISHED}: {one['source']}", cells)
+    return Model(f"{one['model']}{corpus}", f"{PUBLISHED}: {one['source']}", cells)
 
 
 def _short(protocol: str) -> str:

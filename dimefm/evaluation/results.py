@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 
 from cache_schemas.evaluation import RESULTS_FILE, EvaluationResult
 from dimefm import storage
@@ -41,6 +44,43 @@ class Results:
                 file.flush()
                 os.fsync(file.fileno())
         self._found[result.key] = result
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """A set under a protocol, its seeds together: the mean `value` in [0, 1], its mean interval, the standard deviation
+    over seeds where there are some; what was `partial`, and the digests of what was measured on."""
+
+    title: str
+    suite: str
+    protocol: str
+    value: float
+    interval: tuple[float, float]
+    deviation: float | None
+    partial: tuple[str, ...]
+    digests: dict[str, str]
+
+
+def pool(results: Sequence[EvaluationResult]) -> list[Pooled]:
+    """Results with the seeds of a few-shot protocol taken together."""
+    groups: dict[tuple[str, str], list[EvaluationResult]] = {}
+    for result in results:
+        groups.setdefault((result.title, result.protocol.partition("/seed-")[0]), []).append(result)
+    return [_pooled(protocol, group) for (_, protocol), group in groups.items()]
+
+
+def _pooled(protocol: str, group: list[EvaluationResult]) -> Pooled:
+    values = [result.value for result in group]
+    return Pooled(
+        title=group[0].title,
+        suite=group[0].suite,
+        protocol=protocol,
+        value=fmean(values),
+        interval=(fmean(r.interval[0] for r in group), fmean(r.interval[1] for r in group)),
+        deviation=stdev(values) if len(values) > 1 else None,
+        partial=group[0].partial,
+        digests=group[0].digests,
+    )
 
 
 def read_results(folder: str) -> list[EvaluationResult]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 
 from cache_schemas.evaluation import EvaluationResult, SetDefinition
 from dimefm.evaluation import metrics
 from dimefm.evaluation.definitions import load_definitions
+from dimefm.evaluation.results import Pooled, pool
 from dimefm.evaluation.suite import Evaluation
 
 _OTHERS = {"top1": "top-1", "top5": "top-5", "mean_per_class": "per class", "roc_auc": "ROC AUC"}
@@ -46,17 +47,22 @@ def show(done: Evaluation) -> str:
 def means(results: Sequence[EvaluationResult]) -> list[tuple[str, str]]:
     """Name and text of each suite's mean, by protocol, and effective robustness."""
     found = []
-    for suite in ("elevater", "robustness"):
-        total = sum(d.suite == suite for d in load_definitions().values())
-        for protocol in dict.fromkeys(r.protocol for r in results):
-            those = [r for r in results if r.suite == suite and r.protocol == protocol]
-            if those:
-                mean, (low, high) = metrics.mean_of([r.value for r in those], [r.interval for r in those])
-                partial = sum(bool(r.partial) for r in those)
-                text = f"{mean:6.1%} [{low:.1%}, {high:.1%}]  mean of {len(those)} of {total} sets"
-                found.append((f"{suite} {protocol}", text + (f", {partial} of them partial" if partial else "")))
+    for suite, protocol, those, total in suites(pool(results)):
+        mean, (low, high) = metrics.mean_of([r.value for r in those], [r.interval for r in those])
+        partial = sum(bool(r.partial) for r in those)
+        text = f"{mean:6.1%} [{low:.1%}, {high:.1%}]  mean of {len(those)} of {total} sets"
+        found.append((f"{suite} {protocol}", text + (f", {partial} of them partial" if partial else "")))
     found += [(f"effective robustness, {n}", f"{100 * v:+5.1f} points") for n, v in robustness(results).items()]
     return found
+
+
+def suites(pooled: Sequence[Pooled]) -> Iterator[tuple[str, str, list[Pooled], int]]:
+    """Of each suite that has a mean and each protocol: its sets that were measured, and how many it has."""
+    for suite in ("elevater", "robustness"):
+        total = sum(d.suite == suite for d in load_definitions().values())
+        for protocol in dict.fromkeys(one.protocol for one in pooled):
+            if those := [one for one in pooled if (one.suite, one.protocol) == (suite, protocol)]:
+                yield suite, protocol, those, total
 
 
 def robustness(results: Sequence[EvaluationResult]) -> dict[str, float]:
