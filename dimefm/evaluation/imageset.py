@@ -125,13 +125,14 @@ def one_label(data: bytes, where: str) -> int:
         raise SourceError(f"{where} holds {data[:20]!r}", remedy="write one integer, the label") from None
 
 
-def array_of(labels: list[int] | list[list[int]], classes: int, multilabel: bool, where: str) -> np.ndarray[Any, Any]:
+def array_of(records: Records, classes: int, multilabel: bool) -> np.ndarray[Any, Any]:
     """Labels as int64 (N,), or bool (N, classes). Raises SourceError for one without a class."""
-    flat = [c for row in labels for c in (row if isinstance(row, list) else [row])]
-    wrong = next((c for c in flat if not 0 <= c < classes), None)
-    if wrong is not None:
-        what = f"{where}: label {wrong}, but there are {classes} classes"
-        raise SourceError(what, remedy="labels count from 0 in the order of the class names")
+    labels: list[Any] = records.labels or []
+    for sample, row in zip(records.samples, labels, strict=True):
+        for label in row if isinstance(row, list) else (row,):
+            if not 0 <= label < classes:
+                what = f"{sample.file}: {sample.key} has label {label}, but there are {classes} classes"
+                raise SourceError(what, remedy="labels count from 0 in the order of the class names")
     if not multilabel:
         return np.array(labels, np.int64)
     found_NC = np.zeros((len(labels), classes), bool)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from dimefm.evaluation.imageset import Records, one_label
 from dimefm.sources.base import ImageSample, SourceFile
 from dimefm.sources.files import children, in_order
 from dimefm.sources.images import IMAGE_EXTENSIONS, ImageFolder, split_key
-from dimefm.sources.parquet import DamagedParquetError, open_parquet
+from dimefm.sources.parquet import DamagedParquetError, blocks, open_parquet
 from dimefm.sources.parquet_images import ParquetImages, image_column
 from dimefm.sources.tar import TarMember, tar_members
 from dimefm.sources.texts import CLASSNAMES, TEMPLATES, read_classnames, read_templates
@@ -87,21 +88,18 @@ def read_parquet(folder: str, split: str, definition: SetDefinition | None) -> R
     if not files:
         return None
     files.sort(key=lambda file: natural(file.path))
+    with _damage_named(files[0].path):
+        column, names = _said_column(files[0].path, definition)
+    said = [value for file in files for value in _values(file.path, column)]
     problems: list[str] = []
-    try:
-        columns, names = _said_columns(files[0].path, definition)
-        tables = [open_parquet(file.path).read([columns], use_threads=False) for file in files]
-    except (DamagedParquetError, pa.ArrowException) as error:
-        raise SourceError(f"{folder}: a Parquet file is damaged: {error}", remedy="fetch it again") from error
     samples = list(ParquetImages(files).samples(problems.append))
     if problems:
         raise SourceError(problems[0], remedy="fetch the file again")
-    said = [value for table in tables for value in table.column(columns).to_pylist()]
     records = Records(where=folder, layout="parquet", samples=samples, files=files, names=names)
-    if columns in _CAPTIONS:
+    if column in _CAPTIONS:
         records.captions = [[] if one is None else [one] if isinstance(one, str) else list(one) for one in said]
     else:
-        _with_labels(records, said, columns)
+        _with_labels(records, said, column)
     return _with_texts(records, folder)
 
 
@@ -116,12 +114,13 @@ def read_folders(folder: str, split: str, definition: SetDefinition | None) -> R
         return None
     base = base or folder
     found = sorted(p.name for p in Path(base).iterdir() if p.is_dir() and not p.name.startswith("."))
-    places, classes = _places(folder, definition)
-    if found and all(name.isdigit() for name in found) and not any(plain(name) in places for name in found):
+    place_of, classes = _places(folder, definition)
+    places = {name: place for name in found if (place := place_of(name)) is not None}
+    if not places and all(name.isdigit() for name in found):
         places = {name: int(name) for name in found}
-    if not found or (definition is not None and not any(plain(name) in places for name in found)):
+    if not found or (definition is not None and not places):
         return None
-    strange = [name for name in found if plain(name) not in places]
+    strange = [name for name in found if name not in places]
     notes: tuple[str, ...] = ()
     if strange and definition is not None and len(found) - len(strange) == classes:
         notes = (f"{len(strange)} folders that are no class of the set are left out, such as {strange[0]}",)
@@ -136,7 +135,7 @@ def read_folders(folder: str, split: str, definition: SetDefinition | None) -> R
             files = ImageFolder(storage.join(base, name)).files()
             records.files += files
             records.samples += [ImageSample(_key(file.path, base), file.path, 0, file.size) for file in files]
-            labels += [places[plain(name)]] * len(files)
+            labels += [places[name]] * len(files)
     records.labels = labels
     if definition is not None:
         records.names = class_names(definition)
@@ -145,7 +144,22 @@ def read_folders(folder: str, split: str, definition: SetDefinition | None) -> R
 
 def plain(name: str) -> str:
     """A name by its letters and digits alone: ``F/A-18`` and ``fa_18`` are the same."""
-    return re.sub(r"[^a-z0-9]", "", name.lower()) or name
+    return "".join(c for c in name.casefold() if c.isalnum()) or name
+
+
+def places_of(spelled: Iterable[tuple[int, str]]) -> Callable[[str], int | None]:
+    """What gives the place of a name, by its very spelling or else as `plain`; None where it has none, or several."""
+    exact: dict[str, set[int]] = {}
+    loose: dict[str, set[int]] = {}
+    for place, name in spelled:
+        exact.setdefault(name, set()).add(place)
+        loose.setdefault(plain(name), set()).add(place)
+
+    def place_of(name: str) -> int | None:
+        found = exact.get(name) or loose.get(plain(name)) or set()
+        return next(iter(found)) if len(found) == 1 else None
+
+    return place_of
 
 
 def natural(path: str) -> list[tuple[int, str]]:
@@ -206,7 +220,25 @@ def _read_said(wanted: tuple[str, str, str, TarMember]) -> int | list[int] | tup
         raise SourceError(f"{tar}: {key}.npy cannot be read: {error}", remedy="write 0 or 1 for each class") from None
 
 
-def _said_columns(path: str, definition: SetDefinition | None) -> tuple[str, list[str] | None]:
+@contextmanager
+def _damage_named(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (DamagedParquetError, pa.ArrowException) as error:
+        raise SourceError(f"{path} is damaged: {error}", remedy="fetch it again") from error
+
+
+def _values(path: str, column: str) -> list[Any]:
+    with _damage_named(path):
+        file = open_parquet(path)
+        if column not in file.schema_arrow.names:
+            what = f"{path} has no column {column!r}, only {', '.join(file.schema_arrow.names)}"
+            raise SourceError(what, remedy="keep files of one kind in a folder")
+        groups = range(file.num_row_groups)
+        return [value for group in groups for block in blocks(file, [column], group) for value in block[0].to_pylist()]
+
+
+def _said_column(path: str, definition: SetDefinition | None) -> tuple[str, list[str] | None]:
     """The column of labels or captions, and the class names that Hugging Face's metadata gives for it."""
     file = open_parquet(path)
     schema = file.schema_arrow
@@ -249,10 +281,10 @@ def _with_texts(records: Records, folder: str) -> Records:
     return records
 
 
-def _places(folder: str, definition: SetDefinition | None) -> tuple[dict[str, int], int]:
-    """The label of every name that a class folder may have, and the number of classes."""
+def _places(folder: str, definition: SetDefinition | None) -> tuple[Callable[[str], int | None], int]:
+    """What gives the label of a class folder, and the number of classes."""
     if definition is None:
         names = read_classnames(folder)
-        return {plain(name): place for place, name in enumerate(names)}, len(names)
+        return places_of(enumerate(names)), len(names)
     spelled = [*enumerate(class_names(definition)), *enumerate(class_folders(definition))]
-    return {plain(name): place for place, name in spelled}, definition.class_count
+    return places_of(spelled), definition.class_count

@@ -7,7 +7,7 @@ from pathlib import Path
 from dimefm import storage
 from dimefm.errors import SourceError
 from dimefm.evaluation.imageset import ImageSet, Records, array_of
-from dimefm.evaluation.layouts import Reader, plain, read_folders, read_parquet, read_webdataset
+from dimefm.evaluation.layouts import Reader, places_of, read_folders, read_parquet, read_webdataset
 from dimefm.sources.texts import CLASSNAMES, TEMPLATES
 
 COMMON: tuple[tuple[str, Reader], ...] = (("webdataset", read_webdataset), ("parquet", read_parquet))
@@ -23,8 +23,10 @@ def open_folder(path: str, split: str = "test") -> ImageSet:
         raise SourceError(f"{path} is no folder", remedy="name a folder with classnames.txt and templates.txt")
     found = (reader(folder, split, None) for _, reader in COMMON)
     records = next((one for one in found if one is not None), None)
-    if records is None and not storage.is_url(folder):
-        records = read_folders(folder, split, None)
+    if records is None and storage.is_url(folder):
+        what = f"{folder} holds no .tar and no .parquet of the {split} split"
+        raise SourceError(what, remedy="class folders must be local; pack them into tars")
+    records = records or read_folders(folder, split, None)
     if records is None:
         records = Records(where=folder, layout="none", samples=[], files=[])
     records.require()
@@ -36,7 +38,7 @@ def open_folder(path: str, split: str = "test") -> ImageSet:
             raise SourceError(f"{storage.join(folder, file)} does not exist", remedy=remedy)
     names = records.classnames or []
     if records.names is not None:
-        map_labels(records, names, names)
+        map_labels(records, records.names, names)
     multilabel = any(isinstance(one, list) for one in records.labels or [])
     return with_classes(records, name, split, names, records.templates or [], multilabel, ())
 
@@ -54,8 +56,7 @@ def open_folders(paths: tuple[str, ...]) -> list[ImageSet]:
 def map_labels(records: Records, given: list[str], names: list[str], also: list[str] | None = None) -> bool:
     """Make labels that count `given` count `names`, whichever way those are spelled. False where one is not among
     them, or two are the same: then nothing is changed. Raises SourceError for that where there is no other way."""
-    places = {plain(name): place for place, name in [*enumerate(names), *enumerate(also or [])]}
-    mapped = [places.get(plain(name)) for name in given]
+    mapped = list(map(places_of([*enumerate(names), *enumerate(also or [])]), given))
     if None in mapped or len(set(mapped)) != len(mapped):
         if also is None:
             name = next((n for n, place in zip(given, mapped, strict=True) if place is None), given[0])
@@ -63,7 +64,7 @@ def map_labels(records: Records, given: list[str], names: list[str], also: list[
             raise SourceError(what, remedy=f"name every class in {CLASSNAMES} as the labels do")
         return False
     labels = records.labels or []
-    array_of(labels, len(given), not _single(records), records.where)  # each has a name
+    array_of(records, len(given), not _single(records))  # each has a name
     table = [place for place in mapped if place is not None]
     records.labels = [[table[c] for c in row] if isinstance(row, list) else table[row] for row in labels]  # type: ignore[assignment]
     return True
@@ -86,7 +87,6 @@ def with_classes(
     if len(names) < 2:
         what = f"{records.where} has one class, {names[0]!r}: whatever the model says is right"
         raise SourceError(what, remedy="name all classes that an image could be of")
-    labels = records.labels or []
     if multilabel and _single(records):
         what = f"{records.where} has one label an image, where {name} has several"
         raise SourceError(what, remedy="write 0 or 1 for every class into KEY.npy")
@@ -101,7 +101,7 @@ def with_classes(
         files=records.files,
         classnames=tuple(names),
         templates=tuple(prompts),
-        labels=array_of(labels, len(names), multilabel, records.where),
+        labels=array_of(records, len(names), multilabel),
         partial=partial,
         notes=records.notes,
     )

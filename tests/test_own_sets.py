@@ -1,0 +1,388 @@
+"""A user's own sets: tars, Parquet, class folders and captions, and what is wrong with them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from cache_schemas import Status
+from dimefm.decode import DecodeError
+from dimefm.errors import SourceError
+from dimefm.evaluation.imageset import ImageSet
+from dimefm.evaluation.own_sets import open_folder, open_folders
+from dimefm.sources.reading import read_encoded
+from tests.making import make_jpeg, upload, write_parquet, write_tar
+
+CLASSES = ["cat", "red bus", "собака"]
+LABELS = [2, 0, 1, 1, 0, 2, 2]
+IMAGES = [make_jpeg(seed=i) for i in range(len(LABELS))]
+
+
+def with_texts(folder: Path, classes: list[str] = CLASSES) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    (folder / "templates.txt").write_text("a {c}.\nthe {}\n")
+    return folder
+
+
+def in_tars(folder: Path) -> Path:
+    """The set as two tars; in the second the labels come before the images."""
+    members = [{f"{i:02d}.jpg": IMAGES[i], f"{i:02d}.cls": f"{label}\n".encode()} for i, label in enumerate(LABELS)]
+    with_texts(folder)
+    write_tar(folder / "a.tar", {name: data for sample in members[:4] for name, data in sample.items()})
+    write_tar(folder / "b.tar", {name: data for sample in members[4:] for name, data in reversed(sample.items())})
+    return folder
+
+
+def in_folders(folder: Path) -> Path:
+    """The same set as a folder for each class."""
+    with_texts(folder)
+    for i, label in enumerate(LABELS):
+        (folder / CLASSES[label]).mkdir(exist_ok=True)
+        (folder / CLASSES[label] / f"{i:02d}.jpg").write_bytes(IMAGES[i])
+    return folder
+
+
+def in_parquet(folder: Path) -> Path:
+    """The same set as two Parquet files."""
+    rows = [{"image": data, "label": label} for data, label in zip(IMAGES, LABELS, strict=True)]
+    with_texts(folder)
+    write_parquet(folder / "test-00000-of-00002.parquet", rows[:3])
+    write_parquet(folder / "test-00001-of-00002.parquet", rows[3:])
+    return folder
+
+
+def contents(images: ImageSet) -> list[tuple[bytes, int]]:
+    data = [read_encoded(s.file, s.offset, s.size) for s in images.samples]
+    return list(zip(data, images.classes.tolist(), strict=True))
+
+
+def refused(folder: Path | str, split: str = "test") -> str:
+    with pytest.raises(SourceError) as caught:
+        open_folder(str(folder), split)
+    assert caught.value.remedy
+    return str(caught.value)
+
+
+# -- labels -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("made", [in_tars, in_parquet])
+def test_a_set_in_files_keeps_its_order_and_labels(made: Callable[[Path], Path], tmp_path: Path) -> None:
+    images = open_folder(str(made(tmp_path / "pets")))
+    assert contents(images) == list(zip(IMAGES, LABELS, strict=True))
+    assert (images.name, images.split, images.partial, images.notes) == ("pets", "test", (), ())
+    assert images.classnames == tuple(CLASSES)
+    assert images.templates == ("a {c}.", "the {}")
+    assert images.captions is None
+
+
+def test_every_layout_holds_the_same_images(tmp_path: Path) -> None:
+    made = {"webdataset": in_tars, "folders": in_folders, "parquet": in_parquet}
+    sets = {layout: open_folder(str(make(tmp_path / layout))) for layout, make in made.items()}
+    assert all(images.layout == layout for layout, images in sets.items())
+    assert [sorted(contents(images)) for images in sets.values()] == 3 * [sorted(zip(IMAGES, LABELS, strict=True))]
+
+
+def test_labels_of_folders_follow_classnames_and_not_the_alphabet(tmp_path: Path) -> None:
+    images = open_folder(str(with_texts(in_folders(tmp_path), CLASSES[::-1])))
+    labels = {
+        Path(sample.file).parent.name: label for sample, label in zip(images.samples, images.classes, strict=True)
+    }
+    assert labels == {"cat": 2, "red bus": 1, "собака": 0}
+
+
+def test_prompts_are_every_template_by_class(tmp_path: Path) -> None:
+    assert open_folder(str(in_tars(tmp_path))).prompts()[1:] == [
+        ["a red bus.", "the red bus"],
+        ["a собака.", "the собака"],
+    ]
+
+
+def test_the_sets_of_the_sample_can_be_read(sample: Path) -> None:
+    for name, classes in (("cifar10", 10), ("caltech101", None)):
+        images = open_folder(str(sample / "eval" / name))
+        assert classes in (None, len(images.classnames))
+        assert set(images.classes.tolist()) == set(range(len(images.classnames)))
+
+
+def test_a_set_at_a_url_is_the_same(tmp_path: Path) -> None:
+    url = upload(in_tars(tmp_path / "pets"), "memory://own-sets/pets")
+    images = open_folder(url)
+    assert images.name == "pets"
+    assert contents(images) == list(zip(IMAGES, LABELS, strict=True))
+    assert images.digest() == open_folder(str(tmp_path / "pets")).digest()
+
+
+def test_class_folders_at_a_url_are_refused_as_they_would_be_read_one_by_one(tmp_path: Path) -> None:
+    message = refused(upload(in_folders(tmp_path / "pets"), "memory://own-sets/folders"))
+    assert "memory://own-sets/folders holds no .tar" in message
+    assert "class folders must be local; pack them into tars" in message
+
+
+def test_an_image_without_a_label_is_named(tmp_path: Path) -> None:
+    write_tar(with_texts(tmp_path) / "a.tar", {"0.jpg": make_jpeg(), "0.cls": b"0", "1.jpg": make_jpeg()})
+    assert "a.tar: 1 has no .cls" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("label", [b"", b"cat", b"1.5", b"\xff"])
+def test_a_label_that_is_no_integer_is_named(tmp_path: Path, label: bytes) -> None:
+    write_tar(with_texts(tmp_path) / "a.tar", {"0.jpg": make_jpeg(), "0.cls": label})
+    assert "0.cls holds" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_without_a_class_is_named(tmp_path: Path, label: int) -> None:
+    labelled = {"0.jpg": make_jpeg(), "0.cls": b"0", "1.jpg": make_jpeg(), "1.cls": str(label).encode()}
+    write_tar(with_texts(tmp_path) / "a.tar", labelled)
+    assert f"a.tar: 1 has label {label}, but there are 3 classes" in refused(tmp_path)
+
+
+def test_a_row_without_a_label_is_named(tmp_path: Path) -> None:
+    rows = [{"image": make_jpeg(), "label": label} for label in (0, None)]
+    write_parquet(with_texts(tmp_path) / "a.parquet", rows)
+    assert "a.parquet:1 has no label" in refused(tmp_path)
+
+
+def test_a_table_without_labels_says_which_columns_it_has(tmp_path: Path) -> None:
+    write_parquet(with_texts(tmp_path) / "a.parquet", [{"image": make_jpeg(), "size": 3}])
+    message = refused(tmp_path)
+    assert "a.parquet has no column of labels or captions, only image, size" in message
+
+
+def test_a_folder_that_is_no_class_is_named(tmp_path: Path) -> None:
+    (in_folders(tmp_path) / "horse").mkdir()
+    assert "horse is not a class of classnames.txt" in refused(tmp_path)
+
+
+def test_a_set_without_images_is_refused(tmp_path: Path) -> None:
+    assert "holds no labelled image" in refused(with_texts(tmp_path))
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    assert f"{tmp_path}/nowhere is no folder" in refused(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["classnames.txt", "templates.txt"])
+@pytest.mark.parametrize("made", [in_tars, in_parquet, in_folders])
+def test_a_set_without_class_names_or_templates_is_refused(
+    made: Callable[[Path], Path], name: str, tmp_path: Path
+) -> None:
+    (made(tmp_path) / name).unlink()
+    assert f"{tmp_path}/{name} does not exist" in refused(tmp_path)
+
+
+def test_a_single_class_is_refused_since_any_model_would_be_right(tmp_path: Path) -> None:
+    write_tar(with_texts(tmp_path, ["cat"]) / "a.tar", {"0.jpg": make_jpeg(), "0.cls": b"0"})
+    assert "has one class, 'cat'" in refused(tmp_path)
+
+
+def test_a_truncated_tar_is_refused_since_its_accuracy_would_mislead(tmp_path: Path) -> None:
+    tar = in_tars(tmp_path) / "a.tar"
+    tar.write_bytes(tar.read_bytes()[:3000])
+    assert "a.tar: broken after" in refused(tmp_path)
+
+
+def test_a_truncated_table_is_refused_too(tmp_path: Path) -> None:
+    table = in_parquet(tmp_path) / "test-00001-of-00002.parquet"
+    table.write_bytes(table.read_bytes()[:3000])
+    assert "test-00001-of-00002.parquet is damaged" in refused(tmp_path)
+
+
+def test_a_table_whose_labels_are_overwritten_is_refused(tmp_path: Path) -> None:
+    table = in_parquet(tmp_path) / "test-00001-of-00002.parquet"
+    place = pq.ParquetFile(table).metadata.row_group(0).column(1).data_page_offset
+    data = table.read_bytes()
+    table.write_bytes(data[:place] + 8 * b"\xff" + data[place + 8 :])
+    assert "test-00001-of-00002.parquet is damaged" in refused(tmp_path)
+
+
+def test_a_table_of_other_columns_than_the_first_is_named(tmp_path: Path) -> None:
+    write_parquet(in_parquet(tmp_path) / "test-00002.parquet", [{"image": make_jpeg(), "class": 1}])
+    assert "test-00002.parquet has no column 'label', only image, class" in refused(tmp_path)
+
+
+def test_two_sets_of_one_name_are_refused_since_results_go_by_name(tmp_path: Path) -> None:
+    paths = [str(in_tars(tmp_path / place / "pets")) for place in ("here", "there")]
+    with pytest.raises(SourceError, match="two sets are called 'pets'"):
+        open_folders(tuple(paths))
+    paths[1] = str(in_tars(tmp_path / "zoo"))
+    assert [images.name for images in open_folders(tuple(paths))] == ["pets", "zoo"]
+
+
+# -- labels by name, and several of them ------------------------------------------------------------------------------
+
+
+def test_labels_by_name_are_found_however_they_are_spelled(tmp_path: Path) -> None:
+    spelled = ["Собака", "cat", "Red_Bus"]
+    write_parquet(
+        with_texts(tmp_path) / "a.parquet", [{"image": make_jpeg(), "label": spelled[i]} for i in (1, 2, 0, 1)]
+    )
+    assert open_folder(str(tmp_path)).classes.tolist() == [0, 1, 2, 0]
+
+
+def test_labels_that_count_other_names_are_turned_into_places_in_classnames(tmp_path: Path) -> None:
+    """As Hugging Face writes them: numbers, with their names in the file's metadata."""
+    said = {"info": {"features": {"label": {"names": ["red bus", "собака", "cat"], "_type": "ClassLabel"}}}}
+    table = pa.table({"image": 3 * [make_jpeg()], "label": [0, 1, 2]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(said)}), with_texts(tmp_path) / "a.parquet")
+    assert open_folder(str(tmp_path)).classes.tolist() == [1, 2, 0]
+
+
+def test_a_label_by_a_name_that_there_is_not_is_named(tmp_path: Path) -> None:
+    rows = [{"image": make_jpeg(), "label": name} for name in ("cat", "horse")]
+    write_parquet(with_texts(tmp_path) / "a.parquet", rows)
+    assert "'horse' is not in classnames.txt" in refused(tmp_path)
+
+
+def test_class_folders_may_be_spelled_otherwise_or_numbered(tmp_path: Path) -> None:
+    for names in (["Cat", "red_bus", "Собака"], ["0", "1", "2"]):
+        folder = with_texts(tmp_path / names[0])
+        for name in names:
+            (folder / name).mkdir()
+            (folder / name / "0.jpg").write_bytes(make_jpeg())
+        labels = [int(label) for label in open_folder(str(folder)).classes]
+        assert sorted(labels) == [0, 1, 2]
+
+
+def test_classes_that_differ_in_marks_or_alphabet_alone_are_not_mistaken_for_each_other(tmp_path: Path) -> None:
+    classes = ["c", "c++", "c#", "кот 1", "пёс 1"]
+    for name in with_texts(tmp_path, classes) and classes:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jpg").write_bytes(make_jpeg())
+    images = open_folder(str(tmp_path))
+    for sample, label in zip(images.samples, images.classes, strict=True):
+        assert Path(sample.file).parent.name == classes[label]
+    (tmp_path / "c++").rename(tmp_path / "C-")
+    assert "C- is not a class of classnames.txt" in refused(tmp_path)
+
+
+def test_an_image_of_several_classes_has_a_row_of_marks(tmp_path: Path) -> None:
+    marks = {"0": [1, 0, 1], "1": [0, 0, 0], "2": [0, 1, 0]}
+    members = {}
+    for key, row in marks.items():
+        np.save(sink := io.BytesIO(), np.array(row))
+        members |= {f"{key}.jpg": make_jpeg(), f"{key}.npy": sink.getvalue()}
+    write_tar(with_texts(tmp_path) / "a.tar", members)
+    labels = open_folder(str(tmp_path)).classes
+    assert labels.dtype == bool
+    assert labels.astype(int).tolist() == list(marks.values())
+
+
+# -- captions ---------------------------------------------------------------------------------------------------------
+
+CAPTIONS = [["a cat", "a cat on a mat"], ["a bus"], ["a dog.", "собака", "the dog"]]
+
+
+def test_images_with_captions_need_no_class_names(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for i, texts in enumerate(CAPTIONS):
+        members |= {f"{i}.jpg": IMAGES[i], f"{i}.txt": "\n".join([*texts, " ", ""]).encode()}
+    write_tar(tmp_path / "coco" / "a.tar", members)
+    images = open_folder(str(tmp_path / "coco"))
+    assert images.captions == tuple(map(tuple, CAPTIONS))
+    assert (images.labels, images.classnames, images.templates) == (None, (), ())
+    assert [read_encoded(s.file, s.offset, s.size) for s in images.samples] == IMAGES[:3]
+
+
+def test_captions_may_be_a_column(tmp_path: Path) -> None:
+    rows = [{"image": make_jpeg(seed=i), "caption": texts} for i, texts in enumerate(CAPTIONS)]
+    write_parquet(tmp_path / "a.parquet", rows)
+    assert open_folder(str(tmp_path)).captions == tuple(map(tuple, CAPTIONS))
+
+
+def test_an_image_without_a_caption_is_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"0.jpg": make_jpeg(), "0.txt": b"a cat", "1.jpg": make_jpeg(), "1.txt": b"\n \n"})
+    assert "1 images have no caption, such as 1" in refused(tmp_path)
+
+
+def test_labels_for_some_and_captions_for_others_are_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"0.jpg": make_jpeg(), "0.txt": b"a cat", "1.jpg": make_jpeg(), "1.cls": b"0"})
+    assert "has labels for some images and captions for others" in refused(tmp_path)
+
+
+def test_the_caption_beside_a_label_is_not_what_is_measured(tmp_path: Path) -> None:
+    members = {"0.jpg": make_jpeg(), "0.txt": b"a cat", "0.cls": b"1", "1.jpg": make_jpeg(), "1.cls": b"0"}
+    write_tar(with_texts(tmp_path) / "a.tar", members | {"1.txt": b"a dog"})
+    assert open_folder(str(tmp_path)).classes.tolist() == [1, 0]
+
+
+# -- splits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("made", [in_tars, in_parquet, in_folders])
+def test_training_images_lie_beside_the_test_images(made: Callable[[Path], Path], tmp_path: Path) -> None:
+    made(with_texts(tmp_path) / "test")
+    made(tmp_path / "train")
+    for path in (*tmp_path.glob("train/*.tar"), *tmp_path.glob("train/*.parquet")):
+        path.rename(path.with_name(path.name.replace("test-", "")))
+    for split in ("test", "train"):
+        for name in ("classnames.txt", "templates.txt"):
+            (tmp_path / split / name).unlink()
+    (next(p for p in sorted((tmp_path / "train").rglob("*")) if p.is_file())).unlink()
+    test, train = open_folder(str(tmp_path)), open_folder(str(tmp_path), "train")
+    assert sorted(contents(test)) == sorted(zip(IMAGES, LABELS, strict=True))
+    assert 0 < len(train.samples) < len(test.samples)
+    assert all("/train/" in sample.file for sample in train.samples)
+    assert (train.classnames, train.split) == (test.classnames, "train")
+
+
+def test_tars_may_be_called_by_their_split(tmp_path: Path) -> None:
+    with_texts(tmp_path)
+    for name, label in (("train-0", 0), ("train-1", 1), ("test-0", 2)):
+        write_tar(tmp_path / f"{name}.tar", {"0.jpg": make_jpeg(), "0.cls": str(label).encode()})
+    assert open_folder(str(tmp_path)).classes.tolist() == [2]
+    assert open_folder(str(tmp_path), "train").classes.tolist() == [0, 1]
+    (tmp_path / "test-0.tar").rename(tmp_path / "0.tar")
+    assert open_folder(str(tmp_path)).classes.tolist() == [2], "what is called otherwise is the test split"
+
+
+@pytest.mark.parametrize("made", [in_tars, in_parquet, in_folders])
+def test_a_folder_without_splits_is_the_test_split(made: Callable[[Path], Path], tmp_path: Path) -> None:
+    assert "holds no labelled image" in refused(made(tmp_path), "train")
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_batches_hold_every_readable_image_once_under_its_place(tmp_path: Path, batch_size: int) -> None:
+    images = open_folder(str(in_tars(tmp_path)))
+    sizes = {sample.size: place for place, sample in enumerate(images.samples)}
+    assert len(sizes) == len(LABELS)
+    broken = 4
+
+    def preprocess(data: bytes) -> torch.Tensor:
+        if sizes[len(data)] == broken:
+            raise DecodeError(Status.UNDECODABLE, "broken")
+        return torch.full((3, 2, 2), sizes[len(data)], dtype=torch.uint8)
+
+    batches = list(images.batches(preprocess, batch_size))
+    assert all(len(pixels) == len(places) <= batch_size for pixels, places in batches)
+    places = torch.cat([places for _, places in batches])
+    assert places.tolist() == [place for place in range(len(LABELS)) if place != broken]
+    assert torch.equal(torch.cat([pixels for pixels, _ in batches])[:, 0, 0, 0].long(), places)
+
+
+def test_an_image_that_is_gone_is_left_out(tmp_path: Path) -> None:
+    images = open_folder(str(in_folders(tmp_path)))
+    Path(images.samples[2].file).unlink()
+    batches = images.batches(lambda data: torch.zeros(3, 2, 2), 4)
+    assert torch.cat([places for _, places in batches]).tolist() == [0, 1, 3, 4, 5, 6]
+
+
+def test_the_digest_is_of_keys_sizes_and_labels_and_not_of_places(tmp_path: Path) -> None:
+    here, there = (open_folder(str(in_tars(tmp_path / name))) for name in ("here", "there"))
+    assert here.digest() == there.digest()
+    (tmp_path / "other").mkdir()
+    other = {f"{i:02d}.{kind}": data for i in range(4) for kind, data in (("jpg", IMAGES[i]), ("cls", b"0"))}
+    write_tar(in_tars(tmp_path / "other") / "a.tar", other)
+    assert open_folder(str(tmp_path / "other")).digest() != here.digest()
