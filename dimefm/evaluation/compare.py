@@ -68,7 +68,7 @@ class Table:
 
 
 def compare(folders: Sequence[str], *, published: bool = True) -> Table:
-    """The results in these folders (or results.jsonl files), a column each. Raises StoreError for one without results."""
+    """The results in these folders (or results.jsonl files), a column each. Raises StoreError."""
     models = [pool(read_results(folder)) for folder in folders]
     columns = [_measured(folder, pooled) for folder, pooled in zip(folders, models, strict=True)]
     if published:
@@ -107,7 +107,8 @@ def _column(one: Pooled) -> str:
 
 def _notes(models: list[list[Pooled]]) -> list[str]:
     """What a reader must know: what the mark means, and lines whose numbers are not of the same thing."""
-    notes = ["*: not the whole published set, see results.jsonl"] if any(o.partial for m in models for o in m) else []
+    notes = ["±: half of the 95% interval of a mean; of few-shot, the standard deviation over seeds"]
+    notes += ["*: not the whole published set, see results.jsonl"] if any(o.partial for m in models for o in m) else []
     seen: dict[str, dict[str, str]] = {}
     for one in (one for model in models for one in model):
         first = seen.setdefault(_column(one), one.digests)

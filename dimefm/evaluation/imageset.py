@@ -5,9 +5,12 @@ Shapes: N images, C classes, B images of a batch, H height, W width.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_schemas import digest_of
 from dimefm.decode import DecodeError
 from dimefm.errors import SourceError
 from dimefm.sources.base import ImageSample, SourceFile
@@ -57,8 +59,18 @@ class ImageSet:
 
     def digest(self) -> str:
         """sha256 over keys, sizes and labels or captions: where the files are does not matter."""
-        said = self.captions if self.captions is not None else self.classes.tolist()
-        return digest_of([[(s.key, s.size) for s in self.samples], said])
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(f"{sample.key}\0{sample.size}\0".encode())
+        if self.captions is None:
+            digest.update(np.ascontiguousarray(self.classes).data)
+        else:
+            digest.update(json.dumps(self.captions).encode())
+        return digest.hexdigest()
 
     def batches(
         self, preprocess: Callable[[bytes], torch.Tensor], batch_size: int, threads: int = 2
