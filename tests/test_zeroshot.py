@@ -1,22 +1,33 @@
-"""Zero-shot accuracy against another implementation, in numpy and float64."""
+"""Zero-shot: validation's top-1 against numpy, and evaluation against open_clip's own preprocessing and towers."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from click.testing import CliRunner
+from PIL import Image
 
-from dimefm.clip import Clip
+from cache_schemas.evaluation import EvaluationResult
+from dimefm.cli import cli
 from dimefm.decode import decode_rgb
-from dimefm.evaluate import evaluate
-from dimefm.labelled import LabelledSet
-from dimefm.preprocess import Preprocess, resize
-from dimefm.zeroshot import class_embeddings, zero_shot
+from dimefm.evaluation.features import Decoder
+from dimefm.evaluation.imageset import ImageSet
+from dimefm.evaluation.own_sets import open_folder
+from dimefm.evaluation.predictions import read_predictions
+from dimefm.evaluation.results import read_results
+from dimefm.evaluation.scoring import measure
+from dimefm.evaluation.suite import EvaluationConfig, evaluate
+from dimefm.preprocess import resize
+from dimefm.validate import class_embeddings, top1
 from tests.making import make_jpeg, read_tar, write_tar
 
 CLASSES, IMAGES, WIDTH = 9, 40, 12
+BROKEN = (7, 8, 39)
 
 
 def unit(values: np.ndarray) -> np.ndarray:
@@ -29,16 +40,23 @@ def labels() -> np.ndarray:
 
 
 @pytest.fixture
-def labelled(tmp_path: Path, labels: np.ndarray) -> LabelledSet:
-    """40 images in 9 classes, of which 7, 8 and 39 are broken."""
+def images(tmp_path: Path, labels: np.ndarray) -> ImageSet:
+    """40 images in 9 classes, three of them broken."""
     (tmp_path / "classnames.txt").write_text("".join(f"class {c}\n" for c in range(CLASSES)))
     (tmp_path / "templates.txt").write_text("a {c}\n")
     members: dict[str, bytes] = {}
     for i, label in enumerate(labels):
-        broken = i in (7, 8, 39)
-        members |= {f"{i}.jpg": b"broken" if broken else make_jpeg(seed=i), f"{i}.cls": str(label).encode()}
+        data = b"broken" if i in BROKEN else make_jpeg(seed=i)
+        members |= {f"{i}.jpg": data, f"{i}.cls": str(label).encode()}
     write_tar(tmp_path / "a.tar", members)
-    return LabelledSet(str(tmp_path))
+    return open_folder(str(tmp_path))
+
+
+def contents(images: ImageSet) -> list[bytes]:
+    return [Path(s.file).read_bytes()[s.offset : s.offset + s.size] for s in images.samples]
+
+
+# -- validation while training ----------------------------------------------------------------------------------------
 
 
 def embed(pixels_B3HW: torch.Tensor) -> torch.Tensor:
@@ -52,52 +70,33 @@ def preprocess(data: bytes) -> torch.Tensor:
     return resize(decode_rgb(data), (8, 8))
 
 
-def by_numpy(labelled: LabelledSet, classes_CD: np.ndarray, labels: np.ndarray) -> tuple[float, float, list[int]]:
-    """top-1, top-5 and predictions, image by image."""
-    top1, top5, predictions = 0, 0, []
-    for item, label in zip(labelled.items, labels, strict=True):
-        data = Path(item.file).read_bytes()[item.offset : item.offset + item.size]
-        if data == b"broken":
-            predictions.append(-1)
-            continue
-        scores = classes_CD @ embed(preprocess(data)[None])[0].numpy()
-        order = sorted(range(len(scores)), key=lambda c: -scores[c])
-        predictions.append(order[0])
-        top1 += order[0] == label
-        top5 += label in order[:5]
-    return top1 / len(labels), top5 / len(labels), predictions
+def by_numpy(images: ImageSet, classes_CD: np.ndarray, labels: np.ndarray) -> float:
+    """top-1, image by image."""
+    correct = 0
+    for data, label in zip(contents(images), labels, strict=True):
+        if data != b"broken":
+            scores = classes_CD @ embed(preprocess(data)[None])[0].numpy()
+            correct += max(range(CLASSES), key=scores.__getitem__) == label
+    return correct / len(labels)
 
 
 @pytest.mark.parametrize("batch_size", [1, 6, 64])
-def test_top1_and_top5_agree_with_numpy_and_broken_images_are_wrong(
-    labelled: LabelledSet, labels: np.ndarray, batch_size: int
+def test_top1_agrees_with_numpy_and_broken_images_are_wrong(
+    images: ImageSet, labels: np.ndarray, batch_size: int
 ) -> None:
     classes_CD = unit(np.random.default_rng(2).standard_normal((CLASSES, WIDTH))).astype(np.float32)
-    found = zero_shot(labelled, torch.from_numpy(classes_CD), embed, preprocess, batch_size)
-    top1, top5, predictions = by_numpy(labelled, classes_CD, labels)
-    assert found.predictions == tuple(predictions)
-    assert found.top1 == pytest.approx(top1)
-    assert found.top5 == pytest.approx(top5)
-    assert 0 < found.top1 < found.top5 < 1
-    assert (found.images, found.classes, found.unreadable) == (IMAGES, CLASSES, 3)
-    assert found.times_chance == pytest.approx(top1 * CLASSES)
+    found = top1(images, torch.from_numpy(classes_CD), embed, preprocess, batch_size)
+    assert found == pytest.approx(by_numpy(images, classes_CD, labels))
+    assert 0 < found < 1
 
 
-def test_a_perfect_model_is_right_on_all_but_the_broken(labelled: LabelledSet, labels: np.ndarray) -> None:
+def test_a_perfect_model_is_right_on_all_but_the_broken(images: ImageSet, labels: np.ndarray) -> None:
     classes_CD = torch.eye(CLASSES)
-    readable = iter(np.delete(labels, [7, 8, 39]))
-    found = zero_shot(
-        labelled, classes_CD, lambda pixels: torch.stack([classes_CD[next(readable)] for _ in pixels]), preprocess, 5
+    readable = iter(np.delete(labels, BROKEN))
+    found = top1(
+        images, classes_CD, lambda pixels: torch.stack([classes_CD[next(readable)] for _ in pixels]), preprocess, 5
     )
-    assert found.top1 == found.top5 == pytest.approx(37 / 40)
-
-
-def test_fewer_than_five_classes_make_top5_certain(tmp_path: Path) -> None:
-    (tmp_path / "classnames.txt").write_text("a\nb\nc\n")
-    (tmp_path / "templates.txt").write_text("{c}\n")
-    write_tar(tmp_path / "a.tar", {"0.jpg": make_jpeg(), "0.cls": b"2"})
-    found = zero_shot(LabelledSet(str(tmp_path)), torch.eye(3), lambda pixels: torch.eye(3)[:1], preprocess)
-    assert (found.top1, found.top5) == (0, 1)
+    assert found == pytest.approx(37 / 40)
 
 
 def test_class_embeddings_are_the_normalised_mean_of_unit_prompts() -> None:
@@ -109,25 +108,108 @@ def test_class_embeddings_are_the_normalised_mean_of_unit_prompts() -> None:
     assert np.abs(found.numpy() - expected).max() < 1e-6
 
 
-def test_evaluate_is_the_same_by_hand(tmp_path: Path, sample: Path, clip: Clip, teacher_name: str) -> None:
-    """The whole path on a slice of the sample's cifar10, with embeddings multiplied out in numpy."""
-    source, folder = sample / "eval" / "cifar10", tmp_path / "small"
-    write_tar(folder / "a.tar", read_tar(source / "test-00000.tar", 120))
-    for name in ("classnames.txt", "templates.txt"):
-        (folder / name).write_bytes((source / name).read_bytes())
-    found = evaluate(teacher_name, [str(folder)], device="cpu")["small"]
+# -- evaluation -------------------------------------------------------------------------------------------------------
 
-    labelled = LabelledSet(str(folder))
-    classes_CD = unit(
-        np.stack([clip.encode_texts(texts).double().numpy().mean(axis=0) for texts in labelled.prompts()])
+
+@pytest.fixture(scope="module")
+def small(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Twelve classes of the sample's caltech101, whose images are of all sizes, as one of the user's own."""
+    source, folder = sample / "eval" / "caltech101", tmp_path_factory.mktemp("eval") / "small"
+    members = read_tar(next(source.glob("*.tar")), 1000)
+    kept = {name.removesuffix(".cls") for name, data in members.items() if name.endswith(".cls") and int(data) < 12}
+    write_tar(folder / "a.tar", {name: data for name, data in members.items() if name.rpartition(".")[0] in kept})
+    for name, lines in (("classnames.txt", 12), ("templates.txt", 3)):
+        text = (source / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / name).write_text("".join(text[:lines]), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def reference(small: str, teacher_name: str) -> np.ndarray:
+    """Cosines (N, C) by open_clip alone: its image transform, its towers, its classifier of prompts."""
+    torch.set_num_threads(1)
+    model, _, transform = open_clip.create_model_and_transforms(teacher_name)
+    model.eval()
+    images = open_folder(small)
+    templates = [lambda name, t=template: t.replace("{c}", name) for template in images.templates]
+    with torch.inference_mode():
+        classifier_DC = open_clip.build_zero_shot_classifier(
+            model, open_clip.get_tokenizer(teacher_name), list(images.classnames), templates
+        )
+        pixels = [transform(Image.open(io.BytesIO(data))) for data in contents(images)]
+        features_ND = torch.cat([model.encode_image(one[None], normalize=True) for one in pixels])
+    return (features_ND @ classifier_DC).numpy()
+
+
+def evaluated(teacher_name: str, folder: str, out: Path, decoder: Decoder = "pillow") -> EvaluationResult:
+    config = EvaluationConfig(
+        model=teacher_name, folders=(folder,), out=str(out), name="m", device="cpu", predictions=True, decoder=decoder
     )
-    step = Preprocess(clip.identity.preprocessing)
-    content = Path(labelled.items[0].file).read_bytes()
-    datas = [content[item.offset : item.offset + item.size] for item in labelled.items]
-    images_ND = np.concatenate([clip.encode_images(step(data)[None]).double().numpy() for data in datas])
-    order_NC = np.argsort(-(images_ND @ classes_CD.T), axis=1)
-    labels_N = np.array([item.label for item in labelled.items])
-    assert found.predictions == tuple(order_NC[:, 0].tolist())
-    assert found.top1 == pytest.approx((order_NC[:, 0] == labels_N).mean())
-    assert found.top5 == pytest.approx((order_NC[:, :5] == labels_N[:, None]).any(axis=1).mean())
-    assert found.top1 > 0.2
+    (result,) = evaluate(config).results
+    return result
+
+
+def test_the_suite_finds_just_what_open_clip_does(
+    small: str, teacher_name: str, reference: np.ndarray, tmp_path: Path
+) -> None:
+    found = evaluated(teacher_name, small, tmp_path)
+    labels = open_folder(small).classes
+    order_NC = np.argsort(-reference, axis=1)
+    correct = order_NC[:, 0] == labels
+    assert read_predictions(str(tmp_path / "m"), found) == order_NC[:, 0].tolist()
+    assert found.metrics["top1"] == found.value == correct.mean()
+    assert found.metrics["top5"] == (order_NC[:, :5] == labels[:, None]).any(axis=1).mean()
+    assert found.metrics["mean_per_class"] == pytest.approx(
+        np.mean([correct[labels == c].mean() for c in np.unique(labels)])
+    )
+    assert 0.2 < found.metrics["top1"] < found.metrics["top5"] < 1
+    low, high = found.interval
+    assert low < found.value < high
+    assert (found.set, found.suite, found.protocol, found.metric) == ("small", "own", "zero-shot", "top1")
+    assert (found.images, found.classes, found.unreadable, found.expected) == (60, 12, 0, None)
+    assert read_results(str(tmp_path / "m")) == [found]
+
+
+def test_the_fast_decoder_says_so_and_is_nearly_the_same(
+    small: str, teacher_name: str, reference: np.ndarray, tmp_path: Path
+) -> None:
+    found = evaluated(teacher_name, small, tmp_path, "fast")
+    assert found.settings["decoder"] == "fast"
+    same = np.array(read_predictions(str(tmp_path / "m"), found)) == reference.argmax(axis=1)
+    assert same.mean() > 0.95
+
+
+def test_broken_images_are_wrong_and_named(images: ImageSet, teacher_name: str, tmp_path: Path) -> None:
+    found = evaluated(teacher_name, images.where, tmp_path / "out")
+    predictions = read_predictions(str(tmp_path / "out" / "m"), found)
+    assert [place for place, label in enumerate(predictions) if label == -1] == list(BROKEN)
+    assert found.value == np.mean(np.array(predictions) == images.classes)
+    assert (found.images, found.unreadable) == (IMAGES, len(BROKEN))
+    (note,) = found.notes
+    assert note.startswith("3 images could not be read and count as wrong: 7 (")
+
+
+def test_five_classes_have_no_top5_which_would_be_certain(tmp_path: Path) -> None:
+    (tmp_path / "classnames.txt").write_text("a\nb\nc\nd\ne\n")
+    (tmp_path / "templates.txt").write_text("{c}\n")
+    write_tar(tmp_path / "a.tar", {"0.jpg": make_jpeg(), "0.cls": b"2"})
+    found = measure(np.array([[1, 0, 0, 0, 0]], np.float32), open_folder(str(tmp_path)), "accuracy")
+    assert found.values == {"top1": 0, "mean_per_class": 0}
+
+
+def test_the_command_prints_a_line_a_set_and_where_it_wrote_all(
+    small: str, images: ImageSet, teacher_name: str, tmp_path: Path
+) -> None:
+    words = ["evaluate", teacher_name, small, images.where, "--out", str(tmp_path / "out"), "--name", "m"]
+    done = CliRunner().invoke(cli, [*words, "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    first, second = read_results(str(tmp_path / "out" / "m"))
+    lines = done.stdout.splitlines()
+    low, high = first.interval
+    assert lines[0].split()[:2] == ["own-small", "zero-shot"]
+    assert f" top-1 {first.value:6.1%} [{low:.1%}, {high:.1%}]  top-5 {first.metrics['top5']:.1%}  " in lines[0]
+    assert lines[0].endswith("60 images, 12 classes")
+    assert f"{second.value:6.1%} [" in lines[1]
+    assert lines[1].endswith("40 images, 9 classes")
+    assert lines[2].startswith("    3 images could not be read and count as wrong: 7 (")
+    assert lines[3:] == [f"written: {tmp_path}/out/m/results.jsonl"]
