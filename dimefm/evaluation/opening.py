@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def open_set(definition: SetDefinition, root: str, split: str, unpacked: str) ->
     for folder in _folders(definition, storage.absolute(root)):
         for layout, reader in _readers(definition, unpacked):
             if layout in definition.layouts and (records := reader(folder, split, definition)) is not None:
-                return _as_defined(records, definition, split)
+                return _as_defined(replace(records, layout=layout), definition, split)
     return None
 
 
@@ -91,4 +92,4 @@ def _as_defined(records: Records, definition: SetDefinition, split: str) -> Imag
     occurring = int(found.classes.any(axis=0).sum()) if found.classes.ndim == 2 else len(np.unique(found.classes))
     if occurring < len(names):
         partial.append(f"{occurring} of {len(names)} classes occur")
-    return ImageSet(**{**vars(found), "partial": tuple(partial)})
+    return replace(found, partial=tuple(partial))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import csv
 import json
+import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 
 from cache_schemas.evaluation import SetDefinition
 from dimefm import storage
@@ -27,6 +28,9 @@ from dimefm.sources.base import SourceFile
 
 _Labelled = Iterable[tuple[Path, Any]]
 """Image files with a label, the name of a class folder, several labels, or captions."""
+
+_DAMAGED = (OSError, LookupError, ValueError, TypeError, AttributeError, csv.Error, zlib.error, MatReadError)
+"""What reading a list raises that is missing in part, cut short, or another file."""
 
 
 def reader_of(name: str, unpacked: str) -> Reader | None:
@@ -44,10 +48,10 @@ _FOLDERS = {
     "caltech101": ("caltech101/101_ObjectCategories", "101_ObjectCategories"),
     "country211": ("country211",),
     "eurosat": ("eurosat/2750", "2750"),
-    "imagenet1k": (),
     "rendered_sst2": ("rendered-sst2",),
 }
-"""Where, within the folder of the set, torchvision has its splits or its class folders."""
+"""Where, within the folder of the set, torchvision has its splits or its class folders. ImageNet's are in it as they
+are, which is the layout of class folders."""
 
 
 def _read_subfolder(
@@ -55,9 +59,8 @@ def _read_subfolder(
 ) -> Records | None:
     if storage.is_url(folder):
         return None
-    base = next((f"{folder}/{place}" for place in places if Path(folder, place).is_dir()), folder)
-    records = read_folders(base, split, definition)
-    return records and replace(records, layout="torchvision")
+    base = next((f"{folder}/{place}" for place in places if Path(folder, place).is_dir()), None)
+    return read_folders(base, split, definition) if base is not None else None
 
 
 def _read_list(
@@ -67,18 +70,23 @@ def _read_list(
     split: str,
     definition: SetDefinition | None,
 ) -> Records | None:
-    """Images and labels as `listed` finds them in the folder `inner` of the set's, or in the set's itself."""
+    """Images and labels as `listed` finds them in the set's folder, in the folder `inner` of it, or in one of that name
+    within: DTD's archive has a folder that is called as torchvision's own."""
     if storage.is_url(folder):
         return None
-    base = Path(folder, inner) if Path(folder, inner).is_dir() else Path(folder)
-    try:
-        pairs = listed(base, split)
-    except (KeyError, IndexError, ValueError, TypeError) as error:
-        what = f"{base}: its list of images cannot be understood: {type(error).__name__}: {error}"
-        raise SourceError(what, remedy="fetch the set again") from error
-    if pairs is None:
-        return None
-    paths, said = zip(*found, strict=True) if (found := list(pairs)) else ((), ())
+    for base in (Path(folder), Path(folder, inner), Path(folder, inner, inner)):
+        try:
+            pairs = listed(base, split)
+        except _DAMAGED as error:
+            what = f"{base}: its list of images cannot be understood: {type(error).__name__}: {error}"
+            raise SourceError(what, remedy="fetch the set again") from error
+        if pairs is not None:
+            return _listed_records(base, list(pairs), definition)
+    return None
+
+
+def _listed_records(base: Path, found: list[tuple[Path, Any]], definition: SetDefinition | None) -> Records:
+    paths, said = zip(*found, strict=True) if found else ((), ())
     samples = [sample_of(str(path), str(base)) for path in paths]
     if samples and all(sample.size < 0 for sample in samples):
         what = f"{base} lists {len(samples):,} images, and none of them is there, such as {paths[0]}"
@@ -163,7 +171,8 @@ def _stanford_cars(base: Path, split: str) -> _Labelled | None:
 
 def _voc2007(base: Path, split: str) -> _Labelled | None:
     """Objects marked as difficult (0 in a class's list) do not make an image one of that class."""
-    lists = base / "VOC2007" / "ImageSets" / "Main"
+    base = base / "VOC2007" if (base / "VOC2007").is_dir() else base
+    lists = base / "ImageSets" / "Main"
     if not (lists / f"aeroplane_{split}.txt").exists():
         return None
     of_image: dict[str, list[int]] = {}
@@ -171,7 +180,7 @@ def _voc2007(base: Path, split: str) -> _Labelled | None:
         for line in _lines(lists / f"{name}_{split}.txt"):
             image, mark = line.split()
             of_image.setdefault(image, []).extend([place] if mark == "1" else [])
-    return [(base / "VOC2007" / "JPEGImages" / f"{image}.jpg", labels) for image, labels in of_image.items()]
+    return [(base / "JPEGImages" / f"{image}.jpg", labels) for image, labels in of_image.items()]
 
 
 _VOC_CLASSES = (
@@ -205,8 +214,12 @@ def _coco(base: Path, split: str) -> _Labelled | None:
     captions: dict[int, list[str]] = {}
     for one in said["annotations"]:
         captions.setdefault(one["image_id"], []).append(one["caption"])
-    folder = next((base / n for n in ("val2014", "train2014", "images") if (base / n).is_dir()), base)
-    return [(folder / one["file_name"], captions.get(one["id"], [])) for one in said["images"]]
+    places = [base / name for name in ("val2014", "train2014", "images", "")]
+
+    def path_of(name: str) -> Path:
+        return next((place / name for place in places if (place / name).exists()), places[0] / name)
+
+    return [(path_of(one["file_name"]), captions.get(one["id"], [])) for one in said["images"]]
 
 
 def _flickr30k(base: Path, split: str) -> _Labelled | None:

@@ -9,7 +9,9 @@ import csv
 import gzip
 import io
 import tarfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ from dimefm.evaluation.layouts import read_webdataset
 _Pixels = Iterator[tuple[np.ndarray[Any, Any], int]]
 """uint8 (H, W) or (H, W, 3), and the label."""
 
+_DAMAGED = (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, csv.Error, zlib.error)
+"""What reading arrays raises that are cut short, or other files."""
+
 
 def read_raw(
     name: str, unpacked: str, folder: str, split: str, definition: SetDefinition | None = None
@@ -42,24 +47,32 @@ def read_raw(
     facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     here = Path(unpacked, f"{name}-{split}-{digest_of(facts)[:12]}")
     if not (here / "test.tar").exists():
-        try:
-            _write(here / "test.tar", _READ[name](files, split))
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise SourceError(f"{files[0]} cannot be read: {error}", remedy="fetch the set again") from error
+        with storage.writing_to(str(here)):
+            _write(here / "test.tar", _encoded(name, files, split))
     records = read_webdataset(str(here), "test", None)
     if records is not None:
-        records.where, records.layout = str(files[0].parent), "torchvision"
+        records.where = str(files[0].parent)
         records.names = class_names(definition) if definition is not None else None
     return records
 
 
-def _write(path: Path, pixels: _Pixels) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with storage.writing_atomically(str(path)) as sink, tarfile.open(fileobj=sink, mode="w") as tar:
-        for place, (image, label) in enumerate(pixels):
+def _encoded(name: str, files: list[Path], split: str) -> Iterator[tuple[bytes, int]]:
+    """PNGs and labels. Raises SourceError for arrays that cannot be read."""
+    try:
+        for image, label in _READ[name](files, split):
             png = io.BytesIO()
             Image.fromarray(image).save(png, "PNG", compress_level=1)
-            for name, data in ((f"{place:07d}.png", png.getvalue()), (f"{place:07d}.cls", str(label).encode())):
+            yield png.getvalue(), label
+    except _DAMAGED as error:
+        what = f"{files[0]} cannot be read: {type(error).__name__}: {error}"
+        raise SourceError(what, remedy="fetch the set again") from error
+
+
+def _write(path: Path, images: Iterator[tuple[bytes, int]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with storage.writing_atomically(str(path)) as sink, tarfile.open(fileobj=sink, mode="w") as tar:
+        for place, (png, label) in enumerate(images):
+            for name, data in ((f"{place:07d}.png", png), (f"{place:07d}.cls", str(label).encode())):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -73,7 +86,7 @@ def _places(name: str, folder: str) -> Iterator[Path]:
 def _arrays(name: str, place: Path, split: str) -> list[Path] | None:
     """The files of a split that are in this folder; None unless all of them are."""
     for group in _FILES[name](split):
-        found = [next((p for p in (place / n, place / f"{n}.gz") if p.exists()), None) for n in group]
+        found = [next((p for p in (place / n, place / f"{n}.gz") if p.is_file()), None) for n in group]
         if found and None not in found:
             return [path for path in found if path is not None]
     return None
@@ -83,10 +96,11 @@ def _cifar_files(split: str) -> list[list[str]]:
     return [[f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]] if split != "val" else []
 
 
-def _read_cifar(files: list[Path], split: str) -> _Pixels:
+def _read_cifar(published: type[CIFAR10], files: list[Path], split: str) -> _Pixels:
     """By torchvision, which compares each file's md5 with the published one before it is unpickled."""
-    kind = CIFAR100 if files[0].parent.name == CIFAR100.base_folder else CIFAR10
-    dataset = kind(str(files[0].parent.parent), train=split == "train", download=False)
+    folder = files[0].parent
+    here = type(published.__name__, (published,), {"base_folder": folder.name})
+    dataset = here(str(folder.parent), train=split == "train", download=False)
     yield from zip(dataset.data, dataset.targets, strict=True)
 
 
@@ -147,9 +161,9 @@ _INNER = {
     "mnist": ("MNIST/raw", "raw"),
     "patch_camelyon": ("pcam",),
 }
-_READ = {
-    "cifar10": _read_cifar,
-    "cifar100": _read_cifar,
+_READ: dict[str, Callable[[list[Path], str], _Pixels]] = {
+    "cifar10": partial(_read_cifar, CIFAR10),
+    "cifar100": partial(_read_cifar, CIFAR100),
     "fer2013": _read_fer2013,
     "mnist": _read_mnist,
     "patch_camelyon": _read_pcam,
