@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from scipy.special import log_softmax
 
 from cache_schemas.evaluation import EvaluationResult
 from dimefm.cli import cli
@@ -18,7 +19,7 @@ from dimefm.decode import decode_rgb
 from dimefm.evaluation.features import Decoder
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.evaluation.own_sets import open_folder
-from dimefm.evaluation.predictions import read_predictions
+from dimefm.evaluation.predictions import read_predictions, read_scores
 from dimefm.evaluation.results import read_results
 from dimefm.evaluation.scoring import measure
 from dimefm.evaluation.suite import EvaluationConfig, evaluate
@@ -149,6 +150,12 @@ def evaluated(teacher_name: str, folder: str, out: Path, decoder: Decoder = "pil
     return result
 
 
+def off(out: Path, reference: np.ndarray) -> float:
+    """How far the logits that were kept are from open_clip's, at most; but for a constant of each image."""
+    scores_NC = read_scores(f"{out}/m/predictions/own-small.zero-shot.parquet")
+    return float(np.abs(np.log(scores_NC) - log_softmax(100 * reference, axis=1)).max())
+
+
 def test_the_suite_finds_just_what_open_clip_does(
     small: str, teacher_name: str, reference: np.ndarray, tmp_path: Path
 ) -> None:
@@ -157,6 +164,7 @@ def test_the_suite_finds_just_what_open_clip_does(
     order_NC = np.argsort(-reference, axis=1)
     correct = order_NC[:, 0] == labels
     assert read_predictions(str(tmp_path / "m"), found) == order_NC[:, 0].tolist()
+    assert off(tmp_path, reference) < 1e-4, "100 times a rounding error of the cosine"
     assert found.metrics["top1"] == found.value == correct.mean()
     assert found.metrics["top5"] == (order_NC[:, :5] == labels[:, None]).any(axis=1).mean()
     assert found.metrics["mean_per_class"] == pytest.approx(
@@ -177,6 +185,7 @@ def test_the_fast_decoder_says_so_and_is_nearly_the_same(
     assert found.settings["decoder"] == "fast"
     same = np.array(read_predictions(str(tmp_path / "m"), found)) == reference.argmax(axis=1)
     assert same.mean() > 0.95
+    assert off(tmp_path, reference) < 0.01
 
 
 def test_broken_images_are_wrong_and_named(images: ImageSet, teacher_name: str, tmp_path: Path) -> None:
