@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from dimefm.checkpoint import Checkpoints
 from dimefm.clip import Clip, load_clip
 from dimefm.errors import MismatchError, OutputExistsError, StoreError, TeacherError, TrainingError
-from dimefm.evaluate import evaluate, write_results
+from dimefm.evaluation.predictions import read_predictions
+from dimefm.evaluation.results import read_results
+from dimefm.evaluation.suite import EvaluationConfig, evaluate
 from dimefm.export import export
 from dimefm.preprocess import Preprocess, normalise
 from dimefm.run import read_run
@@ -79,12 +81,17 @@ def test_an_export_preprocesses_as_validation_did(run: Path, tmp_path: Path) -> 
 
 def test_a_run_and_its_export_are_evaluated_alike(run: Path, cifar10: str, tmp_path: Path) -> None:
     export(str(run), str(tmp_path / "student"))
-    of_run, of_export = evaluate(str(run), [cifar10]), evaluate(str(tmp_path / "student"), [cifar10])
-    assert of_run == of_export
-    write_results(str(tmp_path / "r.json"), "student", of_run)
-    written = json.loads((tmp_path / "r.json").read_text())["sets"]["cifar10"]
-    assert written["top1"] == of_run["cifar10"].top1
-    assert len(written["predictions"]) == written["images"] == 200
+    found = {}
+    for name, model in (("run", run), ("export", tmp_path / "student")):
+        config = EvaluationConfig(
+            model=str(model), folders=(cifar10,), out=str(tmp_path / "out"), name=name, predictions=True
+        )
+        (result,) = evaluate(config).results
+        assert read_results(str(tmp_path / "out" / name)) == [result]
+        found[name] = (result.metrics, result.intervals, result.images, result.model["weights"], result.digests)
+        found[name] += (read_predictions(str(tmp_path / "out" / name), result),)
+    assert found["run"] == found["export"]
+    assert len(found["run"][-1]) == found["run"][2] == 200
 
 
 def test_exporting_again_is_harmless_and_never_overwrites(run: Path, tmp_path: Path) -> None:

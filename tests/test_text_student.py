@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dimefm.checkpoint import Checkpoints
 from dimefm.errors import StoreError, TrainingError
-from dimefm.evaluate import evaluate
+from dimefm.evaluation.suite import EvaluationConfig, evaluate
 from dimefm.export import export
 from dimefm.initial import load_initial
 from dimefm.objective import LossConfig
@@ -80,10 +80,14 @@ def test_the_export_is_small_on_both_sides_and_needs_no_teacher(run: Path, tmp_p
     assert float(model.logit_scale.detach().exp()) == pytest.approx(document.teacher.logit_scale, rel=1e-5)
 
 
-def test_validation_is_what_evaluate_finds_for_both_kinds_of_weights(run: Path, cifar10: str) -> None:
+def test_validation_is_what_evaluate_finds_for_both_kinds_of_weights(run: Path, cifar10: str, tmp_path: Path) -> None:
     last = [line for line in read_metrics(str(run)) if line["event"] == "validation"][-1]
     for weights, name in (("model", "cifar10"), ("ema", "cifar10_ema")):
-        assert evaluate(str(run), [cifar10], weights=weights)["cifar10"].top1 == last[name]
+        done = evaluate(
+            EvaluationConfig(model=str(run), folders=(cifar10,), out=str(tmp_path), weights=weights, decoder="fast")
+        )
+        assert [result.metrics["top1"] for result in done.results] == [last[name]]
+        assert Path(done.folder).name == ("run" if weights == "model" else "run-ema")
 
 
 def test_both_towers_resume_to_the_last_bit(
