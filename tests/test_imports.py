@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dimefm.store import Store
+
 ROOT = Path(__file__).parent.parent
 STANDARD = sys.stdlib_module_names
 
@@ -26,6 +28,9 @@ HOMES = {
     },
     "matplotlib": {"dimefm/report.py"},
     "tensorboard": {"dimefm/runlog.py"},
+    "sklearn": {"dimefm/evaluation/metrics.py", "dimefm/evaluation/probe.py"},
+    "scipy": {"dimefm/evaluation/"},
+    "h5py": {"dimefm/evaluation/unpacking.py"},
 }
 # The two that may name the pipeline: inside the command that needs it.
 MAY_IMPORT_PIPELINE = {"dimefm/cli.py", "dimefm/forecast.py"}
@@ -73,14 +78,14 @@ def loaded_after(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_a_whole_training_run_contains_no_ray_no_faiss_and_no_teacher(tmp_path: Path, tiny_run: list[str]) -> None:
-    statement = (
-        "from dimefm.cli import cli\n"
-        f"cli({[*tiny_run, '--out', str(tmp_path / 'run'), '--max-steps', '1']!r}, standalone_mode=False)\n"
-    )
+def test_a_whole_training_run_contains_no_ray_no_faiss_and_no_teacher(
+    tmp_path: Path, tiny_run: list[str], cifar10: str, prompt_store: Store
+) -> None:
+    words = ["--out", str(tmp_path / "run"), "--max-steps", "1", "--val", cifar10, "--val-texts", prompt_store.path]
+    statement = f"from dimefm.cli import cli\ncli({[*tiny_run, *words]!r}, standalone_mode=False)\n"
     modules = loaded_after(statement)
-    assert {"dimefm.train", "dimefm.recipes"} <= modules
-    for name in ("ray", "faiss", "pipeline", "dimefm.clip", "dimefm.index"):
+    assert {"dimefm.train", "dimefm.recipes", "dimefm.validate", "dimefm.evaluation.own_sets"} <= modules
+    for name in ("ray", "faiss", "pipeline", "dimefm.clip", "dimefm.index", "sklearn", "scipy", "h5py"):
         assert name not in modules
 
 
@@ -92,5 +97,5 @@ def test_a_job_that_needs_no_workers_contains_no_ray() -> None:
 
 def test_importing_the_command_line_loads_nothing_heavy() -> None:
     modules = loaded_after("import dimefm.cli")
-    for name in ("torch", "ray", "faiss", "zarr", "open_clip", "matplotlib"):
+    for name in ("torch", "ray", "faiss", "zarr", "open_clip", "matplotlib", "sklearn", "scipy", "h5py"):
         assert name not in modules
