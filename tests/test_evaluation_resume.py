@@ -14,30 +14,38 @@ from dimefm.evaluation import features as featuring
 from dimefm.evaluation.results import read_results
 from dimefm.evaluation.suite import EvaluationConfig, evaluate
 from dimefm.store import Store
+from tests.tiny_clip import write_clip
 
 
-def words(sample: Path, teacher: str, out: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose numbers do not matter."""
+    return write_clip(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def words(sample: Path, model: str, out: Path) -> list[str]:
+    """Its evaluation on 1,000 images, in four shards."""
     cifar10 = str(sample / "eval" / "cifar10")
-    return [sys.executable, "-m", "dimefm", "evaluate", teacher, cifar10, "--out", str(out), "--name", "m"]
+    return [sys.executable, "-m", "dimefm", "evaluate", model, cifar10, "--out", str(out), "--name", "m"]
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_with_the_shards_that_are_there(
-    sample: Path, teacher_name: str, tmp_path: Path
+    sample: Path, model: str, tmp_path: Path
 ) -> None:
-    command = words(sample, teacher_name, tmp_path / "killed")
+    command = words(sample, model, tmp_path / "killed")
     commits = tmp_path / "killed" / "m" / "features" / "own-cifar10-test.zarr" / "commits"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (commits / "000000.json").exists():
         assert process.poll() is None
-        time.sleep(0.02)
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     written = {path.name: path.stat().st_mtime_ns for path in commits.iterdir()}
     assert 1 <= len(written) < 4
     assert not (tmp_path / "killed" / "m" / "results.jsonl").exists()
     subprocess.run(command, check=True, capture_output=True)
-    subprocess.run(words(sample, teacher_name, tmp_path / "whole"), check=True, capture_output=True)
+    subprocess.run(words(sample, model, tmp_path / "whole"), check=True, capture_output=True)
     assert {name: (commits / name).stat().st_mtime_ns for name in written} == written
     killed, whole = (read_results(str(tmp_path / name / "m"))[0] for name in ("killed", "whole"))
     assert killed.metrics == whole.metrics
@@ -60,9 +68,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_features_are_encoded_once_and_again_only_for_other_pixels(
-    cifar10: str, teacher_name: str, tmp_path: Path, encoded: list[int]
+    cifar10: str, model: str, tmp_path: Path, encoded: list[int]
 ) -> None:
-    config: dict[str, Any] = {"model": teacher_name, "folders": (cifar10,), "out": str(tmp_path), "threads": 1}
+    config: dict[str, Any] = {"model": model, "folders": (cifar10,), "out": str(tmp_path), "threads": 1}
     first = evaluate(EvaluationConfig(**config)).results[0]
     again = evaluate(EvaluationConfig(**config)).results[0]
     assert encoded == [0]
@@ -75,11 +83,9 @@ def test_features_are_encoded_once_and_again_only_for_other_pixels(
     assert encoded == [0, 0, 0]
 
 
-def test_skip_existing_keeps_a_result_of_the_same_settings_alone(
-    cifar10: str, teacher_name: str, tmp_path: Path
-) -> None:
-    config: dict[str, Any] = {"model": teacher_name, "folders": (cifar10,), "out": str(tmp_path), "skip_existing": True}
-    path = tmp_path / "teacher" / "results.jsonl"
+def test_skip_existing_keeps_a_result_of_the_same_settings_alone(cifar10: str, model: str, tmp_path: Path) -> None:
+    config: dict[str, Any] = {"model": model, "folders": (cifar10,), "out": str(tmp_path), "skip_existing": True}
+    path = tmp_path / "tiny" / "results.jsonl"
     first = evaluate(EvaluationConfig(**config)).results
     assert evaluate(EvaluationConfig(**config)).results == first
     assert len(path.read_text().splitlines()) == 1
@@ -91,10 +97,10 @@ def test_skip_existing_keeps_a_result_of_the_same_settings_alone(
     assert len(read_results(str(path))) == 1
 
 
-def test_a_last_line_that_was_cut_short_is_written_over(cifar10: str, teacher_name: str, tmp_path: Path) -> None:
-    config = EvaluationConfig(model=teacher_name, folders=(cifar10,), out=str(tmp_path))
+def test_a_last_line_that_was_cut_short_is_written_over(cifar10: str, model: str, tmp_path: Path) -> None:
+    config = EvaluationConfig(model=model, folders=(cifar10,), out=str(tmp_path))
     evaluate(config)
-    path = tmp_path / "teacher" / "results.jsonl"
+    path = tmp_path / "tiny" / "results.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:100])
     assert len(read_results(str(path.parent))) == 1
