@@ -82,12 +82,15 @@ def test_the_export_is_small_on_both_sides_and_needs_no_teacher(run: Path, tmp_p
 
 def test_validation_is_what_evaluate_finds_for_both_kinds_of_weights(run: Path, cifar10: str, tmp_path: Path) -> None:
     last = [line for line in read_metrics(str(run)) if line["event"] == "validation"][-1]
+    digests = set()
     for weights, name in (("model", "cifar10"), ("ema", "cifar10_ema")):
         done = evaluate(
             EvaluationConfig(model=str(run), folders=(cifar10,), out=str(tmp_path), weights=weights, decoder="fast")
         )
         assert [result.metrics["top1"] for result in done.results] == [last[name]]
         assert Path(done.folder).name == ("run" if weights == "model" else "run-ema")
+        digests |= {(str(r.model["weights"]), str(r.model["text_tower"])) for r in done.results}
+    assert len(digests) == 2
 
 
 def test_both_towers_resume_to_the_last_bit(
