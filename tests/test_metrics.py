@@ -96,6 +96,13 @@ def test_top_1_is_the_first_of_equal_scores_and_top_k_takes_k_of_them() -> None:
     assert topk_correct(scores, labels, 5).sum() == 5
 
 
+def test_the_first_of_the_five_best_is_torchs_and_not_argmax_where_scores_are_equal() -> None:
+    scores = np.random.default_rng(0).integers(0, 3, (200, 40)).astype(np.float32)
+    labels = torch.from_numpy(scores).topk(5, 1, True, True).indices[:, 0].numpy()
+    assert topk_correct(scores, labels, 1, among=5).all()
+    assert not topk_correct(scores, labels, 1).all()
+
+
 @pytest.mark.parametrize("k", [1, 2, 5, 9])
 def test_an_unreadable_image_is_wrong_whatever_its_label_and_k(k: int) -> None:
     scores = np.full((5, 5), np.nan, np.float32)

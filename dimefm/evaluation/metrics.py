@@ -60,11 +60,13 @@ def _float32(values: Array) -> torch.Tensor:
     return torch.tensor(np.ascontiguousarray(values), dtype=torch.float32)
 
 
-def topk_correct(scores_NC: Array, labels_N: Array, k: int) -> Array:
+def topk_correct(scores_NC: Array, labels_N: Array, k: int, among: int = 1) -> Array:
     """Bool (N,): is the label among the `k` classes with the largest scores, or among all where they are fewer?
 
     Of equal scores the first counts for k = 1, as with argmax; for more they are taken as torch.topk takes them in
-    float32, as CLIP_benchmark does. Raises ValueError where k is not positive or a label is no class.
+    float32. With `among` they are the first k of that many, as CLIP_benchmark has its top-1 be the first of the five
+    best: where two classes have the same name, that is not always argmax. Raises ValueError where k is not positive or
+    a label is no class.
     """
     _images(scores_NC, labels_N)
     classes = scores_NC.shape[1]
@@ -72,10 +74,10 @@ def topk_correct(scores_NC: Array, labels_N: Array, k: int) -> Array:
         raise ValueError(f"the k best of {classes} classes: k is {k}")
     if labels_N.min() < 0 or labels_N.max() >= classes:
         raise ValueError(f"labels {labels_N.min()} to {labels_N.max()} for {classes} classes")
-    if k == 1:
+    if max(k, among) == 1:
         best_NK = scores_NC.argmax(axis=1)[:, None]
     else:
-        best_NK = _float32(scores_NC).topk(min(k, classes), dim=1).indices.numpy()
+        best_NK = _float32(scores_NC).topk(min(max(k, among), classes), dim=1).indices.numpy()[:, :k]
     correct_N: Array = (best_NK == labels_N[:, None]).any(axis=1) & ~_unreadable(scores_NC)
     return correct_N
 

@@ -54,7 +54,7 @@ def probabilities(cosine_NC: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def measure(scores_NC: np.ndarray[Any, Any], images: ImageSet, metric: Metric) -> Measured:
-    """Every metric that the set's labels allow. The area under the ROC curve and mAP rank the images of a class by
+    """Every metric that the set's labels allow, equal scores taken as CLIP_benchmark takes them. The area under the ROC curve and mAP rank the images of a class by
     `scores_NC` as they are. Raises SourceError where the metric that is asked for is not defined."""
     labels = images.classes
     values: dict[str, float] = {}
@@ -67,6 +67,8 @@ def measure(scores_NC: np.ndarray[Any, Any], images: ImageSet, metric: Metric) -
         return Measured(values, intervals)
     correct_N = metrics.topk_correct(scores_NC, labels, 1)
     hits = {"top1": correct_N}
+    if scores_NC.shape[1] >= 5:
+        hits["top1"] = metrics.topk_correct(scores_NC, labels, 1, among=5)
     if scores_NC.shape[1] > 5:
         hits["top5"] = metrics.topk_correct(scores_NC, labels, 5)
     for name, hit_N in hits.items():
