@@ -54,8 +54,9 @@ def probabilities(cosine_NC: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def measure(scores_NC: np.ndarray[Any, Any], images: ImageSet, metric: Metric) -> Measured:
-    """Every metric that the set's labels allow, equal scores taken as CLIP_benchmark takes them. The area under the ROC curve and mAP rank the images of a class by
-    `scores_NC` as they are. Raises SourceError where the metric that is asked for is not defined."""
+    """Every metric that the set's labels allow; of equal scores the best are those that CLIP_benchmark takes. The area
+    under the ROC curve and mAP rank the images of a class by `scores_NC` as they are. Raises SourceError where the
+    metric that is asked for is not defined."""
     labels = images.classes
     values: dict[str, float] = {}
     intervals: dict[str, metrics.Interval] = {}
