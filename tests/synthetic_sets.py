@@ -21,6 +21,8 @@ from PIL import Image
 
 from cache_schemas.evaluation import SetDefinition
 from dimefm.evaluation.definitions import class_folders, class_names, load_definitions, templates
+from dimefm.evaluation.imageset import ImageSet
+from dimefm.sources.reading import read_encoded
 from tests.making import encoded, picture, write_parquet, write_tar, write_text
 from tests.synthetic_published import WRITERS
 
@@ -69,6 +71,27 @@ Items = dict[str, list[Item]]
 def pixels(data: bytes) -> bytes:
     """The RGB pixels of an encoded image, which no two images of these sets share."""
     return Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+
+
+def as_read(images: ImageSet, missing: bool = False) -> dict[bytes, Any]:
+    """What is said of each image, by its pixels; where some may be `missing`, of the others."""
+    there = [not missing or Path(sample.file).is_file() for sample in images.samples]
+    samples = [sample for sample, kept in zip(images.samples, there, strict=True) if kept]
+    seen = [pixels(read_encoded(sample.file, sample.offset, sample.size)) for sample in samples]
+    if images.captions is not None:
+        said: list[Any] = list(images.captions)
+    elif images.classes.ndim == 2:
+        said = [tuple(np.flatnonzero(row).tolist()) for row in images.classes]
+    else:
+        said = images.classes.tolist()
+    said = [one for one, kept in zip(said, there, strict=True) if kept]
+    assert len(set(seen)) == len(seen)
+    return dict(zip(seen, said, strict=True))
+
+
+def as_written(items: Items, split: str = "test") -> dict[bytes, Any]:
+    """What `as_read` should give."""
+    return {item.pixels(): item.said for item in items[split]}
 
 
 def forms_of(definition: SetDefinition) -> list[str]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torchvision.datasets as published
@@ -17,10 +16,19 @@ from dimefm.evaluation.definitions import class_folders, class_names, load_defin
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.evaluation.layouts import natural, plain
 from dimefm.evaluation.opening import find_sets, open_set
-from dimefm.sources.reading import read_encoded
 from tests.making import make_jpeg, upload, write_tar
 from tests.synthetic_published import trust
-from tests.synthetic_sets import IMAGES, Items, forms_of, labels_of, layout_of, members, pixels, write_set
+from tests.synthetic_sets import (
+    IMAGES,
+    Items,
+    as_read,
+    as_written,
+    forms_of,
+    labels_of,
+    layout_of,
+    members,
+    write_set,
+)
 
 pytest_plugins = ["tests.s3"]
 
@@ -34,23 +42,6 @@ def opened(root: Path | str, name: str, split: str = "test", unpacked: Path | st
     images = open_set(KNOWN[name], str(root), split, str(unpacked))
     assert images is not None
     return images
-
-
-def as_read(images: ImageSet) -> dict[bytes, Any]:
-    """What is said of each image, by its pixels."""
-    seen = [pixels(read_encoded(sample.file, sample.offset, sample.size)) for sample in images.samples]
-    if images.captions is not None:
-        said: list[Any] = list(images.captions)
-    elif images.classes.ndim == 2:
-        said = [tuple(np.flatnonzero(row).tolist()) for row in images.classes]
-    else:
-        said = images.classes.tolist()
-    assert len(set(seen)) == len(seen) == len(said)
-    return dict(zip(seen, said, strict=True))
-
-
-def as_written(items: Items, split: str = "test") -> dict[bytes, Any]:
-    return {item.pixels(): item.said for item in items[split]}
 
 
 def only_first(said: dict[bytes, Any]) -> dict[bytes, Any]:

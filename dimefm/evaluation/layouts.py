@@ -60,18 +60,19 @@ def read_webdataset(folder: str, split: str, definition: SetDefinition | None) -
     tars = _files(folder, split, ".tar", definition)
     if not tars:
         return None
-    records = Records(where=folder, layout="webdataset", samples=[], files=tars)
+    records = _with_texts(Records(where=folder, layout="webdataset", samples=[], files=tars), folder)
+    classes = len(records.classnames) if records.classnames else definition.class_count if definition else None
     labels: list[Any] = []
+    passed: list[str] = []
     for tar in sorted(tars, key=lambda file: natural(file.path)):
-        images, said = _members(tar.path)
-        for key in images:
-            if key not in said:
-                what = f"{tar.path}: {key} has no .cls, .npy or .txt"
-                raise SourceError(what, remedy="write its label, an integer, into KEY.cls, or captions into KEY.txt")
-        wanted = [(key, tar.path, *said[key]) for key in images]
+        images, said = _members(tar.path, passed.append)
+        _require_pairs(tar.path, images, said)
+        wanted = [(key, tar.path, classes, *said[key]) for key in images]
         read = in_order(_read_said, wanted) if storage.is_url(tar.path) else map(_read_said, wanted)
         labels += read
         records.samples += [ImageSample(key, tar.path, m.offset, m.size) for key, m in images.items()]
+    if passed:
+        records.notes = (f"{len(passed)} members such as {passed[0]} are passed over: a key ends at the first dot",)
     captions = {isinstance(one, tuple) for one in labels}
     if len(captions) > 1:
         raise SourceError(f"{folder} has labels for some images and captions for others", remedy="part them")
@@ -79,7 +80,7 @@ def read_webdataset(folder: str, split: str, definition: SetDefinition | None) -
         records.captions = [list(one) for one in labels]
     else:
         records.labels = labels
-    return _with_texts(records, folder)
+    return records
 
 
 def read_parquet(folder: str, split: str, definition: SetDefinition | None) -> Records | None:
@@ -97,7 +98,7 @@ def read_parquet(folder: str, split: str, definition: SetDefinition | None) -> R
         raise SourceError(problems[0], remedy="fetch the file again")
     records = Records(where=folder, layout="parquet", samples=samples, files=files, names=names)
     if column in _CAPTIONS:
-        records.captions = [[] if one is None else [one] if isinstance(one, str) else list(one) for one in said]
+        records.captions = [_texts(one, f"{folder}: column {column!r}") for one in said]
     else:
         _with_labels(records, said, column)
     return _with_texts(records, folder)
@@ -182,7 +183,7 @@ def _files(folder: str, split: str, suffix: str, definition: SetDefinition | Non
     for name in names_of_split(split, definition):
         prefixes = tuple(f"{name}{mark}" for mark in ("-", "_", "."))
         for place in (storage.join(folder, name), folder, storage.join(folder, "data")):
-            whole = place.endswith(f"/{name}")
+            whole = place == storage.join(folder, name)
             if found := below(place, lambda file, p=prefixes, w=whole: w or file.startswith(p)):  # type: ignore[misc]
                 return found
     if split != "test":
@@ -191,15 +192,22 @@ def _files(folder: str, split: str, suffix: str, definition: SetDefinition | Non
     return below(folder, lambda file: not file.startswith(others))
 
 
-def _members(tar: str) -> tuple[dict[str, TarMember], dict[str, tuple[str, TarMember]]]:
-    """Of a tar: its images, and what is said of each, by key."""
+def _members(
+    tar: str, pass_over: Callable[[str], None]
+) -> tuple[dict[str, TarMember], dict[str, tuple[str, TarMember]]]:
+    """Of a tar: its images, and what is said of each, by key. `pass_over` is told of images that have no key."""
     problems: list[str] = []
     images: dict[str, TarMember] = {}
     said: dict[str, tuple[str, TarMember]] = {}
     for member in tar_members(tar, problems.append):
         key, extension = split_key(member.name)
         if extension in IMAGE_EXTENSIONS:
+            if key in images:
+                what = f"{tar} has two images called {key}"
+                raise SourceError(what, remedy="give each image a name of its own")
             images[key] = member
+        elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+            pass_over(member.name)
         elif extension in ("cls", "npy", "txt") and said.get(key, ("txt",))[0] == "txt":
             said[key] = (extension, member)
     if problems:
@@ -207,17 +215,34 @@ def _members(tar: str) -> tuple[dict[str, TarMember], dict[str, tuple[str, TarMe
     return images, said
 
 
-def _read_said(wanted: tuple[str, str, str, TarMember]) -> int | list[int] | tuple[str, ...]:
-    key, tar, extension, member = wanted
-    data = storage.read_bytes(tar, member.offset, member.size)
+def _require_pairs(tar: str, images: dict[str, TarMember], said: dict[str, tuple[str, TarMember]]) -> None:
+    """Raises SourceError for an image of which nothing is said, and for what is said of no image."""
+    bare = next((key for key in images if key not in said), None)
+    if bare is not None:
+        what = f"{tar}: {bare} has no .cls, .npy or .txt"
+        raise SourceError(what, remedy="write its label, an integer, into KEY.cls, or captions into KEY.txt")
+    used = {said[key][0] for key in images}
+    lost = next((f"{key}.{kind}" for key, (kind, _) in said.items() if key not in images and kind in used), None)
+    if lost is not None:
+        remedy = "put the image into the same tar, or take that file out"
+        raise SourceError(f"{tar}: {lost} has no image beside it", remedy=remedy)
+
+
+def _read_said(wanted: tuple[str, str, int | None, str, TarMember]) -> int | list[int] | tuple[str, ...]:
+    key, tar, classes, extension, member = wanted
+    data, where = storage.read_bytes(tar, member.offset, member.size), f"{tar}: {key}.{extension}"
     if extension == "cls":
-        return one_label(data, f"{tar}: {key}.cls")
+        return one_label(data, where)
     if extension == "txt":
         return tuple(line.strip() for line in data.decode("utf-8", "replace").splitlines() if line.strip())
+    remedy = "write 0 or 1 for each class"
     try:
-        return [int(c) for c in np.flatnonzero(np.load(io.BytesIO(data), allow_pickle=False))]
-    except ValueError as error:
-        raise SourceError(f"{tar}: {key}.npy cannot be read: {error}", remedy="write 0 or 1 for each class") from None
+        marks = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise SourceError(f"{where} cannot be read: {error}", remedy=remedy) from None
+    if marks.shape != (classes or marks.size,) or not np.isin(marks, (0, 1)).all():
+        raise SourceError(f"{where} is not a row of 0 and 1 for {classes or 'the'} classes", remedy=remedy)
+    return [int(c) for c in np.flatnonzero(marks)]
 
 
 @contextmanager
@@ -254,15 +279,29 @@ def _said_column(path: str, definition: SetDefinition | None) -> tuple[str, list
     return column, names
 
 
+def _texts(said: Any, where: str) -> list[str]:
+    """The captions in a cell of a table; blank ones are none."""
+    texts = said if isinstance(said, list) else [said]
+    if others := [one for one in texts if not isinstance(one, str | None)]:
+        what = f"{where} holds {type(others[0]).__name__}, not captions"
+        raise SourceError(what, remedy="write a string, or a list of strings")
+    return [one.strip() for one in texts if one and one.strip()]
+
+
 def _with_labels(records: Records, said: list[Any], column: str) -> None:
-    """Labels as they were found: numbers, lists of numbers, or names."""
+    """Labels as they were found: numbers or names, or lists of either."""
     empty = next((s.key for s, one in zip(records.samples, said, strict=True) if one is None), None)
     if empty is not None:
         raise SourceError(f"{records.where}: {empty} has no {column}", remedy="give every image one")
-    if said and isinstance(said[0], str):
-        records.names = records.names or sorted(set(said), key=natural)
-        places = {name: place for place, name in enumerate(records.names)}
-        records.labels = [places[one] for one in said]
+    flat = [one for row in said for one in (row if isinstance(row, list) else [row])]
+    if flat and all(isinstance(one, str) for one in flat):
+        records.names = sorted(set(flat), key=natural)
+        place = {name: place for place, name in enumerate(records.names)}
+        numbered: list[Any] = [[place[one] for one in row] if isinstance(row, list) else place[row] for row in said]
+        records.labels = numbered
+    elif others := [one for one in flat if not isinstance(one, int)]:
+        what = f"{records.where}: column {column!r} holds {type(others[0]).__name__}, such as {others[0]!r}"
+        raise SourceError(what, remedy="labels are integers or names, or lists of either")
     else:
         records.labels = said
 

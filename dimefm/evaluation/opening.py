@@ -76,7 +76,8 @@ def _as_defined(records: Records, definition: SetDefinition, split: str) -> Imag
     names, prompts = class_names(definition), templates(definition)
     given = records.names or records.classnames
     if given not in (None, names) and not map_labels(records, given or [], names, class_folders(definition)):
-        strange = [name for name in given if plain(name) not in set(map(plain, names))]
+        spelled = set(map(plain, [*names, *class_folders(definition)]))
+        strange = [name for name in given if plain(name) not in spelled]
         known = (
             f"{len(strange)} of {len(given)} are not in the definition, such as {strange[0]!r}"
             if strange

@@ -20,9 +20,9 @@ from scipy.io.matlab import MatReadError
 from cache_schemas.evaluation import SetDefinition
 from dimefm import storage
 from dimefm.errors import SourceError
-from dimefm.evaluation.definitions import class_names
+from dimefm.evaluation.definitions import class_folders, class_names
 from dimefm.evaluation.imageset import Records, sample_of
-from dimefm.evaluation.layouts import Reader, read_folders
+from dimefm.evaluation.layouts import Reader, places_of, read_folders
 from dimefm.evaluation.unpacking import RAW, read_raw
 from dimefm.sources.base import SourceFile
 
@@ -95,14 +95,20 @@ def _listed_records(base: Path, found: list[tuple[Path, Any]], definition: SetDe
     records = Records(where=str(base), layout="torchvision", samples=samples, files=files)
     if definition is not None and definition.task == "retrieval":
         records.captions = [list(captions) for captions in said]
-    elif said and isinstance(said[0], str):
-        records.names = sorted(set(said))
-        places = {name: place for place, name in enumerate(records.names)}
-        records.labels = [places[name] for name in said]
-    else:
-        records.labels = list(said)
-        records.names = class_names(definition) if definition is not None else None
+    elif definition is not None:
+        records.names = class_names(definition)
+        records.labels = _by_name(base, said, definition) if said and isinstance(said[0], str) else list(said)
     return records
+
+
+def _by_name(base: Path, said: Sequence[str], definition: SetDefinition) -> list[int]:
+    place_of = places_of([*enumerate(class_names(definition)), *enumerate(class_folders(definition))])
+    labels = {name: place_of(name) for name in set(said)}
+    for name in said:
+        if labels[name] is None:
+            what = f"{base} lists an image of {name!r}, which is no class of {definition.title}"
+            raise SourceError(what, remedy="fetch the set again")
+    return [label for name in said if (label := labels[name]) is not None]
 
 
 def _lines(path: Path) -> list[str]:
@@ -177,9 +183,13 @@ def _voc2007(base: Path, split: str) -> _Labelled | None:
         return None
     of_image: dict[str, list[int]] = {}
     for place, name in enumerate(_VOC_CLASSES):
-        for line in _lines(lists / f"{name}_{split}.txt"):
-            image, mark = line.split()
-            of_image.setdefault(image, []).extend([place] if mark == "1" else [])
+        marks = dict(line.split() for line in _lines(lists / f"{name}_{split}.txt"))
+        if place == 0:
+            of_image = {image: [] for image in marks}
+        if list(marks) != list(of_image):
+            raise ValueError(f"{name}_{split}.txt does not have the images of the other classes")
+        for image, mark in marks.items():
+            of_image[image].extend([place] if mark == "1" else [])
     return [(base / "JPEGImages" / f"{image}.jpg", labels) for image, labels in of_image.items()]
 
 
