@@ -22,6 +22,9 @@ from cache_schemas.document import CHECKSUM, digest_of
 from dimefm.building import IndexConfig, build_index
 from dimefm.cli import cli
 from dimefm.clip import Clip, load_clip
+from dimefm.evaluation.definitions import load_definitions
+from dimefm.evaluation.predictions import read_predictions
+from dimefm.evaluation.results import read_results
 from dimefm.exact import ExactSearch
 from dimefm.pairs import Pairs, retrieve
 from dimefm.progress import amount
@@ -44,7 +47,12 @@ COMMANDS = {
     "select-texts": ["PAIRS.zarr", "--out", "--by", "--size", "--min-hits", "--min-score", "--pool", "--dedup",
                      "--balance", "--images-sample", "--seed", "--images", "--texts", "--scores", "--device"],
     "train-student": ["--images", "--texts", "--pairs", "--out", "--recipe", "--student", "--loss", "--text-mix"],
-    "evaluate": ["MODEL", "SET...", "--pretrained", "--checkpoint", "--precision", "--device", "--out"],
+    "evaluate": ["MODEL", "[SET]...", "--suite", "--data", "--sets", "--pretrained", "--checkpoint", "--weights",
+                 "--task", "--selection", "--solver", "--shots", "--seeds", "--decoder", "--precision", "--device",
+                 "--out", "--name", "--skip-existing", "--predictions"],
+    "sets": ["[NAME]...", "--data"],
+    "compare": ["NAME...", "--out", "--no-published"],
+    "submission": ["NAME", "--out", "--protocol", "--order"],
     "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained"],
     "convert-checkpoint": ["CHECKPOINT", "--out", "--teacher", "--pretrained"],
     "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file"],
@@ -114,6 +122,7 @@ def test_help_names_every_argument_and_option(command: str) -> None:
     assert result.exit_code == 0
     for name in COMMANDS.get(command, []):
         assert name in result.output
+    assert max(map(len, result.output.splitlines())) <= 110
     for parameter in cli.commands[command].params:
         if isinstance(parameter, click.Option):
             assert parameter.opts[0] in result.output
@@ -149,6 +158,11 @@ CACHE = ["cache-images", "x.tar", "--out", "o", "--teacher", "t"]
         ["select-texts", "p.zarr", "--out", "o", "--images-sample", "1"],
         ["train-student", "--images", "i", "--texts", "t", "--out", "o", "--recipe", "secret"],
         ["evaluate", "model"],
+        ["evaluate", "model", "set", "--task", "knn"],
+        ["evaluate", "model", "set", "--shots", "5,many"],
+        ["evaluate", "model", "set", "--solver", "lbfgs", "--selection", "elevater"],
+        ["compare"],
+        ["submission", "evaluations/model"],
         ["info"],
     ],
 )
@@ -602,30 +616,107 @@ def test_training_into_a_folder_of_something_else(image_store: Store, text_store
 # -- evaluate, export, info -------------------------------------------------------------------------------------------
 
 
+def labelled_set(folder: Path, members: dict[str, bytes]) -> Path:
+    """A set of two classes in a tar of these members."""
+    write_tar(folder / "a.tar", members)
+    (folder / "classnames.txt").write_text("cat\ndog\n")
+    (folder / "templates.txt").write_text("a {c}\n")
+    return folder
+
+
+def failed(*arguments: object) -> str:
+    """What evaluate prints of sets that it cannot read: each on a line with a remedy, and it exits with 1."""
+    result = run(*arguments)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    assert result.output.count("FAILED: ") == result.output.count("remedy: ") == 1
+    return result.output
+
+
 def test_evaluate_with_a_label_that_has_no_class(tmp_path: Path, teacher_name: str) -> None:
-    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
-    (tmp_path / "templates.txt").write_text("a {c}\n")
-    write_tar(tmp_path / "a.tar", {"0.jpg": make_jpeg(), "0.cls": b"2"})
-    message = refused("evaluate", teacher_name, tmp_path)
-    assert "label 2, but classnames.txt has 2 classes" in message
+    pets = labelled_set(tmp_path / "pets", {"0.jpg": make_jpeg(), "0.cls": b"2"})
+    message = failed("evaluate", teacher_name, pets, "--device", "cpu", "--out", tmp_path / "out")
+    assert f"pets: FAILED: {pets}/a.tar: 0 has label 2, but there are 2 classes" in message
+    assert "written: " not in message
 
 
 def test_evaluate_a_model_or_a_set_that_is_not_there(tmp_path: Path, teacher_name: str, sample: Path) -> None:
-    assert "classnames.txt does not exist" in refused("evaluate", teacher_name, tmp_path / "nowhere")
-    assert "no weights named for nowhere" in refused("evaluate", "nowhere", sample / "eval" / "cifar10")
+    out = ["--device", "cpu", "--out", tmp_path / "out"]
+    assert f"{tmp_path}/nowhere is no folder" in failed("evaluate", teacher_name, tmp_path / "nowhere", *out)
+    assert "no weights named for nowhere" in refused("evaluate", "nowhere", sample / "eval" / "cifar10", *out)
+
+
+def test_evaluate_does_the_sets_that_it_can_and_says_which_not(tmp_path: Path, teacher_name: str) -> None:
+    good = labelled_set(tmp_path / "pets", {"0.jpg": make_jpeg(), "0.cls": b"1"})
+    bad = labelled_set(tmp_path / "zoo", {"0.jpg": make_jpeg()})
+    output = failed("evaluate", teacher_name, bad, good, "--device", "cpu", "--out", tmp_path / "out", "--name", "m")
+    assert f"zoo: FAILED: {bad}/a.tar: 0 has no .cls" in output
+    assert "1 images, 2 classes" in output
+    assert f"written: {tmp_path}/out/m/results.jsonl" in output
+    assert [result.set for result in read_results(str(tmp_path / "out" / "m"))] == ["pets"]
+
+
+def test_evaluate_refuses_two_sets_of_one_name_before_it_opens_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("here", "there"):
+        labelled_set(tmp_path / place / "pets", {"0.jpg": make_jpeg(), "0.cls": b"1"})
+    monkeypatch.chdir(tmp_path / "here" / "pets")
+    for one in (tmp_path / "here" / "pets", "."):
+        assert "two sets are called 'pets'" in refused("evaluate", "nowhere", one, f"{tmp_path}/there/pets/")
+
+
+def test_evaluate_of_known_sets_needs_to_be_told_where_they_are(tmp_path: Path) -> None:
+    assert "give --data ROOT" in refused("evaluate", "model", "--suite", "imagenet")
+    words = ["evaluate", "model", "--data", tmp_path, "--sets", "imagenet1k,imagenet_z"]
+    assert f"imagenet_z is none of the sets and no folder of {tmp_path}" in refused(*words)
 
 
 def test_evaluate_prints_and_writes_its_results(tmp_path: Path, teacher_name: str) -> None:
-    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
-    (tmp_path / "templates.txt").write_text("a {c}\n")
-    write_tar(tmp_path / "a.tar", {"0.jpg": make_jpeg(), "0.cls": b"1", "1.jpg": b"broken", "1.cls": b"0"})
-    result = run("evaluate", teacher_name, tmp_path, "--out", tmp_path / "results.json", "--device", "cpu")
+    pets = labelled_set(tmp_path / "pets", {"0.jpg": make_jpeg(), "0.cls": b"1", "1.jpg": b"broken", "1.cls": b"0"})
+    words = ["evaluate", teacher_name, pets, "--device", "cpu", "--out", tmp_path / "out", "--name", "m"]
+    result = run(*words, "--predictions")
     assert result.exit_code == 0, result.output
-    assert "2 images, 2 classes, 1 unreadable (counted as wrong)" in result.output
-    (found,) = json.loads((tmp_path / "results.json").read_text())["sets"].values()
-    assert found["predictions"][0] in (0, 1)
-    assert found["predictions"][1] == -1
-    assert f"top-1 {found['top1']:6.1%}" in result.output
+    assert "2 images, 2 classes\n    1 images could not be read and count as wrong: 1 (" in result.stdout
+    (found,) = read_results(str(tmp_path / "out" / "m"))
+    first, second = read_predictions(str(tmp_path / "out" / "m"), found)
+    assert first in (0, 1)
+    assert second == -1
+    assert f"top-1 {found.value:6.1%}" in result.stdout
+    again = run(*words, "--skip-existing", "--predictions")
+    assert again.stdout == result.stdout
+    assert len((tmp_path / "out" / "m" / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_evaluate_measures_retrieval_where_there_are_captions(tmp_path: Path, teacher_name: str) -> None:
+    members = {f"{i}.{kind}": data for i in range(2) for kind, data in (("jpg", make_jpeg(seed=i)), ("txt", b"a\nb"))}
+    write_tar(tmp_path / "pairs" / "a.tar", members)
+    words = ["evaluate", teacher_name, tmp_path / "pairs", "--device", "cpu", "--out", tmp_path / "out"]
+    assert "R@1  50.0% [" in run(*words).stdout
+    assert "image to text" in run(*words).stdout
+
+
+# -- sets, compare and submission -------------------------------------------------------------------------------------
+
+
+def test_sets_lists_them_all_or_says_everything_of_one(tmp_path: Path) -> None:
+    known = load_definitions()
+    lines = run("sets").output.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(known)
+    one = run("sets", "gtsrb").output
+    assert one.startswith(known["gtsrb"].title)
+    assert known["gtsrb"].get in one
+    (tmp_path / "gtsrb").mkdir()
+    there = run("sets", "--data", tmp_path).output.splitlines()
+    assert [line for line in there if str(tmp_path) in line] == [line for line in there if line.startswith("gtsrb ")]
+    assert "no set is called 'imagenet_z'" in refused("sets", "imagenet_z")
+
+
+def test_compare_and_submission_of_what_was_not_evaluated(tmp_path: Path) -> None:
+    for words in (["compare", tmp_path], ["submission", tmp_path, "--out", tmp_path / "s.zip"]):
+        assert f"{tmp_path}/results.jsonl does not exist" in refused(*words)
+    assert not (tmp_path / "s.zip").exists()
 
 
 def test_export_of_what_is_no_run(tmp_path: Path, image_store: Store) -> None:

@@ -17,8 +17,7 @@ COMMON: tuple[tuple[str, Reader], ...] = (("webdataset", read_webdataset), ("par
 def open_folder(path: str, split: str = "test") -> ImageSet:
     """A set of a user's own: a folder with classnames.txt, templates.txt and images (see dimefm.evaluation.layouts), or
     one of tars or Parquet files of images with captions. Raises SourceError."""
-    folder = storage.absolute(path)
-    name = folder.rstrip("/").rpartition("/")[2]
+    folder, name = storage.absolute(path), name_of(path)
     if not storage.is_url(folder) and not Path(folder).is_dir():
         raise SourceError(f"{path} is no folder", remedy="name a folder with classnames.txt and templates.txt")
     found = (reader(folder, split, None) for _, reader in COMMON)
@@ -41,6 +40,11 @@ def open_folder(path: str, split: str = "test") -> ImageSet:
         map_labels(records, records.names, names)
     multilabel = any(isinstance(one, list) for one in records.labels or [])
     return with_classes(records, name, split, names, records.templates or [], multilabel, ())
+
+
+def name_of(path: str) -> str:
+    """What the set in this folder is called."""
+    return storage.absolute(path).rstrip("/").rpartition("/")[2]
 
 
 def open_folders(paths: tuple[str, ...]) -> list[ImageSet]:

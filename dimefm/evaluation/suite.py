@@ -32,7 +32,7 @@ from dimefm.evaluation.features import Decoder, Features, features
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.evaluation.models import open_model
 from dimefm.evaluation.opening import open_set
-from dimefm.evaluation.own_sets import open_folder
+from dimefm.evaluation.own_sets import name_of, open_folder
 from dimefm.evaluation.predictions import PREDICTIONS_SUFFIX, file_name, write_predictions
 from dimefm.evaluation.probe import Selection, Solver, probe, subset
 from dimefm.evaluation.results import Results
@@ -130,7 +130,7 @@ def _chosen(config: EvaluationConfig) -> list[_Chosen]:
     known = load_definitions()
     if (config.suite or config.sets) and not config.data:
         raise SourceError("which folder has the sets is not said", remedy="give --data ROOT")
-    chosen = [_Chosen(path.rstrip("/").rpartition("/")[2], folder=path) for path in config.folders]
+    chosen = [_Chosen(name_of(path), folder=path) for path in config.folders]
     named = config.sets or tuple(n for n, d in known.items() if config.suite in ("all", d.suite))
     for name in named:
         aliases = {alias: d.name for d in known.values() for alias in d.aliases}
@@ -142,9 +142,9 @@ def _chosen(config: EvaluationConfig) -> list[_Chosen]:
             folder = "" if definition else storage.join(config.data or "", name)
             chosen.append(_Chosen(definition.name if definition else name, definition, folder))
     titles = [one.title for one in chosen]
-    repeated = sorted({title for title in titles if titles.count(title) > 1})
-    if repeated:
-        raise SourceError(f"two sets are called {repeated[0]!r}", remedy="give folders with different names")
+    repeated = next((one.name for one in chosen if titles.count(one.title) > 1), None)
+    if repeated is not None:
+        raise SourceError(f"two sets are called {repeated!r}", remedy="give folders with different names")
     if not chosen:
         raise SourceError("no set is chosen", remedy="name a folder, or give --suite or --sets with --data")
     return chosen

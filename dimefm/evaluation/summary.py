@@ -41,7 +41,7 @@ def show(done: Evaluation) -> str:
     for definition, split in done.missing:
         lines.append(f"{definition.name}: not there ({split} images). Get it from {definition.get}")
     lines += [f"{name}: FAILED: {error}" for name, error in done.failed]
-    return "\n".join([*lines, f"written: {done.folder}/results.jsonl"])
+    return "\n".join([*lines, *([f"written: {done.folder}/results.jsonl"] if done.results else [])])
 
 
 def means(results: Sequence[EvaluationResult]) -> list[tuple[str, str]]:
