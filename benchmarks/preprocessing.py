@@ -11,10 +11,10 @@ from PIL import Image
 from benchmarks.measure import machine, median, ratio, rounds, table
 from dimefm.clip import load_clip
 from dimefm.decode import decode_rgb
-from dimefm.labelled import LabelledSet
+from dimefm.evaluation.own_sets import open_folder
 from dimefm.preprocess import Preprocess, normalise
 from dimefm.sample import sample_dir
-from dimefm.storage import read_bytes
+from dimefm.sources.reading import read_encoded
 
 
 @click.command()
@@ -30,8 +30,7 @@ def preprocessing(sets: tuple[str, ...], images: int, count: int) -> None:
     _, _, theirs = open_clip.create_model_and_transforms(name)
     rows = []
     for path in sets or [str(p) for p in sorted((sample_dir() / "eval").iterdir())]:
-        items = LabelledSet(path).items[:images]
-        data = [read_bytes(i.file, i.offset, i.size) for i in items]
+        data = [read_encoded(s.file, s.offset, s.size) for s in open_folder(path).samples[:images]]
         seconds = rounds(
             {
                 "open_clip": lambda data=data: [theirs(Image.open(io.BytesIO(d))) for d in data],
