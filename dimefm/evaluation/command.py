@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 _SUITES = ["imagenet", "robustness", "elevater", "retrieval", "all"]
 _TASKS = ["zero-shot", "linear-probe", "few-shot"]
@@ -75,14 +76,34 @@ def evaluate(model: str, **options: Any) -> None:
     from dimefm.evaluation.suite import evaluate as run
     from dimefm.evaluation.summary import result_line, show
 
-    if options["solver"] == "lbfgs" and options["selection"] == "elevater":
-        raise click.UsageError("--selection elevater chooses among SGD's epochs, and --solver lbfgs has none")
-    if not options["folders"] and not options["suite"] and not options["sets"]:
-        raise click.UsageError("name a SET, or give --suite or --sets with --data ROOT")
+    _require_sense(options)
     done = run(EvaluationConfig(model=model, **options), lambda result: click.echo(result_line(result)))
     click.echo(show(done))
     if done.failed:
         raise click.exceptions.Exit(1)
+
+
+def _require_sense(options: dict[str, Any]) -> None:
+    """Refuses options that contradict each other, or have no effect without another."""
+    if options["solver"] == "lbfgs" and options["selection"] == "elevater":
+        raise click.UsageError("--selection elevater chooses among SGD's epochs, and --solver lbfgs has none")
+    known = options["suite"] or options["sets"]
+    if not options["folders"] and not known:
+        raise click.UsageError("name a SET, or give --suite or --sets with --data ROOT")
+    if bool(known) != bool(options["data"]):
+        raise click.UsageError("--data ROOT goes with --suite or --sets, and they with it")
+    tasks = options["tasks"]
+    for names, wanted in (
+        (("selection", "solver"), ("linear-probe", "few-shot")),
+        (("shots", "seeds"), ("few-shot",)),
+    ):
+        for name in names:
+            if _was_given(name) and not set(wanted) & set(tasks):
+                raise click.UsageError(f"--{name} has no effect without --task {' or --task '.join(wanted)}")
+
+
+def _was_given(name: str) -> bool:
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 @click.command()
