@@ -14,11 +14,11 @@ import pytest
 
 from cache_schemas import Status, ViewPlan
 from cache_schemas.embedding_store import pixels_path
+from dimefm import loading
 from dimefm.clip import Clip
 from dimefm.pixels import PixelTar
 from dimefm.shard import encode_shard, retry_shard
 from dimefm.store import Store
-from pipeline import loading
 from pipeline.cache import CacheConfig, cache
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.runner import Job, Worker
