@@ -41,14 +41,17 @@ class TextEmbeddings:
         return self._kept(key, lambda: torch.cat(list(self._embedded(list(texts)))))
 
     def _mean_of(self, prompts: list[list[str]]) -> torch.Tensor:
-        flat = [text for texts in prompts for text in texts]
-        classes = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([len(texts) for texts in prompts]))
-        sums_CD = torch.zeros(len(prompts), self._clip.identity.embed_dim, dtype=torch.float64)
+        """Classes of the same prompts, as ImageNet has some of one name, get the very same embedding: which of them an
+        image is said to be must not depend on rounding."""
+        distinct = {one: place for place, one in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        flat = [text for texts in distinct for text in texts]
+        classes = torch.repeat_interleave(torch.arange(len(distinct)), torch.tensor([len(texts) for texts in distinct]))
+        sums_CD = torch.zeros(len(distinct), self._clip.identity.embed_dim, dtype=torch.float64)
         start = 0
         for block_MD in self._embedded(flat):
             sums_CD.index_add_(0, classes[start : start + len(block_MD)], block_MD.double())
             start += len(block_MD)
-        return F.normalize(sums_CD, dim=-1).float()
+        return F.normalize(sums_CD, dim=-1).float()[[distinct[tuple(texts)] for texts in prompts]]
 
     def _embedded(self, texts: list[str]) -> Iterator[torch.Tensor]:
         """float32 (M, D) of a block of texts after the other; within a block those of like length go together."""
