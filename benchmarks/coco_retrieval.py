@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from benchmarks.measure import machine, table
+from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.own_sets import open_folder
-from dimefm.evaluation.suite import EvaluationConfig, evaluate
+from dimefm.evaluation.suite import evaluate
 
 _DEPTHS = (1, 5, 10)
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from dimefm.evaluation import features as featuring
+from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.results import read_results
-from dimefm.evaluation.suite import EvaluationConfig, evaluate
+from dimefm.evaluation.suite import evaluate
 from dimefm.store import Store
 from tests.tiny_clip import write_clip
 

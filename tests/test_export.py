@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from dimefm.checkpoint import Checkpoints
 from dimefm.clip import Clip, load_clip
 from dimefm.errors import MismatchError, OutputExistsError, StoreError, TeacherError, TrainingError
+from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.predictions import read_predictions
 from dimefm.evaluation.results import read_results
-from dimefm.evaluation.suite import EvaluationConfig, evaluate
+from dimefm.evaluation.suite import evaluate
 from dimefm.export import export
 from dimefm.preprocess import Preprocess, normalise
 from dimefm.run import read_run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import zipfile
@@ -14,13 +15,14 @@ import pytest
 import torch
 
 from dimefm.errors import MismatchError, SourceError, StoreError
+from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.definitions import load_definitions
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.evaluation.opening import open_set
 from dimefm.evaluation.predictions import read_predictions, read_scores
 from dimefm.evaluation.results import read_results
 from dimefm.evaluation.submission import write_submission
-from dimefm.evaluation.suite import Evaluation, EvaluationConfig, evaluate
+from dimefm.evaluation.suite import Evaluation, evaluate
 from tests.making import make_jpeg, read_tar, write_parquet, write_tar, write_text
 from tests.synthetic_published import trust
 from tests.synthetic_sets import IMAGES, as_read, as_written, forms_of, write_set
@@ -304,6 +306,7 @@ def test_captions_of_a_table_that_are_none_are_named(tmp_path: Path, captions: l
 DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
     "gone": lambda data: None,
     "empty": lambda data: b"",
+    "short": lambda data: data[:3],
     "cut": lambda data: data[: len(data) // 3],
     "other": lambda data: b'{"x": [1, "\xff"]}\n\0\x01,2;3 4\n5' * 20,
 }
@@ -335,6 +338,25 @@ def test_damaged_annotations_are_a_named_error_or_fewer_images(
             found = list(as_read(images, missing=True).items())
             assert all(written[key] == label for key, label in (found[:-1] if images.captions else found))
         path.write_bytes(whole)
+
+
+def test_a_class_or_a_feeling_that_there_is_not_is_named(tmp_path: Path) -> None:
+    write_set("dtd", "torchvision", tmp_path / "dtd")
+    listed = tmp_path / "dtd" / "dtd" / "dtd" / "labels" / "test1.txt"
+    listed.write_text(listed.read_text() + "checkered/checkered_0001.jpg\n")
+    assert "lists an image of 'checkered', which is no class of Describable Textures" in refused(tmp_path, "dtd")
+    rows = [f"9,PrivateTest,{' '.join(['0'] * 48 * 48)}"]
+    path = write_text(tmp_path / "fer2013" / "fer2013.csv", ["emotion,Usage,pixels", *rows])
+    assert f"{path} cannot be read: IndexError" in refused(tmp_path, "fer2013")
+
+
+def test_a_compressed_array_that_was_cut_short_is_named_and_leaves_no_tar(tmp_path: Path) -> None:
+    write_set("mnist", "torchvision", tmp_path / "mnist")
+    for path in sorted((tmp_path / "mnist" / "MNIST" / "raw").iterdir()):
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes())[:-20])
+        path.unlink()
+    assert "t10k-images-idx3-ubyte.gz cannot be read: EOFError" in refused(tmp_path, "mnist")
+    assert not list((tmp_path / "unpacked").rglob("*.tar"))
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from dimefm.checkpoint import Checkpoints
 from dimefm.errors import StoreError, TrainingError
-from dimefm.evaluation.suite import EvaluationConfig, evaluate
+from dimefm.evaluation.config import EvaluationConfig
+from dimefm.evaluation.suite import evaluate
 from dimefm.export import export
 from dimefm.initial import load_initial
 from dimefm.objective import LossConfig

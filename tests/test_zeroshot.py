@@ -16,13 +16,14 @@ from scipy.special import log_softmax
 from cache_schemas.evaluation import EvaluationResult
 from dimefm.cli import cli
 from dimefm.decode import decode_rgb
+from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.features import Decoder
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.evaluation.own_sets import open_folder
 from dimefm.evaluation.predictions import read_predictions, read_scores
 from dimefm.evaluation.results import read_results
 from dimefm.evaluation.scoring import measure
-from dimefm.evaluation.suite import EvaluationConfig, evaluate
+from dimefm.evaluation.suite import evaluate
 from dimefm.preprocess import resize
 from dimefm.validate import class_embeddings, top1
 from tests.making import make_jpeg, read_tar, write_tar

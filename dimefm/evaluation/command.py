@@ -72,7 +72,7 @@ def evaluate(model: str, **options: Any) -> None:
 
     Images go through the model once; results are appended to OUT/NAME/results.jsonl. Stopped, the same command goes on.
     """
-    from dimefm.evaluation.suite import EvaluationConfig
+    from dimefm.evaluation.config import EvaluationConfig
     from dimefm.evaluation.suite import evaluate as run
     from dimefm.evaluation.summary import result_line, show
 

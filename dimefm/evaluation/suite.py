@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from cache_schemas import digest_of, to_plain
 from cache_schemas.evaluation import (
     FEATURES,
-    OWN,
     PREDICTIONS,
     TEXT_EMBEDDINGS,
     UNPACKED,
@@ -24,58 +22,21 @@ from cache_schemas.evaluation import (
     SetDefinition,
 )
 from dimefm import storage
-from dimefm.clip import Clip, Precision
+from dimefm.clip import Clip
 from dimefm.commits import versions
 from dimefm.errors import DimefmError, SourceError
-from dimefm.evaluation.definitions import load_definitions
-from dimefm.evaluation.features import Decoder, Features, features
+from dimefm.evaluation.config import Chosen, EvaluationConfig, choose, default_name
+from dimefm.evaluation.features import Features, features
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.evaluation.models import open_model
 from dimefm.evaluation.opening import open_set
-from dimefm.evaluation.own_sets import name_of, open_folder
+from dimefm.evaluation.own_sets import open_folder
 from dimefm.evaluation.predictions import PREDICTIONS_SUFFIX, file_name, write_predictions
-from dimefm.evaluation.probe import Selection, Solver, probe, subset
+from dimefm.evaluation.probe import probe, subset
 from dimefm.evaluation.results import Results
 from dimefm.evaluation.scoring import REPORTED, Measured, cosines, measure, measure_retrieval, probabilities
 from dimefm.evaluation.text_embeddings import TextEmbeddings
 from dimefm.lock import writing
-
-Suite = Literal["imagenet", "robustness", "elevater", "retrieval", "all"]
-Task = Literal["zero-shot", "linear-probe", "few-shot"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """What to evaluate on what, and how.
-
-    `folders` are sets of a user's own; `suite` takes those of the package's definitions that are below `data`, or the
-    ones named in `sets`, which may be other folders below `data` too. `selection` says what chooses a probe's
-    hyperparameters: ``honest`` the validation part of the training images, ``elevater`` that and, as ELEVATER's code
-    does, the best epoch on the test images. Results go to `out`/`name`.
-    """
-
-    model: str
-    folders: tuple[str, ...] = ()
-    suite: Suite | None = None
-    data: str | None = None
-    sets: tuple[str, ...] = ()
-    pretrained: str | None = None
-    checkpoint: str = "last"
-    weights: str = "model"
-    precision: Precision = "fp32"
-    device: str | None = None
-    tasks: tuple[Task, ...] = ("zero-shot",)
-    selection: Selection = "honest"
-    solver: Solver = "sgd"
-    shots: tuple[int, ...] = (5, 20, 50)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    decoder: Decoder = "pillow"
-    batch_size: int = 64
-    threads: int | None = None
-    out: str = "evaluations"
-    name: str | None = None
-    skip_existing: bool = False
-    predictions: bool = False
 
 
 @dataclass
@@ -94,60 +55,10 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
     A set that is not below `data`, or cannot be read, is listed and the rest goes on. Raises a DimefmError for a model
     that cannot be loaded, and where nothing of what was asked for exists.
     """
-    chosen = _chosen(config)
+    chosen = choose(config)
     folder = str(Path(config.out, config.name or default_name(config)))
     with writing(folder), _opened(config) as clip:
         return _Evaluator(config, clip, folder, report or (lambda result: None)).run(chosen)
-
-
-def default_name(config: EvaluationConfig) -> str:
-    """Of the results' folder: the model's own name, with tag, checkpoint and weights where those are not the usual."""
-    model = config.model.removeprefix("local-dir:").removeprefix("hf-hub:").rstrip("/")
-    parts = [model if "/" not in model else model.rpartition("/")[2], config.pretrained or ""]
-    parts += [config.checkpoint if config.checkpoint != "last" else "", "ema" if config.weights == "ema" else ""]
-    return re.sub(r"[^\w.-]+", "-", "-".join(part for part in parts if part)).strip("-.") or "model"
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """A set of the package's, or the folder of one of a user's own."""
-
-    name: str
-    definition: SetDefinition | None = None
-    folder: str = ""
-
-    @property
-    def suite(self) -> str:
-        return self.definition.suite if self.definition else OWN
-
-    @property
-    def title(self) -> str:
-        """Of its files; see EvaluationResult.title."""
-        return self.name if self.definition else f"{OWN}-{self.name}"
-
-
-def _chosen(config: EvaluationConfig) -> list[_Chosen]:
-    known = load_definitions()
-    if (config.suite or config.sets) and not config.data:
-        raise SourceError("which folder has the sets is not said", remedy="give --data ROOT")
-    chosen = [_Chosen(name_of(path), folder=path) for path in config.folders]
-    named = config.sets or tuple(n for n, d in known.items() if config.suite in ("all", d.suite))
-    for name in named:
-        aliases = {alias: d.name for d in known.values() for alias in d.aliases}
-        definition = known.get(name) or known.get(aliases.get(name, ""))
-        if definition is None and not storage.listing(storage.join(config.data or "", name)):
-            what = f"{name} is none of the sets and no folder of {config.data}"
-            raise SourceError(what, remedy="dimefm sets lists the known ones")
-        if definition is None or config.suite in (None, "all", definition.suite):
-            folder = "" if definition else storage.join(config.data or "", name)
-            chosen.append(_Chosen(definition.name if definition else name, definition, folder))
-    titles = [one.title for one in chosen]
-    repeated = next((one.name for one in chosen if titles.count(one.title) > 1), None)
-    if repeated is not None:
-        raise SourceError(f"two sets are called {repeated!r}", remedy="give folders with different names")
-    if not chosen:
-        raise SourceError("no set is chosen", remedy="name a folder, or give --suite or --sets with --data")
-    return chosen
 
 
 def _opened(config: EvaluationConfig) -> Any:
@@ -171,7 +82,7 @@ class _Evaluator:
         self._texts = TextEmbeddings(clip, storage.join(config.out, TEXT_EMBEDDINGS))
         self._model = _describe(clip, config.model)
 
-    def run(self, chosen: list[_Chosen]) -> Evaluation:
+    def run(self, chosen: list[Chosen]) -> Evaluation:
         done = Evaluation(self._folder)
         for one in chosen:
             try:
@@ -185,7 +96,7 @@ class _Evaluator:
             raise SourceError(f"none of the sets is below {root}", remedy="dimefm sets NAME says where to get one")
         return done
 
-    def _results_of(self, one: _Chosen, done: Evaluation) -> Iterator[EvaluationResult]:
+    def _results_of(self, one: Chosen, done: Evaluation) -> Iterator[EvaluationResult]:
         test = self._open(one, "test")
         if test is None:
             assert one.definition is not None
@@ -215,7 +126,7 @@ class _Evaluator:
                     rows = subset(train.classes, shots, seed)
                     yield self._probe(job, train, f"few-shot-{shots}/{self._label()}/seed-{seed}", rows, seed)
 
-    def _open(self, one: _Chosen, split: str) -> ImageSet | None:
+    def _open(self, one: Chosen, split: str) -> ImageSet | None:
         if one.definition is None:
             try:
                 return open_folder(one.folder, split)
@@ -231,7 +142,7 @@ class _Evaluator:
         rule = "elevater, test-selected" if self._config.selection == "elevater" else "honest"
         return rule if self._config.solver == "sgd" else f"{rule}, {self._config.solver}"
 
-    def _features(self, one: _Chosen, images: ImageSet) -> Features:
+    def _features(self, one: Chosen, images: ImageSet) -> Features:
         return features(
             self._clip,
             images,
@@ -354,12 +265,12 @@ class _Evaluator:
 
 @dataclass(frozen=True)
 class _Job:
-    chosen: _Chosen
+    chosen: Chosen
     test: ImageSet
     metric: Metric
 
 
-def _metric_of(one: _Chosen, images: ImageSet) -> Metric:
+def _metric_of(one: Chosen, images: ImageSet) -> Metric:
     if one.definition is not None:
         return one.definition.metric
     if images.captions is not None:

@@ -1,0 +1,106 @@
+"""What to evaluate, on what, and how."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from cache_schemas.evaluation import OWN, SetDefinition
+from dimefm import storage
+from dimefm.clip import Precision
+from dimefm.errors import SourceError
+from dimefm.evaluation.definitions import load_definitions
+from dimefm.evaluation.features import Decoder
+from dimefm.evaluation.own_sets import name_of
+from dimefm.evaluation.probe import Selection, Solver
+
+Suite = Literal["imagenet", "robustness", "elevater", "retrieval", "all"]
+Task = Literal["zero-shot", "linear-probe", "few-shot"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What to evaluate on what, and how.
+
+    `folders` are sets of a user's own; `suite` takes those of the package's definitions that are below `data`, or the
+    ones named in `sets`, which may be other folders below `data` too. `selection` says what chooses a probe's
+    hyperparameters: ``honest`` the validation part of the training images, ``elevater`` that and, as ELEVATER's code
+    does, the best epoch on the test images. Results go to `out`/`name`.
+    """
+
+    model: str
+    folders: tuple[str, ...] = ()
+    suite: Suite | None = None
+    data: str | None = None
+    sets: tuple[str, ...] = ()
+    pretrained: str | None = None
+    checkpoint: str = "last"
+    weights: str = "model"
+    precision: Precision = "fp32"
+    device: str | None = None
+    tasks: tuple[Task, ...] = ("zero-shot",)
+    selection: Selection = "honest"
+    solver: Solver = "sgd"
+    shots: tuple[int, ...] = (5, 20, 50)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    decoder: Decoder = "pillow"
+    batch_size: int = 64
+    threads: int | None = None
+    out: str = "evaluations"
+    name: str | None = None
+    skip_existing: bool = False
+    predictions: bool = False
+
+
+def default_name(config: EvaluationConfig) -> str:
+    """Of the results' folder: the model's own name, with tag, checkpoint and weights where those are not the usual."""
+    model = config.model.removeprefix("local-dir:").removeprefix("hf-hub:").rstrip("/")
+    parts = [model if "/" not in model else model.rpartition("/")[2], config.pretrained or ""]
+    parts += [config.checkpoint if config.checkpoint != "last" else "", "ema" if config.weights == "ema" else ""]
+    return re.sub(r"[^\w.-]+", "-", "-".join(part for part in parts if part)).strip("-.") or "model"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A set of the package's, or the folder of one of a user's own."""
+
+    name: str
+    definition: SetDefinition | None = None
+    folder: str = ""
+
+    @property
+    def suite(self) -> str:
+        """Of its results."""
+        return self.definition.suite if self.definition else OWN
+
+    @property
+    def title(self) -> str:
+        """Of its files; see EvaluationResult.title."""
+        return self.name if self.definition else f"{OWN}-{self.name}"
+
+
+def choose(config: EvaluationConfig) -> list[Chosen]:
+    """The sets that are asked for. Raises SourceError for a name that is neither a set nor a folder, two sets of one
+    name, and where nothing is asked for."""
+    known = load_definitions()
+    if (config.suite or config.sets) and not config.data:
+        raise SourceError("which folder has the sets is not said", remedy="give --data ROOT")
+    chosen = [Chosen(name_of(path), folder=path) for path in config.folders]
+    named = config.sets or tuple(n for n, d in known.items() if config.suite in ("all", d.suite))
+    for name in named:
+        aliases = {alias: d.name for d in known.values() for alias in d.aliases}
+        definition = known.get(name) or known.get(aliases.get(name, ""))
+        if definition is None and not storage.listing(storage.join(config.data or "", name)):
+            what = f"{name} is none of the sets and no folder of {config.data}"
+            raise SourceError(what, remedy="dimefm sets lists the known ones")
+        if definition is None or config.suite in (None, "all", definition.suite):
+            folder = "" if definition else storage.join(config.data or "", name)
+            chosen.append(Chosen(definition.name if definition else name, definition, folder))
+    titles = [one.title for one in chosen]
+    repeated = next((one.name for one in chosen if titles.count(one.title) > 1), None)
+    if repeated is not None:
+        raise SourceError(f"two sets are called {repeated!r}", remedy="give folders with different names")
+    if not chosen:
+        raise SourceError("no set is chosen", remedy="name a folder, or give --suite or --sets with --data")
+    return chosen
