@@ -302,7 +302,8 @@ def test_hidden_files_and_thumbnails_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "mnist" / "test" / ".cache").mkdir()
     (tmp_path / "mnist" / "test" / "3" / "._000.jpeg").write_bytes(b"x")
     (tmp_path / "mnist" / "test" / "3" / "Thumbs.db").write_bytes(b"x")
-    assert as_read(opened(tmp_path, "mnist")) == as_written(items)
+    images = opened(tmp_path, "mnist")
+    assert (as_read(images), images.notes) == (as_written(items), ())
 
 
 # -- at a URL ---------------------------------------------------------------------------------------------------------
