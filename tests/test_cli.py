@@ -668,9 +668,28 @@ def test_evaluate_refuses_two_sets_of_one_name_before_it_opens_the_model(
 
 
 def test_evaluate_of_known_sets_needs_to_be_told_where_they_are(tmp_path: Path) -> None:
-    assert "give --data ROOT" in refused("evaluate", "model", "--suite", "imagenet")
+    for words in (["--suite", "imagenet"], ["--sets", "dtd"], ["set", "--data", "sets"]):
+        assert "--data ROOT goes with --suite or --sets" in run("evaluate", "model", *words).stderr
+    words = ["evaluate", "model", "--data", tmp_path, "--suite", "elevater", "--sets", "dtd,imagenet_a"]
+    assert "imagenet_a is a set of the suite robustness, not of elevater" in refused(*words)
     words = ["evaluate", "model", "--data", tmp_path, "--sets", "imagenet1k,imagenet_z"]
     assert f"imagenet_z is none of the sets and no folder of {tmp_path}" in refused(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shots", "5"], "--shots has no effect without --task few-shot"),
+        (["--seeds", "5", "--task", "linear-probe"], "--seeds has no effect without --task few-shot"),
+        (["--solver", "sgd"], "--solver has no effect without --task linear-probe or --task few-shot"),
+        (["--task", "few-shot", "--solver", "lbfgs", "--selection", "elevater"], "--solver lbfgs has none"),
+        (["--shots", "a", "--task", "few-shot"], "is not a list of whole numbers"),
+    ],
+)
+def test_evaluate_refuses_options_without_effect(words: list[str], message: str) -> None:
+    result = run("evaluate", "model", "set", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 def test_evaluate_prints_and_writes_its_results(tmp_path: Path, teacher_name: str) -> None:

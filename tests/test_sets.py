@@ -12,11 +12,12 @@ import torch
 import torchvision.datasets as published
 
 from cache_schemas.evaluation import SetDefinition
+from dimefm.errors import SourceError
 from dimefm.evaluation.definitions import class_folders, class_names, load_definitions, templates
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.evaluation.layouts import natural, plain
 from dimefm.evaluation.opening import find_sets, open_set
-from tests.making import make_jpeg, upload, write_tar
+from tests.making import make_jpeg, upload, write_parquet, write_tar
 from tests.synthetic_published import trust
 from tests.synthetic_sets import (
     IMAGES,
@@ -239,8 +240,11 @@ def test_a_split_goes_by_several_names(tmp_path: Path, name: str, folder: str, s
     for path in source.iterdir():
         if form == "folders" or path.name.startswith(split):
             path.rename(target / (path.name if form == "folders" else "0" + path.suffix))
-    found = {s: open_set(KNOWN[name], str(tmp_path / "root"), s, "unpacked") for s in KNOWN[name].splits}
-    assert {s for s, images in found.items() if images is not None} == {split}
+    others = [s for s in KNOWN[name].splits if s not in (split, "test")]
+    assert all(open_set(KNOWN[name], str(tmp_path / "root"), s, "unpacked") is None for s in others)
+    if split != "test":
+        with pytest.raises(SourceError, match="has no test images"):
+            opened(tmp_path / "root", name)
     assert as_read(opened(tmp_path / "root", name, split)) == as_written(items, split)
 
 
@@ -281,9 +285,8 @@ def test_names_that_the_definition_does_not_have_are_used_and_said(tmp_path: Pat
     named = {key: images.classnames[label] for key, label in as_read(images).items()}
     wanted = {key: class_names(KNOWN["oxford_pets"])[label] for key, label in as_written(items).items()}
     assert all(named[key] in (wanted[key], "hamster") for key in wanted)
-    assert images.notes == (
-        "class names and templates are those of the folder: 1 of 37 are not in the definition, such as 'hamster'",
-    )
+    folder = "class names and templates are those of the folder"
+    assert f"{folder} (1 of 37 are not in the definition, such as 'hamster')" in images.partial
 
 
 def test_a_name_that_two_classes_have_gives_no_label(tmp_path: Path) -> None:
@@ -326,3 +329,22 @@ def test_a_set_at_a_url_is_that_of_the_disk(tmp_path: Path, s3: str, name: str, 
 
 def test_what_is_not_at_a_url_is_not_there(s3: str) -> None:
     assert open_set(KNOWN["mnist"], f"{s3}/sets", "test", "unpacked") is None
+
+
+def test_imagenets_labelled_test_images_are_its_validation_split(tmp_path: Path) -> None:
+    """Its own test images, which Hugging Face keeps beside them, have the label -1."""
+    items = write_set("imagenet1k", "parquet-numbers", tmp_path / "imagenet1k")
+    data = tmp_path / "imagenet1k" / "data"
+    (here,) = (path for path in (tmp_path / "imagenet1k").rglob("test*.parquet"))
+    data.mkdir(exist_ok=True)
+    here.rename(data / "validation-00000-of-00001.parquet")
+    write_parquet(data / "test-00000-of-00001.parquet", [{"image": make_jpeg(), "label": -1}])
+    assert as_read(opened(tmp_path, "imagenet1k")) == as_written(items)
+
+
+def test_objectnet_is_read_as_it_is_downloaded(tmp_path: Path) -> None:
+    items = write_set("objectnet", "folders", tmp_path / "there")
+    whole = tmp_path / "objectnet" / "objectnet-1.0"
+    whole.mkdir(parents=True)
+    (tmp_path / "there" / "test").rename(whole / "images")
+    assert as_read(opened(tmp_path, "objectnet")) == as_written(items)

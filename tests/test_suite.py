@@ -327,7 +327,7 @@ def predictions_of(path: Path) -> dict[str, Any]:
 
 
 def test_the_submission_passes_the_toolkits_checks(first: Done, tmp_path: Path) -> None:
-    names = write_submission(first.out, str(tmp_path / "all.zip"))
+    names = list(write_submission(first.out, str(tmp_path / "all.zip")))
     entries = predictions_of(tmp_path / "all.zip")
     assert names == list(entries) == sorted(str(KNOWN[name].elevater) for name in ELEVATER)
     for name in ELEVATER:
@@ -360,6 +360,9 @@ def test_the_submission_takes_the_order_of_lists_of_images(first: Done, tmp_path
     write_submission(first.out, str(tmp_path / "ordered.zip"), order=str(tmp_path / "lists"))
     plain, ordered = predictions_of(tmp_path / "plain.zip"), predictions_of(tmp_path / "ordered.zip")
     assert all(ordered[name]["predictions"][0] == plain[name]["predictions"][0][::-1] for name in plain)
+    (tmp_path / "lists" / "dtd.txt").write_text("\n".join(lines + lines[:1]))
+    with pytest.raises(StoreError, match=r"dtd\.txt does not name the 12 images"):
+        write_submission(first.out, str(tmp_path / "out.zip"), order=str(tmp_path / "lists"))
     (tmp_path / "lists" / "dtd.txt").write_text("test.zip@some/other.jpg 0\n")
     with pytest.raises(StoreError, match=r"dtd\.txt does not name the 12 images .* such as some/other\.jpg"):
         write_submission(first.out, str(tmp_path / "out.zip"), order=str(tmp_path / "lists"))
@@ -376,7 +379,8 @@ def test_a_submission_of_few_shots_has_every_seed(first: Done, tmp_path: Path) -
     done = evaluate(replace(config, predictions=True))
     protocols = [f"few-shot-4/honest, lbfgs/seed-{seed}" for seed in (0, 2)]
     assert [result.protocol for result in done.results] == protocols
-    assert write_submission(done.folder, str(tmp_path / "5.zip"), "few-shot-4/honest, lbfgs") == ["patch-camelyon"]
+    found = write_submission(done.folder, str(tmp_path / "5.zip"), "few-shot-4/honest, lbfgs")
+    assert found == {"patch-camelyon": (f"{IMAGES} of 32768 images",)}
     entry = predictions_of(tmp_path / "5.zip")["patch-camelyon"]
     assert (entry["n_shot"], entry["rnd_seeds"]) == (4, [0, 2])
     assert np.shape(entry["predictions"]) == (2, IMAGES, 2)

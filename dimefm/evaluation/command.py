@@ -146,5 +146,6 @@ def submission(folder: str, **options: Any) -> None:
     """Write the file that ELEVATER's leaderboard takes, of predictions that evaluate --predictions kept."""
     from dimefm.evaluation.submission import write_submission
 
-    names = write_submission(folder, **options)
-    click.echo(f"{options['out']}: {len(names)} sets of 20: {', '.join(names)}")
+    found = write_submission(folder, **options)
+    lines = ["; ".join([name, *partial]) for name, partial in found.items()]
+    click.echo("\n  ".join([f"{options['out']}: {len(found)} sets of 20", *lines]))

@@ -50,7 +50,7 @@ class Table:
         """For a README."""
         names, sources = self.head()
         lines = [names, ["---", *["---:"] * len(self.models)], sources, *self.lines()]
-        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
         return table + "".join(f"\n{note.replace('*', chr(92) + '*')}\n" for note in self.notes)
 
     def csv(self) -> str:

@@ -94,9 +94,11 @@ def choose(config: EvaluationConfig) -> list[Chosen]:
         if definition is None and not storage.listing(storage.join(config.data or "", name)):
             what = f"{name} is none of the sets and no folder of {config.data}"
             raise SourceError(what, remedy="dimefm sets lists the known ones")
-        if definition is None or config.suite in (None, "all", definition.suite):
-            folder = "" if definition else storage.join(config.data or "", name)
-            chosen.append(Chosen(definition.name if definition else name, definition, folder))
+        if definition is not None and config.suite not in (None, "all", definition.suite):
+            what = f"{name} is a set of the suite {definition.suite}, not of {config.suite}"
+            raise SourceError(what, remedy="leave --suite out, or give --suite all")
+        folder = "" if definition else storage.join(config.data or "", name)
+        chosen.append(Chosen(definition.name if definition else name, definition, folder))
     titles = [one.title for one in chosen]
     repeated = next((one.name for one in chosen if titles.count(one.title) > 1), None)
     if repeated is not None:

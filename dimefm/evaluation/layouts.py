@@ -44,15 +44,19 @@ SPLIT_FOLDERS = {
     "test": ("test", "testing", "Test", "Final_Test"),
 }
 CLIP_BENCHMARK_TEMPLATES = "zeroshot_classification_templates.txt"
+_IMAGES = ("objectnet-1.0/images",)  # where a set without splits has its class folders, if not in its own
 _LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
 _CAPTIONS = ("caption", "captions", "text", "texts", "sentences", "raw", "txt")
 
 
 def names_of_split(split: str, definition: SetDefinition | None) -> tuple[str, ...]:
-    """What its folder may be called. Where a set has no split for validation, what is called so is the test split, as
-    ImageNet's is."""
-    also = split == "test" and (definition is None or "val" not in definition.splits)
-    return SPLIT_FOLDERS[split] + (SPLIT_FOLDERS["val"] if also else ())
+    """What its folder may be called. Where a set has no split for validation, what is called so is the test split; of
+    ImageNet first of all, whose own test images have no labels."""
+    if split != "test" or (definition is not None and "val" in definition.splits):
+        return SPLIT_FOLDERS[split]
+    if definition is not None and definition.suite == "imagenet":
+        return SPLIT_FOLDERS["val"] + SPLIT_FOLDERS["test"]
+    return SPLIT_FOLDERS["test"] + SPLIT_FOLDERS["val"]
 
 
 def read_webdataset(folder: str, split: str, definition: SetDefinition | None) -> Records | None:
@@ -113,7 +117,7 @@ def read_folders(folder: str, split: str, definition: SetDefinition | None) -> R
     other = any(Path(folder, n).is_dir() for names in SPLIT_FOLDERS.values() for n in names)
     if base is None and (split != "test" or other):
         return None
-    base = base or folder
+    base = base or next((f"{folder}/{n}" for n in _IMAGES if Path(folder, n).is_dir()), folder)
     found = sorted(p.name for p in Path(base).iterdir() if p.is_dir() and not p.name.startswith("."))
     place_of, classes = _places(folder, definition)
     places = {name: place for name in found if (place := place_of(name)) is not None}

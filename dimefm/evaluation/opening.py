@@ -22,12 +22,16 @@ def open_set(definition: SetDefinition, root: str, split: str, unpacked: str) ->
     """A split of a known set, from a folder below `root` called by its name or an alias; None where there is none.
 
     Sets that are kept as raw arrays are unpacked once, into a tar in the folder `unpacked`. Raises SourceError for what
-    is there and cannot be read as the set.
+    is there and cannot be read as the set, and for a folder without test images.
     """
+    folder = None
     for folder in _folders(definition, storage.absolute(root)):
         for layout, reader in _readers(definition, unpacked):
             if layout in definition.layouts and (records := reader(folder, split, definition)) is not None:
                 return _as_defined(replace(records, layout=layout), definition, split)
+    if folder is not None and split == "test":
+        what = f"{folder} has no test images of {definition.title} in a layout that is read"
+        raise SourceError(what, remedy=f"those are: {', '.join(definition.layouts)}; see dimefm sets {definition.name}")
     return None
 
 
@@ -78,12 +82,9 @@ def _as_defined(records: Records, definition: SetDefinition, split: str) -> Imag
     if given not in (None, names) and not map_labels(records, given or [], names, class_folders(definition)):
         spelled = set(map(plain, [*names, *class_folders(definition)]))
         strange = [name for name in given if plain(name) not in spelled]
-        known = (
-            f"{len(strange)} of {len(given)} are not in the definition, such as {strange[0]!r}"
-            if strange
-            else "their order"
-        )
-        records.notes += (f"class names and templates are those of the folder: {known}",)
+        unknown = [f"{len(strange)} of {len(given)} are not in the definition, such as {name!r}" for name in strange]
+        known = unknown[0] if unknown else "their order"
+        partial.append(f"class names and templates are those of the folder ({known})")
         if len(given) != len(names):
             partial.append(f"{len(given)} of {len(names)} classes")
         names, prompts = given, records.templates or prompts

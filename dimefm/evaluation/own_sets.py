@@ -17,17 +17,25 @@ COMMON: tuple[tuple[str, Reader], ...] = (("webdataset", read_webdataset), ("par
 def open_folder(path: str, split: str = "test") -> ImageSet:
     """A set of a user's own: a folder with classnames.txt, templates.txt and images (see dimefm.evaluation.layouts), or
     one of tars or Parquet files of images with captions. Raises SourceError."""
+    found = find_folder(path, split)
+    if found is None and storage.is_url(path):
+        what = f"{path} holds no .tar and no .parquet of the {split} split"
+        raise SourceError(what, remedy="class folders must be local; pack them into tars")
+    if found is None:
+        Records(where=storage.absolute(path), layout="none", samples=[], files=[]).require()
+    assert found is not None
+    return found
+
+
+def find_folder(path: str, split: str) -> ImageSet | None:
+    """As `open_folder`, but None where the folder has no such split."""
     folder, name = storage.absolute(path), name_of(path)
     if not storage.is_url(folder) and not Path(folder).is_dir():
         raise SourceError(f"{path} is no folder", remedy="name a folder with classnames.txt and templates.txt")
-    found = (reader(folder, split, None) for _, reader in COMMON)
-    records = next((one for one in found if one is not None), None)
-    if records is None and storage.is_url(folder):
-        what = f"{folder} holds no .tar and no .parquet of the {split} split"
-        raise SourceError(what, remedy="class folders must be local; pack them into tars")
-    records = records or read_folders(folder, split, None)
+    readers = (*(reader for _, reader in COMMON), read_folders)
+    records = next((one for reader in readers if (one := reader(folder, split, None)) is not None), None)
     if records is None:
-        records = Records(where=folder, layout="none", samples=[], files=[])
+        return None
     records.require()
     if records.captions is not None:
         return with_captions(records, name, split, ())

@@ -10,6 +10,7 @@ images say what the leaderboard's is.
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,19 +18,24 @@ from typing import Any
 
 import numpy as np
 
+from cache_schemas import digest_of
 from cache_schemas.evaluation import PREDICTIONS, EvaluationResult
 from dimefm import storage
 from dimefm.errors import StoreError
-from dimefm.evaluation.definitions import load_definitions
+from dimefm.evaluation.definitions import class_names, load_definitions
 from dimefm.evaluation.predictions import PREDICTIONS_SUFFIX, file_name, read_keys, read_scores
 from dimefm.evaluation.results import read_results
 
 _INSIDE = "all_predictions.json"
+_LABEL = re.compile(r"\s+[\d,]+\s*$")
 
 
-def write_submission(folder: str, out: str, protocol: str = "zero-shot", order: str | None = None) -> list[str]:
+def write_submission(
+    folder: str, out: str, protocol: str = "zero-shot", order: str | None = None
+) -> dict[str, tuple[str, ...]]:
     """Write the zip of what `folder` (of `dimefm evaluate ... --predictions`) has under `protocol`: ``zero-shot``,
-    ``linear-probe/honest``, ``few-shot-5/honest`` with all its seeds, ... The sets that are in it.
+    ``linear-probe/honest``, ``few-shot-5/honest`` with all its seeds, ... The sets that are in it, and of each what
+    differs from the published set. An image that could not be read is of every class alike.
 
     `order` is a folder of the toolkit's lists of test images, DATASET_NAME.txt, a line an image: a path, perhaps behind
     ARCHIVE@, and perhaps with a label after it. Raises StoreError where there is nothing, predictions were not kept, or
@@ -39,7 +45,8 @@ def write_submission(folder: str, out: str, protocol: str = "zero-shot", order: 
     if not chosen:
         remedy = "dimefm evaluate --suite elevater --predictions writes some"
         raise StoreError(f"{folder} has no result of an ELEVATER set under {protocol}", remedy=remedy)
-    entries = {name: _entry(folder, results, order) for name, results in chosen.items()}
+    heads = sum(_head(results[0]) for results in chosen.values()) // len(chosen)
+    entries = {name: _entry(folder, results, order, heads) for name, results in chosen.items()}
     with (
         storage.writing_to(out),
         storage.writing_atomically(storage.absolute(out)) as sink,
@@ -48,7 +55,7 @@ def write_submission(folder: str, out: str, protocol: str = "zero-shot", order: 
     ):
         for part in _json(entries.values()):
             file.write(part.encode())
-    return list(entries)
+    return {name: results[0].partial for name, results in chosen.items()}
 
 
 def _by_set(results: list[EvaluationResult], protocol: str) -> dict[str, list[EvaluationResult]]:
@@ -62,21 +69,29 @@ def _by_set(results: list[EvaluationResult], protocol: str) -> dict[str, list[Ev
     return dict(sorted(found.items()))
 
 
+def _head(result: EvaluationResult) -> int:
+    """The parameters of a linear classifier on a set."""
+    return (int(str(result.model["embed_dim"])) + 1) * result.classes
+
+
 def _entry(
-    folder: str, results: list[EvaluationResult], order: str | None
+    folder: str, results: list[EvaluationResult], order: str | None, heads: int
 ) -> tuple[dict[str, object], list[np.ndarray[Any, Any]]]:
+    """What is said of a set, `heads` the mean parameters of a classifier over all of them; and its scores by seed."""
     first = results[0]
     model, protocol = first.model, first.protocol
-    heads = int(str(model["embed_dim"])) * first.classes + first.classes
     shots = 0 if protocol == "zero-shot" else -1
     if protocol.startswith("few-shot-"):
         shots = int(protocol.removeprefix("few-shot-").partition("/")[0])
     definition = load_definitions()[first.set]
+    if first.digests["classes"] != digest_of(class_names(definition)):
+        what = f"{folder}: {first.set} was measured with other class names than the leaderboard's"
+        raise StoreError(what, remedy="evaluate a copy of the set whose classes are the definition's")
     columns = list(definition.elevater_columns) or list(range(first.classes))
     facts: dict[str, object] = {
         "model_name": Path(folder).name,
         "dataset_name": definition.elevater,
-        "num_trainable_params": heads if shots else 0,
+        "num_trainable_params": _head(first) if shots else 0,
         "num_params": int(str(model["parameters"])) + (heads if shots else 0),
         "num_visual_params": model["image_parameters"],
         "num_backbone_params": model["parameters"],
@@ -90,7 +105,9 @@ def _entry(
             remedy = "run the same dimefm evaluate again with --predictions"
             raise StoreError(f"{path} does not exist: predictions were not kept", remedy=remedy)
         rows = _rows(order, str(definition.elevater), str(path))
-        scores.append(read_scores(str(path))[rows][:, columns])
+        scores_NC = read_scores(str(path))[rows][:, columns]
+        scores_NC[~scores_NC.any(axis=1)] = 1 / first.classes
+        scores.append(scores_NC)
     return facts, scores
 
 
@@ -101,15 +118,14 @@ def _rows(order: str | None, name: str, predictions: str) -> Any:
     path = Path(order, f"{name}.txt")
     if not path.exists():
         raise StoreError(f"{path} does not exist", remedy="leave --order out, or put the list of test images there")
-    lines = [
-        line.split("@")[-1].rsplit(maxsplit=1)[0] for line in path.read_text(encoding="utf-8").splitlines() if line
-    ]
+    listed = path.read_text(encoding="utf-8").splitlines()
+    lines = [_LABEL.sub("", line.split("@")[-1]) for line in listed if line.strip()]
     keys = read_keys(predictions)
     places: dict[str, list[int]] = {}
     for place, key in enumerate(keys):
         places.setdefault(key.rpartition("/")[2], []).append(place)
     found = [_match(line.rpartition(".")[0] or line, keys, places) for line in lines]
-    if None in found or len(set(found)) != len(keys):
+    if None in found or len(found) != len(keys) or len(set(found)) != len(keys):
         which = next(
             (line for line, row in zip(lines, found, strict=True) if row is None), lines[0] if lines else "none"
         )

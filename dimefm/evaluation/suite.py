@@ -30,7 +30,7 @@ from dimefm.evaluation.features import Features, features
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.evaluation.models import open_model
 from dimefm.evaluation.opening import open_set
-from dimefm.evaluation.own_sets import open_folder
+from dimefm.evaluation.own_sets import find_folder, open_folder
 from dimefm.evaluation.predictions import PREDICTIONS_SUFFIX, file_name, write_predictions
 from dimefm.evaluation.probe import probe, subset
 from dimefm.evaluation.results import Results
@@ -128,12 +128,7 @@ class _Evaluator:
 
     def _open(self, one: Chosen, split: str) -> ImageSet | None:
         if one.definition is None:
-            try:
-                return open_folder(one.folder, split)
-            except SourceError:
-                if split == "test":
-                    raise
-                return None
+            return open_folder(one.folder) if split == "test" else find_folder(one.folder, split)
         assert self._config.data is not None
         return open_set(one.definition, self._config.data, split, storage.join(self._config.out, UNPACKED))
 

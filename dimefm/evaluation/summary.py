@@ -52,7 +52,10 @@ def means(results: Sequence[EvaluationResult]) -> list[tuple[str, str]]:
         partial = sum(bool(r.partial) for r in those)
         text = f"{mean:6.1%} [{low:.1%}, {high:.1%}]  mean of {len(those)} of {total} sets"
         found.append((f"{suite} {protocol}", text + (f", {partial} of them partial" if partial else "")))
-    found += [(f"effective robustness, {n}", f"{100 * v:+5.1f} points") for n, v in robustness(results).items()]
+    found += [
+        (f"effective robustness, {n}", f"{round(100 * v, 1) + 0.0:+5.1f} points")
+        for n, v in robustness(results).items()
+    ]
     return found
 
 
