@@ -3,6 +3,7 @@
 import click
 
 from benchmarks.authors_loop import authors_loop
+from benchmarks.clip_benchmark_agreement import clip_benchmark
 from benchmarks.coco_retrieval import coco_retrieval
 from benchmarks.index_choices import index_choices
 from benchmarks.loader_scale import loader_scale
@@ -10,6 +11,7 @@ from benchmarks.memory import memory
 from benchmarks.objectives import objectives
 from benchmarks.plan_scale import plan_scale
 from benchmarks.preprocessing import preprocessing
+from benchmarks.probe_search import probe_search
 from benchmarks.retrieval import retrieval
 from benchmarks.selection import selection
 from benchmarks.sentences import sentences
@@ -27,6 +29,7 @@ def benchmarks() -> None:
 for command in (
     preprocessing, stage1, sentences, memory, plan_scale, training_pixels, store_reads,
     training_loop, loader_scale, authors_loop, objectives, coco_retrieval, retrieval, index_choices, selection,
+    clip_benchmark, probe_search,
 ):  # fmt: skip
     benchmarks.add_command(command)
 
