@@ -46,7 +46,7 @@ def test_killed_at_any_moment_it_goes_on_with_the_shards_that_are_there(
     assert 1 <= len(written) < 4
     assert not (tmp_path / "killed" / "m" / "results.jsonl").exists()
     subprocess.run(command, check=True, capture_output=True)
-    subprocess.run(words(sample, model, tmp_path / "whole"), check=True, capture_output=True)
+    evaluate(EvaluationConfig(model=model, folders=(command[5],), out=str(tmp_path / "whole"), name="m"))
     assert {name: (commits / name).stat().st_mtime_ns for name in written} == written
     killed, whole = (read_results(str(tmp_path / name / "m"))[0] for name in ("killed", "whole"))
     assert killed.metrics == whole.metrics

@@ -37,6 +37,7 @@ from cache_schemas import (
     parse_dataclass,
     parse_plan,
 )
+from cache_schemas.evaluation import EvaluationResult
 from cache_schemas.text_selection import Example, Histogram, SelectionSettings, SourceShare
 
 PREPROCESSING = Preprocessing(
@@ -169,7 +170,30 @@ TEXT_SELECTION = TextSelection(
     examples=(Example(group="kept", row=3, score=None, hits=0, file="a.txt", text="犬", like="a dog"),),
     digest="5" * 64,
 )
-DOCUMENTS: list[Document] = [STORE, COMMIT, SIDECAR, PART, PAIRS, SELECTION, RUN, SELECTION_PLAN, TEXT_SELECTION]
+RESULT = EvaluationResult(
+    set="caltech101",
+    suite="elevater",
+    protocol="few-shot-5/honest/seed-0",
+    metric="mean_per_class",
+    metrics={"top1": 0.5, "mean_per_class": 0.25},
+    intervals={"top1": (0.4, 0.6), "mean_per_class": (0.2, 0.3)},
+    images=500,
+    expected=6084,
+    classes=102,
+    unreadable=1,
+    partial=("500 of 6084 images",),
+    model={"name": "local-dir:犬", "weights": "7" * 64, "pretrained": None},
+    digests={"images": "8" * 64},
+    settings={"seed": 0, "decoder": "pillow"},
+    versions={"torch": "2.6"},
+    device="cpu",
+    seconds=1.5,
+    finished="2025-01-01T00:00:00+00:00",
+    notes=("1 images could not be read",),
+)
+DOCUMENTS: list[Document] = [
+    *(STORE, COMMIT, SIDECAR, PART, PAIRS, SELECTION, RUN, SELECTION_PLAN, TEXT_SELECTION, RESULT),
+]
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: type(document).__name__)
 
 
