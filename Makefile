@@ -10,7 +10,7 @@ reproduce: .venv/ready
 	$(BIN)/python -m dimefm.reproduce --scale $(SCALE) $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

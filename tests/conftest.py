@@ -27,6 +27,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Unclosed c:ResourceWarning")
 
 
+# They start a Ray, count processes or fill a disk: one of them at a time.
+_ALONE = {
+    *("test_cli", "test_cluster", "test_faults", "test_index", "test_kill", "test_lock", "test_reproduce"),
+    *("test_retry", "test_runner", "test_s3", "test_verify"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes run the tests (make test), a file in one of them; those that must not meet are in the same."""
+    for item in items:
+        name = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("alone" if name in _ALONE else name))
+
+
 @pytest.fixture(scope="session")
 def sample() -> Path:
     """The folder with teacher/, images/, texts/ and eval/."""
