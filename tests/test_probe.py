@@ -300,3 +300,33 @@ def test_final_scores_of_a_probe_that_diverges_are_no_numbers_of_right_answers(
     monkeypatch.setattr(probing, "train_heads", diverging)
     scores_NC, _ = search.final(np.arange(TRAIN), 0.1, 1e-3, data[2], data[3])
     assert (scores_NC == 0).all()
+
+
+def test_validation_holds_no_more_scores_than_a_block_has(
+    data: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 24 scores for each of 4 classifiers and 4 classes: one image at a time, with the same result."""
+    train, labels, _, _ = data
+    search = probing._Sgd(train, labels, "accuracy", START, "honest")
+    rows = np.arange(TRAIN)
+    rates, decays = map(list, zip(*SETTINGS, strict=True))
+    *_, heads = train_heads(Rows(train, rows, "cpu"), torch.from_numpy(labels), START, rates, decays, 1)
+    whole = search._value(heads, Rows(train, rows, "cpu"), labels)
+    sizes: list[int] = []
+    real = Heads.logits
+    monkeypatch.setattr("dimefm.evaluation.heads._SCORES", 24)
+    monkeypatch.setattr(Heads, "logits", lambda self, x: sizes.append(len(x)) or real(self, x))
+    np.testing.assert_array_equal(search._value(heads, Rows(train, rows, "cpu"), labels), whole)
+    assert set(sizes) == {1}
+    said = real(heads, torch.from_numpy(train.all())).argmax(dim=2).numpy()
+    np.testing.assert_allclose(whole, (said == labels[:, None]).mean(axis=0))
+
+
+def test_a_classifier_that_diverged_scores_nothing(data: tuple[Any, ...]) -> None:
+    train, labels, _, _ = data
+    search = probing._Sgd(train, labels, "accuracy", START, "honest")
+    pairs = [(0.1, 1e6), (0.1, 1e-3)]
+    rows, held = np.arange(100), np.arange(100, TRAIN)
+    found = search._scores(Rows(train, rows, "cpu"), rows, Rows(train, held, "cpu"), held, pairs)
+    assert found[0] == 0.0
+    assert found[1] > 0.5

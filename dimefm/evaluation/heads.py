@@ -22,7 +22,7 @@ from dimefm.evaluation.features import Features
 BATCH, MOMENTUM = 64, 0.9
 _BN_MOMENTUM, _BN_EPS = 0.1, 1e-5
 _IN_MEMORY = 1 << 30  # bytes of features; more stay on disk, and are read batch by batch
-_BLOCK = 4096  # images that are scored at a time
+_BLOCK, _SCORES = 4096, 16 << 20  # images that are scored at a time, and scores
 
 
 class Rows:
@@ -43,9 +43,9 @@ class Rows:
             return whole_BD
         return torch.from_numpy(self._features.take(self._rows_N[places_B.numpy()])).to(self._device)
 
-    def blocks(self) -> Iterator[torch.Tensor]:
-        """All of them in order, float32 (_BLOCK or fewer, D) at a time."""
-        for places in torch.arange(len(self)).split(_BLOCK):
+    def blocks(self, scores: int = 1) -> Iterator[torch.Tensor]:
+        """All of them in order, float32 (B, D) at a time: as many as give 64 MB of `scores` float32 each."""
+        for places in torch.arange(len(self)).split(max(1, min(_BLOCK, _SCORES // scores))):
             yield self.take(places)
 
 
