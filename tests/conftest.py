@@ -27,11 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Unclosed c:ResourceWarning")
 
 
-# They start a Ray, count processes or fill a disk: one of them at a time.
-_ALONE = {
-    *("test_cli", "test_cluster", "test_faults", "test_index", "test_kill", "test_lock", "test_reproduce"),
-    *("test_retry", "test_runner", "test_s3", "test_verify"),
-}
+# They count the processes of the machine, end some, or fill a disk: one of them at a time.
+_ALONE = {"test_cluster", "test_faults", "test_kill", "test_reproduce", "test_runner", "test_s3"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
