@@ -233,6 +233,7 @@ def test_images_that_could_not_be_read_are_neither_trained_on_nor_right(data: tu
 def test_several_labels_an_image(data: tuple[Any, ...]) -> None:
     found = run(data, labels=several(data[1]), test_labels=several(data[3]), metric="map_11_point")
     scores_NC = np.nan_to_num(found.scores_NC)
+    assert ((scores_NC >= 0) & (scores_NC <= 1)).all()  # as a submission wants them
     assert scores_NC[several(data[3])].mean() > scores_NC[~several(data[3])].mean() + 0.1
 
 
@@ -330,3 +331,8 @@ def test_a_classifier_that_diverged_scores_nothing(data: tuple[Any, ...]) -> Non
     found = search._scores(Rows(train, rows, "cpu"), rows, Rows(train, held, "cpu"), held, pairs)
     assert found[0] == 0.0
     assert found[1] > 0.5
+
+
+def test_lbfgs_cannot_be_test_selected(data: tuple[Any, ...]) -> None:
+    with pytest.raises(SourceError, match="lbfgs has none"):
+        run(data, solver="lbfgs", selection="elevater")

@@ -52,7 +52,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 @click.option("--shots", type=_Numbers(), default="5,20,50", show_default=True, help="Of few-shot: images a class.")
 @click.option("--seeds", type=_Numbers(), default="0,1,2", show_default=True, help="Of few-shot: which ones.")
 @click.option("--decoder", type=click.Choice(["pillow", "fast"]), default="pillow", show_default=True,
-              help="Exactly open_clip's pixels; or within 2 of 255 of them, several times as fast.")  # fmt: skip
+              help="Exactly open_clip's pixels; or within 2 of 255 of them, decoded three times as fast.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
@@ -108,7 +108,7 @@ def _was_given(name: str) -> bool:
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--data", metavar="ROOT", help="Also say which of them are there, and how.")
+@click.option("--data", metavar="ROOT", help="Also say which of them are there, and where.")
 def sets(names: tuple[str, ...], data: str | None) -> None:
     """List the evaluation sets that dimefm knows; of one NAME, everything, with where to get it."""
     from dimefm.evaluation.opening import find_sets

@@ -81,7 +81,7 @@ def train_heads(
 ) -> Iterator[Heads]:
     """The classifiers after each epoch, one of each learning rate and weight decay; they go on changing.
 
-    `targets` are int64 (N,), or float (N, C) of 0 and 1 for the sum of binary cross-entropies. A batch of one image is
+    `targets` are int64 (N,), or float (N, C) of 0 and 1 for the mean binary cross-entropy. A batch of one image is
     passed over, as it has no variance. What diverges becomes infinite or NaN; the others do not notice.
     """
     device, count = initial_CD.device, len(rates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dimefm import storage
 from dimefm.errors import SourceError
@@ -104,23 +105,16 @@ def with_classes(
         raise SourceError(what, remedy="write 0 or 1 for every class into KEY.npy")
     if not multilabel and not _single(records):
         raise SourceError(f"{records.where} has several labels an image, where {name} has one", remedy="write KEY.cls")
-    return ImageSet(
-        name=name,
-        split=split,
-        where=records.where,
-        layout=records.layout,
-        samples=records.samples,
-        files=records.files,
-        classnames=tuple(names),
-        templates=tuple(prompts),
-        labels=array_of(records, len(names), multilabel),
-        partial=partial,
-        notes=records.notes,
-    )
+    said = {"classnames": tuple(names), "templates": tuple(prompts)}
+    return _image_set(records, name, split, partial, labels=array_of(records, len(names), multilabel), **said)
 
 
 def with_captions(records: Records, name: str, split: str, partial: tuple[str, ...]) -> ImageSet:
     """A set of images with captions."""
+    return _image_set(records, name, split, partial, captions=tuple(map(tuple, records.captions or [])))
+
+
+def _image_set(records: Records, name: str, split: str, partial: tuple[str, ...], **said: Any) -> ImageSet:
     return ImageSet(
         name=name,
         split=split,
@@ -128,7 +122,7 @@ def with_captions(records: Records, name: str, split: str, partial: tuple[str, .
         layout=records.layout,
         samples=records.samples,
         files=records.files,
-        captions=tuple(map(tuple, records.captions or [])),
         partial=partial,
         notes=records.notes,
+        **said,
     )

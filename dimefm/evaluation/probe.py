@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
@@ -68,6 +68,8 @@ def probe(
 ) -> Probed:
     """Train on these rows of `train` and score the test `images`. Raises SourceError where they are too few."""
     readable = rows[train.readable[rows]]
+    if solver == "lbfgs" and selection == "elevater":
+        raise SourceError("the rule elevater chooses among SGD's epochs, and lbfgs has none", remedy="take honest")
     held_out = validation_part(labels[readable])
     if held_out.all() or not held_out.any():
         what = f"{len(readable)} training images are too few to keep some for validation"
@@ -171,11 +173,11 @@ class _Sgd:
         return np.where(torch.stack(finite).all(dim=0).cpu().numpy(), each, 0.0)
 
     def _ranked(self, logits_NC: Array) -> Array:
-        """What the area under the curve and mAP rank by: ELEVATER takes the softmax even of several labels an image."""
-        if self._labels.ndim == 2 and self._selection == "honest":
-            return logits_NC
+        """Probabilities, which the area under the curve and mAP rank by: ELEVATER takes the softmax even of several
+        labels an image."""
         with np.errstate(invalid="ignore", over="ignore"):
-            found: Array = softmax(logits_NC, axis=1)
+            several = self._labels.ndim == 2 and self._selection == "honest"
+            found: Array = expit(logits_NC.astype(np.float64)) if several else softmax(logits_NC, axis=1)
         return found
 
     def final(self, rows: Array, rate: float, decay: float, test: Features, labels: Array) -> tuple[Array, int]:

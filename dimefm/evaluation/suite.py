@@ -149,20 +149,19 @@ class _Evaluator:
         )
 
     def _zero_shot(self, job: _Job) -> EvaluationResult:
-        settings: dict[str, object] = {}
-        if found := self._existing(job, "zero-shot", settings):
+        if found := self._existing(job, "zero-shot", {}):
             return found
         began, images = time.monotonic(), job.test
         embedded = self._features(job.chosen, images)
         if images.captions is not None:
             texts_MD = self._texts.of_texts([text for texts in images.captions for text in texts])
-            return self._add(job, "zero-shot", measure_retrieval(embedded, texts_MD, images), settings, embedded, began)
+            return self._add(job, "zero-shot", measure_retrieval(embedded, texts_MD, images), {}, embedded, began)
         classes_CD = self._texts.of_classes(images.classnames, images.prompts())
         scores_NC = probabilities(cosine_NC := cosines(embedded, classes_CD))
         ranked_NC = scores_NC if job.metric in ("roc_auc", "map_11_point") else cosine_NC
         if self._config.predictions:
             self._keep(job, "zero-shot", scores_NC, embedded)
-        return self._add(job, "zero-shot", measure(ranked_NC, images, job.metric), settings, embedded, began)
+        return self._add(job, "zero-shot", measure(ranked_NC, images, job.metric), {}, embedded, began)
 
     def _probe(
         self, job: _Job, train: ImageSet, protocol: str, rows: np.ndarray[Any, Any], seed: int | None

@@ -85,7 +85,7 @@ def robustness(results: Sequence[EvaluationResult]) -> dict[str, float]:
 
 
 def show_sets(definitions: Sequence[SetDefinition], there: dict[str, str]) -> str:
-    """The sets that are known: a line each, with the layout in which it was found; of a single one, everything."""
+    """The sets that are known: a line each, with the folder in which it was found; of a single one, everything."""
     if len(definitions) == 1:
         return _whole(definitions[0], there)
     head = f"{'set':<17} {'suite':<11} {'classes':>7} {'test images':>11}  metric"
