@@ -20,8 +20,9 @@ from cache_schemas import EmbeddingStore, SourceSummary, Status
 from cache_schemas.embedding_store import EMBEDDING, STATUS
 from cache_schemas.plan import IMAGE_PLAN
 from dimefm.clip import Clip
+from dimefm.device import cpus
 from dimefm.evaluation import probe as probing
-from dimefm.evaluation.features import Features, cores, features
+from dimefm.evaluation.features import Features, features
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.evaluation.models import open_model
 from dimefm.evaluation.own_sets import open_folder
@@ -128,7 +129,7 @@ def _epoch(clip: Clip, images: ImageSet) -> float:
     """Seconds to read, decode and encode every image, as `features` does but without keeping anything."""
     preprocess = Preprocess(clip.identity.preprocessing, exact=True)
     began = time.perf_counter()
-    for pixels_B3HW, _ in images.batches(preprocess, 64, cores()):
+    for pixels_B3HW, _ in images.batches(preprocess, 64, cpus()):
         clip.encode_images(pixels_B3HW)
     return time.perf_counter() - began
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dimefm.commits import versions
+from dimefm.device import cpus
 from dimefm.evaluation.predictions import read_predictions
 from dimefm.evaluation.results import read_results
 from dimefm.pairs import Pairs
@@ -124,9 +124,8 @@ def _bytes(folder: Path) -> int:
 
 
 def _machine() -> list[str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return [f"machine: {platform.machine()}, {cores} cores, {platform.system()}; seed 0; {packages}"]
+    return [f"machine: {platform.machine()}, {cpus()} cores, {platform.system()}; seed 0; {packages}"]
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

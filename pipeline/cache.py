@@ -9,7 +9,7 @@ import torch
 
 from cache_schemas import TeacherIdentity, ViewPlan, to_plain
 from dimefm.clip import Clip, Precision, load_clip
-from dimefm.device import choose_device
+from dimefm.device import choose_device, cpus
 from dimefm.errors import DimefmError
 from dimefm.lock import writing
 from dimefm.progress import amount, duration
@@ -18,7 +18,7 @@ from dimefm.store import Store
 from pipeline.existing import require_no_stranger
 from pipeline.plan import Forecast, PlanRequest, forecast, open_or_plan
 from pipeline.probe import PROBE_ROWS, Rates, measure
-from pipeline.runner import Job, cpus, run_shards
+from pipeline.runner import Job, run_shards
 from pipeline.sentences import SentenceRules
 
 BATCH_SIZE = {"cpu": 32, "cuda": 512}

@@ -9,8 +9,9 @@ import ray
 from ray.exceptions import WorkerCrashedError
 
 from dimefm.building import Part, Runner, build_part
+from dimefm.device import cpus
 from dimefm.errors import StoreError
-from pipeline.runner import cluster, cpus, fetch
+from pipeline.runner import cluster, fetch
 
 _TRIES = 3
 

@@ -19,6 +19,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from cache_schemas import Commit, Status
 from dimefm import storage
 from dimefm.clip import Precision, load_clip
+from dimefm.device import cpus
 from dimefm.errors import DimefmError, MismatchError, SourceError, StoreError
 from dimefm.progress import Progress
 from dimefm.shard import check_canary, encode_shard, retry_shard
@@ -150,11 +151,6 @@ def _gpu_share(workers: int, device: str) -> float:
     """GPUs of one worker: one, or a share where there are more workers than GPUs (several then feed one)."""
     gpus = ray.cluster_resources().get("GPU", 0) if device.startswith("cuda") else 0
     return 1 if gpus >= workers else 1 / math.ceil(workers / gpus) if gpus else 0
-
-
-def cpus() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Supervisor:

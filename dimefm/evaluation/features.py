@@ -6,7 +6,6 @@ was, and `dimefm info` and `dimefm verify` know it. Shapes: N images, D embeddin
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from cache_schemas import EmbeddingStore, Failure, SchemaError, SourceSummary, S
 from cache_schemas.plan import IMAGE_PLAN
 from dimefm import storage
 from dimefm.clip import Clip
+from dimefm.device import cpus
 from dimefm.errors import StoreError
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.progress import Progress
@@ -92,14 +92,9 @@ def features(
                     seen[0] += images
                     progress.at(seen[0])
 
-                encode_shard(store, shard, clip, threads=threads or cores(), progress=more)
+                encode_shard(store, shard, clip, threads=threads or cpus(), progress=more)
                 done += count
     return Features(store)
-
-
-def cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _schema(
