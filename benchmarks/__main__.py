@@ -5,6 +5,7 @@ import click
 from benchmarks.authors_loop import authors_loop
 from benchmarks.clip_benchmark_agreement import clip_benchmark
 from benchmarks.coco_retrieval import coco_retrieval
+from benchmarks.cpu import cpu
 from benchmarks.index_choices import index_choices
 from benchmarks.loader_scale import loader_scale
 from benchmarks.memory import memory
@@ -29,7 +30,7 @@ def benchmarks() -> None:
 for command in (
     preprocessing, stage1, sentences, memory, plan_scale, training_pixels, store_reads,
     training_loop, loader_scale, authors_loop, objectives, coco_retrieval, retrieval, index_choices, selection,
-    clip_benchmark, probe_search,
+    clip_benchmark, probe_search, cpu,
 ):  # fmt: skip
     benchmarks.add_command(command)
 

@@ -20,7 +20,6 @@ from cache_schemas import EmbeddingStore, SourceSummary, Status
 from cache_schemas.embedding_store import EMBEDDING, STATUS
 from cache_schemas.plan import IMAGE_PLAN
 from dimefm.clip import Clip
-from dimefm.device import cpus
 from dimefm.evaluation import probe as probing
 from dimefm.evaluation.features import Features, features
 from dimefm.evaluation.imageset import ImageSet
@@ -28,6 +27,7 @@ from dimefm.evaluation.models import open_model
 from dimefm.evaluation.own_sets import open_folder
 from dimefm.evaluation.probe import probe
 from dimefm.evaluation.text_embeddings import TextEmbeddings
+from dimefm.machine import cpus
 from dimefm.preprocess import Preprocess
 from dimefm.store import create_store
 from dimefm.tables import write_plan

@@ -14,9 +14,9 @@ import open_clip
 import torch
 
 from benchmarks.measure import machine, median, ratio, rounds, table
-from dimefm.device import choose_device
 from dimefm.distributed import Place
 from dimefm.learner import Learner
+from dimefm.machine import choose_device
 from dimefm.objective import LossConfig, Objective
 from dimefm.optim import adamw
 from dimefm.order import Order

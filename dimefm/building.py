@@ -24,13 +24,13 @@ from dimefm.exact import valid_rows
 from dimefm.factory import (
     RESCORE,
     IndexForecast,
-    available_memory,
     breakeven_queries,
     has_coarse_codes,
     plan_index,
 )
 from dimefm.index import Index
 from dimefm.lock import writing
+from dimefm.machine import available_memory
 from dimefm.progress import Progress, amount
 from dimefm.recall import Setting, Tuned, held_out, tune
 from dimefm.store import Store, require_same_teacher

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -22,12 +22,11 @@ from torch.nn import functional as F
 
 from cache_schemas import Preprocessing, TeacherIdentity
 from dimefm import storage
-from dimefm.device import choose_device
 from dimefm.errors import TeacherError
+from dimefm.machine import Precision, choose_device, choose_precision
 from dimefm.preprocess import normalise
 from dimefm.student import has_convolutions
 
-Precision = Literal["fp32", "bf16", "fp16"]
 _SAME = 1e-4  # between unit vectors: above the rounding of float32, far below a change of any use
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -143,16 +142,22 @@ def token_counts(tokens_BL: torch.Tensor) -> np.ndarray[Any, Any]:
     return (count_B + 1).clip(max=tokens_BL.shape[1])
 
 
+def teacher_precision(device: str) -> Precision:
+    """The precision of a teacher that none was named for: on a GPU what it does best, on a CPU always fp32, since the
+    teacher runs once and its rounding is cached for good."""
+    return choose_precision(device) if device.startswith("cuda") else "fp32"
+
+
 def load_clip(
     name: str, pretrained: str | None = None, *, precision: Precision | None = None, device: str | None = None
 ) -> Clip:
     """Load a model by open_clip's names: an architecture and a tag or file, ``hf-hub:org/model``, ``local-dir:FOLDER``.
 
-    `precision` is that of the matrix products: bf16 on a GPU and fp32 on a CPU unless said. Raises TeacherError for
+    `precision` is that of the matrix products; None is `teacher_precision`. Raises TeacherError for
     an unknown name, missing weights, weights trained with another activation, or a model without a text tower.
     """
     device = choose_device(device)
-    precision = precision or ("bf16" if device.startswith("cuda") else "fp32")
+    precision = precision or teacher_precision(device)
     if name.startswith("local-dir:"):
         name = f"local-dir:{storage.absolute(name.removeprefix('local-dir:'))}"
     if pretrained and Path(pretrained).is_file():

@@ -38,6 +38,10 @@ class TrainConfig:
     many passes, with the loss and gradient of the whole batch (dimefm.learner). `clip_grad` is the largest norm of the
     whole gradient. `ema` is the decay of the moving average of the weights (dimefm.average).
 
+    What is left to the machine (dimefm.machine_settings) is decided when a run begins, and kept by it: `precision`
+    "auto"; `threads`, those that torch computes with on a CPU, on which sums depend to the last bit. `workers` are the
+    processes of each training process that read images, None for as many as it has use for.
+
     `text_student` is the open_clip model whose text tower is distilled too, from `text_batch_size` sentences a step and
     their cached embeddings, by `text_loss`, in which images and texts change places; None keeps the teacher's text
     tower.
@@ -58,7 +62,8 @@ class TrainConfig:
     loss: LossConfig
     text_mix: TextMix
     crop_scale: tuple[float, float]
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    threads: int | None = None
     pairs: str | None = None
     selection: str | None = None
     init: str | None = None
@@ -81,14 +86,15 @@ class TrainConfig:
     checkpoint_every: int = 1000
     keep: int = 2
     log_every: int = 50
-    workers: int = 2
+    workers: int | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
         wrong = [
             f"{name} must be above 0, found {getattr(self, name)}"
             for name in ("epochs", "batch_size", "texts_per_step", "text_batch_size", "lr", "accumulate", "keep",
-                         "checkpoint_every", "log_every", "val_every", "image_size", "clip_grad", "max_steps", "eps")
+                         "checkpoint_every", "log_every", "val_every", "image_size", "clip_grad", "max_steps", "eps",
+                         "threads")
             if getattr(self, name) is not None and getattr(self, name) <= 0
         ]  # fmt: skip
         low, high = self.crop_scale
@@ -96,7 +102,7 @@ class TrainConfig:
             wrong.append(f"crop_scale must be 0 < low <= high <= 1, found {self.crop_scale}")
         if not all(0 <= beta < 1 for beta in self.betas):
             wrong.append(f"betas must be 0 <= beta < 1, found {self.betas}")
-        if self.workers < 0:
+        if self.workers is not None and self.workers < 0:
             wrong.append(f"workers must not be below 0, found {self.workers}")
         if self.val_texts and (self.text_student or not self.val):
             wrong.append("val_texts has no effect " + ("with a text_student" if self.text_student else "without val"))
@@ -132,4 +138,6 @@ class TrainConfig:
     def differences(self, other: TrainConfig) -> dict[str, str]:
         """The fields that decide the result and in which `other` differs, with what: ``mine != theirs``."""
         mine, theirs = self.to_json(), other.to_json()
-        return {k: f"{mine[k]} != {theirs[k]}" for k in mine if k not in MAY_DIFFER and mine[k] != theirs[k]}
+        unknown = {"threads"} if self.threads is None else set()  # a run from before they were recorded
+        names = [name for name in mine if name not in {*MAY_DIFFER, *unknown} and mine[name] != theirs[name]]
+        return {name: f"{mine[name]} != {theirs[name]}" for name in names}

@@ -200,10 +200,10 @@ class Requests(Sampler[Request]):
 
 
 def training_loader(
-    dataset: Dataset[_T | TrainingError], requests: Requests, workers: int, *, pin: bool = False
+    dataset: Dataset[_T | TrainingError], requests: Requests, workers: int, ahead: int = 4, *, pin: bool = False
 ) -> Iterator[_T]:
-    """The batches of a dataset that is indexed by Request, read ahead by `workers` processes (0: by this one), in
-    page-locked memory with `pin`.
+    """The batches of a dataset that is indexed by Request, read by `workers` processes (0: by this one), each `ahead`
+    batches before they are needed; in page-locked memory with `pin`.
 
     They are the same whatever the number of workers. Raises TrainingError for what went wrong in one; see also
     `reader_died`.
@@ -213,7 +213,7 @@ def training_loader(
         sampler=requests,
         batch_size=None,
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=ahead if workers else None,
         worker_init_fn=_begin_worker,
         multiprocessing_context="fork" if workers and "fork" in get_all_start_methods() else None,  # shares the texts
         pin_memory=pin,
@@ -227,15 +227,29 @@ def training_loader(
 
 @contextmanager
 def reader_died() -> Iterator[None]:
-    """Around all that goes on while loaders are at work: torch tells of a process of theirs that died by a RuntimeError
-    at any moment, which becomes a TrainingError."""
+    """Around all that goes on while loaders are at work: torch tells of a process of theirs that died, or of a batch
+    that it could not hand over, by a RuntimeError at any moment, which becomes a TrainingError."""
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
+    except (RuntimeError, OSError) as error:
+        remedy = _remedy(error)
+        if remedy is None:
             raise
-        what = f"a process that decodes images died: {str(error).splitlines()[0]}"
-        raise TrainingError(what, remedy="often memory: give fewer --workers, and run again") from error
+        what = "a process that decodes images died" if "worker (pid" in str(error) else "a batch was not handed over"
+        what += f": {str(error).splitlines()[0]}"
+        raise TrainingError(what, remedy=remedy) from error
+
+
+def _remedy(error: RuntimeError | OSError) -> str | None:
+    """What to do about an error of torch's loader, None where it is none."""
+    text = str(error)
+    if "ancdata" in text or "Too many open files" in text:
+        return "this process may not open more files: raise the limit (ulimit -n 4096), or give fewer --workers"
+    if "shared memory" in text or "bus error" in text.lower():
+        return "make /dev/shm larger (docker run --shm-size=8g), or give fewer --workers; 0 reads without it"
+    if "DataLoader worker (pid" in text:
+        return "often memory: give fewer --workers, and run again"
+    return None
 
 
 def training_error(error: DimefmError | SchemaError) -> TrainingError:

@@ -14,8 +14,8 @@ import torch
 from torch import distributed
 from torch.distributed.nn.functional import all_gather
 
-from dimefm.device import choose_device
 from dimefm.errors import TrainingError
+from dimefm.machine import choose_device
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ look-ups, whose best candidates are scored again from the store itself. Codes al
 from __future__ import annotations
 
 import math
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from dimefm.errors import DimefmError
 from dimefm.progress import amount
@@ -119,15 +117,6 @@ class IndexForecast:
             return f"{least}: dimefm retrieve without --index"
         verdict = "exact search is cheaper: dimefm retrieve without --index" if self.exact_is_cheaper else "build it"
         return f"{least}; for the {self.queries:,} of --queries, {verdict}"
-
-
-def available_memory() -> int:
-    """Bytes that this process may use: of the machine, or of its control group where that is less."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if Path(path).exists() and (text := Path(path).read_text().strip()).isdigit():
-            found.append(int(text))
-    return min(found)
 
 
 def parse_bytes(text: str) -> int:

@@ -1,8 +1,8 @@
 """Reading a local, uncompressed, sharded Zarr array through memory maps of its shard files.
 
-zarr-python decodes whole chunks: thousands of random rows a second. A map reads only the rows asked for: millions;
-runs of whole chunks are read straight into place. The checksum of a chunk is compared when the first row of it is asked
-for, once by a process and those that it forks, and with each whole read. Shapes: N rows.
+zarr-python decodes whole chunks: thousands of random rows a second. A map reads only the rows asked for: millions.
+Ranges of rows are read straight into place, without a map. The checksum of a chunk is compared when the first row of it
+is asked for, once by a process and those that it forks, and with each whole read. Shapes: N rows.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import threading
+from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,43 @@ from zarr.codecs import Crc32cCodec, ShardingCodec
 from dimefm import storage
 from dimefm.arrays import DAMAGED
 from dimefm.errors import StoreError
+from dimefm.machine import open_files
 
 _ABSENT = np.uint64(2**64 - 1)
 _ENTRY = 16  # bytes of a shard index entry: offset and length, uint64 each
 _CRC = 4
+_MOST_MAPS = 4096
+
+_Array = np.ndarray[Any, Any]
+
+
+class _Maps:
+    """The maps of shard files that were used last, of all arrays of this process: each holds a file descriptor, and the
+    paper's stores have more files than a process may usually have open."""
+
+    def __init__(self) -> None:
+        self._maps: OrderedDict[Path, _Array] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: Path) -> _Array:
+        """The bytes of a file. Raises FileNotFoundError."""
+        with self._lock:
+            data = self._maps.pop(path, None)
+            if data is None:
+                while len(self._maps) >= min(_MOST_MAPS, open_files() // 2):  # the other half is for everything else
+                    self._maps.popitem(last=False)
+                data = np.memmap(path, np.uint8, mode="r")
+            self._maps[path] = data
+            return data
+
+    def forget(self, folder: Path) -> None:
+        """Let go of the maps of files below a folder."""
+        with self._lock:
+            for path in [path for path in self._maps if folder in path.parents]:
+                del self._maps[path]
+
+
+_maps = _Maps()
 
 
 class MappedArray:
@@ -37,7 +72,7 @@ class MappedArray:
         self._chunk_rows, self._shard_rows = chunk_rows, shard_rows
         self._chunk_shape = (chunk_rows, *self._row_shape)
         self._chunk_bytes = math.prod(self._chunk_shape) * self._dtype.itemsize
-        self._shard = lru_cache(maxsize=4096)(self._map_shard)
+        self._shard = lru_cache(maxsize=_MOST_MAPS)(self._read_index)
         chunks = -(-self._rows // shard_rows) * (shard_rows // chunk_rows)
         self._checked = np.frombuffer(mmap.mmap(-1, max(1, chunks)), bool)  # shared with the processes that are forked
 
@@ -54,7 +89,7 @@ class MappedArray:
             return None
         return cls(Path(store) / name, array, array.chunks[0], array.shards[0])
 
-    def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+    def read(self, start: int, stop: int) -> _Array:
         """Rows start..stop-1, copied out, (N, ...). Raises as `gather` does."""
         if not 0 <= start <= stop <= self._rows:
             raise IndexError(f"rows must lie in [0, {self._rows}], found {start} to {stop}")
@@ -67,7 +102,7 @@ class MappedArray:
             first = last
         return out
 
-    def gather(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def gather(self, rows_N: _Array) -> _Array:
         """Any rows in any order, (N, ...). Raises IndexError beyond the array, StoreError for a shard file that is
         missing or damaged."""
         rows_N = np.asarray(rows_N, dtype=np.int64)
@@ -85,12 +120,13 @@ class MappedArray:
 
     def forget(self) -> None:
         """Map the files anew: one of them has been written again."""
+        _maps.forget(self._folder)
         self._shard.cache_clear()
         self._checked[:] = False
 
     def _read_in_shard(self, shard: int, within: int, out: Any) -> None:
         file = self._shard(shard)
-        with self._path(shard).open("rb", buffering=0) as raw:
+        with self._open(shard) as raw:
             at = 0
             while at < len(out):
                 chunk, row = divmod(within + at, self._chunk_rows)
@@ -98,10 +134,12 @@ class MappedArray:
                 if count == self._chunk_rows:  # straight into place; its checksum is computed while it is in the cache
                     self._read_chunk(raw.fileno(), shard, file, chunk, out[at : at + count])
                 else:
-                    out[at : at + count] = self._chunk(shard, chunk)[row : row + count]
+                    whole = np.empty(self._chunk_shape, self._dtype)
+                    self._read_chunk(raw.fileno(), shard, file, chunk, whole)
+                    out[at : at + count] = whole[row : row + count]
                 at += count
 
-    def _read_chunk(self, descriptor: int, shard: int, file: _ShardFile, chunk: int, out: Any) -> None:
+    def _read_chunk(self, descriptor: int, shard: int, file: _ShardIndex, chunk: int, out: Any) -> None:
         where, checksum, data = f"{self._path(shard)}, chunk {chunk}", bytearray(_CRC), out.reshape(-1).view(np.uint8)
         if file.offsets[chunk] == _ABSENT:
             raise StoreError(f"{where} was never written", remedy=DAMAGED)
@@ -109,68 +147,65 @@ class MappedArray:
         if count != len(data) + _CRC or google_crc32c.value(data) != int.from_bytes(checksum, "little"):
             raise StoreError(f"{where} is damaged: its checksum does not fit", remedy=DAMAGED)
 
-    def _gather_in_shard(self, shard: int, within_N: Any, out: Any, chosen: Any) -> None:
+    def _gather_in_shard(self, shard: int, within_N: _Array, out: _Array, chosen: _Array) -> None:
         file = self._shard(shard)
+        try:
+            data = _maps.get(self._path(shard))
+        except FileNotFoundError:
+            raise StoreError(f"{self._path(shard)} is missing", remedy=DAMAGED) from None
         chunk_N, row_N = np.divmod(within_N, self._chunk_rows)
-        for chunk in np.unique(chunk_N):
+        for chunk in np.unique(chunk_N).tolist():
             if not file.checked[chunk]:
-                self._check_chunk(shard, file, int(chunk))
+                self._check_chunk(shard, file, data, chunk)
         if file.regular:
             strides = (self._chunk_bytes + _CRC, *np.empty(self._chunk_shape, self._dtype).strides)
             shape = (len(file.offsets), *self._chunk_shape)
-            view = np.ndarray(shape, self._dtype, buffer=file.data, offset=int(file.offsets[0]), strides=strides)
+            view = np.ndarray(shape, self._dtype, buffer=data, offset=int(file.offsets[0]), strides=strides)
             out[chosen] = view[chunk_N, row_N]
             return
-        for chunk in np.unique(chunk_N):
-            mine = chunk_N == chunk
-            out[chosen[mine]] = self._chunk(shard, int(chunk))[row_N[mine]]
+        for chunk in np.unique(chunk_N).tolist():
+            mine, offset = chunk_N == chunk, int(file.offsets[chunk])
+            out[chosen[mine]] = np.ndarray(self._chunk_shape, self._dtype, buffer=data, offset=offset)[row_N[mine]]
 
-    def _chunk(self, shard: int, chunk: int) -> np.ndarray[Any, Any]:
-        """The rows of one chunk, as they lie in the file."""
-        file = self._shard(shard)
-        if not file.checked[chunk]:
-            self._check_chunk(shard, file, chunk)
-        return np.ndarray(self._chunk_shape, self._dtype, buffer=file.data, offset=int(file.offsets[chunk]))
-
-    def _check_chunk(self, shard: int, file: _ShardFile, chunk: int) -> None:
+    def _check_chunk(self, shard: int, file: _ShardIndex, data: _Array, chunk: int) -> None:
         offset, end = int(file.offsets[chunk]), int(file.offsets[chunk]) + self._chunk_bytes
         where = f"{self._path(shard)}, chunk {chunk}"
         if file.offsets[chunk] == _ABSENT:
             raise StoreError(f"{where} was never written", remedy=DAMAGED)
-        if google_crc32c.value(file.data[offset:end]) != int.from_bytes(file.data[end : end + _CRC], "little"):
+        if google_crc32c.value(data[offset:end]) != int.from_bytes(data[end : end + _CRC], "little"):
             raise StoreError(f"{where} is damaged: its checksum does not fit", remedy=DAMAGED)
         file.checked[chunk] = True
 
     def _path(self, shard: int) -> Path:
         return self._folder.joinpath("c", str(shard), *("0" for _ in self._row_shape))
 
-    def _map_shard(self, shard: int) -> _ShardFile:
-        path, chunks = self._path(shard), self._shard_rows // self._chunk_rows
+    def _open(self, shard: int) -> Any:
         try:
-            data: np.ndarray[Any, Any] = np.memmap(path, np.uint8, mode="r")
+            return self._path(shard).open("rb", buffering=0)
         except FileNotFoundError:
-            raise StoreError(f"{path} is missing", remedy=DAMAGED) from None
-        except ValueError:  # an empty file
-            data = np.empty(0, np.uint8)
+            raise StoreError(f"{self._path(shard)} is missing", remedy=DAMAGED) from None
+
+    def _read_index(self, shard: int) -> _ShardIndex:
+        path, chunks = self._path(shard), self._shard_rows // self._chunk_rows
         size = chunks * _ENTRY
-        if len(data) < size + _CRC:
-            raise StoreError(f"{path} is cut short: {len(data)} bytes", remedy=DAMAGED)
-        index = data[-size - _CRC : -_CRC].tobytes()
-        if google_crc32c.value(index) != int.from_bytes(data[-_CRC:], "little"):
+        with self._open(shard) as raw:
+            length = os.fstat(raw.fileno()).st_size
+            if length < size + _CRC:
+                raise StoreError(f"{path} is cut short: {length} bytes", remedy=DAMAGED)
+            index = os.pread(raw.fileno(), size + _CRC, length - size - _CRC)
+        if google_crc32c.value(index[:size]) != int.from_bytes(index[size:], "little"):
             raise StoreError(f"{path} is damaged: the checksum of its index does not fit", remedy=DAMAGED)
-        entries = np.frombuffer(index, np.uint64).reshape(chunks, 2)
+        entries = np.frombuffer(index[:size], np.uint64).reshape(chunks, 2)
         stored = entries[entries[:, 0] != _ABSENT]
-        if len(stored) and int(stored.sum(axis=1).max()) > len(data) - size - _CRC:
+        if len(stored) and int(stored.sum(axis=1).max()) > length - size - _CRC:
             raise StoreError(f"{path} is damaged: its index points beyond it", remedy=DAMAGED)
         checked = self._checked[shard * chunks : (shard + 1) * chunks]
-        return _ShardFile(data, entries[:, 0], checked, self._chunk_bytes + _CRC)
+        return _ShardIndex(entries[:, 0], checked, self._chunk_bytes + _CRC)
 
 
-class _ShardFile:
-    """The bytes of a shard file, where each chunk begins, and which were found whole."""
+class _ShardIndex:
+    """Where each chunk of a shard file begins, and which were found whole."""
 
-    def __init__(
-        self, data: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any], checked: np.ndarray[Any, Any], step: int
-    ) -> None:
-        self.data, self.offsets, self.checked = data, offsets, checked
+    def __init__(self, offsets: _Array, checked: _Array, step: int) -> None:
+        self.offsets, self.checked = offsets, checked
         self.regular = np.array_equal(offsets, offsets[0] + np.uint64(step) * np.arange(len(offsets), dtype=np.uint64))

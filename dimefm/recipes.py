@@ -30,7 +30,6 @@ def paper(images: str, texts: str, out: str) -> TrainConfig:
         loss=LossConfig(vl=0.7, pvl=0.3),
         text_mix=TextMix(),
         crop_scale=(0.08, 1.0),
-        precision="bf16",
     )
 
 
@@ -57,10 +56,8 @@ def sample(images: str, texts: str, out: str) -> TrainConfig:
         loss=LossConfig(vl=0.0, pvl=0.0, centred=1.0),
         text_mix=TextMix(),
         crop_scale=(0.6, 1.0),
-        precision="bf16",
         val_every=5,
         checkpoint_every=500,
-        workers=1,
     )
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dimefm.commits import versions
-from dimefm.device import cpus
 from dimefm.evaluation.predictions import read_predictions
 from dimefm.evaluation.results import read_results
+from dimefm.machine import cpus
 from dimefm.pairs import Pairs
 from dimefm.runlog import read_metrics
 from dimefm.store import Store

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from cache_schemas import Selection
 from dimefm import storage
-from dimefm.device import choose_device
 from dimefm.exact import ExactSearch
+from dimefm.machine import choose_device
 from dimefm.pairs import Search, retrieve
 from dimefm.progress import Progress
 from dimefm.store import Store, require_same_teacher

@@ -53,13 +53,14 @@ def read_run(path: str) -> Run:
     return Run.parse(storage.read_json(where), where)
 
 
-def plan_run(config: TrainConfig, inputs: Inputs, steps: int, *, allow_changes: tuple[str, ...], done: int) -> Run:
+def plan_run(
+    config: TrainConfig, inputs: Inputs, steps: int, *, machine: str, allow_changes: tuple[str, ...], done: int
+) -> Run:
     """The run document of `config`, which `write_run` writes once all that it names has been found good.
 
     Raises MismatchError where the folder holds a run with another config or other stores, and names the fields: all but
-    those in `allow_changes`, whose change after `done` steps is recorded; before the first checkpoint there is nothing
-    to differ from. Raises OutputExistsError where the folder
-    holds something else.
+    those in `allow_changes`, whose change after `done` steps is recorded, as another `machine` is; before the first
+    checkpoint there is nothing to differ from. Raises OutputExistsError where the folder holds something else.
     """
     _require_names(allow_changes)
     images, pairs, selection = inputs.images, inputs.pairs, inputs.selection
@@ -76,6 +77,7 @@ def plan_run(config: TrainConfig, inputs: Inputs, steps: int, *, allow_changes: 
         steps=steps,
         versions=versions(),
         text_student=text_spec(config.text_student, teacher) if config.text_student else None,
+        machine=machine,
     )
     path = Path(config.out) / RUN_FILE
     if path.exists() and done:
@@ -121,6 +123,8 @@ def _changes(config: TrainConfig, old: Run, new: Run, allowed: tuple[str, ...], 
         if named <= _may_change():
             remedy += f"; to go on with the change: --allow-changes {','.join(sorted(named))}"
         raise MismatchError(what, remedy=remedy)
+    if old.machine and old.machine != new.machine:
+        differences["machine"] = f"{old.machine} != {new.machine}"
     return [Change(step=done, field=name, values=values) for name, values in differences.items()]
 
 

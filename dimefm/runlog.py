@@ -48,6 +48,11 @@ class RunLog:
             self._events.close()
             self._progress.__exit__(kind, error, trace)
 
+    def note(self, text: str) -> None:
+        """A line for the terminal alone."""
+        if self._enabled:
+            self._progress.note(text)
+
     def step(self, done: int, *, images: int, waited: float) -> None:
         """A step is done: `images` of all processes, after `waited` seconds for data."""
         if self._enabled:

@@ -15,7 +15,7 @@ import torch
 
 from cache_schemas import Status
 from dimefm.errors import TrainingError
-from dimefm.factory import available_memory
+from dimefm.machine import available_memory, processes_here
 from dimefm.pairs import Pairs
 from dimefm.selected import SelectedTexts
 from dimefm.store import Store
@@ -175,4 +175,4 @@ def _room_on(device: torch.device) -> int:
 
 def _room_in_memory() -> int:
     """Bytes that sentences may take in this machine's memory, by each process that trains on it."""
-    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // _SHARE
+    return available_memory() // processes_here() // _SHARE

@@ -28,6 +28,8 @@ from dimefm.errors import StoppedError, TrainingError
 from dimefm.initial import load_initial
 from dimefm.learner import Learner
 from dimefm.lock import writing
+from dimefm.machine import describe
+from dimefm.machine_settings import decide, loaders
 from dimefm.objective import Objective
 from dimefm.optim import adamw, learning_rate
 from dimefm.order import Order
@@ -64,9 +66,22 @@ def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
     config = replace(config, out=storage.local(config.out, "a run folder"))
     place = join_group(config.device)
     with writing(config.out) if place.first else nullcontext():
-        result = _Trainer(config, place, allow_changes).run()
+        config, notes = decide(config, place, allow_changes)
+        with _threads(config.threads):
+            result = _Trainer(config, place, allow_changes).run(notes)
     leave_group(place)
     return result
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """That many torch threads within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Trainer:
@@ -82,7 +97,9 @@ class _Trainer:
             )
         self.checkpoints = Checkpoints(config.out, config.keep)
         done = self.checkpoints.step() or 0
-        self.document = plan_run(config, inputs, self.steps, allow_changes=allow_changes, done=done)
+        self.document = plan_run(
+            config, inputs, self.steps, machine=describe(str(place.device)), allow_changes=allow_changes, done=done
+        )
         self.spec, self.text_spec = self.document.student, self.document.text_student
 
         torch.manual_seed(config.seed)
@@ -102,8 +119,9 @@ class _Trainer:
             )  # fmt: skip
         self.validation = self._validation() if config.val and place.first else None
 
-    def run(self) -> Result:
-        """The loop: a batch arrives, a step is taken, and what is due after it is done."""
+    def run(self, notes: list[str]) -> Result:
+        """The loop: a batch arrives, a step is taken, and what is due after it is done. `notes` are shown at its
+        start."""
         config = self.config
         first = require_same(self._restore(), self.place)
         if first > self.steps:
@@ -116,6 +134,8 @@ class _Trainer:
         scores: dict[str, float] = {}
         validate_every = max(1, round(config.val_every * self.per_epoch))
         log = RunLog(config.out, first=first, steps=self.steps, enabled=self.place.first)
+        for note in notes:
+            log.note(note)
         with log, Stopping() as stopping, self._reading(stopping):
             asked = time.monotonic()
             for batch, texts in self._batches(first):
@@ -204,13 +224,16 @@ class _Trainer:
         )
         span: dict[str, int] = {"first": first, "steps": self.steps, "rank": place.rank, "world": place.world}
         dataset = TrainingImages(self.inputs.images.path, augmentation, self.bank and self.bank.without_device())
-        images = training_loader(dataset, Requests(self.order, **span), config.workers, pin=place.device.type == "cuda")
+        batch_bytes = config.batch_size // place.world * 3 * self.spec.image_size**2
+        workers, ahead = loaders(config.workers, place.device.type, batch_bytes)
+        images = training_loader(dataset, Requests(self.order, **span), workers, ahead, pin=place.device.type == "cuda")
         texts: Iterator[TextBatch | None] = repeat(None)
         if self.text_order and self.text_spec:
             texts = training_loader(
                 TrainingTexts(self.inputs.texts.path, self.text_spec),
                 Requests(self.text_order, **span),
-                min(1, config.workers),
+                min(1, workers),
+                ahead,
             )
         for text, image in zip(texts, images, strict=False):  # in this order: all are forked before a thread pins
             yield image, text

@@ -38,7 +38,9 @@ from cache_schemas import SchemaError
 @click.option("--loss", metavar="NAME=WEIGHT,...",
               help="Of vl, pvl, udist, cosine, centred, contrastive: vl=0.7,pvl=0.3.")  # fmt: skip
 @click.option("--text-mix", metavar="KIND=SHARE,...", help="Of random, selected, retrieved; sum 1.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]))
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+              help="auto: bf16 where this machine does not emulate it; else fp32 on a CPU, fp16 on a GPU.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1), help="Of torch, in each process. Default: its cores.")
 @click.option("--compile", is_flag=True, default=None, help="torch.compile the towers.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE",
               help="Any other field of the config: loss.vl_temperature=2. May be repeated.")  # fmt: skip
@@ -49,7 +51,8 @@ from cache_schemas import SchemaError
 @click.option("--keep", type=click.IntRange(1), help="How many checkpoints stay, beside the best.")
 @click.option("--log-every", type=click.IntRange(1), help="Steps between lines of metrics.jsonl.")
 @click.option("--max-steps", type=click.IntRange(1), help="The length of the run in steps, if --epochs is longer.")
-@click.option("--workers", type=click.IntRange(0), help="Processes that decode images; 0: the training process.")
+@click.option("--workers", type=click.IntRange(0),
+              help="Processes that decode images; 0: the training process. Default: by cores and memory.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0))
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
 @click.option("--allow-changes", metavar="FIELD,...", default="",

@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 
 from cache_schemas import TeacherIdentity, ViewPlan, to_plain
-from dimefm.clip import Clip, Precision, load_clip
-from dimefm.device import choose_device, cpus
+from dimefm.clip import Clip, load_clip, teacher_precision
 from dimefm.errors import DimefmError
 from dimefm.lock import writing
+from dimefm.machine import Precision, choose_device, cpus
 from dimefm.progress import amount, duration
 from dimefm.sources.files import expand
 from dimefm.store import Store
-from pipeline.existing import require_no_stranger
+from pipeline.existing import is_planned, require_no_stranger
 from pipeline.plan import Forecast, PlanRequest, forecast, open_or_plan
 from pipeline.probe import PROBE_ROWS, Rates, measure
 from pipeline.runner import Job, run_shards
@@ -133,7 +133,10 @@ def _device(config: CacheConfig) -> str:
 
 def _load(config: CacheConfig, device: str, place: str) -> Clip:
     """The teacher in this process's memory, on `place`, with the precision that workers on `device` will have."""
-    precision = config.precision or ("fp32" if device == "cpu" else "bf16")
+    precision = config.precision
+    if precision is None:  # a store that is gone on with elsewhere keeps the one it was begun with
+        begun = Store(config.out).schema.teacher.precision if is_planned(config.out) else None
+        precision = begun or teacher_precision(device)
     return load_clip(config.teacher, config.pretrained, precision=precision, device=place)
 
 

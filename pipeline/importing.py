@@ -17,9 +17,10 @@ import pyarrow as pa
 from cache_schemas import IMAGE_PLAN, TEXT_PLAN, EmbeddingStore, Failure, SourceSummary, Status
 from cache_schemas.embedding_store import EMBEDDING, ROWS, STATUS
 from dimefm import lock, storage
-from dimefm.clip import Clip, Precision, load_clip
+from dimefm.clip import Clip, load_clip
 from dimefm.decode import DecodeError
 from dimefm.errors import MismatchError, SourceError
+from dimefm.machine import Precision
 from dimefm.preprocess import Preprocess
 from dimefm.progress import Progress
 from dimefm.sources import open_image_source

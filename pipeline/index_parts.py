@@ -9,8 +9,8 @@ import ray
 from ray.exceptions import WorkerCrashedError
 
 from dimefm.building import Part, Runner, build_part
-from dimefm.device import cpus
 from dimefm.errors import StoreError
+from dimefm.machine import cpus
 from pipeline.runner import cluster, fetch
 
 _TRIES = 3

@@ -18,9 +18,9 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from cache_schemas import Commit, Status
 from dimefm import storage
-from dimefm.clip import Precision, load_clip
-from dimefm.device import cpus
+from dimefm.clip import load_clip
 from dimefm.errors import DimefmError, MismatchError, SourceError, StoreError
+from dimefm.machine import Precision, cpus
 from dimefm.progress import Progress
 from dimefm.shard import check_canary, encode_shard, retry_shard
 from dimefm.store import Store

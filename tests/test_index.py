@@ -14,8 +14,9 @@ from cache_schemas import Status
 from dimefm import building
 from dimefm.building import IndexConfig, Part, build_index, build_part, forecast
 from dimefm.errors import DimefmError, MismatchError, OutputExistsError, RecallError, StoreError
-from dimefm.factory import available_memory, breakeven_queries, parse_bytes, plan_index
+from dimefm.factory import breakeven_queries, parse_bytes, plan_index
 from dimefm.index import Index, read_sidecar
+from dimefm.machine import available_memory
 from dimefm.recall import HeldOut, Setting, tune
 from dimefm.store import Store
 from tests.stores import brute_force, random_store

@@ -124,7 +124,7 @@ def test_a_chunk_is_checked_once_by_all_processes_that_are_forked(
     child.start()
     child.join()
     checked: list[int] = []
-    monkeypatch.setattr(mapped, "_check_chunk", lambda shard, file, chunk: checked.append(2 * shard + chunk))
+    monkeypatch.setattr(mapped, "_check_chunk", lambda shard, file, data, chunk: checked.append(2 * shard + chunk))
     np.testing.assert_array_equal(mapped.gather(np.array([0, 40, 63])), values[[0, 40, 63]])
     assert checked == [3]
     mapped.forget()

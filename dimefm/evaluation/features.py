@@ -17,9 +17,9 @@ from cache_schemas import EmbeddingStore, Failure, SchemaError, SourceSummary, S
 from cache_schemas.plan import IMAGE_PLAN
 from dimefm import storage
 from dimefm.clip import Clip
-from dimefm.device import cpus
 from dimefm.errors import StoreError
 from dimefm.evaluation.imageset import ImageSet
+from dimefm.machine import cpus
 from dimefm.progress import Progress
 from dimefm.shard import encode_shard
 from dimefm.store import Store, create_store

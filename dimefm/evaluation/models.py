@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cache_schemas.run import RUN_FILE
-from dimefm.clip import Clip, Precision, load_clip
+from dimefm.clip import Clip, load_clip
 from dimefm.export import CONFIG_FILE, export
+from dimefm.machine import Precision
 
 
 @contextmanager

@@ -1,0 +1,142 @@
+"""What this machine is and what it allows: the device, its precision, cores, memory, shared memory, open files.
+
+Defaults that depend on the machine are decided here, by what it can do and never by a timing: a machine that happens to
+be busy must not give another student.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from dimefm.errors import DimefmError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+SHARED_MEMORY = Path("/dev/shm")
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_MOST_FILES = 65536  # some libraries go through all descriptors that could be open: no more than are of use
+
+
+def choose_device(asked: str | None) -> str:
+    """`asked`, or cuda where there is one and cpu elsewhere. Raises DimefmError for a GPU that is not there."""
+    import torch
+
+    if asked is not None and asked.startswith("cuda") and not torch.cuda.is_available():
+        raise DimefmError("--device cuda: torch sees no GPU here", remedy="give --device cpu, or mend the CUDA set-up")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_precision(device: str) -> Precision:
+    """The precision of a student's matrix products on `device` of this machine, by what it can do.
+
+    GPU: bf16 where it is not emulated (from Ampere on), else fp16. CPU: bf16 only with AMX tiles, else fp32: with
+    AVX512_BF16 alone dense towers gain up to twice, and depthwise convolutions lose as much; without it bf16 is
+    emulated, at a tenth of the speed of fp32 (`python -m benchmarks cpu`).
+    """
+    if not device.startswith("cuda"):
+        return "bf16" if _has_amx() else "fp32"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "bf16"  # the GPU is on another machine
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def emulates(precision: Precision, device: str) -> bool:
+    """Whether products of that precision are a slow imitation here. For a GPU only `choose_precision` knows."""
+    if device.startswith("cuda"):
+        return precision == "bf16" and choose_precision(device) != "bf16"
+    import torch
+
+    native = cpu_kind() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    return precision == "fp16" or (precision == "bf16" and not native)
+
+
+def _has_amx() -> bool:
+    """Whether bf16 products run in AMX tiles: the processor has them, and ATEN_CPU_CAPABILITY does not forbid the
+    instructions of such a processor, as one sets it to see what a lesser one does."""
+    import torch
+
+    return cpu_kind() == "AVX512" and bool(torch.cpu._is_amx_tile_supported())
+
+
+def cpu_kind() -> str:
+    """The vector instructions that torch uses here: AVX2, AVX512, DEFAULT and the like."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def describe(device: str) -> str:
+    """What decides how numbers are rounded on a device of this machine: `x86_64 AVX512 AMX`, or the name of the GPU."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {cpu_kind()}{' AMX' if _has_amx() else ''}"
+
+
+def cpus() -> int:
+    """CPU cores that this process may use, at least one: by its affinity, and by the quotas of its control groups."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [int(quota) / int(period) for quota, period in _cpu_quotas() if quota.isdigit() and period.isdigit()]
+    return max(1, int(min([allowed, *quotas])))
+
+
+def processes_here() -> int:
+    """The processes of one training run on this machine, as torchrun says; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _cpu_quotas() -> Iterator[tuple[str, str]]:
+    for text in _settings("", "cpu.max"):
+        quota, _, period = text.partition(" ")
+        yield quota, period
+    quotas, periods = _settings("cpu", "cpu.cfs_quota_us"), _settings("cpu", "cpu.cfs_period_us")
+    yield from zip(quotas, periods, strict=False)
+
+
+def available_memory() -> int:
+    """Bytes that this process may use: of the machine, or the least that one of its nested control groups allows."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits = [*_settings("", "memory.max"), *_settings("memory", "memory.limit_in_bytes")]
+    return min(found + [int(text) for text in limits if text.isdigit()])
+
+
+def _settings(controller: str, name: str) -> list[str]:
+    """A file's content in the control group of this process and in each that it is nested in; of version 2 for the
+    controller "". Inside a container the groups may be mounted as if its own were the root."""
+    found = []
+    for line in _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controller not in controllers.split(","):
+            continue
+        root = _CGROUPS / controller
+        folder = root / path.lstrip("/")
+        found += [p / name for p in (folder, *folder.parents) if p == root or root in p.parents]
+    return [file.read_text().strip() for file in found if file.is_file()]
+
+
+def free_shared_memory() -> int | None:
+    """Bytes free in /dev/shm, through which loader processes hand over their batches; None where there is no such."""
+    if not SHARED_MEMORY.is_dir():
+        return None
+    found = os.statvfs(SHARED_MEMORY)
+    return found.f_bavail * found.f_frsize
+
+
+@cache
+def open_files() -> int:
+    """How many files this process may have open, after its soft limit was raised to the hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    return most if soft == resource.RLIM_INFINITY else min(soft, _MOST_FILES)
