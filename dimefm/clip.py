@@ -48,6 +48,16 @@ class Clip:
         self._encode_image = self.model.encode_image
         self._compiled_batch = 0
 
+    def on(self, device: str) -> Clip:
+        """The same model on `device`, moved there."""
+        if self.device == torch.device(device):
+            return self
+        return Clip(self.model, self.tokenizer, self.identity, self.model_cfg, device)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
     def compile(self, batch_size: int) -> None:
         """Compile the image tower for batches of up to `batch_size`: minutes at first, then faster; on a GPU its
         kernels are launched as one CUDA graph."""

@@ -7,21 +7,26 @@ from typing import Literal
 
 import torch
 
-from cache_schemas import TeacherIdentity, ViewPlan, to_plain
+from cache_schemas import ViewPlan, to_plain
 from dimefm.clip import Clip, load_clip, teacher_precision
 from dimefm.errors import DimefmError
 from dimefm.lock import writing
-from dimefm.machine import Precision, choose_device, cpus
+from dimefm.machine import Precision, available_memory, choose_device, cpus
 from dimefm.progress import amount, duration
 from dimefm.sources.files import expand
 from dimefm.store import Store
 from pipeline.existing import is_planned, require_no_stranger
 from pipeline.plan import Forecast, PlanRequest, forecast, open_or_plan
 from pipeline.probe import PROBE_ROWS, Rates, measure
-from pipeline.runner import Job, run_shards
 from pipeline.sentences import SentenceRules
+from pipeline.worker import Job, pending_shards, run_here
 
 BATCH_SIZE = {"cpu": 32, "cuda": 512}
+_ROWS_PER_WORKER = {"image": 256, "text": 8192}  # about what a small teacher encodes while another worker starts
+_WORKER_BYTES, _MEMORY_SHARE = (
+    1_000_000_000,
+    0.9,
+)  # of a worker beside its weights; of all memory, what workers may have
 _TEXT_WORKERS_PER_GPU = 4  # a tokenizer is plain Python: one process of it does not keep a GPU busy
 
 
@@ -61,7 +66,8 @@ def cache(config: CacheConfig) -> Store:
     """
     device = _device(config)
     require_no_stranger(config.out)  # before the lock is put into it
-    teacher = _load(config, device, "cpu").identity
+    clip = _load(config, device, "cpu")
+    teacher = clip.identity
     with writing(config.out):
         store = open_or_plan(_request(config, device), config.out, teacher)
         job = Job(
@@ -73,11 +79,21 @@ def cache(config: CacheConfig) -> Store:
             threads=config.threads,
             compile=config.compile,
         )
-        workers = config.workers or _workers(config.kind, device)
-        run_shards(job, workers=workers, address=config.ray_address)
+        workers = _workers(config, device, store.schema.rows, clip.weight_bytes())
+        _run(job, workers, config.ray_address, clip)
         if config.retry_failed:
-            run_shards(replace(job, retry=True), workers=workers, address=config.ray_address)
+            _run(replace(job, retry=True), workers, config.ray_address, clip)
     return store
+
+
+def _run(job: Job, workers: int, address: str | None, clip: Clip) -> None:
+    """The job in this process, or on Ray where there is more than one worker to place, or a cluster to place it on."""
+    if address is None and min(workers, len(pending_shards(Store(job.store), retry=job.retry))) <= 1:
+        run_here(job, clip)
+        return
+    from pipeline.runner import run_shards
+
+    run_shards(job, workers=workers, address=address)
 
 
 def dry_run(config: CacheConfig) -> str:
@@ -95,11 +111,11 @@ def dry_run(config: CacheConfig) -> str:
         rates = measure(found.first, found.schema, clip)
     finally:
         torch.set_num_threads(threads)
-    return _show_forecast(config, device, found, clip.identity, rates)
+    return _show_forecast(config, device, found, clip, rates)
 
 
-def _show_forecast(config: CacheConfig, device: str, found: Forecast, teacher: TeacherIdentity, rates: Rates) -> str:
-    source, workers = found.schema.source, config.workers or _workers(config.kind, device)
+def _show_forecast(config: CacheConfig, device: str, found: Forecast, clip: Clip, rates: Rates) -> str:
+    source, workers = found.schema.source, _workers(config, device, found.schema.rows, clip.weight_bytes())
     on_cpu = device == "cpu"
     threads = config.threads or rates.threads(max(1, cpus() // workers))
     rate = workers * rates.worker(threads, shared=on_cpu)
@@ -116,7 +132,7 @@ def _show_forecast(config: CacheConfig, device: str, found: Forecast, teacher: T
         *(f"problem   {problem}" for problem in source.problems),
         "teacher",
     ]
-    lines += [f"  {name:<15} {value}" for name, value in to_plain(teacher).items()]
+    lines += [f"  {name:<15} {value}" for name, value in to_plain(clip.identity).items()]
     return "\n".join(lines)
 
 
@@ -140,11 +156,16 @@ def _load(config: CacheConfig, device: str, place: str) -> Clip:
     return load_clip(config.teacher, config.pretrained, precision=precision, device=place)
 
 
-def _workers(kind: str, device: str) -> int:
+def _workers(config: CacheConfig, device: str, rows: int, weight_bytes: int) -> int:
+    """How many there are to be: on a CPU one a core, each with a teacher of its own as far as there is memory for it,
+    and none for so few rows that it would take longer to start than to encode them."""
+    if config.workers:
+        return config.workers
     if device == "cpu":
-        return cpus()
+        fit = int(_MEMORY_SHARE * available_memory()) // (_WORKER_BYTES + weight_bytes)
+        return max(1, min(cpus(), fit, -(-rows // _ROWS_PER_WORKER[config.kind])))
     gpus = torch.cuda.device_count()
-    return gpus * min(_TEXT_WORKERS_PER_GPU, max(1, cpus() // gpus)) if kind == "text" else gpus
+    return gpus * min(_TEXT_WORKERS_PER_GPU, max(1, cpus() // gpus)) if config.kind == "text" else gpus
 
 
 def _request(config: CacheConfig, device: str) -> PlanRequest:

@@ -8,23 +8,19 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
-from cache_schemas import Commit, Status
 from dimefm import storage
-from dimefm.clip import load_clip
-from dimefm.errors import DimefmError, MismatchError, SourceError, StoreError
-from dimefm.machine import Precision, cpus
+from dimefm.errors import DimefmError, StoreError
+from dimefm.machine import cpus
 from dimefm.progress import Progress
-from dimefm.shard import check_canary, encode_shard, retry_shard
 from dimefm.store import Store
-from pipeline.probe import PROBE_ROWS, measure
+from pipeline.worker import Job, Worker, pending_shards, progress_of
 
 _TRIES = 3
 _PATIENCE = 60.0  # seconds without any worker before that is said
@@ -37,68 +33,6 @@ _ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What every worker needs to know: the planned store and how to load its teacher. `retry`: encode only the rows
-    of finished shards that have no embedding."""
-
-    store: str
-    teacher: str
-    pretrained: str | None
-    precision: Precision
-    device: str
-    threads: int | None
-    compile: bool = False
-    retry: bool = False
-
-
-class Worker:
-    """One teacher on one device. Plain Python: Ray makes actors of it, tests and benchmarks call it as it is."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._rows = 0
-
-    def start(self, threads: int, shard: int, check: bool = False) -> None:
-        """Load the teacher, and decode on up to `threads`: as many as its speed needs, measured on rows of `shard`.
-        With `check`, go through the canary (see dimefm.shard.check_canary). Not in __init__, whose errors Ray would
-        not hand on as they are.
-
-        The teacher itself computes on one thread on a CPU: sums come out differently on more, and a run that goes on
-        with other workers must write the same bytes. Several workers of one thread are faster than one of several.
-        """
-        torch.set_num_threads(1)
-        job, self._store = self._job, Store(self._job.store)
-        schema = self._store.schema
-        self._clip = load_clip(job.teacher, job.pretrained, precision=job.precision, device=job.device)
-        differences = schema.teacher.differences(self._clip.identity)
-        if differences:
-            what = f"{job.teacher} is not the teacher of {job.store}: {'; '.join(differences)}"
-            raise MismatchError(what, remedy="name the teacher that the store was begun with")
-        if job.compile:
-            self._clip.compile(schema.batch_size)
-        self._threads = threads
-        if job.threads is None and threads > 1 and schema.kind == "image" and not job.retry:
-            rows = self._store.plan(shard).slice(0, PROBE_ROWS).to_pylist()
-            with suppress(SourceError):  # not one image can be read: there is no speed to go by
-                self._threads = measure(rows, schema, self._clip).threads(threads)
-        if check:
-            check_canary(self._store, self._clip)
-
-    def encode(self, shard: int) -> Commit:
-        """Encode and commit one shard."""
-        self._rows = 0
-        work = retry_shard if self._job.retry else encode_shard
-        return work(self._store, shard, self._clip, threads=self._threads, progress=self._count)
-
-    def rows(self) -> int:
-        """Rows of the present shard that are encoded."""
-        return self._rows
-
-    def _count(self, rows: int) -> None:
-        self._rows += rows
-
-
 def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
     """Encode every shard of the store that has no commit (or, to retry, that has failed rows) on `workers` actors, on
     a cluster or a local Ray.
@@ -107,12 +41,11 @@ def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
     times, and what a worker raised.
     """
     store = Store(job.store)
-    pending = _pending(store, retry=job.retry)
-    rows = sum(pending.values())
+    pending = pending_shards(store, retry=job.retry)
     if not pending:
         return
     storage.remove_leftovers(store.path)
-    total, done = (rows, 0) if job.retry else (store.schema.rows, store.schema.rows - rows)
+    total, done = progress_of(store, pending, retry=job.retry)
     kind = store.schema.kind
     with cluster(address, workers, job.device), Progress(kind + "s", total, kind, done) as progress:
         check = bool(store.committed())
@@ -121,17 +54,6 @@ def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
         cores = cores if address else cpus()  # a local Ray is told of one core a worker, whatever there are
         threads = job.threads or max(1, cores // workers)
         _Supervisor(job, workers, threads, pending, check=check).run(progress, done)
-
-
-def _pending(store: Store, *, retry: bool) -> dict[int, int]:
-    """The shards to do, and how many rows of each."""
-    schema = store.schema
-    if retry:
-        failed = {c.shard: c.stop - c.start - c.counts.get(Status.OK.name, 0) for c in store.commits()}
-        return {shard: count for shard, count in failed.items() if count}
-    committed = store.committed()
-    ranges = {shard: schema.shard_range(shard) for shard in range(schema.shards) if shard not in committed}
-    return {shard: stop - start for shard, (start, stop) in ranges.items()}
 
 
 def _require_room(workers: int, device: str) -> int:
@@ -260,19 +182,37 @@ def cluster(address: str | None, workers: int, device: str) -> Iterator[None]:
             remedy = "start one with ray start --head, or leave --ray-address out"
             raise DimefmError(f"no Ray cluster answers at {address}: {error}", remedy=remedy) from None
     else:
+        _start(workers, torch.cuda.device_count() if device.startswith("cuda") else 0)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(cpus: int, gpus: int) -> None:
+    """A small local Ray. Raises DimefmError where it does not start, as when it has no folder of its own."""
+    try:
         ray.init(
             address="local",
-            num_cpus=workers,
-            num_gpus=torch.cuda.device_count() if device.startswith("cuda") else 0,
+            num_cpus=cpus,
+            num_gpus=gpus,
             object_store_memory=_OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    try:
-        yield
-    finally:
+    except (OSError, RuntimeError, ValueError) as error:
         ray.shutdown()
+        folder = os.environ.get("RAY_TMPDIR", "/tmp")
+        what = f"Ray does not start: {str(error).strip().splitlines()[0]}"
+        remedy = f"see {folder}/ray/session_latest/logs, or give --workers 1, which needs no Ray"
+        if "AF_UNIX" in what:
+            what = f"Ray does not start: its sockets' names would be too long in {folder}"
+            remedy = "name a shorter folder: RAY_TMPDIR=/tmp, say; or give --workers 1, which needs no Ray"
+        elif isinstance(error, OSError) and error.filename:
+            what = f"Ray does not start: {error.filename}: {error.strerror}"
+            remedy = "name a folder of your own: RAY_TMPDIR=~/ray, say; or give --workers 1, which needs no Ray"
+        raise DimefmError(what, remedy=remedy) from error
 
 
 def _require_answer(address: str) -> None:

@@ -1,0 +1,145 @@
+"""One worker of stage 1: a teacher on a device, a shard at a time. Without Ray, which makes actors of it.
+
+A job of one worker runs in the process of the command: Ray and a second start of the libraries would take longer than
+many such jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from cache_schemas import Commit, Status
+from dimefm import storage
+from dimefm.clip import Clip, load_clip
+from dimefm.errors import MismatchError, SourceError
+from dimefm.machine import Precision, cpus
+from dimefm.progress import Progress
+from dimefm.shard import check_canary, encode_shard, retry_shard
+from dimefm.store import Store
+from pipeline.probe import PROBE_ROWS, measure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every worker needs to know: the planned store and how to load its teacher. `retry`: encode only the rows
+    of finished shards that have no embedding."""
+
+    store: str
+    teacher: str
+    pretrained: str | None
+    precision: Precision
+    device: str
+    threads: int | None
+    compile: bool = False
+    retry: bool = False
+
+
+def _nobody(rows: int) -> None:
+    pass
+
+
+class Worker:
+    """One teacher on one device. Plain Python: Ray makes actors of it, tests and benchmarks call it as it is."""
+
+    def __init__(self, job: Job, clip: Clip | None = None) -> None:
+        """`clip` is the teacher if it is loaded already, on the job's device."""
+        self._job, self._clip = job, clip
+        self._rows = 0
+
+    def start(self, threads: int, shard: int, check: bool = False) -> None:
+        """Load the teacher, and decode on up to `threads`: as many as its speed needs, measured on rows of `shard`.
+        With `check`, go through the canary (see dimefm.shard.check_canary). Not in __init__, whose errors Ray would
+        not hand on as they are.
+
+        The teacher itself computes on one thread on a CPU: sums come out differently on more, and a run that goes on
+        with other workers must write the same bytes. Several workers of one thread are faster than one of several.
+        """
+        torch.set_num_threads(1)
+        job, self._store = self._job, Store(self._job.store)
+        schema = self._store.schema
+        clip = self._clip
+        if clip is None:
+            clip = self._clip = load_clip(job.teacher, job.pretrained, precision=job.precision, device=job.device)
+        differences = schema.teacher.differences(clip.identity)
+        if differences:
+            what = f"{job.teacher} is not the teacher of {job.store}: {'; '.join(differences)}"
+            raise MismatchError(what, remedy="name the teacher that the store was begun with")
+        if job.compile:
+            clip.compile(schema.batch_size)
+        self._threads = threads
+        if job.threads is None and threads > 1 and schema.kind == "image" and not job.retry:
+            rows = self._store.plan(shard).slice(0, PROBE_ROWS).to_pylist()
+            with suppress(SourceError):  # not one image can be read: there is no speed to go by
+                self._threads = measure(rows, schema, clip).threads(threads)
+        if check:
+            check_canary(self._store, clip)
+
+    def encode(self, shard: int, done: Callable[[int], None] = _nobody) -> Commit:
+        """Encode and commit one shard. `done` is told how many of its rows are, as `rows` is for who asks."""
+        assert self._clip is not None, "start comes first"
+        self._rows, self._done = 0, done
+        work = retry_shard if self._job.retry else encode_shard
+        return work(self._store, shard, self._clip, threads=self._threads, progress=self._count)
+
+    def rows(self) -> int:
+        """Rows of the present shard that are encoded."""
+        return self._rows
+
+    def _count(self, rows: int) -> None:
+        self._rows += rows
+        self._done(self._rows)
+
+
+def pending_shards(store: Store, *, retry: bool) -> dict[int, int]:
+    """The shards to do, and how many rows of each."""
+    schema = store.schema
+    if retry:
+        failed = {c.shard: c.stop - c.start - c.counts.get(Status.OK.name, 0) for c in store.commits()}
+        return {shard: count for shard, count in failed.items() if count}
+    committed = store.committed()
+    ranges = {shard: schema.shard_range(shard) for shard in range(schema.shards) if shard not in committed}
+    return {shard: stop - start for shard, (start, stop) in ranges.items()}
+
+
+def run_here(job: Job, clip: Clip) -> None:
+    """`pipeline.runner.run_shards` with one worker, in this process, with a teacher that is loaded already.
+
+    Raises what the worker raises; shards that were committed stay.
+    """
+    store = Store(job.store)
+    pending = pending_shards(store, retry=job.retry)
+    if not pending:
+        return
+    storage.remove_leftovers(store.path)
+    total, done = progress_of(store, pending, retry=job.retry)
+    worker = Worker(job, clip.on(job.device))
+    with _one_thread(), Progress(store.schema.kind + "s", total, store.schema.kind, done) as progress:
+        worker.start(job.threads or cpus(), min(pending), check=bool(store.committed()))
+        for shard in sorted(pending):
+            worker.encode(shard, partial(_at, progress, done))
+            done += pending[shard]
+
+
+def _at(progress: Progress, before: int, rows: int) -> None:
+    progress.at(before + rows)
+
+
+def progress_of(store: Store, pending: dict[int, int], *, retry: bool) -> tuple[int, int]:
+    """How many rows the job is about, and how many of them are done."""
+    rows = sum(pending.values())
+    return (rows, 0) if retry else (store.schema.rows, store.schema.rows - rows)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

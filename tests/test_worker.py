@@ -1,0 +1,78 @@
+"""A job of one worker runs in the process of its command; how many workers there are is up to rows, cores and memory."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dimefm.errors import DimefmError
+from dimefm.store import Store
+from pipeline import cache as cache_module
+from pipeline.cache import CacheConfig, cache
+from tests.processes import result_of
+
+
+def here(words: dict[str, Any]) -> tuple[set[str], int]:
+    """The heavy libraries in a process that has cached, and the torch threads that it is left with."""
+    import torch
+
+    torch.set_num_threads(2)
+    cache(CacheConfig(**words))
+    return {"ray", "faiss"} & sys.modules.keys(), torch.get_num_threads()
+
+
+def test_few_rows_are_encoded_in_the_process_with_the_same_bytes_and_without_ray(
+    image_store: Store, image_tar: Path, teacher_name: str, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "i.zarr")
+    words = {"kind": "image", "sources": (str(image_tar),), "out": out, "teacher": teacher_name, "device": "cpu"}
+    heavy, threads = result_of(here, {**words, "shard_rows": 32, "batch_size": 16})
+    assert not heavy
+    assert threads == 2
+    np.testing.assert_array_equal(Store(out).read(0, 96), image_store.read(0, 96))
+    assert [c.digest for c in Store(out).commits()] == [c.digest for c in image_store.commits()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cores", "gigabytes", "rows", "weights", "expected"),
+    [
+        ("image", 2, 24, 5_000, 0.02, 2),
+        ("image", 2, 24, 200, 0.02, 1),  # not worth a second start
+        ("text", 2, 24, 1_000, 0.02, 1),
+        ("text", 8, 24, 20_000, 0.02, 3),
+        ("image", 96, 64, 40_000_000, 1.7, 21),  # ViT-L/14 ninety-six times would be 260 GB
+        ("image", 4, 1, 5_000, 1.7, 1),
+    ],
+)
+def test_workers_on_cpus_are_bounded_by_rows_cores_and_memory(
+    kind: Any, cores: int, gigabytes: int, rows: int, weights: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "cpus", lambda: cores)
+    monkeypatch.setattr(cache_module, "available_memory", lambda: gigabytes * 10**9)
+    config = CacheConfig(kind=kind, sources=("s",), out="o.zarr", teacher="t")
+    assert cache_module._workers(config, "cpu", rows, int(weights * 1e9)) == expected
+
+
+def started(folder: str) -> str:
+    """Why Ray does not start in a folder."""
+    from pipeline.runner import cluster
+
+    os.environ["RAY_TMPDIR"] = folder
+    try:
+        with cluster(None, 1, "cpu"):
+            return "started"
+    except DimefmError as error:
+        return str(error)
+
+
+def test_a_folder_that_does_not_serve_ray_is_named_with_the_remedy(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    assert "too long in" in (said := result_of(started, str(long)))
+    assert "RAY_TMPDIR=/tmp" in said
+    (tmp_path / "ray").write_text("another user's, or as here no folder")
+    assert f"{tmp_path / 'ray'}: File exists" in (said := result_of(started, str(tmp_path)))
+    assert "--workers 1, which needs no Ray" in said
