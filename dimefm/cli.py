@@ -360,6 +360,20 @@ def export_embeddings(store: str, out: str, rows_per_file: int | None) -> None:
 
 
 @cli.command()
+def doctor() -> None:
+    """Look at this machine: what would stop the work, what would slow it, and which defaults follow.
+
+    Paste what it prints into a report of a problem. Exits with 1 if something would stop the work.
+    """
+    from dimefm.doctor import diagnose
+
+    found = diagnose()
+    click.echo(found.show())
+    if found.stops:
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
 @click.argument("path")
 @click.option("--failures", is_flag=True, help="List every row of a store that has no embedding, tab-separated.")
 def info(path: str, failures: bool) -> None:

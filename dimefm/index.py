@@ -210,6 +210,11 @@ def spread_of(index: Any, vectors_ND: np.ndarray[Any, Any]) -> str:
     return base64.b64encode(spread_L.astype(np.float16).tobytes()).decode()
 
 
+def gpus() -> int:
+    """The GPUs that FAISS sees."""
+    return int(faiss.get_num_gpus())
+
+
 def on_gpus(index: Any) -> Any:
     """A copy of an index on every GPU that FAISS sees."""
     return faiss.index_cpu_to_all_gpus(index)

@@ -1,4 +1,4 @@
-"""A job of one worker runs in the process of its command; how many workers there are is up to rows, cores and memory."""
+"""A job of one worker runs in the process of its command. How many workers there are: by rows, cores and memory."""
 
 import os
 import sys
