@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from cache_schemas import SchemaError
 from dimefm import __version__
 from dimefm.errors import DimefmError, StoppedError
 from dimefm.evaluation.command import compare, evaluate, sets, submission
+from dimefm.machine import wait_passively
 from dimefm.train_command import train_student
 
 
@@ -60,9 +60,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point of the `dimefm` command."""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
-    # Before torch is loaded: a thread that waits in a loop takes a core from whoever else has work to do, which on a
-    # busy machine made training five times slower than it is with this (python -m benchmarks cpu).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_passively()
     cli(prog_name="dimefm")
 
 

@@ -82,6 +82,15 @@ def describe(device: str) -> str:
     return f"{platform.machine()} {cpu_kind()}{' AMX' if _has_amx() else ''}"
 
 
+def wait_passively() -> None:
+    """Let torch's idle threads sleep. To be called by a program before torch is loaded.
+
+    By default they wait in a loop, which takes a core from whoever has work to do: with one busy neighbour on two cores
+    training is several times slower than so (`python -m benchmarks cpu`).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def cpus() -> int:
     """CPU cores that this process may use, at least one: by its affinity, and by the quotas of its control groups."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,11 +1,11 @@
-"""The end of `make reproduce`: one table in Markdown, and plots of the run."""
+"""The end of `make reproduce`: what the students are worth, what they cost, and plots of their runs."""
 
 from __future__ import annotations
 
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,32 @@ from matplotlib.figure import Figure
 from dimefm.commits import versions
 from dimefm.evaluation.predictions import read_predictions
 from dimefm.evaluation.results import read_results
-from dimefm.machine import cpus
+from dimefm.machine import cpus, describe
 from dimefm.pairs import Pairs
+from dimefm.run import read_run
 from dimefm.runlog import read_metrics
 from dimefm.store import Store
 
 EVALUATIONS = "evaluations"
 REPORT_FILE, PLOT_FILE = "report.md", "report.png"
+_COLOURS = ("#1f4e79", "#2e8b57", "#a65e2e")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A student that a job trains: its name in paths, its label in tables, its recipe with further options of
+    train-student; `grounded` draws its texts from the selection. `bars` is what it must reach, in times chance."""
+
+    name: str
+    label: str
+    recipe: str
+    grounded: bool = False
+    options: tuple[str, ...] = ()
+    bars: dict[str, float] = field(default_factory=dict)
+
+    def run(self, out: Path) -> Path:
+        """Its run folder in that of the job."""
+        return out / f"run-{self.name}"
 
 
 @dataclass(frozen=True)
@@ -31,17 +50,20 @@ class Report:
     missed: list[str]
 
 
-def write_report(out: Path, bars: dict[str, float]) -> Report:
+def write_report(out: Path, students: Sequence[Student]) -> Report:
     """Read what the stages left in `out` and write report.md and report.png beside it."""
-    teacher, student = _sets(out, "teacher"), _sets(out, "student")
+    teacher, found = _sets(out, "teacher"), {student.name: _sets(out, student.name) for student in students}
     missed = [
-        f"{name} {student[name]['top1'] * student[name]['classes']:.1f}x chance (bar {bar})"
-        for name, bar in bars.items()
-        if student[name]["top1"] * student[name]["classes"] < bar
+        f"{student.label}: {name} {_times_chance(found[student.name][name]):.1f}x chance (bar {bar})"
+        for student in students
+        for name, bar in student.bars.items()
+        if _times_chance(found[student.name][name]) < bar
     ]
-    text = "\n".join([*_accuracy(teacher, student, bars), "", *_stages(out), "", *_machine()])
+    seconds: dict[str, float | None] = json.loads((out / "stages.json").read_text())
+    parts = [_accuracy(teacher, found, students), _bill(out, students, seconds), _stages(out, students, seconds)]
+    text = "\n".join([line for part in parts for line in [*part, ""]] + _machine(out, students))
     (out / REPORT_FILE).write_text(f"# dimefm: {out.name}\n\n{text}\n", encoding="utf-8")
-    _plot(out, teacher, student)
+    _plot(out, teacher, found, students)
     return Report(f"{text}\n\nwritten: {out / REPORT_FILE}, {out / PLOT_FILE}", missed)
 
 
@@ -60,43 +82,90 @@ def _sets(out: Path, model: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def _accuracy(teacher: dict[str, Any], student: dict[str, Any], bars: dict[str, float]) -> list[str]:
-    head = ("zero-shot", "teacher top-1/5", "student top-1/5", "student/teacher", "x chance", "agreement")
+def _times_chance(found: dict[str, Any]) -> float:
+    return float(found["top1"] * found["classes"])
+
+
+def _accuracy(teacher: dict[str, Any], found: dict[str, Any], students: Sequence[Student]) -> list[str]:
+    """A row for the teacher and each student on each set."""
     rows = []
-    for name, s in student.items():
-        t = teacher[name]
-        agree = sum(a == b for a, b in zip(t["predictions"], s["predictions"], strict=True)) / s["images"]
-        bar = f" (bar {bars[name]})" if name in bars else ""
-        rows.append(
-            (
-                f"{name} ({s['images']:,} images, {s['classes']} classes)",
-                f"{t['top1']:.1%} / {t['top5']:.1%}",
-                f"{s['top1']:.1%} / {s['top5']:.1%}",
-                f"{s['top1'] / max(t['top1'], 1e-9):.0%}",
-                f"{s['top1'] * s['classes']:.1f}{bar}",
-                f"{agree:.1%}",
+    for name, t in teacher.items():
+        where = f"{name} ({t['images']:,} images, {t['classes']} classes)"
+        rows.append((where, "teacher", f"{t['top1']:.1%} / {t['top5']:.1%}", "", f"{_times_chance(t):.1f}", ""))
+        for student in students:
+            s = found[student.name][name]
+            agree = sum(a == b for a, b in zip(t["predictions"], s["predictions"], strict=True)) / s["images"]
+            bar = f" (bar {student.bars[name]})" if name in student.bars else ""
+            rows.append(
+                (
+                    name,
+                    student.label,
+                    f"{s['top1']:.1%} / {s['top5']:.1%}",
+                    f"{s['top1'] / max(t['top1'], 1e-9):.0%}",
+                    f"{_times_chance(s):.1f}{bar}",
+                    f"{agree:.1%}",
+                )
             )
-        )
-    return _table(head, rows)
+    return _table(("zero-shot", "model", "top-1 / top-5", "of teacher", "x chance", "as teacher says"), rows)
 
 
-def _stages(out: Path) -> list[str]:
-    seconds = json.loads((out / "stages.json").read_text())
+def _bill(out: Path, students: Sequence[Student], seconds: dict[str, float | None]) -> list[str]:
+    """What the teacher cost once and each student after it; what each would cost with the teacher in its loop."""
+    images, texts = Store(str(out / "images.zarr")), Store(str(out / "texts.zarr"))
+    image_rate, text_rate = _rate(images), _rate(texts)
+    once = sum(seconds.get(name) or 0 for name in ("cache-images", "cache-texts"))
+    rows = [("teacher, once", f"{once:,.0f}", "", "")]
+    online_of_all = cached_of_all = 0.0
+    for student in students:
+        config = read_run(str(student.run(out))).config
+        steps = _steps(out, student)
+        seen, drawn = steps * int(str(config["batch_size"])), 0
+        if config["loss"]["vl"]:  # type: ignore[index]
+            drawn = steps * int(str(config["texts_per_step"]))
+        spent = seconds.get(f"train {student.name}") or 0.0
+        online = spent + seen / image_rate + drawn / text_rate
+        online_of_all, cached_of_all = online_of_all + online, cached_of_all + spent
+        times = f"{online / spent:,.0f} times" if spent else ""
+        rows.append((f"student: {student.label}", f"{spent:,.0f}", f"{online:,.0f}", times))
+    whole = once + cached_of_all
+    saving = f"{online_of_all / whole:.1f} times"
+    rows.append((f"all {len(students) + 1} together", f"{whole:,.0f}", f"{online_of_all:,.0f}", saving))
+    return [
+        *_table(("seconds of", "with the cache", "teacher in the loop", "saving"), rows),
+        "",
+        f"In the loop the teacher would encode each image and each sentence of a step anew, at the {image_rate:,.0f} "
+        f"images/s and {text_rate:,.0f} sentences/s that it had in stage 1 on all cores.",
+    ]
+
+
+def _rate(store: Store) -> float:
+    """Rows a second of the teacher on this machine: by the time that each shard took, which is one worker's, and as
+    many workers as there are cores, or as GPUs did it."""
+    commits = list(store.commits())
+    workers = cpus() if commits[0].device == "cpu" else 1
+    return store.schema.rows / sum(commit.seconds for commit in commits) * workers
+
+
+def _steps(out: Path, student: Student) -> int:
+    return int(max(line["step"] for line in read_metrics(str(student.run(out))) if line["event"] == "train"))
+
+
+def _stages(out: Path, students: Sequence[Student], seconds: dict[str, float | None]) -> list[str]:
     images, texts, prompts = (Store(str(out / n)) for n in ("images.zarr", "texts.zarr", "prompts.zarr"))
-    train = [line for line in read_metrics(str(out / "run")) if line["event"] == "train"]
-    batch = json.loads((out / "run" / "run.json").read_text())["config"]["batch_size"]
-    evaluated = sum(s["images"] for s in _sets(out, "student").values())
-    counts = {
+    evaluated = sum(s["images"] for s in _sets(out, "teacher").values())
+    counts: dict[str, tuple[int, str, float | None]] = {
         "cache-images": (images.schema.rows, "images", _bytes(out / "images.zarr") / images.schema.rows),
         "cache-texts": (texts.schema.rows, "texts", _bytes(out / "texts.zarr") / texts.schema.rows),
         "cache-prompts": (prompts.schema.rows, "prompts", _bytes(out / "prompts.zarr") / prompts.schema.rows),
         "build-index": (texts.schema.rows, "texts", _bytes(out / "texts.index") / texts.schema.rows),
         "retrieve": (images.schema.rows, "images", _bytes(out / "pairs.zarr") / images.schema.rows),
         "select-texts": (texts.schema.rows, "texts", None),
-        "train-student": (train[-1]["step"] * batch, "images seen", None),
-        "evaluate student": (evaluated, "images", None),
         "evaluate teacher": (evaluated, "images", None),
     }
+    for student in students:
+        batch = int(str(read_run(str(student.run(out))).config["batch_size"]))
+        counts[f"train {student.name}"] = (_steps(out, student) * batch, "images seen", None)
+        counts[f"evaluate {student.name}"] = (evaluated, "images", None)
     rows = []
     for name, spent in seconds.items():
         count, unit, size = counts.get(name, (None, "", None))
@@ -114,7 +183,7 @@ def _stages(out: Path) -> list[str]:
     return [
         *_table(("stage", "seconds", "rows", "rate", "bytes/row on disk"), rows),
         "",
-        f"all stages: {total / 60:.1f} minutes, start-up of each command included",
+        f"all stages: {total / 60:.1f} minutes, start-up of each included (but not the import of its libraries)",
         f"visually grounded: {selection.selected:,} of {selection.text_rows:,} sentences, by an image or more",
     ]
 
@@ -123,9 +192,11 @@ def _bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
-def _machine() -> list[str]:
+def _machine(out: Path, students: Sequence[Student]) -> list[str]:
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return [f"machine: {platform.machine()}, {cpus()} cores, {platform.system()}; seed 0; {packages}"]
+    config = read_run(str(students[0].run(out))).config
+    how = f"students in {config['precision']} on {config['threads']} threads, seed {config['seed']}"
+    return [f"machine: {describe('cpu')}, {cpus()} cores, {platform.system()}; {how}; {packages}"]
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -135,29 +206,37 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]]]
 
 
-def _plot(out: Path, teacher: dict[str, Any], student: dict[str, Any]) -> None:
-    lines = read_metrics(str(out / "run"))
-    train = [line for line in lines if line["event"] == "train"]
-    validation = [line for line in lines if line["event"] == "validation"]
+def _plot(out: Path, teacher: dict[str, Any], found: dict[str, Any], students: Sequence[Student]) -> None:
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    left.plot([line["step"] for line in train], [line["loss"] for line in train], color="#1f4e79")
-    left.set(title="Training loss", xlabel="step", ylabel="loss")
-    for name in student:
-        points = [(line["step"], 100 * line[name]) for line in validation]
-        (drawn,) = middle.plot(*zip(*points, strict=True), marker=".", label=f"{name}, student")
-        middle.axhline(100 * teacher[name]["top1"], ls="--", color=drawn.get_color(), lw=1, label=f"{name}, teacher")
-    middle.set(title="Zero-shot top-1 while training", xlabel="step", ylabel="%", ylim=(0, None))
-    middle.legend(fontsize=8)
-    places = range(len(student))
-    for shift, kind, sets, colour in ((-0.2, "teacher", teacher, "#9db4c8"), (0.2, "student", student, "#1f4e79")):
-        values = [100 * sets[name]["top1"] for name in student]
-        bars = right.bar([p + shift for p in places], values, 0.38, label=kind, color=colour)
+    for student, colour in zip(students, _COLOURS, strict=False):
+        lines = read_metrics(str(student.run(out)))
+        train = [line for line in lines if line["event"] == "train"]
+        first = next((line["loss"] for line in train if line["loss"]), 1.0)
+        places = [line["step"] / train[-1]["step"] for line in train]
+        left.plot(places, [line["loss"] / first for line in train], color=colour, label=student.label)
+        validation = [line for line in lines if line["event"] == "validation"]
+        for name, style in zip(teacher, ("-", "--", ":"), strict=False):
+            points = [(line["step"] / train[-1]["step"], 100 * line[name]) for line in validation]
+            middle.plot(*zip(*points, strict=True), style, marker=".", color=colour, label=f"{name}, {student.label}")
+    for name, style in zip(teacher, ("-", "--", ":"), strict=False):
+        middle.axhline(100 * teacher[name]["top1"], ls=style, color="#888888", lw=1, label=f"{name}, teacher")
+    left.set(title="Training loss", xlabel="share of the run", ylabel="loss / first loss", ylim=(0, None))
+    left.legend(fontsize=8)
+    middle.set(title="Zero-shot top-1 while training", xlabel="share of the run", ylabel="%", ylim=(0, None))
+    middle.legend(fontsize=7)
+    models = [("teacher", teacher, "#9db4c8")]
+    models += [(s.label, found[s.name], c) for s, c in zip(students, _COLOURS, strict=False)]
+    width = 0.8 / len(models)
+    for number, (label, sets, colour) in enumerate(models):
+        places = [place - 0.4 + width * (number + 0.5) for place in range(len(teacher))]
+        bars = right.bar(
+            places, [100 * sets[name]["top1"] for name in teacher], width * 0.95, label=label, color=colour
+        )
         right.bar_label(bars, fmt="%.1f", fontsize=8)
-    for place, name in zip(places, student, strict=True):
-        chance = 100 / student[name]["classes"]
-        label = "chance" if place == 0 else None
-        right.hlines(chance, place - 0.4, place + 0.4, color="#b03a2e", lw=1.2, label=label)
-    right.set(title="Zero-shot top-1, final", ylabel="%", xticks=list(places), xticklabels=list(student))
+    for place, name in enumerate(teacher):
+        chance = 100 / teacher[name]["classes"]
+        right.hlines(chance, place - 0.4, place + 0.4, color="#b03a2e", lw=1.2, label="" if place else "chance")
+    right.set(title="Zero-shot top-1, final", ylabel="%", xticks=list(range(len(teacher))), xticklabels=list(teacher))
     right.legend(fontsize=8)
     figure.savefig(out / PLOT_FILE, dpi=130)

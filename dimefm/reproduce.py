@@ -1,70 +1,93 @@
-"""`make reproduce`: the whole job as a user would type it, command by command, ending in one table and a report.
+"""`make reproduce`: the whole job as a user would type it, command by command, ending in two tables and a report.
 
-python -m dimefm.reproduce --scale sample     the shipped sample, about ten minutes on two CPU cores
+python -m dimefm.reproduce --scale sample     the shipped sample: two students from one cache, in about ten minutes
 python -m dimefm.reproduce --scale smoke      a small part of it, to see that everything works
 python -m dimefm.reproduce --scale paper      the paper's job, on data that --images, --texts and --val name
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import shlex
-import subprocess
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 
 from dimefm import storage
-from dimefm.errors import DimefmError
+from dimefm.errors import DimefmError, StoppedError
 from dimefm.forecast import paper_forecast
-from dimefm.report import EVALUATIONS, write_report
+from dimefm.machine import wait_passively
+from dimefm.progress import duration
+from dimefm.report import EVALUATIONS, Student, write_report
 from dimefm.sample import sample_dir
 
-BARS = {"cifar10": 3.5, "caltech101": 8.0}
-"""Times chance that a student of the sample must reach in top-1: proof that it learned."""
+_STAGES = multiprocessing.get_context("forkserver")
+_LIBRARIES = ["dimefm.train", "dimefm.evaluation.suite"]  # with what takes seconds to import: torch, open_clip, zarr
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What one scale runs on. `train` are further options of train-student; `grounded` draws its texts from those
-    that some image retrieved."""
+    """What one scale runs on, and the students that it trains; `grounded` draws the texts of a student from those that
+    some image retrieved. `seconds` are those of each stage on one machine, to tell how much is left on another."""
 
     teacher: tuple[str, ...]
     images: tuple[str, ...]
     texts: tuple[str, ...]
     val: tuple[str, ...]
-    recipe: str
-    train: tuple[str, ...] = ()
-    grounded: bool = False
-    bars: dict[str, float] = field(default_factory=dict)
+    students: tuple[Student, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+PAPER_STUDENT = Student(name="paper", label="the paper's losses", recipe="paper", grounded=True)
 
 
 def sample_scale() -> Scale:
-    """The whole shipped sample."""
+    """The whole shipped sample: the paper's losses over visually grounded sentences, and what is best at this size.
+
+    A student must reach so many times chance in top-1, as proof that it learned.
+    """
     root = sample_dir()
+    paper = {"cifar10": 3.5, "caltech101": 5.0}
+    best = {"cifar10": 3.5, "caltech101": 8.0}
     return Scale(
         teacher=("--teacher", f"local-dir:{root / 'teacher'}"),
         images=(str(root / "images"),),
         texts=(str(root / "texts"),),
         val=(str(root / "eval" / "cifar10"), str(root / "eval" / "caltech101")),
-        recipe="sample",
-        bars=BARS,
+        students=(
+            Student(name="paper", label="the paper's losses", recipe="sample-paper", grounded=True, bars=paper),
+            Student(name="best", label="best at this size", recipe="sample", bars=best),
+        ),
+        seconds=_SAMPLE_SECONDS,
     )
 
 
+_SAMPLE_SECONDS = {
+    "cache-images": 180.0, "cache-texts": 40.0, "cache-prompts": 6.0, "build-index": 8.0, "retrieve": 6.0,
+    "select-texts": 4.0, "train paper": 120.0, "train best": 110.0, "export paper": 4.0, "export best": 4.0,
+    "evaluate paper": 8.0, "evaluate best": 8.0, "evaluate teacher": 50.0,
+}  # fmt: skip
+
+
 def smoke_scale() -> Scale:
-    """A fifth of the sample's images, a fifth of its sentences, two epochs: everything runs, nothing is learned."""
+    """The last of the sample's tars, a fifth of its sentences, an epoch: everything runs, nothing is learned."""
     whole = sample_scale()
     texts = sample_dir() / "texts"
     return Scale(
         teacher=whole.teacher,
-        images=(str(sample_dir() / "images" / "train-00000.tar"),),
-        texts=(str(texts / "visual_gcc_validation.txt.gz"), str(texts / "mixed_wordnet_examples.txt.gz")),
+        images=(str(sample_dir() / "images" / "train-00005.tar"),),
+        texts=(str(texts / "visual_gcc_validation.txt.gz"),),
         val=whole.val[1:],
-        recipe="sample",
-        train=("--epochs", "2"),
+        students=tuple(
+            Student(name=s.name, label=s.label, recipe=s.recipe, grounded=s.grounded, options=("--epochs", "1"))
+            for s in whole.students
+        ),
     )
 
 
@@ -72,43 +95,108 @@ def commands(scale: Scale, out: Path) -> list[tuple[str, list[str]]]:
     """The job: a name and a `dimefm` command line for each stage."""
     images, texts, prompts = (str(out / name) for name in ("images.zarr", "texts.zarr", "prompts.zarr"))
     index, pairs, grounded = (str(out / name) for name in ("texts.index", "pairs.zarr", "texts.selection"))
-    run, student = str(out / "run"), str(out / "student")
     stores = ["--images", images, "--texts", texts]
-    if scale.grounded:
-        stores += ["--selection", grounded, "--text-mix", "selected=1"]
-    training = ["--recipe", scale.recipe, *scale.train]
     validation = [word for path in scale.val for word in ("--val", path)] + ["--val-texts", prompts]
     teacher = scale.teacher[1:]  # `evaluate` takes the model's name as its argument
     evaluation = ["--predictions", "--skip-existing", "--out", str(out / EVALUATIONS)]
-    return [
+    stages = [
         ("cache-images", ["cache-images", *scale.images, "--out", images, *scale.teacher]),
         ("cache-texts", ["cache-texts", *scale.texts, "--out", texts, *scale.teacher]),
         ("cache-prompts", ["cache-texts", *scale.val, "--out", prompts, *scale.teacher]),
         ("build-index", ["build-index", texts, "--out", index, "--queries", images]),
         ("retrieve", ["retrieve", images, "--texts", texts, "--index", index, "--top-k", "16", "--out", pairs]),
         ("select-texts", ["select-texts", pairs, "--out", grounded]),
-        ("train-student", ["train-student", *stores, "--out", run, *training, *validation]),
-        ("export", ["export", run, "--out", student]),
-        ("evaluate student", ["evaluate", student, *scale.val, *evaluation, "--name", "student"]),
-        ("evaluate teacher", ["evaluate", *teacher, *scale.val, *evaluation, "--name", "teacher"]),
     ]
+    for student in scale.students:
+        run, folder = str(student.run(out)), str(out / f"student-{student.name}")
+        drawn = ["--selection", grounded, "--text-mix", "selected=1"] if student.grounded else []
+        recipe = ["--recipe", student.recipe, *student.options]
+        stages += [
+            (f"train {student.name}", ["train-student", *stores, *drawn, "--out", run, *recipe, *validation]),
+            (f"export {student.name}", ["export", run, "--out", folder]),
+            (f"evaluate {student.name}", ["evaluate", folder, *scale.val, *evaluation, "--name", student.name]),
+        ]
+    return [*stages, ("evaluate teacher", ["evaluate", *teacher, *scale.val, *evaluation, "--name", "teacher"])]
 
 
-def run_all(stages: list[tuple[str, list[str]]], out: Path) -> None:
-    """Run every stage, echoing it. stages.json keeps the seconds of each, as first run; null where it was stopped
-    and went on, which no time is fair for."""
+def run_all(stages: list[tuple[str, list[str]]], out: Path, expected: dict[str, float] | None = None) -> None:
+    """Run every stage, echoing it, with a line that says how far the whole job is.
+
+    stages.json keeps the seconds of each, as first run; null where it was stopped and went on, which no time is fair
+    for. `expected` are seconds of each stage on some machine. Raises DimefmError where a stage fails, StoppedError
+    where it was stopped by a signal.
+    """
     record = str(out / "stages.json")
     seconds: dict[str, float | None] = storage.read_json(record) if storage.exists(record) else {}
-    for name, words in stages:
-        print(f"\n$ {shlex.join(['dimefm', *words])}", flush=True)
+    began, pace = time.monotonic(), _Pace(expected or {})
+    for number, (name, words) in enumerate(stages, 1):
+        left = pace.left([name for name, _ in stages[number - 1 :]])
+        spent = duration(time.monotonic() - began)
+        print(f"\n[{number} of {len(stages)}] {name}: {spent} so far{left}", flush=True)
+        print(f"$ {shlex.join(['dimefm', *words])}", flush=True)
         first = name not in seconds
         storage.write_json(record, {**seconds, name: seconds.get(name)})
-        began = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", "dimefm", *words], check=False)
-        if done.returncode:
-            raise DimefmError(f"{name} failed with exit code {done.returncode}", remedy="mend it and run this again")
-        seconds[name] = round(time.monotonic() - began, 1) if first else seconds[name]
+        stage_began = time.monotonic()
+        code = run_stage(words)
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            remedy = "the same command goes on from there"
+            raise StoppedError(f"the job was stopped in {name}", signal=code - 128, remedy=remedy)
+        if code:
+            raise DimefmError(f"{name} failed with exit code {code}", remedy="mend it and run this again")
+        took = time.monotonic() - stage_began
+        pace.add(name, took)
+        seconds[name] = round(took, 1) if first else seconds[name]
         storage.write_json(record, seconds)
+
+
+class _Pace:
+    """How this machine compares with that of the expected seconds, by the stages that are done."""
+
+    def __init__(self, expected: dict[str, float]) -> None:
+        self._expected = expected
+        self._took = self._planned = 0.0
+
+    def add(self, name: str, seconds: float) -> None:
+        self._took += seconds
+        self._planned += self._expected.get(name, seconds)
+
+    def left(self, names: list[str]) -> str:
+        if any(name not in self._expected for name in names):
+            return ""
+        rest = sum(self._expected[name] for name in names)
+        return f", about {duration(rest * (self._took / self._planned if self._planned else 1))} left of all"
+
+
+def run_stage(words: list[str]) -> int:
+    """One command in a process of its own; its exit code. Forked from one that has imported the libraries already,
+    which would take each of a dozen commands some seconds more."""
+    _STAGES.set_forkserver_preload(_LIBRARIES)
+    process = _STAGES.Process(target=_dimefm, args=(words,))
+    with _signals_are_for_the_stage():
+        process.start()
+        process.join()
+    code = process.exitcode
+    assert code is not None
+    return 128 - code if code < 0 else code  # as a shell reports a signal
+
+
+def _dimefm(words: list[str]) -> None:
+    from dimefm.cli import main
+
+    sys.argv = ["dimefm", *words]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    main()
+
+
+@contextmanager
+def _signals_are_for_the_stage() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal's job: the stage ends in its own way, and then this process."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -137,7 +225,7 @@ def main(
         if not dry_run and not (images and texts and val):
             raise click.UsageError("scale paper needs --images, --texts and --val (or --dry-run)")
         places = (images or ("IMAGES",), texts or ("TEXTS",), val or ("VAL",))
-        scale = Scale(teacher=named, images=places[0], texts=places[1], val=places[2], recipe="paper", grounded=True)
+        scale = Scale(teacher=named, images=places[0], texts=places[1], val=places[2], students=(PAPER_STUDENT,))
     else:
         scale = smoke_scale() if name == "smoke" else sample_scale()
     stages = commands(scale, out)
@@ -148,8 +236,11 @@ def main(
             if name == "paper":
                 click.echo("\n" + paper_forecast(images, texts))
             return
-        run_all(stages, out)
-        report = write_report(out, scale.bars)
+        run_all(stages, out, scale.seconds)
+        report = write_report(out, scale.students)
+    except StoppedError as error:
+        click.echo(f"Stopped: {error}", err=True)
+        sys.exit(128 + error.signal)
     except DimefmError as error:
         raise click.ClickException(str(error)) from error
     click.echo("\n" + report.text)
@@ -158,4 +249,5 @@ def main(
 
 
 if __name__ == "__main__":
+    wait_passively()
     main(prog_name="reproduce")

@@ -19,7 +19,7 @@ from cache_schemas import SchemaError
 @click.option("--pairs",
               help="Pseudo-text store, for --text-mix retrieved=... or selected=..., or contrastive.")  # fmt: skip
 @click.option("--selection", help="Selected sentences, for --text-mix selected=... in place of those of --pairs.")
-@click.option("--recipe", type=click.Choice(["paper", "sample"]), default="paper", show_default=True,
+@click.option("--recipe", type=click.Choice(["paper", "sample-paper", "sample"]), default="paper", show_default=True,
               help="Where every option below that is not given comes from.")  # fmt: skip
 @click.option("--student", help="Image tower: an open_clip model (ViT-B-32) or a timm model (resnet18).")
 @click.option("--init", metavar="WEIGHTS",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,7 +23,8 @@ from pipeline.sentences import SentenceRules
 from pipeline.worker import Job, pending_shards, run_here
 
 BATCH_SIZE = {"cpu": 32, "cuda": 512}
-_ROWS_PER_WORKER = {"image": 256, "text": 8192}  # about what a small teacher encodes while another worker starts
+# Rows times bytes of the teacher's weights: about what one worker does in the time that Ray takes to start another.
+_LEAST_WORK = {"image": 22e9, "text": 1.4e12}
 _WORKER_BYTES, _MEMORY_SHARE = (
     1_000_000_000,
     0.9,
@@ -163,7 +165,8 @@ def _workers(config: CacheConfig, device: str, rows: int, weight_bytes: int) -> 
         return config.workers
     if device == "cpu":
         fit = int(_MEMORY_SHARE * available_memory()) // (_WORKER_BYTES + weight_bytes)
-        return max(1, min(cpus(), fit, -(-rows // _ROWS_PER_WORKER[config.kind])))
+        worth = math.ceil(rows * weight_bytes / _LEAST_WORK[config.kind])
+        return max(1, min(cpus(), fit, worth))
     gpus = torch.cuda.device_count()
     return gpus * min(_TEXT_WORKERS_PER_GPU, max(1, cpus() // gpus)) if config.kind == "text" else gpus
 

@@ -39,10 +39,11 @@ def test_few_rows_are_encoded_in_the_process_with_the_same_bytes_and_without_ray
 @pytest.mark.parametrize(
     ("kind", "cores", "gigabytes", "rows", "weights", "expected"),
     [
-        ("image", 2, 24, 5_000, 0.02, 2),
-        ("image", 2, 24, 200, 0.02, 1),  # not worth a second start
-        ("text", 2, 24, 1_000, 0.02, 1),
-        ("text", 8, 24, 20_000, 0.02, 3),
+        ("image", 2, 24, 5_000, 0.04, 2),
+        ("image", 2, 24, 400, 0.04, 1),  # not worth a second start
+        ("image", 64, 240, 400, 1.7, 31),  # but with a teacher that takes seconds for each
+        ("text", 2, 24, 20_000, 0.04, 1),
+        ("text", 8, 24, 80_000, 0.04, 3),
         ("image", 96, 64, 40_000_000, 1.7, 21),  # ViT-L/14 ninety-six times would be 260 GB
         ("image", 4, 1, 5_000, 1.7, 1),
     ],
