@@ -27,15 +27,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Unclosed c:ResourceWarning")
 
 
-# They count the processes of the machine, end some, or fill a disk: one of them at a time.
-_ALONE = {"test_cluster", "test_faults", "test_kill", "test_reproduce", "test_runner", "test_s3"}
+# The files that take longest come first, so that both processes end at about the same time.
+_FIRST = ("test_kill", "test_cluster", "test_reproduce", "test_faults", "test_runner", "test_s3", "test_train")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes run the tests (make test), a file in one of them; those that must not meet are in the same."""
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("alone" if name in _ALONE else name))
+    """Two processes run the tests (make test), a file in one of them, since its tests share what it sets up."""
+    items.sort(key=lambda item: _FIRST.index(item.path.stem) if item.path.stem in _FIRST else len(_FIRST))
 
 
 @pytest.fixture(scope="session")
