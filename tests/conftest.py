@@ -1,4 +1,4 @@
-"""What many tests share: the shipped sample, its teacher, and three small stores made from it without Ray."""
+"""What many tests share: the shipped sample, a tiny teacher, and three small stores made with it without Ray."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from dimefm.shard import encode_shard
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
 from tests.making import read_tar, write_tar
+from tests.tiny_clip import write_clip
+from tests.training import STUDENT
 
 IMAGES, SENTENCES, SHARD_ROWS = 96, 200, 32
 
@@ -43,14 +45,20 @@ def sample() -> Path:
 
 
 @pytest.fixture(scope="session")
-def teacher_name(sample: Path) -> str:
-    """What --teacher takes for the sample's teacher."""
+def sample_teacher(sample: Path) -> str:
+    """What --teacher takes for the sample's teacher, for tests whose numbers matter."""
     return f"local-dir:{sample / 'teacher'}"
 
 
 @pytest.fixture(scope="session")
+def teacher_name(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What --teacher takes for a CLIP of random weights, 32 px and 16 wide, which takes hardly any time."""
+    return f"local-dir:{write_clip(tmp_path_factory.mktemp('teacher') / 'tiny', scale=3)}"
+
+
+@pytest.fixture(scope="session")
 def clip(teacher_name: str) -> Clip:
-    """The sample's teacher on the CPU, on one thread so that sums are always made in the same order."""
+    """That teacher on the CPU, on one thread so that sums are always made in the same order."""
     torch.set_num_threads(1)
     return load_clip(teacher_name, device="cpu")
 
@@ -115,4 +123,4 @@ def tiny_run(image_store: Store, text_store: Store) -> list[str]:
     stores = ["--images", image_store.path, "--texts", text_store.path]
     sizes = ["--image-size", "32", "--batch-size", "16", "--texts-per-step", "64", "--epochs", "2", "--max-steps", "8"]
     rest = ["--loss", "vl=0.7,pvl=0.3,centred=1", "--precision", "fp32", "--workers", "0", "--checkpoint-every", "2"]
-    return ["train-student", *stores, "--recipe", "sample", *sizes, *rest]
+    return ["train-student", *stores, "--recipe", "sample", "--student", STUDENT, *sizes, *rest]

@@ -24,8 +24,9 @@ _PREPROCESSING = {
 }
 
 
-def write_clip(folder: Path, image_seed: int = 0, text_seed: int = 0) -> str:
-    """An open_clip folder with random towers, those of equal seeds the same; its path."""
+def write_clip(folder: Path, image_seed: int = 0, text_seed: int = 0, scale: float = 1.0) -> str:
+    """An open_clip folder with random towers, those of equal seeds the same; its path. With a `scale` of 3, matrices
+    are so much larger than open_clip's first ones that embeddings differ as much as a trained model's do."""
     towers = []
     for seed in (image_seed, text_seed):
         with torch.random.fork_rng():
@@ -33,5 +34,6 @@ def write_clip(folder: Path, image_seed: int = 0, text_seed: int = 0) -> str:
             towers.append(open_clip.CLIP(**_CONFIG).state_dict())
     image, text = towers
     weights = {name: (image if name.startswith("visual.") else text)[name] for name in image}
+    weights = {name: value * scale if value.ndim > 1 else value for name, value in weights.items()}
     publish_folder(folder, {"model_cfg": _CONFIG, "preprocess_cfg": _PREPROCESSING}, weights, None)
     return str(folder)
