@@ -38,6 +38,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _FIRST.index(item.path.stem) if item.path.stem in _FIRST else len(_FIRST))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_for_fixtures() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """So that sums are made in the same order in every test, whatever number a command in one before it has set."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def sample() -> Path:
     """The folder with teacher/, images/, texts/ and eval/."""
@@ -52,14 +63,13 @@ def sample_teacher(sample: Path) -> str:
 
 @pytest.fixture(scope="session")
 def teacher_name(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What --teacher takes for a CLIP of random weights, 32 px and 16 wide, which takes hardly any time."""
-    return f"local-dir:{write_clip(tmp_path_factory.mktemp('teacher') / 'tiny', scale=3)}"
+    """What --teacher takes for a CLIP of random weights, 32 px and 128 wide, which takes hardly any time."""
+    return f"local-dir:{write_clip(tmp_path_factory.mktemp('teacher') / 'tiny', scale=3, width=128)}"
 
 
 @pytest.fixture(scope="session")
 def clip(teacher_name: str) -> Clip:
-    """That teacher on the CPU, on one thread so that sums are always made in the same order."""
-    torch.set_num_threads(1)
+    """That teacher on the CPU."""
     return load_clip(teacher_name, device="cpu")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from dimefm import data
 from dimefm.checkpoint import Checkpoints
 from dimefm.cli import cli
 from dimefm.errors import StoreError, TrainingError
@@ -231,12 +232,17 @@ def test_fp16_that_never_has_a_finite_gradient_ends_the_run(
     assert lines[0]["grad_norm"] is None, "not JSON"
 
 
+def no_grace() -> None:
+    """In the process of the command: the readers that are left end at once."""
+    data._GRACE = 0.1
+
+
 @pytest.mark.parametrize("to_all", [True, False], ids=["SIGTERM to all", "a reader killed"])
 def test_what_happens_to_the_readers_while_a_step_is_taken(tiny_run: list[str], tmp_path: Path, to_all: bool) -> None:
     out = tmp_path / "run"
     words = [*tiny_run, "--student", "test_resnet", "--workers", "2", "--checkpoint-every", "100000",
              "--max-steps", "100000", "--epochs", "100000", "--log-every", "1", "--out", str(out)]  # fmt: skip
-    command = Command(words)
+    command = Command(words, prepare=None if to_all else no_grace)
     command.wait_until(lambda: len(read_metrics(str(out))) > 3)
     readers = children(command.pid)
     assert len(readers) >= 2
