@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_all_start_methods
+from traceback import walk_tb
 from typing import Any, TypeVar
 
 import numpy as np
@@ -228,14 +229,25 @@ def training_loader(
 @contextmanager
 def reader_died() -> Iterator[None]:
     """Around all that goes on while loaders are at work: torch tells of a process of theirs that died by a RuntimeError
-    at any moment, which becomes a TrainingError."""
+    at any moment, or is cut off while it takes a batch from it; either becomes a TrainingError."""
     try:
-        yield
+        try:
+            yield
+        except (OSError, EOFError) as error:  # what torch tells may come while this is looked at
+            if not _while_handing_over(error):
+                raise
+            raise RuntimeError(f"DataLoader worker (pid unknown) is gone: {error}") from error
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
         what = f"a process that decodes images died: {str(error).splitlines()[0]}"
         raise TrainingError(what, remedy="often memory: give fewer --workers, and run again") from error
+
+
+def _while_handing_over(error: BaseException) -> bool:
+    """Whether an error is of the connection between two processes: of no file of ours, and no store."""
+    frames = walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == "multiprocessing.connection" for frame, _ in frames)
 
 
 def training_error(error: DimefmError | SchemaError) -> TrainingError:
