@@ -30,7 +30,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # The files that take longest come first, so that both processes end at about the same time.
-_FIRST = ("test_kill", "test_cluster", "test_reproduce", "test_faults", "test_runner", "test_s3", "test_train")
+_FIRST = (
+    "test_reproduce",
+    "test_kill",
+    "test_cluster",
+    "test_runner",
+    "test_faults",
+    "test_s3",
+    "test_index",
+    "test_train",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,9 +18,10 @@ MARK = {"DIMEFM_TEST": uuid.uuid4().hex}
 """Ours among all processes of the machine: whoever is started with this environment has it, Ray's workers too."""
 
 FORKING = multiprocessing.get_context("forkserver")
+# Without Ray, which takes its settings from the environment as it is imported.
 FORKING.set_forkserver_preload([
     "dimefm.train", "dimefm.recipes", "dimefm.building", "dimefm.retrieval", "dimefm.selection", "dimefm.export",
-    "dimefm.evaluation.suite", "pipeline.cache", "pipeline.verify", "torch.distributed.nn",
+    "dimefm.evaluation.suite", "pipeline.plan", "pipeline.verify", "torch.distributed.nn",
 ])  # fmt: skip
 
 
@@ -105,9 +106,7 @@ class Command:
         return self.output()
 
 
-def _dimefm(
-    words: list[str], output: str, environment: dict[str, str], prepare: Callable[[], object] | None
-) -> None:
+def _dimefm(words: list[str], output: str, environment: dict[str, str], prepare: Callable[[], object] | None) -> None:
     import torch
 
     from dimefm.cli import cli

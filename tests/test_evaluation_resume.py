@@ -16,6 +16,7 @@ from tests.tiny_clip import write_clip
 
 FEATURES = "own-cifar10-test.zarr"
 
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model whose numbers do not matter."""

@@ -17,6 +17,7 @@ from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.runner import Job, Worker, run_shards
 from tests.stores import teacher_identity
 
+
 @pytest.fixture(scope="module")
 def one_ray() -> Iterator[None]:
     """A Ray for all tests that take it: what would start one of its own, which takes seconds, finds this one."""

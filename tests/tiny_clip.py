@@ -24,9 +24,7 @@ _PREPROCESSING = {
 }
 
 
-def write_clip(
-    folder: Path, image_seed: int = 0, text_seed: int = 0, scale: float = 1.0, width: int = WIDTH
-) -> str:
+def write_clip(folder: Path, image_seed: int = 0, text_seed: int = 0, scale: float = 1.0, width: int = WIDTH) -> str:
     """An open_clip folder with random towers, those of equal seeds the same; its path. With a `scale` of 3, matrices
     are so much larger than open_clip's first ones that embeddings differ as much as a trained model's do."""
     config, towers = {**_CONFIG, "embed_dim": width}, []

@@ -19,9 +19,9 @@ def _stay(event: str, arguments: tuple[object, ...]) -> None:
         return
     place, said = f"{event} {os.fsdecode(arguments[_PLACES[event]])}", False  # type: ignore[arg-type]
     with suppress(FileNotFoundError):
-        while fnmatchcase(place, os.readlink(f"{_GATE}/closed")):
+        while fnmatchcase(place, os.readlink(f"{_GATE}/closed")):  # noqa: PTH115
             if not said:
-                open(f"{_GATE}/{os.getpid()}", "w").close()  # noqa: SIM115, PTH123
+                open(f"{_GATE}/{os.getpid()}", "w").close()  # noqa: PTH123
                 said = True
             time.sleep(0.01)
 
