@@ -3,19 +3,28 @@ PYTHON ?= python3
 SCALE ?= sample
 BIN := .venv/bin
 
-.PHONY: reproduce test lint bench clean
+.PHONY: reproduce test test-all lint bench clean
 
 # SCALE=smoke: under three minutes. SCALE=paper ARGS="--images ... --texts ... --val ...": the paper's job; --dry-run: its cost.
 reproduce: .venv/ready
 	$(BIN)/python -m dimefm.reproduce --scale $(SCALE) $(ARGS)
 
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+# Every kind of promise in its cheapest real form: seven minutes at most on two cores.
+test: CHOSEN = -m "not slow and not gpu"
+
+# Every test that there is.
+test-all: CHOSEN =
+
+# Style and types are checked beside the tests. What they say comes after, in one piece; either fails the whole.
+test test-all: .venv/ready
+	@said=$$(mktemp); ($(LINT)) >$$said 2>&1 & lint=$$!; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(CHOSEN) $(ARGS); tests=$$?; \
+	wait $$lint; checks=$$?; cat $$said; rm $$said; [ $$tests -eq 0 ] && [ $$checks -eq 0 ]
+
+LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 lint: .venv/ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(LINT)
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_all_start_methods
+from traceback import walk_tb
 from typing import Any, TypeVar
 
 import numpy as np
@@ -228,9 +229,15 @@ def training_loader(
 @contextmanager
 def reader_died() -> Iterator[None]:
     """Around all that goes on while loaders are at work: torch tells of a process of theirs that died, or of a batch
-    that it could not hand over, by a RuntimeError at any moment, which becomes a TrainingError."""
+    that could not be handed over, by a RuntimeError at any moment, or is cut off while it takes a batch; any of these
+    becomes a TrainingError."""
     try:
-        yield
+        try:
+            yield
+        except (OSError, EOFError) as error:  # what torch tells may come while this is looked at
+            if _remedy(error) or not _while_handing_over(error):
+                raise
+            raise RuntimeError(f"DataLoader worker (pid unknown) is gone: {error}") from error
     except (RuntimeError, OSError) as error:
         remedy = _remedy(error)
         if remedy is None:
@@ -240,7 +247,7 @@ def reader_died() -> Iterator[None]:
         raise TrainingError(what, remedy=remedy) from error
 
 
-def _remedy(error: RuntimeError | OSError) -> str | None:
+def _remedy(error: Exception) -> str | None:
     """What to do about an error of torch's loader, None where it is none."""
     text = str(error)
     if "ancdata" in text or "Too many open files" in text:
@@ -250,6 +257,12 @@ def _remedy(error: RuntimeError | OSError) -> str | None:
     if "DataLoader worker (pid" in text:
         return "often memory: give fewer --workers, and run again"
     return None
+
+
+def _while_handing_over(error: BaseException) -> bool:
+    """Whether an error is of the connection between two processes: of no file of ours, and no store."""
+    frames = walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == "multiprocessing.connection" for frame, _ in frames)
 
 
 def training_error(error: DimefmError | SchemaError) -> TrainingError:

@@ -1,4 +1,4 @@
-"""What many tests share: the shipped sample, its teacher, and three small stores made from it without Ray."""
+"""What many tests share: the shipped sample, a tiny teacher, and three small stores made with it without Ray."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from dimefm.shard import encode_shard
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
 from tests.making import read_tar, write_tar
+from tests.tiny_clip import write_clip
+from tests.training import STUDENT
 
 IMAGES, SENTENCES, SHARD_ROWS = 96, 200, 32
 
@@ -27,15 +29,33 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Unclosed c:ResourceWarning")
 
 
-# They count the processes of the machine, end some, or fill a disk: one of them at a time.
-_ALONE = {"test_cluster", "test_faults", "test_kill", "test_reproduce", "test_runner", "test_s3"}
+# The files that take longest come first, so that both processes end at about the same time.
+_FIRST = (
+    "test_reproduce",
+    "test_kill",
+    "test_cluster",
+    "test_runner",
+    "test_faults",
+    "test_s3",
+    "test_index",
+    "test_train",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes run the tests (make test), a file in one of them; those that must not meet are in the same."""
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("alone" if name in _ALONE else name))
+    """Two processes run the tests (make test), a file in one of them, since its tests share what it sets up."""
+    items.sort(key=lambda item: _FIRST.index(item.path.stem) if item.path.stem in _FIRST else len(_FIRST))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_for_fixtures() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """So that sums are made in the same order in every test, whatever number a command in one before it has set."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -45,15 +65,20 @@ def sample() -> Path:
 
 
 @pytest.fixture(scope="session")
-def teacher_name(sample: Path) -> str:
-    """What --teacher takes for the sample's teacher."""
+def sample_teacher(sample: Path) -> str:
+    """What --teacher takes for the sample's teacher, for tests whose numbers matter."""
     return f"local-dir:{sample / 'teacher'}"
 
 
 @pytest.fixture(scope="session")
+def teacher_name(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What --teacher takes for a CLIP of random weights, 32 px and 128 wide, which takes hardly any time."""
+    return f"local-dir:{write_clip(tmp_path_factory.mktemp('teacher') / 'tiny', scale=3, width=128)}"
+
+
+@pytest.fixture(scope="session")
 def clip(teacher_name: str) -> Clip:
-    """The sample's teacher on the CPU, on one thread so that sums are always made in the same order."""
-    torch.set_num_threads(1)
+    """That teacher on the CPU."""
     return load_clip(teacher_name, device="cpu")
 
 
@@ -117,4 +142,4 @@ def tiny_run(image_store: Store, text_store: Store) -> list[str]:
     stores = ["--images", image_store.path, "--texts", text_store.path]
     sizes = ["--image-size", "32", "--batch-size", "16", "--texts-per-step", "64", "--epochs", "2", "--max-steps", "8"]
     rest = ["--loss", "vl=0.7,pvl=0.3,centred=1", "--precision", "fp32", "--workers", "0", "--checkpoint-every", "2"]
-    return ["train-student", *stores, "--recipe", "sample", *sizes, *rest]
+    return ["train-student", *stores, "--recipe", "sample", "--student", STUDENT, *sizes, *rest]

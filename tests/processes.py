@@ -18,18 +18,51 @@ MARK = {"DIMEFM_TEST": uuid.uuid4().hex}
 """Ours among all processes of the machine: whoever is started with this environment has it, Ray's workers too."""
 
 FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(["dimefm.shard", "dimefm.train", "dimefm.recipes", "torch.distributed.nn"])
+# Without Ray, which takes its settings from the environment as it is imported.
+FORKING.set_forkserver_preload([
+    "dimefm.train", "dimefm.recipes", "dimefm.building", "dimefm.retrieval", "dimefm.selection", "dimefm.export",
+    "dimefm.evaluation.suite", "pipeline.plan", "pipeline.verify", "torch.distributed.nn",
+])  # fmt: skip
+
+
+class Gate:
+    """Where processes wait until a test lets them go on, so that it can do what it has to at just this moment, however
+    fast or slow the machine is. All Pythons started with its `environment` are held by it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._link = folder, folder / "closed"
+        folder.mkdir()
+        path = os.pathsep.join([str(Path(__file__).parent / "gate"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.environment = {"DIMEFM_TEST_GATE": str(folder), "PYTHONPATH": path}
+
+    def close(self, *, at: str) -> None:
+        """Hold whoever comes to `at`, a pattern such as "open */005.jpg" (see tests/gate/sitecustomize.py). Those who
+        wait where it was closed before go on, and may be the next to come."""
+        for path in self._folder.glob("[0-9]*"):
+            path.unlink()
+        new = self._link.with_name("new")
+        new.symlink_to(at)
+        new.replace(self._link)
+
+    def open(self) -> None:
+        """Let all go on."""
+        self._link.unlink(missing_ok=True)
+
+    def waiting(self) -> set[int]:
+        """The ids of those who have come since it was closed."""
+        return {int(path.name) for path in self._folder.glob("[0-9]*")}
 
 
 class Command:
-    """A `dimefm` command at work, on one thread."""
+    """A `dimefm` command at work, on one thread; held at a `gate`, where there is one. `prepare`, a function of a test
+    module, is called in its process before."""
 
-    def __init__(self, words: list[str]) -> None:
+    def __init__(self, words: list[str], gate: Gate | None = None, prepare: Callable[[], object] | None = None) -> None:
         with tempfile.NamedTemporaryFile(delete=False) as output:
             self._output = Path(output.name)
         weakref.finalize(self, self._output.unlink)
-        environment = {**os.environ, **MARK, "OMP_NUM_THREADS": "1"}
-        self._process = FORKING.Process(target=_dimefm, args=(words, str(self._output), environment))
+        environment = {**os.environ, **MARK, "OMP_NUM_THREADS": "1", **(gate.environment if gate else {})}
+        self._process = FORKING.Process(target=_dimefm, args=(words, str(self._output), environment, prepare))
         self._process.start()
 
     def ended(self) -> bool:
@@ -39,7 +72,7 @@ class Command:
         """All that it has printed until now."""
         return self._output.read_text()
 
-    def wait_until(self, due: Callable[[], bool], seconds: float = 120) -> None:
+    def wait_until(self, due: Callable[[], object], seconds: float = 240) -> None:
         """Fails where the command ends before, since then nothing is tested."""
         end = time.monotonic() + seconds
         while not due():
@@ -47,7 +80,7 @@ class Command:
             assert time.monotonic() < end, "waited for too long"
             time.sleep(0.01)
 
-    def kill_when(self, due: Callable[[], bool]) -> None:
+    def kill_when(self, due: Callable[[], object]) -> None:
         """SIGKILL as soon as `due`."""
         self.wait_until(due)
         self.kill()
@@ -73,7 +106,7 @@ class Command:
         return self.output()
 
 
-def _dimefm(words: list[str], output: str, environment: dict[str, str]) -> None:
+def _dimefm(words: list[str], output: str, environment: dict[str, str], prepare: Callable[[], object] | None) -> None:
     import torch
 
     from dimefm.cli import cli
@@ -82,7 +115,11 @@ def _dimefm(words: list[str], output: str, environment: dict[str, str]) -> None:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.environ.update(environment)
+    import tests.gate.sitecustomize  # noqa: F401  # which this process, being forked, has not loaded
+
     torch.set_num_threads(1)  # OMP_NUM_THREADS comes too late for this process, but not for Ray's
+    if prepare:
+        prepare()
     cli(words, prog_name="dimefm")
 
 

@@ -358,8 +358,8 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
     result = run("cache-images", images, "--out", tmp_path / "s.zarr", "--teacher", teacher_name, "--dry-run")
     assert result.exit_code == 0
     assert "rows      3 from 1 files" in result.output
-    assert f"writes    {amount(3 * (2 * 512 + 1))} of embeddings and status\n" in result.output
-    assert "embed_dim       512" in result.output
+    assert f"writes    {amount(3 * (2 * 128 + 1))} of embeddings and status\n" in result.output
+    assert "embed_dim       128" in result.output
     assert not (tmp_path / "s.zarr").exists()
 
 
@@ -417,7 +417,7 @@ def test_an_index_over_a_store_that_is_unfinished_or_not_there(text_store: Store
     [
         (["--factory", "Magic9"], "--factory Magic9: "),
         (["--factory", "IVF512,Flat"], "--factory IVF512,Flat has 512 centroids, more than the 200 training rows"),
-        (["--memory", "100MB"], "no index over 200 rows of width 512 fits into 100.0 MB: the smallest takes 700.0 MB"),
+        (["--memory", "100MB"], "no index over 200 rows of width 128 fits into 100.0 MB: the smallest takes 700.0 MB"),
         (["--recall", "nan"], "--recall must lie between 0 and 1, found nan"),
         (["--queries", "nowhere"], "nowhere is not a dimefm store"),
         (["--workers", "1", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),

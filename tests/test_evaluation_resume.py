@@ -1,10 +1,6 @@
 """A stopped evaluation goes on where it was, and what is there already is not made again."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,10 @@ from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.results import read_results
 from dimefm.evaluation.suite import evaluate
 from dimefm.store import Store
+from tests.processes import Command, Gate
 from tests.tiny_clip import write_clip
+
+FEATURES = "own-cifar10-test.zarr"
 
 
 @pytest.fixture(scope="module")
@@ -24,33 +23,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_clip(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def words(sample: Path, model: str, out: Path) -> list[str]:
-    """Its evaluation on 1,000 images, in four shards."""
-    cifar10 = str(sample / "eval" / "cifar10")
-    return [sys.executable, "-m", "dimefm", "evaluate", model, cifar10, "--out", str(out), "--name", "m"]
+def few_rows() -> None:
+    """In the process of the command: shards of so few images that there are several."""
+    featuring._SHARD_ROWS = (50, 50)
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_with_the_shards_that_are_there(
-    sample: Path, model: str, tmp_path: Path
-) -> None:
-    command = words(sample, model, tmp_path / "killed")
-    commits = tmp_path / "killed" / "m" / "features" / "own-cifar10-test.zarr" / "commits"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (commits / "000000.json").exists():
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    written = {path.name: path.stat().st_mtime_ns for path in commits.iterdir()}
-    assert 1 <= len(written) < 4
+def test_killed_it_goes_on_with_the_shards_that_are_there(cifar10: str, model: str, tmp_path: Path) -> None:
+    words = ["evaluate", model, cifar10, "--out", str(tmp_path / "killed"), "--name", "m", "--device", "cpu"]
+    commits, gate = tmp_path / "killed" / "m" / "features" / FEATURES / "commits", Gate(tmp_path / "gate")
+    gate.close(at="os.rename */commits/000002.json")
+    Command(words, gate, few_rows).kill_when(gate.waiting)
+    written = {path.name: path.stat().st_mtime_ns for path in commits.glob("[0-9]*")}
+    assert len(written) == 2
     assert not (tmp_path / "killed" / "m" / "results.jsonl").exists()
-    subprocess.run(command, check=True, capture_output=True)
-    evaluate(EvaluationConfig(model=model, folders=(command[5],), out=str(tmp_path / "whole"), name="m"))
+    Command(words, prepare=few_rows).finish()
+    Command([*words[:4], str(tmp_path / "whole"), *words[5:]], prepare=few_rows).finish()
     assert {name: (commits / name).stat().st_mtime_ns for name in written} == written
     killed, whole = (read_results(str(tmp_path / name / "m"))[0] for name in ("killed", "whole"))
     assert killed.metrics == whole.metrics
-    stores = [Store(str(tmp_path / name / "m" / "features" / "own-cifar10-test.zarr")) for name in ("killed", "whole")]
+    stores = [Store(str(tmp_path / name / "m" / "features" / FEATURES)) for name in ("killed", "whole")]
     assert [c.digest for c in stores[0].commits()] == [c.digest for c in stores[1].commits()]
 
 

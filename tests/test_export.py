@@ -28,7 +28,7 @@ from tests.stores import teacher_identity
 from tests.training import tiny_config
 
 
-@pytest.fixture(scope="module", params=["resnet10t", "ViT-small"])
+@pytest.fixture(scope="module", params=["test_resnet", "ViT-small"])
 def run(
     request: pytest.FixtureRequest, image_store: Store, text_store: Store, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -63,7 +63,7 @@ def test_open_clip_loads_an_export_with_identical_outputs(run: Path, clip: Clip,
         assert torch.equal(model.encode_image(images), trained_tower(run)(images))
         texts = ["a photo of a dog.", "two boats"]
         mine = F.normalize(model.encode_text(tokenizer(texts)), dim=-1)
-        torch.testing.assert_close(mine, clip.encode_texts(texts), rtol=0, atol=1e-6)
+        torch.testing.assert_close(mine, clip.encode_texts(texts), rtol=0, atol=1e-5)
         assert preprocess.transforms[0].size == 32
     assert float(model.logit_scale.detach().exp()) == pytest.approx(clip.identity.logit_scale)
 

@@ -1,6 +1,7 @@
 """SIGKILL at several points, and the same command again: the same store, and on CPU the same student.
 
-Each command is a process of its own, with a real local Ray; nothing is simulated.
+Each command is a process of its own, with a real local Ray; nothing is simulated. It is held by a gate at the moment
+at which it is killed, which is then the same on every machine.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from dimefm import storage
+from dimefm import factory, recall, storage
 from dimefm.checkpoint import Checkpoints
 from dimefm.clip import Clip, load_clip
 from dimefm.index import Index
@@ -29,10 +30,13 @@ from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.verify import VerifyConfig, verify
 from tests.making import make_jpeg
-from tests.processes import FORKING, Command, processes
+from tests.processes import FORKING, Command, Gate, processes
 from tests.stores import random_store
 
-pytestmark = pytest.mark.slow
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")
 
 
 def data_files(store: Path) -> dict[str, bytes]:
@@ -50,18 +54,18 @@ def stamps(store: Path) -> dict[Path, int]:
     return found
 
 
-LOST = 5  # of eight images, the one that is missing at first
+ROWS, LOST = 4, 2  # images of a shard, and the one of them that is missing at first
 
 
 class Folder:
-    """Shards of eight images, and their finished store with pixels; an image of each can be missing for a while."""
+    """Shards of four images, and their finished store with pixels; an image of each can be missing for a while."""
 
     def __init__(self, path: Path, shards: int) -> None:
         self.images, self.undisturbed, self._aside = path / "in", path / "undisturbed.zarr", path / "aside"
-        self._lost = [shard * 8 + LOST for shard in range(shards)]
+        self._lost = [shard * ROWS + LOST for shard in range(shards)]
         self.images.mkdir()
         self._aside.mkdir()
-        for row in range(8 * shards):
+        for row in range(ROWS * shards):
             (self.images / f"{row:03d}.jpg").write_bytes(make_jpeg((90 + row, 70), seed=row))
 
     @contextmanager
@@ -76,13 +80,18 @@ class Folder:
 
     def store(self, out: Path, clip: Clip) -> Store:
         request = PlanRequest(
-            kind="image", arguments=(str(self.images),), shard_rows=8, batch_size=8, views=None, pixels=64
+            kind="image", arguments=(str(self.images),), shard_rows=ROWS, batch_size=ROWS, views=None, pixels=64
         )
         return open_or_plan(request, str(out), clip.identity)
 
-    def words(self, out: Path, teacher_name: str) -> list[str]:
-        sizes = ["--shard-rows", "8", "--batch-size", "8", "--pixels", "64", "--device", "cpu", "--workers", "2"]
-        return ["cache-images", str(self.images), "--teacher", teacher_name, *sizes, "--out", str(out)]
+    def words(self, out: Path, teacher_name: str, workers: int = 1) -> list[str]:
+        sizes = ["--shard-rows", str(ROWS), "--batch-size", str(ROWS), "--pixels", "64", "--threads", "1"]
+        more = ["--device", "cpu", "--workers", str(workers)]
+        return ["cache-images", str(self.images), "--teacher", teacher_name, *sizes, *more, "--out", str(out)]
+
+    def reading(self, shard: int) -> str:
+        """Where a worker is that begins to read the image of a shard that was missing."""
+        return f"open {self.images}/{self._lost[shard]:03d}.jpg"
 
 
 def encode_rest(store: Store, clip: Clip) -> None:
@@ -98,7 +107,7 @@ def make_folder(path: Path, clip: Clip, shards: int) -> Folder:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, clip: Clip) -> Folder:
-    return make_folder(tmp_path_factory.mktemp("folder"), clip, shards=8)
+    return make_folder(tmp_path_factory.mktemp("folder"), clip, shards=4)
 
 
 @pytest.fixture(scope="module")
@@ -120,50 +129,67 @@ def assert_as_undisturbed(out: Path, folder: Folder, *, retried: bool = False) -
 
 
 def assert_no_ray_is_left() -> None:
-    for _ in range(300):
+    for _ in range(2400):
         left = processes("ray::Worker")
         if not left:
             return
         time.sleep(0.1)
-    pytest.fail(f"still there after 30 s: {left}")
+    pytest.fail(f"still there after four minutes: {left}")
 
 
-def test_stage_1_killed_and_repeated_gives_the_same_store(folder: Folder, tmp_path: Path, teacher_name: str) -> None:
+@pytest.mark.parametrize("often", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["twice", "five times"])
+def test_stage_1_killed_and_repeated_gives_the_same_store(
+    folder: Folder, tmp_path: Path, teacher_name: str, gate: Gate, often: bool
+) -> None:
     """Killed while it plans, while its workers start, and while they work: one store has to survive all of it."""
     out = tmp_path / "s.zarr"
-    words = folder.words(out, teacher_name)
-    Command(words).kill_when(lambda: (out / "rows").exists())
-    Command(words).kill_when(lambda: bool(processes("ray::Worker")))
-    assert_no_ray_is_left()
-    Command(words).kill_when(lambda: len(stamps(out)) >= 3)
-    assert_no_ray_is_left()
-    before = stamps(out)
-    Command(words).finish()
+    before: dict[Path, int] = {}
+
+    def killed(at: str, due: Any = gate.waiting, workers: int = 1) -> None:
+        gate.close(at=at)
+        Command(folder.words(out, teacher_name, workers), gate).kill_when(due)
+        assert_no_ray_is_left()
+        assert before.items() <= stamps(out).items(), "a finished shard was done again"
+        before.update(stamps(out))
+
+    killed("os.rename */rows/000001.parquet")
+    assert not (out / "zarr.json").exists()
+    if often:
+        killed("open *.jpg", due=lambda: processes("ray::Worker"))
+        killed(folder.reading(1), due=lambda: gate.waiting() and len(stamps(out)) == 3, workers=2)
+        (out / "commits" / "000003.json").unlink()
+        before.pop(out / "commits" / "000003.json")
+        killed(folder.reading(3), workers=2)
+    else:
+        killed(folder.reading(2))
+        assert len(before) == 2
+    gate.open()
+    Command(folder.words(out, teacher_name, workers=2 if often else 1)).finish()
     assert_as_undisturbed(out, folder)
-    assert Store(str(out)).committed() == set(range(8))
+    assert Store(str(out)).committed() == set(range(4))
     assert before.items() <= stamps(out).items(), "a finished shard was done again"
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_actor_is_replaced_and_its_shard_done_again(
-    image_store: Store, image_tar: Path, teacher_name: str, tmp_path: Path
+    small_folder: Folder, teacher_name: str, tmp_path: Path, gate: Gate, workers: int
 ) -> None:
-    out = tmp_path / "images.zarr"
-    sizes = ["--shard-rows", "32", "--batch-size", "16", "--device", "cpu", "--workers", "2"]
-    command = Command(["cache-images", str(image_tar), "--teacher", teacher_name, *sizes, "--out", str(out)])
-    killed: list[int] = []
-    while not command.ended() and not killed:
-        busy = processes("ray::Worker.encode")
-        if busy:
-            os.kill(busy[0], signal.SIGKILL)
-            killed.append(busy[0])
-        time.sleep(0.01)
+    out = tmp_path / "s.zarr"
+    gate.close(at=small_folder.reading(1))
+    command = Command(small_folder.words(out, teacher_name, workers), gate)
+    command.wait_until(lambda: gate.waiting() and len(stamps(out)) == 1)
+    before, (actor,) = stamps(out), gate.waiting()
+    assert actor in processes("ray::Worker")
+    os.kill(actor, signal.SIGKILL)
+    gate.open()
     command.finish()
-    assert killed, "no actor was seen at work"
-    assert data_files(out) == data_files(Path(image_store.path))
+    assert data_files(out) == data_files(small_folder.undisturbed)
+    assert before.items() <= stamps(out).items(), "a finished shard was done again"
 
 
+@pytest.mark.slow
 def test_a_retry_killed_and_repeated_gives_the_store_that_never_failed(
-    folder: Folder, tmp_path: Path, clip: Clip, teacher_name: str
+    folder: Folder, tmp_path: Path, clip: Clip, teacher_name: str, gate: Gate
 ) -> None:
     out = tmp_path / "s.zarr"
     store = folder.store(out, clip)
@@ -171,9 +197,11 @@ def test_a_retry_killed_and_repeated_gives_the_store_that_never_failed(
         encode_rest(store, clip)
     assert data_files(out) != data_files(folder.undisturbed)
     before = stamps(out)
-    words = [*folder.words(out, teacher_name), "--retry-failed"]
-    Command(words).kill_when(lambda: len(before.items() - stamps(out).items()) >= 3)
+    words = [*folder.words(out, teacher_name, workers=2), "--retry-failed"]
+    gate.close(at=folder.reading(2))
+    Command(words, gate).kill_when(lambda: gate.waiting() and len(before.items() - stamps(out).items()) == 3)
     assert not verify(VerifyConfig(store=str(out))).bad
+    gate.open()
     Command(words).finish()
     assert_as_undisturbed(out, folder, retried=True)
 
@@ -202,8 +230,10 @@ def killed_within_a_shard(path: str, teacher: str, work: str, moment: str) -> No
     {"encode": encode_shard, "retry": retry_shard}[work](store, 1, clip)
 
 
-@pytest.mark.parametrize("work", ["encode", "retry"])
-@pytest.mark.parametrize("moment", ["1", "4", "commit"])
+@pytest.mark.parametrize(("work", "moment"), [
+    ("encode", "1"), ("retry", "4"), ("encode", "commit"), ("retry", "commit"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [("encode", "4"), ("retry", "1")]),
+])  # fmt: skip
 def test_a_kill_at_any_moment_within_a_shard_leaves_it_undone(
     small_folder: Folder, tmp_path: Path, clip: Clip, teacher_name: str, work: str, moment: str
 ) -> None:
@@ -229,26 +259,40 @@ def test_a_kill_at_any_moment_within_a_shard_leaves_it_undone(
     assert_as_undisturbed(out, small_folder, retried=work == "retry")
 
 
-def test_the_trainer_killed_twenty_times_gives_the_same_student(tiny_run: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_the_trainer_killed_again_and_again_gives_the_same_student(
+    tiny_run: list[str], tmp_path: Path, gate: Gate, kills: int
+) -> None:
     """At any moment, also within the writing of a checkpoint, and gone on with other numbers of workers; everything
     that a checkpoint has must be the same, to the last bit."""
     switches = ["--ema", "0.9", "--accumulate", "2", "--set", "loss.queue=24", "--set", "loss.logit_scale=learned"]
-    small = ["--student", "test_resnet", "--checkpoint-every", "1", "--max-steps", "40", "--epochs", "10"]
-    words = [*tiny_run, *small, *switches, "--set", "loss.scale=30"]
+    last = 2 * kills + 2
+    small = ["--checkpoint-every", "1", "--max-steps", str(last), "--epochs", "10", "--set", "loss.scale=30"]
+    words = [*tiny_run, *small, *switches]
     whole, out = tmp_path / "undisturbed", tmp_path / "run"
     Command([*words, "--out", str(whole)]).finish()
     rng = np.random.default_rng(0)
-    Command([*words, "--out", str(out)]).kill_when(lambda: (out / "run.json").exists())
-    for kill in range(1, 20):
-        command = Command([*words, "--out", str(out), "--workers", str(kill % 3)])
-        before = Checkpoints(str(out)).step() or 0
-        command.wait_until(lambda before=before: (Checkpoints(str(out)).step() or 0) > before)  # type: ignore[misc]
-        time.sleep(rng.uniform(0, 0.06))
+    for kill in range(kills):
+        step = 2 * kill + 2
+        name, before = f"*/step-{step:08d}.pt", Checkpoints(str(out)).step() or 0
+        gate.close(at=f"os.rename {name}")
+        command = Command([*words, "--out", str(out), "--workers", str(kill % 3)], gate)
+        command.wait_until(gate.waiting)
+        if kill % 4 == 1:  # the checkpoint is there, and what says so is not
+            gate.close(at="os.rename */last.json")
+            command.wait_until(gate.waiting)
+        elif kill % 4 == 2:  # it is said, and the oldest still there
+            gate.close(at="os.remove */step-*.pt")
+            command.wait_until(gate.waiting)
+        elif kill % 4 == 3:  # whenever, within the next step
+            gate.close(at=f"os.rename */step-{step + 1:08d}.pt")
+            time.sleep(rng.uniform(0, 0.06))
         command.kill()
         reached = Checkpoints(str(out)).step() or 0
-        assert before < reached < 40, f"kill {kill} came at step {reached}"
+        assert before < reached <= step
+    gate.open()
     Command([*words, "--out", str(out)]).finish()
-    assert Checkpoints(str(out)).step() == 40
+    assert Checkpoints(str(out)).step() == last
     one, other = (flat(Checkpoints(str(run)).load()) for run in (whole, out))
     assert one.keys() == other.keys()
     assert [name for name in one if not equal(one[name], other[name])] == []
@@ -269,14 +313,20 @@ def equal(one: Any, other: Any) -> bool:
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
 
 
+def small_parts() -> None:
+    """In the process of a command: parts of an index of one shard, and few queries to measure it with."""
+    factory._PART_ROWS = (128, 128)  # type: ignore[misc]
+    recall.QUERIES = 20  # type: ignore[misc]
+
+
 class Searched:
-    """Images, so many sentences that an index over them has three parts, and the words of both commands."""
+    """Images, sentences for an index of five parts, the index, and the words of both commands."""
 
     def __init__(self, folder: Path) -> None:
-        self.texts, _ = random_store(folder / "t.zarr", rows=140_000, shard_rows=16384, kind="text")
-        self.images, _ = random_store(folder / "i.zarr", rows=128, shard_rows=4, seed=1)
+        self.texts, _ = random_store(folder / "t.zarr", rows=600, shard_rows=128, kind="text")
+        self.images, _ = random_store(folder / "i.zarr", rows=32, shard_rows=4, seed=1)
         self.index = folder / "undisturbed.index"
-        Command(self.building(self.index)).finish()
+        Command(self.building(self.index), prepare=small_parts).finish()
 
     def building(self, out: Path) -> list[str]:
         settings = ["--factory", "IVF16,SQ8", "--recall", "0.5", "--queries", self.images.path]
@@ -296,21 +346,28 @@ def steps(index: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in (index / "build").glob("*.json")}
 
 
-def test_an_index_killed_and_repeated_is_the_same(searched: Searched, tmp_path: Path) -> None:
-    """Killed when it is trained, when one of its three parts is there, when all are, and while it gets its name."""
+@pytest.mark.parametrize("moments", [
+    {"os.rename */build/part-*.faiss": 1, "os.rename */index-*.faiss": 6},
+    pytest.param({
+        "os.rename */build/trained.faiss": 0, "os.rename */build/part-*.json": 1, "open */build/.merged.faiss.*": 6,
+        "os.rename */build/merged.faiss": 6, "os.rename */index.json": 6,
+    }, marks=pytest.mark.slow),
+], ids=["twice", "at every step"])  # fmt: skip
+def test_an_index_killed_and_repeated_is_the_same(
+    searched: Searched, tmp_path: Path, gate: Gate, moments: dict[str, int]
+) -> None:
+    """Killed when it is trained, when its parts are there, and while it gets its name; by how many steps are done."""
     out = tmp_path / "t.index"
-    build = out / "build"
     before: dict[Path, int] = {}
-    for done in (1, 2, 4):
-        Command(searched.building(out)).kill_when(lambda done=done: len(steps(out)) >= done)  # type: ignore[misc]
+    for moment, done in moments.items():
+        gate.close(at=moment)
+        Command(searched.building(out), gate, small_parts).kill_when(gate.waiting)
         assert before.items() <= steps(out).items(), "a finished step was done again"
         before = steps(out)
+        assert len(before) == done
         assert not (out / "index.json").exists()
-        assert build / "trained.json" in before
-        assert len(before) < 4 or done == 4, "killed when all was done"
-    Command(searched.building(out)).kill_when(lambda: any([*build.glob("*merged.faiss*"), *out.glob("index-*.faiss")]))
-    assert before.items() <= steps(out).items() or (out / "index.json").exists()
-    Command(searched.building(out)).finish()
+    gate.open()
+    Command(searched.building(out), prepare=small_parts).finish()
     assert {path.name: path.read_bytes() for path in out.glob("index-*")} == {
         path.name: path.read_bytes() for path in searched.index.glob("index-*")
     }
@@ -325,14 +382,19 @@ def found_by(index: Path) -> list[list[float]]:
     return [*scores_QK.tolist(), *rows_QK.tolist()]
 
 
-def test_retrieval_killed_and_repeated_gives_the_same_pairs(searched: Searched, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shards", [(3,), pytest.param((0, 1, 7), marks=pytest.mark.slow)])
+def test_retrieval_killed_and_repeated_gives_the_same_pairs(
+    searched: Searched, tmp_path: Path, gate: Gate, shards: tuple[int, ...]
+) -> None:
     out, undisturbed = tmp_path / "p.zarr", tmp_path / "undisturbed.zarr"
     out.mkdir()
     (out / "zarr.0123.partial").write_bytes(b"{")  # as a kill within the very first write leaves it
-    for done in (1, 8):
-        Command(searched.retrieving(out)).kill_when(lambda done=done: len(stamps(out)) >= done)  # type: ignore[misc]
+    for shard in shards:
+        gate.close(at=f"os.rename */commits/{shard:06d}.json")
+        Command(searched.retrieving(out), gate).kill_when(gate.waiting)
         before = stamps(out)
-        assert len(before) < 32, "killed when all was done"
+        assert len(before) == shard
+    gate.open()
     Command(searched.retrieving(out)).finish()
     Command(searched.retrieving(undisturbed)).finish()
     assert before.items() <= stamps(out).items(), "a finished shard was done again"

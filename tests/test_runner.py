@@ -17,8 +17,6 @@ from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.runner import Job, Worker, run_shards
 from tests.stores import teacher_identity
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def one_ray() -> Iterator[None]:
@@ -106,12 +104,11 @@ def test_the_canary_runs_before_more_is_added(
 
 def test_a_dry_run_counts_and_writes_nothing(image_tar: Path, teacher_name: str, tmp_path: Path) -> None:
     text = dry_run(config(tmp_path / "i.zarr", image_tar, teacher_name))
-    for part in ("rows      96 from 1 files", "shards    3", "98.4 kB", "weights", "logit_scale"):
+    for part in ("rows      96 from 1 files", "shards    3", "24.7 kB", "weights", "logit_scale"):
         assert part in text
     assert not (tmp_path / "i.zarr").exists()
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_teacher_gives_the_same_embeddings(
     image_store: Store, image_tar: Path, teacher_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -127,5 +124,5 @@ def test_a_compiled_teacher_gives_the_same_embeddings(
     for shard in range(3):
         worker.encode(shard)
     compiled, plain = store.read(0, 96).astype(np.float32), image_store.read(0, 96).astype(np.float32)
-    assert (compiled * plain).sum(axis=1).min() > 0.9999
+    np.testing.assert_allclose(compiled, plain, atol=2e-3)
     assert sizes == {12}

@@ -172,8 +172,8 @@ def test_a_teacher_that_is_gone_or_another(tmp_path: Path, teacher_name: str) ->
         search(store.path, texts=["a dog"], teacher="ViT-B-32")
 
 
-def test_the_teacher_where_it_is_now_finds_the_same(text_store: Store, sample: Path, tmp_path: Path) -> None:
-    (tmp_path / "moved").symlink_to(sample / "teacher")
+def test_the_teacher_where_it_is_now_finds_the_same(text_store: Store, teacher_name: str, tmp_path: Path) -> None:
+    (tmp_path / "moved").symlink_to(teacher_name.removeprefix("local-dir:"))
     result = run(text_store.path, "--text", "a dog", "--top-k", 3, "--teacher", f"local-dir:{tmp_path / 'moved'}")
     assert result.output == run(text_store.path, "--text", "a dog", "--top-k", 3).output
 

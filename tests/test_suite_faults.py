@@ -318,12 +318,15 @@ LISTED = [name for name, d in KNOWN.items() if {"torchvision", "original"} & set
 PICTURES = (".jpg", ".jpeg", ".png", ".ppm")
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", LISTED)
+@pytest.mark.parametrize(("name", "damage"), [
+    pytest.param(name, damage, marks=() if (place + at) % len(DAMAGE) == 0 else pytest.mark.slow)
+    for place, name in enumerate(LISTED) for at, damage in enumerate(DAMAGE)
+])  # fmt: skip
 def test_damaged_annotations_are_a_named_error_or_fewer_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str
 ) -> None:
-    """Each file of annotations or arrays in turn: whatever comes of it is said, and is no error of another kind."""
+    """Each file of annotations or arrays in turn: whatever comes of it is said, and is no error of another kind. Every
+    set has one kind of damage here, and all of them among those that are slow."""
     form = next(form for form in forms_of(KNOWN[name]) if form in ("torchvision", "original"))
     items = write_set(name, form, tmp_path / "sets" / name)
     trust(monkeypatch, tmp_path)

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,14 @@ def test_a_worker_that_dies_ends_the_run_with_its_reason(tmp_path: Path, monkeyp
     loader = training_loader(TrainingImages(store.path, augmentation), requests, 1)
     with pytest.raises(TrainingError, match=r"a process that decodes images died"), reader_died():
         next(loader)
+
+
+def test_a_worker_that_dies_as_it_hands_a_batch_over_is_no_other_error(tmp_path: Path) -> None:
+    """Its tensors are fetched through a connection to it; errors of other files stay what they are."""
+    with pytest.raises(TrainingError, match=r"a process that decodes images died"), reader_died():
+        Client(str(tmp_path / "nobody"))
+    with pytest.raises(FileNotFoundError), reader_died():
+        (tmp_path / "nothing").read_bytes()
 
 
 def test_resume_is_exact_for_a_tower_that_draws_random_numbers(

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from dimefm import data
 from dimefm.checkpoint import Checkpoints
 from dimefm.cli import cli
 from dimefm.errors import StoreError, TrainingError
@@ -231,13 +233,27 @@ def test_fp16_that_never_has_a_finite_gradient_ends_the_run(
     assert lines[0]["grad_norm"] is None, "not JSON"
 
 
+def held_from_the_fifth() -> None:
+    """In the process of the command: its readers do not come to the end of the fifth batch or later ones, and those
+    that are left end at once."""
+    data._GRACE = 0.1
+    read = data.TrainingImages._batch
+
+    def reading(self: data.TrainingImages, request: data.Request) -> Any:
+        while request.step >= 4:
+            time.sleep(0.1)
+        return read(self, request)
+
+    data.TrainingImages._batch = reading  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("to_all", [True, False], ids=["SIGTERM to all", "a reader killed"])
 def test_what_happens_to_the_readers_while_a_step_is_taken(tiny_run: list[str], tmp_path: Path, to_all: bool) -> None:
     out = tmp_path / "run"
     words = [*tiny_run, "--student", "test_resnet", "--workers", "2", "--checkpoint-every", "100000",
              "--max-steps", "100000", "--epochs", "100000", "--log-every", "1", "--out", str(out)]  # fmt: skip
-    command = Command(words)
-    command.wait_until(lambda: len(read_metrics(str(out))) > 3)
+    command = Command(words, prepare=None if to_all else held_from_the_fifth)
+    command.wait_until(lambda: len(read_metrics(str(out))) >= 4)
     readers = children(command.pid)
     assert len(readers) >= 2
     if to_all:

@@ -23,6 +23,7 @@ from dimefm.views import draw_boxes, random_crop
 from pipeline.plan import PlanRequest, open_or_plan
 from tests.conftest import cached
 from tests.making import encoded, make_jpeg, picture, read_tar, write_tar
+from tests.tiny_clip import SIDE
 from tests.training import tiny_config
 
 ROWS, VIEWS = 32, 3
@@ -126,7 +127,7 @@ def test_the_trainer_gets_the_embedding_of_the_view_that_it_sees(
 
 def test_every_view_comes_once_in_as_many_epochs(found: dict[int | None, Cached]) -> None:
     one = found[None]
-    epochs = [batch_of(one.store, epoch, 224).pixels_B3HW for epoch in range(VIEWS)]
+    epochs = [batch_of(one.store, epoch, SIDE).pixels_B3HW for epoch in range(VIEWS)]
     for row in range(ROWS):
         seen = [next(v for v in range(VIEWS) if torch.equal(epoch[row], one.seen[row, v])) for epoch in epochs]
         assert sorted(seen) == list(range(VIEWS))
@@ -134,7 +135,7 @@ def test_every_view_comes_once_in_as_many_epochs(found: dict[int | None, Cached]
 
 def test_a_smaller_student_sees_the_same_part_of_the_image(found: dict[int | None, Cached]) -> None:
     one = found[None]
-    small = batch_of(one.store, 0, 56).pixels_B3HW.float()
+    small = batch_of(one.store, 0, SIDE // 4).pixels_B3HW.float()
     large = one.seen[np.arange(ROWS), view_of(0)].float()
     large = torch.nn.functional.avg_pool2d(large, 4)
     assert (small - large).abs().mean() < 8

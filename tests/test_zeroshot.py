@@ -127,25 +127,25 @@ def small(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def reference(small: str, teacher_name: str) -> np.ndarray:
+def reference(small: str, sample_teacher: str) -> np.ndarray:
     """Cosines (N, C) by open_clip alone: its image transform, its towers, its classifier of prompts."""
     torch.set_num_threads(1)
-    model, _, transform = open_clip.create_model_and_transforms(teacher_name)
+    model, _, transform = open_clip.create_model_and_transforms(sample_teacher)
     model.eval()
     images = open_folder(small)
     templates = [lambda name, t=template: t.replace("{c}", name) for template in images.templates]
     with torch.inference_mode():
         classifier_DC = open_clip.build_zero_shot_classifier(
-            model, open_clip.get_tokenizer(teacher_name), list(images.classnames), templates
+            model, open_clip.get_tokenizer(sample_teacher), list(images.classnames), templates
         )
         pixels = [transform(Image.open(io.BytesIO(data))) for data in contents(images)]
         features_ND = torch.cat([model.encode_image(one[None], normalize=True) for one in pixels])
     return (features_ND @ classifier_DC).numpy()
 
 
-def evaluated(teacher_name: str, folder: str, out: Path, decoder: Decoder = "pillow") -> EvaluationResult:
+def evaluated(sample_teacher: str, folder: str, out: Path, decoder: Decoder = "pillow") -> EvaluationResult:
     config = EvaluationConfig(
-        model=teacher_name, folders=(folder,), out=str(out), name="m", device="cpu", predictions=True, decoder=decoder
+        model=sample_teacher, folders=(folder,), out=str(out), name="m", device="cpu", predictions=True, decoder=decoder
     )
     (result,) = evaluate(config).results
     return result
@@ -158,9 +158,9 @@ def off(out: Path, reference: np.ndarray) -> float:
 
 
 def test_the_suite_finds_just_what_open_clip_does(
-    small: str, teacher_name: str, reference: np.ndarray, tmp_path: Path
+    small: str, sample_teacher: str, reference: np.ndarray, tmp_path: Path
 ) -> None:
-    found = evaluated(teacher_name, small, tmp_path)
+    found = evaluated(sample_teacher, small, tmp_path)
     labels = open_folder(small).classes
     order_NC = np.argsort(-reference, axis=1)
     correct = order_NC[:, 0] == labels
@@ -180,17 +180,17 @@ def test_the_suite_finds_just_what_open_clip_does(
 
 
 def test_the_fast_decoder_says_so_and_is_nearly_the_same(
-    small: str, teacher_name: str, reference: np.ndarray, tmp_path: Path
+    small: str, sample_teacher: str, reference: np.ndarray, tmp_path: Path
 ) -> None:
-    found = evaluated(teacher_name, small, tmp_path, "fast")
+    found = evaluated(sample_teacher, small, tmp_path, "fast")
     assert found.settings["decoder"] == "fast"
     same = np.array(read_predictions(str(tmp_path / "m"), found)) == reference.argmax(axis=1)
     assert same.mean() > 0.95
     assert off(tmp_path, reference) < 0.01
 
 
-def test_broken_images_are_wrong_and_named(images: ImageSet, teacher_name: str, tmp_path: Path) -> None:
-    found = evaluated(teacher_name, images.where, tmp_path / "out")
+def test_broken_images_are_wrong_and_named(images: ImageSet, sample_teacher: str, tmp_path: Path) -> None:
+    found = evaluated(sample_teacher, images.where, tmp_path / "out")
     predictions = read_predictions(str(tmp_path / "out" / "m"), found)
     assert [place for place, label in enumerate(predictions) if label == -1] == list(BROKEN)
     assert found.value == np.mean(np.array(predictions) == images.classes)
@@ -208,9 +208,9 @@ def test_five_classes_have_no_top5_which_would_be_certain(tmp_path: Path) -> Non
 
 
 def test_the_command_prints_a_line_a_set_and_where_it_wrote_all(
-    small: str, images: ImageSet, teacher_name: str, tmp_path: Path
+    small: str, images: ImageSet, sample_teacher: str, tmp_path: Path
 ) -> None:
-    words = ["evaluate", teacher_name, small, images.where, "--out", str(tmp_path / "out"), "--name", "m"]
+    words = ["evaluate", sample_teacher, small, images.where, "--out", str(tmp_path / "out"), "--name", "m"]
     done = CliRunner().invoke(cli, [*words, "--device", "cpu"])
     assert done.exit_code == 0, done.output
     first, second = read_results(str(tmp_path / "out" / "m"))

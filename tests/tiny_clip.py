@@ -24,14 +24,16 @@ _PREPROCESSING = {
 }
 
 
-def write_clip(folder: Path, image_seed: int = 0, text_seed: int = 0) -> str:
-    """An open_clip folder with random towers, those of equal seeds the same; its path."""
-    towers = []
+def write_clip(folder: Path, image_seed: int = 0, text_seed: int = 0, scale: float = 1.0, width: int = WIDTH) -> str:
+    """An open_clip folder with random towers, those of equal seeds the same; its path. With a `scale` of 3, matrices
+    are so much larger than open_clip's first ones that embeddings differ as much as a trained model's do."""
+    config, towers = {**_CONFIG, "embed_dim": width}, []
     for seed in (image_seed, text_seed):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            towers.append(open_clip.CLIP(**_CONFIG).state_dict())
+            towers.append(open_clip.CLIP(**config).state_dict())
     image, text = towers
     weights = {name: (image if name.startswith("visual.") else text)[name] for name in image}
-    publish_folder(folder, {"model_cfg": _CONFIG, "preprocess_cfg": _PREPROCESSING}, weights, None)
+    weights = {name: value * scale if value.ndim > 1 else value for name, value in weights.items()}
+    publish_folder(folder, {"model_cfg": config, "preprocess_cfg": _PREPROCESSING}, weights, None)
     return str(folder)

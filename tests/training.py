@@ -11,7 +11,7 @@ from dimefm.objective import LossConfig
 from dimefm.recipes import sample
 from dimefm.store import Store
 
-STUDENT = "resnet10t"
+STUDENT = "test_resnet"
 STEPS = 8
 
 
