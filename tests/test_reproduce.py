@@ -1,19 +1,20 @@
 """`make reproduce`: its commands, its forecast, its report. The whole of it runs in test_end_to_end."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from dimefm import reproduce
 from dimefm.cli import cli
-from dimefm.errors import DimefmError
+from dimefm.errors import DimefmError, StoppedError
 from dimefm.evaluation.results import read_results
-from dimefm.report import write_report
+from dimefm.machine import cpus
+from dimefm.report import Student, write_report
 from dimefm.reproduce import Scale, commands, main, run_all, sample_scale, smoke_scale
-from tests.processes import Command
+from dimefm.run import read_run
+from dimefm.store import Store
 from tests.training import STUDENT
 
 
@@ -22,7 +23,7 @@ def test_every_stage_is_a_command_with_options_that_exist(scale: object, tmp_pat
     stages = commands(scale, tmp_path)  # type: ignore[arg-type]
     assert [words[0] for _, words in stages] == [
         "cache-images", "cache-texts", "cache-texts", "build-index", "retrieve", "select-texts", "train-student",
-        "export", "evaluate", "evaluate",
+        "export", "evaluate", "train-student", "export", "evaluate", "evaluate",
     ]  # fmt: skip
     for _, words in stages:
         command = cli.commands[words[0]]
@@ -56,59 +57,89 @@ def teacher(request: pytest.FixtureRequest, teacher_name: str, sample_teacher: s
     return sample_teacher if request.param == "sample" else teacher_name
 
 
+_SMALL = ("--student", STUDENT, "--image-size", "32", "--batch-size", "16", "--epochs", "2", "--log-every", "2")
+STUDENTS = (
+    Student(name="paper", label="the paper's losses", recipe="sample-paper", grounded=True, options=_SMALL),
+    Student(name="best", label="best at this size", recipe="sample", options=_SMALL, bars={"cifar10": 9.9}),
+)
+
+
 @pytest.fixture(scope="module")
 def finished(
     image_tar: Path, text_file: Path, cifar10: str, teacher: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The whole job by its commands, on 96 images, as `make reproduce` runs them; but each process is forked."""
+    """The whole job on 96 images."""
     out = tmp_path_factory.mktemp("reproduce") / "tiny"
-    scale = Scale(
-        teacher=("--teacher", teacher),
-        images=(str(image_tar),),
-        texts=(str(text_file),),
-        val=(cifar10,),
-        recipe="sample",
-        train=(
-            *("--student", STUDENT, "--image-size", "32", "--batch-size", "16", "--epochs", "2", "--log-every", "2"),
-            *("--precision", "fp32"),
-        ),
-        bars={"cifar10": 9.9},
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dimefm.reproduce.subprocess.run", forked)
-        run_all(commands(scale, out), out)
+    sources = {"images": (str(image_tar),), "texts": (str(text_file),), "val": (cifar10,)}
+    run_all(commands(Scale(teacher=("--teacher", teacher), students=STUDENTS, **sources), out), out)
     return out
 
 
-def forked(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
-    assert command[:3] == [sys.executable, "-m", "dimefm"]
-    return subprocess.CompletedProcess(command, 0, Command(command[3:]).finish())
-
-
 def test_end_to_end_the_job_ends_in_a_report(finished: Path, teacher: str, sample_teacher: str) -> None:
-    report = write_report(finished, {"cifar10": 9.9})
-    assert report.missed[0].startswith("cifar10 ")
-    for part in ("agreement", "cache-images", "bytes/row", "visually grounded", "seed 0"):
+    report = write_report(finished, STUDENTS)
+    assert report.missed[0].startswith("best at this size: cifar10 ")
+    assert len(report.missed) == 1
+    for part in ("as teacher says", "teacher in the loop", "cache-images", "bytes/row", "visually grounded", "seed 0"):
         assert part in report.text
     assert (finished / "report.md").read_text().startswith("# dimefm: tiny")
     assert (finished / "report.png").stat().st_size > 20_000
-    small, large = (read_results(str(finished / "evaluations" / name))[0] for name in ("student", "teacher"))
-    assert small.images == large.images == 200
-    assert write_report(finished, {"cifar10": 0.0}).missed == []
+    for student in STUDENTS:
+        (found,) = read_results(str(finished / "evaluations" / student.name))
+        assert found.images == 200
+        assert found.metrics["top1"] < 0.4
+        assert f"| {student.label} " in report.text
+    config = read_run(str(finished / "run-paper")).config
+    assert (config["loss"]["vl"], config["loss"]["pvl"]) == (0.7, 0.3)  # type: ignore[index]
+    assert config["text_mix"] == {"random": 0.0, "selected": 1.0, "retrieved": 0.0}
+    assert config["selection"]
     if teacher == sample_teacher:
-        assert large.metrics["top1"] > 0.4 > small.metrics["top1"]
-        assert write_report(finished, {"cifar10": 0.1}).missed == []
+        assert read_results(str(finished / "evaluations" / "teacher"))[0].metrics["top1"] > 0.4
 
 
-def test_python_dash_m_is_the_command(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run_all([("info", ["info", str(finished / "pairs.zarr")])], tmp_path)
-    output = capfd.readouterr().out
-    assert "the nearest 16 sentences each" in output
-    assert "hits" in output
-    assert json.loads((tmp_path / "stages.json").read_text())["info"] > 0
+def test_the_bill_is_what_the_rates_of_stage_1_and_the_steps_come_to(finished: Path) -> None:
+    stages = {"cache-images": 8.0, "cache-texts": 2.0, "train paper": 20.0, "train best": 10.0}
+    before = (finished / "stages.json").read_text()
+    (finished / "stages.json").write_text(json.dumps(stages))
+    text = write_report(finished, STUDENTS).text
+    (finished / "stages.json").write_text(before)
+    rows = {line.split("|")[1].strip(): line.split("|")[2:] for line in text.splitlines() if line.startswith("| ")}
+    seconds = {
+        name: sum(commit.seconds for commit in Store(str(finished / name)).commits()) / cpus()
+        for name in ("images.zarr", "texts.zarr")
+    }
+    image, text_one = seconds["images.zarr"] / 96, seconds["texts.zarr"] / 200
+    texts = int(read_run(str(finished / "run-paper")).config["texts_per_step"])  # type: ignore[call-overload]
+    online = {"the paper's losses": 20 + 12 * (16 * image + texts * text_one), "best at this size": 10 + 192 * image}
+    for label, expected in online.items():
+        assert float(rows[f"student: {label}"][1].replace(",", "")) == pytest.approx(expected, abs=0.51)
+    assert rows["teacher, once"][0].strip() == "10"
+    assert rows["all 3 together"][0].strip() == "40"
+
+
+def test_every_line_before_a_stage_says_how_far_the_whole_job_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(reproduce.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(reproduce, "run_stage", lambda words: clock.__setitem__(0, clock[0] + 20) or 0)
+    run_all([("a", ["info"]), ("b", ["info"]), ("c", ["info"])], tmp_path, {"a": 10.0, "b": 60.0, "c": 5.0})
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert said == [
+        "[1 of 3] a: 0s so far, about 1m15s left of all",
+        "[2 of 3] b: 20s so far, about 2m10s left of all",
+        "[3 of 3] c: 40s so far, about 3s left of all",
+    ]
+    assert json.loads((tmp_path / "stages.json").read_text()) == {"a": 20, "b": 20, "c": 20}
 
 
 def test_a_command_that_fails_ends_the_job(tmp_path: Path) -> None:
     with pytest.raises(DimefmError, match="info failed with exit code 2"):
         run_all([("info", ["info", "--no-such-option"]), ("never", [])], tmp_path)
     assert json.loads((tmp_path / "stages.json").read_text()) == {"info": None}
+
+
+def test_a_stage_that_was_stopped_stops_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "run_stage", lambda words: 130)
+    with pytest.raises(StoppedError, match=r"stopped in training(?s:.*)goes on from there") as caught:
+        run_all([("training", ["train-student"]), ("never", [])], tmp_path)
+    assert caught.value.signal == 2

@@ -1,0 +1,82 @@
+"""Stores have more shard files than a process may have open: the maps of them are bounded, whatever the command."""
+
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from dimefm import mapped
+from dimefm.machine import open_files
+from dimefm.store import Store
+from tests.making import read_tar, write_tar
+from tests.processes import result_of
+from tests.stores import random_store
+from tests.training import STUDENT
+
+SHARDS, FILES = 700, 256
+
+
+def gathered(path: str, most: int) -> tuple[bool, int, int]:
+    """Whether all rows of a store are read right at random, and the files open before and after, of `most`."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    store, before = Store(path), _open()
+    rows_N = np.random.default_rng(0).permutation(store.schema.rows)
+    same = np.array_equal(store.gather(rows_N), store.read(0, store.schema.rows)[rows_N])
+    return same, before, _open()
+
+
+def _open() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_maps_take_half_of_the_files_that_may_be_open(tmp_path: Path) -> None:
+    store, _ = random_store(tmp_path / "s.zarr", rows=200, shard_rows=2)
+    same, before, after = result_of(gathered, store.path, 64)
+    assert same
+    assert before + 20 < after <= before + 32
+
+
+def test_a_shard_that_was_written_again_is_mapped_anew(tmp_path: Path) -> None:
+    store, values = random_store(tmp_path / "s.zarr", rows=8, shard_rows=4)
+    np.testing.assert_array_equal(store.gather(np.array([5])), values[[5]])
+    arrays = store.shard_arrays(1)
+    arrays["embedding"] = arrays["embedding"][::-1].copy()
+    store.write_shard(1, arrays, (), device="cpu", seconds=0)
+    np.testing.assert_array_equal(store.gather(np.array([5])), values[[6]])
+    assert len(mapped._maps._maps) <= open_files() // 2
+
+
+def typed(words: list[str]) -> tuple[int, str]:
+    """A command where hardly more files may be open than it has shards."""
+    from dimefm.cli import cli
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
+    result = CliRunner().invoke(cli, words)
+    return result.exit_code, f"{result.output}\n{result.exception!r}"
+
+
+@pytest.mark.slow
+def test_retrieval_selection_and_training_over_700_shards_with_256_open_files(
+    sample: Path, teacher_name: str, tmp_path: Path
+) -> None:
+    tar = write_tar(tmp_path / "0.tar", read_tar(sample / "images" / "train-00000.tar", 2 * SHARDS))
+    sentences = tmp_path / "s.txt"
+    sentences.write_text("".join(f"a photo of {number} cats\n" for number in range(SHARDS)), encoding="utf-8")
+    places = {name: str(tmp_path / name) for name in ("i.zarr", "t.zarr", "p.zarr", "t.selection", "run")}
+    made = ["--teacher", teacher_name, "--shard-rows", "1", "--workers", "1", "--device", "cpu"]
+    stores = ["--images", places["i.zarr"], "--texts", places["t.zarr"], "--pairs", places["p.zarr"]]
+    small = ["--student", STUDENT, "--image-size", "32", "--batch-size", "64", "--texts-per-step", "256"]
+    mix = ["--text-mix", "random=0.5,retrieved=0.5", "--loss", "vl=0.7,pvl=0.3", "--epochs", "1", "--workers", "2"]
+    for words in (
+        ["cache-images", str(tar), "--out", places["i.zarr"], *made],
+        ["cache-texts", str(sentences), "--out", places["t.zarr"], *made],
+        ["retrieve", places["i.zarr"], "--texts", places["t.zarr"], "--top-k", "4", "--out", places["p.zarr"]],
+        ["select-texts", places["p.zarr"], "--out", places["t.selection"]],
+        ["train-student", *stores, "--out", places["run"], "--recipe", "sample", *small, *mix],
+    ):
+        code, output = result_of(typed, words)
+        assert code == 0, output
+    for name in ("i.zarr", "t.zarr"):
+        assert Store(places[name]).schema.shards >= SHARDS
