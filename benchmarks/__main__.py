@@ -14,6 +14,7 @@ from benchmarks.plan_scale import plan_scale
 from benchmarks.preprocessing import preprocessing
 from benchmarks.probe_search import probe_search
 from benchmarks.retrieval import retrieval
+from benchmarks.sample_recipes import sample_recipes
 from benchmarks.selection import selection
 from benchmarks.sentences import sentences
 from benchmarks.stage1 import stage1
@@ -31,6 +32,7 @@ for command in (
     preprocessing, stage1, sentences, memory, plan_scale, training_pixels, store_reads,
     training_loop, loader_scale, authors_loop, objectives, coco_retrieval, retrieval, index_choices, selection,
     clip_benchmark, probe_search, cpu,
+    sample_recipes,
 ):  # fmt: skip
     benchmarks.add_command(command)
 

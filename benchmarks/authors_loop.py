@@ -22,9 +22,11 @@ import torch
 
 from benchmarks.authors_worker import Job
 from benchmarks.measure import machine, median, ratio, table
+from benchmarks.small_student import resnet10
 from cache_schemas import Status, to_plain
 from dimefm.config import TrainConfig
-from dimefm.recipes import paper, sample
+from dimefm.machine import choose_precision
+from dimefm.recipes import paper
 from dimefm.runlog import read_metrics
 from dimefm.sources.reading import read_encoded
 from dimefm.store import Store
@@ -32,7 +34,7 @@ from dimefm.student import student_spec
 from dimefm.train import train
 
 _WORKER = str(Path(__file__).parent / "authors_worker.py")
-_RECIPES = {"paper": paper, "sample": sample}
+_RECIPES = {"paper": paper, "resnet10": resnet10}
 _PREFETCHED = 4  # batches that a process of dimefm's loader works ahead
 
 
@@ -40,11 +42,16 @@ _PREFETCHED = 4  # batches that a process of dimefm's loader works ahead
 @click.option("--authors", required=True, help="A clone of https://github.com/sunxm2357/DIME-FM.")
 @click.option("--images", required=True, help="Image store.")
 @click.option("--texts", required=True, help="Text store.")
-@click.option("--recipe", type=click.Choice(list(_RECIPES)), default="sample", show_default=True, help="Student, size.")
+@click.option(
+    "--recipe", type=click.Choice(list(_RECIPES)), default="resnet10", show_default=True, help="Student, size."
+)
 @click.option("--student", help="Another image tower than the recipe's.")
 @click.option("--batch-size", default=64, show_default=True, help="Images and texts a step.")
-@click.option("--workers", type=int, help="Loading processes of images; theirs has as many for texts. [the recipe's]")
-@click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="On a CPU.")
+@click.option(
+    "--workers", default=1, show_default=True, help="Loading processes of images; theirs: and as many for texts."
+)
+@click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True,
+              help="On a CPU.")  # fmt: skip
 @click.option("--resize", type=int, help="Short side before their crop. [256 for 224 px, in proportion for others]")
 @click.option("--rows", default=8192, show_default=True, help="Images and texts in their files.")
 @click.option("--warm-up", default=20, show_default=True, help="Steps before the timed ones.")
@@ -58,8 +65,8 @@ def authors_loop(
     recipe: str,
     student: str | None,
     batch_size: int,
-    workers: int | None,
-    precision: Literal["bf16", "fp32"],
+    workers: int,
+    precision: Literal["auto", "bf16", "fp32"],
     resize: int | None,
     rows: int,
     warm_up: int,
@@ -71,16 +78,16 @@ def authors_loop(
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # theirs would spread over several
     cuda, store = torch.cuda.is_available(), Store(images)
     config = _config(_RECIPES[recipe](store.path, Store(texts).path, ""), batch_size, warm_up, steps)
-    config = replace(
-        config, workers=config.workers if workers is None else workers, precision="fp16" if cuda else precision
-    )
+    if precision == "auto":
+        precision = "bf16" if choose_precision("cpu") == "bf16" else "fp32"
+    config = replace(config, workers=workers, precision="fp16" if cuda else precision)
     config = replace(config, student=student or config.student)
-    config = replace(config, max_steps=warm_up + steps + max(10, _PREFETCHED * config.workers))
+    config = replace(config, max_steps=warm_up + steps + max(10, _PREFETCHED * workers))
     spec = student_spec(config.student, store.schema.teacher, config.image_size)
     size = spec.image_size
     with tempfile.TemporaryDirectory() as name:
         written = write_tsv(Path(name), store, Store(texts), rows)
-        if written < (needed := (warm_up + steps + 2 * config.workers + 1) * batch_size):
+        if written < (needed := (warm_up + steps + 2 * workers + 1) * batch_size):
             raise click.UsageError(f"{written:,} rows are too few for these steps: they need {needed:,}")
         job = Job(
             authors=str(Path(authors).resolve()),
@@ -88,7 +95,7 @@ def authors_loop(
             student=to_plain(spec),
             resize=resize or round(size * 256 / 224),
             batch_size=batch_size,
-            workers=config.workers,
+            workers=workers,
             precision=precision,
             warm_up=warm_up,
             steps=steps,
@@ -115,7 +122,7 @@ def authors_loop(
     click.echo(table(("loop", "images/s", "lowest-highest", "dimefm is x as fast"), lines))
     where = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} torch threads"
     facts = f"{config.student} at {size} px, batches of {batch_size} images and texts, {config.precision}, {where}"
-    loaders = f"{config.workers} loading processes (theirs: and as many for texts)"
+    loaders = f"{workers} loading processes (theirs: and as many for texts)"
     data = f"{written:,} rows in their files, {_source(store)}, which theirs resizes to {job.resize} before the crop"
     click.echo(f"{machine()}; {facts}; {loaders}; {data}")
     timed = f"{steps} steps after {warm_up}" + f", theirs as released {released_steps} after 4" * bool(released_steps)

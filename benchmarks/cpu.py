@@ -10,7 +10,7 @@ import click
 
 from benchmarks.cpu_worker import BATCH, SIDE, STUDENT
 from benchmarks.measure import machine, median, table
-from dimefm.machine import choose_precision, cpus, describe_cpu
+from dimefm.machine import choose_precision, cpus, describe
 
 WAITING = {"active": "ACTIVE", "torch's": None, "passive": "PASSIVE"}
 
@@ -35,7 +35,7 @@ def cpu(seconds: float, count: int) -> None:
     ]
     click.echo(table(("precision", "threads", "waiting", "images/s", "with a busy neighbour"), rows))
     student = f"{STUDENT} at {SIDE} px, batches of {BATCH}, medians of {count} rounds of {seconds:g} s"
-    click.echo(f"{machine()}, {describe_cpu()}, precision auto: {choose_precision('cpu')}; {student}")
+    click.echo(f"{machine()}, {describe('cpu')}, precision auto: {choose_precision('cpu')}; {student}")
 
 
 def _rate(precision: str, threads: int, waiting: str, seconds: float) -> float:

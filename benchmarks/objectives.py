@@ -1,4 +1,4 @@
-"""Which objective trains the best student at a small budget: the sample recipe with other losses, at equal steps.
+"""Which objective trains the best student at a small budget: a ResNet-10-T with several losses, at equal steps.
 
 Runs are kept in --out: one that is there is not trained again, so the table can be filled in pieces.
 """
@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from benchmarks.measure import machine, table
+from benchmarks.small_student import resnet10
 from dimefm.objective import LossConfig
-from dimefm.recipes import sample
 from dimefm.runlog import read_metrics
 from dimefm.sample import sample_dir
 from dimefm.train import train
@@ -56,7 +56,7 @@ def objectives(
     for seed in range(seeds):
         for name in only or OBJECTIVES:
             config = dataclasses.replace(
-                sample(images, texts, str(Path(out) / f"{name}-{epochs:g}-{seed}")),
+                resnet10(images, texts, str(Path(out) / f"{name}-{epochs:g}-{seed}")),
                 epochs=epochs, warmup_epochs=epochs / 20, val=sets, val_texts=val_texts, val_every=epochs / 4,
                 seed=seed, workers=0, checkpoint_every=10**6, log_every=100, **OBJECTIVES[name],
             )  # fmt: skip
@@ -66,7 +66,7 @@ def objectives(
         click.echo(_table(curves))
     size = dataclasses.asdict(config)["batch_size"]
     seen = ", ".join(f"{line['step'] * size:,}" for line in lines)
-    click.echo(f"{machine()}; sample recipe, after {seen} images seen, seeds 0-{seeds - 1}")
+    click.echo(f"{machine()}; ResNet-10-T at 64 px, after {seen} images seen, seeds 0-{seeds - 1}")
 
 
 def _table(curves: dict[str, list[list[dict[str, Any]]]]) -> str:

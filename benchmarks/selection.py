@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from benchmarks.measure import machine, table
+from benchmarks.small_student import resnet10
 from cache_schemas import Status
 from dimefm.clusters import cluster
 from dimefm.exact import valid_rows
 from dimefm.grounding import score_texts
 from dimefm.objective import LossConfig
 from dimefm.pairs import Pairs
-from dimefm.recipes import sample
 from dimefm.selected import SelectedTexts
 from dimefm.selection import SelectionConfig, best_cosines, select_texts
 from dimefm.selection_files import source_file
@@ -194,7 +194,7 @@ def _students(
         for name, selected in chosen.items():
             began = time.monotonic()
             config = dataclasses.replace(
-                sample(
+                resnet10(
                     images, texts, str(folder / f"student-{Path(selected.path).stem}-{epochs:g}-{max_steps}-{seed}")
                 ),
                 loss=LossConfig(vl=0.7, pvl=0.3),
@@ -222,7 +222,7 @@ def _students(
             rows.append((name, *cells, _spread(means), gain, f"{statistics.mean(seconds[name]):.0f}"))
         head = ("texts", *(f"{s} top-1" for s in sets), "mean", f"mean - {first}, by seed", "seconds")
         click.echo(table(head, rows))
-    click.echo(f"{machine()}; sample recipe, 0.7 vl + 0.3 pvl, {epochs:g} epochs, seeds 0-{seeds - 1}")
+    click.echo(f"{machine()}; ResNet-10-T at 64 px, 0.7 vl + 0.3 pvl, {epochs:g} epochs, seeds 0-{seeds - 1}")
 
 
 def _spread(values: list[float]) -> str:

@@ -16,7 +16,7 @@ import torch
 from benchmarks.measure import machine, median, ratio, rounds, table
 from dimefm.distributed import Place
 from dimefm.learner import Learner
-from dimefm.machine import choose_device
+from dimefm.machine import choose_device, choose_precision
 from dimefm.objective import LossConfig, Objective
 from dimefm.optim import adamw
 from dimefm.order import Order
@@ -39,7 +39,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @click.option("--steps", default=8, show_default=True, help="Of a round; the first third is not counted.")
 @click.option("--count", default=5, show_default=True, help="Rounds.")
 @click.option("--workers", default=1, show_default=True)
-@click.option("--precision", type=click.Choice(list(_DTYPES)), default="bf16", show_default=True)
+@click.option("--precision", type=click.Choice(["auto", *_DTYPES]), default="auto", show_default=True)
 @click.option("--texts-per-step", "totals", multiple=True, type=int, help="Also time a step with so many texts.")
 @click.option("--online", metavar="NAME", help="Also time a step with this open_clip model run beside it.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]))
@@ -49,6 +49,7 @@ def training_loop(
 ) -> None:  # fmt: skip
     """The whole loop against a bare forward, backward and optimiser step on resident random tensors."""
     chosen = torch.device(choose_device(device))
+    precision = choose_precision(chosen.type) if precision == "auto" else precision
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(
             paper(images, texts, folder), student=student, image_size=image_size, batch_size=batch_size,
