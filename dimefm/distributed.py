@@ -32,16 +32,30 @@ class Place:
 
 
 def join_group(device: str | None) -> Place:
-    """Join the processes that torchrun started, if it did. One device a process: cuda:LOCAL_RANK, or the CPU."""
+    """Join the processes that torchrun started, if it did. One device a process: cuda:LOCAL_RANK, or the CPU.
+
+    Raises TrainingError where they do not meet.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     kind = choose_device(device)
     if kind == "cuda":
         kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(kind)
     if world > 1 and not distributed.is_initialized():
-        # Others wait while the first validates, for longer than torch's ten minutes if need be.
-        distributed.init_process_group("nccl" if kind.startswith("cuda") else "gloo", timeout=timedelta(hours=6))
+        _meet("nccl" if kind.startswith("cuda") else "gloo")
     return Place(int(os.environ.get("RANK", "0")), world, torch.device(kind))
+
+
+def _meet(backend: str) -> None:
+    place = f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')}"
+    try:
+        # Others wait while the first validates, for longer than torch's ten minutes if need be.
+        distributed.init_process_group(backend, timeout=timedelta(hours=6))
+    except (distributed.DistError, ValueError) as error:
+        remedy = "start it with torchrun, which sets all of this, with --master-port for another port"
+        used = "EADDRINUSE" in str(error) or "already in use" in str(error)
+        reason = "the port is in use, perhaps by another run" if used else str(error).strip().splitlines()[0]
+        raise TrainingError(f"the processes do not meet at {place}: {reason}", remedy=remedy) from error
 
 
 def leave_group(place: Place) -> None:

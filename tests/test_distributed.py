@@ -14,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dimefm.checkpoint import Checkpoints
 from dimefm.distributed import gather_batch, join_group, leave_group
+from dimefm.errors import TrainingError
 from dimefm.objective import LossConfig, Objective
 from dimefm.runlog import read_metrics
-from tests.processes import FORKING
+from tests.processes import FORKING, result_of
 
 LOSS = LossConfig(vl=0.7, pvl=0.3, udist=0.1, cosine=0.5)
 IMAGES, TEXTS, WIDTH = 8, 12, 6
@@ -85,3 +86,23 @@ def test_torchrun_trains_on_two_processes(tiny_run: list[str], tmp_path: Path) -
     assert Checkpoints(out).step() == 8
     lines = [line for line in read_metrics(out) if line["event"] == "train"]
     assert [line["step"] for line in lines] == [8], "both processes wrote metrics, or neither"
+
+
+def meet(port: str) -> str:
+    """Why two processes do not meet at a port of this machine."""
+    os.environ.update(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    try:
+        join_group("cpu")
+    except TrainingError as error:
+        return str(error)
+    return "met"
+
+
+def test_a_port_in_use_is_named_with_the_remedy() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        said = result_of(meet, port)
+    assert f"127.0.0.1:{port}: the port is in use" in said
+    assert "--master-port" in said
