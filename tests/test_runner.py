@@ -131,6 +131,7 @@ def test_a_dry_run_counts_and_writes_nothing(image_tar: Path, teacher_name: str,
     assert not (tmp_path / "i.zarr").exists()
 
 
+@pytest.mark.usefixtures("new_compiler")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_teacher_gives_the_same_embeddings(
     image_store: Store, image_tar: Path, teacher_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
