@@ -82,6 +82,12 @@ def clip(teacher_name: str) -> Clip:
     return load_clip(teacher_name, device="cpu")
 
 
+@pytest.fixture
+def new_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile without what it has compiled before, which may be for another kind of CPU."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+
+
 @pytest.fixture(scope="session")
 def image_tar(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tar of 96 images of the sample."""

@@ -76,7 +76,6 @@ def test_gradients_are_those_of_one_process_with_the_whole_batch(world: int, tmp
             torch.testing.assert_close(mine, whole, rtol=0, atol=1e-10)
 
 
-@pytest.mark.slow
 def test_torchrun_trains_on_two_processes(tiny_run: list[str], tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]

@@ -1,6 +1,7 @@
 """A tower in training: passes that add up to one, the moving average, seeds of a step, compiled towers."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,8 @@ def test_the_average_follows_its_formula() -> None:
     assert torch.equal(average.module[0].weight, other.module[0].weight)
 
 
+@pytest.mark.usefixtures("new_compiler")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_tower_computes_the_same() -> None:
     plain, compiled = two_steps(learner()), two_steps(learner(compile=True))
     for one, other in zip(plain, compiled, strict=True):

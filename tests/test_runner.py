@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cache_schemas import Status
+from dimefm.clip import Clip
 from dimefm.errors import DimefmError, MismatchError
+from dimefm.shard import encode_shard
 from dimefm.store import Store
 from pipeline import runner
 from pipeline.cache import CacheConfig, cache, dry_run
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.runner import Job, Worker, run_shards
+from tests.making import make_jpeg
 from tests.stores import teacher_identity
 
 
@@ -102,6 +106,24 @@ def test_the_canary_runs_before_more_is_added(
     assert partial_store.committed() == {0, 2}
 
 
+def test_a_retry_on_ray_does_the_rows_that_failed(one_ray: None, clip: Clip, teacher_name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for row in range(4):
+        (folder / f"{row}.jpg").write_bytes(make_jpeg(seed=row))
+    request = PlanRequest(kind="image", arguments=(str(folder),), shard_rows=2, batch_size=2)
+    store = open_or_plan(request, str(tmp_path / "i.zarr"), clip.identity)
+    (folder / "3.jpg").rename(tmp_path / "3.jpg")
+    for shard in range(2):
+        encode_shard(store, shard, clip)
+    assert store.status().tolist() == [Status.OK] * 3 + [Status.MISSING]
+    (tmp_path / "3.jpg").rename(folder / "3.jpg")
+    before = (tmp_path / "i.zarr" / "commits" / "000000.json").read_bytes()
+    words = {"shard_rows": 2, "batch_size": 2, "workers": 1, "retry_failed": True}
+    assert cache(config(tmp_path / "i.zarr", folder, teacher_name, **words)).status().tolist() == [Status.OK] * 4
+    assert (tmp_path / "i.zarr" / "commits" / "000000.json").read_bytes() == before
+
+
 def test_a_dry_run_counts_and_writes_nothing(image_tar: Path, teacher_name: str, tmp_path: Path) -> None:
     text = dry_run(config(tmp_path / "i.zarr", image_tar, teacher_name))
     for part in ("rows      96 from 1 files", "shards    3", "24.7 kB", "weights", "logit_scale"):
@@ -109,6 +131,7 @@ def test_a_dry_run_counts_and_writes_nothing(image_tar: Path, teacher_name: str,
     assert not (tmp_path / "i.zarr").exists()
 
 
+@pytest.mark.usefixtures("new_compiler")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_teacher_gives_the_same_embeddings(
     image_store: Store, image_tar: Path, teacher_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
