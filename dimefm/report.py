@@ -238,5 +238,6 @@ def _plot(out: Path, teacher: dict[str, Any], found: dict[str, Any], students: S
         chance = 100 / teacher[name]["classes"]
         right.hlines(chance, place - 0.4, place + 0.4, color="#b03a2e", lw=1.2, label="" if place else "chance")
     right.set(title="Zero-shot top-1, final", ylabel="%", xticks=list(range(len(teacher))), xticklabels=list(teacher))
-    right.legend(fontsize=8)
+    right.set_ylim(0, right.get_ylim()[1] * 1.25)  # room for what the colours mean
+    right.legend(fontsize=8, ncols=2, loc="upper right")
     figure.savefig(out / PLOT_FILE, dpi=130)

@@ -69,9 +69,9 @@ def sample_scale() -> Scale:
 
 
 _SAMPLE_SECONDS = {
-    "cache-images": 180.0, "cache-texts": 40.0, "cache-prompts": 6.0, "build-index": 8.0, "retrieve": 6.0,
-    "select-texts": 4.0, "train paper": 120.0, "train best": 110.0, "export paper": 4.0, "export best": 4.0,
-    "evaluate paper": 8.0, "evaluate best": 8.0, "evaluate teacher": 50.0,
+    "cache-images": 112.0, "cache-texts": 28.0, "cache-prompts": 1.1, "build-index": 6.2, "retrieve": 4.9,
+    "select-texts": 0.7, "train paper": 98.0, "export paper": 0.7, "evaluate paper": 1.9, "train best": 100.0,
+    "export best": 0.8, "evaluate best": 1.7, "evaluate teacher": 41.0,
 }  # fmt: skip
 
 
