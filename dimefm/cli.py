@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,9 @@ class _Group(click.Group):
         except StoppedError as error:
             click.echo(f"Stopped: {error}", err=True)
             ctx.exit(128 + error.signal)  # as a shell reports it
+        except KeyboardInterrupt:
+            click.echo("Stopped by Ctrl-C", err=True)
+            ctx.exit(128 + signal.SIGINT)
         except (DimefmError, SchemaError) as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:

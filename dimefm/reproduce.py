@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import click
@@ -172,8 +173,8 @@ def run_stage(words: list[str]) -> int:
     which would take each of a dozen commands some seconds more."""
     _STAGES.set_forkserver_preload(_LIBRARIES)
     process = _STAGES.Process(target=_dimefm, args=(words,))
-    with _signals_are_for_the_stage():
-        process.start()
+    process.start()
+    with _signals_are_for(process):
         process.join()
     code = process.exitcode
     assert code is not None
@@ -184,19 +185,22 @@ def _dimefm(words: list[str]) -> None:
     from dimefm.cli import main
 
     sys.argv = ["dimefm", *words]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     main()
 
 
 @contextmanager
-def _signals_are_for_the_stage() -> Iterator[None]:
-    """Ctrl-C reaches every process of a terminal's job: the stage ends in its own way, and then this process."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _signals_are_for(process: BaseProcess) -> Iterator[None]:
+    """Let a stage end in its own way, and this process after it: Ctrl-C reaches all processes of a terminal's job, and
+    SIGTERM is handed on."""
+    handlers = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: lambda *_: process.terminate()}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}  # type: ignore[arg-type]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

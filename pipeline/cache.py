@@ -68,8 +68,10 @@ def cache(config: CacheConfig) -> Store:
     """
     device = _device(config)
     require_no_stranger(config.out)  # before the lock is put into it
-    clip = _load(config, device, "cpu")
-    teacher = clip.identity
+    loaded = _load(config, device, "cpu")
+    teacher, weight_bytes = loaded.identity, loaded.weight_bytes()
+    clip: Clip | None = loaded
+    del loaded
     with writing(config.out):
         store = open_or_plan(_request(config, device), config.out, teacher)
         job = Job(
@@ -81,21 +83,18 @@ def cache(config: CacheConfig) -> Store:
             threads=config.threads,
             compile=config.compile,
         )
-        workers = _workers(config, device, store.schema.rows, clip.weight_bytes())
-        _run(job, workers, config.ray_address, clip)
-        if config.retry_failed:
-            _run(replace(job, retry=True), workers, config.ray_address, clip)
+        workers = _workers(config, device, store.schema.rows, weight_bytes)
+        for part in (job, replace(job, retry=True))[: 1 + config.retry_failed]:
+            shards = len(pending_shards(store, retry=part.retry))
+            if config.ray_address is None and min(workers, shards) <= 1:
+                clip = clip or _load(config, device, device)
+                run_here(part, clip)
+            else:
+                from pipeline.runner import run_shards  # Ray, only where there is more than one worker to place
+
+                clip = None  # the memory is for the workers' own
+                run_shards(part, workers=workers, address=config.ray_address)
     return store
-
-
-def _run(job: Job, workers: int, address: str | None, clip: Clip) -> None:
-    """The job in this process, or on Ray where there is more than one worker to place, or a cluster to place it on."""
-    if address is None and min(workers, len(pending_shards(Store(job.store), retry=job.retry))) <= 1:
-        run_here(job, clip)
-        return
-    from pipeline.runner import run_shards
-
-    run_shards(job, workers=workers, address=address)
 
 
 def dry_run(config: CacheConfig) -> str:

@@ -1,6 +1,11 @@
 """`make reproduce`: its commands, its forecast, its report. The whole of it runs in test_end_to_end."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,7 @@ from dimefm import reproduce
 from dimefm.cli import cli
 from dimefm.errors import DimefmError, StoppedError
 from dimefm.evaluation.results import read_results
+from dimefm.lock import writing
 from dimefm.machine import cpus
 from dimefm.report import Student, write_report
 from dimefm.reproduce import Scale, commands, main, run_all, sample_scale, smoke_scale
@@ -143,3 +149,24 @@ def test_a_stage_that_was_stopped_stops_the_job(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(StoppedError, match=r"stopped in training(?s:.*)goes on from there") as caught:
         run_all([("training", ["train-student"]), ("never", [])], tmp_path)
     assert caught.value.signal == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_signal_ends_the_stage_and_then_the_job(number: signal.Signals, to_all: bool, tmp_path: Path) -> None:
+    """Ctrl-C reaches all processes of the job, SIGTERM the first alone, which hands it on."""
+    words = [sys.executable, "-m", "dimefm.reproduce", "--scale", "smoke", "--out", str(tmp_path / "out")]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+    end = time.monotonic() + 120
+    while not (lock := tmp_path / "out" / "images.zarr" / ".lock").exists() or not lock.read_text():
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    code = process.wait(120)
+    said = (tmp_path / "log").read_text()
+    assert code == 128 + number, said
+    assert "Stopped: the job was stopped in cache-images" in said
+    with writing(str(tmp_path / "out" / "images.zarr")):
+        pass  # nobody holds it any more
