@@ -14,7 +14,7 @@ from cache_schemas import SchemaError
 from dimefm import __version__
 from dimefm.errors import DimefmError, StoppedError
 from dimefm.evaluation.command import compare, evaluate, sets, submission
-from dimefm.machine import wait_passively
+from dimefm.machine import wait_briefly
 from dimefm.train_command import train_student
 
 
@@ -64,7 +64,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point of the `dimefm` command."""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
-    wait_passively()
+    wait_briefly()
     cli(prog_name="dimefm")
 
 

@@ -89,7 +89,7 @@ def choose_threads() -> int:
     """Torch threads of a training process: all of its cores, or fewer where torch was told so (OMP_NUM_THREADS).
 
     None is left for the loader: it decodes an image in a fiftieth of the time that a CPU trains on it, and threads that
-    wait passively (see dimefm.cli) let it have that (`python -m benchmarks cpu`).
+    wait only briefly (dimefm.machine.wait_briefly) let it have that.
     """
     return max(1, min(torch.get_num_threads(), cpus() // processes_here()))
 

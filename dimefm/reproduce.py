@@ -23,7 +23,7 @@ import click
 from dimefm import storage
 from dimefm.errors import DimefmError, StoppedError
 from dimefm.forecast import paper_forecast
-from dimefm.machine import wait_passively
+from dimefm.machine import wait_briefly
 from dimefm.progress import duration
 from dimefm.report import EVALUATIONS, Student, write_report
 from dimefm.sample import sample_dir
@@ -253,5 +253,5 @@ def main(
 
 
 if __name__ == "__main__":
-    wait_passively()
+    wait_briefly()
     main(prog_name="reproduce")
