@@ -203,7 +203,7 @@ def _run(path: str) -> str:
         *([("text student", run.text_student.name)] if run.text_student else []),
         ("steps", f"{checkpoints.step() or 0:,} of {run.steps:,}, batches of {config.batch_size:,}"),
         ("loss", ", ".join(f"{k} {v}" for k, v in told.items())),
-        *([("machine", f"{run.machine}, {config.precision}, {config.threads} torch threads")] if run.machine else []),
+        *([("machine", f"{run.machine}, {config.precision}, torch threads {config.threads}")] if run.machine else []),
         *_teacher(run.teacher),
         ("images", config.images),
         ("texts", config.texts),

@@ -195,7 +195,8 @@ def _bytes(folder: Path) -> int:
 def _machine(out: Path, students: Sequence[Student]) -> list[str]:
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     config = read_run(str(students[0].run(out))).config
-    how = f"students in {config['precision']} on {config['threads']} threads, seed {config['seed']}"
+    threads = f"{config['threads']} torch thread{'s' if config['threads'] != 1 else ''}"
+    how = f"students in {config['precision']} on {threads}, seed {config['seed']}"
     return [f"machine: {describe('cpu')}, {cpus()} cores, {platform.system()}; {how}; {packages}"]
 
 

@@ -70,9 +70,9 @@ def sample_scale() -> Scale:
 
 
 _SAMPLE_SECONDS = {
-    "cache-images": 112.0, "cache-texts": 28.0, "cache-prompts": 1.1, "build-index": 6.2, "retrieve": 4.9,
-    "select-texts": 0.7, "train paper": 98.0, "export paper": 0.7, "evaluate paper": 1.9, "train best": 100.0,
-    "export best": 0.8, "evaluate best": 1.7, "evaluate teacher": 41.0,
+    "cache-images": 112.0, "cache-texts": 26.0, "cache-prompts": 1.0, "build-index": 6.0, "retrieve": 4.2,
+    "select-texts": 0.6, "train paper": 79.0, "export paper": 0.7, "evaluate paper": 1.8, "train best": 75.0,
+    "export best": 0.7, "evaluate best": 1.6, "evaluate teacher": 37.0,
 }  # fmt: skip
 
 
