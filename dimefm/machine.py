@@ -86,9 +86,9 @@ def wait_briefly() -> None:
     """Let torch's idle threads sleep after microseconds instead of milliseconds. To be called by a program before torch
     is loaded.
 
-    A thread that waits in a loop takes a core from whoever has work to do: with one busy neighbour on two cores, training
-    falls to a third of its speed by default and to half of it so; undisturbed it is no slower (`python -m benchmarks
-    cpu`). It is a variable of the OpenMP that torch brings on Linux; what the user has set stays.
+    A thread that waits in a loop takes a core from whoever has work to do. With one busy neighbour on two cores, a
+    training run falls to a third of its speed by default and to half of it so; undisturbed it is no slower (`python -m
+    benchmarks cpu`). It is a variable of the OpenMP that torch brings on Linux; what the user has set stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

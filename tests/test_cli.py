@@ -56,6 +56,7 @@ COMMANDS = {
     "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained"],
     "convert-checkpoint": ["CHECKPOINT", "--out", "--teacher", "--pretrained"],
     "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file"],
+    "doctor": [],
     "info": ["PATH", "--failures"],
     "verify": ["STORE", "--sample", "--teacher", "--pretrained", "--repair"],
 }  # fmt: skip

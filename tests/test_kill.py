@@ -170,13 +170,12 @@ def test_stage_1_killed_and_repeated_gives_the_same_store(
     assert before.items() <= stamps(out).items(), "a finished shard was done again"
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_actor_is_replaced_and_its_shard_done_again(
-    small_folder: Folder, teacher_name: str, tmp_path: Path, gate: Gate, workers: int
+    small_folder: Folder, teacher_name: str, tmp_path: Path, gate: Gate
 ) -> None:
     out = tmp_path / "s.zarr"
     gate.close(at=small_folder.reading(1))
-    command = Command(small_folder.words(out, teacher_name, workers), gate)
+    command = Command(small_folder.words(out, teacher_name, workers=2), gate)
     command.wait_until(lambda: gate.waiting() and len(stamps(out)) == 1)
     before, (actor,) = stamps(out), gate.waiting()
     assert actor in processes("ray::Worker")
