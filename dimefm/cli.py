@@ -196,7 +196,7 @@ class _Bytes(click.ParamType[int]):
 @click.option("--accept", is_flag=True, help="Keep an index that stays below --recall.")
 @click.option("--factory", help="FAISS factory string. Default: by rows and memory.")
 @click.option("--memory", type=_Bytes(), metavar="SIZE", help="Of each process, such as 12GB. Default: half of all.")
-@click.option("--workers", type=click.IntRange(1), help="Build parts on Ray, so many at once. Default: without Ray.")
+@click.option("--workers", type=click.IntRange(1), help="Build so many parts at once, on Ray. Default: one after another.")
 @click.option("--ray-address", help="An existing Ray cluster for --workers. Default: a local Ray.")
 @click.option("--partial", is_flag=True, help="Index what an unfinished store has so far; run again for the rest.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
@@ -216,7 +216,7 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **o
         click.echo(forecast(config).show())
         return
     run = None
-    if workers:
+    if workers and (workers > 1 or ray_address):
         from pipeline.index_parts import on_ray
 
         run = on_ray(workers, ray_address)

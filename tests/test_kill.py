@@ -155,7 +155,7 @@ def test_stage_1_killed_and_repeated_gives_the_same_store(
     killed("os.rename */rows/000001.parquet")
     assert not (out / "zarr.json").exists()
     if often:
-        killed("open *.jpg", due=lambda: processes("ray::Worker"))
+        killed("open *.jpg", due=lambda: processes("ray::Worker"), workers=2)
         killed(folder.reading(1), due=lambda: gate.waiting() and len(stamps(out)) == 3, workers=2)
         (out / "commits" / "000003.json").unlink()
         before.pop(out / "commits" / "000003.json")
