@@ -84,7 +84,11 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one."),
         click.option("--batch-size", type=click.IntRange(1), help="Default: 32 on CPU, 512 on GPU."),
         click.option("--shard-rows", type=click.IntRange(1), help="Rows of a unit of work. Default: by input size."),
-        click.option("--workers", type=click.IntRange(1), help="Ray actors. Default: one a CPU core, or by the GPUs."),
+        click.option(
+            "--workers",
+            type=click.IntRange(1),
+            help="Teachers at work. Default: by cores or GPUs, memory and rows. One needs no Ray.",
+        ),
         click.option("--ray-address", help="An existing Ray cluster. Default: a local Ray for this command alone."),
         click.option("--dry-run", is_flag=True, help="Print rows, bytes, hours and the teacher; write nothing."),
     ]
@@ -196,7 +200,9 @@ class _Bytes(click.ParamType[int]):
 @click.option("--accept", is_flag=True, help="Keep an index that stays below --recall.")
 @click.option("--factory", help="FAISS factory string. Default: by rows and memory.")
 @click.option("--memory", type=_Bytes(), metavar="SIZE", help="Of each process, such as 12GB. Default: half of all.")
-@click.option("--workers", type=click.IntRange(1), help="Build so many parts at once, on Ray. Default: one after another.")
+@click.option(
+    "--workers", type=click.IntRange(1), help="Build so many parts at once, on Ray. Default: one after another."
+)
 @click.option("--ray-address", help="An existing Ray cluster for --workers. Default: a local Ray.")
 @click.option("--partial", is_flag=True, help="Index what an unfinished store has so far; run again for the rest.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
