@@ -39,7 +39,7 @@ from cache_schemas import SchemaError
               help="Of vl, pvl, udist, cosine, centred, contrastive: vl=0.7,pvl=0.3.")  # fmt: skip
 @click.option("--text-mix", metavar="KIND=SHARE,...", help="Of random, selected, retrieved; sum 1.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-              help="auto: bf16 on CPUs with AMX and GPUs from Ampere on; else fp32 on a CPU, fp16 on a GPU.")  # fmt: skip
+              help="auto: bf16 on CPUs with AMX and recent GPUs; else fp32 on a CPU, fp16 on a GPU.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1),
               help="Of torch, in each process. Default: its cores, or OMP_NUM_THREADS.")  # fmt: skip
 @click.option("--compile", is_flag=True, default=None, help="torch.compile the towers.")
