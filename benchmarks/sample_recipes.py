@@ -14,6 +14,7 @@ import click
 from benchmarks.measure import machine, table
 from dimefm.config import TrainConfig
 from dimefm.machine import describe
+from dimefm.objective import LossConfig
 from dimefm.recipes import sample, sample_paper
 from dimefm.runlog import read_metrics
 from dimefm.sample import sample_dir
@@ -30,6 +31,8 @@ VARIANTS: dict[str, tuple[_Recipe, dict[str, Any]]] = {
     "sample, ResNet-10-T, 4 epochs": (sample, {"student": "resnet10t", "epochs": 4}),
     "sample-paper": (sample_paper, {}),
     "sample-paper, batches of 64": (sample_paper, {"batch_size": 64}),
+    "sample-paper, 8,192 sentences": (sample_paper, {"texts_per_step": 8192}),
+    "sample-paper, learned scale from 50": (sample_paper, {"loss": LossConfig(logit_scale="learned", scale=50)}),
     "sample-paper, any sentences": (sample_paper, {"text_mix": TextMix(), "selection": None}),
     "sample-paper, 64 px, 7 epochs": (sample_paper, {"image_size": 64, "epochs": 7}),
     "sample-paper, ResNet-10-T, 4 epochs": (sample_paper, {"student": "resnet10t", "epochs": 4}),
