@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from dimefm.sources.reading import read_encoded
 from dimefm.views import draw_boxes, replay
 
 _TASK = 8  # images a task of the thread pool: one each would cost as much as reading it
+_AHEAD = 2  # batches that are decoded before they are needed
 _WAITS = (0.5, 2.0)  # seconds before a failed read is tried again
 
 
@@ -54,19 +55,46 @@ class Loader:
         except DecodeError as error:
             return error
 
-    def load_all(self, rows: list[dict[str, Any]], threads: int, ahead: int) -> Iterator[Loaded | DecodeError]:
-        """The images of `rows` in order, decoded on threads at most `ahead` rows before they are needed."""
-        waiting: deque[Future[list[Loaded | DecodeError]]] = deque()
-        with ThreadPoolExecutor(threads) as pool:
-            for at in range(0, len(rows), _TASK):
-                waiting.append(pool.submit(self._load_some, rows[at : at + _TASK]))
-                if len(waiting) > -(-ahead // _TASK):
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
+    def batches(
+        self, rows: list[dict[str, Any]], size: int, threads: int, *, pin: bool = False
+    ) -> Iterator[tuple[list[Loaded | DecodeError], torch.Tensor]]:
+        """Each `size` rows in turn, decoded on threads ahead of need: what became of them, and the pixels of all views
+        of those that could be read, uint8 (B V, 3, H, W), with `pin` in page-locked memory.
 
-    def _load_some(self, rows: list[dict[str, Any]]) -> list[Loaded | DecodeError]:
-        return [self.load(row) for row in rows]
+        Pixels stay as they are until two more batches have been asked for. Raises StoreError as `load` does.
+        """
+        parts = [rows[at : at + size] for at in range(0, len(rows), size)]
+        shape = (self._views.count if self._views else 1, 3, *self._preprocess.facts.size)
+        buffers = [
+            torch.empty((len(parts[0]), *shape), dtype=torch.uint8, pin_memory=pin)
+            for _ in range(min(len(parts), _AHEAD + 1))
+        ]
+        waiting: deque[list[Future[list[Loaded | DecodeError]]]] = deque()
+        pool = ThreadPoolExecutor(threads)
+        try:
+            for number in range(-_AHEAD, len(parts)):
+                if number >= 0:
+                    loaded = [one for task in waiting.popleft() for one in task.result()]
+                    pixels_BV3HW = buffers[number % len(buffers)][: len(loaded)]
+                    good = [place for place, one in enumerate(loaded) if isinstance(one, Loaded)]
+                    yield loaded, (pixels_BV3HW if len(good) == len(loaded) else pixels_BV3HW[good]).flatten(0, 1)
+                if number + _AHEAD < len(parts):
+                    part = parts[number + _AHEAD]
+                    buffer = buffers[(number + _AHEAD) % len(buffers)][: len(part)]
+                    tasks = [(part[at : at + _TASK], buffer[at : at + _TASK]) for at in range(0, len(part), _TASK)]
+                    waiting.append([pool.submit(self._load_some, *task) for task in tasks])
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _load_some(self, rows: list[dict[str, Any]], places_BV3HW: torch.Tensor) -> list[Loaded | DecodeError]:
+        """Some rows, with their pixels in the places that they have in a batch."""
+        found: list[Loaded | DecodeError] = []
+        for row, place_V3HW in zip(rows, places_BV3HW, strict=True):
+            loaded = self.load(row)
+            if isinstance(loaded, Loaded):
+                loaded = replace(loaded, pixels_V3HW=place_V3HW.copy_(loaded.pixels_V3HW))
+            found.append(loaded)
+        return found
 
     def _decode(self, data: bytes, row: int) -> Loaded:
         image = self._preprocess.decode(data)

@@ -115,9 +115,16 @@ def _open_clip_steps(facts: Preprocessing) -> list[Callable[[Any], Any]]:
 def normalise(pixels_B3HW: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """uint8 (B, 3, H, W) to float32: (pixels / 255 - mean) / std by channel, on the device of `pixels`.
 
-    Two steps in place: on a CPU a third of the time of one step that makes another tensor.
+    On a CPU two steps in place: a third of the time of one step that makes another tensor. On a GPU one kernel, and
+    nothing that it would have to be waited for.
     """
-    device = pixels_B3HW.device
-    scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(1, -1, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, -1, 1, 1)
+    scale = _by_channel([1 / (255 * s) for s in std], pixels_B3HW.device)
+    shift = _by_channel([-m / s for m, s in zip(mean, std, strict=True)], pixels_B3HW.device)
+    if pixels_B3HW.is_cuda:
+        return torch.addcmul(shift, pixels_B3HW, scale)
     return pixels_B3HW.float().mul_(scale).add_(shift)
+
+
+def _by_channel(values: list[float], device: torch.device) -> torch.Tensor:
+    """float32 (1, C, 1, 1), filled where it is: a copy from memory would wait for all that the device has to do."""
+    return torch.stack([torch.full((), value, device=device) for value in values]).view(1, -1, 1, 1)

@@ -24,6 +24,7 @@ from dimefm.errors import MismatchError
 from dimefm.loading import Loader
 from dimefm.pixels import PixelTar, pixel_tar
 from dimefm.store import Store
+from dimefm.transfer import Arriving, fetch
 
 _CANARY_ROWS, _CANARY_COSINE = 8, 0.999
 
@@ -100,74 +101,94 @@ def encode_rows(
     tar: PixelTar | None = None,
 ) -> ShardData:
     """The shard's data of these rows of its plan. Which rows share a batch depends on the data alone, never on timing,
-    so that a second run gives the same bytes."""
-    data, done = ShardData.empty(len(rows), schema), 0
-    dtype = torch.float16 if schema.dtype == "float16" else torch.float32
+    so that a second run gives the same bytes. Rows that overflow float16 are computed again in float32."""
+    data, wide, done = ShardData.empty(len(rows), schema), None, 0
     batches = _text_batches(rows, schema, clip)
     if schema.kind == "image":
         batches = _image_batches(rows, schema, clip, threads, data, tar)
-    for indices, features_BD in _one_behind(batches):
-        finite_B = torch.isfinite(features_BD).all(dim=1) & (features_BD.norm(dim=1) > 0.5)
-        values_BVD = features_BD.to(dtype).cpu().numpy().reshape(len(indices), -1, features_BD.shape[1])
-        good_B = finite_B.cpu().numpy().reshape(len(indices), -1).all(axis=1)
-        data.arrays[EMBEDDING][indices] = np.where(good_B[:, None, None], values_BVD, 0).reshape(
-            len(indices), *data.arrays[EMBEDDING].shape[1:]
-        )
-        data.arrays[STATUS][indices] = Status.OK
-        for i in np.array(indices)[~good_B].tolist():
-            data.fail(i, Status.NOT_FINITE, "the teacher's embedding is NaN, infinite or zero")
-        progress(len(indices))
-        done += len(indices)
+    for batch, arriving in _one_behind(batches, schema, clip):
+        left = _write(data, batch, arriving)
+        if left.places and schema.teacher.precision == "fp16":
+            wide = wide or clip.in_float32()
+            left = _write(data, left, _send(left, schema, wide))
+        for place in left.places:
+            data.fail(place, Status.NOT_FINITE, "the teacher's embedding is NaN, infinite or zero")
+        progress(len(batch.places))
+        done += len(batch.places)
     progress(len(rows) - done)
     return data
 
 
-_Batches = Iterator[tuple[list[int], torch.Tensor]]
+@dataclass(frozen=True)
+class _Batch:
+    """Some rows by their places in the shard, and what the teacher takes: pixels (B V, 3, H, W) or tokens (B, L)."""
+
+    places: list[int]
+    inputs: torch.Tensor
 
 
-def _one_behind(batches: _Batches) -> _Batches:
-    """Each batch once the next is on its way: on a GPU the teacher works while results are fetched and written."""
-    before = next(batches, None)
+def _one_behind(batches: Iterator[_Batch], schema: EmbeddingStore, clip: Clip) -> Iterator[tuple[_Batch, Arriving]]:
+    """Each batch with its results on their way, once the next one was sent to the teacher: on a GPU that works while
+    results are fetched and written. A batch without rows passes, so that its pixels' place is used again in time."""
+    before: tuple[_Batch, Arriving] | None = None
     for batch in batches:
-        assert before is not None
-        yield before
-        before = batch
+        now = (batch, _send(batch, schema, clip)) if batch.places else None
+        if before is not None:
+            yield before
+        before = now
     if before is not None:
         yield before
 
 
-def _text_batches(rows: Rows, schema: EmbeddingStore, clip: Clip) -> _Batches:
+def _send(batch: _Batch, schema: EmbeddingStore, clip: Clip) -> Arriving:
+    """Through the teacher: embeddings (B V, D) in the store's type, and whether each is one, bool (B V,)."""
+    encode = clip.encode_images if schema.kind == "image" else clip.encode_tokens
+    features_ND = encode(batch.inputs)
+    good_N = torch.isfinite(features_ND).all(dim=1) & (features_ND.norm(dim=1) > 0.5)
+    return fetch(features_ND.to(torch.float16 if schema.dtype == "float16" else torch.float32), good_N)
+
+
+def _write(data: ShardData, batch: _Batch, arriving: Arriving) -> _Batch:
+    """Put the results of a batch into the shard's data; what is left of the batch: the rows without an embedding."""
+    values_ND, good_N = (tensor.numpy() for tensor in arriving.wait())
+    good_BV = good_N.reshape(len(batch.places), -1)
+    good_B, places_B = good_BV.all(axis=1), np.array(batch.places)
+    embedding = data.arrays[EMBEDDING]
+    embedding[places_B[good_B]] = values_ND.reshape(len(places_B), *embedding.shape[1:])[good_B]
+    data.arrays[STATUS][places_B[good_B]] = Status.OK
+    if good_B.all():
+        return _Batch([], batch.inputs[:0])
+    left_N = torch.from_numpy(np.repeat(~good_B, good_BV.shape[1]))
+    return _Batch(places_B[~good_B].tolist(), batch.inputs[left_N])
+
+
+def _text_batches(rows: Rows, schema: EmbeddingStore, clip: Clip) -> Iterator[_Batch]:
     """Sentences of like length together, so that little of a batch is padding."""
     tokens_NL = clip.tokenize([row["text"] for row in rows])
     order = np.argsort(token_counts(tokens_NL), kind="stable")
     for at in range(0, len(rows), schema.batch_size):
-        indices = order[at : at + schema.batch_size]
-        yield indices.tolist(), clip.encode_tokens(tokens_NL[torch.from_numpy(indices)])
+        places = order[at : at + schema.batch_size]
+        yield _Batch(places.tolist(), tokens_NL[torch.from_numpy(places)])
 
 
 def _image_batches(
     rows: Rows, schema: EmbeddingStore, clip: Clip, threads: int, data: ShardData, tar: PixelTar | None
-) -> _Batches:
-    """Batches of decoded images through the teacher. Rows that cannot be read get their status and reason here."""
-    views = schema.views.count if schema.views else 1
-    size = max(1, schema.batch_size // views)
-    indices: list[int] = []
-    pixels: list[torch.Tensor] = []
-    for i, loaded in enumerate(Loader(schema).load_all(rows, threads, 2 * size)):
-        if isinstance(loaded, DecodeError):
-            data.fail(i, loaded.status, str(loaded))
-            continue
-        if loaded.boxes_V5 is not None:
-            data.arrays[VIEW][i] = loaded.boxes_V5
-        if tar is not None and loaded.jpeg is not None:
-            data.arrays[PIXEL_INDEX][i] = tar.add(rows[i]["row"], loaded.jpeg)
-        indices.append(i)
-        pixels.append(loaded.pixels_V3HW)
-        if len(indices) == size:
-            yield indices, clip.encode_images(torch.cat(pixels))
-            indices, pixels = [], []
-    if indices:
-        yield indices, clip.encode_images(torch.cat(pixels))
+) -> Iterator[_Batch]:
+    """Batches of decoded images. Rows that cannot be read get their status and reason here."""
+    size, at = max(1, schema.batch_size // (schema.views.count if schema.views else 1)), 0
+    for loaded, pixels_N3HW in Loader(schema).batches(rows, size, threads, pin=clip.device.type == "cuda"):
+        places = []
+        for place, one in enumerate(loaded, at):
+            if isinstance(one, DecodeError):
+                data.fail(place, one.status, str(one))
+                continue
+            if one.boxes_V5 is not None:
+                data.arrays[VIEW][place] = one.boxes_V5
+            if tar is not None and one.jpeg is not None:
+                data.arrays[PIXEL_INDEX][place] = tar.add(rows[place]["row"], one.jpeg)
+            places.append(place)
+        yield _Batch(places, pixels_N3HW)
+        at += len(loaded)
 
 
 def _commit(

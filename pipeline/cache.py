@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from cache_schemas import ViewPlan, to_plain
+from cache_schemas import EmbeddingStore, ViewPlan, to_plain
 from dimefm.clip import Clip, load_clip, teacher_precision
 from dimefm.errors import DimefmError
 from dimefm.lock import writing
@@ -129,6 +129,7 @@ def _show_forecast(config: CacheConfig, device: str, found: Forecast, clip: Clip
         f"writes    {amount(found.bytes_out)} of embeddings and status{jpegs}",
         f"measured  {each}{rates.teacher:,.0f} {config.kind}s/s by the teacher on one {'core' if on_cpu else 'GPU'}",
         f"takes     {duration(found.schema.rows / rate)} at {rate:,.0f} {config.kind}s/s with {plural}",
+        *([bound] if (bound := None if on_cpu or config.kind == "text" else rates.bound(threads)) else []),
         *(f"dropped   {count:,} {reason}" for reason, count in source.dropped.items() if count),
         *(f"problem   {problem}" for problem in source.problems),
         "teacher",
@@ -151,10 +152,15 @@ def _device(config: CacheConfig) -> str:
 def _load(config: CacheConfig, device: str, place: str) -> Clip:
     """The teacher in this process's memory, on `place`, with the precision that workers on `device` will have."""
     precision = config.precision
-    if precision is None:  # a store that is gone on with elsewhere keeps the one it was begun with
-        begun = Store(config.out).schema.teacher.precision if is_planned(config.out) else None
-        precision = begun or teacher_precision(device)
+    if precision is None:
+        begun = _begun(config)
+        precision = begun.teacher.precision if begun else teacher_precision(device)
     return load_clip(config.teacher, config.pretrained, precision=precision, device=place)
+
+
+def _begun(config: CacheConfig) -> EmbeddingStore | None:
+    """The store that is gone on with: on another kind of machine too, it keeps what it was begun with."""
+    return Store(config.out).schema if is_planned(config.out) else None
 
 
 def _workers(config: CacheConfig, device: str, rows: int, weight_bytes: int) -> int:
@@ -171,7 +177,8 @@ def _workers(config: CacheConfig, device: str, rows: int, weight_bytes: int) -> 
 
 
 def _request(config: CacheConfig, device: str) -> PlanRequest:
-    scale = (config.view_scale, 1.0)
+    scale, begun = (config.view_scale, 1.0), _begun(config)
+    batch_size = begun.batch_size if begun else BATCH_SIZE[device.partition(":")[0]]
     return PlanRequest(
         kind=config.kind,
         arguments=config.sources,
@@ -182,5 +189,5 @@ def _request(config: CacheConfig, device: str) -> PlanRequest:
         else None,
         pixels=config.pixels,
         shard_rows=config.shard_rows,
-        batch_size=config.batch_size or BATCH_SIZE[device.partition(":")[0]],
+        batch_size=config.batch_size or batch_size,
     )

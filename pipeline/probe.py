@@ -29,9 +29,22 @@ class Rates:
     teacher: float
     jpeg_bytes: float = 0.0
 
+    def wanted(self) -> int:
+        """Decoding threads that keep one device busy, with some to spare."""
+        return max(1, math.ceil(_HEADROOM * self.teacher / self.load))
+
     def threads(self, most: int) -> int:
-        """Decoding threads that one device needs, with some to spare, of `most` that there are."""
-        return max(1, min(most, math.ceil(_HEADROOM * self.teacher / self.load)))
+        """Those, of `most` that there are."""
+        return min(most, self.wanted())
+
+    def bound(self, threads: int) -> str | None:
+        """What to say where that many threads cannot feed a GPU, else None."""
+        if threads * self.load >= self.teacher:
+            return None
+        return (
+            f"bound by decoding: {threads} threads decode about {threads * self.load:,.0f} of the {self.teacher:,.0f} "
+            f"images/s that the teacher takes; {self.wanted()} cores for each GPU would keep it busy"
+        )
 
     def worker(self, threads: int, *, shared: bool) -> float:
         """Rows a second of a worker; `shared`: the teacher runs on the cores that decode."""
@@ -51,10 +64,13 @@ def measure(rows: list[dict[str, Any]], schema: EmbeddingStore, clip: Clip) -> R
     if not good:
         reason = next(str(one) for one in loaded if isinstance(one, DecodeError))
         raise SourceError(f"none of the first {len(rows)} images can be read: {reason}", remedy="look at the source")
-    images = max(1, schema.batch_size // len(good[0].pixels_V3HW))
-    batch_B3HW = torch.cat([one.pixels_V3HW for one in good[:images]])
+    views = len(good[0].pixels_V3HW)
+    images = max(1, schema.batch_size // views)
+    if not clip.compiled:  # which is given whole batches, and computes them whole
+        images = min(images, len(good))
+    batch_B3HW = torch.cat([good[i % len(good)].pixels_V3HW for i in range(images)])
     jpeg_bytes = sum(len(one.jpeg) for one in good if one.jpeg) / len(good)
-    return Rates(len(loaded) / seconds, _rate(len(good[:images]), lambda: clip.encode_images(batch_B3HW)), jpeg_bytes)
+    return Rates(len(loaded) / seconds, _rate(images, lambda: clip.encode_images(batch_B3HW)), jpeg_bytes)
 
 
 def _rate(count: int, call: Any) -> float:

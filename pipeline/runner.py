@@ -93,6 +93,7 @@ class _Supervisor:
         self._flying: dict[Any, tuple[Any, int | None]] = {}  # reference: actor, its shard; None while it starts
         self._idle: list[Any] = []
         self._counted: dict[Any, int] = {}
+        self._told = set[str]()
 
     def run(self, progress: Progress, finished: int) -> None:
         """Until every shard is committed; `finished` rows are already."""
@@ -105,7 +106,7 @@ class _Supervisor:
                 self._flying[actor.encode.remote(shard)] = (actor, shard)
             ready, _ = ray.wait(list(self._flying), timeout=1.0)
             for reference in ready:
-                finished += self._landed(reference)
+                finished += self._landed(reference, progress)
             busy = any(shard is not None for _, shard in self._flying.values())
             heard = time.monotonic() if busy or ready else heard
             if time.monotonic() - heard > _PATIENCE:
@@ -119,12 +120,12 @@ class _Supervisor:
         shard = self._pending[-1] if self._pending else 0
         self._flying[actor.start.remote(self._threads, shard, self._check)] = (actor, None)
 
-    def _landed(self, reference: Any) -> int:
+    def _landed(self, reference: Any, progress: Progress) -> int:
         """An actor has started, finished its shard, or is lost; the rows that are done with that."""
         actor, shard = self._flying.pop(reference)
         self._counted.pop(actor, None)
         try:
-            fetch(reference)
+            told = fetch(reference)
         except RayActorError as error:
             if "never ran" not in str(error):  # Ray sent it to a node that was lost already, and did not know yet
                 self._count_loss(shard, error)
@@ -134,6 +135,9 @@ class _Supervisor:
             return 0
         self._idle.append(actor)
         self._tries.pop(None, None)
+        if shard is None and told and told not in self._told:
+            self._told.add(told)
+            progress.note(told)
         if self._check:
             self._check = False
             for _ in range(self._workers - 1):

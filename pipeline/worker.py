@@ -13,10 +13,10 @@ from functools import partial
 
 import torch
 
-from cache_schemas import Commit, Status
+from cache_schemas import Commit, EmbeddingStore, Status
 from dimefm import storage
 from dimefm.clip import Clip, load_clip
-from dimefm.errors import MismatchError, SourceError
+from dimefm.errors import MismatchError, SourceError, TeacherError
 from dimefm.machine import Precision, cpus
 from dimefm.progress import Progress
 from dimefm.shard import check_canary, encode_shard, retry_shard
@@ -51,10 +51,10 @@ class Worker:
         self._job, self._clip = job, clip
         self._rows = 0
 
-    def start(self, threads: int, shard: int, check: bool = False) -> None:
-        """Load the teacher, and decode on up to `threads`: as many as its speed needs, measured on rows of `shard`.
-        With `check`, go through the canary (see dimefm.shard.check_canary). Not in __init__, whose errors Ray would
-        not hand on as they are.
+    def start(self, threads: int, shard: int, check: bool = False) -> str | None:
+        """Load the teacher, and decode on up to `threads`: as many as its speed needs, measured on rows of `shard`;
+        what to say where a GPU needs more than there are. With `check`, go through the canary (see
+        dimefm.shard.check_canary). Not in __init__, whose errors Ray would not hand on as they are.
 
         The teacher itself computes on one thread on a CPU: sums come out differently on more, and a run that goes on
         with other workers must write the same bytes. Several workers of one thread are faster than one of several.
@@ -71,20 +71,26 @@ class Worker:
             raise MismatchError(what, remedy="name the teacher that the store was begun with")
         if job.compile:
             clip.compile(schema.batch_size)
-        self._threads = threads
-        if job.threads is None and threads > 1 and schema.kind == "image" and not job.retry:
-            rows = self._store.plan(shard).slice(0, PROBE_ROWS).to_pylist()
-            with suppress(SourceError):  # not one image can be read: there is no speed to go by
-                self._threads = measure(rows, schema, clip).threads(threads)
-        if check:
-            check_canary(self._store, clip)
+        self._threads, note = threads, None
+        on_gpu = clip.device.type == "cuda"
+        with _named_memory(schema):
+            if schema.kind == "image" and not job.retry and (on_gpu or (job.threads is None and threads > 1)):
+                rows = self._store.plan(shard).slice(0, PROBE_ROWS).to_pylist()
+                with suppress(SourceError):  # not one image can be read: there is no speed to go by
+                    rates = measure(rows, schema, clip)
+                    self._threads = job.threads or rates.threads(threads)
+                    note = rates.bound(self._threads) if on_gpu else None
+            if check:
+                check_canary(self._store, clip)
+        return note
 
     def encode(self, shard: int, done: Callable[[int], None] = _nobody) -> Commit:
         """Encode and commit one shard. `done` is told how many of its rows are, as `rows` is for who asks."""
         assert self._clip is not None, "start comes first"
         self._rows, self._done = 0, done
         work = retry_shard if self._job.retry else encode_shard
-        return work(self._store, shard, self._clip, threads=self._threads, progress=self._count)
+        with _named_memory(self._store.schema):
+            return work(self._store, shard, self._clip, threads=self._threads, progress=self._count)
 
     def rows(self) -> int:
         """Rows of the present shard that are encoded."""
@@ -93,6 +99,17 @@ class Worker:
     def _count(self, rows: int) -> None:
         self._rows += rows
         self._done(self._rows)
+
+
+@contextmanager
+def _named_memory(schema: EmbeddingStore) -> Iterator[None]:
+    """Within the block, a GPU whose memory is full is an error that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = f"the GPU's memory does not hold batches of {schema.batch_size} {schema.kind}s beside what is in it"
+        remedy = f"a new --out with --batch-size {max(1, schema.batch_size // 2)}; or fewer --workers, if they share it"
+        raise TeacherError(what, remedy=remedy) from error
 
 
 def pending_shards(store: Store, *, retry: bool) -> dict[int, int]:
@@ -119,7 +136,9 @@ def run_here(job: Job, clip: Clip) -> None:
     total, done = progress_of(store, pending, retry=job.retry)
     worker = Worker(job, clip.on(job.device))
     with _one_thread(), Progress(store.schema.kind + "s", total, store.schema.kind, done) as progress:
-        worker.start(job.threads or cpus(), min(pending), check=bool(store.committed()))
+        note = worker.start(job.threads or cpus(), min(pending), check=bool(store.committed()))
+        if note:
+            progress.note(note)
         for shard in sorted(pending):
             worker.encode(shard, partial(_at, progress, done))
             done += pending[shard]
