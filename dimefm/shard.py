@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from dimefm.store import Store
 from dimefm.transfer import Arriving, fetch
 
 _CANARY_ROWS, _CANARY_COSINE = 8, 0.999
+_ALONE = nullcontext()
 
 Rows = list[dict[str, Any]]
 Progress = Callable[[int], None]
@@ -38,10 +40,12 @@ def _silent(rows: int) -> None:
 
 @dataclass
 class ShardData:
-    """What is written of a shard: the store's arrays by name, (N, ...), and why a row has no embedding."""
+    """What is written of a shard: the store's arrays by name, (N, ...), and why a row has no embedding. `waited`: the
+    seconds in which another shard had the teacher."""
 
     arrays: dict[str, np.ndarray[Any, Any]]
     reasons: dict[int, str] = field(default_factory=dict)
+    waited: float = 0.0
 
     @classmethod
     def empty(cls, rows: int, schema: EmbeddingStore) -> ShardData:
@@ -57,21 +61,39 @@ class ShardData:
         self.arrays[STATUS][row], self.reasons[row] = status, reason
 
 
-def encode_shard(store: Store, shard: int, clip: Clip, *, threads: int = 1, progress: Progress = _silent) -> Commit:
+def encode_shard(
+    store: Store,
+    shard: int,
+    clip: Clip,
+    *,
+    threads: int = 1,
+    progress: Progress = _silent,
+    turn: AbstractContextManager[Any] = _ALONE,
+) -> Commit:
     """Encode every row of `shard` and commit it. `progress` is told how many more rows are done, as they are.
 
-    Raises StoreError where the input does not answer or the shard cannot be written.
+    `turn` is held while the teacher works: of two shards on two threads one reads and decodes its first rows, or writes
+    its results, while the other has the teacher. Raises StoreError where the input does not answer or the shard cannot
+    be written.
     """
     began, rows, digest = time.monotonic(), store.plan(shard).to_pylist(), None
     # What cannot be read becomes a status or a StoreError: an OSError that is left is of the writing.
     with storage.writing_to(store.path), ExitStack() as stack:
         tar = stack.enter_context(_tar(store, shard)) if store.schema.pixels else None
-        data = encode_rows(rows, store.schema, clip, threads=threads, progress=progress, tar=tar)
+        data = encode_rows(rows, store.schema, clip, threads=threads, progress=progress, tar=tar, turn=turn)
         digest = tar.finish() if tar else None
     return _commit(store, shard, rows, data, digest, clip, began)
 
 
-def retry_shard(store: Store, shard: int, clip: Clip, *, threads: int = 1, progress: Progress = _silent) -> Commit:
+def retry_shard(
+    store: Store,
+    shard: int,
+    clip: Clip,
+    *,
+    threads: int = 1,
+    progress: Progress = _silent,
+    turn: AbstractContextManager[Any] = _ALONE,
+) -> Commit:
     """As `encode_shard`, but only for the rows of a finished shard that have no embedding; the others stay."""
     began, rows, digest = time.monotonic(), store.plan(shard).to_pylist(), None
     commit = store.commit(shard)
@@ -80,10 +102,13 @@ def retry_shard(store: Store, shard: int, clip: Clip, *, threads: int = 1, progr
     failed = data.failed()
     with storage.writing_to(store.path), tempfile.TemporaryFile() as spool:
         tar = PixelTar(spool) if store.schema.pixels else None
-        again = encode_rows([rows[i] for i in failed], store.schema, clip, threads=threads, progress=progress, tar=tar)
+        again = encode_rows(
+            [rows[i] for i in failed], store.schema, clip, threads=threads, progress=progress, tar=tar, turn=turn
+        )
         for name, values in again.arrays.items():
             data.arrays[name] = data.arrays[name].copy()
             data.arrays[name][failed] = values
+        data.waited = again.waited
         data.reasons = {int(failed[place]): reason for place, reason in again.reasons.items()}
         if tar is not None:
             digest = _merge(store, shard, data, np.isin(np.arange(len(rows)), failed), spool)
@@ -99,22 +124,28 @@ def encode_rows(
     threads: int = 1,
     progress: Progress = _silent,
     tar: PixelTar | None = None,
+    turn: AbstractContextManager[Any] = _ALONE,
 ) -> ShardData:
     """The shard's data of these rows of its plan. Which rows share a batch depends on the data alone, never on timing,
-    so that a second run gives the same bytes. Rows that overflow float16 are computed again in float32."""
+    so that a second run gives the same bytes. Rows that overflow float16 are computed again in float32. `turn`: see
+    `encode_shard`."""
     data, wide, done = ShardData.empty(len(rows), schema), None, 0
     batches = _text_batches(rows, schema, clip)
     if schema.kind == "image":
         batches = _image_batches(rows, schema, clip, threads, data, tar)
-    for batch, arriving in _one_behind(batches, schema, clip):
-        left = _write(data, batch, arriving)
-        if left.places and schema.teacher.precision == "fp16":
-            wide = wide or clip.in_float32()
-            left = _write(data, left, _send(left, schema, wide))
-        for place in left.places:
-            data.fail(place, Status.NOT_FINITE, "the teacher's embedding is NaN, infinite or zero")
-        progress(len(batch.places))
-        done += len(batch.places)
+    with closing(batches):
+        first, asked = list(islice(batches, 1)), time.monotonic()
+        with turn:
+            data.waited = time.monotonic() - asked
+            for batch, arriving in _one_behind(chain(first, batches), schema, clip):
+                left = _write(data, batch, arriving)
+                if left.places and schema.teacher.precision == "fp16":
+                    wide = wide or clip.in_float32()
+                    left = _write(data, left, _send(left, schema, wide))
+                for place in left.places:
+                    data.fail(place, Status.NOT_FINITE, "the teacher's embedding is NaN, infinite or zero")
+                progress(len(batch.places))
+                done += len(batch.places)
     progress(len(rows) - done)
     return data
 
@@ -162,7 +193,7 @@ def _write(data: ShardData, batch: _Batch, arriving: Arriving) -> _Batch:
     return _Batch(places_B[~good_B].tolist(), batch.inputs[left_N])
 
 
-def _text_batches(rows: Rows, schema: EmbeddingStore, clip: Clip) -> Iterator[_Batch]:
+def _text_batches(rows: Rows, schema: EmbeddingStore, clip: Clip) -> Generator[_Batch, None, None]:
     """Sentences of like length together, so that little of a batch is padding."""
     tokens_NL = clip.tokenize([row["text"] for row in rows])
     order = np.argsort(token_counts(tokens_NL), kind="stable")
@@ -173,7 +204,7 @@ def _text_batches(rows: Rows, schema: EmbeddingStore, clip: Clip) -> Iterator[_B
 
 def _image_batches(
     rows: Rows, schema: EmbeddingStore, clip: Clip, threads: int, data: ShardData, tar: PixelTar | None
-) -> Iterator[_Batch]:
+) -> Generator[_Batch, None, None]:
     """Batches of decoded images. Rows that cannot be read get their status and reason here."""
     size, at = max(1, schema.batch_size // (schema.views.count if schema.views else 1)), 0
     for loaded, pixels_N3HW in Loader(schema).batches(rows, size, threads, pin=clip.device.type == "cuda"):
@@ -204,7 +235,7 @@ def _commit(
         )
         for i in data.failed().tolist()
     ]
-    device, seconds = str(clip.device), time.monotonic() - began
+    device, seconds = str(clip.device), time.monotonic() - began - data.waited
     return store.write_shard(shard, data.arrays, failures, pixels=pixels, device=device, seconds=seconds)
 
 

@@ -20,7 +20,7 @@ from dimefm.errors import DimefmError, StoreError
 from dimefm.machine import cpus
 from dimefm.progress import Progress
 from dimefm.store import Store
-from pipeline.worker import Job, Worker, pending_shards, progress_of
+from pipeline.worker import SHARDS_AT_ONCE, Job, Worker, pending_shards, progress_of
 
 _TRIES = 3
 _PATIENCE = 60.0  # seconds without any worker before that is said
@@ -76,23 +76,24 @@ def _gpu_share(workers: int, device: str) -> float:
 
 
 class _Supervisor:
-    """Hands out shards, one in flight per actor, and replaces actors that are lost.
+    """Hands out shards, one or two in flight per actor (SHARDS_AT_ONCE), and replaces actors that are lost.
 
     A replacement that Ray cannot place yet, as after a node is lost, is not waited for: the others go on. With `check`,
     one actor goes through the canary before there are others.
     """
 
     def __init__(self, job: Job, workers: int, threads: int, pending: dict[int, int], *, check: bool) -> None:
-        # Two threads of an actor: one works on a shard while the other answers how far it is.
+        # Threads of an actor: one for each shard that is under way, and one that answers how far they are.
+        self._at_once = SHARDS_AT_ONCE[job.device.partition(":")[0]]
         actor: Any = ray.remote(Worker)
-        actor = actor.options(num_cpus=1, num_gpus=_gpu_share(workers, job.device), max_concurrency=2)
+        actor = actor.options(num_cpus=1, num_gpus=_gpu_share(workers, job.device), max_concurrency=self._at_once + 1)
         self._new: Callable[[], Any] = lambda: actor.remote(job)
         self._workers, self._threads, self._check = workers, threads, check
         self._rows, self._pending = dict(pending), sorted(pending, reverse=True)
         self._tries: dict[int | None, int] = {}
         self._flying: dict[Any, tuple[Any, int | None]] = {}  # reference: actor, its shard; None while it starts
-        self._idle: list[Any] = []
-        self._counted: dict[Any, int] = {}
+        self._running: dict[Any, int] = {}  # actors that have started: how many shards each has
+        self._counted: dict[int, int] = {}  # rows of shards in flight
         self._told = set[str]()
 
     def run(self, progress: Progress, finished: int) -> None:
@@ -101,8 +102,9 @@ class _Supervisor:
             self._place()
         heard = time.monotonic()
         while self._pending or any(shard is not None for _, shard in self._flying.values()):
-            while self._pending and self._idle:
-                actor, shard = self._idle.pop(), self._pending.pop()
+            while (actor := self._free()) is not None:
+                shard = self._pending.pop()
+                self._running[actor] += 1
                 self._flying[actor.encode.remote(shard)] = (actor, shard)
             ready, _ = ray.wait(list(self._flying), timeout=1.0)
             for reference in ready:
@@ -115,6 +117,15 @@ class _Supervisor:
             self._poll()
             progress.at(finished + sum(self._counted.values()))
 
+    def _free(self) -> Any | None:
+        """An actor to give the next shard to. A second one only while there are more shards than workers, or one worker
+        would keep two at the end and another none."""
+        if not self._pending:
+            return None
+        at_once = self._at_once if len(self._pending) > self._workers else 1
+        actor = min(self._running, key=lambda actor: self._running[actor], default=None)
+        return actor if actor is not None and self._running[actor] < at_once else None
+
     def _place(self) -> None:
         actor = self._new()
         shard = self._pending[-1] if self._pending else 0
@@ -123,7 +134,8 @@ class _Supervisor:
     def _landed(self, reference: Any, progress: Progress) -> int:
         """An actor has started, finished its shard, or is lost; the rows that are done with that."""
         actor, shard = self._flying.pop(reference)
-        self._counted.pop(actor, None)
+        if shard is not None:
+            self._counted.pop(shard, None)
         try:
             told = fetch(reference)
         except RayActorError as error:
@@ -131,27 +143,34 @@ class _Supervisor:
                 self._count_loss(shard, error)
             if shard is not None:
                 self._pending.append(shard)
-            self._place()
+            if shard is None or self._running.pop(actor, None) is not None:  # once for all of its shards
+                self._place()
             return 0
-        self._idle.append(actor)
+        if shard is not None:
+            if actor in self._running:  # not lost since
+                self._running[actor] -= 1
+            return self._rows[shard]
+        self._running[actor] = 0
         self._tries.pop(None, None)
-        if shard is None and told and told not in self._told:
+        if told and told not in self._told:
             self._told.add(told)
             progress.note(told)
         if self._check:
             self._check = False
             for _ in range(self._workers - 1):
                 self._place()
-        return 0 if shard is None else self._rows[shard]
+        return 0
 
     def _poll(self) -> None:
-        asked = {actor.rows.remote(): actor for actor, shard in self._flying.values() if shard is not None}
-        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0.5) if asked else ([], [])
+        asked = [actor.rows.remote() for actor, shards in self._running.items() if shards]
+        ready, _ = ray.wait(asked, num_returns=len(asked), timeout=0.5) if asked else ([], [])
+        flying = {shard for _, shard in self._flying.values()}
         for reference in ready:
             try:
-                self._counted[asked[reference]] = ray.get(reference)
+                rows = ray.get(reference)
             except RayActorError:
-                continue  # its shard comes back with the same error, which is handled there
+                continue  # its shards come back with the same error, which is handled there
+            self._counted |= {shard: count for shard, count in rows.items() if shard in flying}
 
     def _count_loss(self, shard: int | None, error: RayActorError) -> None:
         self._tries[shard] = self._tries.get(shard, 0) + 1

@@ -6,7 +6,9 @@ many such jobs.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +24,9 @@ from dimefm.progress import Progress
 from dimefm.shard import check_canary, encode_shard, retry_shard
 from dimefm.store import Store
 from pipeline.probe import PROBE_ROWS, measure
+
+SHARDS_AT_ONCE = {"cpu": 1, "cuda": 2}
+"""Shards that a worker has under way, by kind of device: a GPU need not wait while one is begun and another written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,7 @@ class Worker:
     def __init__(self, job: Job, clip: Clip | None = None) -> None:
         """`clip` is the teacher if it is loaded already, on the job's device."""
         self._job, self._clip = job, clip
-        self._rows = 0
+        self._turn, self._rows = threading.Lock(), dict[int, int]()
 
     def start(self, threads: int, shard: int, check: bool = False) -> str | None:
         """Load the teacher, and decode on up to `threads`: as many as its speed needs, measured on rows of `shard`;
@@ -85,20 +90,25 @@ class Worker:
         return note
 
     def encode(self, shard: int, done: Callable[[int], None] = _nobody) -> Commit:
-        """Encode and commit one shard. `done` is told how many of its rows are, as `rows` is for who asks."""
+        """Encode and commit one shard; `done` is told how many of its rows are. On another thread a second one may be
+        under way: while one has the teacher, the other reads and decodes its first rows, or writes its results."""
         assert self._clip is not None, "start comes first"
-        self._rows, self._done = 0, done
+        self._rows[shard] = 0
+
+        def count(rows: int) -> None:
+            self._rows[shard] += rows
+            done(self._rows[shard])
+
         work = retry_shard if self._job.retry else encode_shard
-        with _named_memory(self._store.schema):
-            return work(self._store, shard, self._clip, threads=self._threads, progress=self._count)
+        try:
+            with _named_memory(self._store.schema):
+                return work(self._store, shard, self._clip, threads=self._threads, progress=count, turn=self._turn)
+        finally:
+            del self._rows[shard]
 
-    def rows(self) -> int:
-        """Rows of the present shard that are encoded."""
-        return self._rows
-
-    def _count(self, rows: int) -> None:
-        self._rows += rows
-        self._done(self._rows)
+    def rows(self) -> dict[int, int]:
+        """Of each shard that is under way, the rows that are encoded."""
+        return dict(self._rows)
 
 
 @contextmanager
@@ -134,18 +144,38 @@ def run_here(job: Job, clip: Clip) -> None:
         return
     storage.remove_leftovers(store.path)
     total, done = progress_of(store, pending, retry=job.retry)
-    worker = Worker(job, clip.on(job.device))
+    worker, order = Worker(job, clip.on(job.device)), sorted(pending)
+    encoded, stopped = dict[int, int](), threading.Event()
+
+    def encode(shard: int) -> None:
+        worker.encode(shard, partial(show, shard))
+
+    def show(shard: int, rows: int) -> None:
+        if stopped.is_set():
+            raise _StoppedError
+        encoded[shard] = rows
+        progress.at(done + sum(encoded.values()))
+
     with _one_thread(), Progress(store.schema.kind + "s", total, store.schema.kind, done) as progress:
-        note = worker.start(job.threads or cpus(), min(pending), check=bool(store.committed()))
+        note = worker.start(job.threads or cpus(), order[0], check=bool(store.committed()))
         if note:
             progress.note(note)
-        for shard in sorted(pending):
-            worker.encode(shard, partial(_at, progress, done))
-            done += pending[shard]
+        at_once = SHARDS_AT_ONCE[job.device.partition(":")[0]]
+        if at_once == 1:
+            for shard in order:
+                encode(shard)
+            return
+        with ThreadPoolExecutor(at_once) as pool:
+            try:
+                for _ in pool.map(encode, order):
+                    pass
+            except BaseException:
+                stopped.set()  # the shard beside the one that failed
+                raise
 
 
-def _at(progress: Progress, before: int, rows: int) -> None:
-    progress.at(before + rows)
+class _StoppedError(Exception):
+    """Ends a shard that is under way on another thread."""
 
 
 def progress_of(store: Store, pending: dict[int, int], *, retry: bool) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError
 from dimefm.cli import cli
 from dimefm.clip import Clip
 from dimefm.errors import StoreError
+from dimefm.progress import Progress
 from dimefm.shard import encode_shard
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
@@ -174,8 +175,8 @@ def supervisor(monkeypatch: pytest.MonkeyPatch, message: str) -> _Supervisor:
     def lost(reference: object) -> None:
         raise RayActorError(error_msg=message)
 
-    actor = SimpleNamespace(start=SimpleNamespace(remote=lambda *_: object()))
-    made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda _: actor))
+    start = SimpleNamespace(remote=lambda *_: object())
+    made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda _: type("Actor", (), {"start": start})()))
     monkeypatch.setattr("pipeline.runner.ray.remote", lambda _: made)
     monkeypatch.setattr("pipeline.runner.fetch", lost)
     job = Job(store="s.zarr", teacher="t", pretrained=None, precision="fp32", device="cpu", threads=1)
@@ -187,13 +188,43 @@ def supervisor(monkeypatch: pytest.MonkeyPatch, message: str) -> _Supervisor:
 def test_actors_that_never_ran_are_placed_again_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """For as long as Ray does not know that a node is lost, it sends actors to it."""
     found = supervisor(monkeypatch, "The actor never ran - it was cancelled before it started running.")
+    progress = Progress("images", 4, "image")
     for _ in range(20):
-        found._landed(next(iter(found._flying)))
+        found._landed(next(iter(found._flying)), progress)
 
 
 def test_actors_that_are_lost_while_they_start_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = supervisor(monkeypatch, "The actor died unexpectedly.")
+    found, progress = supervisor(monkeypatch, "The actor died unexpectedly."), Progress("images", 4, "image")
     for _ in range(2):
-        found._landed(next(iter(found._flying)))
+        found._landed(next(iter(found._flying)), progress)
     with pytest.raises(StoreError, match="a worker was lost while it started 3 times: The actor died unexpectedly"):
-        found._landed(next(iter(found._flying)))
+        found._landed(next(iter(found._flying)), progress)
+
+
+def test_an_actor_that_is_lost_with_two_shards_is_replaced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, progress = supervisor(monkeypatch, "The actor died unexpectedly."), Progress("images", 4, "image")
+    found._flying.clear()
+    found._pending.clear()
+    found._rows = {0: 4, 1: 4}
+    actor = found._new()
+    found._running[actor] = 2
+    found._flying = {"one": (actor, 0), "other": (actor, 1)}
+    assert [found._landed(name, progress) for name in ("one", "other")] == [0, 0]
+    assert found._pending == [0, 1]
+    assert [shard for _, shard in found._flying.values()] == [None]
+    assert not found._running
+
+
+def test_a_second_shard_is_for_an_actor_only_while_there_are_more_than_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = supervisor(monkeypatch, "")
+    found._workers, found._at_once = 2, 2
+    found._running, found._pending = {"a": 1, "b": 0}, [5, 4, 3]
+    assert found._free() == "b"
+    found._running["b"] = 1
+    assert found._free() in ("a", "b")
+    found._pending.pop()
+    assert found._free() is None  # the two that are left are for whichever is done first
+    found._running["a"] = 0
+    assert found._free() == "a"
+    found._pending.clear()
+    assert found._free() is None

@@ -18,6 +18,7 @@ from pipeline import runner
 from pipeline.cache import CacheConfig, cache, dry_run
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.runner import Job, Worker, run_shards
+from pipeline.worker import SHARDS_AT_ONCE
 from tests.making import make_jpeg
 from tests.stores import teacher_identity
 
@@ -54,6 +55,23 @@ def test_ray_writes_what_one_process_writes(
     for shard in range(3):
         assert store.plan(shard).equals(image_store.plan(shard))
     assert [c.digest for c in store.commits()] == [c.digest for c in image_store.commits()]
+
+
+def test_two_shards_at_once_in_each_worker_write_the_same(
+    one_ray: None,
+    image_store: Store,
+    image_tar: Path,
+    teacher_name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, with Ray and without."""
+    monkeypatch.setitem(SHARDS_AT_ONCE, "cpu", 2)
+    for workers in (1, 2):
+        out = tmp_path / f"{workers}.zarr"
+        store = cache(config(out, image_tar, teacher_name, workers=workers, shard_rows=16, threads=2))
+        assert store.committed() == set(range(6))
+        np.testing.assert_array_equal(store.read(0, 96), image_store.read(0, 96))
 
 
 def test_one_shard_left_is_written_as_among_many(

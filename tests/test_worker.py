@@ -2,16 +2,22 @@
 
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from dimefm.errors import DimefmError
+from dimefm.clip import Clip
+from dimefm.errors import DimefmError, StoreError
+from dimefm.loading import Loader
 from dimefm.store import Store
 from pipeline import cache as cache_module
 from pipeline.cache import CacheConfig, cache
+from pipeline.plan import PlanRequest, open_or_plan
+from pipeline.worker import SHARDS_AT_ONCE, Job, run_here
 from tests.processes import result_of
 
 
@@ -34,6 +40,41 @@ def test_few_rows_are_encoded_in_the_process_with_the_same_bytes_and_without_ray
     assert threads == 2
     np.testing.assert_array_equal(Store(out).read(0, 96), image_store.read(0, 96))
     assert [c.digest for c in Store(out).commits()] == [c.digest for c in image_store.commits()]
+
+
+def test_of_two_shards_at_once_one_is_decoded_while_the_other_has_the_teacher(
+    image_tar: Path, teacher_name: str, clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where one fails, the job fails, and what was committed before stays."""
+    monkeypatch.setitem(SHARDS_AT_ONCE, "cpu", 2)
+    request = PlanRequest(kind="image", arguments=(str(image_tar),), shard_rows=16, batch_size=4)
+    store = open_or_plan(request, str(tmp_path / "s.zarr"), clip.identity)
+    seen, lock, encode, load = list[str](), threading.Lock(), Clip.encode_images, Loader.load
+
+    def teach(self: Clip, pixels: torch.Tensor) -> torch.Tensor:
+        assert lock.acquire(blocking=False), "two shards have the teacher"
+        seen.append("teacher")
+        if len(seen) == 2:  # of the first shard: the second has begun to decode before the teacher is done with it
+            assert decoded.wait(20)
+        found = encode(self, pixels)
+        lock.release()
+        return found
+
+    def read(self: Loader, row: dict[str, Any]) -> Any:
+        if row["row"] >= 16:
+            decoded.set()
+        if row["row"] == 60:
+            raise StoreError("the storage does not answer")
+        return load(self, row)
+
+    decoded = threading.Event()
+    monkeypatch.setattr(Clip, "encode_images", teach)
+    monkeypatch.setattr(Loader, "load", read)
+    job = Job(store=store.path, teacher=teacher_name, pretrained=None, precision="fp32", device="cpu", threads=1)
+    with pytest.raises(StoreError, match="does not answer"):
+        run_here(job, clip)
+    assert {0, 1} <= store.committed() <= {0, 1, 2, 4, 5}
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
 
 
 @pytest.mark.parametrize(
