@@ -23,7 +23,8 @@ class Preprocessing:
 @dataclass(frozen=True, kw_only=True)
 class TeacherIdentity:
     """Two stores agree on their teacher when these agree. `name` and `pretrained` say where it was loaded from;
-    they are not compared, since the weight digest says more and a folder may move."""
+    they are not compared, since the weight digest says more and a folder may move. `weights` is the digest of the
+    weights as they were loaded; in `precision` they are held, and products computed."""
 
     name: str
     pretrained: str | None

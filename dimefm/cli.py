@@ -79,7 +79,7 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--precision",
             type=click.Choice(["fp32", "bf16", "fp16"]),
-            help="Of the teacher's matrix products. Default: fp32 on a CPU; on a GPU bf16, or fp16 if it has none.",
+            help="Of the teacher's weights and products. Default: fp32 on a CPU, fp16 on a GPU.",
         ),
         click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one."),
         click.option("--batch-size", type=click.IntRange(1), help="Default: 32 on CPU, 512 on GPU."),
@@ -100,7 +100,7 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
 @cli.command()
 @_cache_options
 @click.option("--threads", type=click.IntRange(1), help="Decoding threads of a worker. Default: measured.")
-@click.option("--compile", is_flag=True, help="torch.compile the image tower; with CUDA graphs on a GPU.")
+@click.option("--compile", is_flag=True, help="torch.compile the image tower.")
 @click.option("--pixels", type=click.IntRange(8), metavar="SIDE",
               help="Also keep every image as a JPEG of this short side, for train-student to read.")  # fmt: skip
 @click.option("--views", type=click.IntRange(1), help="Cache this many random crops of an image, not the whole.")
