@@ -11,6 +11,7 @@ from benchmarks.loader_scale import loader_scale
 from benchmarks.memory import memory
 from benchmarks.objectives import objectives
 from benchmarks.plan_scale import plan_scale
+from benchmarks.precision import precision
 from benchmarks.preprocessing import preprocessing
 from benchmarks.probe_search import probe_search
 from benchmarks.retrieval import retrieval
@@ -29,7 +30,7 @@ def benchmarks() -> None:
 
 
 for command in (
-    preprocessing, stage1, sentences, memory, plan_scale, training_pixels, store_reads,
+    preprocessing, precision, stage1, sentences, memory, plan_scale, training_pixels, store_reads,
     training_loop, loader_scale, authors_loop, objectives, coco_retrieval, retrieval, index_choices, selection,
     clip_benchmark, probe_search, cpu,
     sample_recipes,
