@@ -26,6 +26,7 @@ from dimefm.errors import TeacherError
 from dimefm.machine import Precision, choose_device, choose_precision
 from dimefm.preprocess import normalise
 from dimefm.student import has_convolutions
+from dimefm.tokenizer import fast_tokenizer
 
 _SAME = 1e-4  # between unit vectors: above the rounding of float32, far below a change of any use
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,7 +42,7 @@ class Clip:
         self.model_cfg = model_cfg
         self.device = torch.device(device)
         self.model: Any = model.eval().requires_grad_(False).to(self.device)
-        self.tokenizer = tokenizer
+        self.tokenizer, self._tokenize = tokenizer, fast_tokenizer(tokenizer)
         self._dtype = _DTYPES[identity.precision]
         self._layout = torch.channels_last if has_convolutions(self.model.visual) else torch.contiguous_format
         self.model.visual.to(memory_format=self._layout)
@@ -84,8 +85,7 @@ class Clip:
 
     def tokenize(self, texts: list[str]) -> torch.Tensor:
         """Sentences to int64 (B, L), L the context length."""
-        tokens_BL: torch.Tensor = self.tokenizer(texts)
-        return tokens_BL
+        return self._tokenize(texts)
 
     def encode_tokens(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Tokens to unit-norm float32 (B, D) on the device. The padding that all of them share is left out where the
