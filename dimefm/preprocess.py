@@ -16,7 +16,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch.nn.functional import interpolate
 from torchvision.transforms import Normalize
-from torchvision.transforms.functional import center_crop, to_pil_image
+from torchvision.transforms.functional import to_pil_image
 
 from cache_schemas import Preprocessing, Status
 from dimefm.decode import MAX_PIXELS, DecodeError, decode, decode_pillow, to_tensor
@@ -62,11 +62,12 @@ class Preprocess:
             raise DecodeError(Status.TOO_LARGE, reason)
 
     def _resize_and_crop(self, image_3HW: torch.Tensor) -> torch.Tensor:
-        target = self.facts.size
+        height, width = self.facts.size
         if self.facts.resize_mode == "squash":
-            return resize(image_3HW, target, interpolation_mode(self.facts))
-        resized_3HW = resize(image_3HW, shortest_side(image_3HW, target[0]), interpolation_mode(self.facts))
-        return center_crop(resized_3HW, list(target))  # type: ignore[no-any-return]
+            return resize(image_3HW, (height, width), interpolation_mode(self.facts))
+        resized_3HW = resize(image_3HW, shortest_side(image_3HW, height), interpolation_mode(self.facts))
+        top, left = (round((side - height) / 2) for side in resized_3HW.shape[-2:])  # as torchvision's CenterCrop
+        return resized_3HW[:, top : top + height, left : left + width]
 
 
 def interpolation_mode(facts: Preprocessing) -> str:
@@ -85,17 +86,16 @@ def shortest_side(image_3HW: torch.Tensor, side: int) -> tuple[int, int]:
 def resize(image_3HW: torch.Tensor, size: tuple[int, int], mode: str = "bicubic") -> torch.Tensor:
     """Antialiased resize of a uint8 image, one axis after the other, rounding to uint8 in between.
 
-    That is how Pillow does it. Both axes in one call, or in the other order, clip the overshoot of the first pass
-    elsewhere: up to 30 of 255 away from Pillow at sharp edges. Two calls in Pillow's order stay within 2.
+    That is how Pillow does it. Where its order is height first, torch is called twice, since in one call it begins with
+    the width: in the other order the overshoot of the first pass is clipped elsewhere, up to 30 of 255 away from Pillow
+    at sharp edges. In the same order they stay within 2.
     """
     height, width = size
     image = image_3HW[None]
     if mode == "bicubic" and _height_first(image.shape[-2] - height, image.shape[-1] - width):
         image = interpolate(image, (height, image.shape[-1]), mode=mode, antialias=True)
-    if image.shape[-1] != width:
-        image = interpolate(image, (image.shape[-2], width), mode=mode, antialias=True)
-    if image.shape[-2] != height:
-        image = interpolate(image, (height, width), mode=mode, antialias=True)
+    if image.shape[-2:] != size:
+        image = interpolate(image, size, mode=mode, antialias=True)
     return image[0]
 
 
