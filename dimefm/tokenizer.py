@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -90,29 +91,35 @@ class _Words(dict[str, bytes]):
         self._longest = max(len(token.removesuffix(_END)) for token in self._ids)
 
     def __missing__(self, word: str) -> bytes:
-        tokens: list[int] = []
-        for match in self._pattern.finditer(word):
-            tokens += [self._ids[token] for token in self._tokens(match.group())]
-            if len(tokens) >= self._room:
-                break
-        packed = _packed(tokens[: self._room])
+        whole = self._pattern.match(word)
+        packed = _packed(self._tokens(word)) if whole and whole.group() == word else self._of_pieces(word)
         if len(word) <= _LONGEST_WORD:
             if len(self) >= _MOST_WORDS:
                 self.clear()
             self[word] = packed
         return packed
 
-    def _tokens(self, piece: str) -> list[str]:
-        """The tokens of a piece, its first `room` at least."""
+    def _of_pieces(self, word: str) -> bytes:
+        """Each piece has the tokens that it would have as a word."""
+        packed, most = b"", self._room * len(_packed([0]))
+        for match in self._pattern.finditer(word):
+            packed += self[match.group()]
+            if len(packed) >= most:
+                break
+        return packed[:most]
+
+    def _tokens(self, piece: str) -> list[int]:
+        """The first `room` tokens of a piece."""
         if piece in self._special:
-            return [piece]
+            return [self._ids[piece]]
         most = (self._room + 4) * self._longest
         letters = [self._letters[byte] for byte in piece[: most + 1].encode()]
-        if len(letters) > most and (tokens := self._first_tokens(letters[:most])):
-            return tokens
-        letters = [self._letters[byte] for byte in piece.encode()]
-        letters[-1] += _END
-        return join_pairs(letters, self._ranks)
+        tokens = self._first_tokens(letters[:most]) if len(letters) > most else None
+        if tokens is None:
+            letters = [self._letters[byte] for byte in piece.encode()]
+            letters[-1] += _END
+            tokens = join_pairs(letters, self._ranks)
+        return [self._ids[token] for token in tokens[: self._room]]
 
     def _first_tokens(self, letters: list[str]) -> list[str] | None:
         """The first `room` tokens of every piece that begins with `letters` and goes on, if that is all they depend on.
@@ -139,7 +146,7 @@ def join_pairs(letters: list[str], ranks: dict[tuple[str, str], int]) -> list[st
     def rank_at(place: int) -> int | None:
         return ranks.get((tokens[place], tokens[after[place]])) if after[place] < count else None
 
-    heap = [(rank, place) for place in range(count) if (rank := rank_at(place)) is not None]
+    heap = [(rank, place) for place, pair in enumerate(pairwise(letters)) if (rank := ranks.get(pair)) is not None]
     heapify(heap)
     while heap:
         least, joined = heap[0][0], []
@@ -152,7 +159,8 @@ def join_pairs(letters: list[str], ranks: dict[tuple[str, str], int]) -> list[st
             if after[place] < count:
                 before[after[place]] = place
             joined.append(place)
-        for near in {at for place in joined for at in (before[place], place) if at >= 0}:
-            if (rank := rank_at(near)) is not None:
-                heappush(heap, (rank, near))
+        for place in joined:
+            for near in (before[place], place):
+                if near >= 0 and (rank := rank_at(near)) is not None:
+                    heappush(heap, (rank, near))
     return [token for token in tokens if token]
