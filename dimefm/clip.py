@@ -28,6 +28,7 @@ from dimefm.errors import TeacherError
 from dimefm.machine import Precision, choose_device
 from dimefm.preprocess import normalise
 from dimefm.student import has_convolutions
+from dimefm.tokenizer import fast_tokenizer
 from dimefm.transfer import Transfer
 
 _SAME = 1e-4  # between unit vectors: above the rounding of float32, far below a change of any use
@@ -47,7 +48,7 @@ class Clip:
         self.identity = identity
         self.model_cfg = model_cfg
         self.device = torch.device(device)
-        self.tokenizer = tokenizer
+        self.tokenizer, self._tokenize = tokenizer, fast_tokenizer(tokenizer)
         self._dtype = _DTYPES[identity.precision]
         self.model: Any = _hold(model.eval().requires_grad_(False), self._dtype).to(self.device)
         self._transfer = Transfer(self.device)
@@ -102,8 +103,7 @@ class Clip:
 
     def tokenize(self, texts: list[str]) -> torch.Tensor:
         """Sentences to int64 (B, L), L the context length."""
-        tokens_BL: torch.Tensor = self.tokenizer(texts)
-        return tokens_BL
+        return self._tokenize(texts)
 
     def encode_tokens(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Tokens to unit-norm float32 (B, D) on the device. The padding that all of them share is left out where the

@@ -1,7 +1,7 @@
 """From encoded image bytes to pixels, or to the status and reason why not.
 
-JPEG goes through torchvision (libjpeg-turbo, no intermediate copies); everything else, and JPEG in CMYK, through
-Pillow. Both give the same pixels for the same JPEG.
+JPEG goes through simplejpeg (libjpeg-turbo, no intermediate copies); everything else, JPEG in CMYK, and JPEG in which
+simplejpeg finds fault, through Pillow. Both give the same pixels for the same JPEG.
 
 Shapes: C channels, H height, W width.
 """
@@ -15,21 +15,17 @@ import warnings
 
 import torch
 from PIL import Image
-from simplejpeg import decode_jpeg as decode_jpeg_scaled
-from simplejpeg import decode_jpeg_header
+from simplejpeg import decode_jpeg, decode_jpeg_header
 
 from cache_schemas import Status
-
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # deprecated since torchvision 0.29: without it Pillow decodes, to the same pixels
-    decode_jpeg = None
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded: Pillow's own threshold for a decompression bomb (a 256 MiB RGB image)."""
 
 _ADDRESS = re.compile(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>")  # another in every run
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I")
+_FAULTS = (ValueError, KeyError)  # of simplejpeg; the second for ways of storing colour that it has no name for
+_END = b"\xff\xd9"  # the mark that a JPEG ends with
 
 
 class DecodeError(Exception):
@@ -67,14 +63,16 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor | Image.Im
 
     The first frame of an animation; EXIF orientation is left alone, as open_clip does. Raises DecodeError.
     """
+    fault = ""
+    if jpeg_size(data, max_pixels):
+        try:
+            return _strictly(data)
+        except _FAULTS as error:
+            fault = str(error)
     image = open_image(data, max_pixels)
-    try:
-        if decode_jpeg is not None and image.format == "JPEG" and image.mode in ("L", "RGB"):
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return decode_jpeg(encoded, mode=ImageReadMode.RGB)  # type: ignore[no-any-return]
-    except Exception as error:  # as in open_image
-        raise DecodeError(Status.UNDECODABLE, _reason(error)) from None
-    return _loaded(image)
+    if image.format != "JPEG" or image.mode not in ("L", "RGB"):
+        return _loaded(image)
+    return _leniently(data, image, fault)
 
 
 def decode_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -91,15 +89,15 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     return to_tensor(image)
 
 
-def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG in grey or colour, from its header; None for anything else, and above MAX_PIXELS."""
+def jpeg_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int] | None:
+    """Height and width of a JPEG in grey or colour, from its header; None for anything else, and above `max_pixels`."""
     if data[:2] != b"\xff\xd8":
         return None
     try:
         height, width, space, _ = decode_jpeg_header(data)
-    except ValueError:
+    except _FAULTS:
         return None
-    return (height, width) if space in ("Gray", "YCbCr", "RGB") and height * width <= MAX_PIXELS else None
+    return (height, width) if space in ("Gray", "YCbCr", "RGB") and height * width <= max_pixels else None
 
 
 def decode_scaled(data: bytes, whole: tuple[int, int], scale: float) -> torch.Tensor:
@@ -109,10 +107,25 @@ def decode_scaled(data: bytes, whole: tuple[int, int], scale: float) -> torch.Te
     """
     height, width = (math.ceil(side * scale) for side in whole)
     try:
-        pixels_HW3 = decode_jpeg_scaled(data, min_height=height, min_width=width)
-    except ValueError:
+        return _strictly(data, min_height=height, min_width=width)
+    except _FAULTS:
         return decode_rgb(data)
-    return torch.from_numpy(pixels_HW3).permute(2, 0, 1)
+
+
+def _strictly(data: bytes, **least: int) -> torch.Tensor:
+    """By simplejpeg, which raises for what libjpeg would only warn of."""
+    return torch.from_numpy(decode_jpeg(data, **least)).permute(2, 0, 1)
+
+
+def _leniently(data: bytes, image: Image.Image, fault: str) -> torch.Tensor:
+    """A JPEG in which simplejpeg has found `fault`. Damage within is decoded all the same. A file that is cut short is
+    not, although Pillow would do without the mark at its end."""
+    if fault.startswith("Premature end of JPEG file") or _END not in data:
+        raise DecodeError(Status.UNDECODABLE, "Image is incomplete or truncated")
+    try:
+        return to_tensor(_loaded(image))
+    except DecodeError as error:
+        raise DecodeError(Status.UNDECODABLE, fault or str(error)) from None
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
@@ -138,5 +151,4 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    first_line = _ADDRESS.sub("", str(error).strip().split("\n")[0])
-    return first_line[first_line.find("cpp:") + 4 :].lstrip("0123456789, ") if ".cpp:" in first_line else first_line
+    return _ADDRESS.sub("", str(error).strip().split("\n")[0])

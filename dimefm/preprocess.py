@@ -16,7 +16,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch.nn.functional import interpolate
 from torchvision.transforms import Normalize
-from torchvision.transforms.functional import center_crop, to_pil_image
+from torchvision.transforms.functional import to_pil_image
 
 from cache_schemas import Preprocessing, Status
 from dimefm.decode import MAX_PIXELS, DecodeError, decode, decode_pillow, to_tensor
@@ -36,7 +36,7 @@ class Preprocess:
         self.decode: Callable[[bytes], torch.Tensor | Image.Image] = decode_pillow if exact else decode
         self._steps = _open_clip_steps(facts)
         height, width = facts.size
-        self._fast = facts.resize_mode == "squash" or (facts.resize_mode == "shortest" and height == width)
+        self.resizes_tensors = facts.resize_mode == "squash" or (facts.resize_mode == "shortest" and height == width)
 
     def __call__(self, data: bytes) -> torch.Tensor:
         return self.apply(self.decode(data))
@@ -46,7 +46,7 @@ class Preprocess:
         height, width = image.shape[-2:] if isinstance(image, torch.Tensor) else (image.height, image.width)
         self._require_drawable(height, width)
         if isinstance(image, torch.Tensor):
-            if self._fast:
+            if self.resizes_tensors:
                 return self._resize_and_crop(image)
             image = to_pil_image(image)
         drawn: Any = image
@@ -62,11 +62,12 @@ class Preprocess:
             raise DecodeError(Status.TOO_LARGE, reason)
 
     def _resize_and_crop(self, image_3HW: torch.Tensor) -> torch.Tensor:
-        target = self.facts.size
+        height, width = self.facts.size
         if self.facts.resize_mode == "squash":
-            return resize(image_3HW, target, interpolation_mode(self.facts))
-        resized_3HW = resize(image_3HW, shortest_side(image_3HW, target[0]), interpolation_mode(self.facts))
-        return center_crop(resized_3HW, list(target))  # type: ignore[no-any-return]
+            return resize(image_3HW, (height, width), interpolation_mode(self.facts))
+        resized_3HW = resize(image_3HW, shortest_side(image_3HW, height), interpolation_mode(self.facts))
+        top, left = (round((side - height) / 2) for side in resized_3HW.shape[-2:])  # as torchvision's CenterCrop
+        return resized_3HW[:, top : top + height, left : left + width]
 
 
 def interpolation_mode(facts: Preprocessing) -> str:
@@ -85,18 +86,27 @@ def shortest_side(image_3HW: torch.Tensor, side: int) -> tuple[int, int]:
 def resize(image_3HW: torch.Tensor, size: tuple[int, int], mode: str = "bicubic") -> torch.Tensor:
     """Antialiased resize of a uint8 image, one axis after the other, rounding to uint8 in between.
 
-    That is how Pillow does it. Both axes in one call, or in the other order, clip the overshoot of the first pass
-    elsewhere: up to 30 of 255 away from Pillow at sharp edges. Two calls in Pillow's order stay within 2.
+    That is how Pillow does it; in Pillow's order the result stays within 2 of 255 of its own. In the other order, or
+    without the rounding, the overshoot of the first pass is clipped elsewhere: up to 30 away at sharp edges. In one
+    call on a CPU, torch does the same, width first.
     """
     height, width = size
     image = image_3HW[None]
     if mode == "bicubic" and _height_first(image.shape[-2] - height, image.shape[-1] - width):
-        image = interpolate(image, (height, image.shape[-1]), mode=mode, antialias=True)
-    if image.shape[-1] != width:
-        image = interpolate(image, (image.shape[-2], width), mode=mode, antialias=True)
-    if image.shape[-2] != height:
-        image = interpolate(image, (height, width), mode=mode, antialias=True)
-    return image[0]
+        image = _interpolate(image, (height, image.shape[-1]), mode)
+    elif image.device.type != "cpu":
+        image = _interpolate(image, (image.shape[-2], width), mode)
+    return _interpolate(image, size, mode)[0]
+
+
+def _interpolate(image_13HW: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+    """For uint8 torch has kernels on the CPU alone."""
+    if image_13HW.shape[-2:] == size:
+        return image_13HW
+    if image_13HW.device.type == "cpu":
+        return interpolate(image_13HW, size, mode=mode, antialias=True)
+    found = interpolate(image_13HW.float(), size, mode=mode, antialias=True)
+    return found.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _height_first(fewer_rows: int, fewer_columns: int) -> bool:

@@ -16,6 +16,7 @@ from open_clip.model import _build_text_tower, _build_vision_tower
 from cache_schemas import StudentSpec, TeacherIdentity
 from cache_schemas.run import TextSpec
 from dimefm.errors import TrainingError
+from dimefm.tokenizer import fast_tokenizer
 
 
 def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = None) -> StudentSpec:
@@ -99,7 +100,7 @@ def build_text_student(spec: TextSpec) -> Any:
 
 def tokenizer_of(spec: TextSpec) -> Any:
     """Sentences to tokens int64 (B, L), as the exported student will have them."""
-    return open_clip.get_tokenizer(spec.name)
+    return fast_tokenizer(open_clip.get_tokenizer(spec.name))
 
 
 def has_convolutions(tower: torch.nn.Module) -> bool:

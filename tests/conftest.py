@@ -23,8 +23,6 @@ IMAGES, SENTENCES, SHARD_ROWS = 96, 200, 32
 
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings of libraries that cannot be helped, which as errors would fail whatever test runs at that moment."""
-    # torchvision 0.29 says so on every decode_jpeg; as an error it would make every JPEG undecodable.
-    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding:DeprecationWarning")
     # zarr's file systems at s3:// have a session of their own, which the garbage collector ends at any later moment.
     config.addinivalue_line("filterwarnings", "ignore:Unclosed c:ResourceWarning")
 

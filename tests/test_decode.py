@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import threading
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from cache_schemas import Status
-from dimefm.decode import MAX_PIXELS, DecodeError, decode, decode_rgb, open_image
+from dimefm.decode import MAX_PIXELS, DecodeError, decode, decode_rgb, decode_scaled, jpeg_size, open_image
 from tests.making import encoded, make_jpeg, picture
 
 
@@ -69,6 +70,14 @@ def test_a_truncated_jpeg(share: float) -> None:
     status, reason = failure(whole[: int(len(whole) * share)])
     assert status == Status.UNDECODABLE
     assert reason
+
+
+@pytest.mark.parametrize("fewer", [1, 2, 3, 20])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_a_jpeg_without_its_last_bytes_is_truncated(fewer: int, options: dict[str, object]) -> None:
+    """Pillow would do without the mark at the end; torchvision's decoder, which was here first, did not."""
+    whole = encoded(picture((200, 150)), "JPEG", **options)
+    assert failure(whole[:-fewer]) == (Status.UNDECODABLE, "Image is incomplete or truncated")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP", "TIFF", "BMP"])
@@ -126,9 +135,67 @@ def test_an_image_a_little_above_the_limit_is_refused_without_a_warning() -> Non
 # -- what is odd but good ---------------------------------------------------------------------------------------------
 
 
-def test_a_jpeg_has_the_pixels_that_pillow_gives() -> None:
-    data = make_jpeg((61, 47))
-    assert np.array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+def of_pillow(data: bytes) -> np.ndarray:
+    """(H, W, 3)"""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (17, 33), (61, 47), (128, 96)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"subsampling": subsampling, "quality": quality} for subsampling in (0, 1, 2) for quality in (20, 90, 100)),
+        *({"progressive": True, "subsampling": subsampling} for subsampling in (0, 2)),
+        {"keep_rgb": True},
+        {"restart_marker_blocks": 1, "optimize": True},
+    ],
+    ids=str,
+)
+def test_a_jpeg_has_the_pixels_that_pillow_gives(size: tuple[int, int], options: dict[str, object]) -> None:
+    data = encoded(picture(size), "JPEG", **options)
+    assert isinstance(decode(data), torch.Tensor)
+    assert np.array_equal(pixels(data), of_pillow(data))
+
+
+# 12 x 16 pixels whose colour is stored at a quarter of the height, or at a third of the width.
+_TABLES = (
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wCDEAAoABwAHgAjAB4AGQAoACMAIQAjAC0AKwAoADAAPABkAEEAPAA3ADcAPAB7AFgAXQBJAGQAkQCAAJkA"
+    "lgCPAIAAjACKAKAAtADmAMMAoACqANoArQCKAIwAyAERAMsA2gDuAPUBAgEEAQIAmwDBARsBLwEYAPoBLADmAP0BAgD4/9sAQwErLS08NTx2QUF2"
+    "+KWMpfj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4+Pj4/8EAEQgAEAAMAwE"
+)
+RARE = {
+    "4:4:1": "UAAIRAQMRAf/EABYAAQEBAAAAAAAAAAAAAAAAAAABBP/EABcQAQEBAQAAAAAAAAAAAAAAAAABAwL/xAAVAQEBAAAAAAAAAAAAAAAAAAA"
+    "DBP/EABgRAAMBAQAAAAAAAAAAAAAAAAABAhIR/9oADAMBAAIRAxEAPwDPdk6zgAmn0puhNiZwDaYOj//Z",
+    "3 x 1": "xAAIRAQMRAf/EABYAAQEBAAAAAAAAAAAAAAAAAAABBP/EABcQAQEBAQAAAAAAAAAAAAAAAAABAwL/xAAVAQEBAAAAAAAAAAAAAAAAAAA"
+    "BA//EABkRAAIDAQAAAAAAAAAAAAAAAAACAREhMf/aAAwDAQACEQMRAD8Az3ZJsFOF3TR1nCZwSSZoGfT/2Q==",
+}
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_a_jpeg_of_a_rare_kind_has_the_pixels_that_pillow_gives(name: str) -> None:
+    """simplejpeg has no name for the one, and cannot decode the other."""
+    data = base64.b64decode(_TABLES + RARE[name])
+    assert isinstance(decode(data), torch.Tensor)
+    assert np.array_equal(pixels(data), of_pillow(data))
+    assert jpeg_size(data) is None
+    assert np.array_equal(decode_scaled(data, (16, 12), 1.0).permute(1, 2, 0), of_pillow(data))
+
+
+def test_a_jpeg_with_damage_or_rubbish_within_is_decoded_all_the_same() -> None:
+    whole = encoded(picture((200, 150)), "JPEG", restart_marker_blocks=4)
+    scan = whole.index(b"\xff\xda") + 14
+    for damaged in (
+        whole[:-2] + bytes(40) + whole[-2:],
+        whole + b"rubbish \xff\xda",
+        whole[: scan + 300] + whole[scan + 310 :],
+        whole[: scan + 300] + bytes([whole[scan + 300] ^ 64]) + whole[scan + 301 :],
+    ):
+        assert np.array_equal(pixels(damaged), of_pillow(damaged))
+
+
+def test_the_first_picture_of_a_jpeg_with_two_is_read() -> None:
+    data = encoded(picture((40, 30)), "MPO", save_all=True, append_images=[picture((40, 30), seed=1)])
+    assert np.array_equal(pixels(data), of_pillow(data))
 
 
 def test_a_grey_jpeg_has_three_equal_channels() -> None:

@@ -25,6 +25,7 @@ HOMES = {
         "dimefm/preprocess.py",
         "dimefm/sample/",
         "dimefm/student.py",
+        "dimefm/tokenizer.py",
     },
     "matplotlib": {"dimefm/report.py"},
     "tensorboard": {"dimefm/runlog.py"},

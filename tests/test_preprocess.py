@@ -15,6 +15,7 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from torchvision.transforms.functional import center_crop
 
 from cache_schemas import Preprocessing, Status
 from dimefm.clip import Clip
@@ -118,6 +119,28 @@ def test_the_shorter_side_is_met_and_the_longer_rounded_down(
 def test_resize_to_the_same_size_changes_nothing() -> None:
     image = torch.from_numpy(np.asarray(picture()).copy()).permute(2, 0, 1)
     assert torch.equal(resize(image, (32, 48)), image)
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [LARGER, SMALLER, WIDE, TALL, EXTREME, (64, 91), (91, 64)])
+def test_resize_is_one_axis_after_the_other(size: tuple[int, int], mode: str) -> None:
+    """In the order of Pillow 13, whether torch is asked for both at once or not."""
+    noise = torch.from_numpy(np.random.default_rng(0).integers(0, 2, (size[1], size[0], 3), np.uint8) * 255)
+    image = noise.permute(2, 0, 1)
+    wanted = shortest_side(image, 64)
+    tall = mode == "bicubic" and size[1] - wanted[0] > max(0, 2 * (size[0] - wanted[1]))
+    between = (wanted[0], size[0]) if tall else (size[1], wanted[1])
+    found = image[None]
+    for target in (between, wanted):
+        if found.shape[-2:] != target:
+            found = torch.nn.functional.interpolate(found, target, mode=mode, antialias=True)
+    assert torch.equal(resize(image, wanted, mode), found[0])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 65), (64, 66), (64, 67), (64, 111), (65, 64), (99, 64), (101, 64)])
+def test_the_middle_is_that_of_torchvision(size: tuple[int, int]) -> None:
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *size), np.uint8))
+    assert torch.equal(Preprocess(facts()).apply(image), center_crop(image, [64, 64]))
 
 
 def test_normalise_is_the_formula() -> None:

@@ -1,0 +1,90 @@
+"""Images decoded and preprocessed on a GPU by nvJPEG, for machines with too few cores for their GPU.
+
+The pixels are near those of the CPU's decoder but not the same: nvJPEG repeats the colours that a JPEG stores at half
+the size, where libjpeg interpolates them. So what is decoded by one must not be mixed with what is decoded by the
+other. Shapes: H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from cache_schemas import Preprocessing
+from dimefm.decode import DecodeError, jpeg_size
+from dimefm.preprocess import Preprocess
+
+_BASELINE, _END = 0xC0, b"\xff\xd9"
+_OTHER_FRAMES = {*range(0xC1, 0xD0)} - {0xC4, 0xC8, 0xCC}  # progressive, lossless, arithmetic
+_EXIF = b"Exif\0\0"
+
+
+class GpuPreprocess:
+    """A batch of encoded images to uint8 tensors (3, H, W) of the model's input size on `device`.
+
+    Baseline JPEGs that seem whole go through nvJPEG and are resized on the device, with the geometry of Preprocess.
+    All else goes through Preprocess on the CPU, as ever, and so does a batch that nvJPEG fails at: it does not say at
+    which image. Not safe in threads: the device's current stream is waited for.
+    """
+
+    def __init__(self, facts: Preprocessing, device: torch.device | str) -> None:
+        self._on_cpu, self._device = Preprocess(facts), torch.device(device)
+        self._decode = nvjpeg()
+
+    def __call__(self, datas: list[bytes]) -> list[torch.Tensor | DecodeError]:
+        """The image of each, or why it cannot be decoded."""
+        chosen = [place for place, data in enumerate(datas) if self._on_cpu.resizes_tensors and is_baseline(data)]
+        images: dict[int, torch.Tensor] = {}
+        if chosen:
+            if self._device.type == "cuda":
+                # nvJPEG writes on a stream of its own, into memory that kernels on this one may still be reading.
+                torch.cuda.current_stream(self._device).synchronize()
+            try:
+                decoded = self._decode([_without_exif(datas[place]) for place in chosen], self._device)
+                images = dict(zip(chosen, decoded, strict=True))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                pass  # of nvJPEG: an image is damaged, or is of a kind that it does not know
+        return [self._one(data, images.get(place)) for place, data in enumerate(datas)]
+
+    def _one(self, data: bytes, decoded: torch.Tensor | None) -> torch.Tensor | DecodeError:
+        try:
+            if decoded is not None:
+                return self._on_cpu.apply(decoded)
+            return self._on_cpu(data).to(self._device)
+        except DecodeError as error:
+            return error
+
+
+def nvjpeg() -> Callable[[list[torch.Tensor], torch.device], list[torch.Tensor]]:
+    """The decoder of a list of JPEGs, uint8 (bytes,) on the CPU, to uint8 RGB (3, H, W) on a device: torchcodec's where
+    it is installed (0.16 or newer), else torchvision's, which is deprecated since 0.29. Raises ImportError."""
+    try:
+        from torchcodec.decoders import decode_jpeg as of_torchcodec
+    except (ImportError, OSError, RuntimeError):  # not installed, too old, or built for another torch or CUDA
+        from torchvision.io import ImageReadMode
+        from torchvision.io import decode_jpeg as of_torchvision
+
+        return lambda encoded, device: of_torchvision(encoded, mode=ImageReadMode.RGB, device=device)
+    return lambda encoded, device: of_torchcodec(encoded, mode="RGB", device=device)
+
+
+def is_baseline(data: bytes) -> bool:
+    """Whether these are the bytes of a baseline JPEG in grey or colour, with the mark at its end. What a GPU's JPEG
+    engine decodes is that; nvJPEG would decode a progressive one too, one by one and slower than a CPU."""
+    if jpeg_size(data) is None or not data.endswith(_END):
+        return False
+    at = 2
+    while data[at : at + 1] == b"\xff":
+        marker, size = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == _BASELINE or marker in _OTHER_FRAMES:
+            return marker == _BASELINE
+        at += 2 + size
+    return False
+
+
+def _without_exif(data: bytes) -> torch.Tensor:
+    """torchcodec would turn the image by its EXIF orientation, which open_clip leaves alone."""
+    return torch.frombuffer(bytearray(data.replace(_EXIF, bytes(len(_EXIF)), 1)), dtype=torch.uint8)
