@@ -12,8 +12,9 @@ the whole batch. All processes must have equally many images.
 On a GPU the products are TF32 (see dimefm.products): exact in the teacher's embeddings, which are float16 numbers, and
 with the student's rounded to 10 bits of mantissa. A student logit, the sum of D products of about scale / D, is off by
 about scale * 2^-12 / sqrt(D). Measured by rounding so on a CPU, at scale 100, D = 768, 256 images and 4,096 texts:
-8e-4 a logit (root mean square; 4e-3 at worst) and 7e-4 of the gradient's norm; with bits cut off instead of rounded
-3e-3 (1e-2) and 1e-3. The features of a tower that computes in bf16 are off by 6e-3 (3e-2) and 5e-3 before.
+8e-4 a logit (root mean square; 4e-3 at worst) and 7e-4 of vl's gradient, with bits cut off instead of rounded 3e-3
+(1e-2) and 1e-3. What a tower computes in bf16 is off by 6e-3 (3e-2) and 5e-3 already. pvl's gradient at T = 3, where an
+image's own embedding leaves 1e-5 to others, is off by 3e-3 in float32 as in TF32, by 8e-3 with bits cut off.
 Nothing waits for the GPU.
 
 Shapes: B images of this process, G of all processes, Q images of a queue, T texts, D embedding width. R rows, K keys
@@ -34,6 +35,7 @@ from dimefm.products import similarities, tf32
 
 Scale = float | torch.Tensor
 Queue = tuple[torch.Tensor, torch.Tensor]
+_Both = tuple[torch.Tensor, torch.Tensor]  # the teacher's and the student's
 
 CHUNK_LOGITS, CUDA_CHUNK_LOGITS, KEPT_LOGITS = 2**23, 2**26, 2**26
 """Logits (rows x keys) that vl, pvl and udist work on at once, a handful of matrices of 32 MiB in float32, on a GPU of
@@ -129,7 +131,7 @@ def contrastive_loss(
     directions' cross-entropies over the batch.
 
     `text_row_G` tells sentences apart: one that several images share is not a negative of any of them; -1 stands for
-    an image without a sentence, which is left out. Every process computes it whole, on G x G logits.
+    an image without a sentence, which is left out. Every process computes it whole, on a handful of G x G matrices.
     """
     none_G = text_row_G < 0
     left_out_GG = (text_row_G[:, None] == text_row_G) | none_G[:, None] | none_G
@@ -170,8 +172,8 @@ def _softmax_kl(
 class _SoftmaxKL(torch.autograd.Function):
     """_softmax_kl, with its gradient computed beside its value.
 
-    The gradient is written out, (q - p) / rows for each softmax, and keys are taken in chunks, first for the sums of
-    all softmaxes and then for the rest: memory is bounded, and no logits are kept for a backward pass.
+    The gradient is written out, (q - p) / rows for each softmax, and keys are taken in chunks: memory is bounded, and
+    no logits are kept for a backward pass.
     """
 
     @staticmethod
@@ -189,46 +191,49 @@ class _SoftmaxKL(torch.autograd.Function):
         place: Place,
     ) -> torch.Tensor:
         images, rows, keys = len(student_BD), len(teacher_RD), len(teacher_KD)
-        student_RD = factor * (student_BD if queued_QD is None else torch.cat([student_BD, queued_QD]))
+        student_RD = student_BD if queued_QD is None else torch.cat([student_BD, queued_QD])
+        scaled_RD, nothing = factor * student_RD, teacher_RD.new_zeros(())
         width = max(1, (CUDA_CHUNK_LOGITS if student_BD.is_cuda else CHUNK_LOGITS) // rows)
         chunks = [slice(at, min(at + width, keys)) for at in range(0, keys, width)]
-        nothing = teacher_RD.new_zeros(())
 
-        def logits(chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        def logits(chunk: slice) -> _Both:
             teacher_RC = torch.addmm(nothing, teacher_RD, teacher_KD[chunk].T, beta=0, alpha=teacher_factor)
-            student_RC = student_RD @ student_KD[chunk].T
+            student_RC = scaled_RD @ student_KD[chunk].T
             if without_own:
                 _leave_out_own(teacher_RC, chunk.start, place)
                 _leave_out_own(student_RC, chunk.start, place)
             return teacher_RC, student_RC
 
-        kept = list(map(logits, chunks)) if rows * keys <= KEPT_LOGITS else None
-        by_row, over_rows = [], []
-        for both in kept or map(logits, chunks):
-            by_row.append(torch.stack([logits_RC[:images].logsumexp(dim=1) for logits_RC in both]))
-            if by_key:
-                over_rows.append(torch.stack([logits_RC.logsumexp(dim=0) for logits_RC in both]))
-        sum_t_B1, sum_s_B1 = torch.stack(by_row).logsumexp(dim=0)[..., None]
-        if by_key:
-            sum_t_K, sum_s_K = logsumexp_over_all(torch.cat(over_rows, dim=1), place)
+        # First the sums of softmaxes that no chunk holds whole: a row's over all keys, a key's over all processes
+        many, apart = len(chunks) > 1, by_key and place.world > 1
+        kept, of_rows, of_keys = None, [], []
+        if many or apart:
+            kept = list(map(logits, chunks)) if rows * keys <= KEPT_LOGITS else None
+            for both in kept or map(logits, chunks):
+                if many:
+                    of_rows.append(_log_sums((both[0][:images], both[1][:images]), 1))
+                if apart:
+                    of_keys.append(_log_sums(both, 0))
+            del both  # or the second pass would need two matrices more
+        sum_2B = torch.stack(of_rows).logsumexp(dim=0) if many else None
+        sum_2K = logsumexp_over_all(torch.cat(of_keys, dim=1), place) if apart else None
 
-        value, grad_BD = torch.zeros_like(nothing), torch.zeros_like(student_BD)
+        value, weight = torch.zeros_like(nothing), place.world / keys if by_key else 1 / images
+        grad_RD = torch.zeros_like(student_RD if ctx.needs_input_grad[2] else student_BD)
         grad_KD = torch.empty_like(student_KD) if ctx.needs_input_grad[1] else None
-        grad_factor = torch.zeros_like(nothing) if ctx.needs_input_grad[2] else None
-        for chunk, (teacher_RC, student_RC) in zip(chunks, kept or map(logits, chunks), strict=True):
-            part, grad_RC = _kl_and_gradient(teacher_RC[:images] - sum_t_B1, student_RC[:images] - sum_s_B1, 1 / images)
-            value += part
+        for chunk, both in zip(chunks, kept or map(logits, chunks), strict=True):
+            part, grad_RC = _kl_and_gradient((both[0][:images], both[1][:images]), 1, sum_2B)
+            value += part / images
             if by_key:
-                grad_BC, weight = grad_RC, place.world / keys
-                part, grad_RC = _kl_and_gradient(teacher_RC - sum_t_K[chunk], student_RC - sum_s_K[chunk], weight)
-                value += part
-                grad_RC[:images] += grad_BC
-            grad_BD.addmm_(grad_RC[:images], student_KD[chunk])
+                grad_BC = grad_RC
+                part, grad_RC = _kl_and_gradient(both, 0, None if sum_2K is None else sum_2K[:, chunk])
+                value += part * weight
+                grad_RC[:images].add_(grad_BC, alpha=1 / (images * weight))
+            grad_RD.addmm_(grad_RC[: len(grad_RD)], student_KD[chunk])
             if grad_KD is not None:
-                grad_KD[chunk] = grad_RC.T @ student_RD
-            if grad_factor is not None:
-                grad_factor += torch.dot(grad_RC.flatten(), student_RC.flatten()) / factor
-        ctx.save_for_backward(grad_BD.mul_(factor), grad_KD, grad_factor)
+                grad_KD[chunk] = (grad_RC.T @ scaled_RD) * weight
+        grad_factor = (grad_RD * student_RD).sum() * weight if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(grad_RD[:images] * (factor * weight), grad_KD, grad_factor)
         return value
 
     @staticmethod
@@ -244,8 +249,30 @@ def _leave_out_own(logits_BC: torch.Tensor, start: int, place: Place) -> None:
     own.fill_(torch.finfo(own.dtype).min / 4)  # not -inf: 0 * (inf - inf) is not 0
 
 
-def _kl_and_gradient(log_p: torch.Tensor, log_q: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`weight` times the sum of KL(p || q), and its gradient by the logits of q. `log_p`, `log_q` are used up."""
+def _log_sums(both: _Both, dim: int) -> torch.Tensor:
+    """logsumexp of the teacher's and the student's logits, float64 (2, R) or (2, C)."""
+    found = []
+    for logits_RC in both:
+        largest = logits_RC.amax(dim, keepdim=True)
+        found.append(largest.squeeze(dim) + (logits_RC - largest).exp_().sum(dim).double().log())
+    return torch.stack(found)
+
+
+def _log_softmax(logits_RC: torch.Tensor, dim: int, log_sum: torch.Tensor | None) -> torch.Tensor:
+    """With the float64 `log_sum` of all logits where these are a part of them.
+
+    What a probability of nearly 1 lacks to 1, of pvl's own embedding 1e-5, is below the rounding of a float32 log_sum.
+    """
+    if log_sum is None:
+        return logits_RC.log_softmax(dim)
+    rounded = log_sum.to(logits_RC.dtype)
+    rest = (log_sum - rounded).to(logits_RC.dtype)
+    return (logits_RC - rounded.unsqueeze(dim)).sub_(rest.unsqueeze(dim))
+
+
+def _kl_and_gradient(both: _Both, dim: int, log_sum: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL of the student's softmaxes from the teacher's, summed, and its gradient by the student's logits."""
+    log_p, log_q = (_log_softmax(m, dim, None if log_sum is None else log_sum[i]) for i, m in enumerate(both))
     p = log_p.exp()
-    value = torch.dot(p.flatten(), log_p.sub_(log_q).flatten()) * weight
-    return value, log_q.exp_().sub_(p).mul_(weight)
+    value = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
+    return value, log_q.exp_().sub_(p)

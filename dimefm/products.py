@@ -1,6 +1,6 @@
 """Matrix products of embeddings. On a GPU they are TF32 ones: inputs with 10 bits of mantissa, sums in float32.
 
-A float16 is a TF32 number, so products of cached embeddings lose nothing, at eight times the rate of float32 on an
+A float16 is a TF32 number, so products of cached embeddings lose nothing, at seven times the rate of float32 on an
 H100. A factor belongs on the product or on the side that is not cached: times 100, an embedding no longer fits.
 
 Shapes: A and B rows, D width.

@@ -42,22 +42,24 @@ def units(rows: int, seed: int) -> torch.Tensor:
     return F.normalize(torch.randn(rows, WIDTH, dtype=torch.float64, generator=generator), dim=-1)
 
 
-def two_steps(config: LossConfig, place: Place) -> list[torch.Tensor]:
+def two_steps(config: LossConfig, place: Place, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     """What the second step finds, for which the queue has rows of the first: the loss and its parts, the gradients of
     the tower and of the scale."""
     torch.manual_seed(0)
-    model = torch.nn.Linear(10, WIDTH).double()
+    model = torch.nn.Linear(10, WIDTH).to(place.device, dtype)
     tower = DistributedDataParallel(model) if place.world > 1 else model
-    objective = Objective(config, teacher_scale=100.0, dim=WIDTH, mean_D=units(1, 5)[0] / 2).double()
-    pair = units(IMAGES, 3), torch.tensor([4, 1, -1, 4, 0, 7, -1, 2])
-    inputs = torch.randn(2, IMAGES, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    objective = Objective(config, teacher_scale=100.0, dim=WIDTH, mean_D=units(1, 5)[0] / 2).to(place.device, dtype)
+    text_TD, pair_GD = (units(rows, 3).half().to(place.device, dtype) for rows in (TEXTS, IMAGES))
+    pair = pair_GD, torch.tensor([4, 1, -1, 4, 0, 7, -1, 2], device=place.device)
+    inputs = torch.randn(2, IMAGES, 10, generator=torch.Generator().manual_seed(1)).to(place.device, dtype)
     for step in range(2):
         tower.zero_grad()
         objective.zero_grad()
-        teacher_GD = gather_batch(units(IMAGES, 10 + step).half()[place.rows], place).double()
-        assert torch.equal(teacher_GD, units(IMAGES, 10 + step).half().double()), "not in the global batch's order"
+        half_GD = units(IMAGES, 10 + step).half().to(place.device)
+        teacher_GD = gather_batch(half_GD[place.rows], place).to(dtype)
+        assert torch.equal(teacher_GD, half_GD.to(dtype)), "not in the order of the global batch"
         student_BD = F.normalize(tower(inputs[step][place.rows]), dim=-1)
-        loss, parts = objective(teacher_GD, student_BD, units(TEXTS, 2), pair, place)
+        loss, parts = objective(teacher_GD, student_BD, text_TD, pair, place)
         loss.backward()
         objective.after_step(teacher_GD, student_BD.detach(), place)
     values = [loss.detach(), *parts.values()]
