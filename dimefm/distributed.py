@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.distributed.nn.functional import all_gather
+from torch.autograd.function import once_differentiable
 
 from dimefm.errors import TrainingError
 from dimefm.machine import choose_device
@@ -29,6 +29,15 @@ class Place:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def rows(self) -> slice:
+        """Which rows of a global batch are this process's: every world-th."""
+        return slice(self.rank, None, self.world)
+
+
+ALONE = Place(0, 1, torch.device("cpu"))
+"""One process, for what asks a place for its rows alone and not for the device."""
 
 
 def join_group(device: str | None) -> Place:
@@ -67,15 +76,41 @@ def leave_group(place: Place) -> None:
 def gather_batch(rows_BD: torch.Tensor, place: Place) -> torch.Tensor:
     """The rows of all processes in the order of the global batch, (G, D), with gradients to where each came from.
 
-    Rank r holds rows r, r + world, ... of the batch. A loss over the result that every process computes in full,
-    with parameter gradients averaged over processes, has the gradient of one process with the whole batch: the
-    backward pass of all_gather sums over processes what averaging divides again. Batch norm is the exception: its
-    statistics are those of each process.
+    The gradient of a row is the sum of what all processes hand back for it. Where the loss is the mean of those of all
+    processes, and parameter gradients are averaged over processes, that is the gradient of one process with the
+    whole batch. Batch norm is the exception: its statistics are those of each process.
     """
     if place.world == 1:
         return rows_BD
-    parts = all_gather(rows_BD)
-    return torch.stack(tuple(parts), dim=1).flatten(0, 1)
+    gathered_GD: torch.Tensor = _Gathered.apply(rows_BD, place)
+    return gathered_GD
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_BD: torch.Tensor, place: Place) -> torch.Tensor:
+        ctx.place = place
+        parts = [torch.empty_like(rows_BD, memory_format=torch.contiguous_format) for _ in range(place.world)]
+        distributed.all_gather(parts, rows_BD.contiguous())
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_GD: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total_GD = grad_GD.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total_GD)  # gloo has no reduce-scatter in every torch
+        return total_GD[ctx.place.rows], None
+
+
+def logsumexp_over_all(value: torch.Tensor, place: Place) -> torch.Tensor:
+    """log(sum(exp(value))) over processes, each element by itself; without a gradient."""
+    if place.world == 1:
+        return value
+    largest = value.clone()
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    total = (value - largest).exp()
+    distributed.all_reduce(total)
+    return largest + total.log()
 
 
 def require_same(step: int, place: Place) -> int:

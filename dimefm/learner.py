@@ -62,11 +62,11 @@ class Learner:
         seed: tuple[int, ...],
         scaler: torch.amp.GradScaler,
     ) -> dict[str, torch.Tensor]:
-        """Add the gradients of one step to the parameters; the loss and its parts, detached.
+        """Add the gradients of one step to the parameters; the loss and its parts over all processes, detached.
 
         Random numbers that the tower draws come from `seed`.
         """
-        teacher_GD = gather_batch(teacher_BD.to(self._place.device, non_blocking=True).float(), self._place)
+        teacher_GD = gather_batch(teacher_BD.to(self._place.device, non_blocking=True), self._place).float()
         parts = inputs_B.tensor_split(self._parts)
         if len(parts) == 1:
             features_BD = self._features(inputs_B, seed, 0)
@@ -77,8 +77,8 @@ class Learner:
             for buffer, before in buffers:  # or batch norm would count every part twice
                 buffer.copy_(before)
             features_BD.requires_grad_()
-        student_GD = gather_batch(F.normalize(features_BD, dim=-1), self._place)
-        loss, shown = self.objective(teacher_GD, student_GD, other_TD, pair)
+        student_BD = F.normalize(features_BD, dim=-1)
+        loss, shown = self.objective(teacher_GD, student_BD, other_TD, pair, self._place)
         scaler.scale(loss).backward()
         if len(parts) > 1:
             assert features_BD.grad is not None
@@ -87,14 +87,16 @@ class Learner:
                 with nullcontext() if i == len(parts) - 1 else self._no_sync():
                     self._features(part, seed, i).backward(gradient)
         scale = self.objective.log_scale
-        if scale is not None and scale.grad is not None:  # the same in all, but for rounding that would add up
+        if scale is not None and scale.grad is not None:  # which is no parameter of the tower's DistributedDataParallel
             average(scale.grad, self._place)
-        self.teacher_GD, self._student_GD = teacher_GD, student_GD.detach()
-        return {"loss": loss.detach(), **shown}
+        self.teacher_GD, self._student_BD = teacher_GD, student_BD.detach()
+        values = torch.stack([loss.detach(), *shown.values()])
+        average(values, self._place)
+        return dict(zip(("loss", *shown), values, strict=True))
 
     def after_step(self) -> None:
         """What follows the optimiser's step."""
-        self.objective.after_step(self.teacher_GD, self._student_GD)
+        self.objective.after_step(self.teacher_GD, self._student_BD, self._place)
         if self.average:
             self.average.update(self.module)
 

@@ -1,141 +1,113 @@
-"""The losses of DIME-FM (Sun et al., ICCV 2023, arXiv:2303.18232) and a few others, as pure functions in float32 or
-wider.
+"""The losses of DIME-FM (Sun et al., ICCV 2023, arXiv:2303.18232) and a few others, as functions in float32 or wider.
 
 All embeddings are unit-norm. S(a, b) = scale * a @ b.T; KL_t(P, Q) is the mean over rows of
 KL(softmax(P / t) || softmax(Q / t)), without the factor t^2 of other distillation work. Student logits have a scale of
 their own, `student_scale`, which may be a tensor that is learned; where it is None it is that of the teacher.
 
-Shapes: B images, Q images of a queue, R = B + Q, T texts, C texts of a chunk, D embedding width. Teacher tensors and
-queues carry no gradient.
+Of several processes, each has the student's rows of its own images: rank, rank + world, ... of the global batch. With
+`place` a loss is this process's part of the global one: its mean over processes is the loss, and the mean of the
+gradients that they find, which is what DistributedDataParallel makes of them, is the gradient of one process with
+the whole batch. All processes must have equally many images.
+
+On a GPU the products are TF32 (see dimefm.products): exact in the teacher's embeddings, which are float16 numbers, and
+with the student's rounded to 10 bits of mantissa. A student logit, the sum of D products of about scale / D, is off by
+about scale * 2^-12 / sqrt(D). Measured by rounding so on a CPU, at scale 100, D = 768, 256 images and 4,096 texts:
+8e-4 a logit (root mean square; 4e-3 at worst) and 7e-4 of vl's gradient, with bits cut off instead of rounded 3e-3
+(1e-2) and 1e-3. What a tower computes in bf16 is off by 6e-3 (3e-2) and 5e-3 already. pvl's gradient at T = 3, where an
+image's own embedding leaves 1e-5 to others, is off by 3e-3 in float32 as in TF32, by 8e-3 with bits cut off.
+Nothing waits for the GPU.
+
+Shapes: B images of this process, G of all processes, Q images of a queue, T texts, D embedding width. R rows, K keys
+that they are compared with, C keys of a chunk. Teacher tensors and queues carry no gradient.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-Scale = float | torch.Tensor
+from dimefm.distributed import ALONE, Place, gather_batch, logsumexp_over_all
+from dimefm.products import similarities, tf32
 
-CHUNK_LOGITS, KEPT_LOGITS = 2**23, 2**26
-"""Logits (images x texts) that vl_loss works on at once, a handful of matrices of 32 MiB in float32; and up to how many
-it keeps those of teacher and student from its first pass over the texts to the second."""
+Scale = float | torch.Tensor
+Queue = tuple[torch.Tensor, torch.Tensor]
+_Both = tuple[torch.Tensor, torch.Tensor]  # the teacher's and the student's
+
+CHUNK_LOGITS, CUDA_CHUNK_LOGITS, KEPT_LOGITS = 2**23, 2**26, 2**26
+"""Logits (rows x keys) that vl, pvl and udist work on at once, a handful of matrices of 32 MiB in float32, on a GPU of
+256 MiB; and up to how many they keep those of teacher and student from the first pass over the keys to the second."""
 
 
 def vl_loss(
-    teacher_image_BD: torch.Tensor,
-    teacher_text_TD: torch.Tensor,
-    student_image_BD: torch.Tensor,
+    teacher_BD: torch.Tensor,
+    text_TD: torch.Tensor,
+    student_BD: torch.Tensor,
     *,
     scale: float,
     temperature: float,
     student_scale: Scale | None = None,
-    queue: tuple[torch.Tensor, torch.Tensor] | None = None,
+    queue: Queue | None = None,
+    place: Place = ALONE,
 ) -> torch.Tensor:
     """Vision-language score distillation: KL(S(ti, tt), S(si, tt)) + KL(S(tt, ti), S(tt, si)).
 
-    `queue`, teacher and student embeddings (Q, D) of earlier steps, adds images to the second term's softmax. The
-    gradient is written out, (q - p) / rows for each softmax, and texts are taken in chunks: memory is bounded in T.
+    `queue`, teacher and student embeddings (Q, D) of earlier steps, adds images to the second term's softmax.
     """
-    student_scale = scale if student_scale is None else student_scale
-    learned = torch.as_tensor(student_scale, dtype=student_image_BD.dtype, device=student_image_BD.device)
-    teacher_RD, queued_QD = teacher_image_BD, student_image_BD[:0]
-    if queue is not None:
-        teacher_RD, queued_QD = torch.cat([teacher_image_BD, queue[0]]), queue[1]
-    value: torch.Tensor = _VisionLanguage.apply(
-        student_image_BD, learned, queued_QD, teacher_RD, teacher_text_TD, scale, temperature
-    )
-    return value
-
-
-class _VisionLanguage(torch.autograd.Function):
-    """vl_loss, with its gradient computed beside its value: the logits are never kept for a backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_BD: torch.Tensor,
-        student_scale: torch.Tensor,
-        queued_QD: torch.Tensor,
-        teacher_RD: torch.Tensor,
-        text_TD: torch.Tensor,
-        scale: float,
-        temperature: float,
-    ) -> torch.Tensor:
-        images, texts, factor = len(student_BD), len(text_TD), student_scale / temperature
-        student_RD = torch.cat([student_BD, queued_QD]) if len(queued_QD) else student_BD
-        chunks = text_TD.split(max(1, CHUNK_LOGITS // len(teacher_RD)))
-
-        def logits(text_CD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return teacher_RD @ (text_CD.T * (scale / temperature)), student_RD @ (text_CD.T * factor)
-
-        kept = list(map(logits, chunks)) if len(teacher_RD) * texts <= KEPT_LOGITS else None
-        sums_t, sums_s = [], []  # by image, over all texts: the only thing that chunks must know of each other
-        for teacher_RC, student_RC in kept or map(logits, chunks):
-            sums_t.append(teacher_RC[:images].logsumexp(dim=1))
-            sums_s.append(student_RC[:images].logsumexp(dim=1))
-        sum_t_B1, sum_s_B1 = (torch.stack(sums).logsumexp(dim=0)[:, None] for sums in (sums_t, sums_s))
-
-        loss, grad_scale, grad_BD = student_BD.new_zeros(()), student_BD.new_zeros(()), torch.zeros_like(student_BD)
-        for text_CD, (teacher_RC, student_RC) in zip(chunks, kept or map(logits, chunks), strict=True):
-            by_text, grad_RC = _kl_and_gradient(teacher_RC.log_softmax(dim=0), student_RC.log_softmax(dim=0), texts)
-            by_image, grad_BC = _kl_and_gradient(teacher_RC[:images] - sum_t_B1, student_RC[:images] - sum_s_B1, images)
-            grad_RC[:images] += grad_BC
-            loss += by_text + by_image
-            grad_BD.addmm_(grad_RC[:images], text_CD * factor)
-            if student_scale.requires_grad:
-                grad_scale += (grad_RC * student_RC).sum() / student_scale
-        ctx.save_for_backward(grad_BD, grad_scale)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_BD, grad_scale = ctx.saved_tensors
-        return grad * grad_BD, grad * grad_scale, None, None, None, None, None
-
-
-def _kl_and_gradient(log_p: torch.Tensor, log_q: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(p || q) summed and divided by `rows`, and its gradient by the logits of q. `log_p`, `log_q` are used up."""
-    p = log_p.exp()
-    value = torch.dot(p.flatten(), log_p.sub_(log_q).flatten()) / rows
-    return value, log_q.exp_().sub_(p).div_(rows)
+    teacher_RD, queued_QD = teacher_BD, None
+    if queue is not None:  # each process takes its part of the queue, as of the batch
+        teacher_RD, queued_QD = torch.cat([teacher_BD, queue[0][place.rows]]), queue[1][place.rows]
+    return _softmax_kl(
+        (teacher_RD, text_TD), (student_BD, text_TD), scale, student_scale, temperature,
+        queued_QD=queued_QD, by_key=True, place=place,
+    )  # fmt: skip
 
 
 def pvl_loss(
-    teacher_image_BD: torch.Tensor,
-    student_image_BD: torch.Tensor,
+    teacher_GD: torch.Tensor,
+    student_BD: torch.Tensor,
     *,
     scale: float,
     temperature: float,
     student_scale: Scale | None = None,
     mask_diagonal: bool = False,
-    queue: tuple[torch.Tensor, torch.Tensor] | None = None,
+    queue: Queue | None = None,
+    place: Place = ALONE,
 ) -> torch.Tensor:
     """Pseudo vision-language, the teacher's images in place of texts: 2 KL(S(ti, ti), S(si, ti)).
 
     `mask_diagonal` leaves each image's own embedding out, which otherwise has nearly all of the target's mass; a
     `queue` adds the teacher's embeddings of earlier steps.
     """
-    keys = _with_queue(teacher_image_BD, teacher_image_BD, queue and (queue[0], queue[0]))
-    return _between_images(teacher_image_BD, student_image_BD, keys, scale, student_scale, temperature, mask_diagonal)
+    key_KD = teacher_GD if queue is None else torch.cat([teacher_GD, queue[0]])
+    return 2 * _softmax_kl(
+        (teacher_GD[place.rows], key_KD), (student_BD, key_KD), scale, student_scale, temperature,
+        without_own=mask_diagonal, place=place,
+    )  # fmt: skip
 
 
 def udist_loss(
-    teacher_image_BD: torch.Tensor,
-    student_image_BD: torch.Tensor,
+    teacher_GD: torch.Tensor,
+    student_BD: torch.Tensor,
     *,
     scale: float,
     temperature: float,
     student_scale: Scale | None = None,
     mask_diagonal: bool = False,
-    queue: tuple[torch.Tensor, torch.Tensor] | None = None,
+    queue: Queue | None = None,
+    place: Place = ALONE,
 ) -> torch.Tensor:
     """Uni-modal distance preservation: 2 KL(S(ti, ti), S(si, si)); `mask_diagonal` and `queue` as in pvl_loss."""
-    keys = _with_queue(teacher_image_BD, student_image_BD, queue)
-    return _between_images(teacher_image_BD, student_image_BD, keys, scale, student_scale, temperature, mask_diagonal)
+    teacher_KD, student_KD = teacher_GD, gather_batch(student_BD, place)
+    if queue is not None:
+        teacher_KD, student_KD = torch.cat([teacher_KD, queue[0]]), torch.cat([student_KD, queue[1]])
+    return 2 * _softmax_kl(
+        (teacher_GD[place.rows], teacher_KD), (student_BD, student_KD), scale, student_scale, temperature,
+        without_own=mask_diagonal, place=place,
+    )  # fmt: skip
 
 
 def cosine_loss(teacher_image_BD: torch.Tensor, student_image_BD: torch.Tensor) -> torch.Tensor:
@@ -153,56 +125,154 @@ def centred_loss(teacher_image_BD: torch.Tensor, student_image_BD: torch.Tensor,
 
 
 def contrastive_loss(
-    student_image_BD: torch.Tensor, text_BD: torch.Tensor, text_row_B: torch.Tensor, *, scale: Scale
+    student_BD: torch.Tensor, text_GD: torch.Tensor, text_row_G: torch.Tensor, *, scale: Scale, place: Place = ALONE
 ) -> torch.Tensor:
     """The task loss of CLIP (Radford et al. 2021) between each image and its own sentence: the mean of both
     directions' cross-entropies over the batch.
 
-    `text_row_B` tells sentences apart: one that several images share is not a negative of any of them; -1 stands for
-    an image without a sentence, which is left out.
+    `text_row_G` tells sentences apart: one that several images share is not a negative of any of them; -1 stands for
+    an image without a sentence, which is left out. Every process computes it whole, on a handful of G x G matrices.
     """
-    paired = text_row_B >= 0
-    row_P = text_row_B[paired]
-    if not len(row_P):
-        return student_image_BD.sum() * 0
-    logits_PP = scale * student_image_BD[paired] @ text_BD[paired].T
-    target_P = torch.arange(len(row_P), device=row_P.device)
-    other = (row_P[:, None] == row_P) & ~torch.eye(len(row_P), dtype=torch.bool, device=row_P.device)
-    logits_PP = logits_PP.masked_fill(other, float("-inf"))
-    return (F.cross_entropy(logits_PP, target_P) + F.cross_entropy(logits_PP.T, target_P)) / 2
+    none_G = text_row_G < 0
+    left_out_GG = (text_row_G[:, None] == text_row_G) | none_G[:, None] | none_G
+    left_out_GG.fill_diagonal_(False)  # so that the cross-entropy of an image without a sentence is 0
+    logits_GG = similarities(scale * gather_batch(student_BD, place), text_GD)
+    logits_GG = logits_GG.masked_fill(left_out_GG, -torch.inf)
+    target_G = torch.arange(len(text_GD), device=text_GD.device)
+    by_image, by_text = (F.cross_entropy(m, target_G, reduction="sum") for m in (logits_GG, logits_GG.T))
+    return (by_image + by_text) / (2 * (~none_G).sum().clamp(min=1))
 
 
-def _with_queue(
-    teacher_BD: torch.Tensor, student_BD: torch.Tensor, queue: tuple[torch.Tensor, torch.Tensor] | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys of both sides, (R, D) each."""
-    if queue is None:
-        return teacher_BD, student_BD
-    return torch.cat([teacher_BD, queue[0]]), torch.cat([student_BD, queue[1]])
-
-
-def _between_images(
-    teacher_BD: torch.Tensor,
-    student_BD: torch.Tensor,
-    keys: tuple[torch.Tensor, torch.Tensor],
+def _softmax_kl(
+    teacher: tuple[torch.Tensor, torch.Tensor],
+    student: tuple[torch.Tensor, torch.Tensor],
     scale: float,
     student_scale: Scale | None,
     temperature: float,
-    mask_diagonal: bool,
+    *,
+    queued_QD: torch.Tensor | None = None,
+    by_key: bool = False,
+    without_own: bool = False,
+    place: Place,
 ) -> torch.Tensor:
-    """2 KL(S(teacher, its keys), S(student, its keys))."""
-    student_scale = scale if student_scale is None else student_scale
-    with torch.no_grad():
-        teacher_BR = scale / temperature * teacher_BD @ keys[0].T
-    return 2 * _kl(teacher_BR, student_scale / temperature * student_BD @ keys[1].T, mask_diagonal)
+    """KL of the student's softmaxes over keys from the teacher's, the mean over rows; `teacher` and `student` are the
+    rows and keys of each.
+
+    With `by_key` that of the softmaxes over the rows of all processes is added, the mean over keys; the student's
+    `queued_QD` are rows in these alone. `without_own` leaves a row's own image, which is one of the keys, out.
+    """
+    factor = (scale if student_scale is None else student_scale) / temperature
+    with tf32(student[0].device):
+        value: torch.Tensor = _SoftmaxKL.apply(
+            *student, factor, queued_QD, *teacher, scale / temperature, by_key, without_own, place
+        )
+    return value
 
 
-def _kl(teacher_BR: torch.Tensor, student_BR: torch.Tensor, mask_diagonal: bool) -> torch.Tensor:
-    """Mean over rows of KL(softmax(teacher) || softmax(student)), without column b in row b if masked."""
-    if mask_diagonal:
-        own = torch.eye(*teacher_BR.shape, dtype=torch.bool, device=teacher_BR.device)
-        lowest = torch.finfo(teacher_BR.dtype).min / 4  # not -inf: 0 * (inf - inf) is not 0
-        teacher_BR, student_BR = teacher_BR.masked_fill(own, lowest), student_BR.masked_fill(own, lowest)
-    with torch.no_grad():
-        target = F.log_softmax(teacher_BR, dim=1)
-    return F.kl_div(F.log_softmax(student_BR, dim=1), target, log_target=True, reduction="batchmean")
+class _SoftmaxKL(torch.autograd.Function):
+    """_softmax_kl, with its gradient computed beside its value.
+
+    The gradient is written out, (q - p) / rows for each softmax, and keys are taken in chunks: memory is bounded, and
+    no logits are kept for a backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_BD: torch.Tensor,
+        student_KD: torch.Tensor,
+        factor: Scale,
+        queued_QD: torch.Tensor | None,
+        teacher_RD: torch.Tensor,
+        teacher_KD: torch.Tensor,
+        teacher_factor: float,
+        by_key: bool,
+        without_own: bool,
+        place: Place,
+    ) -> torch.Tensor:
+        images, rows, keys = len(student_BD), len(teacher_RD), len(teacher_KD)
+        student_RD = student_BD if queued_QD is None else torch.cat([student_BD, queued_QD])
+        scaled_RD, nothing = factor * student_RD, teacher_RD.new_zeros(())
+        width = max(1, (CUDA_CHUNK_LOGITS if student_BD.is_cuda else CHUNK_LOGITS) // rows)
+        chunks = [slice(at, min(at + width, keys)) for at in range(0, keys, width)]
+
+        def logits(chunk: slice) -> _Both:
+            teacher_RC = torch.addmm(nothing, teacher_RD, teacher_KD[chunk].T, beta=0, alpha=teacher_factor)
+            student_RC = scaled_RD @ student_KD[chunk].T
+            if without_own:
+                _leave_out_own(teacher_RC, chunk.start, place)
+                _leave_out_own(student_RC, chunk.start, place)
+            return teacher_RC, student_RC
+
+        # First the sums of softmaxes that no chunk holds whole: a row's over all keys, a key's over all processes
+        many, apart = len(chunks) > 1, by_key and place.world > 1
+        kept, of_rows, of_keys = None, [], []
+        if many or apart:
+            kept = list(map(logits, chunks)) if rows * keys <= KEPT_LOGITS else None
+            for both in kept or map(logits, chunks):
+                if many:
+                    of_rows.append(_log_sums((both[0][:images], both[1][:images]), 1))
+                if apart:
+                    of_keys.append(_log_sums(both, 0))
+            del both  # or the second pass would need two matrices more
+        sum_2B = torch.stack(of_rows).logsumexp(dim=0) if many else None
+        sum_2K = logsumexp_over_all(torch.cat(of_keys, dim=1), place) if apart else None
+
+        value, weight = torch.zeros_like(nothing), place.world / keys if by_key else 1 / images
+        grad_RD = torch.zeros_like(student_RD if ctx.needs_input_grad[2] else student_BD)
+        grad_KD = torch.empty_like(student_KD) if ctx.needs_input_grad[1] else None
+        for chunk, both in zip(chunks, kept or map(logits, chunks), strict=True):
+            part, grad_RC = _kl_and_gradient((both[0][:images], both[1][:images]), 1, sum_2B)
+            value += part / images
+            if by_key:
+                grad_BC = grad_RC
+                part, grad_RC = _kl_and_gradient(both, 0, None if sum_2K is None else sum_2K[:, chunk])
+                value += part * weight
+                grad_RC[:images].add_(grad_BC, alpha=1 / (images * weight))
+            grad_RD.addmm_(grad_RC[: len(grad_RD)], student_KD[chunk])
+            if grad_KD is not None:
+                grad_KD[chunk] = (grad_RC.T @ scaled_RD) * weight
+        grad_factor = (grad_RD * student_RD).sum() * weight if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(grad_RD[:images] * (factor * weight), grad_KD, grad_factor)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *(None if found is None else grad * found for found in ctx.saved_tensors), *[None] * 7
+
+
+def _leave_out_own(logits_BC: torch.Tensor, start: int, place: Place) -> None:
+    """Row b is image rank + b * world of all, and so is its own key; the chunk begins at key `start`."""
+    first = max(0, math.ceil((start - place.rank) / place.world))
+    own = logits_BC[first:, place.rank + first * place.world - start :: place.world].diagonal()
+    own.fill_(torch.finfo(own.dtype).min / 4)  # not -inf: 0 * (inf - inf) is not 0
+
+
+def _log_sums(both: _Both, dim: int) -> torch.Tensor:
+    """logsumexp of the teacher's and the student's logits, float64 (2, R) or (2, C)."""
+    found = []
+    for logits_RC in both:
+        largest = logits_RC.amax(dim, keepdim=True)
+        found.append(largest.squeeze(dim) + (logits_RC - largest).exp_().sum(dim).double().log())
+    return torch.stack(found)
+
+
+def _log_softmax(logits_RC: torch.Tensor, dim: int, log_sum: torch.Tensor | None) -> torch.Tensor:
+    """With the float64 `log_sum` of all logits where these are a part of them.
+
+    What a probability of nearly 1 lacks to 1, of pvl's own embedding 1e-5, is below the rounding of a float32 log_sum.
+    """
+    if log_sum is None:
+        return logits_RC.log_softmax(dim)
+    rounded = log_sum.to(logits_RC.dtype)
+    rest = (log_sum - rounded).to(logits_RC.dtype)
+    return (logits_RC - rounded.unsqueeze(dim)).sub_(rest.unsqueeze(dim))
+
+
+def _kl_and_gradient(both: _Both, dim: int, log_sum: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL of the student's softmaxes from the teacher's, summed, and its gradient by the student's logits."""
+    log_p, log_q = (_log_softmax(m, dim, None if log_sum is None else log_sum[i]) for i, m in enumerate(both))
+    p = log_p.exp()
+    value = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
+    return value, log_q.exp_().sub_(p)

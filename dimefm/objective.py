@@ -1,6 +1,6 @@
 """What a student minimises: the weighted sum of losses, with the state that some of them have.
 
-Shapes: B images of the global batch, T texts, Q images of the queue, D embedding width.
+Shapes: B images of this process, G of all processes, T texts, Q images of the queue, D embedding width.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from dimefm.distributed import ALONE, Place, gather_batch
 from dimefm.losses import centred_loss, contrastive_loss, cosine_loss, pvl_loss, udist_loss, vl_loss
 
 MAX_SCALE = 100.0
@@ -96,19 +97,23 @@ class Objective(torch.nn.Module):
 
     def forward(
         self,
-        teacher_BD: torch.Tensor,
+        teacher_GD: torch.Tensor,
         student_BD: torch.Tensor,
         text_TD: torch.Tensor | None = None,
         pair: tuple[torch.Tensor, torch.Tensor] | None = None,
+        place: Place = ALONE,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss, and each part unweighted and detached. All embeddings unit-norm, float32 or wider.
+        """The loss, and each part unweighted and detached: this process's part of them, see dimefm.losses. All
+        embeddings unit-norm, float32 or wider.
 
-        `text_TD` is wanted by vl, and `pair`, the embedding (B, D) and row (B,) of each image's own sentence, by
+        `text_TD` is wanted by vl, and `pair`, the embedding (G, D) and row (G,) of each image's own sentence, by
         contrastive. Raises ValueError where one is missing.
         """
-        config = self.config
+        config, teacher_BD = self.config, teacher_GD[place.rows]
         student_scale = self.scale if self.log_scale is None else self.log_scale.exp()
-        shared: dict[str, Any] = {"scale": self.scale, "student_scale": student_scale, "queue": self._queue()}
+        shared: dict[str, Any] = {
+            "scale": self.scale, "student_scale": student_scale, "queue": self._queue(), "place": place
+        }  # fmt: skip
         masked: dict[str, Any] = {"mask_diagonal": config.mask_diagonal}
         parts: dict[str, torch.Tensor] = {}
         if config.vl:
@@ -117,10 +122,10 @@ class Objective(torch.nn.Module):
             value = vl_loss(teacher_BD, text_TD, student_BD, temperature=config.vl_temperature, **shared)
             parts["vl"] = value * self._factor(config.vl_temperature)
         if config.pvl:
-            value = pvl_loss(teacher_BD, student_BD, temperature=config.pvl_temperature, **shared, **masked)
+            value = pvl_loss(teacher_GD, student_BD, temperature=config.pvl_temperature, **shared, **masked)
             parts["pvl"] = value * self._factor(config.pvl_temperature)
         if config.udist:
-            value = udist_loss(teacher_BD, student_BD, temperature=config.udist_temperature, **shared, **masked)
+            value = udist_loss(teacher_GD, student_BD, temperature=config.udist_temperature, **shared, **masked)
             parts["udist"] = value * self._factor(config.udist_temperature)
         if config.cosine:
             parts["cosine"] = cosine_loss(teacher_BD, student_BD)
@@ -131,7 +136,7 @@ class Objective(torch.nn.Module):
         if config.contrastive:
             if pair is None:
                 raise ValueError("the contrastive loss needs pairs")
-            parts["contrastive"] = contrastive_loss(student_BD, *pair, scale=student_scale)
+            parts["contrastive"] = contrastive_loss(student_BD, *pair, scale=student_scale, place=place)
         if not parts:
             raise ValueError("every loss has weight 0")
         total = torch.stack([getattr(config, name) * value for name, value in parts.items()]).sum()
@@ -141,16 +146,17 @@ class Objective(torch.nn.Module):
         return total, shown
 
     @torch.no_grad()
-    def after_step(self, teacher_BD: torch.Tensor, student_BD: torch.Tensor) -> None:
+    def after_step(self, teacher_GD: torch.Tensor, student_BD: torch.Tensor, place: Place = ALONE) -> None:
         """Hold a learned scale within its bounds; put the step's rows into the queue, over the oldest."""
         if self.log_scale is not None:
             self.log_scale.clamp_(0, math.log(MAX_SCALE))
         if not self.config.queue:
             return
-        size = min(len(teacher_BD), self.config.queue)
-        place = (self._queued + torch.arange(size, device=self.teacher_QD.device)) % self.config.queue
-        self.teacher_QD[place] = teacher_BD[-size:].to(self.teacher_QD)
-        self.student_QD[place] = student_BD[-size:].to(self.student_QD)
+        student_GD = gather_batch(student_BD, place)
+        size = min(len(teacher_GD), self.config.queue)
+        row = (self._queued + torch.arange(size, device=self.teacher_QD.device)) % self.config.queue
+        self.teacher_QD[row] = teacher_GD[-size:].to(self.teacher_QD)
+        self.student_QD[row] = student_GD[-size:].to(self.student_QD)
         self._queued += size
 
     def get_extra_state(self) -> int:

@@ -21,7 +21,7 @@ FORKING = multiprocessing.get_context("forkserver")
 # Without Ray, which takes its settings from the environment as it is imported.
 FORKING.set_forkserver_preload([
     "dimefm.train", "dimefm.recipes", "dimefm.building", "dimefm.retrieval", "dimefm.selection", "dimefm.export",
-    "dimefm.evaluation.suite", "pipeline.plan", "pipeline.verify", "torch.distributed.nn",
+    "dimefm.evaluation.suite", "pipeline.plan", "pipeline.verify",
 ])  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,50 +13,72 @@ from torch import multiprocessing
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from dimefm import losses
 from dimefm.checkpoint import Checkpoints
-from dimefm.distributed import gather_batch, join_group, leave_group
+from dimefm.distributed import ALONE, Place, average, gather_batch, join_group, leave_group
 from dimefm.errors import TrainingError
 from dimefm.objective import LossConfig, Objective
 from dimefm.runlog import read_metrics
 from tests.processes import FORKING, result_of
 
-LOSS = LossConfig(vl=0.7, pvl=0.3, udist=0.1, cosine=0.5)
 IMAGES, TEXTS, WIDTH = 8, 12, 6
+OBJECTIVES = {
+    "vl": LossConfig(vl=1, pvl=0),
+    "pvl": LossConfig(vl=0, pvl=1),
+    "udist": LossConfig(vl=0, pvl=0, udist=1),
+    "pvl, udist without the diagonal": LossConfig(vl=0, pvl=0.5, udist=0.5, mask_diagonal=True),
+    "cosine": LossConfig(vl=0, pvl=0, cosine=1),
+    "centred": LossConfig(vl=0, pvl=0, centred=1),
+    "contrastive": LossConfig(vl=0, pvl=0, contrastive=1),
+    "scores with a queue": LossConfig(vl=0.7, pvl=0.3, udist=0.1, mask_diagonal=True, queue=11),
+    "all with a queue and a learned scale": LossConfig(
+        vl=0.7, pvl=0.3, udist=0.1, cosine=0.5, centred=0.5, contrastive=0.2, queue=5, logit_scale="learned", scale=20.0
+    ),
+}
 
 
-def inputs() -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A model, images, and teacher embeddings of images and texts: the same in every process."""
-    generator = torch.Generator().manual_seed(0)
+def units(rows: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(rows, WIDTH, dtype=torch.float64, generator=generator), dim=-1)
+
+
+def two_steps(config: LossConfig, place: Place, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """What the second step finds, for which the queue has rows of the first: the loss and its parts, the gradients of
+    the tower and of the scale."""
     torch.manual_seed(0)
-    model = torch.nn.Linear(10, WIDTH).double()
-    images = torch.randn(IMAGES, 10, dtype=torch.float64, generator=generator)
-    teacher, texts = (
-        F.normalize(torch.randn(n, WIDTH, dtype=torch.float64, generator=generator), dim=-1) for n in (IMAGES, TEXTS)
-    )
-    return model, images, teacher, texts
+    model = torch.nn.Linear(10, WIDTH).to(place.device, dtype)
+    tower = DistributedDataParallel(model) if place.world > 1 else model
+    objective = Objective(config, teacher_scale=100.0, dim=WIDTH, mean_D=units(1, 5)[0] / 2).to(place.device, dtype)
+    text_TD, pair_GD = (units(rows, 3).half().to(place.device, dtype) for rows in (TEXTS, IMAGES))
+    pair = pair_GD, torch.tensor([4, 1, -1, 4, 0, 7, -1, 2], device=place.device)
+    inputs = torch.randn(2, IMAGES, 10, generator=torch.Generator().manual_seed(1)).to(place.device, dtype)
+    for step in range(2):
+        tower.zero_grad()
+        objective.zero_grad()
+        half_GD = units(IMAGES, 10 + step).half().to(place.device)
+        teacher_GD = gather_batch(half_GD[place.rows], place).to(dtype)
+        assert torch.equal(teacher_GD, half_GD.to(dtype)), "not in the order of the global batch"
+        student_BD = F.normalize(tower(inputs[step][place.rows]), dim=-1)
+        loss, parts = objective(teacher_GD, student_BD, text_TD, pair, place)
+        loss.backward()
+        objective.after_step(teacher_GD, student_BD.detach(), place)
+    values = [loss.detach(), *parts.values()]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if objective.log_scale is not None and objective.log_scale.grad is not None:
+        values.append(objective.log_scale.grad)
+    for value in values:
+        average(value, place)
+    return [*values, *gradients]
 
 
-def objective() -> Objective:
-    return Objective(LOSS, teacher_scale=100.0, dim=WIDTH, mean_D=None)
-
-
-def one_process() -> list[torch.Tensor]:
-    model, images, teacher, texts = inputs()
-    objective()(teacher, F.normalize(model(images), dim=-1), texts)[0].backward()
-    return [p.grad for p in model.parameters() if p.grad is not None]
-
-
-def one_of_many(rank: int, world: int, port: int, out: str) -> None:
+def one_of_many(rank: int, world: int, port: int, out: str, chunk: int) -> None:
+    """Any warning ends it, as that of a collective that is on its way out."""
+    warnings.simplefilter("error")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    losses.CHUNK_LOGITS = losses.KEPT_LOGITS = chunk
     place = join_group("cpu")
-    model, images, teacher, texts = inputs()
-    tower = DistributedDataParallel(model)
-    student = gather_batch(F.normalize(tower(images[rank::world]), dim=-1), place)
-    gathered = gather_batch(teacher[rank::world], place)
-    assert torch.equal(gathered, teacher), "the rows are not in the order of the global batch"
-    objective()(gathered, student, texts)[0].backward()
-    torch.save([p.grad for p in model.parameters()], f"{out}/{rank}.pt")
+    torch.save({name: two_steps(config, place) for name, config in OBJECTIVES.items()}, f"{out}/{rank}.pt")
     leave_group(place)
 
 
@@ -65,15 +88,19 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_gradients_are_those_of_one_process_with_the_whole_batch(world: int, tmp_path: Path) -> None:
-    arguments = (world, free_port(), str(tmp_path))
+@pytest.mark.parametrize(("world", "chunk"), [(2, 2**24), (4, 10)])
+def test_every_loss_and_its_gradient_are_those_of_one_process_with_the_whole_batch(
+    world: int, chunk: int, tmp_path: Path
+) -> None:
+    arguments = (world, free_port(), str(tmp_path), chunk)
     multiprocessing.start_processes(one_of_many, arguments, nprocs=world, start_method=FORKING.get_start_method())
-    expected = one_process()
-    assert len(expected) == 2
+    expected = {name: two_steps(config, ALONE) for name, config in OBJECTIVES.items()}
+    assert [len(values) for values in expected.values()] == [4, 4, 4, 5, 4, 4, 4, 6, 11]
     for rank in range(world):
-        for mine, whole in zip(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected, strict=True):
-            torch.testing.assert_close(mine, whole, rtol=0, atol=1e-10)
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, values in expected.items():
+            for mine, whole in zip(found[name], values, strict=True):
+                torch.testing.assert_close(mine, whole, rtol=0, atol=1e-10, msg=f"{name} on {rank}: {mine}, {whole}")
 
 
 def test_torchrun_trains_on_two_processes(tiny_run: list[str], tmp_path: Path) -> None:

@@ -11,15 +11,14 @@ from torch import multiprocessing
 from torch.nn import functional as F
 
 from dimefm.average import Average
-from dimefm.distributed import Place, join_group, leave_group
+from dimefm.distributed import ALONE, Place, join_group, leave_group
 from dimefm.learner import Learner
 from dimefm.objective import LossConfig, Objective
 from tests.processes import FORKING
 from tests.test_distributed import free_port
 
-LOSS = LossConfig(vl=0.7, pvl=0.3, udist=0.1, cosine=0.5, queue=6, logit_scale="learned", scale=20.0)
+LOSS = LossConfig(vl=0.7, pvl=0.3, udist=0.1, cosine=0.5, contrastive=0.1, queue=6, logit_scale="learned", scale=20.0)
 IMAGES, TEXTS, WIDTH = 8, 12, 6
-ALONE = Place(0, 1, torch.device("cpu"))
 
 
 def units(count: int, seed: int) -> torch.Tensor:
@@ -39,7 +38,8 @@ def learner(place: Place = ALONE, module: torch.nn.Module | None = None, **chang
 
 
 def two_steps(found: Learner, rank: int = 0, world: int = 1) -> list[torch.Tensor]:
-    """The gradients of the second step, whose queue has the rows of the first; then its weights' ones."""
+    """Of the second step, whose queue has the rows of the first: the gradients of the tower and of the learned scale,
+    then the loss and its parts."""
     inputs = torch.randn(2, IMAGES, 10, generator=torch.Generator().manual_seed(1))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     parameters = [*found.module.parameters(), *found.objective.parameters()]
@@ -47,9 +47,14 @@ def two_steps(found: Learner, rank: int = 0, world: int = 1) -> list[torch.Tenso
         for parameter in parameters:
             parameter.grad = None
         batch = inputs[step][rank::world]
-        found.learn(batch, units(IMAGES, step)[rank::world], units(TEXTS, 9), None, seed=(0, step), scaler=scaler)
+        teacher, text, pair = (
+            units(IMAGES, step)[rank::world],
+            units(TEXTS, 9),
+            (units(IMAGES, 8), torch.arange(IMAGES)),
+        )
+        values = found.learn(batch, teacher, text, pair, seed=(0, step), scaler=scaler)
         found.after_step()
-    return [p.grad for p in parameters if p.grad is not None]
+    return [*[p.grad for p in parameters if p.grad is not None], *values.values()]
 
 
 @pytest.mark.parametrize("parts", [2, 3, 8])
@@ -57,7 +62,7 @@ def two_steps(found: Learner, rank: int = 0, world: int = 1) -> list[torch.Tenso
 def test_passes_add_up_to_the_gradient_of_the_whole_batch(parts: int, dropout: float) -> None:
     whole, split = (learner(module=tower(dropout), accumulate=n) for n in (1, parts))
     gradients = [two_steps(whole), two_steps(split)]
-    assert len(gradients[0]) == 5
+    assert len(gradients[0]) == 5 + 7
     if dropout:  # other masks than those of one pass: but the same in both passes over a part
         again = two_steps(learner(module=tower(dropout), accumulate=parts))
         assert all(torch.equal(one, other) for one, other in zip(gradients[1], again, strict=True))
