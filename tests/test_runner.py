@@ -1,5 +1,6 @@
 """Stage 1 on a real local Ray: several workers, one writer a shard, errors that arrive as they were raised."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from cache_schemas import Status
+from dimefm.building import Part
 from dimefm.clip import Clip
 from dimefm.errors import DimefmError, MismatchError
 from dimefm.shard import encode_shard
@@ -19,6 +21,7 @@ from pipeline.cache import CacheConfig, cache, dry_run
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.runner import Job, Worker, run_shards
 from tests.making import make_jpeg
+from tests.processes import result_of
 from tests.stores import teacher_identity
 
 
@@ -149,3 +152,66 @@ def test_a_compiled_teacher_gives_the_same_embeddings(
     compiled, plain = store.read(0, 96).astype(np.float32), image_store.read(0, 96).astype(np.float32)
     np.testing.assert_allclose(compiled, plain, atol=2e-3)
     assert sizes == {12}
+
+
+# -- GPUs, of which Ray believes what it is told ----------------------------------------------------------------------
+
+
+def seen(part: Part, threads: int, use_gpus: bool) -> tuple[str | None, bool]:
+    """In place of `build_part`: the GPUs that its process may see, and whether it was told to use them."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES"), use_gpus
+
+
+def seen_by_parts(words: tuple[int, int, int]) -> list[object]:
+    """What parts see on a machine of so many GPUs."""
+    gpus, workers, parts = words
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # a parent that sees none must not be the reason
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+        patch.setattr("torch.cuda.device_count", lambda: gpus)
+        from pipeline import index_parts
+
+        patch.setattr(index_parts, "build_part", seen)
+        part = Part("t.zarr", "t.index", "part.faiss", "s", ((0, 1),))
+        return list(index_parts.on_ray(workers)([part] * parts))
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(2, 2), (2, 4)])
+def test_parts_of_an_index_see_one_gpu_each(gpus: int, workers: int) -> None:
+    found = result_of(seen_by_parts, (gpus, workers, 4))
+    assert {gpu for gpu, _ in found} <= {"0", "1"}
+    assert all(use_gpus for _, use_gpus in found)
+
+
+def test_parts_of_an_index_see_no_gpu_where_ray_has_none() -> None:
+    assert result_of(seen_by_parts, (0, 2, 2)) == [("", False)] * 2
+
+
+def seen_by_workers(gpus: int) -> list[str | None]:
+    """The GPUs that actors see, of jobs on the CPU and on GPUs, on a machine of so many."""
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.device_count", lambda: gpus)
+        from pipeline import runner
+
+        patch.setattr(runner, "Worker", Seeing)
+        job = Job(store="s", teacher="t", pretrained=None, precision="fp32", device="cpu", threads=1)
+        with runner.cluster(None, 2, "cuda"):
+            actors = [
+                runner._Supervisor(one, 1, 1, {}, check=False)._new() for one in (job, replace(job, device="cuda"))
+            ]
+            return [runner.fetch(actor.see.remote()) for actor in actors]
+
+
+class Seeing:
+    """In place of a worker."""
+
+    def __init__(self, job: Job) -> None:
+        pass
+
+    def see(self) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def test_workers_on_the_cpu_see_no_gpu_and_others_their_own() -> None:
+    assert result_of(seen_by_workers, 1) == ["", "0"]
