@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
+from dimefm.products import tf32
 from dimefm.store import Store
 from dimefm.transfer import Transfer, fetch
 
@@ -84,7 +85,7 @@ class ExactSearch:
         scores_QK = torch.full((len(half_QD), k), -torch.inf, device=self._device)
         rows_QK = torch.full((len(half_QD), k), -1, dtype=torch.int64, device=self._device)
         behind = deque([fetch(scores_QK[:1])])
-        with _tf32(self._device):
+        with nullcontext() if _MIXED else tf32(self._device):
             for rows_N, embedding_ND in self._blocks() if self._kept is None else self._kept:
                 block_DN = _factor(embedding_ND).T
                 for at in range(0, len(half_QD), self._queries):
@@ -131,20 +132,6 @@ def _product(queries_QD: torch.Tensor, block_DN: torch.Tensor) -> torch.Tensor:
     if queries_QD.dtype == torch.float16:
         return torch.mm(queries_QD, block_DN, out_dtype=torch.float32)
     return queries_QD @ block_DN
-
-
-@contextmanager
-def _tf32(device: torch.device) -> Iterator[None]:
-    """For the block, products of float32 on a GPU are TF32, where products of float16 are not to be had."""
-    if device.type == "cpu" or _MIXED:
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _top(scores_QN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
