@@ -58,7 +58,7 @@ class ExactSearch:
 
     def __init__(self, store: Store, *, device: str = "cpu", ranges: Sequence[tuple[int, int]] | None = None) -> None:
         """Over all rows of the store, or those of some `ranges`, start and stop."""
-        self._store, self._device = store, torch.device(device)
+        self._store, self.device, self._device = store, device, torch.device(device)
         self._ranges = ((0, store.schema.rows),) if ranges is None else ranges
         self._transfer = Transfer(self._device)
         self._block_rows, self._queries = _BLOCK_ROWS, _QUERIES

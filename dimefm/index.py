@@ -39,6 +39,7 @@ class Index:
     """An index in memory and the store that it is over, which its best candidates are scored again from."""
 
     batch = 4096
+    device = "cpu"
 
     def __init__(self, inner: Any, store: Store, setting: Setting, spread: str = "") -> None:
         self._faiss, self._store, self._setting = inner, store, setting
