@@ -16,21 +16,26 @@ from dimefm.clip import Clip
 from dimefm.errors import DimefmError, MismatchError
 from dimefm.shard import encode_shard
 from dimefm.store import Store
-from pipeline import runner
+from pipeline import index_parts, runner
 from pipeline.cache import CacheConfig, cache, dry_run
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.runner import Job, Worker, run_shards
 from tests.making import make_jpeg
-from tests.processes import result_of
 from tests.stores import teacher_identity
 
 
 @pytest.fixture(scope="module")
 def one_ray() -> Iterator[None]:
-    """A Ray for all tests that take it: what would start one of its own, which takes seconds, finds this one."""
-    with runner.cluster(None, 2, "cpu"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "cluster", lambda *_: nullcontext())
-        yield
+    """A Ray for all tests that take it: what would start one of its own, which takes seconds, finds this one. It
+    believes that there are two GPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # or Ray would find that there are none
+        patch.setattr("torch.cuda.device_count", lambda: 2)
+        with runner.cluster(None, 2, "cuda"):
+            patch.undo()
+            patch.setattr(runner, "cluster", lambda *_: nullcontext())
+            patch.setattr(index_parts, "cluster", lambda *_: nullcontext())
+            yield
 
 
 @pytest.fixture
@@ -162,47 +167,6 @@ def seen(part: Part, threads: int, use_gpus: bool) -> tuple[str | None, bool]:
     return os.environ.get("CUDA_VISIBLE_DEVICES"), use_gpus
 
 
-def seen_by_parts(words: tuple[int, int, int]) -> list[object]:
-    """What parts see on a machine of so many GPUs."""
-    gpus, workers, parts = words
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # a parent that sees none must not be the reason
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.cuda.is_available", lambda: gpus > 0)
-        patch.setattr("torch.cuda.device_count", lambda: gpus)
-        from pipeline import index_parts
-
-        patch.setattr(index_parts, "build_part", seen)
-        part = Part("t.zarr", "t.index", "part.faiss", "s", ((0, 1),))
-        return list(index_parts.on_ray(workers)([part] * parts))
-
-
-@pytest.mark.parametrize(("gpus", "workers"), [(2, 2), (2, 4)])
-def test_parts_of_an_index_see_one_gpu_each(gpus: int, workers: int) -> None:
-    found = result_of(seen_by_parts, (gpus, workers, 4))
-    assert {gpu for gpu, _ in found} <= {"0", "1"}
-    assert all(use_gpus for _, use_gpus in found)
-
-
-def test_parts_of_an_index_see_no_gpu_where_ray_has_none() -> None:
-    assert result_of(seen_by_parts, (0, 2, 2)) == [("", False)] * 2
-
-
-def seen_by_workers(gpus: int) -> list[str | None]:
-    """The GPUs that actors see, of jobs on the CPU and on GPUs, on a machine of so many."""
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.cuda.device_count", lambda: gpus)
-        from pipeline import runner
-
-        patch.setattr(runner, "Worker", Seeing)
-        job = Job(store="s", teacher="t", pretrained=None, precision="fp32", device="cpu", threads=1)
-        with runner.cluster(None, 2, "cuda"):
-            actors = [
-                runner._Supervisor(one, 1, 1, {}, check=False)._new() for one in (job, replace(job, device="cuda"))
-            ]
-            return [runner.fetch(actor.see.remote()) for actor in actors]
-
-
 class Seeing:
     """In place of a worker."""
 
@@ -213,5 +177,22 @@ class Seeing:
         return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
-def test_workers_on_the_cpu_see_no_gpu_and_others_their_own() -> None:
-    assert result_of(seen_by_workers, 1) == ["", "0"]
+def test_what_runs_on_ray_sees_the_gpu_that_it_has_and_no_other(one_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "Worker", Seeing)
+    monkeypatch.setattr(index_parts, "build_part", seen)
+    job = Job(store="s", teacher="t", pretrained=None, precision="fp32", device="cpu", threads=1)
+    part = Part("t.zarr", "t.index", "part.faiss", "s", ((0, 1),))
+    actor = runner._Supervisor(job, 1, 1, {}, check=False)._new()
+    assert runner.fetch(actor.see.remote()) == "", "a worker of --device cpu"
+    assert list(index_parts.on_ray(1)([part])) in ([("0", True)], [("1", True)]), "a part of an index"
+    monkeypatch.setattr(index_parts, "gpu_share", lambda *_: 0)
+    assert list(index_parts.on_ray(1)([part])) == [("", False)], "a part where Ray has no GPU"
+
+
+@pytest.mark.parametrize(("workers", "gpus", "share"), [(2, 2, 1), (2, 8, 1), (4, 2, 1 / 2), (5, 2, 1 / 3), (3, 0, 0)])
+def test_more_workers_than_gpus_share_them(
+    monkeypatch: pytest.MonkeyPatch, workers: int, gpus: int, share: float
+) -> None:
+    monkeypatch.setattr(runner.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
+    assert runner.gpu_share(workers, "cuda") == share
+    assert runner.gpu_share(workers, "cpu") == 0
