@@ -3,7 +3,7 @@ PYTHON ?= python3
 SCALE ?= sample
 BIN := .venv/bin
 
-.PHONY: reproduce test test-all lint bench clean
+.PHONY: reproduce test test-all test-gpu lint bench clean
 
 # SCALE=smoke: under three minutes. SCALE=paper ARGS="--images ... --texts ... --val ...": the paper's job; --dry-run: its cost.
 reproduce: .venv/ready
@@ -12,7 +12,7 @@ reproduce: .venv/ready
 # Every kind of promise in its cheapest real form: seven minutes at most on two cores.
 test: CHOSEN = -m "not slow and not gpu"
 
-# Every test that there is.
+# Every test that there is, but for those of a GPU, which skip themselves: both hide it (tests/conftest.py).
 test-all: CHOSEN =
 
 # Style and types are checked beside the tests. What they say comes after, in one piece; either fails the whole.
@@ -20,6 +20,11 @@ test test-all: .venv/ready
 	@said=$$(mktemp); ($(LINT)) >$$said 2>&1 & lint=$$!; \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(CHOSEN) $(ARGS); tests=$$?; \
 	wait $$lint; checks=$$?; cat $$said; rm $$said; [ $$tests -eq 0 ] && [ $$checks -eq 0 ]
+
+# Only the tests of a GPU. Where there is none that fails, as nothing would have been tested.
+test-gpu: .venv/ready
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu: torch sees no GPU here; dimefm doctor says why")'
+	$(BIN)/python -m pytest -m gpu -rs $(ARGS)
 
 LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 

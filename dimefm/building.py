@@ -278,15 +278,15 @@ class _Build:
         return sidecar
 
 
-def build_part(part: Part, threads: int | None = None) -> Part:
+def build_part(part: Part, threads: int | None = None, use_gpus: bool = True) -> Part:
     """Build one part: read the trained index, add the rows, write it and then its document. A plain function, which
-    needs no more memory than the part and the trained index."""
+    needs no more memory than the part and the trained index; on all GPUs that it sees, or on none."""
     began = time.monotonic()
     if threads:
         faiss_index.use_threads(threads)
     folder = Path(part.folder)
     index = faiss_index.read(folder / f"{_TRAINED}.faiss")
-    skipped = faiss_index.add_rows(index, Store(part.store), part.ranges)
+    skipped = faiss_index.add_rows(index, Store(part.store), part.ranges, use_gpus=use_gpus)
     _write(index, folder / part.file, part.settings, int(index.ntotal), skipped, time.monotonic() - began)
     return part
 

@@ -43,6 +43,12 @@ class _Group(click.Group):
             if error.filename is None:
                 raise
             raise click.ClickException(f"{error.filename}: {error.strerror}") from error
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not have been imported
+                raise
+            what = str(error).partition(" GPU ")[0].strip()  # what follows are numbers of torch's allocator
+            remedy = "give a smaller batch, or --device cpu; nvidia-smi says whether others use the GPU"
+            raise click.ClickException(f"a GPU has too little memory: {what}\n  remedy: {remedy}") from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of the work, not of the alphabet

@@ -55,8 +55,9 @@ def _spherical_kmeans(half_SD: torch.Tensor, count: int, *, seed: int, device: s
     furthest from its centre. Sums are made on the CPU, where their order is fixed."""
     first = np.sort(np.random.default_rng((seed, 3)).choice(len(half_SD), count, replace=False))
     centre_KD = F.normalize(half_SD[torch.from_numpy(first)].float(), dim=1)
+    there_SD = half_SD.to(device)
     for _ in range(_ROUNDS):
-        label_S, similarity_S = _nearest(half_SD, centre_KD.to(device))
+        label_S, similarity_S = _nearest(there_SD, centre_KD.to(device))
         sum_KD = torch.zeros_like(centre_KD)
         for at in range(0, len(half_SD), _BLOCK):
             sum_KD.index_add_(0, label_S[at : at + _BLOCK], half_SD[at : at + _BLOCK].float())
@@ -69,12 +70,9 @@ def _spherical_kmeans(half_SD: torch.Tensor, count: int, *, seed: int, device: s
 
 def _nearest(half_ND: torch.Tensor, centre_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The nearest centre of each row, int64 (N,), and the similarity to it, float32 (N,); both on the CPU."""
-    labels, similarities = [], []
-    for part_ND in half_ND.split(max(1, _SIMILARITIES // len(centre_KD))):
-        best = (part_ND.to(centre_KD.device).float() @ centre_KD.T).max(dim=1)
-        labels.append(best.indices.cpu())
-        similarities.append(best.values.cpu())
-    return torch.cat(labels), torch.cat(similarities)
+    parts = half_ND.to(centre_KD.device).split(max(1, _SIMILARITIES // len(centre_KD)))
+    best = [(part_ND.float() @ centre_KD.T).max(dim=1) for part_ND in parts]
+    return torch.cat([found.indices for found in best]).cpu(), torch.cat([found.values for found in best]).cpu()
 
 
 def repetitions(

@@ -21,6 +21,7 @@ _NEEDED = {"torch": "torch", "torchvision": "torchvision", "open_clip": "open_cl
            "zarr": "zarr", "pyarrow": "pyarrow"}  # fmt: skip
 _SMALL_SHM, _FEW_FILES, _LITTLE_DISK, _LITTLE_MEMORY = 1_000_000_000, 1024, 10_000_000_000, 4_000_000_000
 _LEAST_FILES = 128  # below it not even two loader processes work
+_MOSTLY_FREE = 0.8  # of a GPU's memory; its own context takes half a gigabyte
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,16 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at everything. Imports torch and faiss; starts nothing and writes nothing that stays."""
+    """Look at everything. Imports torch and faiss, has each GPU add two numbers; writes nothing that stays."""
     findings = [Finding("dimefm", f"{version('dimefm')}, Python {platform.python_version()}, {platform.platform()}")]
     missing = list(_missing())
     findings += missing
     findings += [*_cores_and_memory(), *_files()]
     if missing:
         return Diagnosis(findings, [])
-    findings += [_cpu(), *_torch(), _faiss(), _ray(), _jpeg()]
-    return Diagnosis(findings, _defaults())
+    gpus = list(_gpus())
+    findings += [_cpu(), _torch(), *gpus, _faiss(), _ray(), _jpeg()]
+    return Diagnosis(findings, [] if any(gpu.state == "stops" for gpu in gpus) else _defaults())
 
 
 def _missing() -> Iterator[Finding]:
@@ -127,20 +129,46 @@ def _cpu() -> Finding:
     return Finding("cpu", f"{machine.describe('cpu')}; {how}")
 
 
-def _torch() -> Iterator[Finding]:
+def _torch() -> Finding:
     import torch
 
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
-    yield Finding("torch", f"{torch.__version__}, built with {built}")
+    return Finding("torch", f"{torch.__version__}, built with {built}")
+
+
+def _gpus() -> Iterator[Finding]:
+    import torch
+
     if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            facts = torch.cuda.get_device_properties(index)
-            yield Finding(f"gpu {index}", f"{facts.name}, {amount(facts.total_memory)}")
+        yield from map(_gpu, range(torch.cuda.device_count()))
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        yield Finding("gpu", "hidden by CUDA_VISIBLE_DEVICES: everything runs on the CPU")
     elif any(Path("/dev").glob("nvidia[0-9]*")):
         remedy = "update the driver, or install the torch that fits it (nvidia-smi says which CUDA it has)"
         yield Finding("gpu", "there is one, and torch cannot use it", "look", remedy)
     else:
         yield Finding("gpu", "none: everything runs on the CPU")
+
+
+def _gpu(index: int) -> Finding:
+    """torch sees GPUs that it has no kernels for, too."""
+    import torch
+
+    name = f"gpu {index}"
+    try:
+        facts = torch.cuda.get_device_properties(index)
+        torch.ones(2, device=f"cuda:{index}").sum().item()
+        free, whole = torch.cuda.mem_get_info(index)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        remedy = "install the torch that fits it and its driver, or hide it: CUDA_VISIBLE_DEVICES= dimefm ..."
+        return Finding(name, f"torch cannot use it: {reason}", "stops", remedy)
+    others = free < _MOSTLY_FREE * whole
+    remedy = (
+        "others use it (nvidia-smi): choose another with CUDA_VISIBLE_DEVICES, or smaller batches" if others else ""
+    )
+    found = f"{facts.name}, {amount(whole)}, {amount(free)} free"
+    return Finding(name, found, "look" if others else "ok", remedy)
 
 
 def _faiss() -> Finding:

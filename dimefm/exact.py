@@ -5,18 +5,30 @@ Shapes: Q queries, N rows of a block, G groups of columns, D width, K neighbours
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
+from dimefm.products import tf32
 from dimefm.store import Store
+from dimefm.transfer import Transfer, fetch
 
 _BLOCK_ROWS = 16384
 _QUERIES = 4096  # with a block, 256 MiB of scores
+# On a GPU wider blocks: 25 launches and three top-k follow each product, which cost about the same however wide it is,
+# by estimate more than the product at 16,384 rows and a quarter of it at 131,072. The scores are 2 GiB, or an eighth of
+# the free memory where that is less.
+_GPU_BLOCK_ROWS, _GPU_QUERIES, _GPU_SCORES = 131_072, 4096, 1 / 8
 _GROUP = 64
+_VALID_ROWS = 512
 _RESIDENT = 0.7  # of a GPU's free memory
+# Products of halves whose sums are float32 and stay so: since torch 2.8, on GPUs alone.
+_MIXED = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def valid_rows(store: Store, start: int, stop: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -24,7 +36,10 @@ def valid_rows(store: Store, start: int, stop: int) -> tuple[np.ndarray[Any, Any
     (N,), embeddings float16 (N, D)."""
     embedding_ND = store.read(start, stop)
     # Without its sign, a float16 above 0x7bff is infinite or NaN; NumPy's functions for float16 are ten times slower.
-    largest_N = (embedding_ND.view(np.uint16) & 0x7FFF).max(axis=1)
+    # A part at a time, whose copy stays in the processor's cache.
+    bits_ND = embedding_ND.view(np.uint16)
+    parts = (bits_ND[at : at + _VALID_ROWS] for at in range(0, len(bits_ND) or 1, _VALID_ROWS))
+    largest_N = np.concatenate([(part_ND & 0x7FFF).max(axis=1) for part_ND in parts])
     good_N = (largest_N > 0) & (largest_N < 0x7C00)
     if good_N.all():
         return np.arange(start, stop), embedding_ND
@@ -35,20 +50,26 @@ class ExactSearch:
     """The rows of a store nearest to a query by inner product. Nothing is built: the rows are read as they are needed,
     or held in a GPU's memory where they fit.
 
-    Products and sums are float32; on a GPU the products are TF32, which holds every float16 exactly.
+    Products and sums are float32. On a GPU the products are of float16, as the store holds them, which is exact too and
+    twice as fast; before torch 2.8 they are TF32, which holds every float16 exactly.
     """
 
     batch = 65536  # every row is read once for so many queries
 
     def __init__(self, store: Store, *, device: str = "cpu", ranges: Sequence[tuple[int, int]] | None = None) -> None:
         """Over all rows of the store, or those of some `ranges`, start and stop."""
-        self._store, self._device = store, torch.device(device)
+        self._store, self.device, self._device = store, device, torch.device(device)
         self._ranges = ((0, store.schema.rows),) if ranges is None else ranges
+        self._transfer = Transfer(self._device)
+        self._block_rows, self._queries = _BLOCK_ROWS, _QUERIES
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         if self._device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self._device)
-            if store.schema.rows * store.schema.dim * 2 < _RESIDENT * free:
-                self._kept = list(self._read())
+            self._block_rows = _GPU_BLOCK_ROWS
+            self._queries = max(1, min(_GPU_QUERIES, int(_GPU_SCORES * free) // (4 * self._block_rows)))
+            rows = sum(stop - start for start, stop in self._ranges)
+            if rows * store.schema.dim * 2 < _RESIDENT * free:
+                self._kept = list(self._blocks())
 
     def search(self, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Scores float32 (Q, K) and rows of the store int64 (Q, K), best first; -inf and -1 where there are fewer.
@@ -56,29 +77,61 @@ class ExactSearch:
         Queries are taken as float16, like everything in a store. Memory is bounded by one block of scores.
         """
         half_QD = torch.from_numpy(np.ascontiguousarray(queries_QD, np.float16)).to(self._device)
+        scores_QK, rows_QK = self._search(half_QD, k)
+        return scores_QK.cpu().numpy(), rows_QK.cpu().numpy()
+
+    def _search(self, half_QD: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`search` on the device, which is waited for only where it is more than a block behind."""
         scores_QK = torch.full((len(half_QD), k), -torch.inf, device=self._device)
         rows_QK = torch.full((len(half_QD), k), -1, dtype=torch.int64, device=self._device)
-        tf32 = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = True
-        try:
-            for rows_N, embedding_ND in self._read() if self._kept is None else self._kept:
-                block_DN = embedding_ND.float().T
-                for at in range(0, len(half_QD), _QUERIES):
-                    part = slice(at, at + _QUERIES)
-                    found_QK, column_QK = _top(half_QD[part].float() @ block_DN, k)
+        behind = deque([fetch(scores_QK[:1])])
+        with nullcontext() if _MIXED else tf32(self._device):
+            for rows_N, embedding_ND in self._blocks() if self._kept is None else self._kept:
+                block_DN = _factor(embedding_ND).T
+                for at in range(0, len(half_QD), self._queries):
+                    part = slice(at, at + self._queries)
+                    found_QK, column_QK = _top(_product(_factor(half_QD[part]), block_DN), k)
                     both_QK = torch.cat([scores_QK[part], found_QK], dim=1)
                     scores_QK[part], place_QK = both_QK.topk(k, dim=1)
                     rows_QK[part] = torch.cat([rows_QK[part], rows_N[column_QK]], dim=1).gather(1, place_QK)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = tf32
-        return scores_QK.cpu().numpy(), rows_QK.cpu().numpy()
+                behind.append(fetch(scores_QK[:1]))
+                behind.popleft().wait()  # or blocks that wait for their turn would fill its memory
+        return scores_QK, rows_QK
 
-    def _read(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for first, last in self._ranges:
-            for start in range(first, last, _BLOCK_ROWS):
-                rows_N, embedding_ND = valid_rows(self._store, start, min(start + _BLOCK_ROWS, last))
+    def _blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Row numbers (N,) and embeddings float16 (N, D) of blocks of rows, on the device. While one is worked on, the
+        next is read in a thread."""
+        places = [
+            (start, min(start + self._block_rows, last))
+            for first, last in self._ranges
+            for start in range(first, last, self._block_rows)
+        ]
+        with ThreadPoolExecutor(1) as reader:
+            reads = (reader.submit(self._read, start, stop) for start, stop in places)
+            following = next(reads, None)
+            while following is not None:
+                present, following = following, next(reads, None)
+                rows_N, embedding_ND = present.result()
                 if len(rows_N):
-                    yield torch.from_numpy(rows_N).to(self._device), torch.from_numpy(embedding_ND).to(self._device)
+                    yield self._transfer.send(rows_N), self._transfer.send(embedding_ND)
+
+    def _read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows_N, embedding_ND = map(torch.from_numpy, valid_rows(self._store, start, stop))
+        if self._device.type == "cuda":  # what is page-locked is copied while the GPU computes
+            return rows_N.pin_memory(), embedding_ND.pin_memory()
+        return rows_N, embedding_ND
+
+
+def _factor(half: torch.Tensor) -> torch.Tensor:
+    """What `_product` takes in place of float16."""
+    return half if half.is_cuda and _MIXED else half.float()
+
+
+def _product(queries_QD: torch.Tensor, block_DN: torch.Tensor) -> torch.Tensor:
+    """Inner products, float32 (Q, N)."""
+    if queries_QD.dtype == torch.float16:
+        return torch.mm(queries_QD, block_DN, out_dtype=torch.float32)
+    return queries_QD @ block_DN
 
 
 def _top(scores_QN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,8 +148,7 @@ def _top(scores_QN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     grouped_QGN = scores_QN[:, :whole].unflatten(1, (groups, _GROUP))
     group_QK = grouped_QGN.amax(dim=2).topk(k, dim=1).indices
     few_QN = grouped_QGN.gather(1, group_QK[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
-    column_QN = (group_QK[:, :, None] * _GROUP + torch.arange(_GROUP, device=group_QK.device)).flatten(1)
-    rest = torch.arange(whole, width, device=group_QK.device).expand(len(few_QN), -1)
-    few_QN, column_QN = torch.cat([few_QN, scores_QN[:, whole:]], dim=1), torch.cat([column_QN, rest], dim=1)
-    found_QK, place_QK = few_QN.topk(k, dim=1)
-    return found_QK, column_QN.gather(1, place_QK)
+    found_QK, place_QK = torch.cat([few_QN, scores_QN[:, whole:]], dim=1).topk(k, dim=1)
+    number_QK, within_QK = place_QK // _GROUP, place_QK % _GROUP
+    inside_QK = group_QK.gather(1, number_QK.clamp(max=k - 1)) * _GROUP + within_QK
+    return found_QK, torch.where(number_QK < k, inside_QK, place_QK + (whole - k * _GROUP))

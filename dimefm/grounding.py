@@ -66,15 +66,18 @@ class Grounding:
 
     def scores(self, embedding_ND: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The score of each sentence, float32 (N,), dimensionless."""
-        found = [np.empty(0, np.float32)]
+        return self._scores(torch.from_numpy(embedding_ND).to(self.offset_M.device)).cpu().numpy()
+
+    def _scores(self, half_ND: torch.Tensor) -> torch.Tensor:
+        found = [self.offset_M.new_empty(0)]
         images = len(self.offset_M)
         nearest = max(1, min(NEAREST, images // NEAREST))
-        for part_ND in torch.from_numpy(embedding_ND).split(_BLOCK):
-            z_NM = part_ND.to(self.scaled_DM.device).float() @ self.scaled_DM - self.offset_M
+        for part_ND in half_ND.split(_BLOCK):
+            z_NM = part_ND.float() @ self.scaled_DM - self.offset_M
             deviation_N, mean_N = torch.std_mean(z_NM, dim=1, correction=0)
             top_N = z_NM.topk(nearest, dim=1).values.mean(dim=1)
-            found.append(((top_N - mean_N) / deviation_N.clamp_min(1e-6)).cpu().numpy())
-        return np.concatenate(found)
+            found.append((top_N - mean_N) / deviation_N.clamp_min(1e-6))
+        return torch.cat(found)
 
 
 def _draw(store: Store, count: int, seed: tuple[int, int]) -> torch.Tensor:

@@ -10,7 +10,7 @@ import base64
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Index:
     """An index in memory and the store that it is over, which its best candidates are scored again from."""
 
     batch = 4096
+    device = "cpu"
 
     def __init__(self, inner: Any, store: Store, setting: Setting, spread: str = "") -> None:
         self._faiss, self._store, self._setting = inner, store, setting
@@ -183,16 +184,21 @@ def can_merge(index: Any) -> bool:
 
 
 def train(index: Any, factory: str, vectors_ND: np.ndarray[Any, Any], seed: int) -> None:
-    """Find centroids and codes, on GPUs where FAISS sees any. Raises StoreError where there are too few rows."""
+    """Find centroids and codes, on GPUs where FAISS sees any. Raises StoreError where there are too few rows, or the
+    GPUs have too little memory."""
     ivf = faiss.try_extract_index_ivf(index)
-    if ivf is not None:
-        if len(vectors_ND) < ivf.nlist:
-            what = f"--factory {factory} has {ivf.nlist:,} centroids, more than the {len(vectors_ND):,} training rows"
-            raise StoreError(what, remedy="give a factory with fewer, more --memory, or neither")
-        ivf.cp.spherical, ivf.cp.seed = True, seed + 1
-        if faiss.get_num_gpus():
-            ivf.clustering_index = on_gpus(faiss.IndexFlatIP(ivf.d))
-    index.train(vectors_ND)
+    if ivf is None:
+        index.train(vectors_ND)
+        return
+    if len(vectors_ND) < ivf.nlist:
+        what = f"--factory {factory} has {ivf.nlist:,} centroids, more than the {len(vectors_ND):,} training rows"
+        raise StoreError(what, remedy="give a factory with fewer, more --memory, or neither")
+    ivf.cp.spherical, ivf.cp.seed = True, seed + 1
+    if not gpus():
+        index.train(vectors_ND)
+        return
+    with _lent_to_gpus(ivf, "clustering_index", faiss.IndexFlatIP(ivf.d)):
+        index.train(vectors_ND)
 
 
 def spread_of(index: Any, vectors_ND: np.ndarray[Any, Any]) -> str:
@@ -220,19 +226,21 @@ def on_gpus(index: Any) -> Any:
     return faiss.index_cpu_to_all_gpus(index)
 
 
-def add_rows(index: Any, store: Store, ranges: Sequence[tuple[int, int]]) -> int:
+def add_rows(index: Any, store: Store, ranges: Sequence[tuple[int, int]], *, use_gpus: bool = True) -> int:
     """Add the rows of those ranges under their row numbers; how many were skipped for want of a usable embedding.
 
-    Raises StoreError for a kind of index that cannot be added to.
+    Raises StoreError for a kind of index that cannot be added to, or where the GPUs have too little memory.
     """
     skipped = 0
-    with _assigning(index):
+    with _assigning(index) if use_gpus else nullcontext():
         for first, last in ranges:
             for start in range(first, last, _BLOCK_ROWS):
                 rows_N, embedding_ND = valid_rows(store, start, min(start + _BLOCK_ROWS, last))
                 try:
                     index.add_with_ids(embedding_ND.astype(np.float32), rows_N)
                 except RuntimeError as error:  # of a kind that is built at once, such as NSG
+                    if _lacks_gpu_memory(error):
+                        raise
                     raise StoreError(f"FAISS cannot add rows: {_reason(error)}", remedy=_OTHER_FACTORY) from None
                 skipped += min(start + _BLOCK_ROWS, last) - start - len(rows_N)
     return skipped
@@ -243,15 +251,41 @@ def _assigning(index: Any) -> Iterator[None]:
     """For the block, rows are assigned to their lists on GPUs, where FAISS sees any: it is most of the work. Graphs of
     centroids stay where they are."""
     ivf = faiss.try_extract_index_ivf(index)
-    if ivf is None or not faiss.get_num_gpus() or not isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexFlat):
+    if ivf is None or not gpus() or not isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexFlat):
         yield
         return
-    quantizer = ivf.quantizer
-    ivf.quantizer = on_gpus(quantizer)
-    try:
+    with _lent_to_gpus(ivf, "quantizer", ivf.quantizer):
         yield
-    finally:
-        ivf.quantizer = quantizer
+
+
+@contextmanager
+def _lent_to_gpus(ivf: Any, name: str, inner: Any) -> Iterator[None]:
+    """For the block, the field `name` of `ivf` is a copy of `inner` on the GPUs; after it, what it was before.
+
+    What is assigned to a field is no longer Python's to free. `ivf` frees its quantizer when it is freed itself, as it
+    does with the one that is put back here; nobody would free the copy, and with it gigabytes of each GPU.
+    """
+    before = getattr(ivf, name)
+    try:
+        copy = on_gpus(inner)
+        setattr(ivf, name, copy)
+        try:
+            yield
+        finally:
+            setattr(ivf, name, before)
+            copy.thisown = True
+    except RuntimeError as error:
+        if not _lacks_gpu_memory(error):
+            raise
+        remedy = (
+            "free the GPUs of others, give fewer --workers, or do without: CUDA_VISIBLE_DEVICES= dimefm build-index"
+        )
+        raise StoreError(f"FAISS has too little memory on a GPU: {_reason(error)}", remedy=remedy) from None
+
+
+def _lacks_gpu_memory(error: RuntimeError) -> bool:
+    """As FAISS words it: `StandardGpuResources: alloc fail`, `CUDA error 2 out of memory`."""
+    return any(words in str(error) for words in ("alloc fail", "out of memory"))
 
 
 def remove_rows(index: Any, start: int, stop: int) -> None:

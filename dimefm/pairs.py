@@ -26,9 +26,11 @@ from dimefm.store import Store
 
 
 class Search(Protocol):
-    """Nearest rows of a store: `dimefm.exact.ExactSearch` or `dimefm.index.Index`. `batch` queries at once are best."""
+    """Nearest rows of a store: `dimefm.exact.ExactSearch` or `dimefm.index.Index`. `batch` queries at once are best;
+    `device` is what computes."""
 
     batch: int
+    device: str
 
     def search(self, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Scores float32 (Q, K) and rows int64 (Q, K), best first; -1 where there are fewer."""
@@ -193,7 +195,7 @@ def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> 
             _no_embedding(images, shard, i, status_N[i]) for i in np.flatnonzero(status_N != Status.OK).tolist()
         ]
         digest, seconds = digest_arrays(row_NK, score_NK), time.monotonic() - began
-        commit = make_commit(shard, start, status_N, failures, digest=digest, device="cpu", seconds=seconds)
+        commit = make_commit(shard, start, status_N, failures, digest=digest, device=search.device, seconds=seconds)
         storage.write_json(storage.join(pairs.path, commit_path(shard)), commit.to_json())
 
 

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import click
 
+from cache_schemas import SchemaError
 from dimefm import storage
 from dimefm.errors import DimefmError, StoppedError
-from dimefm.forecast import paper_forecast
+from dimefm.forecast import measured_rates, paper_forecast
 from dimefm.machine import wait_briefly
 from dimefm.progress import duration
 from dimefm.report import EVALUATIONS, Student, write_report
@@ -238,14 +239,14 @@ def main(
             for _, words in stages:
                 click.echo(f"$ {shlex.join(['dimefm', *words])}")
             if name == "paper":
-                click.echo("\n" + paper_forecast(images, texts))
+                click.echo("\n" + paper_forecast(images, texts, measured_rates()))
             return
         run_all(stages, out, scale.seconds)
         report = write_report(out, scale.students)
     except StoppedError as error:
         click.echo(f"Stopped: {error}", err=True)
         sys.exit(128 + error.signal)
-    except DimefmError as error:
+    except (DimefmError, SchemaError) as error:
         raise click.ClickException(str(error)) from error
     click.echo("\n" + report.text)
     if report.missed:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from cache_schemas.text_selection import (
     PLAN_FILE,
@@ -30,6 +29,7 @@ from dimefm.errors import MismatchError, OutputExistsError, SelectionError
 from dimefm.exact import valid_rows
 from dimefm.grounding import score_texts
 from dimefm.lock import writing
+from dimefm.machine import choose_device
 from dimefm.pairs import Pairs
 from dimefm.progress import Progress
 from dimefm.selected import SelectedTexts
@@ -136,7 +136,7 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
     where `out` is something else or was made by other settings, MismatchError where the stores are not those of the
     pairs, StoreError where one of them is unfinished, SelectionError where no sentence is left.
     """
-    out = storage.absolute(config.out)
+    out, device = storage.absolute(config.out), choose_device(config.device)
     pairs = Pairs(config.pairs)
     hits_T = pairs.hits()
     texts = Store(config.texts or pairs.schema.texts)
@@ -157,7 +157,6 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
         if storage.exists(storage.join(out, SELECTION_FILE)):
             return SelectedTexts(out).document
         storage.remove_leftovers(out)
-        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         candidate_T, score_T = _candidates(config, plan, pairs, images, texts, device)
         if rows is not None:
             elsewhere_T = np.ones(len(candidate_T), bool)

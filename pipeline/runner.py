@@ -27,7 +27,7 @@ _PATIENCE = 60.0  # seconds without any worker before that is said
 _OBJECT_STORE_BYTES = 100 * 1024**2  # only shard numbers and commits pass through it
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # what asks for no GPU sees none, whatever the default of this Ray
     "RAY_worker_niceness": "0",  # the default of 15 starves workers on a loaded machine
     "RAY_DEDUP_LOGS": "0",
 }
@@ -69,7 +69,7 @@ def _require_room(workers: int, device: str) -> int:
     return cores
 
 
-def _gpu_share(workers: int, device: str) -> float:
+def gpu_share(workers: int, device: str) -> float:
     """GPUs of one worker: one, or a share where there are more workers than GPUs (several then feed one)."""
     gpus = ray.cluster_resources().get("GPU", 0) if device.startswith("cuda") else 0
     return 1 if gpus >= workers else 1 / math.ceil(workers / gpus) if gpus else 0
@@ -86,7 +86,7 @@ class _Supervisor:
         # Threads of an actor: one for each shard that is under way, and one that answers how far they are.
         self._at_once = SHARDS_AT_ONCE[job.device.partition(":")[0]]
         actor: Any = ray.remote(Worker)
-        actor = actor.options(num_cpus=1, num_gpus=_gpu_share(workers, job.device), max_concurrency=self._at_once + 1)
+        actor = actor.options(num_cpus=1, num_gpus=gpu_share(workers, job.device), max_concurrency=self._at_once + 1)
         self._new: Callable[[], Any] = lambda: actor.remote(job)
         self._workers, self._threads, self._check = workers, threads, check
         self._rows, self._pending = dict(pending), sorted(pending, reverse=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,19 @@ IMAGES, SENTENCES, SHARD_ROWS = 96, 200, 32
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Warnings of libraries that cannot be helped, which as errors would fail whatever test runs at that moment."""
+    """GPUs are for `-m gpu` alone. Warnings of libraries that cannot be helped would, as errors, fail whatever test
+    runs at that moment."""
+    if not wants_gpus(config.option.markexpr):
+        # Before anything asks for one; processes that tests start, Ray's and xdist's too, inherit it.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # zarr's file systems at s3:// have a session of their own, which the garbage collector ends at any later moment.
     config.addinivalue_line("filterwarnings", "ignore:Unclosed c:ResourceWarning")
+
+
+def wants_gpus(expression: str) -> bool:
+    """Whether -m chooses tests with the mark gpu. All others expect a machine without one: what chooses its own device
+    must compute on the CPU, where sums come out the same everywhere."""
+    return "gpu" in re.sub(r"not\s+gpu", "", expression).replace("(", " ").replace(")", " ").split()
 
 
 # The files that take longest come first, so that both processes end at about the same time.

@@ -16,6 +16,7 @@ import click
 import numpy as np
 import open_clip
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from cache_schemas.document import CHECKSUM, digest_of
@@ -206,6 +207,27 @@ def test_a_full_disk_is_one_message_whatever_was_being_written(monkeypatch: pyte
 
     monkeypatch.setattr("dimefm.info.describe", full)
     assert "No space left on device" in refused("info", "anything")
+
+
+def test_a_full_gpu_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.79 GiB of which 1.05 GiB is"
+
+    def full(path: str) -> str:
+        raise torch.OutOfMemoryError(f"{said} free. See documentation for Memory Management")
+
+    monkeypatch.setattr("dimefm.info.describe", full)
+    message = refused("info", "anything")
+    assert "a GPU has too little memory: CUDA out of memory. Tried to allocate 2.00 GiB.\n  remedy:" in message
+    assert "documentation" not in message
+
+
+def test_other_errors_of_torch_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: str) -> str:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("dimefm.info.describe", broken)
+    result = CliRunner().invoke(cli, ["info", "anything"])
+    assert isinstance(result.exception, RuntimeError)
 
 
 @pytest.mark.parametrize(

@@ -62,3 +62,41 @@ def test_hardly_any_open_files_stop_the_work(monkeypatch: pytest.MonkeyPatch) ->
     code, output = lines()
     assert code == 1
     assert "STOPS  open files" in output
+
+
+def test_a_gpu_that_torch_cannot_use_stops_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that is too old, or too new, for this torch: it is listed all the same."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    facts = SimpleNamespace(name="NVIDIA GeForce", total_memory=8_000_000_000)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: facts)
+
+    def no_kernel(*size: int, device: str) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with")
+
+    monkeypatch.setattr("torch.ones", no_kernel)
+    code, output = lines()
+    assert code == 1
+    assert "STOPS  gpu 0" in output
+    assert "no kernel image is available" in output
+    assert "-> install the torch that fits it" in output
+    assert "Compile with" not in output
+
+
+@pytest.mark.parametrize(("free", "state"), [(79, "ok   "), (30, "look ")])
+def test_a_gpu_that_others_use_wants_a_look(monkeypatch: pytest.MonkeyPatch, free: int, state: str) -> None:
+    import torch
+
+    facts = SimpleNamespace(name="NVIDIA H100", total_memory=80_000_000_000)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: facts)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: (free * 10**9, 80 * 10**9))
+    monkeypatch.setattr("torch.ones", lambda *size, device: torch.zeros(*size))
+    found = doctor._gpu(0)
+    assert found.state == state.strip()
+    assert found.value == f"NVIDIA H100, 80.0 GB, {free}.0 GB free"
+    assert ("nvidia-smi" in found.remedy) == (free < 64)
+
+
+def test_a_gpu_that_is_hidden_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "hidden by CUDA_VISIBLE_DEVICES" in lines()[1]

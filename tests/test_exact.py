@@ -1,12 +1,16 @@
 """Exact search: the result of NumPy's brute force, whatever the blocks."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dimefm import exact
+from dimefm.errors import StoreError
 from dimefm.exact import ExactSearch, _top, valid_rows
+from dimefm.store import Store
 from tests.stores import brute_force, random_store
 
 
@@ -53,14 +57,62 @@ def test_rows_that_are_zero_or_not_finite_are_not_valid(tmp_path: Path) -> None:
     np.testing.assert_array_equal(embeddings, values[[3, 5]])
 
 
+def test_the_next_block_is_read_while_one_is_worked_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no further one, or the blocks that wait would fill the memory."""
+    monkeypatch.setattr("dimefm.exact._BLOCK_ROWS", 64)
+    store, _ = random_store(tmp_path / "s.zarr", rows=300, shard_rows=128)
+    begun, second = list[int](), threading.Event()
+
+    def noted(store: Store, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        begun.append(start)
+        if start == 64:
+            second.set()
+        return valid_rows(store, start, stop)
+
+    monkeypatch.setattr("dimefm.exact.valid_rows", noted)
+    blocks = ExactSearch(store)._blocks()
+    next(blocks)
+    assert second.wait(10), "the second block is read only when it is asked for"
+    assert begun == [0, 64]
+    assert len(list(blocks)) == 4
+    assert begun == [0, 64, 128, 192, 256]
+
+
+def test_what_fails_while_a_block_is_read_is_raised_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dimefm.exact._BLOCK_ROWS", 64)
+    store, values = random_store(tmp_path / "s.zarr", rows=300, shard_rows=128)
+    (tmp_path / "s.zarr" / "embedding" / "c" / "2" / "0").unlink()
+    with pytest.raises(StoreError, match=r"c/2/0 is missing"):
+        ExactSearch(store).search(values[:1].astype(np.float32), 4)
+
+
+def test_over_no_rows_nothing_is_found(tmp_path: Path) -> None:
+    store, values = random_store(tmp_path / "s.zarr", rows=3, shard_rows=16)
+    assert ExactSearch(store, ranges=()).search(values[:1].astype(np.float32), 2)[1].tolist() == [[-1, -1]]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_finds_what_the_cpu_finds(tmp_path: Path) -> None:
-    store, values = random_store(tmp_path / "s.zarr", rows=40_000, shard_rows=8192, seed=1, embed_dim=64)
-    queries = values[:512].astype(np.float32)
-    (cpu_scores, _), (gpu_scores, gpu_rows) = (
+@pytest.mark.parametrize(("resident", "mixed"), [(0.7, True), (0.0, True), (0.7, False)])
+def test_a_gpu_finds_what_the_cpu_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: float, mixed: bool
+) -> None:
+    """With the rows in its memory or read as they are needed, by products of halves or in TF32. Products that were
+    rounded to halves, or sums that were, would be off by a thousandth."""
+    if mixed and not exact._MIXED:
+        pytest.skip("this torch has no float32 products of halves")
+    monkeypatch.setattr(exact, "_RESIDENT", resident)
+    monkeypatch.setattr(exact, "_MIXED", mixed)
+    monkeypatch.setattr(exact, "_GPU_BLOCK_ROWS", 7000)
+    monkeypatch.setattr(exact, "_GPU_QUERIES", 200)
+    store, values = random_store(
+        tmp_path / "s.zarr", rows=40_000, shard_rows=8192, seed=1, embed_dim=768, failed=(3, 7001, 39_999)
+    )
+    queries = values[100:612].astype(np.float32)
+    (cpu_scores, cpu_rows), (gpu_scores, gpu_rows) = (
         ExactSearch(store, device=d).search(queries, 10) for d in ("cpu", "cuda")
     )
     np.testing.assert_allclose(gpu_scores, cpu_scores, atol=1e-5)
-    true = np.einsum("qd,qkd->qk", queries, values[gpu_rows].astype(np.float32))
+    assert (gpu_rows == cpu_rows).mean() > 0.98, "but for those that nearly tie"
+    true = np.einsum("qd,qkd->qk", queries.astype(np.float64), values[gpu_rows].astype(np.float64))
     np.testing.assert_allclose(gpu_scores, true, atol=1e-5)

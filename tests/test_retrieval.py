@@ -1,5 +1,6 @@
 """Pseudo texts: the nearest sentences of every image, by an index and exactly, through stops and damage."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 
 from dimefm.building import IndexConfig, build_index
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
+from dimefm.exact import ExactSearch
 from dimefm.index import Index
-from dimefm.pairs import Pairs
+from dimefm.pairs import Pairs, retrieve
 from dimefm.retrieval import EXACT, retrieve_stores
 from dimefm.store import Store
 from tests.stores import brute_force, random_store
@@ -51,6 +53,20 @@ def test_pairs_are_the_nearest_sentences_and_hits_count_them(
     selection = pairs.selection()
     assert (selection.images, selection.skipped, selection.selected) == (88, 2, int((hits > 0).sum()))
     np.testing.assert_array_equal(pairs.gather(np.array([89, 0])), rows[[89, 0]])
+
+
+def test_a_commit_says_on_what_was_searched(
+    texts: tuple[Store, np.ndarray], images: tuple[Store, np.ndarray], tmp_path: Path
+) -> None:
+    """Another kind of device rounds otherwise."""
+    search = ExactSearch(texts[0])
+    search.device = "cuda"  # as a search on a GPU would say
+    words = {"index": "e", "index_digest": "e", "top_k": 2}
+    for name, searching in (("gpu", search), ("cpu", ExactSearch(texts[0]))):
+        out = tmp_path / f"{name}.zarr"
+        retrieve(images[0], texts[0], searching, out=str(out), **words)  # type: ignore[arg-type]
+        commits = [json.loads(path.read_text()) for path in sorted((out / "commits").glob("0*.json"))]
+        assert {commit["device"] for commit in commits} == {"cuda" if name == "gpu" else "cpu"}
 
 
 def test_retrieve_goes_on_where_it_was_stopped(

@@ -1,5 +1,6 @@
 """Stage 1 on a real local Ray: several workers, one writer a shard, errors that arrive as they were raised."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 
 from cache_schemas import Status
+from dimefm.building import Part
 from dimefm.clip import Clip
 from dimefm.errors import DimefmError, MismatchError
 from dimefm.shard import encode_shard
 from dimefm.store import Store
-from pipeline import runner
+from pipeline import index_parts, runner
 from pipeline.cache import CacheConfig, cache, dry_run
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.runner import Job, Worker, run_shards
@@ -25,10 +27,16 @@ from tests.stores import teacher_identity
 
 @pytest.fixture(scope="module")
 def one_ray() -> Iterator[None]:
-    """A Ray for all tests that take it: what would start one of its own, which takes seconds, finds this one."""
-    with runner.cluster(None, 2, "cpu"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "cluster", lambda *_: nullcontext())
-        yield
+    """A Ray for all tests that take it: what would start one of its own, which takes seconds, finds this one. It
+    believes that there are two GPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # or Ray would find that there are none
+        patch.setattr("torch.cuda.device_count", lambda: 2)
+        with runner.cluster(None, 2, "cuda"):
+            patch.undo()
+            patch.setattr(runner, "cluster", lambda *_: nullcontext())
+            patch.setattr(index_parts, "cluster", lambda *_: nullcontext())
+            yield
 
 
 @pytest.fixture
@@ -167,3 +175,42 @@ def test_a_compiled_teacher_gives_the_same_embeddings(
     compiled, plain = store.read(0, 96).astype(np.float32), image_store.read(0, 96).astype(np.float32)
     np.testing.assert_allclose(compiled, plain, atol=2e-3)
     assert sizes == {12}
+
+
+# -- GPUs, of which Ray believes what it is told ----------------------------------------------------------------------
+
+
+def seen(part: Part, threads: int, use_gpus: bool) -> tuple[str | None, bool]:
+    """In place of `build_part`: the GPUs that its process may see, and whether it was told to use them."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES"), use_gpus
+
+
+class Seeing:
+    """In place of a worker."""
+
+    def __init__(self, job: Job) -> None:
+        pass
+
+    def see(self) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def test_what_runs_on_ray_sees_the_gpu_that_it_has_and_no_other(one_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "Worker", Seeing)
+    monkeypatch.setattr(index_parts, "build_part", seen)
+    job = Job(store="s", teacher="t", pretrained=None, precision="fp32", device="cpu", threads=1)
+    part = Part("t.zarr", "t.index", "part.faiss", "s", ((0, 1),))
+    actor = runner._Supervisor(job, 1, 1, {}, check=False)._new()
+    assert runner.fetch(actor.see.remote()) == "", "a worker of --device cpu"
+    assert list(index_parts.on_ray(1)([part])) in ([("0", True)], [("1", True)]), "a part of an index"
+    monkeypatch.setattr(index_parts, "gpu_share", lambda *_: 0)
+    assert list(index_parts.on_ray(1)([part])) == [("", False)], "a part where Ray has no GPU"
+
+
+@pytest.mark.parametrize(("workers", "gpus", "share"), [(2, 2, 1), (2, 8, 1), (4, 2, 1 / 2), (5, 2, 1 / 3), (3, 0, 0)])
+def test_more_workers_than_gpus_share_them(
+    monkeypatch: pytest.MonkeyPatch, workers: int, gpus: int, share: float
+) -> None:
+    monkeypatch.setattr(runner.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
+    assert runner.gpu_share(workers, "cuda") == share
+    assert runner.gpu_share(workers, "cpu") == 0

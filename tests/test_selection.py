@@ -16,7 +16,7 @@ from cache_schemas.text_selection import SELECTED_ROWS
 from dimefm import clusters, grounding, storage
 from dimefm.choice import Fate
 from dimefm.clusters import capped, cluster, cluster_count, repetitions
-from dimefm.errors import MismatchError, OutputExistsError, SelectionError, StoreError, TrainingError
+from dimefm.errors import DimefmError, MismatchError, OutputExistsError, SelectionError, StoreError, TrainingError
 from dimefm.exact import ExactSearch
 from dimefm.grounding import Grounding, score_texts
 from dimefm.info import describe
@@ -545,3 +545,9 @@ def test_a_student_is_trained_on_a_selection_and_resumes_only_on_the_same(
         replace(config, text_mix=TextMix())
     with pytest.raises(TrainingError, match="pairs are given, but neither the text mix nor the loss draws from them"):
         replace(config, pairs=str(real / "p.zarr"))
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(world: World, tmp_path: Path) -> None:
+    with pytest.raises(DimefmError, match="--device cuda: torch sees no GPU here"):
+        world.select(tmp_path / "s.selection", size=5, device="cuda")
+    assert not (tmp_path / "s.selection").exists()

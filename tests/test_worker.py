@@ -118,3 +118,22 @@ def test_a_folder_that_does_not_serve_ray_is_named_with_the_remedy(tmp_path: Pat
     (tmp_path / "ray").write_text("another user's, or as here no folder")
     assert f"{tmp_path / 'ray'}: File exists" in (said := result_of(started, str(tmp_path)))
     assert "--workers 1, which needs no Ray" in said
+
+
+def here_beside_a_gpu(words: dict[str, Any]) -> bool:
+    """Whether a process has touched the GPU that torch says is there."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("CUDA was started"))
+        cache(CacheConfig(**words))
+    return torch.cuda.is_initialized()
+
+
+def test_a_worker_on_the_cpu_leaves_the_gpu_alone(image_tar: Path, teacher_name: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "i.zarr")
+    words = {"kind": "image", "sources": (str(image_tar),), "out": out, "teacher": teacher_name, "device": "cpu"}
+    assert not result_of(here_beside_a_gpu, {**words, "workers": 1, "batch_size": 16})
+    assert Store(out).committed() == {0}

@@ -36,16 +36,20 @@ class Rows:
     def __len__(self) -> int:
         return len(self._rows_N)
 
+    @property
+    def home(self) -> torch.device:
+        """Where `take` wants its places: where the features are, or on the CPU for those on disk."""
+        return torch.device("cpu") if self._whole is None else self._whole.device
+
     def take(self, places_B: torch.Tensor) -> torch.Tensor:
-        """float32 (B, D) of these places among the rows."""
+        """float32 (B, D) of these places, at `home`, among the rows."""
         if self._whole is not None:
-            whole_BD: torch.Tensor = self._whole[places_B.to(self._device)]
-            return whole_BD
+            return self._whole[places_B]
         return torch.from_numpy(self._features.take(self._rows_N[places_B.numpy()])).to(self._device)
 
     def blocks(self, scores: int = 1) -> Iterator[torch.Tensor]:
         """All of them in order, float32 (B, D) at a time: as many as give 64 MB of `scores` float32 each."""
-        for places in torch.arange(len(self)).split(max(1, min(_BLOCK, _SCORES // scores))):
+        for places in torch.arange(len(self), device=self.home).split(max(1, min(_BLOCK, _SCORES // scores))):
             yield self.take(places)
 
 
@@ -96,12 +100,17 @@ def train_heads(
     decay_K1 = torch.tensor(decays, device=device).repeat_interleave(len(initial_CD))[:, None]
     moving_W, moving_b = torch.zeros_like(heads.weight), torch.zeros_like(heads.bias)
     generator = torch.Generator().manual_seed(seed)
+    targets = targets.to(device)
     for _ in range(epochs):
-        for places_B in torch.randperm(len(data), generator=generator).split(BATCH):
+        # Where an epoch's places and targets are needed before it begins: a step that copied its own would wait for
+        # the GPU to have done the one before.
+        order_N = torch.randperm(len(data), generator=generator)
+        batches = zip(order_N.to(data.home).split(BATCH), targets[order_N.to(device)].split(BATCH), strict=True)
+        for places_B, targets_B in batches:
             if len(places_B) == 1:
                 continue
             normal_BD = _normalise(heads, data.take(places_B))
-            slope_BKC = _slope(heads.of_normal(normal_BD), targets[places_B].to(device)).flatten(1)
+            slope_BKC = _slope(heads.of_normal(normal_BD), targets_B).flatten(1)
             moving_W.mul_(MOMENTUM).addmm_(slope_BKC.T, normal_BD).addcmul_(decay_K1, heads.weight)
             moving_b.mul_(MOMENTUM).add_(slope_BKC.sum(dim=0)).addcmul_(decay_K1[:, 0], heads.bias)
             heads.weight.addcmul_(rate_K1, moving_W, value=-1)

@@ -59,10 +59,9 @@ class TextEmbeddings:
             for start in range(0, len(texts), _BLOCK):
                 tokens_ML = self._clip.tokenize(texts[start : start + _BLOCK])
                 order = torch.from_numpy(np.argsort(token_counts(tokens_ML), kind="stable"))
-                block_MD = torch.empty(len(tokens_ML), self._clip.identity.embed_dim)
-                for places in order.split(_BATCH):
-                    block_MD[places] = self._clip.encode_tokens(tokens_ML[places]).cpu()
-                yield block_MD
+                found = [self._clip.encode_tokens(tokens_ML[places]) for places in order.split(_BATCH)]
+                sorted_MD = torch.cat(found).cpu()  # a GPU is waited for once a block
+                yield torch.empty_like(sorted_MD).index_copy_(0, order, sorted_MD)
                 progress.at(min(start + _BLOCK, len(texts)))
 
     def _kept(self, key: object, make: Callable[[], torch.Tensor]) -> torch.Tensor:
