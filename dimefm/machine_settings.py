@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import distributed
 
 from cache_schemas import Run
 from dimefm.checkpoint import Checkpoints
 from dimefm.config import TrainConfig
-from dimefm.distributed import Place
+from dimefm.distributed import Place, from_first
 from dimefm.errors import TrainingError
 from dimefm.machine import (
     Precision,
@@ -40,13 +39,9 @@ def decide(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) ->
 
     A run that goes on keeps what it began with; a field in `allow_changes` is decided anew.
     """
-    decided: list[tuple[Precision, int, list[str]] | None] = [None]
-    if place.first:
-        decided = [_decide(config, place, allow_changes)]
-    if place.world > 1:
-        distributed.broadcast_object_list(decided, src=0, device=place.device)
-    assert decided[0] is not None
-    precision, threads, notes = decided[0]
+    decided = from_first(_decide(config, place, allow_changes) if place.first else None, place)
+    assert decided is not None
+    precision, threads, notes = decided
     return replace(config, precision=precision, threads=threads), notes
 
 
