@@ -60,11 +60,11 @@ def out_of_memory(batch_size: int, passes: int, image_size: int) -> Iterator[Non
     try:
         yield
     except torch.OutOfMemoryError as error:
-        said = str(error).partition(". ")
+        reason = ". ".join(str(error).split(". ")[:3])
         what = (
-            f"{batch_size} images of {image_size} px a process, in {passes} passes, are too many for the memory of this"
+            f"a step of {batch_size} images of {image_size} px a process, in {passes} pass{'es' * (passes > 1)}, needs"
         )
-        what += f" GPU: {said[0]}"
+        what += f" more memory than this GPU has: {reason}"
         remedy = "a smaller --batch-size in another --out"
         if 2 * passes <= batch_size:
             more = f"--accumulate {2 * passes} (to go on from a checkpoint: --allow-changes accumulate)"
