@@ -45,7 +45,7 @@ def find_place(device: str | None) -> Place:
         number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if number >= gpus:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            what = f"this is process {number} of its machine (LOCAL_RANK, counted from 0), and it sees {gpus} GPUs"
+            what = f"process {number} of this machine (LOCAL_RANK, counted from 0) sees {gpus} GPU{'s' * (gpus != 1)}"
             what += f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
             remedy = "give --nproc-per-node as many processes as there are GPUs, and let each of them see all of those"
             raise TrainingError(what, remedy=remedy)
