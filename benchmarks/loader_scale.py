@@ -123,10 +123,10 @@ def _curve(start: _Start, step: int, windows: int) -> tuple[tuple[str, ...], lis
 
 def _shares(start: _Start, step: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Where a worker's time goes: its share of the batches of two windows, read in this process. In the first it meets
-    most chunks of the text store, and compares their checksums."""
+    most chunks of the text store, and compares their checksums. Plans are read by a thread of the training process."""
     dataset, requests = start.open(step)
     parts = {
-        "plans": (Store, "samples"), "targets": (Store, "gather"), "texts": (TextBank, "draw"),
+        "targets": (Store, "gather"), "texts": (TextBank, "draw"),
         "reading": (data, "read_encoded"), "decode and crop": (Augmentation, "__call__"),
     }  # fmt: skip
     spent: dict[str, float] = defaultdict(float)

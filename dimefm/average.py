@@ -28,8 +28,8 @@ class Average:
         mine, theirs = self.module.state_dict(), module.state_dict()
         real = [name for name, value in mine.items() if value.is_floating_point()]
         torch._foreach_lerp_([mine[n] for n in real], [theirs[n] for n in real], 1 - decay)
-        for name in mine.keys() - set(real):
-            mine[name].copy_(theirs[name])
+        if counters := [name for name, value in mine.items() if not value.is_floating_point()]:
+            torch._foreach_copy_([mine[n] for n in counters], [theirs[n] for n in counters])
 
     def state_dict(self) -> dict[str, Any]:
         """The weights and how many steps are in them."""

@@ -7,8 +7,12 @@ RUN/checkpoints/last.json          {"step": 1200, "crc32c": {...}}, of each file
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import google_crc32c
 import torch
@@ -16,9 +20,10 @@ import torch
 from cache_schemas.run import CHECKPOINTS
 from dimefm import storage
 from dimefm.errors import StoreError
+from dimefm.transfer import fetch
 
 _NAME = re.compile(r"step-(\d{8})\.pt")
-_BLOCK = 2**24
+_BLOCK = 2**20
 
 
 class Checkpoints:
@@ -37,10 +42,11 @@ class Checkpoints:
             storage.remove_leftovers(str(self._folder))  # of a kill: it may be what fills the disk
             try:
                 with storage.writing_atomically(str(path)) as file:
-                    torch.save(state, file)
+                    summing = _Summing(file)
+                    torch.save(state, summing)  # type: ignore[arg-type]
             except RuntimeError as error:  # torch's writer hides why it could not write
                 raise _cause(error) from error
-            checksums = {**self._checksums(), str(step): _checksum(path)}
+            checksums = {**self._checksums(), str(step): summing.checksum}
             if score is not None and score > self._best_score():
                 storage.write_json(str(self._folder / "best.json"), {"step": step, "score": score})
             kept = {*[s for s in self.steps() if s <= step][-self._keep :], step, self.step("best")}
@@ -97,6 +103,91 @@ class Checkpoints:
         """The steps that have a checkpoint, ascending."""
         names = self._folder.iterdir() if self._folder.is_dir() else ()
         return sorted(int(m[1]) for p in names if (m := _NAME.fullmatch(p.name)))
+
+
+class Saving:
+    """Checkpoints that a thread writes while training goes on. The end of a `with` waits for the last of them.
+
+    A StoreError in the thread is raised by whichever method is called next.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        with suppress(Exception) if kind else nullcontext():  # or it would hide what ended the run
+            self.wait()
+
+    def begin(self, step: int, state: dict[str, Any], score: float | None = None) -> None:
+        """Checkpoints.save of the state as it is now, once the one before is written."""
+        self.wait()
+        arrived = _snapshot(state)
+        self._writing = self._thread.submit(lambda: self._checkpoints.save(step, arrived(), score))
+
+    def check(self) -> None:
+        """Raise what has gone wrong until now."""
+        if self._writing and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all is written."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+
+def _snapshot(state: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    """The state in memory as it is now. The call that gives it waits until what is on a GPU has arrived."""
+    on_gpu: list[torch.Tensor] = []
+
+    def taken(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_cuda:
+            return tensor.clone()
+        on_gpu.append(tensor)
+        return tensor
+
+    copied = _changed(state, taken)
+    arriving = fetch(*on_gpu) if on_gpu else None
+
+    def arrived() -> dict[str, Any]:
+        in_memory = iter(arriving.wait() if arriving else ())
+        return _changed(copied, lambda tensor: next(in_memory) if tensor.is_cuda else tensor)  # type: ignore[no-any-return]
+
+    return arrived
+
+
+def _changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Nested values with every tensor changed, always in the same order."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _changed(part, change) for name, part in value.items()}
+    return [_changed(part, change) for part in value] if isinstance(value, list) else value
+
+
+class _Summing:
+    """A file to write to, and the crc32c of what was written."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.checksum = file, 0
+
+    def write(self, data: memoryview) -> int:
+        """All of `data`."""
+        for at in range(0, len(data), _BLOCK):
+            self.checksum = google_crc32c.extend(self.checksum, bytes(data[at : at + _BLOCK]))
+        return int(self._file.write(data))
+
+    def flush(self) -> None:
+        """What the file does."""
+        self._file.flush()
 
 
 def _checksum(path: Path) -> int:

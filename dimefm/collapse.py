@@ -1,6 +1,10 @@
-"""What is told of a step whose loss or gradient is not finite."""
+"""What is told of a step whose loss or gradient is not finite, or that a GPU has too little memory for."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,7 +18,7 @@ def not_finite(
     step: int,
     values: dict[str, float],
     cached: dict[str, torch.Tensor | None],
-    modules: dict[str, torch.nn.Module],
+    gradients: dict[str, float],
     rows: list[int],
     out: str,
     *,
@@ -22,12 +26,11 @@ def not_finite(
 ) -> TrainingError:
     """The error for `step`, once all that led to it is in the run folder `out`, if `write`.
 
-    `values` are the losses and the rest, `cached` the embeddings that went in, `modules` the towers with their
-    gradients, `rows` those of the images.
+    `values` are the losses and the rest, `cached` the embeddings that went in, `gradients` the norm of each parameter's
+    one, `rows` those of the images.
     """
     bad = [name for name, value in cached.items() if value is not None and not value.isfinite().all()]
-    parameters = [(f"{tower}.{name}", p) for tower, module in modules.items() for name, p in module.named_parameters()]
-    broken = [name for name, p in parameters if p.grad is not None and not p.grad.isfinite().all()]
+    broken = [name for name, norm in gradients.items() if not math.isfinite(norm)]
     path = storage.join(out, REPORT)
     if write:
         facts = {
@@ -40,7 +43,7 @@ def not_finite(
         with storage.writing_to(path):
             storage.write_json(path, facts)
     listed = ", ".join(f"{name} {value:g}" for name, value in values.items())
-    what = f"step {step}: {listed}; gradients that are not finite: {len(broken)} of {len(parameters)}"
+    what = f"step {step}: {listed}; gradients that are not finite: {len(broken)} of {len(gradients)}"
     what += f" ({', '.join(broken[:3])})" if broken else ""
     if bad:
         what += f"; cached embeddings of {' and '.join(bad)} are not finite"
@@ -48,3 +51,22 @@ def not_finite(
     remedy = "go on from the last checkpoint with a lower --lr (and --allow-changes lr), --clip-grad or another "
     remedy += "--precision; if it fails there again, delete that checkpoint: the one before is used then"
     return TrainingError(f"{what}; all of it is in {path}", remedy=remedy)
+
+
+@contextmanager
+def out_of_memory(batch_size: int, passes: int, image_size: int) -> Iterator[None]:
+    """Around steps of `batch_size` images a process, in so many passes: where a GPU has too little memory for one, the
+    error is a TrainingError with what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(str(error).split(". ")[:3])
+        what = (
+            f"a step of {batch_size} images of {image_size} px a process, in {passes} pass{'es' * (passes > 1)}, needs"
+        )
+        what += f" more memory than this GPU has: {reason}"
+        remedy = "a smaller --batch-size in another --out"
+        if 2 * passes <= batch_size:
+            more = f"--accumulate {2 * passes} (to go on from a checkpoint: --allow-changes accumulate)"
+            remedy = f"{more}, which needs about half of it for the same gradient; or {remedy}"
+        raise TrainingError(what, remedy=f"give {remedy}; all checkpoints are kept") from error

@@ -36,7 +36,8 @@ class TrainConfig:
 
     `init` is where the image tower's first weights come from, see dimefm.initial. `accumulate` splits each step into so
     many passes, with the loss and gradient of the whole batch (dimefm.learner). `clip_grad` is the largest norm of the
-    whole gradient. `ema` is the decay of the moving average of the weights (dimefm.average).
+    whole gradient. `ema` is the decay of the moving average of the weights (dimefm.average). `checkpoint_every` is in
+    steps, None for every ten minutes.
 
     What is left to the machine (dimefm.machine_settings) is decided when a run begins, and kept by it: `precision`
     "auto"; `threads`, those that torch computes with on a CPU, on which sums depend to the last bit. `workers` are the
@@ -83,7 +84,7 @@ class TrainConfig:
     compile: bool = False
     seed: int = 0
     max_steps: int | None = None
-    checkpoint_every: int = 1000
+    checkpoint_every: int | None = None
     keep: int = 2
     log_every: int = 50
     workers: int | None = None

@@ -11,7 +11,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,16 +37,18 @@ from dimefm.views import random_crop, replay
 
 _T = TypeVar("_T")
 _GRACE = 30.0  # seconds that a loader's process goes on after SIGTERM
+_REQUESTS_AHEAD = 64  # three seconds of a GPU: the plans of a window are read in a fraction of one
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one batch is made of."""
+    """What one batch is made of; of images that are read from their own files, where each is: file, offset, size."""
 
     step: int
     epoch: int
     rows_B: np.ndarray[Any, Any]
     all_rows_G: np.ndarray[Any, Any]
+    places_B: list[tuple[str, int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Batch:
     texts: TextDraw | None = None
 
     def pin_memory(self) -> Batch:
-        """Called by the loader where there is a GPU: page-locked memory is copied to it in the background."""
+        """The same in page-locked memory, which is copied to a GPU in the background."""
         pixels_B3HW, teacher_BD = self.pixels_B3HW.pin_memory(), self.teacher_BD.pin_memory()
         texts = self.texts.pin_memory() if self.texts else None
         return replace(self, pixels_B3HW=pixels_B3HW, teacher_BD=teacher_BD, texts=texts)
@@ -139,7 +143,7 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
                 return self._augmentation(data, request.epoch, int(request.rows_B[place]))
 
         pixels_B3HW = _empty_pixels(len(request.rows_B), self._augmentation.size)
-        for place, (where, read) in enumerate(self._encoded(store, request.rows_B)):
+        for place, (where, read) in enumerate(self._encoded(store, request)):
             pixels_B3HW[place] = _readable(where, read, partial(view, place))
         return Batch(
             step=request.step,
@@ -150,20 +154,18 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
             texts=self._bank.draw(request.step, request.all_rows_G) if self._bank else None,
         )
 
-    def _encoded(
-        self, store: Store, rows_B: np.ndarray[Any, Any]
-    ) -> Iterator[tuple[Callable[[], str], Callable[[], bytes]]]:
+    def _encoded(self, store: Store, request: Request) -> Iterator[tuple[Callable[[], str], Callable[[], bytes]]]:
         """How each image is called and read: from the store's own pixels, else the files that it was cached from."""
-        if store.schema.pixels:
-            jpegs = store.pixels(rows_B)
-            for row in rows_B.tolist():
+        if request.places_B is None:
+            jpegs = store.pixels(request.rows_B)
+            for row in request.rows_B.tolist():
                 yield partial("row {}".format, row), partial(next, jpegs)
             return
-        for s in store.samples(rows_B, ("file", "offset", "size")):
-            if not s["file"]:
+        for row, (file, offset, size) in zip(request.rows_B.tolist(), request.places_B, strict=True):
+            if not file:
                 what = f"{store.path} was imported without the images that its embeddings are of"
                 raise TrainingError(what, remedy="import it again with --images, or cache the images")
-            yield partial(_called, store, s["row"]), partial(read_encoded, s["file"], s["offset"], s["size"])
+            yield partial(_called, store, row), partial(read_encoded, file, offset, size)
 
 
 def _empty_pixels(count: int, size: int) -> torch.Tensor:
@@ -190,40 +192,82 @@ def _readable(
 
 
 class Requests(Sampler[Request]):
-    """The batches of one process of `world`, from step `first` to the last, in order."""
+    """The batches of one process of `world`, from step `first` to the last, in order.
+
+    They are made in a thread ahead of time: at the beginning of a window the plans of all its shards are read, here for
+    all loader processes.
+    """
 
     def __init__(self, order: Order, *, first: int, steps: int, rank: int = 0, world: int = 1) -> None:
         self._order, self._first, self._steps, self._rank, self._world = order, first, steps, rank, world
+        schema = order.store.schema
+        self._placed = schema.kind == "image" and not schema.pixels
 
     def __iter__(self) -> Iterator[Request]:
+        return read_ahead(self._made(), _REQUESTS_AHEAD)
+
+    def _made(self) -> Iterator[Request]:
         for step, epoch, rows_G in self._order.steps(self._first, self._steps):
-            yield Request(step, epoch, rows_G[self._rank :: self._world].copy(), rows_G)
+            rows_B = rows_G[self._rank :: self._world].copy()
+            yield Request(step, epoch, rows_B, rows_G, self._places(rows_B) if self._placed else None)
+
+    def _places(self, rows_B: np.ndarray[Any, Any]) -> list[tuple[str, int, int]]:
+        samples = self._order.store.samples(rows_B, ("file", "offset", "size"))
+        return [(sample["file"], sample["offset"], sample["size"]) for sample in samples]
+
+
+def read_ahead(items: Iterator[_T], ahead: int, begin: Callable[[], object] | None = None) -> Generator[_T, None, None]:
+    """The items of an iterator, each taken in a thread up to `ahead` items before it is asked for. The thread starts
+    when the first is asked for, and calls `begin` first."""
+    pool = ThreadPoolExecutor(1, initializer=begin)
+    try:
+        waiting: deque[Future[_T | None]] = deque(pool.submit(next, items, None) for _ in range(ahead))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(next, items, None))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Batches(Iterator[_T]):
+    """What `training_loader` gives. Raises TrainingError for what went wrong in a process; see also `reader_died`."""
+
+    def __init__(self, loader: DataLoader[_T | TrainingError]) -> None:
+        self._items: Any = iter(loader)  # its processes are started
+
+    def __next__(self) -> _T:
+        item: _T | TrainingError = next(self._items)
+        if isinstance(item, TrainingError):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """End the processes."""
+        if hasattr(self._items, "_shutdown_workers"):  # torch does it by itself only once nothing refers to them
+            self._items._shutdown_workers()
+        self._items = iter(())
 
 
 def training_loader(
-    dataset: Dataset[_T | TrainingError], requests: Requests, workers: int, ahead: int = 4, *, pin: bool = False
-) -> Iterator[_T]:
+    dataset: Dataset[_T | TrainingError], requests: Requests, workers: int, ahead: int = 4
+) -> Batches[_T]:
     """The batches of a dataset that is indexed by Request, read by `workers` processes (0: by this one), each `ahead`
-    batches before they are needed; in page-locked memory with `pin`.
+    batches before they are needed. The processes are forked and begin to read at once.
 
-    They are the same whatever the number of workers. Raises TrainingError for what went wrong in one; see also
-    `reader_died`.
+    The batches are the same whatever the number of workers.
     """
-    loader = DataLoader(
-        dataset,
-        sampler=requests,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=ahead if workers else None,
-        worker_init_fn=_begin_worker,
-        multiprocessing_context="fork" if workers and "fork" in get_all_start_methods() else None,  # shares the texts
-        pin_memory=pin,
-        generator=torch.Generator(),  # or the loader would draw from the global one, and drop-path with it
+    return Batches(
+        DataLoader(
+            dataset,
+            sampler=requests,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=ahead if workers else None,
+            worker_init_fn=_begin_worker,
+            multiprocessing_context="fork" if workers and "fork" in get_all_start_methods() else None,  # shares texts
+            generator=torch.Generator(),  # or the loader would draw from the global one, and drop-path with it
+        )
     )
-    for item in loader:
-        if isinstance(item, TrainingError):
-            raise item
-        yield item
 
 
 @contextmanager

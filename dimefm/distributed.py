@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from dimefm.errors import TrainingError
 from dimefm.machine import choose_device
+
+_T = TypeVar("_T")
+_MEMORY = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -40,26 +43,45 @@ ALONE = Place(0, 1, torch.device("cpu"))
 """One process, for what asks a place for its rows alone and not for the device."""
 
 
+def find_place(device: str | None) -> Place:
+    """Where torchrun has put this process, as the environment says it. One device a process: cuda:LOCAL_RANK, or the
+    CPU. Nothing is begun on a GPU, since processes are still to be forked.
+
+    Raises TrainingError where there is no such GPU.
+    """
+    kind = choose_device(device)
+    if kind == "cuda":
+        number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= gpus:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            what = f"process {number} of this machine (LOCAL_RANK, counted from 0) sees {gpus} GPU{'s' * (gpus != 1)}"
+            what += f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
+            remedy = "give --nproc-per-node as many processes as there are GPUs, and let each of them see all of those"
+            raise TrainingError(what, remedy=remedy)
+        kind = f"cuda:{number}"
+    return Place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), torch.device(kind))
+
+
 def join_group(device: str | None) -> Place:
-    """Join the processes that torchrun started, if it did. One device a process: cuda:LOCAL_RANK, or the CPU.
+    """Begin with the device of `find_place`, and join the processes that torchrun started, if it did.
 
     Raises TrainingError where they do not meet.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    kind = choose_device(device)
-    if kind == "cuda":
-        kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(kind)
-    if world > 1 and not distributed.is_initialized():
-        _meet("nccl" if kind.startswith("cuda") else "gloo")
-    return Place(int(os.environ.get("RANK", "0")), world, torch.device(kind))
+    place = find_place(device)
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
+    if place.world > 1 and not distributed.is_initialized():
+        _meet(place.device)
+    return place
 
 
-def _meet(backend: str) -> None:
+def _meet(device: torch.device) -> None:
+    """Tensors in memory go through gloo, those on GPUs through NCCL."""
+    gpu: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     place = f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')}"
     try:
         # Others wait while the first validates, for longer than torch's ten minutes if need be.
-        distributed.init_process_group(backend, timeout=timedelta(hours=6))
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=6), **gpu)
     except (distributed.DistError, ValueError) as error:
         remedy = "start it with torchrun, which sets all of this, with --master-port for another port"
         used = "EADDRINUSE" in str(error) or "already in use" in str(error)
@@ -125,13 +147,47 @@ def require_same(step: int, place: Place) -> int:
     return step
 
 
-def largest(number: int, place: Place) -> int:
-    """The largest of all processes' numbers: what they must all know in the same step."""
-    if place.world == 1:
-        return number
-    found = torch.tensor(number, device=place.device)
-    distributed.all_reduce(found, distributed.ReduceOp.MAX)
-    return int(found.item())
+def from_first(value: _T, place: Place) -> _T:
+    """Rank 0's `value`, in all processes."""
+    values = [value]
+    if place.world > 1:
+        distributed.broadcast_object_list(values, src=0, device=_MEMORY)
+    return values[0]
+
+
+def add_up(counts: list[int], place: Place) -> list[int]:
+    """The sums over all processes of their counts."""
+    found = torch.tensor(counts)
+    if place.world > 1:
+        distributed.all_reduce(found)
+    return found.tolist()
+
+
+class Vote:
+    """What all processes must know in the same step, such as that one of them was asked to stop.
+
+    It goes through memory, beside the GPU's work, and nobody waits for an answer within a step: the numbers of one step
+    are known in the next.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._before: tuple[torch.Tensor, Any] | None = None
+
+    def cast(self, number: int) -> int:
+        """Give this step's number; the largest that any process gave in the step before. A process alone is told its
+        own at once."""
+        if self._place.world == 1:
+            return number
+        found = torch.tensor(number)
+        before, self._before = (
+            self._before,
+            (found, distributed.all_reduce(found, distributed.ReduceOp.MAX, async_op=True)),
+        )
+        if before is None:
+            return 0
+        before[1].wait()
+        return int(before[0])
 
 
 def average(value: torch.Tensor, place: Place) -> None:
@@ -141,7 +197,13 @@ def average(value: torch.Tensor, place: Place) -> None:
         value /= place.world
 
 
-def wait_for_all(place: Place) -> None:
-    """Let rank 0 finish writing before the others read."""
+def same_buffers(module: torch.nn.Module, place: Place) -> None:
+    """Give all processes rank 0's buffers, such as the statistics of batch norm, which each has of its own images."""
     if place.world > 1:
-        distributed.barrier()
+        for buffer in module.buffers():
+            distributed.broadcast(buffer, 0)
+
+
+def wait_for_all(place: Place) -> None:
+    """Let rank 0 finish writing before the others read, or end."""
+    add_up([], place)

@@ -48,9 +48,11 @@ class Learner:
         self.module = module.to(place.device, memory_format=self.layout)
         self.objective = objective.to(place.device)
         self.average = Average(self.module, ema) if ema else None
-        called: Any = torch.compile(self.module) if compile else self.module
-        self._tower: Any = DistributedDataParallel(called) if place.world > 1 else called
-        self._place, self._prepare, self._dtype, self._parts = place, prepare, _DTYPES[precision], accumulate
+        self._parallel = DistributedDataParallel(self.module) if place.world > 1 else None
+        called: Any = self.module if self._parallel is None else self._parallel
+        # Around DDP, whose buckets then cut the graph: gradients travel while those of earlier layers are computed.
+        self._tower: Any = torch.compile(called) if compile else called
+        self._place, self._prepare, self.dtype, self._parts = place, prepare, _DTYPES[precision], accumulate
 
     def learn(
         self,
@@ -63,10 +65,11 @@ class Learner:
         scaler: torch.amp.GradScaler,
     ) -> dict[str, torch.Tensor]:
         """Add the gradients of one step to the parameters; the loss and its parts over all processes, detached.
+        Whatever goes in is on the tower's device.
 
         Random numbers that the tower draws come from `seed`.
         """
-        teacher_GD = gather_batch(teacher_BD.to(self._place.device, non_blocking=True), self._place).float()
+        teacher_GD = gather_batch(teacher_BD, self._place).float()
         parts = inputs_B.tensor_split(self._parts)
         if len(parts) == 1:
             features_BD = self._features(inputs_B, seed, 0)
@@ -102,15 +105,15 @@ class Learner:
 
     def _features(self, inputs_B: torch.Tensor, seed: tuple[int, ...], part: int) -> torch.Tensor:
         torch.manual_seed(int(np.random.SeedSequence((*seed, self._place.rank, part)).generate_state(1, np.uint64)[0]))
-        inputs = self._prepare(inputs_B.to(self._place.device, non_blocking=True))
+        inputs = self._prepare(inputs_B)
         if inputs.ndim == 4:
             inputs = inputs.to(memory_format=self.layout)
-        with torch.autocast(self._place.device.type, self._dtype, enabled=self._dtype != torch.float32):
+        with torch.autocast(self._place.device.type, self.dtype, enabled=self.dtype != torch.float32):
             features_BD: torch.Tensor = self._tower(inputs)
         return features_BD.float()
 
     def _no_sync(self) -> AbstractContextManager[None]:
-        return self._tower.no_sync() if self._place.world > 1 else nullcontext()
+        return nullcontext() if self._parallel is None else self._parallel.no_sync()
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, the objective's state and the moving average."""

@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import distributed
 
 from cache_schemas import Run
 from dimefm.checkpoint import Checkpoints
 from dimefm.config import TrainConfig
-from dimefm.distributed import Place
+from dimefm.distributed import Place, from_first
 from dimefm.errors import TrainingError
 from dimefm.machine import (
     Precision,
@@ -30,6 +29,7 @@ from dimefm.progress import amount
 from dimefm.run import read_run
 
 _AHEAD = 4  # batches that each loader process reads ahead
+_ENOUGH_AHEAD = 4 * 2**30  # bytes; where batches are so large, two of each process are ahead enough
 _CORES_PER_LOADER, _MOST_LOADERS = 8, 16
 _MEMORY_SHARE = 4  # of all memory, the part that batches read ahead may take
 _FILES_OF_BATCH, _FILES_SHARE = 8, 4  # a descriptor for each tensor of it; the part of all that batches may take
@@ -40,13 +40,9 @@ def decide(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) ->
 
     A run that goes on keeps what it began with; a field in `allow_changes` is decided anew.
     """
-    decided: list[tuple[Precision, int, list[str]] | None] = [None]
-    if place.first:
-        decided = [_decide(config, place, allow_changes)]
-    if place.world > 1:
-        distributed.broadcast_object_list(decided, src=0, device=place.device)
-    assert decided[0] is not None
-    precision, threads, notes = decided[0]
+    decided = from_first(_decide(config, place, allow_changes) if place.first else None, place)
+    assert decided is not None
+    precision, threads, notes = decided
     return replace(config, precision=precision, threads=threads), notes
 
 
@@ -119,4 +115,5 @@ def loaders(asked: int | None, device: str, batch_bytes: int) -> tuple[int, int]
     if files < workers:
         what = f"{workers} loader processes need more open files than this process may have ({open_files()})"
         raise TrainingError(what, remedy="raise the limit (ulimit -n 4096), or give a smaller --workers; 0 needs none")
-    return workers, min(_AHEAD, room // workers - 1, files // workers)
+    enough = max(2, _ENOUGH_AHEAD // (workers * batch_bytes))
+    return workers, min(_AHEAD, enough, room // workers - 1, files // workers)

@@ -26,6 +26,10 @@ class TextBatch:
     tokens_BL: torch.Tensor
     teacher_BD: torch.Tensor
 
+    def pin_memory(self) -> TextBatch:
+        """See dimefm.data.Batch."""
+        return TextBatch(self.tokens_BL.pin_memory(), self.teacher_BD.pin_memory())
+
 
 class TrainingTexts(Dataset["TextBatch | TrainingError"]):
     """Indexed by Request: reads the sentences of a batch from the plan, tokenises them and gathers their embeddings."""

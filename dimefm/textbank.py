@@ -5,8 +5,8 @@ Shapes: T texts, G images of the global batch, D width, K sentences retrieved fo
 
 from __future__ import annotations
 
-import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -60,7 +60,11 @@ class TextDraw:
 
 class TextBank:
     """Draws `total` texts a step. Their embeddings are held on the device, or in memory, where they take a quarter of
-    it at most; else they are read from the store's maps by the processes that read images."""
+    it at most; else they are read from the store's maps by the processes that read images.
+
+    `place` says which of the three: "device", "memory" or "disk". It is decided here, before those processes are
+    forked; `upload` follows where the device is in use.
+    """
 
     def __init__(
         self,
@@ -100,17 +104,21 @@ class TextBank:
         self.place = "device" if size <= _room_on(device) else "memory" if size <= _room_in_memory() else "disk"
         self._resident = store.read(0, rows) if self.place == "memory" else None
         self._on_device: torch.Tensor | None = None
-        if self.place == "device":
-            self._on_device = torch.empty((rows, store.schema.dim), dtype=torch.float16, device=device)
-            for at in range(0, rows, _BLOCK):
-                self._on_device[at : at + _BLOCK] = torch.from_numpy(store.read(at, min(at + _BLOCK, rows)))
         self._process = os.getpid()
 
-    def without_device(self) -> TextBank:
-        """The same draws without the copy that is on a GPU, for the processes that read images."""
-        other = copy.copy(self)
-        other._on_device = None
-        return other
+    def upload(self, device: torch.device) -> None:
+        """Put all embeddings on the device, if that is their place."""
+        if self.place != "device":
+            return
+        rows, dim = self._store.schema.rows, self._store.schema.dim
+        self._on_device = torch.empty((rows, dim), dtype=torch.float16, device=device)
+        for at in range(0, rows, _BLOCK):
+            self._on_device[at : at + _BLOCK] = torch.from_numpy(self._store.read(at, min(at + _BLOCK, rows)))
+
+    def bytes_of_step(self, batch_size: int) -> int:
+        """Bytes of embeddings that are handed over with each batch, for so many images of all processes."""
+        texts = self._total + (batch_size if self._paired else 0)
+        return 0 if self.place == "device" else texts * self._store.schema.dim * 2
 
     def draw(self, step: int, rows_G: np.ndarray[Any, Any]) -> TextDraw:
         """The texts of `step`: a function of seed, step and the global batch's image rows alone. Raises TrainingError
@@ -127,16 +135,20 @@ class TextBank:
             pair_GD=None if pair_row_G is None else self._gather(np.maximum(pair_row_G, 0)),
         )
 
-    def embeddings(self, drawn: TextDraw, device: torch.device) -> torch.Tensor:
-        """The embeddings of drawn texts, float32 (T, D), on the device."""
-        return self._float(drawn.rows_T, drawn.embedding_TD, device)
+    def embeddings(self, drawn: TextDraw, send: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The embeddings of drawn texts, float32 (T, D), on the device that `send` takes tensors to."""
+        read_TD = drawn.embedding_TD
+        return self._kept(send(drawn.rows_T)) if read_TD is None else send(read_TD).float()
 
-    def pair(self, drawn: TextDraw, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Each image's own sentence: embedding float32 (G, D) and row (G,), where they were asked for."""
+    def pair(
+        self, drawn: TextDraw, send: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Each image's own sentence, where it was asked for: embedding float32 (G, D) and row (G,), on the device."""
         if drawn.pair_row_G is None:
             return None
-        rows_G = drawn.pair_row_G
-        return self._float(rows_G.clamp(min=0), drawn.pair_GD, device), rows_G.to(device)
+        row_G, read_GD = send(drawn.pair_row_G), drawn.pair_GD
+        embedding_GD = self._kept(row_G.clamp(min=0)) if read_GD is None else send(read_GD).float()
+        return embedding_GD, row_G
 
     def rows(self, step: int, rows_G: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The rows of the text store that are drawn for `step`, int64 (T,)."""
@@ -161,16 +173,16 @@ class TextBank:
             return None
         return torch.from_numpy(self._store.gather(rows_N) if self._resident is None else self._resident[rows_N])
 
-    def _float(self, rows_N: torch.Tensor, read_ND: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        if read_ND is None:
-            assert self._on_device is not None
-            read_ND = self._on_device[rows_N.to(device, non_blocking=True)]
-        return read_ND.to(device, non_blocking=True).float()
+    def _kept(self, rows_N: torch.Tensor) -> torch.Tensor:
+        """The embeddings of rows, float32 (N, D), of those that are on the device."""
+        assert self._on_device is not None, "upload was not called"
+        return self._on_device[rows_N].float()
 
 
 def _room_on(device: torch.device) -> int:
-    """Bytes that sentences may take on a GPU; none on the CPU."""
-    return torch.cuda.mem_get_info(device)[0] // _SHARE if device.type == "cuda" else 0
+    """Bytes that sentences may take on a GPU; none on the CPU. What is free there cannot be asked without beginning to
+    work on it."""
+    return torch.cuda.get_device_properties(device).total_memory // _SHARE if device.type == "cuda" else 0
 
 
 def _room_in_memory() -> int:

@@ -48,7 +48,7 @@ from cache_schemas import SchemaError
 @click.option("--val", multiple=True, help="Labelled set to validate on; may be repeated.")
 @click.option("--val-texts", help="Text store with the prompts of the --val sets. Default: --texts.")
 @click.option("--val-every", type=float, help="Epochs between validations.")
-@click.option("--checkpoint-every", type=click.IntRange(1), help="Steps between checkpoints.")
+@click.option("--checkpoint-every", type=click.IntRange(1), help="Steps between checkpoints. Default: ten minutes.")
 @click.option("--keep", type=click.IntRange(1), help="How many checkpoints stay, beside the best.")
 @click.option("--log-every", type=click.IntRange(1), help="Steps between lines of metrics.jsonl.")
 @click.option("--max-steps", type=click.IntRange(1), help="The length of the run in steps, if --epochs is longer.")

@@ -6,7 +6,9 @@ Shapes: N images of a set, B of a batch, C classes, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,11 @@ import torch
 from torch.nn import functional as F
 
 from cache_schemas import Preprocessing, Status, StudentSpec
+from dimefm.distributed import Place, add_up, from_first, same_buffers
 from dimefm.errors import MismatchError, SourceError
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.evaluation.own_sets import open_folders
+from dimefm.machine import cpus, processes_here
 from dimefm.preprocess import Preprocess, normalise
 from dimefm.store import Store
 
@@ -33,55 +37,86 @@ def student_preprocessing(spec: StudentSpec) -> Preprocessing:
 
 
 class Validation:
-    """Labelled sets ready to score a student."""
+    """Labelled sets ready to score a student. Each process of a run takes an equal part of the images."""
 
-    def __init__(self, sets: tuple[str, ...], texts: Store | None, spec: StudentSpec, tokenizer: Any = None) -> None:
+    def __init__(
+        self,
+        sets: tuple[str, ...],
+        texts: Store | None,
+        spec: StudentSpec,
+        place: Place,
+        dtype: torch.dtype,
+        tokenizer: Any = None,
+    ) -> None:
         """`texts` has the prompts' embeddings; None for a student with a text tower, whose `tokenizer` is then wanted.
+        Towers compute in `dtype`.
 
         Raises MismatchError where a prompt of a set is not in `texts`.
         """
-        self._spec, self._tokenizer = spec, tokenizer
+        self._spec, self._tokenizer, self._place, self._dtype = spec, tokenizer, place, dtype
         self._preprocess = Preprocess(student_preprocessing(spec))
         self._sets = open_folders(sets)
         self._require_classes()
-        if texts is None:
-            return
+        if texts is not None:
+            self._classes = from_first(self._look_up_classes(texts) if place.first else [], place)
+
+    def run(self, towers: dict[str, tuple[Any, Any]]) -> dict[str, float]:
+        """Top-1 by set, for each image tower and its text tower (None without one) under the set's name with that of
+        the towers after it. Images are decoded once for all. The towers are left in the mode that they are in."""
+        modules = [tower for pair in towers.values() for tower in pair if tower is not None]
+        training = [tower.training for tower in modules]
+        for tower in modules:
+            tower.eval()
+            same_buffers(tower, self._place)
+        classes = [self._classes if text is None else self._embed_classes(text) for _, text in towers.values()]
+        counts = []
+        for number, images in enumerate(self._sets):
+            mine = slice(self._place.rank, None, self._place.world)
+            share = replace(images, samples=images.samples[mine], labels=images.classes[mine])
+            answers = [
+                partial(self._answers, image, classes[i][number].to(self._place.device))
+                for i, (image, _) in enumerate(towers.values())
+            ]
+            counts += correct(share, answers, self._preprocess, 256 if self._place.device.type == "cuda" else 64)
+        for tower, was in zip(modules, training, strict=True):
+            tower.train(was)
+        names = [(images, name) for images in self._sets for name in towers]
+        found = zip(names, add_up(counts, self._place), strict=True)
+        return {f"{images.name}{name}": right / len(images.samples) for (images, name), right in found}
+
+    def _answers(self, tower: Any, classes_CD: torch.Tensor, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        """The class of the largest cosine (B,)."""
+        images = normalise(pixels_B3HW.to(self._place.device), self._spec.mean, self._spec.std)
+        return (self._embed(tower, images) @ classes_CD.T).argmax(dim=1)
+
+    def _embed(self, tower: Any, inputs: torch.Tensor) -> torch.Tensor:
+        with (
+            torch.inference_mode(),
+            torch.autocast(self._place.device.type, self._dtype, enabled=self._dtype != torch.float32),
+        ):
+            features = tower(inputs)
+        return F.normalize(features.float(), dim=-1)
+
+    def _embed_classes(self, tower: Any) -> list[torch.Tensor]:
+        def embed(prompts: list[str]) -> torch.Tensor:
+            return self._embed(tower, self._tokenizer(prompts).to(self._place.device))
+
+        return [class_embeddings(labelled.prompts(), embed) for labelled in self._sets]
+
+    def _look_up_classes(self, texts: Store) -> list[torch.Tensor]:
         texts.require_kind("text")
         wanted = {text for labelled in self._sets for class_prompts in labelled.prompts() for text in class_prompts}
         vectors = _look_up(wanted, texts)
-        self._classes = self._embed_classes(lambda prompts: torch.stack([vectors[text] for text in prompts]))
-
-    def run(self, model: Any, text_model: Any, device: torch.device) -> dict[str, float]:
-        """Top-1 by set. The models are left in the mode that they are in."""
-        towers = [tower for tower in (model, text_model) if tower is not None]
-        training = [tower.training for tower in towers]
-        for tower in towers:
-            tower.eval()
-
-        def embed(pixels_B3HW: torch.Tensor) -> torch.Tensor:
-            with torch.inference_mode():
-                images = normalise(pixels_B3HW.to(device), self._spec.mean, self._spec.std)
-                return F.normalize(model(images).float(), dim=-1).cpu()
-
-        def embed_texts(prompts: list[str]) -> torch.Tensor:
-            with torch.inference_mode():
-                return F.normalize(text_model(self._tokenizer(prompts).to(device)).float(), dim=-1).cpu()
-
-        classes = self._classes if text_model is None else self._embed_classes(embed_texts)
-        pairs = zip(self._sets, classes, strict=True)
-        scores = {s.name: top1(s, classes_CD, embed, self._preprocess) for s, classes_CD in pairs}
-        for tower, was in zip(towers, training, strict=True):
-            tower.train(was)
-        return scores
+        return [
+            class_embeddings(labelled.prompts(), lambda prompts: torch.stack([vectors[text] for text in prompts]))
+            for labelled in self._sets
+        ]
 
     def _require_classes(self) -> None:
         for images in self._sets:
             if images.labels is None or images.labels.ndim == 2:
                 what = f"--val {images.where} does not have one label an image"
                 raise SourceError(what, remedy="give sets with classnames.txt and a label in each KEY.cls")
-
-    def _embed_classes(self, embed: Callable[[list[str]], torch.Tensor]) -> list[torch.Tensor]:
-        return [class_embeddings(labelled.prompts(), embed) for labelled in self._sets]
 
 
 def class_embeddings(prompts: list[list[str]], embed: Callable[[list[str]], torch.Tensor]) -> torch.Tensor:
@@ -92,20 +127,19 @@ def class_embeddings(prompts: list[list[str]], embed: Callable[[list[str]], torc
     return F.normalize(torch.stack([embed(texts).float().mean(dim=0) for texts in prompts]), dim=-1)
 
 
-def top1(
+def correct(
     images: ImageSet,
-    classes_CD: torch.Tensor,
-    embed: Callable[[torch.Tensor], torch.Tensor],
+    answers: Sequence[Callable[[torch.Tensor], torch.Tensor]],
     preprocess: Callable[[bytes], torch.Tensor],
-    batch_size: int = 64,
-) -> float:
-    """The share of images whose class has the largest cosine; one that cannot be read is wrong. `embed` takes uint8
-    (B, 3, H, W) to unit-norm (B, D)."""
-    labels_N, correct = torch.from_numpy(images.classes), 0
-    for pixels_B3HW, places_B in images.batches(preprocess, batch_size):
-        best_B = (embed(pixels_B3HW).float() @ classes_CD.T).argmax(dim=1).cpu()
-        correct += int((best_B == labels_N[places_B]).sum())
-    return correct / len(labels_N)
+    batch_size: int,
+) -> list[int]:
+    """How many images each of `answers`, from uint8 (B, 3, H, W) to classes (B,), gives the right class; none gives it
+    to an image that cannot be read."""
+    labels_N, counts = torch.from_numpy(images.classes), [0] * len(answers)
+    for pixels_B3HW, places_B in images.batches(preprocess, batch_size, max(2, cpus() // processes_here())):
+        for i, answer in enumerate(answers):
+            counts[i] += int((answer(pixels_B3HW).cpu() == labels_N[places_B]).sum())
+    return counts
 
 
 def _look_up(wanted: set[str], store: Store) -> dict[str, torch.Tensor]:

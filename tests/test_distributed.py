@@ -1,11 +1,14 @@
 """Several processes train as one would with the whole batch: real gloo process groups on this machine."""
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +18,31 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dimefm import losses
 from dimefm.checkpoint import Checkpoints
-from dimefm.distributed import ALONE, Place, average, gather_batch, join_group, leave_group
-from dimefm.errors import TrainingError
+from dimefm.config import TrainConfig
+from dimefm.distributed import (
+    ALONE,
+    Place,
+    Vote,
+    add_up,
+    average,
+    find_place,
+    from_first,
+    gather_batch,
+    join_group,
+    leave_group,
+    same_buffers,
+    wait_for_all,
+)
+from dimefm.errors import StoppedError, TrainingError
+from dimefm.learner import Learner
 from dimefm.objective import LossConfig, Objective
 from dimefm.runlog import read_metrics
+from dimefm.store import Store
+from dimefm.student import build_student, student_spec
+from dimefm.train import train
+from dimefm.validate import Validation
 from tests.processes import FORKING, result_of
+from tests.training import STUDENT, tiny_config
 
 IMAGES, TEXTS, WIDTH = 8, 12, 6
 OBJECTIVES = {
@@ -132,3 +155,128 @@ def test_a_port_in_use_is_named_with_the_remedy() -> None:
         said = result_of(meet, port)
     assert f"127.0.0.1:{port}: the port is in use" in said
     assert "--master-port" in said
+
+
+# -- what is known to all ---------------------------------------------------------------------------------------------
+
+
+def known_to_all(rank: int, world: int, port: int, out: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    place = join_group("cpu")
+    assert from_first({"precision": "bf16"} if rank == 0 else None, place) == {"precision": "bf16"}
+    assert add_up([rank, 1], place) == [sum(range(world)), world]
+    vote = Vote(place)
+    asked = [0, 15 if rank == 1 else 0, 2 if rank == 0 else 0, 0, 0]
+    assert [vote.cast(number) for number in asked] == [0, 0, 15, 2, 0]
+    norm = torch.nn.BatchNorm1d(3)
+    norm.running_mean.fill_(float(rank + 5))
+    same_buffers(norm, place)
+    assert norm.running_mean.tolist() == [5.0] * 3
+    wait_for_all(place)
+    leave_group(place)
+    Path(f"{out}/{rank}").touch()
+
+
+def test_processes_agree_by_way_of_memory(tmp_path: Path) -> None:
+    arguments = (3, free_port(), str(tmp_path))
+    multiprocessing.start_processes(known_to_all, arguments, nprocs=3, start_method=FORKING.get_start_method())
+    assert len(list(tmp_path.iterdir())) == 3
+    alone = Place(0, 1, torch.device("cpu"))
+    assert Vote(alone).cast(15) == 15
+    assert from_first(3, alone) == 3
+    assert add_up([1, 2], alone) == [1, 2]
+
+
+def stopped(rank: int, world: int, port: int, config: TrainConfig, out: str) -> None:
+    """Train; one process, and not the first, is asked to stop in its third step."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    learn, calls = Learner.learn, []
+
+    def signalling(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3 and rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return learn(*args, **kwargs)
+
+    Learner.learn = signalling  # type: ignore[method-assign]
+    try:
+        train(config)
+    except StoppedError as error:
+        Path(f"{out}/{rank}").write_text(str(error))
+
+
+def test_all_stop_after_the_same_step_when_one_is_asked(image_store: Store, text_store: Store, tmp_path: Path) -> None:
+    config = tiny_config(image_store, text_store, tmp_path / "run", device="cpu", checkpoint_every=100)
+    arguments = (2, free_port(), config, str(tmp_path))
+    multiprocessing.start_processes(stopped, arguments, nprocs=2, start_method=FORKING.get_start_method())
+    for rank in range(2):
+        assert "was stopped by SIGTERM after step 4 of 8" in (tmp_path / str(rank)).read_text()
+    assert Checkpoints(config.out).step() == 4
+
+
+def validated(rank: int, world: int, port: int, sets: tuple[str, ...], texts: str, out: str) -> None:
+    if world > 1:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    place = join_group("cpu")
+    spec = student_spec(STUDENT, Store(texts).schema.teacher, 32)
+    torch.manual_seed(0)
+    towers = {"": (build_student(spec), None), "_ema": (build_student(spec), None)}
+    for image, _ in towers.values():
+        for name, buffer in image.named_buffers():
+            if "running_mean" in name:
+                buffer.fill_(0.1 * rank)  # as after a step over images of its own
+    scores = Validation(sets, Store(texts), spec, place, torch.float32).run(towers)
+    Path(f"{out}/{world}-{rank}").write_text(json.dumps(scores))
+    leave_group(place)
+
+
+def test_images_of_validation_are_shared_and_counted_together(
+    cifar10: str, prompt_store: Store, tmp_path: Path
+) -> None:
+    for world in (1, 3):
+        arguments = (world, free_port(), (cifar10,), prompt_store.path, str(tmp_path))
+        multiprocessing.start_processes(validated, arguments, nprocs=world, start_method=FORKING.get_start_method())
+    found = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert found.keys() == {"1-0", "3-0", "3-1", "3-2"}
+    assert found["1-0"].keys() == {"cifar10", "cifar10_ema"}
+    assert found["1-0"]["cifar10"] != found["1-0"]["cifar10_ema"]
+    assert all(scores == found["1-0"] for scores in found.values())
+
+
+# -- where a process is -----------------------------------------------------------------------------------------------
+
+
+def on_gpus(count: int, monkeypatch: pytest.MonkeyPatch, **environment: str) -> None:
+    """A machine of `count` GPUs, as far as finding one's place goes."""
+    monkeypatch.setattr("dimefm.distributed.choose_device", lambda device: device or "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_each_process_has_the_gpu_of_its_number_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpus(4, monkeypatch, RANK="7", WORLD_SIZE="8", LOCAL_RANK="3")
+    assert find_place(None) == Place(7, 8, torch.device("cuda:3"))
+    assert find_place("cpu") == Place(7, 8, torch.device("cpu"))
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a launcher shows each process one GPU."""
+    on_gpus(1, monkeypatch, RANK="3", WORLD_SIZE="4", LOCAL_RANK="3", CUDA_VISIBLE_DEVICES="3")
+    with pytest.raises(TrainingError, match=r"LOCAL_RANK.*sees 1 GPU \(CUDA_VISIBLE_DEVICES=3\)(?s:.*)nproc"):
+        find_place(None)
+
+
+def test_a_group_on_gpus_is_bound_to_the_device_and_has_gloo_beside_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpus(2, monkeypatch, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    events: list[tuple[str, Any]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: events.append(("set_device", device)))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **options: events.append((backend, options))
+    )
+    place = join_group("cuda")
+    (first, device), (backend, options) = events
+    assert (first, device) == ("set_device", place.device)
+    assert backend == "cpu:gloo,cuda:nccl"
+    assert options["device_id"] == torch.device("cuda:1")

@@ -109,6 +109,14 @@ def test_a_small_dev_shm_means_fewer_batches_ahead_then_fewer_processes_then_a_r
     assert loaders(0, "cuda", 48_000_000)[0] == 0
 
 
+def test_large_batches_are_not_read_ahead_by_the_dozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 processes would have 49 GB of the paper's whole batch in /dev/shm."""
+    monkeypatch.setattr(machine_settings, "free_shared_memory", lambda: 10**12)
+    monkeypatch.setattr(machine_settings, "available_memory", lambda: 4 * 10**12)
+    size = 3 * 224**2
+    assert [loaders(16, "cuda", images * size)[1] for images in (128, 640, 5120)] == [4, 2, 2]
+
+
 @pytest.mark.parametrize(
     ("error", "remedy"),
     [

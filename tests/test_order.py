@@ -18,6 +18,7 @@ from dimefm.optim import learning_rate, parameter_groups
 from dimefm.order import Order
 from dimefm.student import build_student, student_spec
 from dimefm.textbank import TextBank, TextMix
+from dimefm.transfer import Transfer
 from tests.making import encoded, make_jpeg, picture
 from tests.stores import random_store, teacher_identity
 
@@ -131,13 +132,16 @@ def test_a_crop_of_an_extreme_image_is_its_centre() -> None:
     assert left == (1000 - 13) // 2
 
 
-@pytest.mark.parametrize("room", [0, 2**40], ids=["disk", "memory"])
-def test_text_batches_follow_their_mix(tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(textbank, "_room_in_memory", lambda: room)
+@pytest.mark.parametrize("place", ["disk", "memory", "device"])
+def test_text_batches_follow_their_mix(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(textbank, "_room_in_memory", lambda: 2**40 * (place == "memory"))
+    monkeypatch.setattr(textbank, "_room_on", lambda device: 2**40 * (place == "device"))
+    monkeypatch.setattr(textbank, "_BLOCK", 30)
     texts, values = random_store(tmp_path / "t.zarr", rows=100, shard_rows=32, kind="text", failed=(4,))
     bank = TextBank(texts, TextMix(random=0.25, selected=0.5, retrieved=0.25), _Pairs(), seed=0, total=400,
                     paired=True, device=CPU)  # type: ignore[arg-type]  # fmt: skip
-    assert bank.place == ("memory" if room else "disk")
+    assert bank.place == place
+    assert bank.bytes_of_step(2) == (0 if place == "device" else 402 * 16 * 2)
     rows = bank.rows(3, np.array([0, 1]))
     assert len(rows) == 400
     selected, retrieved = rows[100:300], rows[300:]
@@ -145,11 +149,12 @@ def test_text_batches_follow_their_mix(tmp_path: Path, room: int, monkeypatch: p
     assert set(retrieved.tolist()) == {7, 8}
     assert 4 not in rows[:100]
     assert len(set(rows[:100].tolist())) > 40
-    drawn = bank.draw(3, np.array([0, 1]))
-    np.testing.assert_array_equal(bank.embeddings(drawn, CPU).numpy(), values[rows].astype(np.float32))
+    drawn, send = bank.draw(3, np.array([0, 1])), Transfer(CPU).send
+    bank.upload(CPU)
+    np.testing.assert_array_equal(bank.embeddings(drawn, send).numpy(), values[rows].astype(np.float32))
     np.testing.assert_array_equal(rows, bank.rows(3, np.array([0, 1])))
     assert not np.array_equal(rows[:100], bank.rows(4, np.array([0, 1]))[:100])
-    pair = bank.pair(drawn, CPU)
+    pair = bank.pair(drawn, send)
     assert pair is not None
     assert pair[1].tolist() == [7, 7]
     np.testing.assert_array_equal(pair[0].numpy(), values[[7, 7]].astype(np.float32))

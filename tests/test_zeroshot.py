@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from dimefm.evaluation.results import read_results
 from dimefm.evaluation.scoring import measure
 from dimefm.evaluation.suite import evaluate
 from dimefm.preprocess import resize
-from dimefm.validate import class_embeddings, top1
+from dimefm.validate import class_embeddings, correct
 from tests.making import make_jpeg, read_tar, write_tar
 
 CLASSES, IMAGES, WIDTH = 9, 40, 12
@@ -72,6 +73,10 @@ def preprocess(data: bytes) -> torch.Tensor:
     return resize(decode_rgb(data), (8, 8))
 
 
+def answers(classes_CD: np.ndarray) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda pixels_B3HW: (embed(pixels_B3HW) @ torch.from_numpy(classes_CD).T).argmax(dim=1)
+
+
 def by_numpy(images: ImageSet, classes_CD: np.ndarray, labels: np.ndarray) -> float:
     """top-1, image by image."""
     correct = 0
@@ -87,18 +92,18 @@ def test_top1_agrees_with_numpy_and_broken_images_are_wrong(
     images: ImageSet, labels: np.ndarray, batch_size: int
 ) -> None:
     classes_CD = unit(np.random.default_rng(2).standard_normal((CLASSES, WIDTH))).astype(np.float32)
-    found = top1(images, torch.from_numpy(classes_CD), embed, preprocess, batch_size)
-    assert found == pytest.approx(by_numpy(images, classes_CD, labels))
-    assert 0 < found < 1
+    other_CD = np.roll(classes_CD, 1, axis=0)
+    found = correct(images, [answers(classes_CD), answers(other_CD)], preprocess, batch_size)
+    assert [right / len(labels) for right in found] == [
+        pytest.approx(by_numpy(images, one_CD, labels)) for one_CD in (classes_CD, other_CD)
+    ]
+    assert 0 < found[0] < len(labels)
 
 
 def test_a_perfect_model_is_right_on_all_but_the_broken(images: ImageSet, labels: np.ndarray) -> None:
-    classes_CD = torch.eye(CLASSES)
     readable = iter(np.delete(labels, BROKEN))
-    found = top1(
-        images, classes_CD, lambda pixels: torch.stack([classes_CD[next(readable)] for _ in pixels]), preprocess, 5
-    )
-    assert found == pytest.approx(37 / 40)
+    found = correct(images, [lambda pixels: torch.tensor([next(readable) for _ in pixels])], preprocess, 5)
+    assert found == [37]
 
 
 def test_class_embeddings_are_the_normalised_mean_of_unit_prompts() -> None:

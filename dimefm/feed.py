@@ -1,0 +1,143 @@
+"""What a training run reads: its stores, the order of their rows, and the processes that make batches of them.
+
+All of this begins before a GPU and the process group do: the processes are forked, and a fork shares memory, locks and
+connections with whatever CUDA and NCCL have begun by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+
+import torch
+
+from dimefm.checkpoint import Checkpoints
+from dimefm.config import TrainConfig
+from dimefm.data import Augmentation, Batch, Requests, TrainingImages, read_ahead, training_loader
+from dimefm.distributed import Place
+from dimefm.errors import TrainingError
+from dimefm.machine_settings import loaders
+from dimefm.order import Order
+from dimefm.run import Inputs, open_inputs
+from dimefm.student import student_spec, text_spec
+from dimefm.text_data import TextBatch, TrainingTexts
+from dimefm.textbank import TextBank
+
+Pair = tuple[Batch, TextBatch | None]
+"""A step's images, and its sentences for a text tower."""
+
+TEXTS = 1
+"""Tells the random numbers of a text tower from those of the images."""
+
+_PAGE_LOCKED_AHEAD = 2  # batches
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The inputs of a run; how many steps it has, and an epoch; the step that it goes on from, and what is read for
+    that one and those that follow, in page-locked memory where they go to a GPU, which must then be in use.
+    """
+
+    inputs: Inputs
+    bank: TextBank | None
+    per_epoch: int
+    steps: int
+    first: int
+    batches: Iterator[Pair]
+
+
+@contextmanager
+def feeding(config: TrainConfig, place: Place) -> Iterator[Feed]:
+    """Open what a run reads, and start the processes that read it; they end with the block.
+
+    Raises TrainingError, MismatchError or StoreError for what the user can mend.
+    """
+    inputs = open_inputs(config)
+    images, texts = _orders(config, inputs, place)
+    per_epoch = images.steps_per_epoch
+    steps = min(round(config.epochs * per_epoch), config.max_steps or 2**62)
+    if steps < 1:
+        raise TrainingError(f"{config.epochs:g} epochs of {per_epoch} steps are none", remedy="give more --epochs")
+    first = Checkpoints(config.out).step() or 0
+    bank = _bank(config, inputs, place)
+    with ExitStack() as stack:
+        batches: Iterator[Pair] = iter(())
+        if first < steps:
+            requests = partial(Requests, first=first, steps=steps, rank=place.rank, world=place.world)
+            batches = _start(config, place, inputs, bank, requests(images), requests(texts) if texts else None, stack)
+        yield Feed(inputs, bank, per_epoch, steps, first, batches)
+
+
+def _start(
+    config: TrainConfig,
+    place: Place,
+    inputs: Inputs,
+    bank: TextBank | None,
+    image_requests: Requests,
+    text_requests: Requests | None,
+    stack: ExitStack,
+) -> Iterator[Pair]:
+    teacher = inputs.images.schema.teacher
+    size = student_spec(config.student, teacher, config.image_size).image_size
+    handed_over = config.batch_size // place.world * 3 * size**2
+    handed_over += bank.bytes_of_step(config.batch_size) if bank else 0
+    workers, ahead = loaders(config.workers, place.device.type, handed_over)
+    texts: Iterator[TextBatch | None] = repeat(None)
+    if config.text_student and text_requests:  # before the images, whose requests are made in a thread
+        sentences = TrainingTexts(inputs.texts.path, text_spec(config.text_student, teacher))
+        loader = training_loader(sentences, text_requests, min(1, workers), ahead)
+        texts = stack.enter_context(closing(loader))
+    augmentation = Augmentation(size=size, crop_scale=config.crop_scale, flip=config.flip, seed=config.seed)
+    pictures = TrainingImages(inputs.images.path, augmentation, bank)
+    images = stack.enter_context(closing(training_loader(pictures, image_requests, workers, ahead)))
+    pairs = zip(images, texts, strict=False)
+    if place.device.type != "cuda":
+        return pairs
+    begin = partial(_begin_page_locking, place.device)
+    return stack.enter_context(closing(read_ahead(map(_page_locked, pairs), _PAGE_LOCKED_AHEAD, begin)))
+
+
+def _page_locked(pair: Pair) -> Pair:
+    images, texts = pair
+    return images.pin_memory(), texts and texts.pin_memory()
+
+
+def _begin_page_locking(device: torch.device) -> None:
+    torch.set_num_threads(1)  # the cores are for decoding
+    torch.cuda.set_device(device)  # or another GPU's memory would be taken for it
+
+
+def _bank(config: TrainConfig, inputs: Inputs, place: Place) -> TextBank | None:
+    if not (config.loss.vl or config.loss.contrastive):
+        return None
+    return TextBank(
+        inputs.texts, config.text_mix, inputs.pairs, inputs.selection, seed=config.seed,
+        total=config.texts_per_step if config.loss.vl else 0, paired=config.loss.contrastive > 0, device=place.device,
+    )  # fmt: skip
+
+
+def _orders(config: TrainConfig, inputs: Inputs, place: Place) -> tuple[Order, Order | None]:
+    """The orders of images and, for a text tower, of sentences. Raises TrainingError for a batch that cannot be."""
+    images = Order(store=inputs.images, seed=config.seed, batch_size=config.batch_size)
+    texts = None
+    if config.text_student:
+        only = inputs.selection.rows() if inputs.selection else None
+        size = config.text_batch_size
+        texts = Order(store=inputs.texts, seed=config.seed, batch_size=size, only=only, stream=TEXTS)
+    named = ((images, "a batch", "images", "--batch-size"), (texts, "a text batch", "sentences", "text_batch_size"))
+    for order, what, of, option in named:
+        if order is None:
+            continue
+        if order.batch_size % place.world:
+            what = f"{what} of {order.batch_size} does not divide over {place.world} processes"
+            raise TrainingError(what, remedy=f"give a {option} that does")
+        if order.batch_size // place.world < config.accumulate:
+            what = f"{what} of {order.batch_size} over {place.world} processes is less than one for each of its passes"
+            raise TrainingError(what, remedy="give a smaller --accumulate")
+        if order.steps_per_epoch == 0:
+            what = f"{what} of {order.batch_size} is more than the {of} with an embedding in {order.store.path}"
+            raise TrainingError(what, remedy=f"give a smaller {option}")
+    return images, texts
