@@ -29,8 +29,8 @@ _NO_LOSS = LossConfig(vl=0.0, pvl=0.0)
 
 
 def correctness(kit: Kit) -> None:
-    """All of it, what is most likely to be wrong first."""
-    kit.each(embeddings, losses, search, repeats.shard, repeats.resume)
+    """All of it. Training comes first, since it forks."""
+    kit.each(repeats.resume, embeddings, losses, search, repeats.shard)
 
 
 def embeddings(kit: Kit) -> None:

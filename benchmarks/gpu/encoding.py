@@ -6,9 +6,10 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import cycle, islice
 from typing import Any
 from unittest import mock
@@ -28,6 +29,8 @@ from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CPU = torch.device("cpu")
+_TASK = 8  # images that a decoding thread takes at once, as in stage 1
 _SHORT = 4  # of the two runs whose difference is the steady state, the short one is a fourth of the long one
 Rows = list[dict[str, Any]]
 
@@ -154,19 +157,23 @@ def undecoded(rows: Rows, schema: EmbeddingStore) -> Iterator[None]:
 
 def _decoding(kit: Kit, rows: Rows, schema: EmbeddingStore, wanted: float) -> None:
     """Images/s decoded and resized by the number of threads of one process, and how many the tower would need."""
-    rates: dict[int, float] = {}
+    loader, rates = Loader(schema), dict[int, float]()
     for threads in sorted({count for count in (1, 2, 4, 8, 12, 16) if count < cpus()} | {cpus()}):
         some = list(islice(cycle(rows), threads * kit.sizes.batch // 2))
-
-        def run(threads: int = threads, some: Rows = some) -> None:
-            for _ in Loader(schema).load_all(some, threads, 2 * schema.batch_size):
-                pass
-
-        rates[threads] = len(some) / seconds([run], torch.device("cpu"), repeats=1)
+        rates[threads] = len(some) / seconds([partial(_load, loader, some, threads)], _CPU, repeats=1)
         kit.line(f"decoding on {threads} threads", rates[threads], "images/s", f"{rates[threads] / threads:,.0f} each")
     enough = [count for count, rate in rates.items() if rate >= wanted]
     at = f"the bare forward takes {wanted:,.0f} images/s; one process decodes {max(rates.values()):,.0f} at most"
     kit.line("decoding threads that the bare forward needs", str(min(enough, default="more than one process")), "", at)
+
+
+def _load(loader: Loader, rows: Rows, threads: int) -> None:
+    def some(part: Rows) -> None:
+        for row in part:
+            loader.load(row)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(some, (rows[at : at + _TASK] for at in range(0, len(rows), _TASK))))
 
 
 def _other_weights(kit: Kit, clip: Clip, tower: Tower) -> None:

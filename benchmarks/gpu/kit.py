@@ -26,6 +26,7 @@ class Kit:
     def __init__(self, device: str, sizes: Sizes, inputs: Inputs, known: dict[str, float], until: float, send: Send):
         self.device, self.sizes, self.inputs = torch.device(device), sizes, inputs
         self.known, self._until, self._send = known, until, send
+        self.gpu_bytes = 0  # the peak of processes that the step has forked
 
     def line(self, what: str, value: float | str, unit: str = "", at: str = "") -> None:
         """A measurement that nothing is asked of."""

@@ -4,14 +4,15 @@ images seen."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
+from benchmarks.gpu.forked import forked
 from benchmarks.gpu.inputs import encode
 from benchmarks.gpu.kit import Kit
 from benchmarks.stage1 import write_tar
 from cache_schemas import ViewPlan
 from dimefm.clip import load_clip, teacher_precision
 from dimefm.config import TrainConfig
-from dimefm.machine import choose_precision
 from dimefm.recipes import sample, sample_paper
 from dimefm.reproduce import sample_scale
 from dimefm.retrieval import retrieve_stores
@@ -28,7 +29,7 @@ _SPARE = 8.0  # seconds of a run that are not steps
 
 def quality(kit: Kit) -> None:
     """Zero-shot top-1 of the sample's two recipes."""
-    images, texts, prompts, pairs = _stores(kit)
+    images, texts, prompts, pairs = forked(kit, partial(_stores, kit))
     bars = {student.recipe: student.bars for student in sample_scale().students}
     ways = (
         ("sample", sample(images, texts, "")),
@@ -37,21 +38,23 @@ def quality(kit: Kit) -> None:
     for number, (name, config) in enumerate(ways):
         config = replace(
             config, batch_size=min(_BATCH, Store(images).schema.rows // 4), lr=_LR * config.lr, workers=None,
-            precision=choose_precision(kit.device.type), device=kit.device.type, checkpoint_every=10**6,
+            device=kit.device.type, checkpoint_every=10**6,
             out=str(kit.inputs.scratch(f"probe-{name}")),
         )  # fmt: skip
         share = (kit.left() - 5) / (len(ways) - number)
-        epochs = min(kit.sizes.epochs * config.epochs, _affordable(config, share, kit.sizes.train_steps))
+        epochs = min(
+            kit.sizes.epochs * config.epochs, forked(kit, partial(_affordable, config, share, kit.sizes.train_steps))
+        )
         if epochs <= 0:
             kit.line(f"left out: a student by {name}", f"{share:.0f} s left for it")
             continue
         val = tuple(str(sample_dir() / "eval" / which) for which in _CLASSES)
         config = replace(config, epochs=epochs, val=val, val_texts=prompts, val_every=epochs, warmup_epochs=epochs / 20,
                          out=str(kit.inputs.scratch(f"run-{name}")))  # fmt: skip
-        result = train(config)
+        result = forked(kit, partial(train, config))
         seen = result.steps * config.batch_size
         rate = read_metrics(config.out)[0]["images_per_second"]
-        at = f"{name}, {config.student} at {config.image_size} px, {config.precision}, batch {config.batch_size}, "
+        at = f"{name}, {config.student} at {config.image_size} px, batch {config.batch_size}, "
         at += f"{kit.sizes.views} cached views, {seen:,} images seen, {rate:,.0f} images/s"
         for which, classes in _CLASSES.items():
             least = bars[name][which] / classes

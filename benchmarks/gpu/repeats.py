@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.gpu.forked import forked
 from benchmarks.gpu.inputs import TINY, encode
 from benchmarks.gpu.kit import Kit
 from benchmarks.stage1 import write_tar
@@ -73,13 +76,13 @@ def logged(out: Path) -> np.ndarray:
 def resume(kit: Kit) -> None:
     """A run whose last checkpoint is lost goes on from the one before to the same weights: to the last bit on a CPU,
     and on a GPU if its sums come in the same order."""
-    out = kit.inputs.scratch("resumed")
-    config = small_run(kit, out)
-    train(config)
-    before, losses = _weights(out), logged(out)
+    out, whole = kit.inputs.scratch("resumed"), kit.inputs.scratch("never-stopped")
+    config = forked(kit, partial(small_run, kit, out))
+    forked(kit, partial(train, config))
+    shutil.copytree(out, whole)
     (out / "checkpoints" / f"step-{_STEPS:08d}.pt").unlink()
-    train(config)
-    after = _weights(out)
+    forked(kit, partial(train, config))
+    before, after, losses = _weights(whole), _weights(out), logged(whole)
     apart = max(float((after[name] - before[name]).abs().max()) for name in before)
     bits = "bit for bit the same" if apart == 0 else f"largest difference of a weight {apart:.1e}"
     error = float(np.abs(logged(out) / losses - 1).max())

@@ -121,7 +121,8 @@ def _memory(kit: Any, connection: Connection) -> None:
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
     at = f"its largest child process {children:.1f} GB"
     kit.line("host memory, peak", int(status.split()[0]) * 1024 / 1e9, "GB", at)
-    if kit.device.type == "cuda" and torch.cuda.is_initialized():
+    if kit.device.type == "cuda":
         with suppress(RuntimeError):  # of a context that an error has spoilt
             connection.send(("card", torch.cuda.get_device_name()))
-            kit.line("GPU memory, peak", torch.cuda.max_memory_allocated() / 1e9, "GB", "as torch allocated it")
+            peak = max(kit.gpu_bytes, torch.cuda.max_memory_allocated())
+            kit.line("GPU memory, peak of a process", peak / 1e9, "GB", "as torch allocated it")

@@ -24,7 +24,7 @@ class Sizes:
     batch: int  # of stage 1
     batches: tuple[int, ...]  # of the teacher, to compare
     encoded: int  # images of a timed run of stage 1
-    compile_seconds: float  # that torch.compile may want, whatever the pace
+    compile_seconds: float  # that must be left for torch.compile to be tried, whatever the pace
     rows: tuple[int, ...]  # of exact search's stores
     queries: int
     train_batch: int
@@ -49,7 +49,7 @@ GPU = Sizes(
 
 SMALL = Sizes(
     teacher=None, student="test_vit", width=64, pace=0.05, product=256, copy=2**20, pictures=4, images=48,
-    sentences=256, compared=4, batch=8, batches=(4, 8), encoded=64, compile_seconds=40,
+    sentences=256, compared=4, batch=8, batches=(4, 8), encoded=64, compile_seconds=300,
     rows=(4096,), queries=64, train_batch=8, train_steps=6,
     totals=(8, 32, 64), sample=64, views=2, epochs=0.1,
 )  # fmt: skip

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks.measure import rounds
+from dimefm.products import tf32
 
 if TYPE_CHECKING:
     from benchmarks.gpu.kit import Kit
@@ -32,12 +34,10 @@ def peak(kit: Kit, precision: str) -> float:
     """FLOP/s of a large product of random square matrices in that precision, or "tf32"; measured once for all steps."""
     name = f"peak {precision}"
     if name not in kit.known:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = precision == _TF32
         side, dtype = kit.sizes.product, _DTYPES[precision]
         sets = [torch.randn(2, side, side, device=kit.device, dtype=dtype) for _ in range(4)]
-        spent = seconds([lambda a=a, b=b: a @ b for a, b in sets], kit.device)
-        torch.backends.cuda.matmul.allow_tf32 = before
+        with tf32(kit.device) if precision == _TF32 else nullcontext():
+            spent = seconds([lambda a=a, b=b: a @ b for a, b in sets], kit.device)
         kit.remember(name, 2 * side**3 / spent)
     return kit.known[name]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.encoding import Tower
+from benchmarks.gpu.forked import forked
 from benchmarks.gpu.inputs import KEPT, TINY
 from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.timing import seconds
@@ -23,28 +26,31 @@ _STEPS = 10  # of the bare step, timed as one
 
 
 def training(kit: Kit) -> None:
-    """The paper's recipe on one GPU's share of its batch: the whole loop, then what a step consists of."""
-    sizes, device, precision = kit.sizes, kit.device, choose_precision(kit.device.type)
-    tiny, texts = kit.inputs.stores(TINY)
-    spec = student_spec(sizes.student, Store(tiny).schema.teacher)
+    """The paper's recipe on one GPU's share of its batch: the whole loop, then what a step consists of. Runs come
+    first, since they fork."""
+    sizes, device = kit.sizes, kit.device
+    stores = {side: forked(kit, partial(kit.inputs.stores, side)) for side in (TINY, KEPT)}
+    loops = {side: forked(kit, partial(_loop, kit, *found)) for side, found in stores.items()}
+    precision = choose_precision(device.type)
+    images, texts = (Store(path) for path in stores[TINY])
+    spec = student_spec(sizes.student, images.schema.teacher)
     bare = BareStep(spec, sizes.train_batch, precision, device)
     step = seconds([bare] * _STEPS, device, repeats=3)
-    what = f"{sizes.student}, {precision}, B = {sizes.train_batch}"
-    rate = sizes.train_batch / step
+    what, rate = f"{sizes.student}, {precision}, B = {sizes.train_batch}", sizes.train_batch / step
     used = 3 * Tower(kit, bare.module, (spec.image_size,) * 2).share(rate, precision)
     at = f"{what}: {used:.0%} of the peak, the backward pass counted as two forward ones"
     kit.line("bare step", rate, "images/s", at)
     workers, ahead = loaders(None, device.type, sizes.train_batch * 3 * spec.image_size**2)
-    for name, side in (("in memory", TINY), (f"decoded from kept JPEGs of {KEPT} px", KEPT)):
-        at = f"{what}, T = B, {workers} loader processes, each {ahead} batches ahead"
-        images = tiny if side == TINY else kit.inputs.stores(side)[0]
-        found, waited = _loop(kit, images, texts, precision)
+    at = f"{what}, T = B, {workers} loader processes, each {ahead} batches ahead"
+    for side, name in ((TINY, "tiny"), (KEPT, f"decoded from kept JPEGs of {KEPT} px")):
+        found, waited, late = loops[side]
         kit.line(f"whole loop, images {name}", found, "images/s", f"{at}; waiting for data {waited:.0%}")
         kit.bar(f"whole loop against the bare step, images {name}", found / rate, "", at, least=0.95)
-        kit.remember("loop", found)
     kit.rate("student_images_per_second", found)
+    kit.remember("loop", found)
+    kit.bar("loader processes forked after CUDA had begun", late, "", at, most=0)
     _texts(kit, bare, spec, precision, what)
-    spent = target_seconds(Store(tiny), Store(texts), sizes.train_batch, sizes.train_batch, device)
+    spent = target_seconds(images, texts, sizes.train_batch, sizes.train_batch, device)
     kit.bar("reading a step's targets, of the step", spent / step, "", f"{what}: {1e3 * spent:.2f} ms", most=0.01)
     gradients = [p.grad for p in bare.module.parameters() if p.grad is not None]
     norm = seconds([lambda: torch.nn.utils.get_total_norm(gradients)], device)
@@ -55,17 +61,20 @@ def training(kit: Kit) -> None:
         kit.line("bare step compiled", times * rate, "images/s", f"{what}: {times:.3f} of the eager one")
 
 
-def _loop(kit: Kit, images: str, texts: str, precision: str) -> tuple[float, float]:
-    """Images/s of a training run after its first third, and the share of the time waited for data."""
-    sizes, every = kit.sizes, max(1, kit.sizes.train_steps // 6)
+def _loop(kit: Kit, images: str, texts: str) -> tuple[float, float, float]:
+    """Images/s of a training run after its first third, the share of the time waited for data, and how many of its
+    processes were forked after CUDA had begun."""
+    sizes, forks = kit.sizes, list[bool]()
+    os.register_at_fork(before=lambda: forks.append(torch.cuda.is_initialized()))
     config = replace(
         paper(images, texts, str(kit.inputs.scratch("loop"))), student=sizes.student, batch_size=sizes.train_batch,
-        texts_per_step=sizes.train_batch, epochs=1000, max_steps=sizes.train_steps, precision=precision,  # type: ignore[arg-type]
-        log_every=every, checkpoint_every=10**6, device=kit.device.type,
+        texts_per_step=sizes.train_batch, epochs=1000, max_steps=sizes.train_steps, device=kit.device.type,
+        log_every=max(1, sizes.train_steps // 6), checkpoint_every=10**6,
     )  # fmt: skip
     lines = loop_lines(config)
     counted = lines[len(lines) // 3 :]
-    return median([line["images_per_second"] for line in counted]), median([line["data_wait"] for line in counted])
+    rate, waited = (median([line[name] for line in counted]) for name in ("images_per_second", "data_wait"))
+    return rate, waited, float(sum(forks))
 
 
 def _texts(kit: Kit, bare: BareStep, spec: Any, precision: str, what: str) -> None:
