@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 
 from benchmarks.__main__ import COMMANDS, benchmarks
 from benchmarks.gpu import running
+from benchmarks.gpu.forked import together
 from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.results import Results, Step
 from benchmarks.gpu.sizes import SMALL
@@ -121,6 +123,18 @@ def dies(kit: Kit) -> None:
     os._exit(3)
 
 
+def forks(kit: Kit) -> None:
+    kit.line("sum", float(sum(together(kit, [partial(pow, 2, 3), partial(pow, 2, 4)]))))
+
+    def fails(kit: Kit) -> None:
+        together(kit, [partial(time.sleep, 600), partial(divmod, 1, 0)])
+
+    def is_late(kit: Kit) -> None:
+        together(kit, [partial(time.sleep, 600)], most=0.2)
+
+    kit.each(fails, is_late)
+
+
 def imports_ray(kit: Kit) -> None:
     sys.modules["ray"] = sys.modules["json"]
 
@@ -139,8 +153,9 @@ def test_what_goes_wrong_in_a_step_is_kept_and_not_the_next_ones(tmp_path: Path)
     results = Results(tmp_path / "out", "the command", 9)
     broken, missed = run(breaks, results, tmp_path), run(misses_a_bar, results, tmp_path)
     wrong, strange, dead = (run(function, results, tmp_path) for function in (is_wrong, imports_ray, dies))
-    hung = run(hangs, results, tmp_path, seconds=10)
-    assert [step.passed for step in (broken, missed, wrong, strange, dead, hung)] == [False, True, *4 * [False]]
+    hung, forked = run(hangs, results, tmp_path, seconds=10), run(forks, results, tmp_path)
+    steps = (broken, missed, wrong, strange, dead, hung, forked)
+    assert [step.passed for step in steps] == [False, True, *5 * [False]]
     assert broken.state == "failed"
     assert "the first part broke" in broken.traceback
     assert [line.what for line in broken.lines[:2]] == ["before", "after"]
@@ -150,9 +165,12 @@ def test_what_goes_wrong_in_a_step_is_kept_and_not_the_next_ones(tmp_path: Path)
     assert (dead.state, dead.lines[0].value) == ("failed", 7.0)
     assert (hung.state, hung.lines[0].what) == ("stopped", "before")
     assert "in hangs" in (tmp_path / "log.txt").read_text(), "where it hung"
+    assert (forked.state, forked.lines[0].value, forked.seconds < 30) == ("failed", 24.0, True)
+    assert "ZeroDivisionError" in forked.traceback
+    assert "1 of 1 were not done in 0 s" in forked.traceback
     assert not results.passed
     whole = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [step["passed"] for step in whole["steps"]] == [False, True, *4 * [False]]
+    assert [step["passed"] for step in whole["steps"]] == [False, True, *5 * [False]]
     assert json.loads((tmp_path / "out" / "rates.json").read_text())["teacher_images_per_second"] == 12.35
     text = (tmp_path / "out" / "results.md").read_text()
     assert text.index("## Wrong") < text.index("## Bars") < text.index("the first part broke")

@@ -66,8 +66,9 @@ def gpu(out: Path, device: str, minutes: float, only: str | None) -> None:
     results.card = "" if device == "cuda" else "A CPU with tiny models: no number means anything"
     (out / "log.txt").write_text("")
     sizes = GPU if device == "cuda" else SMALL
-    per_share = (60 * minutes - _END) / sum(part.share for part in chosen)
-    until = began
+    running.ready()
+    until = time.monotonic()
+    per_share = (began + 60 * minutes - _END - until) / sum(part.share for part in chosen)
     with tempfile.TemporaryDirectory(prefix="dimefm-gpu-", ignore_cleanup_errors=True) as folder:
         for part in chosen:
             until += part.share * per_share  # what the steps before have not used is this one's too

@@ -24,7 +24,8 @@ from dimefm.preprocess import Preprocess
 from dimefm.store import Store
 
 _CPU = torch.device("cpu")
-_PRECISIONS: tuple[tuple[Precision, float], ...] = (("fp32", 0.99999), ("fp16", 0.999), ("bf16", 0.99))
+_PRECISIONS: tuple[tuple[Precision, float], ...] = (("fp32", 0.9999), ("fp16", 0.999), ("bf16", 0.99))
+"""The least cosine that is right; a GPU's convolutions in fp32 are TF32 ones by default."""
 _NO_LOSS = LossConfig(vl=0.0, pvl=0.0)
 
 

@@ -38,6 +38,13 @@ def prepare() -> None:
     forkserver.ensure_running()
 
 
+def ready() -> None:
+    """Wait until the libraries are imported there."""
+    process = _FORKING.Process(target=os.getpid)
+    process.start()
+    process.join()
+
+
 def run(
     function: str, step: Step, results: Results, *, device: str, sizes: Sizes, folder: Path, log: Path, until: float
 ) -> None:
