@@ -66,7 +66,8 @@ def _compare(kit: Kit, name: str, load: Callable[[Precision, torch.device], Clip
 
 
 def losses(kit: Kit) -> None:
-    """Each loss and its gradient by the student's embeddings, against float64 on the CPU."""
+    """Each loss and its gradient by the student's embeddings, against float64 on the CPU. Off by 1 % is wrong, or by
+    three times what float32 is off on the CPU: of udist, whose targets are nearly one-hot, the gradient is by 1 %."""
     images, texts, width = kit.sizes.train_batch, 8 * kit.sizes.train_batch, kit.sizes.width
     draw = torch.Generator().manual_seed(0)
 
@@ -93,8 +94,9 @@ def losses(kit: Kit) -> None:
             for device, dtype in ((_CPU, torch.float64), (kit.device, torch.float32), (_CPU, torch.float32))
         )
         for part, true, found, other in zip(("loss", "gradient"), exact, ours, usual, strict=True):
-            at = f"B = {images}, T = {texts}; float32 on the CPU {_error(other, true):.1e}"
-            kit.check(f"{name}, {part}: relative error", _error(found, true), "", at, most=1e-2)
+            cpu = _error(other, true)
+            at = f"B = {images}, T = {texts}; float32 on the CPU {cpu:.1e}"
+            kit.check(f"{name}, {part}: relative error", _error(found, true), "", at, most=max(1e-2, 3 * cpu))
 
 
 def _error(found: torch.Tensor, true: torch.Tensor) -> float:

@@ -70,7 +70,7 @@ def images(kit: Kit) -> None:
     _decoding(kit, rows, schema, best)
     _other_weights(kit, clip, tower)
     for size in kit.sizes.batches:
-        if size != batch and kit.enough(12, f"stage 1 at batch {size}"):
+        if size != batch and kit.enough(12 + kit.sizes.compile_seconds, f"stage 1 at batch {size}, before --compile"):
             with undecoded(rows, schema):
                 rate = steady(rows, replace(schema, batch_size=size), clip, cores, kit.sizes.encoded)
             at = f"{what}, batch {size}: {rate / bare[size]:.3f} of the bare forward"
