@@ -1,41 +1,45 @@
 """`python -m benchmarks NAME [OPTIONS]`, or `make bench ARGS="NAME [OPTIONS]"`."""
 
+from importlib import import_module
+
 import click
 
-from benchmarks.authors_loop import authors_loop
-from benchmarks.clip_benchmark_agreement import clip_benchmark
-from benchmarks.coco_retrieval import coco_retrieval
-from benchmarks.cpu import cpu
-from benchmarks.index_choices import index_choices
-from benchmarks.loader_scale import loader_scale
-from benchmarks.memory import memory
-from benchmarks.objectives import objectives
-from benchmarks.plan_scale import plan_scale
-from benchmarks.precision import precision
-from benchmarks.preprocessing import preprocessing
-from benchmarks.probe_search import probe_search
-from benchmarks.retrieval import retrieval
-from benchmarks.sample_recipes import sample_recipes
-from benchmarks.selection import selection
-from benchmarks.sentences import sentences
-from benchmarks.stage1 import stage1
-from benchmarks.store_reads import store_reads
-from benchmarks.training_loop import training_loop
-from benchmarks.training_pixels import training_pixels
+# Each command is a function of that name; a module is imported when its command is asked for, so that one command
+# needs no libraries of another.
+COMMANDS = {
+    "gpu": "benchmarks.gpu.command",
+    **{
+        name: f"benchmarks.{name.replace('-', '_')}"
+        for name in (
+            "preprocessing", "precision", "stage1", "sentences", "memory", "plan-scale", "training-pixels", "store-reads",
+            "training-loop", "loader-scale", "authors-loop", "objectives", "coco-retrieval", "retrieval",
+            "index-choices", "selection", "clip-benchmark", "probe-search", "cpu", "sample-recipes",
+        )
+    },
+    "clip-benchmark": "benchmarks.clip_benchmark_agreement",
+}  # fmt: skip
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Lazy(click.Group):
+    """Its commands are those of COMMANDS."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        try:
+            command: click.Command = getattr(import_module(COMMANDS[cmd_name]), cmd_name.replace("-", "_"))
+        except ModuleNotFoundError as error:
+            raise click.ClickException(f"{cmd_name} needs {error.name}, which is not installed") from error
+        return command
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 def benchmarks() -> None:
     """Measure dimefm on this machine. Each command prints a table and the machine that it is of."""
 
-
-for command in (
-    preprocessing, precision, stage1, sentences, memory, plan_scale, training_pixels, store_reads,
-    training_loop, loader_scale, authors_loop, objectives, coco_retrieval, retrieval, index_choices, selection,
-    clip_benchmark, probe_search, cpu,
-    sample_recipes,
-):  # fmt: skip
-    benchmarks.add_command(command)
 
 if __name__ == "__main__":
     benchmarks(prog_name="python -m benchmarks")

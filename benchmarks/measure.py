@@ -5,18 +5,30 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 
-def rounds(candidates: dict[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
-    """Seconds of each call of each candidate, `count` of each after one that is not counted."""
+def rounds(candidates: dict[str, Callable[[], object]], count: int, device: Any = None) -> dict[str, list[float]]:
+    """Seconds of each call of each candidate, `count` of each after one that is not counted. Where `device`, a
+    torch.device, is a GPU, what it was given to do is waited for before the clock is read."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(count + 1):
         for name, call in candidates.items():
+            wait(device)
             began = time.perf_counter()
             call()
+            wait(device)
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def wait(device: Any) -> None:
+    """Until a torch.device has done all that it was given; at once for a CPU, or none."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 def median(values: list[float]) -> float:

@@ -170,17 +170,18 @@ def write_tar(path: Path, data: dict[str, bytes]) -> Path:
     return path
 
 
-def trivial_teacher(folder: Path) -> Path:
-    """A model that costs nothing beside the pipeline: one transformer layer over four patches, random weights."""
+def trivial_teacher(folder: Path, width: int = TRIVIAL["embed_dim"]) -> Path:
+    """A model that costs nothing beside the pipeline: one transformer layer over four patches, random weights; its
+    embeddings are `width` wide."""
     folder.mkdir()
     torch.manual_seed(0)
     model = open_clip.model.CLIP(
-        embed_dim=TRIVIAL["embed_dim"],
+        embed_dim=width,
         vision_cfg=open_clip.CLIPVisionCfg(**TRIVIAL["vision_cfg"]),
         text_cfg=open_clip.CLIPTextCfg(**TRIVIAL["text_cfg"]),
     )
     safetensors.torch.save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
-    config = {"model_cfg": TRIVIAL, "preprocess_cfg": preprocess}
+    config = {"model_cfg": {**TRIVIAL, "embed_dim": width}, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     return folder

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cache_schemas import Commit, Failure, Status
+from dimefm import __version__
 
 
 def make_commit(
@@ -45,5 +46,7 @@ def make_commit(
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers that are written."""
-    packages = ("dimefm", "torch", "open_clip_torch", "zarr", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    packages = ("torch", "open_clip_torch", "zarr", "numpy")
+    # dimefm's own is asked of the package: it runs from a checkout too, without being installed.
+    own = {"python": platform.python_version(), "dimefm": __version__}
+    return {**own, **{name: version(name) for name in packages}}
