@@ -11,8 +11,8 @@ COMMANDS = {
     **{
         name: f"benchmarks.{name.replace('-', '_')}"
         for name in (
-            "preprocessing", "precision", "stage1", "sentences", "memory", "plan-scale", "training-pixels", "store-reads",
-            "training-loop", "loader-scale", "authors-loop", "objectives", "coco-retrieval", "retrieval",
+            "preprocessing", "precision", "stage1", "sentences", "memory", "plan-scale", "training-pixels",
+            "store-reads", "training-loop", "loader-scale", "authors-loop", "objectives", "coco-retrieval", "retrieval",
             "index-choices", "selection", "clip-benchmark", "probe-search", "cpu", "sample-recipes",
         )
     },
