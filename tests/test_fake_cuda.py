@@ -26,6 +26,7 @@ from dimefm.preprocess import normalise
 from dimefm.store import Store
 from dimefm.student import build_student, build_text_student, has_convolutions, student_spec, text_spec
 from dimefm.textbank import TextBank, TextMix
+from dimefm.transfer import Transfer
 from tests.stores import teacher_identity
 from tests.training import STUDENT
 
@@ -69,10 +70,12 @@ def _replace(module: torch.nn.Module, function: Any, recurse: bool = True) -> to
 def fake_cuda(*, waiting: bool = False) -> Iterator[None]:
     """Within the block, "cuda" means fake tensors. With `waiting`, copies may be waited for."""
     stream = SimpleNamespace(wait_stream=lambda _: None)
+    event = SimpleNamespace(record=lambda _: None, synchronize=lambda: None)
     patches = {
         torch.nn.Module: {"_apply": _replace},
         torch.Tensor: {"pin_memory": lambda tensor: tensor, "record_stream": lambda *_: None},
         torch.cuda: {
+            "Event": lambda: event,
             "Stream": lambda *_: stream,
             "current_stream": lambda *_: stream,
             "stream": lambda _: nullcontext(),
@@ -158,13 +161,13 @@ def _bank(store: Store, where: str, monkeypatch: pytest.MonkeyPatch) -> TextBank
 def test_the_text_bank_hands_out_what_is_on_the_gpu(
     where: str, text_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with fake_cuda(waiting=True):
-        bank = _bank(text_store, where, monkeypatch)
+    bank = _bank(text_store, where, monkeypatch)
     drawn = bank.draw(3, np.arange(IMAGES))
-    with fake_cuda():
-        text_TD = bank.embeddings(drawn, CUDA)
     with fake_cuda(waiting=True):
-        pair = bank.pair(drawn, CUDA)
+        bank.upload(CUDA)
+    with fake_cuda():
+        send = Transfer(CUDA).send
+        text_TD, pair = bank.embeddings(drawn, send), bank.pair(drawn, send)
         assert pair is not None
         assert [value.device.type for value in (text_TD, *pair)] == ["cuda"] * 3
         assert (text_TD.shape, pair[0].shape, pair[1].shape) == ((TEXTS, 128), (IMAGES, 128), (IMAGES,))
@@ -223,7 +226,7 @@ def test_exact_search_multiplies_on_the_gpu(text_store: Store, k: int, monkeypat
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            products.extend(value.device for value in args if func is torch.ops.aten.mm.default)
+            products.extend(value.device for value in args[:2] if func.overloadpacket is torch.ops.aten.mm)
             return func(*args, **(kwargs or {}))
 
     monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: np.zeros(tensor.shape))
