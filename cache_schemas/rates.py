@@ -1,5 +1,5 @@
-"""dimefm/measured.json: the rates of one GPU as `python -m benchmarks gpu` measured them, which the forecast of the
-paper's job goes by. Written by hand or by the benchmark; a rate that was not measured is left out, or null."""
+"""dimefm/measured.json: what one GPU was measured to do, a copy of the rates.json of `python -m benchmarks gpu`. The
+forecast of the paper's job goes by it. A rate that was not measured is left out, or null."""
 
 from __future__ import annotations
 
