@@ -104,6 +104,32 @@ def one_of_many(rank: int, world: int, port: int, out: str) -> None:
     leave_group(place)
 
 
+def compiled_one_of_two(rank: int, world: int, port: int, out: str, cache: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}/{rank}"
+    torch.set_num_threads(1)
+    place = join_group("cpu")
+    for accumulate in (1, 2):
+        gradients = two_steps(learner(place, accumulate=accumulate, compile=True), rank, world)
+        torch.save(gradients, f"{out}/{rank}-{accumulate}.pt")
+    leave_group(place)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_processes_and_passes_have_the_gradient_of_one(tmp_path: Path) -> None:
+    (tmp_path / "gradients").mkdir()
+    arguments = (2, free_port(), str(tmp_path / "gradients"), str(tmp_path / "compiled"))
+    multiprocessing.start_processes(
+        compiled_one_of_two, arguments, nprocs=2, start_method=FORKING.get_start_method()
+    )  # fmt: skip
+    expected, found = two_steps(learner()), sorted((tmp_path / "gradients").iterdir())
+    assert len(found) == 4
+    for path in found:
+        for mine, whole in zip(torch.load(path, weights_only=True), expected, strict=True):
+            torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5, msg=path.name)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_and_passes_have_the_gradient_of_one(world: int, tmp_path: Path) -> None:
     """With the queue and a learned scale: every switch that looks at the whole batch."""
@@ -140,6 +166,8 @@ def test_the_average_follows_its_formula() -> None:
 @pytest.mark.usefixtures("new_compiler")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_tower_computes_the_same() -> None:
-    plain, compiled = two_steps(learner()), two_steps(learner(compile=True))
+    towers = learner(), learner(compile=True)
+    assert towers[0].state_dict()["model"].keys() == towers[1].state_dict()["model"].keys(), "saved under other names"
+    plain, compiled = map(two_steps, towers)
     for one, other in zip(plain, compiled, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -4,6 +4,7 @@ alone."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cache_schemas import StudentSpec
 from dimefm import train as train_module
 from dimefm.checkpoint import Checkpoints
 from dimefm.collapse import out_of_memory
@@ -22,6 +24,7 @@ from dimefm.objective import LossConfig
 from dimefm.runlog import read_metrics
 from dimefm.store import Store
 from dimefm.train import train
+from tests.test_kill import flat
 from tests.training import STEPS, tiny_config
 
 Trainer = train_module._Trainer
@@ -191,3 +194,30 @@ def test_more_passes_than_images_are_no_remedy() -> None:
         out_of_memory(7, 4, 32),
     ):
         raise torch.OutOfMemoryError
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("new_compiler")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_keeps_the_weights_and_names_of_one_that_is_not(
+    image_store: Store, text_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In passes, whose first has no gradients, with a moving average; and goes on from there without compiling."""
+
+    def tower(spec: StudentSpec) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, spec.embed_dim), torch.nn.GELU())
+
+    monkeypatch.setattr(train_module, "build_student", tower)
+    config = tiny_config(image_store, text_store, tmp_path / "plain", accumulate=2, ema=0.5, max_steps=3)
+    train(config)
+    compiled = replace(config, out=str(tmp_path / "compiled"), compile=True)
+    train(compiled)
+    one, other = (flat(Checkpoints(run.out).load()) for run in (config, compiled))
+    assert one.keys() == other.keys()
+    assert "image.model.1.weight" in one
+    assert "image.ema.weights.1.weight" in one
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    train(replace(compiled, compile=False, max_steps=4), allow_changes=("compile", "max_steps"))

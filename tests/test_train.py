@@ -18,16 +18,20 @@ from dimefm import train as train_module
 from dimefm.checkpoint import Checkpoints
 from dimefm.config import TrainConfig
 from dimefm.data import Augmentation, Requests, TrainingImages, reader_died, training_loader
+from dimefm.distributed import Place
 from dimefm.errors import MismatchError, OutputExistsError, StoreError, TrainingError
 from dimefm.lock import writing
 from dimefm.objective import LossConfig
 from dimefm.order import Order
+from dimefm.preprocess import Preprocess
 from dimefm.run import read_run
 from dimefm.runlog import last_validation, read_metrics
 from dimefm.store import Store
+from dimefm.student import student_spec
 from dimefm.train import mean_embedding, train
+from dimefm.validate import Validation
 from tests.stores import random_store
-from tests.training import STEPS, same, tiny_config, weights
+from tests.training import STEPS, STUDENT, same, tiny_config, weights
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +159,40 @@ def test_validation_scores_every_set_and_picks_the_best(
     assert 0.02 < result.validation["cifar10"] < 0.4
     assert last_validation(config.out) == result.validation
     assert Checkpoints(config.out).step("best") == 2
+
+
+class Watching(torch.nn.Module):
+    """A tower that notes how many images it was given, and in what precision it computed."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project, self.seen = torch.nn.Linear(3 * 32 * 32, width), list[tuple[int, torch.dtype]]()
+
+    def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        assert not self.training
+        features: torch.Tensor = self.project(images_B3HW.flatten(1))
+        self.seen.append((len(features), features.dtype))
+        return features
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_image_of_validation_is_decoded_once_for_all_towers_and_seen_in_the_runs_precision(
+    cifar10: str, prompt_store: Store, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    decode = Preprocess.__call__
+    monkeypatch.setattr(Preprocess, "__call__", lambda self, data: decoded.append(1) or decode(self, data))
+    place = Place(0, 1, torch.device("cpu"))
+    spec = student_spec(STUDENT, prompt_store.schema.teacher, 32)
+    towers = [Watching(spec.embed_dim).train() for _ in range(2)]
+    validation = Validation((cifar10,), prompt_store, spec, place, dtype)
+    scores = validation.run({"": (towers[0], None), "_ema": (towers[1], None)})
+    assert scores.keys() == {"cifar10", "cifar10_ema"}
+    assert len(decoded) == 200
+    for tower in towers:
+        assert sum(count for count, _ in tower.seen) == 200
+        assert {found for _, found in tower.seen} == {dtype}
+        assert tower.training, "left in another mode"
 
 
 def test_prompts_that_were_not_cached_are_named(
