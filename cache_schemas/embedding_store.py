@@ -94,7 +94,7 @@ class EmbeddingStore(Document):
     views: ViewPlan | None = None
     pixels: int | None = None  # short side of the JPEGs in pixels/
     dtype: Literal["float16", "float32"] = "float16"
-    decoder: Literal["fast", "pillow"] = "fast"  # of images: see dimefm.preprocess.Preprocess
+    decoder: Literal["fast", "pillow", "nvjpeg"] = "fast"  # of images: dimefm.preprocess, dimefm.gpu_decode
     digests: dict[str, str] = field(default_factory=dict)
 
     def problems(self) -> list[Problem]:
@@ -106,6 +106,8 @@ class EmbeddingStore(Document):
             found.append(Problem("dim", f"is {self.dim}, but teacher.embed_dim is {self.teacher.embed_dim}"))
         if self.views and self.views.count < 1:
             found.append(Problem("views.count", f"must be at least 1, found {self.views.count}"))
+        if self.decoder == "nvjpeg" and (self.views or self.pixels):
+            found.append(Problem("decoder", "nvjpeg goes with neither views nor pixels, which are made on the CPU"))
         for name in ("views", "pixels"):
             if self.kind == "text" and getattr(self, name) is not None:
                 found.append(Problem(name, "is for images, and the store holds texts"))

@@ -107,6 +107,13 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
 @_cache_options
 @click.option("--threads", type=click.IntRange(1), help="Decoding threads of a worker. Default: measured.")
 @click.option("--compile", is_flag=True, help="torch.compile the image tower.")
+@click.option(
+    "--decoder",
+    type=click.Choice(["fast", "pillow", "nvjpeg"]),
+    default="fast",
+    show_default=True,
+    help="pillow: open_clip's own pixels; fast: within 2 of 255 of them; nvjpeg: on the GPU, less near.",
+)
 @click.option("--pixels", type=click.IntRange(8), metavar="SIDE",
               help="Also keep every image as a JPEG of this short side, for train-student to read.")  # fmt: skip
 @click.option("--views", type=click.IntRange(1), help="Cache this many random crops of an image, not the whole.")

@@ -7,17 +7,70 @@ other. Shapes: H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 
-from cache_schemas import Preprocessing
+from cache_schemas import EmbeddingStore, Preprocessing
 from dimefm.decode import DecodeError, jpeg_size
+from dimefm.errors import StoreError
+from dimefm.loading import Loaded, read_image
 from dimefm.preprocess import Preprocess
 
 _BASELINE, _END = 0xC0, b"\xff\xd9"
 _OTHER_FRAMES = {*range(0xC1, 0xD0)} - {0xC4, 0xC8, 0xCC}  # progressive, lossless, arithmetic
 _EXIF = b"Exif\0\0"
+
+
+_AHEAD = 2  # batches whose bytes are read before they are needed
+
+
+class GpuLoader:
+    """What dimefm.loading.Loader is, with the images decoded on a GPU, where their pixels stay."""
+
+    def __init__(self, schema: EmbeddingStore, device: torch.device) -> None:
+        """Raises StoreError where there is no such GPU, or nothing to decode with on it."""
+        if device.type != "cuda":
+            what = "the images of this store are decoded by nvJPEG, on a GPU"
+            raise StoreError(what, remedy="go on where there is one, or cache into a new --out with --decoder fast")
+        try:
+            self._preprocess = GpuPreprocess(schema.teacher.preprocessing, device)
+        except ImportError as error:
+            raise StoreError(f"no nvJPEG here: {error}", remedy="pip install torchcodec, of CUDA") from error
+        self._size, self._device, self._stream = schema.teacher.preprocessing.size, device, torch.cuda.Stream(device)
+
+    def batches(
+        self, rows: list[dict[str, Any]], size: int, threads: int, *, pin: bool = False
+    ) -> Iterator[tuple[list[Loaded | DecodeError], torch.Tensor]]:
+        """As Loader.batches; bytes are read on threads ahead of need, and decoded on a stream of its own, beside what
+        the teacher computes. There is nothing to `pin`."""
+        parts = [rows[at : at + size] for at in range(0, len(rows), size)]
+        waiting: deque[list[Future[bytes | DecodeError]]] = deque()
+        pool = ThreadPoolExecutor(threads)
+        try:
+            for number in range(-_AHEAD, len(parts)):
+                if number + _AHEAD < len(parts):
+                    waiting.append([pool.submit(read_image, row) for row in parts[number + _AHEAD]])
+                if number >= 0:
+                    yield self._decoded([read.result() for read in waiting.popleft()])
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _decoded(self, datas: list[bytes | DecodeError]) -> tuple[list[Loaded | DecodeError], torch.Tensor]:
+        computing = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            images = iter(self._preprocess([data for data in datas if isinstance(data, bytes)]))
+            found = [next(images) if isinstance(data, bytes) else data for data in datas]
+            good = [one for one in found if isinstance(one, torch.Tensor)]
+            empty = torch.empty((0, 3, *self._size), dtype=torch.uint8, device=self._device)
+            pixels_B3HW = torch.stack(good) if good else empty
+        computing.wait_stream(self._stream)
+        pixels_B3HW.record_stream(computing)
+        places = iter(pixels_B3HW)
+        return [one if isinstance(one, DecodeError) else Loaded(next(places)[None]) for one in found], pixels_B3HW
 
 
 class GpuPreprocess:

@@ -47,11 +47,11 @@ class Loader:
 
     def load(self, row: dict[str, Any]) -> Loaded | DecodeError:
         """One image, or why it cannot be had. Raises StoreError where the storage does not answer."""
+        data = read_image(row)
+        if isinstance(data, DecodeError):
+            return data
         try:
-            data = _read(row)
             return self._decode(data, row["row"])
-        except storage.GONE as error:
-            return DecodeError(Status.MISSING, str(error))
         except DecodeError as error:
             return error
 
@@ -111,20 +111,22 @@ class Loader:
         return Loaded(torch.stack([replay(image_3HW, box, facts.size, facts) for box in boxes_V5]), boxes_V5, jpeg)
 
 
-def _read(row: dict[str, Any]) -> bytes:
-    """The bytes of a sample. Storage that fails for the moment is asked again, and at last ends the job: a row is
-    given up for good only where its file is gone."""
+def read_image(row: dict[str, Any]) -> bytes | DecodeError:
+    """The bytes of a sample, or why they cannot be had. Storage that fails for the moment is asked again, and at last
+    ends the job, with StoreError: a row is given up for good only where its file is gone."""
     for wait in (*_WAITS, None):
         try:
             data = read_encoded(row["file"], row["offset"], row["size"])
             break
-        except storage.GONE:
-            raise
+        except storage.GONE as error:
+            return DecodeError(Status.MISSING, str(error))
+        except DecodeError as error:
+            return error
         except OSError as error:
             if wait is None:
                 what = f"{row['file']} cannot be read: {error}"
                 raise StoreError(what, remedy="run the same command again once the storage answers") from error
             time.sleep(wait)
     if len(data) < row["size"] and not row["file"].endswith(".tsv"):
-        raise DecodeError(Status.TRUNCATED, f"the file ends after {len(data):,} of {row['size']:,} bytes")
+        return DecodeError(Status.TRUNCATED, f"the file ends after {len(data):,} of {row['size']:,} bytes")
     return data

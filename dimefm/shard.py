@@ -22,6 +22,7 @@ from dimefm import storage
 from dimefm.clip import Clip, token_counts
 from dimefm.decode import DecodeError
 from dimefm.errors import MismatchError
+from dimefm.gpu_decode import GpuLoader
 from dimefm.loading import Loader
 from dimefm.pixels import PixelTar, pixel_tar
 from dimefm.store import Store
@@ -207,7 +208,8 @@ def _image_batches(
 ) -> Generator[_Batch, None, None]:
     """Batches of decoded images. Rows that cannot be read get their status and reason here."""
     size, at = max(1, schema.batch_size // (schema.views.count if schema.views else 1)), 0
-    for loaded, pixels_N3HW in Loader(schema).batches(rows, size, threads, pin=clip.device.type == "cuda"):
+    loader = open_loader(schema, clip.device)
+    for loaded, pixels_N3HW in loader.batches(rows, size, threads, pin=clip.device.type == "cuda"):
         places = []
         for place, one in enumerate(loaded, at):
             if isinstance(one, DecodeError):
@@ -220,6 +222,11 @@ def _image_batches(
             places.append(place)
         yield _Batch(places, pixels_N3HW)
         at += len(loaded)
+
+
+def open_loader(schema: EmbeddingStore, device: torch.device) -> Loader | GpuLoader:
+    """What reads and decodes the images of a store for a teacher on `device`."""
+    return GpuLoader(schema, device) if schema.decoder == "nvjpeg" else Loader(schema)
 
 
 def _commit(

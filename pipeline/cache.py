@@ -50,6 +50,7 @@ class CacheConfig:
     view_scale: float = 0.4
     view_seed: int = 0
     pixels: int | None = None
+    decoder: Literal["fast", "pillow", "nvjpeg"] = "fast"
     precision: Precision | None = None
     device: str | None = None
     compile: bool = False
@@ -139,6 +140,7 @@ def _show_forecast(config: CacheConfig, device: str, found: Forecast, clip: Clip
 
 
 def _device(config: CacheConfig) -> str:
+    """The device that is asked for, or there. Raises a DimefmError for what could not be done on it, or not at all."""
     for argument in config.sources:
         expand(argument)  # a mistyped path is found before a large teacher is loaded
     remote = config.ray_address is not None
@@ -146,7 +148,14 @@ def _device(config: CacheConfig) -> str:
         raise DimefmError(
             "--ray-address without --workers", remedy="say how many of the cluster's GPUs or cores to use"
         )
-    return config.device if remote and config.device else choose_device(config.device)
+    device = config.device if remote and config.device else choose_device(config.device)
+    if config.decoder == "nvjpeg":
+        if device == "cpu":
+            raise DimefmError("--decoder nvjpeg decodes on a GPU, and this is a CPU", remedy="give --decoder fast")
+        if config.views or config.pixels:
+            what = "--decoder nvjpeg goes with neither --views nor --pixels, which are made on the CPU"
+            raise DimefmError(what, remedy="give --decoder fast")
+    return device
 
 
 def _load(config: CacheConfig, device: str, place: str) -> Clip:
@@ -188,6 +197,7 @@ def _request(config: CacheConfig, device: str) -> PlanRequest:
         if config.views
         else None,
         pixels=config.pixels,
+        decoder=config.decoder,
         shard_rows=config.shard_rows,
         batch_size=config.batch_size or batch_size,
     )

@@ -61,6 +61,7 @@ def require_same(
     settings: dict[str, object],
     views: ViewPlan | None = None,
     pixels: int | None = None,
+    decoder: str = "fast",
 ) -> None:
     """Raises MismatchError naming every setting, and the files, that are not what the store was planned with.
 
@@ -70,8 +71,8 @@ def require_same(
     changes = _changes(store, files)
     own = {**_flat(schema.source.settings), **_flat({"views": schema.views}), "pixels": schema.pixels}
     asked = {**_flat(settings), **_flat({"views": views}), "pixels": pixels}
-    own |= {"kind": schema.kind, "batch_size": schema.batch_size}
-    asked |= {"kind": kind, "batch_size": batch_size}
+    own |= {"kind": schema.kind, "batch_size": schema.batch_size, "decoder": schema.decoder}
+    asked |= {"kind": kind, "batch_size": batch_size, "decoder": decoder}
     if not (chosen and changes):  # else it differs because of the files that are named below
         own["shard_rows"], asked["shard_rows"] = schema.shard_rows, shard_rows
     names = sorted(own.keys() | asked.keys())

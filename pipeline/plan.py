@@ -39,6 +39,7 @@ class PlanRequest:
     sentences: SentenceRules = field(default_factory=SentenceRules)
     views: ViewPlan | None = None
     pixels: int | None = None
+    decoder: Literal["fast", "pillow", "nvjpeg"] = "fast"
     shard_rows: int | None = None
     batch_size: int = 64
 
@@ -94,6 +95,7 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity) -> St
             settings=request.settings(),
             views=request.views,
             pixels=request.pixels,
+            decoder=request.decoder,
         )
         return store
     storage.remove_folder(storage.join(out, ROWS))  # of a run that was stopped while it planned
@@ -156,6 +158,7 @@ def _schema(
         ),
         views=request.views,
         pixels=request.pixels,
+        decoder=request.decoder,
     )
 
 

@@ -14,7 +14,8 @@ from cache_schemas import EmbeddingStore
 from dimefm.clip import Clip
 from dimefm.decode import DecodeError
 from dimefm.errors import SourceError
-from dimefm.loading import Loaded, Loader
+from dimefm.loading import Loaded
+from dimefm.shard import open_loader
 
 PROBE_ROWS = 256
 _HEADROOM = 1.25
@@ -56,19 +57,19 @@ def measure(rows: list[dict[str, Any]], schema: EmbeddingStore, clip: Clip) -> R
     if schema.kind == "text":
         batch = [row["text"] for row in rows]
         return Rates(math.inf, _rate(len(batch), lambda: clip.encode_texts(batch)))
-    loader = Loader(schema)
+    loader = open_loader(schema, clip.device)
     began = time.perf_counter()
-    loaded = [loader.load(row) for row in rows]
+    ((loaded, pixels_N3HW),) = loader.batches(rows, len(rows), 1)
     seconds = time.perf_counter() - began
     good = [one for one in loaded if isinstance(one, Loaded)]
     if not good:
         reason = next(str(one) for one in loaded if isinstance(one, DecodeError))
         raise SourceError(f"none of the first {len(rows)} images can be read: {reason}", remedy="look at the source")
-    views = len(good[0].pixels_V3HW)
+    views = len(pixels_N3HW) // len(good)
     images = max(1, schema.batch_size // views)
     if not clip.compiled:  # which is given whole batches, and computes them whole
         images = min(images, len(good))
-    batch_B3HW = torch.cat([good[i % len(good)].pixels_V3HW for i in range(images)])
+    batch_B3HW = pixels_N3HW[torch.arange(images * views) % len(pixels_N3HW)]
     jpeg_bytes = sum(len(one.jpeg) for one in good if one.jpeg) / len(good)
     return Rates(len(loaded) / seconds, _rate(images, lambda: clip.encode_images(batch_B3HW)), jpeg_bytes)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cache_schemas import Preprocessing
 from dimefm import gpu_decode
-from dimefm.clip import load_clip
+from dimefm.clip import Clip, load_clip
 from dimefm.decode import DecodeError, decode_rgb
-from dimefm.gpu_decode import GpuPreprocess, is_baseline
+from dimefm.gpu_decode import GpuLoader, GpuPreprocess, is_baseline
+from dimefm.loading import Loader
 from dimefm.preprocess import Preprocess, resize
-from tests.making import encoded, make_jpeg, picture, read_tar
+from dimefm.store import Store
+from tests.conftest import cached
+from tests.making import encoded, make_jpeg, picture, read_tar, write_tar
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -212,3 +217,44 @@ def test_embeddings_of_what_a_gpu_decodes_are_those_of_what_the_cpu_decodes(samp
     cosine = (ours * theirs).sum(dim=-1)
     assert cosine.median() > 0.999
     assert cosine.min() > 0.99
+
+
+# -- whole batches ----------------------------------------------------------------------------------------------------
+
+
+class _Stream:
+    """One on which everything is done at once."""
+
+    def __init__(self, device: object = None) -> None: ...
+
+    def wait_stream(self, other: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def test_batches_keep_each_image_in_its_place_and_each_failure_its_reason(
+    tmp_path: Path, clip: Clip, image_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader of a GPU over streams that do everything at once, with the CPU's decoder for nvJPEG."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None, raising=False)
+    monkeypatch.setattr(
+        gpu_decode, "nvjpeg", lambda: lambda encoded, device: [decode_rgb(bytes(e.numpy())) for e in encoded]
+    )
+    files = {f"{i:02d}.jpg": make_jpeg((90, 70), seed=i) for i in range(11)} | {"03.jpg": b"no image", "07.jpg": b""}
+    files |= {f"{i:02d}.jpg": b"not one of a batch" for i in (4, 5)}
+    rows = cached("image", write_tar(tmp_path / "a.tar", files), tmp_path / "s.zarr", clip).plan(0).to_pylist()
+    schema = replace(image_store.schema, decoder="nvjpeg")
+    loader = GpuLoader(schema, torch.device("cuda"))
+    loader._device = cpu
+    loader._preprocess = GpuPreprocess(schema.teacher.preprocessing, cpu)
+    for size in (2, 4, 20):
+        expected = Loader(image_store.schema).batches(rows, size, 2)
+        for (theirs, pixels), (ours, mine) in zip(expected, loader.batches(rows, size, 2), strict=True):
+            assert torch.equal(mine, pixels)
+            assert [str(one) if isinstance(one, DecodeError) else one.pixels_V3HW.tolist() for one in ours] == [
+                str(one) if isinstance(one, DecodeError) else one.pixels_V3HW.tolist() for one in theirs
+            ]

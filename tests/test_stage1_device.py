@@ -14,13 +14,14 @@ from cache_schemas import Status
 from cache_schemas.embedding_store import EMBEDDING, STATUS
 from dimefm import shard as shard_module
 from dimefm.clip import Clip, load_clip, teacher_precision
-from dimefm.errors import DimefmError, TeacherError
+from dimefm.errors import DimefmError, MismatchError, StoreError, TeacherError
 from dimefm.loading import Loaded, Loader
 from dimefm.shard import encode_rows, encode_shard
 from dimefm.store import Store
 from dimefm.transfer import Arriving
 from pipeline import cache as cache_module
 from pipeline.cache import CacheConfig, cache
+from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.probe import Rates, measure
 from pipeline.worker import Job, Worker
 from tests.conftest import cached
@@ -227,6 +228,46 @@ def test_a_store_that_is_gone_on_with_on_another_kind_of_device_keeps_its_batche
     assert cache(config).schema == began.schema
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"device": "cpu"}, "--decoder nvjpeg decodes on a GPU, and this is a CPU"),
+        ({"device": "cuda", "views": 2}, "goes with neither --views nor --pixels"),
+        ({"device": "cuda", "pixels": 64}, "goes with neither --views nor --pixels"),
+    ],
+)
+def test_what_nvjpeg_cannot_do_is_refused_before_anything_is_written(
+    more: dict[str, Any], said: str, image_tar: Path, teacher_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dimefm.machine.choose_device", lambda asked: asked)
+    monkeypatch.setattr("pipeline.cache.choose_device", lambda asked: asked)
+    out = tmp_path / "s.zarr"
+    words: dict[str, Any] = {"kind": "image", "sources": (str(image_tar),), "teacher": teacher_name, "out": str(out)}
+    with pytest.raises(DimefmError, match=said):
+        cache(CacheConfig(**words, decoder="nvjpeg", **more))
+    assert not out.exists()
+
+
+def test_a_store_decoded_by_nvjpeg_is_not_gone_on_with_by_another_decoder(
+    image_store: Store, image_tar: Path, clip: Clip
+) -> None:
+    rows, schema = image_store.plan(0).to_pylist(), replace(image_store.schema, decoder="nvjpeg")
+    with pytest.raises(StoreError, match=r"decoded by nvJPEG, on a GPU(?s:.*)--decoder fast"):
+        encode_rows(rows, schema, clip)
+    request = PlanRequest(kind="image", arguments=(str(image_tar),), shard_rows=32, batch_size=16, decoder="nvjpeg")
+    with pytest.raises(MismatchError, match="decoder: fast != nvjpeg"):
+        open_or_plan(request, image_store.path, clip.identity)
+
+
+def test_pillow_decodes_to_open_clips_own_pixels(image_tar: Path, teacher_name: str, tmp_path: Path) -> None:
+    words: dict[str, Any] = {"kind": "image", "sources": (str(image_tar),), "teacher": teacher_name, "device": "cpu"}
+    stores = [cache(CacheConfig(**words, out=str(tmp_path / d), decoder=d)) for d in ("fast", "pillow")]  # type: ignore[arg-type]
+    fast, pillow = (store.read(0, 96) for store in stores)
+    assert stores[1].schema.decoder == "pillow"
+    assert not np.array_equal(fast, pillow)
+    assert cosines(fast, pillow).min() > 0.999
+
+
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -279,3 +320,20 @@ def test_a_shard_on_a_gpu_is_committed_and_passes_the_canary(
     shard_module.check_canary(store, clip)
     commit = encode_shard(store, 0, clip, threads=2)
     assert commit.device == "cuda"
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_images_decoded_on_a_gpu_are_near_and_rows_that_fail_keep_their_reasons(
+    teacher_name: str, tmp_path: Path
+) -> None:
+    files = {f"{i:02d}.jpg": make_jpeg((400, 300), seed=i) for i in range(21)}
+    files |= {"05.jpg": b"no image", "11.jpg": b"", "13.jpg": files["13.jpg"][:2000]}
+    tar = write_tar(tmp_path / "a.tar", files)
+    clip = load_clip(teacher_name, device="cuda")
+    stores = [cached("image", tar, tmp_path / f"{d}.zarr", clip, batch_size=4, decoder=d) for d in ("fast", "nvjpeg")]
+    fast, nvjpeg = (store.read(0, 21) for store in stores)
+    assert stores[0].status().tolist() == stores[1].status().tolist()
+    good = stores[0].status() == Status.OK
+    assert good.sum() == 18
+    assert cosines(fast[good], nvjpeg[good]).min() > 0.98
