@@ -180,8 +180,8 @@ class TextBank:
 
 
 def _room_on(device: torch.device) -> int:
-    """Bytes that sentences may take on a GPU; none on the CPU. What is free there cannot be asked without beginning to
-    work on it."""
+    """Bytes that sentences may take on a GPU; none on the CPU. To ask what is free there would make a context on it,
+    before the processes that read are forked; to ask for its size does not."""
     return torch.cuda.get_device_properties(device).total_memory // _SHARE if device.type == "cuda" else 0
 
 

@@ -29,7 +29,6 @@ _WORKER_BYTES, _MEMORY_SHARE = (
     1_000_000_000,
     0.9,
 )  # of a worker beside its weights; of all memory, what workers may have
-_TEXT_WORKERS_PER_GPU = 4  # a tokenizer is plain Python: one process of it does not keep a GPU busy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +180,7 @@ def _workers(config: CacheConfig, device: str, rows: int, weight_bytes: int) -> 
         fit = int(_MEMORY_SHARE * available_memory()) // (_WORKER_BYTES + weight_bytes)
         worth = math.ceil(rows * weight_bytes / _LEAST_WORK[config.kind])
         return max(1, min(cpus(), fit, worth))
-    gpus = torch.cuda.device_count()
-    return gpus * min(_TEXT_WORKERS_PER_GPU, max(1, cpus() // gpus)) if config.kind == "text" else gpus
+    return torch.cuda.device_count()
 
 
 def _request(config: CacheConfig, device: str) -> PlanRequest:

@@ -58,6 +58,7 @@ def test_steps_run_without_ray_and_faiss(tmp_path: Path, without_ray_and_faiss: 
     assert all(step["state"] == "done" and step["passed"] for step in steps.values())
     assert {"least cosine", "relative error", "same bytes", "canary", "resumed"} <= words_of(whats(steps["b"]))
     assert {"stage 1 against the bare forward, decoding too", "decoding on 1 threads"} <= whats(steps["c"])
+    assert any("nvJPEG" in what for what in whats(steps["c"]))
     assert "host memory, peak" in whats(steps["e"])
     assert "cost of T = 64 against T = B" in whats(steps["f"])
     rates = json.loads((tmp_path / "out" / "rates.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import replace
 from functools import partial
@@ -48,7 +49,7 @@ def training(kit: Kit) -> None:
         kit.bar(f"whole loop against the bare step, images {name}", found / rate, "", at, least=0.95)
     kit.rate("student_images_per_second", found)
     kit.remember("loop", found)
-    kit.bar("loader processes forked after CUDA had begun", late, "", at, most=0)
+    kit.bar("loader processes forked after a context was on the GPU", late, "", at, most=0)
     _texts(kit, bare, spec, precision, what)
     spent = target_seconds(images, texts, sizes.train_batch, sizes.train_batch, device)
     kit.bar("reading a step's targets, of the step", spent / step, "", f"{what}: {1e3 * spent:.2f} ms", most=0.01)
@@ -63,9 +64,9 @@ def training(kit: Kit) -> None:
 
 def _loop(kit: Kit, images: str, texts: str) -> tuple[float, float, float]:
     """Images/s of a training run and the share of the time waited for data, its first third and its end left out; and
-    how many of its processes were forked after CUDA had begun."""
+    how many of its processes were forked after something had begun on the GPU."""
     sizes, forks = kit.sizes, list[bool]()
-    os.register_at_fork(before=lambda: forks.append(torch.cuda.is_initialized()))
+    os.register_at_fork(before=lambda: forks.append(kit.device.type == "cuda" and has_context()))
     config = replace(
         paper(images, texts, str(kit.inputs.scratch("loop"))), student=sizes.student, batch_size=sizes.train_batch,
         texts_per_step=sizes.train_batch, epochs=1000, max_steps=sizes.train_steps, device=kit.device.type,
@@ -75,6 +76,14 @@ def _loop(kit: Kit, images: str, texts: str) -> tuple[float, float, float]:
     counted = lines[len(lines) // 3 : -1]  # the last may come at once with the one before
     rate, waited = (median([line[name] for line in counted]) for name in ("images_per_second", "data_wait"))
     return rate, waited, float(sum(forks))
+
+
+def has_context() -> bool:
+    """Whether this process has a context on the GPU, which no fork must share. That the driver was asked for the
+    card's name or size makes none."""
+    flags, active = ctypes.c_uint(), ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active))
+    return bool(active.value)
 
 
 def _texts(kit: Kit, bare: BareStep, spec: Any, precision: str, what: str) -> None:
