@@ -35,6 +35,9 @@ from dimefm.store import Store
 from dimefm.textbank import TextBank, TextDraw
 from dimefm.views import random_crop, replay
 
+THREAD = "read-ahead"
+"""How the names of threads begin that take items ahead of time: none may be at work while a process is forked."""
+
 _T = TypeVar("_T")
 _GRACE = 30.0  # seconds that a loader's process goes on after SIGTERM
 _REQUESTS_AHEAD = 64  # three seconds of a GPU: the plans of a window are read in a fraction of one
@@ -194,8 +197,8 @@ def _readable(
 class Requests(Sampler[Request]):
     """The batches of one process of `world`, from step `first` to the last, in order.
 
-    They are made in a thread ahead of time: at the beginning of a window the plans of all its shards are read, here for
-    all loader processes.
+    Those of images that are read from their own files are made in a thread ahead of time: at the beginning of a window
+    the plans of all its shards are read, here for all loader processes.
     """
 
     def __init__(self, order: Order, *, first: int, steps: int, rank: int = 0, world: int = 1) -> None:
@@ -204,7 +207,7 @@ class Requests(Sampler[Request]):
         self._placed = schema.kind == "image" and not schema.pixels
 
     def __iter__(self) -> Iterator[Request]:
-        return read_ahead(self._made(), _REQUESTS_AHEAD)
+        return read_ahead(self._made(), _REQUESTS_AHEAD) if self._placed else self._made()
 
     def _made(self) -> Iterator[Request]:
         for step, epoch, rows_G in self._order.steps(self._first, self._steps):
@@ -219,7 +222,7 @@ class Requests(Sampler[Request]):
 def read_ahead(items: Iterator[_T], ahead: int, begin: Callable[[], object] | None = None) -> Generator[_T, None, None]:
     """The items of an iterator, each taken in a thread up to `ahead` items before it is asked for. The thread starts
     when the first is asked for, and calls `begin` first."""
-    pool = ThreadPoolExecutor(1, initializer=begin)
+    pool = ThreadPoolExecutor(1, THREAD, begin)
     try:
         waiting: deque[Future[_T | None]] = deque(pool.submit(next, items, None) for _ in range(ahead))
         while (item := waiting.popleft().result()) is not None:

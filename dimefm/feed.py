@@ -86,7 +86,7 @@ def _start(
     handed_over += bank.bytes_of_step(config.batch_size) if bank else 0
     workers, ahead = loaders(config.workers, place.device.type, handed_over)
     texts: Iterator[TextBatch | None] = repeat(None)
-    if config.text_student and text_requests:  # before the images, whose requests are made in a thread
+    if config.text_student and text_requests:  # before images, whose requests are made in a thread
         sentences = TrainingTexts(inputs.texts.path, text_spec(config.text_student, teacher))
         loader = training_loader(sentences, text_requests, min(1, workers), ahead)
         texts = stack.enter_context(closing(loader))

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,11 @@ def known_to_all(rank: int, world: int, port: int, out: str) -> None:
     norm.running_mean.fill_(float(rank + 5))
     same_buffers(norm, place)
     assert norm.running_mean.tolist() == [5.0] * 3
+    if rank == 0:
+        time.sleep(0.5)
+        Path(f"{out}/written").touch()
     wait_for_all(place)
+    assert Path(f"{out}/written").exists(), "the others did not wait"
     leave_group(place)
     Path(f"{out}/{rank}").touch()
 
@@ -180,7 +185,7 @@ def known_to_all(rank: int, world: int, port: int, out: str) -> None:
 def test_processes_agree_by_way_of_memory(tmp_path: Path) -> None:
     arguments = (3, free_port(), str(tmp_path))
     multiprocessing.start_processes(known_to_all, arguments, nprocs=3, start_method=FORKING.get_start_method())
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
     alone = Place(0, 1, torch.device("cpu"))
     assert Vote(alone).cast(15) == 15
     assert from_first(3, alone) == 3

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from dimefm import train as train_module
-from dimefm.data import Requests, read_ahead
+from dimefm.data import THREAD, Batch, Requests, read_ahead
 from dimefm.distributed import Place
 from dimefm.errors import MismatchError, TrainingError
 from dimefm.feed import feeding
@@ -65,6 +65,23 @@ def test_readers_are_at_work_before_the_group_and_the_models_and_gone_after(
     assert set(multiprocessing.active_children()) == before
 
 
+def test_no_thread_that_reads_is_at_work_when_a_process_is_forked(
+    image_store: Store, text_store: Store, tmp_path: Path, small_clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock that it holds at this moment would stay locked in the process for ever."""
+    start, threads = multiprocessing.process.BaseProcess.start, []
+
+    def starting(self: Any) -> None:
+        threads.append([thread.name for thread in threading.enumerate() if thread.name.startswith(THREAD)])
+        start(self)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", starting)
+    config = tiny_config(image_store, text_store, tmp_path / "run", workers=2, student=small_clip)
+    with feeding(replace(config, text_student=small_clip, text_batch_size=16), ALONE):
+        assert threads == [[], [], []]
+        assert any(thread.name.startswith(THREAD) for thread in threading.enumerate())
+
+
 @pytest.mark.parametrize("where", ["join_group", "build_student", "Learner", "mismatch", "second loader"])
 def test_no_reader_is_left_by_an_error(
     image_store: Store, text_store: Store, tmp_path: Path, small_clip: str, where: str, monkeypatch: pytest.MonkeyPatch
@@ -101,6 +118,33 @@ def test_a_finished_run_starts_no_reader(
         assert (feed.first, feed.steps) == (2, 2)
         assert not multiprocessing.active_children()
         assert list(feed.batches) == []
+
+
+def test_batches_for_a_gpu_are_page_locked_in_a_thread_that_begins_with_the_first(
+    image_store: Store, text_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as a machine without a GPU shows it: the GPU is in use only once the first batch is asked for."""
+    begun, locked, before = [], [], threading.active_count()
+
+    def lock(self: Batch) -> Batch:
+        locked.append((self.step, threading.get_ident()))
+        return self
+
+    monkeypatch.setattr("dimefm.textbank._room_on", lambda device: 0)
+    monkeypatch.setattr("dimefm.feed._begin_page_locking", lambda device: begun.append((device, threading.get_ident())))
+    monkeypatch.setattr(Batch, "pin_memory", lock)
+    place = Place(0, 1, torch.device("cuda:3"))
+    with feeding(tiny_config(image_store, text_store, tmp_path / "run", workers=2), place) as feed:
+        time.sleep(0.2)
+        assert not begun
+        assert not locked
+        assert [next(feed.batches)[0].step for _ in range(3)] == [0, 1, 2]
+    ((device, thread),) = begun
+    assert device == place.device
+    assert [step for step, _ in locked[:3]] == [0, 1, 2]
+    assert {ident for _, ident in locked} == {thread}
+    assert not multiprocessing.active_children()
+    assert threading.active_count() <= before
 
 
 def test_plans_are_read_by_the_training_process_and_not_by_its_readers(

@@ -82,7 +82,9 @@ def batch_of(store: Store, epoch: int, size: int) -> Batch:
     """All rows as the trainer gets them in an epoch. Its own augmentation would show in the pixels."""
     augmentation = Augmentation(size=size, crop_scale=(0.1, 0.2), flip=True, seed=epoch)
     rows = np.arange(ROWS)
-    item = TrainingImages(store.path, augmentation)[Request(0, epoch, rows, rows)]
+    found = store.samples(rows)
+    places = None if store.schema.pixels else [(one["file"], one["offset"], one["size"]) for one in found]
+    item = TrainingImages(store.path, augmentation)[Request(0, epoch, rows, rows, places)]
     assert isinstance(item, Batch)
     return item
 
