@@ -11,7 +11,7 @@ COMMANDS = {
     **{
         name: f"benchmarks.{name.replace('-', '_')}"
         for name in (
-            "preprocessing", "precision", "stage1", "sentences", "memory", "plan-scale", "training-pixels",
+            "preprocessing", "precision", "stage1", "sentences", "tokens", "memory", "plan-scale", "training-pixels",
             "store-reads", "training-loop", "loader-scale", "authors-loop", "objectives", "coco-retrieval", "retrieval",
             "index-choices", "selection", "clip-benchmark", "probe-search", "cpu", "sample-recipes",
         )
