@@ -35,6 +35,7 @@ class RunLog:
         self._events = SummaryWriter(out, purge_step=first + 1 if first else None)
         self._progress = Progress("training", steps, "step", first)
         self._began, self._images, self._waited = time.monotonic(), 0, 0.0
+        self._now = self._began
 
     def __enter__(self) -> Self:
         return self
@@ -53,9 +54,11 @@ class RunLog:
         if self._enabled:
             self._progress.note(text)
 
-    def step(self, done: int, *, images: int, waited: float) -> None:
-        """A step is done: `images` of all processes, after `waited` seconds for data."""
+    def step(self, done: int, *, images: int, waited: float, at: float) -> None:
+        """A step is done, which the device had been given by the time `at`: `images` of all processes, after `waited`
+        seconds for data."""
         if self._enabled:
+            self._now = at
             self._images += images
             self._waited += waited
             self._progress.at(done)
@@ -64,9 +67,9 @@ class RunLog:
         """A line of losses and learning rate, with images/s and the share of time waited for data since the last."""
         if not self._enabled:
             return
-        seconds = max(time.monotonic() - self._began, 1e-9)
+        seconds = max(self._now - self._began, 1e-9)
         rate, share = self._images / seconds, self._waited / seconds
-        self._began, self._images, self._waited = time.monotonic(), 0, 0.0
+        self._began, self._images, self._waited = self._now, 0, 0.0
         speed = {"images_per_second": round(rate, 1), "data_wait": round(share, 4)}
         self._write("train", done, {**values, **speed})
         self._progress.note(f"loss {values['loss']:.4f}, {rate:,.0f} images/s, {share:.0%} of it waiting for data")

@@ -87,12 +87,14 @@ def _threads(number: int | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Taken:
-    """A step that the device has been given, whose values are on their way; and what is told of it if they are not
-    finite: `cached` embeddings that went in, and `parameters`, the norms of whose gradients are on their way too."""
+    """A step that the device has been given by the time `at`, whose values are on their way; and what is told of it if
+    they are not finite: `cached` embeddings that went in, and `parameters`, the norms of whose gradients are on their
+    way too."""
 
     step: int
     epoch: int
     waited: float
+    at: float
     lr: float
     names: list[str]
     arriving: Arriving
@@ -211,7 +213,8 @@ class _Trainer:
             learner.after_step()
         arriving = fetch(torch.stack([v.float() for v in values.values()]), norm_P, self.scaler.scale(self.one))
         return _Taken(
-            batch.step, batch.epoch, waited, lr, list(values), arriving, batch.all_rows_G, cached, parameters
+            batch.step, batch.epoch, waited, time.monotonic(), lr, list(values), arriving, batch.all_rows_G, cached,
+            parameters,
         )  # fmt: skip
 
     def _clip(self) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -240,7 +243,7 @@ class _Trainer:
                 taken.step + 1, values, taken.cached, gradients, taken.rows_G.tolist(), self.config.out,
                 write=self.place.first,
             )  # fmt: skip
-        log.step(taken.step + 1, images=self.config.batch_size, waited=taken.waited)
+        log.step(taken.step + 1, images=self.config.batch_size, waited=taken.waited, at=taken.at)
         if show or (taken.step + 1) % self.config.log_every == 0:
             log.train(taken.step + 1, {**values, "epoch": taken.epoch})
 

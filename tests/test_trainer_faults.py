@@ -74,6 +74,16 @@ def test_a_disk_too_full_for_metrics_says_so(tmp_path: Path) -> None:
         log._file = Path("/dev/null").open("w")  # noqa: SIM115
 
 
+def test_a_step_whose_values_are_read_late_counts_for_the_time_that_it_took(tmp_path: Path) -> None:
+    with RunLog(str(tmp_path), first=0, steps=3, enabled=True) as log:
+        for step, took in ((1, 2.0), (2, 2.0), (3, 4.0)):  # read at the same moment, as the last two of a run are
+            log.step(step, images=16, waited=1.0, at=log._now + took)
+            log.train(step, {"loss": 1.0})
+    lines = read_metrics(str(tmp_path))
+    assert [line["images_per_second"] for line in lines] == [8.0, 8.0, 4.0]
+    assert [line["data_wait"] for line in lines] == [0.5, 0.5, 0.25]
+
+
 @pytest.mark.parametrize("damage", ["missing", "flipped"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_shard_is_named_with_the_command_that_mends_it(

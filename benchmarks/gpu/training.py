@@ -63,7 +63,7 @@ def training(kit: Kit) -> None:
 
 
 def _loop(kit: Kit, images: str, texts: str) -> tuple[float, float, float]:
-    """Images/s of a training run and the share of the time waited for data, its first third and its end left out; and
+    """Images/s of a training run and the share of the time waited for data, its first third left out; and
     how many of its processes were forked after something had begun on the GPU."""
     sizes, forks = kit.sizes, list[bool]()
     os.register_at_fork(before=lambda: forks.append(kit.device.type == "cuda" and has_context()))
@@ -73,7 +73,7 @@ def _loop(kit: Kit, images: str, texts: str) -> tuple[float, float, float]:
         log_every=max(1, sizes.train_steps // 6), checkpoint_every=10**6,
     )  # fmt: skip
     lines = loop_lines(config)
-    counted = lines[len(lines) // 3 : -1]  # the last may come at once with the one before
+    counted = lines[len(lines) // 3 :]
     rate, waited = (median([line[name] for line in counted]) for name in ("images_per_second", "data_wait"))
     return rate, waited, float(sum(forks))
 
