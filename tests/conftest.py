@@ -29,6 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not wants_gpus(config.option.markexpr):
         # Before anything asks for one; processes that tests start, Ray's and xdist's too, inherit it.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # torch 2.11's own compiler still uses what that release calls deprecated.
+    config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
     # zarr's file systems at s3:// have a session of their own, which the garbage collector ends at any later moment.
     config.addinivalue_line("filterwarnings", "ignore:Unclosed c:ResourceWarning")
 
