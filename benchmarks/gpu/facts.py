@@ -12,11 +12,13 @@ import torch
 
 from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.timing import copy_speed, peak, seconds
-from dimefm.decode import decode_jpeg
 from dimefm.machine import available_memory, cpus, describe, free_shared_memory
 
 _QUERIED = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit"
-_PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "zarr", "numpy", "triton", "faiss-gpu", "ray")
+_PACKAGES = (
+    "torch", "torchvision", "torchcodec", "simplejpeg", "timm", "open_clip_torch", "zarr", "numpy", "triton",
+    "faiss-gpu", "ray",
+)  # fmt: skip
 
 
 def facts(kit: Kit) -> None:
@@ -33,7 +35,6 @@ def facts(kit: Kit) -> None:
     shared = free_shared_memory()
     kit.line("/dev/shm, free", "none" if shared is None else shared / 1e9, "GB")
     kit.line("C++ compiler", shutil.which("c++") or "none", "", "torch.compile needs one")
-    kit.line("JPEG decoder", "torchvision" if decode_jpeg else "Pillow")
     versions = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
     kit.line("libraries", versions, "", f"Python {platform.python_version()}, {platform.platform()}")
 
