@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def without_ray_and_faiss(tmp_path: Path) -> dict[str, str]:
     folder = tmp_path / "absent"
     folder.mkdir()
     for name in ("ray", "faiss"):
-        (folder / f"{name}.py").write_text(f"raise ModuleNotFoundError('{name} is absent', name='{name}')\n")
+        (folder / f"{name}.py").write_text(f'raise ModuleNotFoundError("No module named {name!r}", name={name!r})\n')
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
 
 
@@ -149,6 +151,16 @@ def run(function: Any, results: Results, tmp_path: Path, seconds: float = 60.0) 
     return step
 
 
+@pytest.fixture
+def new_forkserver() -> Iterator[None]:
+    """The process that others are forked from is one for all tests of a process, and has imported what those want."""
+    stop = forkserver._forkserver._stop  # type: ignore[attr-defined]
+    stop()
+    yield
+    stop()
+
+
+@pytest.mark.usefixtures("new_forkserver")
 def test_what_goes_wrong_in_a_step_is_kept_and_not_the_next_ones(tmp_path: Path) -> None:
     running.prepare()
     results = Results(tmp_path / "out", "the command", 9)
