@@ -120,6 +120,8 @@ def _show_forecast(config: CacheConfig, device: str, found: Forecast, clip: Clip
     on_cpu = device == "cpu"
     threads = config.threads or rates.threads(max(1, cpus() // workers))
     rate = workers * rates.worker(threads, shared=on_cpu)
+    decodes = config.kind == "image" and config.decoder != "nvjpeg"
+    bound = rates.bound(threads) if decodes and not on_cpu else None
     jpegs = f" and {amount(found.schema.rows * rates.jpeg_bytes)} of JPEGs" if rates.jpeg_bytes else ""
     each = f"{rates.load:,.0f} images/s read and decoded by a thread, " if config.kind == "image" else ""
     plural = f"{workers} workers of {threads} decoding threads" if config.kind == "image" else f"{workers} workers"
@@ -129,7 +131,7 @@ def _show_forecast(config: CacheConfig, device: str, found: Forecast, clip: Clip
         f"writes    {amount(found.bytes_out)} of embeddings and status{jpegs}",
         f"measured  {each}{rates.teacher:,.0f} {config.kind}s/s by the teacher on one {'core' if on_cpu else 'GPU'}",
         f"takes     {duration(found.schema.rows / rate)} at {rate:,.0f} {config.kind}s/s with {plural}",
-        *([bound] if (bound := None if on_cpu or config.kind == "text" else rates.bound(threads)) else []),
+        *([bound] if bound else []),
         *(f"dropped   {count:,} {reason}" for reason, count in source.dropped.items() if count),
         *(f"problem   {problem}" for problem in source.problems),
         "teacher",

@@ -79,7 +79,8 @@ class Worker:
         self._threads, note = threads, None
         on_gpu = clip.device.type == "cuda"
         with _named_memory(schema):
-            if schema.kind == "image" and not job.retry and (on_gpu or (job.threads is None and threads > 1)):
+            decodes = schema.kind == "image" and schema.decoder != "nvjpeg"  # else threads only read
+            if decodes and not job.retry and (on_gpu or (job.threads is None and threads > 1)):
                 rows = self._store.plan(shard).slice(0, PROBE_ROWS).to_pylist()
                 with suppress(SourceError):  # not one image can be read: there is no speed to go by
                     rates = measure(rows, schema, clip)

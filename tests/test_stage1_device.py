@@ -107,10 +107,6 @@ def test_what_is_not_finite_in_float32_either_has_its_status(image_store: Store,
 # -- the device works while results are fetched -----------------------------------------------------------------------
 
 
-class Later(Arriving):
-    """Results that come only when they are waited for, as from a device: what the teacher was given is read then."""
-
-
 def test_results_are_waited_for_once_the_next_batch_was_sent_and_pixels_stay_until_then(
     tmp_path: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
