@@ -177,7 +177,7 @@ def token_counts(tokens_BL: torch.Tensor) -> np.ndarray[Any, Any]:
 def teacher_precision(device: str) -> Precision:
     """The precision of a teacher that none was named for: fp16 on a GPU, fp32 on a CPU.
 
-    The teacher runs once and its rounding is cached for good: bf16, as fast, is 60 to 400 times further from fp32 in
+    The teacher runs once and its rounding is cached for good: bf16, as fast, is 40 to 460 times further from fp32 in
     1 - cosine (`python -m benchmarks precision`). Rows that overflow are computed again (dimefm.shard.encode_rows).
     """
     return "fp16" if device.startswith("cuda") else "fp32"
