@@ -8,6 +8,7 @@ import click
 # needs no libraries of another.
 COMMANDS = {
     "gpu": "benchmarks.gpu.command",
+    "chaos": "benchmarks.chaos.command",
     **{
         name: f"benchmarks.{name.replace('-', '_')}"
         for name in (

@@ -1,0 +1,1 @@
+"""Every command struck by kills and by faults of the file system, and run again."""
