@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from cache_schemas.run import METRICS_FILE
 from dimefm import storage
@@ -31,8 +35,8 @@ class RunLog:
         kept = [line for line in read_metrics(out) if line["step"] <= first]
         with storage.writing_to(str(self._path)):
             storage.write_atomic(str(self._path), "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = self._path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(out, purge_step=first + 1 if first else None)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._events = _Events(out, first)
         self._progress = Progress("training", steps, "step", first)
         self._began, self._images, self._waited = time.monotonic(), 0, 0.0
         self._now = self._began
@@ -44,9 +48,9 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._enabled:
-            with suppress(OSError) if kind else nullcontext():  # or it would hide what ended the run
-                self._file.close()
-            self._events.close()
+            for file in (self._file, self._events):
+                with suppress(OSError) if kind else nullcontext():  # or it would hide what ended the run
+                    file.close()
             self._progress.__exit__(kind, error, trace)
 
     def note(self, text: str) -> None:
@@ -86,8 +90,33 @@ class RunLog:
             known = {name: value if math.isfinite(value) else None for name, value in values.items()}
             self._file.write(json.dumps({"event": event, "step": step, **known}) + "\n")
             self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(f"{event}/{name}", value, step)
+            self._events.add(step, {f"{event}/{name}": value for name, value in values.items()})
+
+
+class _Events:
+    """A file of TensorBoard events. Its own writer has a thread, from which a full disk is a traceback and no error."""
+
+    def __init__(self, out: str, first: int) -> None:
+        """With a mark that events after step `first`, of an earlier start, no longer count. Raises OSError."""
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (Path(out) / name).open("ab")
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if first:
+            self._write(step=first + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Numbers by name. Raises OSError."""
+        numbers = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(step=step, summary=Summary(value=numbers))
+
+    def close(self) -> None:
+        """Raises OSError."""
+        self._file.close()
+
+    def _write(self, **facts: Any) -> None:
+        self._records.write(Event(wall_time=time.time(), **facts).SerializeToString())
+        self._file.flush()
 
 
 def read_metrics(out: str) -> list[dict[str, Any]]:

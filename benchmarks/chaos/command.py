@@ -1,4 +1,4 @@
-"""What becomes of a command that is killed, or whose files fail, at any moment: repeated, it must give the same bytes."""
+"""Commands that are killed, or whose files fail, at any moment: run again, they must give the same bytes."""
 
 import collections
 import multiprocessing
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.chaos.faults import ALL, ERRORS, INPUTS, KILL, Fault, Faults
+from benchmarks.chaos.faults import ERRORS, INPUTS, KILL, Fault, Faults
 from benchmarks.chaos.jobs import JOBS, Job, facts, make_inputs
 from benchmarks.measure import machine, table
 
@@ -54,7 +54,9 @@ class Runner:
         for name in self.faults.environment:
             del os.environ[name]
 
-    def run(self, job: Job, out: Path, fault: Fault | None = None, at: int = 0, kill_after: float | None = None) -> Result:
+    def run(
+        self, job: Job, out: Path, fault: Fault | None = None, at: int = 0, kill_after: float | None = None
+    ) -> Result:
         """The job with its results below `out`. With a fault, or one of its processes killed after some seconds."""
         out.mkdir(exist_ok=True)
         places = {"in": self.root / "inputs", "ref": self.root / "undisturbed", "out": out}

@@ -46,14 +46,14 @@ JOBS = (
     Job("cache-images on Ray", f"{_IMAGES} --workers 2 --threads 1 --out {{out}}/images.zarr", "images.zarr", share=1),
     Job("cache-texts", f"cache-texts {{in}}/texts.txt {_TEACHER} --shard-rows 256 --workers 1 --device cpu "
         "--out {out}/texts.zarr", "texts.zarr", share=3),
-    Job("cache-texts of prompts", f"cache-texts {{in}}/eval {_TEACHER} --workers 1 --device cpu --out {{out}}/prompts.zarr",
-        "prompts.zarr", share=1),
+    Job("cache-texts of prompts", f"cache-texts {{in}}/eval {_TEACHER} --workers 1 --device cpu "
+        "--out {out}/prompts.zarr", "prompts.zarr", share=1),
     Job("build-index", "build-index {ref}/texts.zarr --out {out}/texts.index --queries {ref}/images.zarr --accept",
         "texts.index", ("images.zarr", "texts.zarr")),
     Job("retrieve", "retrieve {ref}/images.zarr --texts {ref}/texts.zarr --index {ref}/texts.index --top-k 8 "
         "--out {out}/pairs.zarr", "pairs.zarr", ("images.zarr", "texts.zarr", "texts.index")),
-    Job("select-texts", "select-texts {ref}/pairs.zarr --out {out}/texts.selection --by similarity --size 400 --device cpu",
-        "texts.selection", ("images.zarr", "texts.zarr", "pairs.zarr")),
+    Job("select-texts", "select-texts {ref}/pairs.zarr --out {out}/texts.selection --by similarity --size 400 "
+        "--device cpu", "texts.selection", ("images.zarr", "texts.zarr", "pairs.zarr")),
     Job("train-student", _TRAINING, "run", ("images.zarr", "texts.zarr", "pairs.zarr", "prompts.zarr"), share=5),
     Job("export", "export {ref}/run --out {out}/student", "student", ("run",), share=1),
     Job("evaluate", "evaluate {ref}/student {in}/eval --predictions --out {out}/evaluations --name student --threads 2 "
