@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -40,9 +41,9 @@ class _Group(click.Group):
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 remedy = "raise the limit (ulimit -n 4096) and run the same command again"
                 raise click.ClickException(f"too many open files\n  remedy: {remedy}") from error
-            if error.filename is None:
-                raise
-            raise click.ClickException(f"{error.filename}: {error.strerror}") from error
+            where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+            remedy = "check the path, its permissions and that the storage answers; then run the same command again"
+            raise click.ClickException(f"{where}{error.strerror or error}\n  remedy: {remedy}") from error
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not have been imported
                 raise
