@@ -133,9 +133,11 @@ def read_image(row: dict[str, Any], *, accept_missing: bool = False) -> bytes | 
             if refused and accept_missing:
                 return DecodeError(Status.MISSING, str(error))
             if wait is None:
-                what = f"{row['file']} cannot be read: {error}"
-                remedy = "mend the permissions, or renew the credentials," if refused else "see to the storage,"
-                raise UnreadableError(what, remedy=f"{remedy} and {RUN_AGAIN}") from error
+                remedy = "run the same command again once the storage answers; what was finished is kept"
+                if refused:
+                    remedy = f"mend the permissions, or renew the credentials, and {RUN_AGAIN}"
+                what = f"{row['file']} cannot be read: {error.strerror or error}"
+                raise UnreadableError(what, remedy=remedy) from error
             time.sleep(wait)
     if len(data) < row["size"] and not row["file"].endswith(".tsv"):
         return DecodeError(Status.TRUNCATED, f"the file ends after {len(data):,} of {row['size']:,} bytes")

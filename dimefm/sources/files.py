@@ -292,7 +292,8 @@ def _from_info(path: str, info: dict[str, Any]) -> SourceFile:
 def unreadable(path: str, error: Exception) -> SourceError:
     """Storage that does not answer, or refuses: planned without what is there, it would be missing for good."""
     remedy = "check the path, the credentials and the network; run the same command again once the storage answers"
-    return SourceError(f"{path} cannot be read: {error}", remedy=f"{remedy}, or leave the file out")
+    why = (isinstance(error, OSError) and error.strerror) or error
+    return SourceError(f"{path} cannot be read: {why}", remedy=f"{remedy}, or leave the file out")
 
 
 def require_damage(path: str, error: Exception) -> None:
