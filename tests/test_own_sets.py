@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cache_schemas import Status
-from dimefm.decode import DecodeError
+from dimefm.decode import DecodeError, decode_rgb
 from dimefm.errors import SourceError, UnreadableError
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.evaluation.own_sets import open_folder, open_folders
@@ -376,7 +376,11 @@ def test_an_image_that_is_broken_or_was_never_there_is_left_out_and_one_that_is_
     tmp_path: Path,
 ) -> None:
     images = open_folder(str(in_folders(tmp_path)))
-    preprocess = Preprocess(load_clip_facts())
+
+    def preprocess(data: bytes) -> torch.Tensor:
+        decode_rgb(data)
+        return torch.zeros(3, 2, 2)
+
     Path(images.samples[2].file).write_bytes(bytes(images.samples[2].size))
     images.samples[4] = images.samples[4]._replace(file=str(tmp_path / "no.jpg"), size=-1)
     assert torch.cat([places for _, places in images.batches(preprocess, 4)]).tolist() == [0, 1, 3, 5, 6]
