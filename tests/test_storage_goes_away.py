@@ -4,6 +4,7 @@ fails, and run again it leaves what it would have left undisturbed. A row is nev
 from __future__ import annotations
 
 import builtins
+import errno
 import io
 import os
 import shutil
@@ -20,13 +21,18 @@ from fsspec.spec import AbstractFileSystem
 
 from dimefm import storage
 from dimefm.clip import Clip
-from dimefm.errors import DimefmError
+from dimefm.errors import DimefmError, SourceError
 from dimefm.evaluation.features import features
 from dimefm.evaluation.own_sets import open_folder
 from dimefm.shard import check_canary, encode_shard, retry_shard
+from dimefm.sources import TextSample, open_image_source
+from dimefm.sources.files import expand
 from dimefm.store import Store
+from pipeline.existing import is_planned, require_no_stranger
 from pipeline.plan import PlanRequest, open_or_plan
+from pipeline.sentences import SentenceRules, tidy
 from tests.making import make_jpeg, write_parquet, write_tar, write_text, write_tsv
+from tests.stores import teacher_identity
 
 KINDS = ("folder", "tar", "parquet", "tsv", "links")
 COUNT, BROKEN = 12, 5
@@ -278,3 +284,117 @@ def test_features_of_a_set_are_right_or_the_evaluation_fails(tmp_path: Path, cli
             again = evaluated(out)
             np.testing.assert_array_equal(again.all(), whole.all())
             assert [failure.row for failure in again.failures()] == [BROKEN]
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl", "tsv", "parquet", "prompts"])
+@pytest.mark.parametrize("token", [False, True])
+def test_a_plan_of_sentences_is_right_or_fails(tmp_path: Path, kind: str, token: bool) -> None:
+    folder = tmp_path / "in" / "texts"
+    for number in range(2):
+        sentences = [f"sentence {number}-{i}" for i in range(5)]
+        if kind == "parquet":
+            write_parquet(folder / f"{number}.parquet", [{"text": text} for text in sentences])
+        elif kind == "prompts":
+            write_text(folder / "classnames.txt", sentences)
+            write_text(folder / "templates.txt", ["a {c}."])
+        else:
+            lines = {"jsonl": [f'{{"text": "{text}"}}' for text in sentences], "tsv": ["text", *sentences]}
+            write_text(folder / f"{number}.{kind}", lines.get(kind, sentences))
+    mount = Mount(folder)
+    place, gone = f"token://{folder}" if token else str(folder), TokenFileSystem.gone if token else mount.gone
+    request = PlanRequest(kind="text", arguments=(place,), shard_rows=4)
+
+    def planned(out: Path) -> Store:
+        return open_or_plan(request, str(out), teacher_identity())
+
+    with gone(-1):
+        planned(tmp_path / "undisturbed.zarr")
+    looks = TokenFileSystem.requests if token else mount.looks
+    for moment in range(1, looks + 1):
+        out = tmp_path / f"{moment}.zarr"
+        disturbed(gone, moment, 1 << 30, lambda o=out: planned(o))
+        planned(out)
+        assert contents(out) == contents(tmp_path / "undisturbed.zarr"), f"at {moment} of {looks}"
+
+
+def test_sentences_that_change_between_the_two_readings_end_the_planning() -> None:
+    class Shrinking:
+        readings = 0
+
+        def samples(self, report: Callable[[str], None]) -> Iterator[TextSample]:
+            self.readings += 1
+            yield from (TextSample(str(i), str(i)) for i in range(5 - self.readings))
+
+    with pytest.raises(SourceError, match="have changed while they were read: there are no longer 4"):
+        list(tidy(Shrinking(), SentenceRules(), lambda problem: None, {}))
+
+
+# -- what may not be taken for nothing --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [
+    PermissionError("expired"), OSError(errno.ESTALE, "Stale file handle"), TimeoutError("no answer"), KeyError("odd"),
+])  # fmt: skip
+def test_what_cannot_be_looked_at_is_not_taken_for_nothing(tmp_path: Path, error: Exception) -> None:
+    """A commit or a store that is taken for absent would be written over."""
+    (tmp_path / "store" / "commits").mkdir(parents=True)
+    (tmp_path / "store" / "commits" / "0.json").write_text("{}")
+    url = f"token://{tmp_path}/store"
+    calls: list[Callable[[str], Any]] = [storage.exists, storage.listing, storage.tree, storage.remove_folder]
+    calls += [storage.read_bytes, storage.remove_file, is_planned, require_no_stranger, lambda u: expand(f"{u}/*")]
+    for call in calls:
+        with TokenFileSystem.gone(1, error=error), pytest.raises((OSError, SourceError)) as caught:
+            call(url)
+        assert str(tmp_path) in str(caught.value)
+    assert storage.exists(f"{url}/commits/0.json")
+    assert storage.listing(url) == ["commits"]
+    assert storage.tree(url) == {"commits/0.json"}
+    assert storage.listing(f"{url}/no") == []
+    assert storage.tree(f"{url}/no") == set()
+    assert not storage.exists(f"{url}/no")
+
+
+def test_what_is_refused_on_a_disk_is_not_taken_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "0.jpg").write_bytes(b"0")
+    (tmp_path / "in" / "lost+found").mkdir()
+    refused, really = {"b", "lost+found"}, {name: getattr(os, name) for name in ("stat", "scandir")}
+
+    def refusing(name: str) -> Callable[..., Any]:
+        def call(path: Any = ".", *words: Any, **options: Any) -> Any:
+            if Path(str(path)).name in refused:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return really[name](path, *words, **options)
+
+        return call
+
+    for name in really:
+        monkeypatch.setattr(os, name, refusing(name))
+    folder = str(tmp_path / "in")
+    for call in (storage.exists, storage.listing):
+        with pytest.raises(PermissionError):
+            call(f"{folder}/b")
+    with pytest.raises(PermissionError):
+        storage.tree(folder)
+    for argument in (folder, f"{folder}/*/*.jpg", f"{folder}/**/*.jpg"):
+        with pytest.raises(SourceError, match=r"cannot be read: .*Permission denied"):
+            open_image_source([argument])
+    refused.remove("b")
+    for argument in (folder, f"{folder}/*/*.jpg", f"{folder}/**/*.jpg"):
+        assert [place.path for place in expand(argument)] or argument == folder
+
+
+PATTERNS = ["*", "*/*", "*/*.tar", "a*/x.tar", "?/x.ta[rs]", "**/*.tar", "a/**/x.tar", "*/b/*.tar", "a", "[!a]*", "**"]
+
+
+@pytest.mark.parametrize("token", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_globs_match_what_fsspec_matches(tmp_path: Path, pattern: str, token: bool) -> None:
+    for name in ("a/x.tar", "a/b/x.tar", "b/x.tar", "b/x.tas", "c.tar", "ab/x.tar", "ab/b/y.tar"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    expected = {str(path).rstrip("/") for path in fsspec.filesystem("file").glob(f"{tmp_path}/{pattern}")}
+    found = expand(f"{'token://' if token else ''}{tmp_path}/{pattern}")
+    assert {place.path.replace("token://", "") for place in found} == expected - {str(tmp_path)}
+    assert [place.path for place in found] == sorted(place.path for place in found)
