@@ -121,6 +121,8 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--view-scale", type=click.FloatRange(0.01, 1),
               help="Least share of the area that a view shows. Default: 0.4.")  # fmt: skip
 @click.option("--retry-failed", is_flag=True, help="Read the rows again that have no embedding.")
+@click.option("--accept-missing", is_flag=True,
+              help="Leave out images whose file is gone or refused since it was planned. Default: stop.")  # fmt: skip
 def cache_images(**options: Any) -> None:
     """Write the teacher's embedding of every image to a store.
 

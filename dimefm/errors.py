@@ -5,6 +5,8 @@ Anything else that is raised is a bug in dimefm, and shows its traceback.
 
 from __future__ import annotations
 
+import socket
+
 
 class DimefmError(Exception):
     """Base of all of them; the command line prints its message alone and exits with 1."""
@@ -29,6 +31,14 @@ class MismatchError(DimefmError):
 
 class StoreError(DimefmError):
     """A store, index or run that is missing, unfinished or damaged."""
+
+
+class UnreadableError(StoreError):
+    """Images that were there when they were planned and cannot be read now, on the machine `host`."""
+
+    def __init__(self, what: str, *, remedy: str | None = None) -> None:
+        self.host = socket.gethostname()  # an error that was raised on another machine brings its own
+        super().__init__(what, remedy=remedy)
 
 
 class TeacherError(DimefmError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +32,10 @@ _AHEAD = 2  # batches whose bytes are read before they are needed
 class GpuLoader:
     """What dimefm.loading.Loader is, with the images decoded on a GPU, where their pixels stay."""
 
-    def __init__(self, schema: EmbeddingStore, device: torch.device) -> None:
-        """Raises StoreError where there is no such GPU, or nothing to decode with on it."""
+    def __init__(self, schema: EmbeddingStore, device: torch.device, *, accept_missing: bool = False) -> None:
+        """`accept_missing`: see dimefm.loading.read_image. Raises StoreError where there is no such GPU, or nothing to
+        decode with on it."""
+        self._read = partial(read_image, accept_missing=accept_missing)
         if device.type != "cuda":
             what = "the images of this store are decoded by nvJPEG, on a GPU"
             raise StoreError(what, remedy="go on where there is one, or cache into a new --out with --decoder fast")
@@ -53,7 +56,7 @@ class GpuLoader:
         try:
             for number in range(-_AHEAD, len(parts)):
                 if number + _AHEAD < len(parts):
-                    waiting.append([pool.submit(read_image, row) for row in parts[number + _AHEAD]])
+                    waiting.append([pool.submit(self._read, row) for row in parts[number + _AHEAD]])
                 if number >= 0:
                     yield self._decoded([read.result() for read in waiting.popleft()])
         finally:

@@ -18,7 +18,7 @@ import torch
 from cache_schemas import EmbeddingStore, Status
 from dimefm import storage
 from dimefm.decode import DecodeError, decode_rgb, to_tensor
-from dimefm.errors import StoreError
+from dimefm.errors import UnreadableError
 from dimefm.pixels import small_jpeg
 from dimefm.preprocess import Preprocess
 from dimefm.sources.reading import read_encoded
@@ -26,6 +26,7 @@ from dimefm.views import draw_boxes, replay
 
 _TASK = 8  # images a task of the thread pool: one each would cost as much as reading it
 _AHEAD = 2  # batches that are decoded before they are needed
+RUN_AGAIN = "run the same command again; what was finished is kept"
 _WAITS = (0.5, 2.0)  # seconds before a failed read is tried again
 
 
@@ -41,13 +42,15 @@ class Loaded:
 class Loader:
     """Reads and decodes the images of a store's plan. Safe in threads."""
 
-    def __init__(self, schema: EmbeddingStore) -> None:
+    def __init__(self, schema: EmbeddingStore, *, accept_missing: bool = False) -> None:
+        """`accept_missing`: see `read_image`."""
+        self._accept = accept_missing
         self._views, self._side = schema.views, schema.pixels
         self._preprocess = Preprocess(schema.teacher.preprocessing, exact=schema.decoder == "pillow")
 
     def load(self, row: dict[str, Any]) -> Loaded | DecodeError:
-        """One image, or why it cannot be had. Raises StoreError where the storage does not answer."""
-        data = read_image(row)
+        """One image, or why it cannot be had. Raises UnreadableError where the storage does not answer."""
+        data = read_image(row, accept_missing=self._accept)
         if isinstance(data, DecodeError):
             return data
         try:
@@ -61,7 +64,7 @@ class Loader:
         """Each `size` rows in turn, decoded on threads ahead of need: what became of them, and the pixels of all views
         of those that could be read, uint8 (B V, 3, H, W), with `pin` in page-locked memory.
 
-        Pixels stay as they are until two more batches have been asked for. Raises StoreError as `load` does.
+        Pixels stay as they are until two more batches have been asked for. Raises as `load` does.
         """
         parts = [rows[at : at + size] for at in range(0, len(rows), size)]
         shape = (self._views.count if self._views else 1, 3, *self._preprocess.facts.size)
@@ -111,9 +114,12 @@ class Loader:
         return Loaded(torch.stack([replay(image_3HW, box, facts.size, facts) for box in boxes_V5]), boxes_V5, jpeg)
 
 
-def read_image(row: dict[str, Any]) -> bytes | DecodeError:
-    """The bytes of a sample, or why they cannot be had. Storage that fails for the moment is asked again, and at last
-    ends the job, with StoreError: a row is given up for good only where its file is gone."""
+def read_image(row: dict[str, Any], *, accept_missing: bool = False) -> bytes | DecodeError:
+    """The bytes of a sample, or why they cannot be had: MISSING where its file is gone, and with `accept_missing` where
+    it is refused. dimefm.lasting says which of these may become a row's status.
+
+    Raises UnreadableError where the storage does not answer, after it was asked again, or refuses.
+    """
     for wait in (*_WAITS, None):
         try:
             data = read_encoded(row["file"], row["offset"], row["size"])
@@ -123,9 +129,15 @@ def read_image(row: dict[str, Any]) -> bytes | DecodeError:
         except DecodeError as error:
             return error
         except OSError as error:
+            refused = isinstance(error, PermissionError)  # by its mode, or as the token has run out
+            if refused and accept_missing:
+                return DecodeError(Status.MISSING, str(error))
             if wait is None:
-                what = f"{row['file']} cannot be read: {error}"
-                raise StoreError(what, remedy="run the same command again once the storage answers") from error
+                remedy = "run the same command again once the storage answers; what was finished is kept"
+                if refused:
+                    remedy = f"mend the permissions, or renew the credentials, and {RUN_AGAIN}"
+                what = f"{row['file']} cannot be read: {error.strerror or error}"
+                raise UnreadableError(what, remedy=remedy) from error
             time.sleep(wait)
     if len(data) < row["size"] and not row["file"].endswith(".tsv"):
         return DecodeError(Status.TRUNCATED, f"the file ends after {len(data):,} of {row['size']:,} bytes")

@@ -19,11 +19,13 @@ import torch
 from cache_schemas import Commit, EmbeddingStore, Failure, Status
 from cache_schemas.embedding_store import EMBEDDING, PIXEL_INDEX, STATUS, VIEW, commit_path, pixels_path
 from dimefm import storage
+from dimefm.arrays import DAMAGED, digest_arrays
 from dimefm.clip import Clip, token_counts
 from dimefm.decode import DecodeError
-from dimefm.errors import MismatchError
+from dimefm.errors import MismatchError, StoreError, UnreadableError
 from dimefm.gpu_decode import GpuLoader
-from dimefm.loading import Loader
+from dimefm.lasting import require_lasting
+from dimefm.loading import RUN_AGAIN, Loader
 from dimefm.pixels import PixelTar, pixel_tar
 from dimefm.store import Store
 from dimefm.transfer import Arriving, fetch
@@ -70,18 +72,22 @@ def encode_shard(
     threads: int = 1,
     progress: Progress = _silent,
     turn: AbstractContextManager[Any] = _ALONE,
+    accept_missing: bool = False,
 ) -> Commit:
     """Encode every row of `shard` and commit it. `progress` is told how many more rows are done, as they are.
 
     `turn` is held while the teacher works: of two shards on two threads one reads and decodes its first rows, or writes
-    its results, while the other has the teacher. Raises StoreError where the input does not answer or the shard cannot
-    be written.
+    its results, while the other has the teacher. `accept_missing`: leave out the images whose file is gone or refused.
+    Raises UnreadableError where rows would be left out that dimefm.lasting does not allow, or where the input does not
+    answer, and StoreError where the shard cannot be written.
     """
     began, rows, digest = time.monotonic(), store.plan(shard).to_pylist(), None
     # What cannot be read becomes a status or a StoreError: an OSError that is left is of the writing.
     with storage.writing_to(store.path), ExitStack() as stack:
         tar = stack.enter_context(_tar(store, shard)) if store.schema.pixels else None
-        data = encode_rows(rows, store.schema, clip, threads=threads, progress=progress, tar=tar, turn=turn)
+        words: dict[str, Any] = {"threads": threads, "progress": progress, "tar": tar, "turn": turn}
+        data = encode_rows(rows, store.schema, clip, **words, accept_missing=accept_missing)
+        _require_lasting(store, rows, data, accept_missing)
         digest = tar.finish() if tar else None
     return _commit(store, shard, rows, data, digest, clip, began)
 
@@ -94,23 +100,26 @@ def retry_shard(
     threads: int = 1,
     progress: Progress = _silent,
     turn: AbstractContextManager[Any] = _ALONE,
+    accept_missing: bool = False,
 ) -> Commit:
     """As `encode_shard`, but only for the rows of a finished shard that have no embedding; the others stay."""
     began, rows, digest = time.monotonic(), store.plan(shard).to_pylist(), None
     commit = store.commit(shard)
     before = commit.seconds if commit else 0.0
     data = ShardData(store.shard_arrays(shard))
+    if commit is not None and digest_arrays(*data.arrays.values()) != commit.digest:
+        raise StoreError(f"{store.path}: the arrays of shard {shard} are not those that were committed", remedy=DAMAGED)
     failed = data.failed()
     with storage.writing_to(store.path), tempfile.TemporaryFile() as spool:
         tar = PixelTar(spool) if store.schema.pixels else None
-        again = encode_rows(
-            [rows[i] for i in failed], store.schema, clip, threads=threads, progress=progress, tar=tar, turn=turn
-        )
+        words: dict[str, Any] = {"threads": threads, "progress": progress, "tar": tar, "turn": turn}
+        again = encode_rows([rows[i] for i in failed], store.schema, clip, **words, accept_missing=accept_missing)
         for name, values in again.arrays.items():
             data.arrays[name] = data.arrays[name].copy()
             data.arrays[name][failed] = values
         data.waited = again.waited
         data.reasons = {int(failed[place]): reason for place, reason in again.reasons.items()}
+        _require_lasting(store, rows, data, accept_missing)
         if tar is not None:
             digest = _merge(store, shard, data, np.isin(np.arange(len(rows)), failed), spool)
     # The time of a shard is all that was spent on it.
@@ -126,6 +135,7 @@ def encode_rows(
     progress: Progress = _silent,
     tar: PixelTar | None = None,
     turn: AbstractContextManager[Any] = _ALONE,
+    accept_missing: bool = False,
 ) -> ShardData:
     """The shard's data of these rows of its plan. Which rows share a batch depends on the data alone, never on timing,
     so that a second run gives the same bytes. Rows that overflow float16 are computed again in float32. `turn`: see
@@ -133,7 +143,8 @@ def encode_rows(
     data, wide, done = ShardData.empty(len(rows), schema), None, 0
     batches = _text_batches(rows, schema, clip)
     if schema.kind == "image":
-        batches = _image_batches(rows, schema, clip, threads, data, tar)
+        loader = open_loader(schema, clip.device, accept_missing=accept_missing)
+        batches = _image_batches(rows, schema, clip, loader, threads, data, tar)
     with closing(batches):
         first, asked = list(islice(batches, 1)), time.monotonic()
         with turn:
@@ -204,11 +215,16 @@ def _text_batches(rows: Rows, schema: EmbeddingStore, clip: Clip) -> Generator[_
 
 
 def _image_batches(
-    rows: Rows, schema: EmbeddingStore, clip: Clip, threads: int, data: ShardData, tar: PixelTar | None
+    rows: Rows,
+    schema: EmbeddingStore,
+    clip: Clip,
+    loader: Loader | GpuLoader,
+    threads: int,
+    data: ShardData,
+    tar: PixelTar | None,
 ) -> Generator[_Batch, None, None]:
     """Batches of decoded images. Rows that cannot be read get their status and reason here."""
     size, at = max(1, schema.batch_size // (schema.views.count if schema.views else 1)), 0
-    loader = open_loader(schema, clip.device)
     for loaded, pixels_N3HW in loader.batches(rows, size, threads, pin=clip.device.type == "cuda"):
         places = []
         for place, one in enumerate(loaded, at):
@@ -224,9 +240,16 @@ def _image_batches(
         at += len(loaded)
 
 
-def open_loader(schema: EmbeddingStore, device: torch.device) -> Loader | GpuLoader:
+def open_loader(schema: EmbeddingStore, device: torch.device, *, accept_missing: bool = False) -> Loader | GpuLoader:
     """What reads and decodes the images of a store for a teacher on `device`."""
-    return GpuLoader(schema, device) if schema.decoder == "nvjpeg" else Loader(schema)
+    if schema.decoder == "nvjpeg":
+        return GpuLoader(schema, device, accept_missing=accept_missing)
+    return Loader(schema, accept_missing=accept_missing)
+
+
+def _require_lasting(store: Store, rows: Rows, data: ShardData, accept_missing: bool) -> None:
+    if store.schema.kind == "image":
+        require_lasting(store, rows, data.arrays[STATUS], data.reasons, accept_missing=accept_missing)
 
 
 def _commit(
@@ -268,25 +291,33 @@ def _merge(store: Store, shard: int, data: ShardData, failed_N: np.ndarray[Any, 
         return tar.finish()
 
 
-def check_canary(store: Store, clip: Clip) -> None:
+def check_canary(store: Store, clip: Clip, *, accept_missing: bool = False) -> None:
     """Encode a few rows of a finished shard again. Raises MismatchError where they no longer agree: the files, the
-    libraries or the device have changed since, and more rows would not belong with those that are there."""
+    libraries or the device have changed since, and more rows would not belong with those that are there. Raises
+    UnreadableError for one that can no longer be read, unless `accept_missing`."""
     commit = next((c for c in store.commits() if c.counts.get(Status.OK.name)), None)
     if commit is None:
         return
     good = np.flatnonzero(store.status(commit.start, commit.stop) == Status.OK)[:_CANARY_ROWS] + commit.start
-    for row, key, cosine in compare_again(store, clip, good):
+    for row, key, cosine in compare_again(store, clip, good, accept_missing=accept_missing):
+        if np.isnan(cosine):
+            if accept_missing:
+                continue
+            what = f"{store.path}: row {row} ({key}) was read when it was cached, and cannot be read now"
+            raise UnreadableError(what, remedy=f"put its file back, or mount what it is on, and {RUN_AGAIN}")
         if not cosine >= _CANARY_COSINE:
             what = f"{store.path}: row {row} ({key}) encoded again has cosine {cosine:.4f} to what is stored"
             remedy = "a file, a library or the device has changed since it was written; cache into a new --out"
             raise MismatchError(what, remedy=remedy)
 
 
-def compare_again(store: Store, clip: Clip, rows_N: np.ndarray[Any, Any]) -> list[tuple[int, str, float]]:
+def compare_again(
+    store: Store, clip: Clip, rows_N: np.ndarray[Any, Any], *, accept_missing: bool = True
+) -> list[tuple[int, str, float]]:
     """Rows encoded again: of each its number, its key, and the least cosine of its views to what is stored; NaN where
-    it can no longer be read."""
+    it can no longer be read. Without `accept_missing`, one that is refused is an UnreadableError."""
     plan = store.samples(rows_N)
-    data = encode_rows(plan, store.schema, clip)
+    data = encode_rows(plan, store.schema, clip, accept_missing=accept_missing)
     again = data.arrays[EMBEDDING].astype(np.float32)
     kept = store.embeddings(rows_N).astype(np.float32)
     norms = np.linalg.norm(again, axis=-1) * np.linalg.norm(kept, axis=-1)

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
+from fsspec.spec import AbstractFileSystem
 
-from dimefm.errors import StoreError
+from dimefm.errors import DimefmError, StoreError
 
-GONE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-"""What a file that is not there, or not to be read, raises; any other OSError may be of the moment."""
+GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""What a file that is not there raises. Any other OSError is of the storage or of the right to read it."""
 
 _UNFINISHED = ".unfinished"
+_NUMBERS = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
 _BLOCK = 8 * 1024**2
 
 
@@ -65,31 +68,94 @@ def join(base: str, name: str) -> str:
     return f"{base.rstrip('/')}/{name}"
 
 
+@contextmanager
+def asking(path: str) -> Iterator[None]:
+    """For a block that asks about `path`: whatever the storage's client raises becomes an OSError with a number and a
+    path, of the class that belongs to the number."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is not None:
+            raise
+        number = error.errno or next((n for kind, n in _NUMBERS.items() if isinstance(error, kind)), errno.EIO)
+        raise OSError(number, error.strerror or str(error), path) from error
+    except DimefmError:
+        raise
+    except Exception as error:  # of a client's own kind, such as botocore's for a connection that is refused
+        raise OSError(errno.EIO, str(error), path) from error
+
+
 def digest_file(path: str) -> str:
     """sha256 of a file, read in pieces, as hex. Raises OSError."""
     digest = hashlib.sha256()
-    with fsspec.open(path, "rb") as file:
+    with asking(path), fsspec.open(path, "rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
 
 
 def tree(folder: str) -> set[str]:
-    """The files below a folder, by path within it; without hidden ones, such as a lock."""
+    """The files below a folder, by path within it; without hidden ones, such as a lock. Raises OSError."""
     if is_url(folder):
         fs, inner = _fresh(folder)
-        found = [name[len(inner.rstrip("/")) + 1 :] for name in fs.find(inner)]
+        found = [info["name"][len(inner.rstrip("/")) + 1 :] for info in walk(fs, inner)]
     else:
-        found = [p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file()]
+        found = [os.path.relpath(f"{root}/{name}", folder) for root, name in walk_local(folder)]
     return {name for name in found if not name.rpartition("/")[2].startswith(".")}
 
 
+def walk_local(folder: str) -> Iterator[tuple[str, str]]:
+    """Every file below a local folder: the folder that it is in, and its name; nothing where there is no such folder.
+
+    Raises OSError for a folder that cannot be listed, but for the lost+found of a file system, which is root's.
+    """
+
+    def failed(error: OSError) -> None:
+        name = str(error.filename)
+        absent = isinstance(error, FileNotFoundError) and name == folder
+        if not absent and not (isinstance(error, PermissionError) and name.endswith("/lost+found")):
+            raise error
+
+    for root, _, names in os.walk(folder, onerror=failed):
+        yield from ((root, name) for name in names)
+
+
+def walk(fs: Any, inner: str) -> list[dict[str, Any]]:
+    """What fsspec knows of every file below a folder of `fs`; nothing where there is no such folder. Raises OSError.
+
+    fsspec's own `find` leaves out the folders that it cannot list, unless the file system has a better one.
+    """
+    place = fs.unstrip_protocol(inner)
+    with asking(place):
+        default = AsyncFileSystem._find if isinstance(fs, AsyncFileSystem) else AbstractFileSystem.find
+        if getattr(type(fs), default.__name__) is not default:
+            return [info for info in fs.find(inner, detail=True).values() if info["type"] == "file"]
+        try:
+            waiting, found = list(fs.ls(inner, detail=True)), []
+        except FileNotFoundError:
+            return []
+        while waiting:
+            info = waiting.pop()
+            if info["type"] == "directory" and info["name"].rstrip("/") != inner.rstrip("/"):
+                waiting += fs.ls(info["name"], detail=True)
+            elif info["type"] == "file":
+                found.append(info)
+        return found
+
+
 def exists(path: str) -> bool:
-    """Whether a file or folder is at `path`."""
-    if not is_url(path):
-        return Path(path).exists()
-    fs, inner = _fresh(path)
-    return bool(fs.exists(inner))
+    """Whether a file or folder is at `path`. Raises OSError where that cannot be known: what is there, but refused,
+    must not be taken for free."""
+    try:
+        if not is_url(path):
+            os.stat(path)  # noqa: PTH116  # Path.exists says False for every error, from Python 3.14 on
+            return True
+        fs, inner = _fresh(path)
+        with asking(path):
+            fs.info(inner)  # fs.exists says False for every error, by default
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -101,17 +167,16 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
             file.seek(offset)
             return file.read(-1 if size is None else size)
     fs, inner = filesystem(path)
-    try:
-        return bytes(fs.cat_file(inner, start=offset, end=None if size is None else offset + size))
-    except OSError as error:
-        # Object stores refuse a range that begins at the end or later, where a local file gives no bytes.
-        if error.errno == errno.EINVAL:
-            fs.invalidate_cache()  # what it was when a listing was made says nothing of now
-            if fs.info(inner)["size"] <= offset:
-                return b""
-        raise
-    except Exception as error:  # of a client's own kind, such as botocore's for a connection that is refused
-        raise OSError(f"{path}: {error}") from error
+    with asking(path):
+        try:
+            return bytes(fs.cat_file(inner, start=offset, end=None if size is None else offset + size))
+        except OSError as error:
+            # Object stores refuse a range that begins at the end or later, where a local file gives no bytes.
+            if error.errno == errno.EINVAL:
+                fs.invalidate_cache()  # what it was when a listing was made says nothing of now
+                if fs.info(inner)["size"] <= offset:
+                    return b""
+            raise
 
 
 def write_atomic(path: str, data: bytes) -> None:
@@ -167,9 +232,10 @@ def remove_file(path: str) -> None:
     if not is_url(path):
         Path(path).unlink(missing_ok=True)
         return
-    fs, inner = _fresh(path)
-    if fs.exists(inner):
-        fs.rm_file(inner)
+    if exists(path):
+        fs, inner = _fresh(path)
+        with asking(path):
+            fs.rm_file(inner)
 
 
 def remove_leftovers(folder: str) -> None:
@@ -186,9 +252,10 @@ def remove_folder(path: str) -> None:
     if not is_url(path):
         shutil.rmtree(path, ignore_errors=True)
         return
-    fs, inner = _fresh(path)
-    if fs.exists(inner):
-        fs.rm(inner, recursive=True)
+    if exists(path):
+        fs, inner = _fresh(path)
+        with asking(path):
+            fs.rm(inner, recursive=True)
 
 
 def read_json(path: str) -> Any:
@@ -212,13 +279,19 @@ def json_bytes(value: object) -> bytes:
 
 
 def listing(path: str) -> list[str]:
-    """Names of the files in a folder, sorted; empty where there is no such folder. Leaves out hidden files."""
-    if not is_url(path):
-        folder = Path(path)
-        names = [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
-    else:
-        fs, inner = _fresh(path)
-        names = [name.rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False)] if fs.exists(inner) else []
+    """Names of the files in a folder, sorted; empty where there is no such folder. Leaves out hidden files.
+
+    Raises OSError where that cannot be known.
+    """
+    try:
+        if not is_url(path):
+            names = [entry.name for entry in os.scandir(path)]
+        else:
+            fs, inner = _fresh(path)
+            with asking(path):
+                names = [name.rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     return sorted(name for name in names if not name.startswith("."))
 
 

@@ -59,12 +59,15 @@ class CacheConfig:
     threads: int | None = None
     ray_address: str | None = None
     retry_failed: bool = False
+    accept_missing: bool = False
 
 
 def cache(config: CacheConfig) -> Store:
     """Run the job to its end, or go on with it where an earlier run stopped; the finished store.
 
-    Raises a DimefmError for whatever the user can mend; shards that were committed stay.
+    With `accept_missing`, images whose file is gone or refused since they were planned are left without an embedding;
+    else they are an UnreadableError. Raises a DimefmError for whatever the user can mend; shards that were committed
+    stay.
     """
     device = _device(config)
     require_no_stranger(config.out)  # before the lock is put into it
@@ -73,7 +76,7 @@ def cache(config: CacheConfig) -> Store:
     clip: Clip | None = loaded
     del loaded
     with writing(config.out):
-        store = open_or_plan(_request(config, device), config.out, teacher)
+        store = open_or_plan(_request(config, device), config.out, teacher, accept_missing=config.accept_missing)
         job = Job(
             store=store.path,
             teacher=teacher.name,
@@ -82,6 +85,7 @@ def cache(config: CacheConfig) -> Store:
             device=device,
             threads=config.threads,
             compile=config.compile,
+            accept_missing=config.accept_missing,
         )
         workers = _workers(config, device, store.schema.rows, weight_bytes)
         for part in (job, replace(job, retry=True))[: 1 + config.retry_failed]:
@@ -109,7 +113,7 @@ def dry_run(config: CacheConfig) -> str:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker does
     try:
-        rates = measure(found.first, found.schema, clip)
+        rates = measure(found.first, found.schema, clip, accept_missing=config.accept_missing)
     finally:
         torch.set_num_threads(threads)
     return _show_forecast(config, device, found, clip, rates)

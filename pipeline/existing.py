@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 
 from cache_schemas import TeacherIdentity, ViewPlan, to_plain
@@ -22,6 +22,7 @@ from cache_schemas.embedding_store import (
 from dimefm import storage
 from dimefm.errors import MismatchError, OutputExistsError
 from dimefm.sources.base import SourceFile
+from dimefm.sources.files import change
 from dimefm.store import Store
 
 _SHOWN = 3
@@ -87,6 +88,8 @@ def require_same(
     if not differences:
         what = f"the source of {store.path} has changed since it was planned:"
         remedy = "put the files back as they were, their times too, or give another --out"
+        if all(change.endswith(" is gone") for change in changes):
+            remedy = "put the files back, or leave their rows out by --accept-missing"
     shown = sorted(changes)[:_SHOWN]
     lines = differences + [f"source: {change}" for change in shown]
     if len(changes) > _SHOWN:
@@ -106,18 +109,20 @@ def source_digest(files: Sequence[SourceFile], settings: dict[str, object]) -> s
 
 def _changes(store: Store, files: Sequence[SourceFile]) -> list[str]:
     """The files that are not what they were when the plan was made."""
-    before = {file["path"]: file for file in store.source_files().to_pylist()}
+    before = {file["path"]: SourceFile(**file) for file in store.source_files().to_pylist()}
     now = {file.path: file for file in files}
     changes = [f"{name} is new" for name in now if name not in before]
     changes += [f"{name} is gone" for name in before if name not in now]
-    for name in before.keys() & now.keys():
-        old, new = before[name], now[name]
-        if old["size"] != new.size:
-            changes.append(f"{name} has changed: {old['size']:,} bytes when it was planned, {new.size:,} now")
-        elif old["modified"] and new.modified and old["modified"] != new.modified:
-            times = f"{_time(old['modified'])} when it was planned, {_time(new.modified)} now"
-            changes.append(f"{name} has changed: written {times}")
-    return changes
+    return changes + [found for name in before.keys() & now.keys() if (found := change(before[name], now[name]))]
+
+
+def with_gone(store: Store, files: Sequence[SourceFile]) -> list[SourceFile]:
+    """The files, and those of the plan that are not among them as they were, in their old places."""
+    names, rest = {file.path for file in files}, iter(files)
+    found: list[SourceFile] = []
+    for file in store.source_files().to_pylist():
+        found += islice(rest, 1) if file["path"] in names else [SourceFile(**file)]
+    return [*found, *rest]
 
 
 def _flat(value: object, path: str = "") -> dict[str, object]:
@@ -127,7 +132,3 @@ def _flat(value: object, path: str = "") -> dict[str, object]:
         return {path: plain}
     parts = [_flat(inner, f"{path}.{name}" if path else name) for name, inner in plain.items()]
     return {name: inner for part in parts for name, inner in part.items()}
-
-
-def _time(nanoseconds: int) -> str:
-    return datetime.fromtimestamp(nanoseconds / 1e9, UTC).isoformat(sep=" ", timespec="milliseconds")

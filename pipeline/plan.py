@@ -21,7 +21,7 @@ from dimefm.sources import open_image_source, open_text_source
 from dimefm.sources.base import SourceFile
 from dimefm.store import Store, create_store
 from dimefm.tables import write_plan
-from pipeline.existing import is_planned, require_no_stranger, require_same, source_digest
+from pipeline.existing import is_planned, require_no_stranger, require_same, source_digest, with_gone
 from pipeline.repeats import as_array, repeats
 from pipeline.sentences import SentenceRules, tidy
 
@@ -71,8 +71,9 @@ class Forecast:
     first: list[dict[str, Any]]
 
 
-def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity) -> Store:
-    """The store at `out`: opened if the same command made it, planned if there is none.
+def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity, *, accept_missing: bool = False) -> Store:
+    """The store at `out`: opened if the same command made it, planned if there is none. With `accept_missing` it is
+    opened although files of its source are gone.
 
     Raises SourceError for an empty source, OutputExistsError where something else is at `out`, MismatchError where a
     store is there that another source, teacher or setting made, or whose source has changed since.
@@ -80,10 +81,12 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity) -> St
     out = storage.absolute(out)
     source = _open(request)
     files = source.files()
-    shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind)
     require_no_stranger(out)
-    if is_planned(out):
-        store = Store(out)
+    store = Store(out) if is_planned(out) else None
+    if store is not None and accept_missing:
+        files = with_gone(store, files)
+    shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind)
+    if store is not None:
         require_same(
             store,
             files,

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from cache_schemas import EmbeddingStore
+from cache_schemas import EmbeddingStore, Status
 from dimefm.clip import Clip
 from dimefm.decode import DecodeError
-from dimefm.errors import SourceError
-from dimefm.loading import Loaded
+from dimefm.errors import SourceError, UnreadableError
+from dimefm.loading import RUN_AGAIN, Loaded
 from dimefm.shard import open_loader
 
 PROBE_ROWS = 256
@@ -52,19 +52,23 @@ class Rates:
         return 1 / (1 / self.load + 1 / self.teacher) if shared else min(threads * self.load, self.teacher)
 
 
-def measure(rows: list[dict[str, Any]], schema: EmbeddingStore, clip: Clip) -> Rates:
-    """The rates over some rows of a plan. Raises SourceError where none of them can be read."""
+def measure(rows: list[dict[str, Any]], schema: EmbeddingStore, clip: Clip, *, accept_missing: bool = False) -> Rates:
+    """The rates over some rows of a plan. Raises SourceError where none of them is an image, and unless
+    `accept_missing` UnreadableError where their files are not there."""
     if schema.kind == "text":
         batch = [row["text"] for row in rows]
         return Rates(math.inf, _rate(len(batch), lambda: clip.encode_texts(batch)))
-    loader = open_loader(schema, clip.device)
+    loader = open_loader(schema, clip.device, accept_missing=accept_missing)
     began = time.perf_counter()
     ((loaded, pixels_N3HW),) = loader.batches(rows, len(rows), 1)
     seconds = time.perf_counter() - began
     good = [one for one in loaded if isinstance(one, Loaded)]
     if not good:
-        reason = next(str(one) for one in loaded if isinstance(one, DecodeError))
-        raise SourceError(f"none of the first {len(rows)} images can be read: {reason}", remedy="look at the source")
+        first = next(one for one in loaded if isinstance(one, DecodeError))
+        what = f"none of the first {len(rows)} images can be read: {first}"
+        if first.status == Status.MISSING and not accept_missing:
+            raise UnreadableError(what, remedy=f"put them back, or mount what they are on, and {RUN_AGAIN}")
+        raise SourceError(what, remedy="look at the source")
     views = len(pixels_N3HW) // len(good)
     images = max(1, schema.batch_size // views)
     if not clip.compiled:  # which is given whole batches, and computes them whole

@@ -16,7 +16,7 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from dimefm import storage
-from dimefm.errors import DimefmError, StoreError
+from dimefm.errors import DimefmError, StoreError, UnreadableError
 from dimefm.machine import cpus
 from dimefm.progress import Progress
 from dimefm.store import Store
@@ -37,8 +37,9 @@ def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
     """Encode every shard of the store that has no commit (or, to retry, that has failed rows) on `workers` actors, on
     a cluster or a local Ray.
 
-    Raises DimefmError where there are not that many GPUs or cores, StoreError when a shard loses its worker three
-    times, and what a worker raised.
+    A worker that cannot read the source, as on a machine without the mount, is put aside while others can. Raises
+    DimefmError where there are not that many GPUs or cores, StoreError when a shard loses its worker three times, and
+    what a worker raised.
     """
     store = Store(job.store)
     pending = pending_shards(store, retry=job.retry)
@@ -69,6 +70,11 @@ def _require_room(workers: int, device: str) -> int:
     return cores
 
 
+def _machines() -> int:
+    """Machines of the Ray that is running."""
+    return sum(node["Alive"] for node in ray.nodes())
+
+
 def gpu_share(workers: int, device: str) -> float:
     """GPUs of one worker: one, or a share where there are more workers than GPUs (several then feed one)."""
     gpus = ray.cluster_resources().get("GPU", 0) if device.startswith("cuda") else 0
@@ -78,8 +84,9 @@ def gpu_share(workers: int, device: str) -> float:
 class _Supervisor:
     """Hands out shards, one or two in flight per actor (SHARDS_AT_ONCE), and replaces actors that are lost.
 
-    A replacement that Ray cannot place yet, as after a node is lost, is not waited for: the others go on. With `check`,
-    one actor goes through the canary before there are others.
+    A replacement that Ray cannot place yet, as after a node is lost, is not waited for: the others go on. Actors that
+    cannot read the source are put aside and not replaced, until none is left, or a shard could not be read on two
+    machines. With `check`, one actor goes through the canary before there are others.
     """
 
     def __init__(self, job: Job, workers: int, threads: int, pending: dict[int, int], *, check: bool) -> None:
@@ -95,6 +102,8 @@ class _Supervisor:
         self._running: dict[Any, int] = {}  # actors that have started: how many shards each has
         self._counted: dict[int, int] = {}  # rows of shards in flight
         self._told = set[str]()
+        self._aside = 0  # actors that could not read
+        self._unread: dict[int, str] = {}  # shards that could not be read, and where
 
     def run(self, progress: Progress, finished: int) -> None:
         """Until every shard is committed; `finished` rows are already."""
@@ -146,6 +155,9 @@ class _Supervisor:
             if shard is None or self._running.pop(actor, None) is not None:  # once for all of its shards
                 self._place()
             return 0
+        except UnreadableError as error:
+            self._put_aside(actor, shard, error, progress)
+            return 0
         if shard is not None:
             if actor in self._running:  # not lost since
                 self._running[actor] -= 1
@@ -157,9 +169,22 @@ class _Supervisor:
             progress.note(told)
         if self._check:
             self._check = False
-            for _ in range(self._workers - 1):
+            for _ in range(self._workers - self._aside - 1):
                 self._place()
         return 0
+
+    def _put_aside(self, actor: Any, shard: int | None, error: UnreadableError, progress: Progress) -> None:
+        """Raises `error` where it is not of one machine: no other can read the shard, or there is none."""
+        elsewhere = shard is not None and self._unread.setdefault(shard, error.host) != error.host
+        if shard is not None:
+            self._pending.append(shard)
+        if shard is None or self._running.pop(actor, None) is not None:  # once for all of its shards
+            self._aside += 1
+            progress.note(f"{error.host}: {error.what}; its worker is put aside, and the others go on")
+        if elsewhere or self._aside >= self._workers or _machines() == 1:
+            raise error
+        if self._check:
+            self._place()
 
     def _poll(self) -> None:
         asked = [actor.rows.remote() for actor, shards in self._running.items() if shards]

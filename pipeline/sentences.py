@@ -11,13 +11,13 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain, compress
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dimefm.errors import StoreError
+from dimefm.errors import SourceError, StoreError
 from dimefm.sources.base import Source, TextSample
 from pipeline.repeats import as_array, repeats
 
@@ -47,8 +47,18 @@ def tidy(
     Reads the source twice: once to know the repeats by a 64-bit hash, once for the sentences.
     """
     keep = _wanted(source, rules, dropped)
-    chosen = compress(source.samples(report), keep)
+    chosen = _kept(source.samples(report), keep)
     return chosen if rules.shuffle is None else _shuffled(chosen, int(keep.sum()), rules.shuffle)
+
+
+def _kept(samples: Iterator[TextSample], keep: np.ndarray[Any, Any]) -> Iterator[TextSample]:
+    """Those to keep. Raises SourceError where there are not as many samples as there were."""
+    for sample, wanted in zip_longest(samples, _each(keep)):
+        if sample is None or wanted is None:
+            what = f"the sentences have changed while they were read: there are no longer {len(keep):,}"
+            raise SourceError(what, remedy="run the same command again once nothing writes to their files")
+        if wanted:
+            yield sample
 
 
 def _wanted(source: Source[TextSample], rules: SentenceRules, dropped: dict[str, int]) -> np.ndarray[Any, Any]:

@@ -32,7 +32,7 @@ SHARDS_AT_ONCE = {"cpu": 1, "cuda": 2}
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What every worker needs to know: the planned store and how to load its teacher. `retry`: encode only the rows
-    of finished shards that have no embedding."""
+    of finished shards that have no embedding. `accept_missing`: leave out images whose file is gone or refused."""
 
     store: str
     teacher: str
@@ -42,6 +42,7 @@ class Job:
     threads: int | None
     compile: bool = False
     retry: bool = False
+    accept_missing: bool = False
 
 
 def _nobody(rows: int) -> None:
@@ -60,6 +61,8 @@ class Worker:
         """Load the teacher, and decode on up to `threads`: as many as its speed needs, measured on rows of `shard`;
         what to say where a GPU needs more than there are. With `check`, go through the canary (see
         dimefm.shard.check_canary). Not in __init__, whose errors Ray would not hand on as they are.
+
+        Raises UnreadableError where none of these rows can be read here, as on a machine without the mount.
 
         The teacher itself computes on one thread on a CPU: sums come out differently on more, and a run that goes on
         with other workers must write the same bytes. Several workers of one thread are faster than one of several.
@@ -82,12 +85,12 @@ class Worker:
             decodes = schema.kind == "image" and schema.decoder != "nvjpeg"  # else threads only read
             if decodes and not job.retry and (on_gpu or (job.threads is None and threads > 1)):
                 rows = self._store.plan(shard).slice(0, PROBE_ROWS).to_pylist()
-                with suppress(SourceError):  # not one image can be read: there is no speed to go by
-                    rates = measure(rows, schema, clip)
+                with suppress(SourceError):  # none of them is an image: there is no speed to go by
+                    rates = measure(rows, schema, clip, accept_missing=job.accept_missing)
                     self._threads = job.threads or rates.threads(threads)
                     note = rates.bound(self._threads) if on_gpu else None
             if check:
-                check_canary(self._store, clip)
+                check_canary(self._store, clip, accept_missing=job.accept_missing)
         return note
 
     def encode(self, shard: int, done: Callable[[int], None] = _nobody) -> Commit:
@@ -103,7 +106,15 @@ class Worker:
         work = retry_shard if self._job.retry else encode_shard
         try:
             with _named_memory(self._store.schema):
-                return work(self._store, shard, self._clip, threads=self._threads, progress=count, turn=self._turn)
+                return work(
+                    self._store,
+                    shard,
+                    self._clip,
+                    threads=self._threads,
+                    progress=count,
+                    turn=self._turn,
+                    accept_missing=self._job.accept_missing,
+                )
         finally:
             del self._rows[shard]
 

@@ -330,13 +330,11 @@ def test_with_an_index_little_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sum(sizes) < 2.5 * 400_000 + 40 * 5000
 
 
-def test_a_tsv_that_is_gone_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
+def test_a_tsv_that_is_gone_ends_the_planning(tmp_path: Path) -> None:
     files = stat_files([str(write_tsv(tmp_path / name, {"k": b"x"})) for name in ("a.tsv", "b.tsv")])
-    (tmp_path / "a.tsv").unlink()
-    found, reports = listed(TsvImages(files))
-    assert [s.file for s in found] == [str(tmp_path / "b.tsv")]
-    assert len(reports) == 1
-    assert f"{tmp_path / 'a.tsv'}: cannot be read" in reports[0]
+    (tmp_path / "b.tsv").unlink()
+    with pytest.raises(SourceError, match=r"b\.tsv cannot be read: No such file"):
+        listed(TsvImages(files))
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
@@ -371,11 +369,10 @@ def test_files_of_several_kinds_keep_the_order_of_the_arguments(tmp_path: Path) 
     assert [s.key for s in samples(tmp_path / "*.*")] == ["tsv", "tar", "parquet"]
 
 
-def test_a_parquet_source_that_is_gone_is_reported(tmp_path: Path) -> None:
+def test_a_parquet_source_that_is_gone_ends_the_planning(tmp_path: Path) -> None:
     files = stat_files([str(write_parquet(tmp_path / "a.parquet", [{"image": b"x"}]))])
     (tmp_path / "a.parquet").unlink()
     source = ParquetImages(files)
     source.check()
-    found, reports = listed(source)
-    assert (found, len(reports)) == ([], 1)
-    assert "cannot be read" in reports[0]
+    with pytest.raises(SourceError, match=r"a\.parquet cannot be read"):
+        listed(source)

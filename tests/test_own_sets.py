@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from cache_schemas import Status
-from dimefm.decode import DecodeError
-from dimefm.errors import SourceError
+from dimefm.decode import DecodeError, decode_rgb
+from dimefm.errors import SourceError, UnreadableError
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.evaluation.own_sets import open_folder, open_folders
 from dimefm.sources.reading import read_encoded
@@ -372,11 +372,21 @@ def test_batches_hold_every_readable_image_once_under_its_place(tmp_path: Path, 
     assert torch.equal(torch.cat([pixels for pixels, _ in batches])[:, 0, 0, 0].long(), places)
 
 
-def test_an_image_that_is_gone_is_left_out(tmp_path: Path) -> None:
+def test_an_image_that_is_broken_or_was_never_there_is_left_out_and_one_that_is_gone_since_is_an_error(
+    tmp_path: Path,
+) -> None:
     images = open_folder(str(in_folders(tmp_path)))
-    Path(images.samples[2].file).unlink()
-    batches = images.batches(lambda data: torch.zeros(3, 2, 2), 4)
-    assert torch.cat([places for _, places in batches]).tolist() == [0, 1, 3, 4, 5, 6]
+
+    def preprocess(data: bytes) -> torch.Tensor:
+        decode_rgb(data)
+        return torch.zeros(3, 2, 2)
+
+    Path(images.samples[2].file).write_bytes(bytes(images.samples[2].size))
+    images.samples[4] = images.samples[4]._replace(file=str(tmp_path / "no.jpg"), size=-1)
+    assert torch.cat([places for _, places in images.batches(preprocess, 4)]).tolist() == [0, 1, 3, 5, 6]
+    Path(images.samples[5].file).unlink()
+    with pytest.raises(UnreadableError, match="has changed since the set was opened"):
+        list(images.batches(preprocess, 4))
 
 
 def test_the_digest_is_of_keys_sizes_and_labels_and_not_of_places(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cache_schemas import Status, ViewPlan
 from cache_schemas.embedding_store import pixels_path
 from dimefm import loading
 from dimefm.clip import Clip
+from dimefm.errors import StoreError, UnreadableError
 from dimefm.pixels import PixelTar
 from dimefm.shard import encode_shard, retry_shard
 from dimefm.store import Store
@@ -39,9 +41,9 @@ def planned(source: Path, out: Path, clip: Clip, **changes: Any) -> Store:
     return open_or_plan(PlanRequest(kind="image", arguments=(str(source),), **words), str(out), clip.identity)
 
 
-def run(store: Store, clip: Clip, work: Callable[..., Any] = encode_shard) -> Store:
+def run(store: Store, clip: Clip, work: Callable[..., Any] = encode_shard, *, accept_missing: bool = False) -> Store:
     for shard in range(store.schema.shards):
-        work(store, shard, clip, threads=2)
+        work(store, shard, clip, threads=2, accept_missing=accept_missing)
     return Store(store.path)
 
 
@@ -86,7 +88,7 @@ def begun(folder: Folder, out: Path, clip: Clip, **changes: Any) -> Store:
     """A finished store in which the rows LOST are missing."""
     store = planned(folder.path, out, clip, **changes)
     folder.take(*LOST)
-    return run(store, clip)
+    return run(store, clip, accept_missing=True)
 
 
 def arrays(store: Store) -> dict[str, np.ndarray[Any, Any]]:
@@ -173,7 +175,7 @@ def test_rows_that_fail_again_keep_their_place_and_have_a_reason(
     store = begun(folder, tmp_path / "s.zarr", clip, **changes)
     reasons = failures(store)
     folder.put_back(6)
-    after = run(store, clip, retry_shard)
+    after = run(store, clip, retry_shard, accept_missing=True)
     expected = ["MISSING" if row in (1, 9) else "OK" for row in range(COUNT)]
     assert statuses(after) == expected
     assert failures(after) == {row: reasons[row] for row in (1, 9)}
@@ -181,11 +183,33 @@ def test_rows_that_fail_again_keep_their_place_and_have_a_reason(
     assert after.embeddings(np.array([6])).any()
 
 
+@pytest.mark.parametrize("changes", KINDS)
+def test_rows_that_are_still_gone_leave_their_shard_as_it_was_unless_they_are_accepted(
+    folder: Folder, tmp_path: Path, clip: Clip, changes: dict[str, Any]
+) -> None:
+    store = begun(folder, tmp_path / "s.zarr", clip, **changes)
+    before = {path: path.read_bytes() for path in Path(store.path).rglob("*") if path.is_file()}
+    folder.put_back(6)
+    with pytest.raises(UnreadableError, match=r"1 of 8 images .* gone, the first '01': .*\n  remedy: .*--accept-miss"):
+        run(store, clip, retry_shard)
+    assert {path: path.read_bytes() for path in Path(store.path).rglob("*") if path.is_file()} == before
+
+
+def test_a_shard_that_was_damaged_since_is_not_retried(folder: Folder, tmp_path: Path, clip: Clip) -> None:
+    """Its other rows are kept as they are read: zeros in place of a file that is not there would be kept too."""
+    store = begun(folder, tmp_path / "s.zarr", clip)
+    folder.put_back(*LOST)
+    other = run(planned(folder.path, tmp_path / "other.zarr", clip), clip)
+    (Path(other.path) / "status/c/0").replace(Path(store.path) / "status/c/0")
+    with pytest.raises(StoreError, match="the arrays of shard 0 are not those that were committed"):
+        retry_shard(Store(store.path), 0, clip)
+
+
 def test_a_row_that_fails_for_another_reason_now_says_that(folder: Folder, tmp_path: Path, clip: Clip) -> None:
     store = begun(folder, tmp_path / "s.zarr", clip)
     size = len(picture_of(6))
     folder.file(6).write_bytes(bytes(size))
-    after = run(store, clip, retry_shard)
+    after = run(store, clip, retry_shard, accept_missing=True)
     assert [statuses(after)[row] for row in LOST] == ["MISSING", "UNDECODABLE", "MISSING"]
     assert "06.jpg" not in failures(after)[6]
 
@@ -263,13 +287,18 @@ def test_failures_are_left_alone_where_no_retry_is_asked_for(
     assert statuses(store).count("MISSING") == len(LOST)
 
 
-def test_a_worker_starts_on_a_shard_in_which_no_image_can_be_read(
-    folder: Folder, tmp_path: Path, clip: Clip, teacher_name: str
+@pytest.mark.parametrize("accept_missing", [False, True])
+def test_a_worker_starts_on_a_shard_in_which_no_image_can_be_read_only_if_that_is_accepted(
+    folder: Folder, tmp_path: Path, clip: Clip, teacher_name: str, accept_missing: bool
 ) -> None:
     """It measures the speed of reading on the first rows, of which here there are none."""
     store = planned(folder.path, tmp_path / "s.zarr", clip)
-    folder.take(*range(COUNT))
+    folder.take(*range(SHARD_ROWS))
     job = Job(store=store.path, teacher=teacher_name, pretrained=None, precision="fp32", device="cpu", threads=None)
-    worker = Worker(job)
+    worker = Worker(replace(job, accept_missing=accept_missing))
+    if not accept_missing:
+        with pytest.raises(UnreadableError, match=r"none of the first 8 images can be read: .*00\.jpg"):
+            worker.start(2, 0)
+        return
     worker.start(2, 0)
     assert worker.encode(0).counts == {"MISSING": SHARD_ROWS}

@@ -223,12 +223,10 @@ def test_a_text_file_named_tar_is_reported(tmp_path: Path) -> None:
     assert "a.tar" in reports[0]
 
 
-def test_a_tar_that_is_gone_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
+def test_a_tar_that_is_gone_ends_the_planning(tmp_path: Path) -> None:
     write_tar(tmp_path / "b.tar", {"0.jpg": b"0"})
-    found, reports = listed(WebDataset([SourceFile(str(tmp_path / name), 1024, 0) for name in ("a.tar", "b.tar")]))
-    assert [sample.key for sample in found] == ["0"]
-    assert len(reports) == 1
-    assert "cannot be read" in reports[0]
+    with pytest.raises(SourceError, match=r"a\.tar cannot be read: No such file"):
+        listed(WebDataset([SourceFile(str(tmp_path / name), 1024, 0) for name in ("b.tar", "a.tar")]))
 
 
 def test_members_that_are_no_images_or_have_no_name_are_passed_over(tmp_path: Path) -> None:
@@ -250,9 +248,18 @@ def test_images_whose_key_has_more_dots_are_passed_over_and_counted_once(tmp_pat
 def test_hidden_files_of_a_folder_and_what_is_no_file_are_passed_over(tmp_path: Path) -> None:
     for name in ("a.jpg", "._a.jpg", ".b.jpg"):
         (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "c.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "c.txt").symlink_to(tmp_path / "nowhere.txt")
     (tmp_path / "d.jpg").mkdir()
     assert [sample.key for sample in listed(ImageFolder(str(tmp_path)))[0]] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["b.jpg", "b.tar"])
+def test_a_link_to_a_disk_that_is_not_mounted_ends_the_planning(tmp_path: Path, name: str) -> None:
+    write_tar(tmp_path / "a.tar", {"0.jpg": b"0"})
+    (tmp_path / "a.jpg").write_bytes(b"0")
+    (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    with pytest.raises(SourceError, match=rf"{name} is in its folder, but cannot be found\n  remedy: if it is a link"):
+        ImageFolder(str(tmp_path)).files() if name == "b.jpg" else open_image_source([str(tmp_path)])
 
 
 def test_keys_of_a_folder_keep_their_dots(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ def test_a_server_that_does_not_answer_is_an_oserror_and_a_source_error(
     try:
         with pytest.raises(OSError, match=r"127\.0\.0\.1:9"):
             read_encoded(f"{s3}/a.jpg", 0, 4)
-        with pytest.raises(SourceError, match=r"a\.tar cannot be read .*\n  remedy: .*credentials"):
+        with pytest.raises(SourceError, match=r"a\.tar cannot be read: .*\n  remedy: .*credentials"):
             open_image_source([f"{s3}/a.tar"])
     finally:
         fsspec.get_filesystem_class("s3").clear_instance_cache()

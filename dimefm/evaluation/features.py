@@ -17,11 +17,12 @@ from cache_schemas import EmbeddingStore, Failure, SchemaError, SourceSummary, S
 from cache_schemas.plan import IMAGE_PLAN
 from dimefm import storage
 from dimefm.clip import Clip
-from dimefm.errors import StoreError
+from dimefm.errors import StoreError, UnreadableError
 from dimefm.evaluation.imageset import ImageSet
+from dimefm.loading import RUN_AGAIN
 from dimefm.machine import cpus
 from dimefm.progress import Progress
-from dimefm.shard import encode_shard
+from dimefm.shard import encode_shard, retry_shard
 from dimefm.store import Store, create_store
 from dimefm.tables import write_plan
 
@@ -76,11 +77,12 @@ def features(
 
     `squash` gives up the aspect ratio; `decoder` is "pillow" for exactly open_clip's pixels, or "fast" (see
     dimefm.preprocess). A store that is there but of other images, another model or other settings is made again.
-    Raises StoreError where the storage does not answer or cannot be written.
+    Raises UnreadableError where images that the set has cannot be read now, and StoreError where it cannot be written.
     """
     schema = _schema(clip.identity, images, squash, decoder, batch_size)
     store = _open_same(out, schema) or _plan(out, schema, images)
-    pending = sorted(set(range(store.schema.shards)) - store.committed())
+    again = to_retry(store, images)
+    pending = sorted(set(range(store.schema.shards)) - store.committed() | again)
     rows = [stop - start for start, stop in map(store.schema.shard_range, pending)]
     done = store.schema.rows - sum(rows)
     if pending:
@@ -92,9 +94,24 @@ def features(
                     seen[0] += images
                     progress.at(seen[0])
 
-                encode_shard(store, shard, clip, threads=threads or cpus(), progress=more)
+                try:
+                    work = retry_shard if shard in again else encode_shard
+                    work(store, shard, clip, threads=threads or cpus(), progress=more)
+                except UnreadableError as error:
+                    remedy = f"put the set back as it was, and {RUN_AGAIN}"
+                    raise UnreadableError(f"{images.name}: {error.what}", remedy=remedy) from error
                 done += count
     return Features(store)
+
+
+def to_retry(store: Store, images: ImageSet) -> set[int]:
+    """The finished shards with images that were there when the set was opened, and yet are missing: earlier versions
+    left them out when the storage was away for a moment."""
+    return {
+        commit.shard
+        for commit in store.commits()
+        if any(f.status == Status.MISSING.name and images.samples[f.row].size > 0 for f in commit.failures)
+    }
 
 
 def _schema(

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from cache_schemas import Status
 from dimefm.decode import DecodeError
-from dimefm.errors import SourceError
+from dimefm.errors import SourceError, UnreadableError
+from dimefm.loading import RUN_AGAIN, read_image
 from dimefm.sources.base import ImageSample, SourceFile
-from dimefm.sources.reading import read_encoded
 from dimefm.sources.texts import prompt
 
 
@@ -75,7 +76,8 @@ class ImageSet:
     def batches(
         self, preprocess: Callable[[bytes], torch.Tensor], batch_size: int, threads: int = 2
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Preprocessed uint8 images (B, 3, H, W) and their places in `samples` (B,); unreadable ones are left out."""
+        """Preprocessed uint8 images (B, 3, H, W) and their places in `samples` (B,), without those that are
+        broken or were not there when the set was opened. Raises UnreadableError for one that is gone since."""
         places, load = iter(range(len(self.samples))), _Loader(self.samples, preprocess)
         with ThreadPoolExecutor(threads) as pool:
             following = pool.map(load, list(islice(places, batch_size)))
@@ -93,9 +95,15 @@ class _Loader:
 
     def __call__(self, place: int) -> tuple[int, torch.Tensor | None]:
         sample = self.samples[place]
+        data = read_image(sample._asdict())
+        if isinstance(data, DecodeError):
+            if sample.size > 0 and data.status in (Status.MISSING, Status.TRUNCATED):
+                remedy = f"put the set back as it was, and {RUN_AGAIN}"
+                raise UnreadableError(f"{sample.file} has changed since the set was opened: {data}", remedy=remedy)
+            return place, None
         try:
-            return place, self.preprocess(read_encoded(sample.file, sample.offset, sample.size))
-        except (OSError, DecodeError):
+            return place, self.preprocess(data)
+        except DecodeError:
             return place, None
 
 
@@ -119,7 +127,10 @@ class Records:
     notes: tuple[str, ...] = ()
 
     def require(self) -> None:
-        """Raises SourceError for no image at all, and for images without a caption."""
+        """Raises SourceError for no image at all, for images that are not there, and for images without a caption."""
+        if self.samples and all(sample.size < 0 for sample in self.samples):
+            what = f"{self.where}: not one of the {len(self.samples):,} images is there, such as {self.samples[0].file}"
+            raise SourceError(what, remedy="put them where the set has them, or mount what they are on")
         if not self.samples:
             what = f"{self.where} holds no labelled image"
             raise SourceError(what, remedy="give tars of key.jpg and key.cls, or a folder of images for each class")

@@ -26,7 +26,7 @@ from dimefm.clip import Clip
 from dimefm.commits import versions
 from dimefm.errors import DimefmError, SourceError
 from dimefm.evaluation.config import Chosen, EvaluationConfig, choose, default_name
-from dimefm.evaluation.features import Features, features
+from dimefm.evaluation.features import Features, features, to_retry
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.evaluation.models import open_model
 from dimefm.evaluation.opening import open_set
@@ -37,6 +37,7 @@ from dimefm.evaluation.results import Results
 from dimefm.evaluation.scoring import REPORTED, Measured, cosines, measure, measure_retrieval, probabilities
 from dimefm.evaluation.text_embeddings import TextEmbeddings
 from dimefm.lock import writing
+from dimefm.store import Store
 
 
 @dataclass
@@ -137,11 +138,14 @@ class _Evaluator:
         rule = "elevater, test-selected" if self._config.selection == "elevater" else "honest"
         return rule if self._config.solver == "sgd" else f"{rule}, {self._config.solver}"
 
+    def _features_of(self, one: Chosen, images: ImageSet) -> str:
+        return storage.join(self._folder, f"{FEATURES}/{one.title}-{images.split}.zarr")
+
     def _features(self, one: Chosen, images: ImageSet) -> Features:
         return features(
             self._clip,
             images,
-            storage.join(self._folder, f"{FEATURES}/{one.title}-{images.split}.zarr"),
+            self._features_of(one, images),
             squash=one.definition is not None and one.definition.resize == "squash",
             decoder=self._config.decoder,
             batch_size=self._config.batch_size,
@@ -203,9 +207,14 @@ class _Evaluator:
         said = {**settings, **self._settings(job)}
         if found is None or found.digests != _digests(job.test) or found.partial != job.test.partial:
             return None
-        if found.model != self._model or not self._kept(job, protocol):
+        if found.model != self._model or not self._kept(job, protocol) or (found.unreadable and self._away(job)):
             return None
         return found if all(found.settings.get(name) == value for name, value in said.items()) else None
+
+    def _away(self, job: _Job) -> bool:
+        """Whether images that the set has were left out of the features that are there."""
+        path = self._features_of(job.chosen, job.test)
+        return storage.exists(path) and bool(to_retry(Store(path), job.test))
 
     def _settings(self, job: _Job) -> dict[str, object]:
         squash = job.chosen.definition is not None and job.chosen.definition.resize == "squash"

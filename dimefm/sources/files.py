@@ -11,10 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+
+from fsspec.utils import glob_translate
 
 from dimefm import storage
 from dimefm.errors import SourceError
@@ -28,6 +31,7 @@ URL_BLOCK = 8 << 20
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
+_MAGIC = "*?["
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MODIFIED = ("LastModified", "last_modified", "mtime", "updated", "modified")  # as s3fs, adlfs, gcsfs, ... call it
 
@@ -51,7 +55,7 @@ def expand(argument: str) -> list[Place]:
     if found := _look(argument):
         return [found]
     names = _without_ranges(argument)
-    if any(c in argument for c in "*?["):
+    if any(mark in argument for mark in _MAGIC):
         return [place for name in names for place in _glob(name)]
     return _look_up(names)
 
@@ -61,18 +65,31 @@ def stat_files(paths: list[str]) -> list[SourceFile]:
     return [place.file or SourceFile(place.path, 0, 0) for place in _look_up(paths)]
 
 
+def change(before: SourceFile, now: SourceFile) -> str | None:
+    """How a file differs from what it was; None where it does not. A time that is 0 is not known."""
+    if before.size != now.size:
+        return f"{now.path} has changed: {before.size:,} bytes when it was planned, {now.size:,} now"
+    if before.modified and now.modified and before.modified != now.modified:
+        return f"{now.path} has changed: written {_time(before)} when it was planned, {_time(now)} now"
+    return None
+
+
+def _time(file: SourceFile) -> str:
+    return datetime.fromtimestamp(file.modified / 1e9, UTC).isoformat(sep=" ", timespec="milliseconds")
+
+
 def children(folder: str, keep: Callable[[str], bool]) -> list[SourceFile]:
     """The files in a folder whose name `keep` wants, sorted by path; hidden ones are left out."""
     if storage.is_url(folder):
         return _listed(folder, keep, lambda fs, inner: fs.ls(inner, detail=True))
-    return _local(((folder, name) for name in os.listdir(folder)), keep)  # noqa: PTH208  # not a Path for each
+    return _local(folder, lambda: ((folder, name) for name in os.listdir(folder)), keep)  # noqa: PTH208  # no Paths
 
 
 def below(folder: str, keep: Callable[[str], bool]) -> list[SourceFile]:
     """The files in a folder and in all folders below it, as `children` gives those of one."""
     if storage.is_url(folder):
-        return _listed(folder, keep, lambda fs, inner: fs.find(inner, detail=True).values())
-    return _local(((root, name) for root, _, names in os.walk(folder) for name in names), keep)
+        return _listed(folder, keep, storage.walk)
+    return _local(folder, lambda: storage.walk_local(folder), keep)
 
 
 def in_order(work: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_Out]:
@@ -115,7 +132,8 @@ class _UrlFile(io.RawIOBase):
 
     def __init__(self, path: str) -> None:
         fs, inner = storage.filesystem(path)
-        self._path, self._position, self._size = path, 0, int(fs.size(inner))
+        with storage.asking(path):
+            self._path, self._position, self._size = path, 0, int(fs.size(inner))
 
     def readable(self) -> bool:
         return True
@@ -167,25 +185,62 @@ def _look(name: str) -> Place | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _glob(name: str) -> list[Place]:
     path = storage.absolute(name)
     fs, inner = storage.filesystem(path)
     try:
-        found = fs.glob(inner, detail=True)
+        found = _matching(fs, inner, storage.is_url(path))
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if not found:
         raise SourceError(f"{name} matches no file", remedy="check the path; quote globs in the shell")
     if not storage.is_url(path):
-        return _look_up(sorted(found))
+        return _look_up(sorted(info["name"] for info in found))
     places = []
-    for info in found.values():
+    for info in found:
         url = fs.unstrip_protocol(info["name"])
         places.append(Place(url, None if info["type"] == "directory" else _from_info(url, info)))
     return sorted(places, key=lambda place: place.path)
+
+
+def _matching(fs: Any, pattern: str, url: bool) -> list[dict[str, Any]]:
+    """What is known of the files and folders that match. Raises OSError for a folder that cannot be listed, which
+    fsspec's own glob passes over."""
+    before, stars, _ = pattern.partition("**")
+    if stars:
+        top = before[: min(place for mark in _MAGIC if (place := pattern.find(mark)) >= 0)].rpartition("/")[0]
+        files = storage.walk(fs, top) if url else [_entry(*found, "file") for found in storage.walk_local(top)]
+        above = {str(parent) for info in files for parent in PurePosixPath(info["name"]).parents}
+        both = [*files, *({"name": name, "type": "directory"} for name in above if name.startswith(top))]
+        return [info for info in both if re.match(glob_translate(pattern), info["name"])]
+    folder, _, name = pattern.rpartition("/")
+    several = any(mark in folder for mark in _MAGIC)
+    folders = {folder or "/"}
+    if several:
+        folders = {info["name"].rstrip("/") for info in _matching(fs, folder, url) if info["type"] == "directory"}
+    found = []
+    for one in folders:
+        try:
+            if url:
+                found += fs.ls(one, detail=True)
+            else:
+                with os.scandir(one) as entries:
+                    found += [_entry(one, e.name, "directory" if e.is_dir() else "file") for e in entries]
+        except (FileNotFoundError, NotADirectoryError):
+            if several:  # it was there a moment ago
+                raise
+        except PermissionError:
+            if not one.endswith("/lost+found"):  # of a disk, where it is root's
+                raise
+    names = ((info, info["name"].rstrip("/")) for info in found)
+    return [info for info, path in names if path not in folders and fnmatchcase(path.rpartition("/")[2], name)]
+
+
+def _entry(folder: str, name: str, kind: str) -> dict[str, Any]:
+    return {"name": f"{folder.rstrip('/')}/{name}", "type": kind}
 
 
 def _listed(folder: str, keep: Callable[[str], bool], listing: Callable[[Any, str], Any]) -> list[SourceFile]:
@@ -195,23 +250,30 @@ def _listed(folder: str, keep: Callable[[str], bool], listing: Callable[[Any, st
     except FileNotFoundError:
         return []
     except Exception as error:
-        raise _unreadable(folder, error) from error
+        raise unreadable(folder, error) from error
     names = ((info, info["name"].rsplit("/", 1)[-1]) for info in found if info["type"] == "file")
     kept = (info for info, name in names if name and not name.startswith(".") and keep(name))
     return sorted(_from_info(fs.unstrip_protocol(info["name"]), info) for info in kept)
 
 
-def _local(names: Iterator[tuple[str, str]], keep: Callable[[str], bool]) -> list[SourceFile]:
-    files = []
-    for folder, name in names:
-        if not name.startswith(".") and keep(name):
-            path = f"{folder.rstrip('/')}/{name}"
-            try:
+def _local(
+    folder: str, listing: Callable[[], Iterator[tuple[str, str]]], keep: Callable[[str], bool]
+) -> list[SourceFile]:
+    """Raises SourceError for what is listed and not there, too: a link whose target is on a disk that is not mounted
+    would be left out of the plan for good."""
+    files, path = [], folder
+    try:
+        for place, name in listing():
+            if not name.startswith(".") and keep(name):
+                path = f"{place.rstrip('/')}/{name}"
                 status = os.stat(path)  # noqa: PTH116
-            except FileNotFoundError:  # a link to nowhere
-                continue
-            if stat.S_ISREG(status.st_mode):
-                files.append(SourceFile(path, status.st_size, status.st_mtime_ns))
+                if stat.S_ISREG(status.st_mode):
+                    files.append(SourceFile(path, status.st_size, status.st_mtime_ns))
+    except FileNotFoundError as error:
+        remedy = "if it is a link, delete it or put back what it leads to; then run the same command again"
+        raise SourceError(f"{error.filename or path} is in its folder, but cannot be found", remedy=remedy) from error
+    except OSError as error:
+        raise unreadable(error.filename or path, error) from error
     return sorted(files)
 
 
@@ -227,13 +289,14 @@ def _from_info(path: str, info: dict[str, Any]) -> SourceFile:
     return SourceFile(path, int(info["size"] or 0), int(seconds) * 10**9)
 
 
-def _unreadable(path: str, error: Exception) -> SourceError:
-    return SourceError(f"{path} cannot be read ({error})", remedy="check the path, the credentials and the network")
+def unreadable(path: str, error: Exception) -> SourceError:
+    """Storage that does not answer, or refuses: planned without what is there, it would be missing for good."""
+    remedy = "check the path, the credentials and the network; run the same command again once the storage answers"
+    why = (isinstance(error, OSError) and error.strerror) or error
+    return SourceError(f"{path} cannot be read: {why}", remedy=f"{remedy}, or leave the file out")
 
 
-def require_lasting(path: str, error: Exception) -> None:
-    """Raises SourceError where `error` is of storage that fails for the moment. A file that is gone, refused or damaged
-    is reported and left out; planned without one that only did not answer, its samples would be missing for good."""
-    if isinstance(error, OSError) and not isinstance(error, (*storage.GONE, gzip.BadGzipFile)):
-        remedy = "run the same command again once the storage answers, or leave the file out"
-        raise SourceError(f"{path} cannot be read: {error}", remedy=remedy) from error
+def require_damage(path: str, error: Exception) -> None:
+    """Raises SourceError unless `error` is of what the file holds: a damaged file is read as far as it goes."""
+    if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+        raise unreadable(path, error) from error

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from dimefm.errors import SourceError
 from dimefm.sources.base import ImageSample, SourceFile
-from dimefm.sources.files import require_lasting
+from dimefm.sources.files import unreadable
 from dimefm.sources.parquet import DamagedParquetError, blocks, is_string, open_parquet
 
 _KEYS = ("key", "__key__", "id", "path")
@@ -48,8 +48,7 @@ class ParquetImages:
             except DamagedParquetError as error:
                 report(f"{path}: broken after {rows} rows ({error}); what follows is lost")
             except OSError as error:
-                require_lasting(path, error)
-                report(f"{path}: cannot be read ({error})")
+                raise unreadable(path, error) from error
 
     def _images(self, path: str) -> Iterator[ImageSample]:
         file = open_parquet(path)

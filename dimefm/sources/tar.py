@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from zlib import adler32
 
-from dimefm.sources.files import require_lasting
+from dimefm.sources.files import unreadable
 from dimefm.sources.window import Window, open_window
 
 BLOCK = 512
@@ -37,7 +37,8 @@ class _Damaged(Exception):
 
 
 def tar_members(path: str, report: Callable[[str], None]) -> Iterator[TarMember]:
-    """Regular files in a tar, in order. What follows a broken header is lost; `report` is told so.
+    """Regular files in a tar, in order. What follows a broken header is lost; `report` is told so. Raises SourceError
+    where it cannot be read.
 
     Small members are read through in large blocks, and large ones (64 KB, at a URL 4 MB) are leapt over.
     """
@@ -48,8 +49,7 @@ def tar_members(path: str, report: Callable[[str], None]) -> Iterator[TarMember]
     except _Damaged as error:
         report(f"{path}: broken after {count[0]} members ({error}); what follows is lost")
     except OSError as error:
-        require_lasting(path, error)
-        report(f"{path}: cannot be read ({error})")
+        raise unreadable(path, error) from error
 
 
 def _walk(window: Window, count: list[int]) -> Iterator[TarMember]:

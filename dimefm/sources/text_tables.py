@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from dimefm.errors import SourceError
 from dimefm.sources.base import SourceFile, TextSample
-from dimefm.sources.files import open_forward, require_lasting
+from dimefm.sources.files import open_forward, require_damage
 from dimefm.sources.parquet import DamagedParquetError, blocks, is_string, open_parquet
 
 DEFAULTS = ("text", "caption", "sentence", "TEXT")
@@ -62,7 +62,7 @@ class _Table:
                 if text := _clean(value):
                     yield TextSample(f"{self._name}:{line}", text)
         except _BROKEN as error:
-            require_lasting(self._path, error)
+            require_damage(self._path, error)
             report(f"{self._path}: broken after {self.unit} {line} ({error}); what follows is lost")
         if skipped:
             report(f"{self._path}: {skipped} {self.unit}s are passed over ({first})")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dimefm import storage
 from dimefm.errors import SourceError
 from dimefm.sources.base import Joined, Source, SourceFile, TextSample
-from dimefm.sources.files import children, expand, open_forward, require_lasting, stat_files
+from dimefm.sources.files import children, expand, open_forward, require_damage, stat_files
 from dimefm.sources.text_tables import Delimited, JsonLines, ParquetTexts
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "templates.txt"
@@ -40,7 +40,7 @@ class TextFile:
                     if text:
                         yield TextSample(f"{name}:{number}", text)
         except (EOFError, zlib.error, OSError) as error:
-            require_lasting(self._path, error)
+            require_damage(self._path, error)
             report(f"{self._path}: broken after line {number} ({error}); what follows is lost")
         if broken:
             report(f"{self._path}: {broken} lines are not UTF-8; the bad bytes were replaced")

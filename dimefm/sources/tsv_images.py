@@ -11,7 +11,7 @@ import numpy as np
 from dimefm import storage
 from dimefm.errors import SourceError
 from dimefm.sources.base import ImageSample, SourceFile
-from dimefm.sources.files import open_seekable, require_lasting
+from dimefm.sources.files import open_seekable, unreadable
 from dimefm.sources.window import Window, open_window
 
 SUFFIX, INDEX_SUFFIX = ".tsv", ".lineidx"
@@ -46,8 +46,7 @@ class TsvImages:
             try:
                 yield from _in_file(file, report)
             except OSError as error:
-                require_lasting(file.path, error)
-                report(f"{file.path}: cannot be read ({error})")
+                raise unreadable(file.path, error) from error
 
 
 def _in_file(file: SourceFile, report: Callable[[str], None]) -> Iterator[ImageSample]:
