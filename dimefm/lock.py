@@ -56,7 +56,7 @@ def _locked(folder: Path) -> TextIO:
     """The lock file of a folder, made if need be, and locked until it is closed."""
     while True:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(str(folder))
         except FileExistsError:
             raise StoreError(f"{folder} exists and is a file", remedy="give another --out") from None
         except OSError as error:
