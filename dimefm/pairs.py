@@ -20,6 +20,7 @@ from dimefm.arrays import create_array, digest_arrays, group_attributes, open_gr
 from dimefm.commits import make_commit
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.exact import valid_rows
+from dimefm.lease import require_held
 from dimefm.lock import writing
 from dimefm.mapped import MappedArray
 from dimefm.store import Store
@@ -62,6 +63,7 @@ class Pairs:
         create_array(group, TEXT_ROW, shape, "int32", chunk, schema.shard_rows)
         create_array(group, SCORE, shape, "float16", chunk, schema.shard_rows, fill=float("nan"))
         create_array(group, HITS, (schema.text_rows,), "uint32", (65536,), 65536)
+        require_held(path)
         write_attributes(path, (TEXT_ROW, SCORE, HITS), schema.to_json())
         return Pairs(path)
 
@@ -197,6 +199,7 @@ def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> 
         ]
         digest, seconds = digest_arrays(row_NK, score_NK), time.monotonic() - began
         commit = make_commit(shard, start, status_N, failures, digest=digest, device=search.device, seconds=seconds)
+        require_held(pairs.path)
         storage.write_json(storage.join(pairs.path, commit_path(shard)), commit.to_json())
 
 
@@ -228,6 +231,7 @@ def _count_hits(pairs: Pairs) -> Selection:
         digest=digest_arrays(hits_T),
     )
     with storage.writing_to(pairs.path):
+        require_held(pairs.path)
         storage.write_json(storage.join(pairs.path, HITS_COMMIT), selection.to_json())
     return selection
 

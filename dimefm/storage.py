@@ -118,11 +118,19 @@ def write_atomic(path: str, data: bytes) -> None:
     """Write a whole file so that a reader, or a kill at any instant, sees all of it or none. Raises StoreError."""
     with writing_to(path):
         if is_url(path):
-            fs, inner = filesystem(path)
-            fs.pipe_file(inner, data)
+            _put(*filesystem(path), data)
             return
         with writing_atomically(path) as file:
             file.write(data)
+
+
+def _put(fs: Any, inner: str, data: bytes) -> None:
+    try:
+        fs.pipe_file(inner, data)
+    except OSError:
+        raise
+    except Exception as error:  # of a client's own kind, such as botocore's for a connection that is refused
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def create(path: str, data: bytes) -> bool:
@@ -141,7 +149,7 @@ def create(path: str, data: bytes) -> bool:
             fs.invalidate_cache()
             if fs.exists(inner):  # another's was written at the same time
                 return False
-        fs.pipe_file(inner, data)  # the store, or its client, knows no condition; or it says now what is wrong
+        _put(fs, inner, data)  # the store, or its client, knows no condition; or it says now what is wrong
         return True
 
 

@@ -42,6 +42,7 @@ from dimefm.arrays import (
 )
 from dimefm.commits import make_commit
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
+from dimefm.lease import require_held
 from dimefm.mapped import MappedArray
 from dimefm.sources.base import SourceFile
 from dimefm.tables import read_table, require_digest, sha256, write_table
@@ -90,6 +91,7 @@ class Store:
             places = {name: storage.join(storage.absolute(path), name) for name in names}
             found = {name: sha256(storage.read_bytes(place)) for name, place in places.items() if storage.exists(place)}
             schema = replace(schema, digests={**schema.digests, **found})
+            require_held(storage.absolute(path))
             write_attributes(storage.absolute(path), schema.arrays(), schema.to_json())
         return Store(path)
 
@@ -129,6 +131,7 @@ class Store:
                 plan=self.schema.digests.get(rows_path(shard)),
                 pixels=pixels,
             )
+            require_held(self.path)
             storage.write_json(path, commit.to_json())
         return commit
 
