@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,25 @@ def create_array(
         overwrite=True,
         config={"write_empty_chunks": True},
     )
+
+
+def write_attributes(path: str, names: Iterable[str], document: Mapping[str, object]) -> None:
+    """Make a group one of ours, once the arrays of these names, new ones, are on the disk. Written as our other
+    documents are, so that `dimefm verify` knows each byte, whatever zarr's release."""
+    for name in names:
+        storage.flush_tree(storage.join(path, name))
+    content = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTES_KEY: document}}
+    storage.write_json(storage.join(path, "zarr.json"), content)
+
+
+def write_rows(path: str, file: str, array: Any, start: int, values: np.ndarray[Any, Any]) -> None:
+    """Write a whole shard of an array, whose data are in `file` within the group at `path`, and see it through to the
+    disk. Raises OSError."""
+    place = storage.join(path, file)
+    if not storage.is_url(place):
+        storage.make_folder(place.rpartition("/")[0])
+    array[start : start + len(values)] = values
+    storage.flush(place)
 
 
 def open_array(group: zarr.Group, name: str, spec: ArraySpec) -> Any:

@@ -244,6 +244,7 @@ class _Build:
         digest = storage.digest_file(str(written))
         file = self.folder / f"index-{digest[:12]}.faiss"
         written.replace(file)
+        storage.flush(str(file))
         rows = sum(stop - start for start, stop in map(self.store.schema.shard_range, map(int, self.now)))
         sidecar = IndexSidecar(
             store=self.store.path,

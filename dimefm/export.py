@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -107,22 +111,32 @@ def _logit_scale(document: Run, image: dict[str, Any]) -> float:
 
 def publish_folder(out: Path, config: dict[str, Any], weights: dict[str, Any], tokenizer: Any) -> None:
     """Write an open_clip folder, whole or not at all; one with the same bytes already there is left as it is. Raises
-    OutputExistsError for anything else at `out`."""
-    temporary = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    if hasattr(tokenizer, "save_pretrained"):  # one of Hugging Face: open_clip looks for its files in the folder
-        tokenizer.save_pretrained(str(temporary))
-    whole = {name: value.contiguous().clone() for name, value in weights.items()}
-    save_file(whole, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-    if out.exists():
-        same = all(
-            (out / name).exists() and (out / name).read_bytes() == (temporary / name).read_bytes()
-            for name in (CONFIG_FILE, WEIGHTS_FILE)
-        )
-        shutil.rmtree(temporary)
-        if not same:
-            raise OutputExistsError(f"{out} exists and holds something else", remedy="give another --out, or delete it")
-        return
-    temporary.rename(out)
+    OutputExistsError for anything else at `out`, StoreError where it cannot be written."""
+    with storage.publishing(str(out)) as temporary:
+        with storage.writing_to(str(out)), _named_cause():
+            (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            if hasattr(tokenizer, "save_pretrained"):  # one of Hugging Face: open_clip looks for its files there
+                tokenizer.save_pretrained(str(temporary))
+            whole = {name: value.contiguous().clone() for name, value in weights.items()}
+            save_file(whole, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        if out.exists():
+            same = all(
+                (out / name).exists() and (out / name).read_bytes() == (temporary / name).read_bytes()
+                for name in (CONFIG_FILE, WEIGHTS_FILE)
+            )
+            if not same:
+                what = f"{out} exists and holds something else"
+                raise OutputExistsError(what, remedy="give another --out, or delete it")
+            shutil.rmtree(temporary)
+
+
+@contextmanager
+def _named_cause() -> Iterator[None]:
+    """For the block, an error of the system that a library in Rust has put into words is an OSError."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error

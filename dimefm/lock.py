@@ -1,41 +1,39 @@
-"""One writer at a time: a lock on a local store, held for as long as the process lives."""
+"""One writer at a time: a lock on a local store, held for as long as the process lives, or a lease at a URL."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import getpass
-import json
 import os
-import shlex
-import socket
-import sys
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from dimefm import storage
 from dimefm.errors import StoreError
+from dimefm.lease import leasing
+from dimefm.owner import owner, show_owner
 
 _LOCK = ".lock"
-_held: set[TextIO] = set()
+_held: set[BinaryIO] = set()
 _forks_let_go = False
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what some network file systems answer
 
 
 @contextmanager
-def writing(store: str) -> Iterator[None]:
+def writing(store: str) -> Iterator[str | None]:
     """Hold the store for the block. Raises StoreError with the owner's name where another process writes to it.
 
     The kernel lets go of the lock when the process ends, however it ends. A block that leaves nothing but the lock
-    leaves no folder either. Stores at URLs, and file systems that cannot lock, have no such lock: there two runs on one
-    store are only harmless in that both write the same bytes.
+    leaves no folder either. On local file systems that cannot lock, two runs on one store are only harmless in that
+    both write the same bytes. At a URL it is a lease (see dimefm.lease), whose token the block is given.
     """
     path = storage.absolute(store)
     if storage.is_url(path):
-        yield
+        with leasing(path) as token:
+            yield token
         return
     folder = Path(path)
     made = not folder.exists()
@@ -43,44 +41,52 @@ def writing(store: str) -> Iterator[None]:
         _keep_from_forks(file)
         try:
             _sign(file, folder)
-            yield
+            yield None
         finally:
             _held.discard(file)
-            with suppress(OSError):  # another process may have come at this moment
-                if made and [entry.name for entry in folder.iterdir()] == [_LOCK]:
-                    (folder / _LOCK).unlink()
-                    folder.rmdir()
+            with suppress(OSError):
+                file.truncate(0)
+                (folder / _LOCK).unlink()
+                if made:
+                    folder.rmdir()  # fails, as it should, where something is in it
 
 
-def _locked(folder: Path) -> TextIO:
+def _locked(folder: Path) -> BinaryIO:
     """The lock file of a folder, made if need be, and locked until it is closed."""
     while True:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(str(folder))
         except FileExistsError:
             raise StoreError(f"{folder} exists and is a file", remedy="give another --out") from None
         except OSError as error:
             raise storage.cannot_write(str(folder), error) from error
-        with suppress(FileNotFoundError):  # another process has just removed a folder that it left empty
+        with suppress(FileNotFoundError):  # another process has just removed its lock, or a folder that it left empty
             file = _open(folder)
             if os.path.samestat(os.fstat(file.fileno()), (folder / _LOCK).stat()):
                 return file
             file.close()
 
 
-def _open(folder: Path) -> TextIO:
+def _open(folder: Path) -> BinaryIO:
     try:
-        file = (folder / _LOCK).open("a+", encoding="utf-8")
+        # Not through a link, which a folder of others could lead anywhere with: the lock is overwritten.
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except FileNotFoundError:
         raise
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _strange(folder) from None
         raise storage.cannot_write(str(folder), error) from error
+    file = os.fdopen(descriptor, "r+b", buffering=0)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        file.close()
+        raise _strange(folder)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         with file:
-            file.seek(0)
-            what = f"{folder} is being written by {_show(file.read())}"
+            what = f"{folder} is being written by {show_owner(file.read())}"
         raise StoreError(what, remedy="wait until it has finished, or stop it") from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
@@ -89,7 +95,11 @@ def _open(folder: Path) -> TextIO:
     return file
 
 
-def _keep_from_forks(file: TextIO) -> None:
+def _strange(folder: Path) -> StoreError:
+    return StoreError(f"{folder / _LOCK} is a link, or no plain file", remedy="it is not dimefm's: delete it")
+
+
+def _keep_from_forks(file: BinaryIO) -> None:
     """A forked child shares its parent's lock, and would hold it for a while after the parent was killed."""
     global _forks_let_go
     if not _forks_let_go:
@@ -98,33 +108,9 @@ def _keep_from_forks(file: TextIO) -> None:
     _held.add(file)
 
 
-def _sign(file: TextIO, folder: Path) -> None:
+def _sign(file: BinaryIO, folder: Path) -> None:
     try:
         file.truncate(0)
-        os.write(file.fileno(), _owner().encode())  # past the buffer, which would be written once more by close
+        file.write(owner())
     except OSError as error:
         raise storage.cannot_write(str(folder), error) from error
-
-
-def _owner() -> str:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        user = f"user {os.getuid()}"
-    facts = {
-        "process": os.getpid(),
-        "host": socket.gethostname(),
-        "user": user,
-        "since": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
-    }
-    return json.dumps(facts)
-
-
-def _show(owner: str) -> str:
-    try:
-        facts = json.loads(owner)
-        place = f"process {facts['process']} of {facts['user']} on {facts['host']}"
-        return f"{place} since {facts['since']}: {facts['command']}"
-    except (ValueError, KeyError, TypeError):  # it is just writing who it is
-        return "another process"

@@ -11,7 +11,7 @@ import platform
 import resource
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from dimefm.errors import DimefmError
@@ -19,7 +19,7 @@ from dimefm.errors import DimefmError
 Precision = Literal["fp32", "bf16", "fp16"]
 
 SHARED_MEMORY = Path("/dev/shm")
-_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_PROCESS = Path("/proc/self")
 _MOST_FILES = 65536  # some libraries go through all descriptors that could be open: no more than are of use
 
 
@@ -115,24 +115,48 @@ def _cpu_quotas() -> Iterator[tuple[str, str]]:
 
 
 def available_memory() -> int:
-    """Bytes that this process may use: of the machine, or the least that one of its nested control groups allows."""
+    """Bytes that this process may use: of the machine, or the least that `ulimit -v` or one of its nested control
+    groups allows. What is beyond memory.high is slowed down until nothing moves, and does not count."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    limits = [*_settings("", "memory.max"), *_settings("memory", "memory.limit_in_bytes")]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        found.append(limit)
+    limits = [
+        *_settings("", "memory.max"),
+        *_settings("", "memory.high"),
+        *_settings("memory", "memory.limit_in_bytes"),
+    ]
+    for statistics in _settings("memory", "memory.stat"):  # of groups too that are not to be seen in a container
+        limits += [line.split()[-1] for line in statistics.splitlines() if line.startswith("hierarchical_memory_limit")]
     return min(found + [int(text) for text in limits if text.isdigit()])
 
 
 def _settings(controller: str, name: str) -> list[str]:
-    """A file's content in the control group of this process and in each that it is nested in; of version 2 for the
-    controller "". Inside a container the groups may be mounted as if its own were the root."""
-    found = []
-    for line in _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.exists() else []:
-        _, controllers, path = line.split(":", 2)
-        if controller not in controllers.split(","):
-            continue
-        root = _CGROUPS / controller
-        folder = root / path.lstrip("/")
-        found += [p / name for p in (folder, *folder.parents) if p == root or root in p.parents]
+    """A file's content in the control group of this process and in each that it is nested in, as far as they are
+    mounted here; of version 2 for the controller ""."""
+    own, mounts = _PROCESS / "cgroup", _PROCESS / "mountinfo"
+    if not own.exists() or not mounts.exists():
+        return []
+    lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    paths = [PurePosixPath(path) for _, controllers, path in lines if controller in controllers.split(",")]
+    found: dict[Path, None] = {}
+    for path in paths:
+        for root, mount in _mounts(mounts.read_text(), controller):
+            # In a container the group that is mounted may be its own, by whatever name it has outside.
+            inside = path.is_relative_to(root) and ".." not in path.parts
+            folder = mount / path.relative_to(root) if inside else mount
+            found |= dict.fromkeys(p / name for p in (folder, *folder.parents) if p == mount or mount in p.parents)
     return [file.read_text().strip() for file in found if file.is_file()]
+
+
+def _mounts(mountinfo: str, controller: str) -> Iterator[tuple[PurePosixPath, Path]]:
+    """Where groups of a controller are mounted, and which one is the root there; see proc_pid_mountinfo(5)."""
+    for line in mountinfo.splitlines():
+        fields, _, rest = line.partition(" - ")
+        kind, _, options = (*rest.split(" "), "", "")[:3]
+        if (kind == "cgroup2" and not controller) or (kind == "cgroup" and controller in options.split(",")):
+            root, mount = (name.replace("\\040", " ") for name in fields.split(" ")[3:5])
+            yield PurePosixPath(root), Path(mount)
 
 
 def free_shared_memory() -> int | None:

@@ -16,10 +16,11 @@ from cache_schemas import Failure, PairsStore, Selection, Status
 from cache_schemas.embedding_store import ATTRIBUTES_KEY, commit_path
 from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
 from dimefm import storage
-from dimefm.arrays import create_array, digest_arrays, group_attributes, open_group
+from dimefm.arrays import create_array, digest_arrays, group_attributes, open_group, write_attributes, write_rows
 from dimefm.commits import make_commit
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.exact import valid_rows
+from dimefm.lease import require_held
 from dimefm.lock import writing
 from dimefm.mapped import MappedArray
 from dimefm.store import Store
@@ -56,12 +57,14 @@ class Pairs:
     @staticmethod
     def create(path: str, schema: PairsStore) -> Pairs:
         """Make the arrays, and last the attributes."""
-        group = zarr.open_group(storage.absolute(path), mode="a")
+        path = storage.absolute(path)
+        group = zarr.open_group(path, mode="a")
         shape, chunk = (schema.rows, schema.top_k), (min(schema.shard_rows, 1024), schema.top_k)
         create_array(group, TEXT_ROW, shape, "int32", chunk, schema.shard_rows)
         create_array(group, SCORE, shape, "float16", chunk, schema.shard_rows, fill=float("nan"))
         create_array(group, HITS, (schema.text_rows,), "uint32", (65536,), 65536)
-        group.attrs[ATTRIBUTES_KEY] = schema.to_json()
+        require_held(path)
+        write_attributes(path, (TEXT_ROW, SCORE, HITS), schema.to_json())
         return Pairs(path)
 
     def text_rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
@@ -189,13 +192,14 @@ def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> 
         row_NK[good_N[part]], score_NK[good_N[part]] = rows, np.where(rows >= 0, scores, np.nan)
     with storage.writing_to(pairs.path):
         for name, values in ((TEXT_ROW, row_NK), (SCORE, score_NK)):
-            pairs.group[name].with_config({"write_empty_chunks": True})[start:stop] = values
-            storage.flush(storage.join(pairs.path, f"{name}/c/{shard}/0"))
+            array = pairs.group[name].with_config({"write_empty_chunks": True})
+            write_rows(pairs.path, f"{name}/c/{shard}/0", array, start, values)
         failures = [
             _no_embedding(images, shard, i, status_N[i]) for i in np.flatnonzero(status_N != Status.OK).tolist()
         ]
         digest, seconds = digest_arrays(row_NK, score_NK), time.monotonic() - began
         commit = make_commit(shard, start, status_N, failures, digest=digest, device=search.device, seconds=seconds)
+        require_held(pairs.path)
         storage.write_json(storage.join(pairs.path, commit_path(shard)), commit.to_json())
 
 
@@ -217,8 +221,7 @@ def _count_hits(pairs: Pairs) -> Selection:
         total += float(np.nansum(pairs.scores(*schema.shard_range(shard)).astype(np.float64)))
     with storage.writing_to(pairs.path):
         pairs.group[HITS][:] = hits_T
-        for file in sorted(storage.tree(storage.join(pairs.path, HITS))):
-            storage.flush(storage.join(pairs.path, f"{HITS}/{file}"))
+        storage.flush_tree(storage.join(pairs.path, HITS))
     selection = Selection(
         images=images,
         skipped=schema.rows - images,
@@ -228,6 +231,7 @@ def _count_hits(pairs: Pairs) -> Selection:
         digest=digest_arrays(hits_T),
     )
     with storage.writing_to(pairs.path):
+        require_held(pairs.path)
         storage.write_json(storage.join(pairs.path, HITS_COMMIT), selection.to_json())
     return selection
 

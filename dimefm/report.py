@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from dimefm import storage
 from dimefm.commits import versions
 from dimefm.evaluation.predictions import read_predictions
 from dimefm.evaluation.results import read_results
@@ -62,7 +63,7 @@ def write_report(out: Path, students: Sequence[Student]) -> Report:
     seconds: dict[str, float | None] = json.loads((out / "stages.json").read_text())
     parts = [_accuracy(teacher, found, students), _bill(out, students, seconds), _stages(out, students, seconds)]
     text = "\n".join([line for part in parts for line in [*part, ""]] + _machine(out, students))
-    (out / REPORT_FILE).write_text(f"# dimefm: {out.name}\n\n{text}\n", encoding="utf-8")
+    storage.write_atomic(str(out / REPORT_FILE), f"# dimefm: {out.name}\n\n{text}\n".encode())
     _plot(out, teacher, found, students)
     return Report(f"{text}\n\nwritten: {out / REPORT_FILE}, {out / PLOT_FILE}", missed)
 
@@ -241,4 +242,5 @@ def _plot(out: Path, teacher: dict[str, Any], found: dict[str, Any], students: S
     right.set(title="Zero-shot top-1, final", ylabel="%", xticks=list(range(len(teacher))), xticklabels=list(teacher))
     right.set_ylim(0, right.get_ylim()[1] * 1.25)  # room for what the colours mean
     right.legend(fontsize=8, ncols=2, loc="upper right")
-    figure.savefig(out / PLOT_FILE, dpi=130)
+    with storage.writing_to(str(out)), storage.writing_atomically(str(out / PLOT_FILE)) as file:
+        figure.savefig(file, dpi=130, format="png")

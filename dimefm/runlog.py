@@ -85,6 +85,12 @@ class RunLog:
             self._write("validation", done, scores)
             self._progress.note(", ".join(f"{name} top-1 {score:.3f}" for name, score in scores.items()))
 
+    def flush(self) -> None:
+        """See all lines through to the disk, before a checkpoint says that their steps are done."""
+        if self._enabled:
+            with storage.writing_to(str(self._path)):
+                storage.flush(str(self._path))
+
     def _write(self, event: str, step: int, values: dict[str, float]) -> None:
         with storage.writing_to(str(self._path)):
             known = {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -28,6 +28,7 @@ from dimefm.choice import REASONS, Fate, choose
 from dimefm.errors import MismatchError, OutputExistsError, SelectionError
 from dimefm.exact import valid_rows
 from dimefm.grounding import score_texts
+from dimefm.lease import require_held
 from dimefm.lock import writing
 from dimefm.machine import choose_device
 from dimefm.pairs import Pairs
@@ -183,6 +184,7 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
         )
         with storage.writing_to(out):
             storage.write_atomic(storage.join(out, REPORT_FILE), report(selection).encode())
+            require_held(out)
             storage.write_json(storage.join(out, SELECTION_FILE), selection.to_json())
     return selection
 

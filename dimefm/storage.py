@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -180,25 +180,61 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
 
 
 def write_atomic(path: str, data: bytes) -> None:
-    """Write a whole file so that a reader, or a kill at any instant, sees all of it or none."""
-    if is_url(path):
-        fs, inner = filesystem(path)
+    """Write a whole file so that a reader, or a kill at any instant, sees all of it or none. Raises StoreError."""
+    with writing_to(path):
+        if is_url(path):
+            _put(*filesystem(path), data)
+            return
+        with writing_atomically(path) as file:
+            file.write(data)
+
+
+def _put(fs: Any, inner: str, data: bytes) -> None:
+    try:
         fs.pipe_file(inner, data)
-        return
-    with writing_atomically(path) as file:
-        file.write(data)
+    except OSError:
+        raise
+    except Exception as error:  # of a client's own kind, such as botocore's for a connection that is refused
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def create(path: str, data: bytes) -> bool:
+    """Write a file at a URL unless one is there; whether it was written. Of two that try at once one succeeds, where
+    the store knows such a condition (S3, GCS); elsewhere both may. Raises StoreError."""
+    with writing_to(path):
+        fs, inner = _fresh(path)
+        if fs.exists(inner):  # there are stores that ignore the condition
+            return False
+        try:
+            fs.pipe_file(inner, data, mode="create")
+            return True
+        except FileExistsError:
+            return False
+        except Exception:
+            fs.invalidate_cache()
+            if fs.exists(inner):  # another's was written at the same time
+                return False
+        _put(fs, inner, data)  # the store, or its client, knows no condition; or it says now what is wrong
+        return True
 
 
 @contextmanager
 def writing_atomically(path: str) -> Iterator[Any]:
-    """A binary file to write to, which is at `path` only once the block has ended without an error."""
+    """A binary file to write to, which is at `path` only once the block has ended without an error. Raises OSError."""
     if is_url(path):
         fs, inner = filesystem(path)
-        with fs.transaction, fs.open(inner, "wb") as file:
-            yield file
+        file = fs.open(inner, "wb", autocommit=False)
+        fs.transaction.files.remove(file)  # which would be committed with those of other threads
+        try:
+            with file:
+                yield file
+        except BaseException:
+            file.discard()
+            raise
+        file.commit()
         return
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(str(target.parent))
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}{_UNFINISHED}")
     try:
         with temporary.open("wb") as file:
@@ -212,11 +248,53 @@ def writing_atomically(path: str) -> Iterator[Any]:
     _sync(str(target.parent))
 
 
+@contextmanager
+def publishing(path: str) -> Iterator[Path]:
+    """A local folder to write into, which is at `path`, with all that is in it on the disk, only once the block has
+    ended without an error; nothing is left of one that has not, and a block may remove the folder itself. Raises
+    StoreError where the folder cannot be written; an OSError of the block stays what it is."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}{_UNFINISHED}")
+    try:
+        with writing_to(path):
+            shutil.rmtree(temporary, ignore_errors=True)  # of a kill
+            make_folder(str(temporary))
+        yield temporary
+        with writing_to(path):
+            if temporary.exists():
+                flush_tree(str(temporary))
+                temporary.rename(target)
+                _sync(str(target.parent))
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def make_folder(path: str) -> None:
+    """Make a local folder and those that it is in, where they are not there, and see their names through to the disk:
+    a file that is flushed could else be lost with its folder. Raises OSError."""
+    folder, new = Path(path), list[Path]()
+    while not folder.exists():
+        new.append(folder)
+        folder = folder.parent
+    Path(path).mkdir(parents=True, exist_ok=True)
+    for made in new:
+        _sync(str(made.parent))
+
+
 def flush(path: str) -> None:
-    """See a local file and its name through to the disk, so that a commit written after it is not there without it."""
+    """See a local file or folder and its name through to the disk, so that a commit written after it is not there
+    without it."""
     if not is_url(path):
         _sync(path)
         _sync(str(Path(path).parent))
+
+
+def flush_tree(folder: str) -> None:
+    """`flush` of a local folder and of everything below it."""
+    if not is_url(folder):
+        for place in [*Path(folder).rglob("*"), Path(folder), Path(folder).parent]:
+            _sync(str(place))
 
 
 def _sync(path: str) -> None:
@@ -228,9 +306,11 @@ def _sync(path: str) -> None:
 
 
 def remove_file(path: str) -> None:
-    """Delete a file, if it is there."""
+    """Delete a file, if it is there; of a local one that is on the disk before what is written next."""
     if not is_url(path):
-        Path(path).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            Path(path).unlink()
+            _sync(str(Path(path).parent))
         return
     if exists(path):
         fs, inner = _fresh(path)

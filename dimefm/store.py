@@ -30,9 +30,19 @@ from cache_schemas.embedding_store import (
 )
 from cache_schemas.plan import FILES, FILES_TABLE
 from dimefm import storage
-from dimefm.arrays import DAMAGED, create_array, digest_arrays, group_attributes, open_array, open_group
+from dimefm.arrays import (
+    DAMAGED,
+    create_array,
+    digest_arrays,
+    group_attributes,
+    open_array,
+    open_group,
+    write_attributes,
+    write_rows,
+)
 from dimefm.commits import make_commit
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
+from dimefm.lease import require_held
 from dimefm.mapped import MappedArray
 from dimefm.sources.base import SourceFile
 from dimefm.tables import read_table, require_digest, sha256, write_table
@@ -81,9 +91,8 @@ class Store:
             places = {name: storage.join(storage.absolute(path), name) for name in names}
             found = {name: sha256(storage.read_bytes(place)) for name, place in places.items() if storage.exists(place)}
             schema = replace(schema, digests={**schema.digests, **found})
-            # Written as our other documents are, so that `dimefm verify` knows each byte, whatever zarr's release.
-            document = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTES_KEY: schema.to_json()}}
-            storage.write_json(storage.join(storage.absolute(path), "zarr.json"), document)
+            require_held(storage.absolute(path))
+            write_attributes(storage.absolute(path), schema.arrays(), schema.to_json())
         return Store(path)
 
     def write_shard(
@@ -101,15 +110,13 @@ class Store:
         `arrays` are all that the store has, by name, (N, ...); `pixels` is the digest of the shard's tar. Raises
         StoreError where it cannot be written, as on a full disk: the shards that were committed before are not touched.
         """
-        start, stop = self.schema.shard_range(shard)
-        path = storage.join(self.path, commit_path(shard))
+        start, path = self.schema.shard_range(shard)[0], storage.join(self.path, commit_path(shard))
         with storage.writing_to(self.path):
             storage.remove_file(path)  # of a shard that is written again
             for name, array in self._arrays.items():
                 file = storage.join(self.path, self.shard_file(name, shard))
                 storage.remove_file(file)  # zarr would read what is in it, where the last shard is not a full one
-                array[start:stop] = arrays[name]
-                storage.flush(file)
+                write_rows(self.path, self.shard_file(name, shard), array, start, arrays[name])
                 mapped = self._mapped[name]
                 if mapped is not None:
                     mapped.forget()
@@ -124,6 +131,7 @@ class Store:
                 plan=self.schema.digests.get(rows_path(shard)),
                 pixels=pixels,
             )
+            require_held(self.path)
             storage.write_json(path, commit.to_json())
         return commit
 

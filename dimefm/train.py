@@ -168,6 +168,7 @@ class _Trainer:
                     log.validation(done, scores, time.monotonic() - began)
                 self.saving.check()
                 if save:
+                    log.flush()
                     self._save(done, scores if validated else {})
                 if last or number:
                     self.saving.wait()

@@ -75,7 +75,7 @@ def cache(config: CacheConfig) -> Store:
     teacher, weight_bytes = loaded.identity, loaded.weight_bytes()
     clip: Clip | None = loaded
     del loaded
-    with writing(config.out):
+    with writing(config.out) as lease:
         store = open_or_plan(_request(config, device), config.out, teacher, accept_missing=config.accept_missing)
         job = Job(
             store=store.path,
@@ -86,6 +86,7 @@ def cache(config: CacheConfig) -> Store:
             threads=config.threads,
             compile=config.compile,
             accept_missing=config.accept_missing,
+            lease=lease,
         )
         workers = _workers(config, device, store.schema.rows, weight_bytes)
         for part in (job, replace(job, retry=True))[: 1 + config.retry_failed]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -206,11 +205,10 @@ def export_embeddings(store_path: str, out: str, *, rows_per_file: int | None = 
     target = Path(storage.local(out, "an export"))
     if target.is_file() or storage.listing(str(target)):
         raise OutputExistsError(f"{target} exists and is not empty", remedy="give another --out, or delete it")
-    temporary = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
     rows, step, name = store.schema.rows, rows_per_file or store.schema.shard_rows, _NAMES[store.schema.kind]
     digits = len(str((rows - 1) // step))
-    with Progress("export", rows, "row") as progress:
+    written = False
+    with storage.publishing(str(target)) as temporary, Progress("export", rows, "row") as progress:
         for number, start in enumerate(range(0, rows, step)):
             stop = min(start + step, rows)
             good_N = np.flatnonzero(store.status(start, stop) == Status.OK)
@@ -218,13 +216,19 @@ def export_embeddings(store_path: str, out: str, *, rows_per_file: int | None = 
                 vectors, table = io.BytesIO(), io.BytesIO()
                 np.save(vectors, store.read(start, stop)[good_N])
                 pq.write_table(_metadata(store, start, stop).take(good_N), table)
-                storage.write_atomic(f"{temporary}/{name}/{name}_{number:0{digits}d}.npy", vectors.getvalue())
-                storage.write_atomic(f"{temporary}/metadata/metadata_{number:0{digits}d}.parquet", table.getvalue())
+                _write(temporary / name / f"{name}_{number:0{digits}d}.npy", vectors, out)
+                _write(temporary / "metadata" / f"metadata_{number:0{digits}d}.parquet", table, out)
+                written = True
             progress.at(stop)
-    if not temporary.exists():
-        raise StoreError(f"{store.path} has no row with an embedding", remedy="dimefm info STORE says why")
-    temporary.rename(target)
+        if not written:
+            raise StoreError(f"{store.path} has no row with an embedding", remedy="dimefm info STORE says why")
     return str(target)
+
+
+def _write(path: Path, data: io.BytesIO, out: str) -> None:
+    with storage.writing_to(out):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data.getbuffer())
 
 
 def _metadata(store: Store, start: int, stop: int) -> pa.Table:

@@ -19,6 +19,7 @@ from cache_schemas import Commit, EmbeddingStore, Status
 from dimefm import storage
 from dimefm.clip import Clip, load_clip
 from dimefm.errors import MismatchError, SourceError, TeacherError
+from dimefm.lease import writes_under
 from dimefm.machine import Precision, cpus
 from dimefm.progress import Progress
 from dimefm.shard import check_canary, encode_shard, retry_shard
@@ -32,7 +33,8 @@ SHARDS_AT_ONCE = {"cpu": 1, "cuda": 2}
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What every worker needs to know: the planned store and how to load its teacher. `retry`: encode only the rows
-    of finished shards that have no embedding. `accept_missing`: leave out images whose file is gone or refused."""
+    of finished shards that have no embedding. `accept_missing`: leave out images whose file is gone or refused.
+    `lease`: the command's, of a store at a URL."""
 
     store: str
     teacher: str
@@ -43,6 +45,7 @@ class Job:
     compile: bool = False
     retry: bool = False
     accept_missing: bool = False
+    lease: str | None = None
 
 
 def _nobody(rows: int) -> None:
@@ -69,6 +72,7 @@ class Worker:
         """
         torch.set_num_threads(1)
         job, self._store = self._job, Store(self._job.store)
+        writes_under(self._store.path, job.lease)
         schema = self._store.schema
         clip = self._clip
         if clip is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dimefm.sample import sample_dir
 from dimefm.shard import encode_shard
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
+from tests.disks import Disk
 from tests.making import read_tar, write_tar
 from tests.tiny_clip import write_clip
 from tests.training import STUDENT
@@ -92,6 +94,14 @@ def teacher_name(tmp_path_factory: pytest.TempPathFactory) -> str:
 def clip(teacher_name: str) -> Clip:
     """That teacher on the CPU."""
     return load_clip(teacher_name, device="cpu")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A small disk, of 64 KiB at first."""
+    found = Disk(tmp_path / "disk")
+    yield found
+    found.unmount()
 
 
 @pytest.fixture

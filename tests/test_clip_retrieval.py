@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dimefm import storage
 from dimefm.errors import OutputExistsError, StoreError
 from dimefm.store import Store
 from pipeline.clip_retrieval import Folder, export_embeddings, unit
@@ -85,17 +84,17 @@ def test_an_export_that_is_stopped_leaves_nothing_and_begins_again(
 ) -> None:
     out = tmp_path / "out"
 
-    def stop(path: str, data: bytes) -> None:
-        if "_2" in path:
+    def stop(path: Path, data: bytes) -> int:
+        if "_2" in path.name:
             raise KeyboardInterrupt
-        write(path, data)
+        return write(path, data)
 
-    write = storage.write_atomic
+    write = Path.write_bytes
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "write_atomic", stop)
+        patch.setattr(Path, "write_bytes", stop)
         with pytest.raises(KeyboardInterrupt):
             export_embeddings(image_store.path, str(out))
-    assert not out.exists()
+    assert list(tmp_path.iterdir()) == []
     export_embeddings(image_store.path, str(out), rows_per_file=96)
     assert [path.name for path in (out / "img_emb").iterdir()] == ["img_emb_0.npy"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

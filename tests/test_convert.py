@@ -22,7 +22,7 @@ from torch import nn
 
 from dimefm.cli import cli
 from dimefm.convert import convert, image_tower
-from dimefm.errors import DimefmError, MismatchError, OutputExistsError, SourceError
+from dimefm.errors import DimefmError, MismatchError, OutputExistsError, SourceError, StoreError
 
 WIDTH, LAYERS, SIZE, EMBED = 128, 2, 32, 64  # of the small tower, whose patches are of 16 px
 State = dict[str, torch.Tensor]
@@ -287,9 +287,9 @@ def test_a_write_that_fails_leaves_no_folder(teacher: Path, tmp_path: Path, monk
 
     checkpoint, out = save(released(), tmp_path), tmp_path / "out"
     monkeypatch.setattr("dimefm.export.save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StoreError, match="out cannot be written: No space left on device\n  remedy: "):
         convert(checkpoint, str(out), teacher=f"local-dir:{teacher}")
-    assert not out.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
     monkeypatch.undo()
     convert(checkpoint, str(out), teacher=f"local-dir:{teacher}")
     assert loaded(out)

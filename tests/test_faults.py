@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import struct
-import subprocess
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ from dimefm.shard import encode_shard
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.verify import VerifyConfig, verify
+from tests.disks import Disk
 from tests.making import make_jpeg, read_tar, write_tar
 from tests.processes import Command, result_of
 from tests.stores import random_store
@@ -80,34 +80,6 @@ def undisturbed(request_: PlanRequest, source: Path, clip: Clip) -> Path:
 def few_of(*sizes: int, fast: tuple[int, ...]) -> list[Any]:
     """Parameters, of which those that are not `fast` are slow."""
     return [size if size in fast else pytest.param(size, marks=pytest.mark.slow) for size in sizes]
-
-
-class Disk:
-    """A file system in memory, of a size."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.mkdir()
-        self._mount("-t", "tmpfs", "-o", "size=64k", "tmpfs")
-
-    def options(self, options: str) -> None:
-        """`size=4m`, or `ro`."""
-        self._mount("-o", f"remount,{options}")
-
-    def unmount(self) -> None:
-        subprocess.run(["umount", "--lazy", str(self.path)], check=False, capture_output=True)
-
-    def _mount(self, *words: str) -> None:
-        done = subprocess.run(["mount", *words, str(self.path)], check=False, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"needs the right to mount a file system: {done.stderr.strip()}")
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    found = Disk(tmp_path / "disk")
-    yield found
-    found.unmount()
 
 
 @pytest.mark.parametrize("size", few_of(4, 8, 16, 24, 32, 48, 64, 96, 128, fast=(4, 24, 64, 128)))

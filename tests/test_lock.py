@@ -117,9 +117,39 @@ def test_a_file_system_that_cannot_lock_is_written_to_all_the_same(
     assert (tmp_path / "s.zarr" / "file").exists()
 
 
-def test_a_store_at_a_url_has_no_lock() -> None:
-    with writing("memory://s.zarr"), writing("memory://s.zarr"):
+def test_nothing_of_the_lock_stays_behind(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with writing(str(tmp_path)):
+        assert (tmp_path / ".lock").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_lock_tells_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/dimefm", "cache-images", "https://user:secret@host/a.tar"])
+    with writing(str(tmp_path)):
+        assert "secret" not in (tmp_path / ".lock").read_text()
+        assert refuse(tmp_path).split("\n")[0].endswith(": dimefm")
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "second name", "pipe"])
+def test_a_lock_that_is_not_ours_is_neither_followed_nor_overwritten(tmp_path: Path, kind: str) -> None:
+    store, other = tmp_path / "s.zarr", tmp_path / "thesis.tex"
+    store.mkdir()
+    if kind != "link to nothing":
+        other.write_text("all of it")
+    if kind.startswith("link"):
+        (store / ".lock").symlink_to(other)
+    elif kind == "second name":
+        (store / ".lock").hardlink_to(other)
+    else:
+        os.mkfifo(store / ".lock")
+    with (
+        pytest.raises(StoreError, match=r"s\.zarr/\.lock is a link, or no plain file\n  remedy: "),
+        writing(str(store)),
+    ):
         pass
+    assert [path.name for path in store.iterdir()] == [".lock"]
+    assert not other.exists() if kind == "link to nothing" else other.read_text() == "all of it"
 
 
 def test_a_refused_command_ends_with_one_message_and_writes_nothing(

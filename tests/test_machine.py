@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dimefm import machine
+from dimefm import machine, textbank
+from dimefm.building import IndexConfig, forecast
+from pipeline.cache import CacheConfig, _workers
 from tests.processes import result_of
+from tests.stores import random_store
 
 
 @pytest.mark.parametrize(
@@ -37,15 +40,27 @@ def test_a_gpu_that_would_emulate_bf16_computes_in_fp16(
     assert machine.emulates("bf16", "cuda") == (not native)
 
 
-def control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, files: dict[str, str]) -> None:
-    """A tree of control groups with these files, in which this process is in `own`."""
+SECOND = ["/ {}/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"]
+FIRST = [
+    "/ {}/cgroup ro,nosuid - tmpfs tmpfs ro,mode=755",
+    "/ {}/cgroup/memory rw - cgroup cgroup rw,memory",
+    "/ {}/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct",
+]
+
+
+def control_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, files: dict[str, str], mounts: list[str] = SECOND
+) -> None:
+    """A tree of control groups with these files, mounted so, in which this process is in `own`."""
     for name, text in files.items():
         path = tmp_path / "cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    (tmp_path / "own").write_text(own)
-    monkeypatch.setattr(machine, "_CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(machine, "_OWN_CGROUPS", tmp_path / "own")
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text(own)
+    lines = [f"{20 + number} 19 0:{number} {mount.format(tmp_path)}\n" for number, mount in enumerate(mounts)]
+    (tmp_path / "self" / "mountinfo").write_text("19 1 254:0 / / rw - ext4 /dev/vda rw\n" + "".join(lines))
+    monkeypatch.setattr(machine, "_PROCESS", tmp_path / "self")
 
 
 def test_the_least_limit_of_nested_control_groups_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,11 +76,68 @@ def test_the_least_limit_of_nested_control_groups_counts(tmp_path: Path, monkeyp
 def test_the_first_version_of_control_groups_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
         "memory/memory.limit_in_bytes": "9223372036854771712\n", "memory/a/memory.limit_in_bytes": "4000000\n",
-        "cpu/a/cpu.cfs_quota_us": "50000\n", "cpu/a/cpu.cfs_period_us": "100000\n",
+        "cpu,cpuacct/a/cpu.cfs_quota_us": "100000\n", "cpu,cpuacct/a/cpu.cfs_period_us": "100000\n",
+        "cpu,cpuacct/cpu.cfs_quota_us": "-1\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n",
     }  # fmt: skip
-    control_groups(tmp_path, monkeypatch, "4:memory:/a/b\n2:cpu,cpuacct:/a\n1:name=systemd:/\n", files)
+    control_groups(tmp_path, monkeypatch, "4:memory:/a/b\n2:cpu,cpuacct:/a\n1:name=systemd:/\n", files, FIRST)
     assert machine.available_memory() == 4_000_000
     assert machine.cpus() == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "mounts", "files"),
+    [
+        # Version 2 beside version 1, with memory in the second: as systemd's hybrid set-up has it.
+        ("4:cpu:/\n0::/a\n", [*FIRST, "/ {}/cgroup/unified rw - cgroup2 cgroup2 rw"],
+         {"unified/a/memory.max": "5000000"}),
+        # A container of its own namespace: its group is the root.
+        ("0::/\n", SECOND, {"memory.max": "5000000", "memory.high": "max"}),
+        # One that sees its name outside, and its own group mounted as the root.
+        ("4:memory:/docker/x\n", ["/docker/x {}/cgroup/memory rw - cgroup cgroup rw,memory"],
+         {"memory/memory.limit_in_bytes": "5000000"}),
+        ("4:memory:/docker/x/y\n", ["/docker/x {}/cgroup/memory rw - cgroup cgroup rw,memory"],
+         {"memory/memory.limit_in_bytes": "9000000", "memory/y/memory.limit_in_bytes": "5000000"}),
+        # One that was entered from outside of its namespace.
+        ("0::/../../job\n", SECOND, {"memory.max": "5000000"}),
+        # A limit of a group that is not to be seen.
+        ("4:memory:/x\n", FIRST, {"memory/x/memory.limit_in_bytes": "9223372036854771712",
+                                  "memory/x/memory.stat": "cache 1\nhierarchical_memory_limit 5000000\nrss 7"}),
+        # Groups that are slowed down before they are full.
+        ("0::/a/b\n", SECOND, {"a/memory.high": "5000000", "a/b/memory.max": "7000000", "a/b/memory.high": "max"}),
+        # A mount with a space in its name.
+        ("0::/\n", ["/ {}/cgroup/a\\040b rw - cgroup2 cgroup2 rw"], {"a b/memory.max": "5000000"}),
+    ],
+    ids=["hybrid", "namespace", "container", "nested in one", "entered", "not seen", "high", "space"],
+)  # fmt: skip
+def test_limits_count_however_the_groups_are_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, mounts: list[str], files: dict[str, str]
+) -> None:
+    control_groups(tmp_path, monkeypatch, own, files, mounts)
+    assert machine.available_memory() == 5_000_000
+
+
+@pytest.mark.parametrize("limit", ["8000000000", "max"])
+def test_defaults_follow_the_memory_that_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    """Of an index and of the sentences in memory; the workers of a cache."""
+    whole = machine.available_memory()
+    control_groups(tmp_path, monkeypatch, "0::/a/b\n", {"a/memory.max": limit, "a/b/memory.max": "max"})
+    memory = min(whole, int(limit)) if limit.isdigit() else machine.available_memory()
+    store, _ = random_store(tmp_path / "t.zarr", rows=32, shard_rows=16, kind="text")
+    assert forecast(IndexConfig(store=store.path, out=str(tmp_path / "t.index"))).memory == memory // 2
+    assert textbank._room_in_memory() == memory // textbank._SHARE
+    config = CacheConfig(kind="text", sources=("s.txt",), out="o", teacher="t")
+    monkeypatch.setattr("pipeline.cache.cpus", lambda: 1000)
+    weights = 1_000_000_000
+    assert _workers(config, "cpu", 10**12, weights) == int(0.9 * memory) // (2 * weights)
+
+
+def limited() -> int:
+    resource.setrlimit(resource.RLIMIT_AS, (20_000_000_000, resource.RLIM_INFINITY))
+    return machine.available_memory()
+
+
+def test_a_limit_of_the_address_space_counts() -> None:
+    assert result_of(limited) <= 20_000_000_000
 
 
 def test_without_limits_the_machine_is_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

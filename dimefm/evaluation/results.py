@@ -37,12 +37,15 @@ class Results:
         """Append a result. It is on disk when this returns."""
         line = json.dumps(result.to_json(), sort_keys=True, allow_nan=False) + "\n"
         with storage.writing_to(str(self.path)):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b") as file:
+            storage.make_folder(str(self.path.parent))
+            # Not through a link, which a folder of others could lead anywhere with.
+            with os.fdopen(
+                os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+b"
+            ) as file:
                 file.truncate(_whole_lines(self.path))
                 file.write(line.encode())
                 file.flush()
-                os.fsync(file.fileno())
+                storage.flush(str(self.path))
         self._found[result.key] = result
 
 

@@ -57,6 +57,7 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
     that cannot be loaded, and where nothing of what was asked for exists.
     """
     chosen = choose(config)
+    storage.local(config.out, "the folder of all evaluations")
     folder = str(Path(config.out, config.name or default_name(config)))
     with writing(folder), _opened(config) as clip:
         return _Evaluator(config, clip, folder, report or (lambda result: None)).run(chosen)

@@ -69,7 +69,6 @@ def _encoded(name: str, files: list[Path], split: str) -> Iterator[tuple[bytes, 
 
 
 def _write(path: Path, images: Iterator[tuple[bytes, int]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with storage.writing_atomically(str(path)) as sink, tarfile.open(fileobj=sink, mode="w") as tar:
         for place, (png, label) in enumerate(images):
             for name, data in ((f"{place:07d}.png", png), (f"{place:07d}.cls", str(label).encode())):
