@@ -127,6 +127,11 @@ class EmbeddingStore(Document):
         return found
 
     @property
+    def item_bytes(self) -> int:
+        """Bytes of each number of an embedding."""
+        return int(self.dtype.removeprefix("float")) // 8
+
+    @property
     def shards(self) -> int:
         """Number of shards: the units of work, ceil(rows / shard_rows)."""
         return -(-self.rows // self.shard_rows)

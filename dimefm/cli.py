@@ -178,6 +178,8 @@ def _cache(kind: Any, options: dict[str, Any]) -> None:
               help="The images they were made from, as for cache-images; may be repeated.")  # fmt: skip
 @click.option("--check", type=click.IntRange(0), default=8, show_default=True,
               help="Rows that are encoded again and compared.")  # fmt: skip
+@click.option("--match-parts", type=click.IntRange(1, 16), default=1, show_default=True,
+              help="Last parts that a row's path must share with an image's, unless all is the same.")  # fmt: skip
 @click.option("--accept", is_flag=True, help="Take embeddings that the teacher does not give.")
 def import_embeddings(folder: str, **options: Any) -> None:
     """Make a store of embeddings that were made before, as clip-retrieval writes them.

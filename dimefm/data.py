@@ -56,7 +56,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's images: uint8 pixels (B, 3, H, W), teacher embeddings float16 (B, D); and of the global batch,
+    """One step's images: uint8 pixels (B, 3, H, W), teacher embeddings as stored (B, D); and of the global batch,
     that this is every world-th image of, the rows int64 (G,) and the texts drawn for it."""
 
     step: int

@@ -33,14 +33,16 @@ _MIXED = "dtype" in torch.ops.aten.mm.overloads()
 
 def valid_rows(store: Store, start: int, stop: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Of rows start..stop-1 those with a finite embedding that is not zero, as one that failed is: row numbers int64
-    (N,), embeddings float16 (N, D)."""
+    (N,), embeddings in the store's type (N, D)."""
     embedding_ND = store.read(start, stop)
-    # Without its sign, a float16 above 0x7bff is infinite or NaN; NumPy's functions for float16 are ten times slower.
-    # A part at a time, whose copy stays in the processor's cache.
-    bits_ND = embedding_ND.view(np.uint16)
+    # Without their sign, the bits of a float grow with it, and infinity's are below those of NaN; NumPy's functions for
+    # float16 are ten times slower. A part at a time, whose copy stays in the processor's cache.
+    unsigned = np.dtype(f"u{embedding_ND.itemsize}")
+    without_sign, infinite = np.iinfo(unsigned).max >> 1, np.array(np.inf, embedding_ND.dtype).view(unsigned)
+    bits_ND = embedding_ND.view(unsigned)
     parts = (bits_ND[at : at + _VALID_ROWS] for at in range(0, len(bits_ND) or 1, _VALID_ROWS))
-    largest_N = np.concatenate([(part_ND & 0x7FFF).max(axis=1) for part_ND in parts])
-    good_N = (largest_N > 0) & (largest_N < 0x7C00)
+    largest_N = np.concatenate([(part_ND & without_sign).max(axis=1) for part_ND in parts])
+    good_N = (largest_N > 0) & (largest_N < infinite)
     if good_N.all():
         return np.arange(start, stop), embedding_ND
     return np.flatnonzero(good_N) + start, embedding_ND[good_N]
@@ -50,8 +52,8 @@ class ExactSearch:
     """The rows of a store nearest to a query by inner product. Nothing is built: the rows are read as they are needed,
     or held in a GPU's memory where they fit.
 
-    Products and sums are float32. On a GPU the products are of float16, as the store holds them, which is exact too and
-    twice as fast; before torch 2.8 they are TF32, which holds every float16 exactly.
+    Products and sums are float32. On a GPU the products of a float16 store and float16 queries are of float16, which is
+    exact too and twice as fast as TF32; before torch 2.8 they are TF32, which holds every float16 exactly.
     """
 
     batch = 65536  # every row is read once for so many queries
@@ -68,29 +70,35 @@ class ExactSearch:
             self._block_rows = _GPU_BLOCK_ROWS
             self._queries = max(1, min(_GPU_QUERIES, int(_GPU_SCORES * free) // (4 * self._block_rows)))
             rows = sum(stop - start for start, stop in self._ranges)
-            if rows * store.schema.dim * 2 < _RESIDENT * free:
+            if rows * store.schema.dim * store.schema.item_bytes < _RESIDENT * free:
                 self._kept = list(self._blocks())
 
     def search(self, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Scores float32 (Q, K) and rows of the store int64 (Q, K), best first; -inf and -1 where there are fewer.
 
-        Queries are taken as float16, like everything in a store. Memory is bounded by one block of scores.
+        Queries of any type are as good as float32. Memory is bounded by one block of scores.
         """
-        half_QD = torch.from_numpy(np.ascontiguousarray(queries_QD, np.float16)).to(self._device)
-        scores_QK, rows_QK = self._search(half_QD, k)
+        with np.errstate(over="ignore"):
+            half_QD = queries_QD.astype(np.float16, copy=False)
+        # As float16, whose products are faster on a GPU, where nothing is lost by it.
+        as_half = half_QD is queries_QD or np.array_equal(half_QD, queries_QD)
+        query_QD = np.ascontiguousarray(half_QD if as_half else queries_QD.astype(np.float32, copy=False))
+        scores_QK, rows_QK = self._search(torch.from_numpy(query_QD).to(self._device), k)
         return scores_QK.cpu().numpy(), rows_QK.cpu().numpy()
 
-    def _search(self, half_QD: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _search(self, query_QD: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`search` on the device, which is waited for only where it is more than a block behind."""
-        scores_QK = torch.full((len(half_QD), k), -torch.inf, device=self._device)
-        rows_QK = torch.full((len(half_QD), k), -1, dtype=torch.int64, device=self._device)
+        scores_QK = torch.full((len(query_QD), k), -torch.inf, device=self._device)
+        rows_QK = torch.full((len(query_QD), k), -1, dtype=torch.int64, device=self._device)
         behind = deque([fetch(scores_QK[:1])])
-        with nullcontext() if _MIXED else tf32(self._device):
+        halves = query_QD.dtype == torch.float16 and self._store.schema.dtype == "float16"
+        factor = _as_they_are if halves and _MIXED and query_QD.is_cuda else torch.Tensor.float
+        with tf32(self._device) if halves and not _MIXED else nullcontext():
             for rows_N, embedding_ND in self._blocks() if self._kept is None else self._kept:
-                block_DN = _factor(embedding_ND).T
-                for at in range(0, len(half_QD), self._queries):
+                block_DN = factor(embedding_ND).T
+                for at in range(0, len(query_QD), self._queries):
                     part = slice(at, at + self._queries)
-                    found_QK, column_QK = _top(_product(_factor(half_QD[part]), block_DN), k)
+                    found_QK, column_QK = _top(_product(factor(query_QD[part]), block_DN), k)
                     both_QK = torch.cat([scores_QK[part], found_QK], dim=1)
                     scores_QK[part], place_QK = both_QK.topk(k, dim=1)
                     rows_QK[part] = torch.cat([rows_QK[part], rows_N[column_QK]], dim=1).gather(1, place_QK)
@@ -99,8 +107,8 @@ class ExactSearch:
         return scores_QK, rows_QK
 
     def _blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Row numbers (N,) and embeddings float16 (N, D) of blocks of rows, on the device. While one is worked on, the
-        next is read in a thread."""
+        """Row numbers (N,) and embeddings (N, D) of blocks of rows, on the device. While one is worked on, the next is
+        read in a thread."""
         places = [
             (start, min(start + self._block_rows, last))
             for first, last in self._ranges
@@ -122,13 +130,12 @@ class ExactSearch:
         return rows_N, embedding_ND
 
 
-def _factor(half: torch.Tensor) -> torch.Tensor:
-    """What `_product` takes in place of float16."""
-    return half if half.is_cuda and _MIXED else half.float()
+def _as_they_are(half: torch.Tensor) -> torch.Tensor:
+    return half
 
 
 def _product(queries_QD: torch.Tensor, block_DN: torch.Tensor) -> torch.Tensor:
-    """Inner products, float32 (Q, N)."""
+    """Inner products, float32 (Q, N), of two float32, or on a GPU of two float16."""
     if queries_QD.dtype == torch.float16:
         return torch.mm(queries_QD, block_DN, out_dtype=torch.float32)
     return queries_QD @ block_DN

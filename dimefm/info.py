@@ -96,7 +96,7 @@ def _store(store: Store) -> str:
         ("rows", f"{schema.rows:,} of {source.files:,} files, {amount(source.bytes)}"),
         ("shards", f"{done:,} of {schema.shards:,} done, {schema.shard_rows:,} rows each"),
         ("status", ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())) or "nothing done yet"),
-        ("embeddings", f"float16 {_shape(schema)}, {amount(math.prod(schema.arrays()[EMBEDDING].shape) * 2)}"),
+        ("embeddings", f"{schema.dtype} {_shape(schema)}, {amount(_bytes(schema))}"),
         *_teacher(schema.teacher),
         ("identity", schema.identity[:16]),
     ]
@@ -116,6 +116,10 @@ def _store(store: Store) -> str:
     if seconds:
         rows.append(("worker time", f"{seconds:,.0f} s, {sum(counts.values()) / seconds:,.1f} rows/s a worker"))
     return _table(f"{store.path}: {schema.kind} embeddings", rows)
+
+
+def _bytes(schema: EmbeddingStore) -> int:
+    return math.prod(schema.arrays()[EMBEDDING].shape) * schema.item_bytes
 
 
 def _shape(schema: EmbeddingStore) -> str:

@@ -54,8 +54,8 @@ def search(
     queries = [clip.encode_images(image[None]) for image in pixels] + [clip.encode_texts([text]) for text in texts]
     if not queries:
         return []
-    # As float16, which is how a store would hold them.
-    queries_QD = torch.cat(queries).cpu().half().float().numpy()
+    # In the store's type, so that what is a row of it has a cosine of 1 to itself.
+    queries_QD = torch.cat(queries).cpu().numpy().astype(store.schema.dtype).astype(np.float32)
     scores_QK, rows_QK = found.search(queries_QD, min(top_k, store.schema.rows))
     return [_hits(store, scores_K, rows_K) for scores_K, rows_K in zip(scores_QK, rows_QK, strict=True)]
 

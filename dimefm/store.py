@@ -176,8 +176,8 @@ class Store:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Embeddings of rows start..stop-1, float16 (N, D); of a store of views, their normalised mean. Rows without an
-        embedding are zero. Raises StoreError for rows that were never written, or are damaged."""
+        """Embeddings of rows start..stop-1, in the store's type (N, D); of a store of views, their normalised mean.
+        Rows without an embedding are zero. Raises StoreError for rows that were never written, or are damaged."""
         return self._one_view(self._read(EMBEDDING, slice(start, stop)))
 
     def gather(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -190,7 +190,7 @@ class Store:
     def gather_view(
         self, rows_N: np.ndarray[Any, Any], view_N: np.ndarray[Any, Any]
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Of a store of views: the embedding float16 (N, D) and box int32 (N, 5) of one view of each row."""
+        """Of a store of views: the embedding (N, D) and box int32 (N, 5) of one view of each row."""
         places = np.arange(len(rows_N))
         return self._read(EMBEDDING, rows_N)[places, view_N], self._read(VIEW, rows_N)[places, view_N]
 
@@ -302,7 +302,7 @@ def require_same_teacher(one: Store, other: Store) -> None:
 
 
 def _mean_view(embedding_NVD: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The mean over views with its norm set to 1 again, float16 (N, D); zero stays zero."""
+    """The mean over views with its norm set to 1 again, in their type (N, D); zero stays zero."""
     mean_ND: np.ndarray[Any, Any] = embedding_NVD.astype(np.float32).mean(axis=1)
     norm_N1 = np.linalg.norm(mean_ND, axis=1, keepdims=True)
-    return (mean_ND / np.where(norm_N1 > 0, norm_N1, 1)).astype(np.float16)
+    return (mean_ND / np.where(norm_N1 > 0, norm_N1, 1)).astype(embedding_NVD.dtype)

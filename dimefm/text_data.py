@@ -21,7 +21,7 @@ from dimefm.student import tokenizer_of
 
 @dataclass(frozen=True)
 class TextBatch:
-    """One step's sentences: tokens int64 (B, L), teacher embeddings float16 (B, D)."""
+    """One step's sentences: tokens int64 (B, L), teacher embeddings as stored (B, D)."""
 
     tokens_BL: torch.Tensor
     teacher_BD: torch.Tensor

@@ -44,8 +44,8 @@ class TextMix:
 
 @dataclass(frozen=True)
 class TextDraw:
-    """The texts of a step: rows int64 (T,) of the text store with their embeddings float16 (T, D), None where those are
-    on the device already; and of each image of the global batch its best retrieved sentence (G,), -1 without one."""
+    """The texts of a step: rows int64 (T,) of the text store with embeddings as stored (T, D), None where those are on
+    the device already; and of each image of the global batch its best retrieved sentence (G,), -1 without one."""
 
     rows_T: torch.Tensor
     embedding_TD: torch.Tensor | None
@@ -100,7 +100,7 @@ class TextBank:
         if self._selected is not None and not len(self._selected):
             raise TrainingError("no sentence is selected", remedy="select others, or change --text-mix")
         rows = store.schema.rows
-        size = rows * store.schema.dim * 2
+        size = rows * store.schema.dim * store.schema.item_bytes
         self.place = "device" if size <= _room_on(device) else "memory" if size <= _room_in_memory() else "disk"
         self._resident = store.read(0, rows) if self.place == "memory" else None
         self._on_device: torch.Tensor | None = None
@@ -110,15 +110,15 @@ class TextBank:
         """Put all embeddings on the device, if that is their place."""
         if self.place != "device":
             return
-        rows, dim = self._store.schema.rows, self._store.schema.dim
-        self._on_device = torch.empty((rows, dim), dtype=torch.float16, device=device)
+        rows, dim, dtype = self._store.schema.rows, self._store.schema.dim, self._store.schema.dtype
+        self._on_device = torch.empty((rows, dim), dtype=getattr(torch, dtype), device=device)
         for at in range(0, rows, _BLOCK):
             self._on_device[at : at + _BLOCK] = torch.from_numpy(self._store.read(at, min(at + _BLOCK, rows)))
 
     def bytes_of_step(self, batch_size: int) -> int:
         """Bytes of embeddings that are handed over with each batch, for so many images of all processes."""
         texts = self._total + (batch_size if self._paired else 0)
-        return 0 if self.place == "device" else texts * self._store.schema.dim * 2
+        return 0 if self.place == "device" else texts * self._store.schema.dim * self._store.schema.item_bytes
 
     def draw(self, step: int, rows_G: np.ndarray[Any, Any]) -> TextDraw:
         """The texts of `step`: a function of seed, step and the global batch's image rows alone. Raises TrainingError

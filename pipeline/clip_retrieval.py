@@ -193,7 +193,7 @@ def unit(vectors_ND: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.nda
 
 
 def export_embeddings(store_path: str, out: str, *, rows_per_file: int | None = None) -> str:
-    """Write a finished store as a folder in clip-retrieval's layout, float16; the folder.
+    """Write a finished store as a folder in clip-retrieval's layout, in the store's type; the folder.
 
     One .npy and one metadata file for every `rows_per_file` rows of the store, by default those of a shard; rows
     without an embedding are left out. The metadata has `row` (in the store), `key`, for texts `caption`, and for

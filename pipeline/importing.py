@@ -30,13 +30,14 @@ from dimefm.store import Store, create_store
 from dimefm.tables import write_plan
 from pipeline.clip_retrieval import Folder, Kind
 from pipeline.existing import is_planned, require_no_stranger, require_same, source_digest
-from pipeline.matching import Images, Names
+from pipeline.matching import WHOLE, Matches, kind, match, spread
 from pipeline.plan import chunk_rows, require_whole_chunks, shard_size
 
 _BATCH_SIZE = 1  # in the store; the teacher's own is not known
 _LEAST_COSINE = 0.99
 _BAD_VECTOR = "the imported embedding is NaN, infinite or zero"
-_NO_IMAGE = "no image of the sources has this key"
+_NO_IMAGE = "no image of the sources has this key, or it is not known which of several"
+_SHOWN = 3
 _NO_PIXELS = "imported without --images: serves retrieve, but not train-student, which reads the images"
 _NOT_COMPARED = "not compared with the teacher: only the command line says that it made these embeddings"
 
@@ -45,7 +46,8 @@ _NOT_COMPARED = "not compared with the teacher: only the command line says that 
 class ImportConfig:
     """One import. `sources` are the images that the embeddings were made from, named as for cache-images; `precision`
     is the teacher's when it made them; `check` rows are encoded again and compared, and with `accept` the embeddings
-    are taken whatever comes out."""
+    are taken whatever comes out. A row's image is that whose key or path is the same, else has the most last parts in
+    common with the row's, `match_parts` or more."""
 
     folder: str
     out: str
@@ -57,6 +59,7 @@ class ImportConfig:
     shard_rows: int | None = None
     check: int = 8
     accept: bool = False
+    match_parts: int = 1
 
 
 def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lambda line: None) -> Store:
@@ -64,9 +67,10 @@ def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lamb
 
     Vectors are normalised; one whose norm is within 0.001 of 1 is kept as it is, so that float16 ones stay the same
     to the last bit. NaN, infinite and zero ones keep their row, with NOT_FINITE. With `sources`, rows are matched to
-    images by key, and those without one get MISSING: train-student could not read them. Without, an image store has
-    no pixels; it serves retrieve, but not train-student. `batch_size` in the store is 1: it is not known. `report` is
-    told in a line what was matched and compared.
+    images (see `pipeline.matching.match`), and those without one get MISSING: train-student could not read them.
+    Without, an image store has no pixels; it serves retrieve, but not train-student. `batch_size` in the store is 1: it
+    is not known. `report` is told in lines what was matched and compared; rows with the weakest match are compared
+    first.
 
     Raises SourceError for a folder in another layout, or sources with none of its images; MismatchError for another
     teacher, or a store at `out` of another folder, teacher or setting; OutputExistsError.
@@ -94,7 +98,7 @@ def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lamb
                 batch_size=_BATCH_SIZE,
                 shard_rows=shard_rows,
                 chosen=config.shard_rows is None,
-                settings={},
+                settings=_settings(config),
             )
         else:
             store = _plan(config, folder, source, files, shard_rows, clip, report)
@@ -115,22 +119,13 @@ def _plan(
     report: Callable[[str], None],
 ) -> Store:
     problems: list[str] = []
-    names = Names(key for key, _ in folder.records() if config.kind == "image")
-    images = Images(source.samples(problems.append) if source else ())
-    image_N = images.match(names) if source else np.full(folder.rows, -1)
-    known_N = np.flatnonzero(image_N >= 0) if config.kind == "image" else np.arange(folder.rows)
-    if source:
-        if not len(known_N):
-            examples = f"the first row has the key {names.first!r}, the first image {images.keys.first!r}"
-            what = f"no row of {folder.root} is an image of the sources: {examples}"
-            raise SourceError(what, remedy="give --images the files that the embeddings were made from")
-        report(f"{len(known_N):,} of {folder.rows:,} rows have an image in the sources")
-    elif config.kind == "image":
-        problems.append(_NO_PIXELS)
-    if config.check and len(known_N):
-        problems += _check(config, folder, known_N, lambda row: images.place(image_N[row]), clip, report)
-    else:
-        problems.append(_NOT_COMPARED)
+    matches, checked_N = None, spread(np.arange(folder.rows), config.check)
+    if config.kind == "image":
+        samples = source.samples(problems.append) if source else ()
+        matches = match((key for key, _ in folder.records()), samples, least=config.match_parts)
+        checked_N = matches.sample(config.check)
+        problems += _tell(matches, folder, report) if source else [_NO_PIXELS]
+    problems += _check(config, folder, checked_N, matches, clip, report) if len(checked_N) else [_NOT_COMPARED]
 
     out = storage.absolute(config.out)
     storage.remove_folder(storage.join(out, ROWS))  # of a run that was stopped while it planned
@@ -138,7 +133,7 @@ def _plan(
     for shard, start in enumerate(range(0, folder.rows, shard_rows)):
         batch = list(islice(records, shard_rows))
         silent += sum(caption is None for _, caption in batch)
-        digests.append(write_plan(out, shard, _table(config.kind, batch, images, image_N, start)))
+        digests.append(write_plan(out, shard, _table(batch, matches, start)))
     if silent and config.kind == "text":
         problems.append(f"{silent:,} rows have no caption; their sentence is empty")
     schema = EmbeddingStore(
@@ -153,53 +148,91 @@ def _plan(
             arguments=(config.folder, *config.sources),
             files=len(files),
             bytes=sum(file.size for file in files),
-            digest=source_digest(files, {}),
-            repeated_keys=names.repeated(),
+            digest=source_digest(files, _settings(config)),
+            repeated_keys=matches.repeated if matches else 0,
             dropped={},
             problems=tuple(problems),
+            settings=_settings(config),
         ),
     )
     return create_store(out, schema, digests, files)
 
 
-def _table(
-    kind: Kind, batch: list[tuple[str, str | None]], images: Images, image_N: np.ndarray[Any, Any], start: int
-) -> pa.Table:
-    """The plan of the rows of `batch`, which begin at `start`."""
+def _settings(config: ImportConfig) -> dict[str, object]:
+    """What decides the rows' images beside the files."""
+    return {"match_parts": config.match_parts} if config.match_parts > 1 else {}
+
+
+def _tell(matches: Matches, folder: Folder, report: Callable[[str], None]) -> list[str]:
+    """Report how many rows have an image, by how they were matched; what is to be noted in the store.
+
+    Raises SourceError where none has.
+    """
+    kinds, ambiguous = matches.kinds(), matches.ambiguous()
+    if not kinds:
+        examples = "the first row has the key {!r}, the first image {!r}".format(*matches.first)
+        what = f"no row of {folder.root} is an image of the sources: {examples}"
+        if len(ambiguous):
+            what = f"{len(ambiguous):,} rows of {folder.root} match several images each: {examples}"
+        raise SourceError(what, remedy="give --images the files that the embeddings were made from")
+    by = ", ".join(f"{count:,} by {name}" for _, name, count in kinds)
+    known = sum(count for _, _, count in kinds)
+    report(f"{known:,} of {len(matches.image_N):,} rows have an image in the sources: {by}")
+    notes = [f"{count:,} rows have the image that shares {name} with their key" for n, name, count in kinds if n == 1]
+    if len(ambiguous):
+        found = folder.lookup(ambiguous[:_SHOWN].tolist())
+        keys = ", ".join(repr(key) for key, _ in found.values())
+        notes.append(f"{len(ambiguous):,} rows have no image, as several match as well as each other, such as {keys}")
+        report(notes[-1])
+    return notes
+
+
+def _table(batch: list[tuple[str, str | None]], matches: Matches | None, start: int) -> pa.Table:
+    """The plan of the rows of `batch`, which begin at `start`: of images, if they were matched, or of texts."""
     rows = range(start, start + len(batch))
     columns: dict[str, Any] = {"row": list(rows), "key": [key for key, _ in batch]}
-    if kind == "text":
+    if matches is None:
         return pa.table({**columns, "text": [caption or "" for _, caption in batch]}, schema=TEXT_PLAN)
-    places = zip(*(images.place(image_N[row]) for row in rows), strict=True)
+    places = zip(*(matches.place(row) for row in rows), strict=True)
     return pa.table({**columns, **dict(zip(("file", "offset", "size"), map(list, places), strict=True))}, IMAGE_PLAN)
 
 
 def _check(
     config: ImportConfig,
     folder: Folder,
-    known_N: np.ndarray[Any, Any],
-    place: Callable[[int], tuple[str, int, int]],
+    rows_N: np.ndarray[Any, Any],
+    matches: Matches | None,
     clip: Clip,
     report: Callable[[str], None],
 ) -> list[str]:
-    """Encode a few rows again and compare; what is to be noted in the store. Raises MismatchError below a mean cosine
-    of 0.99: the same teacher in another precision gives 0.999, another teacher far less."""
-    places = np.linspace(0, len(known_N) - 1, min(config.check, len(known_N))).astype(np.int64)
-    cosines = []
-    for row, (_, caption) in folder.lookup(known_N[places].tolist()).items():
+    """Encode these rows again and compare; what is to be noted in the store. Raises MismatchError below a mean cosine
+    of 0.99: the same teacher in another precision gives 0.999, another teacher or another image far less."""
+    cosines: dict[int, float] = {}
+    keys = folder.lookup(rows_N.tolist())
+    for row, (_, caption) in keys.items():
         embedding_1D, good_1 = folder.read(row, row + 1)
-        again_D = _encode(clip, place(row), caption) if good_1[0] else None
+        again_D = _encode(clip, matches.place(row) if matches else ("", 0, 0), caption) if good_1[0] else None
         if again_D is not None:
-            cosines.append(float(embedding_1D[0].astype(np.float32) @ again_D))
-    mean = float(np.mean(cosines)) if cosines else float("nan")
-    found = f"mean cosine {mean:.4f} to {config.teacher}, over {len(cosines)} of {len(places)} rows encoded again"
+            cosines[row] = float(embedding_1D[0].astype(np.float32) @ again_D)
+    mean = float(np.mean(list(cosines.values()))) if cosines else float("nan")
+    found = f"mean cosine {mean:.4f} to {config.teacher}, over {len(cosines)} of {len(rows_N)} rows encoded again"
+    weakest = int(matches.parts_N[rows_N[0]]) if matches else 0
+    if matches and weakest < WHOLE:
+        count = int((matches.parts_N[rows_N] == weakest).sum())
+        found += f", {count} of them matched by {kind(weakest)}"
     report(found)
     if mean >= _LEAST_COSINE:
         return []
     if config.accept:
         return [f"accepted at a {found}"]
     what = f"{folder.root}: {found}: these embeddings are not from that teacher, or not of these {config.kind}s"
-    raise MismatchError(what, remedy="name the teacher that made them; --accept takes them as they are")
+    remedy = "name the teacher that made them; --accept takes them as they are"
+    if cosines and matches:
+        row = min(cosines, key=lambda one: cosines[one])
+        what += f"; least {cosines[row]:.4f}, row {row} ({keys[row][0]!r}) and its image in {matches.place(row)[0]}"
+    if 0 < weakest < WHOLE:
+        remedy += f"; --match-parts {weakest + 1} leaves rows without an image that are matched by {kind(weakest)}"
+    raise MismatchError(what, remedy=remedy)
 
 
 def _encode(clip: Clip, place: tuple[str, int, int], caption: str | None) -> np.ndarray[Any, Any] | None:

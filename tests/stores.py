@@ -54,18 +54,19 @@ def random_store(
     digest: str = "d",
     values: np.ndarray[Any, Any] | None = None,
     keys: Sequence[str] | None = None,
+    dtype: Any = "float16",
     **teacher: Any,
 ) -> tuple[Store, np.ndarray[Any, Any]]:
-    """A finished store of random unit vectors; rows in `failed` have none. The store, and the vectors float16.
+    """A finished store of random unit vectors; rows in `failed` have none. The store, and the vectors as stored.
 
-    `values` (rows, 16) instead of random ones, with their norms set to 1, or float16 to be stored as they are; `keys`
-    instead of k0, k1, ...
+    `values` (rows, 16) instead of random ones, with their norms set to 1, or in `dtype` to be stored as they are;
+    `keys` instead of k0, k1, ...
     """
     identity = teacher_identity(**teacher)
     rng = np.random.default_rng(seed)
     values = rng.standard_normal((rows, identity.embed_dim)) if values is None else values
-    if values.dtype != np.float16:
-        values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16)
+    if values.dtype != dtype:
+        values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(dtype)
     status = np.full(rows, Status.OK, np.uint8)
     for row in failed:
         values[row], status[row] = 0, Status.UNDECODABLE
@@ -80,6 +81,7 @@ def random_store(
         source=SourceSummary(
             arguments=("a",), files=1, bytes=1, digest=digest, repeated_keys=0, dropped={}, problems=()
         ),
+        dtype=dtype,
     )
     keys = keys or [f"k{row}" for row in range(rows)]
     digests = [
