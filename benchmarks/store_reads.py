@@ -1,6 +1,8 @@
-"""Reading the store: zarr-python against the memory maps, in sequence and at random."""
+"""Reading the store: zarr-python against the memory maps, in sequence and at random; and its commits, which every
+process of a run reads at its start."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -8,8 +10,14 @@ import numpy as np
 import zarr
 
 from benchmarks.measure import machine, median, ratio, rounds, table
+from cache_schemas import Commit, Failure, Status
+from cache_schemas.embedding_store import commit_path
+from dimefm import storage
 from dimefm.arrays import create_array
+from dimefm.commits import make_commit, read_failures, write_commit
 from dimefm.mapped import MappedArray
+
+_SHARD, _SHARDS = 65536, 611  # of the paper's images
 
 
 @click.command()
@@ -33,7 +41,11 @@ def store_reads(rows: int, dim: int, count: int) -> None:
     ]
     body = [(name, a, b, f"{ratio(times['zarr'], times['maps']):.1f}") for name, a, b, times in lines]
     click.echo(table(("read", "zarr-python", "maps", "ratio"), body))
-    click.echo(f"{machine()}; {rows:,} x {dim} float16, warm, medians of {count} paired rounds")
+    click.echo(f"{machine()}; {rows:,} x {dim} float16, warm, medians of {count} paired rounds\n")
+    with tempfile.TemporaryDirectory() as folder:
+        failed = [_commits(Path(folder), failures, count) for failures in (0, 64, 65, _SHARD // 10, _SHARD)]
+    heads = ("rows of a shard that failed", "its commit, ms", f"{_SHARDS} commits, s", "and why, ms", "all in JSON, ms")
+    click.echo(table(heads, failed))
 
 
 def _write(folder: Path, rows: int, dim: int) -> zarr.Array:
@@ -46,3 +58,24 @@ def _write(folder: Path, rows: int, dim: int) -> zarr.Array:
         array[start:stop] = rng.standard_normal((stop - start, dim), dtype=np.float32).astype(np.float16)
     assert isinstance(array, zarr.Array)
     return array
+
+
+def _commits(folder: Path, failed: int, count: int) -> tuple[str, ...]:
+    """Times of a commit of so many failures: as it is written, with its failures, and with all of them in its JSON, as
+    older stores have it."""
+    failures = [Failure(row=row, key=f"train/{row:09d}", file=f"/data/images-{row // 10_000:05d}.tar", status="MISSING",
+                        reason="No such file or directory") for row in range(failed)]  # fmt: skip
+    status_N = np.repeat(np.array([Status.MISSING, Status.OK], np.uint8), [failed, _SHARD - failed])
+    commit = make_commit(failed, 0, status_N, failures, digest="0" * 64, device="cpu", seconds=1.0)
+    storage.write_json(str(folder / f"{failed}.json"), commit.to_json())
+    write_commit(str(folder), commit)
+
+    def read(name: str) -> Callable[[], Commit]:
+        return lambda: Commit.parse(storage.read_json(str(folder / name)), name)
+
+    path = commit_path(failed)
+    reads = {"commit": read(path), "all": lambda: list(read_failures(str(folder), read(path)())),
+             "JSON": read(f"{failed}.json")}  # fmt: skip
+    times = {name: median(found) for name, found in rounds(reads, count).items()}
+    whole, everything, old = (f"{1e3 * times[name]:,.2f}" for name in ("commit", "all", "JSON"))
+    return f"{failed:,}", whole, f"{_SHARDS * times['commit']:.2f}", everything, old

@@ -1,12 +1,26 @@
-"""commits/<shard>.json: written last, so a shard without one has not been done."""
+"""commits/<shard>.json: written last, so a shard without one has not been done.
+
+Where more than MOST_FAILURES rows of it failed, they are in commits/<shard>.failures.parquet beside it, FAILURES, so
+that a commit is read in no time whatever has failed.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import pyarrow as pa
+
 from cache_schemas.document import Document
 from cache_schemas.problems import Problem
+
+MOST_FAILURES = 64
+FAILURES = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        *(pa.field(name, pa.string(), nullable=False) for name in ("key", "file", "status", "reason")),
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +37,9 @@ class Failure:
 @dataclass(frozen=True, kw_only=True)
 class Commit(Document):
     """One finished shard. `digest` is sha256 over its arrays, `plan` that of the plan that they were made from,
-    `pixels` that of its tar, if it has one; `seconds` is the wall time it took."""
+    `pixels` that of its tar, if it has one; `seconds` is the wall time it took. `table` is the sha256 of the table that
+    has its failures in place of `failures`; of pseudo texts, `images` is the digest of the shard of images that they
+    were retrieved for, None in older ones."""
 
     SCHEMA: ClassVar[str] = "dimefm.commit"
 
@@ -39,6 +55,8 @@ class Commit(Document):
     versions: dict[str, str]
     plan: str | None = None
     pixels: str | None = None
+    table: str | None = None
+    images: str | None = None
 
     def problems(self) -> list[Problem]:
         counted, rows = sum(self.counts.values()), self.stop - self.start
@@ -46,6 +64,8 @@ class Commit(Document):
         if counted != rows:
             found.append(Problem("counts", f"add up to {counted}, but the shard has {rows} rows"))
         failed = counted - self.counts.get("OK", 0)
-        if len(self.failures) != failed:
-            found.append(Problem("failures", f"lists {len(self.failures)} rows, but counts say {failed} failed"))
+        listed = 0 if self.table else failed
+        if len(self.failures) != listed:
+            where = ", all of them in a table" if self.table else ""
+            found.append(Problem("failures", f"lists {len(self.failures)} rows, but counts say {failed} failed{where}"))
         return found

@@ -6,7 +6,7 @@ STORE.zarr/
   status/                uint8 (rows,), a Status code each
   view/                  with views: int32 (rows, views, 5), the ViewBox of each: enough to replay it exactly
   rows/<shard>.parquet   the plan, written before any work (plan.py); rows/files.parquet: the files it was made from
-  commits/<shard>.json   written last, one per finished shard (commit.py)
+  commits/<shard>.json   written last, one per finished shard (commit.py); beside it the table of its failures, if many
   pixels/<shard>.tar     with pixels: the decoded images as JPEG, a WebDataset in order of row
   pixel_index/           with pixels: int64 (rows, 3): where in the tar the JPEG of a row begins and ends, its crc32c
 """
@@ -162,3 +162,8 @@ def pixels_path(shard: int) -> str:
 def commit_path(shard: int) -> str:
     """Where, within a store, the commit of `shard` is."""
     return f"{COMMITS}/{shard:06d}.json"
+
+
+def failures_path(shard: int) -> str:
+    """Where, within a store, the table of a shard's failures is, if they are many."""
+    return f"{COMMITS}/{shard:06d}.failures.parquet"

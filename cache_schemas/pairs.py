@@ -22,7 +22,8 @@ HITS_COMMIT = "commits/hits.json"
 
 @dataclass(frozen=True, kw_only=True)
 class PairsStore(Document):
-    """The attributes of a pseudo-text store. `index` is where the index was, or "exact search"."""
+    """The attributes of a pseudo-text store. `index` is where the index was, or "exact search"; `texts_data` the digest
+    of the embeddings that were searched, None in older ones. The commits have those of the images."""
 
     SCHEMA: ClassVar[str] = "dimefm.pairs"
 
@@ -36,6 +37,7 @@ class PairsStore(Document):
     rows: int
     text_rows: int
     shard_rows: int
+    texts_data: str | None = None
 
     def problems(self) -> list[Problem]:
         fields = ("top_k", "rows", "text_rows", "shard_rows")
@@ -53,7 +55,8 @@ class PairsStore(Document):
 
 @dataclass(frozen=True, kw_only=True)
 class Selection(Document):
-    """commits/hits.json: the visually grounded corpus in numbers. `skipped` images have no usable embedding."""
+    """commits/hits.json: the visually grounded corpus in numbers. `skipped` images have no usable embedding;
+    `images_data` is the digest of the embeddings of all images, None where it was not kept for each shard."""
 
     SCHEMA: ClassVar[str] = "dimefm.selection"
 
@@ -63,3 +66,4 @@ class Selection(Document):
     text_rows: int
     mean_score: float
     digest: str
+    images_data: str | None = None

@@ -60,7 +60,8 @@ class Change:
 class Run(Document):
     """What a run was started with. `config` is the training config as it is now, which its owner parses;
     `images_chunk_rows` is what the order of the rows depends on beside the seed. Without a `text_student` the student
-    has its teacher's text tower. `machine` is the kind of CPU or the GPU that it began on, None in older runs."""
+    has its teacher's text tower. `machine` is the kind of CPU or the GPU that it began on, `images_data` and
+    `texts_data` the digests of the embeddings that it is trained on; None in older runs."""
 
     SCHEMA: ClassVar[str] = "dimefm.run"
     VERSION: ClassVar[int] = 2
@@ -78,3 +79,5 @@ class Run(Document):
     text_student: TextSpec | None = None
     machine: str | None = None
     changes: tuple[Change, ...] = ()
+    images_data: str | None = None
+    texts_data: str | None = None

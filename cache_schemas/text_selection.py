@@ -54,7 +54,8 @@ class SelectionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionPlan(Document):
-    """What a selection is made from, and how."""
+    """What a selection is made from, and how. `images_data` and `texts_data` are the digests of the embeddings that the
+    pairs were retrieved from, None where these do not say."""
 
     SCHEMA: ClassVar[str] = "dimefm.text_selection.plan"
 
@@ -65,6 +66,8 @@ class SelectionPlan(Document):
     pairs: str
     pairs_digest: str
     settings: SelectionSettings
+    images_data: str | None = None
+    texts_data: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

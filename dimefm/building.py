@@ -133,7 +133,7 @@ class _Build:
         self.config, self.store, self.images = config, store, images
         self.folder = Path(config.out)
         self.old = _sidecar_of_same_settings(self.folder, config, store, images)
-        self.now = faiss_index.shard_digests(store)
+        self.now = store.contents.shards
         rows = sum(stop - start for start, stop in map(store.schema.shard_range, map(int, self.now)))
         if not rows:
             raise StoreError(f"{store.path} has no rows yet", remedy="run the command that writes it")

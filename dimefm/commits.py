@@ -1,17 +1,25 @@
-"""The commit of a shard, made from what was written."""
+"""The commit of a shard: made from what was written, written after it, read with its failures."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cache_schemas import Commit, Failure, Status
-from dimefm import __version__
+from cache_schemas.commit import FAILURES, MOST_FAILURES
+from cache_schemas.embedding_store import commit_path, failures_path
+from dimefm import __version__, storage
+from dimefm.arrays import DAMAGED
+from dimefm.lease import require_held
+from dimefm.tables import require_digest, write_table
 
 
 def make_commit(
@@ -25,6 +33,7 @@ def make_commit(
     seconds: float,
     plan: str | None = None,
     pixels: str | None = None,
+    images: str | None = None,
 ) -> Commit:
     """The commit of a shard whose rows, from `start` on, have these status codes."""
     codes, counts = np.unique(status_N, return_counts=True)
@@ -41,7 +50,37 @@ def make_commit(
         versions=versions(),
         plan=plan,
         pixels=pixels,
+        images=images,
     )
+
+
+def write_commit(store: str, commit: Commit) -> Commit:
+    """Write a commit, after the table of its failures where they are many; as it was written. Raises OSError,
+    and StoreError where the store has come under another's lease."""
+    if len(commit.failures) > MOST_FAILURES:
+        columns = {name: [getattr(failure, name) for failure in commit.failures] for name in FAILURES.names}
+        table = pa.table(columns, schema=FAILURES)
+        digest = write_table(storage.join(store, failures_path(commit.shard)), table)
+        commit = replace(commit, failures=(), table=digest)
+    require_held(store)
+    storage.write_json(storage.join(store, commit_path(commit.shard)), commit.to_json())
+    return commit
+
+
+def remove_commit(store: str, shard: int) -> None:
+    """Remove the commit of a shard that is to be written again."""
+    for path in (commit_path(shard), failures_path(shard)):
+        storage.remove_file(storage.join(store, path))
+
+
+def read_failures(store: str, commit: Commit) -> Iterator[Failure]:
+    """The rows of a shard that have no embedding, with why. Raises StoreError where their table is missing, damaged."""
+    if commit.table is None:
+        yield from commit.failures
+        return
+    data = require_digest(storage.join(store, failures_path(commit.shard)), commit.table, DAMAGED)
+    for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches(use_threads=False):
+        yield from (Failure(**row) for row in batch.to_pylist())
 
 
 def versions() -> dict[str, str]:

@@ -60,7 +60,7 @@ class Index:
         if sidecar.store_identity != store.schema.identity:
             what = f"{path} was built over {sidecar.store}, not over {store.path}"
             raise MismatchError(what, remedy="build an index over this store")
-        lacking = {shard for shard, digest in shard_digests(store).items() if sidecar.shards.get(shard) != digest}
+        lacking = {shard for shard, digest in store.contents.shards.items() if sidecar.shards.get(shard) != digest}
         if lacking:
             what = f"{path} lacks {len(lacking)} shards of {store.path} that were written since it was built"
             raise StoreError(what, remedy="run the same dimefm build-index again: it adds them")
@@ -369,11 +369,6 @@ def read_file(folder: str, sidecar: IndexSidecar) -> Any:
     if storage.digest_file(str(file)) != sidecar.digest:
         raise StoreError(f"{file} is damaged: its checksum does not fit", remedy=DAMAGED)
     return read(file)
-
-
-def shard_digests(store: Store) -> dict[str, str]:
-    """What is in the store: the digest of each committed shard, by its number."""
-    return {str(commit.shard): commit.digest for commit in store.commits()}
 
 
 def faiss_version() -> str:

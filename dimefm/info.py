@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,9 @@ def describe(path: str) -> str:
 def list_failures(path: str) -> Iterator[str]:
     """A line for each row of a store without an embedding, after one with the names of the columns; tab-separated."""
     yield "row\tkey\tstatus\tfile\treason"
-    for commit in Store(path).commits():
-        for f in commit.failures:
+    store = Store(path)
+    for commit in store.commits():
+        for f in store.failures(commit):
             yield "\t".join(" ".join(str(part).split()) for part in (f.row, f.key, f.status, f.file, f.reason))
 
 
@@ -89,7 +91,8 @@ def _store(store: Store) -> str:
     done, seconds = 0, 0.0
     for commit in store.commits():
         counts.update(commit.counts)
-        failures += commit.failures[: _FAILURES - len(failures)]
+        if len(failures) < _FAILURES:
+            failures += islice(store.failures(commit), _FAILURES - len(failures))
         done, seconds = done + 1, seconds + commit.seconds
     failed = sum(count for name, count in counts.items() if name != Status.OK.name)
     rows = [
@@ -147,7 +150,7 @@ def _index(path: str, sidecar: IndexSidecar) -> str:
 def _pairs(pairs: Pairs) -> str:
     schema = pairs.schema
     if not storage.exists(storage.join(pairs.path, HITS_COMMIT)):
-        done = len([n for n in storage.listing(storage.join(pairs.path, "commits")) if n[0].isdigit()])
+        done = len(pairs.committed())
         return _table(f"{pairs.path}: pseudo texts, unfinished", [("shards", f"{done:,} of {schema.shards:,} done")])
     selection = pairs.selection()
     share = selection.selected / selection.text_rows

@@ -35,10 +35,10 @@ class Order:
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Whole batches of an epoch. Found once: every commit of the store is read for it."""
+        """Whole batches of an epoch."""
         if self.only is not None:
             return len(self.only) // self.batch_size
-        return sum(commit.counts.get(Status.OK.name, 0) for commit in self.store.commits()) // self.batch_size
+        return self.store.contents.good // self.batch_size
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[np.ndarray[Any, Any]]:
         """Row numbers of each batch of an epoch, int64 (G,), from batch `skip` on: those that a run from the start

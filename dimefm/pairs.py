@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
 import zarr
 
-from cache_schemas import Failure, PairsStore, Selection, Status
-from cache_schemas.embedding_store import ATTRIBUTES_KEY, commit_path
+from cache_schemas import Commit, Failure, PairsStore, SchemaError, Selection, Status, digest_of
+from cache_schemas.embedding_store import ATTRIBUTES_KEY, COMMITS, commit_path
 from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
 from dimefm import storage
 from dimefm.arrays import create_array, digest_arrays, group_attributes, open_group, write_attributes, write_rows
-from dimefm.commits import make_commit
+from dimefm.commits import make_commit, remove_commit, write_commit
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.exact import valid_rows
 from dimefm.lease import require_held
 from dimefm.lock import writing
 from dimefm.mapped import MappedArray
-from dimefm.store import Store
+from dimefm.store import Store, require_same_data
 
 
 class Search(Protocol):
@@ -38,6 +39,8 @@ class Search(Protocol):
 
 
 _DAMAGED = "delete the folder and retrieve again"
+AGAIN = "run the same dimefm retrieve again: it does the shards whose images have changed, and counts anew"
+AGAIN_TEXTS = "retrieve into another --out, with an index that was brought up to date if there is one"
 
 
 class Pairs:
@@ -104,6 +107,23 @@ class Pairs:
                 raise StoreError(f"{path} is missing", remedy=_DAMAGED)
         return np.asarray(self.group[name][start:stop])
 
+    def committed(self) -> set[int]:
+        """The shards that are done."""
+        names = storage.listing(storage.join(self.path, COMMITS))
+        return {int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdigit()}
+
+    def images_data(self) -> dict[str, str | None]:
+        """By finished shard, the digest of the images' shard that it was retrieved for, None where it was not kept.
+        Shards whose commit is damaged are left out, as not done."""
+
+        def read(path: str) -> Commit | None:
+            with suppress(StoreError, SchemaError):
+                return Commit.parse(storage.read_json(path), path)
+            return None
+
+        paths = [storage.join(self.path, commit_path(shard)) for shard in sorted(self.committed())]
+        return {str(commit.shard): commit.images for commit in storage.each(read, paths) if commit}
+
     def selection(self) -> Selection:
         """The selection in numbers. Raises StoreError where `retrieve` has not finished."""
         path = storage.join(self.path, HITS_COMMIT)
@@ -126,8 +146,9 @@ def retrieve(
     """Write the `top_k` sentences of every image to `out`, a shard at a time, and count the hits of each sentence.
 
     `search` is over `texts`; `index` and `index_digest` are what is written of it. Images without a finite, non-zero
-    embedding get no sentence and are counted. Goes on where an earlier run stopped; raises OutputExistsError where
-    `out` holds something else, StoreError where it cannot be written or another process writes to it.
+    embedding get no sentence and are counted. Goes on where an earlier run stopped, and does shards again whose images
+    were encoded again since. Raises OutputExistsError where `out` holds something else or the texts have changed,
+    StoreError where it cannot be written or another process writes to it.
     """
     out = storage.absolute(out)
     schema = PairsStore(
@@ -141,17 +162,28 @@ def retrieve(
         rows=images.schema.rows,
         text_rows=texts.schema.rows,
         shard_rows=images.schema.shard_rows,
+        texts_data=texts.contents.digest,
     )
     with writing(out):
         pairs = _open_or_create(out, schema)
-        if storage.exists(storage.join(pairs.path, HITS_COMMIT)):
+        pending = _pending(pairs, images)
+        hits = storage.join(pairs.path, HITS_COMMIT)
+        if not pending and storage.exists(hits):
             return pairs.selection()
         storage.remove_leftovers(pairs.path)
+        storage.remove_file(hits)  # before what it counts changes
         for shard in range(schema.shards):
-            if not storage.exists(storage.join(pairs.path, commit_path(shard))):
+            if shard in pending:
                 _retrieve_shard(pairs, images, search, shard)
             progress(schema.shard_range(shard)[1])
         return _count_hits(pairs)
+
+
+def _pending(pairs: Pairs, images: Store) -> set[int]:
+    """The shards that are not done, or were done for other embeddings than the images have now."""
+    now, done = images.contents.shards, pairs.images_data()
+    same = {shard for shard, digest in done.items() if digest in (None, now.get(shard))}
+    return {shard for shard in range(pairs.schema.shards) if str(shard) not in same}
 
 
 def _open_or_create(out: str, schema: PairsStore) -> Pairs:
@@ -166,9 +198,13 @@ def _open_or_create(out: str, schema: PairsStore) -> Pairs:
         with storage.writing_to(out):
             return Pairs.create(out, schema)
     pairs = Pairs(out)
-    fields = ("images_identity", "texts_identity", "index_digest", "top_k", "shard_rows")
     old, new = pairs.schema, schema
+    fields = ["images_identity", "texts_identity", "index_digest", "top_k", "shard_rows"]
+    fields += [] if old.texts_data is None else ["texts_data"]
     differences = [f"{n}: {getattr(old, n)} != {getattr(new, n)}" for n in fields if getattr(old, n) != getattr(new, n)]
+    if "texts_data" in fields and old.texts_data != new.texts_data:
+        what = f"{out} was retrieved from other embeddings of {new.texts} than it has now: {'; '.join(differences)}"
+        raise OutputExistsError(what, remedy="give another --out, or delete it: all images must be searched again")
     if differences:
         what = f"{out} exists and differs: {'; '.join(differences)}"
         raise OutputExistsError(what, remedy="give another --out, or delete it")
@@ -191,22 +227,30 @@ def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> 
         scores, rows = search.search(embedding_ND[part], pairs.schema.top_k)
         row_NK[good_N[part]], score_NK[good_N[part]] = rows, np.where(rows >= 0, scores, np.nan)
     with storage.writing_to(pairs.path):
+        remove_commit(pairs.path, shard)  # of one that is done again
         for name, values in ((TEXT_ROW, row_NK), (SCORE, score_NK)):
             array = pairs.group[name].with_config({"write_empty_chunks": True})
             write_rows(pairs.path, f"{name}/c/{shard}/0", array, start, values)
-        failures = [
-            _no_embedding(images, shard, i, status_N[i]) for i in np.flatnonzero(status_N != Status.OK).tolist()
-        ]
-        digest, seconds = digest_arrays(row_NK, score_NK), time.monotonic() - began
-        commit = make_commit(shard, start, status_N, failures, digest=digest, device=search.device, seconds=seconds)
-        require_held(pairs.path)
-        storage.write_json(storage.join(pairs.path, commit_path(shard)), commit.to_json())
+        commit = make_commit(
+            shard,
+            start,
+            status_N,
+            _without_embedding(images, shard, status_N),
+            digest=digest_arrays(row_NK, score_NK),
+            device=search.device,
+            seconds=time.monotonic() - began,
+            images=images.contents.shards[str(shard)],
+        )
+        write_commit(pairs.path, commit)
 
 
-def _no_embedding(images: Store, shard: int, i: int, code: int) -> Failure:
-    row = images.plan(shard).slice(i, 1).to_pylist()[0]
-    reason = "the image has no embedding"
-    return Failure(row=row["row"], key=row["key"], file=row["file"], status=Status(code).name, reason=reason)
+def _without_embedding(images: Store, shard: int, status_N: np.ndarray[Any, Any]) -> list[Failure]:
+    places = np.flatnonzero(status_N != Status.OK)
+    if not len(places):
+        return []
+    rows = images.plan(shard).take(places).select(["row", "key", "file"]).to_pylist()
+    names, reason = [Status(code).name for code in status_N[places]], "the image has no embedding"
+    return [Failure(**row, status=name, reason=reason) for row, name in zip(rows, names, strict=True)]
 
 
 def _count_hits(pairs: Pairs) -> Selection:
@@ -222,6 +266,7 @@ def _count_hits(pairs: Pairs) -> Selection:
     with storage.writing_to(pairs.path):
         pairs.group[HITS][:] = hits_T
         storage.flush_tree(storage.join(pairs.path, HITS))
+    made_from = pairs.images_data()
     selection = Selection(
         images=images,
         skipped=schema.rows - images,
@@ -229,6 +274,7 @@ def _count_hits(pairs: Pairs) -> Selection:
         text_rows=schema.text_rows,
         mean_score=round(total / max(1, int(hits_T.sum())), 6),
         digest=digest_arrays(hits_T),
+        images_data=None if None in made_from.values() else digest_of(made_from),
     )
     with storage.writing_to(pairs.path):
         require_held(pairs.path)
@@ -237,7 +283,7 @@ def _count_hits(pairs: Pairs) -> Selection:
 
 
 def require_pairs_match(pairs: Pairs, images: Store, texts: Store) -> None:
-    """Raises MismatchError unless `pairs` was retrieved over these two stores."""
+    """Raises MismatchError unless `pairs` was retrieved over these two stores, of the embeddings that they have now."""
     for name, mine, store in (
         ("images", pairs.schema.images_identity, images),
         ("texts", pairs.schema.texts_identity, texts),
@@ -245,3 +291,5 @@ def require_pairs_match(pairs: Pairs, images: Store, texts: Store) -> None:
         if mine != store.schema.identity:
             what = f"{pairs.path} was retrieved over other {name} than {store.path}"
             raise MismatchError(what, remedy="run dimefm retrieve over these two stores")
+    require_same_data(f"{pairs.path} was retrieved", pairs.schema.texts_data, texts, remedy=AGAIN_TEXTS)
+    require_same_data(f"{pairs.path} was retrieved", pairs.selection().images_data, images, remedy=AGAIN)

@@ -16,6 +16,9 @@ from dimefm.selected import SelectedTexts
 from dimefm.store import Store, require_same_teacher
 from dimefm.student import student_spec, text_spec
 
+_FOLLOWS = {"images_data": "images", "texts_data": "texts", "pairs_digest": "pairs", "selection_digest": "selection"}
+"""What is in the stores of a run, by the field of its config that names them: it may change where that may."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -39,7 +42,7 @@ def open_inputs(config: TrainConfig) -> Inputs:
         require_pairs_match(pairs, images, texts)
     selection = SelectedTexts(config.selection) if config.selection else None
     if selection:
-        selection.require_texts(texts)
+        selection.require_stores(images, texts)
     if config.val_texts:
         require_same_teacher(images, Store(config.val_texts))
     return Inputs(images, texts, pairs, selection)
@@ -78,6 +81,8 @@ def plan_run(
         versions=versions(),
         text_student=text_spec(config.text_student, teacher) if config.text_student else None,
         machine=machine,
+        images_data=images.contents.digest,
+        texts_data=inputs.texts.contents.digest,
     )
     path = Path(config.out) / RUN_FILE
     if path.exists() and done:
@@ -113,13 +118,20 @@ def _changes(config: TrainConfig, old: Run, new: Run, allowed: tuple[str, ...], 
         mine, theirs = getattr(old, name), getattr(new, name)
         if mine != theirs:
             differences[name] = f"{mine} != {theirs}"
-    follow = {"steps"} if {"epochs", "max_steps"} & set(allowed) else set()
+    for name in ("images_data", "texts_data"):
+        mine, theirs = getattr(old, name), getattr(new, name)
+        if mine is not None and mine != theirs:
+            differences[name] = f"{mine} != {theirs}"
+    follow = {name for name, field in _FOLLOWS.items() if field in allowed}
+    follow |= {"steps"} if {"epochs", "max_steps", "images"} & set(allowed) else set()
     refused = {name: values for name, values in differences.items() if name not in {*allowed, *follow}}
     if refused:
         lines = "".join(f"\n  - {name}: {values}" for name, values in refused.items())
         what = f"{config.out} holds a run that differs from this command (its own != this one's):{lines}"
         remedy = "give another --out, or repeat the command that began it"
-        named = {*allowed, *refused} - {"steps"}  # which follows from others
+        if refused.keys() & _FOLLOWS.keys():
+            what += "\n  rows were encoded, retrieved or selected again since"
+        named = {*allowed, *(_FOLLOWS.get(name, name) for name in refused)} - {"steps"}  # which follows from others
         if named <= _may_change():
             remedy += f"; to go on with the change: --allow-changes {','.join(sorted(named))}"
         raise MismatchError(what, remedy=remedy)

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 from cache_schemas.text_selection import PLAN_FILE, ROWS_FILE, SELECTION_FILE, TextSelection
 from dimefm import storage
 from dimefm.errors import MismatchError, StoreError
-from dimefm.store import Store
+from dimefm.store import Store, require_same_data
 from dimefm.tables import require_digest
 
+_STALE = "retrieve and select again, each into another --out"
 _AGAIN = "delete the folder and run dimefm select-texts again"
 
 
@@ -37,9 +38,14 @@ class SelectedTexts:
         table = pq.ParquetFile(pa.BufferReader(data)).read(columns=["row"], use_threads=False)
         return table["row"].to_numpy().astype(np.int32)  # type: ignore[no-any-return]
 
-    def require_texts(self, texts: Store) -> None:
-        """Raises MismatchError unless the selection was made over this store."""
+    def require_stores(self, images: Store, texts: Store) -> None:
+        """Raises MismatchError unless the selection was made over these texts and the embeddings that they have now; if
+        it was made by the same images, over theirs too."""
         plan = self.document.plan
         if plan.texts_identity != texts.schema.identity:
             what = f"{self.path} was selected from {plan.texts}, other sentences than those of {texts.path}"
             raise MismatchError(what, remedy="select from the store that is trained on")
+        made = f"{self.path} was selected by pairs"
+        require_same_data(made, plan.texts_data, texts, remedy=_STALE)
+        if plan.images_identity == images.schema.identity:
+            require_same_data(made, plan.images_data, images, remedy=_STALE)

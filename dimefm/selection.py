@@ -31,13 +31,14 @@ from dimefm.grounding import score_texts
 from dimefm.lease import require_held
 from dimefm.lock import writing
 from dimefm.machine import choose_device
-from dimefm.pairs import Pairs
+from dimefm.pairs import AGAIN, AGAIN_TEXTS, Pairs
 from dimefm.progress import Progress
 from dimefm.selected import SelectedTexts
 from dimefm.selection_files import examples, histogram, report, write_kept
-from dimefm.store import Store, require_same_teacher
+from dimefm.store import Store, require_same_data, require_same_teacher
 
 IMAGES_SAMPLE = 16384
+_DATA = ("images_data", "texts_data")  # not compared with what was made before they were kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +153,8 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
         pairs=pairs.path,
         pairs_digest=pairs.selection().digest,
         settings=config.settings(among),
+        images_data=pairs.selection().images_data,
+        texts_data=pairs.schema.texts_data,
     )
     with writing(out):
         _open_or_create(out, plan)
@@ -190,16 +193,17 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
 
 
 def _require_stores(pairs: Pairs, images: Store | None, texts: Store) -> None:
-    expected = [("text", texts, pairs.schema.texts_identity)]
+    expected = [("text", texts, pairs.schema.texts_identity, pairs.schema.texts_data, AGAIN_TEXTS)]
     if images is not None:
-        expected.append(("image", images, pairs.schema.images_identity))
+        expected.append(("image", images, pairs.schema.images_identity, pairs.selection().images_data, AGAIN))
         require_same_teacher(images, texts)
-    for kind, store, identity in expected:
+    for kind, store, identity, data, again in expected:
         store.require_kind(kind)
         store.require_complete()
         if store.schema.identity != identity:
             what = f"{pairs.path} was retrieved over other {kind}s than {store.path}"
             raise MismatchError(what, remedy=f"say with --{kind}s where that store is now, or retrieve again")
+        require_same_data(f"{pairs.path} was retrieved", data, store, remedy=again)
 
 
 def _open_or_create(out: str, plan: SelectionPlan) -> None:
@@ -224,11 +228,12 @@ def _differences(old: SelectionPlan, new: SelectionPlan, names: tuple[str, ...] 
     """The fields that decide the result and in which two plans differ, of all or of these alone."""
 
     def facts(plan: SelectionPlan) -> dict[str, Any]:
-        identities = ("images_identity", "texts_identity", "pairs_digest")
+        identities = ("images_identity", "texts_identity", "pairs_digest", *_DATA)
         return {**{name: getattr(plan, name) for name in identities}, **vars(plan.settings)}
 
     mine, theirs = facts(old), facts(new)
-    return [f"{n}: {mine[n]} != {theirs[n]}" for n in names or mine if mine[n] != theirs[n]]
+    unknown = {name for name in _DATA if None in (mine[name], theirs[name])}
+    return [f"{n}: {mine[n]} != {theirs[n]}" for n in names or mine if mine[n] != theirs[n] and n not in unknown]
 
 
 def _candidates(
@@ -241,7 +246,7 @@ def _candidates(
             fate_T[valid_rows(texts, *texts.schema.shard_range(shard))[0]] = Fate.KEPT
         return fate_T, best_cosines(pairs)
     if config.scores:
-        names = ("images_identity", "texts_identity", "by", "images_sample", "seed")
+        names = ("images_identity", "texts_identity", *_DATA, "by", "images_sample", "seed")
         other = SelectedTexts(config.scores)
         differences = _differences(other.document.plan, plan, names)
         if differences:

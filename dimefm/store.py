@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import google_crc32c
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import zarr
 
-from cache_schemas import Commit, EmbeddingStore, Failure, parse_plan
+from cache_schemas import Commit, EmbeddingStore, Failure, Status, digest_of, parse_plan
 from cache_schemas.embedding_store import (
     ATTRIBUTES_KEY,
     COMMITS,
@@ -40,7 +40,7 @@ from dimefm.arrays import (
     write_attributes,
     write_rows,
 )
-from dimefm.commits import make_commit
+from dimefm.commits import make_commit, read_failures, remove_commit, write_commit
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.lease import require_held
 from dimefm.mapped import MappedArray
@@ -49,6 +49,19 @@ from dimefm.tables import read_table, require_digest, sha256, write_table
 
 _COMMIT_NAME = re.compile(r"(\d{6,})\.json")
 _PLANS, _CHUNKS = 4, 256  # whole plans that are kept, and chunks' worth of entries: more than two windows of an order
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in a store: the digest of each committed shard by its number, and how many rows have an embedding."""
+
+    shards: dict[str, str]
+    good: int
+
+    @property
+    def digest(self) -> str:
+        """Of all embeddings: what was made from a store keeps it, to be told from what belongs to the store now."""
+        return digest_of(self.shards)
 
 
 class Store:
@@ -110,9 +123,10 @@ class Store:
         `arrays` are all that the store has, by name, (N, ...); `pixels` is the digest of the shard's tar. Raises
         StoreError where it cannot be written, as on a full disk: the shards that were committed before are not touched.
         """
-        start, path = self.schema.shard_range(shard)[0], storage.join(self.path, commit_path(shard))
+        start = self.schema.shard_range(shard)[0]
+        self.__dict__.pop("contents", None)
         with storage.writing_to(self.path):
-            storage.remove_file(path)  # of a shard that is written again
+            remove_commit(self.path, shard)  # of a shard that is written again
             for name, array in self._arrays.items():
                 file = storage.join(self.path, self.shard_file(name, shard))
                 storage.remove_file(file)  # zarr would read what is in it, where the last shard is not a full one
@@ -131,9 +145,7 @@ class Store:
                 plan=self.schema.digests.get(rows_path(shard)),
                 pixels=pixels,
             )
-            require_held(self.path)
-            storage.write_json(path, commit.to_json())
-        return commit
+            return write_commit(self.path, commit)
 
     # -- progress -----------------------------------------------------------------------------------------------------
 
@@ -146,15 +158,30 @@ class Store:
     def commit(self, shard: int) -> Commit | None:
         """The commit of a shard, None where it is not done. Raises SchemaError, StoreError for a damaged one."""
         path = storage.join(self.path, commit_path(shard))
-        return self._read_commit(shard) if storage.exists(path) else None
+        return self._parse_commit(shard, storage.read_json(path)) if storage.exists(path) else None
 
     def commits(self) -> Iterator[Commit]:
         """The commits in order of shard. Raises as `commit` does."""
-        return map(self._read_commit, sorted(self.committed()))
+        shards = sorted(self.committed())
+        documents = storage.each(storage.read_json, [storage.join(self.path, commit_path(shard)) for shard in shards])
+        return map(self._parse_commit, shards, documents)
 
-    def _read_commit(self, shard: int) -> Commit:
+    def failures(self, commit: Commit) -> Iterator[Failure]:
+        """The rows of a finished shard that have no embedding, with why. Raises StoreError where they are damaged."""
+        return read_failures(self.path, commit)
+
+    @cached_property
+    def contents(self) -> Contents:
+        """What the commits say, as they were when it was first asked for. Raises as `commit` does."""
+        shards, good = {}, 0
+        for commit in self.commits():
+            shards[str(commit.shard)] = commit.digest
+            good += commit.counts.get(Status.OK.name, 0)
+        return Contents(shards, good)
+
+    def _parse_commit(self, shard: int, document: object) -> Commit:
         path = storage.join(self.path, commit_path(shard))
-        commit = Commit.parse(storage.read_json(path), path)
+        commit = Commit.parse(document, path)
         if (commit.shard, commit.start, commit.stop) != (shard, *self.schema.shard_range(shard)):
             what = f"{path} is the commit of shard {commit.shard}, rows {commit.start} to {commit.stop - 1}"
             raise StoreError(what, remedy=DAMAGED)
@@ -299,6 +326,14 @@ def require_same_teacher(one: Store, other: Store) -> None:
         lines = "".join(f"\n  - teacher.{d}" for d in differences)
         what = f"{one.path} and {other.path} come from different teachers:{lines}"
         raise MismatchError(what, remedy="cache both with the same teacher")
+
+
+def require_same_data(what: str, made_from: str | None, store: Store, *, remedy: str) -> None:
+    """Raises MismatchError unless `what` was made from the embeddings that the store has now, by their digest; None, of
+    what was made before it was kept, is not compared."""
+    if made_from is not None and made_from != store.contents.digest:
+        what += f" from other embeddings of {store.path} than it has now: rows of it were encoded again since then"
+        raise MismatchError(what, remedy=remedy)
 
 
 def _mean_view(embedding_NVD: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

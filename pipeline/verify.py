@@ -13,11 +13,20 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cache_schemas import Commit, SchemaError, Status
-from cache_schemas.embedding_store import ATTRIBUTES_KEY, EMBEDDING, STATUS, commit_path, pixels_path, rows_path
+from cache_schemas.embedding_store import (
+    ATTRIBUTES_KEY,
+    EMBEDDING,
+    STATUS,
+    commit_path,
+    failures_path,
+    pixels_path,
+    rows_path,
+)
 from cache_schemas.plan import FILES_TABLE
 from dimefm import storage
 from dimefm.arrays import digest_arrays
 from dimefm.clip import load_clip
+from dimefm.commits import remove_commit
 from dimefm.errors import DimefmError, StoreError
 from dimefm.lock import writing
 from dimefm.shard import compare_again
@@ -94,7 +103,7 @@ def verify(config: VerifyConfig) -> Report:
             _check_teacher(store, config, report)
         if config.repair and report.bad:
             for shard in report.bad:
-                storage.remove_file(storage.join(store.path, commit_path(shard)))
+                remove_commit(store.path, shard)
             report.repaired = True
     return report
 
@@ -165,6 +174,9 @@ def _check_data(store: Store, commit: Commit) -> Iterator[str]:
     found = {names.get(int(code), str(code)): int(n) for code, n in zip(codes, counts, strict=True)}
     if found != commit.counts:
         yield f"its rows are {_show_counts(found)}, and its commit says {_show_counts(commit.counts)}"
+    failed = (np.flatnonzero(status_N != Status.OK) + commit.start).tolist()
+    if [failure.row for failure in store.failures(commit)] != failed:
+        yield "the rows that failed are not those that its commit gives reasons for"
     norm = np.linalg.norm(arrays[EMBEDDING].astype(np.float32), axis=-1).reshape(len(status_N), -1)
     good = status_N == Status.OK
     odd = int((~(np.abs(norm[good] - 1) < _NORM_OFF)).any(axis=1).sum())
@@ -206,7 +218,7 @@ def _is_normal(path: str) -> bool:
 def _check_foreign(store: Store, report: Report) -> None:
     schema, shards = store.schema, range(store.schema.shards)
     expected = {"zarr.json", FILES_TABLE}
-    expected |= {path(shard) for shard in shards for path in (rows_path, commit_path)}
+    expected |= {path(shard) for shard in shards for path in (rows_path, commit_path, failures_path)}
     expected |= {pixels_path(shard) for shard in shards} if schema.pixels else set()
     for name in schema.arrays():
         expected |= {store.shard_file(name, shard) for shard in shards} | {f"{name}/zarr.json"}

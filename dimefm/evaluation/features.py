@@ -60,7 +60,7 @@ class Features:
 
     def failures(self) -> list[Failure]:
         """The images that could not be read, with why."""
-        return [failure for commit in self.store.commits() for failure in commit.failures]
+        return [failure for commit in self.store.commits() for failure in self.store.failures(commit)]
 
 
 def features(
