@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
+from typing import Literal
 
 import torch
 
@@ -21,7 +22,7 @@ from dimefm.distributed import Place
 from dimefm.errors import TrainingError
 from dimefm.machine_settings import loaders
 from dimefm.order import Order
-from dimefm.run import Inputs, open_inputs
+from dimefm.run import Inputs, choose_order, open_inputs
 from dimefm.student import student_spec, text_spec
 from dimefm.text_data import TextBatch, TrainingTexts
 from dimefm.textbank import TextBank
@@ -37,11 +38,13 @@ _PAGE_LOCKED_AHEAD = 2  # batches
 
 @dataclass(frozen=True)
 class Feed:
-    """The inputs of a run; how many steps it has, and an epoch; the step that it goes on from, and what is read for
-    that one and those that follow, in page-locked memory where they go to a GPU, which must then be in use.
+    """The inputs of a run and the order of their rows; how many steps it has, and an epoch; the step that it goes on
+    from, and what is read for that one and those that follow, in page-locked memory where they go to a GPU, which must
+    then be in use.
     """
 
     inputs: Inputs
+    order: Literal["chunks", "blocks"]
     bank: TextBank | None
     per_epoch: int
     steps: int
@@ -56,7 +59,8 @@ def feeding(config: TrainConfig, place: Place) -> Iterator[Feed]:
     Raises TrainingError, MismatchError or StoreError for what the user can mend.
     """
     inputs = open_inputs(config)
-    images, texts = _orders(config, inputs, place)
+    kind = choose_order(config, inputs)
+    images, texts = _orders(config, inputs, place, kind)
     per_epoch = images.steps_per_epoch
     steps = min(round(config.epochs * per_epoch), config.max_steps or 2**62)
     if steps < 1:
@@ -68,7 +72,7 @@ def feeding(config: TrainConfig, place: Place) -> Iterator[Feed]:
         if first < steps:
             requests = partial(Requests, first=first, steps=steps, rank=place.rank, world=place.world)
             batches = _start(config, place, inputs, bank, requests(images), requests(texts) if texts else None, stack)
-        yield Feed(inputs, bank, per_epoch, steps, first, batches)
+        yield Feed(inputs, kind, bank, per_epoch, steps, first, batches)
 
 
 def _start(
@@ -119,14 +123,16 @@ def _bank(config: TrainConfig, inputs: Inputs, place: Place) -> TextBank | None:
     )  # fmt: skip
 
 
-def _orders(config: TrainConfig, inputs: Inputs, place: Place) -> tuple[Order, Order | None]:
+def _orders(
+    config: TrainConfig, inputs: Inputs, place: Place, kind: Literal["chunks", "blocks"]
+) -> tuple[Order, Order | None]:
     """The orders of images and, for a text tower, of sentences. Raises TrainingError for a batch that cannot be."""
-    images = Order(store=inputs.images, seed=config.seed, batch_size=config.batch_size)
+    images = Order(store=inputs.images, seed=config.seed, batch_size=config.batch_size, kind=kind)
     texts = None
     if config.text_student:
         only = inputs.selection.rows() if inputs.selection else None
         size = config.text_batch_size
-        texts = Order(store=inputs.texts, seed=config.seed, batch_size=size, only=only, stream=TEXTS)
+        texts = Order(store=inputs.texts, seed=config.seed, batch_size=size, only=only, stream=TEXTS, kind=kind)
     named = ((images, "a batch", "images", "--batch-size"), (texts, "a text batch", "sentences", "text_batch_size"))
     for order, what, of, option in named:
         if order is None:

@@ -151,7 +151,7 @@ def test_plans_are_read_by_the_training_process_and_not_by_its_readers(
     image_store: Store, text_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of 16 readers would read, and check, the plans of all shards of every window."""
-    monkeypatch.setattr(Store, "samples", _refused_in_a_reader(Store.samples))
+    monkeypatch.setattr(Store, "entries", _refused_in_a_reader(Store.entries))
     train(tiny_config(image_store, text_store, tmp_path / "run", workers=2, max_steps=2))
 
 
