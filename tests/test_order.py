@@ -1,7 +1,6 @@
 """The order of rows, the augmentation, the text batches and the schedule: pure functions of seed and position."""
 
 import hashlib
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.optim import param_groups_weight_decay
 from torchvision.transforms import RandomResizedCrop
 
 from cache_schemas import Status
@@ -20,7 +20,7 @@ from dimefm.decode import decode_rgb, decode_scaled, jpeg_size
 from dimefm.errors import TrainingError
 from dimefm.optim import learning_rate, parameter_groups
 from dimefm.order import Order
-from dimefm.student import build_student, student_spec
+from dimefm.student import build_student, build_text_student, student_spec, text_spec
 from dimefm.textbank import TextBank, TextMix
 from dimefm.transfer import Transfer
 from tests.making import encoded, make_jpeg, picture
@@ -295,15 +295,48 @@ def test_schedule_warms_up_and_falls_to_the_floor() -> None:
     assert values[10:] == sorted(values[10:], reverse=True)
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "resnet10t", "vit_tiny_patch16_224"])
-def test_vectors_and_positional_embeddings_are_not_decayed(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "matrices"),
+    [
+        ("ViT-B-32", {"positional_embedding"}),
+        ("resnet10t", set()),
+        ("vit_tiny_patch16_224", {"trunk.cls_token", "trunk.pos_embed"}),
+        ("swin_tiny_patch4_window7_224", {"relative_position_bias_table"}),
+        ("levit_128s", {"attention_biases"}),
+    ],
+)
+def test_what_a_tower_lists_is_not_decayed(name: str, matrices: set[str]) -> None:
+    """Of more than one dimension, `matrices` are all that is not decayed, by the whole name or its end."""
     model = build_student(student_spec(name, teacher_identity()))
+    _require_undecayed(model, matrices)
+    trunk = getattr(model, "trunk", None)
+    if trunk is not None and hasattr(trunk, "no_weight_decay"):  # and as timm's own function groups them
+        theirs = param_groups_weight_decay(trunk, 0.05, no_weight_decay_list=trunk.no_weight_decay())
+        kept = {id(p) for group in theirs if not group["weight_decay"] for p in group["params"]}
+        assert kept == {id(p) for p in parameter_groups([trunk], 0.05)[1]["params"]}
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "coca_ViT-B-32"])
+def test_embeddings_of_tokens_and_positions_are_not_decayed(name: str) -> None:
+    model = build_text_student(text_spec(name, teacher_identity()))
+    _require_undecayed(model, {"token_embedding.weight", "positional_embedding"})
+
+
+def _require_undecayed(model: Any, matrices: set[str]) -> None:
     decayed, kept = parameter_groups([model], 0.05)
-    assert decayed["weight_decay"] == 0.05
-    assert kept["weight_decay"] == 0
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0)
     names = {id(p): n for n, p in model.named_parameters()}
-    kept_names = {names[id(p)] for p in kept["params"]}
-    assert Counter(len(g["params"]) for g in (decayed, kept)).total() == 2
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
     assert all(p.ndim > 1 for p in decayed["params"])
-    assert all(p.ndim <= 1 or "pos" in names[id(p)] or "cls" in names[id(p)] for p in kept["params"]), kept_names
+    found = {names[id(p)] for p in kept["params"] if p.ndim > 1}
+    assert {end for end in matrices if any(name.endswith(end) for name in found)} == matrices
+    assert all(name.endswith(tuple(matrices)) for name in found)
+
+
+def test_older_runs_keep_their_groups() -> None:
+    """Their optimiser's state has them: of a timm tower the positional embeddings alone, beside vectors."""
+    model = build_student(student_spec("test_vit", teacher_identity()))
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, kept = parameter_groups([model], 0.05, "named")
+    assert {names[id(p)] for p in kept["params"] if p.ndim > 1} == {"trunk.pos_embed"}
+    assert "trunk.cls_token" in {names[id(p)] for p in decayed["params"]}
