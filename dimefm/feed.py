@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from cache_schemas.plan import FILES_TABLE
 from dimefm.checkpoint import Checkpoints
 from dimefm.config import TrainConfig
 from dimefm.data import Augmentation, Batch, Requests, TrainingImages, read_ahead, training_loader
@@ -22,7 +23,10 @@ from dimefm.distributed import Place
 from dimefm.errors import TrainingError
 from dimefm.machine_settings import loaders
 from dimefm.order import Order
+from dimefm.progress import amount
 from dimefm.run import Inputs, choose_order, open_inputs
+from dimefm.sources.parquet import BLOCK_BYTES, KEPT_BYTES, SUFFIX
+from dimefm.store import Store
 from dimefm.student import student_spec, text_spec
 from dimefm.text_data import TextBatch, TrainingTexts
 from dimefm.textbank import TextBank
@@ -66,6 +70,8 @@ def feeding(config: TrainConfig, place: Place) -> Iterator[Feed]:
     if steps < 1:
         raise TrainingError(f"{config.epochs:g} epochs of {per_epoch} steps are none", remedy="give more --epochs")
     first = Checkpoints(config.out).step() or 0
+    if not (first or config.accept_slow):
+        _require_fast(inputs.images)
     bank = _bank(config, inputs, place)
     with ExitStack() as stack:
         batches: Iterator[Pair] = iter(())
@@ -73,6 +79,20 @@ def feeding(config: TrainConfig, place: Place) -> Iterator[Feed]:
             requests = partial(Requests, first=first, steps=steps, rank=place.rank, world=place.world)
             batches = _start(config, place, inputs, bank, requests(images), requests(texts) if texts else None, stack)
         yield Feed(inputs, kind, bank, per_epoch, steps, first, batches)
+
+
+def _require_fast(images: Store) -> None:
+    """Raises TrainingError where images would be read by row from large Parquet files: to read one, much of its row
+    group is decoded."""
+    if images.schema.pixels or FILES_TABLE not in images.schema.digests:
+        return
+    files = images.source_files()
+    sizes = zip(files["path"].to_pylist(), files["size"].to_pylist(), strict=True)
+    if sum(size for path, size in sizes if path.endswith(SUFFIX)) > KEPT_BYTES:
+        what = f"{images.path} has no pixels of its own, and its images are in Parquet files, of which up to"
+        what += f" {amount(BLOCK_BYTES)} are decoded for each image that is read out of order: about 25 ms"
+        remedy = "cache them again with cache-images --pixels 256 and another --out; or train as slowly as that with"
+        raise TrainingError(what, remedy=f"{remedy} --set accept_slow=true")
 
 
 def _start(
