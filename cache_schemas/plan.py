@@ -50,8 +50,7 @@ def parse_plan(
         index = table.schema.get_field_index(field.name)
         if index < 0:
             problems.append(Problem(field.name, "missing column"))
-        elif table.schema.field(index).type != field.type:
-            found = table.schema.field(index).type
+        elif (found := _value_type(table.schema.field(index).type)) != field.type:
             problems.append(Problem(field.name, f"expected {field.type}, found {found}"))
     if table.num_rows != stop - start:
         problems.append(Problem("row", f"expected {stop - start} rows, found {table.num_rows}"))
@@ -60,3 +59,8 @@ def parse_plan(
     if problems:
         raise SchemaError(where, f"{kind} plan", problems)
     return table
+
+
+def _value_type(type_: pa.DataType) -> pa.DataType:
+    """The type of a column's values, whether they were read as they are or as a dictionary."""
+    return type_.value_type if pa.types.is_dictionary(type_) else type_

@@ -60,8 +60,13 @@ class Change:
 class Run(Document):
     """What a run was started with. `config` is the training config as it is now, which its owner parses;
     `images_chunk_rows` is what the order of the rows depends on beside the seed. Without a `text_student` the student
-    has its teacher's text tower. `machine` is the kind of CPU or the GPU that it began on, `images_data` and
-    `texts_data` the digests of the embeddings that it is trained on; None in older runs."""
+    has its teacher's text tower. `machine` is the kind of CPU or the GPU that it began on, `processes` the number of
+    them that torchrun started, `images_data` and `texts_data` the digests of the embeddings that it is trained on; None
+    in older runs.
+
+    `order` of the rows (dimefm.order) and `undecayed`, the parameters without weight decay (dimefm.optim), are those
+    that the run began with; the defaults are those of older runs.
+    """
 
     SCHEMA: ClassVar[str] = "dimefm.run"
     VERSION: ClassVar[int] = 2
@@ -78,6 +83,9 @@ class Run(Document):
     selection_digest: str | None = None
     text_student: TextSpec | None = None
     machine: str | None = None
+    processes: int | None = None
+    order: Literal["chunks", "blocks"] = "chunks"
+    undecayed: Literal["named", "listed"] = "named"
     changes: tuple[Change, ...] = ()
     images_data: str | None = None
     texts_data: str | None = None

@@ -11,7 +11,7 @@ from dimefm.objective import LossConfig
 from dimefm.textbank import TextMix
 
 MAY_DIFFER = ("images", "texts", "pairs", "selection", "out", "val", "val_texts", "workers", "log_every", "device",
-              "checkpoint_every", "keep")  # fmt: skip
+              "checkpoint_every", "keep", "accept_slow")  # fmt: skip
 """Fields in which a resumed run may differ from its start: where things are, how fast and how often, not what is
 computed."""
 
@@ -41,7 +41,8 @@ class TrainConfig:
 
     What is left to the machine (dimefm.machine_settings) is decided when a run begins, and kept by it: `precision`
     "auto"; `threads`, those that torch computes with on a CPU, on which sums depend to the last bit. `workers` are the
-    processes of each training process that read images, None for as many as it has use for.
+    processes of each training process that read images, None for as many as it has use for. `accept_slow` trains from
+    Parquet files without pixels in the store all the same (dimefm.feed).
 
     `text_student` is the open_clip model whose text tower is distilled too, from `text_batch_size` sentences a step and
     their cached embeddings, by `text_loss`, in which images and texts change places; None keeps the teacher's text
@@ -89,6 +90,7 @@ class TrainConfig:
     log_every: int = 50
     workers: int | None = None
     device: str | None = None
+    accept_slow: bool = False
 
     def __post_init__(self) -> None:
         wrong = [

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from multiprocessing import get_all_start_methods
 from traceback import walk_tb
 from typing import Any, TypeVar
@@ -40,18 +41,22 @@ THREAD = "read-ahead"
 
 _T = TypeVar("_T")
 _GRACE = 30.0  # seconds that a loader's process goes on after SIGTERM
-_REQUESTS_AHEAD = 64  # three seconds of a GPU: the plans of a window are read in a fraction of one
+_IMAGES_AHEAD = 2**18  # ten seconds of a GPU and a small student: the plans of a window are read in a few
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one batch is made of; of images that are read from their own files, where each is: file, offset, size."""
+    """What one batch is made of; of images that are read from their own files, where each is: file, offset, size.
+
+    The first request of a window says the rows of all its batches, `window_N`, where plans are read by the dataset.
+    """
 
     step: int
     epoch: int
     rows_B: np.ndarray[Any, Any]
     all_rows_G: np.ndarray[Any, Any]
     places_B: list[tuple[str, int, int]] | None = None
+    window_N: np.ndarray[Any, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -204,19 +209,27 @@ class Requests(Sampler[Request]):
     def __init__(self, order: Order, *, first: int, steps: int, rank: int = 0, world: int = 1) -> None:
         self._order, self._first, self._steps, self._rank, self._world = order, first, steps, rank, world
         schema = order.store.schema
-        self._placed = schema.kind == "image" and not schema.pixels
+        self._placed, self._is_text = schema.kind == "image" and not schema.pixels, schema.kind == "text"
 
     def __iter__(self) -> Iterator[Request]:
-        return read_ahead(self._made(), _REQUESTS_AHEAD) if self._placed else self._made()
+        ahead = max(16, _IMAGES_AHEAD * self._world // self._order.batch_size)
+        return read_ahead(self._made(), ahead) if self._placed else self._made()
 
     def _made(self) -> Iterator[Request]:
-        for step, epoch, rows_G in self._order.steps(self._first, self._steps):
-            rows_B = rows_G[self._rank :: self._world].copy()
-            yield Request(step, epoch, rows_B, rows_G, self._places(rows_B) if self._placed else None)
+        for first, epoch, rows_SG in self._order.windows(self._first, self._steps):
+            rows_SB = np.ascontiguousarray(rows_SG[:, self._rank :: self._world])
+            places = self._places(rows_SB) if self._placed else repeat(None)
+            window_N = rows_SB.ravel() if self._is_text else None
+            for step, (rows_G, rows_B, places_B) in enumerate(zip(rows_SG, rows_SB, places, strict=False), first):
+                yield Request(step, epoch, rows_B, rows_G, places_B, window_N)
+                window_N = None
 
-    def _places(self, rows_B: np.ndarray[Any, Any]) -> list[tuple[str, int, int]]:
-        samples = self._order.store.samples(rows_B, ("file", "offset", "size"))
-        return [(sample["file"], sample["offset"], sample["size"]) for sample in samples]
+    def _places(self, rows_SB: np.ndarray[Any, Any]) -> Iterator[list[tuple[str, int, int]]]:
+        ascending_N, place_N = np.unique(rows_SB, return_inverse=True)
+        entries = self._order.store.entries(ascending_N, ("file", "offset", "size"))
+        for place_B in place_N.reshape(rows_SB.shape):
+            samples = entries.take(place_B).to_pylist()
+            yield [(sample["file"], sample["offset"], sample["size"]) for sample in samples]
 
 
 def read_ahead(items: Iterator[_T], ahead: int, begin: Callable[[], object] | None = None) -> Generator[_T, None, None]:

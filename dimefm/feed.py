@@ -11,9 +11,11 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
+from typing import Literal
 
 import torch
 
+from cache_schemas.plan import FILES_TABLE
 from dimefm.checkpoint import Checkpoints
 from dimefm.config import TrainConfig
 from dimefm.data import Augmentation, Batch, Requests, TrainingImages, read_ahead, training_loader
@@ -21,7 +23,10 @@ from dimefm.distributed import Place
 from dimefm.errors import TrainingError
 from dimefm.machine_settings import loaders
 from dimefm.order import Order
-from dimefm.run import Inputs, open_inputs
+from dimefm.progress import amount
+from dimefm.run import Inputs, choose_order, open_inputs
+from dimefm.sources.parquet import BLOCK_BYTES, KEPT_BYTES, SUFFIX
+from dimefm.store import Store
 from dimefm.student import student_spec, text_spec
 from dimefm.text_data import TextBatch, TrainingTexts
 from dimefm.textbank import TextBank
@@ -37,11 +42,13 @@ _PAGE_LOCKED_AHEAD = 2  # batches
 
 @dataclass(frozen=True)
 class Feed:
-    """The inputs of a run; how many steps it has, and an epoch; the step that it goes on from, and what is read for
-    that one and those that follow, in page-locked memory where they go to a GPU, which must then be in use.
+    """The inputs of a run and the order of their rows; how many steps it has, and an epoch; the step that it goes on
+    from, and what is read for that one and those that follow, in page-locked memory where they go to a GPU, which must
+    then be in use.
     """
 
     inputs: Inputs
+    order: Literal["chunks", "blocks"]
     bank: TextBank | None
     per_epoch: int
     steps: int
@@ -56,19 +63,36 @@ def feeding(config: TrainConfig, place: Place) -> Iterator[Feed]:
     Raises TrainingError, MismatchError or StoreError for what the user can mend.
     """
     inputs = open_inputs(config)
-    images, texts = _orders(config, inputs, place)
+    kind = choose_order(config, inputs)
+    images, texts = _orders(config, inputs, place, kind)
     per_epoch = images.steps_per_epoch
     steps = min(round(config.epochs * per_epoch), config.max_steps or 2**62)
     if steps < 1:
         raise TrainingError(f"{config.epochs:g} epochs of {per_epoch} steps are none", remedy="give more --epochs")
     first = Checkpoints(config.out).step() or 0
+    if not (first or config.accept_slow):
+        _require_fast(inputs.images)
     bank = _bank(config, inputs, place)
     with ExitStack() as stack:
         batches: Iterator[Pair] = iter(())
         if first < steps:
             requests = partial(Requests, first=first, steps=steps, rank=place.rank, world=place.world)
             batches = _start(config, place, inputs, bank, requests(images), requests(texts) if texts else None, stack)
-        yield Feed(inputs, bank, per_epoch, steps, first, batches)
+        yield Feed(inputs, kind, bank, per_epoch, steps, first, batches)
+
+
+def _require_fast(images: Store) -> None:
+    """Raises TrainingError where images would be read by row from large Parquet files: to read one, much of its row
+    group is decoded."""
+    if images.schema.pixels or FILES_TABLE not in images.schema.digests:
+        return
+    files = images.source_files()
+    sizes = zip(files["path"].to_pylist(), files["size"].to_pylist(), strict=True)
+    if sum(size for path, size in sizes if path.endswith(SUFFIX)) > KEPT_BYTES:
+        what = f"{images.path} has no pixels of its own, and its images are in Parquet files, of which up to"
+        what += f" {amount(BLOCK_BYTES)} are decoded for each image that is read out of order: about 25 ms"
+        remedy = "cache them again with cache-images --pixels 256 and another --out; or train as slowly as that with"
+        raise TrainingError(what, remedy=f"{remedy} --set accept_slow=true")
 
 
 def _start(
@@ -119,14 +143,16 @@ def _bank(config: TrainConfig, inputs: Inputs, place: Place) -> TextBank | None:
     )  # fmt: skip
 
 
-def _orders(config: TrainConfig, inputs: Inputs, place: Place) -> tuple[Order, Order | None]:
+def _orders(
+    config: TrainConfig, inputs: Inputs, place: Place, kind: Literal["chunks", "blocks"]
+) -> tuple[Order, Order | None]:
     """The orders of images and, for a text tower, of sentences. Raises TrainingError for a batch that cannot be."""
-    images = Order(store=inputs.images, seed=config.seed, batch_size=config.batch_size)
+    images = Order(store=inputs.images, seed=config.seed, batch_size=config.batch_size, kind=kind)
     texts = None
     if config.text_student:
         only = inputs.selection.rows() if inputs.selection else None
         size = config.text_batch_size
-        texts = Order(store=inputs.texts, seed=config.seed, batch_size=size, only=only, stream=TEXTS)
+        texts = Order(store=inputs.texts, seed=config.seed, batch_size=size, only=only, stream=TEXTS, kind=kind)
     named = ((images, "a batch", "images", "--batch-size"), (texts, "a text batch", "sentences", "text_batch_size"))
     for order, what, of, option in named:
         if order is None:

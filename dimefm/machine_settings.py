@@ -9,8 +9,6 @@ from dataclasses import replace
 
 import torch
 
-from cache_schemas import Run
-from dimefm.checkpoint import Checkpoints
 from dimefm.config import TrainConfig
 from dimefm.distributed import Place, from_first
 from dimefm.errors import TrainingError
@@ -26,7 +24,7 @@ from dimefm.machine import (
     processes_here,
 )
 from dimefm.progress import amount
-from dimefm.run import read_run
+from dimefm.run import begun
 
 _AHEAD = 4  # batches that each loader process reads ahead
 _ENOUGH_AHEAD = 4 * 2**30  # bytes; where batches are so large, two of each process are ahead enough
@@ -48,8 +46,8 @@ def decide(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) ->
 
 def _decide(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -> tuple[Precision, int, list[str]]:
     device, notes = str(place.device), list[str]()
-    begun = _begun(config.out)
-    before = TrainConfig.parse(begun.config, config.out) if begun else None
+    run = begun(config.out)
+    before = TrainConfig.parse(run.config, config.out) if run else None
     best = choose_precision(device)
     precision = config.precision
     if precision == "auto":
@@ -68,17 +66,17 @@ def _decide(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -
         threads = before.threads
         if threads and device == "cpu" and threads > cpus():
             notes.append(f"torch computes with {threads} threads, as when this run began, on {cpus()} cores")
-    if begun and begun.machine and begun.machine != describe(device):
+    if run and run.machine and run.machine != describe(device):
         notes.append(
-            f"this run began on {begun.machine} and goes on on {describe(device)}, which rounds in another way: "
+            f"this run began on {run.machine} and goes on on {describe(device)}, which rounds in another way: "
             "it is not bit for bit what either alone would give"
         )
+    if run and run.processes and run.processes != place.world:
+        notes.append(
+            f"this run began with {run.processes} processes and goes on with {place.world}: batches and losses are the "
+            "same but for rounding; statistics of batch norm and drop-path are of each process's own images"
+        )
     return precision, threads or choose_threads(), notes
-
-
-def _begun(out: str) -> Run | None:
-    """The document of the run in `out` if it has a checkpoint to go on from."""
-    return read_run(out) if Checkpoints(out, 1).step() else None
 
 
 def choose_threads() -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from cache_schemas import Run
 from cache_schemas.run import RUN_FILE, Change
 from dimefm import storage
+from dimefm.checkpoint import Checkpoints
 from dimefm.commits import versions
 from dimefm.config import NEVER_DIFFER, NEVER_DIFFER_IN_LOSS, TrainConfig
 from dimefm.errors import MismatchError, OutputExistsError, StoreError, TrainingError
@@ -56,14 +58,39 @@ def read_run(path: str) -> Run:
     return Run.parse(storage.read_json(where), where)
 
 
+def begun(out: str) -> Run | None:
+    """The document of the run in `out` if it has a checkpoint to go on from."""
+    return read_run(out) if Checkpoints(out, 1).step() else None
+
+
+def choose_order(config: TrainConfig, inputs: Inputs) -> Literal["chunks", "blocks"]:
+    """The order of a run's rows: that which it began with, else "blocks", but "chunks" where embeddings are read at a
+    URL, by whole chunks."""
+    before = begun(config.out)
+    if before:
+        return before.order
+    read = [inputs.images.path, *([inputs.pairs.path] if inputs.pairs else [])]
+    read += [inputs.texts.path] if config.text_student else []
+    return "chunks" if any(map(storage.is_url, read)) else "blocks"
+
+
 def plan_run(
-    config: TrainConfig, inputs: Inputs, steps: int, *, machine: str, allow_changes: tuple[str, ...], done: int
+    config: TrainConfig,
+    inputs: Inputs,
+    steps: int,
+    *,
+    machine: str,
+    processes: int,
+    order: Literal["chunks", "blocks"],
+    allow_changes: tuple[str, ...],
+    done: int,
 ) -> Run:
     """The run document of `config`, which `write_run` writes once all that it names has been found good.
 
     Raises MismatchError where the folder holds a run with another config or other stores, and names the fields: all but
-    those in `allow_changes`, whose change after `done` steps is recorded, as another `machine` is; before the first
-    checkpoint there is nothing to differ from. Raises OutputExistsError where the folder holds something else.
+    those in `allow_changes`, whose change after `done` steps is recorded, as another `machine` or number of `processes`
+    is; before the first checkpoint there is nothing to differ from. Raises OutputExistsError where the folder holds
+    something else.
     """
     _require_names(allow_changes)
     images, pairs, selection = inputs.images, inputs.pairs, inputs.selection
@@ -81,12 +108,16 @@ def plan_run(
         versions=versions(),
         text_student=text_spec(config.text_student, teacher) if config.text_student else None,
         machine=machine,
+        processes=processes,
+        order=order,
+        undecayed="listed",
         images_data=images.contents.digest,
         texts_data=inputs.texts.contents.digest,
     )
     path = Path(config.out) / RUN_FILE
     if path.exists() and done:
         old = read_run(config.out)
+        run = replace(run, undecayed=old.undecayed)
         changes = _changes(config, old, run, allow_changes, done)
         if not changes:
             return old
@@ -135,8 +166,10 @@ def _changes(config: TrainConfig, old: Run, new: Run, allowed: tuple[str, ...], 
         if named <= _may_change():
             remedy += f"; to go on with the change: --allow-changes {','.join(sorted(named))}"
         raise MismatchError(what, remedy=remedy)
-    if old.machine and old.machine != new.machine:
-        differences["machine"] = f"{old.machine} != {new.machine}"
+    for name in ("machine", "processes"):
+        mine, theirs = getattr(old, name), getattr(new, name)
+        if mine and mine != theirs:
+            differences[name] = f"{mine} != {theirs}"
     return [Change(step=done, field=name, values=values) for name, values in differences.items()]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -48,7 +49,8 @@ from dimefm.sources.base import SourceFile
 from dimefm.tables import read_table, require_digest, sha256, write_table
 
 _COMMIT_NAME = re.compile(r"(\d{6,})\.json")
-_PLANS, _CHUNKS = 4, 256  # whole plans that are kept, and chunks' worth of entries: more than two windows of an order
+_PLANS = 4  # whole plans that are kept
+_THREADS = 4  # that read plans
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,6 @@ class Store:
         self._mapped = {name: MappedArray.open(self.path, name, array) for name, array in self._arrays.items()}
         self._seen: set[str] = set()
         self._plan = lru_cache(maxsize=_PLANS)(self._read_plan)
-        self._entries = lru_cache(maxsize=_CHUNKS)(self._read_entries)
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.path,)  # another process opens it anew
@@ -285,29 +286,32 @@ class Store:
 
     def _read_plan(self, shard: int, columns: tuple[str, ...]) -> pa.Table:
         path = storage.join(self.path, rows_path(shard))
-        table = read_table(path, self.schema.digests.get(rows_path(shard)), columns and ("row", *columns))
+        repeated = tuple(name for name in columns if name == "file")
+        table = read_table(path, self.schema.digests.get(rows_path(shard)), columns and ("row", *columns), repeated)
         return parse_plan(table, self.schema.kind, *self.schema.shard_range(shard), path, columns)
-
-    def _read_entries(self, chunk: int, columns: tuple[str, ...]) -> pa.Table:
-        shard, within = divmod(chunk * self.schema.chunk_rows, self.schema.shard_rows)
-        plan = self._plan(shard, columns)
-        # Taken, not sliced: a slice would keep the whole plan.
-        return plan.take(np.arange(within, min(within + self.schema.chunk_rows, plan.num_rows)))
 
     def source_files(self) -> pa.Table:
         """The files that the plan was made from, as they were then. Raises StoreError where the table is damaged."""
         return read_table(storage.join(self.path, FILES_TABLE), self.schema.digests.get(FILES_TABLE))
 
+    def entries(self, rows_N: np.ndarray[Any, Any], columns: tuple[str, ...] = ()) -> pa.Table:
+        """The plan's entries of rows in ascending order: all of each, or the row and `columns`, which takes a fraction
+        of the time. A plan is read as a whole, so rows of many shards are best asked for at once."""
+        shards, starts = np.unique(rows_N // self.schema.shard_rows, return_index=True)
+
+        def read(shard: int, rows_M: np.ndarray[Any, Any]) -> pa.Table:
+            return self._plan(shard, columns).take(rows_M - shard * self.schema.shard_rows)
+
+        parts = np.split(np.asarray(rows_N, np.int64), starts[1:])
+        with ThreadPoolExecutor(min(_THREADS, len(shards))) as pool:
+            return pa.concat_tables(pool.map(read, shards.tolist(), parts)).combine_chunks()
+
     def samples(self, rows_N: np.ndarray[Any, Any], columns: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-        """The plan's entries of any rows, in the order asked for: all of each, or the row and `columns`, which takes a
-        fraction of the time. Kept for the last few hundred chunks asked for, so that memory stays bounded."""
+        """The same of any rows, in the order asked for."""
         if not len(rows_N):
             return []
-        chunk_N, within_N = np.divmod(np.asarray(rows_N, np.int64), self.schema.chunk_rows)
-        chunks, place_N = np.unique(chunk_N, return_inverse=True)
-        # In ascending order: the plan of two chunks is read once, and only the last may be short.
-        entries = pa.concat_tables([self._entries(chunk, columns) for chunk in chunks.tolist()])
-        found: list[dict[str, Any]] = entries.take(place_N * self.schema.chunk_rows + within_N).to_pylist()
+        ascending_M, place_N = np.unique(rows_N, return_inverse=True)
+        found: list[dict[str, Any]] = self.entries(ascending_M, columns).take(place_N).to_pylist()
         return found
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
 
@@ -32,17 +34,25 @@ class TextBatch:
 
 
 class TrainingTexts(Dataset["TextBatch | TrainingError"]):
-    """Indexed by Request: reads the sentences of a batch from the plan, tokenises them and gathers their embeddings."""
+    """Indexed by Request: tokenises the sentences of a batch and gathers their embeddings.
+
+    The sentences of a window are read from the plans with its first request: requests must come in order, to one
+    process.
+    """
 
     def __init__(self, store: str, spec: TextSpec) -> None:
         self._path, self._spec = store, spec
         self._opened: tuple[Store, Any] | None = None
+        self._rows_N, self._texts = np.empty(0, np.int64), pa.array([], pa.string())  # of the window that is read
 
     def __getitem__(self, request: Request) -> TextBatch | TrainingError:
         try:
             store, tokenizer = self._opened = self._opened or (Store(self._path), tokenizer_of(self._spec))
+            if request.window_N is not None:
+                self._rows_N = np.sort(request.window_N)
+                self._texts = store.entries(self._rows_N, ("text",))["text"]
             return TextBatch(
-                tokens_BL=tokenizer([sample["text"] for sample in store.samples(request.rows_B, ("text",))]),
+                tokens_BL=tokenizer(self._texts.take(np.searchsorted(self._rows_N, request.rows_B)).to_pylist()),
                 teacher_BD=torch.from_numpy(store.gather(request.rows_B)),
             )
         except (DimefmError, SchemaError) as error:

@@ -107,8 +107,8 @@ class _Trainer:
     def __init__(self, config: TrainConfig, place: Place, feed: Feed, allow_changes: tuple[str, ...]) -> None:
         self.config, self.place, self.feed, self.inputs = config, place, feed, feed.inputs
         self.document = plan_run(
-            config, feed.inputs, feed.steps, machine=describe(str(place.device)), allow_changes=allow_changes,
-            done=feed.first,
+            config, feed.inputs, feed.steps, machine=describe(str(place.device)), processes=place.world,
+            order=feed.order, allow_changes=allow_changes, done=feed.first,
         )  # fmt: skip
         self.spec, self.text_spec = self.document.student, self.document.text_student
         self.checkpoints = Checkpoints(config.out, config.keep)
@@ -120,8 +120,9 @@ class _Trainer:
         self.learners = {"image": self.image} | ({"text": self.text} if self.text else {})
         modules = [m for learner in self.learners.values() for m in (learner.module, learner.objective)]
         self.optimizer = adamw(
-            modules, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps
-        )
+            modules, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps,
+            undecayed=self.document.undecayed,
+        )  # fmt: skip
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.precision == "fp16")
         self.one = torch.ones((), device=place.device)
         self.transfer = Transfer(place.device)

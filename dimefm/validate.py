@@ -66,6 +66,7 @@ class Validation:
         modules = [tower for pair in towers.values() for tower in pair if tower is not None]
         training = [tower.training for tower in modules]
         for tower in modules:
+            tower.train()  # LeViT's kind keeps what it computed of its weights until then, an average's for ever
             tower.eval()
             same_buffers(tower, self._place)
         classes = [self._classes if text is None else self._embed_classes(text) for _, text in towers.values()]

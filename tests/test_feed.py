@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dimefm import train as train_module
+from dimefm.clip import Clip
 from dimefm.data import THREAD, Batch, Requests, read_ahead
 from dimefm.distributed import Place
 from dimefm.errors import MismatchError, TrainingError
@@ -24,6 +25,8 @@ from dimefm.feed import feeding
 from dimefm.order import Order
 from dimefm.store import Store
 from dimefm.train import train
+from tests.conftest import cached
+from tests.making import make_jpeg, write_parquet
 from tests.training import tiny_config
 
 ALONE = Place(0, 1, torch.device("cpu"))
@@ -151,7 +154,7 @@ def test_plans_are_read_by_the_training_process_and_not_by_its_readers(
     image_store: Store, text_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of 16 readers would read, and check, the plans of all shards of every window."""
-    monkeypatch.setattr(Store, "samples", _refused_in_a_reader(Store.samples))
+    monkeypatch.setattr(Store, "entries", _refused_in_a_reader(Store.entries))
     train(tiny_config(image_store, text_store, tmp_path / "run", workers=2, max_steps=2))
 
 
@@ -208,3 +211,25 @@ def test_an_error_comes_where_its_item_would_have() -> None:
     with pytest.raises(TrainingError, match="the third"):
         next(items)
     assert list(read_ahead(iter(np.arange(1, 6).tolist()), 2)) == [1, 2, 3, 4, 5]
+
+
+def test_training_from_large_parquet_files_is_refused_with_its_price(
+    text_store: Store, clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_parquet(tmp_path / "a.parquet", [{"image": make_jpeg((40, 40), seed=seed)} for seed in range(32)])
+    images = cached("image", source, tmp_path / "images.zarr", clip)
+    config = tiny_config(images, text_store, tmp_path / "run", batch_size=8, max_steps=2, checkpoint_every=1)
+    with feeding(config, ALONE) as feed:  # so small that it is as fast in any order
+        assert len(list(feed.batches)) == 2
+    monkeypatch.setattr("dimefm.feed.KEPT_BYTES", 1000)
+    remedy = r"--pixels 256 and another --out.*--set accept_slow=true"
+    with pytest.raises(TrainingError, match=rf"images are in Parquet files(?s:.*){remedy}"), feeding(config, ALONE):
+        pass
+    with feeding(replace(config, accept_slow=True), ALONE) as feed:
+        assert len(list(feed.batches)) == 2
+    small = cached("image", source, tmp_path / "pixels.zarr", clip, pixels=32)
+    with feeding(replace(config, images=small.path), ALONE):
+        pass
+    train(replace(config, accept_slow=True, max_steps=1))
+    with feeding(replace(config, max_steps=2), ALONE) as feed:  # what has begun goes on
+        assert feed.first == 1

@@ -14,6 +14,10 @@ from dimefm.average import Average
 from dimefm.distributed import ALONE, Place, join_group, leave_group
 from dimefm.learner import Learner
 from dimefm.objective import LossConfig, Objective
+from dimefm.store import Store
+from dimefm.student import build_student, student_spec
+from dimefm.validate import Validation
+from tests.making import read_tar, write_tar
 from tests.processes import FORKING
 from tests.test_distributed import free_port
 
@@ -171,3 +175,39 @@ def test_a_compiled_tower_computes_the_same() -> None:
     plain, compiled = map(two_steps, towers)
     for one, other in zip(plain, compiled, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("forgets", ["at each change of mode", "when it trains"])
+@pytest.mark.parametrize("name", ["levit_128s", "tiny_vit_5m_224"])
+def test_an_average_is_validated_with_the_weights_that_it_has_now(
+    name: str, forgets: str, cifar10: str, prompt_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LeViT's kind keeps its tables of biases in eval mode; timm up to 1.0.15 and later does so until it trains."""
+    for labelled in ("classnames.txt", "templates.txt"):
+        (tmp_path / labelled).write_bytes((Path(cifar10) / labelled).read_bytes())
+    write_tar(tmp_path / "0.tar", read_tar(Path(cifar10) / "test-00000.tar", 2 * 4))
+    spec = student_spec(name, prompt_store.schema.teacher)
+    module = build_student(spec)
+    parts = [part for part in module.modules() if hasattr(part, "attention_bias_cache")]
+    assert parts
+    if forgets == "when it trains":
+        for kind in {type(part) for part in parts}:
+            monkeypatch.setattr(kind, "train", _forgets_when_it_trains)
+    average = Average(module, 0.5)
+    validation = Validation((str(tmp_path),), prompt_store, spec, ALONE, torch.float32)
+    validation.run({"_ema": (average.module, None)})
+    with torch.no_grad():
+        for part in parts:
+            part.attention_biases += torch.randn_like(part.attention_biases)
+    average.update(module)
+    validation.run({"_ema": (average.module, None)})
+    fresh, images = build_student(spec).eval(), torch.randn(1, 3, spec.image_size, spec.image_size)
+    fresh.load_state_dict(average.module.state_dict())
+    with torch.no_grad():
+        assert torch.equal(average.module(images), fresh(images))
+
+
+def _forgets_when_it_trains(self: Any, mode: bool = True) -> None:
+    torch.nn.Module.train(self, mode)
+    if mode:
+        self.attention_bias_cache = {}

@@ -1,14 +1,18 @@
 """The order of rows, the augmentation, the text batches and the schedule: pure functions of seed and position."""
 
-from collections import Counter
+import hashlib
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.optim import param_groups_weight_decay
 from torchvision.transforms import RandomResizedCrop
 
+from cache_schemas import Status
 from dimefm import data as data_module
 from dimefm import order, textbank
 from dimefm.data import Augmentation, random_crop
@@ -16,7 +20,7 @@ from dimefm.decode import decode_rgb, decode_scaled, jpeg_size
 from dimefm.errors import TrainingError
 from dimefm.optim import learning_rate, parameter_groups
 from dimefm.order import Order
-from dimefm.student import build_student, student_spec
+from dimefm.student import build_student, build_text_student, student_spec, text_spec
 from dimefm.textbank import TextBank, TextMix
 from dimefm.transfer import Transfer
 from tests.making import encoded, make_jpeg, picture
@@ -25,40 +29,114 @@ from tests.stores import random_store, teacher_identity
 CPU = torch.device("cpu")
 
 
-def test_every_row_with_an_embedding_comes_once_an_epoch(tmp_path: Path) -> None:
-    store, _ = random_store(tmp_path / "s.zarr", rows=100, shard_rows=32, failed=(0, 50, 99))
-    batches = list(Order(store=store, seed=0, batch_size=10).batches(0))
-    assert len(batches) == Order(store=store, seed=0, batch_size=10).steps_per_epoch == 9
-    rows = np.concatenate(batches)
-    assert len(set(rows.tolist())) == 90
-    assert not {0, 50, 99} & set(rows.tolist())
+def _epoch(order: Order, epoch: int = 0, skip: int = 0) -> list[np.ndarray]:
+    """The batches of an epoch from `skip` on."""
+    steps = order.steps_per_epoch
+    return [rows for _, _, rows in order.steps(epoch * steps + skip, (epoch + 1) * steps)]
 
 
-def test_a_window_smaller_than_the_store_still_gives_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["blocks", "chunks"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Both orders, their windows small."""
+    monkeypatch.setattr(order, "CHUNKS_WINDOW_ROWS", 32)
     monkeypatch.setattr(order, "WINDOW_ROWS", 32)
-    store, _ = random_store(tmp_path / "s.zarr", rows=200, shard_rows=32)
-    rows = np.concatenate(list(Order(store=store, seed=0, batch_size=8).batches(0)))
-    assert sorted(rows.tolist()) == list(range(200))
+    monkeypatch.setattr(order, "WINDOW_BATCHES", 2)
+    return request.param
+
+
+def test_every_row_with_an_embedding_comes_once_an_epoch(tmp_path: Path, kind: Any) -> None:
+    store, _ = random_store(tmp_path / "s.zarr", rows=200, shard_rows=32, failed=(0, 50, 51, 199))
+    mine = Order(store=store, seed=0, batch_size=7, kind=kind)
+    batches = _epoch(mine)
+    assert len(batches) == mine.steps_per_epoch == 28
+    rows = np.concatenate(batches)
+    assert len(set(rows.tolist())) == 196
+    assert not {0, 50, 51, 199} & set(rows.tolist())
     assert np.abs(np.diff(rows)).mean() > 3, "rows come in the order of the store"
 
 
+def test_an_incomplete_batch_leaves_out_other_rows_each_epoch(tmp_path: Path, kind: Any) -> None:
+    store, _ = random_store(tmp_path / "s.zarr", rows=100, shard_rows=32)
+    mine = Order(store=store, seed=0, batch_size=30, kind=kind)
+    left = [set(range(100)) - set(np.concatenate(_epoch(mine, epoch)).tolist()) for epoch in range(3)]
+    assert [len(rows) for rows in left] == [10] * 3
+    assert len(left[0] | left[1] | left[2]) > 15
+
+
 @pytest.mark.parametrize("skip", [0, 1, 7, 11])
-def test_skipping_gives_the_rest_of_the_same_order(tmp_path: Path, skip: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(order, "WINDOW_ROWS", 32)
+def test_skipping_gives_the_rest_of_the_same_order(tmp_path: Path, skip: int, kind: Any) -> None:
     store, _ = random_store(tmp_path / "s.zarr", rows=100, shard_rows=32, failed=(1, 2, 3))
-    whole = list(Order(store=store, seed=3, batch_size=8).batches(2))
-    rest = list(Order(store=store, seed=3, batch_size=8).batches(2, skip))
-    np.testing.assert_array_equal(whole[skip:], rest)
+    mine = Order(store=store, seed=3, batch_size=8, kind=kind)
+    whole = _epoch(mine, 2)
+    np.testing.assert_array_equal(whole[skip:], _epoch(mine, 2, skip))
+    first, stop = 24 + skip, 24 + skip + 9  # into the next epoch
+    windows = list(mine.windows(first, stop))
+    assert [(at, at // 12) for at, _, _ in windows] == [(at, epoch) for at, epoch, _ in windows]
+    rows_SG = np.concatenate([rows for _, _, rows in windows])
+    np.testing.assert_array_equal(rows_SG, [rows for _, _, rows in mine.steps(first, stop)])
+    assert len(rows_SG) == 9
 
 
-def test_epochs_and_seeds_differ(tmp_path: Path) -> None:
+def test_epochs_seeds_and_streams_differ(tmp_path: Path, kind: Any) -> None:
     store, _ = random_store(tmp_path / "s.zarr", rows=64, shard_rows=32)
     orders = {
-        tuple(np.concatenate(list(Order(store=store, seed=s, batch_size=64).batches(e))))
+        tuple(np.concatenate(_epoch(Order(store=store, seed=s, batch_size=64, stream=stream, kind=kind), e)))
         for s in (0, 1)
         for e in (0, 1)
+        for stream in (0, 1)
     }
-    assert len(orders) == 4
+    assert len(orders) == 8
+
+
+def test_older_runs_keep_their_order_to_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digests of steps 7 to 59 as the code gave them before there was another order."""
+    monkeypatch.setattr(order, "CHUNKS_WINDOW_ROWS", 128)
+    store, _ = random_store(tmp_path / "s.zarr", rows=500, shard_rows=64, failed=(3, 100, 101, 499))
+    some = np.arange(0, 500, 3, dtype=np.int32)
+    whole = Order(store=store, seed=5, batch_size=24, kind="chunks")
+    part = Order(store=store, seed=5, batch_size=24, only=some, stream=1, kind="chunks")
+    assert (whole.steps_per_epoch, _digest(whole)) == (20, "b46854f0ee3c2471")
+    assert (part.steps_per_epoch, _digest(part)) == (6, "c1525a95834ce0cc")
+
+
+def _digest(order: Order) -> str:
+    digest = hashlib.sha256()
+    for step, epoch, rows in order.steps(7, 60):
+        digest.update(np.array([step, epoch, *rows.tolist()], "<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def test_rows_without_an_embedding_are_left_out_as_if_they_were_not_selected(tmp_path: Path) -> None:
+    """So that what is shown of a selection below holds for a whole store."""
+    failed = tuple(np.random.default_rng(0).choice(300, 60, replace=False).tolist())
+    store, _ = random_store(tmp_path / "s.zarr", rows=300, shard_rows=32, failed=failed)
+    good = np.flatnonzero(store.status() == Status.OK).astype(np.int32)
+    mine, selected = (Order(store=store, seed=1, batch_size=16, only=only) for only in (None, good))
+    np.testing.assert_array_equal(_epoch(mine), _epoch(selected))
+
+
+@pytest.mark.parametrize("every", [1, 3], ids=["all rows", "a selection"])
+def test_batches_of_a_sorted_source_are_mixed_as_if_drawn_at_random(tmp_path: Path, every: int) -> None:
+    """Four million rows that count, 650 a class one after another, in batches of 5,120."""
+    rows, per_class, size = 4_000_000, 650, 5120
+    store, _ = random_store(tmp_path / "s.zarr", rows=32, shard_rows=32)
+    only = np.arange(0, rows * every, every, dtype=np.int32)
+    mine = Order(store=store, seed=0, batch_size=size, only=only)
+    rng = np.random.default_rng(0)
+    found, drawn = [], []
+    for first in (0, 300, mine.steps_per_epoch - 4):
+        found.append([set((rows_G // every // per_class).tolist()) for _, _, rows_G in mine.steps(first, first + 4)])
+        drawn.append([set((rng.integers(rows, size=size) // per_class).tolist()) for _ in range(4)])
+    classes, shared = _mixed(found)
+    expected, expected_shared = _mixed(drawn)
+    assert classes > 0.97 * expected
+    assert shared < 1.08 * expected_shared
+
+
+def _mixed(batches: list[list[set[int]]]) -> tuple[float, float]:
+    """The mean number of classes of a batch, and the mean share of them that are in the next one too."""
+    shared = [len(a & b) / len(a) for run in batches for a, b in pairwise(run)]
+    return float(np.mean([len(batch) for run in batches for batch in run])), float(np.mean(shared))
 
 
 def test_augmentation_depends_on_seed_epoch_and_row_alone() -> None:
@@ -217,15 +295,48 @@ def test_schedule_warms_up_and_falls_to_the_floor() -> None:
     assert values[10:] == sorted(values[10:], reverse=True)
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "resnet10t", "vit_tiny_patch16_224"])
-def test_vectors_and_positional_embeddings_are_not_decayed(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "matrices"),
+    [
+        ("ViT-B-32", {"positional_embedding"}),
+        ("resnet10t", set()),
+        ("vit_tiny_patch16_224", {"trunk.cls_token", "trunk.pos_embed"}),
+        ("swin_tiny_patch4_window7_224", {"relative_position_bias_table"}),
+        ("levit_128s", {"attention_biases"}),
+    ],
+)
+def test_what_a_tower_lists_is_not_decayed(name: str, matrices: set[str]) -> None:
+    """Of more than one dimension, `matrices` are all that is not decayed, by the whole name or its end."""
     model = build_student(student_spec(name, teacher_identity()))
+    _require_undecayed(model, matrices)
+    trunk = getattr(model, "trunk", None)
+    if trunk is not None and hasattr(trunk, "no_weight_decay"):  # and as timm's own function groups them
+        theirs = param_groups_weight_decay(trunk, 0.05, no_weight_decay_list=trunk.no_weight_decay())
+        kept = {id(p) for group in theirs if not group["weight_decay"] for p in group["params"]}
+        assert kept == {id(p) for p in parameter_groups([trunk], 0.05)[1]["params"]}
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "coca_ViT-B-32"])
+def test_embeddings_of_tokens_and_positions_are_not_decayed(name: str) -> None:
+    model = build_text_student(text_spec(name, teacher_identity()))
+    _require_undecayed(model, {"token_embedding.weight", "positional_embedding"})
+
+
+def _require_undecayed(model: Any, matrices: set[str]) -> None:
     decayed, kept = parameter_groups([model], 0.05)
-    assert decayed["weight_decay"] == 0.05
-    assert kept["weight_decay"] == 0
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0)
     names = {id(p): n for n, p in model.named_parameters()}
-    kept_names = {names[id(p)] for p in kept["params"]}
-    assert Counter(len(g["params"]) for g in (decayed, kept)).total() == 2
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
     assert all(p.ndim > 1 for p in decayed["params"])
-    assert all(p.ndim <= 1 or "pos" in names[id(p)] or "cls" in names[id(p)] for p in kept["params"]), kept_names
+    found = {names[id(p)] for p in kept["params"] if p.ndim > 1}
+    assert {end for end in matrices if any(name.endswith(end) for name in found)} == matrices
+    assert all(name.endswith(tuple(matrices)) for name in found)
+
+
+def test_older_runs_keep_their_groups() -> None:
+    """Their optimiser's state has them: of a timm tower the positional embeddings alone, beside vectors."""
+    model = build_student(student_spec("test_vit", teacher_identity()))
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, kept = parameter_groups([model], 0.05, "named")
+    assert {names[id(p)] for p in kept["params"] if p.ndim > 1} == {"trunk.pos_embed"}
+    assert "trunk.cls_token" in {names[id(p)] for p in decayed["params"]}

@@ -90,16 +90,20 @@ def test_samples_of_scattered_rows_come_in_the_order_asked_for(tmp_path: Path) -
     assert store.samples(np.empty(0, np.int64)) == []
 
 
-def test_samples_keep_a_bounded_number_of_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many shards they came from, and none of the plans that those were read from."""
-    monkeypatch.setattr(store_module, "_CHUNKS", 3)
+def test_entries_read_each_plan_once_and_keep_a_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many shards the rows are of. Names of files, which repeat, are held once."""
     store, _ = random_store(tmp_path / "s.zarr", rows=320, shard_rows=32)
+    store, read = Store(store.path), list[int]()
+    original = Store._read_plan
+    monkeypatch.setattr(Store, "_read_plan", lambda self, *args: read.append(args[0]) or original(self, *args))
     store = Store(store.path)
-    before = pa.total_allocated_bytes()
-    store.samples(np.arange(320))
-    store._plan.cache_clear()
-    assert pa.total_allocated_bytes() - before < 3 * 16 * 100
-    assert store._entries.cache_info().currsize == 3
+    entries = store.entries(np.arange(0, 320, 2), ("file", "offset", "size"))
+    assert sorted(read) == list(range(10))
+    assert entries["row"].to_pylist() == list(range(0, 320, 2))
+    assert pa.types.is_dictionary(entries["file"].type)
+    assert entries["file"].num_chunks == 1
+    assert entries["file"].chunk(0).dictionary.to_pylist() == ["f"]
+    assert store._plan.cache_info().currsize == store_module._PLANS
 
 
 def test_a_plan_that_lacks_a_column_is_refused_when_that_is_read(tmp_path: Path) -> None:

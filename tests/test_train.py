@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cache_schemas import StudentSpec
+from cache_schemas.document import CHECKSUM, digest_of
 from dimefm import train as train_module
 from dimefm.checkpoint import Checkpoints
 from dimefm.config import TrainConfig
@@ -21,10 +22,11 @@ from dimefm.data import Augmentation, Requests, TrainingImages, reader_died, tra
 from dimefm.distributed import Place
 from dimefm.errors import MismatchError, OutputExistsError, StoreError, TrainingError
 from dimefm.lock import writing
+from dimefm.machine_settings import decide
 from dimefm.objective import LossConfig
 from dimefm.order import Order
 from dimefm.preprocess import Preprocess
-from dimefm.run import read_run
+from dimefm.run import read_run, write_run
 from dimefm.runlog import last_validation, read_metrics
 from dimefm.store import Store
 from dimefm.student import student_spec
@@ -93,6 +95,57 @@ def test_resume_gives_the_same_weights_to_the_last_bit(
     assert same(weights(undisturbed), weights(config.out))
     steps = [line["step"] for line in read_metrics(config.out) if line["event"] == "train"]
     assert steps == sorted(set(steps)), "a line of metrics appears twice after a resume"
+
+
+def test_an_older_run_goes_on_as_it_began(
+    image_store: Store, text_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its order of rows and with its groups of weight decay, of which its run.json has no word."""
+    config = tiny_config(
+        image_store, text_store, tmp_path / "run", student="test_vit", image_size=None, checkpoint_every=1,
+        weight_decay=0.5, max_steps=4, loss=LossConfig(vl=0, pvl=0, cosine=1),
+    )  # fmt: skip
+    new = replace(config, out=str(tmp_path / "new"))
+    train(new)
+    assert (read_run(new.out).order, read_run(new.out).undecayed) == ("blocks", "listed")
+    plan = train_module.plan_run
+    with monkeypatch.context() as older:
+        older.setattr("dimefm.feed.choose_order", lambda *_: "chunks")
+        older.setattr(train_module, "plan_run", lambda *words, **more: replace(plan(*words, **more), undecayed="named"))
+        undisturbed = replace(config, out=str(tmp_path / "undisturbed"))
+        train(undisturbed)
+        older.setattr(Checkpoints, "save", interrupted_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    path = Path(config.out, "run.json")
+    document = json.loads(path.read_text())
+    for name in ("order", "undecayed", "processes"):
+        del document[name]
+    document[CHECKSUM] = digest_of({name: value for name, value in document.items() if name != CHECKSUM})
+    path.write_text(json.dumps(document))
+    train(config)
+    assert same(weights(undisturbed.out), weights(config.out))
+    assert not same(weights(new.out), weights(config.out))
+    run = read_run(config.out)
+    assert (run.order, run.undecayed, run.processes, run.changes) == ("chunks", "named", None, ())
+
+
+def test_another_number_of_processes_is_recorded_and_said(
+    image_store: Store, text_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(image_store, text_store, tmp_path / "run", checkpoint_every=1)
+    monkeypatch.setattr(Checkpoints, "save", interrupted_at(3))
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    assert read_run(config.out).processes == 1
+    write_run(config.out, replace(read_run(config.out), processes=4))
+    _, notes = decide(config, Place(0, 1, torch.device("cpu")), ())
+    assert any("began with 4 processes and goes on with 1: batches and losses are the same" in note for note in notes)
+    train(config)
+    run = read_run(config.out)
+    assert [(change.step, change.field, change.values) for change in run.changes] == [(3, "processes", "4 != 1")]
+    assert run.processes == 1
 
 
 def test_the_number_of_workers_does_not_change_the_student(

@@ -22,6 +22,8 @@ BLOCK_BYTES, _BLOCK_ROWS = 32 << 20, 8192
 
 _BUFFER = 1 << 20  # bytes of a column chunk that are read ahead; without it the chunk is read whole
 _FILES, _BLOCKS = 8, 4  # kept open, and kept decoded, in a process
+KEPT_BYTES = _BLOCKS * BLOCK_BYTES
+"""Files that are no larger than this together are read by row as fast in any order."""
 
 
 class DamagedParquetError(Exception):
