@@ -21,7 +21,7 @@ from dimefm.decode import DecodeError, decode_rgb, to_tensor
 from dimefm.errors import StoreError
 from dimefm.pixels import small_jpeg
 from dimefm.preprocess import Preprocess
-from dimefm.sources.reading import read_encoded
+from dimefm.sources.reading import read_planned
 from dimefm.views import draw_boxes, replay
 
 _TASK = 8  # images a task of the thread pool: one each would cost as much as reading it
@@ -113,10 +113,11 @@ class Loader:
 
 def read_image(row: dict[str, Any]) -> bytes | DecodeError:
     """The bytes of a sample, or why they cannot be had. Storage that fails for the moment is asked again, and at last
-    ends the job, with StoreError: a row is given up for good only where its file is gone."""
+    ends the job, with StoreError, as what a plan may not name does at once: a row is given up for good only where its
+    file is gone."""
     for wait in (*_WAITS, None):
         try:
-            data = read_encoded(row["file"], row["offset"], row["size"])
+            data = read_planned(row["file"], row["offset"], row["size"])
             break
         except storage.GONE as error:
             return DecodeError(Status.MISSING, str(error))

@@ -14,6 +14,7 @@ from dimefm import storage
 from dimefm.clip import Clip, load_clip
 from dimefm.decode import DecodeError
 from dimefm.errors import MismatchError, SourceError, StoreError, TeacherError
+from dimefm.named import named
 from dimefm.preprocess import Preprocess
 from dimefm.retrieval import open_search
 from dimefm.store import Store
@@ -78,7 +79,8 @@ def _what(entry: dict[str, Any]) -> str:
 def _store_of(index: str) -> Store:
     from dimefm.index import read_sidecar
 
-    return Store(read_sidecar(storage.absolute(index)).store)
+    folder = storage.absolute(index)
+    return Store(named(read_sidecar(folder).store, storage.join(folder, SIDECAR_FILE)))
 
 
 def _open_store(path: str) -> Store:

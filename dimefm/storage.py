@@ -68,7 +68,7 @@ def join(base: str, name: str) -> str:
 def digest_file(path: str) -> str:
     """sha256 of a file, read in pieces, as hex. Raises OSError."""
     digest = hashlib.sha256()
-    with fsspec.open(path, "rb") as file:
+    with fsspec.open(path, "rb") if is_url(path) else Path(path).open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()

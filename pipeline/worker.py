@@ -20,6 +20,7 @@ from dimefm import storage
 from dimefm.clip import Clip, load_clip
 from dimefm.errors import MismatchError, SourceError, TeacherError
 from dimefm.machine import Precision, cpus
+from dimefm.named import allow
 from dimefm.progress import Progress
 from dimefm.shard import check_canary, encode_shard, retry_shard
 from dimefm.store import Store
@@ -32,7 +33,8 @@ SHARDS_AT_ONCE = {"cpu": 1, "cuda": 2}
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What every worker needs to know: the planned store and how to load its teacher. `retry`: encode only the rows
-    of finished shards that have no embedding."""
+    of finished shards that have no embedding; `schemes`: what the user allows the plan to name, besides object stores
+    (see dimefm.named)."""
 
     store: str
     teacher: str
@@ -42,6 +44,7 @@ class Job:
     threads: int | None
     compile: bool = False
     retry: bool = False
+    schemes: str = ""
 
 
 def _nobody(rows: int) -> None:
@@ -65,6 +68,7 @@ class Worker:
         with other workers must write the same bytes. Several workers of one thread are faster than one of several.
         """
         torch.set_num_threads(1)
+        allow(self._job.schemes)
         job, self._store = self._job, Store(self._job.store)
         schema = self._store.schema
         clip = self._clip
