@@ -14,6 +14,7 @@ from dimefm import storage
 from dimefm.clip import Clip, load_clip
 from dimefm.decode import DecodeError
 from dimefm.errors import MismatchError, SourceError, StoreError, TeacherError
+from dimefm.hub import require_here
 from dimefm.named import named
 from dimefm.preprocess import Preprocess
 from dimefm.retrieval import open_search
@@ -92,6 +93,8 @@ def _open_store(path: str) -> Store:
 
 def _teacher(store: Store, teacher: str | None, pretrained: str | None, device: str | None) -> Clip:
     known, remedy = store.schema.teacher, "give --teacher, where that of the store is now"
+    if not teacher:
+        require_here(known.name, store.path)
     try:
         clip = load_clip(teacher or known.name, pretrained if teacher else known.pretrained, device=device)
     except TeacherError as error:

@@ -19,6 +19,7 @@ from dimefm import storage
 from dimefm.arrays import digest_arrays
 from dimefm.clip import load_clip
 from dimefm.errors import DimefmError, StoreError
+from dimefm.hub import require_here
 from dimefm.lock import writing
 from dimefm.shard import compare_again
 from dimefm.store import Store
@@ -238,6 +239,8 @@ def _check_teacher(store: Store, config: VerifyConfig, report: Report) -> None:
     chosen = np.unique(rows[np.linspace(0, len(rows) - 1, min(config.sample, len(rows))).astype(np.int64)])
     known = store.schema.teacher
     name, tag = config.teacher or known.name, config.pretrained if config.teacher else known.pretrained
+    if not config.teacher:
+        require_here(name, store.path)
     clip = load_clip(name, tag, precision=known.precision)
     differences = known.differences(clip.identity)
     if differences:

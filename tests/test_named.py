@@ -75,7 +75,7 @@ def pairs(tmp_path: Path) -> str:
     return str(tmp_path / "p.zarr")
 
 
-def changed(document: dict[str, Any], **fields: str) -> dict[str, Any]:
+def changed(document: dict[str, Any], **fields: Any) -> dict[str, Any]:
     """The document saying this instead, with the checksum that whoever wrote it so would have given it."""
     rest = {name: value for name, value in document.items() if name != CHECKSUM} | fields
     return {**rest, CHECKSUM: digest_of(rest)}
