@@ -19,6 +19,7 @@ from dimefm import storage
 from dimefm.checkpoint import Checkpoints
 from dimefm.config import TrainConfig
 from dimefm.errors import StoreError
+from dimefm.inert import line
 from dimefm.named import named
 from dimefm.objective import LossConfig
 from dimefm.pairs import Pairs
@@ -70,7 +71,7 @@ def list_failures(path: str) -> Iterator[str]:
 
 def _table(title: str, rows: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows)
-    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+    return "\n".join([line(title), *(f"  {line(name):<{width}}  {line(value)}" for name, value in rows)])
 
 
 def _teacher(teacher: TeacherIdentity) -> list[tuple[str, str]]:

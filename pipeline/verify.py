@@ -15,7 +15,7 @@ import numpy as np
 from cache_schemas import Commit, SchemaError, Status
 from cache_schemas.embedding_store import ATTRIBUTES_KEY, EMBEDDING, STATUS, commit_path, pixels_path, rows_path
 from cache_schemas.plan import FILES_TABLE
-from dimefm import storage
+from dimefm import inert, storage
 from dimefm.arrays import digest_arrays
 from dimefm.clip import load_clip
 from dimefm.errors import DimefmError, StoreError
@@ -66,10 +66,10 @@ class Report:
         lines = [f"{self.store}: {self.rows:,} rows, {self.done:,} of {self.shards:,} shards done"]
         found = [f"shard {shard}: {what}" for shard, problems in sorted(self.bad.items()) for what in problems]
         found += self.faults
-        lines += [f"  bad   {line}" for line in found[:_SHOWN]]
+        lines += [f"  bad   {inert.line(one)}" for one in found[:_SHOWN]]
         if len(found) > _SHOWN:
             lines.append(f"  bad   and {len(found) - _SHOWN:,} more")
-        lines += [f"  note  {note}" for note in self.notes]
+        lines += [f"  note  {inert.line(note)}" for note in self.notes]
         return "\n".join([*lines, f"  {self._verdict()}"])
 
     def _verdict(self) -> str:
