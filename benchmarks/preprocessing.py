@@ -1,16 +1,13 @@
 """Decoding and preprocessing: speed on one core, and agreement with open_clip's own path, pixels and embeddings."""
 
-import io
-
 import click
 import numpy as np
 import open_clip
 import torch
-from PIL import Image
 
 from benchmarks.measure import machine, median, ratio, rounds, table
 from dimefm.clip import load_clip
-from dimefm.decode import decode_rgb
+from dimefm.decode import decode_pillow, decode_rgb, open_image
 from dimefm.evaluation.own_sets import open_folder
 from dimefm.preprocess import Preprocess, normalise
 from dimefm.sample import sample_dir
@@ -33,19 +30,19 @@ def preprocessing(sets: tuple[str, ...], images: int, count: int) -> None:
         data = [read_encoded(s.file, s.offset, s.size) for s in open_folder(path).samples[:images]]
         seconds = rounds(
             {
-                "open_clip": lambda data=data: [theirs(Image.open(io.BytesIO(d))) for d in data],
+                "open_clip": lambda data=data: [theirs(decode_pillow(d)) for d in data],
                 "fast": lambda data=data: [fast(d) for d in data],
                 "decode": lambda data=data: [decode_rgb(d) for d in data],
             },
             count,
         )
         mine_B3HW = torch.stack([fast(d) for d in data])
-        theirs_B3HW = torch.stack([theirs(Image.open(io.BytesIO(d))) for d in data])
+        theirs_B3HW = torch.stack([theirs(decode_pillow(d)) for d in data])
         off = (normalise(mine_B3HW, facts.mean, facts.std) - theirs_B3HW).abs().max() * 255 * facts.std[0]
         with torch.inference_mode():
             reference = torch.cat([clip.model.encode_image(b, normalize=True) for b in theirs_B3HW.split(32)])
         cosine = (torch.cat([clip.encode_images(b) for b in mine_B3HW.split(32)]) * reference).sum(dim=1)
-        sizes = np.median([Image.open(io.BytesIO(d)).size for d in data], axis=0).astype(int)
+        sizes = np.median([open_image(d).size for d in data], axis=0).astype(int)
         rate = {k: len(data) / median(v) for k, v in seconds.items()}
         rows.append(
             (

@@ -19,11 +19,11 @@ import click
 import open_clip
 import safetensors.torch
 import torch
-from PIL import Image
 
 from benchmarks.measure import machine, table
 from benchmarks.processes import Usage, run
 from dimefm.clip import load_clip
+from dimefm.decode import open_image
 from dimefm.preprocess import Preprocess, normalise
 from dimefm.sample import sample_dir
 from dimefm.student import has_convolutions
@@ -59,7 +59,7 @@ def stage1(images: str | None, limit: int, count: int, teachers: str, clip_retri
             rows += _compare(teacher, models[teacher], data, copies, folder, count, clip_retrieval)
     head = ("teacher", "", "images/s", "CPU ms an image", "of the floor", "not in the workers")
     click.echo(table(head, rows))
-    sizes = statistics.median(min(Image.open(io.BytesIO(d)).size) for d in data.values())
+    sizes = statistics.median(min(open_image(d).size) for d in data.values())
     click.echo(f"{machine()}; {len(data):,} JPEGs, median short side {sizes:.0f}; medians of {count} paired rounds")
 
 

@@ -14,6 +14,7 @@ from benchmarks.measure import machine, median, ratio, rounds, table
 from benchmarks.stage1 import gather, trivial_teacher, write_tar
 from dimefm.clip import load_clip
 from dimefm.data import Augmentation, Requests, TrainingImages, training_loader
+from dimefm.decode import decode_pillow, open_image
 from dimefm.order import Order
 from dimefm.shard import encode_shard
 from dimefm.store import Store
@@ -53,7 +54,7 @@ def training_pixels(images: str, limit: int, enlarge: float, pixels: int, size: 
     plain, kept = seconds.values()
     times, fewer = ratio(plain, kept), read["original files"] / read[f"--pixels {pixels}"]
     click.echo(f"with pixels: {times:.2f}x the images/s, {fewer:.2f}x fewer bytes")
-    side = statistics.median(min(Image.open(io.BytesIO(d)).size) for d in data.values())
+    side = statistics.median(min(open_image(d).size) for d in data.values())
     facts = f"{len(data):,} JPEGs, median short side {side:.0f}, student at {size} px, warm files"
     click.echo(f"{machine()}; {facts}, medians of {count} paired rounds")
 
@@ -72,7 +73,7 @@ def _kept_bytes(stores: dict[str, Store]) -> int:
 
 
 def _enlarged(jpeg: bytes, times: float) -> bytes:
-    image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    image = decode_pillow(jpeg).convert("RGB")
     sink = io.BytesIO()
     image.resize((round(image.width * times), round(image.height * times)), Image.Resampling.BICUBIC).save(
         sink, "JPEG", quality=92

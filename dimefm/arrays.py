@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ DAMAGED = "dimefm verify STORE --repair marks damaged shards; then run the comma
 def open_group(path: str) -> zarr.Group:
     """The Zarr group at `path`, for reading and writing. Raises StoreError where there is none."""
     try:
-        return zarr.open_group(path, mode="r+")
+        # A local path as Path: in a string, zarr takes :: for a chain of file systems.
+        return zarr.open_group(path if storage.is_url(path) else Path(path), mode="r+")
     except (FileNotFoundError, zarr.errors.GroupNotFoundError):
         pass
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # what zarr makes of a damaged one

@@ -15,6 +15,7 @@ from cache_schemas import SchemaError
 from dimefm import __version__
 from dimefm.errors import DimefmError, StoppedError
 from dimefm.evaluation.command import compare, evaluate, sets, submission
+from dimefm.inert import say, text
 from dimefm.machine import wait_briefly
 from dimefm.train_command import train_student
 
@@ -26,24 +27,24 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except StoppedError as error:
-            click.echo(f"Stopped: {error}", err=True)
+            say(f"Stopped: {error}", err=True)
             ctx.exit(128 + error.signal)  # as a shell reports it
         except KeyboardInterrupt:
-            click.echo("Stopped by Ctrl-C", err=True)
+            say("Stopped by Ctrl-C", err=True)
             ctx.exit(128 + signal.SIGINT)
         except (DimefmError, SchemaError) as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(text(error)) from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # of a write, which names no file
                 where = f"{error.filename}: " if error.filename else ""
                 remedy = "make room, or mend the permissions, and run the same command again"
-                raise click.ClickException(f"{where}{error.strerror}\n  remedy: {remedy}") from error
+                raise click.ClickException(f"{text(where)}{error.strerror}\n  remedy: {remedy}") from error
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 remedy = "raise the limit (ulimit -n 4096) and run the same command again"
                 raise click.ClickException(f"too many open files\n  remedy: {remedy}") from error
             where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
             remedy = "check the path, its permissions and that the storage answers; then run the same command again"
-            raise click.ClickException(f"{where}{error.strerror or error}\n  remedy: {remedy}") from error
+            raise click.ClickException(text(f"{where}{error.strerror or error}\n  remedy: {remedy}")) from error
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not have been imported
                 raise
@@ -163,7 +164,7 @@ def _cache(kind: Any, options: dict[str, Any]) -> None:
 
     dry = options.pop("dry_run")
     config = CacheConfig(kind=kind, **options)
-    click.echo(dry_run(config) if dry else describe(cache(config).path))
+    say(dry_run(config) if dry else describe(cache(config).path))
 
 
 @cli.command()
@@ -191,8 +192,8 @@ def import_embeddings(folder: str, **options: Any) -> None:
     from pipeline.importing import ImportConfig
     from pipeline.importing import import_embeddings as run
 
-    store = run(ImportConfig(folder=folder, **options), lambda line: click.echo(line, err=True))
-    click.echo(describe(store.path))
+    store = run(ImportConfig(folder=folder, **options), lambda line: say(line, err=True))
+    say(describe(store.path))
 
 
 class _Bytes(click.ParamType[int]):
@@ -237,15 +238,15 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **o
     _require_with("--ray-address", ray_address, "--workers", workers)
     config = IndexConfig(**options)
     if dry_run:
-        click.echo(forecast(config).show())
+        say(forecast(config).show())
         return
     run = None
     if workers and (workers > 1 or ray_address):
         from pipeline.index_parts import on_ray
 
         run = on_ray(workers, ray_address)
-    build(config, run, lambda line: click.echo(line, err=True))
-    click.echo(describe(options["out"]))
+    build(config, run, lambda line: say(line, err=True))
+    say(describe(options["out"]))
 
 
 @cli.command()
@@ -266,7 +267,7 @@ def retrieve(images: str, **options: Any) -> None:
     if options["index"] and options["device"]:
         raise click.UsageError("--device has no effect with --index: an index searches on the CPU")
     retrieve_stores(images, **options)
-    click.echo(describe(options["out"]))
+    say(describe(options["out"]))
 
 
 @cli.command()
@@ -290,7 +291,7 @@ def search(path: str, **options: Any) -> None:
     if not queries:
         raise click.UsageError("give --image FILE or --text SENTENCE")
     _require_with("--pretrained", options["pretrained"], "--teacher", options["teacher"])
-    click.echo("\n\n".join(map(show, queries, run(path, **options))))
+    say("\n\n".join(map(show, queries, run(path, **options))))
 
 
 @cli.command()
@@ -325,7 +326,7 @@ def select_texts(**options: Any) -> None:
     from dimefm.selection import select_texts as select
 
     select(SelectionConfig(**options))
-    click.echo(describe(options["out"]))
+    say(describe(options["out"]))
 
 
 cli.add_command(train_student)
@@ -350,7 +351,7 @@ def export(run: str, **options: Any) -> None:
     """
     from dimefm.export import export as write
 
-    click.echo(f"{write(run, **options)}: load it with open_clip as local-dir:{options['out']}")
+    say(f"{write(run, **options)}: load it with open_clip as local-dir:{options['out']}")
 
 
 @cli.command()
@@ -368,7 +369,7 @@ def convert_checkpoint(checkpoint: str, **options: Any) -> None:
     """
     from dimefm.convert import convert
 
-    click.echo(convert(checkpoint, **options).show())
+    say(convert(checkpoint, **options).show())
 
 
 @cli.command()
@@ -382,7 +383,7 @@ def export_embeddings(store: str, out: str, rows_per_file: int | None) -> None:
     """
     from pipeline.clip_retrieval import export_embeddings as run
 
-    click.echo(f"{run(store, out, rows_per_file=rows_per_file)}: embeddings as .npy, metadata as .parquet")
+    say(f"{run(store, out, rows_per_file=rows_per_file)}: embeddings as .npy, metadata as .parquet")
 
 
 @cli.command()
@@ -394,7 +395,7 @@ def doctor() -> None:
     from dimefm.doctor import diagnose
 
     found = diagnose()
-    click.echo(found.show())
+    say(found.show())
     if found.stops:
         raise click.exceptions.Exit(1)
 
@@ -407,10 +408,10 @@ def info(path: str, failures: bool) -> None:
     from dimefm.info import describe, list_failures
 
     if not failures:
-        click.echo(describe(path))
+        say(describe(path))
         return
     for line in list_failures(path):
-        click.echo(line)
+        say(line)
 
 
 @cli.command()
@@ -427,6 +428,6 @@ def verify(store: str, sample: int | None, teacher: str | None, pretrained: str 
     _require_with("--teacher", teacher, "--sample", sample)
     _require_with("--pretrained", pretrained, "--teacher", teacher)
     report = check(VerifyConfig(store=store, sample=sample, teacher=teacher, pretrained=pretrained, repair=repair))
-    click.echo(report.show())
+    say(report.show())
     if not report.trusted:
         raise click.exceptions.Exit(1)

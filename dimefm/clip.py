@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from cache_schemas import Preprocessing, TeacherIdentity
 from dimefm import storage
 from dimefm.errors import TeacherError
+from dimefm.hub import require_plain_tokenizer
 from dimefm.machine import Precision, choose_device
 from dimefm.preprocess import normalise
 from dimefm.student import has_convolutions
@@ -189,7 +190,8 @@ def load_clip(
     """Load a model by open_clip's names: an architecture and a tag or file, ``hf-hub:org/model``, ``local-dir:FOLDER``.
 
     `precision` is that of the matrix products; None is `teacher_precision`. Raises TeacherError for
-    an unknown name, missing weights, weights trained with another activation, or a model without a text tower.
+    an unknown name, missing weights, weights trained with another activation, a model without a text tower, or one that
+    could run code of its own (see dimefm.hub).
     """
     device = choose_device(device)
     precision = precision or teacher_precision(device)
@@ -204,6 +206,7 @@ def load_clip(
     model_cfg = open_clip.get_model_config(name)
     if not model_cfg or not hasattr(model, "encode_text") or "multimodal_cfg" in model_cfg:
         raise TeacherError(f"{name} is not a two-tower CLIP model", remedy="use one with an image and a text tower")
+    require_plain_tokenizer(name, model_cfg)
     return wrap(model, name, pretrained, model_cfg, precision=precision, device=device)
 
 

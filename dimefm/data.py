@@ -31,7 +31,7 @@ from dimefm.decode import DecodeError, decode_rgb, decode_scaled, jpeg_size
 from dimefm.errors import DimefmError, TrainingError
 from dimefm.order import Order
 from dimefm.preprocess import resize
-from dimefm.sources.reading import read_encoded
+from dimefm.sources.reading import read_planned
 from dimefm.store import Store
 from dimefm.textbank import TextBank, TextDraw
 from dimefm.views import random_crop, replay
@@ -173,7 +173,7 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
             if not file:
                 what = f"{store.path} was imported without the images that its embeddings are of"
                 raise TrainingError(what, remedy="import it again with --images, or cache the images")
-            yield partial(_called, store, row), partial(read_encoded, file, offset, size)
+            yield partial(_called, store, row), partial(read_planned, file, offset, size)
 
 
 def _empty_pixels(count: int, size: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import io
 import math
 import re
 import warnings
+from functools import cache
 
 import torch
 from PIL import Image
@@ -21,6 +22,11 @@ from cache_schemas import Status
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded: Pillow's own threshold for a decompression bomb (a 256 MiB RGB image)."""
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX",
+           "SGI", "QOI")  # fmt: skip
+"""What Pillow may decode, whatever a file is called. Of the rest, EPS would start Ghostscript, IPTC open any format
+within it, and WMF ask the operating system."""
 
 _ADDRESS = re.compile(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>")  # another in every run
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I")
@@ -39,23 +45,38 @@ class DecodeError(Exception):
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image with only its header read, and its size checked before any pixel is allocated.
 
-    Raises DecodeError for no bytes, for what is not an image, and above `max_pixels`.
+    Raises DecodeError for no bytes, for what is not an image of FORMATS, and above `max_pixels`.
     """
     if not data:
         raise DecodeError(Status.EMPTY, "no bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError as error:
         raise DecodeError(Status.TOO_LARGE, str(error)) from None
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise DecodeError(Status.UNDECODABLE, _reason(error)) from None
+        raise DecodeError(Status.UNDECODABLE, _refused(data) or _reason(error)) from None
     width, height = image.size
     if width * height > max_pixels:
         reason = f"{width} x {height} is {width * height:,} pixels; the limit is {max_pixels:,}"
         raise DecodeError(Status.TOO_LARGE, reason)
     return image
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _refused(data: bytes) -> str:
+    """What to say of an image that is of another format, by its first bytes: it is not opened to find out."""
+    for name, (_, accept) in Image.OPEN.items():
+        if name not in FORMATS and accept and accept(data[:16]):
+            return f"{name} is not one of the formats that are decoded"
+    return ""
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor | Image.Image:

@@ -22,6 +22,7 @@ from dimefm import storage
 from dimefm.checkpoint import Checkpoints
 from dimefm.clip import Clip, load_clip
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
+from dimefm.hub import require_here
 from dimefm.run import read_run
 from dimefm.student import tokenizer_of
 from dimefm.validate import student_preprocessing
@@ -53,6 +54,7 @@ def export(
         raise StoreError(f"{run} has no {checkpoint} checkpoint", remedy="dimefm info RUN lists them")
     image = {f"visual.{name}": value for name, value in _chosen(run, state["image"], weights).items()}
     if document.text_student:
+        require_here(document.text_student.name, run)
         text = {f"text.{name}": value for name, value in _chosen(run, state["text"], weights).items()}
         preprocessing = asdict(student_preprocessing(document.student))
         config = {"model_cfg": _own_config(document), "preprocess_cfg": preprocessing}
@@ -61,6 +63,8 @@ def export(
         publish_folder(Path(out), config, {**text, **image, "logit_scale": scale}, tokenizer)
         return out
     name, tag = teacher or document.teacher.name, pretrained or document.teacher.pretrained
+    if not teacher:
+        require_here(name, run)
     clip = load_clip(name, tag, precision="fp32", device="cpu")
     differences = document.teacher.differences(clip.identity, ignore=("precision",))
     if differences:

@@ -24,6 +24,7 @@ from cache_schemas.index import SIDECAR_FILE
 from dimefm import storage
 from dimefm.errors import MismatchError, StoreError
 from dimefm.exact import valid_rows
+from dimefm.named import named
 from dimefm.recall import Setting
 from dimefm.store import Store
 
@@ -56,7 +57,7 @@ class Index:
         """
         folder = storage.local(path, "an index")
         sidecar = read_sidecar(folder)
-        store = store or Store(sidecar.store)
+        store = store or Store(named(sidecar.store, storage.join(folder, SIDECAR_FILE)))
         if sidecar.store_identity != store.schema.identity:
             what = f"{path} was built over {sidecar.store}, not over {store.path}"
             raise MismatchError(what, remedy="build an index over this store")

@@ -20,6 +20,8 @@ from dimefm import storage
 from dimefm.checkpoint import Checkpoints
 from dimefm.config import TrainConfig
 from dimefm.errors import StoreError
+from dimefm.inert import line
+from dimefm.named import named
 from dimefm.objective import LossConfig
 from dimefm.pairs import Pairs
 from dimefm.progress import amount
@@ -71,7 +73,7 @@ def list_failures(path: str) -> Iterator[str]:
 
 def _table(title: str, rows: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows)
-    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+    return "\n".join([line(title), *(f"  {line(name):<{width}}  {line(value)}" for name, value in rows)])
 
 
 def _teacher(teacher: TeacherIdentity) -> list[tuple[str, str]]:
@@ -164,18 +166,32 @@ def _pairs(pairs: Pairs) -> str:
         ("texts store", schema.texts),
         ("index", schema.index),
     ]
-    if storage.exists(schema.texts):
+    if not _beside(pairs.path, schema.texts):
+        rows.append(("examples", "none: they are in the texts store, which info does not open there"))
+    elif storage.exists(schema.texts):
         best = np.argpartition(hits, -min(_EXAMPLES, len(hits)))[-_EXAMPLES:]
         best = best[np.argsort(-hits[best].astype(np.int64), kind="stable")]
         rows += [(f"{hits[s['row']]:,} hits", s["text"][:80]) for s in Store(schema.texts).samples(best)]
     return _table(f"{pairs.path}: pseudo texts", rows)
 
 
+def _beside(path: str, other: str) -> bool:
+    """Whether `other`, which the document at `path` names, is looked into: a local folder, or one of the same bucket as
+    `path`, which the user typed."""
+    if storage.is_url(other):
+        bucket = "/".join(path.split("/", 3)[:3])
+        return storage.is_url(path) and "::" not in other and other.startswith(f"{bucket}/")
+    try:
+        return bool(named(other, path))
+    except StoreError:
+        return False
+
+
 def _selection(path: str) -> str:
     if not storage.exists(storage.join(path, SELECTION_FILE)):
         where = storage.join(path, PLAN_FILE)
         plan = SelectionPlan.parse(storage.read_json(where), where)
-        shards = Store(plan.texts).schema.shards if storage.exists(plan.texts) else 0
+        shards = Store(plan.texts).schema.shards if _beside(path, plan.texts) and storage.exists(plan.texts) else 0
         done = len(storage.listing(storage.join(path, SCORES)))
         state = [("scores", f"{done:,} of {shards:,} shards done")] if plan.settings.by == "similarity" else []
         return _table(f"{storage.absolute(path)}: selected texts, unfinished", [*state, ("texts store", plan.texts)])

@@ -21,7 +21,7 @@ from dimefm.decode import DecodeError, decode_rgb, to_tensor
 from dimefm.errors import UnreadableError
 from dimefm.pixels import small_jpeg
 from dimefm.preprocess import Preprocess
-from dimefm.sources.reading import read_encoded
+from dimefm.sources.reading import read_planned
 from dimefm.views import draw_boxes, replay
 
 _TASK = 8  # images a task of the thread pool: one each would cost as much as reading it
@@ -118,11 +118,12 @@ def read_image(row: dict[str, Any], *, accept_missing: bool = False) -> bytes | 
     """The bytes of a sample, or why they cannot be had: MISSING where its file is gone, and with `accept_missing` where
     it is refused. dimefm.lasting says which of these may become a row's status.
 
-    Raises UnreadableError where the storage does not answer, after it was asked again, or refuses.
+    Raises UnreadableError where the storage does not answer, after it was asked again, or refuses, and StoreError for
+    what a plan may not name.
     """
     for wait in (*_WAITS, None):
         try:
-            data = read_encoded(row["file"], row["offset"], row["size"])
+            data = read_planned(row["file"], row["offset"], row["size"])
             break
         except storage.GONE as error:
             return DecodeError(Status.MISSING, str(error))

@@ -9,6 +9,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from dimefm import inert
+
 _LINE_EVERY = 10.0  # seconds
 
 
@@ -42,10 +44,11 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of text that stays, beside the progress."""
+        line = inert.text(f"{self._what}: {self._now:,} of {self._total:,}: {text}")
         if self._bar is not None:
-            self._bar.write(f"{self._what}: {self._now:,} of {self._total:,}: {text}", file=sys.stderr)
+            self._bar.write(line, file=sys.stderr)
         else:
-            print(f"{self._what}: {self._now:,} of {self._total:,}: {text}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
 
     def _line(self) -> None:
         self._printed = time.monotonic()

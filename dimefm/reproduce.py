@@ -24,6 +24,7 @@ from cache_schemas import SchemaError
 from dimefm import storage
 from dimefm.errors import DimefmError, StoppedError
 from dimefm.forecast import measured_rates, paper_forecast
+from dimefm.inert import say
 from dimefm.machine import wait_briefly
 from dimefm.progress import duration
 from dimefm.report import EVALUATIONS, Student, write_report
@@ -134,8 +135,8 @@ def run_all(stages: list[tuple[str, list[str]]], out: Path, expected: dict[str, 
     for number, (name, words) in enumerate(stages, 1):
         left = pace.left([name for name, _ in stages[number - 1 :]])
         spent = duration(time.monotonic() - began)
-        print(f"\n[{number} of {len(stages)}] {name}: {spent} so far{left}", flush=True)
-        print(f"$ {shlex.join(['dimefm', *words])}", flush=True)
+        say(f"\n[{number} of {len(stages)}] {name}: {spent} so far{left}")
+        say(f"$ {shlex.join(['dimefm', *words])}")
         first = name not in seconds
         storage.write_json(record, {**seconds, name: seconds.get(name)})
         stage_began = time.monotonic()
@@ -237,18 +238,18 @@ def main(
     try:
         if dry_run:
             for _, words in stages:
-                click.echo(f"$ {shlex.join(['dimefm', *words])}")
+                say(f"$ {shlex.join(['dimefm', *words])}")
             if name == "paper":
-                click.echo("\n" + paper_forecast(images, texts, measured_rates()))
+                say("\n" + paper_forecast(images, texts, measured_rates()))
             return
         run_all(stages, out, scale.seconds)
         report = write_report(out, scale.students)
     except StoppedError as error:
-        click.echo(f"Stopped: {error}", err=True)
+        say(f"Stopped: {error}", err=True)
         sys.exit(128 + error.signal)
     except (DimefmError, SchemaError) as error:
         raise click.ClickException(str(error)) from error
-    click.echo("\n" + report.text)
+    say("\n" + report.text)
     if report.missed:
         raise click.ClickException(f"below the bar: {', '.join(report.missed)}")
 

@@ -14,6 +14,9 @@ from dimefm import storage
 from dimefm.clip import Clip, load_clip
 from dimefm.decode import DecodeError
 from dimefm.errors import MismatchError, SourceError, StoreError, TeacherError
+from dimefm.hub import require_here
+from dimefm.inert import line
+from dimefm.named import named
 from dimefm.preprocess import Preprocess
 from dimefm.retrieval import open_search
 from dimefm.store import Store
@@ -64,21 +67,22 @@ def show(query: str, hits: Sequence[Hit]) -> str:
     """A query, and below it a line for each hit: cosine, row, sentence or key, and where it is from. Of float16 vectors
     a fourth digit of a cosine is noise."""
     if not hits:
-        return f"{query}\n  nothing: no row has an embedding"
+        return f"{line(query)}\n  nothing: no row has an embedding"
     width = len(str(max(hit.row for hit in hits)))
     lines = [f"  {hit.score:6.3f}  row {hit.row:<{width}}  {_what(hit.entry)}" for hit in hits]
-    return "\n".join([query, *lines])
+    return "\n".join([line(query), *lines])
 
 
 def _what(entry: dict[str, Any]) -> str:
     what, where = (entry["text"], entry["key"]) if "text" in entry else (entry["key"], entry["file"])
-    return f"{' '.join(what.split())}  ({where})"
+    return line(f"{' '.join(what.split())}  ({where})")
 
 
 def _store_of(index: str) -> Store:
     from dimefm.index import read_sidecar
 
-    return Store(read_sidecar(storage.absolute(index)).store)
+    folder = storage.absolute(index)
+    return Store(named(read_sidecar(folder).store, storage.join(folder, SIDECAR_FILE)))
 
 
 def _open_store(path: str) -> Store:
@@ -90,6 +94,8 @@ def _open_store(path: str) -> Store:
 
 def _teacher(store: Store, teacher: str | None, pretrained: str | None, device: str | None) -> Clip:
     known, remedy = store.schema.teacher, "give --teacher, where that of the store is now"
+    if not teacher:
+        require_here(known.name, store.path)
     try:
         clip = load_clip(teacher or known.name, pretrained if teacher else known.pretrained, device=device)
     except TeacherError as error:

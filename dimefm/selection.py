@@ -31,6 +31,7 @@ from dimefm.grounding import score_texts
 from dimefm.lease import require_held
 from dimefm.lock import writing
 from dimefm.machine import choose_device
+from dimefm.named import named
 from dimefm.pairs import AGAIN, AGAIN_TEXTS, Pairs
 from dimefm.progress import Progress
 from dimefm.selected import SelectedTexts
@@ -141,8 +142,8 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
     out, device = storage.absolute(config.out), choose_device(config.device)
     pairs = Pairs(config.pairs)
     hits_T = pairs.hits()
-    texts = Store(config.texts or pairs.schema.texts)
-    images = Store(config.images or pairs.schema.images) if config.by == "similarity" else None
+    texts = Store(config.texts or named(pairs.schema.texts, pairs.path))
+    images = Store(config.images or named(pairs.schema.images, pairs.path)) if config.by == "similarity" else None
     _require_stores(pairs, images, texts)
     among = None if rows is None else digest_arrays(np.unique(rows).astype(np.int64))
     plan = SelectionPlan(

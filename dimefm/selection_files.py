@@ -24,6 +24,7 @@ from cache_schemas.text_selection import (
 )
 from dimefm import storage
 from dimefm.choice import Choice, Fate, ranking
+from dimefm.inert import markdown
 from dimefm.progress import Progress
 from dimefm.store import Store
 
@@ -181,7 +182,7 @@ def _source_table(selection: TextSelection) -> list[str]:
     lines = ["| file | sentences | kept | share of the file | share of the selection |", "|---|--:|--:|--:|--:|"]
     for s in found[:_SOURCES]:
         shares = f"{s.kept / s.rows:.1%} | {s.kept / selection.kept:.1%}"
-        lines.append(f"| {s.file or '(none)'} | {s.rows:,} | {s.kept:,} | {shares} |")
+        lines.append(f"| {markdown(s.file) or '(none)'} | {s.rows:,} | {s.kept:,} | {shares} |")
     if len(found) > _SOURCES:
         lines.append(f"| and {len(found) - _SOURCES:,} more | | | | |")
     return lines
@@ -200,9 +201,9 @@ def _bars(found: Histogram) -> list[str]:
 def _example(example: Example) -> str:
     score = "no score" if example.score is None else f"{example.score:.3f}"
     like = f" (like: {_short(example.like)})" if example.like is not None else ""
-    return f"- {score}, {example.hits:,} hits, {example.file}: {_short(example.text)}{like}"
+    return f"- {score}, {example.hits:,} hits, {markdown(example.file)}: {_short(example.text)}{like}"
 
 
 def _short(text: str) -> str:
-    flat = " ".join(text.split()).replace("`", "'")
-    return flat if len(flat) <= _CUT else f"{flat[: _CUT - 3]}..."
+    flat = " ".join(text.split())
+    return markdown(flat if len(flat) <= _CUT else f"{flat[: _CUT - 3]}...")

@@ -91,7 +91,7 @@ def asking(path: str) -> Iterator[None]:
 def digest_file(path: str) -> str:
     """sha256 of a file, read in pieces, as hex. Raises OSError."""
     digest = hashlib.sha256()
-    with asking(path), fsspec.open(path, "rb") as file:
+    with asking(path), fsspec.open(path, "rb") if is_url(path) else Path(path).open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from open_clip.model import _build_text_tower, _build_vision_tower
 from cache_schemas import StudentSpec, TeacherIdentity
 from cache_schemas.run import TextSpec
 from dimefm.errors import TrainingError
+from dimefm.hub import require_plain_tokenizer
 from dimefm.tokenizer import fast_tokenizer
 
 
@@ -100,6 +101,7 @@ def build_text_student(spec: TextSpec) -> Any:
 
 def tokenizer_of(spec: TextSpec) -> Any:
     """Sentences to tokens int64 (B, L), as the exported student will have them."""
+    require_plain_tokenizer(spec.name, open_clip.get_model_config(spec.name) or {})
     return fast_tokenizer(open_clip.get_tokenizer(spec.name))
 
 

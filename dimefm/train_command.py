@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from cache_schemas import SchemaError
+from dimefm.inert import say
 
 
 @click.command()
@@ -83,7 +84,7 @@ def train_student(
     if int(os.environ.get("RANK", "0")):
         return  # under torchrun, one process speaks for all
     scores = "".join(f"\n  {name:<14} top-1 {score:.3f}" for name, score in result.validation.items())
-    click.echo(f"{result.out}: {result.steps:,} steps done{scores}")
+    say(f"{result.out}: {result.steps:,} steps done{scores}")
 
 
 def _weights(option: str, text: str, kind: Any) -> Any:

@@ -13,6 +13,7 @@ from dimefm.clip import Clip, load_clip, teacher_precision
 from dimefm.errors import DimefmError
 from dimefm.lock import writing
 from dimefm.machine import Precision, available_memory, choose_device, cpus
+from dimefm.named import allowed, allowing
 from dimefm.progress import amount, duration
 from dimefm.sources.files import expand
 from dimefm.store import Store
@@ -69,6 +70,11 @@ def cache(config: CacheConfig) -> Store:
     else they are an UnreadableError. Raises a DimefmError for whatever the user can mend; shards that were committed
     stay.
     """
+    with allowing(config.sources):
+        return _cache(config)
+
+
+def _cache(config: CacheConfig) -> Store:
     device = _device(config)
     require_no_stranger(config.out)  # before the lock is put into it
     loaded = _load(config, device, "cpu")
@@ -87,6 +93,7 @@ def cache(config: CacheConfig) -> Store:
             compile=config.compile,
             accept_missing=config.accept_missing,
             lease=lease,
+            schemes=allowed(),
         )
         workers = _workers(config, device, store.schema.rows, weight_bytes)
         for part in (job, replace(job, retry=True))[: 1 + config.retry_failed]:
@@ -114,7 +121,8 @@ def dry_run(config: CacheConfig) -> str:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker does
     try:
-        rates = measure(found.first, found.schema, clip, accept_missing=config.accept_missing)
+        with allowing(config.sources):
+            rates = measure(found.first, found.schema, clip, accept_missing=config.accept_missing)
     finally:
         torch.set_num_threads(threads)
     return _show_forecast(config, device, found, clip, rates)

@@ -21,6 +21,7 @@ from dimefm.clip import Clip, load_clip
 from dimefm.decode import DecodeError
 from dimefm.errors import MismatchError, SourceError
 from dimefm.machine import Precision
+from dimefm.named import allowing
 from dimefm.preprocess import Preprocess
 from dimefm.progress import Progress
 from dimefm.sources import open_image_source
@@ -75,6 +76,11 @@ def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lamb
     Raises SourceError for a folder in another layout, or sources with none of its images; MismatchError for another
     teacher, or a store at `out` of another folder, teacher or setting; OutputExistsError.
     """
+    with allowing(config.sources):
+        return _import(config, report)
+
+
+def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
     folder = Folder(config.folder, config.kind)
     if config.sources and config.kind == "text":
         raise SourceError("images are given for text embeddings", remedy="give --kind image, or no --images")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
 import torch
+from ray._private import ray_constants
 from ray.exceptions import RayActorError, RayTaskError
 
 from dimefm import storage
@@ -25,6 +27,7 @@ from pipeline.worker import SHARDS_AT_ONCE, Job, Worker, pending_shards, progres
 _TRIES = 3
 _PATIENCE = 60.0  # seconds without any worker before that is said
 _OBJECT_STORE_BYTES = 100 * 1024**2  # only shard numbers and commits pass through it
+_AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # what asks for no GPU sees none, whatever the default of this Ray
@@ -222,19 +225,55 @@ def cluster(address: str | None, workers: int, device: str) -> Iterator[None]:
     """A Ray to run on: the cluster at `address`, or a small local one that ends with the block."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if address:
+    with nullcontext() if address else _closed_to_others():
+        if address:
+            _join(address)
+        else:
+            _start(workers, torch.cuda.device_count() if device.startswith("cuda") else 0)
         try:
-            _require_answer(address)
-            ray.init(address=address, log_to_driver=False)
-        except OSError as error:
-            remedy = "start one with ray start --head, or leave --ray-address out"
-            raise DimefmError(f"no Ray cluster answers at {address}: {error}", remedy=remedy) from None
-    else:
-        _start(workers, torch.cuda.device_count() if device.startswith("cuda") else 0)
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _closed_to_others() -> Iterator[None]:
+    """For the block, a Ray that this process starts listens on 127.0.0.1 alone, and answers only to a token that is
+    made here and kept in the environment of its processes: whoever may talk to a Ray can run code as its user.
+
+    Left to itself, Ray listens on all interfaces, takes 127.0.0.1 for the machine's other address, and keeps its token
+    in the home folder, for all to read. It has no public setting for the first, and reads the others once.
+    """
+    before = {name: os.environ.get(name) for name in _AUTHENTICATION}
+    clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
+        _authenticate({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
         yield
     finally:
-        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+        _authenticate(before)
+
+
+def _authenticate(environment: Mapping[str, str | None]) -> None:
+    """Set, or with None unset, what Ray reads of authentication, and have it read anew."""
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    inner: Any = ray._raylet
+    inner.Config.initialize("")
+    inner.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _join(address: str) -> None:
+    """The cluster at `address`. Raises DimefmError where none answers."""
+    try:
+        _require_answer(address)
+        ray.init(address=address, log_to_driver=False)
+    except OSError as error:
+        remedy = "start one with ray start --head, or leave --ray-address out"
+        raise DimefmError(f"no Ray cluster answers at {address}: {error}", remedy=remedy) from None
 
 
 def _start(cpus: int, gpus: int) -> None:

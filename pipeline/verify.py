@@ -23,11 +23,12 @@ from cache_schemas.embedding_store import (
     rows_path,
 )
 from cache_schemas.plan import FILES_TABLE
-from dimefm import storage
+from dimefm import inert, storage
 from dimefm.arrays import digest_arrays
 from dimefm.clip import load_clip
 from dimefm.commits import remove_commit
 from dimefm.errors import DimefmError, StoreError
+from dimefm.hub import require_here
 from dimefm.lock import writing
 from dimefm.shard import compare_again
 from dimefm.store import Store
@@ -74,10 +75,10 @@ class Report:
         lines = [f"{self.store}: {self.rows:,} rows, {self.done:,} of {self.shards:,} shards done"]
         found = [f"shard {shard}: {what}" for shard, problems in sorted(self.bad.items()) for what in problems]
         found += self.faults
-        lines += [f"  bad   {line}" for line in found[:_SHOWN]]
+        lines += [f"  bad   {inert.line(one)}" for one in found[:_SHOWN]]
         if len(found) > _SHOWN:
             lines.append(f"  bad   and {len(found) - _SHOWN:,} more")
-        lines += [f"  note  {note}" for note in self.notes]
+        lines += [f"  note  {inert.line(note)}" for note in self.notes]
         return "\n".join([*lines, f"  {self._verdict()}"])
 
     def _verdict(self) -> str:
@@ -250,6 +251,8 @@ def _check_teacher(store: Store, config: VerifyConfig, report: Report) -> None:
     chosen = np.unique(rows[np.linspace(0, len(rows) - 1, min(config.sample, len(rows))).astype(np.int64)])
     known = store.schema.teacher
     name, tag = config.teacher or known.name, config.pretrained if config.teacher else known.pretrained
+    if not config.teacher:
+        require_here(name, store.path)
     clip = load_clip(name, tag, precision=known.precision)
     differences = known.differences(clip.identity)
     if differences:

@@ -21,6 +21,7 @@ from dimefm.clip import Clip, load_clip
 from dimefm.errors import MismatchError, SourceError, TeacherError
 from dimefm.lease import writes_under
 from dimefm.machine import Precision, cpus
+from dimefm.named import allow
 from dimefm.progress import Progress
 from dimefm.shard import check_canary, encode_shard, retry_shard
 from dimefm.store import Store
@@ -34,7 +35,8 @@ SHARDS_AT_ONCE = {"cpu": 1, "cuda": 2}
 class Job:
     """What every worker needs to know: the planned store and how to load its teacher. `retry`: encode only the rows
     of finished shards that have no embedding. `accept_missing`: leave out images whose file is gone or refused.
-    `lease`: the command's, of a store at a URL."""
+    `lease`: the command's, of a store at a URL. `schemes`: what the user allows the plan to name, besides object stores
+    (see dimefm.named)."""
 
     store: str
     teacher: str
@@ -46,6 +48,7 @@ class Job:
     retry: bool = False
     accept_missing: bool = False
     lease: str | None = None
+    schemes: str = ""
 
 
 def _nobody(rows: int) -> None:
@@ -71,6 +74,7 @@ class Worker:
         with other workers must write the same bytes. Several workers of one thread are faster than one of several.
         """
         torch.set_num_threads(1)
+        allow(self._job.schemes)
         job, self._store = self._job, Store(self._job.store)
         writes_under(self._store.path, job.lease)
         schema = self._store.schema

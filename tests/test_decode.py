@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import io
 import struct
@@ -10,6 +11,7 @@ import time
 import tracemalloc
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +132,57 @@ def test_an_image_a_little_above_the_limit_is_refused_without_a_warning() -> Non
         with pytest.raises(DecodeError) as caught:
             open_image(header)
     assert caught.value.status == Status.TOO_LARGE
+
+
+# -- what is not decoded on purpose -----------------------------------------------------------------------------------
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.fixture
+def no_ghostscript(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Who tried to start it."""
+    started: list[object] = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *words, **options: started.append(words))
+    return started
+
+
+def test_an_eps_under_any_name_starts_no_ghostscript(no_ghostscript: list[object]) -> None:
+    assert failure(EPS) == (Status.UNDECODABLE, "EPS is not one of the formats that are decoded")
+    wrapped = b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 32, len(EPS)) + bytes(20) + EPS
+    assert failure(wrapped)[1] == "EPS is not one of the formats that are decoded"
+    assert no_ghostscript == []
+
+
+@pytest.mark.parametrize("kind", ["SPIDER", "MSP", "ICNS", "DDS"])
+def test_a_format_that_photographs_do_not_have_is_refused(kind: str) -> None:
+    modes = {"MSP": "1", "SPIDER": "F"}
+    image = picture((64, 64)).convert(modes.get(kind, "RGB"))
+    assert failure(encoded(image, kind))[0] == Status.UNDECODABLE
+
+
+def test_every_place_that_opens_an_image_names_its_formats() -> None:
+    root = Path(__file__).parents[1]
+    for house in ("dimefm", "pipeline", "cache_schemas", "benchmarks"):
+        for path in (root / house).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
+                    assert "formats" in {word.arg for word in node.keywords}, f"{path}:{node.lineno}"
+
+
+def test_a_text_that_unpacks_to_gigabytes_costs_no_memory() -> None:
+    """In a PNG, where Pillow would keep it beside the image."""
+    text = b"Comment\0\0" + zlib.compress(bytes(200_000_000), 9)
+    chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
+    good = encoded(picture(), "PNG")
+    for place in (33, len(good) - 12):  # before the pixels, and after them
+        tracemalloc.start()
+        status, reason = failure(good[:place] + chunk + good[place:])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (status, peak < 20_000_000) == (Status.UNDECODABLE, True)
+        assert "too large" in reason
 
 
 # -- what is odd but good ---------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from dimefm.errors import SourceError, StoreError
 from dimefm.index import Index
 from dimefm.index import read as read_index
 from dimefm.lock import writing
+from dimefm.named import VARIABLE
 from dimefm.selected import SelectedTexts
 from dimefm.shard import encode_shard
 from dimefm.store import Store
@@ -322,6 +323,7 @@ class FlakyFileSystem(MemoryFileSystem):
 def flaky(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, OSError]]:
     """Eight images on flaky://in, and what reads of them raise, by name."""
     fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
+    monkeypatch.setenv(VARIABLE, "flaky")
     monkeypatch.setattr("dimefm.loading._WAITS", (0.0,))
     fs = fsspec.filesystem("flaky")
     for number in range(8):

@@ -21,6 +21,7 @@ HOMES = {
     "open_clip": {
         "dimefm/clip.py",
         "dimefm/evaluation/definitions.py",
+        "dimefm/hub.py",
         "dimefm/initial.py",
         "dimefm/preprocess.py",
         "dimefm/sample/",

@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,45 @@ def test_a_worker_on_the_cpu_leaves_the_gpu_alone(image_tar: Path, teacher_name:
     words = {"kind": "image", "sources": (str(image_tar),), "out": out, "teacher": teacher_name, "device": "cpu"}
     assert not result_of(here_beside_a_gpu, {**words, "workers": 1, "batch_size": 16})
     assert Store(out).committed() == {0}
+
+
+# -- who else may talk to it ------------------------------------------------------------------------------------------
+
+
+def _listening(token: str) -> set[str]:
+    """The addresses, as /proc has them, that this process listens on and those that know the token."""
+    sockets = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if folder.name == str(os.getpid()) or token.encode() in (folder / "environ").read_bytes():
+                sockets |= {os.readlink(file) for file in (folder / "fd").iterdir()}  # noqa: PTH115  # no path
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()]
+    return {line[1].partition(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets}
+
+
+def _token() -> tuple[str, str]:
+    return os.environ.get("RAY_AUTH_MODE", ""), os.environ.get("RAY_AUTH_TOKEN", "")
+
+
+def _a_local_ray(home: str) -> tuple[set[str], tuple[str, str], bool]:
+    """Where it listens, the token of its workers, and whether nothing of that is left when it has ended."""
+    import ray
+    from ray._private import ray_constants
+
+    from pipeline.runner import cluster
+
+    os.environ["HOME"], before = home, _token()
+    with cluster(None, 1, "cpu"):
+        token = ray.get(ray.remote(_token).remote())
+        where = _listening(token[1])
+    return where, token, _token() == before and ray_constants.ENABLE_RAY_CLUSTER
+
+
+def test_a_local_ray_is_closed_to_others(tmp_path: Path) -> None:
+    """On a shared machine or network, whoever reaches it could run code as this user."""
+    where, (mode, token), nothing_left = result_of(_a_local_ray, str(tmp_path))
+    assert where <= {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1, also as IPv6 writes it
+    assert where
+    assert (mode, len(token)) == ("token", 64)
+    assert nothing_left
+    assert not list(tmp_path.rglob("*auth*"))

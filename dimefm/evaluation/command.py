@@ -7,6 +7,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from dimefm.inert import say
+
 _SUITES = ["imagenet", "robustness", "elevater", "retrieval", "all"]
 _TASKS = ["zero-shot", "linear-probe", "few-shot"]
 
@@ -77,8 +79,8 @@ def evaluate(model: str, **options: Any) -> None:
     from dimefm.evaluation.summary import result_line, show
 
     _require_sense(options)
-    done = run(EvaluationConfig(model=model, **options), lambda result: click.echo(result_line(result)))
-    click.echo(show(done))
+    done = run(EvaluationConfig(model=model, **options), lambda result: say(result_line(result)))
+    say(show(done))
     if done.failed:
         raise click.exceptions.Exit(1)
 
@@ -115,7 +117,7 @@ def sets(names: tuple[str, ...], data: str | None) -> None:
     from dimefm.evaluation.summary import show_sets
 
     definitions, there = find_sets(names, data)
-    click.echo(show_sets(definitions, there))
+    say(show_sets(definitions, there))
 
 
 @click.command()
@@ -133,7 +135,7 @@ def compare(folders: tuple[str, ...], out: tuple[str, ...], no_published: bool) 
     table = run(folders, published=not no_published)
     for path in out:
         write_table(table, path)
-    click.echo(table.markdown(), nl=False)
+    say(table.markdown(), nl=False)
 
 
 @click.command()
@@ -148,4 +150,4 @@ def submission(folder: str, **options: Any) -> None:
 
     found = write_submission(folder, **options)
     lines = ["; ".join([name, *partial]) for name, partial in found.items()]
-    click.echo("\n  ".join([f"{options['out']}: {len(found)} sets of 20", *lines]))
+    say("\n  ".join([f"{options['out']}: {len(found)} sets of 20", *lines]))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from dimefm import storage
+from dimefm import inert, storage
 from dimefm.errors import DimefmError
 from dimefm.evaluation import metrics
 from dimefm.evaluation.results import Pooled, pool, read_results
@@ -50,13 +50,15 @@ class Table:
         """For a README."""
         names, sources = self.head()
         lines = [names, ["---", *["---:"] * len(self.models)], sources, *self.lines()]
-        table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
-        return table + "".join(f"\n{note.replace('*', chr(92) + '*')}\n" for note in self.notes)
+        table = "".join(f"| {' | '.join(map(inert.markdown, line))} |\n" for line in lines)
+        return table + "".join(f"\n{inert.markdown(note).replace('*', chr(92) + '*')}\n" for note in self.notes)
 
     def csv(self) -> str:
         """For a spreadsheet."""
         sink = io.StringIO()
-        csv.writer(sink, lineterminator="\n").writerows([*self.head(), *self.lines()])
+        csv.writer(sink, lineterminator="\n").writerows(
+            [*map(inert.csv_cell, line)] for line in (*self.head(), *self.lines())
+        )
         return sink.getvalue()
 
     def latex(self) -> str:
@@ -64,7 +66,7 @@ class Table:
         head, body = (["".join(_latex_line(line)) for line in part] for part in (self.head(), self.lines()))
         begin = rf"\begin{{tabular}}{{l{'r' * len(self.models)}}}"
         lines = [begin, r"\toprule", *head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
-        return "\n".join([*lines, *(f"% {note}" for note in self.notes), ""])
+        return "\n".join([*lines, *(f"% {inert.line(note)}" for note in self.notes), ""])
 
 
 def compare(folders: Sequence[str], *, published: bool = True) -> Table:
@@ -136,5 +138,4 @@ def _short(protocol: str) -> str:
 
 
 def _latex_line(cells: Sequence[str]) -> str:
-    safe = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "→": r"$\to$"}
-    return " & ".join("".join(safe.get(c, c) for c in cell) for cell in cells) + r" \\"
+    return " & ".join(map(inert.latex, cells)) + r" \\"

@@ -10,6 +10,7 @@ from pathlib import Path
 from cache_schemas.run import RUN_FILE
 from dimefm.clip import Clip, load_clip
 from dimefm.export import CONFIG_FILE, export
+from dimefm.hub import require_here
 from dimefm.machine import Precision
 
 
@@ -29,6 +30,7 @@ def open_model(
     if (folder / RUN_FILE).exists():
         with tempfile.TemporaryDirectory() as temporary:
             exported = export(model, f"{temporary}/student", checkpoint=checkpoint, weights=weights)
+            require_here(f"local-dir:{exported}", model)  # its towers are those that the run describes
             yield load_clip(f"local-dir:{exported}", precision=precision, device=device)
         return
     name = f"local-dir:{model}" if (folder / CONFIG_FILE).exists() else model

@@ -18,6 +18,7 @@ from cache_schemas.evaluation import PREDICTIONS, EvaluationResult
 from dimefm import storage
 from dimefm.evaluation import metrics
 from dimefm.evaluation.imageset import ImageSet
+from dimefm.inert import markdown
 from dimefm.tables import write_table
 
 _SHOWN = 20
@@ -83,12 +84,12 @@ def _summary(
     correct_N: np.ndarray[Any, Any],
     failures: Sequence[Failure],
 ) -> str:
-    lines = [f"# {images.name}: what is taken for what", ""]
+    lines = [f"# {markdown(images.name)}: what is taken for what", ""]
     lines += [f"{len(images.samples):,} images, {correct_N.mean():.1%} right, {len(failures)} could not be read.", ""]
-    lines += [f"- {failure.key}: {failure.reason}" for failure in failures[:_SHOWN]]
+    lines += [f"- {markdown(failure.key)}: {markdown(failure.reason)}" for failure in failures[:_SHOWN]]
     if images.classes.ndim == 2:
         return "\n".join([*lines, "Images have several labels: the best of the scores is right if it is one.", ""])
-    names, count = images.classnames, len(images.classnames)
+    names, count = [markdown(name) for name in images.classnames], len(images.classnames)
     confused_CC = metrics.confusion(images.classes, prediction_N, count)
     total_C = np.bincount(images.classes, minlength=count)
     right_C = np.diag(confused_CC) / np.maximum(total_C, 1)

@@ -11,6 +11,7 @@ from dimefm.evaluation import metrics
 from dimefm.evaluation.definitions import load_definitions
 from dimefm.evaluation.results import Pooled, pool
 from dimefm.evaluation.suite import Evaluation
+from dimefm.inert import line
 
 _OTHERS = {"top1": "top-1", "top5": "top-5", "mean_per_class": "per class", "roc_auc": "ROC AUC"}
 _NAMES = {**_OTHERS, "map_11_point": "11-point mAP", "mean_recall@1": "R@1"}
@@ -27,8 +28,8 @@ def result_line(result: EvaluationResult) -> str:
         others = [f"{name} {'/'.join(_recalls(result, way))}" for name, way in ways]
     size = f"{result.images:,} images" + (f", {result.classes} classes" if result.classes else "")
     said = [f"partial: {', '.join(result.partial)}"] if result.partial else []
-    text = f"{result.title:<18} {result.protocol:<12} {value}  {'  '.join([*others, size])}"
-    return "".join([text, *(f"\n    {note}" for note in (*said, *result.notes))])
+    text = f"{line(result.title):<18} {line(result.protocol):<12} {value}  {'  '.join([*others, size])}"
+    return "".join([text, *(f"\n    {line(note)}" for note in (*said, *result.notes))])
 
 
 def _recalls(result: EvaluationResult, way: str) -> list[str]:
@@ -40,7 +41,7 @@ def show(done: Evaluation) -> str:
     lines = [f"{name:<31} {text}" for name, text in means(done.results)]
     for definition, split in done.missing:
         lines.append(f"{definition.name}: not there ({split} images). Get it from {definition.get}")
-    lines += [f"{name}: FAILED: {error}" for name, error in done.failed]
+    lines += [f"{line(name)}: FAILED: {error}" for name, error in done.failed]
     return "\n".join([*lines, *([f"written: {done.folder}/results.jsonl"] if done.results else [])])
 
 

@@ -20,6 +20,7 @@ import click
 import numpy as np
 from PIL import Image
 
+from dimefm.decode import decode_pillow
 from dimefm.errors import DimefmError
 from dimefm.sample.archive import Sample, read_lines, read_tars, scattered, write_lines, write_tar
 
@@ -143,7 +144,7 @@ def first_of_each_class(samples: Iterable[tuple[str, Sample]], count: int) -> di
 
 def smaller(jpeg: bytes, side: int) -> bytes:
     """A JPEG encoded again with its shorter side at no more than `side` pixels."""
-    image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    image = decode_pillow(jpeg).convert("RGB")
     scale = side / min(image.size)
     if scale < 1:
         size = (round(image.width * scale), round(image.height * scale))

@@ -43,7 +43,9 @@ def zero_shot(teacher: Path, labelled: Path) -> Accuracy:
     hits = torch.zeros(2)
     for start in range(0, len(samples), BATCH):
         batch = samples[start : start + BATCH]
-        pixels = torch.stack([preprocess(Image.open(io.BytesIO(s["jpg"])).convert("RGB")) for s in batch])
+        pixels = torch.stack(
+            [preprocess(Image.open(io.BytesIO(s["jpg"]), formats=["JPEG"]).convert("RGB")) for s in batch]
+        )
         scores_BC = model.encode_image(pixels, normalize=True) @ classes_CD.T
         labels_B1 = torch.tensor([[int(s["cls"])] for s in batch])
         right = scores_BC.topk(5).indices == labels_B1

@@ -7,6 +7,7 @@ import base64
 from cache_schemas import Status
 from dimefm import storage
 from dimefm.decode import DecodeError
+from dimefm.named import named
 from dimefm.sources.parquet import SUFFIX, DamagedParquetError, read_cell
 
 
@@ -29,6 +30,13 @@ def read_encoded(file: str, offset: int, size: int) -> bytes:
         return base64.b64decode(data, validate=True)
     except ValueError as error:
         raise DecodeError(Status.UNDECODABLE, f"not base64: {error}") from None
+
+
+def read_planned(file: str, offset: int, size: int) -> bytes:
+    """`read_encoded` of what a row of a store's plan names. Raises StoreError too, for what a document may not name."""
+    path, mark, _ = file.partition(f"{SUFFIX}#")
+    named(path + SUFFIX if mark else path, "the plan")
+    return read_encoded(file, offset, size)
 
 
 def _from_parquet(path: str, column: str, row: int) -> bytes:

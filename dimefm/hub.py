@@ -1,0 +1,68 @@
+"""What loading a model may fetch or run, where not the user but a document has named it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import open_clip
+
+from dimefm.errors import TeacherError
+
+_CONFIG = "open_clip_config.json"
+_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+_HUB = ("hf-hub:", "hf_hub:")
+_TOKENIZER = frozenset(
+    ("clean", "strip_sep_token", "language", "reduction_mask", "additional_special_tokens", "use_fast", "padding_side",
+     "do_lower_case", "add_prefix_space", "model_max_length")
+)  # fmt: skip
+
+
+def require_here(name: str, where: str) -> None:
+    """Raises TeacherError if to load `name`, which the document `where` names, would fetch a model from a hub for the
+    first time: hf-hub: names, and what the config of a folder names, must be in the cache of huggingface_hub. The names
+    and tags of open_clip's own list lead to where open_clip says, and are not asked about."""
+    if name.startswith(_HUB[0]):
+        repository = name.removeprefix(_HUB[0])
+        if not (_cached(repository, _CONFIG) and any(_cached(repository, file) for file in _WEIGHTS)):
+            raise _not_here(name, name, where)
+    if name.startswith(("hf-hub:", "local-dir:")):
+        try:
+            config = open_clip.get_model_config(name)
+        except (OSError, ValueError):  # a folder that is not there: whoever loads it says so
+            return
+        _require_towers_here(config, name, where)
+
+
+def require_plain_tokenizer(name: str, model_cfg: Mapping[str, Any]) -> None:
+    """Raises TeacherError where the config of a model hands its tokenizer more than how to cut text: open_clip passes
+    all of it on, and trust_remote_code would run what lies in the folder. Nobody's word opens that."""
+    unknown = sorted(model_cfg.get("text_cfg", {}).get("tokenizer_kwargs", {}).keys() - _TOKENIZER)
+    if unknown:
+        what = f"the config of {name} hands its tokenizer {', '.join(unknown)}, which could fetch or run something"
+        raise TeacherError(what, remedy=f"take that out of tokenizer_kwargs in its {_CONFIG}")
+
+
+def _require_towers_here(config: Mapping[str, Any], name: str, where: str) -> None:
+    """The models of timm and transformers that a config names."""
+    tower = config.get("vision_cfg", {}).get("timm_model_name") or ""
+    text = config.get("text_cfg", {}).get("hf_model_name") or ""
+    if tower.startswith(_HUB) and not _cached(tower[len(_HUB[0]) :], "config.json"):
+        raise _not_here(tower, name, where)
+    if text and not _cached(text, "config.json"):
+        raise _not_here(text, name, where)
+
+
+def _cached(repository: str, file: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(repository, file), str)
+    except ValueError:  # no name of a repository
+        return False
+
+
+def _not_here(model: str, name: str, where: str) -> TeacherError:
+    what = f"{where} names the teacher {name}, and {model} is not on this machine: it would be fetched"
+    remedy = f"if you want that, name it yourself: --teacher {name}; for evaluate, give that to dimefm export first"
+    return TeacherError(what, remedy=remedy)
