@@ -34,7 +34,9 @@ from dimefm.arrays import DAMAGED, create_array, digest_arrays, group_attributes
 from dimefm.commits import make_commit
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.mapped import MappedArray
+from dimefm.ranged import RangedArray
 from dimefm.sources.base import SourceFile
+from dimefm.sources.files import reading_ahead
 from dimefm.tables import read_table, require_digest, sha256, write_table
 
 _COMMIT_NAME = re.compile(r"(\d{6,})\.json")
@@ -54,7 +56,7 @@ class Store:
             metadata = f"{name}/zarr.json"
             require_digest(storage.join(self.path, metadata), self.schema.digests.get(metadata), "cache again")
         self._arrays = {name: open_array(self.group, name, spec) for name, spec in self.schema.arrays().items()}
-        self._mapped = {name: MappedArray.open(self.path, name, array) for name, array in self._arrays.items()}
+        self._direct = {name: open_direct(self.path, name, array) for name, array in self._arrays.items()}
         self._seen: set[str] = set()
         self._plan = lru_cache(maxsize=_PLANS)(self._read_plan)
         self._entries = lru_cache(maxsize=_CHUNKS)(self._read_entries)
@@ -110,9 +112,9 @@ class Store:
                 storage.remove_file(file)  # zarr would read what is in it, where the last shard is not a full one
                 array[start:stop] = arrays[name]
                 storage.flush(file)
-                mapped = self._mapped[name]
-                if mapped is not None:
-                    mapped.forget()
+                direct = self._direct[name]
+                if direct is not None:
+                    direct.forget()
             commit = make_commit(
                 shard,
                 start,
@@ -142,7 +144,7 @@ class Store:
 
     def commits(self) -> Iterator[Commit]:
         """The commits in order of shard. Raises as `commit` does."""
-        return map(self._read_commit, sorted(self.committed()))
+        return reading_ahead(self._read_commit, sorted(self.committed()), self.path)
 
     def _read_commit(self, shard: int) -> Commit:
         path = storage.join(self.path, commit_path(shard))
@@ -199,25 +201,29 @@ class Store:
 
         Raises StoreError for one that is missing or damaged, OSError where the storage does not answer.
         """
-        for row, (start, stop, checksum) in zip(rows_N.tolist(), self._read(PIXEL_INDEX, rows_N).tolist(), strict=True):
-            path = storage.join(self.path, pixels_path(row // self.schema.shard_rows))
-            try:
-                jpeg = storage.read_bytes(path, start, stop - start)
-            except FileNotFoundError:
-                raise StoreError(f"{path} is missing", remedy=DAMAGED) from None
-            if google_crc32c.value(jpeg) != checksum:
-                raise StoreError(f"{path}, row {row} is damaged: its checksum does not fit", remedy=DAMAGED)
-            yield jpeg
+        index_N3 = self._read(PIXEL_INDEX, rows_N)
+        return reading_ahead(self._jpeg, list(zip(rows_N.tolist(), index_N3.tolist(), strict=True)), self.path)
+
+    def _jpeg(self, place: tuple[int, list[int]]) -> bytes:
+        row, (start, stop, checksum) = place
+        path = storage.join(self.path, pixels_path(row // self.schema.shard_rows))
+        try:
+            jpeg = storage.read_bytes(path, start, stop - start)
+        except FileNotFoundError:
+            raise StoreError(f"{path} is missing", remedy=DAMAGED) from None
+        if google_crc32c.value(jpeg) != checksum:
+            raise StoreError(f"{path}, row {row} is damaged: its checksum does not fit", remedy=DAMAGED)
+        return jpeg
 
     def status(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         """Status codes, uint8 (N,)."""
         return self._read(STATUS, slice(start, self.schema.rows if stop is None else stop))
 
     def _read(self, name: str, rows: slice | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        mapped = self._mapped[name]
-        if mapped is None:
+        direct = self._direct[name]
+        if direct is None:
             return self._zarr(name, rows)
-        return mapped.read(rows.start, rows.stop) if isinstance(rows, slice) else mapped.gather(rows)
+        return direct.read(rows.start, rows.stop) if isinstance(rows, slice) else direct.gather(rows)
 
     def _zarr(self, name: str, rows: slice | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Rows through zarr-python, which compares every checksum, but takes a missing file for one full of zeros."""
@@ -274,6 +280,12 @@ class Store:
         entries = pa.concat_tables([self._entries(chunk, columns) for chunk in chunks.tolist()])
         found: list[dict[str, Any]] = entries.take(place_N * self.schema.chunk_rows + within_N).to_pylist()
         return found
+
+
+def open_direct(store: str, name: str, array: Any) -> MappedArray | RangedArray | None:
+    """A reader of array `name` that goes around zarr: by memory maps, of a store at a URL by byte ranges; None where
+    the array is not stored as we do."""
+    return MappedArray.open(store, name, array) or RangedArray.open(store, name, array)
 
 
 def create_store(out: str, schema: EmbeddingStore, digests: Sequence[str], files: Sequence[SourceFile]) -> Store:
