@@ -21,6 +21,7 @@ from dimefm.decode import DecodeError, decode_rgb, to_tensor
 from dimefm.errors import StoreError
 from dimefm.pixels import small_jpeg
 from dimefm.preprocess import Preprocess
+from dimefm.sources.files import reading_ahead
 from dimefm.sources.reading import read_encoded
 from dimefm.views import draw_boxes, replay
 
@@ -47,7 +48,9 @@ class Loader:
 
     def load(self, row: dict[str, Any]) -> Loaded | DecodeError:
         """One image, or why it cannot be had. Raises StoreError where the storage does not answer."""
-        data = read_image(row)
+        return self._loaded(row, read_image(row))
+
+    def _loaded(self, row: dict[str, Any], data: bytes | DecodeError) -> Loaded | DecodeError:
         if isinstance(data, DecodeError):
             return data
         try:
@@ -89,8 +92,9 @@ class Loader:
     def _load_some(self, rows: list[dict[str, Any]], places_BV3HW: torch.Tensor) -> list[Loaded | DecodeError]:
         """Some rows, with their pixels in the places that they have in a batch."""
         found: list[Loaded | DecodeError] = []
-        for row, place_V3HW in zip(rows, places_BV3HW, strict=True):
-            loaded = self.load(row)
+        images = reading_ahead(read_image, rows, rows[0]["file"])
+        for row, data, place_V3HW in zip(rows, images, places_BV3HW, strict=True):
+            loaded = self._loaded(row, data)
             if isinstance(loaded, Loaded):
                 loaded = replace(loaded, pixels_V3HW=place_V3HW.copy_(loaded.pixels_V3HW))
             found.append(loaded)

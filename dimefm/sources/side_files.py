@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dimefm import storage
 from dimefm.errors import SourceError
 from dimefm.sources.base import SourceFile
-from dimefm.sources.files import children, require_lasting
+from dimefm.sources.files import children
 from dimefm.sources.tar import BLOCK, TarMember, first_between
 
 _SUFFIXES = (".idx", ".json")
@@ -49,7 +49,7 @@ def find_side_files(tars: Sequence[SourceFile]) -> dict[str, SourceFile]:
 
 def read_side_file(tar: SourceFile, side: SourceFile, report: Callable[[str], None]) -> list[TarMember] | None:
     """The regular files of a tar, in order, by its side file; None where the file is none, or does not fit, which is
-    reported. Raises SourceError where the storage does not answer."""
+    reported. Raises SourceError where the storage does not answer, or refuses."""
     try:
         data = storage.read_bytes(side.path)
         members = _from_lines(data) if side.path.endswith(".idx") else _from_json(data, tar.size)
@@ -60,9 +60,11 @@ def read_side_file(tar: SourceFile, side: SourceFile, report: Callable[[str], No
     except _UnfitError as unfit:
         report(f"{side.path} does not fit its tar and is not used: {unfit}")
         return None
-    except OSError as error:
-        require_lasting(side.path, error)
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        remedy = "run the same command again once the storage answers, or take the side file away"
+        raise SourceError(f"{side.path} or its tar cannot be read: {error}", remedy=remedy) from error
     return members
 
 
