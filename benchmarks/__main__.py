@@ -14,7 +14,7 @@ COMMANDS = {
         for name in (
             "preprocessing", "precision", "stage1", "sentences", "tokens", "memory", "plan-scale", "training-pixels",
             "store-reads", "training-loop", "loader-scale", "authors-loop", "objectives", "coco-retrieval", "retrieval",
-            "index-choices", "selection", "clip-benchmark", "probe-search", "cpu", "sample-recipes",
+            "index-choices", "selection", "clip-benchmark", "probe-search", "cpu", "sample-recipes", "urls",
         )
     },
     "clip-benchmark": "benchmarks.clip_benchmark_agreement",

@@ -31,6 +31,7 @@ from dimefm.decode import DecodeError, decode_rgb, decode_scaled, jpeg_size
 from dimefm.errors import DimefmError, TrainingError
 from dimefm.order import Order
 from dimefm.preprocess import resize
+from dimefm.sources.files import reading_ahead
 from dimefm.sources.reading import read_planned
 from dimefm.store import Store
 from dimefm.textbank import TextBank, TextDraw
@@ -169,11 +170,12 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
             for row in request.rows_B.tolist():
                 yield partial("row {}".format, row), partial(next, jpegs)
             return
-        for row, (file, offset, size) in zip(request.rows_B.tolist(), request.places_B, strict=True):
-            if not file:
-                what = f"{store.path} was imported without the images that its embeddings are of"
-                raise TrainingError(what, remedy="import it again with --images, or cache the images")
-            yield partial(_called, store, row), partial(read_planned, file, offset, size)
+        if not all(file for file, _, _ in request.places_B):
+            what = f"{store.path} was imported without the images that its embeddings are of"
+            raise TrainingError(what, remedy="import it again with --images, or cache the images")
+        images = reading_ahead(lambda place: read_planned(*place), request.places_B, request.places_B[0][0])
+        for row in request.rows_B.tolist():
+            yield partial(_called, store, row), partial(next, images)
 
 
 def _empty_pixels(count: int, size: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ connections with whatever CUDA and NCCL have begun by then.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from functools import partial
 from itertools import repeat
 from typing import Literal
 
+import numpy as np
 import torch
 
 from cache_schemas.plan import FILES_TABLE
@@ -24,8 +26,10 @@ from dimefm.errors import TrainingError
 from dimefm.machine_settings import loaders
 from dimefm.order import Order
 from dimefm.progress import amount
+from dimefm.ranged import KEPT_BYTES as KEPT_CHUNKS
 from dimefm.run import Inputs, choose_order, open_inputs
 from dimefm.sources.parquet import BLOCK_BYTES, KEPT_BYTES, SUFFIX
+from dimefm.storage import is_url
 from dimefm.store import Store
 from dimefm.student import student_spec, text_spec
 from dimefm.text_data import TextBatch, TrainingTexts
@@ -36,6 +40,9 @@ Pair = tuple[Batch, TextBatch | None]
 
 TEXTS = 1
 """Tells the random numbers of a text tower from those of the images."""
+
+REQUESTS_A_SECOND = 500
+"""Of an object store, by one core: what s3fs takes for each (python -m benchmarks urls)."""
 
 _PAGE_LOCKED_AHEAD = 2  # batches
 
@@ -54,6 +61,30 @@ class Feed:
     steps: int
     first: int
     batches: Iterator[Pair]
+
+
+def note_distance(images: Store, texts: Store, bank: TextBank | None) -> list[str]:
+    """What to know of stores that are read over the network while a student is trained: what it costs, and the remedy.
+    A store that is local, or is read once, is passed over."""
+    schema, notes = images.schema, list[str]()
+    sizes = [math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in schema.arrays().values()]
+    requests = sum(size > KEPT_CHUNKS for size in sizes) if is_url(images.path) else 0
+    requests += is_url(images.path) if schema.pixels else any(map(is_url, schema.source.arguments))
+    if requests:
+        what = "--pixels in the image store"
+        if is_url(images.path):
+            what = f"a copy of {images.path} ({amount(sum(sizes))}{' and its pixels' if schema.pixels else ''})"
+        notes.append(
+            f"an image takes up to {requests} requests over the network, so that a core that reads does some "
+            f"{REQUESTS_A_SECOND / requests:,.0f} images/s at most: faster with {what} on a local disk"
+        )
+    if bank and bank.place == "disk" and is_url(texts.path):
+        size = texts.schema.rows * texts.schema.dim * 2
+        notes.append(
+            f"{texts.path} does not fit into memory: each sentence of a step is a request over the network, some "
+            f"{REQUESTS_A_SECOND} a second for each core that reads: copy it ({amount(size)}) to a local disk"
+        )
+    return notes
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from dimefm.decode import DecodeError, decode_rgb, to_tensor
 from dimefm.errors import UnreadableError
 from dimefm.pixels import small_jpeg
 from dimefm.preprocess import Preprocess
+from dimefm.sources.files import reading_ahead
 from dimefm.sources.reading import read_planned
 from dimefm.views import draw_boxes, replay
 
@@ -50,7 +51,12 @@ class Loader:
 
     def load(self, row: dict[str, Any]) -> Loaded | DecodeError:
         """One image, or why it cannot be had. Raises UnreadableError where the storage does not answer."""
-        data = read_image(row, accept_missing=self._accept)
+        return self._loaded(row, self._read(row))
+
+    def _read(self, row: dict[str, Any]) -> bytes | DecodeError:
+        return read_image(row, accept_missing=self._accept)
+
+    def _loaded(self, row: dict[str, Any], data: bytes | DecodeError) -> Loaded | DecodeError:
         if isinstance(data, DecodeError):
             return data
         try:
@@ -92,8 +98,9 @@ class Loader:
     def _load_some(self, rows: list[dict[str, Any]], places_BV3HW: torch.Tensor) -> list[Loaded | DecodeError]:
         """Some rows, with their pixels in the places that they have in a batch."""
         found: list[Loaded | DecodeError] = []
-        for row, place_V3HW in zip(rows, places_BV3HW, strict=True):
-            loaded = self.load(row)
+        images = reading_ahead(self._read, rows, rows[0]["file"])
+        for row, data, place_V3HW in zip(rows, images, places_BV3HW, strict=True):
+            loaded = self._loaded(row, data)
             if isinstance(loaded, Loaded):
                 loaded = replace(loaded, pixels_V3HW=place_V3HW.copy_(loaded.pixels_V3HW))
             found.append(loaded)

@@ -62,6 +62,18 @@ class _Maps:
 _maps = _Maps()
 
 
+def holds_raw_rows(array: Any) -> bool:
+    """Whether the chunks of a Zarr array are whole rows as they are, each with a crc32c, and its shards end in their
+    index."""
+    codecs = array.metadata.codecs
+    if len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
+        return False
+    inner = codecs[0].codecs
+    if len(inner) != 2 or not isinstance(inner[1], Crc32cCodec):
+        return False
+    return codecs[0].index_location.value == "end" and array.chunks[1:] == array.shape[1:]
+
+
 class MappedArray:
     """Rows of an array whose chunks and shards hold whole rows."""
 
@@ -79,13 +91,7 @@ class MappedArray:
     @classmethod
     def open(cls, store: str, name: str, array: Any) -> MappedArray | None:
         """A reader of array `name`, or None where the store is not local or the array is not stored as raw rows."""
-        codecs = array.metadata.codecs
-        if storage.is_url(store) or len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
-            return None
-        inner = codecs[0].codecs
-        if len(inner) != 2 or not isinstance(inner[1], Crc32cCodec):
-            return None
-        if codecs[0].index_location.value != "end" or array.chunks[1:] != array.shape[1:]:
+        if storage.is_url(store) or not holds_raw_rows(array):
             return None
         return cls(Path(store) / name, array, array.chunks[0], array.shards[0])
 

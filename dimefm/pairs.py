@@ -23,8 +23,8 @@ from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.exact import valid_rows
 from dimefm.lease import require_held
 from dimefm.lock import writing
-from dimefm.mapped import MappedArray
-from dimefm.store import Store, require_same_data
+from dimefm.sources.files import reading_ahead
+from dimefm.store import Store, open_direct, require_same_data
 
 
 class Search(Protocol):
@@ -52,7 +52,7 @@ class Pairs:
         self.group: Any = open_group(self.path)
         self.schema = PairsStore.parse(group_attributes(self.group, self.path), storage.join(self.path, "zarr.json"))
 
-        self._mapped = {name: MappedArray.open(self.path, name, self.group[name]) for name in (TEXT_ROW, SCORE)}
+        self._direct = {name: open_direct(self.path, name, self.group[name]) for name in (TEXT_ROW, SCORE)}
 
     def __reduce__(self) -> tuple[type[Pairs], tuple[str]]:
         return Pairs, (self.path,)  # another process opens it anew
@@ -76,9 +76,9 @@ class Pairs:
 
     def gather(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """`text_rows` of any image rows in any order, int32 (N, K)."""
-        mapped = self._mapped[TEXT_ROW]
-        if mapped is not None:
-            return mapped.gather(rows_N)
+        direct = self._direct[TEXT_ROW]
+        if direct is not None:
+            return direct.gather(rows_N)
         return np.asarray(self.group[TEXT_ROW].oindex[rows_N])
 
     def scores(self, start: int, stop: int) -> np.ndarray[Any, Any]:
@@ -98,9 +98,9 @@ class Pairs:
         return hits_T
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
-        mapped, size = self._mapped[name], self.schema.shard_rows
-        if mapped is not None:
-            return mapped.read(start, stop)
+        direct, size = self._direct[name], self.schema.shard_rows
+        if direct is not None:
+            return direct.read(start, stop)
         for shard in range(start // size, -(-stop // size)):
             path = storage.join(self.path, f"{name}/c/{shard}/0")
             if not storage.exists(path):  # which zarr would read as rows without sentences
@@ -122,7 +122,7 @@ class Pairs:
             return None
 
         paths = [storage.join(self.path, commit_path(shard)) for shard in sorted(self.committed())]
-        return {str(commit.shard): commit.images for commit in storage.each(read, paths) if commit}
+        return {str(commit.shard): commit.images for commit in reading_ahead(read, paths, self.path) if commit}
 
     def selection(self) -> Selection:
         """The selection in numbers. Raises StoreError where `retrieve` has not finished."""

@@ -8,11 +8,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
@@ -23,11 +22,12 @@ from dimefm.errors import DimefmError, StoreError
 GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 """What a file that is not there raises. Any other OSError is of the storage or of the right to read it."""
 
-_T = TypeVar("_T")
+CONNECTIONS = 32
+"""Requests to an object store at a time: at the 90 MB/s or so of one connection they fill 25 Gb/s."""
+
 _UNFINISHED = ".unfinished"
 _NUMBERS = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
 _BLOCK = 8 * 1024**2
-_AT_ONCE = 32  # small files of a URL
 
 
 def is_url(path: str) -> bool:
@@ -51,12 +51,20 @@ def local(path: str, what: str) -> str:
 def filesystem(path: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path on it. Raises StoreError where it cannot be had."""
     try:
-        fs, inner = fsspec.url_to_fs(path)
+        fs, inner = fsspec.url_to_fs(path, **_options(path))
     except (ImportError, ValueError) as error:
         raise StoreError(
             f"{path}: {error}", remedy="install the fsspec package for it, such as s3fs or gcsfs"
         ) from None
     return fs, inner
+
+
+def _options(path: str) -> dict[str, Any]:
+    """What the client is made with: botocore would make the requests of all threads wait for ten connections."""
+    if not path.startswith("s3://"):
+        return {}
+    own = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    return {"config_kwargs": {"max_pool_connections": CONNECTIONS, **own}}
 
 
 def _fresh(path: str) -> tuple[Any, str]:
@@ -159,6 +167,15 @@ def exists(path: str) -> bool:
         return True
     except (FileNotFoundError, NotADirectoryError):
         return False
+
+
+def size(path: str) -> int:
+    """Bytes of a file. Raises OSError."""
+    if not is_url(path):
+        return Path(path).stat().st_size
+    fs, inner = _fresh(path)
+    with asking(path):
+        return int(fs.size(inner))
 
 
 def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -349,16 +366,6 @@ def read_json(path: str) -> Any:
         raise StoreError(f"{path} does not exist") from None
     except ValueError as error:
         raise StoreError(f"{path} is not JSON: {error}", remedy="it is damaged; write it again") from None
-
-
-def each(read: Callable[[str], _T], paths: Sequence[str]) -> Iterator[_T]:
-    """What `read` gives of each path, in order; at URLs of many at once, where each takes as long as an answer does."""
-    if not any(map(is_url, paths)):
-        yield from map(read, paths)
-        return
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for at in range(0, len(paths), _AT_ONCE):
-            yield from pool.map(read, paths[at : at + _AT_ONCE])
 
 
 def write_json(path: str, value: object) -> None:

@@ -45,7 +45,9 @@ from dimefm.commits import make_commit, read_failures, remove_commit, write_comm
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.lease import require_held
 from dimefm.mapped import MappedArray
+from dimefm.ranged import RangedArray
 from dimefm.sources.base import SourceFile
+from dimefm.sources.files import reading_ahead
 from dimefm.tables import read_table, require_digest, sha256, write_table
 
 _COMMIT_NAME = re.compile(r"(\d{6,})\.json")
@@ -79,7 +81,7 @@ class Store:
             metadata = f"{name}/zarr.json"
             require_digest(storage.join(self.path, metadata), self.schema.digests.get(metadata), "cache again")
         self._arrays = {name: open_array(self.group, name, spec) for name, spec in self.schema.arrays().items()}
-        self._mapped = {name: MappedArray.open(self.path, name, array) for name, array in self._arrays.items()}
+        self._direct = {name: open_direct(self.path, name, array) for name, array in self._arrays.items()}
         self._seen: set[str] = set()
         self._plan = lru_cache(maxsize=_PLANS)(self._read_plan)
 
@@ -132,9 +134,9 @@ class Store:
                 file = storage.join(self.path, self.shard_file(name, shard))
                 storage.remove_file(file)  # zarr would read what is in it, where the last shard is not a full one
                 write_rows(self.path, self.shard_file(name, shard), array, start, arrays[name])
-                mapped = self._mapped[name]
-                if mapped is not None:
-                    mapped.forget()
+                direct = self._direct[name]
+                if direct is not None:
+                    direct.forget()
             commit = make_commit(
                 shard,
                 start,
@@ -164,8 +166,8 @@ class Store:
     def commits(self) -> Iterator[Commit]:
         """The commits in order of shard. Raises as `commit` does."""
         shards = sorted(self.committed())
-        documents = storage.each(storage.read_json, [storage.join(self.path, commit_path(shard)) for shard in shards])
-        return map(self._parse_commit, shards, documents)
+        paths = [storage.join(self.path, commit_path(shard)) for shard in shards]
+        return map(self._parse_commit, shards, reading_ahead(storage.read_json, paths, self.path))
 
     def failures(self, commit: Commit) -> Iterator[Failure]:
         """The rows of a finished shard that have no embedding, with why. Raises StoreError where they are damaged."""
@@ -235,25 +237,29 @@ class Store:
 
         Raises StoreError for one that is missing or damaged, OSError where the storage does not answer.
         """
-        for row, (start, stop, checksum) in zip(rows_N.tolist(), self._read(PIXEL_INDEX, rows_N).tolist(), strict=True):
-            path = storage.join(self.path, pixels_path(row // self.schema.shard_rows))
-            try:
-                jpeg = storage.read_bytes(path, start, stop - start)
-            except FileNotFoundError:
-                raise StoreError(f"{path} is missing", remedy=DAMAGED) from None
-            if google_crc32c.value(jpeg) != checksum:
-                raise StoreError(f"{path}, row {row} is damaged: its checksum does not fit", remedy=DAMAGED)
-            yield jpeg
+        index_N3 = self._read(PIXEL_INDEX, rows_N)
+        return reading_ahead(self._jpeg, list(zip(rows_N.tolist(), index_N3.tolist(), strict=True)), self.path)
+
+    def _jpeg(self, place: tuple[int, list[int]]) -> bytes:
+        row, (start, stop, checksum) = place
+        path = storage.join(self.path, pixels_path(row // self.schema.shard_rows))
+        try:
+            jpeg = storage.read_bytes(path, start, stop - start)
+        except FileNotFoundError:
+            raise StoreError(f"{path} is missing", remedy=DAMAGED) from None
+        if google_crc32c.value(jpeg) != checksum:
+            raise StoreError(f"{path}, row {row} is damaged: its checksum does not fit", remedy=DAMAGED)
+        return jpeg
 
     def status(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         """Status codes, uint8 (N,)."""
         return self._read(STATUS, slice(start, self.schema.rows if stop is None else stop))
 
     def _read(self, name: str, rows: slice | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        mapped = self._mapped[name]
-        if mapped is None:
+        direct = self._direct[name]
+        if direct is None:
             return self._zarr(name, rows)
-        return mapped.read(rows.start, rows.stop) if isinstance(rows, slice) else mapped.gather(rows)
+        return direct.read(rows.start, rows.stop) if isinstance(rows, slice) else direct.gather(rows)
 
     def _zarr(self, name: str, rows: slice | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Rows through zarr-python, which compares every checksum, but takes a missing file for one full of zeros."""
@@ -313,6 +319,12 @@ class Store:
         ascending_M, place_N = np.unique(rows_N, return_inverse=True)
         found: list[dict[str, Any]] = self.entries(ascending_M, columns).take(place_N).to_pylist()
         return found
+
+
+def open_direct(store: str, name: str, array: Any) -> MappedArray | RangedArray | None:
+    """A reader of array `name` that goes around zarr: by memory maps, of a store at a URL by byte ranges; None where
+    the array is not stored as we do."""
+    return MappedArray.open(store, name, array) or RangedArray.open(store, name, array)
 
 
 def create_store(out: str, schema: EmbeddingStore, digests: Sequence[str], files: Sequence[SourceFile]) -> Store:

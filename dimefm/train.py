@@ -24,7 +24,7 @@ from dimefm.config import TrainConfig
 from dimefm.data import Batch, reader_died
 from dimefm.distributed import Place, Vote, find_place, join_group, leave_group, require_same, wait_for_all
 from dimefm.errors import StoppedError, TrainingError
-from dimefm.feed import TEXTS, Feed, feeding
+from dimefm.feed import TEXTS, Feed, feeding, note_distance
 from dimefm.initial import load_initial
 from dimefm.learner import Learner
 from dimefm.lock import writing
@@ -68,6 +68,7 @@ def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
     with lock, feeding(config, place) as feed, reader_died():
         join_group(config.device)  # from here on nothing is forked
         config, notes = decide(config, place, allow_changes)
+        notes += note_distance(feed.inputs.images, feed.inputs.texts, feed.bank)
         with _threads(config.threads):
             result = _Trainer(config, place, feed, allow_changes).run(notes)
     leave_group(place)

@@ -197,7 +197,7 @@ def test_tars_are_listed_together_in_their_order_with_their_reports(
 
     monkeypatch.setattr(storage, "read_bytes", slow)
     samples, reports = listed(open_image_source([url]))
-    assert 4 < most[0] <= 16
+    assert 16 < most[0] <= storage.CONNECTIONS
     assert [sample._replace(file=sample.file.replace(url, str(tmp_path))) for sample in samples] == expected[0]
     assert [report.replace(url, str(tmp_path)) for report in reports] == expected[1]
     assert len(reports) == 6
@@ -225,7 +225,7 @@ def test_results_wait_for_the_one_who_takes_them() -> None:
     results = in_order(work, range(1000))
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     time.sleep(0.3)
-    assert len(begun) == 3 + files.THREADS
+    assert len(begun) == 3 + storage.CONNECTIONS
     next(results)
     results.close()
     ended = len(begun)

@@ -23,9 +23,6 @@ from dimefm import storage
 from dimefm.errors import SourceError
 from dimefm.sources.base import SourceFile
 
-THREADS = 16
-"""Requests to an object store at a time."""
-
 URL_BLOCK = 8 << 20
 """Bytes of one request where a file is read from its beginning to its end."""
 
@@ -93,17 +90,24 @@ def below(folder: str, keep: Callable[[str], bool]) -> list[SourceFile]:
 
 
 def in_order(work: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_Out]:
-    """`work` of each item, in the order of the items, on THREADS threads; no more results than that are held."""
-    pool = ThreadPoolExecutor(THREADS)
+    """`work` of each item, in the order of the items, on storage.CONNECTIONS threads; no more results than that are
+    held."""
+    pool = ThreadPoolExecutor(storage.CONNECTIONS)
     try:
         ahead = iter(items)
-        waiting = deque(pool.submit(work, item) for item in islice(ahead, THREADS))
+        waiting = deque(pool.submit(work, item) for item in islice(ahead, storage.CONNECTIONS))
         while waiting:
             result = waiting.popleft().result()
             waiting.extend(pool.submit(work, item) for item in islice(ahead, 1))
             yield result
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def reading_ahead(work: Callable[[_In], _Out], items: Sequence[_In], path: str) -> Iterator[_Out]:
+    """`work` of each item, in order, where it reads what is at `path`: several at a time at a URL, where one would wait
+    for another's answer; one after the other on a disk."""
+    return in_order(work, items) if storage.is_url(path) else map(work, items)
 
 
 @contextmanager
@@ -165,7 +169,7 @@ def _without_ranges(argument: str) -> list[str]:
 
 
 def _look_up(names: list[str]) -> list[Place]:
-    found = list(in_order(_look, names) if storage.is_url(names[0]) else map(_look, names))
+    found = list(reading_ahead(_look, names, names[0]))
     for name, place in zip(names, found, strict=True):
         if place is None:
             raise SourceError(f"{name} does not exist", remedy="check the path")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
 from dimefm import storage
 from dimefm.errors import SourceError
+from dimefm.progress import Progress, amount
 from dimefm.sources.base import ImageSample, Joined, Source, SourceFile
-from dimefm.sources.files import below, children, expand, in_order
+from dimefm.sources.files import URL_BLOCK, below, children, expand, in_order
 from dimefm.sources.parquet_images import ParquetImages
-from dimefm.sources.tar import tar_members
+from dimefm.sources.side_files import find_side_files, read_side_file
+from dimefm.sources.tar import TarMember, tar_members
 from dimefm.sources.tsv_images import TsvImages
+from dimefm.sources.window import URL_LEAP
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jfif"})
 
@@ -37,21 +40,34 @@ class WebDataset:
         return list(self._files)
 
     def samples(self, report: Callable[[str], None]) -> Iterator[ImageSample]:
-        """Images by tar and by place in it. Only headers are read; of tars at URLs, several at a time."""
+        """Images by tar and by place in it. Only headers are read; of tars at URLs, several at a time, and where there
+        is a side file that fits, it instead of them."""
         dotted = _Dotted()
-        paths = [file.path for file in self._files]
-        if not paths or not storage.is_url(paths[0]):
-            for path in paths:
-                yield from _images(path, report, dotted)
+        if not self._files or not storage.is_url(self._files[0].path):
+            for file in self._files:
+                yield from _images(file.path, tar_members(file.path, report), dotted)
         else:
-            for images, problems, seen in in_order(_listed, paths):
+            yield from self._at_urls(report, dotted)
+        if dotted.count:
+            what = f"{dotted.count} members such as {dotted.example} have an extension of more than one part"
+            report(f"{what} and are passed over")
+
+    def _at_urls(self, report: Callable[[str], None], dotted: _Dotted) -> Iterator[ImageSample]:
+        sides = find_side_files(self._files)
+        asked = [(file, sides.get(file.path)) for file in self._files]
+        walked = [file.size for file, side in asked if not side]
+        blocks = sum(-(-size // URL_BLOCK) for size in walked)
+        with Progress("planning", len(asked), "tar") as progress:
+            progress.note(
+                f"{len(asked) - len(walked):,} tars by their side files, {len(walked):,} by their headers: at most "
+                f"{amount(sum(walked))} in {blocks:,} requests, less where members are larger than {amount(URL_LEAP)}"
+            )
+            for done, (images, problems, seen) in enumerate(in_order(_listed, asked), 1):
                 for problem in problems:
                     report(problem)
                 dotted.add(seen.count, seen.example)
                 yield from images
-        if dotted.count:
-            what = f"{dotted.count} members such as {dotted.example} have an extension of more than one part"
-            report(f"{what} and are passed over")
+                progress.at(done)
 
 
 class _Dotted:
@@ -65,8 +81,8 @@ class _Dotted:
         self.example = self.example or example
 
 
-def _images(path: str, report: Callable[[str], None], dotted: _Dotted) -> Iterator[ImageSample]:
-    for name, offset, size in tar_members(path, report):
+def _images(path: str, members: Iterable[TarMember], dotted: _Dotted) -> Iterator[ImageSample]:
+    for name, offset, size in members:
         key, extension = split_key(name)
         if not key or key[-1] == "/":
             continue
@@ -76,10 +92,14 @@ def _images(path: str, report: Callable[[str], None], dotted: _Dotted) -> Iterat
             dotted.add(1, name)
 
 
-def _listed(path: str) -> tuple[list[ImageSample], list[str], _Dotted]:
+def _listed(asked: tuple[SourceFile, SourceFile | None]) -> tuple[list[ImageSample], list[str], _Dotted]:
+    """The images of a tar, by its side file where that fits."""
+    tar, side = asked
     problems: list[str] = []
     dotted = _Dotted()
-    return list(_images(path, problems.append, dotted)), problems, dotted
+    members = read_side_file(tar, side, problems.append) if side else None
+    found = members if members is not None else tar_members(tar.path, problems.append)
+    return list(_images(tar.path, found, dotted)), problems, dotted
 
 
 def _is_image(name: str) -> bool:

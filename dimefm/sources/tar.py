@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from zlib import adler32
 
+from dimefm import storage
 from dimefm.sources.files import unreadable
 from dimefm.sources.window import Window, open_window
 
@@ -40,7 +41,7 @@ def tar_members(path: str, report: Callable[[str], None]) -> Iterator[TarMember]
     """Regular files in a tar, in order. What follows a broken header is lost; `report` is told so. Raises SourceError
     where it cannot be read.
 
-    Small members are read through in large blocks, and large ones (64 KB, at a URL 4 MB) are leapt over.
+    Small members are read through in large blocks, and large ones (64 KB, at a URL 1 MB) are leapt over.
     """
     count = [0]
     try:
@@ -52,8 +53,18 @@ def tar_members(path: str, report: Callable[[str], None]) -> Iterator[TarMember]
         raise unreadable(path, error) from error
 
 
-def _walk(window: Window, count: list[int]) -> Iterator[TarMember]:
-    position = 0
+def first_between(path: str, start: int, stop: int) -> TarMember | None:
+    """The first regular file whose header, and what belongs to it, begins at `start` of a tar and ends by `stop`; None
+    for the end mark, or anything else. Raises OSError."""
+    data = storage.read_bytes(path, start, stop - start)
+    window = Window(lambda offset, size: data[offset - start : offset - start + size], 0, 0, 0)
+    try:
+        return next(_walk(window, [0], start), None)
+    except _Damaged:
+        return None
+
+
+def _walk(window: Window, count: list[int], position: int = 0) -> Iterator[TarMember]:
     records: dict[bytes, bytes] = {}  # what extension headers say of the member that comes next
     everywhere: dict[bytes, bytes] = {}  # and of all that come
     while True:
