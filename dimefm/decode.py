@@ -22,6 +22,10 @@ from cache_schemas import Status
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded: Pillow's own threshold for a decompression bomb (a 256 MiB RGB image)."""
 
+MAX_BYTES = 1 << 30
+"""Largest file of one image that is read: more than MAX_PIXELS of four channels of 16 bits are, uncompressed, also as
+base64. A larger size is that of a damaged header."""
+
 _ADDRESS = re.compile(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>")  # another in every run
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I")
 _FAULTS = (ValueError, KeyError)  # of simplejpeg; the second for ways of storing colour that it has no name for
