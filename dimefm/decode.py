@@ -27,6 +27,9 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AV
            "SGI", "QOI")  # fmt: skip
 """What Pillow may decode, whatever a file is called. Of the rest, EPS would start Ghostscript, IPTC open any format
 within it, and WMF ask the operating system."""
+MAX_BYTES = 1 << 30
+"""Largest file of one image that is read: more than MAX_PIXELS of four channels of 16 bits are, uncompressed, also as
+base64. A larger size is that of a damaged header."""
 
 _ADDRESS = re.compile(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>")  # another in every run
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I")

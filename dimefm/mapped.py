@@ -202,8 +202,8 @@ class MappedArray:
         if google_crc32c.value(index[:size]) != int.from_bytes(index[size:], "little"):
             raise StoreError(f"{path} is damaged: the checksum of its index does not fit", remedy=DAMAGED)
         entries = np.frombuffer(index[:size], np.uint64).reshape(chunks, 2)
-        stored = entries[entries[:, 0] != _ABSENT]
-        if len(stored) and int(stored.sum(axis=1).max()) > length - size - _CRC:
+        begins = entries[entries[:, 0] != _ABSENT, 0]
+        if len(begins) and int(begins.max()) > length - size - _CRC - (self._chunk_bytes + _CRC):
             raise StoreError(f"{path} is damaged: its index points beyond it", remedy=DAMAGED)
         checked = self._checked[shard * chunks : (shard + 1) * chunks]
         return _ShardIndex(entries[:, 0], checked, self._chunk_bytes + _CRC)

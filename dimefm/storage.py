@@ -180,12 +180,19 @@ def size(path: str) -> int:
 
 def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
     """The bytes [offset, offset + size) of a file, fewer where it ends earlier. Raises OSError."""
-    if size == 0:
+    if size is not None and size <= 0:
         return b""
     if not is_url(path):
         with Path(path).open("rb") as file:
+            if size is None:
+                file.seek(offset)
+                return file.read()
+            # Memory is taken for what is asked: a damaged header may say petabytes.
+            there = os.fstat(file.fileno()).st_size - offset
+            if there <= 0:
+                return b""
             file.seek(offset)
-            return file.read(-1 if size is None else size)
+            return file.read(min(size, there))
     fs, inner = filesystem(path)
     with asking(path):
         try:

@@ -242,7 +242,7 @@ def _read_said(wanted: tuple[str, str, int | None, str, TarMember]) -> int | lis
     remedy = "write 0 or 1 for each class"
     try:
         marks = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, MemoryError) as error:  # the last for a header that says petabytes
         raise SourceError(f"{where} cannot be read: {error}", remedy=remedy) from None
     if marks.shape != (classes or marks.size,) or not np.isin(marks, (0, 1)).all():
         raise SourceError(f"{where} is not a row of 0 and 1 for {classes or 'the'} classes", remedy=remedy)

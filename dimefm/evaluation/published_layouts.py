@@ -29,7 +29,10 @@ from dimefm.sources.base import SourceFile
 _Labelled = Iterable[tuple[Path, Any]]
 """Image files with a label, the name of a class folder, several labels, or captions."""
 
-_DAMAGED = (OSError, LookupError, ValueError, TypeError, AttributeError, csv.Error, zlib.error, MatReadError)
+_DAMAGED = (
+    *(OSError, LookupError, ValueError, TypeError, AttributeError, csv.Error, zlib.error, MatReadError),
+    MemoryError,  # for an array whose header says petabytes
+)
 """What reading a list raises that is missing in part, cut short, or another file."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import math
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -31,7 +32,13 @@ from dimefm.evaluation.layouts import read_webdataset
 _Pixels = Iterator[tuple[np.ndarray[Any, Any], int]]
 """uint8 (H, W) or (H, W, 3), and the label."""
 
-_DAMAGED = (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, csv.Error, zlib.error)
+# Several times what the published files hold: bytes of an IDX file, images of PatchCamelyon, values of one of them.
+_MOST_IDX, _MOST_PATCHES, _MOST_VALUES = 1 << 28, 1 << 20, 1 << 20
+
+_DAMAGED = (
+    *(OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, csv.Error, zlib.error),
+    MemoryError,  # for an array whose header says petabytes
+)
 """What reading arrays raises that are cut short, or other files."""
 
 
@@ -110,9 +117,12 @@ def _read_mnist(files: list[Path], split: str) -> _Pixels:
 
 
 def _idx(path: Path) -> np.ndarray[Any, Any]:
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        data = file.read(_MOST_IDX + 1)
     if data[:3] != b"\0\0\x08":
         raise ValueError("it is no IDX file of bytes")
+    if len(data) > _MOST_IDX:
+        raise ValueError(f"it has more than {_MOST_IDX:,} bytes")
     shape = np.frombuffer(data, ">u4", data[3], 4)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape.tolist())
 
@@ -131,7 +141,10 @@ _FER2013 = (0, 1, 2, 3, 5, 6, 4)
 
 def _read_pcam(files: list[Path], split: str) -> _Pixels:
     with h5py.File(files[0]) as images, h5py.File(files[1]) as labels:
-        for start in range(0, len(images["x"]), 256):
+        rows, *shape = images["x"].shape
+        if rows > _MOST_PATCHES or math.prod(shape) > _MOST_VALUES or len(labels["y"]) != rows:
+            raise ValueError(f"it is {images['x'].shape} with {labels['y'].shape} labels, not patches of (96, 96, 3)")
+        for start in range(0, rows, 256):
             block = images["x"][start : start + 256], labels["y"][start : start + 256].reshape(-1).tolist()
             yield from zip(*block, strict=True)
 

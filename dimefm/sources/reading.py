@@ -6,7 +6,7 @@ import base64
 
 from cache_schemas import Status
 from dimefm import storage
-from dimefm.decode import DecodeError
+from dimefm.decode import MAX_BYTES, DecodeError
 from dimefm.named import named
 from dimefm.sources.parquet import SUFFIX, DamagedParquetError, read_cell
 
@@ -16,8 +16,10 @@ def read_encoded(file: str, offset: int, size: int) -> bytes:
 
     An ordinary file that was cut short gives fewer bytes. A null in a Parquet file gives none. Raises
     FileNotFoundError where the file is gone, another OSError where the storage does not answer, and DecodeError for a
-    .tsv or Parquet file that was cut short or damaged, or whose text is not base64.
+    .tsv or Parquet file that was cut short or damaged, or whose text is not base64, and for more than MAX_BYTES.
     """
+    if size > MAX_BYTES:
+        raise DecodeError(Status.TOO_LARGE, f"{size:,} bytes, as {file} says; the limit is {MAX_BYTES:,}")
     path, mark, column = file.partition(f"{SUFFIX}#")
     if mark:
         return _from_parquet(path + SUFFIX, column, offset)

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from dimefm import storage
+from dimefm.decode import MAX_BYTES
 from dimefm.errors import SourceError
 from dimefm.sources.base import ImageSample, SourceFile
 from dimefm.sources.files import open_seekable, unreadable
@@ -56,6 +57,9 @@ def _in_file(file: SourceFile, report: Callable[[str], None]) -> Iterator[ImageS
     for number, (offset, size, head) in enumerate(_by_index(file, index) or _by_newline(file.path), 1):
         if not size:
             continue
+        if size > MAX_BYTES:
+            what = f"{file.path}, line {number} is longer than {MAX_BYTES:,} bytes: no image is"
+            raise SourceError(what, remedy="lines of a .tsv of images are KEY, tab, BASE64; name the files that are")
         tabs = tabs or _tabs_of_first(f"{file.path}, line {number}", head(size))
         text = head(_HEAD)
         while (place := _place_of_tab(text, tabs)) < 0 and len(text) < size:
@@ -90,7 +94,7 @@ def _place_of_tab(text: bytes, number: int) -> int:
 def _by_newline(path: str) -> Iterator[_Line]:
     offset = 0
     with open_seekable(path) as stream:
-        for line in stream:
+        while line := stream.readline(MAX_BYTES + 2):  # one too long is not read to its end, wherever that is
             text = _without_end(line)
             yield offset, len(text), partial(_of_line, text)
             offset += len(line)
