@@ -149,7 +149,7 @@ class _Build:
         old = self.old.shards if self.old else {}
         pending = sorted(int(shard) for shard, digest in self.now.items() if old.get(shard) != digest)
         if self.old and not pending:
-            storage.remove_folder(self.build)
+            self._tidy(self.old)
             return self.old
         _require_only_ours(self.folder)
         storage.remove_leftovers(str(self.folder))
@@ -272,11 +272,15 @@ class _Build:
         )
         with storage.writing_to(str(self.folder)):
             storage.write_json(str(self.folder / SIDECAR_FILE), sidecar.to_json())
+        self._tidy(sidecar)
+        return sidecar
+
+    def _tidy(self, sidecar: IndexSidecar) -> None:
+        """Remove what the index was built from, and the file of one that was before it."""
         for stale in self.folder.glob("index-*.faiss"):
-            if stale != file:
+            if stale.name != sidecar.file:
                 stale.unlink()
         storage.remove_folder(self.build)
-        return sidecar
 
 
 def build_part(part: Part, threads: int | None = None, use_gpus: bool = True) -> Part:

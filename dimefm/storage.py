@@ -183,7 +183,7 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
     if size is not None and size <= 0:
         return b""
     if not is_url(path):
-        with Path(path).open("rb") as file:
+        with asking(path), Path(path).open("rb") as file:
             if size is None:
                 file.seek(offset)
                 return file.read()
@@ -355,14 +355,15 @@ def remove_leftovers(folder: str) -> None:
 
 
 def remove_folder(path: str) -> None:
-    """Delete a folder and what is in it, if it is there."""
-    if not is_url(path):
-        shutil.rmtree(path, ignore_errors=True)
+    """Delete a folder and what is in it, if it is there. Raises OSError."""
+    if not exists(path):
         return
-    if exists(path):
-        fs, inner = _fresh(path)
-        with asking(path):
-            fs.rm(inner, recursive=True)
+    if not is_url(path):
+        shutil.rmtree(path)
+        return
+    fs, inner = _fresh(path)
+    with asking(path):
+        fs.rm(inner, recursive=True)
 
 
 def read_json(path: str) -> Any:
