@@ -234,7 +234,7 @@ def test_workers_are_put_aside_until_a_shard_fails_on_two_machines_or_none_is_le
     two._put_aside("y", 0, from_host("a"), progress)  # another of its machine
     assert (two._pending, set(two._running), two._aside) == ([0, 1, 0], {"z"}, 2)
     assert progress.notes == ["a: a.tar cannot be read; its worker is put aside, and the others go on"] * 2
-    with pytest.raises(UnreadableError, match="a.tar cannot be read"):
+    with pytest.raises(UnreadableError, match=r"a\.tar cannot be read"):
         two._put_aside("z", 0, from_host("b"), progress)
     two = supervisor(2)
     for actor in "xy":
