@@ -22,19 +22,23 @@ _ENVIRONMENT = {
     "AWS_CONFIG_FILE": "",  # nothing of whoever runs the tests
     "AWS_SHARED_CREDENTIALS_FILE": "",
 }
+_EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
 _NUMBERS = itertools.count()
 
 
 @dataclass
 class S3Requests:
-    """What the server was asked since `clear`: method, path with query, Range header (empty without), bytes sent."""
+    """What the server was asked since `clear`: method, path with query, Range header (empty without), bytes sent. From
+    the request number `expires` on it answers as to a token that has run out; 0: never."""
 
+    expires: int = 0
     seen: list[tuple[str, str, str, int]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def clear(self) -> None:
         with self.lock:
             self.seen.clear()
+            self.expires = 0
 
     def of(self, method: str, part: str = "") -> list[tuple[str, str, str, int]]:
         """The requests of this method whose path holds `part`."""
@@ -45,7 +49,11 @@ class S3Requests:
         """A WSGI application that keeps a record of what is asked of `application`."""
 
         def record(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-            body = list(application(environ, start_response))
+            if self.expires and len(self.seen) + 1 >= self.expires:
+                start_response("400 Bad Request" if environ["REQUEST_METHOD"] == "GET" else "403 Forbidden", [])
+                body = [_EXPIRED] if environ["REQUEST_METHOD"] == "GET" else []
+            else:
+                body = list(application(environ, start_response))
             path = f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}"
             request = (environ["REQUEST_METHOD"], path, environ.get("HTTP_RANGE", ""), sum(map(len, body)))
             with self.lock:

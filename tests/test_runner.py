@@ -1,19 +1,24 @@
 """Stage 1 on a real local Ray: several workers, one writer a shard, errors that arrive as they were raised."""
 
 import os
+import pickle
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cache_schemas import Status
+from dimefm import storage
 from dimefm.building import Part
 from dimefm.clip import Clip
-from dimefm.errors import DimefmError, MismatchError
+from dimefm.errors import DimefmError, MismatchError, UnreadableError
 from dimefm.shard import encode_shard
 from dimefm.store import Store
 from pipeline import index_parts, runner
@@ -141,13 +146,108 @@ def test_a_retry_on_ray_does_the_rows_that_failed(one_ray: None, clip: Clip, tea
     store = open_or_plan(request, str(tmp_path / "i.zarr"), clip.identity)
     (folder / "3.jpg").rename(tmp_path / "3.jpg")
     for shard in range(2):
-        encode_shard(store, shard, clip)
+        encode_shard(store, shard, clip, accept_missing=True)
     assert store.status().tolist() == [Status.OK] * 3 + [Status.MISSING]
     (tmp_path / "3.jpg").rename(folder / "3.jpg")
     before = (tmp_path / "i.zarr" / "commits" / "000000.json").read_bytes()
     words = {"shard_rows": 2, "batch_size": 2, "workers": 1, "retry_failed": True}
     assert cache(config(tmp_path / "i.zarr", folder, teacher_name, **words)).status().tolist() == [Status.OK] * 4
     assert (tmp_path / "i.zarr" / "commits" / "000000.json").read_bytes() == before
+
+
+@pytest.fixture
+def two_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one Ray as a cluster of two machines, and a worker on each."""
+    monkeypatch.setattr(runner, "_machines", lambda: 2)
+    monkeypatch.setattr(runner, "Worker", Elsewhere)
+
+
+class Elsewhere(Worker):
+    """A worker on machine a or b, by who comes first. On b no tar can be read, and a waits until b found that out."""
+
+    def start(self, threads: int, shard: int, check: bool = False) -> str | None:
+        told, really = super().start(threads, shard, check), storage.read_bytes
+        first, self.found_out = Path(self._job.store, ".first"), Path(self._job.store, ".found-out")
+        self.machine = "b" if first.exists() else "a"
+        first.touch()
+
+        def read(path: str, offset: int = 0, size: int | None = None) -> bytes:
+            if path.endswith(".tar") and self.machine == "b":
+                self.found_out.touch()
+                raise FileNotFoundError(2, "No such file or directory", path)
+            return really(path, offset, size)
+
+        storage.read_bytes = read
+        socket.gethostname = lambda: self.machine
+        return told
+
+    def encode(self, shard: int, done: Any = None) -> Any:
+        waited = time.monotonic()
+        while self.machine == "a" and not self.found_out.exists() and time.monotonic() < waited + 60:
+            time.sleep(0.05)
+        return super().encode(shard)
+
+
+@pytest.mark.usefixtures("one_ray", "two_machines")
+def test_a_machine_without_the_mount_is_put_aside_and_its_shard_goes_to_another(
+    image_store: Store, image_tar: Path, teacher_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = cache(config(tmp_path / "i.zarr", image_tar, teacher_name, shard_rows=16))
+    np.testing.assert_array_equal(store.read(0, 96), image_store.read(0, 96))
+    told = capsys.readouterr().err
+    assert told.count("b: 16 of 16 images of a shard were there when they were planned and are gone, the first") == 1
+    assert f"No such file or directory: '{image_tar}'; its worker is put aside, and the others go on" in told
+
+
+class Told:
+    """In place of a progress bar."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def from_host(host: str) -> UnreadableError:
+    error = UnreadableError("a.tar cannot be read")
+    error.host = host
+    return error
+
+
+def test_workers_are_put_aside_until_a_shard_fails_on_two_machines_or_none_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = Job(store="s", teacher="t", pretrained=None, precision="fp32", device="cpu", threads=1)
+    progress: Any = Told()
+
+    def supervisor(machines: int) -> Any:
+        monkeypatch.setattr(runner, "_machines", lambda: machines)
+        found = runner._Supervisor(job, 3, 1, {0: 4, 1: 4}, check=False)
+        found._running, found._pending = dict.fromkeys("xyz", 1), []
+        return found
+
+    two = supervisor(2)
+    two._put_aside("x", 0, from_host("a"), progress)
+    assert (two._pending, set(two._running)) == ([0], {"y", "z"})
+    two._put_aside("x", 1, from_host("a"), progress)  # the other shard that it had
+    two._put_aside("y", 0, from_host("a"), progress)  # another of its machine
+    assert (two._pending, set(two._running), two._aside) == ([0, 1, 0], {"z"}, 2)
+    assert progress.notes == ["a: a.tar cannot be read; its worker is put aside, and the others go on"] * 2
+    with pytest.raises(UnreadableError, match=r"a\.tar cannot be read"):
+        two._put_aside("z", 0, from_host("b"), progress)
+    two = supervisor(2)
+    for actor in "xy":
+        two._put_aside(actor, None, from_host("a"), progress)
+    with pytest.raises(UnreadableError):
+        two._put_aside("z", None, from_host("a"), progress)
+    with pytest.raises(UnreadableError):
+        supervisor(1)._put_aside("x", 0, from_host("a"), progress)
+
+
+def test_an_error_from_another_machine_keeps_its_name() -> None:
+    again = pickle.loads(pickle.dumps(from_host("a")))
+    assert (again.host, again.what, str(again)) == ("a", "a.tar cannot be read", "a.tar cannot be read")
 
 
 def test_a_dry_run_counts_and_writes_nothing(image_tar: Path, teacher_name: str, tmp_path: Path) -> None:

@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+import numpy as np
 import pytest
 
 from dimefm import storage
+from dimefm.clip import Clip
 from dimefm.decode import DecodeError
-from dimefm.errors import SourceError
+from dimefm.errors import DimefmError, SourceError
+from dimefm.shard import encode_shard
 from dimefm.sources import ImageSample, SourceFile, WebDataset, files, open_image_source, open_text_source
 from dimefm.sources.files import expand, in_order
 from dimefm.sources.reading import read_encoded
+from dimefm.store import Store
+from pipeline.plan import PlanRequest, open_or_plan
 from tests.contracts.source_contract import listed
 from tests.making import make_jpeg, upload, write_lineidx, write_parquet, write_tar, write_text, write_tsv
 
@@ -233,12 +238,10 @@ def test_results_wait_for_the_one_who_takes_them() -> None:
     assert len(begun) == ended
 
 
-def test_a_tar_that_is_gone_is_reported_and_the_rest_go_on(tmp_path: Path, s3: str) -> None:
+def test_a_tar_that_is_gone_ends_the_planning(tmp_path: Path, s3: str) -> None:
     url = upload(write_tar(tmp_path / "b.tar", {"0.jpg": b"0"}).parent, s3)
-    found, reports = listed(WebDataset([SourceFile(f"{url}/{name}", 1, 0) for name in ("a.tar", "b.tar")]))
-    assert [sample.key for sample in found] == ["0"]
-    assert len(reports) == 1
-    assert f"{url}/a.tar: cannot be read" in reports[0]
+    with pytest.raises(SourceError, match=r"a\.tar cannot be read: The specified key does not exist"):
+        listed(WebDataset([SourceFile(f"{url}/{name}", 1, 0) for name in ("b.tar", "a.tar")]))
 
 
 # -- what is not there ------------------------------------------------------------------------------------------------
@@ -318,3 +321,39 @@ def test_a_forked_process_reads_s3(tmp_path: Path, s3: str) -> None:
         threading.Timer(30, lambda: os._exit(2)).start()  # instead of hanging for ever
         os._exit(0 if read_all(tables) == read_all(tars) == IMAGES else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# -- a token that runs out --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")  # by zarr, after a failed write
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+def test_a_token_that_expires_at_any_request_costs_no_row(
+    tmp_path: Path, s3: str, s3_requests: S3Requests, clip: Clip, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planning, encoding and committing, all at URLs: s3fs takes it for a PermissionError."""
+    monkeypatch.setattr("dimefm.loading._WAITS", (0.0,))
+    write_images(kind, tmp_path)
+    request = PlanRequest(kind="image", arguments=(upload(tmp_path, f"{s3}/in"),), shard_rows=2, batch_size=2)
+
+    def cached(out: str) -> Store:
+        store = open_or_plan(request, out, clip.identity)
+        for shard in sorted(set(range(store.schema.shards)) - store.committed()):
+            encode_shard(store, shard, clip)
+        return store
+
+    s3_requests.clear()
+    whole = cached(f"{s3}/undisturbed.zarr")
+    requests = len(s3_requests.seen)
+    assert whole.status().tolist() == [1] * len(IMAGES)
+    for expires in (requests // 5, requests // 2, requests - 8):
+        out = f"{s3}/{expires}.zarr"
+        s3_requests.clear()
+        s3_requests.expires = expires
+        with pytest.raises((DimefmError, OSError), match=r"expired|Forbidden"):
+            cached(out)
+        s3_requests.clear()
+        store = cached(out)
+        assert store.status().tolist() == [1] * len(IMAGES)
+        np.testing.assert_array_equal(store.read(0, len(IMAGES)), whole.read(0, len(IMAGES)))
+        assert [store.plan(shard).equals(whole.plan(shard)) for shard in range(2)] == [True] * 2

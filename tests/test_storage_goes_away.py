@@ -25,12 +25,13 @@ from dimefm.errors import DimefmError, SourceError
 from dimefm.evaluation.features import features
 from dimefm.evaluation.own_sets import open_folder
 from dimefm.shard import check_canary, encode_shard, retry_shard
-from dimefm.sources import TextSample, open_image_source
+from dimefm.sources import TextSample, open_image_source, open_text_source
 from dimefm.sources.files import expand
 from dimefm.store import Store
 from pipeline.existing import is_planned, require_no_stranger
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.sentences import SentenceRules, tidy
+from tests.contracts.source_contract import listed
 from tests.making import make_jpeg, write_parquet, write_tar, write_text, write_tsv
 from tests.stores import teacher_identity
 
@@ -398,3 +399,24 @@ def test_globs_match_what_fsspec_matches(tmp_path: Path, pattern: str, token: bo
     found = expand(f"{'token://' if token else ''}{tmp_path}/{pattern}")
     assert {place.path.replace("token://", "") for place in found} == expected - {str(tmp_path)}
     assert [place.path for place in found] == sorted(place.path for place in found)
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl", "tsv", "parquet"])
+def test_sentences_of_a_file_that_is_refused_end_the_planning(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        if kind == "parquet":
+            write_parquet(tmp_path / f"{number}.parquet", [{"text": "a"}])
+        else:
+            write_text(tmp_path / f"{number}.{kind}", {"jsonl": ['{"text": "a"}']}.get(kind, ["text", "a"]))
+    really = TokenFileSystem.cat_file
+
+    def refusing(self: TokenFileSystem, path: str, *words: Any, **options: Any) -> bytes:
+        if f"/1.{kind}" in path:
+            raise PermissionError("expired")
+        return really(self, path, *words, **options)
+
+    monkeypatch.setattr(TokenFileSystem, "cat_file", refusing)
+    with pytest.raises(SourceError, match=rf"1\.{kind} cannot be read: expired\n  remedy: .*credentials"):
+        listed(open_text_source([f"token://{tmp_path}"]))
