@@ -70,7 +70,7 @@ def _commits(folder: Path, failed: int, count: int) -> tuple[str, ...]:
     storage.write_json(str(folder / f"{failed}.json"), commit.to_json())
     write_commit(str(folder), commit)
 
-    times = 256 if failed < 256 else 4  # of each in a round, for a share in Python's collecting of garbage
+    times = 256 if failed < 256 else 1  # of each in a round, for a share in Python's collecting of garbage
 
     def read(name: str) -> Commit:
         return Commit.parse(storage.read_json(str(folder / name)), name)
