@@ -15,7 +15,7 @@ from tests.processes import result_of
 from tests.stores import random_store
 from tests.training import STUDENT
 
-SHARDS, FILES = 700, 128
+SHARDS, FILES = 250, 128
 
 
 def gathered(path: str, most: int) -> tuple[bool, int, int]:
@@ -74,7 +74,7 @@ def typed(words: list[str]) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_every_command_goes_through_700_shards_with_128_open_files(
+def test_every_command_goes_through_250_shards_with_128_open_files(
     sample: Path, teacher_name: str, cifar10: str, tmp_path: Path
 ) -> None:
     tar = write_tar(tmp_path / "0.tar", read_tar(sample / "images" / "train-00000.tar", 2 * SHARDS))
