@@ -14,7 +14,7 @@ import pyarrow as pa
 from cache_schemas.document import Document
 from cache_schemas.problems import Problem
 
-MOST_FAILURES = 64
+MOST_FAILURES = 16
 FAILURES = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),

@@ -87,10 +87,10 @@ def plan_run(
 ) -> Run:
     """The run document of `config`, which `write_run` writes once all that it names has been found good.
 
-    Raises MismatchError where the folder holds a run with another config or other stores, and names the fields: all but
-    those in `allow_changes`, whose change after `done` steps is recorded, as another `machine` or number of `processes`
-    is; before the first checkpoint there is nothing to differ from. Raises OutputExistsError where the folder holds
-    something else.
+    Raises MismatchError where the folder holds a run with another config, other stores or other embeddings in them, and
+    names the fields: all but those in `allow_changes`, whose change after `done` steps is recorded, as another
+    `machine` or number of `processes` is; before the first checkpoint there is nothing to differ from. Raises
+    OutputExistsError where the folder holds something else.
     """
     _require_names(allow_changes)
     images, pairs, selection = inputs.images, inputs.pairs, inputs.selection

@@ -58,7 +58,7 @@ from dimefm.inert import say
 @click.option("--seed", type=click.IntRange(0))
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
 @click.option("--allow-changes", metavar="FIELD,...", default="",
-              help="Go on with another value of these than the run began with: lr,epochs.")  # fmt: skip
+              help="Go on with others of these than it began with: lr,epochs; images: other rows.")  # fmt: skip
 def train_student(
     images: str, texts: str, out: str, recipe: str, settings: tuple[str, ...], allow_changes: str, **options: Any
 ) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dimefm.errors import SourceError, StoreError
+from dimefm.machine import open_files
 from dimefm.sources.base import Source, TextSample
 from pipeline.repeats import as_array, repeats
 
@@ -83,7 +84,8 @@ def _shuffled(samples: Iterator[TextSample], count: int, seed: int) -> Iterator[
     """A random order by `seed`: each sentence is written to the bucket of its new place, then each bucket is sorted."""
     place = np.random.default_rng(seed).permutation(count)
     with tempfile.TemporaryDirectory(prefix="dimefm-shuffle-") as folder:
-        paths = [Path(folder) / f"{bucket}.jsonl" for bucket in range(min(_BUCKETS, count))]
+        buckets = min(_BUCKETS, count, max(1, open_files() // 2))  # the order is the same for any number of them
+        paths = [Path(folder) / f"{bucket}.jsonl" for bucket in range(buckets)]
         try:
             with ExitStack() as stack:
                 files = [stack.enter_context(path.open("w", encoding="utf-8")) for path in paths]
