@@ -89,7 +89,7 @@ class SetDefinition:
 class EvaluationResult(Document):
     """One set under one protocol.
 
-    `metrics` are in [0, 1], `metric` names the one that is reported, `intervals` are their 95% bootstrap intervals.
+    `metrics` are in [0, 1], `metric` names the one that is reported, `intervals` are their 95% intervals.
     `images` were scored, `expected` is the published number; `partial` says every difference from the published set in
     words. `model` has name, tag and digests of weights and text tower; `digests` those of the images and labels, the
     class names and the templates; `settings` what else decides the numbers.

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cache_schemas import Recall
+from cache_schemas import Recall, Status
+from dimefm.errors import StoreError
 from dimefm.exact import ExactSearch, valid_rows
 from dimefm.store import Store
 
@@ -85,10 +86,14 @@ def held_out(store: Store, ranges: Sequence[tuple[int, int]], images: Store | No
 
 
 def _draw(store: Store, ranges: Sequence[tuple[int, int]], rng: np.random.Generator) -> tuple[Any, Any]:
-    """Up to QUERIES random rows that have an embedding, ascending, and their embeddings float32 (Q, D)."""
-    every = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+    """Up to QUERIES random rows that have an embedding, ascending, and their embeddings float32 (Q, D). Raises
+    StoreError where none has: the recall of no query is no number."""
+    every = np.concatenate([start + np.flatnonzero(store.status(start, stop) == Status.OK) for start, stop in ranges])
     chosen = np.sort(rng.choice(every, min(len(every), QUERIES), replace=False))
-    parts = [valid_rows(store, row, row + 1) for row in chosen.tolist()]
+    parts = [part for row in chosen.tolist() if len((part := valid_rows(store, row, row + 1))[0])]
+    if not parts:
+        what = f"{store.path} has no embedding to measure the recall with"
+        raise StoreError(what, remedy="see dimefm info for what failed")
     return np.concatenate([rows for rows, _ in parts]), np.concatenate([v for _, v in parts]).astype(np.float32)
 
 

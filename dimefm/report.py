@@ -80,6 +80,7 @@ def _sets(out: Path, model: str) -> dict[str, dict[str, Any]]:
             "predictions": read_predictions(str(folder), result),
         }
         for result in read_results(str(folder))
+        if result.protocol == "zero-shot" and "top1" in result.metrics  # a user may have measured more in that folder
     }
 
 
@@ -95,7 +96,7 @@ def _accuracy(teacher: dict[str, Any], found: dict[str, Any], students: Sequence
         rows.append((where, "teacher", f"{t['top1']:.1%} / {t['top5']:.1%}", "", f"{_times_chance(t):.1f}", ""))
         for student in students:
             s = found[student.name][name]
-            agree = sum(a == b for a, b in zip(t["predictions"], s["predictions"], strict=True)) / s["images"]
+            agree = sum(a == b != -1 for a, b in zip(t["predictions"], s["predictions"], strict=True)) / s["images"]
             bar = f" (bar {student.bars[name]})" if name in student.bars else ""
             rows.append(
                 (
@@ -114,29 +115,40 @@ def _bill(out: Path, students: Sequence[Student], seconds: dict[str, float | Non
     """What the teacher cost once and each student after it; what each would cost with the teacher in its loop."""
     images, texts = Store(str(out / "images.zarr")), Store(str(out / "texts.zarr"))
     image_rate, text_rate = _rate(images), _rate(texts)
-    once = sum(seconds.get(name) or 0 for name in ("cache-images", "cache-texts"))
-    rows = [("teacher, once", f"{once:,.0f}", "", "")]
-    online_of_all = cached_of_all = 0.0
+    once = _total([seconds.get(name) for name in ("cache-images", "cache-texts")])
+    rows = [("teacher, once", _seconds(once), "", "")]
+    online_of_all, cached_of_all = list[float | None](), [once]
     for student in students:
         config = read_run(str(student.run(out))).config
         steps = _steps(out, student)
         seen, drawn = steps * int(str(config["batch_size"])), 0
         if config["loss"]["vl"]:  # type: ignore[index]
             drawn = steps * int(str(config["texts_per_step"]))
-        spent = seconds.get(f"train {student.name}") or 0.0
-        online = spent + seen / image_rate + drawn / text_rate
-        online_of_all, cached_of_all = online_of_all + online, cached_of_all + spent
-        times = f"{online / spent:,.0f} times" if spent else ""
-        rows.append((f"student: {student.label}", f"{spent:,.0f}", f"{online:,.0f}", times))
-    whole = once + cached_of_all
-    saving = f"{online_of_all / whole:.1f} times"
-    rows.append((f"all {len(students) + 1} together", f"{whole:,.0f}", f"{online_of_all:,.0f}", saving))
+        spent = seconds.get(f"train {student.name}")
+        online = None if spent is None else spent + seen / image_rate + drawn / text_rate
+        online_of_all.append(online)
+        cached_of_all.append(spent)
+        times = f"{online / spent:,.0f} times" if spent and online else ""
+        rows.append((f"student: {student.label}", _seconds(spent), _seconds(online), times))
+    whole, without = _total(cached_of_all), _total(online_of_all)
+    saving = f"{without / whole:.1f} times" if whole and without else ""
+    rows.append((f"all {len(students) + 1} together", _seconds(whole), _seconds(without), saving))
     return [
         *_table(("seconds of", "with the cache", "teacher in the loop", "saving"), rows),
         "",
         f"In the loop the teacher would encode each image and each sentence of a step anew, at the {image_rate:,.0f} "
         f"images/s and {text_rate:,.0f} sentences/s that it had in stage 1 on all cores.",
     ]
+
+
+def _total(seconds: Sequence[float | None]) -> float | None:
+    """The sum, None where one is not known: of a stage that was stopped and went on."""
+    known = [one for one in seconds if one is not None]
+    return sum(known) if len(known) == len(seconds) else None
+
+
+def _seconds(spent: float | None) -> str:
+    return "resumed" if spent is None else f"{spent:,.0f}"
 
 
 def _rate(store: Store) -> float:

@@ -84,6 +84,8 @@ def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
     folder = Folder(config.folder, config.kind)
     if config.sources and config.kind == "text":
         raise SourceError("images are given for text embeddings", remedy="give --kind image, or no --images")
+    if config.match_parts > 1 and not config.sources:
+        raise SourceError("--match-parts has no effect without --images", remedy="leave it out, or give the images")
     source = open_image_source(list(config.sources)) if config.sources else None
     files = folder.files() + (source.files() if source else [])
     require_whole_chunks(config.shard_rows)

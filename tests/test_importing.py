@@ -522,6 +522,8 @@ def test_a_damaged_folder_is_refused_before_anything_is_written(
 def test_images_for_texts_are_refused(texts: Path, config: ImportConfig, image_tar: Path) -> None:
     with pytest.raises(DimefmError, match="images are given for text embeddings"):
         import_embeddings(of(config, texts, sources=(str(image_tar),)))
+    with pytest.raises(DimefmError, match="--match-parts has no effect without --images"):
+        import_embeddings(of(config, texts, match_parts=2))
 
 
 # -- stopped, and typed again -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from dimefm.evaluation.metrics import (
@@ -24,6 +25,7 @@ from dimefm.evaluation.metrics import (
     mean_of,
     mean_per_class,
     mean_per_class_interval,
+    retrieval_intervals,
     retrieval_recall,
     roc_auc,
     roc_auc_interval,
@@ -313,15 +315,122 @@ def test_intervals_cover_what_is_true_in_95_of_100_cases() -> None:
         low, high = mean_per_class_interval(correct, labels)
         per_class += low <= rate.mean() <= high
     for covered in (exact, general, per_class):
-        assert 182 <= covered <= 198
+        assert 184 <= covered <= 196
+
+
+BOTH = ["text_retrieval_recall@1", "image_retrieval_recall@1"]
+
+
+def alike(
+    rng: np.random.Generator, images: int, share: float, alike: float
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Hits of images with 1 to 9 captions each, where the queries of one image are `alike`: a beta-binomial draw, whose
+    recall is `share` in both directions."""
+    owner = np.repeat(np.arange(images), rng.integers(1, 10, images))
+    rate_N = rng.beta(share * (1 / alike - 1), (1 - share) * (1 / alike - 1), images)
+    return dict(zip(BOTH, (rng.random(images) < rate_N, rng.random(len(owner)) < rate_N[owner]), strict=True)), owner
+
+
+def coverage(images: int, share: float, alikeness: float, trials: int, resamples: int) -> dict[str, float]:
+    """How often the interval of each recall, and of their mean, has the truth; "apart": with captions independent."""
+    rng, covered = np.random.default_rng(0), dict.fromkeys([*BOTH, "mean", "apart"], 0)
+    for trial in range(trials):
+        hits, owner = alike(rng, images, share, alikeness)
+        found = retrieval_intervals(hits, owner, {"mean": BOTH}, resamples=resamples, seed=trial)
+        found["apart"] = mean_interval(hits[BOTH[1]])
+        for name, (low, high) in found.items():
+            covered[name] += low <= share <= high
+    return {name: count / trials for name, count in covered.items()}
+
+
+def test_intervals_of_recall_cover_what_is_true_though_captions_of_an_image_are_alike() -> None:
+    found = coverage(images=120, share=0.4, alikeness=0.4, trials=250, resamples=150)
+    assert found.pop("apart") < 0.85
+    assert all(0.92 <= share <= 0.98 for share in found.values()), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("images", "share", "alikeness"),
+    [(30, 0.5, 0.3), (100, 0.15, 0.3), (100, 0.8, 0.6), (239, 0.15, 0.3), (1000, 0.9, 0.5)],
+)
+def test_intervals_of_recall_cover_what_is_true(images: int, share: float, alikeness: float) -> None:
+    found = coverage(images, share, alikeness, trials=400, resamples=200)
+    assert found.pop("apart") < 0.9
+    assert all(0.92 <= share <= 0.98 for share in found.values()), found
+
+
+@pytest.mark.parametrize("images", [10, 20, 50, 200])
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9, 0.97])
+def test_intervals_of_accuracy_cover_what_is_true_with_few_images(images: int, rate: float) -> None:
+    """Exactly, over every number of right answers: an interval of a few values cannot be at 95 everywhere."""
+    rights = np.arange(images + 1)
+    inside = [low <= rate <= high for low, high in (mean_interval(np.arange(images) < right) for right in rights)]
+    assert 0.9 <= binom.pmf(rights, images, rate)[inside].sum() <= 0.995
+
+
+@pytest.mark.parametrize(("classes", "of_each"), [(100, 5), (10, 30), (400, 1)])
+def test_intervals_of_the_mean_per_class_cover_what_is_true_of_these_classes(classes: int, of_each: int) -> None:
+    rng, labels, covered = np.random.default_rng(0), np.repeat(np.arange(classes), of_each), 0
+    for _ in range(300):
+        rate = rng.beta(1.0, 1.0, classes)
+        low, high = mean_per_class_interval(rng.random(len(labels)) < rate[labels], labels)
+        covered += low <= rate.mean() <= high
+    assert covered >= 0.92 * 300
+    assert covered <= 0.985 * 300 or of_each == 1, "one image a class does not tell how far it varies: wider is right"
+
+
+def test_an_image_is_drawn_with_its_captions_and_for_both_directions() -> None:
+    """Against resampled lists of hits, put together by hand."""
+    rng = np.random.default_rng(1)
+    hits, owner = alike(rng, 60, 0.5, 0.5)
+    means = []
+    for _ in range(4000):
+        drawn = rng.integers(0, 60, 60)
+        captions = np.concatenate([hits[BOTH[1]][owner == image] for image in drawn])
+        means.append([hits[BOTH[0]][drawn].mean(), captions.mean()])
+    values = {name: hit.mean() for name, hit in hits.items()}
+    found = retrieval_intervals(hits, owner, {"mean": BOTH}, resamples=4000)
+    both = np.array(means)
+    for name, drawn, value in (
+        (BOTH[0], both[:, 0], values[BOTH[0]]),
+        (BOTH[1], both[:, 1], values[BOTH[1]]),
+        ("mean", both.mean(axis=1), np.mean(list(values.values()))),
+    ):
+        low, high = found[name]
+        assert high - low == pytest.approx(2 * 1.96 * drawn.std(), rel=0.06)
+        assert low < value < high
+    shuffled = rng.permutation(len(owner))
+    again = retrieval_intervals({BOTH[1]: hits[BOTH[1]][shuffled]}, owner[shuffled], {}, resamples=4000)
+    assert again[BOTH[1]] == pytest.approx(found[BOTH[1]]), "in whatever order captions come"
+    with pytest.raises(ValueError, match="one length"):
+        retrieval_intervals({BOTH[0]: hits[BOTH[1]]}, owner, {})
+
+
+@pytest.mark.parametrize("images", [1, 3, 20, 1000])
+def test_what_was_always_right_in_a_few_images_may_be_wrong_in_others(images: int) -> None:
+    """A point would claim that it never is: of n images none is wrong in 5 of 100 cases where 3 / n are."""
+    labels = np.arange(images) % 3
+    for value in (False, True):
+        low, high = mean_interval(np.full(images, value))
+        assert mean_per_class_interval(np.full(images, value), labels) == pytest.approx((low, high))
+        assert (low == 0, high == 1) == (not value, value)
+        assert high - low == pytest.approx(1.96**2 / (images + 1.96**2), rel=1e-3)
+
+
+def test_an_interval_holds_its_value() -> None:
+    rng = np.random.default_rng(0)
+    for images in (1, 2, 5, 40):
+        for _ in range(20):
+            correct, labels = rng.random(images) < rng.random(), rng.integers(0, 4, images)
+            for value, (low, high) in (
+                (correct.mean(), mean_interval(correct)),
+                (mean_per_class(correct, labels), mean_per_class_interval(correct, labels)),
+            ):
+                assert 0 <= low <= value <= high <= 1
 
 
 def test_intervals_of_what_does_not_vary() -> None:
-    labels = np.array([0, 0, 3])
-    for value in (False, True):
-        same = np.full(3, value)
-        assert mean_interval(same) == mean_per_class_interval(same, labels) == (value, value)
-    assert mean_per_class_interval(np.array([True]), np.array([8])) == (1, 1)
     assert map_11_point_interval(np.zeros((1, 2)), np.array([[True, False]])) == (1, 1)
     assert map_11_point_interval(np.zeros((3, 2)), np.zeros((3, 2), bool)) == (0, 0)
 
@@ -331,7 +440,7 @@ def test_intervals_are_deterministic_for_a_seed() -> None:
     correct, labels, scores = rng.random(90) < 0.5, rng.integers(0, 3, 90), rng.standard_normal((90, 3))
     positives = np.eye(3, dtype=bool)[labels]
     for interval in (
-        lambda seed: mean_per_class_interval(correct, labels, seed=seed),
+        lambda seed: retrieval_intervals({"image_recall": correct}, np.arange(90) // 3, {}, seed=seed)["image_recall"],
         lambda seed: roc_auc_interval(scores[:, 0], correct, seed=seed),
         lambda seed: map_11_point_interval(scores, positives, seed=seed),
         lambda seed: bootstrap_interval(lambda counts: float(counts @ correct) / 90 + counts[0] / 1e6, 90, seed=seed),

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,33 @@ def test_the_bill_is_what_the_rates_of_stage_1_and_the_steps_come_to(finished: P
         assert float(rows[f"student: {label}"][1].replace(",", "")) == pytest.approx(expected, abs=0.51)
     assert rows["teacher, once"][0].strip() == "10"
     assert rows["all 3 together"][0].strip() == "40"
+
+
+@pytest.mark.parametrize("stopped", ["cache-images", "train best"])
+def test_a_stage_that_was_resumed_makes_no_saving(finished: Path, stopped: str) -> None:
+    """Its time is not known, and none at all would make the cache look cheaper than it is."""
+    stages = {"cache-images": 8.0, "cache-texts": 2.0, "train paper": 20.0, "train best": 10.0, stopped: None}
+    before = (finished / "stages.json").read_text()
+    (finished / "stages.json").write_text(json.dumps(stages))
+    text = write_report(finished, STUDENTS).text
+    (finished / "stages.json").write_text(before)
+    rows = {line.split("|")[1].strip(): line.split("|")[2:] for line in text.splitlines() if line.startswith("| ")}
+    name = "teacher, once" if stopped == "cache-images" else "student: best at this size"
+    assert [cell.strip() for cell in rows[name][:1]] == ["resumed"]
+    whole, _, saving, _ = (cell.strip() for cell in rows["all 3 together"])
+    assert (whole, saving) == ("resumed", "")
+
+
+def test_the_report_is_of_zero_shot_whatever_else_was_measured(finished: Path) -> None:
+    file = finished / "evaluations" / "teacher" / "results.jsonl"
+    before, expected = file.read_text(), write_report(finished, STUDENTS).text
+    (zero_shot,) = read_results(str(file))
+    probe = replace(zero_shot, protocol="linear-probe/honest", metrics=dict.fromkeys(zero_shot.metrics, 1.0))
+    file.write_text(before + json.dumps(probe.to_json()) + "\n")
+    try:
+        assert write_report(finished, STUDENTS).text == expected
+    finally:
+        file.write_text(before)
 
 
 def test_every_line_before_a_stage_says_how_far_the_whole_job_is(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -111,12 +111,23 @@ def _notes(models: list[list[Pooled]]) -> list[str]:
     """What a reader must know: what the mark means, and lines whose numbers are not of the same thing."""
     notes = ["±: half of the 95% interval of a mean; of few-shot, the standard deviation over seeds"]
     notes += ["*: not the whole published set, see results.jsonl"] if any(o.partial for m in models for o in m) else []
-    seen: dict[str, dict[str, str]] = {}
+    seen: dict[str, Pooled] = {}
     for one in (one for model in models for one in model):
-        first = seen.setdefault(_column(one), one.digests)
-        if differing := [name for name in first if first[name] != one.digests.get(name)]:
-            notes.append(f"{_column(one)}: the models were not measured on the same {' and '.join(differing)}")
+        first = seen.setdefault(_column(one), one)
+        if differing := _differing(first.digests, one.digests):
+            notes.append(f"{_column(one)}: the models were not measured on the same {differing}")
+        if differing := _differing(first.conditions, one.conditions):
+            notes.append(f"{_column(one)}: the models were not measured with the same {differing}")
+    sets: dict[str, list[str]] = {}
+    for suite, protocol, those, _ in (found for model in models for found in suites(model)):
+        name, titles = f"{suite} {_short(protocol)}", sorted(one.title for one in those)
+        if sets.setdefault(name, titles) != titles:
+            notes.append(f"{name}: the means are not over the same sets")
     return list(dict.fromkeys(notes))
+
+
+def _differing(first: Mapping[str, object], other: Mapping[str, object]) -> str:
+    return " and ".join(name for name in first if first[name] != other.get(name))
 
 
 def _published(one: dict[str, object]) -> Model:

@@ -4,20 +4,31 @@ Shapes: N images, C classes, M texts, D width, R resamples, Q queries, S candida
 with equal scores. Scores are higher where something is more likely. An image that could not be read has NaN for all its
 scores; it stays in every metric, as a wrong answer or with the lowest scores of all. Values are in [0, 1].
 
-An interval is that of the percentile bootstrap over images: a resample draws N of the N images with replacement. A
-resample in which the metric is undefined is left out. Any function raises ValueError where its arrays are empty or of
-different lengths, or where an image has NaN for some of its scores only.
+Intervals take images as independent, and classes and the images and texts that are searched as given. Those of shares,
+which are accuracies, their means per class and recalls, are score intervals (Wilson 1927; Brown, Cai and DasGupta 2001,
+Statistical Science 16), which hold with few images too and are not a point where all are right. For what is no plain
+share they are those of as many independent images as would have its standard error (Franco et al. 2019, Journal of
+Survey Statistics and Methodology 7). The captions of an image are right and wrong together: the standard error of
+recalls is that of a bootstrap over images, each with all its captions and with both directions (a cluster bootstrap:
+Davison and Hinkley 1997, section 3.8; Field and Welsh 2007, Journal of the Royal Statistical Society B 69).
+
+The area under the ROC curve and mAP have the percentile bootstrap over images (Efron 1981): a resample draws N of the N
+images with replacement, and one in which the metric is undefined is left out. With fewer than about 50 images, or where
+nearly all is right, it is too narrow.
+
+Any function raises ValueError where its arrays are empty or of different lengths, or where an image has NaN for some of
+its scores only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.special import expit, logit
-from scipy.stats import binom
+from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
 Array = np.ndarray[Any, Any]
@@ -224,26 +235,64 @@ def bootstrap_interval(statistic: Callable[[Array], float], n: int, resamples: i
     return _percentiles(np.array([statistic(counts_N) for counts_N in _resamples(n, resamples, seed)]))
 
 
+def _score_interval(share: float, variance: float, images: int) -> Interval:
+    """Wilson's, of as many independent images as would give a share this variance, or of `images` where it is 0."""
+    count = share * (1 - share) / variance if variance > 0 else images
+    square = norm.ppf(TAILS[1]) ** 2
+    middle = (share + square / (2 * count)) / (1 + square / count)
+    half = np.sqrt(square * (share * (1 - share) / count + square / (4 * count**2))) / (1 + square / count)
+    return float(max(0.0, min(share, middle - half))), float(min(1.0, max(share, middle + half)))
+
+
 def mean_interval(correct_N: Array) -> Interval:
-    """Of the mean of bool (N,), and without chance: the number of correct images in a resample is binomial."""
-    images = _images(correct_N)
-    low, high = binom.ppf(TAILS, images, correct_N.mean()) / images
-    return float(low), float(high)
+    """Of the mean of bool (N,)."""
+    images, share = _images(correct_N), float(correct_N.mean())
+    return _score_interval(share, share * (1 - share) / images, images)
 
 
-def mean_per_class_interval(correct_N: Array, labels_N: Array, resamples: int = 1000, seed: int = 0) -> Interval:
-    """Of `mean_per_class`. A class that a resample has no image of is left out of its mean.
-
-    The numbers of correct and wrong images of each class in a resample are multinomial, and drawn as such.
-    """
+def mean_per_class_interval(correct_N: Array, labels_N: Array) -> Interval:
+    """Of `mean_per_class`: the variance of a mean of independent shares. That of a class with a single image is taken
+    from all classes, as if they were alike."""
     images = _images(correct_N, labels_N)
-    found, class_N = np.unique(labels_N, return_inverse=True)
-    count_F = np.bincount(2 * class_N + correct_N.astype(np.int64), minlength=2 * len(found))
-    drawn_RF = np.zeros((resamples, len(count_F)), np.int64)
-    drawn_RF[:, count_F > 0] = np.random.default_rng(seed).multinomial(images, count_F[count_F > 0] / images, resamples)
-    wrong_RC, correct_RC = drawn_RF[:, 0::2], drawn_RF[:, 1::2]
-    total_RC = wrong_RC + correct_RC
-    return _percentiles((correct_RC / np.maximum(total_RC, 1)).sum(axis=1) / (total_RC > 0).sum(axis=1))
+    _, class_N, count_C = np.unique(labels_N, return_inverse=True, return_counts=True)
+    share_C = np.bincount(class_N, correct_N) / count_C
+    mean = float(share_C.mean())
+    variance_C = np.where(count_C > 1, share_C * (1 - share_C) / np.maximum(count_C - 1, 1), mean * (1 - mean))
+    return _score_interval(mean, float(variance_C.sum()) / len(count_C) ** 2, images)
+
+
+def retrieval_intervals(
+    hits: Mapping[str, Array],
+    image_of_text_M: Array,
+    means: Mapping[str, Sequence[str]],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Of every recall, by the hits of `retrieval_recall`, and of the `means` of some of them by name.
+
+    An image is drawn with all its texts, and for both directions at once: their hits go together.
+    """
+    texts_N = np.bincount(image_of_text_M)
+    images = len(texts_N)
+    right: list[Array] = []  # of the queries of an image, those that hit, for each recall
+    asked: list[Array] = []
+    for name, hit in hits.items():
+        by_image = name.startswith("text_")  # texts are retrieved for an image
+        _images(hit, texts_N if by_image else image_of_text_M)
+        right.append(hit.astype(np.float64) if by_image else np.bincount(image_of_text_M, hit))
+        asked.append(np.ones(images) if by_image else texts_N.astype(np.float64))
+    right_NV, asked_NV = np.stack(right, axis=1), np.stack(asked, axis=1)
+    resampled = (counts_N.astype(np.float64) for counts_N in _resamples(images, resamples, seed))
+    drawn_RV = np.stack([(counts_N @ right_NV) / (counts_N @ asked_NV) for counts_N in resampled])
+    drawn = {name: drawn_RV[:, place] for place, name in enumerate(hits)}
+    values = {name: float(hit.mean()) for name, hit in hits.items()}
+    for name, those in means.items():
+        drawn[name] = np.mean([drawn[one] for one in those], axis=0)
+        values[name] = float(np.mean([values[one] for one in those]))
+    scale = images / max(1, images - 1)
+    return {
+        name: _score_interval(values[name], float(drawn_R.var()) * scale, images) for name, drawn_R in drawn.items()
+    }
 
 
 def roc_auc_interval(scores_N: Array, labels_N: Array, resamples: int = 1000, seed: int = 0) -> Interval:

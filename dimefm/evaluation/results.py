@@ -52,7 +52,8 @@ class Results:
 @dataclass(frozen=True)
 class Pooled:
     """A set under a protocol, its seeds together: the mean `value` in [0, 1], its mean interval, the standard deviation
-    over seeds where there are some; what was `partial`, and the digests of what was measured on."""
+    over seeds where there are some; what was `partial`, the digests of what was measured on, and in words the
+    `conditions` that numbers must share to be compared."""
 
     title: str
     suite: str
@@ -62,6 +63,7 @@ class Pooled:
     deviation: float | None
     partial: tuple[str, ...]
     digests: dict[str, str]
+    conditions: dict[str, object]
 
 
 def pool(results: Sequence[EvaluationResult]) -> list[Pooled]:
@@ -83,6 +85,13 @@ def _pooled(protocol: str, group: list[EvaluationResult]) -> Pooled:
         deviation=stdev(values) if len(values) > 1 else None,
         partial=group[0].partial,
         digests=group[0].digests,
+        conditions={
+            "decoder": group[0].settings.get("decoder"),
+            "resizing": group[0].settings.get("resize"),
+            "precision": group[0].model.get("precision"),
+            "training images": group[0].settings.get("train"),
+            "seeds": sorted(str(result.settings.get("seed")) for result in group),
+        },
     )
 
 

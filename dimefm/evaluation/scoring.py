@@ -94,7 +94,6 @@ def measure_retrieval(features: Features, texts_MD: torch.Tensor, images: ImageS
     image_of_text_M = np.repeat(np.arange(len(images.captions)), [len(texts) for texts in images.captions])
     hits = metrics.retrieval_recall(image_ND, texts_MD.numpy(), image_of_text_M, KS)
     values = {name: float(hit.mean()) for name, hit in hits.items()}
-    intervals = {name: metrics.mean_interval(hit) for name, hit in hits.items()}
     both = [f"{way}_retrieval_recall@1" for way in ("text", "image")]
-    mean, interval = metrics.mean_of([values[name] for name in both], [intervals[name] for name in both])
-    return Measured(values | {"mean_recall@1": mean}, intervals | {"mean_recall@1": interval})
+    intervals = metrics.retrieval_intervals(hits, image_of_text_M, {"mean_recall@1": both})
+    return Measured(values | {"mean_recall@1": float(np.mean([values[name] for name in both]))}, intervals)

@@ -219,7 +219,10 @@ class _Evaluator:
 
     def _settings(self, job: _Job) -> dict[str, object]:
         squash = job.chosen.definition is not None and job.chosen.definition.resize == "squash"
+        # Earlier intervals of recalls took the captions of an image as independent.
+        intervals = {"intervals": "by image"} if job.test.captions is not None else {}
         return {
+            **intervals,
             "decoder": self._config.decoder,
             "batch_size": self._config.batch_size,
             "preprocessing": to_plain(self._clip.identity.preprocessing),

@@ -53,10 +53,13 @@ def means(results: Sequence[EvaluationResult]) -> list[tuple[str, str]]:
         partial = sum(bool(r.partial) for r in those)
         text = f"{mean:6.1%} [{low:.1%}, {high:.1%}]  mean of {len(those)} of {total} sets"
         found.append((f"{suite} {protocol}", text + (f", {partial} of them partial" if partial else "")))
-    found += [
-        (f"effective robustness, {n}", f"{round(100 * v, 1) + 0.0:+5.1f} points")
-        for n, v in robustness(results).items()
-    ]
+    partial_sets = {r.title for r in results if r.partial and r.protocol == "zero-shot"}
+    for name, value in robustness(results).items():
+        used = partial_sets if name == "mean" else partial_sets & {name, "imagenet1k"}
+        note = (
+            f", of a part of {', '.join(sorted(used))}" if used and name != "mean" else ", of partial sets" * bool(used)
+        )
+        found.append((f"effective robustness, {name}", f"{round(100 * value, 1) + 0.0:+5.1f} points{note}"))
     return found
 
 
