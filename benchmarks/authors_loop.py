@@ -28,7 +28,7 @@ from dimefm.config import TrainConfig
 from dimefm.machine import choose_precision
 from dimefm.recipes import paper
 from dimefm.runlog import read_metrics
-from dimefm.sources.reading import read_encoded
+from dimefm.sources.reading import read_planned
 from dimefm.store import Store
 from dimefm.student import student_spec
 from dimefm.train import train
@@ -194,7 +194,7 @@ def _encoded(store: Store, rows_N: np.ndarray[Any, Any]) -> Iterator[bytes]:
     """The bytes that dimefm's loader would read of these rows."""
     if store.schema.pixels:
         return store.pixels(rows_N)
-    return (read_encoded(s["file"], s["offset"], s["size"]) for s in store.samples(rows_N))
+    return (read_planned(s["file"], s["offset"], s["size"]) for s in store.samples(rows_N))
 
 
 def _features(vectors_ND: np.ndarray[Any, Any]) -> Iterator[str]:

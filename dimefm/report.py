@@ -15,6 +15,7 @@ from dimefm import storage
 from dimefm.commits import versions
 from dimefm.evaluation.predictions import read_predictions
 from dimefm.evaluation.results import read_results
+from dimefm.inert import markdown
 from dimefm.machine import cpus, describe
 from dimefm.pairs import Pairs
 from dimefm.run import read_run
@@ -92,7 +93,8 @@ def _accuracy(teacher: dict[str, Any], found: dict[str, Any], students: Sequence
     """A row for the teacher and each student on each set."""
     rows = []
     for name, t in teacher.items():
-        where = f"{name} ({t['images']:,} images, {t['classes']} classes)"
+        shown = markdown(name)
+        where = f"{shown} ({t['images']:,} images, {t['classes']} classes)"
         rows.append((where, "teacher", f"{t['top1']:.1%} / {t['top5']:.1%}", "", f"{_times_chance(t):.1f}", ""))
         for student in students:
             s = found[student.name][name]
@@ -100,7 +102,7 @@ def _accuracy(teacher: dict[str, Any], found: dict[str, Any], students: Sequence
             bar = f" (bar {student.bars[name]})" if name in student.bars else ""
             rows.append(
                 (
-                    name,
+                    shown,
                     student.label,
                     f"{s['top1']:.1%} / {s['top5']:.1%}",
                     f"{s['top1'] / max(t['top1'], 1e-9):.0%}",

@@ -24,7 +24,7 @@ from cache_schemas import SchemaError
 from dimefm import storage
 from dimefm.errors import DimefmError, StoppedError
 from dimefm.forecast import measured_rates, paper_forecast
-from dimefm.inert import say
+from dimefm.inert import say, text
 from dimefm.machine import wait_briefly
 from dimefm.progress import duration
 from dimefm.report import EVALUATIONS, Student, write_report
@@ -248,7 +248,7 @@ def main(
         say(f"Stopped: {error}", err=True)
         sys.exit(128 + error.signal)
     except (DimefmError, SchemaError) as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(text(error)) from error
     say("\n" + report.text)
     if report.missed:
         raise click.ClickException(f"below the bar: {', '.join(report.missed)}")

@@ -26,7 +26,7 @@ from dimefm.progress import Progress
 from dimefm.shard import encode_shard
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
-from pipeline.runner import _ENVIRONMENT, Job, _Supervisor
+from pipeline.runner import _ENVIRONMENT, Job, _closed_to_others, _Supervisor
 from tests.making import make_jpeg
 from tests.processes import MARK, Command, Gate, processes
 
@@ -64,8 +64,10 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
 
 @pytest.fixture(scope="module")
 def machines(gate: Gate) -> Iterator[Machines]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**_ENVIRONMENT, **MARK, **gate.environment}.items():
+    """Closed to others, as a local Ray is; the commands that join it read that from their environment."""
+    here = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    with _closed_to_others(), pytest.MonkeyPatch.context() as patch:
+        for name, value in {**_ENVIRONMENT, **MARK, **gate.environment, **here}.items():
             patch.setenv(name, value)
         found = Machines()
         yield found

@@ -15,6 +15,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from cache_schemas import SchemaError
 from cache_schemas.document import CHECKSUM, digest_of
 from cache_schemas.embedding_store import ATTRIBUTES_KEY, rows_path
 from cache_schemas.index import SIDECAR_FILE
@@ -131,6 +132,9 @@ def test_an_index_does_not_lead_to_its_store(tmp_path: Path, spy: type[Spy], cal
     with pytest.raises(StoreError, match=r"index\.json names spy://x/t\.zarr: .*\n  remedy: if you trust it, set DIME"):
         call(str(out))
     assert spy.opened == 0
+    (out / SIDECAR_FILE).write_text(json.dumps(changed(document, file=os.path.relpath("/etc/hostname", out))))
+    with pytest.raises(SchemaError, match="file: must lie beside the sidecar"):
+        call(str(out))
 
 
 # -- images -----------------------------------------------------------------------------------------------------------

@@ -219,13 +219,13 @@ def test_only_rows_that_failed_are_read(
 ) -> None:
     store, read = begun(folder, tmp_path / "s.zarr", clip, pixels=32), Counter[str]()
     folder.put_back(*LOST)
-    really = loading.read_encoded
+    really = loading.read_planned
 
     def counted(file: str, offset: int, size: int) -> bytes:
         read[Path(file).name] += 1
         return really(file, offset, size)
 
-    monkeypatch.setattr(loading, "read_encoded", counted)
+    monkeypatch.setattr(loading, "read_planned", counted)
     run(store, clip, retry_shard)
     assert read == {f"{row:02d}.jpg": 1 for row in LOST}
 
