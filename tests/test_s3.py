@@ -163,6 +163,23 @@ def test_a_bucket_that_is_not_there_is_refused_in_one_message(tar: Path, s3: str
         encode_rest(request(str(tar)), "s3://no-such-bucket/s.zarr", clip)
 
 
+def test_files_that_are_written_at_the_same_time_are_all_there(s3: str) -> None:
+    """As the tars of two shards that a GPU's worker has under way."""
+    names, size = ("a", "b", "c"), 2**20
+    with storage.writing_atomically(f"{s3}/{names[0]}") as one:
+        one.write(bytes(size))
+        with storage.writing_atomically(f"{s3}/{names[1]}") as other:
+            other.write(bytes(size))
+            assert not storage.listing(s3)
+        assert storage.listing(s3) == ["b"]
+        with pytest.raises(ZeroDivisionError), storage.writing_atomically(f"{s3}/{names[2]}") as third:
+            third.write(bytes(size // 0))
+        one.write(b"end")
+    assert storage.listing(s3) == ["a", "b"]
+    assert storage.read_bytes(f"{s3}/a") == bytes(size) + b"end"
+    assert storage.read_bytes(f"{s3}/b") == bytes(size)
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
