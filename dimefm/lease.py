@@ -91,13 +91,13 @@ def _acquire(store: str, token: str) -> None:
 
 def _renew(store: str, token: str, done: threading.Event) -> None:
     """Until `done`, or until the lease is another's; a store that does not answer for a moment is asked again."""
-    count = 0
     while not done.wait(_BEAT):
         with suppress(OSError, StoreError):
-            if _token(_read(store)) != token:
+            content = _read(store)
+            if content is None or _token(content) != token:
                 return
-            count += 1
-            storage.write_atomic(_place(store), owner(token=token, renewed=count))
+            facts = json.loads(content)
+            storage.write_atomic(_place(store), json.dumps({**facts, "renewed": facts["renewed"] + 1}).encode())
 
 
 def _place(store: str) -> str:

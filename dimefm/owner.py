@@ -31,10 +31,11 @@ def owner(**more: object) -> bytes:
 
 
 def show_owner(content: bytes) -> str:
-    """What `owner` gave, in words."""
+    """What `owner` gave, in words; a file of others may hold anything, and a terminal obeys some of it."""
     try:
         facts = json.loads(content)
         place = f"process {facts['process']} of {facts['user']} on {facts['host']}"
-        return f"{place} since {facts['since']}: {facts['command']}"
+        words = f"{place} since {facts['since']}: {facts['command']}"
+        return "".join(letter if letter.isprintable() else "?" for letter in words)
     except (ValueError, KeyError, TypeError):  # it is just writing who it is
         return "another process"

@@ -207,7 +207,7 @@ def _signals_are_for(process: BaseProcess) -> Iterator[None]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--scale", "name", type=click.Choice(["smoke", "sample", "paper"]), default="sample", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for everything. Default: runs/SCALE.")
+@click.option("--out", "folder", help="Folder for everything. Default: runs/SCALE.")
 @click.option("--images", multiple=True, help="Scale paper: image sources.")
 @click.option("--texts", multiple=True, help="Scale paper: text sources.")
 @click.option("--val", multiple=True, help="Scale paper: labelled sets.")
@@ -216,7 +216,7 @@ def _signals_are_for(process: BaseProcess) -> Iterator[None]:
 @click.option("--dry-run", is_flag=True, help="Print the commands, and for scale paper what it would cost.")
 def main(
     name: str,
-    out: Path | None,
+    folder: str | None,
     images: tuple[str, ...],
     texts: tuple[str, ...],
     val: tuple[str, ...],
@@ -225,7 +225,6 @@ def main(
     dry_run: bool,
 ) -> None:
     """Run the whole DIME-FM job. Stopped and run again, it goes on where it was."""
-    out = out or Path("runs") / name
     if name == "paper":
         named = ("--teacher", teacher, "--pretrained", pretrained)
         if not dry_run and not (images and texts and val):
@@ -234,8 +233,9 @@ def main(
         scale = Scale(teacher=named, images=places[0], texts=places[1], val=places[2], students=(PAPER_STUDENT,))
     else:
         scale = smoke_scale() if name == "smoke" else sample_scale()
-    stages = commands(scale, out)
     try:
+        out = Path(storage.local(folder, "the folder of a whole job")) if folder else Path("runs") / name
+        stages = commands(scale, out)
         if dry_run:
             for _, words in stages:
                 say(f"$ {shlex.join(['dimefm', *words])}")

@@ -28,6 +28,7 @@ CONNECTIONS = 32
 _UNFINISHED = ".unfinished"
 _NUMBERS = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
 _BLOCK = 8 * 1024**2
+_CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google")
 
 
 def is_url(path: str) -> bool:
@@ -210,19 +211,11 @@ def write_atomic(path: str, data: bytes) -> None:
     """Write a whole file so that a reader, or a kill at any instant, sees all of it or none. Raises StoreError."""
     with writing_to(path):
         if is_url(path):
-            _put(*filesystem(path), data)
+            fs, inner = filesystem(path)
+            fs.pipe_file(inner, data)
             return
         with writing_atomically(path) as file:
             file.write(data)
-
-
-def _put(fs: Any, inner: str, data: bytes) -> None:
-    try:
-        fs.pipe_file(inner, data)
-    except OSError:
-        raise
-    except Exception as error:  # of a client's own kind, such as botocore's for a connection that is refused
-        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def create(path: str, data: bytes) -> bool:
@@ -241,7 +234,7 @@ def create(path: str, data: bytes) -> bool:
             fs.invalidate_cache()
             if fs.exists(inner):  # another's was written at the same time
                 return False
-        _put(fs, inner, data)  # the store, or its client, knows no condition; or it says now what is wrong
+        fs.pipe_file(inner, data)  # the store, or its client, knows no condition; or it says now what is wrong
         return True
 
 
@@ -405,11 +398,17 @@ def listing(path: str) -> list[str]:
 
 @contextmanager
 def writing_to(path: str) -> Iterator[None]:
-    """For a block that only writes: an OSError in it becomes a StoreError about `path`."""
+    """For a block that only writes: an OSError in it becomes a StoreError about `path`, and so does what the client of
+    an object store raises of its own, as for a connection that is refused."""
     try:
         yield
     except OSError as error:
         raise cannot_write(path, error) from error
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if not is_url(path) or not (package in _CLIENTS or isinstance(error, NotImplementedError)):
+            raise
+        raise cannot_write(path, OSError(str(error) or "it is read-only")) from error
 
 
 def cannot_write(path: str, error: OSError) -> StoreError:

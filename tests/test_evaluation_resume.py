@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from dimefm.cli import cli
 from dimefm.evaluation import features as featuring
 from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.results import read_results
@@ -98,3 +100,18 @@ def test_a_last_line_that_was_cut_short_is_written_over(cifar10: str, model: str
     assert len(read_results(str(path.parent))) == 1
     evaluate(config)
     assert [json.loads(line)["set"] for line in path.read_text().splitlines()] == ["cifar10"] * 2
+
+
+def test_results_are_not_written_through_a_link(cifar10: str, model: str, tmp_path: Path) -> None:
+    """A folder of others' could lead anywhere with one."""
+    other = tmp_path / "thesis.tex"
+    other.write_text("all of it\nand a line that is not finished")
+    (tmp_path / "out" / "m").mkdir(parents=True)
+    (tmp_path / "out" / "m" / "results.jsonl").symlink_to(other)
+    result = CliRunner().invoke(cli, ["evaluate", model, cifar10, "--out", str(tmp_path / "out"), "--name", "m"])
+    assert result.exit_code == 1
+    assert other.read_text() == "all of it\nand a line that is not finished"
+    other.unlink()
+    result = CliRunner().invoke(cli, ["evaluate", model, cifar10, "--out", str(tmp_path / "out"), "--name", "m"])
+    assert f"Error: {tmp_path}/out/m/results.jsonl cannot be written: " in result.output
+    assert not other.exists()

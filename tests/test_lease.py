@@ -96,7 +96,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_a_second_writer_is_refused_and_told_who_the_first_is(url: str) -> None:
     with writing(url):
         message = refused(url)
-        assert refused(url)
+        assert refused(url) == message, "the time of its start is not that of a renewal"
     assert re.search(f"^{url} is being written by process {os.getpid()} of .+ since 20.+\n  remedy: wait", message)
     assert not storage.exists(f"{url}/.lease")
     with writing(url):

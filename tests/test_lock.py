@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from click.testing import CliRunner
 from dimefm.cli import cli
 from dimefm.errors import StoreError
 from dimefm.lock import writing
+from dimefm.owner import show_owner
 from dimefm.store import Store
 from tests.training import tiny_config
 
@@ -129,6 +131,11 @@ def test_the_lock_tells_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with writing(str(tmp_path)):
         assert "secret" not in (tmp_path / ".lock").read_text()
         assert refuse(tmp_path).split("\n")[0].endswith(": dimefm")
+
+
+def test_what_a_lock_says_is_inert_on_a_terminal() -> None:
+    facts = {"process": 1, "user": "u", "host": "h\033]0;x\a", "since": "now", "command": "a\nb"}
+    assert show_owner(json.dumps(facts).encode()) == "process 1 of u on h?]0;x? since now: a?b"
 
 
 @pytest.mark.parametrize("kind", ["link", "link to nothing", "second name", "pipe"])

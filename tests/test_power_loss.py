@@ -79,6 +79,10 @@ class PowerLoss:
                 found.append(f"{name}: it was not flushed since it was written")
         return found
 
+    def names_of(self, folder: Path) -> set[str]:
+        """Of the files that are in a folder on the disk."""
+        return set(self._names[folder.stat().st_ino])
+
     def _keep(self, path: Path) -> None:
         if path == self._root or self._root in path.parents:
             state = path.stat()
@@ -107,6 +111,22 @@ def do(power: PowerLoss, *words: str) -> set[str]:
     assert result.exit_code == 0, f"{result.output}{result.exception!r}"
     assert power.lost() == []
     return set(power.checked)
+
+
+def test_a_commit_is_gone_from_the_disk_before_its_shard_is_written_again(power: PowerLoss, tmp_path: Path) -> None:
+    """Else the old one could come back, and vouch for what is new."""
+    store, _ = random_store(tmp_path / "disk" / "s.zarr", rows=32, shard_rows=16)
+    arrays, seen = store.shard_arrays(0), list[set[str]]()
+
+    def writing(*_: object) -> None:
+        seen.append(power.names_of(tmp_path / "disk" / "s.zarr" / "commits"))
+        raise ZeroDivisionError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dimefm.store.write_rows", writing)
+        with pytest.raises(ZeroDivisionError):
+            store.write_shard(0, arrays, (), device="cpu", seconds=0)
+    assert seen == [{"000001.json"}]
 
 
 def test_a_cache(power: PowerLoss, out: Path, image_tar: Path, teacher_name: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
 import s3fs
+from botocore.exceptions import EndpointConnectionError
 from click.testing import CliRunner
 
 from cache_schemas import SchemaError, ViewPlan
@@ -161,6 +163,49 @@ def test_commands_say_that_there_is_no_store_at_a_url(s3: str, words: list[str])
 def test_a_bucket_that_is_not_there_is_refused_in_one_message(tar: Path, s3: str, clip: Clip) -> None:
     with pytest.raises(DimefmError, match=r"s3://no-such-bucket/s\.zarr\S* cannot be written: "):
         encode_rest(request(str(tar)), "s3://no-such-bucket/s.zarr", clip)
+
+
+def test_a_store_that_cannot_be_reached_is_one_message(s3: str, tar: Path, clip: Clip) -> None:
+    """Whatever the client raises, of zarr's writes too."""
+    store = encode_rest(request(str(tar)), f"{s3}/s.zarr", clip)
+    with pytest.MonkeyPatch.context() as patch:
+
+        async def refuse(self: Any, method: str, *words: Any, **options: Any) -> Any:
+            if method == "put_object":
+                raise EndpointConnectionError(endpoint_url="http://127.0.0.1:9")
+            return await call(self, method, *words, **options)
+
+        call = s3fs.S3FileSystem._call_s3
+        patch.setattr(s3fs.S3FileSystem, "_call_s3", refuse)
+        for write in (
+            lambda: encode_shard(store, 0, clip),
+            lambda: open_or_plan(request(str(tar)), f"{s3}/other.zarr", clip.identity),
+            lambda: storage.write_json(f"{s3}/a.json", {}),
+            lambda: writing(f"{s3}/b.zarr").__enter__(),
+        ):
+            with pytest.raises(StoreError, match=rf"{s3}/\S+ cannot be written: Could not connect .*\n  remedy: "):
+                write()
+    with pytest.raises(StoreError, match="cannot be written: it is read-only"), storage.writing_to("http://h/a"):
+        raise NotImplementedError
+    with pytest.raises(NotImplementedError), storage.writing_to("/a"):
+        raise NotImplementedError
+
+
+def test_files_that_are_written_at_the_same_time_are_all_there(s3: str) -> None:
+    """As the tars of two shards that a GPU's worker has under way."""
+    names, size = ("a", "b", "c"), 2**20
+    with storage.writing_atomically(f"{s3}/{names[0]}") as one:
+        one.write(bytes(size))
+        with storage.writing_atomically(f"{s3}/{names[1]}") as other:
+            other.write(bytes(size))
+            assert not storage.listing(s3)
+        assert storage.listing(s3) == ["b"]
+        with pytest.raises(ZeroDivisionError), storage.writing_atomically(f"{s3}/{names[2]}") as third:
+            third.write(bytes(size // 0))
+        one.write(b"end")
+    assert storage.listing(s3) == ["a", "b"]
+    assert storage.read_bytes(f"{s3}/a") == bytes(size) + b"end"
+    assert storage.read_bytes(f"{s3}/b") == bytes(size)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

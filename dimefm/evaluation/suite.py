@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
     that cannot be loaded, and where nothing of what was asked for exists.
     """
     chosen = choose(config)
-    storage.local(config.out, "the folder of all evaluations")
+    config = replace(config, out=storage.local(config.out, "the folder of all evaluations"))
     folder = str(Path(config.out, config.name or default_name(config)))
     with writing(folder), _opened(config) as clip:
         return _Evaluator(config, clip, folder, report or (lambda result: None)).run(chosen)
