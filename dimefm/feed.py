@@ -75,8 +75,8 @@ def note_distance(images: Store, texts: Store, bank: TextBank | None) -> list[st
         if is_url(images.path):
             what = f"a copy of {images.path} ({amount(sum(sizes))}{' and its pixels' if schema.pixels else ''})"
         notes.append(
-            f"an image takes up to {requests} requests over the network, so that a core that reads does some "
-            f"{REQUESTS_A_SECOND / requests:,.0f} images/s at most: faster with {what} on a local disk"
+            f"an image takes up to {requests} request{'s' * (requests > 1)} over the network, so that a core that reads "
+            f"does some {REQUESTS_A_SECOND / requests:,.0f} images/s at most: faster with {what} on a local disk"
         )
     if bank and bank.place == "disk" and is_url(texts.path):
         size = texts.schema.rows * texts.schema.dim * 2

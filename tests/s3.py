@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,14 +28,19 @@ _NUMBERS = itertools.count()
 
 @dataclass
 class S3Requests:
-    """What the server was asked since `clear`: method, path with query, Range header (empty without), bytes sent."""
+    """What the server was asked since `clear`: method, path with query, Range header (empty without), bytes sent; and
+    how many requests it had at once, at most. It answers after `latency` seconds."""
 
     seen: list[tuple[str, str, str, int]] = field(default_factory=list)
+    at_once: int = 0
+    latency: float = 0.0
+    waiting: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def clear(self) -> None:
         with self.lock:
             self.seen.clear()
+            self.at_once = 0
 
     def of(self, method: str, part: str = "") -> list[tuple[str, str, str, int]]:
         """The requests of this method whose path holds `part`."""
@@ -45,6 +51,12 @@ class S3Requests:
         """A WSGI application that keeps a record of what is asked of `application`."""
 
         def record(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            with self.lock:
+                self.waiting += 1
+                self.at_once = max(self.at_once, self.waiting)
+            time.sleep(self.latency)
+            with self.lock:
+                self.waiting -= 1
             body = list(application(environ, start_response))
             path = f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}"
             request = (environ["REQUEST_METHOD"], path, environ.get("HTTP_RANGE", ""), sum(map(len, body)))
