@@ -233,12 +233,10 @@ def test_results_wait_for_the_one_who_takes_them() -> None:
     assert len(begun) == ended
 
 
-def test_a_tar_that_is_gone_is_reported_and_the_rest_go_on(tmp_path: Path, s3: str) -> None:
+def test_a_tar_that_is_gone_ends_the_planning(tmp_path: Path, s3: str) -> None:
     url = upload(write_tar(tmp_path / "b.tar", {"0.jpg": b"0"}).parent, s3)
-    found, reports = listed(WebDataset([SourceFile(f"{url}/{name}", 1, 0) for name in ("a.tar", "b.tar")]))
-    assert [sample.key for sample in found] == ["0"]
-    assert len(reports) == 1
-    assert f"{url}/a.tar: cannot be read" in reports[0]
+    with pytest.raises(SourceError, match=r"a\.tar cannot be read: The specified key does not exist"):
+        listed(WebDataset([SourceFile(f"{url}/{name}", 1, 0) for name in ("b.tar", "a.tar")]))
 
 
 # -- what is not there ------------------------------------------------------------------------------------------------
