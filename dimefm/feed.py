@@ -26,7 +26,6 @@ from dimefm.errors import TrainingError
 from dimefm.machine_settings import loaders
 from dimefm.order import Order
 from dimefm.progress import amount
-from dimefm.ranged import KEPT_BYTES as KEPT_CHUNKS
 from dimefm.run import Inputs, choose_order, open_inputs
 from dimefm.sources.parquet import BLOCK_BYTES, KEPT_BYTES, SUFFIX
 from dimefm.storage import is_url
@@ -64,19 +63,20 @@ class Feed:
 
 
 def note_distance(images: Store, texts: Store, bank: TextBank | None) -> list[str]:
-    """What to know of stores that are read over the network while a student is trained: what it costs, and the remedy.
-    A store that is local, or is read once, is passed over."""
+    """What to know of what is read over the network at every step of a run: what it costs, and the remedy. Embeddings
+    are not: all of a small store is kept, and of a large one the chunks that a window of rows is drawn from."""
     schema, notes = images.schema, list[str]()
-    sizes = [math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in schema.arrays().values()]
-    requests = sum(size > KEPT_CHUNKS for size in sizes) if is_url(images.path) else 0
-    requests += is_url(images.path) if schema.pixels else any(map(is_url, schema.source.arguments))
-    if requests:
-        what = "--pixels in the image store"
-        if is_url(images.path):
-            what = f"a copy of {images.path} ({amount(sum(sizes))}{' and its pixels' if schema.pixels else ''})"
+    if is_url(images.path) if schema.pixels else any(map(is_url, schema.source.arguments)):
+        what = f"a copy of {images.path} on a local disk" if schema.pixels else "--pixels in a store on a local disk"
         notes.append(
-            f"an image takes up to {requests} requests over the network, so that a core that reads does some "
-            f"{REQUESTS_A_SECOND / requests:,.0f} images/s at most: faster with {what} on a local disk"
+            f"each image is a request over the network, and a core that reads does some {REQUESTS_A_SECOND} of those a "
+            f"second: faster with {what}"
+        )
+    if images.by_chunks:
+        size = sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in schema.arrays().values())
+        notes.append(
+            f"rows of {images.path} are drawn from whole chunks of neighbours, since it is at a URL: of a copy of its "
+            f"{amount(size)} on a local disk they are mixed better"
         )
     if bank and bank.place == "disk" and is_url(texts.path):
         size = texts.schema.rows * texts.schema.dim * 2

@@ -2,8 +2,9 @@
 
 "blocks", the order of new runs: eight rows that lie together are a block, and a window of a million rows is made of
 blocks from all over the store. Its batches are nearly as mixed as if each row had been drawn by itself, on sources that
-are sorted by class too. "chunks", the order of older runs and of stores at URLs, where a chunk is the least that can be
-read: a window is 65,536 rows in whole chunks. In both the rows of a window are shuffled, and memory stays bounded.
+are sorted by class too. "chunks", the order of older runs and of large stores at URLs, where one request a chunk is as
+many as can be afforded: a window is 65,536 rows in whole chunks. In both the rows of a window are shuffled, and memory
+stays bounded.
 
 Shapes: G rows of a global batch, S steps, N any rows.
 """

@@ -24,7 +24,7 @@ from dimefm.exact import valid_rows
 from dimefm.lease import require_held
 from dimefm.lock import writing
 from dimefm.sources.files import reading_ahead
-from dimefm.store import Store, open_direct, require_same_data
+from dimefm.store import Store, by_chunks, open_direct, require_same_data
 
 
 class Search(Protocol):
@@ -80,6 +80,11 @@ class Pairs:
         if direct is not None:
             return direct.gather(rows_N)
         return np.asarray(self.group[TEXT_ROW].oindex[rows_N])
+
+    @property
+    def by_chunks(self) -> bool:
+        """As Store.by_chunks, of the sentences of images."""
+        return by_chunks(self.path, self._direct[TEXT_ROW])
 
     def scores(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Cosine similarities, float16 (N, K)."""

@@ -45,7 +45,9 @@ class RangedArray:
         self._chunk_rows, self._in_shard = array.chunks[0], array.shards[0] // array.chunks[0]
         self._row_bytes = math.prod(self._row_shape) * self._dtype.itemsize
         self._chunk_bytes = self._chunk_rows * self._row_bytes
-        self._always_whole = self._chunk_bytes <= _SMALL or self._rows * self._row_bytes <= KEPT_BYTES
+        self.fits = self._rows * self._row_bytes <= KEPT_BYTES
+        """Whether all of it is kept once it was fetched."""
+        self._always_whole = self._chunk_bytes <= _SMALL or self.fits
         self._indices: dict[int, _Array] = {}
         self._kept: OrderedDict[int, _Array] = OrderedDict()
         self._lock = threading.Lock()

@@ -64,14 +64,14 @@ def begun(out: str) -> Run | None:
 
 
 def choose_order(config: TrainConfig, inputs: Inputs) -> Literal["chunks", "blocks"]:
-    """The order of a run's rows: that which it began with, else "blocks", but "chunks" where embeddings are read at a
-    URL, by whole chunks."""
+    """The order of a run's rows: that which it began with, else "blocks", but "chunks" where large stores are read at
+    URLs: a chunk is one request, and few rows of each would be one for every row (dimefm.ranged)."""
     before = begun(config.out)
     if before:
         return before.order
-    read = [inputs.images.path, *([inputs.pairs.path] if inputs.pairs else [])]
-    read += [inputs.texts.path] if config.text_student else []
-    return "chunks" if any(map(storage.is_url, read)) else "blocks"
+    read: list[Store | Pairs] = [inputs.images, *([inputs.pairs] if inputs.pairs else [])]
+    read += [inputs.texts] if config.text_student else []
+    return "chunks" if any(store.by_chunks for store in read) else "blocks"
 
 
 def plan_run(

@@ -261,6 +261,11 @@ class Store:
             return self._zarr(name, rows)
         return direct.read(rows.start, rows.stop) if isinstance(rows, slice) else direct.gather(rows)
 
+    @property
+    def by_chunks(self) -> bool:
+        """Whether rows had better be asked for by whole chunks: at a URL, of embeddings that a process cannot keep."""
+        return by_chunks(self.path, self._direct[EMBEDDING])
+
     def _zarr(self, name: str, rows: slice | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Rows through zarr-python, which compares every checksum, but takes a missing file for one full of zeros."""
         array, size = self._arrays[name], self.schema.shard_rows
@@ -325,6 +330,11 @@ def open_direct(store: str, name: str, array: Any) -> MappedArray | RangedArray 
     """A reader of array `name` that goes around zarr: by memory maps, of a store at a URL by byte ranges; None where
     the array is not stored as we do."""
     return MappedArray.open(store, name, array) or RangedArray.open(store, name, array)
+
+
+def by_chunks(store: str, direct: MappedArray | RangedArray | None) -> bool:
+    """See Store.by_chunks: of an array of a store, by what `open_direct` gives for it."""
+    return storage.is_url(store) and not (isinstance(direct, RangedArray) and direct.fits)
 
 
 def create_store(out: str, schema: EmbeddingStore, digests: Sequence[str], files: Sequence[SourceFile]) -> Store:

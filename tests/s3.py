@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,17 +29,21 @@ _NUMBERS = itertools.count()
 
 @dataclass
 class S3Requests:
-    """What the server was asked since `clear`: method, path with query, Range header (empty without), bytes sent. From
-    the request number `expires` on it answers as to a token that has run out; 0: never."""
+    """What the server was asked since `clear`: method, path with query, Range header (empty without), bytes sent; and
+    how many requests it had at once, at most. It answers after `latency` seconds. From the request number `expires` on
+    it answers as to a token that has run out; 0: never."""
 
     expires: int = 0
     seen: list[tuple[str, str, str, int]] = field(default_factory=list)
+    at_once: int = 0
+    latency: float = 0.0
+    waiting: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def clear(self) -> None:
         with self.lock:
             self.seen.clear()
-            self.expires = 0
+            self.expires = self.at_once = 0
 
     def of(self, method: str, part: str = "") -> list[tuple[str, str, str, int]]:
         """The requests of this method whose path holds `part`."""
@@ -49,6 +54,12 @@ class S3Requests:
         """A WSGI application that keeps a record of what is asked of `application`."""
 
         def record(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            with self.lock:
+                self.waiting += 1
+                self.at_once = max(self.at_once, self.waiting)
+            time.sleep(self.latency)
+            with self.lock:
+                self.waiting -= 1
             if self.expires and len(self.seen) + 1 >= self.expires:
                 start_response("400 Bad Request" if environ["REQUEST_METHOD"] == "GET" else "403 Forbidden", [])
                 body = [_EXPIRED] if environ["REQUEST_METHOD"] == "GET" else []

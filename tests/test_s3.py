@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import numpy as np
@@ -16,16 +17,26 @@ from cache_schemas import SchemaError, ViewPlan
 from dimefm import storage
 from dimefm.cli import cli
 from dimefm.clip import Clip
+from dimefm.data import Augmentation, Batch, Requests, TrainingImages
 from dimefm.errors import DimefmError, StoreError
+from dimefm.feed import note_distance
+from dimefm.loading import Loader
 from dimefm.lock import writing
+from dimefm.order import Order
+from dimefm.progress import amount
 from dimefm.shard import encode_shard
 from dimefm.store import Store
+from dimefm.textbank import TextBank, TextMix
 from dimefm.train import train
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.verify import VerifyConfig, verify
 from tests.making import read_tar, upload, write_tar
 from tests.processes import Command
+from tests.stores import random_store
 from tests.training import same, tiny_config, weights
+
+if TYPE_CHECKING:
+    from tests.s3 import S3Requests
 
 pytest_plugins = ["tests.s3"]
 
@@ -206,6 +217,81 @@ def test_files_that_are_written_at_the_same_time_are_all_there(s3: str) -> None:
     assert storage.listing(s3) == ["a", "b"]
     assert storage.read_bytes(f"{s3}/a") == bytes(size) + b"end"
     assert storage.read_bytes(f"{s3}/b") == bytes(size)
+
+
+# -- several requests at a time ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def distant(s3_requests: S3Requests) -> Iterator[S3Requests]:
+    """The server, which answers after a while if it is given a latency."""
+    yield s3_requests
+    s3_requests.latency = 0.0
+
+
+def train_images(store: Store) -> None:
+    augmentation = Augmentation(size=32, crop_scale=(0.4, 1.0), flip=True, seed=0)
+    requests = Requests(Order(store=store, seed=0, batch_size=32), first=0, steps=1)
+    assert isinstance(TrainingImages(store.path, augmentation)[next(iter(requests))], Batch)
+
+
+READS: dict[str, Callable[[Store], object]] = {
+    "pixels": lambda store: list(store.pixels(np.arange(32))),
+    "training from pixels": train_images,
+    "encoding": lambda store: list(
+        Loader(store.schema).batches(store.samples(np.arange(32)), size=32, threads=4)  # tasks of eight images
+    ),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_images_are_not_waited_for_one_by_one(images: str, prepared: str, distant: S3Requests, read: str) -> None:
+    """By more connections than the ten that botocore has of itself."""
+    store = Store(prepared)
+    rows = store.samples(np.arange(ROWS))
+    for row in rows:
+        row["file"] = images
+    store.samples = lambda rows_N, columns=(): [rows[row] for row in rows_N]  # type: ignore[method-assign]
+    distant.clear()
+    distant.latency = 0.1
+    READS[read](store)
+    assert distant.at_once > 12
+
+
+def test_images_of_tars_are_read_together_while_training(s3: str, images: str, clip: Clip, distant: S3Requests) -> None:
+    store = encode_rest(request(images), f"{s3}/s.zarr", clip)
+    distant.clear()
+    distant.latency = 0.1
+    train_images(store)
+    assert distant.at_once > 12
+
+
+def test_commits_are_read_together(tmp_path: Path, s3: str, distant: S3Requests) -> None:
+    random_store(tmp_path / "s.zarr", rows=32, shard_rows=2)
+    store = Store(upload(tmp_path / "s.zarr", f"{s3}/s.zarr"))
+    distant.clear()
+    distant.latency = 0.1
+    assert [commit.shard for commit in store.commits()] == list(range(16))
+    assert distant.at_once > 12
+
+
+def test_what_is_read_over_the_network_is_said_with_a_remedy(
+    s3: str, images: str, prepared: str, local: dict[str, Store], text_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = local["plain"], Store(prepared)
+    assert note_distance(here, text_store, None) == []
+    (image,) = note_distance(there, text_store, None)
+    assert image == (
+        "each image is a request over the network, and a core that reads does some 500 of those a second: "
+        f"faster with a copy of {prepared} on a local disk"
+    )
+    monkeypatch.setattr("dimefm.ranged.KEPT_BYTES", 1000)
+    _, order = note_distance(Store(prepared), text_store, None)
+    assert order.startswith(f"rows of {prepared} are drawn from whole chunks of neighbours, since it is at a URL: ")
+    monkeypatch.setattr("dimefm.textbank._room_in_memory", lambda: 0)
+    texts = Store(upload(Path(text_store.path), f"{s3}/texts.zarr"))
+    bank = TextBank(texts, TextMix(), None, seed=0, total=4)
+    assert f"copy it ({amount(texts.schema.rows * texts.schema.dim * 2)})" in note_distance(here, texts, bank)[0]
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
