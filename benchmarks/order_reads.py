@@ -1,9 +1,13 @@
-"""Reading an epoch in the order of training from cold files: chunks, as older runs have it, against blocks."""
+"""The order of training rows: chunks, as older runs have it, against blocks. How mixed batches of a sorted source are,
+and how fast an epoch is read from cold files."""
 
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -34,8 +38,17 @@ _SHARD, _BATCH = 8192, 1024
 @click.option("--window", default=8192, show_default=True, help="Rows of a window of chunks, 65,536 in earnest.")
 @click.option("--workers", default=4, show_default=True)
 @click.option("--count", default=5, show_default=True, help="Rounds.")
-def order_reads(rows: int, kilobytes: int, dim: int, window: int, workers: int, count: int) -> None:
-    """An epoch's images and embeddings, read from files that the system has been told to forget."""
+@click.option("--classes", default=650, show_default=True, help="Images of each class of the sorted source.")
+@click.option("--sorted-rows", default=4_000_000, show_default=True)
+@click.option("--batch-size", default=5120, show_default=True, help="For the mixing.")
+def order_reads(
+    rows: int, kilobytes: int, dim: int, window: int, workers: int, count: int, classes: int, sorted_rows: int,
+    batch_size: int,
+) -> None:  # fmt: skip
+    """Batches of a sorted source; and an epoch read from files that the system has been told to forget."""
+    mixed = [(name, *_mixed(batches)) for name, batches in _batches(sorted_rows, classes, batch_size)]
+    click.echo(table(("order", "classes of a batch", "of these in the next batch too"), mixed))
+    click.echo(f"{sorted_rows:,} rows, {classes:,} of each class one after another, batches of {batch_size:,}")
     order.CHUNKS_WINDOW_ROWS = window
     lines = []
     with tempfile.TemporaryDirectory() as folder:
@@ -48,6 +61,25 @@ def order_reads(rows: int, kilobytes: int, dim: int, window: int, workers: int, 
     click.echo(table(("read from", "chunks, images/s", "blocks, images/s", "ratio"), lines))
     facts = f"{rows:,} images of {kilobytes} kB, {dim} wide, cold, {workers} workers, nothing decoded"
     click.echo(f"{machine()}; {facts}, medians of {count} paired rounds")
+
+
+def _batches(rows: int, classes: int, size: int) -> Iterator[tuple[str, list[list[set[int]]]]]:
+    """The classes of five batches in a row, from several places of an epoch."""
+    only, rng = np.arange(rows, dtype=np.int32), np.random.default_rng(0)
+    store: Any = SimpleNamespace(schema=SimpleNamespace(rows=rows, chunk_rows=chunk_rows(65536)))
+    for kind in ("chunks", "blocks"):
+        mine = Order(store=store, seed=0, batch_size=size, only=only, kind=kind)  # type: ignore[arg-type]
+        firsts = [part * (mine.steps_per_epoch - 5) // 4 for part in range(5)]
+        steps = [[rows_G for _, _, rows_G in mine.steps(first, first + 5)] for first in firsts]
+        yield kind, [[set((rows_G // classes).tolist()) for rows_G in run] for run in steps]
+    drawn = [[rng.integers(rows, size=size) for _ in range(5)] for _ in range(5)]
+    yield "drawn at random", [[set((rows_G // classes).tolist()) for rows_G in run] for run in drawn]
+
+
+def _mixed(batches: list[list[set[int]]]) -> tuple[str, str]:
+    classes = [len(batch) for run in batches for batch in run]
+    shared = [len(one & other) / len(one) for run in batches for one, other in pairwise(run)]
+    return f"{sum(classes) / len(classes):,.0f}", f"{sum(shared) / len(shared):.1%}"
 
 
 class _Nothing(Augmentation):
