@@ -13,8 +13,9 @@ COMMANDS = {
         name: f"benchmarks.{name.replace('-', '_')}"
         for name in (
             "preprocessing", "precision", "stage1", "sentences", "tokens", "memory", "plan-scale", "training-pixels",
-            "store-reads", "training-loop", "loader-scale", "authors-loop", "objectives", "coco-retrieval", "retrieval",
-            "index-choices", "selection", "clip-benchmark", "probe-search", "cpu", "sample-recipes", "urls",
+            "store-reads", "order-reads", "training-loop", "loader-scale", "authors-loop", "objectives",
+            "coco-retrieval", "retrieval", "index-choices", "selection", "clip-benchmark", "probe-search", "cpu",
+            "sample-recipes", "urls",
         )
     },
     "clip-benchmark": "benchmarks.clip_benchmark_agreement",

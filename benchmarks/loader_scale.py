@@ -17,10 +17,12 @@ from benchmarks.measure import machine, table
 from benchmarks.simulated import simulate
 from dimefm import data
 from dimefm.data import Augmentation, Batch, Requests, TrainingImages, training_loader
-from dimefm.order import WINDOW_ROWS, Order
+from dimefm.order import Order
 from dimefm.sample import sample_dir
 from dimefm.store import Store
 from dimefm.textbank import TextBank, TextMix
+
+_PART = 65_536  # rows
 
 
 @click.command()
@@ -32,7 +34,8 @@ from dimefm.textbank import TextBank, TextMix
 @click.option("--batch-size", default=1024, show_default=True)
 @click.option("--texts-per-step", default=2048, show_default=True)
 @click.option("--workers", default=2, show_default=True)
-@click.option("--windows", default=5, show_default=True, help=f"Windows of {WINDOW_ROWS:,} rows to read for the curve.")
+@click.option("--windows", default=5, show_default=True, help=f"Parts of {_PART:,} rows to read for the curve.")
+@click.option("--order", "kind", type=click.Choice(["blocks", "chunks"]), default="blocks", show_default=True)
 @click.option("--folder", help="Where the stores are, or are made and kept. Default: a temporary folder.")
 def loader_scale(
     images: tuple[str, ...],
@@ -44,6 +47,7 @@ def loader_scale(
     texts_per_step: int,
     workers: int,
     windows: int,
+    kind: str,
     folder: str | None,
 ) -> None:
     """Training's loader over 40M images and 28.4M sentences: start-up, memory over several windows, images/s."""
@@ -53,7 +57,7 @@ def loader_scale(
         tars = [str(Path(tar).absolute()) for tar in images] or [str(t) for t in (sample_dir() / "images").iterdir()]
         simulate(base / "images.zarr", "image", rows, dim, sorted(tars))
         simulate(base / "texts.zarr", "text", texts, dim, [])
-        start = _Start(base, size, batch_size, texts_per_step, workers)
+        start = _Start(base, size, batch_size, texts_per_step, workers, kind)
         steps = start.order().steps_per_epoch
         lines = []
         for name, step in (("0", 0), ("half an epoch", steps // 2), ("the last but one", steps - 2)):
@@ -65,19 +69,20 @@ def loader_scale(
         click.echo(table(*_curve(start, steps // 2, windows)))
         click.echo(table(*_shares(start, steps // 2)))
     about = f"{rows:,} images, {texts:,} sentences, {dim} wide, at {size} px, batches of {batch_size:,}"
-    click.echo(f"{machine()}; {about}, {texts_per_step:,} texts a step, {workers} workers")
+    click.echo(f"{machine()}; {about}, {texts_per_step:,} texts a step, {workers} workers, order of {kind}")
 
 
 class _Start:
     """What a training run opens before its first batch."""
 
-    def __init__(self, base: Path, size: int, batch_size: int, texts: int, workers: int) -> None:
+    def __init__(self, base: Path, size: int, batch_size: int, texts: int, workers: int, kind: Any) -> None:
         self.base, self.size, self.batch_size, self.texts, self.workers = base, size, batch_size, texts, workers
+        self.kind = kind
 
     def order(self) -> Order:
         store = Store(str(self.base / "images.zarr"))
         store.require_complete()
-        return Order(store=store, seed=0, batch_size=self.batch_size)
+        return Order(store=store, seed=0, batch_size=self.batch_size, kind=self.kind)
 
     def open(self, step: int) -> tuple[TrainingImages, Requests]:
         order, texts = self.order(), Store(str(self.base / "texts.zarr"))
@@ -105,7 +110,7 @@ def _curve(start: _Start, step: int, windows: int) -> tuple[tuple[str, ...], lis
     """Memory and images/s window by window. "Files" are pages of libraries and stores, which the system takes back when
     it needs them; the rest is each process's own. Batches on their way, in /dev/shm, come on top."""
     batches, _ = start.first_batch(step)
-    lines, per_window = [], max(1, WINDOW_ROWS // start.batch_size)
+    lines, per_window = [], max(1, _PART // start.batch_size)
     for window in range(windows + 1):
         began, count = time.perf_counter(), per_window if window else 1
         for _ in islice(batches, count):
@@ -131,7 +136,7 @@ def _shares(start: _Start, step: int) -> tuple[tuple[str, ...], list[tuple[str, 
     }  # fmt: skip
     spent: dict[str, float] = defaultdict(float)
     kept = {name: getattr(owner, attribute) for name, (owner, attribute) in parts.items()}
-    found, count = [], max(1, WINDOW_ROWS // start.batch_size // max(1, start.workers))
+    found, count = [], max(1, _PART // start.batch_size // max(1, start.workers))
     mine = islice(requests, 0, None, max(1, start.workers))
     try:
         for name, (owner, attribute) in parts.items():

@@ -11,9 +11,20 @@ from dimefm.textbank import TextMix
 
 
 def paper(images: str, texts: str, out: str) -> TrainConfig:
-    """The released recipe: ViT-B/32 from scratch, 100 epochs, vl and pvl; 640 images on each of 8 GPUs, as many texts.
+    """ViT-B/32 from scratch, 100 epochs, vl and pvl, with the numbers of the authors' released code. It differs from
+    that code in these:
 
-    Its crops are taken from the image as it is, not from one first resized to 256 pixels, which sees the same areas.
+    - The batch is 5,120 images and texts, 640 for each of 8 GPUs. The released code has 640 in all, which DataParallel
+      spreads over the GPUs there are: `--batch-size 640 --texts-per-step 640` is that.
+    - Softmaxes are over the whole batch. So they are there, with its 640; were it extended to several processes, as its
+      README suggests, they would be over each process's own.
+    - The cosine begins where the warm-up ends. Theirs is timm's, which counts the warm-up as part of it: rates here are
+      higher by up to 2.8e-5, 3.5 % of the peak, in mid-run, and less towards either end. Theirs are set after each
+      step, to what the schedule has for that step: all are a step late.
+    - Crops are taken from the image as it is, not from one first resized to 256 pixels, which sees the same areas.
+    - Texts are drawn at random in each step, theirs go through a shuffled list; images are shuffled in blocks
+      (dimefm.order), theirs one by one.
+    - Logits and losses are float32, theirs half precision under autocast.
     """
     return TrainConfig(
         images=images,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.optim import param_groups_weight_decay
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torchvision.transforms import RandomResizedCrop
 
 from cache_schemas import Status
@@ -20,6 +21,7 @@ from dimefm.decode import decode_rgb, decode_scaled, jpeg_size
 from dimefm.errors import TrainingError
 from dimefm.optim import learning_rate, parameter_groups
 from dimefm.order import Order
+from dimefm.recipes import paper
 from dimefm.student import build_student, build_text_student, student_spec, text_spec
 from dimefm.textbank import TextBank, TextMix
 from dimefm.transfer import Transfer
@@ -293,6 +295,35 @@ def test_schedule_warms_up_and_falls_to_the_floor() -> None:
     assert max(values) == values[10]
     assert values[:11] == sorted(values[:11])
     assert values[10:] == sorted(values[10:], reverse=True)
+
+
+def test_the_paper_s_recipe_has_the_released_numbers() -> None:
+    """Those of Training/utils/opts.py and optim.py of the authors' repository; the batch is that of eight GPUs."""
+    config = paper("IMAGES", "TEXTS", "RUN")
+    expected = {
+        "lr": 8e-4, "min_lr": 4e-5, "warmup_lr": 4e-6, "warmup_epochs": 4, "epochs": 100, "eps": 1e-8,
+        "betas": (0.9, 0.999), "weight_decay": 0.05, "clip_grad": None, "crop_scale": (0.08, 1.0), "ema": None,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert (config.student, config.batch_size, config.texts_per_step) == ("ViT-B-32", 8 * 640, 8 * 640)
+    loss = config.loss
+    assert (loss.vl, loss.pvl, loss.udist) == (0.7, 0.3, 0)
+    assert (loss.vl_temperature, loss.pvl_temperature, loss.udist_temperature) == (1, 3, 7)
+
+
+def test_the_schedule_differs_from_the_released_one_by_as_much_as_its_recipe_says() -> None:
+    steps, warmup = 10_000, 400
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=8e-4)
+    released = CosineLRScheduler(optimizer, t_initial=steps, lr_min=4e-5, warmup_lr_init=4e-6, warmup_t=warmup,
+                                 cycle_limit=1, t_in_epochs=False)  # fmt: skip
+    higher = []
+    for step in range(steps):
+        released.step_update(step)
+        mine = learning_rate(step, steps=steps, warmup_steps=warmup, peak=8e-4, warmup_start=4e-6, floor=4e-5)
+        higher.append(mine - optimizer.param_groups[0]["lr"])
+    assert higher[:warmup] == pytest.approx([0] * warmup, abs=1e-12)
+    assert min(higher) > -1e-12
+    assert 2.75e-5 < max(higher) < 2.85e-5
 
 
 @pytest.mark.parametrize(
