@@ -27,7 +27,7 @@ KEPT_BYTES = 256 * 2**20
 """Bytes of chunks that a process keeps of an array: two windows of 64 chunks of embeddings 768 wide, and some."""
 
 _SMALL = 64 * 1024  # bytes: fetching a chunk of no more takes hardly longer than fetching one row of it
-_MANY = 8  # rows of a chunk: as many requests cost a core more (2 ms each) than the 1.5 MB of all of it
+_MANY = 8  # rows of a chunk: as many requests cost a core 16 ms, the 1.5 MB of all of it 9 ms (benchmarks/urls.py)
 _NEAR = 16 * 1024  # bytes between rows that are fetched with them: less than another request costs
 _ABSENT = np.uint64(2**64 - 1)
 _ENTRY, _CRC = 16, 4  # bytes of an index entry, offset and length as uint64; and of a checksum

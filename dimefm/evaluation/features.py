@@ -110,7 +110,7 @@ def to_retry(store: Store, images: ImageSet) -> set[int]:
     return {
         commit.shard
         for commit in store.commits()
-        if any(f.status == Status.MISSING.name and images.samples[f.row].size > 0 for f in commit.failures)
+        if any(f.status == Status.MISSING.name and images.samples[f.row].size > 0 for f in store.failures(commit))
     }
 
 

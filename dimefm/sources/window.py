@@ -10,8 +10,8 @@ from dimefm import storage
 from dimefm.sources.files import URL_BLOCK
 
 URL_LEAP = 1 << 20
-"""Bytes that are passed over at a URL rather than read: what a round trip of 30 ms carries at 35 MB/s, which is what
-each of 32 connections has of 10 Gb/s. Less than that is read sooner than asked for."""
+"""Bytes that are passed over at a URL rather than read. A request costs a core 2 ms by s3fs, in which it reads 1.2 MB;
+and a round trip of 30 ms carries 1 MB at 35 MB/s, which is what each of 32 connections has of 10 Gb/s."""
 
 _GROWTH = 4
 
