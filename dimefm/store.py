@@ -298,7 +298,7 @@ class Store:
     def _read_plan(self, shard: int, columns: tuple[str, ...]) -> pa.Table:
         path = storage.join(self.path, rows_path(shard))
         repeated = tuple(name for name in columns if name == "file")
-        table = read_table(path, self.schema.digests.get(rows_path(shard)), columns and ("row", *columns), repeated)
+        table = read_table(path, self.schema.digests.get(rows_path(shard)), columns, repeated)
         return parse_plan(table, self.schema.kind, *self.schema.shard_range(shard), path, columns)
 
     def source_files(self) -> pa.Table:
@@ -315,7 +315,8 @@ class Store:
 
         parts = np.split(np.asarray(rows_N, np.int64), starts[1:])
         with ThreadPoolExecutor(min(_THREADS, len(shards))) as pool:
-            return pa.concat_tables(pool.map(read, shards.tolist(), parts)).combine_chunks()
+            table = pa.concat_tables(pool.map(read, shards.tolist(), parts)).combine_chunks()
+        return table.add_column(0, "row", pa.array(rows_N, pa.int64())) if columns else table
 
     def samples(self, rows_N: np.ndarray[Any, Any], columns: tuple[str, ...] = ()) -> list[dict[str, Any]]:
         """The same of any rows, in the order asked for."""
