@@ -35,7 +35,8 @@ from tests.contracts.source_contract import listed
 from tests.making import make_jpeg, write_parquet, write_tar, write_text, write_tsv
 from tests.stores import teacher_identity
 
-KINDS = ("folder", "tar", "parquet", "tsv", "links")
+FAST = ["folder", "tar", "parquet", "token tar", "token parquet"]
+SLOW = ["tsv", "links", "token tsv", "token folder"]
 COUNT, BROKEN = 12, 5
 IMAGES = {f"{i:02d}": bytes(700) if i == BROKEN else make_jpeg(seed=i) for i in range(COUNT)}
 
@@ -198,7 +199,7 @@ def disturbed(gone: Callable[..., Any], moment: int, last: int, work: Callable[[
 
 
 @pytest.mark.parametrize("accept_missing", [False, True])
-@pytest.mark.parametrize("kind", [*KINDS, "token folder", "token tar", "token parquet", "token tsv"])
+@pytest.mark.parametrize("kind", FAST + [pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW])
 def test_a_store_is_right_or_the_command_fails(tmp_path: Path, clip: Clip, kind: str, accept_missing: bool) -> None:
     source, undisturbed = tmp_path / "in" / "source", tmp_path / "undisturbed.zarr"
     write_source(kind.removeprefix("token "), source)
