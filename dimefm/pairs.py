@@ -189,8 +189,10 @@ def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> 
         row_NK[good_N[part]], score_NK[good_N[part]] = rows, np.where(rows >= 0, scores, np.nan)
     with storage.writing_to(pairs.path):
         for name, values in ((TEXT_ROW, row_NK), (SCORE, score_NK)):
+            file = storage.join(pairs.path, f"{name}/c/{shard}/0")
+            storage.remove_file(file)  # of a run that was stopped: zarr reads what is in it, where it is not a full one
             pairs.group[name].with_config({"write_empty_chunks": True})[start:stop] = values
-            storage.flush(storage.join(pairs.path, f"{name}/c/{shard}/0"))
+            storage.flush(file)
         failures = [
             _no_embedding(images, shard, i, status_N[i]) for i in np.flatnonzero(status_N != Status.OK).tolist()
         ]
@@ -216,6 +218,7 @@ def _count_hits(pairs: Pairs) -> Selection:
         images += int((row_NK[:, 0] >= 0).sum())
         total += float(np.nansum(pairs.scores(*schema.shard_range(shard)).astype(np.float64)))
     with storage.writing_to(pairs.path):
+        storage.remove_folder(storage.join(pairs.path, f"{HITS}/c"))  # as with the shards
         pairs.group[HITS][:] = hits_T
         for file in sorted(storage.tree(storage.join(pairs.path, HITS))):
             storage.flush(storage.join(pairs.path, f"{HITS}/{file}"))
