@@ -24,6 +24,9 @@ from dimefm.preprocess import Preprocess
 from dimefm.sources.reading import read_encoded
 from dimefm.views import draw_boxes, replay
 
+CRASH = "crash"
+"""What a row has beside the columns of its plan where it must not be decoded (see dimefm.crashes): the reason."""
+
 _TASK = 8  # images a task of the thread pool: one each would cost as much as reading it
 _AHEAD = 2  # batches that are decoded before they are needed
 _WAITS = (0.5, 2.0)  # seconds before a failed read is tried again
@@ -47,13 +50,13 @@ class Loader:
 
     def load(self, row: dict[str, Any]) -> Loaded | DecodeError:
         """One image, or why it cannot be had. Raises StoreError where the storage does not answer."""
-        data = read_image(row)
-        if isinstance(data, DecodeError):
-            return data
         try:
-            return self._decode(data, row["row"])
+            data = read_image(row)
+            return data if isinstance(data, DecodeError) else self._decode(data, row["row"])
         except DecodeError as error:
             return error
+        except MemoryError as error:
+            return too_little_memory(error)
 
     def batches(
         self, rows: list[dict[str, Any]], size: int, threads: int, *, pin: bool = False
@@ -111,9 +114,18 @@ class Loader:
         return Loaded(torch.stack([replay(image_3HW, box, facts.size, facts) for box in boxes_V5]), boxes_V5, jpeg)
 
 
+def too_little_memory(error: MemoryError) -> DecodeError:
+    """What becomes of a row whose image takes more memory than there is."""
+    found = DecodeError(Status.TOO_LARGE, "memory ran out while it was decoded")
+    found.__cause__ = error
+    return found
+
+
 def read_image(row: dict[str, Any]) -> bytes | DecodeError:
     """The bytes of a sample, or why they cannot be had. Storage that fails for the moment is asked again, and at last
     ends the job, with StoreError: a row is given up for good only where its file is gone."""
+    if CRASH in row:
+        return DecodeError(Status.CRASHED, row[CRASH])
     for wait in (*_WAITS, None):
         try:
             data = read_encoded(row["file"], row["offset"], row["size"])

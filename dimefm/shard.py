@@ -20,10 +20,10 @@ from cache_schemas import Commit, EmbeddingStore, Failure, Status
 from cache_schemas.embedding_store import EMBEDDING, PIXEL_INDEX, STATUS, VIEW, commit_path, pixels_path
 from dimefm import storage
 from dimefm.clip import Clip, token_counts
+from dimefm.crashes import without_crashes
 from dimefm.decode import DecodeError
 from dimefm.errors import MismatchError
-from dimefm.gpu_decode import GpuLoader
-from dimefm.loading import Loader
+from dimefm.gpu_decode import open_loader
 from dimefm.pixels import PixelTar, pixel_tar
 from dimefm.store import Store
 from dimefm.transfer import Arriving, fetch
@@ -70,14 +70,18 @@ def encode_shard(
     threads: int = 1,
     progress: Progress = _silent,
     turn: AbstractContextManager[Any] = _ALONE,
+    careful: bool = False,
 ) -> Commit:
     """Encode every row of `shard` and commit it. `progress` is told how many more rows are done, as they are.
 
     `turn` is held while the teacher works: of two shards on two threads one reads and decodes its first rows, or writes
-    its results, while the other has the teacher. Raises StoreError where the input does not answer or the shard cannot
-    be written.
+    its results, while the other has the teacher. With `careful`, as after a process was lost, images that crash their
+    decoder are found first, at the price of decoding all twice (see dimefm.crashes). Raises StoreError where the input
+    does not answer or the shard cannot be written.
     """
     began, rows, digest = time.monotonic(), store.plan(shard).to_pylist(), None
+    if careful and store.schema.kind == "image":
+        rows = without_crashes(rows, store.schema, clip.device, threads)
     # What cannot be read becomes a status or a StoreError: an OSError that is left is of the writing.
     with storage.writing_to(store.path), ExitStack() as stack:
         tar = stack.enter_context(_tar(store, shard)) if store.schema.pixels else None
@@ -94,8 +98,10 @@ def retry_shard(
     threads: int = 1,
     progress: Progress = _silent,
     turn: AbstractContextManager[Any] = _ALONE,
+    careful: bool = False,
 ) -> Commit:
-    """As `encode_shard`, but only for the rows of a finished shard that have no embedding; the others stay."""
+    """As `encode_shard`, but only for the rows of a finished shard that have no embedding; the others stay. Rows that
+    crashed their decoder are always tried in a process of their own first."""
     began, rows, digest = time.monotonic(), store.plan(shard).to_pylist(), None
     commit = store.commit(shard)
     before = commit.seconds if commit else 0.0
@@ -103,9 +109,10 @@ def retry_shard(
     failed = data.failed()
     with storage.writing_to(store.path), tempfile.TemporaryFile() as spool:
         tar = PixelTar(spool) if store.schema.pixels else None
-        again = encode_rows(
-            [rows[i] for i in failed], store.schema, clip, threads=threads, progress=progress, tar=tar, turn=turn
-        )
+        left = [rows[i] for i in failed]
+        if store.schema.kind == "image" and (careful or (data.arrays[STATUS] == Status.CRASHED).any()):
+            left = without_crashes(left, store.schema, clip.device, threads)
+        again = encode_rows(left, store.schema, clip, threads=threads, progress=progress, tar=tar, turn=turn)
         for name, values in again.arrays.items():
             data.arrays[name] = data.arrays[name].copy()
             data.arrays[name][failed] = values
@@ -222,11 +229,6 @@ def _image_batches(
             places.append(place)
         yield _Batch(places, pixels_N3HW)
         at += len(loaded)
-
-
-def open_loader(schema: EmbeddingStore, device: torch.device) -> Loader | GpuLoader:
-    """What reads and decodes the images of a store for a teacher on `device`."""
-    return GpuLoader(schema, device) if schema.decoder == "nvjpeg" else Loader(schema)
 
 
 def _commit(

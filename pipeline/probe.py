@@ -14,8 +14,8 @@ from cache_schemas import EmbeddingStore
 from dimefm.clip import Clip
 from dimefm.decode import DecodeError
 from dimefm.errors import SourceError
+from dimefm.gpu_decode import open_loader
 from dimefm.loading import Loaded
-from dimefm.shard import open_loader
 
 PROBE_ROWS = 256
 _HEADROOM = 1.25
