@@ -45,8 +45,9 @@ class Status(IntEnum):
     EMPTY = 3  # zero bytes
     TRUNCATED = 4  # the file or archive ends before the sample does
     UNDECODABLE = 5  # not an image, or a broken one
-    TOO_LARGE = 6  # more pixels than the limit: a decompression bomb, or a scan
+    TOO_LARGE = 6  # more pixels or bytes than the limit: a decompression bomb, a scan, a damaged header
     NOT_FINITE = 7  # the teacher gave NaN, infinity or a zero vector
+    CRASHED = 8  # its decoder crashes, or takes all memory
 
 
 @dataclass(frozen=True, kw_only=True)

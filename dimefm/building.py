@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cache_schemas import IndexPart, IndexSidecar, digest_of
+from cache_schemas import IndexPart, IndexSidecar, SchemaError, digest_of
 from cache_schemas.index import BUILD, SIDECAR_FILE
 from dimefm import index as faiss_index
 from dimefm import storage
@@ -319,11 +319,15 @@ def _write(
 
 
 def _document(path: Path, settings: str) -> IndexPart | None:
-    """The document of a file below build/; None where the file is not there, not whole, or of other settings."""
+    """The document of a file below build/; None where the file is not there or of other settings, or one of both is not
+    whole: it is built again then."""
     where = path.with_suffix(".json")
     if not where.exists() or not path.exists():
         return None
-    found = IndexPart.parse(storage.read_json(str(where)), str(where))
+    try:
+        found = IndexPart.parse(storage.read_json(str(where)), str(where))
+    except (StoreError, SchemaError):
+        return None
     whole = found.bytes == path.stat().st_size and found.digest == storage.digest_file(str(path))
     return found if whole and found.settings == settings else None
 

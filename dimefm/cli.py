@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +75,8 @@ def main() -> None:
     """Entry point of the `dimefm` command."""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     wait_briefly()
+    if sys.stderr is not None:
+        faulthandler.enable()  # a crash, as of a decoder or of a file that is cut while it is mapped, says where it was
     cli(prog_name="dimefm")
 
 

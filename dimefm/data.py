@@ -8,6 +8,7 @@ Shapes: B images of this process, G images of all, T texts, D embedding width, H
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import threading
@@ -21,6 +22,7 @@ from itertools import repeat
 from multiprocessing import get_all_start_methods
 from traceback import walk_tb
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -41,6 +43,8 @@ THREAD = "read-ahead"
 """How the names of threads begin that take items ahead of time: none may be at work while a process is forked."""
 
 _T = TypeVar("_T")
+_NONE = -1
+_reading = np.array([_NONE])  # in a process of the loader's: the row that it reads, where the training process sees it
 _GRACE = 30.0  # seconds that a loader's process goes on after SIGTERM
 _IMAGES_AHEAD = 2**18  # ten seconds of a GPU and a small student: the plans of a window are read in a few
 
@@ -153,7 +157,9 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
 
         pixels_B3HW = _empty_pixels(len(request.rows_B), self._augmentation.size)
         for place, (where, read) in enumerate(self._encoded(store, request)):
+            _reading[0] = request.rows_B[place]
             pixels_B3HW[place] = _readable(where, read, partial(view, place))
+        _reading[0] = _NONE
         return Batch(
             step=request.step,
             epoch=request.epoch,
@@ -196,7 +202,7 @@ def _readable(
 ) -> torch.Tensor:
     try:
         return view(read())
-    except (OSError, DecodeError) as error:
+    except (OSError, DecodeError, MemoryError) as error:
         what = f"{where()} was read when it was cached and cannot be read now: {error}"
         raise TrainingError(what, remedy="put the file back as it was, or cache the images again") from None
 
@@ -248,10 +254,13 @@ def read_ahead(items: Iterator[_T], ahead: int, begin: Callable[[], object] | No
 
 
 class Batches(Iterator[_T]):
-    """What `training_loader` gives. Raises TrainingError for what went wrong in a process; see also `reader_died`."""
+    """What `training_loader` gives. Raises TrainingError for what went wrong in a process; see also `reader_died`.
+    `reading`: the row that each process reads, -1 where it reads none."""
 
-    def __init__(self, loader: DataLoader[_T | TrainingError]) -> None:
+    def __init__(self, loader: DataLoader[_T | TrainingError], reading: np.ndarray[Any, Any]) -> None:
         self._items: Any = iter(loader)  # its processes are started
+        self._processes, self._rows = list(getattr(self._items, "_workers", ())), reading
+        _started.add(self)
 
     def __next__(self) -> _T:
         item: _T | TrainingError = next(self._items)
@@ -259,11 +268,20 @@ class Batches(Iterator[_T]):
             raise item
         return item
 
+    def unfinished(self) -> list[int]:
+        """The rows that processes were reading when they died."""
+        ends = [process.exitcode for process in self._processes]
+        return [row for row, end in zip(self._rows.tolist(), ends, strict=False) if end and row != _NONE]
+
     def close(self) -> None:
         """End the processes."""
+        _started.discard(self)
         if hasattr(self._items, "_shutdown_workers"):  # torch does it by itself only once nothing refers to them
             self._items._shutdown_workers()
         self._items = iter(())
+
+
+_started: WeakSet[Batches[Any]] = WeakSet()
 
 
 def training_loader(
@@ -274,6 +292,8 @@ def training_loader(
 
     The batches are the same whatever the number of workers.
     """
+    reading = np.frombuffer(mmap.mmap(-1, 8 * max(1, workers)), np.int64)  # shared with the processes that are forked
+    reading[:] = _NONE
     return Batches(
         DataLoader(
             dataset,
@@ -281,10 +301,11 @@ def training_loader(
             batch_size=None,
             num_workers=workers,
             prefetch_factor=ahead if workers else None,
-            worker_init_fn=_begin_worker,
+            worker_init_fn=partial(_begin_worker, reading),
             multiprocessing_context="fork" if workers and "fork" in get_all_start_methods() else None,  # shares texts
             generator=torch.Generator(),  # or the loader would draw from the global one, and drop-path with it
-        )
+        ),
+        reading,
     )
 
 
@@ -306,6 +327,8 @@ def reader_died() -> Iterator[None]:
             raise
         what = "a process that decodes images died" if "worker (pid" in str(error) else "a batch was not handed over"
         what += f": {str(error).splitlines()[0]}"
+        if rows := sorted({row for batches in _started for row in batches.unfinished()}):
+            what += f" It was reading row {', '.join(map(str, rows))}"
         raise TrainingError(what, remedy=remedy) from error
 
 
@@ -334,9 +357,11 @@ def training_error(error: DimefmError | SchemaError) -> TrainingError:
     return TrainingError(error.what, remedy=error.remedy)
 
 
-def _begin_worker(worker: int) -> None:
+def _begin_worker(reading: np.ndarray[Any, Any], worker: int) -> None:
     """Ctrl-C, and SIGTERM to all processes of a job, are for the training process, which needs the others until its
     step is done and then lets them end."""
+    global _reading
+    _reading = reading[worker : worker + 1]
     torch.set_num_threads(1)
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, _end_soon)

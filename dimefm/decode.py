@@ -58,6 +58,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError as error:
         raise DecodeError(Status.TOO_LARGE, str(error)) from None
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
         raise DecodeError(Status.UNDECODABLE, _refused(data) or _reason(error)) from None
     width, height = image.size
@@ -162,6 +164,8 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 def _loaded(image: Image.Image) -> Image.Image:
     try:
         image.load()
+    except MemoryError:
+        raise
     except Exception as error:  # as in open_image
         raise DecodeError(Status.UNDECODABLE, _reason(error)) from None
     return _to_eight_bit(image) if image.mode in _SIXTEEN_BIT else image

@@ -18,7 +18,7 @@ import torch
 from cache_schemas import EmbeddingStore, Preprocessing
 from dimefm.decode import DecodeError, jpeg_size
 from dimefm.errors import StoreError
-from dimefm.loading import Loaded, read_image
+from dimefm.loading import Loaded, Loader, read_image, too_little_memory
 from dimefm.preprocess import Preprocess
 
 _BASELINE, _END = 0xC0, b"\xff\xd9"
@@ -112,6 +112,15 @@ class GpuPreprocess:
             return self._on_cpu(data).to(self._device)
         except DecodeError as error:
             return error
+        except MemoryError as error:
+            return too_little_memory(error)
+
+
+def open_loader(schema: EmbeddingStore, device: torch.device, *, accept_missing: bool = False) -> Loader | GpuLoader:
+    """What reads and decodes the images of a store for a teacher on `device`. `accept_missing`: see read_image."""
+    if schema.decoder == "nvjpeg":
+        return GpuLoader(schema, device, accept_missing=accept_missing)
+    return Loader(schema, accept_missing=accept_missing)
 
 
 def nvjpeg() -> Callable[[list[torch.Tensor], torch.device], list[torch.Tensor]]:

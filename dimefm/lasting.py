@@ -16,7 +16,7 @@ from dimefm.loading import RUN_AGAIN
 from dimefm.sources.base import SourceFile
 from dimefm.sources.files import change, in_order, stat_files
 from dimefm.sources.parquet import SUFFIX as PARQUET
-from dimefm.sources.reading import read_encoded
+from dimefm.sources.reading import read_planned
 from dimefm.store import Store
 
 _ASKED, _NEIGHBOURS = 64, 8  # rows that are asked for again
@@ -101,7 +101,7 @@ def _require_unchanged(store: Store, rows: Rows) -> None:
 def _answers(row: dict[str, Any]) -> bool:
     """Whether the file of a row can be read."""
     try:
-        read_encoded(row["file"], row["offset"], row["size"])
+        read_planned(row["file"], row["offset"], row["size"])
     except OSError:
         return False
     except DecodeError:

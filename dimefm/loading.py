@@ -25,6 +25,9 @@ from dimefm.sources.files import reading_ahead
 from dimefm.sources.reading import read_planned
 from dimefm.views import draw_boxes, replay
 
+CRASH = "crash"
+"""What a row has beside the columns of its plan where it must not be decoded (see dimefm.crashes): the reason."""
+
 _TASK = 8  # images a task of the thread pool: one each would cost as much as reading it
 _AHEAD = 2  # batches that are decoded before they are needed
 RUN_AGAIN = "run the same command again; what was finished is kept"
@@ -54,7 +57,10 @@ class Loader:
         return self._loaded(row, self._read(row))
 
     def _read(self, row: dict[str, Any]) -> bytes | DecodeError:
-        return read_image(row, accept_missing=self._accept)
+        try:
+            return read_image(row, accept_missing=self._accept)
+        except MemoryError as error:
+            return too_little_memory(error)
 
     def _loaded(self, row: dict[str, Any], data: bytes | DecodeError) -> Loaded | DecodeError:
         if isinstance(data, DecodeError):
@@ -63,6 +69,8 @@ class Loader:
             return self._decode(data, row["row"])
         except DecodeError as error:
             return error
+        except MemoryError as error:
+            return too_little_memory(error)
 
     def batches(
         self, rows: list[dict[str, Any]], size: int, threads: int, *, pin: bool = False
@@ -121,6 +129,13 @@ class Loader:
         return Loaded(torch.stack([replay(image_3HW, box, facts.size, facts) for box in boxes_V5]), boxes_V5, jpeg)
 
 
+def too_little_memory(error: MemoryError) -> DecodeError:
+    """What becomes of a row whose image takes more memory than there is."""
+    found = DecodeError(Status.TOO_LARGE, "memory ran out while it was decoded")
+    found.__cause__ = error
+    return found
+
+
 def read_image(row: dict[str, Any], *, accept_missing: bool = False) -> bytes | DecodeError:
     """The bytes of a sample, or why they cannot be had: MISSING where its file is gone, and with `accept_missing` where
     it is refused. dimefm.lasting says which of these may become a row's status.
@@ -128,6 +143,8 @@ def read_image(row: dict[str, Any], *, accept_missing: bool = False) -> bytes | 
     Raises UnreadableError where the storage does not answer, after it was asked again, or refuses, and StoreError for
     what a plan may not name.
     """
+    if CRASH in row:
+        return DecodeError(Status.CRASHED, row[CRASH])
     for wait in (*_WAITS, None):
         try:
             data = read_planned(row["file"], row["offset"], row["size"])

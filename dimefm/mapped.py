@@ -159,6 +159,12 @@ class MappedArray:
             data = _maps.get(self._path(shard))
         except FileNotFoundError:
             raise StoreError(f"{self._path(shard)} is missing", remedy=DAMAGED) from None
+        # To read a map beyond the end that its file has now is a SIGBUS. To ask for that end takes a microsecond.
+        mapping: Any = data.base
+        there = min(len(data), mapping.size())
+        if there < file.bytes:
+            what = f"{self._path(shard)} was cut short while it was in use: {there:,} of {file.bytes:,} bytes are left"
+            raise StoreError(what, remedy=DAMAGED)
         chunk_N, row_N = np.divmod(within_N, self._chunk_rows)
         for chunk in np.unique(chunk_N).tolist():
             if not file.checked[chunk]:
@@ -206,12 +212,12 @@ class MappedArray:
         if len(begins) and int(begins.max()) > length - size - _CRC - (self._chunk_bytes + _CRC):
             raise StoreError(f"{path} is damaged: its index points beyond it", remedy=DAMAGED)
         checked = self._checked[shard * chunks : (shard + 1) * chunks]
-        return _ShardIndex(entries[:, 0], checked, self._chunk_bytes + _CRC)
+        return _ShardIndex(length, entries[:, 0], checked, self._chunk_bytes + _CRC)
 
 
 class _ShardIndex:
-    """Where each chunk of a shard file begins, and which were found whole."""
+    """The size of a shard file, where each chunk begins, and which were found whole."""
 
-    def __init__(self, offsets: _Array, checked: _Array, step: int) -> None:
-        self.offsets, self.checked = offsets, checked
+    def __init__(self, length: int, offsets: _Array, checked: _Array, step: int) -> None:
+        self.bytes, self.offsets, self.checked = length, offsets, checked
         self.regular = np.array_equal(offsets, offsets[0] + np.uint64(step) * np.arange(len(offsets), dtype=np.uint64))

@@ -234,8 +234,10 @@ def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> 
     with storage.writing_to(pairs.path):
         remove_commit(pairs.path, shard)  # of one that is done again
         for name, values in ((TEXT_ROW, row_NK), (SCORE, score_NK)):
+            file = f"{name}/c/{shard}/0"
+            storage.remove_file(storage.join(pairs.path, file))  # zarr would read what a stopped run left
             array = pairs.group[name].with_config({"write_empty_chunks": True})
-            write_rows(pairs.path, f"{name}/c/{shard}/0", array, start, values)
+            write_rows(pairs.path, file, array, start, values)
         commit = make_commit(
             shard,
             start,
@@ -269,6 +271,7 @@ def _count_hits(pairs: Pairs) -> Selection:
         images += int((row_NK[:, 0] >= 0).sum())
         total += float(np.nansum(pairs.scores(*schema.shard_range(shard)).astype(np.float64)))
     with storage.writing_to(pairs.path):
+        storage.remove_folder(storage.join(pairs.path, f"{HITS}/c"))  # as with the shards
         pairs.group[HITS][:] = hits_T
         storage.flush_tree(storage.join(pairs.path, HITS))
     made_from = pairs.images_data()

@@ -21,9 +21,10 @@ from cache_schemas.embedding_store import EMBEDDING, PIXEL_INDEX, STATUS, VIEW, 
 from dimefm import storage
 from dimefm.arrays import DAMAGED, digest_arrays
 from dimefm.clip import Clip, token_counts
+from dimefm.crashes import without_crashes
 from dimefm.decode import DecodeError
 from dimefm.errors import MismatchError, StoreError, UnreadableError
-from dimefm.gpu_decode import GpuLoader
+from dimefm.gpu_decode import GpuLoader, open_loader
 from dimefm.lasting import require_lasting
 from dimefm.loading import RUN_AGAIN, Loader
 from dimefm.pixels import PixelTar, pixel_tar
@@ -73,15 +74,19 @@ def encode_shard(
     progress: Progress = _silent,
     turn: AbstractContextManager[Any] = _ALONE,
     accept_missing: bool = False,
+    careful: bool = False,
 ) -> Commit:
     """Encode every row of `shard` and commit it. `progress` is told how many more rows are done, as they are.
 
     `turn` is held while the teacher works: of two shards on two threads one reads and decodes its first rows, or writes
     its results, while the other has the teacher. `accept_missing`: leave out the images whose file is gone or refused.
-    Raises UnreadableError where rows would be left out that dimefm.lasting does not allow, or where the input does not
-    answer, and StoreError where the shard cannot be written.
+    With `careful`, as after a process was lost, images that crash their decoder are found first, at the price of
+    decoding all twice (see dimefm.crashes). Raises UnreadableError where rows would be left out that dimefm.lasting
+    does not allow, or where the input does not answer, and StoreError where the shard cannot be written.
     """
     began, rows, digest = time.monotonic(), store.plan(shard).to_pylist(), None
+    if careful and store.schema.kind == "image":
+        rows = without_crashes(rows, store.schema, clip.device, threads)
     # What cannot be read becomes a status or a StoreError: an OSError that is left is of the writing.
     with storage.writing_to(store.path), ExitStack() as stack:
         tar = stack.enter_context(_tar(store, shard)) if store.schema.pixels else None
@@ -101,8 +106,10 @@ def retry_shard(
     progress: Progress = _silent,
     turn: AbstractContextManager[Any] = _ALONE,
     accept_missing: bool = False,
+    careful: bool = False,
 ) -> Commit:
-    """As `encode_shard`, but only for the rows of a finished shard that have no embedding; the others stay."""
+    """As `encode_shard`, but only for the rows of a finished shard that have no embedding; the others stay. Rows that
+    crashed their decoder are always tried in a process of their own first."""
     began, rows, digest = time.monotonic(), store.plan(shard).to_pylist(), None
     commit = store.commit(shard)
     before = commit.seconds if commit else 0.0
@@ -112,8 +119,11 @@ def retry_shard(
     failed = data.failed()
     with storage.writing_to(store.path), tempfile.TemporaryFile() as spool:
         tar = PixelTar(spool) if store.schema.pixels else None
+        left = [rows[i] for i in failed]
+        if store.schema.kind == "image" and (careful or (data.arrays[STATUS] == Status.CRASHED).any()):
+            left = without_crashes(left, store.schema, clip.device, threads)
         words: dict[str, Any] = {"threads": threads, "progress": progress, "tar": tar, "turn": turn}
-        again = encode_rows([rows[i] for i in failed], store.schema, clip, **words, accept_missing=accept_missing)
+        again = encode_rows(left, store.schema, clip, **words, accept_missing=accept_missing)
         for name, values in again.arrays.items():
             data.arrays[name] = data.arrays[name].copy()
             data.arrays[name][failed] = values
@@ -238,13 +248,6 @@ def _image_batches(
             places.append(place)
         yield _Batch(places, pixels_N3HW)
         at += len(loaded)
-
-
-def open_loader(schema: EmbeddingStore, device: torch.device, *, accept_missing: bool = False) -> Loader | GpuLoader:
-    """What reads and decodes the images of a store for a teacher on `device`."""
-    if schema.decoder == "nvjpeg":
-        return GpuLoader(schema, device, accept_missing=accept_missing)
-    return Loader(schema, accept_missing=accept_missing)
 
 
 def _require_lasting(store: Store, rows: Rows, data: ShardData, accept_missing: bool) -> None:

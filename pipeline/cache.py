@@ -10,6 +10,7 @@ import torch
 
 from cache_schemas import EmbeddingStore, ViewPlan, to_plain
 from dimefm.clip import Clip, load_clip, teacher_precision
+from dimefm.crashes import running
 from dimefm.errors import DimefmError
 from dimefm.lock import writing
 from dimefm.machine import Precision, available_memory, choose_device, cpus
@@ -96,16 +97,21 @@ def _cache(config: CacheConfig) -> Store:
             schemes=allowed(),
         )
         workers = _workers(config, device, store.schema.rows, weight_bytes)
-        for part in (job, replace(job, retry=True))[: 1 + config.retry_failed]:
-            shards = len(pending_shards(store, retry=part.retry))
-            if config.ray_address is None and min(workers, shards) <= 1:
-                clip = clip or _load(config, device, device)
-                run_here(part, clip)
-            else:
-                from pipeline.runner import run_shards  # Ray, only where there is more than one worker to place
+        if len(store.committed()) == store.schema.shards and not config.retry_failed:
+            return store
+        with running(store.path) as died:
+            # An image may have crashed the last run: on Ray only a worker is lost to it, and another goes on.
+            alone = config.ray_address is None and not (died and config.kind == "image")
+            for part in (job, replace(job, retry=True))[: 1 + config.retry_failed]:
+                shards = len(pending_shards(store, retry=part.retry))
+                if alone and min(workers, shards) <= 1:
+                    clip = clip or _load(config, device, device)
+                    run_here(part, clip)
+                else:
+                    from pipeline.runner import run_shards  # Ray, only where there is more than one worker to place
 
-                clip = None  # the memory is for the workers' own
-                run_shards(part, workers=workers, address=config.ray_address)
+                    clip = None  # the memory is for the workers' own
+                    run_shards(part, workers=workers, address=config.ray_address)
     return store
 
 

@@ -14,8 +14,8 @@ from cache_schemas import EmbeddingStore, Status
 from dimefm.clip import Clip
 from dimefm.decode import DecodeError
 from dimefm.errors import SourceError, UnreadableError
+from dimefm.gpu_decode import open_loader
 from dimefm.loading import RUN_AGAIN, Loaded
-from dimefm.shard import open_loader
 
 PROBE_ROWS = 256
 _HEADROOM = 1.25

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 import torch
 from ray._private import ray_constants
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from dimefm import storage
 from dimefm.errors import DimefmError, StoreError, UnreadableError
@@ -24,6 +24,7 @@ from dimefm.progress import Progress
 from dimefm.store import Store
 from pipeline.worker import SHARDS_AT_ONCE, Job, Worker, pending_shards, progress_of
 
+_LOST = (RayActorError, OutOfMemoryError)  # the second where Ray ended a worker because the node's memory was full
 _TRIES = 3
 _PATIENCE = 60.0  # seconds without any worker before that is said
 _OBJECT_STORE_BYTES = 100 * 1024**2  # only shard numbers and commits pass through it
@@ -87,9 +88,10 @@ def gpu_share(workers: int, device: str) -> float:
 class _Supervisor:
     """Hands out shards, one or two in flight per actor (SHARDS_AT_ONCE), and replaces actors that are lost.
 
-    A replacement that Ray cannot place yet, as after a node is lost, is not waited for: the others go on. Actors that
-    cannot read the source are put aside and not replaced, until none is left, or a shard could not be read on two
-    machines. With `check`, one actor goes through the canary before there are others.
+    A replacement that Ray cannot place yet, as after a node is lost, is not waited for: the others go on. A shard that
+    lost its worker is done again with care: an image may have crashed it (see dimefm.crashes). Actors that cannot read
+    the source are put aside and not replaced, until none is left, or a shard could not be read on two machines. With
+    `check`, one actor goes through the canary before there are others.
     """
 
     def __init__(self, job: Job, workers: int, threads: int, pending: dict[int, int], *, check: bool) -> None:
@@ -117,7 +119,7 @@ class _Supervisor:
             while (actor := self._free()) is not None:
                 shard = self._pending.pop()
                 self._running[actor] += 1
-                self._flying[actor.encode.remote(shard)] = (actor, shard)
+                self._flying[actor.encode.remote(shard, careful=shard in self._tries)] = (actor, shard)
             ready, _ = ray.wait(list(self._flying), timeout=1.0)
             for reference in ready:
                 finished += self._landed(reference, progress)
@@ -141,7 +143,8 @@ class _Supervisor:
     def _place(self) -> None:
         actor = self._new()
         shard = self._pending[-1] if self._pending else 0
-        self._flying[actor.start.remote(self._threads, shard, self._check)] = (actor, None)
+        started = actor.start.remote(self._threads, shard, self._check, careful=bool(self._tries))
+        self._flying[started] = (actor, None)
 
     def _landed(self, reference: Any, progress: Progress) -> int:
         """An actor has started, finished its shard, or is lost; the rows that are done with that."""
@@ -150,9 +153,11 @@ class _Supervisor:
             self._counted.pop(shard, None)
         try:
             told = fetch(reference)
-        except RayActorError as error:
+        except _LOST as error:
             if "never ran" not in str(error):  # Ray sent it to a node that was lost already, and did not know yet
                 self._count_loss(shard, error)
+                if shard is not None:
+                    progress.note(f"shard {shard} lost its worker: once more, with a search for images that crash")
             if shard is not None:
                 self._pending.append(shard)
             if shard is None or self._running.pop(actor, None) is not None:  # once for all of its shards
@@ -196,11 +201,11 @@ class _Supervisor:
         for reference in ready:
             try:
                 rows = ray.get(reference)
-            except RayActorError:
+            except _LOST:
                 continue  # its shards come back with the same error, which is handled there
             self._counted |= {shard: count for shard, count in rows.items() if shard in flying}
 
-    def _count_loss(self, shard: int | None, error: RayActorError) -> None:
+    def _count_loss(self, shard: int | None, error: Exception) -> None:
         self._tries[shard] = self._tries.get(shard, 0) + 1
         if self._tries[shard] >= _TRIES:
             lines = str(error).strip().split("\n")  # of an error in its own code, what was raised comes last

@@ -63,10 +63,11 @@ class Worker:
         self._job, self._clip = job, clip
         self._turn, self._rows = threading.Lock(), dict[int, int]()
 
-    def start(self, threads: int, shard: int, check: bool = False) -> str | None:
+    def start(self, threads: int, shard: int, check: bool = False, careful: bool = False) -> str | None:
         """Load the teacher, and decode on up to `threads`: as many as its speed needs, measured on rows of `shard`;
         what to say where a GPU needs more than there are. With `check`, go through the canary (see
-        dimefm.shard.check_canary). Not in __init__, whose errors Ray would not hand on as they are.
+        dimefm.shard.check_canary). With `careful`, nothing is decoded in this process to be measured, as after another
+        died. Not in __init__, whose errors Ray would not hand on as they are.
 
         Raises UnreadableError where none of these rows can be read here, as on a machine without the mount.
 
@@ -90,7 +91,7 @@ class Worker:
         self._threads, note = threads, None
         on_gpu = clip.device.type == "cuda"
         with _named_memory(schema):
-            decodes = schema.kind == "image" and schema.decoder != "nvjpeg"  # else threads only read
+            decodes = not careful and schema.kind == "image" and schema.decoder != "nvjpeg"  # else threads only read
             if decodes and not job.retry and (on_gpu or (job.threads is None and threads > 1)):
                 rows = self._store.plan(shard).slice(0, PROBE_ROWS).to_pylist()
                 with suppress(SourceError):  # none of them is an image: there is no speed to go by
@@ -101,9 +102,10 @@ class Worker:
                 check_canary(self._store, clip, accept_missing=job.accept_missing)
         return note
 
-    def encode(self, shard: int, done: Callable[[int], None] = _nobody) -> Commit:
+    def encode(self, shard: int, done: Callable[[int], None] = _nobody, careful: bool = False) -> Commit:
         """Encode and commit one shard; `done` is told how many of its rows are. On another thread a second one may be
-        under way: while one has the teacher, the other reads and decodes its first rows, or writes its results."""
+        under way: while one has the teacher, the other reads and decodes its first rows, or writes its results. For
+        `careful` see dimefm.shard.encode_shard."""
         assert self._clip is not None, "start comes first"
         self._rows[shard] = 0
 
@@ -122,6 +124,7 @@ class Worker:
                     progress=count,
                     turn=self._turn,
                     accept_missing=self._job.accept_missing,
+                    careful=careful,
                 )
         finally:
             del self._rows[shard]

@@ -32,8 +32,7 @@ class Gate:
     def __init__(self, folder: Path) -> None:
         self._folder, self._link = folder, folder / "closed"
         folder.mkdir()
-        path = os.pathsep.join([str(Path(__file__).parent / "gate"), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self.environment = {"DIMEFM_TEST_GATE": str(folder), "PYTHONPATH": path}
+        self.environment = {"DIMEFM_TEST_GATE": str(folder), "PYTHONPATH": _with_gate()}
 
     def close(self, *, at: str) -> None:
         """Hold whoever comes to `at`, a pattern such as "open */005.jpg" (see tests/gate/sitecustomize.py). Those who
@@ -53,11 +52,25 @@ class Gate:
         return {int(path.name) for path in self._folder.glob("[0-9]*")}
 
 
-class Command:
-    """A `dimefm` command at work, on one thread; held at a `gate`, where there is one. `prepare`, a function of a test
-    module, is called in its process before."""
+class Crash:
+    """An image that crashes its decoder: all Pythons started with this `environment` die of SIGSEGV where they open a
+    file whose path fits the pattern; where it begins with "memory ", they ask for 64 GiB there."""
 
-    def __init__(self, words: list[str], gate: Gate | None = None, prepare: Callable[[], object] | None = None) -> None:
+    def __init__(self, pattern: str) -> None:
+        self.environment = {"DIMEFM_TEST_CRASH": pattern, "PYTHONPATH": _with_gate()}
+
+
+def _with_gate() -> str:
+    return os.pathsep.join([str(Path(__file__).parent / "gate"), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+class Command:
+    """A `dimefm` command at work, on one thread; held at a `gate`, where there is one, or crashing. `prepare` of a
+    test module is called in its process before."""
+
+    def __init__(
+        self, words: list[str], gate: Gate | Crash | None = None, prepare: Callable[[], object] | None = None
+    ) -> None:
         with tempfile.NamedTemporaryFile(delete=False) as output:
             self._output = Path(output.name)
         weakref.finalize(self, self._output.unlink)

@@ -336,3 +336,68 @@ def test_a_classifier_that_diverged_scores_nothing(data: tuple[Any, ...]) -> Non
 def test_lbfgs_cannot_be_test_selected(data: tuple[Any, ...]) -> None:
     with pytest.raises(SourceError, match="lbfgs has none"):
         run(data, solver="lbfgs", selection="elevater")
+
+
+SOLVERS: list[dict[str, Any]] = [{"solver": "lbfgs"}, {"solver": "sgd"}, {"solver": "sgd", "selection": "elevater"}]
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search asks for few candidates."""
+    monkeypatch.setattr(probing, "RATES", [0.1])
+    monkeypatch.setattr(probing, "DECAYS", np.logspace(-4, 0, 3).tolist())
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("solver", SOLVERS, ids=["lbfgs", "honest", "elevater"])
+@pytest.mark.parametrize("metric", ["accuracy", "mean_per_class"])
+@pytest.mark.parametrize("missing", [0, CLASSES - 1])
+def test_a_class_without_a_training_image_is_wrong_and_the_others_right(
+    data: tuple[Any, ...], solver: dict[str, Any], metric: str, missing: int
+) -> None:
+    rows = np.flatnonzero(data[1] != missing)
+    labels = np.where(data[1] == missing, 1, data[1])  # nothing in the split says that there is such a class
+    found = run(data, rows=rows, labels=labels, metric=metric, **solver)
+    assert found.scores_NC.shape == (TEST, CLASSES)
+    readable = data[2].readable
+    said, known = found.scores_NC[readable].argmax(axis=1), data[3][readable]
+    if solver.get("selection") != "elevater":  # which may stay with the text heads that it begins with
+        assert (said[known == missing] != missing).mean() > 0.9
+    assert (said[known != missing] == known[known != missing]).mean() > 0.6
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("solver", SOLVERS, ids=["lbfgs", "honest", "elevater"])
+def test_a_class_of_one_image_is_validated_on_it(data: tuple[Any, ...], solver: dict[str, Any]) -> None:
+    """And where only one other class is left, there is nothing to tell apart in the search."""
+    alone = int(np.flatnonzero(data[1] == 3)[-1])
+    for others in ([0, 1, 2], [1]):
+        rows = np.sort(np.append(np.flatnonzero(np.isin(data[1], others)), alone))
+        found = run(data, rows=rows, **solver)
+        readable = data[2].readable
+        known = data[3][readable]
+        of_others = np.isin(known, others)
+        right = found.scores_NC[readable].argmax(axis=1)[of_others] == known[of_others]
+        assert right.mean() > 0.6
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("solver", SOLVERS[:2], ids=["lbfgs", "honest"])
+def test_where_there_is_one_class_alone_it_is_what_is_said(data: tuple[Any, ...], solver: dict[str, Any]) -> None:
+    found = run(data, rows=np.flatnonzero(data[1] == 1), **solver)
+    readable = data[2].readable
+    said, known = found.scores_NC[readable].argmax(axis=1), data[3][readable]
+    assert (said[known == 1] == 1).all()
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("solver", SOLVERS[:2], ids=["lbfgs", "honest"])
+def test_of_several_labels_one_may_be_missing_and_another_everywhere(
+    data: tuple[Any, ...], solver: dict[str, Any]
+) -> None:
+    labels, known = np.eye(CLASSES, dtype=bool)[data[1]], np.eye(CLASSES, dtype=bool)[data[3]]
+    labels[:, 2], labels[:, 1], known[:, 1] = False, True, True
+    found = run(data, labels=labels, test_labels=known, metric="map_11_point", **solver)
+    scores_NC = found.scores_NC[data[2].readable]
+    assert scores_NC.shape[1] == CLASSES
+    assert (scores_NC[:, 1] > scores_NC[:, 2]).all()

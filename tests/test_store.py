@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,17 @@ def test_a_shard_that_is_cut_short_names_itself(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"embedding/c/1/0 is cut short"):
         Store(store.path).read(32, 64)
     np.testing.assert_array_equal(Store(store.path).read(0, 32), store.read(0, 32))
+
+
+@pytest.mark.parametrize("left", [0, 1, 4096, -1])
+def test_a_shard_that_is_cut_while_it_is_mapped_is_an_error_and_no_crash(tmp_path: Path, left: int) -> None:
+    store, values = random_store(tmp_path / "s.zarr", rows=512, shard_rows=256)
+    np.testing.assert_array_equal(store.gather(np.array([3, 300])), values[[3, 300]])
+    file = tmp_path / "s.zarr" / "embedding" / "c" / "1" / "0"
+    os.truncate(file, left % file.stat().st_size)
+    np.testing.assert_array_equal(store.gather(np.array([3])), values[[3]])
+    with pytest.raises(StoreError, match=r"c/1/0 was cut short while it was in use(?s:.*)verify"):
+        store.gather(np.array([3, 300]))
 
 
 def test_samples_of_scattered_rows_come_in_the_order_asked_for(tmp_path: Path) -> None:

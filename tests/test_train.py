@@ -310,6 +310,18 @@ def test_a_worker_that_dies_ends_the_run_with_its_reason(tmp_path: Path, monkeyp
         next(loader)
 
 
+def test_the_row_that_a_worker_died_of_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dimefm.data.read_encoded", lambda *_: signal.raise_signal(signal.SIGSEGV))
+    store, _ = random_store(tmp_path / "s.zarr", rows=32, shard_rows=32)
+    augmentation = Augmentation(size=32, crop_scale=(0.5, 1), flip=True, seed=0)
+    requests = Requests(Order(store=store, seed=0, batch_size=8), first=0, steps=1)
+    (request,) = requests
+    loader = training_loader(TrainingImages(store.path, augmentation), requests, 2)
+    with pytest.raises(TrainingError, match=rf"died(?s:.*) It was reading row {request.rows_B[0]}\n"), reader_died():
+        next(loader)
+    loader.close()
+
+
 def test_a_worker_that_dies_as_it_hands_a_batch_over_is_no_other_error(tmp_path: Path) -> None:
     """Its tensors are fetched through a connection to it; errors of other files stay what they are."""
     with pytest.raises(TrainingError, match=r"a process that decodes images died"), reader_died():

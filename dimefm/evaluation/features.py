@@ -17,6 +17,7 @@ from cache_schemas import EmbeddingStore, Failure, SchemaError, SourceSummary, S
 from cache_schemas.plan import IMAGE_PLAN
 from dimefm import storage
 from dimefm.clip import Clip
+from dimefm.crashes import running
 from dimefm.errors import StoreError, UnreadableError
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.loading import RUN_AGAIN
@@ -86,7 +87,9 @@ def features(
     rows = [stop - start for start, stop in map(store.schema.shard_range, pending)]
     done = store.schema.rows - sum(rows)
     if pending:
-        with Progress(f"{images.name} {images.split}", store.schema.rows, "image", done) as progress:
+        name = f"{images.name} {images.split}"
+        # After a run that died all images are decoded twice, once elsewhere: a set is small, and one of them may crash.
+        with running(store.path) as died, Progress(name, store.schema.rows, "image", done) as progress:
             for shard, count in zip(pending, rows, strict=True):
                 seen = [done]
 
@@ -96,7 +99,7 @@ def features(
 
                 try:
                     work = retry_shard if shard in again else encode_shard
-                    work(store, shard, clip, threads=threads or cpus(), progress=more)
+                    work(store, shard, clip, threads=threads or cpus(), progress=more, careful=died)
                 except UnreadableError as error:
                     remedy = f"put the set back as it was, and {RUN_AGAIN}"
                     raise UnreadableError(f"{images.name}: {error.what}", remedy=remedy) from error

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from scipy.special import expit, softmax
+from sklearn.dummy import DummyClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
@@ -77,7 +78,7 @@ def probe(
     settings: dict[str, object] = {"solver": solver, "selection": selection, "unreadable": len(rows) - len(readable)}
     fit, check = readable[~held_out], readable[held_out]
     if solver == "lbfgs":
-        scores_NC, chosen = _lbfgs(train, labels, fit, check, test, metric)
+        scores_NC, chosen = _lbfgs(train, labels, fit, check, test, metric, len(heads_CD))
     else:
         search = _Sgd(train, labels, metric, heads_CD.to(device), selection)
         rate, decay, score = search.search(fit, check)
@@ -237,21 +238,24 @@ def _share(correct_N: Array, labels_N: Array, metric: Metric) -> float:
 
 
 def _lbfgs(
-    train: Features, labels: Array, fit: Array, check: Array, test: Features, metric: Metric
+    train: Features, labels: Array, fit: Array, check: Array, test: Features, metric: Metric, classes: int
 ) -> tuple[Array, dict[str, object]]:
-    """CLIP's probe (Radford et al. 2021, appendix A.3): L-BFGS, at most 1,000 iterations, the L2 strength by a walk."""
+    """CLIP's probe (Radford et al. 2021, appendix A.3): L-BFGS, at most 1,000 iterations, the L2 strength by a walk. A
+    class that has no training image scores 0."""
     size = (len(fit) + len(check)) * train.store.schema.dim * 8
     if size > _LBFGS_BYTES:
         what = f"lbfgs needs all features in memory, {size / 1e9:.0f} GB of them"
         raise SourceError(what, remedy="take the solver sgd, whose memory is bounded")
     features_ND, checked_ND = train.take(fit), train.take(check)
-    classes = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
 
     def fitted(x_ND: Array, y: Array, decay: float) -> Any:
         single = LogisticRegression(C=1 / decay, max_iter=1000)
         model = OneVsRestClassifier(single) if labels.ndim == 2 else single
+        if labels.ndim == 1 and (y == y[0]).all():  # which LogisticRegression refuses
+            model = DummyClassifier()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
+            warnings.filterwarnings("ignore", "Label .* is present in all training examples", UserWarning)
             return model.fit(x_ND, y)
 
     def scores_of(model: Any, x_ND: Array) -> Array:

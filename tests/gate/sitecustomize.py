@@ -3,10 +3,15 @@
 Where it waits is a pattern, the target of the link `closed` in the folder DIMEFM_TEST_GATE: of "EVENT PATH", with the
 event open, os.rename (the path is the new name) or os.remove. Whoever comes there says so by a file named by its id,
 and stays, before it does it, until the link is gone. See tests.processes.Gate.
+
+And it dies of SIGSEGV where it opens a file whose path fits the pattern DIMEFM_TEST_CRASH: a decoder that crashes of an
+image. Where the pattern begins with "memory ", it asks for 64 GiB instead.
 """
 
 import os
+import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -26,6 +31,20 @@ def _stay(event: str, arguments: tuple[object, ...]) -> None:
             time.sleep(0.01)
 
 
+def _crash(event: str, arguments: tuple[object, ...]) -> None:
+    if event != "open" or isinstance(arguments[0], int):
+        return
+    kind, _, pattern = _CRASH.rpartition(" ")
+    if fnmatchcase(os.fsdecode(arguments[0]), pattern):  # type: ignore[arg-type]
+        if kind == "memory":
+            bytes(1 << 36)  # promised, but not touched, where there is no limit
+        else:
+            signal.pthread_kill(threading.get_ident(), signal.SIGSEGV)  # at this moment, as a decoder would
+
+
+_CRASH = os.environ.get("DIMEFM_TEST_CRASH", "")
+if _CRASH:
+    sys.addaudithook(_crash)
 _GATE = os.environ.get("DIMEFM_TEST_GATE")
 if _GATE:
     sys.addaudithook(_stay)
