@@ -73,6 +73,8 @@ class Order:
                 if len(rows_SG):
                     yield step, epoch, rows_SG
                 step += len(rows_SG)
+                if step == stop:  # the rest of the epoch need not be made
+                    return
 
     def _blocks(self, epoch: int, skip: int) -> Iterator[np.ndarray[Any, Any]]:
         """The windows of an epoch from its batch `skip` on. Those before it are not made.

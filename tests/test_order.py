@@ -79,6 +79,21 @@ def test_skipping_gives_the_rest_of_the_same_order(tmp_path: Path, skip: int, ki
     assert len(rows_SG) == 9
 
 
+def test_no_window_is_made_that_has_none_of_the_steps(
+    tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither those after them, nor, in blocks, those before."""
+    store, _ = random_store(tmp_path / "s.zarr", rows=320, shard_rows=32)
+    mine, made = Order(store=store, seed=0, batch_size=16, kind=kind), list[int]()
+    monkeypatch.setattr(Order, "_rows", lambda self, number_N: made.append(1) or number_N)
+    monkeypatch.setattr(Order, "_chunk", lambda self, start, size: made.append(1) or np.arange(start, start + size))
+    assert len(list(mine.steps(0, 1))) == 1
+    assert len(made) == (2 if kind == "chunks" else 1)
+    made.clear()
+    assert len(list(mine.steps(19, 20))) == 1
+    assert len(made) == (20 if kind == "chunks" else 1)
+
+
 def test_epochs_seeds_and_streams_differ(tmp_path: Path, kind: Any) -> None:
     store, _ = random_store(tmp_path / "s.zarr", rows=64, shard_rows=32)
     orders = {
