@@ -177,7 +177,7 @@ def supervisor(monkeypatch: pytest.MonkeyPatch, message: str) -> _Supervisor:
     def lost(reference: object) -> None:
         raise RayActorError(error_msg=message)
 
-    start = SimpleNamespace(remote=lambda *_: object())
+    start = SimpleNamespace(remote=lambda *_, **__: object())
     made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda _: type("Actor", (), {"start": start})()))
     monkeypatch.setattr("pipeline.runner.ray.remote", lambda _: made)
     monkeypatch.setattr("pipeline.runner.fetch", lost)

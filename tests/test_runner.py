@@ -165,8 +165,8 @@ def two_machines(monkeypatch: pytest.MonkeyPatch) -> None:
 class Elsewhere(Worker):
     """A worker on machine a or b, by who comes first. On b no tar can be read, and a waits until b found that out."""
 
-    def start(self, threads: int, shard: int, check: bool = False) -> str | None:
-        told, really = super().start(threads, shard, check), storage.read_bytes
+    def start(self, threads: int, shard: int, check: bool = False, careful: bool = False) -> str | None:
+        told, really = super().start(threads, shard, check, careful), storage.read_bytes
         first, self.found_out = Path(self._job.store, ".first"), Path(self._job.store, ".found-out")
         self.machine = "b" if first.exists() else "a"
         first.touch()
@@ -181,7 +181,7 @@ class Elsewhere(Worker):
         socket.gethostname = lambda: self.machine
         return told
 
-    def encode(self, shard: int, done: Any = None) -> Any:
+    def encode(self, shard: int, done: Any = None, careful: bool = False) -> Any:
         waited = time.monotonic()
         while self.machine == "a" and not self.found_out.exists() and time.monotonic() < waited + 60:
             time.sleep(0.05)

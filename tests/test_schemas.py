@@ -534,7 +534,7 @@ def test_a_digest_does_not_depend_on_the_order_of_keys() -> None:
 
 
 def test_status_codes_never_change() -> None:
-    names = ["PENDING", "OK", "MISSING", "EMPTY", "TRUNCATED", "UNDECODABLE", "TOO_LARGE", "NOT_FINITE"]
+    names = ["PENDING", "OK", "MISSING", "EMPTY", "TRUNCATED", "UNDECODABLE", "TOO_LARGE", "NOT_FINITE", "CRASHED"]
     assert [(status.name, status.value) for status in Status] == [(name, i) for i, name in enumerate(names)]
 
 

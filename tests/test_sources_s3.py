@@ -196,7 +196,7 @@ def test_tars_are_listed_together_in_their_order_with_their_reports(
     def slow(path: str, offset: int = 0, size: int | None = None) -> bytes:
         reading[0] += 1
         most[0] = max(most[0], reading[0])
-        time.sleep(0.03 if path.endswith("0.tar") else 0.01)
+        time.sleep(0.3 if path.endswith("0.tar") else 0.1)
         reading[0] -= 1
         return read(path, offset, size)
 

@@ -151,6 +151,7 @@ class TokenFileSystem(AbstractFileSystem):
 @pytest.fixture(autouse=True)
 def _token(monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.register_implementation("token", TokenFileSystem, clobber=True)
+    monkeypatch.setenv("DIMEFM_ALLOW_SCHEMES", "token")
     monkeypatch.setattr("dimefm.loading._WAITS", (0.0,))
 
 

@@ -50,7 +50,7 @@ def test_of_two_shards_at_once_one_is_decoded_while_the_other_has_the_teacher(
     monkeypatch.setitem(SHARDS_AT_ONCE, "cpu", 2)
     request = PlanRequest(kind="image", arguments=(str(image_tar),), shard_rows=16, batch_size=4)
     store = open_or_plan(request, str(tmp_path / "s.zarr"), clip.identity)
-    seen, lock, encode, load = list[str](), threading.Lock(), Clip.encode_images, Loader.load
+    seen, lock, encode, load = list[str](), threading.Lock(), Clip.encode_images, Loader._read
 
     def teach(self: Clip, pixels: torch.Tensor) -> torch.Tensor:
         assert lock.acquire(blocking=False), "two shards have the teacher"
@@ -70,7 +70,7 @@ def test_of_two_shards_at_once_one_is_decoded_while_the_other_has_the_teacher(
 
     decoded, threads = threading.Event(), set(threading.enumerate())
     monkeypatch.setattr(Clip, "encode_images", teach)
-    monkeypatch.setattr(Loader, "load", read)
+    monkeypatch.setattr(Loader, "_read", read)
     job = Job(store=store.path, teacher=teacher_name, pretrained=None, precision="fp32", device="cpu", threads=1)
     with pytest.raises(StoreError, match="does not answer"):
         run_here(job, clip)

@@ -155,15 +155,15 @@ def undecoded(rows: Rows, schema: EmbeddingStore) -> Iterator[None]:
     kept = [loader.load(row) for row in rows[:64]]
     calls = 0
 
-    def load(self: Loader, row: dict[str, Any]) -> Any:
+    def loaded(self: Loader, row: dict[str, Any], data: Any) -> Any:
         nonlocal calls
         calls += 1
         return kept[row["row"] % len(kept)]
 
-    with mock.patch.object(Loader, "load", load):
+    with mock.patch.multiple(Loader, _read=lambda self, row: b"", _loaded=loaded):
         yield
     if not calls:
-        raise RuntimeError("stage 1 no longer takes its images from Loader.load: they were decoded")
+        raise RuntimeError("stage 1 no longer takes its images from Loader._loaded: they were decoded")
 
 
 def _decoding(kit: Kit, rows: Rows, schema: EmbeddingStore, wanted: float) -> None:
