@@ -119,6 +119,7 @@ def assert_as_undisturbed(out: Path, undisturbed: Store) -> None:
     np.testing.assert_array_equal(store.status(), undisturbed.status())
 
 
+@pytest.mark.slow
 def test_lost_machines_are_not_waited_for_and_work_goes_on_when_one_comes(
     machines: Machines, words: list[str], undisturbed: Store, gate: Gate
 ) -> None:

@@ -99,9 +99,8 @@ def test_a_process_that_dies_of_something_else_costs_no_row(
     assert without_crashes(rows, store.schema, torch.device("cpu"), 2) == rows
 
 
-@pytest.mark.parametrize(
-    "workers", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["in the command's process", "two workers"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2], ids=["in the command's process", "two workers"])
 def test_a_job_goes_on_without_the_images_that_crash(
     images: Path, tmp_path: Path, clip: Clip, teacher_name: str, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:

@@ -30,6 +30,7 @@ def few_rows() -> None:
     featuring._SHARD_ROWS = (50, 50)
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_with_the_shards_that_are_there(cifar10: str, model: str, tmp_path: Path) -> None:
     words = ["evaluate", model, cifar10, "--out", str(tmp_path / "killed"), "--name", "m", "--device", "cpu"]
     commits, gate = tmp_path / "killed" / "m" / "features" / FEATURES / "commits", Gate(tmp_path / "gate")

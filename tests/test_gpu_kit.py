@@ -160,6 +160,7 @@ def new_forkserver() -> Iterator[None]:
     stop()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("new_forkserver")
 def test_what_goes_wrong_in_a_step_is_kept_and_not_the_next_ones(tmp_path: Path) -> None:
     running.prepare()

@@ -70,6 +70,7 @@ def test_ray_writes_what_one_process_writes(
     assert [c.digest for c in store.commits()] == [c.digest for c in image_store.commits()]
 
 
+@pytest.mark.slow
 def test_two_shards_at_once_in_each_worker_write_the_same(
     one_ray: None,
     image_store: Store,
@@ -188,6 +189,7 @@ class Elsewhere(Worker):
         return super().encode(shard)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_ray", "two_machines")
 def test_a_machine_without_the_mount_is_put_aside_and_its_shard_goes_to_another(
     image_store: Store, image_tar: Path, teacher_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -257,6 +259,7 @@ def test_a_dry_run_counts_and_writes_nothing(image_tar: Path, teacher_name: str,
     assert not (tmp_path / "i.zarr").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("new_compiler")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_teacher_gives_the_same_embeddings(
@@ -295,6 +298,7 @@ class Seeing:
         return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
+@pytest.mark.slow
 def test_what_runs_on_ray_sees_the_gpu_that_it_has_and_no_other(one_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "Worker", Seeing)
     monkeypatch.setattr(index_parts, "build_part", seen)
