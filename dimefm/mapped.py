@@ -12,6 +12,8 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -191,11 +193,14 @@ class MappedArray:
     def _path(self, shard: int) -> Path:
         return self._folder.joinpath("c", str(shard), *("0" for _ in self._row_shape))
 
-    def _open(self, shard: int) -> Any:
+    @contextmanager
+    def _open(self, shard: int) -> Iterator[Any]:
+        path = self._path(shard)
         try:
-            return self._path(shard).open("rb", buffering=0)
+            with storage.naming(str(path)), path.open("rb", buffering=0) as file:
+                yield file
         except FileNotFoundError:
-            raise StoreError(f"{self._path(shard)} is missing", remedy=DAMAGED) from None
+            raise StoreError(f"{path} is missing", remedy=DAMAGED) from None
 
     def _read_index(self, shard: int) -> _ShardIndex:
         path, chunks = self._path(shard), self._shard_rows // self._chunk_rows

@@ -97,6 +97,17 @@ def asking(path: str) -> Iterator[None]:
         raise OSError(errno.EIO, str(error), path) from error
 
 
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """For a block that reads a local file: an OSError in it names the file, as one of opening it does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = path
+        raise
+
+
 def digest_file(path: str) -> str:
     """sha256 of a file, read in pieces, as hex. Raises OSError."""
     digest = hashlib.sha256()
@@ -184,7 +195,7 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
     if size is not None and size <= 0:
         return b""
     if not is_url(path):
-        with asking(path), Path(path).open("rb") as file:
+        with naming(path), Path(path).open("rb") as file:
             if size is None:
                 file.seek(offset)
                 return file.read()

@@ -209,6 +209,14 @@ def test_a_full_disk_is_one_message_whatever_was_being_written(monkeypatch: pyte
     assert "No space left on device" in refused("info", "anything")
 
 
+def test_storage_that_fails_is_one_message_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: str) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("dimefm.info.describe", fails)
+    assert "Error: Input/output error\n  remedy: check the path" in refused("info", "anything")
+
+
 def test_a_full_gpu_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.79 GiB of which 1.05 GiB is"
 

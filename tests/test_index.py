@@ -646,3 +646,20 @@ def test_lists_are_chosen_by_what_their_best_row_may_score(tmp_path: Path) -> No
     assert recalls[1] > recalls[0] + 0.03
     every = Index(inner, store, Setting(0, 1), sidecar.spread).search_with(Setting(32, 1), queries, 10)[1]
     assert (np.sort(every, axis=1) == np.sort(expected, axis=1)).mean() > 0.99
+
+
+def test_what_it_was_built_from_is_removed_or_an_error_and_removed_by_the_next_run(
+    texts: tuple[Store, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = IndexConfig(store=texts[0].path, out=str(tmp_path / "t.index"), accept=True)
+
+    def refused(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refused)
+        with pytest.raises(PermissionError, match="build"):
+            build_index(config)
+    assert (tmp_path / "t.index" / "build").exists()
+    build_index(config)
+    assert sorted(path.name[:6] for path in (tmp_path / "t.index").iterdir()) == ["index-", "index."]

@@ -1,5 +1,6 @@
 """The store: what is written is what is read, through the library, the memory maps and plain Zarr alike."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import pytest
 import zarr
 
 from cache_schemas import EmbeddingStore, SchemaError, SourceSummary, Status
+from dimefm import storage
 from dimefm import store as store_module
 from dimefm.arrays import create_array
 from dimefm.errors import StoreError
@@ -77,6 +79,20 @@ def test_a_shard_that_is_cut_short_names_itself(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"embedding/c/1/0 is cut short"):
         Store(store.path).read(32, 64)
     np.testing.assert_array_equal(Store(store.path).read(0, 32), store.read(0, 32))
+
+
+def test_a_read_that_fails_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system raises it, by a descriptor: without a name."""
+    store, _ = random_store(tmp_path / "s.zarr", rows=64, shard_rows=32)
+
+    def fails(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(OSError, match=r"Input/output error: '.*s\.zarr/embedding/c/1/0'"):
+        store.read(32, 64)
+    with pytest.raises(OSError, match=r"Input/output error: '/proc/self/mem'"):
+        storage.read_bytes("/proc/self/mem")  # where nothing is mapped
 
 
 @pytest.mark.parametrize("left", [0, 1, 4096, -1])

@@ -67,6 +67,7 @@ class Runner:
         process = _FORKING.Process(target=_dimefm, args=(words, str(output), str(self.root / "tmp")))
         process.start()
         assert process.pid
+        self.faults.lead(process.pid)
         if kill_after is not None:
             process.join(kill_after)
             if process.exitcode is None:

@@ -31,6 +31,7 @@ struct control {
     long range;     /* which calls `at` is a number of: 0 all, WRITES, INPUTS */
     long at;        /* from 1 */
     long error;     /* errno */
+    long leader;    /* the first process of the command: those that read for it are in groups of their own */
     long counts[3]; /* calls so far: all, WRITES, INPUTS */
 };
 
@@ -73,7 +74,10 @@ static int fault(int kind, int writes) {
     long number = numbers[control->range];
     if (!number || number < control->at) return 0;
     if (number > control->at && control->action != FROM_THEN_ON) return 0;
-    if (control->action == KILL) kill(0, SIGKILL);
+    if (control->action == KILL) {
+        if (control->leader) kill((pid_t)control->leader, SIGKILL);
+        kill(0, SIGKILL);
+    }
     if (control->action == KILL || control->action == 0) return 0;
     errno = (int)control->error;
     return 1;

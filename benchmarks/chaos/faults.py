@@ -46,7 +46,7 @@ class _Block(ctypes.Structure):
     """`struct control` of faults.c."""
 
     _fields_ = [
-        *((name, ctypes.c_long) for name in ("armed", "action", "range", "at", "error")),
+        *((name, ctypes.c_long) for name in ("armed", "action", "range", "at", "error", "leader")),
         ("counts", ctypes.c_long * 3),
     ]  # fmt: skip
 
@@ -75,7 +75,12 @@ class Faults:
         if fault:
             self._block.range, self._block.at, self._block.error = fault.calls, at, fault.error
             self._block.action = fault.action
+        self._block.leader = 0
         self._block.armed = 1
+
+    def lead(self, process: int) -> None:
+        """The first process of the command: a kill is of that one too."""
+        self._block.leader = process
 
     def disarm(self) -> list[int]:
         """No fault any more; the calls since `arm`: all, those that write, those about inputs."""
