@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.chaos.faults import ERRORS, INPUTS, KILL, Fault, Faults
+from benchmarks.chaos.faults import ALL, ERRORS, KILL, Fault, Faults
 from benchmarks.chaos.jobs import JOBS, Job, facts, make_inputs
 from benchmarks.measure import machine, table
 
@@ -26,6 +26,8 @@ _LIBRARIES = [
     "dimefm.evaluation.suite", "pipeline.plan", "pipeline.verify", "pipeline.importing",
 ]  # fmt: skip
 _LONGEST = 300.0  # seconds of a command that hangs
+_SAME = "the same"
+_MESSAGE = re.compile(r"^Error: .+", re.M)
 
 
 @dataclass
@@ -36,6 +38,32 @@ class Result:
     text: str
     calls: list[int]
     seconds: float
+
+
+@dataclass(frozen=True)
+class Usual:
+    """A job undisturbed: the digests of what it writes, by file, the calls that it makes, and its seconds."""
+
+    facts: dict[str, str]
+    calls: list[int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Strike:
+    """What happens to a job: `fault` at call number `at`, or where `after` is given a kill after so many seconds."""
+
+    fault: Fault
+    at: int
+    after: float | None
+
+    @property
+    def name(self) -> str:
+        return self.fault.name if self.after is None else "a process killed"
+
+    @property
+    def moment(self) -> str:
+        return f"call {self.at}" if self.after is None else f"{self.after:.2f} s"
 
 
 class Runner:
@@ -54,33 +82,32 @@ class Runner:
         for name in self.faults.environment:
             del os.environ[name]
 
-    def run(
-        self, job: Job, out: Path, fault: Fault | None = None, at: int = 0, kill_after: float | None = None
-    ) -> Result:
-        """The job with its results below `out`. With a fault, or one of its processes killed after some seconds."""
+    def run(self, job: Job, out: Path, strike: Strike | None = None) -> Result:
+        """The job, with its results below `out`, and what strikes it."""
         out.mkdir(exist_ok=True)
         places = {"in": self.root / "inputs", "ref": self.root / "undisturbed", "out": out}
         words = [word.format(**places) for word in job.words.split()]
         output = self.folder / "output.txt"
-        self.faults.arm(fault, at)
+        by_call = strike if strike and strike.after is None else None
+        self.faults.arm(by_call and by_call.fault, by_call.at if by_call else 0)
         began = time.monotonic()
         process = _FORKING.Process(target=_dimefm, args=(words, str(output), str(self.root / "tmp")))
         process.start()
         assert process.pid
         self.faults.lead(process.pid)
-        if kill_after is not None:
-            process.join(kill_after)
+        if strike and strike.after is not None:
+            process.join(strike.after)
             if process.exitcode is None:
                 with suppress(ProcessLookupError):
                     os.kill(random.choice(_group(process.pid)), signal.SIGKILL)
         process.join(_LONGEST)
-        code = process.exitcode
+        code, seconds = process.exitcode, time.monotonic() - began
         calls = self.faults.disarm()
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.join()
         _await_ray()
-        return Result(code, output.read_text(errors="replace"), calls, time.monotonic() - began)
+        return Result(code, output.read_text(errors="replace"), calls, seconds)
 
 
 def _dimefm(words: list[str], output: str, temporary: str) -> None:
@@ -110,24 +137,24 @@ def _group(leader: int) -> list[int]:
 
 
 def _await_ray() -> None:
-    """Until Ray's processes of a killed command are gone; they notice it themselves."""
+    """Until the workers of a killed command's Ray are gone; they notice it themselves."""
     for _ in range(600):
         titles = []
         for entry in Path("/proc").iterdir():
             with suppress(OSError):
                 titles.append((entry / "cmdline").read_bytes() if entry.name.isdigit() else b"")
-        if not any(b"faults.so" in title or title.startswith(b"ray::Worker") for title in titles):
+        if not any(title.startswith(b"ray::") for title in titles):
             return
         time.sleep(0.1)
 
 
 def judge(first: Result, again: Result | None, same: bool) -> str:
-    """What became of a command that was struck and then run again: "the same" or what is wrong."""
+    """What became of a command that was struck, and run `again` if it failed; whether the result is the `same`."""
     if first.code is None:
         return "HANGS"
     if first.code > 0 and "Traceback" in first.text:
         return "NO CLEAR ERROR"
-    if first.code == 1 and not re.search(r"^Error: .+", first.text, re.M):
+    if first.code == 1 and not _MESSAGE.search(first.text):
         return "NO CLEAR ERROR"
     if first.code == 0 and not same and again is None:
         return "WRONG RESULT, and exit code 0"
@@ -135,7 +162,7 @@ def judge(first: Result, again: Result | None, same: bool) -> str:
         return "HANGS when run again"
     if again and again.code:
         return "REFUSED when run again" if "Traceback" not in again.text else "NO CLEAR ERROR when run again"
-    return "the same" if same else "WRONG RESULT when run again"
+    return _SAME if same else "WRONG RESULT when run again"
 
 
 @click.command()
@@ -157,62 +184,71 @@ def chaos(rounds: int, seed: int, only: str | None, one: int | None) -> None:
 
 
 def _rounds(runner: Runner, rounds: int, seed: int, only: str | None, one: int | None) -> bool:
-    reference = runner.root / "undisturbed"
+    """Whether anything went wrong."""
     make_inputs(runner.root / "inputs")
-    expected, usual = {}, {}
-    for job in JOBS:
-        undisturbed = runner.run(job, reference)
-        again = runner.run(job, runner.root / "again")
-        if undisturbed.code or again.code:
-            raise click.ClickException(f"{job.name} fails undisturbed:\n{undisturbed.text}\n{again.text}")
-        expected[job.name], usual[job.name] = facts(reference / job.out), undisturbed
-        difference = _difference(expected[job.name], facts(runner.root / "again" / job.out))
-        if difference:
-            raise click.ClickException(f"{job.name} gives other bytes at each run: {difference}")
-        shutil.rmtree(runner.root / "again")
-        click.echo(f"{job.name}: {undisturbed.seconds:.1f} s, {undisturbed.calls[0]:,} calls", err=True)
-    inputs = facts(runner.root / "inputs")
-    found: dict[str, collections.Counter[str]] = {}
-    wrong = False
+    usual = {job.name: _undisturbed(runner, job) for job in JOBS}
+    inputs, found = facts(runner.root / "inputs"), dict[tuple[str, str], collections.Counter[str]]()
     for number in range(2 * rounds):
         rng = random.Random(f"{seed}/{number}")
         job = rng.choices(JOBS, [job.share for job in JOBS])[0]
-        fault = KILL if number % 2 == 0 else rng.choice(ERRORS)
-        after = rng.uniform(0, usual[job.name].seconds) if number % 4 == 0 else None
-        if fault.calls == INPUTS and not usual[job.name].calls[INPUTS]:
-            fault = ERRORS[0]
-        at = rng.randint(1, max(1, usual[job.name].calls[fault.calls]))
+        strike = _choose(rng, number, usual[job.name])
         if (only and job.name != only) or (one is not None and number != one):
             continue
-        out = runner.root / "round"
-        what = fault.name if after is None else "a process killed"
-        when = f"call {at}" if after is None else f"{after:.2f} s"
-        struck = runner.run(job, out, None if after is not None else fault, at, after)
-        same = struck.code == 0 and not _difference(expected[job.name], facts(out / job.out))
-        again = None
-        if struck.code != 0:
-            again = runner.run(job, out)
-            difference = _difference(expected[job.name], facts(out / job.out)) if again.code == 0 else ""
-            same = again.code == 0 and not difference
-        verdict = judge(struck, again, same)
-        left = _hidden(out)
-        if left and verdict == "the same":
-            verdict = "LEFTOVERS"
-        found.setdefault(f"{job.name} | {what}", collections.Counter())[verdict] += 1
-        message = (re.findall(r"^Error: .+", struck.text, re.M) or [""])[0]
-        click.echo(f"{number} {job.name}: {what}, {when}: exit code {struck.code}, {verdict} {message}", err=True)
-        if verdict != "the same" or one is not None:
-            wrong = wrong or verdict != "the same"
-            click.echo(f"{struck.text}\n-- again:\n{again.text if again else ''}\n-- {left} "
-                       f"{_difference(expected[job.name], facts(out / job.out))}", err=True)  # fmt: skip
-        shutil.rmtree(out)
-    if facts(runner.root / "inputs") != inputs or any(facts(reference / job.out) != expected[job.name] for job in JOBS):
+        verdict = _round(runner, number, job, strike, usual[job.name].facts, show=one is not None)
+        found.setdefault((job.name, strike.name), collections.Counter())[verdict] += 1
+    written = ((usual[job.name].facts, facts(runner.root / "undisturbed" / job.out)) for job in JOBS)
+    if facts(runner.root / "inputs") != inputs or any(before != now for before, now in written):
         raise click.ClickException("an input was changed")
-    rows = [(*name.split(" | "), str(sum(c.values())), ", ".join(f"{v}: {n}" for v, n in c.items()))
-            for name, c in sorted(found.items())]  # fmt: skip
+    rows = [
+        (*name, str(counts.total()), ", ".join(f"{verdict}: {count}" for verdict, count in counts.items()))
+        for name, counts in sorted(found.items())
+    ]
     click.echo(table(("command", "struck by", "times", "and run again"), rows))
     click.echo(f"\n{machine()}, seed {seed}")
-    return wrong
+    return any(set(counts) != {_SAME} for counts in found.values())
+
+
+def _undisturbed(runner: Runner, job: Job) -> Usual:
+    """The job run twice, which must give the same bytes; the first result is what later jobs read."""
+    first = runner.run(job, runner.root / "undisturbed")
+    again = runner.run(job, runner.root / "again")
+    if first.code or again.code:
+        raise click.ClickException(f"{job.name} fails undisturbed:\n{first.text}\n{again.text}")
+    found = facts(runner.root / "undisturbed" / job.out)
+    if difference := _difference(found, facts(runner.root / "again" / job.out)):
+        raise click.ClickException(f"{job.name} gives other bytes at each run: {difference}")
+    shutil.rmtree(runner.root / "again")
+    click.echo(f"{job.name}: {first.seconds:.1f} s, {first.calls[ALL]:,} calls", err=True)
+    return Usual(found, first.calls, first.seconds)
+
+
+def _choose(rng: random.Random, number: int, usual: Usual) -> Strike:
+    """Kills and faults in turn; of kills each second one by the clock."""
+    fault = KILL if number % 2 == 0 else rng.choice(ERRORS)
+    after = rng.uniform(0, usual.seconds) if number % 4 == 0 else None
+    if not usual.calls[fault.calls]:  # a job without inputs of its own
+        fault = ERRORS[0]
+    return Strike(fault, rng.randint(1, usual.calls[fault.calls]), after)
+
+
+def _round(runner: Runner, number: int, job: Job, strike: Strike, expected: dict[str, str], *, show: bool) -> str:
+    """Strike the job, run it again if it failed, and say what became of it."""
+    out = runner.root / "round"
+    struck, again = runner.run(job, out, strike), None
+    if struck.code != 0:
+        again = runner.run(job, out)
+    difference = _difference(expected, facts(out / job.out)) if (again or struck).code == 0 else ""
+    verdict = judge(struck, again, same=not difference)
+    left = _hidden(out)
+    if left and verdict == _SAME:
+        verdict = "LEFTOVERS"
+    message = (_MESSAGE.findall(struck.text) or [""])[0]
+    what = f"{number} {job.name}: {strike.name}, {strike.moment}: exit code {struck.code}, {verdict} {message}"
+    click.echo(what, err=True)
+    if show or verdict != _SAME:
+        click.echo(f"{struck.text}\n-- again:\n{again.text if again else ''}\n-- {left} {difference}", err=True)
+    shutil.rmtree(out)
+    return verdict
 
 
 def _difference(expected: dict[str, str], found: dict[str, str]) -> str:
