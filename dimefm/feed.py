@@ -79,7 +79,7 @@ def note_distance(images: Store, texts: Store, bank: TextBank | None) -> list[st
             f"{amount(size)} on a local disk they are mixed better"
         )
     if bank and bank.place == "disk" and is_url(texts.path):
-        size = texts.schema.rows * texts.schema.dim * 2
+        size = texts.schema.rows * texts.schema.dim * texts.schema.item_bytes
         notes.append(
             f"{texts.path} does not fit into memory: each sentence of a step is a request over the network, some "
             f"{REQUESTS_A_SECOND} a second for each core that reads: copy it ({amount(size)}) to a local disk"
