@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ CONNECTIONS = 32
 """Requests to an object store at a time: at the 90 MB/s or so of one connection they fill 25 Gb/s."""
 
 _UNFINISHED = ".unfinished"
+_PARTIAL = re.compile(r".*\.[0-9a-f]{32}\.partial")  # as zarr-python calls what it is writing
 _NUMBERS = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
 _BLOCK = 8 * 1024**2
 _CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google")
@@ -391,7 +393,8 @@ def json_bytes(value: object) -> bytes:
 
 
 def listing(path: str) -> list[str]:
-    """Names of the files in a folder, sorted; empty where there is no such folder. Leaves out hidden files.
+    """Names of the files in a folder, sorted; empty where there is no such folder. Leaves out hidden files, and
+    what zarr-python has not finished.
 
     Raises OSError where that cannot be known.
     """
@@ -404,7 +407,7 @@ def listing(path: str) -> list[str]:
                 names = [name.rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(name for name in names if not name.startswith("."))
+    return sorted(name for name in names if not name.startswith(".") and not _PARTIAL.fullmatch(name))
 
 
 @contextmanager

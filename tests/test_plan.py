@@ -15,6 +15,7 @@ from cache_schemas import TeacherIdentity
 from dimefm.clip import Clip
 from dimefm.errors import MismatchError, OutputExistsError, SourceError
 from dimefm.store import Store
+from pipeline.existing import require_no_stranger
 from pipeline.plan import PlanRequest, choose_shard_rows, forecast, open_or_plan
 from tests.making import make_jpeg, write_tar
 
@@ -245,6 +246,16 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(
         open_or_plan(of_images(tars), str(tmp_path / "thesis"), teacher)
     assert caught.value.remedy
     assert list(all_files(tmp_path / "thesis")) == ["chapter-1.tex"]
+
+
+def test_what_zarr_left_unfinished_is_no_stranger(tmp_path: Path) -> None:
+    out = tmp_path / "s.zarr"
+    out.mkdir()
+    (out / f"zarr.{'0f' * 16}.partial").write_bytes(b"{")  # as a disk that was full leaves it
+    require_no_stranger(str(out))
+    (out / "chapter.partial").touch()
+    with pytest.raises(OutputExistsError, match=r"'chapter\.partial'"):
+        require_no_stranger(str(out))
 
 
 def test_a_file_at_the_output_is_refused_and_left_alone(tars: Path, tmp_path: Path, teacher: TeacherIdentity) -> None:
