@@ -68,7 +68,9 @@ def write_commit(store: str, commit: Commit) -> Commit:
 
 
 def remove_commit(store: str, shard: int) -> None:
-    """Remove the commit of a shard that is to be written again."""
+    """Remove the commit of a shard that is to be written again. Raises OSError, and StoreError as `write_commit` does:
+    under another's lease the commit is the other's."""
+    require_held(store)
     for path in (commit_path(shard), failures_path(shard)):
         storage.remove_file(storage.join(store, path))
 

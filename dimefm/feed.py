@@ -6,7 +6,6 @@ connections with whatever CUDA and NCCL have begun by then.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from functools import partial
 from itertools import repeat
 from typing import Literal
 
-import numpy as np
 import torch
 
 from cache_schemas.plan import FILES_TABLE
@@ -25,6 +23,7 @@ from dimefm.distributed import Place
 from dimefm.errors import TrainingError
 from dimefm.machine_settings import loaders
 from dimefm.order import Order
+from dimefm.pairs import Pairs
 from dimefm.progress import amount
 from dimefm.run import Inputs, choose_order, open_inputs
 from dimefm.sources.parquet import BLOCK_BYTES, KEPT_BYTES, SUFFIX
@@ -62,21 +61,27 @@ class Feed:
     batches: Iterator[Pair]
 
 
-def note_distance(images: Store, texts: Store, bank: TextBank | None) -> list[str]:
+def note_distance(inputs: Inputs, bank: TextBank | None, order: Literal["chunks", "blocks"]) -> list[str]:
     """What to know of what is read over the network at every step of a run: what it costs, and the remedy. Embeddings
-    are not: all of a small store is kept, and of a large one the chunks that a window of rows is drawn from."""
-    schema, notes = images.schema, list[str]()
+    cost little: all of a small store is kept, and of a large one the chunks that a window of rows is drawn from."""
+    images, texts, schema, notes = inputs.images, inputs.texts, inputs.images.schema, list[str]()
     if is_url(images.path) if schema.pixels else any(map(is_url, schema.source.arguments)):
         what = f"a copy of {images.path} on a local disk" if schema.pixels else "--pixels in a store on a local disk"
         notes.append(
             f"each image is a request over the network, and a core that reads does some {REQUESTS_A_SECOND} of those a "
             f"second: faster with {what}"
         )
-    if images.by_chunks:
-        size = sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in schema.arrays().values())
+    stores: list[Store | Pairs] = [images, *([inputs.pairs] if inputs.pairs else [])]
+    far = [store.path for store in stores if store.by_chunks] or ([texts.path] if texts.by_chunks else [])
+    if order == "chunks" and far:
         notes.append(
-            f"rows of {images.path} are drawn from whole chunks of neighbours, since it is at a URL: of a copy of its "
-            f"{amount(size)} on a local disk they are mixed better"
+            f"rows are drawn from whole chunks of neighbours, since {' and '.join(far)} is at a URL: of a copy on a "
+            "local disk they are mixed better"
+        )
+    elif images.by_chunks:
+        notes.append(
+            f"rows are drawn from all over {images.path}, as when the run began, and each is a request over the "
+            "network: copy it to a local disk"
         )
     if bank and bank.place == "disk" and is_url(texts.path):
         size = texts.schema.rows * texts.schema.dim * texts.schema.item_bytes

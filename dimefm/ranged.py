@@ -83,8 +83,10 @@ class RangedArray:
         if rows_N.min() < 0 or rows_N.max() >= self._rows:
             raise IndexError(f"rows must lie in [0, {self._rows}), found {rows_N.min()} to {rows_N.max()}")
         chunk_N, within_N = np.divmod(rows_N, self._chunk_rows)
+        with self._lock:
+            kept = list(self._kept)
         chunks, place_N, counts = np.unique(chunk_N, return_inverse=True, return_counts=True)
-        whole = self._always_whole | (counts >= _MANY) | np.isin(chunks, list(self._kept))
+        whole = self._always_whole | (counts >= _MANY) | np.isin(chunks, kept)
         wanted = chunks[whole].tolist()
         order_N = np.argsort(chunk_N, kind="stable")
         for chunk, data in self._chunks(wanted, keep=set(wanted)):
@@ -170,7 +172,11 @@ class RangedArray:
         return found
 
     def _offset(self, chunk: int) -> int:
-        offset = self._indices[chunk // self._in_shard][chunk % self._in_shard]
+        shard, number = divmod(chunk, self._in_shard)
+        index = self._indices.get(shard)
+        if index is None:  # another thread has written a shard in the meantime, and let all be read anew
+            index = self._indices[shard] = self._read_index(shard)
+        offset = index[number]
         if offset == _ABSENT:
             raise StoreError(f"{self._where(chunk)} was never written", remedy=DAMAGED)
         return int(offset)

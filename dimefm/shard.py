@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from cache_schemas import Commit, EmbeddingStore, Failure, Status
-from cache_schemas.embedding_store import EMBEDDING, PIXEL_INDEX, STATUS, VIEW, commit_path, pixels_path
+from cache_schemas.embedding_store import EMBEDDING, PIXEL_INDEX, STATUS, VIEW, pixels_path
 from dimefm import storage
 from dimefm.arrays import DAMAGED, digest_arrays
 from dimefm.clip import Clip, token_counts
+from dimefm.commits import remove_commit
 from dimefm.crashes import without_crashes
 from dimefm.decode import DecodeError
 from dimefm.errors import MismatchError, StoreError, UnreadableError
@@ -277,7 +278,7 @@ def _tar(store: Store, shard: int) -> Iterator[PixelTar]:
     """The shard's tar to write. The commit of one that was there before goes first: it names places in the old tar."""
     with pixel_tar(storage.join(store.path, pixels_path(shard))) as tar:
         yield tar
-        storage.remove_file(storage.join(store.path, commit_path(shard)))
+        remove_commit(store.path, shard)
 
 
 def _merge(store: Store, shard: int, data: ShardData, failed_N: np.ndarray[Any, Any], spool: Any) -> str:

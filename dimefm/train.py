@@ -68,7 +68,7 @@ def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
     with lock, feeding(config, place) as feed, reader_died():
         join_group(config.device)  # from here on nothing is forked
         config, notes = decide(config, place, allow_changes)
-        notes += note_distance(feed.inputs.images, feed.inputs.texts, feed.bank)
+        notes += note_distance(feed.inputs, feed.bank, feed.order)
         with _threads(config.threads):
             result = _Trainer(config, place, feed, allow_changes).run(notes)
     leave_group(place)

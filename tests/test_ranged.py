@@ -196,3 +196,17 @@ def test_what_was_kept_is_forgotten_when_a_shard_is_written_again(folder: Path, 
     np.testing.assert_array_equal(fetched.read(0, 10), before)
     fetched.forget()
     assert (fetched.read(0, 10) == 1).all()
+
+
+def test_it_is_forgotten_by_one_thread_while_another_reads(
+    folder: Path, there: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, fetched = open_both(folder, there)
+    runs = RangedArray._runs
+
+    def forgetting(self: RangedArray, chunks: list[int]) -> list[list[int]]:
+        self.forget()
+        return runs(self, chunks)
+
+    monkeypatch.setattr(RangedArray, "_runs", forgetting)
+    np.testing.assert_array_equal(fetched.gather(np.arange(8)), local.gather(np.arange(8)))

@@ -24,6 +24,7 @@ from dimefm.loading import Loader
 from dimefm.lock import writing
 from dimefm.order import Order
 from dimefm.progress import amount
+from dimefm.run import Inputs
 from dimefm.shard import encode_shard
 from dimefm.store import Store
 from dimefm.textbank import TextBank, TextMix
@@ -279,19 +280,23 @@ def test_what_is_read_over_the_network_is_said_with_a_remedy(
     s3: str, images: str, prepared: str, local: dict[str, Store], text_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = local["plain"], Store(prepared)
-    assert note_distance(here, text_store, None) == []
-    (image,) = note_distance(there, text_store, None)
+    assert note_distance(Inputs(here, text_store, None, None), None, "blocks") == []
+    (image,) = note_distance(Inputs(there, text_store, None, None), None, "blocks")
     assert image == (
         "each image is a request over the network, and a core that reads does some 500 of those a second: "
         f"faster with a copy of {prepared} on a local disk"
     )
     monkeypatch.setattr("dimefm.ranged.KEPT_BYTES", 1000)
-    _, order = note_distance(Store(prepared), text_store, None)
-    assert order.startswith(f"rows of {prepared} are drawn from whole chunks of neighbours, since it is at a URL: ")
+    far = Inputs(Store(prepared), text_store, None, None)
+    _, order = note_distance(far, None, "chunks")
+    assert order.startswith(f"rows are drawn from whole chunks of neighbours, since {prepared} is at a URL: ")
+    _, order = note_distance(far, None, "blocks")  # of a run that began over a local copy
+    assert order.startswith(f"rows are drawn from all over {prepared}, as when the run began, and each is a request ")
     monkeypatch.setattr("dimefm.textbank._room_in_memory", lambda: 0)
     texts = Store(upload(Path(text_store.path), f"{s3}/texts.zarr"))
     bank = TextBank(texts, TextMix(), None, seed=0, total=4)
-    assert f"copy it ({amount(texts.schema.rows * texts.schema.dim * 2)})" in note_distance(here, texts, bank)[0]
+    (sentences,) = note_distance(Inputs(here, texts, None, None), bank, "blocks")
+    assert f"copy it ({amount(texts.schema.rows * texts.schema.dim * 2)})" in sentences
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
