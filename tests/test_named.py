@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +25,8 @@ from dimefm.building import IndexConfig, build_index
 from dimefm.clip import Clip
 from dimefm.data import Augmentation, Request, TrainingImages
 from dimefm.errors import SourceError, StoreError, TrainingError
+from dimefm.evaluation.config import EvaluationConfig
+from dimefm.evaluation.suite import evaluate
 from dimefm.index import Index
 from dimefm.info import describe
 from dimefm.loading import read_image
@@ -33,10 +37,12 @@ from dimefm.selection import SelectionConfig, select_texts
 from dimefm.shard import encode_shard
 from dimefm.sources.reading import read_planned
 from dimefm.store import Store
+from dimefm.train import train
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.worker import Job, Worker
-from tests.making import make_jpeg, upload
+from tests.making import make_jpeg, upload, write_tar
 from tests.stores import random_store
+from tests.training import tiny_config
 
 CHAINS = ["dir::spy://x", "simplecache::spy://x/t.zarr", "reference://::spy://x/t.zarr", "s3://bucket/a::spy://x"]
 
@@ -193,6 +199,24 @@ def test_what_the_user_types_may_be_planned_and_read_again(
     assert worker.encode(0).counts == {"OK": 1}
     assert torch.get_num_threads() == 1
     assert Store(store.path).committed() == {0}
+
+
+def test_a_set_that_the_user_types_is_evaluated(
+    tmp_path: Path, teacher_name: str, image_store: Store, text_store: Store, prompt_store: Store, cifar10: str
+) -> None:
+    members = {f"{key}.{end}": value for key in "ab" for end, value in (("jpg", make_jpeg()), ("cls", b"1"))}
+    write_tar(tmp_path / "sets/cifar10/test-0.tar", members)
+    for name in ("classnames.txt", "templates.txt"):
+        shutil.copy(f"{cifar10}/{name}", tmp_path / "sets/cifar10")
+    url = upload(tmp_path / "sets", "spy://sets")
+    config = EvaluationConfig(model=teacher_name, device="cpu", out=str(tmp_path / "out"), threads=1)
+    for words in ({"folders": (f"{url}/cifar10",)}, {"data": url, "sets": ("cifar10",)}):
+        done = evaluate(replace(config, name="-".join(words), **words))
+        assert not done.failed
+        assert done.results[0].images == 2
+    words = {"val": (f"{url}/cifar10",), "val_texts": prompt_store.path, "max_steps": 1}
+    train(tiny_config(image_store, text_store, tmp_path / "run", **words))
+    assert VARIABLE not in os.environ
 
 
 @pytest.mark.parametrize("source", CHAINS)
