@@ -10,11 +10,12 @@ import fsspec
 import numpy as np
 import pytest
 import s3fs
-from botocore.exceptions import EndpointConnectionError
+from botocore.exceptions import EndpointConnectionError, NoCredentialsError
 from click.testing import CliRunner
 
 from cache_schemas import SchemaError, ViewPlan
 from dimefm import storage
+from dimefm.arrays import array_of, open_group
 from dimefm.cli import cli
 from dimefm.clip import Clip
 from dimefm.data import Augmentation, Batch, Requests, TrainingImages
@@ -23,7 +24,9 @@ from dimefm.feed import note_distance
 from dimefm.loading import Loader
 from dimefm.lock import writing
 from dimefm.order import Order
+from dimefm.pairs import Pairs
 from dimefm.progress import amount
+from dimefm.retrieval import retrieve_stores
 from dimefm.shard import encode_shard
 from dimefm.store import Store
 from dimefm.textbank import TextBank, TextMix
@@ -200,6 +203,40 @@ def test_a_store_that_cannot_be_reached_is_one_message(s3: str, tar: Path, clip:
         raise NotImplementedError
     with pytest.raises(NotImplementedError), storage.writing_to("/a"):
         raise NotImplementedError
+
+
+def test_a_store_that_cannot_be_read_is_one_message(s3: str, tmp_path: Path) -> None:
+    """Whoever reads it, zarr too, and whatever its client raises, from the first or a later request on."""
+    images, _ = random_store(tmp_path / "in" / "i.zarr", rows=8, shard_rows=8)
+    texts, _ = random_store(tmp_path / "in" / "t.zarr", rows=8, shard_rows=8, kind="text", seed=1)
+    retrieve_stores(images.path, texts.path, index=None, top_k=2, out=str(tmp_path / "in" / "p.zarr"), device="cpu")
+    url = upload(tmp_path / "in", s3)
+    store, pairs, group = Store(f"{url}/i.zarr"), Pairs(f"{url}/p.zarr"), open_group(f"{url}/i.zarr")
+    out = str(tmp_path / "out")
+    words = [["verify", f"{url}/i.zarr"], ["build-index", f"{url}/i.zarr", "--out", out]]
+    words += [["retrieve", f"{url}/i.zarr", "--texts", f"{url}/t.zarr", "--out", out]]
+    words += [["select-texts", f"{url}/p.zarr", "--out", out]]
+    words += [["train-student", "--images", f"{url}/i.zarr", "--texts", f"{url}/t.zarr", "--out", out]]
+    with pytest.MonkeyPatch.context() as patch:
+
+        async def refuse(self: Any, method: str, *words: Any, **options: Any) -> Any:
+            raise error
+
+        patch.setattr(s3fs.S3FileSystem, "_call_s3", refuse)
+        for error in (EndpointConnectionError(endpoint_url="http://127.0.0.1:9"), NoCredentialsError()):
+            said = str(error)
+            for command in words:
+                result = CliRunner().invoke(cli, command)
+                assert result.exit_code == 1
+                assert result.output.startswith(f"Error: {url}/")
+                assert f"{said}\n  remedy: " in result.output
+            for read in (
+                lambda: store.shard_arrays(0), pairs.hits, lambda: array_of(group, store.path, "status"),
+                lambda: open_group(f"{url}/p.zarr"),
+            ):  # fmt: skip
+                with pytest.raises(OSError, match=said.split("http")[0]) as caught:
+                    read()
+                assert str(caught.value.filename).startswith(url)
 
 
 def test_files_that_are_written_at_the_same_time_are_all_there(s3: str) -> None:
