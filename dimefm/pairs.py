@@ -246,6 +246,8 @@ def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> 
         part = slice(at, at + search.batch)
         scores, rows = search.search(embedding_ND[part], pairs.schema.top_k)
         row_NK[good_N[part]], score_NK[good_N[part]] = rows, np.where(rows >= 0, scores, np.nan)
+    # What is read of the images is read before: an error of that is none of writing.
+    failures, images_digest = _without_embedding(images, shard, status_N), images.contents.shards[str(shard)]
     with storage.writing_to(pairs.path):
         remove_commit(pairs.path, shard)  # of one that is done again
         for name, values in ((TEXT_ROW, row_NK), (SCORE, score_NK)):
@@ -257,11 +259,11 @@ def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> 
             shard,
             start,
             status_N,
-            _without_embedding(images, shard, status_N),
+            failures,
             digest=digest_arrays(row_NK, score_NK),
             device=search.device,
             seconds=time.monotonic() - began,
-            images=images.contents.shards[str(shard)],
+            images=images_digest,
         )
         write_commit(pairs.path, commit)
 

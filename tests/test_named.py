@@ -35,6 +35,7 @@ from dimefm.retrieval import retrieve_stores
 from dimefm.search import search
 from dimefm.selection import SelectionConfig, select_texts
 from dimefm.shard import encode_shard
+from dimefm.sources.files import expand
 from dimefm.sources.reading import read_planned
 from dimefm.store import Store
 from dimefm.train import train
@@ -164,6 +165,15 @@ def test_a_plan_does_not_lead_into_a_pipe_or_a_device(tmp_path: Path) -> None:
 def test_a_local_name_with_colons_is_a_local_file(tmp_path: Path) -> None:
     (tmp_path / "dir::a.jpg").write_bytes(b"12345")
     assert read_planned(str(tmp_path / "dir::a.jpg"), 1, 3) == b"234"
+
+
+def test_stores_and_globs_may_have_local_names_with_colons(tmp_path: Path) -> None:
+    random_store(tmp_path / "i::i.zarr", rows=8, shard_rows=8)
+    random_store(tmp_path / "t::t.zarr", rows=8, shard_rows=8, kind="text", seed=1)
+    images, texts, out = (str(tmp_path / f"{name}.zarr") for name in ("i::i", "t::t", "p::p"))
+    retrieve_stores(images, texts, index=None, top_k=2, out=out, device="cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["i::i.zarr", "p::p.zarr", "t::t.zarr"]
+    assert [place.path for place in expand(f"{tmp_path}/t::*")] == [texts]
 
 
 def test_training_does_not_follow_a_plan(tmp_path: Path, spy: type[Spy]) -> None:

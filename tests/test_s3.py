@@ -19,7 +19,7 @@ from dimefm.arrays import array_of, open_group
 from dimefm.cli import cli
 from dimefm.clip import Clip
 from dimefm.data import Augmentation, Batch, Requests, TrainingImages
-from dimefm.errors import DimefmError, StoreError
+from dimefm.errors import DimefmError, SourceError, StoreError
 from dimefm.feed import note_distance
 from dimefm.loading import Loader
 from dimefm.lock import writing
@@ -28,9 +28,11 @@ from dimefm.pairs import Pairs
 from dimefm.progress import amount
 from dimefm.retrieval import retrieve_stores
 from dimefm.shard import encode_shard
+from dimefm.sources import open_image_source
 from dimefm.store import Store
 from dimefm.textbank import TextBank, TextMix
 from dimefm.train import train
+from pipeline.existing import require_no_stranger
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.verify import VerifyConfig, verify
 from tests.making import read_tar, upload, write_tar
@@ -237,6 +239,21 @@ def test_a_store_that_cannot_be_read_is_one_message(s3: str, tmp_path: Path) -> 
                 with pytest.raises(OSError, match=said.split("http")[0]) as caught:
                     read()
                 assert str(caught.value.filename).startswith(url)
+
+
+@pytest.mark.parametrize("name", ["in", "in/*"])
+def test_a_key_that_would_be_a_chained_url_is_not_planned(s3: str, name: str) -> None:
+    for key in ("a::b.jpg", "c.jpg"):
+        s3fs.S3FileSystem().pipe_file(f"{s3}/in/{key}", b"0")
+    with pytest.raises(SourceError, match=rf"{s3}/in/a::b\.jpg has :: in its name.*\n  remedy: rename it"):
+        open_image_source([f"{s3}/{name}"])
+
+
+def test_the_mark_of_a_folder_is_no_stranger(s3: str) -> None:
+    fs, inner = fsspec.url_to_fs(s3)
+    fs.call_s3("put_object", Bucket=inner, Key="m.zarr/", Body=b"")
+    assert storage.listing(f"{s3}/m.zarr") == []
+    require_no_stranger(f"{s3}/m.zarr")
 
 
 def test_files_that_are_written_at_the_same_time_are_all_there(s3: str) -> None:
