@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,38 @@ DAMAGED = "dimefm verify STORE --repair marks damaged shards; then run the comma
 
 
 def open_group(path: str) -> zarr.Group:
-    """The Zarr group at `path`, for reading and writing. Raises StoreError where there is none."""
+    """The Zarr group at `path`, for reading and writing. Raises StoreError where there is none, OSError where the
+    storage does not answer."""
+    if storage.is_url(path):
+        storage.exists(storage.join(path, "zarr.json"))  # zarr asks for several files at once, and all would complain
     try:
-        # A local path as Path: in a string, zarr takes :: for a chain of file systems.
-        return zarr.open_group(path if storage.is_url(path) else Path(path), mode="r+")
+        with reading_zarr(path):
+            return zarr.open_group(zarr_place(path), mode="r+")
     except (FileNotFoundError, zarr.errors.GroupNotFoundError):
         pass
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # what zarr makes of a damaged one
         raise StoreError(f"{path}/zarr.json is damaged: {error}", remedy="write the store again") from None
     remedy = "check the path" if not storage.exists(path) else "it is unfinished or something else; cache again"
     raise StoreError(f"{path} is not a dimefm store", remedy=remedy)
+
+
+def zarr_place(path: str) -> str | Path:
+    """What zarr takes for `path`: a local one as Path, for in a string it takes :: for a chain of file systems."""
+    return path if storage.is_url(path) else Path(path)
+
+
+@contextmanager
+def reading_zarr(path: str) -> Iterator[None]:
+    """For a block in which zarr reads what is at `path`: what the client of an object store raises of its own becomes
+    an OSError, and each OSError names a file. What zarr makes of damage stays: errors of Python's own kinds."""
+    try:
+        with storage.naming(path):
+            yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError):
+        raise
+    except Exception as error:
+        with storage.asking(path):
+            raise error
 
 
 def group_attributes(group: zarr.Group, path: str) -> Any:
@@ -84,13 +107,20 @@ def write_rows(path: str, file: str, array: Any, start: int, values: np.ndarray[
     storage.flush(place)
 
 
-def open_array(group: zarr.Group, name: str, spec: ArraySpec) -> Any:
-    """The array, ready to be written with chunks of fill values too: an absent chunk is then always a loss."""
-    where = f"{group.store_path}/{name}"
+def array_of(group: zarr.Group, path: str, name: str) -> Any:
+    """The array `name` of the group at `path`. Raises StoreError where it is missing or damaged, OSError where the
+    storage does not answer."""
+    where = storage.join(path, name)
     try:
-        array: Any = group[name]
+        with reading_zarr(where):
+            return group[name]
     except (KeyError, ValueError, TypeError) as error:
-        raise StoreError(f"{where} cannot be opened: {error}", remedy="it is damaged; cache again") from None
+        raise StoreError(f"{where} cannot be opened: {error}", remedy="it is damaged; write the store again") from None
+
+
+def open_array(group: zarr.Group, path: str, name: str, spec: ArraySpec) -> Any:
+    """`array_of`, ready to be written with chunks of fill values too: an absent chunk is then always a loss."""
+    where, array = storage.join(path, name), array_of(group, path, name)
     shape, dtype, chunks = array.shape, str(array.dtype), array.chunks
     expected = spec.shape, spec.dtype, (spec.chunk_rows, *spec.shape[1:])
     if (shape, dtype, chunks) != expected:

@@ -25,6 +25,7 @@ import torch
 from cache_schemas import EmbeddingStore
 from dimefm import storage
 from dimefm.decode import DecodeError
+from dimefm.errors import DimefmError, StoreError
 from dimefm.gpu_decode import open_loader
 from dimefm.loading import CRASH
 
@@ -45,8 +46,11 @@ def running(store: str) -> Iterator[bool]:
         storage.write_atomic(path, b"")
     try:
         yield died
-    finally:
-        storage.remove_file(path)
+    except BaseException:
+        with suppress(OSError, StoreError):  # what ended the run is what is told
+            storage.remove_file(path)
+        raise
+    storage.remove_file(path)
 
 
 def without_crashes(rows: Rows, schema: EmbeddingStore, device: torch.device, threads: int) -> Rows:
@@ -102,7 +106,9 @@ def _decode_apart(
         os.close(reading)
         try:
             _decode(rows, schema, device, threads, writing)
-        except Exception:  # such as a storage that does not answer: the worker meets it as well, and says so
+        except DimefmError:  # such as a storage that does not answer: the worker meets it as well, and says so
+            pass
+        except Exception:
             traceback.print_exc()
         os.write(writing, _OVER + b"\n")
         os._exit(0)

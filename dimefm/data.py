@@ -135,7 +135,7 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
     def __getitem__(self, request: Request) -> Batch | TrainingError:
         try:
             return self._batch(request)
-        except (DimefmError, SchemaError) as error:
+        except (DimefmError, SchemaError, OSError) as error:
             return training_error(error)
 
     def _batch(self, request: Request) -> Batch:
@@ -350,8 +350,11 @@ def _while_handing_over(error: BaseException) -> bool:
     return any(frame.f_globals.get("__name__") == "multiprocessing.connection" for frame, _ in frames)
 
 
-def training_error(error: DimefmError | SchemaError) -> TrainingError:
+def training_error(error: DimefmError | SchemaError | OSError) -> TrainingError:
     """What went wrong where data is read, as it can be sent to the process that trains."""
+    if isinstance(error, OSError):
+        remedy = _remedy(error) or "check its permissions and that the storage answers; the same command goes on"
+        return TrainingError(f"{error.filename or 'the data'} cannot be read: {error.strerror or error}", remedy=remedy)
     if isinstance(error, SchemaError):
         return TrainingError(str(error))
     return TrainingError(error.what, remedy=error.remedy)

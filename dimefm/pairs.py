@@ -17,7 +17,17 @@ from cache_schemas import Commit, Failure, PairsStore, SchemaError, Selection, S
 from cache_schemas.embedding_store import ATTRIBUTES_KEY, COMMITS, commit_path
 from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
 from dimefm import storage
-from dimefm.arrays import create_array, digest_arrays, group_attributes, open_group, write_attributes, write_rows
+from dimefm.arrays import (
+    array_of,
+    create_array,
+    digest_arrays,
+    group_attributes,
+    open_group,
+    reading_zarr,
+    write_attributes,
+    write_rows,
+    zarr_place,
+)
 from dimefm.commits import make_commit, remove_commit, write_commit
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.exact import valid_rows
@@ -52,7 +62,9 @@ class Pairs:
         self.group: Any = open_group(self.path)
         self.schema = PairsStore.parse(group_attributes(self.group, self.path), storage.join(self.path, "zarr.json"))
 
-        self._direct = {name: open_direct(self.path, name, self.group[name]) for name in (TEXT_ROW, SCORE)}
+        self._direct = {
+            name: open_direct(self.path, name, array_of(self.group, self.path, name)) for name in (TEXT_ROW, SCORE)
+        }
 
     def __reduce__(self) -> tuple[type[Pairs], tuple[str]]:
         return Pairs, (self.path,)  # another process opens it anew
@@ -61,7 +73,7 @@ class Pairs:
     def create(path: str, schema: PairsStore) -> Pairs:
         """Make the arrays, and last the attributes."""
         path = storage.absolute(path)
-        group = zarr.open_group(path, mode="a")
+        group = zarr.open_group(zarr_place(path), mode="a")
         shape, chunk = (schema.rows, schema.top_k), (min(schema.shard_rows, 1024), schema.top_k)
         create_array(group, TEXT_ROW, shape, "int32", chunk, schema.shard_rows)
         create_array(group, SCORE, shape, "float16", chunk, schema.shard_rows, fill=float("nan"))
@@ -79,7 +91,8 @@ class Pairs:
         direct = self._direct[TEXT_ROW]
         if direct is not None:
             return direct.gather(rows_N)
-        return np.asarray(self.group[TEXT_ROW].oindex[rows_N])
+        with reading_zarr(storage.join(self.path, TEXT_ROW)):
+            return np.asarray(self.group[TEXT_ROW].oindex[rows_N])
 
     @property
     def by_chunks(self) -> bool:
@@ -95,7 +108,8 @@ class Pairs:
         damaged."""
         expected = self.selection().digest
         try:
-            hits_T = np.asarray(self.group[HITS][:])
+            with reading_zarr(storage.join(self.path, HITS)):
+                hits_T = np.asarray(self.group[HITS][:])
         except ValueError:  # a checksum
             hits_T = np.empty(0, np.uint32)
         if digest_arrays(hits_T) != expected:
@@ -110,7 +124,8 @@ class Pairs:
             path = storage.join(self.path, f"{name}/c/{shard}/0")
             if not storage.exists(path):  # which zarr would read as rows without sentences
                 raise StoreError(f"{path} is missing", remedy=_DAMAGED)
-        return np.asarray(self.group[name][start:stop])
+        with reading_zarr(storage.join(self.path, name)):
+            return np.asarray(self.group[name][start:stop])
 
     def committed(self) -> set[int]:
         """The shards that are done."""
@@ -231,6 +246,8 @@ def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> 
         part = slice(at, at + search.batch)
         scores, rows = search.search(embedding_ND[part], pairs.schema.top_k)
         row_NK[good_N[part]], score_NK[good_N[part]] = rows, np.where(rows >= 0, scores, np.nan)
+    # What is read of the images is read before: an error of that is none of writing.
+    failures, images_digest = _without_embedding(images, shard, status_N), images.contents.shards[str(shard)]
     with storage.writing_to(pairs.path):
         remove_commit(pairs.path, shard)  # of one that is done again
         for name, values in ((TEXT_ROW, row_NK), (SCORE, score_NK)):
@@ -242,11 +259,11 @@ def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> 
             shard,
             start,
             status_N,
-            _without_embedding(images, shard, status_N),
+            failures,
             digest=digest_arrays(row_NK, score_NK),
             device=search.device,
             seconds=time.monotonic() - began,
-            images=images.contents.shards[str(shard)],
+            images=images_digest,
         )
         write_commit(pairs.path, commit)
 

@@ -286,13 +286,23 @@ def _merge(store: Store, shard: int, data: ShardData, failed_N: np.ndarray[Any, 
     index_N3 = data.arrays[PIXEL_INDEX]
     first = store.schema.shard_range(shard)[0]
     with _tar(store, shard) as tar:
-        kept = store.pixels(first + np.flatnonzero((index_N3[:, 1] > 0) & ~failed_N))
+        kept = _kept(store, first + np.flatnonzero((index_N3[:, 1] > 0) & ~failed_N))
         for i in np.flatnonzero(index_N3[:, 1] > 0).tolist():
             if failed_N[i]:
                 start, stop, _ = index_N3[i].tolist()
                 spool.seek(start)
             index_N3[i] = tar.add(first + i, spool.read(stop - start) if failed_N[i] else next(kept))
         return tar.finish()
+
+
+def _kept(store: Store, rows_N: np.ndarray[Any, Any]) -> Iterator[bytes]:
+    """The store's own JPEGs of rows, while a tar is written: what cannot be read is not what cannot be written."""
+    try:
+        yield from store.pixels(rows_N)
+    except OSError as error:
+        what = f"{error.filename or store.path} cannot be read: {error.strerror or error}"
+        remedy = "check its permissions and that the storage answers, and run the same command again"
+        raise StoreError(what, remedy=f"{remedy}; what was finished is kept") from error
 
 
 def check_canary(store: Store, clip: Clip, *, accept_missing: bool = False) -> None:

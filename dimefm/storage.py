@@ -407,7 +407,8 @@ def listing(path: str) -> list[str]:
                 names = [name.rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(name for name in names if not name.startswith(".") and not _PARTIAL.fullmatch(name))
+    # An empty name is the mark that S3 consoles put into a folder they make.
+    return sorted(name for name in names if name and not name.startswith(".") and not _PARTIAL.fullmatch(name))
 
 
 @contextmanager

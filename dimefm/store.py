@@ -38,8 +38,10 @@ from dimefm.arrays import (
     group_attributes,
     open_array,
     open_group,
+    reading_zarr,
     write_attributes,
     write_rows,
+    zarr_place,
 )
 from dimefm.commits import make_commit, read_failures, remove_commit, write_commit
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
@@ -80,7 +82,9 @@ class Store:
         for name in self.schema.arrays():
             metadata = f"{name}/zarr.json"
             require_digest(storage.join(self.path, metadata), self.schema.digests.get(metadata), "cache again")
-        self._arrays = {name: open_array(self.group, name, spec) for name, spec in self.schema.arrays().items()}
+        self._arrays = {
+            name: open_array(self.group, self.path, name, spec) for name, spec in self.schema.arrays().items()
+        }
         self._direct = {name: open_direct(self.path, name, array) for name, array in self._arrays.items()}
         self._seen: set[str] = set()
         self._plan = lru_cache(maxsize=_PLANS)(self._read_plan)
@@ -97,7 +101,7 @@ class Store:
         Raises StoreError where they cannot be written.
         """
         with storage.writing_to(path):
-            group = zarr.open_group(storage.absolute(path), mode="a")
+            group = zarr.open_group(zarr_place(storage.absolute(path)), mode="a")
             if ATTRIBUTES_KEY in group.attrs:
                 raise OutputExistsError(f"{path} is a store already", remedy="give another place")
             for name, spec in schema.arrays().items():
@@ -274,7 +278,8 @@ class Store:
         for shard in shards:
             self._require_file(self.shard_file(name, shard))
         try:
-            return np.asarray(array[rows] if isinstance(rows, slice) else array.oindex[rows])
+            with reading_zarr(storage.join(self.path, name)):
+                return np.asarray(array[rows] if isinstance(rows, slice) else array.oindex[rows])
         except ValueError as error:
             where = self.shard_file(name, shards[0]) if len(shards) == 1 else f"a file below {name}/c"
             what = f"{storage.join(self.path, where)} is damaged: its checksum does not fit"

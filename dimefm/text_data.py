@@ -55,5 +55,5 @@ class TrainingTexts(Dataset["TextBatch | TrainingError"]):
                 tokens_BL=tokenizer(self._texts.take(np.searchsorted(self._rows_N, request.rows_B)).to_pylist()),
                 teacher_BD=torch.from_numpy(store.gather(request.rows_B)),
             )
-        except (DimefmError, SchemaError) as error:
+        except (DimefmError, SchemaError, OSError) as error:
             return training_error(error)

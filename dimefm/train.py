@@ -30,6 +30,7 @@ from dimefm.learner import Learner
 from dimefm.lock import writing
 from dimefm.machine import describe
 from dimefm.machine_settings import decide
+from dimefm.named import allowing
 from dimefm.objective import Objective
 from dimefm.optim import adamw, learning_rate
 from dimefm.preprocess import normalise
@@ -65,7 +66,7 @@ def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
     config = replace(config, out=storage.local(config.out, "a run folder"))
     place = find_place(config.device)
     lock = writing(config.out) if place.first else nullcontext()
-    with lock, feeding(config, place) as feed, reader_died():
+    with allowing(config.val), lock, feeding(config, place) as feed, reader_died():
         join_group(config.device)  # from here on nothing is forked
         config, notes = decide(config, place, allow_changes)
         notes += note_distance(feed.inputs, feed.bank, feed.order)

@@ -17,6 +17,7 @@ import torch
 from ray._private import ray_constants
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
+from cache_schemas import SchemaError
 from dimefm import storage
 from dimefm.errors import DimefmError, StoreError, UnreadableError
 from dimefm.machine import cpus
@@ -216,11 +217,11 @@ class _Supervisor:
 
 
 def fetch(reference: Any) -> Any:
-    """ray.get, with an error of ours raised as it was rather than wrapped in Ray's."""
+    """ray.get, with an error that the user can mend raised as it was rather than wrapped in Ray's."""
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        if isinstance(error.cause, DimefmError):
+        if isinstance(error.cause, (DimefmError, SchemaError, OSError)):
             raise error.cause from None
         raise
 

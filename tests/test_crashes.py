@@ -14,9 +14,10 @@ import torch
 from ray.exceptions import OutOfMemoryError
 
 from cache_schemas import Status
+from dimefm import storage
 from dimefm.clip import Clip
 from dimefm.crashes import _RUNNING, running, without_crashes
-from dimefm.errors import StoreError
+from dimefm.errors import StoreError, UnreadableError
 from dimefm.evaluation.features import features
 from dimefm.evaluation.imageset import ImageSet
 from dimefm.loading import CRASH
@@ -97,6 +98,28 @@ def test_a_process_that_dies_of_something_else_costs_no_row(
     crash_in_children(monkeypatch, "*/dimefm/gpu_decode.py")  # while it starts
     rows = store.plan(1).to_pylist()
     assert without_crashes(rows, store.schema, torch.device("cpu"), 2) == rows
+
+
+def test_a_mark_that_cannot_be_removed_does_not_hide_what_ended_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "remove_file", lambda path: (_ for _ in ()).throw(PermissionError(path)))
+    with pytest.raises(UnreadableError, match="cannot be read"), running(str(tmp_path)):
+        raise UnreadableError("a.tar cannot be read")
+    with pytest.raises(PermissionError), running(str(tmp_path)):
+        pass
+
+
+def test_storage_that_does_not_answer_shows_no_traceback_of_the_search(
+    images: Path, tmp_path: Path, clip: Clip, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever reads the images next says it."""
+    store = planned(images, tmp_path / "s.zarr", clip)
+    (images / name_of(1)).unlink()
+    (images / name_of(1)).symlink_to(name_of(1))
+    rows = store.plan(0).to_pylist()
+    assert without_crashes(rows, store.schema, torch.device("cpu"), 1) == rows
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.slow

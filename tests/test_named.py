@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +25,8 @@ from dimefm.building import IndexConfig, build_index
 from dimefm.clip import Clip
 from dimefm.data import Augmentation, Request, TrainingImages
 from dimefm.errors import SourceError, StoreError, TrainingError
+from dimefm.evaluation.config import EvaluationConfig
+from dimefm.evaluation.suite import evaluate
 from dimefm.index import Index
 from dimefm.info import describe
 from dimefm.loading import read_image
@@ -31,12 +35,15 @@ from dimefm.retrieval import retrieve_stores
 from dimefm.search import search
 from dimefm.selection import SelectionConfig, select_texts
 from dimefm.shard import encode_shard
+from dimefm.sources.files import expand
 from dimefm.sources.reading import read_planned
 from dimefm.store import Store
+from dimefm.train import train
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.worker import Job, Worker
-from tests.making import make_jpeg, upload
+from tests.making import make_jpeg, upload, write_tar
 from tests.stores import random_store
+from tests.training import tiny_config
 
 CHAINS = ["dir::spy://x", "simplecache::spy://x/t.zarr", "reference://::spy://x/t.zarr", "s3://bucket/a::spy://x"]
 
@@ -160,6 +167,15 @@ def test_a_local_name_with_colons_is_a_local_file(tmp_path: Path) -> None:
     assert read_planned(str(tmp_path / "dir::a.jpg"), 1, 3) == b"234"
 
 
+def test_stores_and_globs_may_have_local_names_with_colons(tmp_path: Path) -> None:
+    random_store(tmp_path / "i::i.zarr", rows=8, shard_rows=8)
+    random_store(tmp_path / "t::t.zarr", rows=8, shard_rows=8, kind="text", seed=1)
+    images, texts, out = (str(tmp_path / f"{name}.zarr") for name in ("i::i", "t::t", "p::p"))
+    retrieve_stores(images, texts, index=None, top_k=2, out=out, device="cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["i::i.zarr", "p::p.zarr", "t::t.zarr"]
+    assert [place.path for place in expand(f"{tmp_path}/t::*")] == [texts]
+
+
 def test_training_does_not_follow_a_plan(tmp_path: Path, spy: type[Spy]) -> None:
     store, _ = random_store(tmp_path / "i.zarr", rows=32, shard_rows=32)
     images = TrainingImages(store.path, Augmentation(size=32, crop_scale=(0.5, 1.0), flip=True, seed=0))
@@ -193,6 +209,24 @@ def test_what_the_user_types_may_be_planned_and_read_again(
     assert worker.encode(0).counts == {"OK": 1}
     assert torch.get_num_threads() == 1
     assert Store(store.path).committed() == {0}
+
+
+def test_a_set_that_the_user_types_is_evaluated(
+    tmp_path: Path, teacher_name: str, image_store: Store, text_store: Store, prompt_store: Store, cifar10: str
+) -> None:
+    members = {f"{key}.{end}": value for key in "ab" for end, value in (("jpg", make_jpeg()), ("cls", b"1"))}
+    write_tar(tmp_path / "sets/cifar10/test-0.tar", members)
+    for name in ("classnames.txt", "templates.txt"):
+        shutil.copy(f"{cifar10}/{name}", tmp_path / "sets/cifar10")
+    url = upload(tmp_path / "sets", "spy://sets")
+    config = EvaluationConfig(model=teacher_name, device="cpu", out=str(tmp_path / "out"), threads=1)
+    for words in ({"folders": (f"{url}/cifar10",)}, {"data": url, "sets": ("cifar10",)}):
+        done = evaluate(replace(config, name="-".join(words), **words))
+        assert not done.failed
+        assert done.results[0].images == 2
+    words = {"val": (f"{url}/cifar10",), "val_texts": prompt_store.path, "max_steps": 1}
+    train(tiny_config(image_store, text_store, tmp_path / "run", **words))
+    assert VARIABLE not in os.environ
 
 
 @pytest.mark.parametrize("source", CHAINS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tarfile
 from collections import Counter
@@ -15,7 +16,7 @@ import pytest
 
 from cache_schemas import Status, ViewPlan
 from cache_schemas.embedding_store import pixels_path
-from dimefm import loading
+from dimefm import loading, storage
 from dimefm.clip import Clip
 from dimefm.errors import StoreError, UnreadableError
 from dimefm.pixels import PixelTar
@@ -252,6 +253,23 @@ def test_a_retry_that_is_stopped_while_it_encodes_leaves_the_store_as_it_was(
     with pytest.raises(KeyboardInterrupt):
         retry_shard(store, 0, clip)
     assert {path: path.read_bytes() for path in Path(store.path).rglob("*") if path.is_file()} == before
+
+
+def test_a_tar_that_cannot_be_read_is_not_one_that_cannot_be_written(
+    folder: Folder, tmp_path: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = begun(folder, tmp_path / "s.zarr", clip, pixels=32)
+    folder.put_back(*LOST)
+
+    def read_bytes(path: str, *words: Any, **options: Any) -> bytes:
+        if path.endswith(".tar"):
+            raise TimeoutError(errno.ETIMEDOUT, "Connection timed out", path)
+        return really(path, *words, **options)
+
+    really = storage.read_bytes
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    with pytest.raises(StoreError, match=r"0\.tar cannot be read: Connection timed out\n  remedy: "):
+        retry_shard(store, 0, clip)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from cache_schemas import Status
+from cache_schemas.embedding_store import rows_path
 from dimefm import storage
 from dimefm.building import Part
 from dimefm.clip import Clip
@@ -113,6 +114,21 @@ def test_what_a_worker_refuses_arrives_as_one_line(
     with pytest.raises(DimefmError, match=r"is not the teacher of"):
         run_shards(job, workers=1)
     assert not store.committed()
+
+
+def test_what_a_worker_cannot_read_arrives_as_it_was(
+    one_ray: None, image_tar: Path, teacher_name: str, clip: Clip, tmp_path: Path
+) -> None:
+    request = PlanRequest(kind="image", arguments=(str(image_tar),), shard_rows=96)
+    store = open_or_plan(request, str(tmp_path / "i.zarr"), clip.identity)
+    job = Job(store=store.path, teacher=teacher_name, pretrained=None, precision="fp32", device="cpu", threads=1)
+    rows = tmp_path / "i.zarr" / rows_path(0)
+    rows.unlink()
+    rows.symlink_to(rows.name)
+    with pytest.raises(OSError, match="symbolic links") as caught:
+        run_shards(job, workers=1)
+    assert type(caught.value) is OSError
+    assert caught.value.filename == str(rows)
 
 
 @pytest.mark.parametrize("threads", [None, 1])

@@ -10,25 +10,30 @@ import fsspec
 import numpy as np
 import pytest
 import s3fs
-from botocore.exceptions import EndpointConnectionError
+from botocore.exceptions import EndpointConnectionError, NoCredentialsError
 from click.testing import CliRunner
 
 from cache_schemas import SchemaError, ViewPlan
 from dimefm import storage
+from dimefm.arrays import array_of, open_group
 from dimefm.cli import cli
 from dimefm.clip import Clip
 from dimefm.data import Augmentation, Batch, Requests, TrainingImages
-from dimefm.errors import DimefmError, StoreError
+from dimefm.errors import DimefmError, SourceError, StoreError
 from dimefm.feed import note_distance
 from dimefm.loading import Loader
 from dimefm.lock import writing
 from dimefm.order import Order
+from dimefm.pairs import Pairs
 from dimefm.progress import amount
+from dimefm.retrieval import retrieve_stores
 from dimefm.run import Inputs
 from dimefm.shard import encode_shard
+from dimefm.sources import open_image_source
 from dimefm.store import Store
 from dimefm.textbank import TextBank, TextMix
 from dimefm.train import train
+from pipeline.existing import require_no_stranger
 from pipeline.plan import PlanRequest, open_or_plan
 from pipeline.verify import VerifyConfig, verify
 from tests.making import read_tar, upload, write_tar
@@ -201,6 +206,55 @@ def test_a_store_that_cannot_be_reached_is_one_message(s3: str, tar: Path, clip:
         raise NotImplementedError
     with pytest.raises(NotImplementedError), storage.writing_to("/a"):
         raise NotImplementedError
+
+
+def test_a_store_that_cannot_be_read_is_one_message(s3: str, tmp_path: Path) -> None:
+    """Whoever reads it, zarr too, and whatever its client raises, from the first or a later request on."""
+    images, _ = random_store(tmp_path / "in" / "i.zarr", rows=8, shard_rows=8)
+    texts, _ = random_store(tmp_path / "in" / "t.zarr", rows=8, shard_rows=8, kind="text", seed=1)
+    retrieve_stores(images.path, texts.path, index=None, top_k=2, out=str(tmp_path / "in" / "p.zarr"), device="cpu")
+    url = upload(tmp_path / "in", s3)
+    store, pairs, group = Store(f"{url}/i.zarr"), Pairs(f"{url}/p.zarr"), open_group(f"{url}/i.zarr")
+    out = str(tmp_path / "out")
+    words = [["verify", f"{url}/i.zarr"], ["build-index", f"{url}/i.zarr", "--out", out]]
+    words += [["retrieve", f"{url}/i.zarr", "--texts", f"{url}/t.zarr", "--out", out]]
+    words += [["select-texts", f"{url}/p.zarr", "--out", out]]
+    words += [["train-student", "--images", f"{url}/i.zarr", "--texts", f"{url}/t.zarr", "--out", out]]
+    with pytest.MonkeyPatch.context() as patch:
+
+        async def refuse(self: Any, method: str, *words: Any, **options: Any) -> Any:
+            raise error
+
+        patch.setattr(s3fs.S3FileSystem, "_call_s3", refuse)
+        for error in (EndpointConnectionError(endpoint_url="http://127.0.0.1:9"), NoCredentialsError()):
+            said = str(error)
+            for command in words:
+                result = CliRunner().invoke(cli, command)
+                assert result.exit_code == 1
+                assert result.output.startswith(f"Error: {url}/")
+                assert f"{said}\n  remedy: " in result.output
+            for read in (
+                lambda: store.shard_arrays(0), pairs.hits, lambda: array_of(group, store.path, "status"),
+                lambda: open_group(f"{url}/p.zarr"),
+            ):  # fmt: skip
+                with pytest.raises(OSError, match=said.split("http")[0]) as caught:
+                    read()
+                assert str(caught.value.filename).startswith(url)
+
+
+@pytest.mark.parametrize("name", ["in", "in/*"])
+def test_a_key_that_would_be_a_chained_url_is_not_planned(s3: str, name: str) -> None:
+    for key in ("a::b.jpg", "c.jpg"):
+        s3fs.S3FileSystem().pipe_file(f"{s3}/in/{key}", b"0")
+    with pytest.raises(SourceError, match=rf"{s3}/in/a::b\.jpg has :: in its name.*\n  remedy: rename it"):
+        open_image_source([f"{s3}/{name}"])
+
+
+def test_the_mark_of_a_folder_is_no_stranger(s3: str) -> None:
+    fs, inner = fsspec.url_to_fs(s3)
+    fs.call_s3("put_object", Bucket=inner, Key="m.zarr/", Body=b"")
+    assert storage.listing(f"{s3}/m.zarr") == []
+    require_no_stranger(f"{s3}/m.zarr")
 
 
 def test_files_that_are_written_at_the_same_time_are_all_there(s3: str) -> None:

@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 import torch
 
+from cache_schemas.run import TextSpec
 from dimefm import data
 from dimefm.checkpoint import Checkpoints
 from dimefm.cli import cli
+from dimefm.data import Augmentation, Request, TrainingImages
 from dimefm.errors import StoreError, TrainingError
 from dimefm.objective import LossConfig
 from dimefm.run import read_run
 from dimefm.runlog import RunLog, read_metrics
 from dimefm.store import Store
+from dimefm.text_data import TrainingTexts
 from dimefm.train import train
 from tests.processes import Command
 from tests.test_faults import Disk
@@ -101,6 +104,26 @@ def test_a_damaged_shard_is_named_with_the_command_that_mends_it(
     config = tiny_config(Store(str(copy)), text_store, tmp_path / "run", workers=workers, **SMALL)
     with pytest.raises((StoreError, TrainingError), match=r"embedding/c/1/0.*(?s:.*)dimefm verify"):
         train(config)
+
+
+def test_a_store_that_a_reader_cannot_read_is_one_message(
+    image_store: Store, text_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dimefm.text_data.tokenizer_of", lambda spec: lambda texts: torch.zeros(len(texts), 8))
+    for name, store in (("images", image_store), ("texts", text_store)):
+        shutil.copytree(store.path, tmp_path / name)
+        shard = tmp_path / name / "embedding" / "c" / "1" / "0"
+        shard.unlink()
+        shard.symlink_to("0")
+    rows = np.arange(32, 36)
+    images = TrainingImages(str(tmp_path / "images"), Augmentation(size=32, crop_scale=(0.5, 1.0), flip=True, seed=0))
+    spec = TextSpec(name="any", text_cfg={}, embed_dim=16, activation="gelu")
+    texts = TrainingTexts(str(tmp_path / "texts"), spec)
+    for dataset in (images, texts):
+        found = dataset[Request(0, 0, rows, rows, window_N=rows)]
+        assert isinstance(found, TrainingError)
+        assert "embedding/c/1/0 cannot be read: Too many levels" in str(found)
+        assert "remedy: " in str(found)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

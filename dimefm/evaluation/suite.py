@@ -37,6 +37,7 @@ from dimefm.evaluation.results import Results
 from dimefm.evaluation.scoring import REPORTED, Measured, cosines, measure, measure_retrieval, probabilities
 from dimefm.evaluation.text_embeddings import TextEmbeddings
 from dimefm.lock import writing
+from dimefm.named import allowing
 from dimefm.store import Store
 
 
@@ -59,7 +60,8 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
     chosen = choose(config)
     config = replace(config, out=storage.local(config.out, "the folder of all evaluations"))
     folder = str(Path(config.out, config.name or default_name(config)))
-    with writing(folder), _opened(config) as clip:
+    typed = [*config.folders, *filter(None, [config.data])]
+    with allowing(typed), writing(folder), _opened(config) as clip:
         return _Evaluator(config, clip, folder, report or (lambda result: None)).run(chosen)
 
 

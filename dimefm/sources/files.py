@@ -194,7 +194,10 @@ def _look(name: str) -> Place | None:
 
 def _glob(name: str) -> list[Place]:
     path = storage.absolute(name)
-    fs, inner = storage.filesystem(path)
+    fs: Any = None
+    inner = path  # of a local one fsspec is not asked, which takes :: for a chain
+    if storage.is_url(path):
+        fs, inner = storage.filesystem(path)
     try:
         found = _matching(fs, inner, storage.is_url(path))
     except Exception as error:
@@ -282,6 +285,9 @@ def _local(
 
 
 def _from_info(path: str, info: dict[str, Any]) -> SourceFile:
+    """Raises SourceError for a name that is a chained URL, which could be planned, and then never be opened."""
+    if "::" in path:
+        raise SourceError(f"{path} has :: in its name, which URLs are chained by", remedy="rename it, or leave it out")
     value = next((info[name] for name in _MODIFIED if info.get(name)), 0)
     if isinstance(value, str):
         try:
