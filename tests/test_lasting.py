@@ -15,12 +15,15 @@ from cache_schemas import Status
 from dimefm import storage
 from dimefm.cli import cli
 from dimefm.clip import Clip
+from dimefm.decode import MAX_BYTES
 from dimefm.errors import MismatchError, SourceError, UnreadableError
 from dimefm.evaluation.imageset import Records, sample_of
 from dimefm.evaluation.own_sets import open_folder
 from dimefm.evaluation.suite import EvaluationConfig, evaluate
 from dimefm.shard import encode_shard
+from dimefm.sources import parquet
 from dimefm.sources.base import SourceFile
+from dimefm.sources.reading import read_encoded
 from dimefm.store import Store
 from pipeline.existing import with_gone
 from pipeline.plan import PlanRequest, open_or_plan
@@ -136,6 +139,44 @@ def test_a_source_of_which_nothing_is_there_is_never_accepted(
         UnreadableError, match=r"4 of 4 images of a shard were there when they were planned and are gon"
     ):
         encode_shard(store, 0, clip, accept_missing=accept_missing)
+    assert not store.committed()
+
+
+@pytest.mark.parametrize("size", [0, MAX_BYTES + 1])
+@pytest.mark.parametrize("shard_rows", [COUNT, 1])
+def test_a_row_that_is_not_read_at_all_does_not_answer_for_the_source(
+    folder: Path, tmp_path: Path, clip: Clip, size: int, shard_rows: int
+) -> None:
+    os.truncate(folder / "1" / "06.jpg", size)
+    store = planned(folder, tmp_path / "s.zarr", clip, shard_rows=shard_rows)
+    folder.rename(tmp_path / "away")
+    with pytest.raises(UnreadableError, match=r"no other file can be read either"):
+        encode_shard(store, 0, clip, accept_missing=True)
+    assert not store.committed()
+
+
+def test_blocks_of_parquet_that_were_kept_do_not_answer_for_the_storage(
+    tmp_path: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, url = [{"image": make_jpeg(seed=row)} for row in range(16)], f"memory://{tmp_path}/a.parquet"
+    write_parquet(tmp_path / "a.parquet", rows, row_group_size=8)
+    storage.write_atomic(url, (tmp_path / "a.parquet").read_bytes())
+    monkeypatch.setattr("dimefm.sources.files.URL_BLOCK", 512)
+    monkeypatch.setattr(parquet, "_BUFFER", 512)
+    request = PlanRequest(kind="image", arguments=(url,), shard_rows=16, batch_size=16)
+    store, read = open_or_plan(request, str(tmp_path / "s.zarr"), clip.identity), storage.read_bytes
+
+    def expiring(path: str, offset: int = 0, size: int | None = None) -> bytes:
+        if path == url:
+            raise PermissionError(13, "The token has expired", path)
+        return read(path, offset, size)
+
+    parquet.forget_cells()
+    assert all(read_encoded(f"{url}#image", row, 1) for row in range(8))
+    monkeypatch.setattr(storage, "read_bytes", expiring)
+    monkeypatch.setattr("dimefm.loading._WAITS", ())
+    with pytest.raises(UnreadableError, match=r"8 of 16 images .* no other file can be read either"):
+        encode_shard(store, 0, clip, accept_missing=True)
     assert not store.committed()
 
 

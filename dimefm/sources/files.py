@@ -294,7 +294,11 @@ def _from_info(path: str, info: dict[str, Any]) -> SourceFile:
 
 
 def unreadable(path: str, error: Exception) -> SourceError:
-    """Storage that does not answer, or refuses: planned without what is there, it would be missing for good."""
+    """Storage that does not answer, or refuses, or memory that ran out: planned without what is there, it would be
+    missing for good."""
+    if isinstance(error, MemoryError):
+        remedy = "end other programs, or take a machine with more memory, and run the same command again"
+        return SourceError(f"memory ran out while {path} was read: {error or 'no more is to be had'}", remedy=remedy)
     remedy = "check the path, the credentials and the network; run the same command again once the storage answers"
     why = (isinstance(error, OSError) and error.strerror) or error
     return SourceError(f"{path} cannot be read: {why}", remedy=f"{remedy}, or leave the file out")
@@ -302,5 +306,5 @@ def unreadable(path: str, error: Exception) -> SourceError:
 
 def require_damage(path: str, error: Exception) -> None:
     """Raises SourceError unless `error` is of what the file holds: a damaged file is read as far as it goes."""
-    if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+    if isinstance(error, OSError | MemoryError) and not isinstance(error, gzip.BadGzipFile):
         raise unreadable(path, error) from error
