@@ -15,11 +15,12 @@ from cache_schemas import Status
 from dimefm import storage
 from dimefm.cli import cli
 from dimefm.clip import Clip
-from dimefm.decode import MAX_BYTES
+from dimefm.decode import MAX_BYTES, DecodeError
 from dimefm.errors import MismatchError, SourceError, UnreadableError
 from dimefm.evaluation.imageset import Records, sample_of
 from dimefm.evaluation.own_sets import open_folder
 from dimefm.evaluation.suite import EvaluationConfig, evaluate
+from dimefm.loading import Loaded, Loader
 from dimefm.shard import encode_shard
 from dimefm.sources import parquet
 from dimefm.sources.base import SourceFile
@@ -307,6 +308,49 @@ def test_features_that_an_earlier_version_kept_of_a_bad_moment_are_made_whole(
     (tmp_path / "3.jpg").rename(file)
     (again,) = evaluate(config).results
     assert (again.unreadable, again.metrics) == (0, whole.metrics)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    ("status", "reason", "lasting"),
+    [
+        (Status.TOO_LARGE, "memory ran out while it was decoded", False),
+        (Status.TOO_LARGE, "900,000,000 pixels", True),
+        (Status.CRASHED, "decoding it ends the process: SIGSEGV", None),
+    ],
+)
+def test_an_image_that_failed_by_the_machine_is_tried_again_once_by_a_command(
+    labelled: Path,
+    tmp_path: Path,
+    teacher_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    skip: bool,
+    status: Status,
+    reason: str,
+    lasting: bool | None,
+) -> None:
+    """`lasting` is None where it is tried again, but not by --skip-existing."""
+    words: dict[str, Any] = {"model": teacher_name, "folders": (str(labelled),), "device": "cpu", "threads": 1}
+    config = EvaluationConfig(**words, out=str(tmp_path / "results"), skip_existing=skip)
+    fails, tried, decode = True, list[int](), Loader._decode
+
+    def failing(loader: Loader, data: bytes, row: int) -> Loaded:
+        if row == 3:
+            tried.append(row)
+            if fails:
+                raise DecodeError(status, reason)
+        return decode(loader, data, row)
+
+    monkeypatch.setattr(Loader, "_decode", failing)
+    monkeypatch.setattr("dimefm.shard.without_crashes", lambda rows, *words: rows)
+    assert evaluate(config).results[0].unreadable == 1
+    again = 0 if lasting or (lasting is None and skip) else 1
+    assert evaluate(config).results[0].unreadable == 1
+    assert len(tried) == 1 + again
+    fails = False
+    assert evaluate(config).results[0].unreadable == 1 - again
+    assert evaluate(config).results[0].unreadable == 1 - again
+    assert len(tried) == 1 + 2 * again
 
 
 def test_a_set_whose_images_are_on_a_disk_that_is_not_there_is_an_error(tmp_path: Path) -> None:
