@@ -15,6 +15,7 @@ from cache_schemas import Status
 from dimefm import storage
 from dimefm.cli import cli
 from dimefm.clip import Clip
+from dimefm.commits import remove_commit
 from dimefm.decode import MAX_BYTES, DecodeError
 from dimefm.errors import MismatchError, SourceError, UnreadableError
 from dimefm.evaluation.imageset import Records, sample_of
@@ -110,6 +111,32 @@ def test_a_file_that_was_gone_before_is_no_matter(folder: Path, tmp_path: Path, 
     (folder / "1" / "06.jpg").unlink()
     assert run(folder, tmp_path / "s.zarr", teacher_name).exit_code == 0
     assert statuses(tmp_path / "s.zarr") == ["OK"] * (COUNT - 1)
+
+
+def test_a_file_that_the_command_names_may_be_gone_too(tmp_path: Path, teacher_name: str) -> None:
+    tars = [
+        write_tar(tmp_path / f"{n}.tar", {f"{n}{row}.jpg": make_jpeg(seed=row) for row in range(4)}) for n in range(3)
+    ]
+    sources, out = [str(tars[0]), f"{tmp_path}/{{1..2}}.tar"], tmp_path / "s.zarr"
+    words = ["--teacher", teacher_name, "--out", str(out), "--device", "cpu", "--workers", "1", "--batch-size", "4"]
+    caching = ["cache-images", *words, "--shard-rows", "4"]
+    assert CliRunner().invoke(cli, [*caching, *sources]).exit_code == 0
+    remove_commit(str(out), 1)
+    tars[1].unlink()
+    for asked, more in ((sources, []), ([str(tmp_path / "0.rat"), *sources], ["--accept-missing"])):
+        result = CliRunner().invoke(cli, [*caching, *asked, *more])
+        assert result.exit_code == 1
+        assert f"{asked[0] if more else tars[1]} does not exist" in result.output
+    result = CliRunner().invoke(cli, [*caching, *sources, "--accept-missing"])
+    assert result.exit_code == 0, result.output
+    assert statuses(out) == ["OK"] * 4 + ["MISSING"] * 4 + ["OK"] * 4
+    remove_commit(str(out), 1)
+    tars[0].unlink()
+    tars[2].unlink()
+    result = CliRunner().invoke(cli, [*caching, *sources, "--accept-missing"])
+    assert result.exit_code == 1
+    assert "no other file can be read either" in result.output
+    assert Store(str(out)).committed() == {0, 2}
 
 
 def test_gone_files_have_their_old_places_and_others_are_not_accepted(folder: Path, tmp_path: Path, clip: Clip) -> None:
