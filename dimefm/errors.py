@@ -21,6 +21,10 @@ class SourceError(DimefmError):
     """An input that is missing, empty or not in a layout that can be read."""
 
 
+class AbsentError(SourceError):
+    """A file, folder or glob that an argument names and that is not there: storage that answers says so."""
+
+
 class OutputExistsError(DimefmError):
     """The output is already there and is not what this command would write."""
 
@@ -34,7 +38,7 @@ class StoreError(DimefmError):
 
 
 class UnreadableError(StoreError):
-    """Images that were there when they were planned and cannot be read now, on the machine `host`."""
+    """Images or files of a store that were there before and cannot be read now, on the machine `host`."""
 
     def __init__(self, what: str, *, remedy: str | None = None) -> None:
         self.host = socket.gethostname()  # an error that was raised on another machine brings its own

@@ -10,12 +10,13 @@ import numpy as np
 
 from cache_schemas import Status
 from dimefm import storage
-from dimefm.decode import DecodeError
+from dimefm.decode import MAX_BYTES, DecodeError
 from dimefm.errors import SourceError, UnreadableError
 from dimefm.loading import RUN_AGAIN
 from dimefm.sources.base import SourceFile
 from dimefm.sources.files import change, in_order, stat_files
 from dimefm.sources.parquet import SUFFIX as PARQUET
+from dimefm.sources.parquet import forget_cells
 from dimefm.sources.reading import read_planned
 from dimefm.store import Store
 
@@ -56,6 +57,7 @@ def require_lasting(
 
 
 def _require_gone(missing: Rows, what: str) -> None:
+    forget_cells()  # blocks that were kept would answer for a file that is gone
     for row, answers in zip(asked := _some(missing, _ASKED), in_order(_answers, asked), strict=True):
         if answers:
             remedy = f"the storage was away for a moment: {RUN_AGAIN}"
@@ -63,14 +65,21 @@ def _require_gone(missing: Rows, what: str) -> None:
 
 
 def _require_neighbours(store: Store, others: Rows, what: str) -> None:
+    """A file of `others`, or else of other shards, can be read now."""
+    others = _that_are_read(others)
     if not others:
-        rows_N = np.linspace(0, store.schema.rows - 1, min(_NEIGHBOURS, store.schema.rows)).astype(np.int64)
-        others = store.samples(rows_N)
-    if not any(in_order(_answers, _some(others, _NEIGHBOURS))):
+        rows_N = np.linspace(0, store.schema.rows - 1, min(_ASKED, store.schema.rows)).astype(np.int64)
+        others = _that_are_read(store.samples(rows_N))
+    forget_cells()
+    if not any(in_order(_answers, asked := _some(others, _NEIGHBOURS))):
+        such = f", such as {asked[0]['file']}" if asked else ""
         remedy = f"mount what they are on, or renew the credentials, and {RUN_AGAIN}"
-        raise UnreadableError(
-            f"{what}, and no other file can be read either, such as {others[0]['file']}", remedy=remedy
-        )
+        raise UnreadableError(f"{what}, and no other file can be read either{such}", remedy=remedy)
+
+
+def _that_are_read(rows: Rows) -> Rows:
+    """Those whose file is opened to read them: not the empty ones, nor those larger than is read."""
+    return [row for row in rows if 0 < row["size"] <= MAX_BYTES]
 
 
 def _require_unchanged(store: Store, rows: Rows) -> None:

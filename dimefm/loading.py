@@ -30,6 +30,7 @@ CRASH = "crash"
 
 _TASK = 8  # images a task of the thread pool: one each would cost as much as reading it
 _AHEAD = 2  # batches that are decoded before they are needed
+MEMORY_RAN_OUT = "memory ran out"  # how the reason begins of an image that is TOO_LARGE for the machine, not for us
 RUN_AGAIN = "run the same command again; what was finished is kept"
 _WAITS = (0.5, 2.0)  # seconds before a failed read is tried again
 
@@ -131,7 +132,7 @@ class Loader:
 
 def too_little_memory(error: MemoryError) -> DecodeError:
     """What becomes of a row whose image takes more memory than there is."""
-    found = DecodeError(Status.TOO_LARGE, "memory ran out while it was decoded")
+    found = DecodeError(Status.TOO_LARGE, f"{MEMORY_RAN_OUT} while it was decoded")
     found.__cause__ = error
     return found
 

@@ -18,7 +18,7 @@ from dimefm.named import allowed, allowing
 from dimefm.progress import amount, duration
 from dimefm.sources.files import expand
 from dimefm.store import Store
-from pipeline.existing import is_planned, require_no_stranger
+from pipeline.existing import arguments_there, is_planned, require_no_stranger
 from pipeline.plan import Forecast, PlanRequest, forecast, open_or_plan
 from pipeline.probe import PROBE_ROWS, Rates, measure
 from pipeline.sentences import SentenceRules
@@ -161,8 +161,12 @@ def _show_forecast(config: CacheConfig, device: str, found: Forecast, clip: Clip
 
 def _device(config: CacheConfig) -> str:
     """The device that is asked for, or there. Raises a DimefmError for what could not be done on it, or not at all."""
-    for argument in config.sources:
-        expand(argument)  # a mistyped path is found before a large teacher is loaded
+    # A mistyped path is found before a large teacher is loaded.
+    if config.accept_missing:
+        arguments_there(config.out, config.sources)
+    else:
+        for argument in config.sources:
+            expand(argument)
     remote = config.ray_address is not None
     if remote and config.workers is None:
         raise DimefmError(

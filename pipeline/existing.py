@@ -22,7 +22,7 @@ from cache_schemas.embedding_store import (
 from dimefm import storage
 from dimefm.errors import MismatchError, OutputExistsError
 from dimefm.sources.base import SourceFile
-from dimefm.sources.files import change
+from dimefm.sources.files import change, expand, those_there
 from dimefm.store import Store
 
 _SHOWN = 3
@@ -114,6 +114,17 @@ def _changes(store: Store, files: Sequence[SourceFile]) -> list[str]:
     changes = [f"{name} is new" for name in now if name not in before]
     changes += [f"{name} is gone" for name in before if name not in now]
     return changes + [found for name in before.keys() & now.keys() if (found := change(before[name], now[name]))]
+
+
+def arguments_there(out: str, arguments: Sequence[str]) -> tuple[str, ...]:
+    """The arguments without those that name what is gone, where the store at `out` was planned from the same ones.
+    Raises AbsentError where it was not: a path may be mistyped."""
+    found = tuple(one for argument in arguments for one in those_there(argument))
+    if found != tuple(arguments) and not (is_planned(out) and Store(out).schema.source.arguments == tuple(arguments)):
+        for argument in arguments:
+            expand(argument)
+        return tuple(arguments)  # back since: a plan without it would be for good
+    return found
 
 
 def with_gone(store: Store, files: Sequence[SourceFile]) -> list[SourceFile]:

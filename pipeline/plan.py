@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -21,7 +21,14 @@ from dimefm.sources import open_image_source, open_text_source
 from dimefm.sources.base import SourceFile
 from dimefm.store import Store, create_store
 from dimefm.tables import write_plan
-from pipeline.existing import is_planned, require_no_stranger, require_same, source_digest, with_gone
+from pipeline.existing import (
+    arguments_there,
+    is_planned,
+    require_no_stranger,
+    require_same,
+    source_digest,
+    with_gone,
+)
 from pipeline.repeats import as_array, repeats
 from pipeline.sentences import SentenceRules, tidy
 
@@ -73,13 +80,14 @@ class Forecast:
 
 def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity, *, accept_missing: bool = False) -> Store:
     """The store at `out`: opened if the same command made it, planned if there is none. With `accept_missing` it is
-    opened although files of its source are gone.
+    opened although files of its source are gone, those that the arguments name too.
 
     Raises SourceError for an empty source, OutputExistsError where something else is at `out`, MismatchError where a
     store is there that another source, teacher or setting made, or whose source has changed since.
     """
     out = storage.absolute(out)
-    source = _open(request)
+    arguments = arguments_there(out, request.arguments) if accept_missing else request.arguments
+    source = _open(replace(request, arguments=arguments))
     files = source.files()
     require_no_stranger(out)
     store = Store(out) if is_planned(out) else None

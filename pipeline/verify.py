@@ -3,6 +3,7 @@ embedding must be; and, where asked, rows encoded again by the live teacher."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from array import array
@@ -27,7 +28,7 @@ from dimefm import inert, storage
 from dimefm.arrays import digest_arrays
 from dimefm.clip import load_clip
 from dimefm.commits import remove_commit
-from dimefm.errors import DimefmError, StoreError
+from dimefm.errors import DimefmError, StoreError, UnreadableError
 from dimefm.hub import require_here
 from dimefm.lock import writing
 from dimefm.shard import compare_again
@@ -96,10 +97,16 @@ class Report:
 
 
 def verify(config: VerifyConfig) -> Report:
-    """Read a whole store. Raises StoreError, SchemaError where it cannot even be opened."""
+    """Read a whole store. Raises StoreError, SchemaError where it cannot even be opened, and UnreadableError where its
+    storage does not answer: nothing is known of what cannot be asked about, and nothing is marked."""
     store = Store(config.store)
     with writing(store.path) if config.repair else nullcontext():
-        report = _check(store)
+        try:
+            report = _check(store)
+        except OSError as error:
+            what = f"{error.filename or store.path} cannot be read: {error.strerror or error}"
+            remedy = "mend the permissions, or renew the credentials, and verify again once the storage answers"
+            raise UnreadableError(what, remedy=remedy) from error
         if config.sample:
             _check_teacher(store, config, report)
         if config.repair and report.bad:
@@ -146,7 +153,7 @@ def _check_plan(store: Store, shard: int, keys: _Keys, report: Report) -> None:
     try:
         keys.add(store.plan(shard)["key"].to_pylist())
     except (OSError, StoreError, SchemaError) as error:
-        report.faults.append(_line(error))
+        report.faults.append(_damage(store, error))
 
 
 def _check_shard(store: Store, shard: int) -> list[str]:
@@ -161,7 +168,7 @@ def _check_shard(store: Store, shard: int) -> list[str]:
             problems.append("it was written from another plan")
         return [*problems, *_check_data(store, commit), *_check_pixels(store, commit)]
     except (OSError, StoreError, SchemaError) as error:
-        return [_line(error)]
+        return [_damage(store, error)]
 
 
 def _check_data(store: Store, commit: Commit) -> Iterator[str]:
@@ -227,6 +234,16 @@ def _check_foreign(store: Store, report: Report) -> None:
     report.faults += [
         f"{storage.join(store.path, name)} does not belong to the store: move it away" for name in foreign
     ]
+
+
+def _damage(store: Store, error: Exception) -> str:
+    """`_line` of what is wrong with a file. Raises the error again where it only says that the storage did not answer,
+    or refused: the file may be as good as ever. A local disk that cannot read a sector back has lost it."""
+    if isinstance(error, OSError) and not isinstance(error, storage.GONE):
+        lost = error.errno in (None, errno.EIO)  # Arrow and codecs give no number to what they cannot decode
+        if storage.is_url(store.path) or not lost:
+            raise error
+    return _line(error)
 
 
 def _line(error: Exception) -> str:

@@ -16,7 +16,7 @@ import pytest
 from cache_schemas import Status
 from dimefm.decode import DecodeError
 from dimefm.errors import SourceError
-from dimefm.sources import ImageSample, ParquetImages, TsvImages, open_image_source, parquet, window
+from dimefm.sources import ImageSample, ParquetImages, TsvImages, open_image_source, open_text_source, parquet, window
 from dimefm.sources.files import stat_files
 from dimefm.sources.reading import read_encoded
 from tests.contracts.source_contract import listed
@@ -149,6 +149,24 @@ def test_blocks_in_order_are_each_read_once(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(parquet, "blocks", lambda *a: begun.append(a[-1]) or blocks(*a))
     contents(found)
     assert begun == [0, 1, 2]
+
+
+def test_memory_that_runs_out_is_no_damage_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan without the rows that follow would be without them for good."""
+    source = open_image_source([str(write_parquet(tmp_path / "a.parquet", [{"image": b"x"}]))])
+    texts = open_text_source([str(write_parquet(tmp_path / "t.parquet", [{"text": "x"}]))])
+
+    def full(*words: Any, **options: Any) -> None:
+        raise pa.lib.ArrowMemoryError("realloc of size 64 failed")
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", full)
+    for each in (source, texts):
+        with pytest.raises(
+            SourceError, match=r"memory ran out while .*\.parquet was read: realloc of .*\n  remedy: end"
+        ):
+            listed(each)
+    with pytest.raises(MemoryError, match="realloc"):
+        read_encoded(f"{tmp_path}/a.parquet#image", 0, 1)
 
 
 def test_many_threads_read_the_same_as_one(tmp_path: Path) -> None:

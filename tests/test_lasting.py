@@ -15,12 +15,17 @@ from cache_schemas import Status
 from dimefm import storage
 from dimefm.cli import cli
 from dimefm.clip import Clip
+from dimefm.commits import remove_commit
+from dimefm.decode import MAX_BYTES, DecodeError
 from dimefm.errors import MismatchError, SourceError, UnreadableError
 from dimefm.evaluation.imageset import Records, sample_of
 from dimefm.evaluation.own_sets import open_folder
 from dimefm.evaluation.suite import EvaluationConfig, evaluate
+from dimefm.loading import Loaded, Loader
 from dimefm.shard import encode_shard
+from dimefm.sources import parquet
 from dimefm.sources.base import SourceFile
+from dimefm.sources.reading import read_encoded
 from dimefm.store import Store
 from pipeline.existing import with_gone
 from pipeline.plan import PlanRequest, open_or_plan
@@ -108,6 +113,32 @@ def test_a_file_that_was_gone_before_is_no_matter(folder: Path, tmp_path: Path, 
     assert statuses(tmp_path / "s.zarr") == ["OK"] * (COUNT - 1)
 
 
+def test_a_file_that_the_command_names_may_be_gone_too(tmp_path: Path, teacher_name: str) -> None:
+    tars = [
+        write_tar(tmp_path / f"{n}.tar", {f"{n}{row}.jpg": make_jpeg(seed=row) for row in range(4)}) for n in range(3)
+    ]
+    sources, out = [str(tars[0]), f"{tmp_path}/{{1..2}}.tar"], tmp_path / "s.zarr"
+    words = ["--teacher", teacher_name, "--out", str(out), "--device", "cpu", "--workers", "1", "--batch-size", "4"]
+    caching = ["cache-images", *words, "--shard-rows", "4"]
+    assert CliRunner().invoke(cli, [*caching, *sources]).exit_code == 0
+    remove_commit(str(out), 1)
+    tars[1].unlink()
+    for asked, more in ((sources, []), ([str(tmp_path / "0.rat"), *sources], ["--accept-missing"])):
+        result = CliRunner().invoke(cli, [*caching, *asked, *more])
+        assert result.exit_code == 1
+        assert f"{asked[0] if more else tars[1]} does not exist" in result.output
+    result = CliRunner().invoke(cli, [*caching, *sources, "--accept-missing"])
+    assert result.exit_code == 0, result.output
+    assert statuses(out) == ["OK"] * 4 + ["MISSING"] * 4 + ["OK"] * 4
+    remove_commit(str(out), 1)
+    tars[0].unlink()
+    tars[2].unlink()
+    result = CliRunner().invoke(cli, [*caching, *sources, "--accept-missing"])
+    assert result.exit_code == 1
+    assert "no other file can be read either" in result.output
+    assert Store(str(out)).committed() == {0, 2}
+
+
 def test_gone_files_have_their_old_places_and_others_are_not_accepted(folder: Path, tmp_path: Path, clip: Clip) -> None:
     store = planned(folder, tmp_path / "s.zarr", clip)
     files = [SourceFile(**file) for file in store.source_files().to_pylist()]
@@ -136,6 +167,44 @@ def test_a_source_of_which_nothing_is_there_is_never_accepted(
         UnreadableError, match=r"4 of 4 images of a shard were there when they were planned and are gon"
     ):
         encode_shard(store, 0, clip, accept_missing=accept_missing)
+    assert not store.committed()
+
+
+@pytest.mark.parametrize("size", [0, MAX_BYTES + 1])
+@pytest.mark.parametrize("shard_rows", [COUNT, 1])
+def test_a_row_that_is_not_read_at_all_does_not_answer_for_the_source(
+    folder: Path, tmp_path: Path, clip: Clip, size: int, shard_rows: int
+) -> None:
+    os.truncate(folder / "1" / "06.jpg", size)
+    store = planned(folder, tmp_path / "s.zarr", clip, shard_rows=shard_rows)
+    folder.rename(tmp_path / "away")
+    with pytest.raises(UnreadableError, match=r"no other file can be read either"):
+        encode_shard(store, 0, clip, accept_missing=True)
+    assert not store.committed()
+
+
+def test_blocks_of_parquet_that_were_kept_do_not_answer_for_the_storage(
+    tmp_path: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, url = [{"image": make_jpeg(seed=row)} for row in range(16)], f"memory://{tmp_path}/a.parquet"
+    write_parquet(tmp_path / "a.parquet", rows, row_group_size=8)
+    storage.write_atomic(url, (tmp_path / "a.parquet").read_bytes())
+    monkeypatch.setattr("dimefm.sources.files.URL_BLOCK", 512)
+    monkeypatch.setattr(parquet, "_BUFFER", 512)
+    request = PlanRequest(kind="image", arguments=(url,), shard_rows=16, batch_size=16)
+    store, read = open_or_plan(request, str(tmp_path / "s.zarr"), clip.identity), storage.read_bytes
+
+    def expiring(path: str, offset: int = 0, size: int | None = None) -> bytes:
+        if path == url:
+            raise PermissionError(13, "The token has expired", path)
+        return read(path, offset, size)
+
+    parquet.forget_cells()
+    assert all(read_encoded(f"{url}#image", row, 1) for row in range(8))
+    monkeypatch.setattr(storage, "read_bytes", expiring)
+    monkeypatch.setattr("dimefm.loading._WAITS", ())
+    with pytest.raises(UnreadableError, match=r"8 of 16 images .* no other file can be read either"):
+        encode_shard(store, 0, clip, accept_missing=True)
     assert not store.committed()
 
 
@@ -266,6 +335,49 @@ def test_features_that_an_earlier_version_kept_of_a_bad_moment_are_made_whole(
     (tmp_path / "3.jpg").rename(file)
     (again,) = evaluate(config).results
     assert (again.unreadable, again.metrics) == (0, whole.metrics)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    ("status", "reason", "lasting"),
+    [
+        (Status.TOO_LARGE, "memory ran out while it was decoded", False),
+        (Status.TOO_LARGE, "900,000,000 pixels", True),
+        (Status.CRASHED, "decoding it ends the process: SIGSEGV", None),
+    ],
+)
+def test_an_image_that_failed_by_the_machine_is_tried_again_once_by_a_command(
+    labelled: Path,
+    tmp_path: Path,
+    teacher_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    skip: bool,
+    status: Status,
+    reason: str,
+    lasting: bool | None,
+) -> None:
+    """`lasting` is None where it is tried again, but not by --skip-existing."""
+    words: dict[str, Any] = {"model": teacher_name, "folders": (str(labelled),), "device": "cpu", "threads": 1}
+    config = EvaluationConfig(**words, out=str(tmp_path / "results"), skip_existing=skip)
+    fails, tried, decode = True, list[int](), Loader._decode
+
+    def failing(loader: Loader, data: bytes, row: int) -> Loaded:
+        if row == 3:
+            tried.append(row)
+            if fails:
+                raise DecodeError(status, reason)
+        return decode(loader, data, row)
+
+    monkeypatch.setattr(Loader, "_decode", failing)
+    monkeypatch.setattr("dimefm.shard.without_crashes", lambda rows, *words: rows)
+    assert evaluate(config).results[0].unreadable == 1
+    again = 0 if lasting or (lasting is None and skip) else 1
+    assert evaluate(config).results[0].unreadable == 1
+    assert len(tried) == 1 + again
+    fails = False
+    assert evaluate(config).results[0].unreadable == 1 - again
+    assert evaluate(config).results[0].unreadable == 1 - again
+    assert len(tried) == 1 + 2 * again
 
 
 def test_a_set_whose_images_are_on_a_disk_that_is_not_there_is_an_error(tmp_path: Path) -> None:

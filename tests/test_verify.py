@@ -6,6 +6,7 @@ The stores have two shards of several chunks, a row that failed, views, and pixe
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -24,7 +26,7 @@ from cache_schemas import Commit, SchemaError, Status, ViewPlan
 from dimefm import storage
 from dimefm.cli import cli
 from dimefm.clip import Clip
-from dimefm.errors import StoreError
+from dimefm.errors import StoreError, UnreadableError
 from dimefm.shard import encode_shard
 from dimefm.store import Store
 from dimefm.tables import sha256, write_table
@@ -374,6 +376,39 @@ def test_keys_that_came_twice_in_the_source_are_no_fault(sample: Path, tmp_path:
     report = check(Path(encode_rest(request, tmp_path / "s.zarr", clip).path))
     assert report.trusted
     assert report.notes == ["2 keys are repeated, as they were in the source; each has its own row"]
+
+
+@pytest.mark.parametrize("name", ["commits/000001.json", "status/c/1", "rows/000001.parquet"])
+@pytest.mark.parametrize("number", [errno.ETIMEDOUT, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("url", [False, True])
+def test_storage_that_does_not_answer_is_no_damage(
+    copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str, number: int, url: bool
+) -> None:
+    """A sector that a local disk cannot read back is."""
+    place = str(copy("image"))
+    if url:
+        fsspec.filesystem("memory").put(place, place, recursive=True)
+        place = f"memory://{place}"
+
+    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(path: str, *words: Any) -> Any:
+            if path == f"{place}/{name}":
+                raise OSError(number, "no answer", path)
+            return real(path, *words)
+
+        return ask
+
+    before = Store(place).committed()
+    with monkeypatch.context() as patch:
+        for call in ("exists", "read_bytes"):
+            patch.setattr(storage, call, failing(getattr(storage, call)))
+        if number == errno.EIO and not url:
+            assert not verify(VerifyConfig(store=place)).trusted
+        else:
+            with pytest.raises(UnreadableError, match=rf"{name} cannot be read: no answer\n  remedy: .*verify again"):
+                verify(VerifyConfig(store=place, repair=True))
+    assert Store(place).committed() == before
+    assert verify(VerifyConfig(store=place)).trusted
 
 
 def test_a_damaged_plan_does_not_make_embeddings_bad(copy: Callable[[str], Path]) -> None:

@@ -20,7 +20,7 @@ from dimefm.clip import Clip
 from dimefm.crashes import running
 from dimefm.errors import StoreError, UnreadableError
 from dimefm.evaluation.imageset import ImageSet
-from dimefm.loading import RUN_AGAIN
+from dimefm.loading import MEMORY_RAN_OUT, RUN_AGAIN
 from dimefm.machine import cpus
 from dimefm.progress import Progress
 from dimefm.shard import encode_shard, retry_shard
@@ -73,16 +73,18 @@ def features(
     decoder: Decoder = "pillow",
     batch_size: int = 64,
     threads: int | None = None,
+    retry: bool = True,
 ) -> Features:
     """The features of `images`, encoded now or before, in a store at `out`.
 
     `squash` gives up the aspect ratio; `decoder` is "pillow" for exactly open_clip's pixels, or "fast" (see
-    dimefm.preprocess). A store that is there but of other images, another model or other settings is made again.
+    dimefm.preprocess). With `retry`, images that may be read today are tried again (see `to_retry`). A store that
+    is there but of other images, another model or other settings is made again.
     Raises UnreadableError where images that the set has cannot be read now, and StoreError where it cannot be written.
     """
     schema = _schema(clip.identity, images, squash, decoder, batch_size)
     store = _open_same(out, schema) or _plan(out, schema, images)
-    again = to_retry(store, images)
+    again = to_retry(store, images) if retry else set()
     pending = sorted(set(range(store.schema.shards)) - store.committed() | again)
     rows = [stop - start for start, stop in map(store.schema.shard_range, pending)]
     done = store.schema.rows - sum(rows)
@@ -107,14 +109,22 @@ def features(
     return Features(store)
 
 
-def to_retry(store: Store, images: ImageSet) -> set[int]:
-    """The finished shards with images that were there when the set was opened, and yet are missing: earlier versions
-    left them out when the storage was away for a moment."""
-    return {
-        commit.shard
-        for commit in store.commits()
-        if any(f.status == Status.MISSING.name and images.samples[f.row].size > 0 for f in store.failures(commit))
-    }
+def to_retry(store: Store, images: ImageSet, *, crashed: bool = True) -> set[int]:
+    """The finished shards with images that failed by what the machine was at that moment, not by what they are:
+
+    - they were there when the set was opened, and yet are missing: earlier versions left them out when the storage was
+      away for a moment;
+    - memory ran out while they were decoded;
+    - with `crashed`, they ended the process. Each command tries those once more; `--skip-existing` does not, or a set
+      with an image that crashes every time could never be skipped.
+    """
+
+    def momentary(failure: Failure) -> bool:
+        if failure.status == Status.MISSING.name:
+            return images.samples[failure.row].size > 0
+        return failure.reason.startswith(MEMORY_RAN_OUT) or (crashed and failure.status == Status.CRASHED.name)
+
+    return {commit.shard for commit in store.commits() if any(map(momentary, store.failures(commit)))}
 
 
 def _schema(

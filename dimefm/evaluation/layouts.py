@@ -28,7 +28,7 @@ from dimefm.errors import SourceError
 from dimefm.evaluation.definitions import class_folders, class_names
 from dimefm.evaluation.imageset import Records, one_label
 from dimefm.sources.base import ImageSample, SourceFile
-from dimefm.sources.files import children, in_order
+from dimefm.sources.files import children, in_order, unreadable
 from dimefm.sources.images import IMAGE_EXTENSIONS, ImageFolder, split_key
 from dimefm.sources.parquet import DamagedParquetError, blocks, open_parquet
 from dimefm.sources.parquet_images import ParquetImages, image_column
@@ -253,6 +253,8 @@ def _read_said(wanted: tuple[str, str, int | None, str, TarMember]) -> int | lis
 def _damage_named(path: str) -> Iterator[None]:
     try:
         yield
+    except MemoryError as error:
+        raise unreadable(path, error) from error
     except (DamagedParquetError, pa.ArrowException) as error:
         raise SourceError(f"{path} is damaged: {error}", remedy="fetch it again") from error
 

@@ -85,6 +85,7 @@ class _Evaluator:
         self._results.require_model(clip.identity.weights)
         self._texts = TextEmbeddings(clip, storage.join(config.out, TEXT_EMBEDDINGS))
         self._model = _describe(clip, config.model)
+        self._tried: set[str] = set()  # features of which what had failed was tried again by this command
 
     def run(self, chosen: list[Chosen]) -> Evaluation:
         done = Evaluation(self._folder)
@@ -145,14 +146,18 @@ class _Evaluator:
         return storage.join(self._folder, f"{FEATURES}/{one.title}-{images.split}.zarr")
 
     def _features(self, one: Chosen, images: ImageSet) -> Features:
+        path = self._features_of(one, images)
+        retry = path not in self._tried  # once in a command, whatever number of protocols it has
+        self._tried.add(path)
         return features(
             self._clip,
             images,
-            self._features_of(one, images),
+            path,
             squash=one.definition is not None and one.definition.resize == "squash",
             decoder=self._config.decoder,
             batch_size=self._config.batch_size,
             threads=self._config.threads,
+            retry=retry,
         )
 
     def _zero_shot(self, job: _Job) -> EvaluationResult:
@@ -210,14 +215,17 @@ class _Evaluator:
         said = {**settings, **self._settings(job)}
         if found is None or found.digests != _digests(job.test) or found.partial != job.test.partial:
             return None
-        if found.model != self._model or not self._kept(job, protocol) or (found.unreadable and self._away(job)):
+        if found.model != self._model or not self._kept(job, protocol) or self._mended(job, found.unreadable):
             return None
         return found if all(found.settings.get(name) == value for name, value in said.items()) else None
 
-    def _away(self, job: _Job) -> bool:
-        """Whether images that the set has were left out of the features that are there."""
+    def _mended(self, job: _Job, unreadable: int) -> bool:
+        """Whether some of the `unreadable` images of a result can be read since, or may be read now."""
         path = self._features_of(job.chosen, job.test)
-        return storage.exists(path) and bool(to_retry(Store(path), job.test))
+        if not unreadable or not storage.exists(path):
+            return False
+        store = Store(path)
+        return store.schema.rows - store.contents.good != unreadable or bool(to_retry(store, job.test, crashed=False))
 
     def _settings(self, job: _Job) -> dict[str, object]:
         squash = job.chosen.definition is not None and job.chosen.definition.resize == "squash"

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 from fsspec.utils import glob_translate
 
 from dimefm import storage
-from dimefm.errors import SourceError
+from dimefm.errors import AbsentError, SourceError
 from dimefm.sources.base import SourceFile
 
 URL_BLOCK = 8 << 20
@@ -43,8 +43,8 @@ class Place(NamedTuple):
 def expand(argument: str) -> list[Place]:
     """`shard-{000..009}.tar` and `shard-*.tar` as what they stand for: ranges in their order, globs sorted.
 
-    A path that exists is itself, whatever is in its name. Raises SourceError where a glob matches nothing or a file
-    named by a range is not there.
+    A path that exists is itself, whatever is in its name. Raises AbsentError where a glob matches nothing or a file
+    named by a range is not there, SourceError where that cannot be known.
     """
     if storage.is_url(argument):
         fs, _ = storage.filesystem(argument)
@@ -55,6 +55,17 @@ def expand(argument: str) -> list[Place]:
     if any(mark in argument for mark in _MAGIC):
         return [place for name in names for place in _glob(name)]
     return _look_up(names)
+
+
+def those_there(argument: str) -> list[str]:
+    """The argument, or nothing where what it names is not there; of a range, the names that are there. Raises
+    SourceError where that cannot be known."""
+    try:
+        expand(argument)
+    except AbsentError:
+        names = _without_ranges(argument)
+        return [] if names == [argument] else [one for name in names for one in those_there(name)]
+    return [argument]
 
 
 def stat_files(paths: list[str]) -> list[SourceFile]:
@@ -172,7 +183,7 @@ def _look_up(names: list[str]) -> list[Place]:
     found = list(reading_ahead(_look, names, names[0]))
     for name, place in zip(names, found, strict=True):
         if place is None:
-            raise SourceError(f"{name} does not exist", remedy="check the path")
+            raise AbsentError(f"{name} does not exist", remedy="check the path")
     return [place for place in found if place is not None]
 
 
@@ -203,7 +214,7 @@ def _glob(name: str) -> list[Place]:
     except Exception as error:
         raise unreadable(path, error) from error
     if not found:
-        raise SourceError(f"{name} matches no file", remedy="check the path; quote globs in the shell")
+        raise AbsentError(f"{name} matches no file", remedy="check the path; quote globs in the shell")
     if not storage.is_url(path):
         return _look_up(sorted(info["name"] for info in found))
     places = []
@@ -300,7 +311,11 @@ def _from_info(path: str, info: dict[str, Any]) -> SourceFile:
 
 
 def unreadable(path: str, error: Exception) -> SourceError:
-    """Storage that does not answer, or refuses: planned without what is there, it would be missing for good."""
+    """Storage that does not answer, or refuses, or memory that ran out: planned without what is there, it would be
+    missing for good."""
+    if isinstance(error, MemoryError):
+        remedy = "end other programs, or take a machine with more memory, and run the same command again"
+        return SourceError(f"memory ran out while {path} was read: {error or 'no more is to be had'}", remedy=remedy)
     remedy = "check the path, the credentials and the network; run the same command again once the storage answers"
     why = (isinstance(error, OSError) and error.strerror) or error
     return SourceError(f"{path} cannot be read: {why}", remedy=f"{remedy}, or leave the file out")
@@ -308,5 +323,5 @@ def unreadable(path: str, error: Exception) -> SourceError:
 
 def require_damage(path: str, error: Exception) -> None:
     """Raises SourceError unless `error` is of what the file holds: a damaged file is read as far as it goes."""
-    if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+    if isinstance(error, OSError | MemoryError) and not isinstance(error, gzip.BadGzipFile):
         raise unreadable(path, error) from error

@@ -31,7 +31,7 @@ class DamagedParquetError(Exception):
 
 
 def open_parquet(path: str) -> pq.ParquetFile:
-    """The file, its footer read. Raises OSError, or DamagedParquetError."""
+    """The file, its footer read. Raises OSError, MemoryError, or DamagedParquetError."""
     source = open_seekable(path) if storage.is_url(path) else path
     try:
         return pq.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False)
@@ -42,7 +42,7 @@ def open_parquet(path: str) -> pq.ParquetFile:
 def blocks(file: pq.ParquetFile, columns: list[str], group: int) -> Iterator[pa.RecordBatch]:
     """These columns (or fields of struct columns, COLUMN.FIELD) of a row group, in blocks of `block_rows` rows.
 
-    Raises OSError and DamagedParquetError.
+    Raises OSError, MemoryError and DamagedParquetError.
     """
     try:
         # One thread: workers of a DataLoader are forked, and Arrow's pool of threads does not come along.
@@ -63,10 +63,16 @@ def block_rows(file: pq.ParquetFile, columns: list[str], group: int) -> int:
 def read_cell(path: str, column: str, row: int) -> bytes | None:
     """The bytes in a binary column, or in the `bytes` of a struct column; None for null. Safe in threads and forks.
 
-    Raises IndexError where the file has no such row, KeyError where it has no such column, OSError, and
-    DamagedParquetError.
+    Raises IndexError where the file has no such row, KeyError where it has no such column, OSError,
+    MemoryError, and DamagedParquetError.
     """
     return _cells.read(path, column, row)
+
+
+def forget_cells() -> None:
+    """Let the next `read_cell` ask the storage: what this process kept would answer for files that are gone."""
+    global _cells
+    _cells = _Cells()
 
 
 def is_string(type_: pa.DataType) -> bool:
@@ -135,13 +141,9 @@ class _Cells:
 _cells = _Cells()
 
 
-def _after_fork() -> None:
-    global _cells
-    _cells = _Cells()  # files of the parent share their position with it, and its lock may be held for ever
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    # Files of the parent share their position with it, and its lock may be held for ever.
+    os.register_at_fork(after_in_child=forget_cells)
 
 
 def _leaf(schema: pa.Schema, column: str) -> str:
@@ -154,7 +156,9 @@ def _is_within(path: str, columns: list[str]) -> bool:
 
 def _translated(error: Exception) -> Exception:
     """Arrow's own errors, and the OSErrors without a number that it raises for pages it cannot read, apart from those
-    of the storage."""
+    of the storage and of the machine."""
+    if isinstance(error, MemoryError):  # ArrowMemoryError is one, and an ArrowException too
+        return MemoryError(str(error))
     if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
         return error
     return DamagedParquetError(str(error).strip().split("\n")[0])

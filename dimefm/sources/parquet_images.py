@@ -34,7 +34,7 @@ class ParquetImages:
         """Raises SourceError where the first file has no such column, or more than one that could be meant."""
         try:
             image_column(open_parquet(self._files[0].path), self._files[0].path, self._column)
-        except (OSError, DamagedParquetError):
+        except (OSError, MemoryError, DamagedParquetError):
             return  # it is reported with the samples
 
     def samples(self, report: Callable[[str], None]) -> Iterator[ImageSample]:
@@ -47,7 +47,7 @@ class ParquetImages:
                     yield sample
             except DamagedParquetError as error:
                 report(f"{path}: broken after {rows} rows ({error}); what follows is lost")
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 raise unreadable(path, error) from error
 
     def _images(self, path: str) -> Iterator[ImageSample]:

@@ -26,7 +26,7 @@ _HEAD = 100  # JSON objects that are looked at for their fields
 _LONGEST_FIELD = 2**31 - 1  # the csv module's own limit is 128 KB
 _LONGEST_RECORD = 1000  # lines; a longer one is likely a quote that is never closed
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_BROKEN = (EOFError, zlib.error, OSError, csv.Error, DamagedParquetError)
+_BROKEN = (EOFError, zlib.error, OSError, MemoryError, csv.Error, DamagedParquetError)
 
 _Value = tuple[int, str | None, str]
 """The number of a line or row, its text, and where that is None why there is none."""
