@@ -148,6 +148,7 @@ def test_a_job_goes_on_without_the_images_that_crash(
     assert [row for row in range(ROWS) if store.status()[row] != Status.OK] == [5]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_died_goes_on_without_the_image(
     images: Path, tmp_path: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,6 +116,7 @@ def test_what_a_worker_refuses_arrives_as_one_line(
     assert not store.committed()
 
 
+@pytest.mark.slow
 def test_what_a_worker_cannot_read_arrives_as_it_was(
     one_ray: None, image_tar: Path, teacher_name: str, clip: Clip, tmp_path: Path
 ) -> None:
