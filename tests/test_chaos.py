@@ -1,4 +1,4 @@
-"""The benchmark that strikes every command: a few of its rounds, so that it goes on working."""
+"""The benchmark that strikes commands: a few of its rounds, so that it goes on working."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Every command struck by kills and by faults of the file system, and run again."""
+"""Ten commands struck by kills and by faults of the file system, and run again."""

@@ -171,7 +171,7 @@ def judge(first: Result, again: Result | None, same: bool) -> str:
 @click.option("--only", help="Only the job of this name.")
 @click.option("--round", "one", type=int, help="Only this round of them, to see what it printed.")
 def chaos(rounds: int, seed: int, only: str | None, one: int | None) -> None:
-    """Strike every command at random moments, run it again, and compare all bytes with an undisturbed run's.
+    """Strike ten commands at random moments, run them again, and compare all bytes with an undisturbed run's.
 
     Half of the rounds are SIGKILLs: of all processes at a random call of the file system, or of one process after a
     random time. The others are faults in the calls of all its libraries: an error once, a disk that is full from some

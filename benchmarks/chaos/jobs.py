@@ -1,4 +1,4 @@
-"""The commands that chaos strikes, on a small part of the shipped sample, and what must be the same afterwards."""
+"""The ten commands that chaos strikes, on a small part of the shipped sample, and what must be the same afterwards."""
 
 import hashlib
 import json
