@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import faulthandler
-import logging
 import os
 import signal
 import sys
@@ -73,7 +72,6 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `dimefm` command."""
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     wait_briefly()
     if sys.stderr is not None:
         faulthandler.enable()  # a crash, as of a decoder or of a file that is cut while it is mapped, says where it was
