@@ -12,10 +12,12 @@ import io
 import math
 import re
 import warnings
+from contextlib import suppress
 from functools import cache
+from importlib import import_module
 
 import torch
-from PIL import Image
+from PIL import Image, features
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
 from cache_schemas import Status
@@ -23,10 +25,12 @@ from cache_schemas import Status
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded: Pillow's own threshold for a decompression bomb (a 256 MiB RGB image)."""
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX",
-           "SGI", "QOI")  # fmt: skip
-"""What Pillow may decode, whatever a file is called. Of the rest, EPS would start Ghostscript, IPTC open any format
-within it, and WMF ask the operating system."""
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000", "TGA", "ICO",
+           "PCX", "SGI", "QOI")  # fmt: skip
+"""What Pillow may decode, whatever a file is called; HEIF by pillow-heif, where that is installed. Of the rest, EPS
+would start Ghostscript, IPTC open any format within it, and WMF ask the operating system."""
+HEAD_BYTES = 32
+"""How many of the first bytes of a file `sniff` looks at."""
 MAX_BYTES = 1 << 30
 """Largest file of one image that is read: more than MAX_PIXELS of four channels of 16 bits are, uncompressed, also as
 base64. A larger size is that of a damaged header."""
@@ -35,6 +39,24 @@ _ADDRESS = re.compile(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>")  # another in e
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I")
 _FAULTS = (ValueError, KeyError)  # of simplejpeg; the second for ways of storing colour that it has no name for
 _END = b"\xff\xd9"  # the mark that a JPEG ends with
+_BEGINNINGS = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "WEBP": rb"RIFF....WEBP",
+    "GIF": rb"GIF8[79]a",
+    "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",  # with the size of its second header
+    "TIFF": rb"II[*+]\0|MM\0[*+]",
+    "AVIF": rb".{4}ftyp(avi[fs]|(mif1|msf1).{4}(.{4})*avi[fs])",
+    "HEIF": rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)",  # after AVIF, which may share its brand
+    "JPEG2000": rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n",
+    "PPM": rb"P[1-6f]\s+[-\d#]",
+    "QOI": rb"qoif",
+    "ICO": rb"\0\0\x01\0[^\0]\0...\0",
+    "PCX": rb"\x0a[\0\x02-\x05][\0\x01][\x01\x02\x04\x08]",
+    "SGI": rb"\x01\xda[\0\x01][\x01\x02]",
+}
+_FEATURES = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # which Pillow may have been built without
+_SNIFFED = {name: re.compile(beginning, re.DOTALL) for name, beginning in _BEGINNINGS.items()}
 
 
 class DecodeError(Exception):
@@ -69,11 +91,28 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return image
 
 
+def extensions() -> frozenset[str]:
+    """The extensions, in lower case and without the dot, of what this installation can decode."""
+    formats = {*_formats(), "MPO"}  # which Pillow opens as JPEG
+    known = Image.registered_extensions().items()
+    return frozenset(extension[1:].lower() for extension, name in known if name in formats)
+
+
+def sniff(head: bytes) -> str | None:
+    """The format, as FORMATS calls it, of a file that begins with `head`, HEAD_BYTES or more; None for what is no
+    image, or is of another format. Whether this installation decodes it is another question. TGA has no signature.
+    """
+    return next((name for name, beginning in _SNIFFED.items() if beginning.match(head[:HEAD_BYTES])), None)
+
+
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow was built with."""
+    """Those of FORMATS that this installation can decode."""
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    with suppress(ImportError):
+        import_module("pillow_heif").register_heif_opener()
+    lacking = {name for name, feature in _FEATURES.items() if not features.check(feature)}
+    return tuple(name for name in FORMATS if name in Image.OPEN and name not in lacking)
 
 
 def _refused(data: bytes) -> str:

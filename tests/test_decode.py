@@ -16,10 +16,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from cache_schemas import Status
-from dimefm.decode import MAX_PIXELS, DecodeError, decode, decode_rgb, decode_scaled, jpeg_size, open_image
+from dimefm.decode import (
+    MAX_PIXELS,
+    DecodeError,
+    decode,
+    decode_rgb,
+    decode_scaled,
+    extensions,
+    jpeg_size,
+    open_image,
+    sniff,
+)
 from tests.making import encoded, make_jpeg, picture
 
 
@@ -341,3 +351,60 @@ def _outcome(data: bytes) -> str:
         return str(zlib.crc32(decode_rgb(data).numpy().tobytes()))
     except DecodeError as error:
         return f"{error.status.name}: {error}"
+
+
+# -- what this installation can decode, by name and by content -------------------------------------------------------
+
+
+def test_the_extensions_are_those_of_what_can_be_decoded() -> None:
+    assert {
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "webp",
+        "gif",
+        "bmp",
+        "tif",
+        "tiff",
+        "ppm",
+        "pgm",
+        "qoi",
+    } <= extensions()
+    assert not extensions() & {"eps", "ps", "wmf", "psd", "pdf", "h5", "svg", "txt", ""}
+    assert ("avif" in extensions()) == features.check("avif")
+    assert ("jp2" in extensions()) == features.check("jpg_2000")
+
+
+SNIFFED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "QOI", "ICO", "PCX", "SGI")
+
+
+@pytest.mark.parametrize("kind", SNIFFED)
+def test_a_format_is_known_by_its_first_bytes(kind: str) -> None:
+    data = encoded(picture((40, 30)), kind)
+    assert sniff(data[:32]) == kind == Image.open(io.BytesIO(data)).format
+    assert sniff(b"x" + data[:31]) is None
+
+
+def test_the_family_of_heif_is_told_apart_by_its_brands() -> None:
+    def box(major: bytes, *others: bytes) -> bytes:
+        body = b"ftyp" + major + bytes(4) + b"".join(others)
+        return (struct.pack(">I", len(body) + 4) + body + bytes(64))[:32]
+
+    assert sniff(box(b"avif", b"mif1")) == sniff(box(b"mif1", b"miaf", b"avif")) == "AVIF"
+    assert sniff(box(b"heic", b"mif1")) == sniff(box(b"mif1", b"heic")) == "HEIF"
+    assert sniff(box(b"isom", b"mp42")) is None
+    assert sniff(box(b"mif1", b"xavi", b"fxxx")) == "HEIF"
+
+
+def test_what_is_no_image_is_not_sniffed() -> None:
+    for head in (
+        b"",
+        b"P5 is a player",
+        b"BMW and others, a long line of text",
+        b"II. The second",
+        b"\xff\xd8",
+        bytes(32),
+    ):
+        assert sniff(head) is None
