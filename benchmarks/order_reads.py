@@ -104,9 +104,7 @@ def _write(folder: Path, rows: int, size: int, dim: int, pixels: int | None) -> 
     """A finished store of random images, beside it the file that they are in."""
     folder.mkdir()
     path, source, rng = folder / "images.zarr", folder / "images.bin", np.random.default_rng(0)
-    summary = SourceSummary(
-        arguments=("none",), files=1, bytes=0, digest="none", repeated_keys=0, dropped={}, problems=()
-    )
+    summary = SourceSummary(arguments=("none",), files=1, bytes=0, digest="none", repeated_keys=0, problems=())
     schema = EmbeddingStore(
         kind="image", rows=rows, dim=dim, chunk_rows=chunk_rows(_SHARD), shard_rows=_SHARD, batch_size=64,
         teacher=replace(TEACHER, embed_dim=dim), source=summary, pixels=pixels,

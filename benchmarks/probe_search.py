@@ -161,7 +161,7 @@ def _memory(folder: Path, rows: int, dim: int, classes: int, heads: int) -> None
 
 def _random(path: Path, labels_N: np.ndarray[Any, Any], dim: int, rng: np.random.Generator) -> Features:
     """A finished feature store of unit vectors about one centre a class."""
-    summary = SourceSummary(arguments=(), files=0, bytes=0, digest="", repeated_keys=0, dropped={}, problems=())
+    summary = SourceSummary(arguments=(), files=0, bytes=0, digest="", repeated_keys=0, problems=())
     schema = EmbeddingStore(
         kind="image", rows=len(labels_N), dim=dim, chunk_rows=_SHARD_ROWS, shard_rows=_SHARD_ROWS, batch_size=64,
         teacher=replace(TEACHER, embed_dim=dim), source=summary, dtype="float32",

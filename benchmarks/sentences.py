@@ -72,7 +72,7 @@ def _random(name: str) -> Clip:
 
 
 def _schema(clip: Clip, rows: int) -> EmbeddingStore:
-    source = SourceSummary(arguments=(), files=0, bytes=0, digest="", repeated_keys=0, dropped={}, problems=())
+    source = SourceSummary(arguments=(), files=0, bytes=0, digest="", repeated_keys=0, problems=())
     return EmbeddingStore(
         kind="text",
         rows=rows,

@@ -21,6 +21,7 @@ from cache_schemas.embedding_store import EMBEDDING, STATUS, commit_path
 from cache_schemas.plan import PLANS
 from dimefm import storage
 from dimefm.sources import open_image_source
+from dimefm.sources.account import Account
 from dimefm.store import Store, create_store
 from dimefm.tables import write_plan
 from pipeline.existing import is_planned
@@ -38,10 +39,10 @@ def simulate(path: Path, kind: Any, rows: int, dim: int, tars: list[str]) -> Non
             return
         raise click.ClickException(f"{path} is another simulation: delete it, or give another --folder")
     source = open_image_source(tars) if tars else None
-    samples = list(source.samples(click.echo)) if source else []
+    samples = list(source.samples(Account())) if source else []
     size = shard_size(rows // _SHARDS)
     summary = SourceSummary(
-        arguments=tuple(tars), files=len(tars), bytes=0, digest="simulated", repeated_keys=0, dropped={}, problems=()
+        arguments=tuple(tars), files=len(tars), bytes=0, digest="simulated", repeated_keys=0, problems=()
     )
     schema = EmbeddingStore(
         kind=kind, rows=rows, dim=dim, chunk_rows=chunk_rows(size), shard_rows=size, batch_size=64,

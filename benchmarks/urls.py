@@ -30,6 +30,7 @@ from dimefm.data import Augmentation, Request, TrainingImages
 from dimefm.order import Order
 from dimefm.sample import sample_dir
 from dimefm.sources import open_image_source
+from dimefm.sources.account import Account
 from dimefm.sources.files import in_order
 from dimefm.store import Store
 
@@ -106,7 +107,7 @@ def _plan(size: int) -> list[tuple[str, ...]]:
         if kind == "side files":
             for number in range(_TARS):
                 fs.pipe_file(f"tars/{number}.json", json.dumps({"filesize": len(data), "files": files}).encode())
-        cost = _measured(lambda: deque(open_image_source(["s3://tars"]).samples(click.echo), maxlen=0))
+        cost = _measured(lambda: deque(open_image_source(["s3://tars"]).samples(Account()), maxlen=0))
         rows.append((f"{count:,} x {size / 1e3:,.0f} kB", kind, *cost))
     fs.rm("tars", recursive=True)
     return rows
@@ -143,7 +144,7 @@ def _images(folder: Path, batches: int) -> list[tuple[str, ...]]:
     """Images of tars, by one loader process."""
     for path in _sample_tars():
         fsspec.filesystem("s3").pipe_file(f"images/{path.name}", path.read_bytes())
-    samples = list(open_image_source(["s3://images"]).samples(click.echo))[: batches * 64]
+    samples = list(open_image_source(["s3://images"]).samples(Account()))[: batches * 64]
     places = [(sample.file, sample.offset, sample.size) for sample in samples]
     dataset = TrainingImages("s3://s.zarr", Augmentation(size=64, crop_scale=(0.4, 1.0), flip=True, seed=0))
     rows_B = np.arange(len(places))

@@ -5,7 +5,7 @@ Needs the standard library, numpy and pyarrow, nothing else.
 
 from cache_schemas.commit import Commit, Failure
 from cache_schemas.document import Document, digest_of, parse_dataclass, to_plain
-from cache_schemas.embedding_store import EmbeddingStore, SourceSummary, Status, ViewPlan
+from cache_schemas.embedding_store import EmbeddingStore, Skipped, SourceSummary, Status, ViewPlan
 from cache_schemas.identity import Preprocessing, TeacherIdentity
 from cache_schemas.index import IndexPart, IndexSidecar, Recall
 from cache_schemas.pairs import PairsStore, Selection
@@ -32,6 +32,7 @@ __all__ = [
     "SchemaError",
     "Selection",
     "SelectionPlan",
+    "Skipped",
     "SourceSummary",
     "Status",
     "StudentSpec",

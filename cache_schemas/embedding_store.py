@@ -51,19 +51,29 @@ class Status(IntEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """Files, members, rows or lines of a source that are not used: why, how many, and one of them."""
+
+    reason: str
+    count: int
+    example: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceSummary:
     """What was planned: `digest` covers every file's path and size and the `settings` (column, length limits, seed of
-    the order); `problems` are files that could not be read through; `dropped` counts the sentences that were left
-    out, by reason."""
+    the order); `problems` are files that could not be read through; `skipped` is what was not used. `dropped` counts
+    sentences in stores of older releases, which had no examples."""
 
     arguments: tuple[str, ...]
     files: int
     bytes: int
     digest: str
     repeated_keys: int
-    dropped: dict[str, int]
     problems: tuple[str, ...]
+    skipped: tuple[Skipped, ...] = ()
     settings: dict[str, object] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

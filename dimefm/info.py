@@ -29,6 +29,7 @@ from dimefm.run import read_run
 from dimefm.runlog import last_validation, read_metrics
 from dimefm.selected import SelectedTexts
 from dimefm.selection_files import how
+from dimefm.sources.account import show
 from dimefm.store import Store
 
 _FAILURES, _EXAMPLES, _SHOWN = 10, 5, 12
@@ -113,7 +114,8 @@ def _store(store: Store) -> str:
     rows += [(name.replace("_", " "), str(value)) for name, value in source.settings.items()]
     if source.repeated_keys:
         rows.append(("repeated keys", f"{source.repeated_keys:,}; each keeps its own row"))
-    rows += [("dropped", f"{count:,} {reason}") for reason, count in source.dropped.items() if count]
+    rows += [("skipped", show(one)) for one in source.skipped]
+    rows += [("skipped", f"{reason}: {count:,}") for reason, count in source.dropped.items() if count]
     rows += [("problem", problem) for problem in source.problems[:_FAILURES]]
     rows += [("failed", f"row {f.row}, {f.key}: {f.status}, {f.reason}") for f in failures]
     if failed > len(failures):

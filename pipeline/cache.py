@@ -16,6 +16,7 @@ from dimefm.lock import writing
 from dimefm.machine import Precision, available_memory, choose_device, cpus
 from dimefm.named import allowed, allowing
 from dimefm.progress import amount, duration
+from dimefm.sources.account import show
 from dimefm.sources.files import expand
 from dimefm.store import Store
 from pipeline.existing import arguments_there, is_planned, require_no_stranger
@@ -151,7 +152,7 @@ def _show_forecast(config: CacheConfig, device: str, found: Forecast, clip: Clip
         f"measured  {each}{rates.teacher:,.0f} {config.kind}s/s by the teacher on one {'core' if on_cpu else 'GPU'}",
         f"takes     {duration(found.schema.rows / rate)} at {rate:,.0f} {config.kind}s/s with {plural}",
         *([bound] if bound else []),
-        *(f"dropped   {count:,} {reason}" for reason, count in source.dropped.items() if count),
+        *(f"skipped   {show(one)}" for one in source.skipped),
         *(f"problem   {problem}" for problem in source.problems),
         "teacher",
     ]

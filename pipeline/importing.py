@@ -25,6 +25,7 @@ from dimefm.named import allowing
 from dimefm.preprocess import Preprocess
 from dimefm.progress import Progress
 from dimefm.sources import open_image_source
+from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample, Source, SourceFile
 from dimefm.sources.reading import read_encoded
 from dimefm.store import Store, create_store
@@ -86,7 +87,8 @@ def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
         raise SourceError("images are given for text embeddings", remedy="give --kind image, or no --images")
     if config.match_parts > 1 and not config.sources:
         raise SourceError("--match-parts has no effect without --images", remedy="leave it out, or give the images")
-    source = open_image_source(list(config.sources)) if config.sources else None
+    account = Account()
+    source = open_image_source(list(config.sources), account=account) if config.sources else None
     files = folder.files() + (source.files() if source else [])
     require_whole_chunks(config.shard_rows)
     shard_rows = config.shard_rows or shard_size(folder.rows // 64 + 1)  # for about 64 shards or more
@@ -109,7 +111,7 @@ def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
                 settings=_settings(config),
             )
         else:
-            store = _plan(config, folder, source, files, shard_rows, clip, report)
+            store = _plan(config, folder, source, files, shard_rows, clip, account, report)
         _write(store, folder, unmatched_fail=source is not None)
     return store
 
@@ -124,16 +126,17 @@ def _plan(
     files: list[SourceFile],
     shard_rows: int,
     clip: Clip,
+    account: Account,
     report: Callable[[str], None],
 ) -> Store:
-    problems: list[str] = []
     matches, checked_N = None, spread(np.arange(folder.rows), config.check)
     if config.kind == "image":
-        samples = source.samples(problems.append) if source else ()
+        samples = source.samples(account) if source else ()
         matches = match((key for key, _ in folder.records()), samples, least=config.match_parts)
         checked_N = matches.sample(config.check)
-        problems += _tell(matches, folder, report) if source else [_NO_PIXELS]
-    problems += _check(config, folder, checked_N, matches, clip, report) if len(checked_N) else [_NOT_COMPARED]
+        account.problems += _tell(matches, folder, report) if source else [_NO_PIXELS]
+    compared = len(checked_N) > 0
+    account.problems += _check(config, folder, checked_N, matches, clip, report) if compared else [_NOT_COMPARED]
 
     out = storage.absolute(config.out)
     storage.remove_folder(storage.join(out, ROWS))  # of a run that was stopped while it planned
@@ -143,7 +146,7 @@ def _plan(
         silent += sum(caption is None for _, caption in batch)
         digests.append(write_plan(out, shard, _table(batch, matches, start)))
     if silent and config.kind == "text":
-        problems.append(f"{silent:,} rows have no caption; their sentence is empty")
+        account.problem(f"{silent:,} rows have no caption; their sentence is empty")
     schema = EmbeddingStore(
         kind=config.kind,
         rows=folder.rows,
@@ -158,8 +161,8 @@ def _plan(
             bytes=sum(file.size for file in files),
             digest=source_digest(files, _settings(config)),
             repeated_keys=matches.repeated if matches else 0,
-            dropped={},
-            problems=tuple(problems),
+            problems=tuple(account.problems),
+            skipped=account.skipped(),
             settings=_settings(config),
         ),
     )

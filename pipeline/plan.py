@@ -18,6 +18,7 @@ from cache_schemas.plan import PLANS
 from dimefm import storage
 from dimefm.errors import SourceError
 from dimefm.sources import open_image_source, open_text_source
+from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import SourceFile
 from dimefm.store import Store, create_store
 from dimefm.tables import write_plan
@@ -61,8 +62,7 @@ class _Tally:
     """What planning finds out beside the rows."""
 
     bytes: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    account: Account = field(default_factory=Account)
     keys: array[int] = field(default_factory=lambda: array("q"))
 
     def repeated_keys(self) -> int:
@@ -87,7 +87,8 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity, *, ac
     """
     out = storage.absolute(out)
     arguments = arguments_there(out, request.arguments) if accept_missing else request.arguments
-    source = _open(replace(request, arguments=arguments))
+    tally = _Tally()
+    source = _open(replace(request, arguments=arguments), tally)
     files = source.files()
     require_no_stranger(out)
     store = Store(out) if is_planned(out) else None
@@ -110,7 +111,6 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity, *, ac
         )
         return store
     storage.remove_folder(storage.join(out, ROWS))  # of a run that was stopped while it planned
-    tally = _Tally()
     rows, digests = 0, []
     for shard, table in enumerate(_tables(request, source, shard_rows, tally)):
         digests.append(write_plan(out, shard, table))
@@ -120,10 +120,10 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity, *, ac
 
 def forecast(request: PlanRequest, teacher: TeacherIdentity, keep: int = 0) -> Forecast:
     """Go through the source as planning would, and write nothing. Keeps the first `keep` entries."""
-    source = _open(request)
+    tally = _Tally()
+    source = _open(request, tally)
     files = source.files()
     shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind)
-    tally = _Tally()
     rows, first = 0, list[dict[str, Any]]()
     for table in _tables(request, source, _MOST_SHARD, tally):
         first += table.slice(0, keep - len(first)).to_pylist()
@@ -135,7 +135,8 @@ def forecast(request: PlanRequest, teacher: TeacherIdentity, keep: int = 0) -> F
 
 def count_rows(request: PlanRequest) -> int:
     """The rows of a plan, without writing it."""
-    return sum(table.num_rows for table in _tables(request, _open(request), _MOST_SHARD, _Tally()))
+    tally = _Tally()
+    return sum(table.num_rows for table in _tables(request, _open(request, tally), _MOST_SHARD, tally))
 
 
 def _schema(
@@ -147,8 +148,8 @@ def _schema(
     teacher: TeacherIdentity,
 ) -> EmbeddingStore:
     if rows == 0:
-        what = f"no {request.kind} in {', '.join(request.arguments)}"
-        raise SourceError(what, remedy="check that the files hold what you mean to cache, and what is dropped")
+        what = f"no {request.kind} in {', '.join(request.arguments)}{found_instead(tally.account.lines())}"
+        raise SourceError(what, remedy="check that the files hold what you mean to cache")
     return EmbeddingStore(
         kind=request.kind,
         rows=rows,
@@ -163,8 +164,8 @@ def _schema(
             bytes=tally.bytes,
             digest=source_digest(files, request.settings()),
             repeated_keys=tally.repeated_keys(),
-            dropped=tally.dropped,
-            problems=tuple(tally.problems),
+            problems=tuple(tally.account.problems),
+            skipped=tally.account.skipped(),
             settings=request.settings(),
         ),
         views=request.views,
@@ -195,16 +196,16 @@ def require_whole_chunks(shard_rows: int | None) -> None:
         raise SourceError(what, remedy=f"give --shard-rows a multiple of {_CHUNK:,}, or less than that")
 
 
-def _open(request: PlanRequest) -> Any:
+def _open(request: PlanRequest, tally: _Tally) -> Any:
     require_whole_chunks(request.shard_rows)
     opener = open_image_source if request.kind == "image" else open_text_source
-    return opener(list(request.arguments), request.column)
+    return opener(list(request.arguments), request.column, tally.account)
 
 
 def _samples(request: PlanRequest, source: Any, tally: _Tally) -> Iterator[Any]:
     if request.kind == "text":
-        return tidy(source, request.sentences, tally.problems.append, tally.dropped)
-    return iter(source.samples(tally.problems.append))
+        return tidy(source, request.sentences, tally.account)
+    return iter(source.samples(tally.account))
 
 
 def _tables(request: PlanRequest, source: Any, size: int, tally: _Tally) -> Iterator[pa.Table]:

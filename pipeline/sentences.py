@@ -8,7 +8,7 @@ import errno
 import json
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -19,11 +19,14 @@ import numpy as np
 
 from dimefm.errors import SourceError, StoreError
 from dimefm.machine import open_files
+from dimefm.sources.account import Account
 from dimefm.sources.base import Source, TextSample
 from pipeline.repeats import as_array, repeats
 
 _BUCKETS = 256
 _BLOCK = 65536
+_MOST_WORDS = 65535
+_REPEATED = "repeated sentences"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,45 +42,53 @@ class SentenceRules:
         names = ("min_words", "max_words", "shuffle")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
+    def against(self, words: int) -> str | None:
+        """Why a sentence of so many words is left out; None where it is not."""
+        if words < (self.min_words or 0):
+            return "sentences shorter than --min-words"
+        return "sentences longer than --max-words" if words > (self.max_words or _MOST_WORDS) else None
 
-def tidy(
-    source: Source[TextSample], rules: SentenceRules, report: Callable[[str], None], dropped: dict[str, int]
-) -> Iterator[TextSample]:
-    """The sentences to keep; how many were left out, and why, is put into `dropped` before the first comes.
+
+def tidy(source: Source[TextSample], rules: SentenceRules, account: Account) -> Iterator[TextSample]:
+    """The sentences to keep; those that are left out are counted in `account`.
 
     Reads the source twice: once to know the repeats by a 64-bit hash, once for the sentences.
     """
-    keep = _wanted(source, rules, dropped)
-    chosen = _kept(source.samples(report), keep)
+    keep = _wanted(source, rules)
+    chosen = _kept(source.samples(account), keep, rules, account)
     return chosen if rules.shuffle is None else _shuffled(chosen, int(keep.sum()), rules.shuffle)
 
 
-def _kept(samples: Iterator[TextSample], keep: np.ndarray[Any, Any]) -> Iterator[TextSample]:
-    """Those to keep. Raises SourceError where there are not as many samples as there were."""
+def _kept(
+    samples: Iterator[TextSample], keep: np.ndarray[Any, Any], rules: SentenceRules, account: Account
+) -> Iterator[TextSample]:
+    """Those to keep; the others are counted. Raises SourceError where there are not as many samples as there were."""
     for sample, wanted in zip_longest(samples, _each(keep)):
         if sample is None or wanted is None:
             what = f"the sentences have changed while they were read: there are no longer {len(keep):,}"
             raise SourceError(what, remedy="run the same command again once nothing writes to their files")
         if wanted:
             yield sample
+        else:
+            account.skip(rules.against(_words(sample.text)) or _REPEATED, f"{sample.key}: {sample.text[:80]}")
 
 
-def _wanted(source: Source[TextSample], rules: SentenceRules, dropped: dict[str, int]) -> np.ndarray[Any, Any]:
+def _wanted(source: Source[TextSample], rules: SentenceRules) -> np.ndarray[Any, Any]:
     """True for each sentence to keep. Of those that are equal, the first is kept."""
     hashes, words = array("q"), array("H")
-    for sample in source.samples(lambda problem: None):
+    for sample in source.samples(Account()):
         hashes.append(hash(sample.text))
-        words.append(min(sample.text.count(" ") + 1, 65535))
+        words.append(_words(sample.text))
     count = np.frombuffer(words, np.uint16) if len(words) else np.empty(0, np.uint16)
-    short, long = count < (rules.min_words or 0), count > (rules.max_words or 65535)
+    short, long = count < (rules.min_words or 0), count > (rules.max_words or _MOST_WORDS)
     keep = ~(short | long)
-    fitting = int(keep.sum())
     for places in repeats(as_array(hashes), keep.copy()):
         keep[places] = False
-    repeated = fitting - int(keep.sum())
-    counts = {"shorter than --min-words": short.sum(), "longer than --max-words": long.sum(), "repeated": repeated}
-    dropped.update({reason: int(n) for reason, n in counts.items() if n or reason == "repeated"})
     return keep
+
+
+def _words(text: str) -> int:
+    return min(text.count(" ") + 1, _MOST_WORDS)
 
 
 def _shuffled(samples: Iterator[TextSample], count: int, seed: int) -> Iterator[TextSample]:

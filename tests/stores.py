@@ -78,9 +78,7 @@ def random_store(
         shard_rows=shard_rows,
         batch_size=8,
         teacher=identity,
-        source=SourceSummary(
-            arguments=("a",), files=1, bytes=1, digest=digest, repeated_keys=0, dropped={}, problems=()
-        ),
+        source=SourceSummary(arguments=("a",), files=1, bytes=1, digest=digest, repeated_keys=0, problems=()),
         dtype=dtype,
     )
     keys = keys or [f"k{row}" for row in range(rows)]

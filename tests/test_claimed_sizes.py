@@ -77,7 +77,7 @@ def test_a_line_too_long_for_an_image_is_refused(
         write_lineidx(table)
     monkeypatch.setattr(tsv_images, "MAX_BYTES", 2000)
     with pytest.raises(SourceError, match=r"a\.tsv, line 2 is longer than 2,000 bytes"):
-        list(TsvImages(stat_files([str(table)])).samples(print))
+        list(TsvImages(stat_files([str(table)])).samples(Account()))
 
 
 def test_a_label_of_absurd_size_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from cache_schemas import Status
 from dimefm.cli import cli
 from dimefm.clip import Clip
 from dimefm.errors import MismatchError, StoreError
+from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile, TextSample
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
@@ -33,16 +34,19 @@ class Sentences:
     def files(self) -> list[SourceFile]:
         return []
 
-    def samples(self, report: Callable[[str], None]) -> Iterator[TextSample]:
+    def samples(self, account: Account) -> Iterator[TextSample]:
         self.passes += 1
-        report("one line is broken")
+        account.problem("one line is broken")
         return (TextSample(f"k{i}", text) for i, text in enumerate(self._texts()))
 
 
+SHORT, LONG = "sentences shorter than --min-words", "sentences longer than --max-words"
+
+
 def tidied(texts: list[str], **rules: int) -> tuple[list[TextSample], dict[str, int]]:
-    dropped: dict[str, int] = {}
-    found = list(tidy(Sentences(lambda: iter(texts)), SentenceRules(**rules), lambda line: None, dropped))
-    return found, dropped
+    account = Account()
+    found = list(tidy(Sentences(lambda: iter(texts)), SentenceRules(**rules), account))
+    return found, {one.reason: one.count for one in account.skipped()}
 
 
 def written(path: Path, *lines: str) -> Path:
@@ -60,7 +64,7 @@ def texts_of(store: Store) -> list[str]:
 def test_of_equal_sentences_the_first_is_kept() -> None:
     found, dropped = tidied(["b", "a", "b", "A", "a", "b"])
     assert found == [TextSample("k0", "b"), TextSample("k1", "a"), TextSample("k3", "A")]
-    assert dropped == {"repeated": 3}
+    assert dropped == {"repeated sentences": 3}
 
 
 def test_sentences_are_kept_within_both_limits_and_each_reason_is_counted() -> None:
@@ -68,7 +72,7 @@ def test_sentences_are_kept_within_both_limits_and_each_reason_is_counted() -> N
         ["one", "one two", "one two three", "a b c d", "one", "e f", "e f"], min_words=2, max_words=3
     )
     assert [sample.text for sample in found] == ["one two", "one two three", "e f"]
-    assert dropped == {"shorter than --min-words": 2, "longer than --max-words": 1, "repeated": 1}
+    assert dropped == {SHORT: 2, LONG: 1, "repeated sentences": 1}
 
 
 def test_a_sentence_of_more_words_than_any_limit_is_kept_where_there_is_none() -> None:
@@ -76,26 +80,26 @@ def test_a_sentence_of_more_words_than_any_limit_is_kept_where_there_is_none() -
     assert [sample.text for sample in tidied([long, "short"])[0]] == [long, "short"]
     assert tidied([long, "short"], max_words=50) == (
         [TextSample("k1", "short")],
-        {"longer than --max-words": 1, "repeated": 0},
+        {LONG: 1},
     )
 
 
 def test_nothing_to_keep_is_no_sentence_at_all() -> None:
-    assert tidied([], shuffle=1) == ([], {"repeated": 0})
-    assert tidied(["one"], min_words=2, shuffle=1) == ([], {"shorter than --min-words": 1, "repeated": 0})
+    assert tidied([], shuffle=1) == ([], {})
+    assert tidied(["one"], min_words=2, shuffle=1) == ([], {SHORT: 1})
 
 
-def test_the_counts_are_there_before_the_first_sentence() -> None:
-    dropped: dict[str, int] = {}
-    tidy(Sentences(lambda: iter(["a", "a"])), SentenceRules(), lambda line: None, dropped)
-    assert dropped == {"repeated": 1}
+def test_the_first_sentence_that_is_left_out_is_the_example_of_its_reason() -> None:
+    account = Account()
+    list(tidy(Sentences(lambda: iter(["a", "b c", "a", "b c"])), SentenceRules(min_words=2), account))
+    assert account.lines()[:2] == [f"{SHORT}: 2, such as k0: a", "repeated sentences: 1: k3: b c"]
 
 
 def test_two_passes_report_a_problem_once() -> None:
-    source, problems = Sentences(lambda: iter(["a", "b"])), list[str]()
-    assert len(list(tidy(source, SentenceRules(shuffle=3), problems.append, {}))) == 2
+    source, account = Sentences(lambda: iter(["a", "b"])), Account()
+    assert len(list(tidy(source, SentenceRules(shuffle=3), account))) == 2
     assert source.passes == 2
-    assert problems == ["one line is broken"]
+    assert account.problems == ["one line is broken"]
 
 
 @pytest.mark.parametrize("shuffle", [None, 5])
@@ -103,7 +107,7 @@ def test_the_sentences_are_never_all_in_memory(shuffle: int | None) -> None:
     count, length = 20_000, 1_000
     source = Sentences(lambda: (f"{i:0{length}d}" for i in range(count)))
     tracemalloc.start()
-    seen = sum(1 for _ in tidy(source, SentenceRules(shuffle=shuffle), lambda line: None, {}))
+    seen = sum(1 for _ in tidy(source, SentenceRules(shuffle=shuffle), Account()))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert seen == count
@@ -163,7 +167,7 @@ def test_the_plan_holds_what_is_kept_and_counts_what_is_not(tmp_path: Path, clip
     store = open_or_plan(request(source, min_words=2, max_words=3), str(tmp_path / "s.zarr"), clip.identity)
     assert texts_of(store) == ["one two", "one two three"]
     summary = store.schema.source
-    assert summary.dropped == {"shorter than --min-words": 1, "longer than --max-words": 1, "repeated": 1}
+    assert {one.reason: one.count for one in summary.skipped} == {SHORT: 1, LONG: 1, "repeated sentences": 1}
     assert summary.settings == {"min_words": 2, "max_words": 3}
 
 
@@ -171,7 +175,7 @@ def test_repeats_over_several_files_are_dropped(tmp_path: Path, clip: Clip) -> N
     sources = [written(tmp_path / f"{n}.txt", "shared", f"own {n}") for n in "abc"]
     store = open_or_plan(request(*sources), str(tmp_path / "s.zarr"), clip.identity)
     assert texts_of(store) == ["shared", "own a", "own b", "own c"]
-    assert store.schema.source.dropped == {"repeated": 2}
+    assert [(one.reason, one.count) for one in store.schema.source.skipped] == [("repeated sentences", 2)]
 
 
 def test_a_shuffled_store_is_the_same_bytes_again(text_file: Path, tmp_path: Path, clip: Clip) -> None:
@@ -233,5 +237,6 @@ def test_info_says_what_was_dropped_and_by_what_rules(tmp_path: Path, clip: Clip
     store = cached("text", source, tmp_path / "s.zarr", clip, sentences=rules)
     result = CliRunner().invoke(cli, ["info", store.path])
     lines = [" ".join(line.split()) for line in result.output.splitlines()]
-    for line in ("dropped 1 shorter than --min-words", "dropped 1 repeated", "min words 2", "shuffle 4"):
-        assert line in lines
+    assert f"skipped {SHORT}: 1: a.txt:1: one" in lines
+    assert "skipped repeated sentences: 1: a.txt:3: two words" in lines
+    assert {"min words 2", "shuffle 4"} <= set(lines)

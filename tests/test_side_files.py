@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dimefm.sources import open_image_source
+from dimefm.sources.account import Account
 from dimefm.sources.images import split_key
 from tests.contracts.source_contract import listed
 from tests.making import upload
@@ -230,7 +231,7 @@ def test_what_will_be_read_is_said_first(tmp_path: Path, s3: str, capfd: pytest.
     for name in ("0.tar", "1.tar", "2.tar"):
         write(tmp_path / name, ENTRIES[:40])
     write_idx(tmp_path / "1.tar")
-    next(iter(open_image_source([upload(tmp_path, f"{s3}/tars")]).samples(print)))
+    next(iter(open_image_source([upload(tmp_path, f"{s3}/tars")]).samples(Account())))
     said = capfd.readouterr().err.splitlines()[0]
     assert said == (
         "planning: 0 of 3: 1 tars by their side files, 2 by their headers: at most 1.3 MB in 2 requests, "

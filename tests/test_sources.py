@@ -28,7 +28,13 @@ from dimefm.sources import (
 from dimefm.sources.files import expand, stat_files
 from dimefm.sources.images import split_key
 from dimefm.sources.texts import prompt, read_classnames, read_templates
-from tests.contracts.source_contract import BreakableContract, ImageSourceContract, TextSourceContract, listed
+from tests.contracts.source_contract import (
+    BreakableContract,
+    ImageSourceContract,
+    TextSourceContract,
+    accounted,
+    listed,
+)
 from tests.making import make_jpeg, write_lineidx, write_parquet, write_tar, write_text, write_tsv
 
 
@@ -239,10 +245,10 @@ def test_images_whose_key_has_more_dots_are_passed_over_and_counted_once(tmp_pat
     names = ["0.left.jpg", "0.right.PNG", "0.jpg", "0.meta.json", "._0.left.jpg", "v1.2/1.jpg"]
     for number in range(2):
         write_tar(tmp_path / f"{number}.tar", {f"{number}/{name}": b"x" for name in names})
-    found, reports = listed(open_image_source([str(tmp_path)]))
+    found, account = accounted(open_image_source([str(tmp_path)]))
     assert [sample.key for sample in found] == ["0/0", "0/v1.2/1", "1/0", "1/v1.2/1"]
-    what = "4 members such as 0/0.left.jpg have an extension of more than one part and are passed over"
-    assert reports == [what]
+    what = "members whose extension has more than one part (a key ends at the first dot): 4, such as"
+    assert f"{what} {tmp_path}/0.tar: 0/0.left.jpg" in account.lines()
 
 
 def test_hidden_files_of_a_folder_and_what_is_no_file_are_passed_over(tmp_path: Path) -> None:

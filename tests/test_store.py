@@ -234,7 +234,7 @@ def test_what_is_no_store_is_refused(tmp_path: Path, make: str) -> None:
 
 def test_identity_depends_on_teacher_and_source_but_not_on_where_the_teacher_lies() -> None:
     def schema(**teacher: object) -> EmbeddingStore:
-        source = SourceSummary(arguments=("a",), files=1, bytes=1, digest="d", repeated_keys=0, dropped={}, problems=())
+        source = SourceSummary(arguments=("a",), files=1, bytes=1, digest="d", repeated_keys=0, problems=())
         return EmbeddingStore(
             kind="image",
             rows=1,

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dimefm.sources.account import Account
 from dimefm.sources.tar import BLOCK, TarMember, tar_members
 from dimefm.sources.window import Window
 
@@ -23,16 +24,15 @@ MEMBERS = st.tuples(NAMES, st.integers(0, 3000), st.sampled_from("00007152"))
 
 def members(path: Path) -> list[TarMember]:
     """The members of a tar that must have nothing to report."""
-    problems: list[str] = []
-    found = list(tar_members(str(path), problems.append))
+    found, problems = reports(path)
     assert problems == []
     return found
 
 
 def reports(path: Path) -> tuple[list[TarMember], list[str]]:
     """The members of a tar, and what was reported."""
-    problems: list[str] = []
-    return list(tar_members(str(path), problems.append)), problems
+    account = Account()
+    return list(tar_members(str(path), account)), account.problems
 
 
 def write(path: Path, entries: list[tuple[str, int, str]], format: int, **options: object) -> Path:

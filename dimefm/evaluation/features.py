@@ -148,7 +148,6 @@ def _schema(
             bytes=sum(max(0, sample.size) for sample in images.samples),
             digest=digest_of([images.digest(), files]),
             repeated_keys=0,
-            dropped={},
             problems=(),
         ),
         dtype="float32",

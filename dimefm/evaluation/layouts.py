@@ -27,6 +27,7 @@ from dimefm import storage
 from dimefm.errors import SourceError
 from dimefm.evaluation.definitions import class_folders, class_names
 from dimefm.evaluation.imageset import Records, one_label
+from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample, SourceFile
 from dimefm.sources.files import children, in_order, unreadable
 from dimefm.sources.images import IMAGE_EXTENSIONS, ImageFolder, split_key
@@ -96,10 +97,10 @@ def read_parquet(folder: str, split: str, definition: SetDefinition | None) -> R
     with _damage_named(files[0].path):
         column, names = _said_column(files[0].path, definition)
     said = [value for file in files for value in _values(file.path, column)]
-    problems: list[str] = []
-    samples = list(ParquetImages(files).samples(problems.append))
-    if problems:
-        raise SourceError(problems[0], remedy="fetch the file again")
+    account = Account()
+    samples = list(ParquetImages(files).samples(account))
+    if account.problems:
+        raise SourceError(account.problems[0], remedy="fetch the file again")
     records = Records(where=folder, layout="parquet", samples=samples, files=files, names=names)
     if column in _CAPTIONS:
         records.captions = [_texts(one, f"{folder}: column {column!r}") for one in said]
@@ -200,10 +201,10 @@ def _members(
     tar: str, pass_over: Callable[[str], None]
 ) -> tuple[dict[str, TarMember], dict[str, tuple[str, TarMember]]]:
     """Of a tar: its images, and what is said of each, by key. `pass_over` is told of images that have no key."""
-    problems: list[str] = []
+    account = Account()
     images: dict[str, TarMember] = {}
     said: dict[str, tuple[str, TarMember]] = {}
-    for member in tar_members(tar, problems.append):
+    for member in tar_members(tar, account):
         key, extension = split_key(member.name)
         if extension in IMAGE_EXTENSIONS:
             if key in images:
@@ -214,8 +215,8 @@ def _members(
             pass_over(member.name)
         elif extension in ("cls", "npy", "txt") and said.get(key, ("txt",))[0] == "txt":
             said[key] = (extension, member)
-    if problems:
-        raise SourceError(problems[0], remedy="fetch the tar again")
+    if account.problems:
+        raise SourceError(account.problems[0], remedy="fetch the tar again")
     return images, said
 
 

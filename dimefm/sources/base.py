@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from dimefm.sources.account import Account
 
 _Sample = TypeVar("_Sample", covariant=True)
 _Item = TypeVar("_Item")
@@ -45,8 +47,9 @@ class Source(Protocol[_Sample]):
         """Every file, in the order of their samples. Cheap: nothing is opened."""
         ...
 
-    def samples(self, report: Callable[[str], None]) -> Iterator[_Sample]:
-        """Every sample. A file that cannot be read through is given to `report` in a line, and the rest go on."""
+    def samples(self, account: Account) -> Iterator[_Sample]:
+        """Every sample. What is no sample is counted in `account`; a file that cannot be read through is a problem
+        there, and the rest go on."""
         ...
 
 
@@ -60,7 +63,7 @@ class Joined(Generic[_Item]):
         """The files of all parts, in the order of the parts."""
         return [file for part in self._parts for file in part.files()]
 
-    def samples(self, report: Callable[[str], None]) -> Iterator[_Item]:
+    def samples(self, account: Account) -> Iterator[_Item]:
         """The samples of all parts, in the order of the parts."""
         for part in self._parts:
-            yield from part.samples(report)
+            yield from part.samples(account)

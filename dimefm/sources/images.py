@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from dimefm import storage
 from dimefm.errors import SourceError
 from dimefm.progress import Progress, amount
+from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample, Joined, Source, SourceFile
 from dimefm.sources.files import URL_BLOCK, below, children, expand, in_order
 from dimefm.sources.parquet_images import ParquetImages
@@ -30,7 +31,7 @@ def split_key(name: str) -> tuple[str, str]:
 
 
 class WebDataset:
-    """Tar files with one image a sample (key.jpg, key.png, ...); other members of a sample are passed over."""
+    """Tar files with one image a sample (key.jpg, key.png, ...); other members of a sample are counted."""
 
     def __init__(self, files: Sequence[SourceFile]) -> None:
         self._files = files
@@ -39,20 +40,16 @@ class WebDataset:
         """The tars, as given."""
         return list(self._files)
 
-    def samples(self, report: Callable[[str], None]) -> Iterator[ImageSample]:
+    def samples(self, account: Account) -> Iterator[ImageSample]:
         """Images by tar and by place in it. Only headers are read; of tars at URLs, several at a time, and where there
         is a side file that fits, it instead of them."""
-        dotted = _Dotted()
         if not self._files or not storage.is_url(self._files[0].path):
             for file in self._files:
-                yield from _images(file.path, tar_members(file.path, report), dotted)
+                yield from _images(file.path, tar_members(file.path, account), account)
         else:
-            yield from self._at_urls(report, dotted)
-        if dotted.count:
-            what = f"{dotted.count} members such as {dotted.example} have an extension of more than one part"
-            report(f"{what} and are passed over")
+            yield from self._at_urls(account)
 
-    def _at_urls(self, report: Callable[[str], None], dotted: _Dotted) -> Iterator[ImageSample]:
+    def _at_urls(self, account: Account) -> Iterator[ImageSample]:
         sides = find_side_files(self._files)
         asked = [(file, sides.get(file.path)) for file in self._files]
         walked = [file.size for file, side in asked if not side]
@@ -62,44 +59,34 @@ class WebDataset:
                 f"{len(asked) - len(walked):,} tars by their side files, {len(walked):,} by their headers: at most "
                 f"{amount(sum(walked))} in {blocks:,} requests, less where members are larger than {amount(URL_LEAP)}"
             )
-            for done, (images, problems, seen) in enumerate(in_order(_listed, asked), 1):
-                for problem in problems:
-                    report(problem)
-                dotted.add(seen.count, seen.example)
+            for done, (images, own) in enumerate(in_order(_listed, asked), 1):
+                account.add(own)
                 yield from images
                 progress.at(done)
 
 
-class _Dotted:
-    """Members that look like images, but whose key has a dot more than WebDataset's rule allows."""
-
-    count = 0
-    example = ""
-
-    def add(self, count: int, example: str) -> None:
-        self.count += count
-        self.example = self.example or example
-
-
-def _images(path: str, members: Iterable[TarMember], dotted: _Dotted) -> Iterator[ImageSample]:
+def _images(path: str, members: Iterable[TarMember], account: Account) -> Iterator[ImageSample]:
     for name, offset, size in members:
         key, extension = split_key(name)
         if not key or key[-1] == "/":
-            continue
-        if extension in IMAGE_EXTENSIONS:
+            account.skip("hidden members of tars", f"{path}: {name}")
+        elif extension in IMAGE_EXTENSIONS:
             yield ImageSample(key, path, offset, size)
         elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
-            dotted.add(1, name)
+            account.skip(
+                "members whose extension has more than one part (a key ends at the first dot)", f"{path}: {name}"
+            )
+        else:
+            account.skip(f"members of tars that end in .{extension}", f"{path}: {name}")
 
 
-def _listed(asked: tuple[SourceFile, SourceFile | None]) -> tuple[list[ImageSample], list[str], _Dotted]:
+def _listed(asked: tuple[SourceFile, SourceFile | None]) -> tuple[list[ImageSample], Account]:
     """The images of a tar, by its side file where that fits."""
     tar, side = asked
-    problems: list[str] = []
-    dotted = _Dotted()
-    members = read_side_file(tar, side, problems.append) if side else None
-    found = members if members is not None else tar_members(tar.path, problems.append)
-    return list(_images(tar.path, found, dotted)), problems, dotted
+    account = Account()
+    members = read_side_file(tar, side, account) if side else None
+    found = members if members is not None else tar_members(tar.path, account)
+    return list(_images(tar.path, found, account)), account
 
 
 def _is_image(name: str) -> bool:
@@ -123,14 +110,16 @@ class ImageFolder:
             self._files = below(self._root, _is_image)
         return self._files
 
-    def samples(self, report: Callable[[str], None]) -> Iterator[ImageSample]:
+    def samples(self, account: Account) -> Iterator[ImageSample]:
         """One sample a file."""
         for file in self.files():
             key = file.path[len(self._root) :].lstrip("/").rpartition(".")[0]
             yield ImageSample(key, file.path, 0, file.size)
 
 
-def open_image_source(arguments: list[str], column: str | None = None) -> Source[ImageSample]:
+def open_image_source(
+    arguments: list[str], column: str | None = None, account: Account | None = None
+) -> Source[ImageSample]:
     """The source that the arguments name: .tar, .parquet and .tsv files (globs and {000..009} ranges too), and folders.
 
     A folder is all its tars if it has any, since downloaders put a .parquet of captions beside each; else all its

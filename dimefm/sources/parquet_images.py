@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dimefm.errors import SourceError
+from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample, SourceFile
 from dimefm.sources.files import unreadable
 from dimefm.sources.parquet import DamagedParquetError, blocks, is_string, open_parquet
@@ -37,7 +38,7 @@ class ParquetImages:
         except (OSError, MemoryError, DamagedParquetError):
             return  # it is reported with the samples
 
-    def samples(self, report: Callable[[str], None]) -> Iterator[ImageSample]:
+    def samples(self, account: Account) -> Iterator[ImageSample]:
         """Images by file and row, null ones with a size of 0. Raises SourceError as `check` does, for every file."""
         for path in (file.path for file in self._files):
             rows = 0
@@ -46,7 +47,7 @@ class ParquetImages:
                     rows += 1
                     yield sample
             except DamagedParquetError as error:
-                report(f"{path}: broken after {rows} rows ({error}); what follows is lost")
+                account.problem(f"{path}: broken after {rows} rows ({error}); what follows is lost")
             except (OSError, MemoryError) as error:
                 raise unreadable(path, error) from error
 

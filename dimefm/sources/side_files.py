@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from dimefm import storage
 from dimefm.errors import SourceError
+from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile
 from dimefm.sources.files import children
 from dimefm.sources.tar import BLOCK, TarMember, first_between
@@ -47,7 +48,7 @@ def find_side_files(tars: Sequence[SourceFile]) -> dict[str, SourceFile]:
     return {path: beside[found[0]] for path, found in names.items() if found}
 
 
-def read_side_file(tar: SourceFile, side: SourceFile, report: Callable[[str], None]) -> list[TarMember] | None:
+def read_side_file(tar: SourceFile, side: SourceFile, account: Account) -> list[TarMember] | None:
     """The regular files of a tar, in order, by its side file; None where the file is none, or does not fit, which is
     reported. Raises SourceError where the storage does not answer, or refuses."""
     try:
@@ -58,7 +59,7 @@ def read_side_file(tar: SourceFile, side: SourceFile, report: Callable[[str], No
         members.sort(key=lambda member: member.offset)
         _check(tar, members)
     except _UnfitError as unfit:
-        report(f"{side.path} does not fit its tar and is not used: {unfit}")
+        account.problem(f"{side.path} does not fit its tar and is not used: {unfit}")
         return None
     except FileNotFoundError:
         return None

@@ -7,11 +7,12 @@ name, whatever it holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 from zlib import adler32
 
 from dimefm import storage
+from dimefm.sources.account import Account
 from dimefm.sources.files import unreadable
 from dimefm.sources.window import Window, open_window
 
@@ -37,9 +38,9 @@ class _Damaged(Exception):
     """A header that is none."""
 
 
-def tar_members(path: str, report: Callable[[str], None]) -> Iterator[TarMember]:
-    """Regular files in a tar, in order. What follows a broken header is lost; `report` is told so. Raises SourceError
-    where it cannot be read.
+def tar_members(path: str, account: Account) -> Iterator[TarMember]:
+    """Regular files in a tar, in order. What follows a broken header is lost, which is a problem in `account`. Raises
+    SourceError where it cannot be read.
 
     Small members are read through in large blocks, and large ones (64 KB, at a URL 1 MB) are leapt over.
     """
@@ -48,7 +49,7 @@ def tar_members(path: str, report: Callable[[str], None]) -> Iterator[TarMember]
         with open_window(path) as window:
             yield from _walk(window, count)
     except _Damaged as error:
-        report(f"{path}: broken after {count[0]} members ({error}); what follows is lost")
+        account.problem(f"{path}: broken after {count[0]} members ({error}); what follows is lost")
     except OSError as error:
         raise unreadable(path, error) from error
 

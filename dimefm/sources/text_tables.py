@@ -10,13 +10,14 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from dimefm.errors import SourceError
+from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile, TextSample
 from dimefm.sources.files import open_forward, require_damage
 from dimefm.sources.parquet import DamagedParquetError, blocks, is_string, open_parquet
@@ -50,11 +51,11 @@ class _Table:
         except _BROKEN:
             return  # it is reported with the samples
 
-    def samples(self, report: Callable[[str], None]) -> Iterator[TextSample]:
+    def samples(self, account: Account) -> Iterator[TextSample]:
         """Every value that is text and not blank, in order; the key is file:line or file:row. Raises as `check`."""
         line, skipped, first, broken = 0, 0, "", 0
         try:
-            for line, value, why in self._values(report):
+            for line, value, why in self._values(account):
                 if value is None:
                     skipped, first = skipped + 1, first or f"{self.unit} {line} to begin with: {why}"
                     continue
@@ -63,18 +64,18 @@ class _Table:
                     yield TextSample(f"{self._name}:{line}", text)
         except _BROKEN as error:
             require_damage(self._path, error)
-            report(f"{self._path}: broken after {self.unit} {line} ({error}); what follows is lost")
+            account.problem(f"{self._path}: broken after {self.unit} {line} ({error}); what follows is lost")
         if skipped:
-            report(f"{self._path}: {skipped} {self.unit}s are passed over ({first})")
+            account.problem(f"{self._path}: {skipped} {self.unit}s are passed over ({first})")
         if broken:
-            report(f"{self._path}: {broken} {self.unit}s are not UTF-8; the bad bytes were replaced")
+            account.problem(f"{self._path}: {broken} {self.unit}s are not UTF-8; the bad bytes were replaced")
 
     unit = "line"
 
     def _open_and_check(self) -> None:
         raise NotImplementedError
 
-    def _values(self, report: Callable[[str], None]) -> Iterator[_Value]:
+    def _values(self, account: Account) -> Iterator[_Value]:
         raise NotImplementedError
 
 
@@ -93,7 +94,7 @@ class JsonLines(_Table):
                 names.update(dict.fromkeys(value))
         return _choose(list(names), self._column, self._path) if names else None
 
-    def _values(self, report: Callable[[str], None]) -> Iterator[_Value]:
+    def _values(self, account: Account) -> Iterator[_Value]:
         field = self._field()
         with open_forward(self._path) as file:
             for number, line in enumerate(file, 1):
@@ -111,10 +112,10 @@ class Delimited(_Table):
     of the columns, unless `column` is a number: that column, counted from 0, of a file without a header."""
 
     def _open_and_check(self) -> None:
-        for _ in self._values(lambda line: None):
+        for _ in self._values(Account()):
             return
 
-    def _values(self, report: Callable[[str], None]) -> Iterator[_Value]:
+    def _values(self, account: Account) -> Iterator[_Value]:
         csv.field_size_limit(_LONGEST_FIELD)
         tabs = self._path.removesuffix(".gz").endswith(".tsv")
         options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
@@ -130,7 +131,9 @@ class Delimited(_Table):
                 if reader.line_num - number > _LONGEST_RECORD and not reported:
                     reported = True
                     lines = reader.line_num - number
-                    report(f"{self._path}: the record of line {number} goes on for {lines} lines; an open quote?")
+                    account.problem(
+                        f"{self._path}: the record of line {number} goes on for {lines} lines; an open quote?"
+                    )
                 number = reader.line_num + 1
 
     def _place(self, reader: Iterator[list[str]]) -> int:
@@ -154,7 +157,7 @@ class ParquetTexts(_Table):
         names = [field.name for field in file.schema_arrow if is_string(field.type)]
         return _choose(names, self._column, self._path)
 
-    def _values(self, report: Callable[[str], None]) -> Iterator[_Value]:
+    def _values(self, account: Account) -> Iterator[_Value]:
         file = open_parquet(self._path)
         column = self._name_of_column(file)
         row = 0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import codecs
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from dimefm import storage
 from dimefm.errors import SourceError
+from dimefm.sources.account import Account
 from dimefm.sources.base import Joined, Source, SourceFile, TextSample
 from dimefm.sources.files import children, expand, open_forward, require_damage, stat_files
 from dimefm.sources.text_tables import Delimited, JsonLines, ParquetTexts
@@ -26,7 +27,7 @@ class TextFile:
         """The one file."""
         return [self._file]
 
-    def samples(self, report: Callable[[str], None]) -> Iterator[TextSample]:
+    def samples(self, account: Account) -> Iterator[TextSample]:
         """Every line that is not blank. Bytes that are not UTF-8 become U+FFFD, and the file is reported once."""
         name = self._path.rpartition("/")[2]
         broken = 0
@@ -41,9 +42,9 @@ class TextFile:
                         yield TextSample(f"{name}:{number}", text)
         except (EOFError, zlib.error, OSError) as error:
             require_damage(self._path, error)
-            report(f"{self._path}: broken after line {number} ({error}); what follows is lost")
+            account.problem(f"{self._path}: broken after line {number} ({error}); what follows is lost")
         if broken:
-            report(f"{self._path}: {broken} lines are not UTF-8; the bad bytes were replaced")
+            account.problem(f"{self._path}: {broken} lines are not UTF-8; the bad bytes were replaced")
 
 
 class PromptSet:
@@ -56,7 +57,7 @@ class PromptSet:
         """classnames.txt and templates.txt."""
         return stat_files([storage.join(self._root, name) for name in (CLASSNAMES, TEMPLATES)])
 
-    def samples(self, report: Callable[[str], None]) -> Iterator[TextSample]:
+    def samples(self, account: Account) -> Iterator[TextSample]:
         """Every class under every template; the key is set/class/template."""
         name = self._root.rstrip("/").rpartition("/")[2]
         templates = read_templates(self._root)
@@ -105,7 +106,9 @@ def _lines(path: str) -> list[str]:
     return found
 
 
-def open_text_source(arguments: list[str], column: str | None = None) -> Source[TextSample]:
+def open_text_source(
+    arguments: list[str], column: str | None = None, account: Account | None = None
+) -> Source[TextSample]:
     """The source that the arguments name: text files and tables (globs and {000..009} ranges too), folders of either,
     or folders of a labelled set, which stand for its prompts.
 

@@ -11,6 +11,7 @@ import numpy as np
 from dimefm import storage
 from dimefm.decode import MAX_BYTES
 from dimefm.errors import SourceError
+from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample, SourceFile
 from dimefm.sources.files import open_seekable, unreadable
 from dimefm.sources.window import Window, open_window
@@ -38,19 +39,19 @@ class TsvImages:
         """The .tsv files, as given; a .lineidx only says where their lines are."""
         return list(self._files)
 
-    def samples(self, report: Callable[[str], None]) -> Iterator[ImageSample]:
+    def samples(self, account: Account) -> Iterator[ImageSample]:
         """Images by file and line; lines with too few columns are passed over and reported.
 
         Raises SourceError for a file that holds no images, and for a .lineidx that does not fit.
         """
         for file in self._files:
             try:
-                yield from _in_file(file, report)
+                yield from _in_file(file, account)
             except OSError as error:
                 raise unreadable(file.path, error) from error
 
 
-def _in_file(file: SourceFile, report: Callable[[str], None]) -> Iterator[ImageSample]:
+def _in_file(file: SourceFile, account: Account) -> Iterator[ImageSample]:
     name = file.path.rpartition("/")[2]
     index = file.path.removesuffix(SUFFIX) + INDEX_SUFFIX
     tabs = short = first_short = 0
@@ -71,7 +72,7 @@ def _in_file(file: SourceFile, report: Callable[[str], None]) -> Iterator[ImageS
         yield ImageSample(key or f"{name}:{number}", file.path, offset + place + 1, size - place - 1)
     if short:
         what = f"{short} lines have fewer columns than the first and are passed over"
-        report(f"{file.path}: {what} (line {first_short} to begin with)")
+        account.problem(f"{file.path}: {what} (line {first_short} to begin with)")
 
 
 def _tabs_of_first(where: str, line: bytes) -> int:

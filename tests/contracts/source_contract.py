@@ -12,6 +12,7 @@ import fsspec
 import pytest
 
 from dimefm.sources import ImageSample, TextSample
+from dimefm.sources.account import Account
 from dimefm.sources.base import Joined
 from dimefm.sources.reading import read_encoded
 from tests.making import make_jpeg
@@ -19,8 +20,14 @@ from tests.making import make_jpeg
 
 def listed(source: Any) -> tuple[list[Any], list[str]]:
     """All samples of a source, and what it reported."""
-    reports: list[str] = []
-    return list(source.samples(reports.append)), reports
+    samples, account = accounted(source)
+    return samples, account.problems
+
+
+def accounted(source: Any) -> tuple[list[Any], Account]:
+    """All samples of a source, and its account."""
+    account = Account()
+    return list(source.samples(account)), account
 
 
 class SourceContract:

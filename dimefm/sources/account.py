@@ -1,0 +1,63 @@
+"""What lies in a place that the user named and is not used: counted by reason, with an example of each.
+
+A source is given an Account when it is opened and when it is listed. What it holds goes into the plan, and is printed
+when the plan is made and by `dimefm info`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cache_schemas import Skipped
+from dimefm.inert import line
+
+_MOST_REASONS = 50
+_OTHER = "for other reasons"
+
+
+class Account:
+    """Files, members of archives, lines and rows that were skipped, and files that are damaged."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        """A line for each file that could not be read through, or not as it claims to be."""
+        self._skipped: dict[str, Skipped] = {}
+
+    def problem(self, text: str) -> None:
+        """Note damage, or what is likely a mistake, in a line that names the file."""
+        self.problems.append(text)
+
+    def skip(self, reason: str, example: str, count: int = 1) -> None:
+        """Count something that is not used. `reason` is a noun in the plural, such as `hidden files`; what follows it
+        in parentheses says how to use them. Of its examples the first is kept."""
+        if reason not in self._skipped and len(self._skipped) >= _MOST_REASONS:  # a reason may hold part of a name
+            reason = _OTHER
+        known = self._skipped.get(reason, Skipped(reason=reason, count=0, example=line(example)))
+        self._skipped[reason] = Skipped(reason=reason, count=known.count + count, example=known.example)
+
+    def add(self, other: Account) -> None:
+        """Add what another account holds."""
+        self.problems += other.problems
+        for one in other.skipped():
+            self.skip(one.reason, one.example, one.count)
+
+    def skipped(self) -> tuple[Skipped, ...]:
+        """What was skipped, by reason, in the order in which the reasons came up."""
+        return tuple(self._skipped.values())
+
+    def lines(self) -> list[str]:
+        """Both kinds as lines for a person."""
+        return [*map(show, self._skipped.values()), *self.problems]
+
+
+def show(skipped: Skipped) -> str:
+    """`hidden files: 3, such as /data/.DS_Store`."""
+    such_as = ", such as" if skipped.count > 1 else ":"
+    return f"{skipped.reason}: {skipped.count:,}{such_as} {skipped.example}"
+
+
+def found_instead(lines: Iterable[str], most: int = 10) -> str:
+    """Lines of an account as the end of an error; nothing where there are none."""
+    shown = list(lines)
+    more = [f"and {len(shown) - most:,} more"] if len(shown) > most else []
+    return "".join(f"\n  - {text}" for text in [*shown[:most], *more])

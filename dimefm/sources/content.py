@@ -1,0 +1,32 @@
+"""What a file is by its first bytes, where it is not what its name says: for the error, or the count, about it."""
+
+from __future__ import annotations
+
+import re
+
+HEAD_BYTES = 128
+"""How many of the first bytes are enough."""
+
+_LFS = b"version https://git-lfs.github.com/spec/"
+_BEGINNINGS = {
+    "a Git LFS pointer, not the file itself (git lfs pull fetches it)": re.escape(_LFS),
+    "gzip-compressed (gunzip it)": rb"\x1f\x8b",
+    "zstd-compressed (unzstd it)": rb"\x28\xb5\x2f\xfd",
+    "bzip2-compressed (bunzip2 it)": rb"BZh[1-9]",
+    "xz-compressed (unxz it)": rb"\xfd7zXZ\0",
+    "a zip archive (unzip it)": rb"PK\x03\x04",
+    "a 7z archive (unpack it)": rb"7z\xbc\xaf\x27\x1c",
+    "a page of HTML, as servers send in place of a file (fetch it again)": rb"\s*<(!doctype html|html|head|body)\b",
+    "a Parquet file": rb"PAR1",
+}
+_COMPILED = {what: re.compile(beginning, re.IGNORECASE) for what, beginning in _BEGINNINGS.items()}
+
+
+def describe(head: bytes) -> str | None:
+    """What a file is that begins with `head`, with what to do; None where that is not known."""
+    return next((what for what, beginning in _COMPILED.items() if beginning.match(head)), None)
+
+
+def is_pointer(head: bytes) -> bool:
+    """Whether a file is what Git keeps in place of one that is in Git LFS and was not fetched."""
+    return head.startswith(_LFS)
