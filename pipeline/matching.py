@@ -20,7 +20,7 @@ import numpy as np
 
 from dimefm.errors import StoreError
 from dimefm.sources.base import ImageSample
-from dimefm.sources.images import IMAGE_EXTENSIONS
+from dimefm.sources.kinds import IMAGE_EXTENSIONS
 from pipeline.repeats import as_array, repeats
 
 Array = np.ndarray[Any, Any]

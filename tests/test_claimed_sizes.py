@@ -20,6 +20,7 @@ from dimefm.evaluation import unpacking
 from dimefm.evaluation.layouts import read_webdataset
 from dimefm.evaluation.unpacking import read_raw
 from dimefm.sources import TsvImages, tsv_images
+from dimefm.sources.account import Account
 from dimefm.sources.files import stat_files
 from tests.conftest import cached
 from tests.making import make_jpeg, write_lineidx, write_tar, write_tsv

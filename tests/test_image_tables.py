@@ -19,7 +19,7 @@ from dimefm.errors import SourceError
 from dimefm.sources import ImageSample, ParquetImages, TsvImages, open_image_source, open_text_source, parquet, window
 from dimefm.sources.files import stat_files
 from dimefm.sources.reading import read_encoded
-from tests.contracts.source_contract import listed
+from tests.contracts.source_contract import accounted, listed
 from tests.making import make_jpeg, write_lineidx, write_parquet, write_tar, write_tsv
 
 
@@ -93,7 +93,10 @@ def test_a_later_file_without_the_column_is_refused_by_name(tmp_path: Path) -> N
     write_parquet(tmp_path / "a.parquet", [{"image": b"x"}])
     write_parquet(tmp_path / "b.parquet", [{"caption": "x"}])
     with pytest.raises(SourceError, match=r"b\.parquet .*none among caption"):
-        samples(tmp_path)
+        samples(tmp_path / "a.parquet", tmp_path / "b.parquet")
+    found, account = accounted(open_image_source([str(tmp_path)]))
+    assert [s.key for s in found] == ["a.parquet:0"]
+    assert [(one.count, one.example) for one in account.skipped()] == [(1, str(tmp_path / "b.parquet"))]
 
 
 def test_a_column_without_parquet_files_is_refused(tmp_path: Path) -> None:
@@ -331,10 +334,10 @@ def test_what_is_not_base64_and_what_was_cut_short_cannot_be_decoded(make_tsv: A
 def test_an_index_that_does_not_fit_is_named_with_the_remedy(tmp_path: Path, index: str, why: str) -> None:
     write_tsv(tmp_path / "a.tsv", {"abc": b"xx", "def": b"yy", "ghi": b"zz"})
     write_lineidx(tmp_path / "a.tsv")
-    assert len(samples(tmp_path)) == 3
+    assert len(samples(tmp_path / "a.tsv")) == 3
     (tmp_path / "a.lineidx").write_text(index)
     with pytest.raises(SourceError, match=rf"a\.lineidx does not fit .*a\.tsv: .*{why}.*\n  remedy: delete it"):
-        samples(tmp_path)
+        samples(tmp_path / "a.tsv")
 
 
 def test_with_an_index_little_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,24 +370,18 @@ def test_a_folder_with_tars_is_its_tars_alone(tmp_path: Path) -> None:
 def test_a_folder_of_tables_is_all_of_them_in_order(tmp_path: Path) -> None:
     for name in ("b", "a"):
         write_parquet(tmp_path / "p" / f"{name}.parquet", [{"image": b"x", "key": name}])
-        write_tsv(tmp_path / "t" / f"{name}.tsv", {name: b"x"})
+        write_tsv(tmp_path / "t" / f"{name}.tsv", {name: make_jpeg()})
     assert [s.key for s in samples(tmp_path / "p")] == ["a", "b"]
     assert [s.key for s in samples(tmp_path / "t", tmp_path / "p")] == ["a", "b", "a", "b"]
 
 
-def test_a_folder_of_two_kinds_of_tables_is_refused(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "a.parquet", [{"image": b"x"}])
-    write_tsv(tmp_path / "a.tsv", {"a": b"x"})
-    with pytest.raises(SourceError, match=r"holds both \.parquet and \.tsv files\n  remedy: name those .*\*\.parquet"):
-        samples(tmp_path)
-
-
-def test_files_of_several_kinds_keep_the_order_of_the_arguments(tmp_path: Path) -> None:
-    tsv = write_tsv(tmp_path / "a.tsv", {"tsv": b"x"})
+def test_files_of_several_kinds_keep_the_order_of_the_arguments_or_stand_together(tmp_path: Path) -> None:
+    tsv = write_tsv(tmp_path / "a.tsv", {"tsv": make_jpeg()})
     tar = write_tar(tmp_path / "b.tar", {"tar.jpg": b"x"})
     table = write_parquet(tmp_path / "c.parquet", [{"image": b"x", "key": "parquet"}])
     assert [s.key for s in samples(table, tsv, tar)] == ["parquet", "tsv", "tar"]
-    assert [s.key for s in samples(tmp_path / "*.*")] == ["tsv", "tar", "parquet"]
+    assert [s.key for s in samples(tmp_path / "*.*")] == ["tar", "parquet", "tsv"]
+    assert [s.key for s in samples(tmp_path)] == ["tar", "parquet", "tsv"]
 
 
 def test_a_parquet_source_that_is_gone_ends_the_planning(tmp_path: Path) -> None:

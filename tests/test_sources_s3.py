@@ -22,7 +22,7 @@ from dimefm.sources.files import expand, in_order
 from dimefm.sources.reading import read_encoded
 from dimefm.store import Store
 from pipeline.plan import PlanRequest, open_or_plan
-from tests.contracts.source_contract import listed
+from tests.contracts.source_contract import accounted, listed
 from tests.making import make_jpeg, upload, write_lineidx, write_parquet, write_tar, write_text, write_tsv
 
 if TYPE_CHECKING:
@@ -211,12 +211,14 @@ def test_tars_are_listed_together_in_their_order_with_their_reports(
 def test_members_with_more_dots_are_counted_over_all_tars(tmp_path: Path, s3: str) -> None:
     for i in range(3):
         write_tar(tmp_path / f"{i}.tar", {f"{i}.left.jpg": b"x", f"{i}.jpg": b"y"})
-    local = listed(open_image_source([str(tmp_path)]))
-    samples, reports = listed(open_image_source([upload(tmp_path, f"{s3}/tars")]))
-    assert [sample.key for sample in samples] == ["0", "1", "2"]
-    assert reports == local[1]
-    assert len(reports) == 1
-    assert "3 members such as 0.left.jpg" in reports[0]
+    local, there = (
+        accounted(open_image_source([str(tmp_path)])),
+        accounted(open_image_source([upload(tmp_path, f"{s3}/tars")])),
+    )
+    assert [sample.key for sample in there[0]] == ["0", "1", "2"]
+    assert there[1].lines() == [text.replace(str(tmp_path), f"{s3}/tars") for text in local[1].lines()]
+    (skipped,) = there[1].skipped()
+    assert (skipped.count, skipped.example) == (3, f"{s3}/tars/0.tar: 0.left.jpg")
 
 
 def test_results_wait_for_the_one_who_takes_them() -> None:

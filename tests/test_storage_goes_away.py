@@ -26,6 +26,7 @@ from dimefm.evaluation.features import features
 from dimefm.evaluation.own_sets import open_folder
 from dimefm.shard import check_canary, encode_shard, retry_shard
 from dimefm.sources import TextSample, open_image_source, open_text_source
+from dimefm.sources.account import Account
 from dimefm.sources.files import expand
 from dimefm.store import Store
 from pipeline.existing import is_planned, require_no_stranger
@@ -329,7 +330,7 @@ def test_sentences_that_change_between_the_two_readings_end_the_planning() -> No
             yield from (TextSample(str(i), str(i)) for i in range(5 - self.readings))
 
     with pytest.raises(SourceError, match="have changed while they were read: there are no longer 4"):
-        list(tidy(Shrinking(), SentenceRules(), lambda problem: None, {}))
+        list(tidy(Shrinking(), SentenceRules(), Account()))
 
 
 # -- what may not be taken for nothing --------------------------------------------------------------------------------

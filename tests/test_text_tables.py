@@ -209,6 +209,6 @@ def test_a_folder_must_be_of_one_kind(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"a.txt": b"x"})
     assert texts(tmp_path) == ["a", "b"]
     write(tmp_path, "csv", [{"text": "c"}])
-    with pytest.raises(SourceError, match=r"holds \.csv and \.jsonl files\n  remedy: name those .*\*\.csv"):
+    with pytest.raises(SourceError, match=r"holds 2 \.jsonl and 1 \.csv files\n  remedy: name those .*\*\.csv"):
         texts(tmp_path)
     assert texts(tmp_path / "*.jsonl*") == ["a", "b"]

@@ -29,12 +29,14 @@ from dimefm.evaluation.definitions import class_folders, class_names
 from dimefm.evaluation.imageset import Records, one_label
 from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample, SourceFile
-from dimefm.sources.files import children, in_order, unreadable
-from dimefm.sources.images import IMAGE_EXTENSIONS, ImageFolder, split_key
+from dimefm.sources.files import in_order
+from dimefm.sources.images import ImageFolder, split_key
+from dimefm.sources.kinds import IMAGE_EXTENSIONS
 from dimefm.sources.parquet import DamagedParquetError, blocks, open_parquet
 from dimefm.sources.parquet_images import ParquetImages, image_column
 from dimefm.sources.tar import TarMember, tar_members
 from dimefm.sources.texts import CLASSNAMES, TEMPLATES, read_classnames, read_templates
+from dimefm.sources.walking import children, unreadable
 
 Reader = Callable[[str, str, SetDefinition | None], Records | None]
 """From a folder and a split to what is there, or None where the folder does not have this layout."""
@@ -138,7 +140,7 @@ def read_folders(folder: str, split: str, definition: SetDefinition | None) -> R
     labels: list[int] = []
     for name in found:
         if name not in strange:
-            files = ImageFolder(storage.join(base, name)).files()
+            files = ImageFolder(storage.join(base, name), Account()).files()
             records.files += files
             records.samples += [ImageSample(_key(file.path, base), file.path, 0, file.size) for file in files]
             labels += [places[name]] * len(files)
@@ -183,7 +185,7 @@ def _files(folder: str, split: str, suffix: str, definition: SetDefinition | Non
     def below(place: str, keep: Callable[[str], bool]) -> list[SourceFile]:
         if not storage.is_url(place) and not Path(place).is_dir():
             return []
-        return children(place, lambda name: name.endswith(suffix) and keep(name))
+        return children(place, lambda name: name.endswith(suffix) and keep(name), Account())
 
     for name in names_of_split(split, definition):
         prefixes = tuple(f"{name}{mark}" for mark in ("-", "_", "."))

@@ -21,7 +21,21 @@ from fsspec.utils import glob_translate
 
 from dimefm import storage
 from dimefm.errors import AbsentError, SourceError
+from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile
+from dimefm.sources.walking import (
+    CHAINED,
+    HIDDEN_FILES,
+    HIDDEN_FOLDERS,
+    NOT_UTF8,
+    below,
+    from_info,
+    is_utf8,
+    look,
+    require_reached,
+    shown,
+    unreadable,
+)
 
 URL_BLOCK = 8 << 20
 """Bytes of one request where a file is read from its beginning to its end."""
@@ -30,7 +44,6 @@ _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 _MAGIC = "*?["
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_MODIFIED = ("LastModified", "last_modified", "mtime", "updated", "modified")  # as s3fs, adlfs, gcsfs, ... call it
 
 
 class Place(NamedTuple):
@@ -40,12 +53,15 @@ class Place(NamedTuple):
     file: SourceFile | None
 
 
-def expand(argument: str) -> list[Place]:
+def expand(argument: str, account: Account | None = None) -> list[Place]:
     """`shard-{000..009}.tar` and `shard-*.tar` as what they stand for: ranges in their order, globs sorted.
 
-    A path that exists is itself, whatever is in its name. Raises AbsentError where a glob matches nothing or a file
-    named by a range is not there, SourceError where that cannot be known.
+    A path that exists is itself, whatever is in its name. What a glob matches and is passed over goes into `account`;
+    hidden files are matched only by a pattern that begins with a dot. Raises AbsentError where a glob matches nothing
+    or a file named by a range is not there, SourceError where that cannot be known.
     """
+    if not is_utf8(argument):
+        raise SourceError(f"{shown(argument)} is not UTF-8", remedy="rename it")
     if storage.is_url(argument):
         fs, _ = storage.filesystem(argument)
         fs.invalidate_cache()  # listings that fsspec kept from earlier in this process
@@ -53,7 +69,7 @@ def expand(argument: str) -> list[Place]:
         return [found]
     names = _without_ranges(argument)
     if any(mark in argument for mark in _MAGIC):
-        return [place for name in names for place in _glob(name)]
+        return [place for name in names for place in _glob(name, account or Account())]
     return _look_up(names)
 
 
@@ -66,6 +82,11 @@ def those_there(argument: str) -> list[str]:
         names = _without_ranges(argument)
         return [] if names == [argument] else [one for name in names for one in those_there(name)]
     return [argument]
+
+
+def is_glob(argument: str, places: Sequence[Place]) -> bool:
+    """Whether an argument that was expanded to `places` does not name them one by one."""
+    return any(mark in argument for mark in _MAGIC) and [p.path for p in places] != [storage.absolute(argument)]
 
 
 def stat_files(paths: list[str]) -> list[SourceFile]:
@@ -84,20 +105,6 @@ def change(before: SourceFile, now: SourceFile) -> str | None:
 
 def _time(file: SourceFile) -> str:
     return datetime.fromtimestamp(file.modified / 1e9, UTC).isoformat(sep=" ", timespec="milliseconds")
-
-
-def children(folder: str, keep: Callable[[str], bool]) -> list[SourceFile]:
-    """The files in a folder whose name `keep` wants, sorted by path; hidden ones are left out."""
-    if storage.is_url(folder):
-        return _listed(folder, keep, lambda fs, inner: fs.ls(inner, detail=True))
-    return _local(folder, lambda: ((folder, name) for name in os.listdir(folder)), keep)  # noqa: PTH208  # no Paths
-
-
-def below(folder: str, keep: Callable[[str], bool]) -> list[SourceFile]:
-    """The files in a folder and in all folders below it, as `children` gives those of one."""
-    if storage.is_url(folder):
-        return _listed(folder, keep, storage.walk)
-    return _local(folder, lambda: storage.walk_local(folder), keep)
 
 
 def in_order(work: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_Out]:
@@ -193,7 +200,7 @@ def _look(name: str) -> Place | None:
         if storage.is_url(path):
             fs, inner = storage.filesystem(path)
             info = fs.info(inner)
-            return Place(path, None if info["type"] == "directory" else _from_info(path, info))
+            return Place(path, None if info["type"] == "directory" else from_info(path, info))
         status = os.stat(path)  # noqa: PTH116
         folder = stat.S_ISDIR(status.st_mode)
         return Place(path, None if folder else SourceFile(path, status.st_size, status.st_mtime_ns))
@@ -203,34 +210,51 @@ def _look(name: str) -> Place | None:
         raise unreadable(path, error) from error
 
 
-def _glob(name: str) -> list[Place]:
+def _glob(name: str, account: Account) -> list[Place]:
     path = storage.absolute(name)
     fs: Any = None
     inner = path  # of a local one fsspec is not asked, which takes :: for a chain
     if storage.is_url(path):
         fs, inner = storage.filesystem(path)
     try:
-        found = _matching(fs, inner, storage.is_url(path))
+        found = _matching(fs, inner, storage.is_url(path), account)
+    except SourceError:
+        raise
     except Exception as error:
         raise unreadable(path, error) from error
     if not found:
         raise AbsentError(f"{name} matches no file", remedy="check the path; quote globs in the shell")
     if not storage.is_url(path):
-        return _look_up(sorted(info["name"] for info in found))
+        return _local_places(sorted(info["name"] for info in found), account)
     places = []
     for info in found:
         url = fs.unstrip_protocol(info["name"])
-        places.append(Place(url, None if info["type"] == "directory" else _from_info(url, info)))
+        if "::" in url:
+            account.skip(CHAINED, url)
+            continue
+        places.append(Place(url, None if info["type"] == "directory" else from_info(url, info)))
     return sorted(places, key=lambda place: place.path)
 
 
-def _matching(fs: Any, pattern: str, url: bool) -> list[dict[str, Any]]:
+def _local_places(names: list[str], account: Account) -> list[Place]:
+    places, lost = [], list[str]()
+    for name in names:
+        if not is_utf8(name):
+            account.skip(NOT_UTF8, shown(name))
+        elif status := look(name, account, lost):
+            folder = stat.S_ISDIR(status.st_mode)
+            places.append(Place(name, None if folder else SourceFile(name, status.st_size, status.st_mtime_ns)))
+    require_reached(lost)
+    return places
+
+
+def _matching(fs: Any, pattern: str, url: bool, account: Account) -> list[dict[str, Any]]:
     """What is known of the files and folders that match. Raises OSError for a folder that cannot be listed, which
     fsspec's own glob passes over."""
     before, stars, _ = pattern.partition("**")
     if stars:
         top = before[: min(place for mark in _MAGIC if (place := pattern.find(mark)) >= 0)].rpartition("/")[0]
-        files = storage.walk(fs, top) if url else [_entry(*found, "file") for found in storage.walk_local(top)]
+        files = storage.walk(fs, top) if url else [_entry(file.path, "file") for file in below(top or "/", account)]
         above = {str(parent) for info in files for parent in PurePosixPath(info["name"]).parents}
         both = [*files, *({"name": name, "type": "directory"} for name in above if name.startswith(top))]
         return [info for info in both if re.match(glob_translate(pattern), info["name"])]
@@ -238,7 +262,7 @@ def _matching(fs: Any, pattern: str, url: bool) -> list[dict[str, Any]]:
     several = any(mark in folder for mark in _MAGIC)
     folders = {folder or "/"}
     if several:
-        folders = {info["name"].rstrip("/") for info in _matching(fs, folder, url) if info["type"] == "directory"}
+        folders = {i["name"].rstrip("/") for i in _matching(fs, folder, url, account) if i["type"] == "directory"}
     found = []
     for one in folders:
         try:
@@ -246,79 +270,29 @@ def _matching(fs: Any, pattern: str, url: bool) -> list[dict[str, Any]]:
                 found += fs.ls(one, detail=True)
             else:
                 with os.scandir(one) as entries:
-                    found += [_entry(one, e.name, "directory" if e.is_dir() else "file") for e in entries]
+                    kinds = ((e.name, "directory" if e.is_dir() else "file") for e in entries)
+                    found += [_entry(f"{one.rstrip('/')}/{own}", kind) for own, kind in kinds]
         except (FileNotFoundError, NotADirectoryError):
             if several:  # it was there a moment ago
                 raise
         except PermissionError:
             if not one.endswith("/lost+found"):  # of a disk, where it is root's
                 raise
-    names = ((info, info["name"].rstrip("/")) for info in found)
-    return [info for info, path in names if path not in folders and fnmatchcase(path.rpartition("/")[2], name)]
+    matching = []
+    for info in found:
+        path = info["name"].rstrip("/")
+        own = path.rpartition("/")[2]
+        if path in folders or not fnmatchcase(own, name):
+            continue
+        if own.startswith(".") and not name.startswith("."):
+            account.skip(HIDDEN_FOLDERS if info["type"] == "directory" else HIDDEN_FILES, path)
+        else:
+            matching.append(info)
+    return matching
 
 
-def _entry(folder: str, name: str, kind: str) -> dict[str, Any]:
-    return {"name": f"{folder.rstrip('/')}/{name}", "type": kind}
-
-
-def _listed(folder: str, keep: Callable[[str], bool], listing: Callable[[Any, str], Any]) -> list[SourceFile]:
-    fs, inner = storage.filesystem(folder)
-    try:
-        found = list(listing(fs, inner))
-    except FileNotFoundError:
-        return []
-    except Exception as error:
-        raise unreadable(folder, error) from error
-    names = ((info, info["name"].rsplit("/", 1)[-1]) for info in found if info["type"] == "file")
-    kept = (info for info, name in names if name and not name.startswith(".") and keep(name))
-    return sorted(_from_info(fs.unstrip_protocol(info["name"]), info) for info in kept)
-
-
-def _local(
-    folder: str, listing: Callable[[], Iterator[tuple[str, str]]], keep: Callable[[str], bool]
-) -> list[SourceFile]:
-    """Raises SourceError for what is listed and not there, too: a link whose target is on a disk that is not mounted
-    would be left out of the plan for good."""
-    files, path = [], folder
-    try:
-        for place, name in listing():
-            if not name.startswith(".") and keep(name):
-                path = f"{place.rstrip('/')}/{name}"
-                status = os.stat(path)  # noqa: PTH116
-                if stat.S_ISREG(status.st_mode):
-                    files.append(SourceFile(path, status.st_size, status.st_mtime_ns))
-    except FileNotFoundError as error:
-        remedy = "if it is a link, delete it or put back what it leads to; then run the same command again"
-        raise SourceError(f"{error.filename or path} is in its folder, but cannot be found", remedy=remedy) from error
-    except OSError as error:
-        raise unreadable(error.filename or path, error) from error
-    return sorted(files)
-
-
-def _from_info(path: str, info: dict[str, Any]) -> SourceFile:
-    """Raises SourceError for a name that is a chained URL, which could be planned, and then never be opened."""
-    if "::" in path:
-        raise SourceError(f"{path} has :: in its name, which URLs are chained by", remedy="rename it, or leave it out")
-    value = next((info[name] for name in _MODIFIED if info.get(name)), 0)
-    if isinstance(value, str):
-        try:
-            value = datetime.fromisoformat(value)
-        except ValueError:
-            value = 0
-    seconds = value.timestamp() if isinstance(value, datetime) else float(value)
-    # Whole seconds: a listing may say more than the answer about one file, and both must agree.
-    return SourceFile(path, int(info["size"] or 0), int(seconds) * 10**9)
-
-
-def unreadable(path: str, error: Exception) -> SourceError:
-    """Storage that does not answer, or refuses, or memory that ran out: planned without what is there, it would be
-    missing for good."""
-    if isinstance(error, MemoryError):
-        remedy = "end other programs, or take a machine with more memory, and run the same command again"
-        return SourceError(f"memory ran out while {path} was read: {error or 'no more is to be had'}", remedy=remedy)
-    remedy = "check the path, the credentials and the network; run the same command again once the storage answers"
-    why = (isinstance(error, OSError) and error.strerror) or error
-    return SourceError(f"{path} cannot be read: {why}", remedy=f"{remedy}, or leave the file out")
+def _entry(path: str, kind: str) -> dict[str, Any]:
+    return {"name": path, "type": kind}
 
 
 def require_damage(path: str, error: Exception) -> None:

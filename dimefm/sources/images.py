@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 
 from dimefm import storage
 from dimefm.errors import SourceError
 from dimefm.progress import Progress, amount
-from dimefm.sources.account import Account
+from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import ImageSample, Joined, Source, SourceFile
-from dimefm.sources.files import URL_BLOCK, below, children, expand, in_order
+from dimefm.sources.files import URL_BLOCK, Place, expand, in_order, is_glob
+from dimefm.sources.kinds import CONTAINERS, IMAGE, IMAGE_EXTENSIONS, PARQUET, TAR, TSV, by_kind
 from dimefm.sources.parquet_images import ParquetImages
 from dimefm.sources.side_files import find_side_files, read_side_file
 from dimefm.sources.tar import TarMember, tar_members
 from dimefm.sources.tsv_images import TsvImages
+from dimefm.sources.walking import below
 from dimefm.sources.window import URL_LEAP
-
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jfif"})
-
-_KINDS = (".tar", ".parquet", ".tsv")
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -89,51 +87,61 @@ def _listed(asked: tuple[SourceFile, SourceFile | None]) -> tuple[list[ImageSamp
     return list(_images(tar.path, found, account)), account
 
 
-def _is_image(name: str) -> bool:
-    stem, _, extension = name.rpartition(".")
-    return stem != "" and extension.lower() in IMAGE_EXTENSIONS
+class ImageFiles:
+    """Image files, one a sample; the key of one is its path within `root`, without the extension."""
 
-
-class ImageFolder:
-    """A folder tree of image files; the key of one is its path within the folder, without the extension.
-
-    Hidden files are passed over: they are thumbnails and resource forks, not images.
-    """
-
-    def __init__(self, root: str) -> None:
-        self._root = storage.absolute(root)
-        self._files: list[SourceFile] | None = None
+    def __init__(self, root: str, files: Sequence[SourceFile]) -> None:
+        self._root, self._files = root.rstrip("/"), files
 
     def files(self) -> list[SourceFile]:
-        """Every image file below the folder, by path. The tree is walked once."""
-        if self._files is None:
-            self._files = below(self._root, _is_image)
-        return self._files
+        """The files, as given."""
+        return list(self._files)
 
     def samples(self, account: Account) -> Iterator[ImageSample]:
         """One sample a file."""
-        for file in self.files():
-            key = file.path[len(self._root) :].lstrip("/").rpartition(".")[0]
-            yield ImageSample(key, file.path, 0, file.size)
+        for file in self._files:
+            folder, slash, name = file.path[len(self._root) :].lstrip("/").rpartition("/")
+            yield ImageSample(f"{folder}{slash}{name.rpartition('.')[0] or name}", file.path, 0, file.size)
+
+
+class ImageFolder(ImageFiles):
+    """The image files of a folder tree, by path. Whatever else is in it is counted in `account`."""
+
+    def __init__(self, root: str, account: Account) -> None:
+        root = storage.absolute(root)
+        kinds = by_kind(below(root, account), account)
+        for kind in CONTAINERS:
+            for file in kinds.get(kind, ()):
+                account.skip(f"{kind} files in a folder of images", file.path)
+        super().__init__(root, kinds.get(IMAGE, ()))
 
 
 def open_image_source(
     arguments: list[str], column: str | None = None, account: Account | None = None
 ) -> Source[ImageSample]:
-    """The source that the arguments name: .tar, .parquet and .tsv files (globs and {000..009} ranges too), and folders.
+    """The source that the arguments name: .tar, .parquet, .tsv and image files (globs and {000..009} ranges too), and
+    folders, which stand for all of these in them, at any depth: tars, tables and images in this order.
 
-    A folder is all its tars if it has any, since downloaders put a .parquet of captions beside each; else all its
-    .parquet or all its .tsv files, and an error where it has both; else a tree of image files. `column` is the one
-    with the images in Parquet files.
+    What is in a folder or matches a glob, and is not used, is counted in `account`. A .parquet beside a .tar of the
+    same name is not looked into: downloaders write captions there. `column` is the one with the images in Parquet
+    files.
 
     Raises SourceError where an argument does not exist, holds no image or is of another kind, where a file is given
     twice, and where no file has the column.
     """
+    account = Account() if account is None else account
     parts: list[Source[ImageSample]] = []
     for argument in arguments:
-        for path, places in groupby(expand(argument), lambda place: None if place.file else place.path):
-            files = [place.file for place in places if place.file]
-            parts.extend(_files(argument, files, column) if path is None else _folder(argument, path, column))
+        places = expand(argument, account)
+        files = [place.file for place in places if place.file]
+        found = list(_sources(files, _root(argument, places), column, account, found=is_glob(argument, places)))
+        for place in places:
+            if place.file is None:
+                found += _sources(below(place.path, account), place.path, column, account, found=True)
+        if not found:
+            what = f"{argument} holds no {', '.join(CONTAINERS)} and no image{found_instead(account.lines())}"
+            raise SourceError(what, remedy=f"images end in: {', '.join(sorted(IMAGE_EXTENSIONS))}")
+        parts += found
     counts = Counter(file.path for part in parts for file in part.files())
     repeated = [path for path, count in counts.items() if count > 1]
     if repeated:
@@ -147,32 +155,30 @@ def open_image_source(
     return Joined(parts)
 
 
-def _files(argument: str, files: Sequence[SourceFile], column: str | None) -> Iterator[Source[ImageSample]]:
-    for suffix, group in groupby(files, lambda file: "." + file.path.rpartition(".")[2]):
-        alike = list(group)
-        if suffix == ".tar":
-            yield WebDataset(alike)
-        elif suffix == ".parquet":
-            yield ParquetImages(alike, column)
-        elif suffix == ".tsv":
-            yield TsvImages(alike)
-        else:
-            what = f"{argument}: {alike[0].path} is neither a {', '.join(_KINDS)} nor a folder"
-            raise SourceError(what, remedy="give tars, tables or image folders")
+def _sources(
+    files: Sequence[SourceFile], root: str, column: str | None, account: Account, *, found: bool
+) -> Iterator[Source[ImageSample]]:
+    """The sources in files of any kind. Those that were `found`, in a folder or by a glob, may hold no images."""
+    kinds = by_kind(files, account if found else None)
+    tars, tables = kinds.get(TAR, []), kinds.get(PARQUET, [])
+    if found:
+        stems = {file.path.rpartition(".")[0] for file in tars}
+        for table in [file for file in tables if file.path.removesuffix(PARQUET) in stems]:
+            account.skip("tables beside a tar of the same name", table.path)
+            tables.remove(table)
+    if tars:
+        yield WebDataset(tars)
+    if tables:
+        yield ParquetImages(tables, column, found=found)
+    if TSV in kinds:
+        yield TsvImages(kinds[TSV], found=found)
+    if IMAGE in kinds:
+        yield ImageFiles(root, kinds[IMAGE])
 
 
-def _folder(argument: str, path: str, column: str | None) -> Iterator[Source[ImageSample]]:
-    found = children(path, lambda name: name.endswith(_KINDS))
-    files = [file for file in found if file.path.endswith(".tar")] or found
-    kinds = sorted({"." + file.path.rpartition(".")[2] for file in files})
-    if len(kinds) > 1:
-        what = f"{argument} holds both {' and '.join(kinds)} files"
-        raise SourceError(what, remedy=f"name those you mean, such as {storage.join(argument, '*' + kinds[0])}")
-    if files:
-        yield from _files(argument, files, column)
-        return
-    folder = ImageFolder(path)
-    if not folder.files():
-        what = f"{argument} holds no {', '.join(_KINDS)} and no image"
-        raise SourceError(what, remedy=f"images end in: {', '.join(sorted(IMAGE_EXTENSIONS))}")
-    yield folder
+def _root(argument: str, places: Sequence[Place]) -> str:
+    """Where the keys of image files begin: the last folder that the argument names without a pattern."""
+    path = storage.absolute(argument)
+    if [place.path for place in places] != [path]:
+        path = re.split(r"[*?[{]", path, maxsplit=1)[0]
+    return path.rpartition("/")[0]

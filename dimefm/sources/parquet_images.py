@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample, SourceFile
-from dimefm.sources.files import unreadable
 from dimefm.sources.parquet import DamagedParquetError, blocks, is_string, open_parquet
+from dimefm.sources.walking import unreadable
 
 _KEYS = ("key", "__key__", "id", "path")
 
@@ -24,8 +24,8 @@ class ParquetImages:
     Without `column`, it is the only one that could hold images.
     """
 
-    def __init__(self, files: Sequence[SourceFile], column: str | None = None) -> None:
-        self._files, self._column = files, column
+    def __init__(self, files: Sequence[SourceFile], column: str | None = None, *, found: bool = False) -> None:
+        self._files, self._column, self._found = files, column, found
 
     def files(self) -> list[SourceFile]:
         """The Parquet files, as given."""
@@ -33,6 +33,8 @@ class ParquetImages:
 
     def check(self) -> None:
         """Raises SourceError where the first file has no such column, or more than one that could be meant."""
+        if self._found:
+            return  # it is found out with the samples
         try:
             image_column(open_parquet(self._files[0].path), self._files[0].path, self._column)
         except (OSError, MemoryError, DamagedParquetError):
@@ -43,6 +45,9 @@ class ParquetImages:
         for path in (file.path for file in self._files):
             rows = 0
             try:
+                if self._found and not _candidates(open_parquet(path), self._column):
+                    account.skip("Parquet files without a column of images", path)
+                    continue
                 for sample in self._images(path):
                     rows += 1
                     yield sample
@@ -85,6 +90,11 @@ def image_column(file: pq.ParquetFile, path: str, column: str | None) -> str:
     what = f"{path} has no column {column!r} of images" if column else f"{path} does not say which column is the images"
     remedy = "name one with --column NAME; images are binary, or a struct with bytes"
     raise SourceError(f"{what}; there could be: {names}", remedy=remedy)
+
+
+def _candidates(file: pq.ParquetFile, column: str | None) -> list[str]:
+    names = [field.name for field in file.schema_arrow if _holds_images(field.type)]
+    return names if column is None else [name for name in names if name == column]
 
 
 def _holds_images(type_: pa.DataType) -> bool:

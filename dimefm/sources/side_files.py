@@ -17,8 +17,8 @@ from dimefm import storage
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile
-from dimefm.sources.files import children
 from dimefm.sources.tar import BLOCK, TarMember, first_between
+from dimefm.sources.walking import children
 
 _SUFFIXES = (".idx", ".json")
 _MOST_BYTES = 256 << 20
@@ -39,7 +39,7 @@ def find_side_files(tars: Sequence[SourceFile]) -> dict[str, SourceFile]:
     beside: dict[str, SourceFile] = {}
     for folder in {tar.path.rpartition("/")[0] for tar in tars}:
         try:
-            found = children(folder, lambda name: name.endswith(_SUFFIXES))
+            found = children(folder, lambda name: name.endswith(_SUFFIXES), Account())
         except SourceError:  # files may be read where listing them is not allowed
             continue
         beside |= {file.path: file for file in found if 0 < file.size < _MOST_BYTES}

@@ -13,7 +13,7 @@ from zlib import adler32
 
 from dimefm import storage
 from dimefm.sources.account import Account
-from dimefm.sources.files import unreadable
+from dimefm.sources.walking import unreadable
 from dimefm.sources.window import Window, open_window
 
 BLOCK = 512

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import codecs
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 
 from dimefm import storage
 from dimefm.errors import SourceError
-from dimefm.sources.account import Account
+from dimefm.inert import line
+from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import Joined, Source, SourceFile, TextSample
-from dimefm.sources.files import children, expand, open_forward, require_damage, stat_files
+from dimefm.sources.files import expand, is_glob, open_forward, require_damage, stat_files
 from dimefm.sources.text_tables import Delimited, JsonLines, ParquetTexts
+from dimefm.sources.walking import below, children
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "templates.txt"
 _KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -112,17 +115,29 @@ def open_text_source(
     """The source that the arguments name: text files and tables (globs and {000..009} ranges too), folders of either,
     or folders of a labelled set, which stand for its prompts.
 
-    Text files are .txt, tables .jsonl, .csv, .tsv and .parquet; all but the last may end in .gz. A folder must hold
-    one kind. `column` is the column or field of tables, by default the first of text, caption, sentence and TEXT;
-    a number for .csv and .tsv without a header.
+    Text files are .txt, tables .jsonl, .csv, .tsv and .parquet; all but the last may end in .gz. The files of a folder,
+    at any depth, must be of one kind; what else is in it, or matches a glob, is counted in `account`. `column` is the
+    column or field of tables, by default the first of text, caption, sentence and TEXT; a number for .csv and .tsv
+    without a header.
 
     Raises SourceError where an argument does not exist, holds no sentences or is of another kind, and where the first
     table has no such column. Later tables are looked at when their turn comes.
     """
+    account = Account() if account is None else account
     parts: list[Source[TextSample]] = []
     for argument in arguments:
-        for place in expand(argument):
-            parts.extend(_file(argument, place.file, column) if place.file else _folder(argument, place.path, column))
+        places = expand(argument, account)
+        files = [place.file for place in places if place.file]
+        if is_glob(argument, places):
+            files = _of_a_kind(files, account)
+        found = [_file(argument, file, column) for file in files]
+        for place in places:
+            if place.file is None:
+                found += _folder(argument, place.path, column, account)
+        if not found:
+            what = f"{argument} holds no {', '.join(_KINDS)} file{found_instead(account.lines())}"
+            raise SourceError(what, remedy="give files with one sentence a line, or tables with a column of them")
+        parts += found
     tables = [part for part in parts if isinstance(part, (JsonLines, Delimited, ParquetTexts))]
     if column is not None and not tables:
         what = f"--column {column}: there is no table among the sentences, and only those have columns"
@@ -132,38 +147,44 @@ def open_text_source(
     return Joined(parts)
 
 
-def _file(argument: str, file: SourceFile, column: str | None) -> Iterator[Source[TextSample]]:
+def _file(argument: str, file: SourceFile, column: str | None) -> Source[TextSample]:
     kind = _kind(file.path)
     if kind == ".txt":
-        yield TextFile(file)
-    elif kind == ".jsonl":
-        yield JsonLines(file, column)
-    elif kind in (".csv", ".tsv"):
-        yield Delimited(file, column)
-    elif kind == ".parquet":
-        yield ParquetTexts(file, column)
-    else:
-        what = f"{argument}: {file.path} is neither {', '.join(_KINDS)} nor a folder"
-        raise SourceError(what, remedy="give text files or tables; all but .parquet may be .gz")
+        return TextFile(file)
+    if kind == ".jsonl":
+        return JsonLines(file, column)
+    if kind in (".csv", ".tsv"):
+        return Delimited(file, column)
+    if kind == ".parquet":
+        return ParquetTexts(file, column)
+    what = f"{argument}: {line(file.path)} is neither {', '.join(_KINDS)} nor a folder"
+    raise SourceError(what, remedy="give text files or tables; all but .parquet may be .gz")
 
 
-def _folder(argument: str, path: str, column: str | None) -> Iterator[Source[TextSample]]:
+def _folder(argument: str, path: str, column: str | None, account: Account) -> list[Source[TextSample]]:
     if storage.exists(storage.join(path, CLASSNAMES)):
-        yield PromptSet(path)
-        return
-    files = children(path, lambda name: _kind(name) is not None)
-    kinds = sorted({str(_kind(file.path)) for file in files})
-    if not files:
-        what = f"{argument} holds no {', '.join(_KINDS)} file"
-        raise SourceError(what, remedy="give files with one sentence a line, or tables with a column of them")
+        for file in children(path, lambda name: name not in (CLASSNAMES, TEMPLATES), account):
+            account.skip("files of a labelled set beside its class names and templates", file.path)
+        return [PromptSet(path)]
+    files = _of_a_kind(below(path, account), account)
+    kinds = Counter(_kind(file.path) for file in files)
     if len(kinds) > 1:
-        what = f"{argument} holds {' and '.join(kinds)} files"
-        raise SourceError(what, remedy=f"name those you mean, such as {storage.join(argument, '*' + kinds[0])}")
+        what = f"{argument} holds {' and '.join(f'{kinds[kind]:,} {kind}' for kind in _KINDS if kinds[kind])} files"
+        remedy = f"name those you mean, such as '{storage.join(argument, '**/*' + str(_kind(files[0].path)))}'"
+        raise SourceError(what, remedy=remedy)
+    return [_file(argument, file, column) for file in files]
+
+
+def _of_a_kind(files: list[SourceFile], account: Account) -> list[SourceFile]:
+    """Those whose kind is known by their name; the others are counted."""
     for file in files:
-        yield from _file(argument, file, column)
+        if _kind(file.path) is None:
+            name, dot, extension = file.path.rpartition("/")[2].rpartition(".")
+            account.skip(f"files that end in .{extension}" if dot and name else "files without an extension", file.path)
+    return [file for file in files if _kind(file.path) is not None]
 
 
 def _kind(path: str) -> str | None:
     """Which of _KINDS a file is, with .gz or without."""
-    name = path.removesuffix(".gz")
-    return next((kind for kind in _KINDS if name.endswith(kind) and (name == path or kind != ".parquet")), None)
+    name = path.lower().removesuffix(".gz")
+    return next((kind for kind in _KINDS if name.endswith(kind) and (name == path.lower() or kind != ".parquet")), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -9,15 +10,17 @@ from functools import partial
 import numpy as np
 
 from dimefm import storage
-from dimefm.decode import MAX_BYTES
+from dimefm.decode import MAX_BYTES, sniff
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample, SourceFile
-from dimefm.sources.files import open_seekable, unreadable
+from dimefm.sources.files import open_seekable
+from dimefm.sources.walking import unreadable
 from dimefm.sources.window import Window, open_window
 
 SUFFIX, INDEX_SUFFIX = ".tsv", ".lineidx"
 _HEAD = 512  # bytes of a line that are looked at first
+_FIRST_LINES, _LONGEST_WORD = 8, 200  # what is looked at of a file that may hold no images
 _PIECE = 1 << 20  # of the last line, which is read to its end
 _BASE64 = re.compile(rb"[A-Za-z0-9+/]*={0,2}")
 
@@ -29,11 +32,12 @@ class TsvImages:
     """Tables of KEY, tab, base64 of an image, a line each; with more columns the image is in the last.
 
     All lines have as many columns as the first. Where a NAME.lineidx with the offset of every line lies beside
-    NAME.tsv only the beginnings of lines are read, else all of the file; the samples are the same.
+    NAME.tsv only the beginnings of lines are read, else all of the file; the samples are the same. Files that were
+    `found`, in a folder, may hold something else, and are counted then.
     """
 
-    def __init__(self, files: Sequence[SourceFile]) -> None:
-        self._files = files
+    def __init__(self, files: Sequence[SourceFile], *, found: bool = False) -> None:
+        self._files, self._found = files, found
 
     def files(self) -> list[SourceFile]:
         """The .tsv files, as given; a .lineidx only says where their lines are."""
@@ -46,9 +50,23 @@ class TsvImages:
         """
         for file in self._files:
             try:
+                if self._found and not _may_hold_images(file):
+                    account.skip("tables (.tsv) whose first lines hold no image", file.path)
+                    continue
                 yield from _in_file(file, account)
             except OSError as error:
                 raise unreadable(file.path, error) from error
+
+
+def _may_hold_images(file: SourceFile) -> bool:
+    """Whether one of the first lines ends in base64 of an image, or in so much base64 that it is no word."""
+    for line in storage.read_bytes(file.path, 0, _PIECE).split(b"\n")[:_FIRST_LINES]:
+        text = _without_end(line).rpartition(b"\t")[2]
+        if b"\t" in line and _BASE64.fullmatch(text):
+            image = sniff(base64.b64decode(text[: min(len(text), 64) // 4 * 4].rstrip(b"=") + b"=="))
+            if image or len(text) > _LONGEST_WORD:
+                return True
+    return False
 
 
 def _in_file(file: SourceFile, account: Account) -> Iterator[ImageSample]:

@@ -1,0 +1,84 @@
+"""What kind of images a file holds, by its name, or by its first bytes where the name says nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from dimefm import storage
+from dimefm.decode import sniff
+from dimefm.errors import SourceError
+from dimefm.inert import line
+from dimefm.sources.account import Account
+from dimefm.sources.base import SourceFile
+from dimefm.sources.content import HEAD_BYTES, describe
+from dimefm.sources.files import reading_ahead
+from dimefm.sources.tsv_images import INDEX_SUFFIX
+from dimefm.sources.walking import unreadable
+
+IMAGE_EXTENSIONS = frozenset({
+    *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "ppm", "pgm", "pbm"),
+    *("pnm", "avif", "heic", "heif", "jp2", "j2k", "jpx", "qoi", "tga", "ico", "pcx"),
+})  # fmt: skip
+"""Of images that are decoded here, or would be with another library: a row that lacks one says so."""
+
+TAR, PARQUET, TSV, IMAGE = ".tar", ".parquet", ".tsv", "image"
+CONTAINERS = (TAR, PARQUET, TSV)
+_COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.[a-z0-9]{2,4})$")
+_EXTENSION = re.compile(r"\.([a-z][a-z0-9]{0,11})$")
+
+
+def by_kind(files: Sequence[SourceFile], account: Account | None) -> dict[str, list[SourceFile]]:
+    """The files by kind: one of CONTAINERS, or IMAGE. Others are counted in `account`; without one they are a
+    SourceError."""
+    kinds: dict[str, list[SourceFile]] = {}
+    unnamed = [file for file in files if not _extension(file.path)]
+    heads = reading_ahead(_head, unnamed, unnamed[0].path) if unnamed else iter(())
+    tables = {file.path for file in files if file.path.endswith(TSV)}
+    for file in files:
+        if file.path.endswith(INDEX_SUFFIX) and file.path.removesuffix(INDEX_SUFFIX) + TSV in tables:
+            continue  # it says where the lines of its table are
+        extension = _extension(file.path)
+        kind, reason = _by_name(file.path, extension) if extension else _by_head(next(heads))
+        if kind:
+            kinds.setdefault(kind, []).append(file)
+        elif account is not None:
+            account.skip(reason, file.path)
+        else:
+            what = f"{line(file.path)} is neither a {', '.join(CONTAINERS)}, nor an image, nor a folder ({reason})"
+            raise SourceError(what, remedy="give tars, tables, images or folders")
+    return kinds
+
+
+def _by_name(path: str, extension: str) -> tuple[str, str]:
+    """Its kind, or why it has none."""
+    if extension in IMAGE_EXTENSIONS:
+        return IMAGE, ""
+    if f".{extension}" in CONTAINERS:
+        if extension == "tar" or path.endswith(f".{extension}"):
+            return f".{extension}", ""
+        return "", "tables whose extension is in capitals (rename them)"
+    if _COMPRESSED.search(path.lower()):
+        return "", "compressed tars, in which no image can be read alone (decompress them)"
+    return "", f"files that end in .{extension}"
+
+
+def _by_head(head: bytes) -> tuple[str, str]:
+    if sniff(head):
+        return IMAGE, ""
+    known = describe(head)
+    return "", f"files without an extension, each {known}" if known else "files without an extension that are no images"
+
+
+def _extension(path: str) -> str:
+    """What a name says of a file, in lower case; nothing where it has no extension, or none that says anything, as in
+    `photo.2019` or `a.jpg?w=200`."""
+    match = _EXTENSION.search(path.rpartition("/")[2].lower())
+    return match[1] if match else ""
+
+
+def _head(file: SourceFile) -> bytes:
+    try:
+        return storage.read_bytes(file.path, 0, HEAD_BYTES)
+    except (OSError, MemoryError) as error:
+        raise unreadable(file.path, error) from error
