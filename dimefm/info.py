@@ -29,7 +29,7 @@ from dimefm.run import read_run
 from dimefm.runlog import last_validation, read_metrics
 from dimefm.selected import SelectedTexts
 from dimefm.selection_files import how
-from dimefm.sources.account import show
+from dimefm.sources.account import first, show
 from dimefm.store import Store
 
 _FAILURES, _EXAMPLES, _SHOWN = 10, 5, 12
@@ -116,7 +116,7 @@ def _store(store: Store) -> str:
         rows.append(("repeated keys", f"{source.repeated_keys:,}; each keeps its own row"))
     rows += [("skipped", show(one)) for one in source.skipped]
     rows += [("skipped", f"{reason}: {count:,}") for reason, count in source.dropped.items() if count]
-    rows += [("problem", problem) for problem in source.problems[:_FAILURES]]
+    rows += [("problem", problem) for problem in first(source.problems, _FAILURES)]
     rows += [("failed", f"row {f.row}, {f.key}: {f.status}, {f.reason}") for f in failures]
     if failed > len(failures):
         rows.append(("", f"and {failed - len(failures):,} more"))

@@ -8,15 +8,16 @@ from typing import Literal
 
 import torch
 
-from cache_schemas import EmbeddingStore, ViewPlan, to_plain
+from cache_schemas import EmbeddingStore, SourceSummary, ViewPlan, to_plain
 from dimefm.clip import Clip, load_clip, teacher_precision
 from dimefm.crashes import running
 from dimefm.errors import DimefmError
+from dimefm.inert import line, say
 from dimefm.lock import writing
 from dimefm.machine import Precision, available_memory, choose_device, cpus
 from dimefm.named import allowed, allowing
 from dimefm.progress import amount, duration
-from dimefm.sources.account import show
+from dimefm.sources.account import first, show
 from dimefm.sources.files import expand
 from dimefm.store import Store
 from pipeline.existing import arguments_there, is_planned, require_no_stranger
@@ -84,7 +85,10 @@ def _cache(config: CacheConfig) -> Store:
     clip: Clip | None = loaded
     del loaded
     with writing(config.out) as lease:
+        planned = is_planned(config.out)
         store = open_or_plan(_request(config, device), config.out, teacher, accept_missing=config.accept_missing)
+        if not planned:
+            _tell(store.schema.source)
         job = Job(
             store=store.path,
             teacher=teacher.name,
@@ -114,6 +118,14 @@ def _cache(config: CacheConfig) -> Store:
                     clip = None  # the memory is for the workers' own
                     run_shards(part, workers=workers, address=config.ray_address)
     return store
+
+
+def _tell(source: SourceSummary) -> None:
+    """Say what is not used before the hours in which the rest is encoded."""
+    for one in source.skipped:
+        say(f"skipped: {show(one)}", err=True)
+    for problem in first(source.problems):
+        say(f"problem: {line(problem)}", err=True)
 
 
 def dry_run(config: CacheConfig) -> str:
@@ -153,7 +165,7 @@ def _show_forecast(config: CacheConfig, device: str, found: Forecast, clip: Clip
         f"takes     {duration(found.schema.rows / rate)} at {rate:,.0f} {config.kind}s/s with {plural}",
         *([bound] if bound else []),
         *(f"skipped   {show(one)}" for one in source.skipped),
-        *(f"problem   {problem}" for problem in source.problems),
+        *(f"problem   {problem}" for problem in first(source.problems)),
         "teacher",
     ]
     lines += [f"  {name:<15} {value}" for name, value in to_plain(clip.identity).items()]

@@ -412,8 +412,8 @@ def test_a_dry_run_of_sentences_says_what_is_dropped(tmp_path: Path, teacher_nam
     words = ["--min-words", 2, "--device", "cpu", "--workers", 1, "--dry-run"]
     output = run("cache-texts", tmp_path / "a.txt", "--out", tmp_path / "s.zarr", "--teacher", teacher_name, *words)
     assert "rows      2 from 1 files" in output.output
-    assert "skipped   sentences shorter than --min-words: 1: a.txt:3: one\n" in output.output
-    assert "skipped   repeated sentences: 1: a.txt:2: one two three\n" in output.output
+    assert "skipped   sentences shorter than --min-words: 1, a.txt:3: one\n" in output.output
+    assert "skipped   repeated sentences: 1, a.txt:2: one two three\n" in output.output
     assert re.search(r"measured  [\d,]+ texts/s by the teacher on one core\n", output.output)
     assert "with 1 workers\n" in output.output
 

@@ -92,7 +92,7 @@ def test_nothing_to_keep_is_no_sentence_at_all() -> None:
 def test_the_first_sentence_that_is_left_out_is_the_example_of_its_reason() -> None:
     account = Account()
     list(tidy(Sentences(lambda: iter(["a", "b c", "a", "b c"])), SentenceRules(min_words=2), account))
-    assert account.lines()[:2] == [f"{SHORT}: 2, such as k0: a", "repeated sentences: 1: k3: b c"]
+    assert account.lines()[:2] == [f"{SHORT}: 2, such as k0: a", "repeated sentences: 1, k3: b c"]
 
 
 def test_two_passes_report_a_problem_once() -> None:
@@ -237,6 +237,6 @@ def test_info_says_what_was_dropped_and_by_what_rules(tmp_path: Path, clip: Clip
     store = cached("text", source, tmp_path / "s.zarr", clip, sentences=rules)
     result = CliRunner().invoke(cli, ["info", store.path])
     lines = [" ".join(line.split()) for line in result.output.splitlines()]
-    assert f"skipped {SHORT}: 1: a.txt:1: one" in lines
-    assert "skipped repeated sentences: 1: a.txt:3: two words" in lines
+    assert f"skipped {SHORT}: 1, a.txt:1: one" in lines
+    assert "skipped repeated sentences: 1, a.txt:3: two words" in lines
     assert {"min words 2", "shuffle 4"} <= set(lines)

@@ -352,7 +352,7 @@ def test_one_file_given_twice_is_refused(tars: Path) -> None:
 def test_a_text_file_given_as_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x\n")
     with pytest.raises(
-        SourceError, match=r"neither a \.tar, \.parquet, \.tsv, nor an image, nor a folder \(files that end in \.txt\)"
+        SourceError, match=r"neither a \.tar, \.parquet, \.tsv, nor an image, nor a folder: files that end in \.txt"
     ):
         open_image_source([str(tmp_path / "a.txt")])
 

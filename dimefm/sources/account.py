@@ -6,7 +6,7 @@ when the plan is made and by `dimefm info`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from cache_schemas import Skipped
 from dimefm.inert import line
@@ -47,17 +47,19 @@ class Account:
 
     def lines(self) -> list[str]:
         """Both kinds as lines for a person."""
-        return [*map(show, self._skipped.values()), *self.problems]
+        return [*map(show, self._skipped.values()), *map(line, self.problems)]
 
 
 def show(skipped: Skipped) -> str:
     """`hidden files: 3, such as /data/.DS_Store`."""
-    such_as = ", such as" if skipped.count > 1 else ":"
-    return f"{skipped.reason}: {skipped.count:,}{such_as} {skipped.example}"
+    return f"{skipped.reason}: {skipped.count:,}, {'such as ' if skipped.count > 1 else ''}{skipped.example}"
 
 
-def found_instead(lines: Iterable[str], most: int = 10) -> str:
+def found_instead(lines: Sequence[str]) -> str:
     """Lines of an account as the end of an error; nothing where there are none."""
-    shown = list(lines)
-    more = [f"and {len(shown) - most:,} more"] if len(shown) > most else []
-    return "".join(f"\n  - {text}" for text in [*shown[:most], *more])
+    return "".join(f"\n  - {text}" for text in first(lines))
+
+
+def first(lines: Sequence[str], most: int = 10) -> list[str]:
+    """The first lines, and how many more there are."""
+    return [*lines[:most], *([f"and {len(lines) - most:,} more"] if len(lines) > most else [])]

@@ -30,6 +30,7 @@ from dimefm.sources.walking import (
     NOT_UTF8,
     below,
     from_info,
+    is_folder,
     is_utf8,
     look,
     require_reached,
@@ -270,7 +271,7 @@ def _matching(fs: Any, pattern: str, url: bool, account: Account) -> list[dict[s
                 found += fs.ls(one, detail=True)
             else:
                 with os.scandir(one) as entries:
-                    kinds = ((e.name, "directory" if e.is_dir() else "file") for e in entries)
+                    kinds = ((e.name, "directory" if is_folder(e) else "file") for e in entries)
                     found += [_entry(f"{one.rstrip('/')}/{own}", kind) for own, kind in kinds]
         except (FileNotFoundError, NotADirectoryError):
             if several:  # it was there a moment ago

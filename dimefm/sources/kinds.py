@@ -45,7 +45,7 @@ def by_kind(files: Sequence[SourceFile], account: Account | None) -> dict[str, l
         elif account is not None:
             account.skip(reason, file.path)
         else:
-            what = f"{line(file.path)} is neither a {', '.join(CONTAINERS)}, nor an image, nor a folder ({reason})"
+            what = f"{line(file.path)} is neither a {', '.join(CONTAINERS)}, nor an image, nor a folder: {reason}"
             raise SourceError(what, remedy="give tars, tables, images or folders")
     return kinds
 

@@ -10,7 +10,9 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from dimefm import storage
@@ -49,7 +51,7 @@ def children(folder: str, keep: Callable[[str], bool], account: Account) -> list
 
 
 def _walk(root: str, account: Account, *, deep: bool) -> Iterator[SourceFile]:
-    waiting, lost = [_with_itself(root, frozenset())], list[str]()
+    waiting, lost = [_root(root)], list[str]()
     while waiting:
         folder, above = waiting.pop()
         for entry in _entries(folder, account, is_root=folder == root):
@@ -58,7 +60,7 @@ def _walk(root: str, account: Account, *, deep: bool) -> Iterator[SourceFile]:
                 account.skip(NOT_UTF8, shown(path))
                 continue
             if entry.name.startswith("."):
-                account.skip(HIDDEN_FOLDERS if entry.is_dir() else HIDDEN_FILES, path)
+                account.skip(HIDDEN_FOLDERS if is_folder(entry) else HIDDEN_FILES, path)
                 continue
             status = look(path, account, lost)
             if status is None:
@@ -76,12 +78,13 @@ def _walk(root: str, account: Account, *, deep: bool) -> Iterator[SourceFile]:
     require_reached(lost)
 
 
-def _with_itself(folder: str, above: frozenset[tuple[int, int]]) -> _Folder:
-    try:
-        status = os.stat(folder)  # noqa: PTH116  # as in all of this file: no Path for each of millions
-    except OSError:
-        return folder, above  # what is wrong is said when it is listed
-    return folder, above | {(status.st_dev, status.st_ino)}
+def _root(folder: str) -> _Folder:
+    above, place = set[tuple[int, int]](), Path(os.path.realpath(folder))
+    for one in (place, *place.parents):
+        with suppress(OSError):  # what is wrong is said when it is listed
+            status = one.stat()
+            above.add((status.st_dev, status.st_ino))
+    return folder, frozenset(above)
 
 
 def _entries(folder: str, account: Account, *, is_root: bool) -> list[os.DirEntry[str]]:
@@ -132,6 +135,14 @@ def require_reached(lost: list[str]) -> None:
 
 def _is_lost_and_found(path: str, error: OSError) -> bool:
     return isinstance(error, PermissionError) and path.endswith("/lost+found")
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or leads to one. What is wrong with a link is found out when it is looked at."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def is_utf8(name: str) -> bool:
