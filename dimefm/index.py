@@ -232,8 +232,8 @@ def _untrained(factory: str, rows: int, said: str) -> StoreError:
         if wanted > width:
             what = f"--factory {factory} makes {wanted} dimensions of vectors that are {width} wide"
             return StoreError(what, remedy=f"write {width} or fewer after PCA")
-        what = f"--factory {factory} takes {wanted:,} rows to find as many dimensions, more than the {rows:,} training rows"
-        return StoreError(what, remedy=remedy)
+        what = f"--factory {factory} takes {wanted:,} rows to find as many dimensions"
+        return StoreError(f"{what}, more than the {rows:,} training rows", remedy=remedy)
     return StoreError(f"--factory {factory} cannot be trained: {said.strip().splitlines()[0]}", remedy=remedy)
 
 
