@@ -17,10 +17,11 @@ from functools import cache
 from importlib import import_module
 
 import torch
-from PIL import Image, features
+from PIL import Image, UnidentifiedImageError, features
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
 from cache_schemas import Status
+from dimefm.modes import eight_bit
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded: Pillow's own threshold for a decompression bomb (a 256 MiB RGB image)."""
@@ -36,7 +37,6 @@ MAX_BYTES = 1 << 30
 base64. A larger size is that of a damaged header."""
 
 _ADDRESS = re.compile(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>")  # another in every run
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I")
 _FAULTS = (ValueError, KeyError)  # of simplejpeg; the second for ways of storing colour that it has no name for
 _END = b"\xff\xd9"  # the mark that a JPEG ends with
 _BEGINNINGS = {
@@ -56,6 +56,11 @@ _BEGINNINGS = {
     "SGI": rb"\x01\xda[\0\x01][\x01\x02]",
 }
 _FEATURES = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # which Pillow may have been built without
+_NEEDED = {
+    "HEIF": "pip install pillow-heif",
+    "AVIF": "Pillow 11.3 or newer",
+    **{name: f"a Pillow built with {name}" for name in ("JPEG2000", "WEBP")},
+}
 _SNIFFED = {name: re.compile(beginning, re.DOTALL) for name, beginning in _BEGINNINGS.items()}
 
 
@@ -83,7 +88,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise DecodeError(Status.UNDECODABLE, _refused(data) or _reason(error)) from None
+        refused = isinstance(error, UnidentifiedImageError) and _refused(data)
+        raise DecodeError(Status.UNDECODABLE, refused or _reason(error)) from None
     width, height = image.size
     if width * height > max_pixels:
         reason = f"{width} x {height} is {width * height:,} pixels; the limit is {max_pixels:,}"
@@ -111,12 +117,18 @@ def _formats() -> tuple[str, ...]:
     Image.init()
     with suppress(ImportError):
         import_module("pillow_heif").register_heif_opener()
-    lacking = {name for name, feature in _FEATURES.items() if not features.check(feature)}
-    return tuple(name for name in FORMATS if name in Image.OPEN and name not in lacking)
+    known = (name for name in FORMATS if name in Image.OPEN)
+    return tuple(name for name in known if name not in _FEATURES or features.check(_FEATURES[name]))
 
 
 def _refused(data: bytes) -> str:
-    """What to say of an image that is of another format, by its first bytes: it is not opened to find out."""
+    """What to say of an image that is of another format, or of one that is not decoded here, by its first bytes: it is
+    not opened to find out."""
+    name = sniff(data)
+    if name in _NEEDED and name not in _formats():
+        return f"{name} needs {_NEEDED[name]}"
+    if name:
+        return f"it begins as {name} does, but is damaged, or of a kind that Pillow does not read"
     for name, (_, accept) in Image.OPEN.items():
         if name not in FORMATS and accept and accept(data[:16]):
             return f"{name} is not one of the formats that are decoded"
@@ -203,18 +215,11 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 def _loaded(image: Image.Image) -> Image.Image:
     try:
         image.load()
+        return eight_bit(image)
     except MemoryError:
         raise
     except Exception as error:  # as in open_image
         raise DecodeError(Status.UNDECODABLE, _reason(error)) from None
-    return _to_eight_bit(image) if image.mode in _SIXTEEN_BIT else image
-
-
-def _to_eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey by its high byte: Pillow's own conversion clips at 255, which turns most of an image white."""
-    if image.mode == "I":
-        return image.point(lambda value: value * (1 / 256)).convert("L")
-    return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
 
 
 def _reason(error: Exception) -> str:

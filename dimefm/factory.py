@@ -55,15 +55,22 @@ def plan_index(rows: int, dim: int, memory: int, factory: str | None = None) -> 
     while lists > 16 and _LEAST_PER_CENTROID * lists * dim * 4 > room / 2:
         lists //= 2
     smallest = 0
-    for bytes_per_code in (dim // 4, dim // 8, dim // 16):
+    for share in (4, 8, 16):
+        codes = _codes(dim, 2 * dim // share)
+        bytes_per_code = math.ceil(codes / 2)
         smallest = rows * (bytes_per_code + 8) + lists * dim * 4
         if smallest * (1 + 1 / _PARTS) <= room:  # as it is merged: the whole, and the part that comes next
             graph = "_HNSW32" if lists == _MOST_LISTS else ""
-            name = f"IVF{lists}{graph},PQ{2 * bytes_per_code}x4fs"
+            name = f"IVF{lists}{graph},PQ{codes}x4fs"
             return IndexPlan(name, _train_rows(rows, dim, lists, room), smallest, part_rows)
     needed = amount(smallest * (1 + 1 / _PARTS) + _PROGRAM)
     what = f"no index over {rows:,} rows of width {dim} fits into {amount(memory)}: the smallest takes {needed}"
     raise DimefmError(what, remedy="give more --memory, or search exactly, without an index")
+
+
+def _codes(dim: int, most: int) -> int:
+    """Into how many parts vectors of that width can be cut, `most` at most."""
+    return next(codes for codes in range(max(most, 1), 0, -1) if dim % codes == 0)
 
 
 def has_coarse_codes(factory: str) -> bool:

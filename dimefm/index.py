@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -147,20 +148,34 @@ def _rescore(store: Store, queries_QD: Any, rows_QC: Any, k: int) -> tuple[Any, 
 def empty(factory: str, dim: int) -> Any:
     """An index by its FAISS factory string, for inner products, that takes row numbers with its vectors.
 
-    Raises StoreError where FAISS does not know the string.
+    Raises StoreError where FAISS does not know the string, or it does not fit the width.
     """
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
         inner = index.index if isinstance(index, faiss.IndexPreTransform) else index
         if not isinstance(faiss.downcast_index(inner), faiss.IndexIVF):  # only inverted lists keep row numbers
             index = faiss.index_factory(dim, f"IDMap,{factory}", faiss.METRIC_INNER_PRODUCT)
+    except MemoryError:
+        raise StoreError(f"--factory {factory} takes more memory than there is", remedy=_OTHER_FACTORY) from None
     except RuntimeError as error:
-        reason = _reason(error)
-        raise StoreError(f"--factory {factory}: {reason}", remedy=_OTHER_FACTORY) from None
+        raise _unfit(factory, dim, _reason(error)) from None
     codes = faiss.try_extract_index_ivf(index)
+    if codes is not None and not codes.nlist:
+        raise StoreError(f"--factory {factory} has no centroid", remedy=_OTHER_FACTORY)
     if isinstance(codes, (faiss.IndexIVFPQ, faiss.IndexIVFPQFastScan)):
         codes.by_residual = True  # for inner products FAISS codes the vectors themselves, which finds far fewer
     return index
+
+
+def _unfit(factory: str, dim: int, reason: str) -> StoreError:
+    """In words of ours where FAISS names neither the width nor what would do."""
+    if "multiple of the number of subquantizers" in reason:
+        divisors = ", ".join(str(number) for number in range(2, dim + 1) if dim % number == 0)
+        what = f"--factory {factory}: the number after PQ does not divide the width of the vectors"
+        return StoreError(what, remedy=f"the embeddings are {dim} wide: take one of {divisors}")
+    if "METRIC_L2" in reason:
+        reason = "FAISS has it for Euclidean distances alone, not for inner products"
+    return StoreError(f"--factory {factory}: {reason}", remedy=_OTHER_FACTORY)
 
 
 def emptied(index: Any) -> Any:
@@ -185,21 +200,41 @@ def can_merge(index: Any) -> bool:
 
 
 def train(index: Any, factory: str, vectors_ND: np.ndarray[Any, Any], seed: int) -> None:
-    """Find centroids and codes, on GPUs where FAISS sees any. Raises StoreError where there are too few rows, or the
-    GPUs have too little memory."""
+    """Find centroids and codes, on GPUs where FAISS sees any. Raises StoreError where there are too few rows, a
+    transform makes the vectors wider than they are, or the GPUs have too little memory."""
     ivf = faiss.try_extract_index_ivf(index)
-    if ivf is None:
-        index.train(vectors_ND)
-        return
-    if len(vectors_ND) < ivf.nlist:
+    if ivf is not None and len(vectors_ND) < ivf.nlist:
         what = f"--factory {factory} has {ivf.nlist:,} centroids, more than the {len(vectors_ND):,} training rows"
         raise StoreError(what, remedy="give a factory with fewer, more --memory, or neither")
-    ivf.cp.spherical, ivf.cp.seed = True, seed + 1
-    if not gpus():
-        index.train(vectors_ND)
-        return
-    with _lent_to_gpus(ivf, "clustering_index", faiss.IndexFlatIP(ivf.d)):
-        index.train(vectors_ND)
+    lent: AbstractContextManager[None] = nullcontext()
+    if ivf is not None:
+        ivf.cp.spherical, ivf.cp.seed = True, seed + 1
+        if gpus():
+            lent = _lent_to_gpus(ivf, "clustering_index", faiss.IndexFlatIP(ivf.d))
+    try:
+        with lent:
+            index.train(vectors_ND)
+    except RuntimeError as error:
+        raise _untrained(factory, len(vectors_ND), str(error)) from None
+
+
+def _untrained(factory: str, rows: int, said: str) -> StoreError:
+    """What is wrong with a training, by the numbers in what FAISS says."""
+    remedy = "give another --factory, or none: one is chosen then that fits the rows"
+    if found := re.search(r"training points \((\d+)\) .* number of clusters \((\d+)\)", said):
+        given, needed = map(int, found.groups())
+        of_what = f"the {rows:,} training rows" if given == rows else f"the {given:,} points that it has"
+        what = f"--factory {factory} takes {needed:,} points to train on, more than {of_what}"
+        bits = f"codes of {needed.bit_length() - 1} bits each take {needed:,}, of 4 bits (PQ8x4, say) 16; "
+        return StoreError(what, remedy=(bits if needed > 16 else "") + remedy)
+    if found := re.search(r"cannot output (\d+) dimensions from (\d+)", said):
+        wanted, width = map(int, found.groups())
+        if wanted > width:
+            what = f"--factory {factory} makes {wanted} dimensions of vectors that are {width} wide"
+            return StoreError(what, remedy=f"write {width} or fewer after PCA")
+        what = f"--factory {factory} takes {wanted:,} rows to find as many dimensions"
+        return StoreError(f"{what}, more than the {rows:,} training rows", remedy=remedy)
+    return StoreError(f"--factory {factory} cannot be trained: {said.strip().splitlines()[0]}", remedy=remedy)
 
 
 def spread_of(index: Any, vectors_ND: np.ndarray[Any, Any]) -> str:

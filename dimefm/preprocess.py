@@ -12,6 +12,14 @@ from typing import Any
 
 import PIL
 import torch
+from open_clip.constants import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    INCEPTION_MEAN,
+    INCEPTION_STD,
+    OPENAI_DATASET_MEAN,
+    OPENAI_DATASET_STD,
+)
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch.nn.functional import interpolate
@@ -21,6 +29,12 @@ from torchvision.transforms.functional import to_pil_image
 from cache_schemas import Preprocessing, Status
 from dimefm.decode import MAX_PIXELS, DecodeError, decode, decode_pillow, to_tensor
 
+NORMS = {
+    "OpenAI's": (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),
+    "Inception's (0.5)": (INCEPTION_MEAN, INCEPTION_STD),
+    "ImageNet's": (IMAGENET_MEAN, IMAGENET_STD),
+}
+"""The means and standard deviations of channels that models are trained with, and whose they are."""
 _PILLOW = int(PIL.__version__.partition(".")[0])
 
 

@@ -30,6 +30,7 @@ from dimefm.sources.base import ImageSample, Source, SourceFile
 from dimefm.sources.reading import read_encoded
 from dimefm.store import Store, create_store
 from dimefm.tables import write_plan
+from pipeline.causes import likely_cause
 from pipeline.clip_retrieval import Folder, Kind
 from pipeline.existing import is_planned, require_no_stranger, require_same, source_digest
 from pipeline.matching import WHOLE, Matches, kind, match, spread
@@ -219,12 +220,16 @@ def _check(
     """Encode these rows again and compare; what is to be noted in the store. Raises MismatchError below a mean cosine
     of 0.99: the same teacher in another precision gives 0.999, another teacher or another image far less."""
     cosines: dict[int, float] = {}
+    misfits: list[tuple[bytes, np.ndarray[Any, Any]]] = []
     keys = folder.lookup(rows_N.tolist())
     for row, (_, caption) in keys.items():
         embedding_1D, good_1 = folder.read(row, row + 1)
-        again_D = _encode(clip, matches.place(row) if matches else ("", 0, 0), caption) if good_1[0] else None
+        data = _image(*matches.place(row)) if matches else b""
+        again_D = _encode(clip, data, caption) if good_1[0] else None
         if again_D is not None:
             cosines[row] = float(embedding_1D[0].astype(np.float32) @ again_D)
+            if data and cosines[row] < _LEAST_COSINE:
+                misfits.append((data, embedding_1D[0].astype(np.float32)))
     mean = float(np.mean(list(cosines.values()))) if cosines else float("nan")
     found = f"mean cosine {mean:.4f} to {config.teacher}, over {len(cosines)} of {len(rows_N)} rows encoded again"
     weakest = int(matches.parts_N[rows_N[0]]) if matches else 0
@@ -241,18 +246,28 @@ def _check(
     if cosines and matches:
         row = min(cosines, key=lambda one: cosines[one])
         what += f"; least {cosines[row]:.4f}, row {row} ({keys[row][0]!r}) and its image in {matches.place(row)[0]}"
+        if cause := likely_cause(clip, [data for data, _ in misfits], np.stack([e for _, e in misfits]), _LEAST_COSINE):
+            what += f"; of the {len(misfits)} rows below {_LEAST_COSINE}, {cause}"
     if 0 < weakest < WHOLE:
         remedy += f"; --match-parts {weakest + 1} leaves rows without an image that are matched by {kind(weakest)}"
     raise MismatchError(what, remedy=remedy)
 
 
-def _encode(clip: Clip, place: tuple[str, int, int], caption: str | None) -> np.ndarray[Any, Any] | None:
-    """The teacher's embedding of a caption or of the image at a place, float32 (D,); None where it cannot be had."""
+def _image(file: str, offset: int, size: int) -> bytes:
+    """What is at a place; nothing where it cannot be read."""
+    try:
+        return read_encoded(file, offset, size) if file else b""
+    except (OSError, DecodeError):
+        return b""
+
+
+def _encode(clip: Clip, image: bytes, caption: str | None) -> np.ndarray[Any, Any] | None:
+    """The teacher's embedding of a caption, or else of an image, float32 (D,); None where it cannot be had."""
     if caption is not None:
         return clip.encode_texts([caption])[0].cpu().numpy()
     try:
-        pixels_3HW = Preprocess(clip.identity.preprocessing)(read_encoded(*place))
-    except (OSError, DecodeError):
+        pixels_3HW = Preprocess(clip.identity.preprocessing)(image)
+    except DecodeError:
         return None
     return clip.encode_images(pixels_3HW[None])[0].cpu().numpy()
 

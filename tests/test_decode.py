@@ -373,7 +373,6 @@ def test_the_extensions_are_those_of_what_can_be_decoded() -> None:
         "qoi",
     } <= extensions()
     assert not extensions() & {"eps", "ps", "wmf", "psd", "pdf", "h5", "svg", "txt", ""}
-    assert ("avif" in extensions()) == features.check("avif")
     assert ("jp2" in extensions()) == features.check("jpg_2000")
 
 

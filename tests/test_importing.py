@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from dataclasses import replace
@@ -12,14 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
+from PIL import Image, ImageOps
 
 from cache_schemas import Status
 from dimefm import lock, storage
 from dimefm.building import IndexConfig, build_index
 from dimefm.cli import cli
+from dimefm.clip import Clip
 from dimefm.errors import DimefmError, MismatchError, OutputExistsError, SourceError, StoreError, TrainingError
 from dimefm.info import describe
+from dimefm.preprocess import Preprocess
 from dimefm.retrieval import retrieve_stores
 from dimefm.store import Store
 from dimefm.train import train
@@ -27,7 +32,7 @@ from pipeline.clip_retrieval import export_embeddings
 from pipeline.importing import ImportConfig, import_embeddings
 from pipeline.matching import stem
 from pipeline.verify import VerifyConfig, verify
-from tests.making import make_jpeg, read_tar, write_tar
+from tests.making import encoded, make_jpeg, picture, read_tar, write_tar
 from tests.training import tiny_config
 
 SHARD_ROWS = 32
@@ -403,6 +408,52 @@ def test_images_are_compared_too(
     folder = write_folder(tmp_path / "in", "image", image_vectors[::-1], {"image_path": keys})
     with pytest.raises(MismatchError, match=r"8 of 8 rows encoded again.*not of these images"):
         import_embeddings(of(config, folder, kind="image", sources=(str(image_tar),)))
+
+
+def oriented_jpeg(seed: int) -> bytes:
+    """A photograph as a telephone saves it that was held upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(picture((96, 64), colour=(200, 90, 30 * seed), seed=seed), "JPEG", exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("turned", "changes", "said"),
+    [
+        (True, {}, r"if the images are turned by their EXIF orientation, which is not followed here"),
+        (False, {"resize_mode": "squash"}, r"if the images are squashed to the square"),
+        (False, {"mean": (0.5,) * 3, "std": (0.5,) * 3}, r"normalised by Inception's"),
+        (
+            True,
+            {"resize_mode": "squash"},
+            r"turned by their EXIF orientation, which [a-z ]* and squashed to the square",
+        ),
+    ],
+)
+def test_a_failed_comparison_says_what_would_fit(
+    tmp_path: Path, config: ImportConfig, clip: Clip, turned: bool, changes: dict[str, Any], said: str
+) -> None:
+    jpegs = {f"{seed}.jpg": oriented_jpeg(seed) for seed in range(4)}
+    identity = replace(clip.identity, preprocessing=replace(clip.identity.preprocessing, **changes))
+    theirs = Clip(clip.model, clip.tokenizer, identity, clip.model_cfg, "cpu")
+    opened = [Image.open(io.BytesIO(data)) for data in jpegs.values()]
+    seen = [ImageOps.exif_transpose(image) for image in opened] if turned else opened
+    pixels = torch.stack([Preprocess(identity.preprocessing, exact=True).apply(image) for image in seen])
+    folder = write_folder(tmp_path / "in", "image", theirs.encode_images(pixels).numpy(), {"image_path": list(jpegs)})
+    tar = write_tar(tmp_path / "a.tar", jpegs)
+    with pytest.raises(MismatchError, match=rf"of the \d rows below 0.99, they fit \(mean cosine [01].*{said}"):
+        import_embeddings(of(config, folder, kind="image", sources=(str(tar),), check=4))
+
+
+def test_a_failed_comparison_that_nothing_explains_counts_orientations(
+    tmp_path: Path, config: ImportConfig, clip: Clip
+) -> None:
+    jpegs = {"0.jpg": oriented_jpeg(0), "1.jpg": make_jpeg((96, 64), seed=1)}
+    vectors = np.random.default_rng(0).standard_normal((2, clip.identity.embed_dim)).astype(np.float32)
+    folder = write_folder(tmp_path / "in", "image", vectors, {"image_path": list(jpegs)})
+    tar = write_tar(tmp_path / "a.tar", jpegs)
+    with pytest.raises(MismatchError, match=r"of the 2 rows below 0\.99, 1 of the images have an EXIF orientation"):
+        import_embeddings(of(config, folder, kind="image", sources=(str(tar),)))
 
 
 def test_rows_that_cannot_be_compared_do_not_count_as_equal(

@@ -163,6 +163,13 @@ def test_a_store_without_any_embedding_is_refused(tmp_path: Path) -> None:
     [
         ("Nonsense", "--factory Nonsense: could not parse"),
         ("IVF99999,Flat", "--factory IVF99999,Flat has 99,999 centroids, more than the 2,998 training rows"),
+        ("IVF0,Flat", "--factory IVF0,Flat has no centroid"),
+        ("IVF4,PQ8x12", r"PQ8x12 takes 4,096 points to train on, more than the 2,998 training rows[^@]*of 4 bits"),
+        ("HNSW16,PQ8x12", "PQ8x12 takes 4,096 points to train on, more than the 2,998 training rows"),
+        ("IVF4(PQ8x4),Flat", "takes 16 points to train on, more than the 4 points that it has"),
+        ("PQ7", "the number after PQ does not divide[^@]*the embeddings are 16 wide: take one of 2, 4, 8, 16"),
+        ("PCA32,Flat", r"PCA32,Flat makes 32 dimensions of vectors that are 16 wide[^@]*16 or fewer after PCA"),
+        ("LSH", "for Euclidean distances alone"),
         ("NSG16", "FAISS cannot add rows: NSG does not support incremental addition"),
     ],
 )
@@ -172,6 +179,13 @@ def test_a_factory_that_cannot_be_built_is_refused(
     with pytest.raises(StoreError, match=what):
         build_index(config_for(texts[0], tmp_path, factory=factory))
     assert not (tmp_path / "t.index" / "index.json").exists()
+
+
+def test_a_factory_that_takes_more_rows_than_there_are_is_refused(tmp_path: Path) -> None:
+    store, _ = random_store(tmp_path / "s.zarr", rows=12, shard_rows=16, kind="text")
+    for factory, needed in (("PCA16,Flat", "takes 16 rows"), ("PQ8", "takes 256 points"), ("OPQ8,Flat", "takes 256")):
+        with pytest.raises(StoreError, match=f"{needed}[^@]*more than the 12 training rows[^@]*or none: one is chosen"):
+            build_index(config_for(store, tmp_path, factory=factory))
 
 
 @pytest.fixture
@@ -550,6 +564,13 @@ def test_the_factory_follows_rows_and_memory(rows: int, memory: int, factory: st
     assert plan.factory == factory
     assert plan.bytes < memory
     assert plan.train_rows * 768 * 4 < memory
+
+
+def test_codes_divide_the_width_whatever_it_is() -> None:
+    for dim in range(1, 300):
+        factory = plan_index(200_000, dim, 10**10).factory
+        assert dim % int(factory.split("PQ")[1].removesuffix("x4fs")) == 0
+    assert plan_index(200_000, 768, 10**10).factory == "IVF1024,PQ384x4fs"
 
 
 def test_a_factory_that_is_given_is_taken_as_it_is() -> None:
