@@ -47,7 +47,26 @@ def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = N
         mean=teacher.preprocessing.mean,
         std=teacher.preprocessing.std,
         activation=teacher.activation,
+        resize_mode="squash" if teacher.preprocessing.resize_mode == "squash" else "shortest",
     )
+
+
+def note_preparing(spec: StudentSpec, teacher: TeacherIdentity) -> list[str]:
+    """What to say where a student's images are not prepared as its teacher's are."""
+    theirs, notes = teacher.preprocessing, []
+    for field in ("mean", "std"):
+        if getattr(spec, field) != getattr(theirs, field):
+            notes.append(f"the student's {field} is {getattr(spec, field)}, of its first weights; the teacher's is not")
+    if spec.resize_mode != theirs.resize_mode:
+        what = f"is evaluated on images resized by {spec.resize_mode}, though its teacher's are by {theirs.resize_mode}"
+        why = "crops have no borders" if theirs.resize_mode == "longest" else "the run was begun so"
+        notes.append(f"the student {what}: {why}")
+    return notes
+
+
+def has_activation(spec: StudentSpec) -> bool:
+    """Whether the image tower's is open_clip's to choose: timm's towers and ResNets have their own."""
+    return "timm_model_name" not in spec.vision_cfg and not isinstance(spec.vision_cfg.get("layers"), (list, tuple))
 
 
 def _timm_config(name: str, image_size: int | None) -> dict[str, Any]:

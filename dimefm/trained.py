@@ -7,6 +7,7 @@ where these agree; else they are asked for. A wrong mean, or GELU for QuickGELU,
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -72,8 +73,8 @@ def facts_of_weights(name: str, pretrained: str, said: Trained, known: TeacherId
         return Facts({}, f"the tag {pretrained}")
     if open_clip.get_model_config(name) is None or not Path(pretrained).is_file():
         return Facts({}, None)  # it cannot be loaded either
-    tags = _tags(name)
-    values, origin = _fill({}, said, known, _agreed(tags), f"{_count(tags)} of {name}")
+    tags = tags_of(name)
+    values, origin = _fill({}, said, known, agreed(tags.values()), f"{_count(tags)} of {name}")
     lacking = [field for field in PREPARING if field not in values]
     unsaid = [_preparing_unsaid(lacking, _why(name, tags, lacking))] if lacking else []
     unsaid += _activation_unsaid(name, pretrained, said.activation or (known.activation if known else None), tags)
@@ -104,6 +105,23 @@ def other_activation(name: str) -> str | None:
     """The architecture that differs from `name` in its activation alone, if open_clip has one."""
     other = name.removesuffix(_QUICK) if name.endswith(_QUICK) else name + _QUICK
     return other if other in open_clip.list_models() else None
+
+
+def tags_of(name: str) -> dict[str, dict[str, Any]]:
+    """What open_clip knows of each of its weights of an architecture, by tag. If there is none for the activation that
+    it has of them, they were trained with the architecture's own."""
+    cfgs = {tag: open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)}
+    if cfgs and not other_activation(name):
+        own = (open_clip.get_model_config(name) or {}).get("quick_gelu", False)
+        return {tag: {**cfg, "quick_gelu": own} for tag, cfg in cfgs.items()}
+    return cfgs
+
+
+def agreed(cfgs: Collection[Mapping[str, Any]]) -> dict[str, Any]:
+    """Each field of PREPARING that all of one or more have the same value of."""
+    first, *others = cfgs or [{}]
+    same = [f for f in PREPARING if f in first and all(cfg.get(f) == first[f] for cfg in others)]
+    return {field: first[field] for field in same}
 
 
 def _fill(
@@ -150,7 +168,7 @@ def _activation_unsaid(
         raise TeacherError(what, remedy=f"name {other}" if other else "name an architecture that does")
     theirs = "gelu" if has == "quick_gelu" else "quick_gelu"
     differ = [tag for tag, cfg in tags.items() if bool(cfg.get("quick_gelu", False)) == (theirs == "quick_gelu")]
-    if said or not differ or not other:
+    if said or not differ:
         return []
     what = (
         f"its activation: {name} has {_ACTIVATIONS[has]}, known weights also {_ACTIVATIONS[theirs]} ({_some(differ)})"
@@ -181,16 +199,6 @@ def _why(name: str, tags: dict[str, dict[str, Any]], fields: list[str]) -> str:
             values.setdefault(_shown(cfg[field]), []).append(tag)
         differences.append(f"{field} " + " or ".join(f"{value} ({_some(names)})" for value, names in values.items()))
     return f", and known weights differ: {', '.join(differences)}"
-
-
-def _tags(name: str) -> dict[str, dict[str, Any]]:
-    return {tag: open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)}
-
-
-def _agreed(tags: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Each field of which all the tags have the same value."""
-    first, *others = tags.values() or [{}]
-    return {field: first[field] for field in PREPARING if first and all(cfg[field] == first[field] for cfg in others)}
 
 
 def _count(tags: dict[str, Any]) -> str:

@@ -18,17 +18,26 @@ from dimefm import clip
 from dimefm.cli import cli
 from dimefm.clip import load_clip
 from dimefm.convert import convert
-from dimefm.errors import MismatchError, SourceError, TeacherError
+from dimefm.errors import MismatchError, SourceError, TeacherError, TrainingError
 from dimefm.evaluation.models import open_model
-from dimefm.export import CONFIG_FILE
+from dimefm.export import CONFIG_FILE, export
+from dimefm.initial import with_initial
+from dimefm.objective import LossConfig
+from dimefm.recipes import sample
+from dimefm.run import read_run
 from dimefm.search import search
 from dimefm.store import Store
+from dimefm.student import note_preparing, student_spec
+from dimefm.train import train
 from dimefm.trained import Trained, facts_of_weights
+from dimefm.validate import student_preprocessing
 from pipeline.cache import CacheConfig, cache
 from pipeline.verify import VerifyConfig, verify
 from pipeline.worker import Job, Worker
+from tests.stores import teacher_identity
 from tests.test_named import changed
 from tests.tiny_clip import CONFIG, write_clip
+from tests.training import tiny_config
 
 HALF = (0.5, 0.5, 0.5)
 OPENAI = {
@@ -214,3 +223,85 @@ def test_a_model_is_evaluated_with_the_users_word(weights: str, tmp_path: Path) 
         pass
     with pytest.raises(SourceError):
         convert(weights, str(tmp_path / "out"), teacher="tiny", pretrained=weights, trained=SAID)
+
+
+# -- first weights of a student ---------------------------------------------------------------------------------------
+
+
+def student(name: str, **teacher: Any) -> Any:
+    return student_spec(name, teacher_identity(**{"activation": "quick_gelu", **teacher}))
+
+
+def test_a_student_keeps_the_colours_of_its_first_weights() -> None:
+    spec = student("resnet18")
+    found = with_initial(spec, "timm")
+    assert (found.mean, found.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert "mean is (0.485, 0.456, 0.406), of its first weights" in note_preparing(found, teacher_identity())[0]
+    found = with_initial(student("ViT-B-16-SigLIP"), "webli")  # whose tower is timm's, without open_clip's activation
+    assert (found.mean, found.std) == (HALF, HALF)
+    assert with_initial(spec, "nowhere.pt") == spec
+
+
+def test_first_weights_of_another_activation_are_refused() -> None:
+    spec = student("ViT-B-16")
+    assert with_initial(spec, "openai").mean == OPENAI_DATASET_MEAN
+    message = r"laion400m_e32 was trained with gelu(?s:.*)quick_gelu \(openai, dfn2b, metaclip_400m, metaclip_fullcc\)"
+    with pytest.raises(TrainingError, match=message):
+        with_initial(spec, "laion400m_e32")
+    assert with_initial(replace(spec, activation="gelu"), "laion400m_e32").activation == "gelu"
+    with_initial(student("roberta-ViT-B-32"), "laion2b_s12b_b32k")
+
+
+def test_first_weights_in_a_file_are_asked_about(weights: str) -> None:
+    assert with_initial(student("resnet18"), weights).mean == (0.485, 0.456, 0.406)
+    with pytest.raises(TrainingError, match=r"with which activation(?s:.*)--set init_activation=gelu or quick_gelu"):
+        with_initial(student("ViT-B-16"), weights)
+    assert with_initial(student("ViT-B-16"), weights, activation="quick_gelu", mean=HALF).mean == HALF
+    with pytest.raises(TrainingError, match="was trained with gelu"):
+        with_initial(student("ViT-B-16"), weights, activation="gelu")
+    with pytest.raises(TrainingError, match=r"mean and std and activation(?s:.*)init_mean=\[R,G,B\]"):
+        with_initial(student("ViT-L-14"), weights)
+    with pytest.raises(TrainingError, match="init_activation: no effect"):
+        with_initial(student("resnet18"), weights, activation="gelu")
+
+
+def test_first_weights_in_a_folder_bring_their_config(tmp_path: Path, weights: str) -> None:
+    folder = write_clip(tmp_path / "model")
+    spec = student("tiny", activation="gelu")
+    assert with_initial(spec, folder).std == (0.25,) * 3
+    with pytest.raises(TrainingError, match="was trained with gelu"):
+        with_initial(student("tiny"), folder)
+    with pytest.raises(TrainingError, match="init_std: no effect"):
+        with_initial(spec, folder, std=HALF)
+    (tmp_path / "model" / CONFIG_FILE).unlink()
+    with pytest.raises(TrainingError, match="does not say with which mean and std and activation"):
+        with_initial(spec, folder)
+
+
+def test_a_run_begins_with_them_and_goes_on_as_it_began(
+    image_store: Store, text_store: Store, tmp_path: Path, weights: str
+) -> None:
+    folder = write_clip(tmp_path / "model")
+    words: dict[str, Any] = {"loss": LossConfig(vl=0.0, pvl=0.0, cosine=1.0), "batch_size": 8}
+    config = tiny_config(image_store, text_store, tmp_path / "run", student="tiny", init=folder, max_steps=1, **words)
+    train(config)
+    before = read_run(config.out).student
+    assert (before.mean, before.std) == (HALF, (0.25,) * 3)
+    export(config.out, str(tmp_path / "student"))
+    assert json.loads((tmp_path / "student" / CONFIG_FILE).read_text())["preprocess_cfg"]["std"] == [0.25] * 3
+    (tmp_path / "model" / CONFIG_FILE).unlink()
+    train(replace(config, max_steps=2), ("max_steps",))  # the first weights are not asked about again
+    assert read_run(config.out).student == before
+
+
+def test_a_student_squashes_where_its_teacher_does() -> None:
+    squashing = teacher_identity(preprocessing=replace(teacher_identity().preprocessing, resize_mode="squash"))
+    spec = student_spec("resnet18", squashing)
+    assert student_preprocessing(spec).resize_mode == "squash"
+    assert note_preparing(spec, squashing) == []
+    longest = replace(squashing, preprocessing=replace(squashing.preprocessing, resize_mode="longest"))
+    spec = student_spec("resnet18", longest)
+    assert student_preprocessing(spec).resize_mode == "shortest"
+    assert "by longest: crops have no borders" in note_preparing(spec, longest)[0]
+    with pytest.raises(TrainingError, match="init_mean: no effect without init"):
+        replace(sample("i", "t", "o"), init_mean=HALF)
