@@ -35,6 +35,7 @@ from dimefm.transfer import Transfer
 
 _SAME = 1e-4  # between unit vectors: above the rounding of float32, far below a change of any use
 _CONFIGURED = ("local-dir:", "hf-hub:")  # names of what brings a config with it
+_DECODER = "multimodal_cfg"  # of a CoCa's config
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -213,14 +214,29 @@ def load_clip(
     if configured:
         facts = facts_of_config(name, said, known)
     model_cfg = open_clip.get_model_config(name)
-    if not model_cfg or not hasattr(model, "encode_text") or "multimodal_cfg" in model_cfg:
+    if not model_cfg or not hasattr(model, "encode_text"):
         raise TeacherError(f"{name} is not a two-tower CLIP model", remedy="use one with an image and a text tower")
     require_plain_tokenizer(name, model_cfg)
+    if _DECODER in model_cfg:
+        model, model_cfg = _without_decoder(model, model_cfg)
     preprocessing = replace(_preprocessing(model), **facts.preprocessing)
     return wrap(
         model, name, pretrained, model_cfg, precision=precision, device=device, preprocessing=preprocessing,
         preprocessing_from=facts.origin,
     )  # fmt: skip
+
+
+def _without_decoder(coca: Any, model_cfg: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The two towers of a CoCa as a plain model and its config. What CoCa's towers give beside their embeddings, and
+    its decoder, are for captions: left out, a student can take the place of the image tower."""
+    towers = {part: {**model_cfg[part], "output_tokens": False} for part in ("vision_cfg", "text_cfg")}
+    plain_cfg = {name: value for name, value in model_cfg.items() if name != _DECODER} | towers
+    with torch.device("meta"):
+        plain = open_clip.CustomTextCLIP(**{name: value for name, value in plain_cfg.items() if name != "custom_text"})
+    for part in ("visual", "text", "logit_scale", "logit_bias"):
+        setattr(plain, part, getattr(coca, part))
+    plain.visual.output_tokens = plain.text.output_tokens = False
+    return plain, plain_cfg
 
 
 def _in_full(name: str, pretrained: str | None) -> tuple[str, str | None]:

@@ -28,7 +28,7 @@ def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = N
     """
     cfg = open_clip.get_model_config(name)
     if cfg is not None:
-        vision_cfg: dict[str, Any] = dict(cfg["vision_cfg"])
+        vision_cfg: dict[str, Any] = _alone(cfg["vision_cfg"])
         if "timm_model_name" in vision_cfg:
             vision_cfg["timm_model_pretrained"] = False
     elif timm.is_model(name):
@@ -49,6 +49,11 @@ def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = N
         activation=teacher.activation,
         resize_mode="squash" if teacher.preprocessing.resize_mode == "squash" else "shortest",
     )
+
+
+def _alone(tower_cfg: dict[str, Any]) -> dict[str, Any]:
+    """The config of a tower that gives its embedding alone, not a CoCa's tokens for its decoder beside it."""
+    return {name: value for name, value in tower_cfg.items() if name != "output_tokens"}
 
 
 def note_preparing(spec: StudentSpec, teacher: TeacherIdentity) -> list[str]:
@@ -105,7 +110,7 @@ def text_spec(name: str, teacher: TeacherIdentity) -> TextSpec:
     if cfg is None:
         raise TrainingError(f"no model of open_clip is called {name!r}", remedy="see open_clip.list_models()")
     return TextSpec(
-        name=name, text_cfg=dict(cfg["text_cfg"]), embed_dim=teacher.embed_dim, activation=teacher.activation
+        name=name, text_cfg=_alone(cfg["text_cfg"]), embed_dim=teacher.embed_dim, activation=teacher.activation
     )
 
 
