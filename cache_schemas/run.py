@@ -25,7 +25,7 @@ class StudentSpec:
 
     `vision_cfg` is open_clip's own vision config (a timm_model_name, or a ViT or ResNet of open_clip);
     `image_size` in pixels; `mean` and `std` of [0, 1] RGB; `activation` is shared with the teacher, since an
-    open_clip config has one for both towers.
+    open_clip config has one for both towers. `resize_mode` is of evaluation, where training sees crops.
     """
 
     name: str
@@ -35,6 +35,7 @@ class StudentSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     activation: Literal["gelu", "quick_gelu"]
+    resize_mode: Literal["shortest", "squash"] = "shortest"
 
 
 @dataclass(frozen=True, kw_only=True)

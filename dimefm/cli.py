@@ -18,6 +18,7 @@ from dimefm.errors import DimefmError, StoppedError
 from dimefm.evaluation.command import compare, evaluate, sets, submission
 from dimefm.inert import say, text
 from dimefm.machine import wait_briefly
+from dimefm.teacher_options import weights_options
 from dimefm.train_command import train_student
 
 
@@ -80,11 +81,11 @@ def main() -> None:
 
 def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
     """What cache-images and cache-texts share; put after the options of their own."""
-    options = [
+    options: list[Callable[[Any], Any]] = [
         click.argument("sources", nargs=-1, required=True, metavar="SOURCE..."),
         click.option("--out", required=True, help="The store to write, a folder or URL ending in .zarr."),
         click.option("--teacher", required=True, help="open_clip model: NAME, hf-hub:ORG/MODEL or local-dir:FOLDER."),
-        click.option("--pretrained", help="Tag or file of the weights, with a plain NAME."),
+        weights_options,
         click.option("--column", help="Of Parquet, CSV, TSV and JSONL sources. Default: the one that fits."),
         click.option(
             "--precision",
@@ -174,7 +175,7 @@ def _cache(kind: Any, options: dict[str, Any]) -> None:
 @click.option("--out", required=True, help="The store to write, ending in .zarr.")
 @click.option("--kind", type=click.Choice(["image", "text"]), required=True, help="Of img_emb/, or of text_emb/.")
 @click.option("--teacher", required=True, help="The open_clip model that made them, as for cache-images.")
-@click.option("--pretrained", help="Tag or file of its weights, with a plain NAME.")
+@weights_options
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
               help="Of the teacher's matrix products, when it made them.")  # fmt: skip
 @click.option("--images", "sources", multiple=True, metavar="SOURCE",
@@ -361,7 +362,7 @@ def export(run: str, **options: Any) -> None:
 @click.option("--out", required=True, help="The folder to write.")
 @click.option("--teacher", required=True,
               help="open_clip model with the text tower: NAME, hf-hub:ORG/MODEL or local-dir:FOLDER.")  # fmt: skip
-@click.option("--pretrained", help="Its tag or file, with a plain NAME.")
+@weights_options
 def convert_checkpoint(checkpoint: str, **options: Any) -> None:
     """Write a checkpoint of the authors of DIME-FM as an open_clip folder, with the teacher's text tower.
 

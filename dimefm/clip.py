@@ -30,9 +30,12 @@ from dimefm.machine import Precision, choose_device
 from dimefm.preprocess import normalise
 from dimefm.student import has_convolutions
 from dimefm.tokenizer import fast_tokenizer
+from dimefm.trained import Trained, facts_of_config, facts_of_weights, other_activation
 from dimefm.transfer import Transfer
 
 _SAME = 1e-4  # between unit vectors: above the rounding of float32, far below a change of any use
+_CONFIGURED = ("local-dir:", "hf-hub:")  # names of what brings a config with it
+_DECODER = "multimodal_cfg"  # of a CoCa's config
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -185,29 +188,69 @@ def teacher_precision(device: str) -> Precision:
 
 
 def load_clip(
-    name: str, pretrained: str | None = None, *, precision: Precision | None = None, device: str | None = None
+    name: str,
+    pretrained: str | None = None,
+    *,
+    trained: Trained | None = None,
+    known: TeacherIdentity | None = None,
+    precision: Precision | None = None,
+    device: str | None = None,
 ) -> Clip:
     """Load a model by open_clip's names: an architecture and a tag or file, ``hf-hub:org/model``, ``local-dir:FOLDER``.
 
-    `precision` is that of the matrix products; None is `teacher_precision`. Raises TeacherError for
-    an unknown name, missing weights, weights trained with another activation, a model without a text tower, or one that
-    could run code of its own (see dimefm.hub).
+    What a file of weights, or a folder's config, does not say of the preprocessing comes from `trained`, the user's
+    word; else from `known`, the identity that a document has of these weights; else from dimefm.trained. `precision` is
+    that of the matrix products; None is `teacher_precision`. Raises TeacherError for an unknown name, missing weights,
+    weights trained with another activation, or of which nobody has said what must be, a model without a text tower, or
+    one that could run code of its own (see dimefm.hub).
     """
     device = choose_device(device)
     precision = precision or teacher_precision(device)
-    if name.startswith("local-dir:"):
-        name = f"local-dir:{storage.absolute(name.removeprefix('local-dir:'))}"
-    if pretrained and Path(pretrained).is_file():
-        pretrained = storage.absolute(pretrained)
-    if not name.startswith(("local-dir:", "hf-hub:")) and not pretrained:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none known for this name"
-        raise TeacherError(f"no weights named for {name}", remedy=f"give --pretrained TAG or FILE (tags: {tags})")
+    name, pretrained = _in_full(name, pretrained)
+    said, configured = trained or Trained(), name.startswith(_CONFIGURED)
+    if not configured:
+        facts = facts_of_weights(name, pretrained or "", said, known)  # before a large file is loaded
     model = _create(name, pretrained)
+    if configured:
+        facts = facts_of_config(name, said, known)
     model_cfg = open_clip.get_model_config(name)
-    if not model_cfg or not hasattr(model, "encode_text") or "multimodal_cfg" in model_cfg:
+    if not model_cfg or not hasattr(model, "encode_text"):
         raise TeacherError(f"{name} is not a two-tower CLIP model", remedy="use one with an image and a text tower")
     require_plain_tokenizer(name, model_cfg)
-    return wrap(model, name, pretrained, model_cfg, precision=precision, device=device)
+    if _DECODER in model_cfg:
+        model, model_cfg = _without_decoder(model, model_cfg)
+    preprocessing = replace(_preprocessing(model), **facts.preprocessing)
+    return wrap(
+        model, name, pretrained, model_cfg, precision=precision, device=device, preprocessing=preprocessing,
+        preprocessing_from=facts.origin,
+    )  # fmt: skip
+
+
+def _without_decoder(coca: Any, model_cfg: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The two towers of a CoCa as a plain model and its config. What CoCa's towers give beside their embeddings, and
+    its decoder, are for captions: left out, a student can take the place of the image tower."""
+    towers = {part: {**model_cfg[part], "output_tokens": False} for part in ("vision_cfg", "text_cfg")}
+    plain_cfg = {name: value for name, value in model_cfg.items() if name != _DECODER} | towers
+    with torch.device("meta"):
+        plain = open_clip.CustomTextCLIP(**{name: value for name, value in plain_cfg.items() if name != "custom_text"})
+    for part in ("visual", "text", "logit_scale", "logit_bias"):
+        setattr(plain, part, getattr(coca, part))
+    plain.visual.output_tokens = plain.text.output_tokens = False
+    return plain, plain_cfg
+
+
+def _in_full(name: str, pretrained: str | None) -> tuple[str, str | None]:
+    """As they are recorded: paths from the root. Raises TeacherError where no weights are named."""
+    if name.startswith("local-dir:"):
+        return f"local-dir:{storage.absolute(name.removeprefix('local-dir:'))}", pretrained
+    if name.startswith(_CONFIGURED):
+        return name, pretrained
+    name = name.replace("/", "-")  # OpenAI writes ViT-B/32, and open_clip takes that
+    if not pretrained:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none known for this name"
+        raise TeacherError(f"no weights named for {name}", remedy=f"give --pretrained TAG or FILE (tags: {tags})")
+    is_file = not open_clip.get_pretrained_cfg(name, pretrained) and Path(pretrained).is_file()
+    return name, storage.absolute(pretrained) if is_file else pretrained
 
 
 def wrap(
@@ -219,6 +262,7 @@ def wrap(
     precision: Precision,
     device: str,
     preprocessing: Preprocessing | None = None,
+    preprocessing_from: str | None = None,
 ) -> Clip:
     """A Clip around an open_clip model that is already built, with the identity read off the model itself."""
     tokenizer = open_clip.get_tokenizer(name)
@@ -234,6 +278,7 @@ def wrap(
         precision=precision,
         logit_scale=float(model.logit_scale.detach().exp()),
         logit_bias=None if getattr(model, "logit_bias", None) is None else float(model.logit_bias.detach()),
+        preprocessing_from=preprocessing_from,
     )
     return Clip(model, tokenizer, identity, model_cfg, device)
 
@@ -253,14 +298,14 @@ def _create(name: str, pretrained: str | None) -> Any:
 
 def _check_activation(name: str, pretrained: str | None) -> None:
     """Refuse a tag whose weights were trained with another activation than the architecture has: open_clip warns."""
-    if name.startswith(("local-dir:", "hf-hub:")):
+    if name.startswith(_CONFIGURED):
         return
     cfg, tag = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, pretrained or "")
     if not cfg or not tag:
         return
     wanted, found = bool(tag.get("quick_gelu", False)), bool(cfg.get("quick_gelu", False))
-    if wanted != found:
-        other = name.removesuffix("-quickgelu") if found else f"{name}-quickgelu"
+    other = other_activation(name)
+    if wanted != found and other:  # else the weights were trained with the only one that there is
         kind = "QuickGELU" if wanted else "GELU"
         raise TeacherError(
             f"the weights {pretrained} of {name} were trained with {kind}, which {name} does not use",

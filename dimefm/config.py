@@ -15,7 +15,8 @@ MAY_DIFFER = ("images", "texts", "pairs", "selection", "out", "val", "val_texts"
 """Fields in which a resumed run may differ from its start: where things are, how fast and how often, not what is
 computed."""
 
-NEVER_DIFFER = ("student", "image_size", "text_student", "init", "batch_size", "text_batch_size")
+NEVER_DIFFER = ("student", "image_size", "text_student", "init", "init_mean", "init_std", "init_activation",
+                "batch_size", "text_batch_size")  # fmt: skip
 """Fields that --allow-changes cannot name: a checkpoint has these towers' weights and counts in these batches."""
 
 NEVER_DIFFER_IN_LOSS = ("queue", "logit_scale")
@@ -34,7 +35,8 @@ class TrainConfig:
     without one from those that `pairs` has for an image or more; a text tower learns from the selection too.
     `crop_scale` and `flip` are for images cached whole: a store of views brings its own crops and flips.
 
-    `init` is where the image tower's first weights come from, see dimefm.initial. `accumulate` splits each step into so
+    `init` is where the image tower's first weights come from, see dimefm.initial; `init_mean`, `init_std` and
+    `init_activation` are what they were trained with, where they do not say it. `accumulate` splits each step into so
     many passes, with the loss and gradient of the whole batch (dimefm.learner). `clip_grad` is the largest norm of the
     whole gradient. `ema` is the decay of the moving average of the weights (dimefm.average). `checkpoint_every` is in
     steps, None for every ten minutes.
@@ -69,6 +71,9 @@ class TrainConfig:
     pairs: str | None = None
     selection: str | None = None
     init: str | None = None
+    init_mean: tuple[float, float, float] | None = None
+    init_std: tuple[float, float, float] | None = None
+    init_activation: Literal["gelu", "quick_gelu"] | None = None
     text_student: str | None = None
     text_batch_size: int = _TEXT_BATCH
     text_loss: LossConfig = _TEXT_LOSS
@@ -111,6 +116,9 @@ class TrainConfig:
             wrong.append("val_texts has no effect " + ("with a text_student" if self.text_student else "without val"))
         if self.ema is not None and not 0 < self.ema < 1:
             wrong.append(f"ema must lie between 0 and 1, found {self.ema}")
+        said = [name for name in ("init_mean", "init_std", "init_activation") if getattr(self, name) is not None]
+        if said and not self.init:
+            wrong.append(f"{', '.join(said)}: no effect without init")
         wrong += self.loss.problems() + self._text_problems()
         drawn = self.text_mix.retrieved or (self.text_mix.selected and not self.selection) or self.loss.contrastive
         if self.pairs and not drawn:

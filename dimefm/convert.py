@@ -24,6 +24,7 @@ from dimefm.clip import load_clip
 from dimefm.errors import MismatchError, SourceError
 from dimefm.export import beside_text_tower, publish_folder
 from dimefm.student import build_student
+from dimefm.trained import Trained
 
 _STATES = ("image_state_dict", "model")
 _PREFIXES = (("module.", ""), ("image_encoder.", "visual."), ("image_projection", "vision_projection"))
@@ -71,7 +72,9 @@ class Converted:
         return "\n".join(lines)
 
 
-def convert(checkpoint: str, out: str, *, teacher: str, pretrained: str | None = None) -> Converted:
+def convert(
+    checkpoint: str, out: str, *, teacher: str, pretrained: str | None = None, trained: Trained | None = None
+) -> Converted:
     """Write the image tower of `checkpoint` with the text tower of `teacher` to `out`, as ``dimefm export`` would.
 
     The folder appears whole or not at all; one with the same bytes already there is left as it is. Raises SourceError
@@ -81,7 +84,7 @@ def convert(checkpoint: str, out: str, *, teacher: str, pretrained: str | None =
     out = storage.local(out, "a converted checkpoint")
     state = _read(checkpoint)
     spec, image = image_tower(checkpoint, state)
-    clip = load_clip(teacher, pretrained, precision="fp32", device="cpu")
+    clip = load_clip(teacher, pretrained, trained=trained, precision="fp32", device="cpu")
     named = " ".join(filter(None, (teacher, pretrained)))
     if clip.identity.embed_dim != spec.embed_dim:
         what = f"{checkpoint} projects images to {spec.embed_dim}, {named} texts to {clip.identity.embed_dim}"

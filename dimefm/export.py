@@ -65,7 +65,7 @@ def export(
     name, tag = teacher or document.teacher.name, pretrained or document.teacher.pretrained
     if not teacher:
         require_here(name, run)
-    clip = load_clip(name, tag, precision="fp32", device="cpu")
+    clip = load_clip(name, tag, known=document.teacher, precision="fp32", device="cpu")
     differences = document.teacher.differences(clip.identity, ignore=("precision",))
     if differences:
         what = f"{clip.identity.name} is not the teacher of {run}: {'; '.join(differences)}"

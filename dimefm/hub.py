@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import open_clip
+from open_clip import factory
 
 from dimefm.errors import TeacherError
 
@@ -41,6 +44,13 @@ def require_plain_tokenizer(name: str, model_cfg: Mapping[str, Any]) -> None:
     if unknown:
         what = f"the config of {name} hands its tokenizer {', '.join(unknown)}, which could fetch or run something"
         raise TeacherError(what, remedy=f"take that out of tokenizer_kwargs in its {_CONFIG}")
+
+
+def preprocess_config(name: str) -> dict[str, Any]:
+    """What the config of ``hf-hub:ORG/MODEL`` or ``local-dir:FOLDER``, which open_clip has read, says of images."""
+    where, _, model = name.partition(":")
+    path = factory.download_pretrained_from_hf(model, filename=_CONFIG) if where == "hf-hub" else Path(model, _CONFIG)
+    return json.loads(Path(path).read_text(encoding="utf-8")).get("preprocess_cfg") or {}
 
 
 def _require_towers_here(config: Mapping[str, Any], name: str, where: str) -> None:

@@ -80,10 +80,11 @@ def _table(title: str, rows: list[tuple[str, str]]) -> str:
 def _teacher(teacher: TeacherIdentity) -> list[tuple[str, str]]:
     pre = teacher.preprocessing
     tag = f" ({teacher.pretrained})" if teacher.pretrained else ""
+    origin = f"; from {teacher.preprocessing_from}" if teacher.preprocessing_from else ""
     return [
         ("teacher", f"{teacher.name}{tag}, {teacher.embed_dim} wide, {teacher.activation}, {teacher.precision}"),
         ("weights", f"sha256 {teacher.weights[:16]}"),
-        ("preprocessing", f"{pre.size[0]} x {pre.size[1]} px, {pre.resize_mode}, {pre.interpolation}"),
+        ("preprocessing", f"{pre.size[0]} x {pre.size[1]} px, {pre.resize_mode}, {pre.interpolation}{origin}"),
     ]
 
 

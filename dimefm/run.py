@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from cache_schemas import Run
+from cache_schemas import Run, StudentSpec, TeacherIdentity
 from cache_schemas.run import RUN_FILE, Change
 from dimefm import storage
 from dimefm.checkpoint import Checkpoints
 from dimefm.commits import versions
 from dimefm.config import NEVER_DIFFER, NEVER_DIFFER_IN_LOSS, TrainConfig
 from dimefm.errors import MismatchError, OutputExistsError, StoreError, TrainingError
+from dimefm.initial import with_initial
 from dimefm.pairs import Pairs, require_pairs_match
 from dimefm.selected import SelectedTexts
 from dimefm.store import Store, require_same_teacher
@@ -97,7 +98,7 @@ def plan_run(
     teacher = images.schema.teacher
     run = Run(
         config=config.to_json(),
-        student=student_spec(config.student, teacher, config.image_size),
+        student=_student(config, teacher, done),
         teacher=teacher,
         images_identity=images.schema.identity,
         images_chunk_rows=images.schema.chunk_rows,
@@ -117,7 +118,7 @@ def plan_run(
     path = Path(config.out) / RUN_FILE
     if path.exists() and done:
         old = read_run(config.out)
-        run = replace(run, undecayed=old.undecayed)
+        run = replace(run, undecayed=old.undecayed, student=old.student)
         changes = _changes(config, old, run, allow_changes, done)
         if not changes:
             return old
@@ -126,6 +127,16 @@ def plan_run(
         what = f"{config.out} exists and is not a run folder (it holds {storage.listing(config.out)[0]!r})"
         raise OutputExistsError(what, remedy="give another --out")
     return run
+
+
+def _student(config: TrainConfig, teacher: TeacherIdentity, done: int) -> StudentSpec:
+    """The image tower; before the first checkpoint, as its first weights want it."""
+    spec = student_spec(config.student, teacher, config.image_size)
+    if not config.init or done:
+        return spec
+    return with_initial(
+        spec, config.init, mean=config.init_mean, std=config.init_std, activation=config.init_activation
+    )
 
 
 def write_run(out: str, run: Run) -> None:

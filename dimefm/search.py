@@ -97,7 +97,8 @@ def _teacher(store: Store, teacher: str | None, pretrained: str | None, device: 
     if not teacher:
         require_here(known.name, store.path)
     try:
-        clip = load_clip(teacher or known.name, pretrained if teacher else known.pretrained, device=device)
+        name, tag = teacher or known.name, pretrained if teacher else known.pretrained
+        clip = load_clip(name, tag, known=known, device=device)
     except TeacherError as error:
         if teacher:
             raise

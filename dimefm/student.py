@@ -28,7 +28,7 @@ def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = N
     """
     cfg = open_clip.get_model_config(name)
     if cfg is not None:
-        vision_cfg: dict[str, Any] = dict(cfg["vision_cfg"])
+        vision_cfg: dict[str, Any] = _alone(cfg["vision_cfg"])
         if "timm_model_name" in vision_cfg:
             vision_cfg["timm_model_pretrained"] = False
     elif timm.is_model(name):
@@ -47,7 +47,31 @@ def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = N
         mean=teacher.preprocessing.mean,
         std=teacher.preprocessing.std,
         activation=teacher.activation,
+        resize_mode="squash" if teacher.preprocessing.resize_mode == "squash" else "shortest",
     )
+
+
+def _alone(tower_cfg: dict[str, Any]) -> dict[str, Any]:
+    """The config of a tower that gives its embedding alone, not a CoCa's tokens for its decoder beside it."""
+    return {name: value for name, value in tower_cfg.items() if name != "output_tokens"}
+
+
+def note_preparing(spec: StudentSpec, teacher: TeacherIdentity) -> list[str]:
+    """What to say where a student's images are not prepared as its teacher's are."""
+    theirs, notes = teacher.preprocessing, []
+    for field in ("mean", "std"):
+        if getattr(spec, field) != getattr(theirs, field):
+            notes.append(f"the student's {field} is {getattr(spec, field)}, of its first weights; the teacher's is not")
+    if spec.resize_mode != theirs.resize_mode:
+        what = f"is evaluated on images resized by {spec.resize_mode}, though its teacher's are by {theirs.resize_mode}"
+        why = "crops have no borders" if theirs.resize_mode == "longest" else "the run was begun so"
+        notes.append(f"the student {what}: {why}")
+    return notes
+
+
+def has_activation(spec: StudentSpec) -> bool:
+    """Whether the image tower's is open_clip's to choose: timm's towers and ResNets have their own."""
+    return "timm_model_name" not in spec.vision_cfg and not isinstance(spec.vision_cfg.get("layers"), (list, tuple))
 
 
 def _timm_config(name: str, image_size: int | None) -> dict[str, Any]:
@@ -86,7 +110,7 @@ def text_spec(name: str, teacher: TeacherIdentity) -> TextSpec:
     if cfg is None:
         raise TrainingError(f"no model of open_clip is called {name!r}", remedy="see open_clip.list_models()")
     return TextSpec(
-        name=name, text_cfg=dict(cfg["text_cfg"]), embed_dim=teacher.embed_dim, activation=teacher.activation
+        name=name, text_cfg=_alone(cfg["text_cfg"]), embed_dim=teacher.embed_dim, activation=teacher.activation
     )
 
 

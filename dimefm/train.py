@@ -38,7 +38,7 @@ from dimefm.run import plan_run, write_run
 from dimefm.runlog import RunLog, last_validation
 from dimefm.stopping import Stopping
 from dimefm.store import Store
-from dimefm.student import build_student, build_text_student, tokenizer_of
+from dimefm.student import build_student, build_text_student, note_preparing, tokenizer_of
 from dimefm.text_data import TextBatch
 from dimefm.transfer import Arriving, Transfer, fetch
 from dimefm.validate import Validation
@@ -148,7 +148,7 @@ class _Trainer:
         scores: dict[str, float] = {}
         validate_every = max(1, round(config.val_every * feed.per_epoch))
         log, vote = RunLog(config.out, first=first, steps=steps, enabled=self.place.first), Vote(self.place)
-        for note in notes:
+        for note in [*notes, *note_preparing(self.spec, self.inputs.images.schema.teacher)]:
             log.note(note)
         memory = out_of_memory(config.batch_size // self.place.world, config.accumulate, self.spec.image_size)
         with log, self.saving, Stopping() as stopping, self._reading(stopping), memory:

@@ -32,7 +32,7 @@ def student_preprocessing(spec: StudentSpec) -> Preprocessing:
         mean=spec.mean,
         std=spec.std,
         interpolation="bicubic",
-        resize_mode="shortest",
+        resize_mode=spec.resize_mode,
     )
 
 

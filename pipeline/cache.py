@@ -20,6 +20,7 @@ from dimefm.progress import amount, duration
 from dimefm.sources.account import first, show
 from dimefm.sources.files import expand
 from dimefm.store import Store
+from dimefm.trained import Trained
 from pipeline.existing import arguments_there, is_planned, require_no_stranger
 from pipeline.plan import Forecast, PlanRequest, forecast, open_or_plan
 from pipeline.probe import PROBE_ROWS, Rates, measure
@@ -45,6 +46,7 @@ class CacheConfig:
     out: str
     teacher: str
     pretrained: str | None = None
+    trained: Trained | None = None
     column: str | None = None
     min_words: int | None = None
     max_words: int | None = None
@@ -197,11 +199,12 @@ def _device(config: CacheConfig) -> str:
 
 def _load(config: CacheConfig, device: str, place: str) -> Clip:
     """The teacher in this process's memory, on `place`, with the precision that workers on `device` will have."""
-    precision = config.precision
-    if precision is None:
-        begun = _begun(config)
-        precision = begun.teacher.precision if begun else teacher_precision(device)
-    return load_clip(config.teacher, config.pretrained, precision=precision, device=place)
+    begun = _begun(config)
+    known = begun.teacher if begun else None
+    precision = config.precision or (known.precision if known else teacher_precision(device))
+    return load_clip(
+        config.teacher, config.pretrained, trained=config.trained, known=known, precision=precision, device=place
+    )
 
 
 def _begun(config: CacheConfig) -> EmbeddingStore | None:

@@ -30,6 +30,7 @@ from dimefm.sources.base import ImageSample, Source, SourceFile
 from dimefm.sources.reading import read_encoded
 from dimefm.store import Store, create_store
 from dimefm.tables import write_plan
+from dimefm.trained import Trained
 from pipeline.causes import likely_cause
 from pipeline.clip_retrieval import Folder, Kind
 from pipeline.existing import is_planned, require_no_stranger, require_same, source_digest
@@ -57,6 +58,7 @@ class ImportConfig:
     kind: Kind
     teacher: str
     pretrained: str | None = None
+    trained: Trained | None = None
     precision: Precision = "fp32"
     sources: tuple[str, ...] = ()
     shard_rows: int | None = None
@@ -94,7 +96,8 @@ def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
     require_whole_chunks(config.shard_rows)
     shard_rows = config.shard_rows or shard_size(folder.rows // 64 + 1)  # for about 64 shards or more
     require_no_stranger(config.out)  # before the lock is put into it
-    clip = load_clip(config.teacher, config.pretrained, precision=config.precision)
+    begun = Store(config.out).schema.teacher if is_planned(config.out) else None
+    clip = load_clip(config.teacher, config.pretrained, trained=config.trained, known=begun, precision=config.precision)
     if folder.dim != clip.identity.embed_dim:
         what = f"{folder.root} holds embeddings {folder.dim} wide; {config.teacher} gives {clip.identity.embed_dim}"
         raise MismatchError(what, remedy="name the teacher that made them")

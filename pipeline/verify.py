@@ -270,7 +270,7 @@ def _check_teacher(store: Store, config: VerifyConfig, report: Report) -> None:
     name, tag = config.teacher or known.name, config.pretrained if config.teacher else known.pretrained
     if not config.teacher:
         require_here(name, store.path)
-    clip = load_clip(name, tag, precision=known.precision)
+    clip = load_clip(name, tag, known=known, precision=known.precision)
     differences = known.differences(clip.identity)
     if differences:
         report.faults.append(f"{name} is not the teacher of the store: {'; '.join(differences)}")

@@ -81,7 +81,9 @@ class Worker:
         schema = self._store.schema
         clip = self._clip
         if clip is None:
-            clip = self._clip = load_clip(job.teacher, job.pretrained, precision=job.precision, device=job.device)
+            clip = self._clip = load_clip(
+                job.teacher, job.pretrained, known=schema.teacher, precision=job.precision, device=job.device
+            )
         differences = schema.teacher.differences(clip.identity)
         if differences:
             what = f"{job.teacher} is not the teacher of {job.store}: {'; '.join(differences)}"

@@ -27,6 +27,7 @@ HOMES = {
         "dimefm/sample/",
         "dimefm/student.py",
         "dimefm/tokenizer.py",
+        "dimefm/trained.py",
     },
     "matplotlib": {"dimefm/report.py"},
     "tensorboard": {"dimefm/runlog.py"},

@@ -508,12 +508,14 @@ def test_every_field_of_a_teacher_but_its_place_counts() -> None:
         "logit_scale": 50.0,
         "logit_bias": -10.0,
     }
-    assert {*changes, "name", "pretrained"} == {field.name for field in dataclasses.fields(TeacherIdentity)}
+    assert {*changes, "name", "pretrained", "preprocessing_from"} == {
+        field.name for field in dataclasses.fields(TeacherIdentity)
+    }
     for name, value in changes.items():
         other = dataclasses.replace(TEACHER, **{name: value})
         assert [line.partition(":")[0] for line in TEACHER.differences(other)] == [name]
         assert dataclasses.replace(STORE, teacher=other).identity != STORE.identity
-    moved = dataclasses.replace(TEACHER, name="local-dir:/elsewhere", pretrained=None)
+    moved = dataclasses.replace(TEACHER, name="local-dir:/elsewhere", pretrained=None, preprocessing_from="x")
     assert TEACHER.differences(moved) == []
     assert dataclasses.replace(STORE, teacher=moved).identity == STORE.identity
 

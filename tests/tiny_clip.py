@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -10,7 +11,7 @@ import torch
 from dimefm.export import publish_folder
 
 SIDE, WIDTH = 32, 16
-_CONFIG = {
+CONFIG: dict[str, Any] = {
     "embed_dim": WIDTH,
     "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": SIDE},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
@@ -27,7 +28,7 @@ _PREPROCESSING = {
 def write_clip(folder: Path, image_seed: int = 0, text_seed: int = 0, scale: float = 1.0, width: int = WIDTH) -> str:
     """An open_clip folder with random towers, those of equal seeds the same; its path. With a `scale` of 3, matrices
     are so much larger than open_clip's first ones that embeddings differ as much as a trained model's do."""
-    config, towers = {**_CONFIG, "embed_dim": width}, []
+    config, towers = {**CONFIG, "embed_dim": width}, []
     for seed in (image_seed, text_seed):
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -8,6 +8,7 @@ import click
 from click.core import ParameterSource
 
 from dimefm.inert import say
+from dimefm.teacher_options import weights_options
 
 _SUITES = ["imagenet", "robustness", "elevater", "retrieval", "all"]
 _TASKS = ["zero-shot", "linear-probe", "few-shot"]
@@ -40,7 +41,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 @click.option("--suite", type=click.Choice(_SUITES), help="Sets that dimefm knows (see dimefm sets), below --data.")
 @click.option("--data", metavar="ROOT", help="The folder or URL that holds a folder for each set.")
 @click.option("--sets", type=_Names(), default=(), metavar="A,B", help="Only these of the suite, or of --data.")
-@click.option("--pretrained", help="Tag or file of the weights, where MODEL is a plain open_clip name.")
+@weights_options
 @click.option("--checkpoint", default="last", show_default=True, metavar="last|best|STEP", help="Of a run.")
 @click.option("--weights", type=click.Choice(["model", "ema"]), default="model", show_default=True,
               help="Of a run: the weights, or their moving average.")  # fmt: skip

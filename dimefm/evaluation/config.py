@@ -14,6 +14,7 @@ from dimefm.evaluation.features import Decoder
 from dimefm.evaluation.own_sets import name_of
 from dimefm.evaluation.probe import Selection, Solver
 from dimefm.machine import Precision
+from dimefm.trained import Trained
 
 Suite = Literal["imagenet", "robustness", "elevater", "retrieval", "all"]
 Task = Literal["zero-shot", "linear-probe", "few-shot"]
@@ -35,6 +36,7 @@ class EvaluationConfig:
     data: str | None = None
     sets: tuple[str, ...] = ()
     pretrained: str | None = None
+    trained: Trained | None = None
     checkpoint: str = "last"
     weights: str = "model"
     precision: Precision = "fp32"

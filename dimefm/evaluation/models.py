@@ -12,6 +12,7 @@ from dimefm.clip import Clip, load_clip
 from dimefm.export import CONFIG_FILE, export
 from dimefm.hub import require_here
 from dimefm.machine import Precision
+from dimefm.trained import Trained
 
 
 @contextmanager
@@ -19,19 +20,21 @@ def open_model(
     model: str,
     pretrained: str | None = None,
     *,
+    trained: Trained | None = None,
     checkpoint: str = "last",
     weights: str = "model",
     precision: Precision = "fp32",
     device: str | None = None,
 ) -> Iterator[Clip]:
     """A run folder (its `checkpoint` and `weights` as for `dimefm.export.export`), an open_clip folder, or an open_clip
-    name with its `pretrained` tag, hf-hub:ORG/MODEL or local-dir:FOLDER. Raises a DimefmError."""
+    name with its `pretrained` tag or file (of which `trained` is said), hf-hub:ORG/MODEL or local-dir:FOLDER. Raises a
+    DimefmError."""
     folder = Path(model)
     if (folder / RUN_FILE).exists():
         with tempfile.TemporaryDirectory() as temporary:
             exported = export(model, f"{temporary}/student", checkpoint=checkpoint, weights=weights)
             require_here(f"local-dir:{exported}", model)  # its towers are those that the run describes
-            yield load_clip(f"local-dir:{exported}", precision=precision, device=device)
+            yield load_clip(f"local-dir:{exported}", trained=trained, precision=precision, device=device)
         return
     name = f"local-dir:{model}" if (folder / CONFIG_FILE).exists() else model
-    yield load_clip(name, pretrained, precision=precision, device=device)
+    yield load_clip(name, pretrained, trained=trained, precision=precision, device=device)

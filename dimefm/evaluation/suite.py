@@ -69,6 +69,7 @@ def _opened(config: EvaluationConfig) -> Any:
     return open_model(
         config.model,
         config.pretrained,
+        trained=config.trained,
         checkpoint=config.checkpoint,
         weights=config.weights,
         precision=config.precision,

@@ -1,0 +1,52 @@
+"""The options of a teacher's weights, the same for every command that takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+
+_FIELDS = ("mean", "std", "interpolation", "resize_mode", "activation", "assume_openai")
+
+
+class _Colours(click.ParamType[tuple[float, float, float]]):
+    """`0.5,0.5,0.5` as three numbers."""
+
+    name = "R,G,B"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, float, float]:
+        try:
+            red, green, blue = value if isinstance(value, tuple) else map(float, value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not three numbers such as 0.5,0.5,0.5", param, ctx)
+        return red, green, blue
+
+
+def weights_options(command: Callable[..., None]) -> Callable[..., None]:
+    """--pretrained, and what has to be said where it is a file that says too little: the command is given `pretrained`
+    and `trained`, a dimefm.trained.Trained."""
+
+    @wraps(command)
+    def with_trained(**options: Any) -> None:
+        from dimefm.trained import Trained
+
+        said = {name: options.pop(name) for name in _FIELDS}
+        command(**options, trained=Trained(**said))
+
+    options: list[Callable[[Any], Any]] = [
+        click.option("--pretrained", help="Tag or file of its weights, with a plain NAME."),
+        click.option("--mean", type=_Colours(), help="Of the colours (0 to 1) that a FILE was trained on."),
+        click.option("--std", type=_Colours(), help="As --mean. These are asked for where tags of NAME differ."),
+        click.option("--interpolation", type=click.Choice(["bicubic", "bilinear"]), help="As --mean."),
+        click.option("--resize-mode", type=click.Choice(["shortest", "longest", "squash"]), help="As --mean."),
+        click.option("--activation", type=click.Choice(["gelu", "quick_gelu"]), help="As --mean."),
+        click.option("--assume-openai", is_flag=True, help="A FILE was trained on images prepared as OpenAI's."),
+    ]
+    decorated: Callable[..., None] = with_trained
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated
