@@ -18,6 +18,7 @@ from dimefm.decode import DecodeError
 from dimefm.errors import DimefmError, SourceError
 from dimefm.shard import encode_shard
 from dimefm.sources import ImageSample, SourceFile, WebDataset, files, open_image_source, open_text_source
+from dimefm.sources.account import Account
 from dimefm.sources.files import expand, in_order
 from dimefm.sources.reading import read_encoded
 from dimefm.store import Store
@@ -219,6 +220,32 @@ def test_members_with_more_dots_are_counted_over_all_tars(tmp_path: Path, s3: st
     assert there[1].lines() == [text.replace(str(tmp_path), f"{s3}/tars") for text in local[1].lines()]
     (skipped,) = there[1].skipped()
     assert (skipped.count, skipped.example) == (3, f"{s3}/tars/0.tar: 0.left.jpg")
+
+
+def test_a_tree_is_accounted_for_as_on_a_disk(tmp_path: Path, s3: str) -> None:
+    for name in (
+        "a.jpg",
+        ".DS_Store",
+        ".thumbnails/a.jpg",
+        "b/.cache/c.jpg",
+        "b/c.JPG",
+        "b/d.mp4",
+        "b/noname",
+        "b/none",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"nothing" if name == "b/x" else make_jpeg())
+    url = upload(tmp_path, f"{s3}/tree")
+    local, there = (accounted_from_the_start(at) for at in (str(tmp_path), url))
+    assert [sample.key for sample in there[0]] == [sample.key for sample in local[0]] == ["a", "b/c", "b/noname"]
+    assert sorted(there[1].lines()) == sorted(text.replace(str(tmp_path), url) for text in local[1].lines())
+    assert sum(one.count for one in there[1].skipped()) == 5
+    assert [sample.key for sample in accounted_from_the_start(f"{url}/*")[0]] == ["a", "c", "noname"]
+
+
+def accounted_from_the_start(argument: str) -> tuple[list[ImageSample], Account]:
+    account = Account()
+    return list(open_image_source([argument], account=account).samples(account)), account
 
 
 def test_results_wait_for_the_one_who_takes_them() -> None:
