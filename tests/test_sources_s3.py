@@ -231,7 +231,7 @@ def test_a_tree_is_accounted_for_as_on_a_disk(tmp_path: Path, s3: str) -> None:
         "b/c.JPG",
         "b/d.mp4",
         "b/noname",
-        "b/none",
+        "b/x",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"nothing" if name == "b/x" else make_jpeg())
