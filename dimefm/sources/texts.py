@@ -11,7 +11,8 @@ from dimefm.errors import SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.base import Joined, Source, SourceFile, TextSample
 from dimefm.sources.files import children, expand, open_forward, require_damage, stat_files
-from dimefm.sources.text_tables import Delimited, JsonLines, ParquetTexts
+from dimefm.sources.parquet_texts import ParquetTexts
+from dimefm.sources.text_tables import Delimited, JsonLines
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "templates.txt"
 _KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
