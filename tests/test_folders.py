@@ -151,7 +151,7 @@ def test_what_a_downloader_writes_as_files_is_its_images(tmp_path: Path) -> None
     assert {reason: count for reason, (count, _) in skipped.items()} == {
         "files that end in .txt": 2,
         "files that end in .json": 1,
-        "Parquet files without a column of images": 1,
+        "Parquet files without a column of images (name one with --column)": 1,
     }
 
 

@@ -96,7 +96,7 @@ def test_a_later_file_without_the_column_is_refused_by_name(tmp_path: Path) -> N
         samples(tmp_path / "a.parquet", tmp_path / "b.parquet")
     found, account = accounted(open_image_source([str(tmp_path)]))
     assert [s.key for s in found] == ["a.parquet:0"]
-    assert [(one.count, one.example) for one in account.skipped()] == [(1, str(tmp_path / "b.parquet"))]
+    assert [(one.count, one.example) for one in account.skipped()] == [(1, f"{tmp_path}/b.parquet, which has caption")]
 
 
 def test_a_column_without_parquet_files_is_refused(tmp_path: Path) -> None:

@@ -126,13 +126,6 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
     assert texts(path) == ["a \ufffd b 🦓"]
 
 
-def test_nulls_of_parquet_are_counted(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", [{"text": "a"}, {"text": None}, {"text": "b"}, {"text": None}])
-    found, reports = read(path)
-    assert found == [("a.parquet:0", "a"), ("a.parquet:2", "b")]
-    assert reports == [f"{path}: 2 rows are passed over (row 1 to begin with: null)"]
-
-
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
 def test_bytes_that_are_not_utf8_are_replaced_and_reported(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path, kind, [{"text": "caf__ noir"}, {"text": "good"}])

@@ -12,7 +12,6 @@ A folder without splits is the test split.
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,12 +26,12 @@ from dimefm import storage
 from dimefm.errors import SourceError
 from dimefm.evaluation.definitions import class_folders, class_names
 from dimefm.evaluation.imageset import Records, one_label
-from dimefm.sources.account import Account
+from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import ImageSample, SourceFile
 from dimefm.sources.files import in_order
 from dimefm.sources.images import ImageFolder, split_key
 from dimefm.sources.kinds import IMAGE_EXTENSIONS
-from dimefm.sources.parquet import DamagedParquetError, blocks, open_parquet
+from dimefm.sources.parquet import DamagedParquetError, blocks, features, open_parquet
 from dimefm.sources.parquet_images import ParquetImages, image_column
 from dimefm.sources.tar import TarMember, tar_members
 from dimefm.sources.texts import CLASSNAMES, TEMPLATES, read_classnames, read_templates
@@ -103,6 +102,10 @@ def read_parquet(folder: str, split: str, definition: SetDefinition | None) -> R
     samples = list(ParquetImages(files).samples(account))
     if account.problems:
         raise SourceError(account.problems[0], remedy="fetch the file again")
+    several = any(sample.file.endswith("]") and not sample.file.endswith("[0]") for sample in samples)
+    if several or len(samples) != len(said):
+        what = f"{folder} has {len(said):,} rows and {len(samples):,} images{found_instead(account.lines())}"
+        raise SourceError(what, remedy="write one image a row")
     records = Records(where=folder, layout="parquet", samples=samples, files=files, names=names)
     if column in _CAPTIONS:
         records.captions = [_texts(one, f"{folder}: column {column!r}") for one in said]
@@ -258,7 +261,7 @@ def _damage_named(path: str) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise unreadable(path, error) from error
-    except (DamagedParquetError, pa.ArrowException) as error:
+    except (DamagedParquetError, pa.ArrowException, UnicodeDecodeError) as error:
         raise SourceError(f"{path} is damaged: {error}", remedy="fetch it again") from error
 
 
@@ -282,9 +285,9 @@ def _said_column(path: str, definition: SetDefinition | None) -> tuple[str, list
     if column is None:
         what = f"{path} has no column of labels or captions, only {', '.join(schema.names)}"
         raise SourceError(what, remedy=f"call it {wanted[0]}")
-    said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = said.get("info", {}).get("features", {}).get(column, {})
-    names = feature.get("names") or feature.get("feature", {}).get("names") if isinstance(feature, dict) else None
+    feature = features(schema).get(column, {})
+    inner = feature.get("feature")
+    names = feature.get("names") or (inner.get("names") if isinstance(inner, dict) else None)
     return column, names
 
 

@@ -3,7 +3,8 @@
 from dimefm.sources.base import ImageSample, Source, SourceFile, TextSample
 from dimefm.sources.images import ImageFolder, WebDataset, open_image_source
 from dimefm.sources.parquet_images import ParquetImages
-from dimefm.sources.text_tables import Delimited, JsonLines, ParquetTexts
+from dimefm.sources.parquet_texts import ParquetTexts
+from dimefm.sources.text_tables import Delimited, JsonLines
 from dimefm.sources.texts import PromptSet, TextFile, open_text_source
 from dimefm.sources.tsv_images import TsvImages
 

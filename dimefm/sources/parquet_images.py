@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dimefm.errors import SourceError
+from dimefm import storage
+from dimefm.errors import AbsentError, SourceError, StoreError
+from dimefm.named import named
 from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample, SourceFile
-from dimefm.sources.parquet import DamagedParquetError, blocks, is_string, open_parquet
+from dimefm.sources.files import reading_ahead, stat_files
+from dimefm.sources.parquet import (
+    DamagedParquetError,
+    blocks,
+    columns_of,
+    damage,
+    features,
+    is_bytes,
+    is_list,
+    is_string,
+    lengths,
+    open_parquet,
+    strings,
+    values_of,
+)
 from dimefm.sources.walking import unreadable
 
 _KEYS = ("key", "__key__", "id", "path")
+_LONGEST_DIGEST = 64  # bytes, of SHA-512: a column of values that are all so short holds no images
+_ADDRESS = re.compile("ur[li]|image|img|path|file", re.IGNORECASE)
 
 
 class ParquetImages:
-    """Parquet files with a column of encoded images: binary, or a struct with a binary field `bytes`.
+    """Parquet files with a column of encoded images: binary, a struct with a binary field `bytes`, or lists of either,
+    each of which is an image of its own. Where `bytes` is null and the struct's `path` is not, the image is the file
+    of that name, from the folder of the Parquet file on.
 
-    The key is that of a string column called key, __key__, id or path, else the `path` in the struct, else file:row.
-    Without `column`, it is the only one that could hold images.
+    The key is that of a string column called key, __key__, id or path, else the `path` in the struct, else file:row;
+    in lists without a path, :N follows it. Without `column`, it is the only one that could hold images. Of files that
+    were `found` in a folder, those without such a column are counted; else they are an error.
     """
 
     def __init__(self, files: Sequence[SourceFile], column: str | None = None, *, found: bool = False) -> None:
@@ -33,10 +56,9 @@ class ParquetImages:
 
     def check(self) -> None:
         """Raises SourceError where the first file has no such column, or more than one that could be meant."""
-        if self._found:
-            return  # it is found out with the samples
+        path = self._files[0].path
         try:
-            image_column(open_parquet(self._files[0].path), self._files[0].path, self._column)
+            self._column_of(open_parquet(path), path, Account())
         except (OSError, MemoryError, DamagedParquetError):
             return  # it is reported with the samples
 
@@ -45,70 +67,159 @@ class ParquetImages:
         for path in (file.path for file in self._files):
             rows = 0
             try:
-                if self._found and not _candidates(open_parquet(path), self._column):
-                    account.skip("Parquet files without a column of images", path)
+                file = open_parquet(path)
+                column = self._column_of(file, path, account)
+                if column is None:
                     continue
-                for sample in self._images(path):
-                    rows += 1
-                    yield sample
+                for batch in _batches(file, column):
+                    yield from _images(path, rows, batch, column, account)
+                    rows += len(batch)
+                if rows == 0:
+                    account.skip("Parquet files without rows", path)
             except DamagedParquetError as error:
-                account.problem(f"{path}: broken after {rows} rows ({error}); what follows is lost")
+                account.problem(damage(path, rows, error))
             except (OSError, MemoryError) as error:
                 raise unreadable(path, error) from error
 
-    def _images(self, path: str) -> Iterator[ImageSample]:
-        file = open_parquet(path)
-        column = image_column(file, path, self._column)
-        schema = file.schema_arrow
-        type_ = schema.field(column).type
-        key = next((name for name in _KEYS if _is_string_column(schema, name)), None)
-        in_struct = key is None and _has_string_field(type_, "path")
-        struct = [f"{column}.bytes", *([f"{column}.path"] if in_struct else [])]
-        columns = [*(struct if pa.types.is_struct(type_) else [column]), *([key] if key else [])]
-        name, where, row = path.rpartition("/")[2], f"{path}#{column}", 0
-        for group in range(file.metadata.num_row_groups):
-            # Parquet keeps no lengths apart from the values: the images are read, a bounded block at a time.
-            for batch in blocks(file, columns, group):
-                images, keys = batch.column(column), batch.column(key) if key else pa.nulls(len(batch))
-                if pa.types.is_struct(images.type):
-                    keys = pc.struct_field(images, "path") if in_struct else keys
-                    images = pc.struct_field(images, "bytes")
-                sizes = pc.binary_length(images).fill_null(0).to_pylist()
-                for size, given in zip(sizes, keys.to_pylist(), strict=True):
-                    yield ImageSample(given or f"{name}:{row}", where, row, size)
-                    row += 1
+    def _column_of(self, file: pq.ParquetFile, path: str, account: Account) -> str | None:
+        """The column of images; None where there is none and the file is counted."""
+        if self._found and not _usable(file.schema_arrow, self._column):
+            what = f"a column {self._column!r}" if self._column else "a column"
+            reason = f"Parquet files without {what} of images (name one with --column)"
+            account.skip(reason, f"{path}, which has {_there(file.schema_arrow)}")
+            return None
+        return image_column(file, path, self._column)
 
 
 def image_column(file: pq.ParquetFile, path: str, column: str | None) -> str:
     """`column`, or the only one that could hold images. Raises SourceError with the candidates."""
-    found = [field.name for field in file.schema_arrow if _holds_images(field.type)]
-    if column is None and len(found) == 1:
-        return str(found[0])
-    if column in found:
-        return str(column)
-    names = ", ".join(found) or f"none among {', '.join(file.schema_arrow.names)}"
+    schema = file.schema_arrow
+    usable = _usable(schema, column)
+    if len(usable) > 1:  # the metadata may tell images from sounds
+        images = [name for name in usable if features(schema).get(name, {}).get("_type") == "Image"]
+        usable = images if len(images) == 1 else usable
+    if len(usable) == 1:
+        return usable[0]
+    names = ", ".join(usable or _usable(schema, None)) or f"none among {_there(schema)}"
     what = f"{path} has no column {column!r} of images" if column else f"{path} does not say which column is the images"
-    remedy = "name one with --column NAME; images are binary, or a struct with bytes"
+    remedy = "name one with --column NAME; images are binary, a struct with bytes, or lists of either"
+    if any(_is_address(field) for field in schema) and not usable:
+        remedy += "; those at addresses can be downloaded, for example by img2dataset"
     raise SourceError(f"{what}; there could be: {names}", remedy=remedy)
 
 
-def _candidates(file: pq.ParquetFile, column: str | None) -> list[str]:
-    names = [field.name for field in file.schema_arrow if _holds_images(field.type)]
-    return names if column is None else [name for name in names if name == column]
+def _usable(schema: pa.Schema, column: str | None) -> list[str]:
+    """`column` if it can hold images. Without it, those that may be meant: columns of images, or of lists of them, or
+    else fields of struct columns."""
+    found = {name: one for name, one in columns_of(schema).items() if not one.in_list and _holds_images(one.type)}
+    if column is not None:
+        return [column] if column in found else []
+    likely = {name: one for name, one in found.items() if not _is_digest(one.type)}
+    top = [name for name, one in likely.items() if len(one.fields) == 1]
+    fields = [name for name, one in likely.items() if ".".join(one.fields[:-1]) not in likely]
+    return [name for name in top if not is_list(likely[name].type)] or top or fields
 
 
 def _holds_images(type_: pa.DataType) -> bool:
-    if pa.types.is_struct(type_):
-        index = type_.get_field_index("bytes")
-        return index >= 0 and _holds_images(type_.field(index).type)
-    return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
+    one = type_.value_type if is_list(type_) else type_
+    if not pa.types.is_struct(one):
+        return is_bytes(one)
+    index = one.get_field_index("bytes")
+    return index >= 0 and (is_bytes(kind := one.field(index).type) or (pa.types.is_null(kind) and _has_path(one)))
 
 
-def _has_string_field(type_: pa.DataType, name: str) -> bool:
-    index = type_.get_field_index(name) if pa.types.is_struct(type_) else -1
+def _is_digest(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_fixed_size_binary(type_) and type_.byte_width <= _LONGEST_DIGEST)
+
+
+def _has_path(type_: pa.DataType) -> bool:
+    index = type_.get_field_index("path") if pa.types.is_struct(type_) else -1
     return index >= 0 and is_string(type_.field(index).type)
 
 
-def _is_string_column(schema: pa.Schema, name: str) -> bool:
-    index = schema.get_field_index(name)
-    return index >= 0 and is_string(schema.field(index).type)
+def _is_address(field: pa.Field) -> bool:
+    return is_string(field.type) and _ADDRESS.search(field.name) is not None
+
+
+def _there(schema: pa.Schema) -> str:
+    """The names of the columns, and of which it could be thought that they are images."""
+    address = next((field.name for field in schema if _is_address(field)), None)
+    note = f" ({address} holds strings, such as addresses, not images)" if address else ""
+    return f"{', '.join(schema.names) or 'no columns'}{note}"
+
+
+def _key_column(schema: pa.Schema) -> str | None:
+    columns = columns_of(schema)
+    return next((name for name in _KEYS if name in columns and is_string(columns[name].type)), None)
+
+
+def _batches(file: pq.ParquetFile, name: str) -> Iterator[pa.RecordBatch]:
+    """What is needed of the file, a bounded block at a time. Parquet keeps no lengths apart from the values: the images
+    are read."""
+    column, key = columns_of(file.schema_arrow)[name], _key_column(file.schema_arrow)
+    leaves = [column.leaf]
+    if pa.types.is_struct(column.type):
+        leaves = [f"{column.leaf}.bytes", *([f"{column.leaf}.path"] if _has_path(column.type) else [])]
+    for group in range(file.metadata.num_row_groups):
+        yield from blocks(file, [*leaves, *([key] if key else [])], group)
+
+
+def _images(path: str, before: int, batch: pa.RecordBatch, name: str, account: Account) -> Iterator[ImageSample]:
+    """The images of a batch that has `before` rows before it."""
+    key = _key_column(batch.schema)
+    keys = strings(batch.column(key)) if key else None
+    column = columns_of(batch.schema)[name]
+    values, rows_N = values_of(batch, column)
+    if rows_N is not None and len(empty := np.setdiff1d(np.arange(len(batch)), rows_N)):
+        reason = "rows of Parquet files without an image in their list"
+        account.skip(reason, f"{path}, row {before + empty[0]}", len(empty))
+    paths: list[str | None] = [None] * len(values)
+    if _has_path(values.type):
+        paths = strings(pc.struct_field(values, "path"))
+    if pa.types.is_struct(values.type):
+        values = pc.struct_field(values, "bytes")
+    sizes = lengths(values)
+    rows = list(range(len(batch))) if rows_N is None else rows_N.tolist()
+    beside = _beside(path, {i: own for i, own in enumerate(paths) if own and sizes[i] is None}, before, rows, account)
+    place, previous = 0, -1
+    for i, (row, size, own) in enumerate(zip(rows, sizes, paths, strict=True)):
+        place, previous = (place + 1 if row == previous else 0), row
+        given = (keys[row] if keys else own) or f"{path.rpartition('/')[2]}:{before + row}"
+        if rows_N is not None and not (own and keys is None):
+            given += f":{place}"
+        if size is None and own:
+            if file := beside.get(i):
+                yield ImageSample(given, file.path, 0, file.size)
+        else:
+            where = f"{path}#{name}" if rows_N is None else f"{path}#{name}[{place}]"
+            yield ImageSample(given, where, before + row, size or 0)
+
+
+def _beside(
+    table: str, paths: dict[int, str], before: int, rows: Sequence[int], account: Account
+) -> dict[int, SourceFile]:
+    """The files that a table names in place of images; those that are not there, or may not be opened, are counted."""
+    folder = table.rpartition("/")[0]
+    whole = {}
+    for i, path in paths.items():
+        try:
+            away = storage.is_url(path) or path.startswith("/")
+            whole[i] = named(path if away else storage.join(folder, path), f"{table}, row {before + rows[i]},")
+        except StoreError as error:
+            account.skip("images that are named by a path that a document may not name", error.what)
+    found = {}
+    places = list(whole.values())
+    for i, file in zip(whole, reading_ahead(_file, places, places[0] if places else table), strict=True):
+        if file is None:
+            reason = "images that are named by a path at which there is no file"
+            account.skip(reason, f"{table}, row {before + rows[i]}: {whole[i]}")
+        else:
+            found[i] = file
+    return found
+
+
+def _file(path: str) -> SourceFile | None:
+    try:
+        return stat_files([path])[0]
+    except AbsentError:
+        return None

@@ -1,4 +1,4 @@
-"""Sentences in a field or column of .jsonl, .csv, .tsv and Parquet files.
+"""Sentences in a field or column of .jsonl, .csv and .tsv files.
 
 A value that is no text costs its line, never the file: such lines are counted, and reported once for each file.
 """
@@ -14,27 +14,24 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile, TextSample
 from dimefm.sources.files import open_forward, require_damage
-from dimefm.sources.parquet import DamagedParquetError, blocks, is_string, open_parquet
 
 DEFAULTS = ("text", "caption", "sentence", "TEXT")
 _HEAD = 100  # JSON objects that are looked at for their fields
 _LONGEST_FIELD = 2**31 - 1  # the csv module's own limit is 128 KB
 _LONGEST_RECORD = 1000  # lines; a longer one is likely a quote that is never closed
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_BROKEN = (EOFError, zlib.error, OSError, MemoryError, csv.Error, DamagedParquetError)
+_BROKEN = (EOFError, zlib.error, OSError, MemoryError, csv.Error)
 
 _Value = tuple[int, str | None, str]
 """The number of a line or row, its text, and where that is None why there is none."""
 
 
 class _Table:
-    """What the three kinds share: the file, the column, and how their samples are counted and reported."""
+    """What the kinds share: the file, the column, and how their samples are counted and reported."""
 
     def __init__(self, file: SourceFile, column: str | None = None) -> None:
         self._file, self._path, self._column = file, file.path, column
@@ -52,7 +49,7 @@ class _Table:
             return  # it is reported with the samples
 
     def samples(self, account: Account) -> Iterator[TextSample]:
-        """Every value that is text and not blank, in order; the key is file:line or file:row. Raises as `check`."""
+        """Every value that is text and not blank, in order; the key is file:line. Raises as `check`."""
         line, skipped, first, broken = 0, 0, "", 0
         try:
             for line, value, why in self._values(account):
@@ -143,29 +140,6 @@ class Delimited(_Table):
         if not names:
             return 0
         return names.index(_choose(names, self._column, self._path, ", or a number for a file without a header"))
-
-
-class ParquetTexts(_Table):
-    """A Parquet file with a column of strings, read a block at a time."""
-
-    unit = "row"
-
-    def _open_and_check(self) -> None:
-        self._name_of_column(open_parquet(self._path))
-
-    def _name_of_column(self, file: pq.ParquetFile) -> str:
-        names = [field.name for field in file.schema_arrow if is_string(field.type)]
-        return _choose(names, self._column, self._path)
-
-    def _values(self, account: Account) -> Iterator[_Value]:
-        file = open_parquet(self._path)
-        column = self._name_of_column(file)
-        row = 0
-        for group in range(file.metadata.num_row_groups):
-            for batch in blocks(file, [column], group):
-                for value in batch.column(column).to_pylist():
-                    yield row, value, "null"
-                    row += 1
 
 
 def _choose(names: list[str], column: str | None, path: str, or_else: str = "") -> str:

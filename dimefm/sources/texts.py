@@ -13,7 +13,8 @@ from dimefm.inert import line
 from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import Joined, Source, SourceFile, TextSample
 from dimefm.sources.files import expand, is_glob, open_forward, require_damage, stat_files
-from dimefm.sources.text_tables import Delimited, JsonLines, ParquetTexts
+from dimefm.sources.parquet_texts import ParquetTexts
+from dimefm.sources.text_tables import Delimited, JsonLines
 from dimefm.sources.walking import below, children
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "templates.txt"
