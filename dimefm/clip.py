@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from cache_schemas import Preprocessing, TeacherIdentity
 from dimefm import storage
 from dimefm.errors import TeacherError
-from dimefm.hub import require_plain_tokenizer
+from dimefm.hub import fetch_weights, require_plain_tokenizer
 from dimefm.machine import Precision, choose_device
 from dimefm.preprocess import normalise
 from dimefm.student import has_convolutions
@@ -287,6 +287,8 @@ def _create(name: str, pretrained: str | None) -> Any:
     _check_activation(name, pretrained)
     logging.getLogger().addFilter(_quiet)
     try:
+        if name.startswith("hf-hub:"):
+            fetch_weights(name)
         model, _, _ = open_clip.create_model_and_transforms(name, pretrained=pretrained, require_pretrained=True)
     except Exception as error:  # open_clip and the hub raise many kinds; all mean that the teacher is not to be had
         reason = str(error).strip().split("\n")[0]

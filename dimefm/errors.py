@@ -38,7 +38,7 @@ class StoreError(DimefmError):
 
 
 class UnreadableError(StoreError):
-    """Images or files of a store that were there before and cannot be read now, on the machine `host`."""
+    """Images, files of a store or a teacher that were there before and cannot be read now, on the machine `host`."""
 
     def __init__(self, what: str, *, remedy: str | None = None) -> None:
         self.host = socket.gethostname()  # an error that was raised on another machine brings its own

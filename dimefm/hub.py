@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import open_clip
+from huggingface_hub import constants
 from open_clip import factory
 
 from dimefm.errors import TeacherError
+
+_T = TypeVar("_T")
 
 _CONFIG = "open_clip_config.json"
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
@@ -44,6 +48,35 @@ def require_plain_tokenizer(name: str, model_cfg: Mapping[str, Any]) -> None:
     if unknown:
         what = f"the config of {name} hands its tokenizer {', '.join(unknown)}, which could fetch or run something"
         raise TeacherError(what, remedy=f"take that out of tokenizer_kwargs in its {_CONFIG}")
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Within the block nothing is asked of the Hub: what it has given before comes from its cache on this machine."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def cached_first(load: Callable[[], _T]) -> _T:
+    """What `load` gives without asking the Hub; or, if that lacks something, with.
+
+    So many processes do not ask what one before them has asked: the Hub soon refuses more (429), and weights that it
+    changes in between are not mixed. Where it has to be asked, its client waits for as long as a 429 says.
+    """
+    try:
+        with offline():
+            return load()
+    except (TeacherError, OSError):  # the second, of a tokenizer or a config
+        return load()
+
+
+def fetch_weights(name: str) -> None:
+    """The weights of ``hf-hub:ORG/MODEL``, if they are not here: open_clip would only log why they do not come. Raises
+    FileNotFoundError."""
+    factory.download_pretrained_from_hf(name.removeprefix(_HUB[0]))
 
 
 def preprocess_config(name: str) -> dict[str, Any]:

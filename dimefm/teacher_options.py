@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
@@ -34,13 +35,20 @@ def weights_options(command: Callable[..., None]) -> Callable[..., None]:
     def with_trained(**options: Any) -> None:
         from dimefm.trained import Trained
 
+        model = options.get("teacher") or options["model"]
+        if options["pretrained"] and (model.startswith(("hf-hub:", "local-dir:")) or Path(model).is_dir()):
+            raise click.UsageError(f"--pretrained has no effect with {model}, which has weights of its own")
         said = {name: options.pop(name) for name in _FIELDS}
         command(**options, trained=Trained(**said))
 
     options: list[Callable[[Any], Any]] = [
         click.option("--pretrained", help="Tag or file of its weights, with a plain NAME."),
-        click.option("--mean", type=_Colours(), help="Of the colours (0 to 1) that a FILE was trained on."),
-        click.option("--std", type=_Colours(), help="As --mean. These are asked for where tags of NAME differ."),
+        click.option(
+            "--mean",
+            type=_Colours(),
+            help="That a FILE was trained with, of colours from 0 to 1. Asked for if not known.",
+        ),
+        click.option("--std", type=_Colours(), help="As --mean."),
         click.option("--interpolation", type=click.Choice(["bicubic", "bilinear"]), help="As --mean."),
         click.option("--resize-mode", type=click.Choice(["shortest", "longest", "squash"]), help="As --mean."),
         click.option("--activation", type=click.Choice(["gelu", "quick_gelu"]), help="As --mean."),

@@ -18,7 +18,8 @@ import torch
 from cache_schemas import Commit, EmbeddingStore, Status
 from dimefm import storage
 from dimefm.clip import Clip, load_clip
-from dimefm.errors import MismatchError, SourceError, TeacherError
+from dimefm.errors import MismatchError, SourceError, TeacherError, UnreadableError
+from dimefm.hub import cached_first
 from dimefm.lease import writes_under
 from dimefm.machine import Precision, cpus
 from dimefm.named import allow
@@ -69,7 +70,8 @@ class Worker:
         dimefm.shard.check_canary). With `careful`, nothing is decoded in this process to be measured, as after another
         died. Not in __init__, whose errors Ray would not hand on as they are.
 
-        Raises UnreadableError where none of these rows can be read here, as on a machine without the mount.
+        Raises UnreadableError where none of these rows can be read here, as on a machine without the mount, or the
+        teacher is not to be had here.
 
         The teacher itself computes on one thread on a CPU: sums come out differently on more, and a run that goes on
         with other workers must write the same bytes. Several workers of one thread are faster than one of several.
@@ -81,9 +83,7 @@ class Worker:
         schema = self._store.schema
         clip = self._clip
         if clip is None:
-            clip = self._clip = load_clip(
-                job.teacher, job.pretrained, known=schema.teacher, precision=job.precision, device=job.device
-            )
+            clip = self._clip = _load(job, schema)
         differences = schema.teacher.differences(clip.identity)
         if differences:
             what = f"{job.teacher} is not the teacher of {job.store}: {'; '.join(differences)}"
@@ -134,6 +134,16 @@ class Worker:
     def rows(self) -> dict[int, int]:
         """Of each shard that is under way, the rows that are encoded."""
         return dict(self._rows)
+
+
+def _load(job: Job, schema: EmbeddingStore) -> Clip:
+    """The teacher, which the command has loaded before: from this machine, if it is there. Raises UnreadableError where
+    it is not to be had here, as on a machine that the Hub does not answer: the others have it."""
+    load = partial(load_clip, known=schema.teacher, precision=job.precision, device=job.device)
+    try:
+        return cached_first(partial(load, job.teacher, job.pretrained))
+    except TeacherError as error:
+        raise UnreadableError(error.what, remedy=error.remedy) from error
 
 
 @contextmanager

@@ -212,6 +212,8 @@ def test_the_commands_take_the_users_word(weights: str, tmp_path: Path) -> None:
     found = typed(*words, "--pretrained", weights, "--assume-openai")
     assert (found.exit_code, "assumed to be OpenAI's" in found.output) == (0, True), found.output
     assert typed(*words, "--pretrained", weights, "--mean", "0.5,0.5").exit_code == 2
+    found = typed(*words[:-1], "local-dir:/x", "--pretrained", weights)
+    assert (found.exit_code, "--pretrained has no effect with local-dir:/x" in found.output) == (2, True)
     for command in ("cache-images", "import-embeddings", "evaluate", "convert-checkpoint"):
         assert "--assume-openai" in typed(command, "--help").output
 
