@@ -282,16 +282,18 @@ def test_first_weights_in_a_folder_bring_their_config(tmp_path: Path, weights: s
 def test_a_run_begins_with_them_and_goes_on_as_it_began(
     image_store: Store, text_store: Store, tmp_path: Path, weights: str
 ) -> None:
-    folder = write_clip(tmp_path / "model")
+    folder, other = write_clip(tmp_path / "model"), (0.3, 0.3, 0.3)  # than the teacher's
+    path = tmp_path / "model" / CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "preprocess_cfg": {"mean": HALF, "std": other}}))
     words: dict[str, Any] = {"loss": LossConfig(vl=0.0, pvl=0.0, cosine=1.0), "batch_size": 8}
     config = tiny_config(image_store, text_store, tmp_path / "run", student="tiny", init=folder, max_steps=1, **words)
     inputs = open_inputs(config)
     plan: dict[str, Any] = {"machine": "m", "processes": 1, "order": "blocks"}
     begun = plan_run(config, inputs, 1, allow_changes=(), done=0, **plan)
     write_run(config.out, begun)
-    assert (begun.student.mean, begun.student.std) == (HALF, (0.25,) * 3)
-    assert student_preprocessing(begun.student).std == (0.25,) * 3  # as it is validated and exported
-    (tmp_path / "model" / CONFIG_FILE).unlink()  # what it began with is not asked about again
+    assert (begun.student.mean, begun.student.std) == (HALF, other)
+    assert student_preprocessing(begun.student).std == other  # as it is validated and exported
+    path.unlink()  # what it began with is not asked about again
     longer = replace(config, max_steps=2)
     again = plan_run(longer, inputs, 2, allow_changes=("max_steps",), done=1, **plan)
     assert (again.student, again.steps) == (begun.student, 2)
