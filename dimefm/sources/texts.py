@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 
@@ -12,7 +10,8 @@ from dimefm.errors import SourceError
 from dimefm.inert import line
 from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import Joined, Source, SourceFile, TextSample
-from dimefm.sources.files import expand, is_glob, open_forward, require_damage, stat_files
+from dimefm.sources.files import expand, is_glob, require_damage, stat_files
+from dimefm.sources.lines import BROKEN, NotTextError, clean, open_text, why_none
 from dimefm.sources.parquet_texts import ParquetTexts
 from dimefm.sources.text_tables import Delimited, JsonLines
 from dimefm.sources.walking import below, children
@@ -22,7 +21,8 @@ _KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 class TextFile:
-    """A .txt or .txt.gz file in UTF-8, one sentence a line. The key of a sentence is file:line."""
+    """A .txt or .txt.gz file, one sentence a line, in UTF-8, or UTF-16 or UTF-32 with a byte order mark. The key of a
+    sentence is file:line."""
 
     def __init__(self, file: SourceFile) -> None:
         self._file, self._path = file, file.path
@@ -32,23 +32,27 @@ class TextFile:
         return [self._file]
 
     def samples(self, account: Account) -> Iterator[TextSample]:
-        """Every line that is not blank. Bytes that are not UTF-8 become U+FFFD, and the file is reported once."""
+        """Every line in which something shows; others are counted. Bytes that are not UTF-8 become U+FFFD, and the file
+        is reported once; so is one that is no text."""
         name = self._path.rpartition("/")[2]
-        broken = 0
-        number = 0
+        replaced = number = 0
         try:
-            with open_forward(self._path) as file:
-                for number, raw in enumerate(file, 1):
-                    line = (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode("utf-8", errors="replace")
-                    broken += "�" in line
-                    text = " ".join(line.split())
-                    if text:
+            with open_text(self._path) as file:
+                for number, line in enumerate(file, 1):
+                    replaced += "\ufffd" in line
+                    if text := clean(line):
                         yield TextSample(f"{name}:{number}", text)
-        except (EOFError, zlib.error, OSError) as error:
+                    else:
+                        account.skip(f"lines {why_none(line)}", f"{self._path}:{number}")
+        except NotTextError as error:
+            account.problem(f"{self._path}: {error}; no sentence is taken from it")
+        except BROKEN as error:
             require_damage(self._path, error)
             account.problem(f"{self._path}: broken after line {number} ({error}); what follows is lost")
-        if broken:
-            account.problem(f"{self._path}: {broken} lines are not UTF-8; the bad bytes were replaced")
+        if self._file.size == 0:
+            account.skip("empty files", self._path)
+        if replaced:
+            account.problem(f"{self._path}: {replaced} lines are not UTF-8; the bad bytes were replaced")
 
 
 class PromptSet:
