@@ -29,7 +29,7 @@ from dimefm.hub import require_plain_tokenizer
 from dimefm.machine import Precision, choose_device
 from dimefm.preprocess import normalise
 from dimefm.student import has_convolutions
-from dimefm.tokenizer import fast_tokenizer
+from dimefm.tokenizer import fast_tokenizer, open_tokenizer
 from dimefm.transfer import Transfer
 
 _SAME = 1e-4  # between unit vectors: above the rounding of float32, far below a change of any use
@@ -221,7 +221,7 @@ def wrap(
     preprocessing: Preprocessing | None = None,
 ) -> Clip:
     """A Clip around an open_clip model that is already built, with the identity read off the model itself."""
-    tokenizer = open_clip.get_tokenizer(name)
+    tokenizer = open_tokenizer(name)
     identity = TeacherIdentity(
         name=name,
         pretrained=pretrained,

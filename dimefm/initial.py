@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from cache_schemas import StudentSpec
 from dimefm.errors import TrainingError
 
-_PROJECTION = ("proj", "head.")
+_PROJECTION = ("proj", "head.", "trunk.head.weight", "trunk.head.bias", "trunk.head.fc.")
 """What may stay random: of the width of another teacher, or missing in a tower that was not a CLIP's."""
 
 _WEIGHTS_FILE = "open_clip_model.safetensors"
