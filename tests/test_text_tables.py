@@ -12,7 +12,7 @@ import pytest
 from dimefm.errors import SourceError
 from dimefm.sources import open_text_source, parquet
 from tests.contracts.source_contract import accounted, listed
-from tests.making import write_parquet, write_tar, write_text
+from tests.making import write_parquet, write_text
 
 
 def read(*paths: Path, column: str | None = None) -> tuple[list[tuple[str, str]], list[str]]:
@@ -208,9 +208,9 @@ def test_parquet_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_folder_must_be_of_one_kind(tmp_path: Path) -> None:
     write(tmp_path, "jsonl", [{"text": "a"}])
     write(tmp_path, "jsonl.gz", [{"text": "b"}])
-    write_tar(tmp_path / "a.tar", {"a.txt": b"x"})
+    (tmp_path / "a.md").write_text("x")
     assert texts(tmp_path) == ["a", "b"]
     write(tmp_path, "csv", [{"text": "c"}])
-    with pytest.raises(SourceError, match=r"holds 2 \.jsonl and 1 \.csv files\n  remedy: name those .*\*\.csv"):
+    with pytest.raises(SourceError, match=r"holds 2 \.jsonl and 1 \.csv files\n  remedy: name those .*\*\*/\*\.jsonl"):
         texts(tmp_path)
     assert texts(tmp_path / "*.jsonl*") == ["a", "b"]
