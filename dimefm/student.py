@@ -74,17 +74,6 @@ def has_activation(spec: StudentSpec) -> bool:
     return "timm_model_name" not in spec.vision_cfg and not isinstance(spec.vision_cfg.get("layers"), (list, tuple))
 
 
-def _config_of(name: str, teacher: TeacherIdentity) -> dict[str, Any] | None:
-    """open_clip's config of a model, None for an unknown name. Towers that end without a projection, as SigLIP's do,
-    have one to the teacher's width, where theirs is another."""
-    cfg: dict[str, Any] | None = open_clip.get_model_config(name)
-    if cfg is not None and cfg["embed_dim"] != teacher.embed_dim:
-        for tower, field in (("vision_cfg", "timm_proj"), ("text_cfg", "proj_type")):
-            if cfg[tower].get(field) == "none":
-                cfg[tower][field] = "linear"
-    return cfg
-
-
 def _timm_config(name: str, image_size: int | None) -> dict[str, Any]:
     facts = timm.get_pretrained_cfg(name)
     size = facts.input_size[-1] if facts is not None else 224
@@ -98,6 +87,17 @@ def _timm_config(name: str, image_size: int | None) -> dict[str, Any]:
         "timm_proj": "linear",
         "image_size": size,
     }
+
+
+def _config_of(name: str, teacher: TeacherIdentity) -> dict[str, Any] | None:
+    """open_clip's config of a model, None for an unknown name. Towers that end without a projection, as SigLIP's do,
+    have one to the teacher's width, where theirs is another."""
+    cfg: dict[str, Any] | None = open_clip.get_model_config(name)
+    if cfg is not None and cfg["embed_dim"] != teacher.embed_dim:
+        for tower, field in (("vision_cfg", "timm_proj"), ("text_cfg", "proj_type")):
+            if cfg[tower].get(field) == "none":
+                cfg[tower][field] = "linear"
+    return cfg
 
 
 def build_student(spec: StudentSpec) -> Any:
