@@ -141,12 +141,12 @@ def _linked(window: Window, listing: _Listing) -> Iterator[TarMember]:
 
 def _followed(link: _Link, links: dict[str, _Link], found: dict[str, list[TarMember]]) -> TarMember | None:
     """What a link leads to, through others if need be. Of several files of one name a hard link means the last that
-    comes before it, as when they are extracted."""
+    comes before it, if one does, as when they are extracted."""
     for _ in range(_MOST_LINKS):
         target = _target(link)
-        files = [file for file in found.get(target, ()) if not link.hard or file.offset < link.position]
-        if files:
-            return files[-1]
+        if files := found.get(target):
+            before = (file for file in reversed(files) if not link.hard or file.offset < link.position)
+            return next(before, files[-1])
         if target not in links:
             return None
         link = links[target]
