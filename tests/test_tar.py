@@ -255,7 +255,7 @@ def test_devices_pipes_and_unknown_types_are_counted_and_folders_are_not(tmp_pat
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (gzip.compress(bytes(9000)), "gzip-compressed"),
+        (gzip.compress(bytes(9000), mtime=0), "gzip-compressed"),
         (b"\x28\xb5\x2f\xfd" + bytes(600), "zstd-compressed"),
         (b"PK\x03\x04" + bytes(600), "a zip archive"),
         (b"PAR1" + bytes(600) + b"PAR1", "a Parquet file"),
