@@ -29,7 +29,7 @@ from dimefm.hub import fetch_weights, require_plain_tokenizer
 from dimefm.machine import Precision, choose_device
 from dimefm.preprocess import normalise
 from dimefm.student import has_convolutions
-from dimefm.tokenizer import fast_tokenizer
+from dimefm.tokenizer import fast_tokenizer, open_tokenizer
 from dimefm.trained import Trained, facts_of_config, facts_of_weights, other_activation
 from dimefm.transfer import Transfer
 
@@ -265,7 +265,7 @@ def wrap(
     preprocessing_from: str | None = None,
 ) -> Clip:
     """A Clip around an open_clip model that is already built, with the identity read off the model itself."""
-    tokenizer = open_clip.get_tokenizer(name)
+    tokenizer = open_tokenizer(name)
     identity = TeacherIdentity(
         name=name,
         pretrained=pretrained,

@@ -132,7 +132,9 @@ def _refused(data: bytes) -> str:
     for name, (_, accept) in Image.OPEN.items():
         if name not in FORMATS and accept and accept(data[:16]):
             return f"{name} is not one of the formats that are decoded"
-    return ""
+    from dimefm.sources.content import describe  # here, since sources import this module
+
+    return describe(data) or ""
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor | Image.Image:

@@ -19,7 +19,7 @@ from dimefm.hub import preprocess_config
 from dimefm.student import has_activation
 from dimefm.trained import agreed, tags_of
 
-_PROJECTION = ("proj", "head.")
+_PROJECTION = ("proj", "head.", "trunk.head.weight", "trunk.head.bias", "trunk.head.fc.")
 """What may stay random: of the width of another teacher, or missing in a tower that was not a CLIP's."""
 
 _WEIGHTS_FILE = "open_clip_model.safetensors"

@@ -17,7 +17,7 @@ from cache_schemas import StudentSpec, TeacherIdentity
 from cache_schemas.run import TextSpec
 from dimefm.errors import TrainingError
 from dimefm.hub import require_plain_tokenizer
-from dimefm.tokenizer import fast_tokenizer
+from dimefm.tokenizer import fast_tokenizer, open_tokenizer
 
 
 def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = None) -> StudentSpec:
@@ -26,7 +26,7 @@ def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = N
     `image_size` in pixels replaces the model's own. Raises TrainingError for a name that neither library knows, and
     for a size that the tower cannot take.
     """
-    cfg = open_clip.get_model_config(name)
+    cfg = _config_of(name, teacher)
     if cfg is not None:
         vision_cfg: dict[str, Any] = _alone(cfg["vision_cfg"])
         if "timm_model_name" in vision_cfg:
@@ -89,6 +89,17 @@ def _timm_config(name: str, image_size: int | None) -> dict[str, Any]:
     }
 
 
+def _config_of(name: str, teacher: TeacherIdentity) -> dict[str, Any] | None:
+    """open_clip's config of a model, None for an unknown name. Towers that end without a projection, as SigLIP's do,
+    have one to the teacher's width, where theirs is another."""
+    cfg: dict[str, Any] | None = open_clip.get_model_config(name)
+    if cfg is not None and cfg["embed_dim"] != teacher.embed_dim:
+        for tower, field in (("vision_cfg", "timm_proj"), ("text_cfg", "proj_type")):
+            if cfg[tower].get(field) == "none":
+                cfg[tower][field] = "linear"
+    return cfg
+
+
 def build_student(spec: StudentSpec) -> Any:
     """The tower with random weights, images float32 (B, 3, size, size) to features (B, D), not normalised.
 
@@ -97,7 +108,9 @@ def build_student(spec: StudentSpec) -> Any:
     try:
         tower = _build_vision_tower(spec.embed_dim, dict(spec.vision_cfg), spec.activation == "quick_gelu").eval()
         with torch.no_grad():  # some towers of timm have another width than open_clip's projection expects
-            tower(torch.zeros(1, 3, spec.image_size, spec.image_size))
+            features_1D = tower(torch.zeros(1, 3, spec.image_size, spec.image_size))
+        if not isinstance(features_1D, torch.Tensor) or features_1D.shape != (1, spec.embed_dim):
+            raise ValueError(f"it does not give one embedding of width {spec.embed_dim} for each image")
         return tower.train()
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -106,7 +119,7 @@ def build_student(spec: StudentSpec) -> Any:
 
 def text_spec(name: str, teacher: TeacherIdentity) -> TextSpec:
     """The text tower of the open_clip model `name`. Raises TrainingError for a name that open_clip does not know."""
-    cfg = open_clip.get_model_config(name)
+    cfg = _config_of(name, teacher)
     if cfg is None:
         raise TrainingError(f"no model of open_clip is called {name!r}", remedy="see open_clip.list_models()")
     return TextSpec(
@@ -126,7 +139,7 @@ def build_text_student(spec: TextSpec) -> Any:
 def tokenizer_of(spec: TextSpec) -> Any:
     """Sentences to tokens int64 (B, L), as the exported student will have them."""
     require_plain_tokenizer(spec.name, open_clip.get_model_config(spec.name) or {})
-    return fast_tokenizer(open_clip.get_tokenizer(spec.name))
+    return fast_tokenizer(open_tokenizer(spec.name))
 
 
 def has_convolutions(tower: torch.nn.Module) -> bool:

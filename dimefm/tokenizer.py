@@ -18,12 +18,30 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import open_clip
 import torch
 from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
+
+from dimefm.errors import TeacherError
 
 _MOST_CLEANED = 4096  # characters; cleaning takes quadratic time of some texts, and fails at numbers of 4,300 digits
 _MOST_WORDS, _LONGEST_WORD = 2**18, 64  # that are kept: some 50 MB
 _END = "</w>"  # follows the last letter of a piece; a letter is a byte of its UTF-8
+
+
+def open_tokenizer(name: str) -> Any:
+    """The tokenizer of a model by open_clip's name for that. Raises TeacherError where it is one of Hugging Face's, as
+    SigLIP has, and cannot be had."""
+    try:
+        return open_clip.get_tokenizer(name)
+    except ImportError as error:
+        what = f"{name} has a tokenizer of Hugging Face: {error}"
+        raise TeacherError(what, remedy='pip install "dimefm[hf]"') from error
+    except (OSError, ValueError) as error:  # of the hub, which is not reached or does not know it, and of its files
+        what = f"the tokenizer of {name} cannot be had: {str(error).strip().splitlines()[0]}"
+        raise TeacherError(
+            what, remedy="it is fetched from the Hub once: run this where that can be reached"
+        ) from error
 
 
 def fast_tokenizer(tokenizer: Any) -> Callable[[list[str]], torch.Tensor]:

@@ -19,7 +19,7 @@ from cache_schemas.embedding_store import (
     STATUS,
     VIEW,
 )
-from dimefm import storage
+from dimefm import inert, storage
 from dimefm.errors import MismatchError, OutputExistsError
 from dimefm.sources.base import SourceFile
 from dimefm.sources.files import change, expand, those_there
@@ -91,7 +91,7 @@ def require_same(
         if all(change.endswith(" is gone") for change in changes):
             remedy = "put the files back, or leave their rows out by --accept-missing"
     shown = sorted(changes)[:_SHOWN]
-    lines = differences + [f"source: {change}" for change in shown]
+    lines = differences + [f"source: {inert.line(change)}" for change in shown]
     if len(changes) > _SHOWN:
         lines.append(f"source: and {len(changes) - _SHOWN:,} more")
     raise MismatchError(what + "".join(f"\n  - {line}" for line in lines), remedy=remedy)

@@ -73,7 +73,13 @@ def test_zeros_alone() -> None:
 def test_a_text_file_named_jpg() -> None:
     status, reason = failure(b"<html><body>404 Not Found</body></html>\n" * 20)
     assert status == Status.UNDECODABLE
-    assert "cannot identify image file" in reason
+    assert reason == "a page of HTML, as servers send in place of a file (fetch it again)"
+
+
+def test_a_git_lfs_pointer_named_jpg() -> None:
+    status, reason = failure(b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n")
+    assert status == Status.UNDECODABLE
+    assert reason.startswith("a Git LFS pointer, not the file itself")
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])

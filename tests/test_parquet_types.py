@@ -21,7 +21,7 @@ from dimefm.sources import ImageSample, ParquetImages, ParquetTexts, open_image_
 from dimefm.sources.files import stat_files
 from dimefm.sources.reading import read_encoded, read_planned
 from tests.contracts.source_contract import accounted
-from tests.making import make_jpeg, write_parquet, write_text
+from tests.making import make_jpeg, upload, write_parquet, write_text
 
 
 def write(path: Path, columns: dict[str, Any], **options: Any) -> Path:
@@ -31,7 +31,7 @@ def write(path: Path, columns: dict[str, Any], **options: Any) -> Path:
     return path
 
 
-def images(path: Path, column: str | None = None, *, found: bool = False) -> tuple[list[ImageSample], list[str]]:
+def images(path: Path | str, column: str | None = None, *, found: bool = False) -> tuple[list[ImageSample], list[str]]:
     """The samples of one file, and the lines of its account."""
     samples, account = accounted(ParquetImages(stat_files([str(path)]), column, found=found))
     return samples, account.lines()
@@ -205,7 +205,7 @@ def test_of_two_columns_the_metadata_may_tell_which_is_the_images(tmp_path: Path
 
 def test_addresses_are_no_images_and_what_to_do_is_said(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", {"TEXT": ["t"], "URL": ["http://x"], "n": [3]})
-    assert "none among TEXT, URL, n (URL holds strings, such as addresses, not images)" in refused(path)
+    assert "none among TEXT, URL, n (URL holds strings, such as addresses or base64, not images)" in refused(path)
     assert "img2dataset" in refused(path)
     assert "img2dataset" not in refused(write(tmp_path / "b.parquet", {"TEXT": ["t"]}))
 
@@ -274,6 +274,18 @@ def test_a_table_may_name_no_more_than_another_document(tmp_path: Path) -> None:
     assert len(lines) == 1
     assert "images that are named by a path that a document may not name: 3" in lines[0]
     assert "a.parquet, row 0, names https://x/a.jpg: https:// is not opened" in lines[0]
+
+
+def test_a_table_at_a_url_names_files_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img" / "a.jpg").write_bytes(b"there")
+    rows = [{"image": {"bytes": None, "path": path}} for path in ("img/a.jpg", "img/b.jpg")]
+    write_parquet(tmp_path / "a.parquet", rows)
+    url = upload(tmp_path, f"memory://{tmp_path.name}")
+    samples, lines = images(f"{url}/a.parquet")
+    assert [read_planned(s.file, s.offset, s.size) for s in samples] == [b"there"]
+    assert len(lines) == 1
+    assert lines[0].endswith(f"row 1: {url}/img/b.jpg")
 
 
 def test_a_file_that_a_table_names_and_that_cannot_be_looked_at_ends_planning(
@@ -370,6 +382,7 @@ def test_keys_that_are_not_utf8_are_replaced(tmp_path: Path) -> None:
         (b"", "Parquet file size is 0 bytes"),
         (b"PAR1 and then cut", "magic bytes not found"),
     ],
+    ids=["pointer", "gzip", "html", "empty", "cut"],
 )
 def test_what_is_called_parquet_and_is_not_is_said(tmp_path: Path, data: bytes, what: str) -> None:
     path = tmp_path / "a.parquet"

@@ -87,7 +87,8 @@ def test_repeated_sentences_are_dropped_and_counted(tmp_path: Path, teacher: Tea
     store = open_or_plan(of_texts(tmp_path / "a.txt", tmp_path / "b.txt"), str(tmp_path / "s.zarr"), teacher)
     assert [row["text"] for row in rows(store)] == ["one", "two", "three", "four", "ONE"]
     assert [row["key"] for row in rows(store)] == ["a.txt:1", "a.txt:2", "a.txt:6", "b.txt:2", "b.txt:3"]
-    assert [(one.reason, one.count) for one in store.schema.source.skipped] == [("repeated sentences", 3)]
+    skipped = {one.reason: one.count for one in store.schema.source.skipped}
+    assert skipped == {"repeated sentences": 3, "lines that are blank": 1}
     assert store.schema.source.bytes == len("onetwothreefourONE")
 
 
@@ -169,6 +170,8 @@ def test_another_source_is_refused_by_its_name(tars: Path, tmp_path: Path, teach
     write_tar(tmp_path / "c.tar", {"0.jpg": make_jpeg()})
     more = of_images(tars, arguments=(str(tars), str(tmp_path / "c.tar")))
     assert f"source: {tmp_path}/c.tar is new" in refused(more, tmp_path / "s.zarr", teacher)
+    write_tar(tars / "d\n  - all is lost.tar", {"0.jpg": make_jpeg()})
+    assert refused(of_images(tars), tmp_path / "s.zarr", teacher).count("\n  - ") == 1
 
 
 def test_a_file_of_another_size_is_refused_with_both(tars: Path, tmp_path: Path, teacher: TeacherIdentity) -> None:

@@ -19,7 +19,7 @@ from dimefm.arrays import array_of, open_group
 from dimefm.cli import cli
 from dimefm.clip import Clip
 from dimefm.data import Augmentation, Batch, Requests, TrainingImages
-from dimefm.errors import DimefmError, SourceError, StoreError
+from dimefm.errors import DimefmError, StoreError
 from dimefm.feed import note_distance
 from dimefm.loading import Loader
 from dimefm.lock import writing
@@ -30,6 +30,7 @@ from dimefm.retrieval import retrieve_stores
 from dimefm.run import Inputs
 from dimefm.shard import encode_shard
 from dimefm.sources import open_image_source
+from dimefm.sources.account import Account
 from dimefm.store import Store
 from dimefm.textbank import TextBank, TextMix
 from dimefm.train import train
@@ -243,11 +244,12 @@ def test_a_store_that_cannot_be_read_is_one_message(s3: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["in", "in/*"])
-def test_a_key_that_would_be_a_chained_url_is_not_planned(s3: str, name: str) -> None:
+def test_a_key_that_would_be_a_chained_url_is_counted(s3: str, name: str) -> None:
     for key in ("a::b.jpg", "c.jpg"):
         s3fs.S3FileSystem().pipe_file(f"{s3}/in/{key}", b"0")
-    with pytest.raises(SourceError, match=rf"{s3}/in/a::b\.jpg has :: in its name.*\n  remedy: rename it"):
-        open_image_source([f"{s3}/{name}"])
+    account = Account()
+    assert [file.path for file in open_image_source([f"{s3}/{name}"], account=account).files()] == [f"{s3}/in/c.jpg"]
+    assert [(one.count, one.example) for one in account.skipped()] == [(1, f"{s3}/in/a::b.jpg")]
 
 
 def test_the_mark_of_a_folder_is_no_stranger(s3: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 from dimefm.sources import open_image_source
 from dimefm.sources.account import Account
 from dimefm.sources.images import split_key
-from tests.contracts.source_contract import listed
+from tests.contracts.source_contract import accounted, listed
 from tests.making import upload
 
 if TYPE_CHECKING:
@@ -114,6 +114,79 @@ def test_folders_hidden_files_and_long_names_beside_the_members_are_looked_at(tm
     rows, reports = plan(upload(tmp_path, f"{s3}/idx"))
     assert rows == on_disk(tmp_path)
     assert len(reports) == 1
+
+
+ADDED = {
+    "hard link": ("l.jpg", b"1"),
+    "link": ("l.jpg", b"2"),
+    "device": ("null", b"3"),
+    "unknown": ("m.jpg", b"M"),
+}
+
+
+@pytest.mark.parametrize("added", ADDED)
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_a_side_file_that_leaves_out_what_counts_is_not_used(tmp_path: Path, s3: str, added: str, place: int) -> None:
+    special = tarfile.TarInfo(ADDED[added][0])
+    special.type, special.linkname = ADDED[added][1], ENTRIES[0][0]
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for at, (name, size) in enumerate([*ENTRIES[:6], ("end", 0)]):
+            if at == place:
+                tar.addfile(special)
+            if at < 6:
+                member = tarfile.TarInfo(name)
+                member.size = size
+                tar.addfile(member, io.BytesIO(bytes(size)))
+    write_json(path)
+    samples, account = accounted(open_image_source([upload(tmp_path, f"{s3}/tars")]))
+    expected, own = accounted(open_image_source([str(path)]))
+    assert [sample[2:] for sample in samples] == [sample[2:] for sample in expected]
+    assert len(samples) == 3 + ("link" in added)
+    assert [(one.reason, one.count) for one in account.skipped()] == [(one.reason, one.count) for one in own.skipped()]
+    assert len(account.problems) == 1
+    assert "0.json does not fit its tar and is not used: " in account.problems[0]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_side_file_of_two_tars_in_one_is_used_if_it_names_both(tmp_path: Path, s3: str, whole: bool) -> None:
+    path, second = write(tmp_path / "0.tar", ENTRIES[:6]), write(tmp_path / "second", [("x.jpg", 700)])
+    small = second.read_bytes()[: 512 + 1024 + 1024]  # no longer than what fills up a record
+    if not whole:
+        write_idx(path)
+    path.write_bytes(path.read_bytes()[:-6144] + small)
+    second.unlink()
+    if whole:
+        side = path.with_suffix(".json")
+        places = {sample.key: sample for sample in accounted(open_image_source([str(path)]))[0]}
+        files = {f"{key}.jpg": {"offset": one.offset, "size": one.size} for key, one in places.items()}
+        files |= {m.name: {"offset": m.offset_data, "size": m.size} for m in regular(path)}
+        side.write_text(json.dumps({"filesize": path.stat().st_size, "files": files}))
+    rows, problems = plan(upload(tmp_path, f"{s3}/tars"))
+    assert rows == on_disk(tmp_path)
+    assert [row[0] for row in rows] == ["00000", "00001", "00002", "x"]
+    assert len(problems) == (0 if whole else 1)
+
+
+def test_bytes_after_the_end_are_reported_whether_or_not_there_is_a_side_file(tmp_path: Path, s3: str) -> None:
+    path = write(tmp_path / "0.tar", ENTRIES[:6])
+    write_idx(path)
+    path.write_bytes(path.read_bytes()[:-600] + b"x" * 600)
+    rows, problems = plan(upload(tmp_path, f"{s3}/tars"))
+    assert rows == on_disk(tmp_path)
+    assert "0.idx does not fit its tar and is not used: something follows its last member" in problems[0]
+    assert "bytes after its end, from byte" in problems[1]
+
+
+def test_what_is_counted_is_the_same_by_a_side_file(tmp_path: Path, s3: str) -> None:
+    names = ["a.webp", "a.jpg", "a.json", "b", "__MACOSX/c.jpg", "d.left.jpg", "e.jpg"]
+    path = write(tmp_path / "0.tar", [(name, 700) for name in names])
+    write_json(path)
+    account, own = (accounted(open_image_source([place]))[1] for place in (upload(tmp_path, f"{s3}/a"), str(path)))
+    assert account.problems == []
+    counted = [(one.reason, one.count) for one in account.skipped() if not one.example.endswith("0.json")]
+    assert counted == [(one.reason, one.count) for one in own.skipped()]
+    assert sum(count for _, count in counted) == 5
 
 
 CHANGED: dict[str, Sequence[Entry]] = {

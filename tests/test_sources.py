@@ -368,7 +368,7 @@ def test_a_path_that_is_not_there_and_an_empty_folder_are_refused(tmp_path: Path
 
 def test_an_image_given_as_sentences_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(make_jpeg())
-    with pytest.raises(SourceError, match=r"neither \.txt, \.jsonl, \.csv, \.tsv, \.parquet nor a folder"):
+    with pytest.raises(SourceError, match=r"neither \.txt, \.jsonl, .*, \.tar nor a folder"):
         open_text_source([str(tmp_path / "a.jpg")])
 
 
@@ -401,8 +401,8 @@ def test_a_text_file_named_gz_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_text("plain text\n")
     found, reports = listed(TextFile(*stat_files([str(tmp_path / "a.txt.gz")])))
     assert found == []
-    assert len(reports) == 1
-    assert "broken" in reports[0]
+    path = tmp_path / "a.txt.gz"
+    assert reports == [f"{path}: its name ends in .gz, and it is not gzip-compressed; no sentence is taken from it"]
 
 
 @pytest.mark.parametrize("damage", [b"\x00", b"\xff", b"u"])

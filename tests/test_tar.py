@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +13,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dimefm.errors import SourceError
+from dimefm.sources import WebDataset
 from dimefm.sources.account import Account
+from dimefm.sources.files import stat_files
+from dimefm.sources.reading import read_encoded
 from dimefm.sources.tar import BLOCK, TarMember, tar_members
-from dimefm.sources.window import Window
+from dimefm.sources.window import Window, open_window
+from pipeline.plan import PlanRequest, forecast
+from tests.contracts.source_contract import accounted
+from tests.test_schemas import TEACHER
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 NAMES = st.text(
@@ -31,8 +40,14 @@ def members(path: Path) -> list[TarMember]:
 
 def reports(path: Path) -> tuple[list[TarMember], list[str]]:
     """The members of a tar, and what was reported."""
+    found, account = listing(path)
+    return found, account.problems
+
+
+def listing(path: Path) -> tuple[list[TarMember], Account]:
+    """The members of a tar, and the account of the rest."""
     account = Account()
-    return list(tar_members(str(path), account)), account.problems
+    return list(tar_members(str(path), account)), account
 
 
 def write(path: Path, entries: list[tuple[str, int, str]], format: int, **options: object) -> Path:
@@ -136,7 +151,171 @@ def test_sparse_files_are_passed_over_with_their_maps(tmp_path: Path) -> None:
     new.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.name": "new.jpg"}
     rest = tarfile.TarInfo("b.jpg").tobuf() + bytes(1024)
     (tmp_path / "a.tar").write_bytes(bytes(checked(sparse, 0)) + maps + new.tobuf(tarfile.PAX_FORMAT) + rest)
-    assert [member.name for member in members(tmp_path / "a.tar")] == ["b.jpg"]
+    found, account = listing(tmp_path / "a.tar")
+    assert [member.name for member in found] == ["b.jpg"]
+    assert [(one.count, one.example) for one in account.skipped()] == [(2, f"{tmp_path}/a.tar: sparse.jpg")]
+
+
+# -- links, and members that are no files ---------------------------------------------------------------------------
+
+
+def linked(path: Path, links: list[tuple[str, str, bytes]], format: int = tarfile.GNU_FORMAT) -> Path:
+    """A tar of a.jpg, of 1 byte, and d/b.jpg, of 2, and after each the half of these links (name, target, type)."""
+    with tarfile.open(path, "w", format=format) as tar:
+        for size, name in enumerate(("a.jpg", "d/b.jpg"), 1):
+            member = tarfile.TarInfo(name)
+            member.size = size
+            tar.addfile(member, io.BytesIO(b"x" * size))
+            for link, target, kind in links[size - 1 :: 2]:
+                member = tarfile.TarInfo(link)
+                member.type, member.linkname = kind, target
+                tar.addfile(member)
+    return path
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_link_is_the_file_that_it_leads_to(tmp_path: Path, format: int) -> None:
+    links = [
+        ("hard.jpg", "a.jpg", b"1"),
+        ("d/soft.jpg", "b.jpg", b"2"),
+        ("d/up.jpg", "../a.jpg", b"2"),
+        ("./dotted.jpg", "d/../d/./b.jpg", b"2"),
+        ("first.jpg", "second.jpg", b"2"),
+        ("second.jpg", "./hard.jpg", b"1"),
+        ("/absolute.jpg", "/a.jpg", b"1"),
+    ]
+    found, account = listing(linked(tmp_path / "a.tar", links, format))
+    a, b = found[:2]
+    expected = {"hard": a, "d/up": a, "first": a, "/absolute": a, "d/soft": b, "./dotted": b, "second": a}
+    assert found[2:] == [member._replace(name=f"{name}.jpg") for name, member in expected.items()]
+    assert account.lines() == []
+
+
+def test_links_to_long_names_are_followed(tmp_path: Path) -> None:
+    name = "n" * 90 + "é" * 60 + ".jpg"
+    for format in FORMATS[1:]:
+        path = tmp_path / f"{format}.tar"
+        with tarfile.open(path, "w", format=format) as tar:
+            tar.addfile(tarfile.TarInfo(name))
+            link = tarfile.TarInfo("link.jpg")
+            link.type, link.linkname = b"1", name
+            tar.addfile(link)
+        assert [member.name for member in members(path)] == [name, "link.jpg"]
+
+
+def test_links_that_lead_to_no_file_of_the_tar_are_counted(tmp_path: Path) -> None:
+    targets = [("gone.jpg", b"1"), ("gone.jpg", b"2"), ("/a.jpg", b"2"), ("../a.jpg", b"2"), ("d", b"2"), ("", b"1")]
+    links = [(f"{at}.jpg", target, kind) for at, (target, kind) in enumerate(targets)]
+    loop = [("p.jpg", "q.jpg", b"2"), ("q.jpg", "p.jpg", b"2"), ("d/b.jpg", "b.jpg", b"1")]
+    found, account = listing(linked(tmp_path / "a.tar", links + loop))
+    assert [member.name for member in found] == ["a.jpg", "d/b.jpg"]
+    (counted,) = account.skipped()
+    assert counted.count == len(links + loop)
+    assert counted.reason.startswith("links in tars to what is no file in the same tar")
+    assert counted.example == f"{tmp_path}/a.tar: 0.jpg -> gone.jpg"
+
+
+def test_of_several_files_of_a_name_a_hard_link_means_the_last_before_it(tmp_path: Path) -> None:
+    path = linked(tmp_path / "a.tar", [("hard.jpg", "a.jpg", b"1"), ("soft.jpg", "a.jpg", b"2")])
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    sizes = {member.name: member.size for member in members(path)}
+    assert (sizes["hard.jpg"], sizes["soft.jpg"]) == (1, 0)
+
+
+def test_links_before_damage_are_followed(tmp_path: Path) -> None:
+    path = linked(tmp_path / "a.tar", [("hard.jpg", "a.jpg", b"1"), ("soft.jpg", "d/b.jpg", b"2")])
+    data = bytearray(path.read_bytes())
+    data[4 * BLOCK :] = b"x" * BLOCK  # the header of soft.jpg, or of d/b.jpg's data
+    path.write_bytes(data)
+    found, problems = reports(path)
+    assert [member.name for member in found] == ["a.jpg", "d/b.jpg", "hard.jpg"]
+    assert len(problems) == 1
+
+
+def test_devices_pipes_and_unknown_types_are_counted_and_folders_are_not(tmp_path: Path) -> None:
+    entries = [("d", 0, "5"), ("a", 0, "3"), ("b", 0, "6"), ("c.jpg", 5, "M"), ("e.jpg", 4, "0")]
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, size, kind in entries:
+            member = tarfile.TarInfo(name)
+            member.type, member.size = kind.encode(), size
+            tar.addfile(member, io.BytesIO(b"x" * size))
+    found, account = listing(path)
+    assert [member.name for member in found] == ["e.jpg"]
+    assert account.lines() == [
+        f"devices and pipes in tars: 2, such as {path}: a",
+        f"members of tars of the unknown type 'M': 1, {path}: c.jpg",
+    ]
+
+
+# -- what is not a tar, or not only one -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (gzip.compress(bytes(9000), mtime=0), "gzip-compressed"),
+        (b"\x28\xb5\x2f\xfd" + bytes(600), "zstd-compressed"),
+        (b"PK\x03\x04" + bytes(600), "a zip archive"),
+        (b"PAR1" + bytes(600) + b"PAR1", "a Parquet file"),
+        (b"<!DOCTYPE html><title>Sign in</title>" * 30, "a page of HTML"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "a document of XML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n", "a Git LFS pointer"),
+        (b"", "an empty file"),
+    ],
+)
+def test_what_is_called_tar_and_is_not_is_reported_for_what_it_is(tmp_path: Path, content: bytes, what: str) -> None:
+    (tmp_path / "a.tar").write_bytes(content)
+    found, problems = reports(tmp_path / "a.tar")
+    assert found == []
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{tmp_path}/a.tar: not a tar, but {what}")
+    with pytest.raises(SourceError, match=f"no image in .*\n  - .*/a.tar: not a tar, but {what}"):
+        forecast(PlanRequest(kind="image", arguments=(str(tmp_path),)), TEACHER)
+
+
+def test_a_damaged_tar_whose_first_name_looks_like_something_else_is_damaged(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", [("PAR1.jpg", 5, "0")], tarfile.GNU_FORMAT)
+    path.write_bytes(path.read_bytes().replace(b"0000644", b"0000645"))
+    assert "broken after 0 members (a damaged header)" in reports(path)[1][0]
+
+
+@pytest.mark.parametrize("padding", [0, BLOCK, 10_240, 204_800])
+def test_tars_one_after_the_other_are_read_as_one(tmp_path: Path, padding: int) -> None:
+    headers = {"path": "everywhere.jpg"}  # of the first tar alone
+    one = write(tmp_path / "1", [("a.jpg", 700, "0")], tarfile.PAX_FORMAT, pax_headers=headers).read_bytes()
+    two = write(tmp_path / "2", [("d", 0, "5"), ("b.jpg", 5, "0")], tarfile.USTAR_FORMAT).read_bytes()
+    (tmp_path / "a.tar").write_bytes(one + bytes(padding) + two + bytes(padding))
+    found = members(tmp_path / "a.tar")
+    assert [(member.name, member.size) for member in found] == [("everywhere.jpg", 700), ("b.jpg", 5)]
+    assert found[1].offset == len(one) + padding + 2 * BLOCK
+
+
+@pytest.mark.parametrize("rest", [b"x", b"a signature" * 100, b"x" * BLOCK + b"0" * 7])
+def test_bytes_after_the_end_that_are_no_tar_are_reported_with_their_size(tmp_path: Path, rest: bytes) -> None:
+    path = write(tmp_path / "a.tar", [("a.jpg", 5, "0")], tarfile.GNU_FORMAT)
+    end = path.stat().st_size
+    path.write_bytes(path.read_bytes() + rest)
+    found, problems = reports(path)
+    assert [member.name for member in found] == ["a.jpg"]
+    assert problems == [f"{path}: the {len(rest):,} bytes after its end, from byte {end:,}, are no tar"]
+
+
+def test_a_hole_of_zeros_in_the_middle_is_reported(tmp_path: Path) -> None:
+    """As a download leaves it that was given up after parts of the file."""
+    path = write(tmp_path / "a.tar", [(f"{i}.jpg", 900, "0") for i in range(10)], tarfile.GNU_FORMAT)
+    data = bytearray(path.read_bytes())
+    data[1536:4096] = bytes(4096 - 1536)  # ends within the data of a member
+    path.write_bytes(data)
+    found, problems = reports(path)
+    assert [member.name for member in found] == ["0.jpg"]
+    assert problems == [f"{path}: the {len(data) - 4096:,} bytes after its end, from byte 4,096, are no tar"]
+
+
+def test_an_empty_tar_is_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", [], tarfile.GNU_FORMAT)
+    assert listing(path)[1].lines() == [f"empty tars: 1, {path}"]
 
 
 @pytest.mark.parametrize("place", [0, 100, 124, 148, 156, 257, 345, 511])
@@ -160,7 +339,7 @@ def test_an_archive_cut_anywhere_is_reported_and_gives_what_is_before_the_cut(
     path = write(tmp_path / "a.tar", entries, data.draw(st.sampled_from(FORMATS[1:])))
     whole = members(path)
     end = whole[-1].offset + 2048
-    content = path.read_bytes()[: data.draw(st.integers(0, end + BLOCK - 1))]
+    content = path.read_bytes()[: data.draw(st.integers(1, end + BLOCK - 1))]
     path.write_bytes(content)
     found, problems = reports(path)
     assert found == [member for member in whole if member.offset <= len(content)]
@@ -201,6 +380,90 @@ def test_large_members_are_not_read_and_small_ones_not_one_by_one(tmp_path: Path
     reads, size = read_through(large)
     assert reads <= 52
     assert size < 0.02 * large.stat().st_size
+
+
+def test_a_file_system_that_gives_fewer_bytes_than_asked_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.tar", [(f"{i}.jpg", 700, "0") for i in range(9)], tarfile.USTAR_FORMAT)
+    whole, pread = members(path), os.pread
+    monkeypatch.setattr("os.pread", lambda file, size, offset: pread(file, min(size, 300), offset))
+    assert members(path) == whole
+
+
+def test_at_its_end_a_file_is_not_read_again(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 5000)
+    with open_window(str(tmp_path / "a")) as window:
+        assert window.get(4000, 4096) == b"x" * 1000
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr("os.pread")
+            assert (window.get(4999, 512), window.get(9000, 512)) == (b"x", b"")
+
+
+# -- images of a tar --------------------------------------------------------------------------------------------------
+
+
+def images(path: Path, names: list[str]) -> tuple[list[str], list[str]]:
+    """The members that are used of a tar with these, and what is said of the rest."""
+    write(path, [(name, at, "0") for at, name in enumerate(names, 1)], tarfile.PAX_FORMAT)
+    samples, account = accounted(WebDataset(stat_files([str(path)])))
+    return [names[sample.size - 1] for sample in samples], account.lines()
+
+
+@pytest.mark.parametrize(
+    ("extensions", "used"),
+    [
+        (["webp", "txt", "png", "jpg", "jpeg"], "jpg"),
+        (["webp", "jpeg", "png"], "png"),
+        (["webp", "JPEG"], "JPEG"),
+        (["gif", "json", "bmp"], "gif"),
+        (["bmp", "webp"], "webp"),
+    ],
+)
+def test_of_a_sample_with_several_images_one_is_used_and_the_rest_are_counted(
+    tmp_path: Path, extensions: list[str], used: str
+) -> None:
+    names = ["a.png", *(f"b.{extension}" for extension in extensions), "c.jpg"]
+    found, lines = images(tmp_path / "a.tar", names)
+    assert found == ["a.png", f"b.{used}", "c.jpg"]
+    further = [line for line in lines if line.startswith("further images of the same key")]
+    count = sum(extension not in ("txt", "json") for extension in extensions) - 1
+    assert len(further) == 1
+    assert f": {count}, " in further[0]
+
+
+def test_keys_that_come_again_later_keep_their_own_rows(tmp_path: Path) -> None:
+    assert images(tmp_path / "a.tar", ["a.jpg", "b.jpg", "a.png"]) == (["a.jpg", "b.jpg", "a.png"], [])
+
+
+def test_members_that_are_no_images_are_counted_by_kind(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    hidden = ["._a.jpg", "d/.b.jpg", "__MACOSX/c.jpg", "d/__MACOSX/c.jpg", ".thumbs/d.jpg", "./.cache/e.jpg"]
+    shown = ["./a.jpg", "../b.jpg", "d/c.JPG", "x__MACOSX/d.jpg", ".../e.txt"]
+    others = ["f", "g.2019", "h.jpg?w=200", "i.tar", "j.seg.npy", "k.left.jpg"]
+    found, lines = images(path, [*hidden, *shown, *others])
+    assert found == ["./a.jpg", "../b.jpg", "d/c.JPG", "x__MACOSX/d.jpg"]
+    assert sorted(lines) == [
+        f"hidden members of tars: 7, such as {path}: ._a.jpg",
+        f"members of tars that end in .seg.npy: 1, {path}: j.seg.npy",
+        f"members of tars that end in .tar: 1, {path}: i.tar",
+        "members of tars without an extension, or with none that is known (call images KEY.jpg, KEY.png, ...): 3, "
+        f"such as {path}: f",
+        f"members whose extension has more than one part (a key ends at the first dot): 1, {path}: k.left.jpg",
+    ]
+
+
+def test_a_linked_image_and_one_whose_name_is_not_utf8_read_as_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        member, link = tarfile.TarInfo("caf\xe9.jpg"), tarfile.TarInfo("tea.jpg")
+        member.size, link.type, link.linkname = 5, b"1", "caf\xe9.jpg"
+        tar.addfile(member, io.BytesIO(b"image"))
+        tar.addfile(link)
+    samples, account = accounted(WebDataset(stat_files([str(path)])))
+    assert account.lines() == []
+    read = {sample.key: read_encoded(sample.file, sample.offset, sample.size) for sample in samples}
+    assert read == {"caf\\xe9": b"image", "tea": b"image"}
 
 
 def read_through(path: Path) -> tuple[int, int]:

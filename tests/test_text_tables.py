@@ -11,8 +11,8 @@ import pytest
 
 from dimefm.errors import SourceError
 from dimefm.sources import open_text_source, parquet
-from tests.contracts.source_contract import listed
-from tests.making import write_parquet, write_tar, write_text
+from tests.contracts.source_contract import accounted, listed
+from tests.making import write_parquet, write_text
 
 
 def read(*paths: Path, column: str | None = None) -> tuple[list[tuple[str, str]], list[str]]:
@@ -26,6 +26,12 @@ def texts(*paths: Path, column: str | None = None) -> list[str]:
     found, reports = read(*paths, column=column)
     assert reports == []
     return [text for _, text in found]
+
+
+def counted(*paths: Path, column: str | None = None) -> tuple[list[tuple[str, str]], list[str]]:
+    """Keys and sentences, and the account, with files by their names."""
+    samples, account = accounted(open_text_source([str(path) for path in paths], column))
+    return [tuple(sample) for sample in samples], [line.replace(f"{paths[0].parent}/", "") for line in account.lines()]
 
 
 def write(folder: Path, kind: str, rows: list[dict[str, object]]) -> Path:
@@ -91,34 +97,39 @@ def test_a_column_without_tables_is_refused(tmp_path: Path) -> None:
 def test_a_number_is_a_column_of_a_file_without_a_header(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path, kind, [{"text": "1"}, {"text": "2"}])
     assert texts(path, column="0") == ["text", "1", "2"]
-    found, reports = read(path, column="1")
+    found, account = counted(path, column="1")
     assert found == []
-    assert reports == [
-        f"{path}: 3 lines are passed over (line 1 to begin with: it ends after column 0, counted from 0)"
-    ]
+    assert account == [f"lines with too few columns: 3, such as a.{kind}:1"]
 
 
 def test_a_field_that_the_first_objects_lack_may_come_later(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.jsonl", ['{"id": 1}', '{"id": 2, "caption": "c"}'])
-    found, reports = read(path)
+    found, account = counted(path)
     assert found == [("a.jsonl:2", "c")]
-    assert reports == [f"{path}: 1 lines are passed over (line 1 to begin with: there is no 'caption')"]
+    assert account == ["lines without 'caption': 1, a.jsonl:1"]
 
 
 # -- what is no text --------------------------------------------------------------------------------------------------
 
 
-def test_lines_of_jsonl_that_hold_no_text_are_counted_once(tmp_path: Path) -> None:
-    lines = ['{"text": "good"}', "{not json", '{"other": "x"}', '{"text": null}', '{"text": ["a"]}', "[1]", "", '"s"']
-    found, reports = read(write_text(tmp_path / "a.jsonl", [*lines, '{"text": "last"}']))
-    assert found == [("a.jsonl:1", "good"), ("a.jsonl:9", "last")]
-    assert reports == [f"{tmp_path}/a.jsonl: 6 lines are passed over (line 2 to begin with: not a JSON object)"]
+def test_lines_of_jsonl_that_hold_no_text_are_counted_by_reason(tmp_path: Path) -> None:
+    lines = ['{"text": "good"}', "{not json", '{"other": "x"}', '{"text": null}', '{"text": 3}', "[1]", "", '"s"', "\0"]
+    found, account = counted(write_text(tmp_path / "a.jsonl", [*lines, '{"text": " "}', '{"text": "last"}']))
+    assert found == [("a.jsonl:1", "good"), ("a.jsonl:11", "last")]
+    assert account == [
+        "lines that are no JSON object: 3, such as a.jsonl:2",
+        "lines without 'text': 1, a.jsonl:3",
+        "lines that are null: 1, a.jsonl:4",
+        "lines that are no strings: 1, a.jsonl:5",
+        "lines that are blank: 2, such as a.jsonl:7",
+        "lines with NUL bytes in them, which is damage: 1, a.jsonl:9",
+    ]
 
 
-def test_a_file_of_no_json_at_all_gives_nothing_but_a_report(tmp_path: Path) -> None:
-    found, reports = read(write_text(tmp_path / "a.jsonl", ["plain", "text", "[" * 100_000]))
+def test_a_file_of_no_json_at_all_gives_nothing_but_a_count(tmp_path: Path) -> None:
+    found, account = counted(write_text(tmp_path / "a.jsonl", ["plain", "text", "[" * 100_000]))
     assert found == []
-    assert reports == [f"{tmp_path}/a.jsonl: 3 lines are passed over (line 1 to begin with: not a JSON object)"]
+    assert account == ["lines that are no JSON object: 3, such as a.jsonl:1"]
 
 
 def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
@@ -141,11 +152,9 @@ def test_bytes_that_are_not_utf8_are_replaced_and_reported(tmp_path: Path, kind:
 def test_quotes_of_csv_may_hold_anything(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes('\ufeffid,text\r\n1,"a, ""b""\r\nand c"\r\n\r\n2,plain\r\n3\r\n'.encode())
-    found, reports = read(path)
+    found, account = counted(path)
     assert found == [("a.csv:2", 'a, "b" and c'), ("a.csv:5", "plain")]
-    assert reports == [
-        f"{path}: 1 lines are passed over (line 6 to begin with: it ends after column 0, counted from 0)"
-    ]
+    assert account == ["lines that are blank: 1, a.csv:4", "lines with too few columns: 1, a.csv:6"]
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
@@ -199,9 +208,9 @@ def test_parquet_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_folder_must_be_of_one_kind(tmp_path: Path) -> None:
     write(tmp_path, "jsonl", [{"text": "a"}])
     write(tmp_path, "jsonl.gz", [{"text": "b"}])
-    write_tar(tmp_path / "a.tar", {"a.txt": b"x"})
+    (tmp_path / "a.md").write_text("x")
     assert texts(tmp_path) == ["a", "b"]
     write(tmp_path, "csv", [{"text": "c"}])
-    with pytest.raises(SourceError, match=r"holds 2 \.jsonl and 1 \.csv files\n  remedy: name those .*\*\.csv"):
+    with pytest.raises(SourceError, match=r"holds 2 \.jsonl and 1 \.csv files\n  remedy: name those .*\*\*/\*\.jsonl"):
         texts(tmp_path)
     assert texts(tmp_path / "*.jsonl*") == ["a", "b"]

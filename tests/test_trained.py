@@ -20,15 +20,14 @@ from dimefm.clip import load_clip
 from dimefm.convert import convert
 from dimefm.errors import MismatchError, SourceError, TeacherError, TrainingError
 from dimefm.evaluation.models import open_model
-from dimefm.export import CONFIG_FILE, export
+from dimefm.export import CONFIG_FILE
 from dimefm.initial import with_initial
 from dimefm.objective import LossConfig
 from dimefm.recipes import sample
-from dimefm.run import read_run
+from dimefm.run import open_inputs, plan_run, write_run
 from dimefm.search import search
 from dimefm.store import Store
 from dimefm.student import note_preparing, student_spec
-from dimefm.train import train
 from dimefm.trained import Trained, facts_of_weights
 from dimefm.validate import student_preprocessing
 from pipeline.cache import CacheConfig, cache
@@ -283,17 +282,21 @@ def test_first_weights_in_a_folder_bring_their_config(tmp_path: Path, weights: s
 def test_a_run_begins_with_them_and_goes_on_as_it_began(
     image_store: Store, text_store: Store, tmp_path: Path, weights: str
 ) -> None:
-    folder = write_clip(tmp_path / "model")
+    folder, other = write_clip(tmp_path / "model"), (0.3, 0.3, 0.3)  # than the teacher's
+    path = tmp_path / "model" / CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "preprocess_cfg": {"mean": HALF, "std": other}}))
     words: dict[str, Any] = {"loss": LossConfig(vl=0.0, pvl=0.0, cosine=1.0), "batch_size": 8}
     config = tiny_config(image_store, text_store, tmp_path / "run", student="tiny", init=folder, max_steps=1, **words)
-    train(config)
-    before = read_run(config.out).student
-    assert (before.mean, before.std) == (HALF, (0.25,) * 3)
-    export(config.out, str(tmp_path / "student"))
-    assert json.loads((tmp_path / "student" / CONFIG_FILE).read_text())["preprocess_cfg"]["std"] == [0.25] * 3
-    (tmp_path / "model" / CONFIG_FILE).unlink()
-    train(replace(config, max_steps=2), ("max_steps",))  # the first weights are not asked about again
-    assert read_run(config.out).student == before
+    inputs = open_inputs(config)
+    plan: dict[str, Any] = {"machine": "m", "processes": 1, "order": "blocks"}
+    begun = plan_run(config, inputs, 1, allow_changes=(), done=0, **plan)
+    write_run(config.out, begun)
+    assert (begun.student.mean, begun.student.std) == (HALF, other)
+    assert student_preprocessing(begun.student).std == other  # as it is validated and exported
+    path.unlink()  # what it began with is not asked about again
+    longer = replace(config, max_steps=2)
+    again = plan_run(longer, inputs, 2, allow_changes=("max_steps",), done=1, **plan)
+    assert (again.student, again.steps) == (begun.student, 2)
 
 
 def test_a_student_squashes_where_its_teacher_does() -> None:

@@ -82,8 +82,8 @@ def _tar(rng: random.Random, folder: Path, name: str) -> int:
     write_tar(folder / f"{name}.tar", {one: rng.choice([JPEG, b""]) for one in sorted(names)})
     if rng.random() < 0.5:
         (folder / f"{name}.parquet").write_bytes(b"captions")
-        return len(names) + 1
-    return len(names)
+        return len(names or [name]) + 1
+    return len(names or [name])  # an empty one is counted itself
 
 
 def _parquet(rng: random.Random, folder: Path, name: str) -> int:

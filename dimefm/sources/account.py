@@ -21,7 +21,7 @@ class Account:
     def __init__(self) -> None:
         self.problems: list[str] = []
         """A line for each file that could not be read through, or not as it claims to be."""
-        self._skipped: dict[str, Skipped] = {}
+        self._skipped: dict[str, tuple[str, list[int]]] = {}  # by reason, an example and how many
 
     def problem(self, text: str) -> None:
         """Note damage, or what is likely a mistake, in a line that names the file."""
@@ -32,8 +32,9 @@ class Account:
         in parentheses says how to use them. Of its examples the first is kept."""
         if reason not in self._skipped and len(self._skipped) >= _MOST_REASONS:  # a reason may hold part of a name
             reason = _OTHER
-        known = self._skipped.get(reason, Skipped(reason=reason, count=0, example=line(example)))
-        self._skipped[reason] = Skipped(reason=reason, count=known.count + count, example=known.example)
+        if reason not in self._skipped:
+            self._skipped[reason] = line(example), [0]
+        self._skipped[reason][1][0] += count  # of which there are two for each image in a tar
 
     def add(self, other: Account) -> None:
         """Add what another account holds."""
@@ -43,11 +44,12 @@ class Account:
 
     def skipped(self) -> tuple[Skipped, ...]:
         """What was skipped, by reason, in the order in which the reasons came up."""
-        return tuple(self._skipped.values())
+        known = self._skipped.items()
+        return tuple(Skipped(reason=reason, count=count, example=one) for reason, (one, (count,)) in known)
 
     def lines(self) -> list[str]:
         """Both kinds as lines for a person."""
-        return [*map(show, self._skipped.values()), *map(line, self.problems)]
+        return [*map(show, self.skipped()), *map(line, self.problems)]
 
 
 def show(skipped: Skipped) -> str:

@@ -10,13 +10,15 @@ HEAD_BYTES = 128
 _LFS = b"version https://git-lfs.github.com/spec/"
 _BEGINNINGS = {
     "a Git LFS pointer, not the file itself (git lfs pull fetches it)": re.escape(_LFS),
-    "gzip-compressed (gunzip it)": rb"\x1f\x8b",
-    "zstd-compressed (unzstd it)": rb"\x28\xb5\x2f\xfd",
-    "bzip2-compressed (bunzip2 it)": rb"BZh[1-9]",
-    "xz-compressed (unxz it)": rb"\xfd7zXZ\0",
+    "gzip-compressed (decompress it: gzip -dc)": rb"\x1f\x8b",
+    "zstd-compressed (decompress it: zstd -dc)": rb"\x28\xb5\x2f\xfd",
+    "bzip2-compressed (decompress it: bzip2 -dc)": rb"BZh[1-9]",
+    "xz-compressed (decompress it: xz -dc)": rb"\xfd7zXZ\0",
+    "lz4-compressed (decompress it: lz4 -dc)": rb"\x04\x22\x4d\x18",
     "a zip archive (unzip it)": rb"PK\x03\x04",
     "a 7z archive (unpack it)": rb"7z\xbc\xaf\x27\x1c",
     "a page of HTML, as servers send in place of a file (fetch it again)": rb"\s*<(!doctype html|html|head|body)\b",
+    "a document of XML, as object stores send in place of a file (fetch it again)": rb"\s*<(\?xml|error)\b",
     "a Parquet file": rb"PAR1",
 }
 _COMPILED = {what: re.compile(beginning, re.IGNORECASE) for what, beginning in _BEGINNINGS.items()}

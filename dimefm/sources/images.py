@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 from dimefm import storage
 from dimefm.errors import SourceError
@@ -19,6 +20,11 @@ from dimefm.sources.tar import TarMember, tar_members
 from dimefm.sources.tsv_images import TsvImages
 from dimefm.sources.walking import below
 from dimefm.sources.window import URL_LEAP
+
+_PREFERRED = ("jpg", "png", "jpeg", "webp")
+_FURTHER = "further images of the same key (one is used: the first of jpg, png, jpeg, webp, others)"
+_HIDDEN = re.compile(r"(^|/)(\.[^./]|\.\.[^/]|__MACOSX/)")
+_EXTENSION = re.compile(r"[a-z][a-z0-9_]{0,11}(\.[a-z][a-z0-9_]{0,11})?")
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -64,18 +70,41 @@ class WebDataset:
 
 
 def _images(path: str, members: Iterable[TarMember], account: Account) -> Iterator[ImageSample]:
+    """The images of a tar. Of those that follow each other with the same key one is used: as in open_clip the first
+    of _PREFERRED, then the first in the tar."""
+    waiting: ImageSample | None = None
+    kind = last = ""
     for name, offset, size in members:
         key, extension = split_key(name)
-        if not key or key[-1] == "/":
+        if not key or key[-1] == "/" or ("/" in name and _HIDDEN.search(name)):
             account.skip("hidden members of tars", f"{path}: {name}")
-        elif extension in IMAGE_EXTENSIONS:
-            yield ImageSample(key, path, offset, size)
-        elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
-            account.skip(
-                "members whose extension has more than one part (a key ends at the first dot)", f"{path}: {name}"
-            )
+        elif extension not in IMAGE_EXTENSIONS:
+            account.skip(_no_image(extension), f"{path}: {name}")
+        elif key != last:
+            if waiting:
+                yield waiting
+            waiting, last, kind = ImageSample(key, path, offset, size), key, extension
+        elif _rank(extension) < _rank(kind):
+            account.skip(_FURTHER, f"{path}: {key}.{kind}")
+            waiting, kind = ImageSample(key, path, offset, size), extension
         else:
-            account.skip(f"members of tars that end in .{extension}", f"{path}: {name}")
+            account.skip(_FURTHER, f"{path}: {name}")
+    if waiting:
+        yield waiting
+
+
+def _rank(extension: str) -> int:
+    return _PREFERRED.index(extension) if extension in _PREFERRED else len(_PREFERRED)
+
+
+@lru_cache(1000)
+def _no_image(extension: str) -> str:
+    """Why a member is no image, by its extension, in lower case."""
+    if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+        return "members whose extension has more than one part (a key ends at the first dot)"
+    if _EXTENSION.fullmatch(extension):
+        return f"members of tars that end in .{extension}"
+    return "members of tars without an extension, or with none that is known (call images KEY.jpg, KEY.png, ...)"
 
 
 def _listed(asked: tuple[SourceFile, SourceFile | None]) -> tuple[list[ImageSample], Account]:

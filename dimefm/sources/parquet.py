@@ -7,7 +7,7 @@ import os
 import re
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, BinaryIO, NamedTuple
@@ -30,6 +30,11 @@ _FILES, _BLOCKS = 8, 4  # kept open, and kept decoded, in a process
 KEPT_BYTES = _BLOCKS * BLOCK_BYTES
 """Files that are no larger than this together are read by row as fast in any order."""
 
+_STRINGS = {kind().id for kind in (pa.string, pa.large_string, pa.string_view)}
+_BYTES = {pa.binary(1).id, *(kind().id for kind in (pa.binary, pa.large_binary, pa.binary_view))}
+_LISTS = {pa.list_(pa.null(), 1).id} | {
+    kind(pa.null()).id for kind in (pa.list_, pa.large_list, pa.list_view, pa.large_list_view)
+}
 _MAGIC = b"PAR1"
 _TAIL_BYTES = 1 << 16  # that Arrow reads first; they end with the length of the footer and _MAGIC
 _SIGNATURE_BYTES = 28  # of a footer that can be read though columns are encrypted
@@ -72,7 +77,8 @@ def columns_of(schema: pa.Schema) -> dict[str, Column]:
     """Every column by its name, and every field of structs as COLUMN.FIELD; columns come before fields. Where a file
     has several columns of the same name, none of them."""
     found: dict[str, Column] = {}
-    level = [Column((field.name,), field.type, field.name) for field in schema if schema.names.count(field.name) == 1]
+    times = Counter(schema.names)
+    level = [Column((field.name,), field.type, field.name) for field in schema if times[field.name] == 1]
     while level:
         below = list[Column]()
         for column in level:
@@ -177,22 +183,19 @@ def is_string(type_: pa.DataType) -> bool:
     """Whether values of this type are read as str."""
     if pa.types.is_dictionary(type_):
         return is_string(type_.value_type)
-    return any(is_such(type_) for is_such in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+    return type_.id in _STRINGS
 
 
 def is_bytes(type_: pa.DataType) -> bool:
     """Whether values of this type are read as bytes."""
     if pa.types.is_dictionary(type_):
         return is_bytes(type_.value_type)
-    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
-    return any(is_such(type_) for is_such in kinds)
+    return type_.id in _BYTES
 
 
 def is_list(type_: pa.DataType) -> bool:
     """Whether values of this type are read as lists; a map is none."""
-    types = pa.types
-    kinds = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
-    return any(is_such(type_) for is_such in kinds)
+    return type_.id in _LISTS
 
 
 def element(type_: pa.DataType) -> pa.DataType:

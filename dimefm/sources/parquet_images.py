@@ -84,8 +84,9 @@ class ParquetImages:
     def _column_of(self, file: pq.ParquetFile, path: str, account: Account) -> str | None:
         """The column of images; None where there is none and the file is counted."""
         if self._found and not _usable(file.schema_arrow, self._column):
-            what = f"a column {self._column!r}" if self._column else "a column"
-            reason = f"Parquet files without {what} of images (name one with --column)"
+            reason = "Parquet files without a column of images (name one with --column)"
+            if self._column:
+                reason = f"Parquet files without a column {self._column!r} of images"
             account.skip(reason, f"{path}, which has {_there(file.schema_arrow)}")
             return None
         return image_column(file, path, self._column)
@@ -104,7 +105,9 @@ def image_column(file: pq.ParquetFile, path: str, column: str | None) -> str:
     what = f"{path} has no column {column!r} of images" if column else f"{path} does not say which column is the images"
     remedy = "name one with --column NAME; images are binary, a struct with bytes, or lists of either"
     if any(_is_address(field) for field in schema) and not usable:
-        remedy += "; those at addresses can be downloaded, for example by img2dataset"
+        remedy += (
+            "; download what is at addresses, for example by img2dataset, and write base64 as the bytes it stands for"
+        )
     raise SourceError(f"{what}; there could be: {names}", remedy=remedy)
 
 
@@ -144,7 +147,7 @@ def _is_address(field: pa.Field) -> bool:
 def _there(schema: pa.Schema) -> str:
     """The names of the columns, and of which it could be thought that they are images."""
     address = next((field.name for field in schema if _is_address(field)), None)
-    note = f" ({address} holds strings, such as addresses, not images)" if address else ""
+    note = f" ({address} holds strings, such as addresses or base64, not images)" if address else ""
     return f"{', '.join(schema.names) or 'no columns'}{note}"
 
 

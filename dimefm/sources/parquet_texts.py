@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile, TextSample
+from dimefm.sources.fields import DEFAULTS, choose
+from dimefm.sources.lines import clean
 from dimefm.sources.parquet import (
     Column,
     DamagedParquetError,
@@ -24,7 +26,6 @@ from dimefm.sources.parquet import (
     strings,
     values_of,
 )
-from dimefm.sources.text_tables import DEFAULTS, _choose, _clean
 from dimefm.sources.walking import unreadable
 
 
@@ -80,7 +81,7 @@ class ParquetTexts:
             place, previous = (place + 1 if row == previous else 0), row
             if value is None:
                 account.skip("rows of Parquet files that are null", f"{self._path}, row {before + row}")
-            elif not (text := _clean(value)):
+            elif not (text := clean(value)):
                 account.skip("rows of Parquet files that are blank", f"{self._path}, row {before + row}")
             else:
                 key = f"{name}:{before + row}"
@@ -101,4 +102,4 @@ class ParquetTexts:
             what = f"{self._path}: column {other!r} holds {str(kinds[other])[:200]}, not strings"
             remedy = f"name a column of strings with --column NAME; there is: {', '.join(names) or 'none'}"
             raise SourceError(what, remedy=remedy)
-        return columns[_choose(names, self._column, self._path)]
+        return columns[choose(names, self._column, self._path)]

@@ -3,7 +3,8 @@
 Two kinds that are found in public: X.idx as DALI's wds2idx writes it (v1.2: extension, offset, size and name of each
 member, a line a sample), and X.json as hfutils and webshart do (filesize, and by name the offset and size of a file).
 A side file may be of another version of its tar. It is used only if its members fill the tar from end to end, which an
-added, removed or resized file would break, and if the headers at some of its places say the same.
+added, removed or resized file would break, and if the headers at some of its places say the same. The tar of one that
+leaves out a link, a device or a sparse file is read by its headers, which know what that is.
 """
 
 from __future__ import annotations
@@ -137,5 +138,5 @@ def _check(tar: SourceFile, members: list[TarMember]) -> None:
     for at in sorted({*odd, *range(0, len(members), step), len(members) - 1}):
         if first_between(tar.path, ends[at], members[at].offset) != members[at]:
             raise _UnfitError(f"{members[at].name!r} is not where it says")
-    if any(storage.read_bytes(tar.path, ends[-1], 2 * BLOCK)):
+    if any(storage.read_bytes(tar.path, ends[-1], tail)):
         raise _UnfitError("something follows its last member")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 
@@ -12,17 +10,20 @@ from dimefm.errors import SourceError
 from dimefm.inert import line
 from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import Joined, Source, SourceFile, TextSample
-from dimefm.sources.files import expand, is_glob, open_forward, require_damage, stat_files
+from dimefm.sources.files import expand, is_glob, require_damage, stat_files
+from dimefm.sources.json_texts import JsonArray
+from dimefm.sources.lines import BROKEN, NotTextError, clean, open_text, why_none
 from dimefm.sources.parquet_texts import ParquetTexts
-from dimefm.sources.text_tables import Delimited, JsonLines
+from dimefm.sources.tar_texts import TarTexts
+from dimefm.sources.text_tables import Delimited, JsonLines, Table
 from dimefm.sources.walking import below, children
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "templates.txt"
-_KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 class TextFile:
-    """A .txt or .txt.gz file in UTF-8, one sentence a line. The key of a sentence is file:line."""
+    """A .txt or .txt.gz file, one sentence a line, in UTF-8, or UTF-16 or UTF-32 with a byte order mark. The key of a
+    sentence is file:line."""
 
     def __init__(self, file: SourceFile) -> None:
         self._file, self._path = file, file.path
@@ -32,23 +33,27 @@ class TextFile:
         return [self._file]
 
     def samples(self, account: Account) -> Iterator[TextSample]:
-        """Every line that is not blank. Bytes that are not UTF-8 become U+FFFD, and the file is reported once."""
+        """Every line in which something shows; others are counted. Bytes that are not UTF-8 become U+FFFD, and the file
+        is reported once; so is one that is no text."""
         name = self._path.rpartition("/")[2]
-        broken = 0
-        number = 0
+        replaced = number = 0
         try:
-            with open_forward(self._path) as file:
-                for number, raw in enumerate(file, 1):
-                    line = (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode("utf-8", errors="replace")
-                    broken += "�" in line
-                    text = " ".join(line.split())
-                    if text:
+            with open_text(self._path) as file:
+                for number, line in enumerate(file, 1):
+                    replaced += "\ufffd" in line
+                    if text := clean(line):
                         yield TextSample(f"{name}:{number}", text)
-        except (EOFError, zlib.error, OSError) as error:
+                    else:
+                        account.skip(f"lines {why_none(line)}", f"{self._path}:{number}")
+        except NotTextError as error:
+            account.problem(f"{self._path}: {error}; no sentence is taken from it")
+        except BROKEN as error:
             require_damage(self._path, error)
             account.problem(f"{self._path}: broken after line {number} ({error}); what follows is lost")
-        if broken:
-            account.problem(f"{self._path}: {broken} lines are not UTF-8; the bad bytes were replaced")
+        if self._file.size == 0:
+            account.skip("empty files", self._path)
+        if replaced:
+            account.problem(f"{self._path}: {replaced} lines are not UTF-8; the bad bytes were replaced")
 
 
 class PromptSet:
@@ -110,16 +115,29 @@ def _lines(path: str) -> list[str]:
     return found
 
 
+_KINDS = {
+    ".txt": TextFile,
+    ".jsonl": JsonLines,
+    ".ndjson": JsonLines,
+    ".json": JsonArray,
+    ".csv": Delimited,
+    ".tsv": Delimited,
+    ".parquet": ParquetTexts,
+    ".tar": TarTexts,
+}
+_NEVER_GZ = (".parquet", ".tar")
+
+
 def open_text_source(
     arguments: list[str], column: str | None = None, account: Account | None = None
 ) -> Source[TextSample]:
-    """The source that the arguments name: text files and tables (globs and {000..009} ranges too), folders of either,
-    or folders of a labelled set, which stand for its prompts.
+    """The source that the arguments name: text files, tables and tars (globs and {000..009} ranges too), folders of
+    one of these, or folders of a labelled set, which stand for its prompts.
 
-    Text files are .txt, tables .jsonl, .csv, .tsv and .parquet; all but the last may end in .gz. The files of a folder,
-    at any depth, must be of one kind; what else is in it, or matches a glob, is counted in `account`. `column` is the
-    column or field of tables, by default the first of text, caption, sentence and TEXT; a number for .csv and .tsv
-    without a header.
+    Text files are .txt, tables .jsonl, .json, .csv, .tsv and .parquet; all but the last may end in .gz. Of .tar files
+    the .txt members are read, or with `column` a field of the .json members. The files of a folder, at any depth, must
+    be of one kind; what else is in it, or matches a glob, is counted in `account`. `column` is the column or field of
+    tables, by default the first of text, caption, sentence and TEXT; a number for .csv and .tsv without a header.
 
     Raises SourceError where an argument does not exist, holds no sentences or is of another kind, and where the first
     table has no such column. Later tables are looked at when their turn comes.
@@ -139,10 +157,10 @@ def open_text_source(
             what = f"{argument} holds no {', '.join(_KINDS)} file{found_instead(account.lines())}"
             raise SourceError(what, remedy="give files with one sentence a line, or tables with a column of them")
         parts += found
-    tables = [part for part in parts if isinstance(part, (JsonLines, Delimited, ParquetTexts))]
-    if column is not None and not tables:
+    if column is not None and all(isinstance(part, TextFile | PromptSet) for part in parts):
         what = f"--column {column}: there is no table among the sentences, and only those have columns"
-        raise SourceError(what, remedy=f"leave it out; tables are {', '.join(_KINDS[1:])}")
+        raise SourceError(what, remedy=f"leave it out; tables are {', '.join([*_KINDS][1:])}")
+    tables = [part for part in parts if isinstance(part, (Table, ParquetTexts))]
     if tables:
         tables[0].check()
     return Joined(parts)
@@ -150,16 +168,10 @@ def open_text_source(
 
 def _file(argument: str, file: SourceFile, column: str | None) -> Source[TextSample]:
     kind = _kind(file.path)
-    if kind == ".txt":
-        return TextFile(file)
-    if kind == ".jsonl":
-        return JsonLines(file, column)
-    if kind in (".csv", ".tsv"):
-        return Delimited(file, column)
-    if kind == ".parquet":
-        return ParquetTexts(file, column)
-    what = f"{argument}: {line(file.path)} is neither {', '.join(_KINDS)} nor a folder"
-    raise SourceError(what, remedy="give text files or tables; all but .parquet may be .gz")
+    if kind is None:
+        what = f"{argument}: {line(file.path)} is neither {', '.join(_KINDS)} nor a folder"
+        raise SourceError(what, remedy="give text files or tables; all but .parquet and .tar may be .gz")
+    return TextFile(file) if kind == ".txt" else _KINDS[kind](file, column)
 
 
 def _folder(argument: str, path: str, column: str | None, account: Account) -> list[Source[TextSample]]:
@@ -171,7 +183,7 @@ def _folder(argument: str, path: str, column: str | None, account: Account) -> l
     kinds = Counter(_kind(file.path) for file in files)
     if len(kinds) > 1:
         what = f"{argument} holds {' and '.join(f'{kinds[kind]:,} {kind}' for kind in _KINDS if kinds[kind])} files"
-        remedy = f"name those you mean, such as '{storage.join(argument, '**/*' + str(_kind(files[0].path)))}'"
+        remedy = f"name those you mean, such as '{storage.join(argument, f'**/*{kinds.most_common(1)[0][0]}')}'"
         raise SourceError(what, remedy=remedy)
     return [_file(argument, file, column) for file in files]
 
@@ -188,4 +200,6 @@ def _of_a_kind(files: list[SourceFile], account: Account) -> list[SourceFile]:
 def _kind(path: str) -> str | None:
     """Which of _KINDS a file is, with .gz or without."""
     name = path.lower().removesuffix(".gz")
-    return next((kind for kind in _KINDS if name.endswith(kind) and (name == path.lower() or kind != ".parquet")), None)
+    return next(
+        (kind for kind in _KINDS if name.endswith(kind) and (name == path.lower() or kind not in _NEVER_GZ)), None
+    )

@@ -19,22 +19,23 @@ _GROWTH = 4
 class Window:
     """The part of a file that was read last.
 
-    `read(offset, size)` gives bytes, fewer at the end. Reads grow from `least` to `most` bytes as long as what is
-    asked for lies near the end of the last, and are `least` again after a leap of more than `leap`.
+    `read(offset, size)` gives bytes, fewer only at the end of the file. Reads grow from `least` to `most` bytes as long
+    as what is asked for lies near the end of the last, and are `least` again after a leap of more than `leap`.
     """
 
     def __init__(self, read: Callable[[int, int], bytes], least: int, most: int, leap: int) -> None:
         self._read, self._least, self._most, self._leap, self._chunk = read, least, most, leap, least
-        self._start, self._data = 0, b""
+        self._start, self._data, self._last = 0, b"", False
 
     def get(self, offset: int, size: int) -> bytes:
         """The bytes [offset, offset + size), fewer where the file ends."""
         at = offset - self._start
-        if at < 0 or at + size > len(self._data):
+        if at < 0 or (at + size > len(self._data) and not self._last):
             leaps = not self._data or at < 0 or at - len(self._data) > self._leap
             self._chunk = self._least if leaps else min(_GROWTH * self._chunk, self._most)
-            self._data = self._read(offset, max(self._chunk, size))
-            self._start, at = offset, 0
+            wanted = max(self._chunk, size)
+            self._data = self._read(offset, wanted)
+            self._start, self._last, at = offset, len(self._data) < wanted, 0
         return self._data[at : at + size]
 
 
@@ -45,4 +46,12 @@ def open_window(path: str) -> Iterator[Window]:
         yield Window(lambda offset, size: storage.read_bytes(path, offset, size), 1 << 14, URL_BLOCK, URL_LEAP)
         return
     with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-        yield Window(lambda offset, size: os.pread(file.fileno(), size, offset), 1 << 12, 1 << 17, 1 << 16)
+        yield Window(lambda offset, size: _read(file.fileno(), offset, size), 1 << 12, 1 << 17, 1 << 16)
+
+
+def _read(file: int, offset: int, size: int) -> bytes:
+    """Bytes of an open file, fewer only at its end: some file systems give what they have at hand."""
+    data = os.pread(file, size, offset)
+    while len(data) < size and (more := os.pread(file, size - len(data), offset + len(data))):
+        data += more
+    return data

@@ -1,0 +1,83 @@
+"""Sentences in values of JSON: in a field of objects, which may be a field of objects within, or of those in lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from dimefm.errors import SourceError
+
+DEFAULTS = ("text", "caption", "sentence", "TEXT")
+"""Columns and fields that are taken where none is named."""
+
+_MOST_NAMES, _DEEPEST = 200, 4  # of fields that are looked at for their names
+_IN_A_LIST = 5  # elements of a list that are
+_MOST_SHOWN = 50
+
+
+class Found(NamedTuple):
+    """A value: where it is (of its file or of the lists that it is in, as `3:0`), its text, or why there is none, as
+    what follows `values`."""
+
+    place: str
+    text: str | None
+    why: str = ""
+
+
+def at_field(value: Any, field: str, place: str = "") -> Iterator[Found]:
+    """The strings in a field, FIELD or OUTER.INNER, of what is at `place`: one, or all those of a list. Without a field
+    those that `value` is itself."""
+    return _at(value, field.split(".") if field else [], place)
+
+
+def _at(value: Any, names: list[str], place: str) -> Iterator[Found]:
+    if isinstance(value, list):
+        if not value:
+            yield Found(place, None, "that are an empty list")
+        for number, one in enumerate(value):
+            yield from _at(one, names, f"{place}:{number}" if place else str(number))
+    elif names and isinstance(value, dict):
+        whole = ".".join(names)  # a name may have dots in it
+        if whole in value:
+            yield from _at(value[whole], [], place)
+        elif names[0] in value:
+            yield from _at(value[names[0]], names[1:], place)
+        else:
+            yield Found(place, None, f"without {whole!r}")
+    elif names:
+        yield Found(place, None, "that are no JSON objects")
+    elif value is None:
+        yield Found(place, None, "that are null")
+    else:
+        yield Found(place, value) if isinstance(value, str) else Found(place, None, "that are no strings")
+
+
+def names_of(values: Iterable[Any]) -> list[str]:
+    """The fields in which objects hold something else than objects, OUTER.INNER, as they come."""
+    names: dict[str, None] = {}
+    for value in values:
+        _collect(value, "", names, 0)
+    return list(names)
+
+
+def _collect(value: Any, name: str, names: dict[str, None], depth: int) -> None:
+    if isinstance(value, dict) and depth < _DEEPEST:
+        for key, one in value.items():
+            if len(names) < _MOST_NAMES:
+                _collect(one, f"{name}.{key}" if name else str(key), names, depth + 1)
+    elif isinstance(value, list) and any(isinstance(one, dict) for one in value[:_IN_A_LIST]):
+        for one in value[:_IN_A_LIST]:
+            _collect(one, name, names, depth)
+    elif name:
+        names.setdefault(name)
+
+
+def choose(names: list[str], column: str | None, path: str, or_else: str = "") -> str:
+    """`column`, or the first of DEFAULTS that is there. Raises SourceError with what is there."""
+    wanted = DEFAULTS if column is None else (column,)
+    for name in wanted:
+        if name in names:
+            return name
+    there = ", ".join([*names[:_MOST_SHOWN], *(["..."] if len(names) > _MOST_SHOWN else [])]) or "no column of strings"
+    what = f"{path} has no column {' or '.join(map(repr, wanted))}; there is: {there}"
+    raise SourceError(what, remedy=f"name the column with the sentences: --column NAME{or_else}")

@@ -1,0 +1,88 @@
+"""Sentences in the members of tars of samples, as WebDataset and img2dataset write them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+
+from dimefm.sources.account import Account
+from dimefm.sources.base import SourceFile, TextSample
+from dimefm.sources.fields import Found, at_field
+from dimefm.sources.images import split_key
+from dimefm.sources.lines import NotTextError, as_text, clean, why_none
+from dimefm.sources.tar import tar_members
+from dimefm.sources.walking import unreadable
+from dimefm.sources.window import open_window
+
+_MOST_BYTES = 64 << 20
+
+
+class TarTexts:
+    """A tar of samples: the lines of its .txt members are sentences, or with `column` that field of its .json members.
+
+    The key of a sentence is that of its member: the name up to the first dot after the last slash. Where the member has
+    several, :LINE follows, or the places in lists as :N.
+    """
+
+    def __init__(self, file: SourceFile, column: str | None = None) -> None:
+        self._file, self._path, self._column = file, file.path, column
+
+    def files(self) -> list[SourceFile]:
+        """The one file."""
+        return [self._file]
+
+    def samples(self, account: Account) -> Iterator[TextSample]:
+        """Every sentence, by member. Other members, and values that are no sentence, are counted."""
+        wanted = "txt" if self._column is None else "json"
+        replaced = 0
+        try:
+            with open_window(self._path) as window:
+                for name, offset, size in tar_members(self._path, account):
+                    key, extension = split_key(name)
+                    place = f"{self._path}: {name}"
+                    if not key or key[-1] == "/":
+                        account.skip("hidden members of tars", place)
+                    elif extension != wanted:
+                        account.skip(_other(extension), place)
+                    elif size > _MOST_BYTES:
+                        account.skip(f"members of tars with more than {_MOST_BYTES >> 20} MB of text", place)
+                    elif len(data := window.get(offset, size)) < size:
+                        account.skip("members of tars that are cut short", place)
+                    else:
+                        for sample in self._sentences(key, data, place, account):
+                            replaced += "\ufffd" in sample.text
+                            yield sample
+        except OSError as error:
+            raise unreadable(self._path, error) from error
+        if replaced:
+            account.problem(f"{self._path}: {replaced} sentences are not UTF-8; the bad bytes were replaced")
+
+    def _sentences(self, key: str, data: bytes, place: str, account: Account) -> Iterator[TextSample]:
+        if not data:
+            account.skip("empty members of tars", place)
+            return
+        try:
+            with as_text(io.BufferedReader(io.BytesIO(data))) as file:
+                if self._column is None:
+                    found = [Found(str(number), line) for number, line in enumerate(file, 1)]
+                else:
+                    found = list(at_field(json.load(file), self._column))
+        except NotTextError as error:
+            account.skip(f"members of tars that are no text: {error}", place)
+        except (ValueError, RecursionError):
+            account.skip("members of tars that are no JSON", place)
+        else:
+            what = "lines of .txt members" if self._column is None else "values in .json members"
+            for where, value, why in found:
+                if value is None:
+                    account.skip(f"{what} {why}", place)
+                elif text := clean(value):
+                    yield TextSample(key if len(found) == 1 else f"{key}:{where}", text)
+                else:
+                    account.skip(f"{what} {why_none(value)}", place)
+
+
+def _other(extension: str) -> str:
+    how = " (--column NAME reads a field of them)" if extension == "json" else ""
+    return f"members of tars that end in .{extension}{how}"
