@@ -34,6 +34,7 @@ from dimefm.machine import available_memory
 from dimefm.progress import Progress, amount
 from dimefm.recall import Setting, Tuned, held_out, tune
 from dimefm.store import Store, require_same_teacher
+from dimefm.usable import require_embeddings
 
 _TRAINED = "trained"
 
@@ -83,6 +84,7 @@ Runner = Callable[[Sequence[Part]], Iterable[Part]]
 def forecast(config: IndexConfig) -> IndexForecast:
     """What `build_index` would do over the whole store. Builds nothing."""
     store, memory = Store(config.store), _memory(config)
+    require_embeddings(store)
     rows, dim = store.schema.rows, store.schema.dim
     plan = plan_index(rows, dim, memory, config.factory)
     queries = Store(config.queries).schema.rows if config.queries else None
@@ -107,9 +109,11 @@ def build_index(
     store = Store(config.store)
     if not config.partial:
         store.require_complete()
+    require_embeddings(store)
     images = Store(config.queries) if config.queries else None
     if images is not None:
         images.require_complete()
+        require_embeddings(images)
         require_same_teacher(images, store)
     with writing(config.out):
         build = _Build(config, store, images)

@@ -9,6 +9,7 @@ from dimefm.machine import choose_device
 from dimefm.pairs import Search, retrieve
 from dimefm.progress import Progress
 from dimefm.store import Store, require_same_teacher
+from dimefm.usable import require_embeddings
 
 EXACT = "exact search"
 
@@ -32,12 +33,13 @@ def retrieve_stores(
     """The `top_k` sentences of every image, by an index over `texts` or, without one, by exact search on `device`.
 
     Raises MismatchError where the teachers differ or the index is over another store, StoreError where a store is
-    unfinished, and what `dimefm.pairs.retrieve` raises.
+    unfinished or has no embedding at all, and what `dimefm.pairs.retrieve` raises.
     """
     image_store, text_store = Store(images), Store(texts)
     for store, kind in ((image_store, "image"), (text_store, "text")):
         store.require_kind(kind)
         store.require_complete()
+        require_embeddings(store)
     require_same_teacher(image_store, text_store)
     search, name, digest = open_search(text_store, index, device)
     with Progress("retrieving", image_store.schema.rows, "image") as progress:

@@ -18,6 +18,7 @@ from dimefm.pairs import Pairs, require_pairs_match
 from dimefm.selected import SelectedTexts
 from dimefm.store import Store, require_same_teacher
 from dimefm.student import student_spec, text_spec
+from dimefm.usable import require_embeddings
 
 _FOLLOWS = {"images_data": "images", "texts_data": "texts", "pairs_digest": "pairs", "selection_digest": "selection"}
 """What is in the stores of a run, by the field of its config that names them: it may change where that may."""
@@ -34,11 +35,13 @@ class Inputs:
 
 
 def open_inputs(config: TrainConfig) -> Inputs:
-    """Open what a config names. Raises StoreError for what is unfinished, MismatchError for what does not fit."""
+    """Open what a config names. Raises StoreError for one that is unfinished or empty, MismatchError where they do
+    not fit."""
     images, texts = Store(config.images), Store(config.texts)
     for store, kind in ((images, "image"), (texts, "text")):
         store.require_kind(kind)
         store.require_complete()
+        require_embeddings(store)
     require_same_teacher(images, texts)
     pairs = Pairs(config.pairs) if config.pairs else None
     if pairs:

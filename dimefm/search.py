@@ -20,6 +20,7 @@ from dimefm.named import named
 from dimefm.preprocess import Preprocess
 from dimefm.retrieval import open_search
 from dimefm.store import Store
+from dimefm.usable import require_embeddings
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ def search(
     """The `top_k` rows nearest to each image file and then to each sentence, best first. `path` is an index, or a store
     that is searched exactly; its teacher encodes the queries, from where it was or from `teacher`.
 
-    Raises StoreError for what is neither, SourceError for an image that cannot be read, TeacherError or MismatchError
-    for a teacher that is not to be had or is another.
+    Raises StoreError for what is neither and where nothing is found, SourceError for an image that cannot be read,
+    TeacherError or MismatchError for a teacher that is not to be had or is another.
     """
     index = path if storage.exists(storage.join(path, SIDECAR_FILE)) else None
     store = _store_of(index) if index else _open_store(path)
@@ -60,6 +61,9 @@ def search(
     # In the store's type, so that what is a row of it has a cosine of 1 to itself.
     queries_QD = torch.cat(queries).cpu().numpy().astype(store.schema.dtype).astype(np.float32)
     scores_QK, rows_QK = found.search(queries_QD, min(top_k, store.schema.rows))
+    if not (rows_QK >= 0).any():
+        require_embeddings(store)
+        raise StoreError(f"{path}: nothing is found", remedy=f"search the store itself, {store.path}")
     return [_hits(store, scores_K, rows_K) for scores_K, rows_K in zip(scores_QK, rows_QK, strict=True)]
 
 
@@ -67,7 +71,7 @@ def show(query: str, hits: Sequence[Hit]) -> str:
     """A query, and below it a line for each hit: cosine, row, sentence or key, and where it is from. Of float16 vectors
     a fourth digit of a cosine is noise."""
     if not hits:
-        return f"{line(query)}\n  nothing: no row has an embedding"
+        return f"{line(query)}\n  nothing is found"
     width = len(str(max(hit.row for hit in hits)))
     lines = [f"  {hit.score:6.3f}  row {hit.row:<{width}}  {_what(hit.entry)}" for hit in hits]
     return "\n".join([line(query), *lines])

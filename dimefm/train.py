@@ -148,7 +148,8 @@ class _Trainer:
         scores: dict[str, float] = {}
         validate_every = max(1, round(config.val_every * feed.per_epoch))
         log, vote = RunLog(config.out, first=first, steps=steps, enabled=self.place.first), Vote(self.place)
-        for note in [*notes, *note_preparing(self.spec, self.inputs.images.schema.teacher)]:
+        said = self.validation.take_notes() if self.validation else []
+        for note in [*notes, *note_preparing(self.spec, self.inputs.images.schema.teacher), *said]:
             log.note(note)
         memory = out_of_memory(config.batch_size // self.place.world, config.accumulate, self.spec.image_size)
         with log, self.saving, Stopping() as stopping, self._reading(stopping), memory:
@@ -169,6 +170,8 @@ class _Trainer:
                     began = time.monotonic()
                     scores = self._validate()
                     log.validation(done, scores, time.monotonic() - began)
+                    for note in self.validation.take_notes():
+                        log.note(note)
                 self.saving.check()
                 if save:
                     log.flush()

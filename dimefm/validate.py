@@ -51,12 +51,17 @@ class Validation:
         """`texts` has the prompts' embeddings; None for a student with a text tower, whose `tokenizer` is then wanted.
         Towers compute in `dtype`.
 
-        Raises MismatchError where a prompt of a set is not in `texts`.
+        Raises MismatchError where a prompt of a set is not in `texts`, SourceError for a set of which no image can be
+        read.
         """
         self._spec, self._tokenizer, self._place, self._dtype = spec, tokenizer, place, dtype
         self._preprocess = Preprocess(student_preprocessing(spec))
         self._sets = open_folders(sets)
         self._require_classes()
+        for images in self._sets:
+            images.require_readable(self._preprocess)
+        self._notes = [f"--val {images.name}: {note}" for images in self._sets for note in images.notes]
+        self._counted = False
         if texts is not None:
             self._classes = from_first(self._look_up_classes(texts) if place.first else [], place)
 
@@ -78,12 +83,29 @@ class Validation:
                 partial(self._answers, image, classes[i][number].to(self._place.device))
                 for i, (image, _) in enumerate(towers.values())
             ]
-            counts += correct(share, answers, self._preprocess, 256 if self._place.device.type == "cuda" else 64)
+            size = 256 if self._place.device.type == "cuda" else 64
+            right, readable = correct(share, answers, self._preprocess, size)
+            counts += [*right, readable]
         for tower, was in zip(modules, training, strict=True):
             tower.train(was)
-        names = [(images, name) for images in self._sets for name in towers]
-        found = zip(names, add_up(counts, self._place), strict=True)
-        return {f"{images.name}{name}": right / len(images.samples) for (images, name), right in found}
+        names = [(images, name) for images in self._sets for name in (*towers, None)]
+        found = list(zip(names, add_up(counts, self._place), strict=True))
+        self._note_unread({images.name: (n, len(images.samples)) for (images, name), n in found if name is None})
+        return {f"{images.name}{name}": n / len(images.samples) for (images, name), n in found if name is not None}
+
+    def take_notes(self) -> list[str]:
+        """What is to be said of the sets, and was not before: what of them is not used, and what cannot be read."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    def _note_unread(self, readable: dict[str, tuple[int, int]]) -> None:
+        if not self._counted:
+            self._notes += [
+                f"--val {name}: {total - count:,} of {total:,} images cannot be read, and count as wrong"
+                for name, (count, total) in readable.items()
+                if count < total
+            ]
+        self._counted = True
 
     def _answers(self, tower: Any, classes_CD: torch.Tensor, pixels_B3HW: torch.Tensor) -> torch.Tensor:
         """The class of the largest cosine (B,)."""
@@ -133,14 +155,15 @@ def correct(
     answers: Sequence[Callable[[torch.Tensor], torch.Tensor]],
     preprocess: Callable[[bytes], torch.Tensor],
     batch_size: int,
-) -> list[int]:
+) -> tuple[list[int], int]:
     """How many images each of `answers`, from uint8 (B, 3, H, W) to classes (B,), gives the right class; none gives it
-    to an image that cannot be read."""
-    labels_N, counts = torch.from_numpy(images.classes), [0] * len(answers)
+    to an image that cannot be read. And how many can be."""
+    labels_N, counts, readable = torch.from_numpy(images.classes), [0] * len(answers), 0
     for pixels_B3HW, places_B in images.batches(preprocess, batch_size, max(2, cpus() // processes_here())):
+        readable += len(places_B)
         for i, answer in enumerate(answers):
             counts[i] += int((answer(pixels_B3HW).cpu() == labels_N[places_B]).sum())
-    return counts
+    return counts, readable
 
 
 def _look_up(wanted: set[str], store: Store) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from cache_schemas import EmbeddingStore, SourceSummary, ViewPlan, to_plain
 from dimefm.clip import Clip, load_clip, teacher_precision
 from dimefm.crashes import running
-from dimefm.errors import DimefmError
+from dimefm.errors import DimefmError, StoreError
 from dimefm.inert import line, say
 from dimefm.lock import writing
 from dimefm.machine import Precision, available_memory, choose_device, cpus
@@ -21,6 +21,7 @@ from dimefm.sources.account import first, show
 from dimefm.sources.files import expand
 from dimefm.store import Store
 from dimefm.trained import Trained
+from dimefm.usable import as_list, listed, require_embeddings
 from pipeline.existing import arguments_there, is_planned, require_no_stranger
 from pipeline.plan import Forecast, PlanRequest, forecast, open_or_plan
 from pipeline.probe import PROBE_ROWS, Rates, measure
@@ -72,7 +73,8 @@ def cache(config: CacheConfig) -> Store:
     """Run the job to its end, or go on with it where an earlier run stopped; the finished store.
 
     With `accept_missing`, images whose file is gone or refused since they were planned are left without an embedding;
-    else they are an UnreadableError. Raises a DimefmError for whatever the user can mend; shards that were committed
+    else they are an UnreadableError. Raises a DimefmError for whatever the user can mend, StoreError where no row of
+    the finished store has an embedding, or `retry_failed` mended none of those without; shards that were committed
     stay.
     """
     with allowing(config.sources):
@@ -104,8 +106,11 @@ def _cache(config: CacheConfig) -> Store:
             schemes=allowed(),
         )
         workers = _workers(config, device, store.schema.rows, weight_bytes)
-        if len(store.committed()) == store.schema.shards and not config.retry_failed:
+        finished = len(store.committed()) == store.schema.shards
+        if finished and not config.retry_failed:
+            require_embeddings(store)
             return store
+        failed = sum(pending_shards(store, retry=True).values()) if finished else 0
         with running(store.path) as died:
             # An image may have crashed the last run: on Ray only a worker is lost to it, and another goes on.
             alone = config.ray_address is None and not (died and config.kind == "image")
@@ -119,6 +124,10 @@ def _cache(config: CacheConfig) -> Store:
 
                     clip = None  # the memory is for the workers' own
                     run_shards(part, workers=workers, address=config.ray_address)
+        require_embeddings(store)
+        if failed and failed == sum(pending_shards(store, retry=True).values()):
+            what = f"{store.path}: none of the {failed:,} rows that had failed could be mended{as_list(store)}"
+            raise StoreError(what, remedy=f"mend the files first; {listed(store)}")
     return store
 
 

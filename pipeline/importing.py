@@ -31,6 +31,7 @@ from dimefm.sources.reading import read_encoded
 from dimefm.store import Store, create_store
 from dimefm.tables import write_plan
 from dimefm.trained import Trained
+from dimefm.usable import require_embeddings
 from pipeline.causes import likely_cause
 from pipeline.clip_retrieval import Folder, Kind
 from pipeline.existing import is_planned, require_no_stranger, require_same, source_digest
@@ -78,7 +79,8 @@ def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lamb
     first.
 
     Raises SourceError for a folder in another layout, or sources with none of its images; MismatchError for another
-    teacher, or a store at `out` of another folder, teacher or setting; OutputExistsError.
+    teacher, or a store at `out` of another folder, teacher or setting; StoreError where no row has an embedding;
+    OutputExistsError.
     """
     with allowing(config.sources):
         return _import(config, report)
@@ -117,6 +119,7 @@ def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
         else:
             store = _plan(config, folder, source, files, shard_rows, clip, account, report)
         _write(store, folder, unmatched_fail=source is not None)
+        require_embeddings(store)
     return store
 
 
@@ -233,6 +236,11 @@ def _check(
             cosines[row] = float(embedding_1D[0].astype(np.float32) @ again_D)
             if data and cosines[row] < _LEAST_COSINE:
                 misfits.append((data, embedding_1D[0].astype(np.float32)))
+    if not cosines and not config.accept:
+        zero = sum(not folder.read(row, row + 1)[1][0] for row in keys)
+        what = f"{folder.root}: of {len(keys)} rows none can be encoded again and compared: {zero} are NaN, infinite or"
+        what += f" zero, of {len(keys) - zero} the {config.kind} cannot be read, such as row {min(keys)}"
+        raise SourceError(what, remedy="look at the vectors and the images; --accept takes them as they are")
     mean = float(np.mean(list(cosines.values()))) if cosines else float("nan")
     found = f"mean cosine {mean:.4f} to {config.teacher}, over {len(cosines)} of {len(rows_N)} rows encoded again"
     weakest = int(matches.parts_N[rows_N[0]]) if matches else 0

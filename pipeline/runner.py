@@ -23,7 +23,7 @@ from dimefm.errors import DimefmError, StoreError, UnreadableError
 from dimefm.machine import cpus
 from dimefm.progress import Progress
 from dimefm.store import Store
-from pipeline.worker import SHARDS_AT_ONCE, Job, Worker, pending_shards, progress_of
+from pipeline.worker import SHARDS_AT_ONCE, Job, Worker, none_usable, pending_shards, progress_of
 
 _LOST = (RayActorError, OutOfMemoryError)  # the second where Ray ended a worker because the node's memory was full
 _TRIES = 3
@@ -107,7 +107,7 @@ class _Supervisor:
         self._flying: dict[Any, tuple[Any, int | None]] = {}  # reference: actor, its shard; None while it starts
         self._running: dict[Any, int] = {}  # actors that have started: how many shards each has
         self._counted: dict[int, int] = {}  # rows of shards in flight
-        self._told = set[str]()
+        self._told, self._told_of_none = set[str](), False
         self._aside = 0  # actors that could not read
         self._unread: dict[int, str] = {}  # shards that could not be read, and where
 
@@ -170,6 +170,9 @@ class _Supervisor:
         if shard is not None:
             if actor in self._running:  # not lost since
                 self._running[actor] -= 1
+            if self._pending and not self._told_of_none and (said := none_usable(told)):
+                self._told_of_none = True
+                progress.note(said)
             return self._rows[shard]
         self._running[actor] = 0
         self._tries.pop(None, None)

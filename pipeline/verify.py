@@ -33,6 +33,7 @@ from dimefm.hub import require_here
 from dimefm.lock import writing
 from dimefm.shard import compare_again
 from dimefm.store import Store
+from dimefm.usable import failures_by_status
 from pipeline.repeats import as_array, repeats
 
 _NORM_OFF = 2e-3  # float16 of a unit vector
@@ -55,7 +56,7 @@ class VerifyConfig:
 @dataclass
 class Report:
     """What was found. `bad` are the shards that must be written again; `faults` are those of the store as a whole,
-    which cannot be mended that way."""
+    which cannot be mended that way. `empty` says why no row has an embedding, where none has."""
 
     store: str
     rows: int
@@ -64,12 +65,13 @@ class Report:
     bad: dict[int, list[str]] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
     repaired: bool = False
 
     @property
     def trusted(self) -> bool:
-        """Whether everything that is there is as it was written, and everything is there."""
-        return not self.bad and not self.faults and self.done == self.shards
+        """Whether everything that is there is as it was written, everything is there, and there is an embedding."""
+        return not self.bad and not self.faults and self.done == self.shards and not self.empty
 
     def show(self) -> str:
         """The report in lines."""
@@ -80,6 +82,7 @@ class Report:
         if len(found) > _SHOWN:
             lines.append(f"  bad   and {len(found) - _SHOWN:,} more")
         lines += [f"  note  {inert.line(note)}" for note in self.notes]
+        lines += [f"  failed  {inert.line(one)}" for one in self.empty]
         return "\n".join([*lines, f"  {self._verdict()}"])
 
     def _verdict(self) -> str:
@@ -91,8 +94,10 @@ class Report:
             return f"the store must not be trusted; {again}"
         if self.faults:
             return "the store must not be trusted"
-        if not self.trusted:
+        if self.done < self.shards:
             return "the store is unfinished: run the command that writes it again; what is there can be trusted"
+        if self.empty:
+            return "the store is as it was written, but no row has an embedding: mend the source, and write it again"
         return "the store can be trusted"
 
 
@@ -127,6 +132,8 @@ def _check(store: Store) -> Report:
             report.bad[shard] = problems
     _check_documents(store, report)
     _check_foreign(store, report)
+    if not report.bad and store.contents.shards and not store.contents.good:
+        report.empty = failures_by_status(store)
     repeated = keys.repeated()
     if schema.kind == "image" and repeated != schema.source.repeated_keys:
         report.faults.append(f"{repeated:,} keys are repeated, where the source had {schema.source.repeated_keys:,}")

@@ -26,6 +26,7 @@ from dimefm.named import allow
 from dimefm.progress import Progress
 from dimefm.shard import check_canary, encode_shard, retry_shard
 from dimefm.store import Store
+from dimefm.usable import failed_counts, require_embeddings
 from pipeline.probe import PROBE_ROWS, measure
 
 SHARDS_AT_ONCE = {"cpu": 1, "cuda": 2}
@@ -107,7 +108,11 @@ class Worker:
     def encode(self, shard: int, done: Callable[[int], None] = _nobody, careful: bool = False) -> Commit:
         """Encode and commit one shard; `done` is told how many of its rows are. On another thread a second one may be
         under way: while one has the teacher, the other reads and decodes its first rows, or writes its results. For
-        `careful` see dimefm.shard.encode_shard."""
+        `careful` see dimefm.shard.encode_shard.
+
+        Raises StoreError, with the shard kept, where all that the teacher gave so far is NaN or infinite: more of it
+        would cost hours and be worth nothing.
+        """
         assert self._clip is not None, "start comes first"
         self._rows[shard] = 0
 
@@ -118,7 +123,7 @@ class Worker:
         work = retry_shard if self._job.retry else encode_shard
         try:
             with _named_memory(self._store.schema):
-                return work(
+                commit = work(
                     self._store,
                     shard,
                     self._clip,
@@ -130,6 +135,9 @@ class Worker:
                 )
         finally:
             del self._rows[shard]
+        if commit.counts.keys() == {Status.NOT_FINITE.name} and not self._store.contents.good:
+            require_embeddings(self._store, remedy="look at the teacher, or give another --precision and --out")
+        return commit
 
     def rows(self) -> dict[int, int]:
         """Of each shard that is under way, the rows that are encoded."""
@@ -180,10 +188,13 @@ def run_here(job: Job, clip: Clip) -> None:
     storage.remove_leftovers(store.path)
     total, done = progress_of(store, pending, retry=job.retry)
     worker, order = Worker(job, clip.on(job.device)), sorted(pending)
-    encoded, stopped = dict[int, int](), threading.Event()
+    encoded, stopped, told = dict[int, int](), threading.Event(), list[str]()
 
     def encode(shard: int) -> None:
-        worker.encode(shard, partial(show, shard))
+        commit = worker.encode(shard, partial(show, shard))
+        if shard != order[-1] and not told and (said := none_usable(commit)):
+            told.append(said)
+            progress.note(said)
 
     def show(shard: int, rows: int) -> None:
         if stopped.is_set():
@@ -207,6 +218,14 @@ def run_here(job: Job, clip: Clip) -> None:
             except BaseException:
                 stopped.set()  # the shard beside the one that failed
                 raise
+
+
+def none_usable(commit: Commit) -> str | None:
+    """What to say of a shard of which every row failed."""
+    if Status.OK.name in commit.counts:
+        return None
+    counts = ", ".join(f"{status} {count:,}" for status, count in failed_counts(commit).items())
+    return f"no row of shard {commit.shard} has an embedding ({counts}): dimefm info STORE says why, while this goes on"
 
 
 class _StoppedError(Exception):

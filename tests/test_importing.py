@@ -460,7 +460,7 @@ def test_rows_that_cannot_be_compared_do_not_count_as_equal(
     tmp_path: Path, config: ImportConfig, captions: list[str], text_vectors: np.ndarray
 ) -> None:
     folder = write_folder(tmp_path / "in", "text", np.zeros_like(text_vectors), {"caption": captions})
-    with pytest.raises(MismatchError, match="0 of 8 rows"):
+    with pytest.raises(SourceError, match="8 are NaN, infinite or zero"):
         import_embeddings(of(config, folder))
 
 

@@ -154,7 +154,7 @@ def test_an_index_over_one_row_can_be_built(tmp_path: Path) -> None:
 
 def test_a_store_without_any_embedding_is_refused(tmp_path: Path) -> None:
     store, _ = random_store(tmp_path / "s.zarr", rows=4, shard_rows=16, failed=(0, 1, 2, 3))
-    with pytest.raises(StoreError, match="has no embedding at all"):
+    with pytest.raises(StoreError, match="none of its 4 images has an embedding"):
         build_index(config_for(store, tmp_path))
 
 

@@ -119,7 +119,7 @@ def test_of_a_sentence_its_text_and_key_are_printed(text_store: Store, text_file
 def test_a_hit_is_one_line_whatever_its_sentence() -> None:
     hits = [Hit(0.5, 7, {"text": "a dog\n on\ta  log", "key": "a.txt:8"}), Hit(-0.25, 12, {"text": "", "key": "k"})]
     assert show("q", hits) == "q\n   0.500  row 7   a dog on a log  (a.txt:8)\n  -0.250  row 12    (k)"
-    assert show("q", []) == "q\n  nothing: no row has an embedding"
+    assert show("q", []) == "q\n  nothing is found"
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

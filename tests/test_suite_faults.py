@@ -223,7 +223,10 @@ def test_all_images_unreadable_is_no_result_of_chance(model: str, tmp_path: Path
     changed(tmp_path / "sets", "mnist", **{f"s{i:07d}_jpg": b"x" for i in range(IMAGES)})
     changed(tmp_path / "sets", "flickr30k", **{f"s{i:07d}_jpg": b"x" for i in range(IMAGES)})
     done = measured(model, tmp_path / "sets", "mnist", "flickr30k")
-    assert [(result.unreadable, result.value) for result in done.results] == [(IMAGES, 0), (IMAGES, 0)]
+    assert done.results == []
+    expected = f"none of the {IMAGES} images has features\n  - UNDECODABLE: {IMAGES}, such as row 0 (s0000000"
+    assert all(expected in str(error) for _, error in done.failed)
+    assert [name for name, _ in done.failed] == ["mnist", "flickr30k"]
 
 
 def test_what_is_said_of_an_image_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -93,17 +93,17 @@ def test_top1_agrees_with_numpy_and_broken_images_are_wrong(
 ) -> None:
     classes_CD = unit(np.random.default_rng(2).standard_normal((CLASSES, WIDTH))).astype(np.float32)
     other_CD = np.roll(classes_CD, 1, axis=0)
-    found = correct(images, [answers(classes_CD), answers(other_CD)], preprocess, batch_size)
+    found, readable = correct(images, [answers(classes_CD), answers(other_CD)], preprocess, batch_size)
     assert [right / len(labels) for right in found] == [
         pytest.approx(by_numpy(images, one_CD, labels)) for one_CD in (classes_CD, other_CD)
     ]
-    assert 0 < found[0] < len(labels)
+    assert 0 < found[0] < readable == len(labels) - len(BROKEN)
 
 
 def test_a_perfect_model_is_right_on_all_but_the_broken(images: ImageSet, labels: np.ndarray) -> None:
     readable = iter(np.delete(labels, BROKEN))
     found = correct(images, [lambda pixels: torch.tensor([next(readable) for _ in pixels])], preprocess, 5)
-    assert found == [37]
+    assert found == ([37], 37)
 
 
 def test_class_embeddings_are_the_normalised_mean_of_unit_prompts() -> None:

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from dimefm import inert, storage
-from dimefm.errors import DimefmError
+from dimefm.errors import DimefmError, StoreError
 from dimefm.evaluation import metrics
 from dimefm.evaluation.results import Pooled, pool, read_results
 from dimefm.evaluation.summary import suites
@@ -70,13 +70,28 @@ class Table:
 
 
 def compare(folders: Sequence[str], *, published: bool = True) -> Table:
-    """The results in these folders (or results.jsonl files), a column each. Raises StoreError."""
+    """The results in these folders (or results.jsonl files), a column each. Raises StoreError where one has none, and
+    where no two have a line in common."""
     models = [pool(read_results(folder)) for folder in folders]
+    for folder, pooled in zip(folders, models, strict=True):
+        if not pooled:
+            raise StoreError(f"{folder} has no result", remedy="dimefm evaluate MODEL SET... writes them")
     columns = [_measured(folder, pooled) for folder, pooled in zip(folders, models, strict=True)]
+    _require_common(folders, columns)
     if published:
         text = (resources.files("dimefm.evaluation") / "published.json").read_text(encoding="utf-8")
         columns += [_published(one) for one in json.loads(text)]
     return Table(columns, _notes(models))
+
+
+def _require_common(folders: Sequence[str], columns: list[Model]) -> None:
+    lines = [name for model in columns for name in model.cells]
+    if len(columns) > 1 and len(set(lines)) == len(lines):
+        found = "".join(
+            f"\n  - {folder}: {', '.join([*model.cells][:3])}" for folder, model in zip(folders, columns, strict=True)
+        )
+        what = f"the models have no set and protocol in common{found}"
+        raise StoreError(what, remedy="evaluate them on the same sets; one alone is shown by itself")
 
 
 def write_table(table: Table, path: str) -> None:

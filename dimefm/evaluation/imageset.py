@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from cache_schemas import Status
 from dimefm.decode import DecodeError
 from dimefm.errors import SourceError, UnreadableError
 from dimefm.loading import RUN_AGAIN, read_image
+from dimefm.sources.account import found_instead
 from dimefm.sources.base import ImageSample, SourceFile
 from dimefm.sources.texts import prompt
 
@@ -83,9 +85,22 @@ class ImageSet:
             following = pool.map(load, list(islice(places, batch_size)))
             while loaded := list(following):
                 following = pool.map(load, list(islice(places, batch_size)))
-                good = [(place, image) for place, image in loaded if image is not None]
+                good = [(place, image) for place, image in loaded if isinstance(image, torch.Tensor)]
                 if good:
                     yield torch.stack([image for _, image in good]), torch.tensor([place for place, _ in good])
+
+    def require_readable(self, preprocess: Callable[[bytes], torch.Tensor]) -> None:
+        """Raises SourceError, after all of them were tried, where not one image can be read; UnreadableError as
+        `batches` does."""
+        load, reasons = _Loader(self.samples, preprocess), Counter[str]()
+        for place in range(len(self.samples)):
+            _, found = load(place)
+            if isinstance(found, torch.Tensor):
+                return
+            reasons[str(found)] += 1
+        said = found_instead([f"{count:,} images: {reason}" for reason, count in reasons.most_common()])
+        what = f"{self.where}: none of the {len(self.samples):,} images can be read{said}"
+        raise SourceError(what, remedy="mend them, or name another set")
 
 
 @dataclass(frozen=True)
@@ -93,18 +108,18 @@ class _Loader:
     samples: list[ImageSample]
     preprocess: Callable[[bytes], torch.Tensor]
 
-    def __call__(self, place: int) -> tuple[int, torch.Tensor | None]:
+    def __call__(self, place: int) -> tuple[int, torch.Tensor | DecodeError]:
         sample = self.samples[place]
         data = read_image(sample._asdict())
         if isinstance(data, DecodeError):
             if sample.size > 0 and data.status in (Status.MISSING, Status.TRUNCATED):
                 remedy = f"put the set back as it was, and {RUN_AGAIN}"
                 raise UnreadableError(f"{sample.file} has changed since the set was opened: {data}", remedy=remedy)
-            return place, None
+            return place, data
         try:
             return place, self.preprocess(data)
-        except DecodeError:
-            return place, None
+        except DecodeError as error:
+            return place, error
 
 
 @dataclass(kw_only=True)

@@ -46,6 +46,8 @@ def find_sets(names: tuple[str, ...], root: str | None) -> tuple[list[SetDefinit
     found = [known.get(name) or aliases[name] for name in names] or list(known.values())
     if root is None:
         return found, {}
+    if not storage.is_url(root) and not Path(root).is_dir():
+        raise SourceError(f"{root} is no folder", remedy="give --data the folder that has one for each set")
     places = {d.name: next(_folders(d, storage.absolute(root)), "") for d in found}
     return found, {name: place for name, place in places.items() if place}
 

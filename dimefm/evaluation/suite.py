@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cache_schemas import digest_of, to_plain
+from cache_schemas import Failure, Status, digest_of, to_plain
 from cache_schemas.evaluation import (
     FEATURES,
     PREDICTIONS,
@@ -39,6 +39,7 @@ from dimefm.evaluation.text_embeddings import TextEmbeddings
 from dimefm.lock import writing
 from dimefm.named import allowing
 from dimefm.store import Store
+from dimefm.usable import as_list
 
 
 @dataclass
@@ -98,8 +99,7 @@ class _Evaluator:
             except SourceError as error:
                 done.failed.append((one.name, error))
         if not done.results and not done.failed:
-            root = self._config.data
-            raise SourceError(f"none of the sets is below {root}", remedy="dimefm sets NAME says where to get one")
+            raise _nothing_done(self._config, done)
         return done
 
     def _results_of(self, one: Chosen, done: Evaluation) -> Iterator[EvaluationResult]:
@@ -112,7 +112,12 @@ class _Evaluator:
         if "zero-shot" in self._config.tasks:
             yield self._zero_shot(job)
         probes = [task for task in self._config.tasks if task != "zero-shot"]
-        if not probes or test.captions is not None:
+        if not probes:
+            return
+        if test.captions is not None:
+            if one.definition is None:  # of a suite, sets of captions have no probe
+                what = f"{test.where} has captions, and {' and '.join(probes)} needs classes"
+                raise SourceError(what, remedy="give --task zero-shot alone, which measures retrieval")
             return
         train = self._open(one, "train")
         if train is None:
@@ -150,7 +155,7 @@ class _Evaluator:
         path = self._features_of(one, images)
         retry = path not in self._tried  # once in a command, whatever number of protocols it has
         self._tried.add(path)
-        return features(
+        found = features(
             self._clip,
             images,
             path,
@@ -160,6 +165,10 @@ class _Evaluator:
             threads=self._config.threads,
             retry=retry,
         )
+        if not found.readable.any():
+            what = f"{images.where}: none of the {len(found):,} images has features{as_list(found.store)}"
+            raise SourceError(what, remedy="mend the images, or the model where it gives NaN")
+        return found
 
     def _zero_shot(self, job: _Job) -> EvaluationResult:
         if found := self._existing(job, "zero-shot", {}):
@@ -252,10 +261,7 @@ class _Evaluator:
     ) -> EvaluationResult:
         definition, images = job.chosen.definition, job.test
         failures = embedded.failures()
-        notes = list(images.notes)
-        if failures:
-            some = ", ".join(f"{f.key} ({f.reason})" for f in failures[:3])
-            notes.append(f"{len(failures)} images could not be read and count as wrong: {some}")
+        notes = [*images.notes, *_without_features(failures)]
         result = EvaluationResult(
             set=images.name,
             suite=job.chosen.suite,
@@ -288,6 +294,16 @@ class _Job:
     metric: Metric
 
 
+def _without_features(failures: Sequence[Failure]) -> Iterator[str]:
+    """What to note of images that count as wrong."""
+    not_finite = [failure for failure in failures if failure.status == Status.NOT_FINITE.name]
+    unread = [failure for failure in failures if failure.status != Status.NOT_FINITE.name]
+    for what, those in (("could not be read", unread), ("have no finite features", not_finite)):
+        if those:
+            some = ", ".join(f"{f.key} ({f.reason})" for f in those[:3])
+            yield f"{len(those)} images {what} and count as wrong: {some}"
+
+
 def _metric_of(one: Chosen, images: ImageSet) -> Metric:
     if one.definition is not None:
         return one.definition.metric
@@ -301,6 +317,15 @@ def _digests(images: ImageSet) -> dict[str, str]:
     if images.captions is None:
         digests |= {"classes": digest_of(images.classnames), "templates": digest_of(images.templates)}
     return digests
+
+
+def _nothing_done(config: EvaluationConfig, done: Evaluation) -> SourceError:
+    missing = [definition.name for definition, split in done.missing if split == "train"]
+    remedy = "dimefm sets NAME says where to get them"
+    if missing or not done.missing:
+        lacks = f"{', '.join(missing)}: no training images" if missing else "sets of captions alone"
+        return SourceError(f"{lacks} below {config.data}: nothing for {' and '.join(config.tasks)}", remedy=remedy)
+    return SourceError(f"none of the sets is below {config.data}", remedy=remedy)
 
 
 def _describe(clip: Clip, name: str) -> dict[str, object]:
