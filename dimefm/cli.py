@@ -130,9 +130,9 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
 def cache_images(**options: Any) -> None:
     """Write the teacher's embedding of every image to a store.
 
-    SOURCE: WebDataset tars, Parquet files with an image column, .tsv files of key and base64, image files; globs, ranges
-    such as {000..009}.tar, and folders of these; all as local paths or as URLs (s3://...). Whatever lies there and is
-    not used is counted, with an example.
+    SOURCE: WebDataset tars, Parquet files with an image column, .tsv files of key and base64, image files; globs of
+    these, ranges such as {000..009}.tar, and folders; all as local paths or as URLs (s3://...). Whatever lies there and
+    is not used is counted, with an example.
     """
     _require_with("--view-scale", options["view_scale"], "--views", options["views"])
     if options["view_scale"] is None:
