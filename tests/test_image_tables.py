@@ -289,12 +289,12 @@ def test_lines_without_a_key_are_named_by_their_number(make_tsv: Any) -> None:
     assert [s.key for s in samples(make_tsv(b"a\teHg=\n\teHg=\n \teHg=\n"))] == ["a", "a.tsv:2", "a.tsv:3"]
 
 
-def test_lines_with_fewer_columns_are_counted_and_empty_ones_are_nothing(make_tsv: Any) -> None:
+def test_lines_with_fewer_columns_and_blank_ones_are_counted(make_tsv: Any) -> None:
     path = make_tsv(b"\na\tb\teHg=\n\nno tab\nc\tone\n\nd\te\teHg=\n\n")
-    found, reports = listed(open_image_source([str(path)]))
+    found, account = accounted(open_image_source([str(path)]))
     assert [s.key for s in found] == ["a", "d"]
-    assert len(reports) == 1
-    assert "2 lines have fewer columns than the first and are passed over (line 4" in reports[0]
+    assert [(one.count, one.example) for one in account.skipped()] == [(4, f"{path}:1"), (2, f"{path}:4")]
+    assert not account.problems
 
 
 @pytest.mark.parametrize(("line", "what"), [(b"no tab", "has no tab"), (b'1\t[{"class": 3}]', "is not base64")])

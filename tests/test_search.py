@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from dimefm.building import IndexConfig, build_index
 from dimefm.cli import cli
 from dimefm.clip import Clip
 from dimefm.errors import MismatchError, SourceError, StoreError, TeacherError
+from dimefm.info import describe
 from dimefm.search import Hit, search, show
 from dimefm.store import Store
 from tests.making import make_jpeg, read_tar
@@ -68,6 +70,22 @@ def test_an_image_finds_its_own_row_first(image_store: Store, image: tuple[str, 
     (hits,) = search(image_store.path, images=[image[0]], top_k=3, device="cpu")
     assert hits[0].score > 0.999 > hits[1].score
     assert (hits[0].row, hits[0].entry["key"]) == (70, image[1])
+
+
+def test_a_store_of_float32_is_searched_in_float32(
+    text_store: Store, sentences: list[str], clip: Clip, tmp_path: Path
+) -> None:
+    """As `evaluate` keeps its features: to seven digits, where float16 has three."""
+    values = clip.encode_texts(sentences).numpy()
+    identity = {field.name: getattr(clip.identity, field.name) for field in dataclasses.fields(clip.identity)}
+    store, _ = random_store(
+        tmp_path / "t.zarr", rows=3, shard_rows=16, kind="text", values=values, dtype="float32", **identity
+    )
+    found = search(store.path, texts=sentences, device="cpu")
+    assert [hits[0].row for hits in found] == [0, 1, 2]
+    true = values[0].astype(np.float64) @ values.astype(np.float64).T
+    assert [hit.score for hit in found[0]] == pytest.approx(sorted(true, reverse=True), abs=1e-6)
+    assert "float32 (3, " in describe(store.path)
 
 
 def test_scores_are_the_cosines_of_the_rows_in_the_store(image_store: Store, sentences: list[str], clip: Clip) -> None:

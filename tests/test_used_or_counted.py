@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import random
 from collections.abc import Callable
@@ -11,9 +13,10 @@ from pathlib import Path
 from dimefm.clip import Clip
 from dimefm.errors import SourceError
 from dimefm.info import describe
-from dimefm.sources import open_image_source
+from dimefm.sources import open_image_source, open_text_source
 from dimefm.sources.account import Account, show
 from pipeline.plan import PlanRequest, open_or_plan
+from pipeline.sentences import SentenceRules, tidy
 from tests.making import encoded, make_jpeg, picture, write_parquet, write_tar, write_tsv
 
 TREES = 200
@@ -130,6 +133,89 @@ def tree(rng: random.Random, folder: Path, depth: int = 0) -> int:
         else:
             count += rng.choice(MAKERS)(rng, folder, str(number))
     return count
+
+
+def _line(rng: random.Random) -> str:
+    return rng.choice(
+        ["a cat", "two dogs", f"sentence {rng.random()}", "", "  ", "\u200b", "a\0b", "x", "日本語の文", "é" * 200]
+    )
+
+
+def _txt(rng: random.Random, path: Path) -> int:
+    lines = [_line(rng) for _ in range(rng.randrange(1, 9))]
+    path.write_text("\n".join(lines) + "\n", encoding=rng.choice(["utf-8", "utf-8-sig", "utf-16"]))
+    return len(lines)
+
+
+def _jsonl(rng: random.Random, path: Path) -> int:
+    lines, count = [json.dumps({"text": "the first"})], 1
+    for _ in range(rng.randrange(8)):
+        captions = [_line(rng) for _ in range(rng.randrange(1, 4))]
+        value = rng.choice(
+            [{"text": _line(rng)}, {"text": captions}, {"text": None}, {"other": 1}, {"text": 3}, [], "x", ""]
+        )
+        lines.append(json.dumps(value) if value != "" else rng.choice(["", "{", "no JSON"]))
+        count += len(captions) if value == {"text": captions} else 1
+    path.write_text("\n".join(lines) + "\n")
+    return count
+
+
+def _csv(rng: random.Random, path: Path) -> int:
+    rows = [["1", "a cat"], *([str(i), _line(rng).replace("\0", "")] for i in range(rng.randrange(6)))]
+    rows += [["short"] for _ in range(rng.randrange(2))]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "text"], *rows])
+    return len(rows)
+
+
+def _texts_parquet(rng: random.Random, path: Path) -> int:
+    rows = [{"text": rng.choice([_line(rng), None])} for _ in range(rng.randrange(1, 6))]
+    write_parquet(path, [{"text": "the first"}, *rows])
+    return 1 + len(rows)
+
+
+def _texts_tar(rng: random.Random, path: Path) -> int:
+    members = {
+        f"{number}.{rng.choice(['txt', 'jpg', 'json'])}": _line(rng).encode() for number in range(rng.randrange(5))
+    }
+    write_tar(path, members)
+    return len(members) or 1
+
+
+TEXTS = {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _texts_parquet, ".tar": _texts_tar}
+
+
+def text_tree(rng: random.Random, folder: Path) -> int:
+    """A random tree of sentences in files of one kind, among others; how much is in it."""
+    ending = rng.choice([*TEXTS])
+    count = 0
+    for number in range(rng.randrange(1, 5)):
+        place = folder / rng.choice(["", "a", "a/b"])
+        place.mkdir(parents=True, exist_ok=True)
+        if rng.random() < 0.2:
+            (place / f"{number}{ending}").write_bytes(rng.choice([b"\x1f\x8b" + bytes(99), b"PK\x03\x04" + bytes(99)]))
+            count += 1
+        else:
+            count += TEXTS[ending](rng, place / f"{number}{ending}")
+        if rng.random() < 0.5:
+            (place / f"{rng.choice(['', '.'])}{number}.jpg").write_bytes(JPEG)
+            count += 1
+    return count
+
+
+def test_sentences_used_and_counted_are_all(tmp_path: Path) -> None:
+    planned = 0
+    for seed in range(TREES):
+        rng, account, used = random.Random(seed), Account(), 0
+        total = text_tree(rng, tmp_path / f"{seed}")
+        rules = SentenceRules(min_words=rng.choice([None, 2]), max_words=rng.choice([None, 50]))
+        with suppress(SourceError):
+            source = open_text_source([str(tmp_path / f"{seed}")], account=account)
+            used = len(list(tidy(source, rules, account)))
+        counted = sum(one.count for one in account.skipped())
+        assert used + counted + len(account.problems) == total, (seed, used, account.lines())
+        planned += used > 0
+    assert planned > TREES / 2
 
 
 def used_and_counted(folder: Path) -> tuple[int, Account]:

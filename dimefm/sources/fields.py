@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from dimefm.errors import SourceError
 
@@ -15,13 +15,9 @@ _IN_A_LIST = 5  # elements of a list that are
 _MOST_SHOWN = 50
 
 
-class Found(NamedTuple):
-    """A value: where it is (of its file or of the lists that it is in, as `3:0`), its text, or why there is none, as
-    what follows `values`."""
-
-    place: str
-    text: str | None
-    why: str = ""
+Found = tuple[str, str | None, str]
+"""A value: where it is (in its file, or in the lists that it is in, as `3:0`), its text, and where that is None why, as
+what follows `values`."""
 
 
 def at_field(value: Any, field: str, place: str = "") -> Iterator[Found]:
@@ -33,7 +29,7 @@ def at_field(value: Any, field: str, place: str = "") -> Iterator[Found]:
 def _at(value: Any, names: list[str], place: str) -> Iterator[Found]:
     if isinstance(value, list):
         if not value:
-            yield Found(place, None, "that are an empty list")
+            yield place, None, "that are an empty list"
         for number, one in enumerate(value):
             yield from _at(one, names, f"{place}:{number}" if place else str(number))
     elif names and isinstance(value, dict):
@@ -43,13 +39,13 @@ def _at(value: Any, names: list[str], place: str) -> Iterator[Found]:
         elif names[0] in value:
             yield from _at(value[names[0]], names[1:], place)
         else:
-            yield Found(place, None, f"without {whole!r}")
+            yield place, None, f"without {whole!r}"
     elif names:
-        yield Found(place, None, "that are no JSON objects")
+        yield place, None, "that are no JSON objects"
     elif value is None:
-        yield Found(place, None, "that are null")
+        yield place, None, "that are null"
     else:
-        yield Found(place, value) if isinstance(value, str) else Found(place, None, "that are no strings")
+        yield (place, value, "") if isinstance(value, str) else (place, None, "that are no strings")
 
 
 def names_of(values: Iterable[Any]) -> list[str]:

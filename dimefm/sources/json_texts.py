@@ -13,7 +13,7 @@ from dimefm.errors import SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.base import TextSample
 from dimefm.sources.fields import DEFAULTS, Found, at_field, choose, names_of
-from dimefm.sources.lines import BROKEN, NotTextError, open_text
+from dimefm.sources.lines import BROKEN, NotTextError, encoding_of, open_text
 from dimefm.sources.text_tables import DamagedError, JsonLines, Table, parsed
 
 MOST_BYTES = 512 << 20
@@ -82,11 +82,12 @@ class JsonArray(Table):
             found = at_field(values, "")
         else:
             found = at_field(document, choose(names, field, self._path))
-        for one in found:
-            yield one._replace(place=one.place or "0")
+        for place, value, why in found:
+            yield place or "0", value, why
 
     def _text(self) -> str:
         with open_text(self._path) as file:
+            self._encoding = encoding_of(file)
             text = file.read(MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
             what = f"{self._path} is larger than {MOST_BYTES >> 20} MB, and a .json file is read whole"

@@ -70,6 +70,11 @@ def as_text(file: Any) -> TextIO:
     return io.TextIOWrapper(file, encoding, errors="replace", newline=newline)
 
 
+def encoding_of(file: TextIO) -> str:
+    """`UTF-8`, for a message."""
+    return file.encoding.removesuffix("-sig").upper()
+
+
 def _peek(file: Any) -> bytes:
     """The first bytes, which will be read again."""
     return bytes(file.peek(_HEAD)[:_HEAD])

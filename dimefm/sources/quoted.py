@@ -35,7 +35,7 @@ def tsv_rows(lines: Iterator[str], *, header: bool) -> Iterator[Row]:
     quotes or line ends.
 
     Such a row has all its quotes around whole cells, those within doubled, and at least one of these cells needs them;
-    it has as many cells as the first; and if it goes on over several lines, these would not be rows of that many cells
+    it has as many cells as the first; and if it has several lines, these would not all be rows of that many cells
     without quotes. Where each name of a `header` is in quotes, the file is read as a CSV with tabs.
     """
     first = next(lines, "")
@@ -43,19 +43,19 @@ def tsv_rows(lines: Iterator[str], *, header: bool) -> Iterator[Row]:
     if header and all(len(name) > 1 and name[0] == name[-1] == '"' for name in names):
         yield from csv_rows(chain([first], lines), "\t")
         return
-    waiting = deque([first] if first else [])
+    waiting = deque([first] if first else [])  # lines that were read ahead
     number, width = 1, 0
-    while waiting or (line := next(lines, "")):
-        line = waiting.popleft() if waiting else line
+    while line := waiting.popleft() if waiting else next(lines, ""):
         cells, taken = None, 1
         if '"' in line and (line[0] == '"' or '\t"' in line):
             following = _following(line, waiting, lines)
-            cells, taken = _quoted([line, *following], width), 1 + len(following)
+            if cells := _quoted([line, *following], width):
+                taken += len(following)
+                for _ in following:
+                    waiting.popleft()
         if cells is None:
-            text, taken = _end_removed(line), 1
-            cells = text.split("\t") if text else []
-        for _ in range(taken - 1):
-            waiting.popleft()
+            text = line[:-1] if line[-1] == "\n" else line
+            cells = text.removesuffix("\r").split("\t")
         yield number, taken, cells
         width, number = width or len(cells), number + taken
 
@@ -83,7 +83,7 @@ def _quoted(lines: list[str], width: int) -> list[str] | None:
     inner = [cell[1:-1].replace('""', '"') if cell[:1] == '"' else cell for cell in cells]
     needed = any(cell[:1] == '"' and _NEEDS_QUOTES.search(text) for cell, text in zip(cells, inner, strict=True))
     expected = width or 1 + lines[0].count("\t")
-    rows_by_themselves = len(lines) > 1 and all(line.count("\t") == expected - 1 for line in lines[1:])
+    rows_by_themselves = len(lines) > 1 and all(line.count("\t") == expected - 1 for line in lines)
     return inner if needed and not rows_by_themselves and (not width or len(inner) == width) else None
 
 

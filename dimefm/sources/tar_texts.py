@@ -65,7 +65,7 @@ class TarTexts:
         try:
             with as_text(io.BufferedReader(io.BytesIO(data))) as file:
                 if self._column is None:
-                    found = [Found(str(number), line) for number, line in enumerate(file, 1)]
+                    found: list[Found] = [(str(number), line, "") for number, line in enumerate(file, 1)]
                 else:
                     found = list(at_field(json.load(file), self._column))
         except NotTextError as error:

@@ -15,7 +15,7 @@ from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile, TextSample
 from dimefm.sources.fields import Found, at_field, choose, names_of
 from dimefm.sources.files import require_damage
-from dimefm.sources.lines import BROKEN, NotTextError, clean, open_text, why_none
+from dimefm.sources.lines import BROKEN, NotTextError, clean, encoding_of, open_text, why_none
 from dimefm.sources.quoted import Row, csv_rows, tsv_rows
 
 _HEAD = 100  # JSON objects that are looked at for their fields
@@ -33,7 +33,7 @@ class Table:
 
     def __init__(self, file: SourceFile, column: str | None = None) -> None:
         self._file, self._path, self._column = file, file.path, column
-        self._name = file.path.rpartition("/")[2]
+        self._name, self._encoding = file.path.rpartition("/")[2], ""
 
     def files(self) -> list[SourceFile]:
         """The one file."""
@@ -67,7 +67,9 @@ class Table:
         if self._file.size == 0:
             account.skip("empty files", self._path)
         if replaced:
-            account.problem(f"{self._path}: {replaced} {self.unit}s are not UTF-8; the bad bytes were replaced")
+            account.problem(
+                f"{self._path}: {replaced} {self.unit}s are not {self._encoding}; the bad bytes were replaced"
+            )
 
     def _open_and_check(self) -> None:
         raise NotImplementedError
@@ -92,14 +94,15 @@ class JsonLines(Table):
     def _values(self, account: Account) -> Iterator[Found]:
         field = self._field()
         with open_text(self._path) as file:
+            self._encoding = encoding_of(file)
             for number, line in enumerate(file, 1):
                 value = parsed(line)
                 if isinstance(value, dict):
                     yield from at_field(value, field, str(number))
                 elif line.strip() and "\0" not in line:
-                    yield Found(str(number), None, "that are no JSON object")
+                    yield str(number), None, "that are no JSON object"
                 else:
-                    yield Found(str(number), line)
+                    yield str(number), line, ""
 
 
 class Delimited(Table):
@@ -115,14 +118,17 @@ class Delimited(Table):
         number_of_column = self._column if self._column is not None and self._column.isdecimal() else None
         tabs = self._path.lower().removesuffix(".gz").endswith(".tsv")
         with open_text(self._path) as file:
+            self._encoding = encoding_of(file)
             rows = tsv_rows(file, header=number_of_column is None) if tabs else csv_rows(file)
             place = self._place(rows) if number_of_column is None else int(number_of_column)
             reported = False
             for number, lines, row in rows:
-                if row and place >= len(row):
-                    yield Found(str(number), None, "with too few columns")
+                if place < len(row):
+                    yield str(number), row[place], ""
+                elif any(row):
+                    yield str(number), None, "with too few columns"
                 else:
-                    yield Found(str(number), row[place] if row else "")
+                    yield str(number), "", ""
                 if lines > _LONGEST_RECORD and not reported:
                     reported = True
                     what = f"the record of line {number} goes on for {lines - 1} lines; an open quote?"

@@ -12,7 +12,7 @@ from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import Joined, Source, SourceFile, TextSample
 from dimefm.sources.files import expand, is_glob, require_damage, stat_files
 from dimefm.sources.json_texts import JsonArray
-from dimefm.sources.lines import BROKEN, NotTextError, clean, open_text, why_none
+from dimefm.sources.lines import BROKEN, NotTextError, clean, encoding_of, open_text, why_none
 from dimefm.sources.parquet_texts import ParquetTexts
 from dimefm.sources.tar_texts import TarTexts
 from dimefm.sources.text_tables import Delimited, JsonLines, Table
@@ -36,9 +36,10 @@ class TextFile:
         """Every line in which something shows; others are counted. Bytes that are not UTF-8 become U+FFFD, and the file
         is reported once; so is one that is no text."""
         name = self._path.rpartition("/")[2]
-        replaced = number = 0
+        replaced, number, encoding = 0, 0, ""
         try:
             with open_text(self._path) as file:
+                encoding = encoding_of(file)
                 for number, line in enumerate(file, 1):
                     replaced += "\ufffd" in line
                     if text := clean(line):
@@ -53,7 +54,7 @@ class TextFile:
         if self._file.size == 0:
             account.skip("empty files", self._path)
         if replaced:
-            account.problem(f"{self._path}: {replaced} lines are not UTF-8; the bad bytes were replaced")
+            account.problem(f"{self._path}: {replaced} lines are not {encoding}; the bad bytes were replaced")
 
 
 class PromptSet:

@@ -44,7 +44,7 @@ class TsvImages:
         return list(self._files)
 
     def samples(self, account: Account) -> Iterator[ImageSample]:
-        """Images by file and line; lines with too few columns are passed over and reported.
+        """Images by file and line; blank lines, and lines with too few columns, are counted.
 
         Raises SourceError for a file that holds no images, and for a .lineidx that does not fit.
         """
@@ -72,9 +72,10 @@ def _may_hold_images(file: SourceFile) -> bool:
 def _in_file(file: SourceFile, account: Account) -> Iterator[ImageSample]:
     name = file.path.rpartition("/")[2]
     index = file.path.removesuffix(SUFFIX) + INDEX_SUFFIX
-    tabs = short = first_short = 0
+    tabs = 0
     for number, (offset, size, head) in enumerate(_by_index(file, index) or _by_newline(file.path), 1):
         if not size:
+            account.skip("blank lines of .tsv files", f"{file.path}:{number}")
             continue
         if size > MAX_BYTES:
             what = f"{file.path}, line {number} is longer than {MAX_BYTES:,} bytes: no image is"
@@ -84,13 +85,10 @@ def _in_file(file: SourceFile, account: Account) -> Iterator[ImageSample]:
         while (place := _place_of_tab(text, tabs)) < 0 and len(text) < size:
             text = head(2 * len(text))
         if place < 0:
-            short, first_short = short + 1, first_short or number
+            account.skip("lines of .tsv files with fewer columns than the first", f"{file.path}:{number}")
             continue
         key = text[: text.index(b"\t")].decode("utf-8", "backslashreplace").strip()
         yield ImageSample(key or f"{name}:{number}", file.path, offset + place + 1, size - place - 1)
-    if short:
-        what = f"{short} lines have fewer columns than the first and are passed over"
-        account.problem(f"{file.path}: {what} (line {first_short} to begin with)")
 
 
 def _tabs_of_first(where: str, line: bytes) -> int:
