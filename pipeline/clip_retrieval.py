@@ -24,11 +24,12 @@ import pyarrow.parquet as pq
 
 from cache_schemas import Status
 from dimefm import storage
-from dimefm.errors import OutputExistsError, SourceError, StoreError
+from dimefm.errors import OutputExistsError, SourceError
 from dimefm.progress import Progress
 from dimefm.sources.base import SourceFile
 from dimefm.sources.files import stat_files
 from dimefm.store import Store
+from dimefm.usable import require_embeddings
 
 Kind = Literal["image", "text"]
 
@@ -197,17 +198,17 @@ def export_embeddings(store_path: str, out: str, *, rows_per_file: int | None = 
 
     One .npy and one metadata file for every `rows_per_file` rows of the store, by default those of a shard; rows
     without an embedding are left out. The metadata has `row` (in the store), `key`, for texts `caption`, and for
-    images `image_path` (the key again) and `file`. The folder appears whole or not at all. Raises StoreError for an
-    unfinished store, OutputExistsError where `out` holds something.
+    images `image_path` (the key again) and `file`. The folder appears whole or not at all. Raises StoreError for a
+    store that is unfinished or has no embedding, OutputExistsError where `out` holds something.
     """
     store = Store(store_path)
     store.require_complete()
+    require_embeddings(store)
     target = Path(storage.local(out, "an export"))
     if target.is_file() or storage.listing(str(target)):
         raise OutputExistsError(f"{target} exists and is not empty", remedy="give another --out, or delete it")
     rows, step, name = store.schema.rows, rows_per_file or store.schema.shard_rows, _NAMES[store.schema.kind]
     digits = len(str((rows - 1) // step))
-    written = False
     with storage.publishing(str(target)) as temporary, Progress("export", rows, "row") as progress:
         for number, start in enumerate(range(0, rows, step)):
             stop = min(start + step, rows)
@@ -218,10 +219,7 @@ def export_embeddings(store_path: str, out: str, *, rows_per_file: int | None = 
                 pq.write_table(_metadata(store, start, stop).take(good_N), table)
                 _write(temporary / name / f"{name}_{number:0{digits}d}.npy", vectors, out)
                 _write(temporary / "metadata" / f"metadata_{number:0{digits}d}.parquet", table, out)
-                written = True
             progress.at(stop)
-        if not written:
-            raise StoreError(f"{store.path} has no row with an embedding", remedy="dimefm info STORE says why")
     return str(target)
 
 

@@ -76,10 +76,10 @@ def _images(path: str, members: Iterable[TarMember], account: Account) -> Iterat
     kind = last = ""
     for name, offset, size in members:
         key, extension = split_key(name)
-        if not key or key[-1] == "/" or ("/" in name and _HIDDEN.search(name)):
+        if is_hidden(name, key):
             account.skip("hidden members of tars", f"{path}: {name}")
         elif extension not in IMAGE_EXTENSIONS:
-            account.skip(_no_image(extension), f"{path}: {name}")
+            account.skip(no_image(extension), f"{path}: {name}")
         elif key != last:
             if waiting:
                 yield waiting
@@ -97,8 +97,13 @@ def _rank(extension: str) -> int:
     return _PREFERRED.index(extension) if extension in _PREFERRED else len(_PREFERRED)
 
 
+def is_hidden(name: str, key: str) -> bool:
+    """Whether a member of a tar is hidden, or in a hidden folder."""
+    return not key or key[-1] == "/" or ("/" in name and _HIDDEN.search(name) is not None)
+
+
 @lru_cache(1000)
-def _no_image(extension: str) -> str:
+def no_image(extension: str) -> str:
     """Why a member is no image, by its extension, in lower case."""
     if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
         return "members whose extension has more than one part (a key ends at the first dot)"
