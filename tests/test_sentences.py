@@ -6,6 +6,7 @@ import errno
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,18 @@ def test_the_plan_holds_what_is_kept_and_counts_what_is_not(tmp_path: Path, clip
     summary = store.schema.source
     assert {one.reason: one.count for one in summary.skipped} == {SHORT: 1, LONG: 1, "repeated sentences": 1}
     assert summary.settings == {"min_words": 2, "max_words": 3}
+
+
+def test_prompts_that_a_tokenizer_cannot_tell_apart_are_all_there(tmp_path: Path, clip: Clip) -> None:
+    """Two classes may differ in their case alone, and their prompts are looked up as they are written."""
+    written(tmp_path / "classnames.txt", "Cardigan", "cardigan")
+    written(tmp_path / "templates.txt", "a {c}")
+    prompts, of = request(tmp_path), canonical(clip.tokenizer)
+    store = open_or_plan(replace(prompts, canonical=of), str(tmp_path / "p.zarr"), clip.identity)
+    assert texts_of(store) == ["a Cardigan", "a cardigan"]
+    captions = request(written(tmp_path / "captions.txt", "a Cardigan", "a cardigan"))
+    store = open_or_plan(replace(captions, canonical=of), str(tmp_path / "c.zarr"), clip.identity)
+    assert texts_of(store) == ["a Cardigan"]
 
 
 def test_repeats_over_several_files_are_dropped(tmp_path: Path, clip: Clip) -> None:
