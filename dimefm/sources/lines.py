@@ -58,8 +58,8 @@ def as_text(file: Any) -> TextIO:
     """A binary file with `peek`, from its beginning, as lines of str.
 
     UTF-16 and UTF-32 are known by their byte order mark; all else is UTF-8, and bytes that are not become U+FFFD. Lines
-    end in \\n or \\r\\n; in \\r too where the first block that is read holds no \\n, as on the Macs of old. Neither U+2028
-    nor U+0085 ends a line. Raises NotTextError for what is something else by its first bytes.
+    end in \\n or \\r\\n; in \\r too where the first block that is read holds no \\n, as on old Macs. Neither U+2028 nor
+    U+0085 ends a line. Raises NotTextError for what is something else by its first bytes.
     """
     head = _peek(file)
     encoding = next((name for name, marks in _MARKS.items() if head.startswith(marks)), "utf-8")
