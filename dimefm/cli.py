@@ -144,7 +144,11 @@ def cache_images(**options: Any) -> None:
 
 @cli.command()
 @_cache_options
-@click.option("--min-words", type=click.IntRange(1), help="Leave shorter sentences out.")
+@click.option(
+    "--min-words",
+    type=click.IntRange(1),
+    help="Leave shorter sentences out; of languages without spaces a few letters count as a word.",
+)
 @click.option("--max-words", type=click.IntRange(1), help="Leave longer sentences out.")
 @click.option("--shuffle", type=click.IntRange(0), metavar="SEED", help="Rows in a random order: reads are then draws.")
 def cache_texts(**options: Any) -> None:
