@@ -265,6 +265,25 @@ def test_sentences_are_found_at_any_depth_and_the_rest_is_counted(tmp_path: Path
     ]
 
 
+def test_captions_are_those_of_the_tables_and_not_of_what_tells_of_them(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", {"0.jpg": make_jpeg(), "0.txt": b"in the tar"})
+    write(tmp_path / "00000_stats.json", b'{"text": "no sentence"}')
+    account = Account()
+    found = open_text_source([str(tmp_path)], account=account).samples(account)
+    assert [sample.text for sample in found] == ["in the tar"]
+    assert (account.skipped()[0].count, account.skipped()[0].example) == (1, str(tmp_path / "00000_stats.json"))
+    write_parquet(tmp_path / "00000.parquet", [{"caption": "in the table"}])
+    found = open_text_source([str(tmp_path)], account=(account := Account())).samples(account)
+    assert [sample.text for sample in found] == ["in the table"]
+    assert sorted(one.example for one in account.skipped()) == [
+        f"{tmp_path}/00000{end}" for end in (".tar", "_stats.json")
+    ]
+    assert [sample.text for sample in open_text_source([f"{tmp_path}/*.tar"]).samples(account)] == ["in the tar"]
+    write_text(tmp_path / "more.txt", ["text"])
+    with pytest.raises(SourceError, match=r"holds 1 \.txt and 1 \.parquet files\n"):
+        open_text_source([str(tmp_path)])
+
+
 @pytest.mark.parametrize("name", ["*", "*.md"])
 def test_a_glob_that_holds_no_sentences_is_refused_with_what_it_matches(tmp_path: Path, name: str) -> None:
     write(tmp_path / "a.md", b"x")

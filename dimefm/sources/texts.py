@@ -127,6 +127,8 @@ _KINDS = {
     ".tar": TarTexts,
 }
 _NEVER_GZ = (".parquet", ".tar")
+_BESIDE_OTHERS = (".json", ".tar")
+"""What tells of the other files of a folder, or has the images that they are captions of."""
 
 
 def open_text_source(
@@ -137,7 +139,8 @@ def open_text_source(
 
     Text files are .txt, tables .jsonl, .json, .csv, .tsv and .parquet; all but the last may end in .gz. Of .tar files
     the .txt members are read, or with `column` a field of the .json members. The files of a folder, at any depth, must
-    be of one kind; what else is in it, or matches a glob, is counted in `account`. `column` is the column or field of
+    be of one kind, beside which .json and .tar files are not read; what else is in it, or matches a glob, is counted in
+    `account`. `column` is the column or field of
     tables, by default the first of text, caption, sentence and TEXT; a number for .csv and .tsv without a header.
 
     Raises SourceError where an argument does not exist, holds no sentences or is of another kind, and where the first
@@ -182,6 +185,11 @@ def _folder(argument: str, path: str, column: str | None, account: Account) -> l
         return [PromptSet(path)]
     files = _of_a_kind(below(path, account), account)
     kinds = Counter(_kind(file.path) for file in files)
+    for kind in _BESIDE_OTHERS:
+        if len(kinds) > 1 and kinds.pop(kind, 0):
+            for file in (file for file in files if _kind(file.path) == kind):
+                account.skip(f"{kind} files beside others with sentences (name them to use them)", file.path)
+            files = [file for file in files if _kind(file.path) != kind]
     if len(kinds) > 1:
         what = f"{argument} holds {' and '.join(f'{kinds[kind]:,} {kind}' for kind in _KINDS if kinds[kind])} files"
         remedy = f"name those you mean, such as '{storage.join(argument, f'**/*{kinds.most_common(1)[0][0]}')}'"
