@@ -178,7 +178,8 @@ def _show_forecast(config: CacheConfig, device: str, found: Forecast, clip: Clip
         f"takes     {duration(found.schema.rows / rate)} at {rate:,.0f} {config.kind}s/s with {plural}",
         *([bound] if bound else []),
         *(f"skipped   {show(one)}" for one in source.skipped),
-        *(f"problem   {problem}" for problem in first(source.problems)),
+        *(f"problem   {line(problem)}" for problem in first(source.problems)),
+        *([f"failed    {rates.failed}"] if rates.failed else []),
         "teacher",
     ]
     lines += [f"  {name:<15} {value}" for name, value in to_plain(clip.identity).items()]

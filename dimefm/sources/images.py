@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import lru_cache
 
 from dimefm import storage
@@ -122,10 +122,11 @@ def _listed(asked: tuple[SourceFile, SourceFile | None]) -> tuple[list[ImageSamp
 
 
 class ImageFiles:
-    """Image files, one a sample; the key of one is its path within `root`, without the extension."""
+    """Image files, one a sample; the key of one is its path within `root`, without the extension. Those that are
+    `taken` when their turn comes are counted."""
 
-    def __init__(self, root: str, files: Sequence[SourceFile]) -> None:
-        self._root, self._files = root.rstrip("/"), files
+    def __init__(self, root: str, files: Sequence[SourceFile], taken: Container[str] = ()) -> None:
+        self._root, self._files, self._taken = root.rstrip("/"), files, taken
 
     def files(self) -> list[SourceFile]:
         """The files, as given."""
@@ -134,6 +135,9 @@ class ImageFiles:
     def samples(self, account: Account) -> Iterator[ImageSample]:
         """One sample a file."""
         for file in self._files:
+            if file.path in self._taken:
+                account.skip("images that are rows of a Parquet file, too (each is used once, as a row)", file.path)
+                continue
             folder, slash, name = file.path[len(self._root) :].lstrip("/").rpartition("/")
             yield ImageSample(f"{folder}{slash}{name.rpartition('.')[0] or name}", file.path, 0, file.size)
 
@@ -202,12 +206,13 @@ def _sources(
             tables.remove(table)
     if tars:
         yield WebDataset(tars)
+    taken = set[str]()
     if tables:
-        yield ParquetImages(tables, column, found=found)
+        yield ParquetImages(tables, column, found=found, taken=taken)
     if TSV in kinds:
         yield TsvImages(kinds[TSV], found=found)
     if IMAGE in kinds:
-        yield ImageFiles(root, kinds[IMAGE])
+        yield ImageFiles(root, kinds[IMAGE], taken)
 
 
 def _root(argument: str, places: Sequence[Place]) -> str:

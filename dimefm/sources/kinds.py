@@ -25,6 +25,13 @@ IMAGE_EXTENSIONS = frozenset({
 TAR, PARQUET, TSV, IMAGE = ".tar", ".parquet", ".tsv", "image"
 CONTAINERS = (TAR, PARQUET, TSV)
 _COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.[a-z0-9]{2,4})$")
+_REMEDIES = {
+    **dict.fromkeys(("zip", "7z", "rar"), " (unpack them)"),
+    **dict.fromkeys(("parq", "pq"), " (rename them to .parquet)"),
+    **dict.fromkeys(("arrow", "feather"), " (write them as Parquet)"),
+    **dict.fromkeys(("gz", "tgz", "bz2", "xz", "zst", "lz4"), " (decompress them)"),
+}
+_COLUMN_MARK = f"{PARQUET}#"
 _EXTENSION = re.compile(r"\.([a-z][a-z0-9]{0,11})$")
 
 
@@ -40,13 +47,15 @@ def by_kind(files: Sequence[SourceFile], account: Account | None) -> dict[str, l
             continue  # it says where the lines of its table are
         extension = _extension(file.path)
         kind, reason = _by_name(file.path, extension) if extension else _by_head(next(heads))
+        if _COLUMN_MARK in file.path:
+            kind, reason = "", f"names with {_COLUMN_MARK} in them, which stands before a column (rename them)"
         if kind:
             kinds.setdefault(kind, []).append(file)
         elif account is not None:
             account.skip(reason, file.path)
         else:
-            what = f"{line(file.path)} is neither a {', '.join(CONTAINERS)}, nor an image, nor a folder: {reason}"
-            raise SourceError(what, remedy="give tars, tables, images or folders")
+            what = f"{line(file.path)} is neither a {', '.join(CONTAINERS)}, an image nor a folder"
+            raise SourceError(f"{what}, but one of the {reason}", remedy="give tars, tables, images or folders")
     return kinds
 
 
@@ -60,7 +69,12 @@ def _by_name(path: str, extension: str) -> tuple[str, str]:
         return "", "tables whose extension is in capitals (rename them)"
     if _COMPRESSED.search(path.lower()):
         return "", "compressed tars, in which no image can be read alone (decompress them)"
-    return "", f"files that end in .{extension}"
+    return "", f"files that end in .{extension}{remedy_of(extension)}"
+
+
+def remedy_of(extension: str) -> str:
+    """What to do with files that end so, where that would make them readable, in parentheses."""
+    return _REMEDIES.get(extension.lower(), "")
 
 
 def _by_head(head: bytes) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import Joined, Source, SourceFile, TextSample
 from dimefm.sources.files import expand, is_glob, require_damage, stat_files
 from dimefm.sources.json_texts import JsonArray
+from dimefm.sources.kinds import remedy_of
 from dimefm.sources.lines import BROKEN, NotTextError, clean, encoding_of, open_text, why_none
 from dimefm.sources.parquet_texts import ParquetTexts
 from dimefm.sources.tar_texts import TarTexts
@@ -202,7 +203,8 @@ def _of_a_kind(files: list[SourceFile], account: Account) -> list[SourceFile]:
     for file in files:
         if _kind(file.path) is None:
             name, dot, extension = file.path.rpartition("/")[2].rpartition(".")
-            account.skip(f"files that end in .{extension}" if dot and name else "files without an extension", file.path)
+            known = f"files that end in .{extension}{remedy_of(extension)}" if dot and name else ""
+            account.skip(known or "files without an extension", file.path)
     return [file for file in files if _kind(file.path) is not None]
 
 
