@@ -260,7 +260,7 @@ def test_sentences_are_found_at_any_depth_and_the_rest_is_counted(tmp_path: Path
     assert [sample.text for sample in found] == ["two", "one"]
     assert [(one.reason, one.count) for one in account.skipped()] == [
         ("hidden folders", 1),
-        ("files without an extension", 1),
+        ("files without an extension (rename them to .txt if they hold sentences)", 1),
         ("files that end in .jpg", 1),
     ]
 

@@ -462,7 +462,7 @@ def test_no_layout_hides_another_in_silence(tmp_path: Path) -> None:
             f".parquet files beside the class folders: 1, {folder}/metadata.parquet",
             f"images beside the class folders: 2, such as {folder}/0.jpg",
             f"files that end in .md: 1, {folder}/LICENSE.md",
-            f"files that end in .zip: 1, {test}/extra.zip",
+            f"files that end in .zip (unpack them): 1, {test}/extra.zip",
             f"splits that are not used: 3, such as {folder}/testing",
             f"folders beside the class folders: 1, {folder}/others",
         ]

@@ -369,7 +369,9 @@ def test_a_path_that_is_not_there_and_an_empty_folder_are_refused(tmp_path: Path
 
 def test_an_image_given_as_sentences_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(make_jpeg())
-    with pytest.raises(SourceError, match=r"neither \.txt, \.jsonl, .*, \.tar nor a folder"):
+    with pytest.raises(
+        SourceError, match=r"neither a \.txt, \.jsonl, .* nor a folder, but one of the files that end in \.jpg"
+    ):
         open_text_source([str(tmp_path / "a.jpg")])
 
 

@@ -62,12 +62,17 @@ def as_text(file: Any) -> TextIO:
     U+0085 ends a line. Raises NotTextError for what is something else by its first bytes.
     """
     head = _peek(file)
-    encoding = next((name for name, marks in _MARKS.items() if head.startswith(marks)), "utf-8")
+    encoding = encoding_by_mark(head)
     if encoding.startswith("utf-8") and (what := _what_instead(head)):
         raise NotTextError(what)
     start = head.decode(encoding, errors="replace")
     newline = "\n" if "\n" in start or "\r" not in start else None
     return io.TextIOWrapper(file, encoding, errors="replace", newline=newline)
+
+
+def encoding_by_mark(head: bytes) -> str:
+    """The encoding of a file that begins with `head`, by its byte order mark; UTF-8 where there is none."""
+    return next((name for name, marks in _MARKS.items() if head.startswith(marks)), "utf-8")
 
 
 def encoding_of(file: TextIO) -> str:
