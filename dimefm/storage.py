@@ -30,6 +30,7 @@ _UNFINISHED = ".unfinished"
 _PARTIAL = re.compile(r".*\.[0-9a-f]{32}\.partial")  # as zarr-python calls what it is writing
 _NUMBERS = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
 _BLOCK = 8 * 1024**2
+_NOT_THERE = (404, 410)  # of HTTP
 _CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google")
 
 
@@ -91,6 +92,9 @@ def asking(path: str) -> Iterator[None]:
     except OSError as error:
         if error.errno is not None and error.filename is not None:
             raise
+        cause = error.__cause__
+        if type(cause).__module__.startswith("aiohttp") and getattr(cause, "status", 0) not in _NOT_THERE:
+            raise OSError(errno.EIO, str(cause), path) from error  # fsspec calls all that goes wrong by http not found
         number = error.errno or next((n for kind, n in _NUMBERS.items() if isinstance(error, kind)), errno.EIO)
         raise OSError(number, error.strerror or str(error), path) from error
     except DimefmError:

@@ -383,6 +383,11 @@ def test_what_to_do_with_packed_files_and_other_tables_is_said(tmp_path: Path) -
             assert f"files that end in {what}" in str(error.value)
 
 
+def test_a_server_that_does_not_answer_is_not_one_that_says_there_is_nothing() -> None:
+    with pytest.raises(SourceError, match=r"x\.tar cannot be read: Cannot connect to host 127\.0\.0\.1:9 "):
+        opened("http://127.0.0.1:9/x.tar")
+
+
 def test_a_chained_url_is_refused_as_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"x::y\.jpg has :: in it, which URLs are chained by\n  remedy: rename it"):
         opened(f"memory://{tmp_path.name}/x::y.jpg")

@@ -399,6 +399,8 @@ def test_globs_match_what_fsspec_matches(tmp_path: Path, pattern: str, token: bo
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     expected = {str(path).rstrip("/") for path in fsspec.filesystem("file").glob(f"{tmp_path}/{pattern}")}
+    if pattern == "**":  # all of the files, so that no folder is gone through again
+        expected = {path for path in expected if not Path(path).is_dir()}
     found = expand(f"{'token://' if token else ''}{tmp_path}/{pattern}")
     assert {place.path.replace("token://", "") for place in found} == expected - {str(tmp_path)}
     assert [place.path for place in found] == sorted(place.path for place in found)

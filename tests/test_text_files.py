@@ -122,6 +122,7 @@ def test_lines_that_show_nothing_are_counted_by_reason(tmp_path: Path) -> None:
         (gzip.compress(b"a cat\n"), "gzip-compressed"),
         (b"<!DOCTYPE html><html>", "a page of HTML"),
         (b"PAR1\x15\x04", "a Parquet file"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="x">', "an SVG drawing"),
         (b"%PDF-1.4\n", "a PDF"),
         (make_jpeg(), "an image (JPEG)"),
         ("a cat\na dog\n".encode("utf-16-le"), "UTF-16 or UTF-32 without a mark"),

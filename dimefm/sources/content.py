@@ -17,9 +17,11 @@ _BEGINNINGS = {
     "lz4-compressed (decompress it: lz4 -dc)": rb"\x04\x22\x4d\x18",
     "a zip archive (unzip it)": rb"PK\x03\x04",
     "a 7z archive (unpack it)": rb"7z\xbc\xaf\x27\x1c",
+    "an SVG drawing, which is not made of pixels": rb"\s*(<\?xml[^>]*>\s*)?<svg\b",
     "a page of HTML, as servers send in place of a file (fetch it again)": rb"\s*<(!doctype html|html|head|body)\b",
     "a document of XML, as object stores send in place of a file (fetch it again)": rb"\s*<(\?xml|error)\b",
     "a Parquet file": rb"PAR1",
+    "a PDF": rb"%PDF-",
 }
 _COMPILED = {what: re.compile(beginning, re.IGNORECASE) for what, beginning in _BEGINNINGS.items()}
 

@@ -202,7 +202,8 @@ def look_up(name: str) -> Place | None:
     try:
         if storage.is_url(path):
             fs, inner = storage.filesystem(path)
-            info = fs.info(inner)
+            with storage.asking(path):
+                info = fs.info(inner)
             return Place(path, None if info["type"] == "directory" else from_info(path, info))
         status = os.stat(path)  # noqa: PTH116
         folder = stat.S_ISDIR(status.st_mode)

@@ -89,8 +89,6 @@ def _what_instead(head: bytes) -> str | None:
     """What a file is that is no text in UTF-8; None where it may be."""
     if what := describe(head):
         return f"it is {what}"
-    if head.startswith(b"%PDF-"):
-        return "it is a PDF"
     control = len(head) - len(head.translate(None, _CONTROL))
     if control < _FEWEST or control < _SHARE * len(head):
         return None

@@ -118,12 +118,12 @@ def image_column(file: pq.ParquetFile, path: str, column: str | None) -> str:
         what = f"{path} has no column {f'{column!r} ' if column else ''}of images"
     if not images:
         remedy = f"leave it out, or write the images into it: {kinds}"
-    names = ", ".join(images) or f"none among {_there(schema)}"
+    found = f"; there could be: {', '.join(images)}" if images else f": none among {_there(schema)}"
     if any(_is_address(field) for field in schema) and not usable:
         remedy += (
             "; download what is at addresses, for example by img2dataset, and write base64 as the bytes it stands for"
         )
-    raise SourceError(f"{what}; there could be: {names}", remedy=remedy)
+    raise SourceError(f"{what}{found}", remedy=remedy)
 
 
 def _usable(schema: pa.Schema, column: str | None) -> list[str]:
