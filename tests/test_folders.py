@@ -260,9 +260,34 @@ def test_sentences_are_found_at_any_depth_and_the_rest_is_counted(tmp_path: Path
     assert [sample.text for sample in found] == ["two", "one"]
     assert [(one.reason, one.count) for one in account.skipped()] == [
         ("hidden folders", 1),
-        ("files without an extension", 1),
+        ("files without an extension, or with none that is known", 1),
         ("files that end in .jpg", 1),
     ]
+
+
+def test_json_and_tars_beside_sentences_are_counted_and_alone_they_are_read(tmp_path: Path) -> None:
+    write_text(tmp_path / "info.json", ['{"text": "of the dataset"}'])
+    assert [sample.text for sample in open_text_source([str(tmp_path)]).samples(Account())] == ["of the dataset"]
+    write_text(tmp_path / "data" / "a.txt", ["one"])
+    write_tar(tmp_path / "0.tar", {"0.txt": b"two"})
+    account = Account()
+    assert [sample.text for sample in open_text_source([str(tmp_path)], account=account).samples(account)] == ["one"]
+    what = "files in a folder with text files or tables (name them): 1"
+    assert sorted(account.lines()) == [f".json {what}, {tmp_path}/info.json", f".tar {what}, {tmp_path}/0.tar"]
+
+
+@pytest.mark.parametrize("opener", [open_image_source, open_text_source])
+def test_a_reason_is_not_of_what_others_wrote(tmp_path: Path, opener: Callable[..., object]) -> None:
+    write(tmp_path / "a.jpg")
+    write_text(tmp_path / "b.txt", ["b"])
+    for name in ("a.\x1b[2J", "b.two\nlines", "c.with space", "d.tar.gz", "e.2019"):
+        write(tmp_path / name, b"x")
+    account = Account()
+    opener([str(tmp_path)], account=account)
+    reasons = [one.reason for one in account.skipped()]
+    assert len(reasons) == 3
+    assert "compressed tars, of which no member can be read alone (decompress them)" in reasons
+    assert all(reason.isprintable() and "space" not in reason for reason in reasons)
 
 
 @pytest.mark.parametrize("name", ["*", "*.md"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 from dimefm import storage
@@ -13,6 +12,7 @@ from dimefm.sources.base import Joined, Source, SourceFile, TextSample
 from dimefm.sources.files import expand, is_glob, require_damage, stat_files
 from dimefm.sources.json_texts import JsonArray
 from dimefm.sources.lines import BROKEN, NotTextError, clean, encoding_of, open_text, why_none
+from dimefm.sources.names import other_file
 from dimefm.sources.parquet_texts import ParquetTexts
 from dimefm.sources.tar_texts import TarTexts
 from dimefm.sources.text_tables import Delimited, JsonLines, Table
@@ -127,17 +127,20 @@ _KINDS = {
     ".tar": TarTexts,
 }
 _NEVER_GZ = (".parquet", ".tar")
+_BESIDE = frozenset({".json", ".tar"})
+"""Of a folder they are read only where they are all that it holds: beside other kinds, .json files say something of the
+dataset, and tars hold the images, with captions that the tables have too."""
 
 
 def open_text_source(
     arguments: list[str], column: str | None = None, account: Account | None = None
 ) -> Source[TextSample]:
     """The source that the arguments name: text files, tables and tars (globs and {000..009} ranges too), folders of
-    one of these, or folders of a labelled set, which stand for its prompts.
+    these, or folders of a labelled set, which stand for its prompts.
 
     Text files are .txt, tables .jsonl, .json, .csv, .tsv and .parquet; all but the last may end in .gz. Of .tar files
     the .txt members are read, or with `column` a field of the .json members. The files of a folder, at any depth, must
-    be of one kind; what else is in it, or matches a glob, is counted in `account`. `column` is the column or field of
+    be of one kind, beside which .json and .tar files are not read; what else is in it, or matches a glob, is counted in `account`. `column` is the column or field of
     tables, by default the first of text, caption, sentence and TEXT; a number for .csv and .tsv without a header.
 
     Raises SourceError where an argument does not exist, holds no sentences or is of another kind, and where the first
@@ -180,21 +183,26 @@ def _folder(argument: str, path: str, column: str | None, account: Account) -> l
         for file in children(path, lambda name: name not in (CLASSNAMES, TEMPLATES), account):
             account.skip("files of a labelled set beside its class names and templates", file.path)
         return [PromptSet(path)]
-    files = _of_a_kind(below(path, account), account)
-    kinds = Counter(_kind(file.path) for file in files)
+    kinds: dict[str | None, list[SourceFile]] = {}
+    for file in _of_a_kind(below(path, account), account):
+        kinds.setdefault(_kind(file.path), []).append(file)
+    if kinds.keys() - _BESIDE:
+        for kind in _BESIDE & kinds.keys():
+            for file in kinds.pop(kind):
+                account.skip(f"{kind} files in a folder with text files or tables (name them)", file.path)
     if len(kinds) > 1:
-        what = f"{argument} holds {' and '.join(f'{kinds[kind]:,} {kind}' for kind in _KINDS if kinds[kind])} files"
-        remedy = f"name those you mean, such as '{storage.join(argument, f'**/*{kinds.most_common(1)[0][0]}')}'"
-        raise SourceError(what, remedy=remedy)
-    return [_file(argument, file, column) for file in files]
+        what = " and ".join(f"{len(kinds[kind]):,} {kind}" for kind in _KINDS if kind in kinds)
+        most = max(kinds, key=lambda kind: len(kinds[kind]))
+        remedy = f"name those you mean, such as '{storage.join(argument, f'**/*{most}')}'"
+        raise SourceError(f"{argument} holds {what} files", remedy=remedy)
+    return [_file(argument, file, column) for files in kinds.values() for file in files]
 
 
 def _of_a_kind(files: list[SourceFile], account: Account) -> list[SourceFile]:
     """Those whose kind is known by their name; the others are counted."""
     for file in files:
         if _kind(file.path) is None:
-            name, dot, extension = file.path.rpartition("/")[2].rpartition(".")
-            account.skip(f"files that end in .{extension}" if dot and name else "files without an extension", file.path)
+            account.skip(other_file(file.path), file.path)
     return [file for file in files if _kind(file.path) is not None]
 
 
