@@ -31,8 +31,8 @@ from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import ImageSample, SourceFile
 from dimefm.sources.files import in_order
 from dimefm.sources.images import ImageFolder, split_key
-from dimefm.sources.kinds import IMAGE_EXTENSIONS
-from dimefm.sources.names import HIDDEN_MEMBERS, is_hidden, other_member
+from dimefm.sources.kinds import IMAGE_EXTENSIONS, no_image
+from dimefm.sources.names import HIDDEN_MEMBERS, is_hidden
 from dimefm.sources.parquet import DamagedParquetError, blocks, features, open_parquet
 from dimefm.sources.parquet_images import ParquetImages, image_column
 from dimefm.sources.tar import TarMember, tar_members
@@ -250,7 +250,7 @@ def _members(tar: str, account: Account) -> tuple[dict[str, TarMember], dict[str
                 raise SourceError(what, remedy="give each image a name of its own")
             images[key] = member
         elif extension not in _SAID:
-            account.skip(other_member(extension), f"{tar}: {member.name}")
+            account.skip(no_image(extension), f"{tar}: {member.name}")
         else:
             kept, other = said.get(key), (extension, member)
             if kept and kept[0] != "txt":

@@ -12,8 +12,8 @@ from dimefm.progress import Progress, amount
 from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import ImageSample, Joined, Source, SourceFile
 from dimefm.sources.files import URL_BLOCK, Place, expand, in_order, is_glob
-from dimefm.sources.kinds import CONTAINERS, IMAGE, IMAGE_EXTENSIONS, PARQUET, TAR, TSV, by_kind
-from dimefm.sources.names import HIDDEN_MEMBERS, is_hidden, other_member
+from dimefm.sources.kinds import CONTAINERS, IMAGE, IMAGE_EXTENSIONS, PARQUET, TAR, TSV, by_kind, no_image
+from dimefm.sources.names import HIDDEN_MEMBERS, is_hidden
 from dimefm.sources.parquet_images import ParquetImages
 from dimefm.sources.side_files import find_side_files, read_side_file
 from dimefm.sources.tar import TarMember, tar_members
@@ -23,7 +23,6 @@ from dimefm.sources.window import URL_LEAP
 
 _PREFERRED = ("jpg", "png", "jpeg", "webp")
 _FURTHER = "further images of the same key (one is used: the first of jpg, png, jpeg, webp, others)"
-_DOTTED = "members whose extension has more than one part (a key ends at the first dot)"
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -78,8 +77,7 @@ def _images(path: str, members: Iterable[TarMember], account: Account) -> Iterat
         if is_hidden(name, key):
             account.skip(HIDDEN_MEMBERS, f"{path}: {name}")
         elif extension not in IMAGE_EXTENSIONS:
-            dotted = extension.rpartition(".")[2] in IMAGE_EXTENSIONS
-            account.skip(_DOTTED if dotted else other_member(extension), f"{path}: {name}")
+            account.skip(no_image(extension), f"{path}: {name}")
         elif key != last:
             if waiting:
                 yield waiting
