@@ -26,7 +26,9 @@ from cache_schemas import Status
 from dimefm import storage
 from dimefm.errors import OutputExistsError, SourceError
 from dimefm.progress import Progress
+from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile
+from dimefm.sources.content import HEAD_BYTES, describe
 from dimefm.sources.files import stat_files
 from dimefm.store import Store
 from dimefm.usable import require_embeddings
@@ -50,13 +52,15 @@ class _Part:
 
 
 class Folder:
-    """A folder in clip-retrieval's layout, with every file's header checked and nothing else read."""
+    """A folder in clip-retrieval's layout, with every file's header checked and nothing else read. Other files
+    are counted in `account`."""
 
-    def __init__(self, root: str, kind: Kind) -> None:
+    def __init__(self, root: str, kind: Kind, account: Account | None = None) -> None:
+        account = Account() if account is None else account
         self.root = storage.local(root, "a folder of embeddings")
         self.kind = kind
-        vectors = _numbered(f"{self.root}/{_NAMES[kind]}", _NAMES[kind], ".npy")
-        metadata = _numbered(f"{self.root}/metadata", "metadata", ".parquet")
+        vectors = _numbered(f"{self.root}/{_NAMES[kind]}", _NAMES[kind], ".npy", account)
+        metadata = _numbered(f"{self.root}/metadata", "metadata", ".parquet", account)
         for number in sorted(vectors.keys() ^ metadata.keys()):
             there = vectors.get(number) or metadata[number]
             other = "metadata" if number in vectors else _NAMES[kind]
@@ -138,11 +142,12 @@ class Folder:
                 yield from batch.column(0).cast(pa.string()).to_pylist()
 
 
-def _numbered(folder: str, stem: str, ending: str) -> dict[int, str]:
+def _numbered(folder: str, stem: str, ending: str, account: Account) -> dict[int, str]:
     """The files stem_<n>ending of a folder by number. Raises SourceError for others with that ending."""
     found: dict[int, str] = {}
     for name in storage.listing(folder):
         if not name.endswith(ending):
+            account.skip(f"files beside the {ending} of embeddings", f"{folder}/{name}")
             continue
         match = re.fullmatch(rf"{stem}_(\d+)\{ending}", name)
         if match is None:
@@ -162,11 +167,15 @@ def _map(path: str) -> np.ndarray[Any, Any]:
     try:
         mapped: np.ndarray[Any, Any] = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OSError) as error:
-        what = f"{path} cannot be read as a plain .npy: {error}"
-        raise SourceError(what, remedy="write it again with numpy.save, as a float16 or float32 array") from None
+        instead = _instead(path)
+        what = f"{path} cannot be read as a plain .npy: {f'it is {instead}' if instead else error}"
+        remedy = (
+            "fetch or make it again" if instead else "write it again with numpy.save, as a float16 or float32 array"
+        )
+        raise SourceError(what, remedy=remedy) from None
     if mapped.ndim != 2 or mapped.dtype.kind != "f" or mapped.dtype.itemsize not in (2, 4):
         what = f"{path} is {mapped.dtype} {mapped.shape}, where float16 or float32 (rows, width) belongs"
-        raise SourceError(what, remedy="write one embedding a row")
+        raise SourceError(what, remedy="write one embedding a row, as float16 or float32")
     return mapped
 
 
@@ -177,7 +186,18 @@ def _open_parquet(path: str) -> Iterator[Any]:
         with pq.ParquetFile(path) as file:
             yield file
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise SourceError(f"{path} cannot be read: {error}", remedy="write it again as Parquet") from None
+        instead = _instead(path)
+        what = f"{path} cannot be read: {f'it is {instead}' if instead else error}"
+        raise SourceError(what, remedy="fetch or make it again" if instead else "write it again as Parquet") from None
+
+
+def _instead(path: str) -> str | None:
+    """What a file is by its first bytes, if that is known and no Parquet."""
+    try:
+        head = storage.read_bytes(path, 0, HEAD_BYTES)
+    except OSError:
+        return None
+    return None if head.startswith(b"PAR1") else describe(head)
 
 
 def unit(vectors_ND: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

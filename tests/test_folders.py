@@ -395,3 +395,8 @@ def test_what_to_do_with_packed_files_and_other_tables_is_said(tmp_path: Path) -
             opener([str(tmp_path)])
         for what in (".zip (unpack them)", ".pq (rename them to .parquet)", ".arrow (write", ".bz2 (decompress them)"):
             assert f"files that end in {what}" in str(error.value)
+
+
+def test_a_chained_url_is_refused_as_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"x::y\.jpg has :: in it, which URLs are chained by\n  remedy: rename it"):
+        opened(f"memory://{tmp_path.name}/x::y.jpg")

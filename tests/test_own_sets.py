@@ -540,3 +540,14 @@ def test_a_file_of_another_kind_under_an_images_name_is_not_decoded(tmp_path: Pa
     places = [places_B.tolist() for _, places_B in images.batches(lambda data: decode_rgb(data)[:, :8, :8], 8)]
     assert places == [[0, 2]]
     assert images.samples[1].key == "cat/1"
+
+
+def test_folders_that_a_system_keeps_are_no_classes(tmp_path: Path) -> None:
+    folder, test = tmp_path / "pets", pets(tmp_path / "pets")
+    (test / "@eaDir").mkdir()
+    (folder / "__MACOSX").mkdir()
+    keys, notes = keys_and_notes(folder)
+    assert keys == ["cat/0", "dog/0"]
+    assert len(notes) == 1
+    assert notes[0].startswith("folders of thumbnails, of deleted files or of unfinished output")
+    assert ": 2, such as " in notes[0]

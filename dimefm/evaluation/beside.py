@@ -15,7 +15,7 @@ from dimefm.evaluation.imageset import Records
 from dimefm.sources.account import Account
 from dimefm.sources.kinds import IMAGE, by_kind
 from dimefm.sources.texts import CLASSNAMES, TEMPLATES
-from dimefm.sources.walking import children, is_utf8
+from dimefm.sources.walking import children, is_utf8, passed_over
 
 CLIP_BENCHMARK_TEMPLATES = "zeroshot_classification_templates.txt"
 SPLIT_FOLDERS = {
@@ -80,7 +80,9 @@ def _folders(place: str) -> list[str]:
     """The names of the folders in a local one, without hidden ones, which `children` counts; none at a URL."""
     if storage.is_url(place):
         return []
-    return sorted(p.name for p in Path(place).iterdir() if p.is_dir() and p.name[0] != "." and is_utf8(p.name))
+    return sorted(
+        p.name for p in Path(place).iterdir() if p.is_dir() and not passed_over(p.name, folder=True) and is_utf8(p.name)
+    )
 
 
 def _is_of_split(path: str, names: Sequence[str], split: str, account: Account) -> bool:

@@ -63,6 +63,8 @@ def expand(argument: str, account: Account | None = None) -> list[Place]:
     if not is_utf8(argument):
         raise SourceError(f"{shown(argument)} is not UTF-8", remedy="rename it")
     if storage.is_url(argument):
+        if "::" in argument:
+            raise SourceError(f"{argument} has :: in it, which URLs are chained by", remedy="rename it, or fetch it")
         fs, _ = storage.filesystem(argument)
         fs.invalidate_cache()  # listings that fsspec kept from earlier in this process
     if found := look_up(argument):

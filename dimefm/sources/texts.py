@@ -62,7 +62,7 @@ class TextFile:
             account.problem(f"{self._path}: {replaced} lines are not {encoding}; the bad bytes were replaced")
 
 
-_NEEDED = f"a labelled set needs {CLASSNAMES} and {TEMPLATES}; sentences are in files of other names"
+_NEEDED = f"a labelled set needs {CLASSNAMES} and {TEMPLATES}"
 
 
 class PromptSet:
@@ -76,7 +76,7 @@ class PromptSet:
         try:
             return stat_files([storage.join(self._root, name) for name in (CLASSNAMES, TEMPLATES)])
         except AbsentError as error:
-            raise SourceError(error.what, remedy=_NEEDED) from None
+            raise SourceError(error.what, remedy=f"{_NEEDED}; sentences are in files of other names") from None
 
     def samples(self, account: Account) -> Iterator[TextSample]:
         """Every class under every template; the key is set/class/template."""
