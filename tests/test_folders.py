@@ -260,7 +260,7 @@ def test_sentences_are_found_at_any_depth_and_the_rest_is_counted(tmp_path: Path
     assert [sample.text for sample in found] == ["two", "one"]
     assert [(one.reason, one.count) for one in account.skipped()] == [
         ("hidden folders", 1),
-        ("files without an extension (rename them to .txt if they hold sentences)", 1),
+        ("files without an extension, or with none that is known", 1),
         ("files that end in .jpg", 1),
     ]
 
@@ -282,6 +282,20 @@ def test_captions_are_those_of_the_tables_and_not_of_what_tells_of_them(tmp_path
     write_text(tmp_path / "more.txt", ["text"])
     with pytest.raises(SourceError, match=r"holds 1 \.txt and 1 \.parquet files\n"):
         open_text_source([str(tmp_path)])
+
+
+@pytest.mark.parametrize("opener", [open_image_source, open_text_source])
+def test_a_reason_is_not_of_what_others_wrote(tmp_path: Path, opener: Callable[..., object]) -> None:
+    write(tmp_path / "a.jpg")
+    write_text(tmp_path / "b.txt", ["b"])
+    for name in ("a.\x1b[2J", "b.two\nlines", "c.with space", "d.tar.gz", "e.2019"):
+        write(tmp_path / name, b"x")
+    account = Account()
+    opener([str(tmp_path)], account=account)
+    reasons = [one.reason for one in account.skipped()]
+    assert len(reasons) == 3
+    assert "compressed tars, of which no member can be read alone (decompress them)" in reasons
+    assert all(reason.isprintable() and "space" not in reason for reason in reasons)
 
 
 @pytest.mark.parametrize("name", ["*", "*.md"])

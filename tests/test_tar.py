@@ -450,7 +450,7 @@ def test_members_that_are_no_images_are_counted_by_kind(tmp_path: Path) -> None:
         f"hidden members of tars: 7, such as {path}: ._a.jpg",
         f"members of tars that end in .seg.npy: 1, {path}: j.seg.npy",
         f"members of tars that end in .tar: 1, {path}: i.tar",
-        "members of tars without an extension, or with none that is known (call images KEY.jpg, KEY.png, ...): 3, "
+        "members of tars without an extension, or with none that is known (call them KEY.jpg, KEY.txt, ...): 3, "
         f"such as {path}: f",
         f"members whose extension has more than one part (a key ends at the first dot): 1, {path}: k.left.jpg",
     ]

@@ -119,7 +119,7 @@ def test_lines_that_show_nothing_are_counted_by_reason(tmp_path: Path) -> None:
     ("data", "what"),
     [
         (LFS, "a Git LFS pointer"),
-        (gzip.compress(b"a cat\n"), "gzip-compressed"),
+        (gzip.compress(b"a cat\n", mtime=0), "gzip-compressed"),
         (b"<!DOCTYPE html><html>", "a page of HTML"),
         (b"PAR1\x15\x04", "a Parquet file"),
         (b'<?xml version="1.0"?>\n<svg xmlns="x">', "an SVG drawing"),
@@ -304,7 +304,13 @@ def test_json_larger_than_is_read_is_refused(tmp_path: Path, monkeypatch: pytest
 
 def test_a_tar_gives_the_lines_of_its_texts_and_counts_the_rest(tmp_path: Path) -> None:
     captions = {"0.jpg": b"x", "0.txt": b"one\n", "a/1.TXT": b"two\nthree\n\n", "2.txt": b"", "3.txt": b"caf\xe9"}
-    others = {"0.json": b'{"c": "four"}', "4.txt": make_jpeg(), ".5.txt": b"x", "6.txt": "six".encode("utf-16")}
+    others = {
+        "0.json": b'{"c": "four"}',
+        "4.txt": make_jpeg(),
+        ".5.txt": b"x",
+        "6.txt": "six".encode("utf-16"),
+        "__MACOSX/7.txt": b"x",
+    }
     path = write_tar(tmp_path / "a.tar", {**captions, **others})
     assert read(path, TarTexts) == (
         [("0", "one"), ("a/1:1", "two"), ("a/1:2", "three"), ("3", "caf\ufffd"), ("6", "six")],
@@ -314,7 +320,7 @@ def test_a_tar_gives_the_lines_of_its_texts_and_counts_the_rest(tmp_path: Path) 
             "empty members of tars: 1, a.tar: 2.txt",
             "members of tars that end in .json (--column NAME reads a field of them): 1, a.tar: 0.json",
             "members of tars that are no text: it is an image (JPEG): 1, a.tar: 4.txt",
-            "hidden members of tars: 1, a.tar: .5.txt",
+            "hidden members of tars: 2, such as a.tar: .5.txt",
             "a.tar: 1 sentences are not UTF-8; the bad bytes were replaced",
         ],
     )

@@ -30,8 +30,9 @@ from dimefm.evaluation.imageset import Records, one_label
 from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import ImageSample, SourceFile
 from dimefm.sources.files import in_order
-from dimefm.sources.images import ImageFolder, is_hidden, no_image, split_key
-from dimefm.sources.kinds import IMAGE_EXTENSIONS
+from dimefm.sources.images import ImageFolder, split_key
+from dimefm.sources.kinds import IMAGE_EXTENSIONS, no_image
+from dimefm.sources.names import HIDDEN_MEMBERS, is_hidden
 from dimefm.sources.parquet import DamagedParquetError, blocks, features, open_parquet
 from dimefm.sources.parquet_images import ParquetImages, image_column
 from dimefm.sources.tar import TarMember, tar_members
@@ -242,7 +243,7 @@ def _members(tar: str, account: Account) -> tuple[dict[str, TarMember], dict[str
     for member in tar_members(tar, damage):
         key, extension = split_key(member.name)
         if is_hidden(member.name, key):
-            account.skip("hidden members of tars", f"{tar}: {member.name}")
+            account.skip(HIDDEN_MEMBERS, f"{tar}: {member.name}")
         elif extension in IMAGE_EXTENSIONS:
             if key in images:
                 what = f"{tar} has two images called {key}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
-from functools import lru_cache
 
 from dimefm import storage
 from dimefm.errors import SourceError
@@ -13,7 +12,8 @@ from dimefm.progress import Progress, amount
 from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import ImageSample, Joined, Source, SourceFile
 from dimefm.sources.files import URL_BLOCK, Place, expand, in_order, is_glob
-from dimefm.sources.kinds import CONTAINERS, IMAGE, IMAGE_EXTENSIONS, PARQUET, TAR, TSV, by_kind
+from dimefm.sources.kinds import CONTAINERS, IMAGE, IMAGE_EXTENSIONS, PARQUET, TAR, TSV, by_kind, no_image
+from dimefm.sources.names import HIDDEN_MEMBERS, is_hidden
 from dimefm.sources.parquet_images import ParquetImages
 from dimefm.sources.side_files import find_side_files, read_side_file
 from dimefm.sources.tar import TarMember, tar_members
@@ -23,8 +23,6 @@ from dimefm.sources.window import URL_LEAP
 
 _PREFERRED = ("jpg", "png", "jpeg", "webp")
 _FURTHER = "further images of the same key (one is used: the first of jpg, png, jpeg, webp, others)"
-_HIDDEN = re.compile(r"(^|/)(\.[^./]|\.\.[^/]|__MACOSX/)")
-_EXTENSION = re.compile(r"[a-z][a-z0-9_]{0,11}(\.[a-z][a-z0-9_]{0,11})?")
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -77,7 +75,7 @@ def _images(path: str, members: Iterable[TarMember], account: Account) -> Iterat
     for name, offset, size in members:
         key, extension = split_key(name)
         if is_hidden(name, key):
-            account.skip("hidden members of tars", f"{path}: {name}")
+            account.skip(HIDDEN_MEMBERS, f"{path}: {name}")
         elif extension not in IMAGE_EXTENSIONS:
             account.skip(no_image(extension), f"{path}: {name}")
         elif key != last:
@@ -95,21 +93,6 @@ def _images(path: str, members: Iterable[TarMember], account: Account) -> Iterat
 
 def _rank(extension: str) -> int:
     return _PREFERRED.index(extension) if extension in _PREFERRED else len(_PREFERRED)
-
-
-def is_hidden(name: str, key: str) -> bool:
-    """Whether a member of a tar is hidden, or in a hidden folder."""
-    return not key or key[-1] == "/" or ("/" in name and _HIDDEN.search(name) is not None)
-
-
-@lru_cache(1000)
-def no_image(extension: str) -> str:
-    """Why a member is no image, by its extension, in lower case."""
-    if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
-        return "members whose extension has more than one part (a key ends at the first dot)"
-    if _EXTENSION.fullmatch(extension):
-        return f"members of tars that end in .{extension}"
-    return "members of tars without an extension, or with none that is known (call images KEY.jpg, KEY.png, ...)"
 
 
 def _listed(asked: tuple[SourceFile, SourceFile | None]) -> tuple[list[ImageSample], Account]:

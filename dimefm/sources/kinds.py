@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from dimefm import storage
 from dimefm.decode import sniff
@@ -13,6 +13,7 @@ from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile
 from dimefm.sources.content import HEAD_BYTES, describe
 from dimefm.sources.files import reading_ahead
+from dimefm.sources.names import extension_of, other_file, other_member
 from dimefm.sources.tsv_images import INDEX_SUFFIX
 from dimefm.sources.walking import unreadable
 
@@ -24,28 +25,22 @@ IMAGE_EXTENSIONS = frozenset({
 
 TAR, PARQUET, TSV, IMAGE = ".tar", ".parquet", ".tsv", "image"
 CONTAINERS = (TAR, PARQUET, TSV)
-_COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.[a-z0-9]{2,4})$")
-_REMEDIES = {
-    **dict.fromkeys(("zip", "7z", "rar"), " (unpack them)"),
-    **dict.fromkeys(("parq", "pq"), " (rename them to .parquet)"),
-    **dict.fromkeys(("arrow", "feather"), " (write them as Parquet)"),
-    **dict.fromkeys(("gz", "tgz", "bz2", "xz", "zst", "lz4"), " (decompress them)"),
-}
 _COLUMN_MARK = f"{PARQUET}#"
-_EXTENSION = re.compile(r"\.([a-z][a-z0-9]{0,11})$")
+
+_DOTTED = "members whose extension has more than one part (a key ends at the first dot)"
 
 
 def by_kind(files: Sequence[SourceFile], account: Account | None) -> dict[str, list[SourceFile]]:
     """The files by kind: one of CONTAINERS, or IMAGE. Others are counted in `account`; without one they are a
     SourceError."""
     kinds: dict[str, list[SourceFile]] = {}
-    unnamed = [file for file in files if not _extension(file.path)]
+    extensions = [extension_of(file.path) for file in files]
+    unnamed = [file for file, extension in zip(files, extensions, strict=True) if not extension]
     heads = reading_ahead(_head, unnamed, unnamed[0].path) if unnamed else iter(())
     tables = {file.path for file in files if file.path.endswith(TSV)}
-    for file in files:
+    for file, extension in zip(files, extensions, strict=True):
         if file.path.endswith(INDEX_SUFFIX) and file.path.removesuffix(INDEX_SUFFIX) + TSV in tables:
             continue  # it says where the lines of its table are
-        extension = _extension(file.path)
         kind, reason = _by_name(file.path, extension) if extension else _by_head(next(heads))
         if _COLUMN_MARK in file.path:
             kind, reason = "", f"names with {_COLUMN_MARK} in them, which stands before a column (rename them)"
@@ -59,6 +54,12 @@ def by_kind(files: Sequence[SourceFile], account: Account | None) -> dict[str, l
     return kinds
 
 
+@lru_cache(1000)
+def no_image(extension: str) -> str:
+    """Why a member of a tar is no image, by its extension as images.split_key gives it."""
+    return _DOTTED if extension.rpartition(".")[2] in IMAGE_EXTENSIONS else other_member(extension)
+
+
 def _by_name(path: str, extension: str) -> tuple[str, str]:
     """Its kind, or why it has none."""
     if extension in IMAGE_EXTENSIONS:
@@ -67,14 +68,7 @@ def _by_name(path: str, extension: str) -> tuple[str, str]:
         if extension == "tar" or path.endswith(f".{extension}"):
             return f".{extension}", ""
         return "", "tables whose extension is in capitals (rename them)"
-    if _COMPRESSED.search(path.lower()):
-        return "", "compressed tars, in which no image can be read alone (decompress them)"
-    return "", f"files that end in .{extension}{remedy_of(extension)}"
-
-
-def remedy_of(extension: str) -> str:
-    """What to do with files that end so, where that would make them readable, in parentheses."""
-    return _REMEDIES.get(extension.lower(), "")
+    return "", other_file(path)
 
 
 def _by_head(head: bytes) -> tuple[str, str]:
@@ -82,13 +76,6 @@ def _by_head(head: bytes) -> tuple[str, str]:
         return IMAGE, ""
     known = describe(head)
     return "", f"files without an extension, each {known}" if known else "files without an extension that are no images"
-
-
-def _extension(path: str) -> str:
-    """What a name says of a file, in lower case; nothing where it has no extension, or none that says anything, as in
-    `photo.2019` or `a.jpg?w=200`."""
-    match = _EXTENSION.search(path.rpartition("/")[2].lower())
-    return match[1] if match else ""
 
 
 def _head(file: SourceFile) -> bytes:

@@ -11,6 +11,7 @@ from dimefm.sources.base import SourceFile, TextSample
 from dimefm.sources.fields import Found, at_field
 from dimefm.sources.images import split_key
 from dimefm.sources.lines import NotTextError, as_text, clean, why_none
+from dimefm.sources.names import HIDDEN_MEMBERS, is_hidden, other_member
 from dimefm.sources.tar import tar_members
 from dimefm.sources.walking import unreadable
 from dimefm.sources.window import open_window
@@ -41,8 +42,8 @@ class TarTexts:
                 for name, offset, size in tar_members(self._path, account):
                     key, extension = split_key(name)
                     place = f"{self._path}: {name}"
-                    if not key or key[-1] == "/":
-                        account.skip("hidden members of tars", place)
+                    if is_hidden(name, key):
+                        account.skip(HIDDEN_MEMBERS, place)
                     elif extension != wanted:
                         account.skip(_other(extension), place)
                     elif size > _MOST_BYTES:
@@ -85,4 +86,4 @@ class TarTexts:
 
 def _other(extension: str) -> str:
     how = " (--column NAME reads a field of them)" if extension == "json" else ""
-    return f"members of tars that end in .{extension}{how}"
+    return other_member(extension) + how

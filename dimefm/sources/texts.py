@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 from dimefm import storage
@@ -13,8 +12,8 @@ from dimefm.sources.base import Joined, Source, SourceFile, TextSample
 from dimefm.sources.fields import NoColumnError
 from dimefm.sources.files import expand, is_glob, require_damage, stat_files
 from dimefm.sources.json_texts import JsonArray
-from dimefm.sources.kinds import remedy_of
 from dimefm.sources.lines import BROKEN, NotTextError, clean, encoding_by_mark, encoding_of, open_text, why_none
+from dimefm.sources.names import other_file
 from dimefm.sources.parquet_texts import ParquetTexts
 from dimefm.sources.tar_texts import TarTexts
 from dimefm.sources.text_tables import Delimited, JsonLines, Table
@@ -158,15 +157,16 @@ _KINDS = {
     ".tar": TarTexts,
 }
 _NEVER_GZ = (".parquet", ".tar")
-_BESIDE_OTHERS = (".json", ".tar")
-"""What tells of the other files of a folder, or has the images that they are captions of."""
+_BESIDE = (".json", ".tar")
+"""What is read in a folder only where nothing else is, tars before JSON: beside other kinds, .json files say something
+of the dataset, and tars hold the images, with captions that the tables have too."""
 
 
 def open_text_source(
     arguments: list[str], column: str | None = None, account: Account | None = None
 ) -> Source[TextSample]:
     """The source that the arguments name: text files, tables and tars (globs and {000..009} ranges too), folders of
-    one of these, or folders of a labelled set, which stand for its prompts.
+    these, or folders of a labelled set, which stand for its prompts.
 
     Text files are .txt, tables .jsonl, .json, .csv, .tsv and .parquet; all but the last may end in .gz. Of .tar files
     the .txt members are read, or with `column` a field of the .json members. The files of a folder, at any depth, must
@@ -205,7 +205,9 @@ def open_text_source(
 def _file(file: SourceFile, column: str | None, *, found: bool) -> Source[TextSample]:
     kind = _kind(file.path)
     if kind is None:
-        what = f"{line(file.path)} is neither a {', '.join(_KINDS)} nor a folder, but one of the {_other(file.path)}"
+        what = (
+            f"{line(file.path)} is neither a {', '.join(_KINDS)} nor a folder, but one of the {other_file(file.path)}"
+        )
         raise SourceError(what, remedy="give text files or tables; all but .parquet and .tar may be .gz")
     if kind == ".txt":
         return TextFile(file)
@@ -218,35 +220,25 @@ def _folder(argument: str, path: str, column: str | None, account: Account) -> l
         for file in children(path, lambda name: name not in (CLASSNAMES, TEMPLATES), account):
             account.skip("files of a labelled set beside its class names and templates", file.path)
         return [PromptSet(path)]
-    files = _of_a_kind(below(path, account), account)
-    kinds = Counter(_kind(file.path) for file in files)
-    for kind in _BESIDE_OTHERS:
-        if len(kinds) > 1 and kinds.pop(kind, 0):
-            for file in (file for file in files if _kind(file.path) == kind):
-                account.skip(f"{kind} files beside others with sentences (name them to use them)", file.path)
-            files = [file for file in files if _kind(file.path) != kind]
+    kinds: dict[str | None, list[SourceFile]] = {}
+    for file in _of_a_kind(below(path, account), account):
+        kinds.setdefault(_kind(file.path), []).append(file)
+    for kind in _BESIDE:
+        for file in kinds.pop(kind, ()) if len(kinds) > 1 else ():
+            account.skip(f"{kind} files beside others with sentences (name them to use them)", file.path)
     if len(kinds) > 1:
-        what = f"{argument} holds {' and '.join(f'{kinds[kind]:,} {kind}' for kind in _KINDS if kinds[kind])} files"
-        each = [f"'{storage.join(argument, f'**/*{kind}')}'" for kind in _KINDS if kinds[kind]]
-        remedy = f"name those you mean: {' or '.join(each)}"
-        raise SourceError(what, remedy=remedy)
-    return [_file(file, column, found=True) for file in files]
+        what = " and ".join(f"{len(kinds[kind]):,} {kind}" for kind in _KINDS if kind in kinds)
+        each = [f"'{storage.join(argument, f'**/*{kind}')}'" for kind in _KINDS if kind in kinds]
+        raise SourceError(f"{argument} holds {what} files", remedy=f"name those you mean: {' or '.join(each)}")
+    return [_file(file, column, found=True) for files in kinds.values() for file in files]
 
 
 def _of_a_kind(files: list[SourceFile], account: Account) -> list[SourceFile]:
     """Those whose kind is known by their name; the others are counted."""
     for file in files:
         if _kind(file.path) is None:
-            account.skip(_other(file.path), file.path)
+            account.skip(other_file(file.path), file.path)
     return [file for file in files if _kind(file.path) is not None]
-
-
-def _other(path: str) -> str:
-    """What a file is whose kind is not known."""
-    name, dot, extension = path.rpartition("/")[2].rpartition(".")
-    if dot and name:
-        return f"files that end in .{extension}{remedy_of(extension)}"
-    return "files without an extension (rename them to .txt if they hold sentences)"
 
 
 def _kind(path: str) -> str | None:

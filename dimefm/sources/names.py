@@ -1,0 +1,49 @@
+"""What the names of files, and of members of tars, say of them; and why those that are not used are not."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+HIDDEN_MEMBERS = "hidden members of tars"
+
+_EXTENSION = re.compile(r"\.([a-z][a-z0-9]{0,11})$")
+_OF_MEMBERS = re.compile(r"[a-z][a-z0-9_]{0,11}(\.[a-z][a-z0-9_]{0,11})?")
+_COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.[a-z0-9]{2,4})$")
+_REMEDIES = {
+    **dict.fromkeys(("zip", "7z", "rar"), " (unpack them)"),
+    **dict.fromkeys(("parq", "pq"), " (rename them to .parquet)"),
+    **dict.fromkeys(("arrow", "feather"), " (write them as Parquet)"),
+    **dict.fromkeys(("gz", "tgz", "bz2", "xz", "zst", "lz4"), " (decompress them)"),
+}
+_HIDDEN = re.compile(r"(^|/)(\.[^./]|\.\.[^/]|__MACOSX/)")
+
+
+def extension_of(path: str) -> str:
+    """The extension of a file, in lower case and without the dot; nothing where it has none, or none that says
+    anything, as in `photo.2019` or `a.jpg?w=200`."""
+    match = _EXTENSION.search(path.rpartition("/")[2].lower())
+    return match[1] if match else ""
+
+
+def other_file(path: str) -> str:
+    """Why a file whose name says that it is of no kind that is read is not used."""
+    if _COMPRESSED.search(path.lower()):
+        return "compressed tars, of which no member can be read alone (decompress them)"
+    extension = extension_of(path)
+    if not extension:
+        return "files without an extension, or with none that is known"
+    return f"files that end in .{extension}{_REMEDIES.get(extension, '')}"
+
+
+@lru_cache(1000)
+def other_member(extension: str) -> str:
+    """Why a member of a tar is not used, by its extension as images.split_key gives it."""
+    if _OF_MEMBERS.fullmatch(extension):
+        return f"members of tars that end in .{extension}"
+    return "members of tars without an extension, or with none that is known (call them KEY.jpg, KEY.txt, ...)"
+
+
+def is_hidden(name: str, key: str) -> bool:
+    """Whether a member of a tar, of that key, is hidden, or in a hidden folder, as programs for desktops leave them."""
+    return not key or key[-1] == "/" or ("/" in name and _HIDDEN.search(name) is not None)
