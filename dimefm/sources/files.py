@@ -255,7 +255,7 @@ def _matching(fs: Any, pattern: str, url: bool, account: Account) -> list[dict[s
     before, stars, _ = pattern.partition("**")
     if stars:
         top = before[: min(place for mark in _MAGIC if (place := pattern.find(mark)) >= 0)].rpartition("/")[0]
-        files = storage.walk(fs, top) if url else [_entry(file.path, "file") for file in below(top or "/", account)]
+        files = [_of_file(fs, file) for file in below(fs.unstrip_protocol(top) if url else top or "/", account)]
         above = {str(parent) for info in files for parent in PurePosixPath(info["name"]).parents}
         both = [*files, *({"name": name, "type": "directory"} for name in above if name.startswith(top))]
         return [info for info in both if re.match(glob_translate(pattern), info["name"])]
@@ -286,10 +286,18 @@ def _matching(fs: Any, pattern: str, url: bool, account: Account) -> list[dict[s
         if path in folders or not fnmatchcase(own, name):
             continue
         if own.startswith(".") and not name.startswith("."):
-            account.skip(HIDDEN_FOLDERS if info["type"] == "directory" else HIDDEN_FILES, path)
+            what = HIDDEN_FOLDERS if info["type"] == "directory" else HIDDEN_FILES
+            account.skip(what, fs.unstrip_protocol(path) if url else path)
         else:
             matching.append(info)
     return matching
+
+
+def _of_file(fs: Any, file: SourceFile) -> dict[str, Any]:
+    """A file as a listing of fsspec has it, where that is of a URL."""
+    if fs is None:
+        return _entry(file.path, "file")
+    return {**_entry(fs._strip_protocol(file.path), "file"), "size": file.size, "mtime": file.modified // 10**9}
 
 
 def _entry(path: str, kind: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 from dimefm import storage
 from dimefm.errors import SourceError
@@ -78,8 +79,7 @@ def _images(path: str, members: Iterable[TarMember], account: Account) -> Iterat
         if is_hidden(name, key):
             account.skip(HIDDEN_MEMBERS, f"{path}: {name}")
         elif extension not in IMAGE_EXTENSIONS:
-            dotted = extension.rpartition(".")[2] in IMAGE_EXTENSIONS
-            account.skip(_DOTTED if dotted else other_member(extension), f"{path}: {name}")
+            account.skip(_no_image(extension), f"{path}: {name}")
         elif key != last:
             if waiting:
                 yield waiting
@@ -95,6 +95,12 @@ def _images(path: str, members: Iterable[TarMember], account: Account) -> Iterat
 
 def _rank(extension: str) -> int:
     return _PREFERRED.index(extension) if extension in _PREFERRED else len(_PREFERRED)
+
+
+@lru_cache(1000)
+def _no_image(extension: str) -> str:
+    """Why a member is no image, by its extension."""
+    return _DOTTED if extension.rpartition(".")[2] in IMAGE_EXTENSIONS else other_member(extension)
 
 
 def _listed(asked: tuple[SourceFile, SourceFile | None]) -> tuple[list[ImageSample], Account]:
