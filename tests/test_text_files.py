@@ -182,7 +182,8 @@ def test_so_is_one_with_a_header_or_brackets_alone(tmp_path: Path, name: str, da
 
 @pytest.mark.parametrize("tab", [",", "\t"])
 def test_the_header_is_the_first_row_that_is_not_blank(tmp_path: Path, tab: str) -> None:
-    path = written(tmp_path / ("a.csv" if tab == "," else "a.tsv"), f"\n\nid{tab}text\n1{tab}one\n2{tab}"a ""b"" c"\n".encode())
+    lines = ["", "", f"id{tab}text", f"1{tab}one", f'2{tab}"a ""b"" c"']
+    path = written(tmp_path / ("a.csv" if tab == "," else "a.tsv"), "\n".join(lines).encode())
     assert read(path, Delimited) == ([("4", "one"), ("5", 'a "b" c')], [])
 
 
