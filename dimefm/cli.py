@@ -86,7 +86,7 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--out", required=True, help="The store to write, a folder or URL ending in .zarr."),
         click.option("--teacher", required=True, help="open_clip model: NAME, hf-hub:ORG/MODEL or local-dir:FOLDER."),
         weights_options,
-        click.option("--column", help="Of Parquet, CSV, TSV and JSONL sources. Default: the one that fits."),
+        click.option("--column", help="Column or field of tables and tars. Default: the one that fits."),
         click.option(
             "--precision",
             type=click.Choice(["fp32", "bf16", "fp16"]),
@@ -130,8 +130,9 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
 def cache_images(**options: Any) -> None:
     """Write the teacher's embedding of every image to a store.
 
-    SOURCE: WebDataset tars (globs and ranges such as {000..009}.tar), Parquet files with an image column, .tsv files of
-    key and base64, folders of these, or folders of images; all as local paths or as URLs (s3://...).
+    SOURCE: WebDataset tars, Parquet files with an image column, .tsv files of key and base64, image files; globs of
+    these, ranges such as {000..009}.tar, and folders; all as local paths or as URLs (s3://...). Whatever lies there and
+    is not used is counted, with an example.
     """
     _require_with("--view-scale", options["view_scale"], "--views", options["views"])
     if options["view_scale"] is None:
@@ -143,14 +144,19 @@ def cache_images(**options: Any) -> None:
 
 @cli.command()
 @_cache_options
-@click.option("--min-words", type=click.IntRange(1), help="Leave shorter sentences out.")
+@click.option(
+    "--min-words",
+    type=click.IntRange(1),
+    help="Leave shorter sentences out; of languages without spaces a few letters count as a word.",
+)
 @click.option("--max-words", type=click.IntRange(1), help="Leave longer sentences out.")
 @click.option("--shuffle", type=click.IntRange(0), metavar="SEED", help="Rows in a random order: reads are then draws.")
 def cache_texts(**options: Any) -> None:
     """Write the teacher's embedding of every sentence to a store, repeated ones once.
 
-    SOURCE: .txt (one sentence a line), .jsonl, .csv, .tsv (also .gz) and Parquet files, folders of them, or labelled
-    sets, whose prompts (every class name in every template) are cached; all as local paths or as URLs (s3://...).
+    SOURCE: .txt (one sentence a line), .jsonl, .json, .csv, .tsv (also .gz) and Parquet files, tars with .txt members,
+    folders of one kind of them, or labelled sets, whose prompts (every class name in every template) are cached; all as
+    local paths or as URLs (s3://...). Whatever lies there and is not used is counted, with an example.
     """
     _cache("text", options)
 

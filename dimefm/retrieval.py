@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cache_schemas import Selection
 from dimefm import storage
+from dimefm.errors import StoreError
 from dimefm.exact import ExactSearch
 from dimefm.machine import choose_device
 from dimefm.pairs import Search, retrieve
@@ -43,7 +44,7 @@ def retrieve_stores(
     require_same_teacher(image_store, text_store)
     search, name, digest = open_search(text_store, index, device)
     with Progress("retrieving", image_store.schema.rows, "image") as progress:
-        return retrieve(
+        found = retrieve(
             image_store,
             text_store,
             search,
@@ -53,3 +54,8 @@ def retrieve_stores(
             out=out,
             progress=progress.at,
         )
+    if not found.images:
+        raise StoreError(
+            f"{out}: not one sentence is found for any image", remedy="build the index again, or search exactly"
+        )
+    return found

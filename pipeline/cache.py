@@ -20,6 +20,7 @@ from dimefm.progress import amount, duration
 from dimefm.sources.account import first, show
 from dimefm.sources.files import expand
 from dimefm.store import Store
+from dimefm.tokenizer import canonical
 from dimefm.trained import Trained
 from dimefm.usable import as_list, listed, require_embeddings
 from pipeline.existing import arguments_there, is_planned, require_no_stranger
@@ -85,12 +86,13 @@ def _cache(config: CacheConfig) -> Store:
     device = _device(config)
     require_no_stranger(config.out)  # before the lock is put into it
     loaded = _load(config, device, "cpu")
+    request = _request(config, device, loaded)
     teacher, weight_bytes = loaded.identity, loaded.weight_bytes()
     clip: Clip | None = loaded
     del loaded
     with writing(config.out) as lease:
         planned = is_planned(config.out)
-        store = open_or_plan(_request(config, device), config.out, teacher, accept_missing=config.accept_missing)
+        store = open_or_plan(request, config.out, teacher, accept_missing=config.accept_missing)
         if not planned:
             _tell(store.schema.source)
         job = Job(
@@ -144,7 +146,7 @@ def dry_run(config: CacheConfig) -> str:
     the speed of this machine over the first rows. Writes nothing."""
     device = _device(config)
     clip = _load(config, device, device)
-    request = _request(config, device)
+    request = _request(config, device, clip)
     if config.compile:
         clip.compile(request.batch_size)
     found = forecast(request, clip.identity, keep=PROBE_ROWS)
@@ -176,7 +178,8 @@ def _show_forecast(config: CacheConfig, device: str, found: Forecast, clip: Clip
         f"takes     {duration(found.schema.rows / rate)} at {rate:,.0f} {config.kind}s/s with {plural}",
         *([bound] if bound else []),
         *(f"skipped   {show(one)}" for one in source.skipped),
-        *(f"problem   {problem}" for problem in first(source.problems)),
+        *(f"problem   {line(problem)}" for problem in first(source.problems)),
+        *([f"failed    {rates.failed}"] if rates.failed else []),
         "teacher",
     ]
     lines += [f"  {name:<15} {value}" for name, value in to_plain(clip.identity).items()]
@@ -233,7 +236,7 @@ def _workers(config: CacheConfig, device: str, rows: int, weight_bytes: int) -> 
     return torch.cuda.device_count()
 
 
-def _request(config: CacheConfig, device: str) -> PlanRequest:
+def _request(config: CacheConfig, device: str, clip: Clip) -> PlanRequest:
     scale, begun = (config.view_scale, 1.0), _begun(config)
     batch_size = begun.batch_size if begun else BATCH_SIZE[device.partition(":")[0]]
     return PlanRequest(
@@ -241,6 +244,7 @@ def _request(config: CacheConfig, device: str) -> PlanRequest:
         arguments=config.sources,
         column=config.column,
         sentences=SentenceRules(min_words=config.min_words, max_words=config.max_words, shuffle=config.shuffle),
+        canonical=canonical(clip.tokenizer),
         views=ViewPlan(count=config.views, seed=config.view_seed, crop_scale=scale, flip=True)
         if config.views
         else None,

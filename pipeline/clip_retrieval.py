@@ -24,11 +24,14 @@ import pyarrow.parquet as pq
 
 from cache_schemas import Status
 from dimefm import storage
-from dimefm.errors import OutputExistsError, SourceError, StoreError
+from dimefm.errors import OutputExistsError, SourceError
 from dimefm.progress import Progress
+from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile
+from dimefm.sources.content import HEAD_BYTES, describe
 from dimefm.sources.files import stat_files
 from dimefm.store import Store
+from dimefm.usable import require_embeddings
 
 Kind = Literal["image", "text"]
 
@@ -49,13 +52,15 @@ class _Part:
 
 
 class Folder:
-    """A folder in clip-retrieval's layout, with every file's header checked and nothing else read."""
+    """A folder in clip-retrieval's layout, with every file's header checked and nothing else read. Other files
+    are counted in `account`."""
 
-    def __init__(self, root: str, kind: Kind) -> None:
+    def __init__(self, root: str, kind: Kind, account: Account | None = None) -> None:
+        account = Account() if account is None else account
         self.root = storage.local(root, "a folder of embeddings")
         self.kind = kind
-        vectors = _numbered(f"{self.root}/{_NAMES[kind]}", _NAMES[kind], ".npy")
-        metadata = _numbered(f"{self.root}/metadata", "metadata", ".parquet")
+        vectors = _numbered(f"{self.root}/{_NAMES[kind]}", _NAMES[kind], ".npy", account)
+        metadata = _numbered(f"{self.root}/metadata", "metadata", ".parquet", account)
         for number in sorted(vectors.keys() ^ metadata.keys()):
             there = vectors.get(number) or metadata[number]
             other = "metadata" if number in vectors else _NAMES[kind]
@@ -137,11 +142,12 @@ class Folder:
                 yield from batch.column(0).cast(pa.string()).to_pylist()
 
 
-def _numbered(folder: str, stem: str, ending: str) -> dict[int, str]:
+def _numbered(folder: str, stem: str, ending: str, account: Account) -> dict[int, str]:
     """The files stem_<n>ending of a folder by number. Raises SourceError for others with that ending."""
     found: dict[int, str] = {}
     for name in storage.listing(folder):
         if not name.endswith(ending):
+            account.skip(f"files beside the {ending} of embeddings", f"{folder}/{name}")
             continue
         match = re.fullmatch(rf"{stem}_(\d+)\{ending}", name)
         if match is None:
@@ -161,11 +167,15 @@ def _map(path: str) -> np.ndarray[Any, Any]:
     try:
         mapped: np.ndarray[Any, Any] = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OSError) as error:
-        what = f"{path} cannot be read as a plain .npy: {error}"
-        raise SourceError(what, remedy="write it again with numpy.save, as a float16 or float32 array") from None
+        instead = _instead(path)
+        what = f"{path} cannot be read as a plain .npy: {f'it is {instead}' if instead else error}"
+        remedy = (
+            "fetch or make it again" if instead else "write it again with numpy.save, as a float16 or float32 array"
+        )
+        raise SourceError(what, remedy=remedy) from None
     if mapped.ndim != 2 or mapped.dtype.kind != "f" or mapped.dtype.itemsize not in (2, 4):
         what = f"{path} is {mapped.dtype} {mapped.shape}, where float16 or float32 (rows, width) belongs"
-        raise SourceError(what, remedy="write one embedding a row")
+        raise SourceError(what, remedy="write one embedding a row, as float16 or float32")
     return mapped
 
 
@@ -176,7 +186,18 @@ def _open_parquet(path: str) -> Iterator[Any]:
         with pq.ParquetFile(path) as file:
             yield file
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise SourceError(f"{path} cannot be read: {error}", remedy="write it again as Parquet") from None
+        instead = _instead(path)
+        what = f"{path} cannot be read: {f'it is {instead}' if instead else error}"
+        raise SourceError(what, remedy="fetch or make it again" if instead else "write it again as Parquet") from None
+
+
+def _instead(path: str) -> str | None:
+    """What a file is by its first bytes, if that is known and no Parquet."""
+    try:
+        head = storage.read_bytes(path, 0, HEAD_BYTES)
+    except OSError:
+        return None
+    return None if head.startswith(b"PAR1") else describe(head)
 
 
 def unit(vectors_ND: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -197,17 +218,17 @@ def export_embeddings(store_path: str, out: str, *, rows_per_file: int | None = 
 
     One .npy and one metadata file for every `rows_per_file` rows of the store, by default those of a shard; rows
     without an embedding are left out. The metadata has `row` (in the store), `key`, for texts `caption`, and for
-    images `image_path` (the key again) and `file`. The folder appears whole or not at all. Raises StoreError for an
-    unfinished store, OutputExistsError where `out` holds something.
+    images `image_path` (the key again) and `file`. The folder appears whole or not at all. Raises StoreError for a
+    store that is unfinished or has no embedding, OutputExistsError where `out` holds something.
     """
     store = Store(store_path)
     store.require_complete()
+    require_embeddings(store)
     target = Path(storage.local(out, "an export"))
     if target.is_file() or storage.listing(str(target)):
         raise OutputExistsError(f"{target} exists and is not empty", remedy="give another --out, or delete it")
     rows, step, name = store.schema.rows, rows_per_file or store.schema.shard_rows, _NAMES[store.schema.kind]
     digits = len(str((rows - 1) // step))
-    written = False
     with storage.publishing(str(target)) as temporary, Progress("export", rows, "row") as progress:
         for number, start in enumerate(range(0, rows, step)):
             stop = min(start + step, rows)
@@ -218,10 +239,7 @@ def export_embeddings(store_path: str, out: str, *, rows_per_file: int | None = 
                 pq.write_table(_metadata(store, start, stop).take(good_N), table)
                 _write(temporary / name / f"{name}_{number:0{digits}d}.npy", vectors, out)
                 _write(temporary / "metadata" / f"metadata_{number:0{digits}d}.parquet", table, out)
-                written = True
             progress.at(stop)
-        if not written:
-            raise StoreError(f"{store.path} has no row with an embedding", remedy="dimefm info STORE says why")
     return str(target)
 
 

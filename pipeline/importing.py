@@ -87,12 +87,12 @@ def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lamb
 
 
 def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
-    folder = Folder(config.folder, config.kind)
+    account = Account()
+    folder = Folder(config.folder, config.kind, account)
     if config.sources and config.kind == "text":
         raise SourceError("images are given for text embeddings", remedy="give --kind image, or no --images")
     if config.match_parts > 1 and not config.sources:
         raise SourceError("--match-parts has no effect without --images", remedy="leave it out, or give the images")
-    account = Account()
     source = open_image_source(list(config.sources), account=account) if config.sources else None
     files = folder.files() + (source.files() if source else [])
     require_whole_chunks(config.shard_rows)
@@ -142,6 +142,10 @@ def _plan(
         matches = match((key for key, _ in folder.records()), samples, least=config.match_parts)
         checked_N = matches.sample(config.check)
         account.problems += _tell(matches, folder, report) if source else [_NO_PIXELS]
+        if count := len(spare_N := matches.spare()):
+            reason = "images of the sources without an embedding"
+            account.skip(reason, matches.images.place(int(spare_N[0]))[0], count)
+            report(f"{reason}: {count:,}")
     compared = len(checked_N) > 0
     account.problems += _check(config, folder, checked_N, matches, clip, report) if compared else [_NOT_COMPARED]
 
@@ -190,9 +194,13 @@ def _tell(matches: Matches, folder: Folder, report: Callable[[str], None]) -> li
     if not kinds:
         examples = "the first row has the key {!r}, the first image {!r}".format(*matches.first)
         what = f"no row of {folder.root} is an image of the sources: {examples}"
+        remedy = "give --images the files that the embeddings were made from"
         if len(ambiguous):
             what = f"{len(ambiguous):,} rows of {folder.root} match several images each: {examples}"
-        raise SourceError(what, remedy="give --images the files that the embeddings were made from")
+        if len(ambiguous) and matches.repeated:
+            what = f"{matches.repeated:,} rows of {folder.root} have the key of a row before them: {examples}"
+            remedy = "take away the files that are there twice, or make the metadata again with keys that differ"
+        raise SourceError(what, remedy=remedy)
     by = ", ".join(f"{count:,} by {name}" for _, name, count in kinds)
     known = sum(count for _, _, count in kinds)
     report(f"{known:,} of {len(matches.image_N):,} rows have an image in the sources: {by}")

@@ -57,6 +57,12 @@ class Matches:
         """The names whose longest match is with several images, or that several names have, int64 (n,)."""
         return np.flatnonzero(self.image_N == _SEVERAL)
 
+    def spare(self) -> Array:
+        """The images that no name has, int64 (m,)."""
+        spare_M = np.ones(len(self.images), bool)
+        spare_M[self.image_N[self.image_N >= 0]] = False
+        return np.flatnonzero(spare_M)
+
     def kinds(self) -> list[tuple[int, str, int]]:
         """Equal parts, what that is called, and how many names were matched so; the strongest first."""
         counts = np.bincount(self.parts_N, minlength=2)
@@ -128,7 +134,10 @@ def match(names: Iterable[str], samples: Iterable[ImageSample], *, least: int = 
             first[0] = first[0] or name
             hashes.append(hash(name))
             if images:
-                ours.add(row, _forms(name, least, most, extensions))
+                forms = _forms(name, least, most, extensions)
+                if "\\" in name:  # a path of Windows
+                    forms = list({*forms, *_forms(name.replace("\\", "/"), least, most, extensions)})
+                ours.add(row, forms)
         image_N, level_N = np.full(len(hashes), _NONE, np.int64), np.zeros(len(hashes), np.uint8)
         for level in sorted(ours.levels() & theirs.levels(), reverse=True):
             for part in range(_FILE_PARTS):

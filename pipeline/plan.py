@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from cache_schemas.embedding_store import ROWS
 from cache_schemas.plan import PLANS
 from dimefm import storage
 from dimefm.errors import SourceError
-from dimefm.sources import open_image_source, open_text_source
+from dimefm.sources import PromptSet, open_image_source, open_text_source
 from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import SourceFile
 from dimefm.store import Store, create_store
@@ -39,12 +39,15 @@ _BYTES_PER_ROW = {"image": 16_000, "text": 40}  # a guess that only sets the ord
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What to plan: the arguments that name the source, what to take of it, and how the store is to be cut."""
+    """What to plan: the arguments that name the source, what to take of it, and how the store is to be cut. With the
+    teacher's `canonical`, sentences that it cannot tell from others are left out of a new plan, unless a labelled set's
+    prompts are among them."""
 
     kind: Literal["image", "text"]
     arguments: tuple[str, ...]
     column: str | None = None
     sentences: SentenceRules = field(default_factory=SentenceRules)
+    canonical: Callable[[str], str] | None = None
     views: ViewPlan | None = None
     pixels: int | None = None
     decoder: Literal["fast", "pillow", "nvjpeg"] = "fast"
@@ -204,7 +207,9 @@ def _open(request: PlanRequest, tally: _Tally) -> Any:
 
 def _samples(request: PlanRequest, source: Any, tally: _Tally) -> Iterator[Any]:
     if request.kind == "text":
-        return tidy(source, request.sentences, tally.account)
+        # Prompts are looked up by their words: of two that the tokenizer cannot tell apart, both are there.
+        prompts = any(isinstance(part, PromptSet) for part in source.parts)
+        return tidy(source, request.sentences, tally.account, None if prompts else request.canonical)
     return iter(source.samples(tally.account))
 
 

@@ -15,6 +15,7 @@ from dimefm.clip import Clip
 from dimefm.decode import DecodeError
 from dimefm.errors import SourceError, UnreadableError
 from dimefm.gpu_decode import open_loader
+from dimefm.inert import line
 from dimefm.loading import RUN_AGAIN, Loaded
 
 PROBE_ROWS = 256
@@ -24,11 +25,12 @@ _HEADROOM = 1.25
 @dataclass(frozen=True)
 class Rates:
     """Rows a second: `load` of one decoding thread (infinite for sentences), `teacher` of one device. `jpeg_bytes` is
-    the mean size of a kept JPEG, 0 without."""
+    the mean size of a kept JPEG, 0 without. `failed` says how many of the rows have no image, and why; else empty."""
 
     load: float
     teacher: float
     jpeg_bytes: float = 0.0
+    failed: str = ""
 
     def wanted(self) -> int:
         """Decoding threads that keep one device busy, with some to spare."""
@@ -63,19 +65,27 @@ def measure(rows: list[dict[str, Any]], schema: EmbeddingStore, clip: Clip, *, a
     ((loaded, pixels_N3HW),) = loader.batches(rows, len(rows), 1)
     seconds = time.perf_counter() - began
     good = [one for one in loaded if isinstance(one, Loaded)]
+    bad = [(row, one) for row, one in zip(rows, loaded, strict=True) if isinstance(one, DecodeError)]
+    failed = f"{len(bad):,} of the first {len(rows):,} images cannot be read: {_example(*bad[0])}" if bad else ""
     if not good:
-        first = next(one for one in loaded if isinstance(one, DecodeError))
-        what = f"none of the first {len(rows)} images can be read: {first}"
+        row, first = bad[0]
+        which = "the only image cannot" if len(rows) == 1 else f"none of the first {len(rows):,} images can"
+        what = f"{which} be read: {_example(row, first)}"
         if first.status == Status.MISSING and not accept_missing:
             raise UnreadableError(what, remedy=f"put them back, or mount what they are on, and {RUN_AGAIN}")
-        raise SourceError(what, remedy="look at the source")
+        raise SourceError(what, remedy="look at the files: is this what you mean to cache?")
     views = len(pixels_N3HW) // len(good)
     images = max(1, schema.batch_size // views)
     if not clip.compiled:  # which is given whole batches, and computes them whole
         images = min(images, len(good))
     batch_B3HW = pixels_N3HW[torch.arange(images * views) % len(pixels_N3HW)]
     jpeg_bytes = sum(len(one.jpeg) for one in good if one.jpeg) / len(good)
-    return Rates(len(loaded) / seconds, _rate(images, lambda: clip.encode_images(batch_B3HW)), jpeg_bytes)
+    return Rates(len(loaded) / seconds, _rate(images, lambda: clip.encode_images(batch_B3HW)), jpeg_bytes, failed)
+
+
+def _example(row: dict[str, Any], error: DecodeError) -> str:
+    reason = str(error)
+    return line(reason if row["file"] in reason else f"{reason} ({row['key']} in {row['file']})")
 
 
 def _rate(count: int, call: Any) -> float:

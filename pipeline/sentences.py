@@ -1,14 +1,15 @@
 """Sentence hygiene at plan time: repeats and sentences that are too short or too long are left out, the order is
-shuffled where asked. The sentences themselves are never all in memory: 8 to 24 bytes of each are.
+shuffled where asked. The sentences themselves are never all in memory: 9 to 36 bytes of each are.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import re
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -25,8 +26,21 @@ from pipeline.repeats import as_array, repeats
 
 _BUCKETS = 256
 _BLOCK = 65536
-_MOST_WORDS = 65535
-_REPEATED = "repeated sentences"
+_KEPT, _SHORT, _LONG, _NOTHING, _REPEATED, _SAME = range(6)
+_REASONS = {
+    _SHORT: "sentences shorter than --min-words",
+    _LONG: "sentences longer than --max-words",
+    _NOTHING: "sentences of which the tokenizer leaves nothing",
+    _REPEATED: "repeated sentences",
+    _SAME: "sentences that the tokenizer cannot tell from one that is kept",
+}
+_EAST = re.compile(
+    "[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
+_SOUTH = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\uaa60-\uaa7f]")
+_UNSPACED = re.compile(f"{_EAST.pattern}|{_SOUTH.pattern}")
+_LETTER = re.compile(r"\w")
+_EAST_LETTERS, _SOUTH_LETTERS = 2, 4  # of a word, about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,53 +56,71 @@ class SentenceRules:
         names = ("min_words", "max_words", "shuffle")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def against(self, words: int) -> str | None:
-        """Why a sentence of so many words is left out; None where it is not."""
-        if words < (self.min_words or 0):
-            return "sentences shorter than --min-words"
-        return "sentences longer than --max-words" if words > (self.max_words or _MOST_WORDS) else None
 
-
-def tidy(source: Source[TextSample], rules: SentenceRules, account: Account) -> Iterator[TextSample]:
+def tidy(
+    source: Source[TextSample],
+    rules: SentenceRules,
+    account: Account,
+    canonical: Callable[[str], str] | None = None,
+) -> Iterator[TextSample]:
     """The sentences to keep; those that are left out are counted in `account`.
 
-    Reads the source twice: once to know the repeats by a 64-bit hash, once for the sentences.
+    Reads the source twice: once to know the repeats by a 64-bit hash, once for the sentences. With `canonical`, as
+    tokenizer.canonical gives it, sentences of which nothing is left are left out, as are those that become the same as
+    another: their embeddings say nothing, or nothing more.
     """
-    keep = _wanted(source, rules)
-    chosen = _kept(source.samples(account), keep, rules, account)
-    return chosen if rules.shuffle is None else _shuffled(chosen, int(keep.sum()), rules.shuffle)
+    why = _reasons(source, rules, canonical)
+    chosen = _kept(source.samples(account), why, account)
+    return chosen if rules.shuffle is None else _shuffled(chosen, int((why == _KEPT).sum()), rules.shuffle)
 
 
-def _kept(
-    samples: Iterator[TextSample], keep: np.ndarray[Any, Any], rules: SentenceRules, account: Account
-) -> Iterator[TextSample]:
+def _kept(samples: Iterator[TextSample], why: np.ndarray[Any, Any], account: Account) -> Iterator[TextSample]:
     """Those to keep; the others are counted. Raises SourceError where there are not as many samples as there were."""
-    for sample, wanted in zip_longest(samples, _each(keep)):
-        if sample is None or wanted is None:
-            what = f"the sentences have changed while they were read: there are no longer {len(keep):,}"
+    for sample, reason in zip_longest(samples, _each(why)):
+        if sample is None or reason is None:
+            what = f"the sentences have changed while they were read: there are no longer {len(why):,}"
             raise SourceError(what, remedy="run the same command again once nothing writes to their files")
-        if wanted:
+        if reason == _KEPT:
             yield sample
         else:
-            account.skip(rules.against(_words(sample.text)) or _REPEATED, f"{sample.key}: {sample.text[:80]}")
+            account.skip(_REASONS[reason], f"{sample.key}: {sample.text[:80]}")
 
 
-def _wanted(source: Source[TextSample], rules: SentenceRules) -> np.ndarray[Any, Any]:
-    """True for each sentence to keep. Of those that are equal, the first is kept."""
-    hashes, words = array("q"), array("H")
-    for sample in source.samples(Account()):
-        hashes.append(hash(sample.text))
-        words.append(_words(sample.text))
-    count = np.frombuffer(words, np.uint16) if len(words) else np.empty(0, np.uint16)
-    short, long = count < (rules.min_words or 0), count > (rules.max_words or _MOST_WORDS)
-    keep = ~(short | long)
-    for places in repeats(as_array(hashes), keep.copy()):
-        keep[places] = False
-    return keep
+def _reasons(
+    source: Source[TextSample], rules: SentenceRules, canonical: Callable[[str], str] | None
+) -> np.ndarray[Any, Any]:
+    """Why each sentence is left out, as uint8; _KEPT where it is not. Of those that are equal, the first is kept."""
+    hashes, told, counts = array("q"), array("q"), array("I")
+    limited = bool(rules.min_words or rules.max_words)
+    for _, text in source.samples(Account()):
+        hashes.append(hash(text))
+        if canonical is not None:
+            told.append(hash(canonical(text)))
+        if limited:
+            counts.append(text.count(" ") + 1 if text.isascii() else words(text))
+    why = np.full(len(hashes), _KEPT, np.uint8)
+    if limited:
+        words_N = np.array(counts, np.uint32)
+        why[words_N > (rules.max_words or np.inf)] = _LONG
+        why[words_N < (rules.min_words or 0)] = _SHORT
+    if canonical is not None:
+        why[(why == _KEPT) & (as_array(told) == hash(""))] = _NOTHING
+    for reason, values in ((_REPEATED, hashes), (_SAME, told)):
+        if len(values):
+            for places in repeats(as_array(values), why == _KEPT):
+                why[places] = reason
+    return why
 
 
-def _words(text: str) -> int:
-    return min(text.count(" ") + 1, _MOST_WORDS)
+def words(text: str) -> int:
+    """The words of a sentence: what spaces separate. Of Chinese and Japanese, which are written without, two letters
+    are counted as a word, and of Thai, Lao, Khmer and Burmese four, each kind rounded up; numbers and words of other
+    scripts between them are words, and marks are none."""
+    if not _UNSPACED.search(text):
+        return text.count(" ") + 1
+    east, south = len(_EAST.findall(text)), len(_SOUTH.findall(text))
+    others = sum(1 for word in _UNSPACED.sub(" ", text).split() if _LETTER.search(word))
+    return others + -(-east // _EAST_LETTERS) + -(-south // _SOUTH_LETTERS)
 
 
 def _shuffled(samples: Iterator[TextSample], count: int, seed: int) -> Iterator[TextSample]:

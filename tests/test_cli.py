@@ -422,6 +422,14 @@ def test_a_dry_run_over_images_that_cannot_be_read_says_why(tmp_path: Path, teac
     tar = write_tar(tmp_path / "a.tar", {"0.jpg": b"not an image", "1.jpg": b"nor this"})
     message = refused("cache-images", tar, "--out", tmp_path / "s.zarr", "--teacher", teacher_name, "--dry-run")
     assert "none of the first 2 images can be read: " in message
+    assert f" (0 in {tar})\n" in message
+
+
+def test_a_dry_run_says_which_of_the_first_images_cannot_be_read(tmp_path: Path, teacher_name: str) -> None:
+    images = {"0.jpg": make_jpeg(), "1.jpg": b"version https://git-lfs.github.com/spec/v1\n"}
+    tar = write_tar(tmp_path / "a.tar", images)
+    output = run("cache-images", tar, "--out", tmp_path / "s.zarr", "--teacher", teacher_name, "--dry-run").output
+    assert "failed    1 of the first 2 images cannot be read: a Git LFS pointer" in output
 
 
 def test_the_same_command_over_a_finished_store_only_describes_it(

@@ -113,7 +113,7 @@ def test_an_export_goes_nowhere_where_something_is(image_store: Store, tmp_path:
 
 def test_a_store_without_any_embedding_is_not_exported(tmp_path: Path) -> None:
     store, _ = random_store(tmp_path / "s.zarr", rows=3, shard_rows=16, failed=(0, 1, 2))
-    with pytest.raises(StoreError, match="no row with an embedding"):
+    with pytest.raises(StoreError, match="none of its 3 images has an embedding"):
         export_embeddings(store.path, str(tmp_path / "out"))
 
 

@@ -15,7 +15,7 @@ from dimefm.errors import AbsentError, SourceError
 from dimefm.sources import open_image_source, open_text_source
 from dimefm.sources.account import Account
 from tests.contracts.source_contract import listed
-from tests.making import encoded, make_jpeg, picture, write_parquet, write_tar, write_text, write_tsv
+from tests.making import encoded, make_jpeg, picture, upload, write_parquet, write_tar, write_text, write_tsv
 
 
 def write(path: Path, data: bytes = b"") -> Path:
@@ -266,15 +266,23 @@ def test_sentences_are_found_at_any_depth_and_the_rest_is_counted(tmp_path: Path
     ]
 
 
-def test_json_and_tars_beside_sentences_are_counted_and_alone_they_are_read(tmp_path: Path) -> None:
-    write_text(tmp_path / "info.json", ['{"text": "of the dataset"}'])
-    assert [sample.text for sample in open_text_source([str(tmp_path)]).samples(Account())] == ["of the dataset"]
-    write_text(tmp_path / "data" / "a.txt", ["one"])
-    write_tar(tmp_path / "0.tar", {"0.txt": b"two"})
+def test_captions_are_those_of_the_tables_and_not_of_what_tells_of_them(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", {"0.jpg": make_jpeg(), "0.txt": b"in the tar"})
+    write(tmp_path / "00000_stats.json", b'{"text": "no sentence"}')
     account = Account()
-    assert [sample.text for sample in open_text_source([str(tmp_path)], account=account).samples(account)] == ["one"]
-    what = "files in a folder with text files or tables (name them): 1"
-    assert sorted(account.lines()) == [f".json {what}, {tmp_path}/info.json", f".tar {what}, {tmp_path}/0.tar"]
+    found = open_text_source([str(tmp_path)], account=account).samples(account)
+    assert [sample.text for sample in found] == ["in the tar"]
+    assert (account.skipped()[0].count, account.skipped()[0].example) == (1, str(tmp_path / "00000_stats.json"))
+    write_parquet(tmp_path / "00000.parquet", [{"caption": "in the table"}])
+    found = open_text_source([str(tmp_path)], account=(account := Account())).samples(account)
+    assert [sample.text for sample in found] == ["in the table"]
+    assert sorted(one.example for one in account.skipped()) == [
+        f"{tmp_path}/00000{end}" for end in (".tar", "_stats.json")
+    ]
+    assert [sample.text for sample in open_text_source([f"{tmp_path}/*.tar"]).samples(account)] == ["in the tar"]
+    write_text(tmp_path / "more.txt", ["text"])
+    with pytest.raises(SourceError, match=r"holds 1 \.txt and 1 \.parquet files\n"):
+        open_text_source([str(tmp_path)])
 
 
 def test_a_glob_at_a_url_leaves_out_what_is_hidden_as_on_a_disk(tmp_path: Path) -> None:
@@ -337,3 +345,80 @@ def test_an_account_is_not_needed(tmp_path: Path, opener: Callable[..., object])
     write(tmp_path / "a.jpg")
     write_text(tmp_path / "b.txt", ["b"])
     assert opener([str(tmp_path)])
+
+
+# -- what systems keep for themselves, and patterns --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_url", [False, True])
+def test_folders_that_a_system_keeps_are_counted_unless_they_are_named(tmp_path: Path, at_url: bool) -> None:
+    for name in (
+        "a.jpg",
+        "@eaDir/a.jpg/b.jpg",
+        "c/#recycle/c.jpg",
+        "c/c.jpg",
+        "_temporary/0/d.jpg",
+        "c/_temporary.jpg",
+    ):
+        write(tmp_path / name)
+    place = upload(tmp_path, f"memory://{tmp_path.name}").replace("memory://", "memory:///") if at_url else tmp_path
+    keys, skipped = opened(place)
+    reason = "folders of thumbnails, of deleted files or of unfinished output (name one to use what is in it)"
+    assert (keys, skipped[reason][0]) == (["a", "c/_temporary", "c/c"], 3)
+    assert opened(f"{place}/*/*.jpg")[0] == ["c/_temporary", "c/c"]
+    assert opened(f"{place}/@eaDir/*/*.jpg")[0] == ["a.jpg/b"]
+    assert opened(f"{place}/_temporary")[0] == ["0/d"]
+
+
+@pytest.mark.parametrize("at_url", [False, True])
+def test_patterns_of_any_depth_match_each_file_once_and_count_hidden_ones(tmp_path: Path, at_url: bool) -> None:
+    for name in ("a.jpg", ".a.jpg", "b/b.jpg", "b/._b.jpg", "b/.thumbs/c.jpg", "b/train/d.jpg", "b/train/.d.jpg"):
+        write(tmp_path / name)
+    place = upload(tmp_path, f"memory://{tmp_path.name}").replace("memory://", "memory:///") if at_url else tmp_path
+    for pattern in ("**", "**/*", "**/*.jpg"):
+        keys, skipped = opened(f"{place}/{pattern}")
+        assert keys == ["a", "b/b", "b/train/d"]
+        assert {reason: count for reason, (count, _) in skipped.items()} == {"hidden files": 3, "hidden folders": 1}
+        assert skipped["hidden folders"][1] == f"{place}/b/.thumbs"
+    keys, skipped = opened(f"{place}/**/train*")
+    assert (keys, skipped) == (["d"], {"hidden files": (1, f"{place}/b/train/.d.jpg")})
+    assert opened(f"{place}/*/*.jpg") == (["b/b"], {"hidden files": (1, f"{place}/b/._b.jpg")})
+
+
+def test_names_that_would_be_taken_for_a_column_are_counted(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet#b.jpg")
+    write(tmp_path / "b.jpg")
+    reason = "names with .parquet# in them, which stands before a column (rename them)"
+    assert opened(tmp_path) == (["b"], {reason: (1, str(tmp_path / "a.parquet#b.jpg"))})
+    with pytest.raises(SourceError, match=r"b\.jpg is neither .*, but one of the names with \.parquet# in them"):
+        opened(tmp_path / "a.parquet#b.jpg")
+
+
+def test_images_that_a_table_beside_them_names_are_used_once(tmp_path: Path) -> None:
+    for name in ("img/a.jpg", "img/b.jpg"):
+        write(tmp_path / name)
+    rows = [{"image": {"bytes": None, "path": path}} for path in ("img/a.jpg", "./img", "img/gone.jpg")]
+    write_parquet(tmp_path / "train.parquet", rows)
+    keys, skipped = opened(tmp_path)
+    assert keys == ["img/a.jpg", "img/b"]
+    assert skipped == {
+        "images that are named by a path at which there is no file": (
+            2, f"{tmp_path}/train.parquet, row 1: {tmp_path}/./img"
+        ),
+        "images that are rows of a Parquet file, too (each is used once, as a row)": (1, f"{tmp_path}/img/a.jpg"),
+    }  # fmt: skip
+
+
+def test_what_to_do_with_packed_files_and_other_tables_is_said(tmp_path: Path) -> None:
+    for name in ("a.zip", "b.pq", "c.arrow", "d.txt.bz2"):
+        write(tmp_path / name)
+    for opener in (open_image_source, open_text_source):
+        with pytest.raises(SourceError) as error:
+            opener([str(tmp_path)])
+        for what in (".zip (unpack them)", ".pq (rename them to .parquet)", ".arrow (write", ".bz2 (decompress them)"):
+            assert f"files that end in {what}" in str(error.value)
+
+
+def test_a_chained_url_is_refused_as_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"x::y\.jpg has :: in it, which URLs are chained by\n  remedy: rename it"):
+        opened(f"memory://{tmp_path.name}/x::y.jpg")

@@ -51,6 +51,14 @@ def whats(step: dict[str, Any]) -> set[str]:
     return {line["what"] for line in step["lines"]}
 
 
+def test_a_step_runs_without_ray_and_faiss(tmp_path: Path, without_ray_and_faiss: dict[str, str]) -> None:
+    found, printed = kit(tmp_path / "out", without_ray_and_faiss, "--minutes", "4", "--only", "g")
+    (step,) = found["steps"]
+    assert (step["letter"], step["state"], step["passed"]) == ("g", "done", True)
+    assert "## Bars" in printed
+
+
+@pytest.mark.slow
 def test_steps_run_without_ray_and_faiss(tmp_path: Path, without_ray_and_faiss: dict[str, str]) -> None:
     """All but the marked tests and the quality, which take long. Far more minutes than they need: a slow machine is no
     error, but the time to compile is not there."""

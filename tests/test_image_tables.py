@@ -285,6 +285,11 @@ def test_keys_longer_than_the_first_look_are_whole(make_tsv: Any) -> None:
     assert contents(samples(make_tsv(images))) == images
 
 
+def test_a_byte_order_mark_is_not_of_the_first_key(tmp_path: Path) -> None:
+    path = write_tsv(tmp_path / "a.tsv", {"\ufeffa": make_jpeg(), "b": make_jpeg()})
+    assert [sample.key for sample in samples(path)] == ["a", "b"]
+
+
 def test_lines_without_a_key_are_named_by_their_number(make_tsv: Any) -> None:
     assert [s.key for s in samples(make_tsv(b"a\teHg=\n\teHg=\n \teHg=\n"))] == ["a", "a.tsv:2", "a.tsv:3"]
 

@@ -26,9 +26,10 @@ from dimefm.errors import DimefmError, MismatchError, OutputExistsError, SourceE
 from dimefm.info import describe
 from dimefm.preprocess import Preprocess
 from dimefm.retrieval import retrieve_stores
+from dimefm.sources.account import Account
 from dimefm.store import Store
 from dimefm.train import train
-from pipeline.clip_retrieval import export_embeddings
+from pipeline.clip_retrieval import Folder, export_embeddings
 from pipeline.importing import ImportConfig, import_embeddings
 from pipeline.matching import stem
 from pipeline.verify import VerifyConfig, verify
@@ -695,3 +696,37 @@ def test_the_import_command_says_what_images_without_pixels_are_for(
     with_pixels = run("with.zarr", "--images", str(image_tar))
     assert "train-student" not in with_pixels
     assert "96 of 96 rows have an image" in with_pixels
+
+
+def test_files_that_are_no_embeddings_are_named_as_what_they_are_and_others_counted(tmp_path: Path) -> None:
+    folder = write_folder(
+        tmp_path / "in", "image", np.eye(3, 8, dtype=np.float16), {"image_path": ["a", "b", "c"]}, ("0",)
+    )
+    (folder / "img_emb" / "notes.txt").write_text("mine")
+    account = Account()
+    Folder(str(folder), "image", account)
+    assert account.lines() == [f"files beside the .npy of embeddings: 1, {folder}/img_emb/notes.txt"]
+    for path in (folder / "metadata" / "metadata_0.parquet", folder / "img_emb" / "img_emb_0.npy"):
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises(SourceError, match=rf"{path.name} cannot .*: it is a Git LFS pointer.*\n  remedy: fetch"):
+            Folder(str(folder), "image")
+    np.save(path, np.eye(3, 8))
+    with pytest.raises(SourceError, match=r"is float64 \(3, 8\).*\n  remedy: .* as float16 or float32"):
+        Folder(str(folder), "image")
+
+
+def test_images_without_an_embedding_are_counted_and_repeated_keys_named(
+    config: ImportConfig, image_vectors: np.ndarray[Any, Any], tmp_path: Path
+) -> None:
+    tar = write_tar(tmp_path / "s.tar", {f"{name}.jpg": make_jpeg() for name in "abcd"})
+    lines, columns = list[str](), {"image_path": ["D:\\data\\a.jpg", "b"]}
+    folder = write_folder(tmp_path / "in", "image", image_vectors[:2], columns, ("0",))
+    words: Any = {"kind": "image", "sources": (str(tar),), "check": 0}
+    store = import_embeddings(of(config, folder, **words), lines.append)
+    assert lines[0].startswith("2 of 2 rows have an image in the sources: 1 by the whole key")
+    assert [(one.reason, one.count) for one in store.schema.source.skipped] == [
+        ("images of the sources without an embedding", 2)
+    ]
+    folder = write_folder(tmp_path / "twice", "image", image_vectors[:2], {"image_path": ["a", "a"]}, ("0",))
+    with pytest.raises(SourceError, match=r"1 rows? of .* the key of a row before .*\n  remedy: take away"):
+        import_embeddings(of(config, folder, out=str(tmp_path / "twice.zarr"), **words))

@@ -172,6 +172,7 @@ def test_stage_1_killed_and_repeated_gives_the_same_store(
     assert before.items() <= stamps(out).items(), "a finished shard was done again"
 
 
+@pytest.mark.slow
 def test_a_killed_actor_is_replaced_and_its_shard_done_again(
     small_folder: Folder, teacher_name: str, tmp_path: Path, gate: Gate
 ) -> None:

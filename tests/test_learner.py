@@ -167,6 +167,7 @@ def test_the_average_follows_its_formula() -> None:
     assert torch.equal(average.module[0].weight, other.module[0].weight)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("new_compiler")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_tower_computes_the_same() -> None:

@@ -194,3 +194,7 @@ def test_memory_is_a_few_numbers_for_each(monkeypatch: pytest.MonkeyPatch) -> No
         tracemalloc.stop()
     assert (matches.image_N == np.arange(count)).all()
     assert peak < 110 * count
+
+
+def test_paths_of_windows_are_paths() -> None:
+    assert found(["D:\\a\\x\\1.jpg", "b\\y\\2"], in_tar("x/1", "b/y/2")) == [(0, 2), (1, WHOLE)]

@@ -172,6 +172,7 @@ def test_what_needs_embeddings_refuses_a_store_without(
         ("build-index", texts.path, *out, "--queries", empty_images.path),
         ("retrieve", empty_images.path, "--texts", texts.path, *out),
         ("retrieve", images.path, "--texts", empty_texts.path, *out),
+        ("export-embeddings", empty_images.path, *out),
         (*train, "--images", empty_images.path, "--texts", texts.path),
         (*train, "--images", images.path, "--texts", empty_texts.path),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from cache_schemas import Status
 from dimefm.decode import DecodeError, decode_rgb
@@ -396,3 +398,156 @@ def test_the_digest_is_of_keys_sizes_and_labels_and_not_of_places(tmp_path: Path
     other = {f"{i:02d}.{kind}": data for i in range(4) for kind, data in (("jpg", IMAGES[i]), ("cls", b"0"))}
     write_tar(in_tars(tmp_path / "other") / "a.tar", other)
     assert open_folder(str(tmp_path / "other")).digest() != here.digest()
+
+
+# -- what lies there and is not used ----------------------------------------------------------------------------------
+
+
+def pets(folder: Path, classes: tuple[str, ...] = ("cat", "dog")) -> Path:
+    """A set in class folders below test/, an image each; the folder of the split."""
+    for number, name in enumerate(classes):
+        (folder / "test" / name).mkdir(parents=True)
+        (folder / "test" / name / "0.jpg").write_bytes(IMAGES[number])
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classes))
+    (folder / "templates.txt").write_text("a {c}\n")
+    return folder / "test"
+
+
+def keys_and_notes(folder: Path) -> tuple[list[str], tuple[str, ...]]:
+    images = open_folder(str(folder))
+    return [sample.key for sample in images.samples], images.notes
+
+
+def test_linked_folders_are_followed_and_what_else_is_in_a_class_folder_is_counted(tmp_path: Path) -> None:
+    test, elsewhere = pets(tmp_path / "pets"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "1.JPG").write_bytes(IMAGES[2])
+    for link, target in {
+        "cat/more": elsewhere,
+        "cat/loop": "..",
+        "cat/gone.jpg": "nowhere.jpg",
+        "loop": "..",
+    }.items():
+        (test / link).symlink_to(target)
+    for name in ("cat/notes.md", "cat/._0.jpg", "dog/.thumbs/0.jpg"):
+        (test / name).parent.mkdir(exist_ok=True)
+        (test / name).write_bytes(b"x")
+    Path(os.fsdecode(bytes(test / "dog") + b"/caf\xe9.jpg")).write_bytes(IMAGES[0])
+    keys, notes = keys_and_notes(tmp_path / "pets")
+    assert keys == ["cat/0", "cat/more/1", "dog/0"]
+    assert sorted(notes) == [
+        f"files that end in .md: 1, {test}/cat/notes.md",
+        f"hidden files: 1, {test}/cat/._0.jpg",
+        f"hidden folders: 1, {test}/dog/.thumbs",
+        f"links back to a folder that they are in: 2, such as {test}/loop",
+        f"links to what is not there: 1, {test}/cat/gone.jpg",
+        f"names that are not UTF-8 (rename them): 1, {test}/dog/caf\\xe9.jpg",
+    ]
+
+
+def test_no_layout_hides_another_in_silence(tmp_path: Path) -> None:
+    folder, test = tmp_path / "pets", pets(tmp_path / "pets")
+    for name in ("test/0.jpg", "0.jpg", "LICENSE.md", "test/extra.zip"):
+        (folder / name).write_bytes(IMAGES[0])
+    for name in ("val", "testing", "train", "training", "others"):
+        (folder / name).mkdir()
+    write_tar(folder / "archive.tar", {"cat/0.jpg": IMAGES[0], "cat/readme.txt": b"x"})
+    write_parquet(folder / "metadata.parquet", [{"file": "0.jpg"}])
+    keys, notes = keys_and_notes(folder)
+    assert keys == ["cat/0", "dog/0"]
+    assert sorted(notes) == sorted(
+        [
+            f"not used: {folder}/archive.tar: cat/0 has no .cls, .npy or .txt",
+            f".tar files beside the class folders: 1, {folder}/archive.tar",
+            f".parquet files beside the class folders: 1, {folder}/metadata.parquet",
+            f"images beside the class folders: 2, such as {folder}/0.jpg",
+            f"files that end in .md: 1, {folder}/LICENSE.md",
+            f"files that end in .zip (unpack them): 1, {test}/extra.zip",
+            f"splits that are not used: 3, such as {folder}/testing",
+            f"folders beside the class folders: 1, {folder}/others",
+        ]
+    )
+    for split in ("test", "train"):
+        write_tar(folder / f"{split}-0.tar", {"0.jpg": IMAGES[0], "0.cls": b"1"})
+    images = open_folder(str(folder))
+    assert (images.layout, len(images.samples)) == ("webdataset", 1)
+    assert f".parquet files beside the tars: 1, {folder}/metadata.parquet" in images.notes
+    assert not any("train-0.tar" in note for note in images.notes)  # which a probe reads
+
+
+def test_files_of_a_folder_of_all_splits_are_not_taken_for_others(tmp_path: Path) -> None:
+    folder = with_texts(tmp_path / "pets")
+    for split in ("train", "test", "val"):
+        write_parquet(folder / "data" / f"{split}-0.parquet", [{"image": IMAGES[0], "label": 0}])
+    notes = open_folder(str(folder)).notes
+    assert notes == (
+        "2 of 3 classes have no image, such as red bus: means per class are over the others",
+        f"splits that are not used: 1, {folder}/data/val-0.parquet",
+    )
+
+
+def test_classes_without_an_image_and_folders_of_one_class_are_said(tmp_path: Path) -> None:
+    test = pets(tmp_path / "pets", ("cat", "dog", "ant"))
+    (test / "ant" / "0.jpg").unlink()
+    (test / "Cat").mkdir()
+    (test / "Cat" / "1.jpg").write_bytes(IMAGES[1])
+    keys, notes = keys_and_notes(tmp_path / "pets")
+    assert keys == ["Cat/1", "cat/0", "dog/0"]
+    assert notes == (
+        f"the folders Cat and cat of {test} are taken for the same class",
+        "1 of 3 classes have no image, such as ant: means per class are over the others",
+    )
+
+
+def test_members_of_tars_that_are_not_used_are_counted(tmp_path: Path) -> None:
+    folder = with_texts(tmp_path / "pets")
+    sample = {f"{i}.jpg": IMAGES[i] for i in range(3)} | {f"{i}.cls": b"%d" % i for i in range(3)}
+    others = {"0.json": b"{}", "1.json": b"{}", "1.txt": b"a bus", "._0.jpg": b"x", "2.mask.png": IMAGES[0]}
+    write_tar(folder / "a.TAR", sample | others)
+    images, tar = open_folder(str(folder)), folder / "a.TAR"
+    assert images.classes.tolist() == [0, 1, 2]
+    assert sorted(images.notes) == [
+        f"hidden members of tars: 1, {tar}: ._0.jpg",
+        f"labels or captions of images that have a label already: 1, {tar}: 1.txt",
+        f"members of tars that end in .json: 2, such as {tar}: 0.json",
+        f"members whose extension has more than one part (a key ends at the first dot): 1, {tar}: 2.mask.png",
+    ]
+
+
+def test_a_set_without_an_image_says_what_is_there_instead(tmp_path: Path) -> None:
+    folder = with_texts(tmp_path / "pets")
+    (folder / "0.jpg").write_bytes(IMAGES[0])
+    said = refused(folder)
+    assert f"holds no labelled image\n  - images: 1, {folder}/0.jpg" in said
+
+
+def test_many_reasons_are_a_bounded_number_of_notes(tmp_path: Path) -> None:
+    test = pets(tmp_path / "pets")
+    for number in range(30):
+        (test / "cat" / f"0.x{number}").write_bytes(b"x")
+    notes = open_folder(str(tmp_path / "pets")).notes
+    assert len(notes) == 11
+    assert notes[-1] == "and 20 more"
+
+
+def test_a_file_of_another_kind_under_an_images_name_is_not_decoded(tmp_path: Path) -> None:
+    """PostScript would reach Ghostscript: in sets too only the formats that dimefm.decode allows are opened."""
+    test = pets(tmp_path / "pets")
+    eps = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(eps, "EPS")
+    (test / "cat" / "1.jpg").write_bytes(eps.getvalue())
+    images = open_folder(str(tmp_path / "pets"))
+    places = [places_B.tolist() for _, places_B in images.batches(lambda data: decode_rgb(data)[:, :8, :8], 8)]
+    assert places == [[0, 2]]
+    assert images.samples[1].key == "cat/1"
+
+
+def test_folders_that_a_system_keeps_are_no_classes(tmp_path: Path) -> None:
+    folder, test = tmp_path / "pets", pets(tmp_path / "pets")
+    (test / "@eaDir").mkdir()
+    (folder / "__MACOSX").mkdir()
+    keys, notes = keys_and_notes(folder)
+    assert keys == ["cat/0", "dog/0"]
+    assert len(notes) == 1
+    assert notes[0].startswith("folders of thumbnails, of deleted files or of unfinished output")
+    assert ": 2, such as " in notes[0]

@@ -377,7 +377,7 @@ def test_keys_that_are_not_utf8_are_replaced(tmp_path: Path) -> None:
     ("data", "what"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "it is a Git LFS pointer"),
-        (gzip.compress(b"PAR1"), "it is gzip-compressed"),
+        (gzip.compress(b"PAR1", mtime=0), "it is gzip-compressed"),
         (b"<!DOCTYPE html><title>404</title>", "it is a page of HTML"),
         (b"", "Parquet file size is 0 bytes"),
         (b"PAR1 and then cut", "magic bytes not found"),

@@ -6,12 +6,14 @@ import errno
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from open_clip.tokenizer import SimpleTokenizer
 
 from cache_schemas import Status
 from dimefm.cli import cli
@@ -20,8 +22,9 @@ from dimefm.errors import MismatchError, StoreError
 from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile, TextSample
 from dimefm.store import Store
+from dimefm.tokenizer import canonical
 from pipeline.plan import PlanRequest, open_or_plan
-from pipeline.sentences import SentenceRules, tidy
+from pipeline.sentences import SentenceRules, tidy, words
 from tests.conftest import cached
 
 
@@ -43,9 +46,11 @@ class Sentences:
 SHORT, LONG = "sentences shorter than --min-words", "sentences longer than --max-words"
 
 
-def tidied(texts: list[str], **rules: int) -> tuple[list[TextSample], dict[str, int]]:
+def tidied(
+    texts: list[str], canonical: Callable[[str], str] | None = None, **rules: int
+) -> tuple[list[TextSample], dict[str, int]]:
     account = Account()
-    found = list(tidy(Sentences(lambda: iter(texts)), SentenceRules(**rules), account))
+    found = list(tidy(Sentences(lambda: iter(texts)), SentenceRules(**rules), account, canonical))
     return found, {one.reason: one.count for one in account.skipped()}
 
 
@@ -114,6 +119,57 @@ def test_the_sentences_are_never_all_in_memory(shuffle: int | None) -> None:
     assert peak < count * length / 4
 
 
+# -- languages without spaces, and what a tokenizer cannot tell -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("A red bus on a bridge.", 6),
+        ("Ein Bär schläft – dort", 5),
+        ("猫が窓辺で寝ている。", 5),
+        ("一只猫", 2),
+        ("这是 iPhone 15, 新手机。", 5),
+        ("แมวนอนอยู่ริมหน้าต่าง", 6),
+        ("강아지가 잔디에서 놀고 있다", 4),
+        ("ဆားငန်ရေကူးကန်", 4),
+    ],
+)
+def test_words_are_counted_in_languages_without_spaces_too(text: str, count: int) -> None:
+    assert words(text) == count
+    assert len(tidied([text], min_words=count, max_words=count)[0]) == 1
+    assert tidied([text], min_words=count + 1) == ([], {SHORT: 1})
+
+
+NOTHING = "sentences of which the tokenizer leaves nothing"
+SAME = "sentences that the tokenizer cannot tell from one that is kept"
+
+
+def test_sentences_that_have_the_same_tokens_or_none_are_left_out_and_counted() -> None:
+    lower = SimpleTokenizer()
+    found, dropped = tidied(["A cat", "a cat", "A cat", "&nbsp;", "Été", "été", "a cat.", "!"], canonical(lower))
+    assert [sample.text for sample in found] == ["A cat", "Été", "été", "a cat.", "!"]
+    assert dropped == {SAME: 1, "repeated sentences": 1, NOTHING: 1}
+    strict = SimpleTokenizer(clean="canonicalize")
+    found, dropped = tidied(["A cat", "a cat.", "!", "”", "…", "🦓", "a_cat"], canonical(strict))
+    assert [sample.text for sample in found] == ["A cat", "…", "🦓"]
+    assert dropped == {SAME: 2, NOTHING: 2}
+
+
+@pytest.mark.parametrize("clean", ["lower", "whitespace", "canonicalize"])
+def test_what_is_left_out_has_no_tokens_or_those_of_another(clean: str) -> None:
+    tokenizer = SimpleTokenizer(clean=clean)
+    texts = ["A cat", "a cat", "a  cat.", "-", "_", "&amp;", "&nbsp;", "“”", "Été", "été", "it's", "IT'S", "a&b", "A&B"]
+    of = canonical(tokenizer)
+    assert of is not None
+    tokens = [tuple(row) for row in tokenizer(texts).tolist()]
+    empty = tuple(tokenizer([""])[0].tolist())
+    for one, its in zip(texts, tokens, strict=True):
+        assert (of(one) == "") == (its == empty)
+        for other, others in zip(texts, tokens, strict=True):
+            assert of(one) != of(other) or its == others
+
+
 # -- the order --------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +225,18 @@ def test_the_plan_holds_what_is_kept_and_counts_what_is_not(tmp_path: Path, clip
     summary = store.schema.source
     assert {one.reason: one.count for one in summary.skipped} == {SHORT: 1, LONG: 1, "repeated sentences": 1}
     assert summary.settings == {"min_words": 2, "max_words": 3}
+
+
+def test_prompts_that_a_tokenizer_cannot_tell_apart_are_all_there(tmp_path: Path, clip: Clip) -> None:
+    """Two classes may differ in their case alone, and their prompts are looked up as they are written."""
+    written(tmp_path / "classnames.txt", "Cardigan", "cardigan")
+    written(tmp_path / "templates.txt", "a {c}")
+    prompts, of = request(tmp_path), canonical(clip.tokenizer)
+    store = open_or_plan(replace(prompts, canonical=of), str(tmp_path / "p.zarr"), clip.identity)
+    assert texts_of(store) == ["a Cardigan", "a cardigan"]
+    captions = request(written(tmp_path / "captions.txt", "a Cardigan", "a cardigan"))
+    store = open_or_plan(replace(captions, canonical=of), str(tmp_path / "c.zarr"), clip.identity)
+    assert texts_of(store) == ["a Cardigan"]
 
 
 def test_repeats_over_several_files_are_dropped(tmp_path: Path, clip: Clip) -> None:

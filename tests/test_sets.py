@@ -88,7 +88,7 @@ def test_every_image_has_the_label_it_was_written_with(
         assert list(images.templates) == templates(definition)
         assert images.partial == differences(definition, split)
         assert images.notes == (
-            ("1 folders that are no class of the set are left out, such as zipper_pull",)
+            ("folders that are no class of the set: 1, zipper_pull",)
             if (name, form) == ("objectnet", "folders")
             else ()
         )
@@ -317,13 +317,19 @@ def test_a_name_that_two_classes_have_gives_no_label(tmp_path: Path) -> None:
         opened(tmp_path, "imagenet_sketch")
 
 
-def test_hidden_files_and_thumbnails_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_files_and_thumbnails_are_counted(tmp_path: Path) -> None:
     items = write_set("mnist", "folders", tmp_path / "mnist")
     (tmp_path / "mnist" / "test" / ".cache").mkdir()
     (tmp_path / "mnist" / "test" / "3" / "._000.jpeg").write_bytes(b"x")
     (tmp_path / "mnist" / "test" / "3" / "Thumbs.db").write_bytes(b"x")
     images = opened(tmp_path, "mnist")
-    assert (as_read(images), images.notes) == (as_written(items), ())
+    test = tmp_path / "mnist" / "test"
+    assert as_read(images) == as_written(items)
+    assert images.notes == (
+        f"hidden files: 1, {test}/3/._000.jpeg",
+        f"files that end in .db: 1, {test}/3/Thumbs.db",
+        f"hidden folders: 1, {test}/.cache",
+    )
 
 
 # -- at a URL ---------------------------------------------------------------------------------------------------------

@@ -266,7 +266,7 @@ def test_a_link_to_a_disk_that_is_not_mounted_ends_the_planning(tmp_path: Path, 
     (tmp_path / "a.jpg").write_bytes(b"0")
     (tmp_path / name).symlink_to(tmp_path / "disk" / name)
     with pytest.raises(
-        SourceError, match=rf"a link leads into folders that are not there, .*{name} -> .*\n  remedy: mount"
+        SourceError, match=rf"a link leads into a folder that is not there: .*{name} -> .*\n  remedy: mount"
     ):
         open_image_source([str(tmp_path)])
 
@@ -352,7 +352,8 @@ def test_one_file_given_twice_is_refused(tars: Path) -> None:
 def test_a_text_file_given_as_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x\n")
     with pytest.raises(
-        SourceError, match=r"neither a \.tar, \.parquet, \.tsv, nor an image, nor a folder: files that end in \.txt"
+        SourceError,
+        match=r"neither a \.tar, \.parquet, \.tsv, an image nor a folder, but one of the files that end in \.txt",
     ):
         open_image_source([str(tmp_path / "a.txt")])
 
@@ -368,7 +369,9 @@ def test_a_path_that_is_not_there_and_an_empty_folder_are_refused(tmp_path: Path
 
 def test_an_image_given_as_sentences_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(make_jpeg())
-    with pytest.raises(SourceError, match=r"neither \.txt, \.jsonl, .*, \.tar nor a folder"):
+    with pytest.raises(
+        SourceError, match=r"neither a \.txt, \.jsonl, .* nor a folder, but one of the files that end in \.jpg"
+    ):
         open_text_source([str(tmp_path / "a.jpg")])
 
 

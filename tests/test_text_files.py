@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from dimefm.errors import SourceError
-from dimefm.sources import Delimited, JsonArray, JsonLines, TarTexts, TextFile, json_texts
+from dimefm.sources import Delimited, JsonArray, JsonLines, TarTexts, TextFile, json_texts, open_text_source
+from dimefm.sources.account import Account
 from dimefm.sources.files import stat_files
 from tests.contracts.source_contract import BreakableContract, TextSourceContract, accounted
 from tests.making import make_jpeg, write_tar, write_text
@@ -118,7 +119,7 @@ def test_lines_that_show_nothing_are_counted_by_reason(tmp_path: Path) -> None:
     ("data", "what"),
     [
         (LFS, "a Git LFS pointer"),
-        (gzip.compress(b"a cat\n"), "gzip-compressed"),
+        (gzip.compress(b"a cat\n", mtime=0), "gzip-compressed"),
         (b"<!DOCTYPE html><html>", "a page of HTML"),
         (b"PAR1\x15\x04", "a Parquet file"),
         (b"%PDF-1.4\n", "a PDF"),
@@ -357,3 +358,41 @@ def test_a_column_is_a_field_of_the_json_members_of_a_tar(tmp_path: Path) -> Non
             "members of tars that end in .txt: 1, a.tar: 0.txt",
         ],
     )
+
+
+@pytest.mark.parametrize(
+    ("document", "keys"),
+    [
+        ({"a": {"caption": "one"}, "b": {"caption": "two"}, "c": {"url": "u"}}, ["0", "1"]),
+        ({"a": {"caption": ["one", "two"]}, "b": {"url": "u"}}, ["0:0", "0:1"]),
+        ({"train": [{"caption": "one"}], "val": [{"caption": "two"}]}, ["train.caption:0", "val.caption:0"]),
+    ],
+)
+def test_every_caption_of_objects_by_key_and_of_several_lists_is_read(
+    tmp_path: Path, document: Any, keys: list[str]
+) -> None:
+    found, account = read(write_text(tmp_path / "a.json", [json.dumps(document)]), JsonArray)
+    assert found == list(zip(keys, ["one", "two"], strict=True))
+    assert len(account) == sum("url" in str(one) for one in document.values())
+
+
+def test_a_table_that_is_called_txt_is_likely_a_mistake(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.txt", ["a.jpg#0\ta cat", "a.jpg#1\ta dog", "the end"])
+    found, account = read(path, TextFile)
+    assert len(found) == 3
+    assert account == [
+        "a.txt: 2 of 3 lines hold tabs, which become spaces; if it is a table, rename it to .tsv, and name its column "
+        "with --column"
+    ]
+    assert read(write_text(tmp_path / "b.txt", ["a cat", "\ta dog\t"]), TextFile)[1] == []
+
+
+def test_the_names_of_a_labelled_set_may_be_in_utf_16(tmp_path: Path) -> None:
+    (tmp_path / "classnames.txt").write_bytes("cat\r\ndog\r\n".encode("utf-16"))
+    with pytest.raises(SourceError, match=r"templates\.txt does not exist\n  remedy: a labelled set needs"):
+        open_text_source([str(tmp_path)]).files()
+    (tmp_path / "templates.txt").write_bytes(b"\xef\xbb\xbfa {c}\r\n")
+    assert [one.text for one in open_text_source([str(tmp_path)]).samples(Account())] == ["a cat", "a dog"]
+    (tmp_path / "classnames.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(SourceError, match=r"not UTF-8: .*\n  remedy: write it again as UTF-8"):
+        list(open_text_source([str(tmp_path)]).samples(Account()))

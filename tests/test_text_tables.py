@@ -177,9 +177,14 @@ def test_a_field_may_be_longer_than_the_csv_module_likes(tmp_path: Path, kind: s
 def test_a_quote_that_is_never_closed_is_reported(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.csv", ["text", "one", '"two', *["more"] * 2000])
     found, reports = read(path)
-    assert [key for key, _ in found] == ["a.csv:2", "a.csv:3"]
+    assert [key for key, _ in found] == ["a.csv:2"]
+    why = "a quote that is opened in line 3, or after it, is never closed"
+    assert reports == [f"{path}: broken after line 2 ({why}); what follows is lost"]
+    write_text(tmp_path / "a.csv", ["text", "one", '"two', *["more"] * 2000, 'end"', "three"])
+    found, reports = read(path)
+    assert [key for key, _ in found] == ["a.csv:2", "a.csv:3", "a.csv:2005"]
     assert len(reports) == 1
-    assert "the record of line 3 goes on for 2000 lines" in reports[0]
+    assert "the record of line 3 goes on for 2001 lines" in reports[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -214,3 +219,31 @@ def test_a_folder_must_be_of_one_kind(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"holds 2 \.jsonl and 1 \.csv files\n  remedy: name those .*\*\*/\*\.jsonl"):
         texts(tmp_path)
     assert texts(tmp_path / "*.jsonl*") == ["a", "b"]
+
+
+@pytest.mark.parametrize("mark", [";", "|", "\t", ","])
+@pytest.mark.parametrize("hint", ["", "sep=X\r\n"])
+def test_what_stands_between_the_columns_of_a_csv_is_told(tmp_path: Path, mark: str, hint: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(f'{hint.replace("X", mark)}id{mark} caption\r\n1{mark}"a, b; c"\r\n2{mark}d\r\n'.encode())
+    first = 3 if hint else 2
+    assert read(path) == ([(f"a.csv:{first}", "a, b; c"), (f"a.csv:{first + 1}", "d")], [])
+    with pytest.raises(SourceError, match="has no column 'title'; there is: id, caption\n"):
+        open_text_source([str(path)], "title")
+
+
+def test_tables_that_were_found_are_counted_where_they_have_no_such_column(tmp_path: Path) -> None:
+    write_text(tmp_path / "captions.json", ['{"annotations": [{"caption": "a cat"}]}'])
+    write_text(tmp_path / "instances.json", ['{"annotations": [{"bbox": [1, 2]}], "images": [{"id": 1}]}'])
+    for argument in (tmp_path, tmp_path / "*.json"):
+        samples, account = accounted(open_text_source([str(argument)]))
+        assert [sample.text for sample in samples] == ["a cat"]
+        assert account.lines() == [
+            "tables without a column of sentences (name one with --column): 1, "
+            f"{tmp_path}/instances.json, which has annotations.bbox, images.id"
+        ]
+    assert (
+        accounted(open_text_source([str(tmp_path)], "title"))[1]
+        .lines()[0]
+        .startswith(f"tables without a column 'title': 2, such as {tmp_path}/captions.json")
+    )

@@ -32,6 +32,7 @@ from dimefm.store import Store
 from dimefm.student import student_spec
 from dimefm.train import mean_embedding, train
 from dimefm.validate import Validation
+from tests.making import read_tar, write_tar
 from tests.stores import random_store
 from tests.training import STEPS, STUDENT, same, tiny_config, weights
 
@@ -239,6 +240,7 @@ def test_an_image_of_validation_is_decoded_once_for_all_towers_and_seen_in_the_r
     spec = student_spec(STUDENT, prompt_store.schema.teacher, 32)
     towers = [Watching(spec.embed_dim).train() for _ in range(2)]
     validation = Validation((cifar10,), prompt_store, spec, place, dtype)
+    decoded.clear()  # of the image that shows that the set can be read
     scores = validation.run({"": (towers[0], None), "_ema": (towers[1], None)})
     assert scores.keys() == {"cifar10", "cifar10_ema"}
     assert len(decoded) == 200
@@ -246,6 +248,26 @@ def test_an_image_of_validation_is_decoded_once_for_all_towers_and_seen_in_the_r
         assert sum(count for count, _ in tower.seen) == 200
         assert {found for _, found in tower.seen} == {dtype}
         assert tower.training, "left in another mode"
+
+
+def test_what_of_a_validation_set_cannot_be_read_is_said_once(
+    cifar10: str, prompt_store: Store, tmp_path: Path
+) -> None:
+    for name in ("classnames.txt", "templates.txt"):
+        (tmp_path / name).write_bytes((Path(cifar10) / name).read_bytes())
+    members = read_tar(Path(cifar10) / "test-00000.tar", 2 * 3)
+    broken = next(name for name in members if not name.endswith(".cls"))
+    write_tar(tmp_path / "0.tar", {**members, broken: b"x", "more.json": b"{}"})
+    spec = student_spec(STUDENT, prompt_store.schema.teacher, 32)
+    validation = Validation((str(tmp_path),), prompt_store, spec, Place(0, 1, torch.device("cpu")), torch.float32)
+    tower = {"": (Watching(spec.embed_dim), None)}
+    assert f"--val {tmp_path.name}: members of tars that end in .json: 1, {tmp_path}/0.tar: more.json" in (
+        validation.take_notes()
+    )
+    validation.run(tower)
+    assert validation.take_notes() == [f"--val {tmp_path.name}: 1 of 3 images cannot be read, and count as wrong"]
+    validation.run(tower)
+    assert validation.take_notes() == []
 
 
 def test_prompts_that_were_not_cached_are_named(

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from cache_schemas import Status
 from dimefm.decode import DecodeError
 from dimefm.errors import SourceError, UnreadableError
 from dimefm.loading import RUN_AGAIN, read_image
-from dimefm.sources.account import found_instead
+from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import ImageSample, SourceFile
 from dimefm.sources.texts import prompt
 
@@ -127,7 +127,7 @@ class Records:
     """What a layout's reader found, before it is held against a definition.
 
     `labels` count `names`: class names, or names of class folders; without them `classnames`, which with `templates`
-    are those beside the images; without either, the classes of the definition.
+    are those beside the images; without either, the classes of the definition. `account` has what is not used.
     """
 
     where: str
@@ -139,7 +139,7 @@ class Records:
     names: list[str] | None = None
     classnames: list[str] | None = None
     templates: list[str] | None = None
-    notes: tuple[str, ...] = ()
+    account: Account = field(default_factory=Account)
 
     def require(self) -> None:
         """Raises SourceError for no image at all, for images that are not there, and for images without a caption."""
@@ -147,7 +147,7 @@ class Records:
             what = f"{self.where}: not one of the {len(self.samples):,} images is there, such as {self.samples[0].file}"
             raise SourceError(what, remedy="put them where the set has them, or mount what they are on")
         if not self.samples:
-            what = f"{self.where} holds no labelled image"
+            what = f"{self.where} holds no labelled image{found_instead(self.account.lines())}"
             raise SourceError(what, remedy="give tars of key.jpg and key.cls, or a folder of images for each class")
         bare = [s.key for s, texts in zip(self.samples, self.captions or [], strict=False) if not texts]
         if bare:

@@ -24,13 +24,15 @@ import pyarrow as pa
 from cache_schemas.evaluation import SetDefinition
 from dimefm import storage
 from dimefm.errors import SourceError
+from dimefm.evaluation.beside import CLIP_BENCHMARK_TEMPLATES, SPLIT_FOLDERS, class_folders_in, count_beside
 from dimefm.evaluation.definitions import class_folders, class_names
 from dimefm.evaluation.imageset import Records, one_label
 from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import ImageSample, SourceFile
 from dimefm.sources.files import in_order
 from dimefm.sources.images import ImageFolder, split_key
-from dimefm.sources.kinds import IMAGE_EXTENSIONS
+from dimefm.sources.kinds import IMAGE_EXTENSIONS, no_image
+from dimefm.sources.names import HIDDEN_MEMBERS, is_hidden
 from dimefm.sources.parquet import DamagedParquetError, blocks, features, open_parquet
 from dimefm.sources.parquet_images import ParquetImages, image_column
 from dimefm.sources.tar import TarMember, tar_members
@@ -40,15 +42,43 @@ from dimefm.sources.walking import children, unreadable
 Reader = Callable[[str, str, SetDefinition | None], Records | None]
 """From a folder and a split to what is there, or None where the folder does not have this layout."""
 
-SPLIT_FOLDERS = {
-    "train": ("train", "training", "Train", "Training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing", "Test", "Final_Test"),
-}
-CLIP_BENCHMARK_TEMPLATES = "zeroshot_classification_templates.txt"
 _IMAGES = ("objectnet-1.0/images",)  # where a set without splits has its class folders, if not in its own
 _LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
+_BARE, _WRITE_LABELS = (
+    "{} has no .cls, .npy or .txt",
+    "write its label, an integer, into KEY.cls, or captions into KEY.txt",
+)
+_SAID = ("cls", "npy", "txt")
 _CAPTIONS = ("caption", "captions", "text", "texts", "sentences", "raw", "txt")
+
+
+class UnlabelledError(SourceError):
+    """Tars or tables that say nothing of any image: they may lie beside the set, which is kept in another layout."""
+
+
+def read_first(
+    readers: Iterable[tuple[str, Reader]], folder: str, split: str, definition: SetDefinition | None
+) -> tuple[str, Records] | None:
+    """What the first reader gives that finds its layout in the folder, and the layout's name. Tars and tables without
+    labels are passed over, and noted, where there is another layout; else they are a SourceError."""
+    unlabelled: UnlabelledError | None = None
+    for layout, reader in readers:
+        try:
+            records = reader(folder, split, definition)
+        except UnlabelledError as error:
+            unlabelled = unlabelled or error
+            continue
+        except SourceError:
+            if unlabelled:
+                raise unlabelled from None
+            raise
+        if records is not None:
+            if unlabelled:
+                records.account.problem(f"not used: {unlabelled.what}")
+            return layout, records
+    if unlabelled:
+        raise unlabelled
+    return None
 
 
 def names_of_split(split: str, definition: SetDefinition | None) -> tuple[str, ...]:
@@ -69,16 +99,16 @@ def read_webdataset(folder: str, split: str, definition: SetDefinition | None) -
     records = _with_texts(Records(where=folder, layout="webdataset", samples=[], files=tars), folder)
     classes = len(records.classnames) if records.classnames else definition.class_count if definition else None
     labels: list[Any] = []
-    passed: list[str] = []
     for tar in sorted(tars, key=lambda file: natural(file.path)):
-        images, said = _members(tar.path, passed.append)
+        images, said = _members(tar.path, records.account)
+        if images and not images.keys() & said.keys():
+            raise UnlabelledError(f"{tar.path}: {_BARE.format(next(iter(images)))}", remedy=_WRITE_LABELS)
         _require_pairs(tar.path, images, said)
         wanted = [(key, tar.path, classes, *said[key]) for key in images]
         read = in_order(_read_said, wanted) if storage.is_url(tar.path) else map(_read_said, wanted)
         labels += read
         records.samples += [ImageSample(key, tar.path, m.offset, m.size) for key, m in images.items()]
-    if passed:
-        records.notes = (f"{len(passed)} members such as {passed[0]} are passed over: a key ends at the first dot",)
+    count_beside(records, folder, tars[0].path.rpartition("/")[0], split, own=definition is None)
     captions = {isinstance(one, tuple) for one in labels}
     if len(captions) > 1:
         raise SourceError(f"{folder} has labels for some images and captions for others", remedy="part them")
@@ -98,15 +128,16 @@ def read_parquet(folder: str, split: str, definition: SetDefinition | None) -> R
     with _damage_named(files[0].path):
         column, names = _said_column(files[0].path, definition)
     said = [value for file in files for value in _values(file.path, column)]
-    account = Account()
-    samples = list(ParquetImages(files).samples(account))
+    records = Records(where=folder, layout="parquet", samples=[], files=files, names=names)
+    account = records.account
+    samples = records.samples = list(ParquetImages(files).samples(account))
     if account.problems:
         raise SourceError(account.problems[0], remedy="fetch the file again")
     several = any(sample.file.endswith("]") and not sample.file.endswith("[0]") for sample in samples)
     if several or len(samples) != len(said):
         what = f"{folder} has {len(said):,} rows and {len(samples):,} images{found_instead(account.lines())}"
         raise SourceError(what, remedy="write one image a row")
-    records = Records(where=folder, layout="parquet", samples=samples, files=files, names=names)
+    count_beside(records, folder, files[0].path.rpartition("/")[0], split, own=definition is None)
     if column in _CAPTIONS:
         records.captions = [_texts(one, f"{folder}: column {column!r}") for one in said]
     else:
@@ -124,7 +155,8 @@ def read_folders(folder: str, split: str, definition: SetDefinition | None) -> R
     if base is None and (split != "test" or other):
         return None
     base = base or next((f"{folder}/{n}" for n in _IMAGES if Path(folder, n).is_dir()), folder)
-    found = sorted(p.name for p in Path(base).iterdir() if p.is_dir() and not p.name.startswith("."))
+    account = Account()
+    found = class_folders_in(base, account)
     place_of, classes = _places(folder, definition)
     places = {name: place for name in found if (place := place_of(name)) is not None}
     if not places and all(name.isdigit() for name in found):
@@ -132,22 +164,23 @@ def read_folders(folder: str, split: str, definition: SetDefinition | None) -> R
     if not found or (definition is not None and not places):
         return None
     strange = [name for name in found if name not in places]
-    notes: tuple[str, ...] = ()
     if strange and definition is not None and len(found) - len(strange) == classes:
-        notes = (f"{len(strange)} folders that are no class of the set are left out, such as {strange[0]}",)
+        account.skip("folders that are no class of the set", strange[0], len(strange))
     elif strange:
         remedy = "name each folder as its line in classnames.txt" if definition is None else "see dimefm sets NAME"
         what = f"{base}/{strange[0]} is not a class of {CLASSNAMES if definition is None else definition.title}"
         raise SourceError(what, remedy=remedy)
-    records = Records(where=base, layout="folders", samples=[], files=[], notes=notes, labels=[])
+    records = Records(where=base, layout="folders", samples=[], files=[], labels=[], account=account)
     labels: list[int] = []
-    for name in found:
-        if name not in strange:
-            files = ImageFolder(storage.join(base, name), Account()).files()
-            records.files += files
-            records.samples += [ImageSample(_key(file.path, base), file.path, 0, file.size) for file in files]
-            labels += [places[name]] * len(files)
+    for name in (name for name in found if name in places):
+        if (namesake := next(other for other in places if places[other] == places[name])) != name:
+            account.problem(f"the folders {namesake} and {name} of {base} are taken for the same class")
+        files = ImageFolder(storage.join(base, name), account).files()
+        records.files += files
+        records.samples += [ImageSample(_key(file.path, base), file.path, 0, file.size) for file in files]
+        labels += [places[name]] * len(files)
     records.labels = labels
+    count_beside(records, folder, base, split, own=definition is None)
     if definition is not None:
         records.names = class_names(definition)
     return _with_texts(records, folder)
@@ -188,7 +221,7 @@ def _files(folder: str, split: str, suffix: str, definition: SetDefinition | Non
     def below(place: str, keep: Callable[[str], bool]) -> list[SourceFile]:
         if not storage.is_url(place) and not Path(place).is_dir():
             return []
-        return children(place, lambda name: name.endswith(suffix) and keep(name), Account())
+        return children(place, lambda name: name.lower().endswith(suffix) and keep(name), Account())
 
     for name in names_of_split(split, definition):
         prefixes = tuple(f"{name}{mark}" for mark in ("-", "_", "."))
@@ -202,26 +235,32 @@ def _files(folder: str, split: str, suffix: str, definition: SetDefinition | Non
     return below(folder, lambda file: not file.startswith(others))
 
 
-def _members(
-    tar: str, pass_over: Callable[[str], None]
-) -> tuple[dict[str, TarMember], dict[str, tuple[str, TarMember]]]:
-    """Of a tar: its images, and what is said of each, by key. `pass_over` is told of images that have no key."""
-    account = Account()
+def _members(tar: str, account: Account) -> tuple[dict[str, TarMember], dict[str, tuple[str, TarMember]]]:
+    """Of a tar: its images, and what is said of each, by key. Other members are counted in `account`."""
+    damage = Account()
     images: dict[str, TarMember] = {}
     said: dict[str, tuple[str, TarMember]] = {}
-    for member in tar_members(tar, account):
+    for member in tar_members(tar, damage):
         key, extension = split_key(member.name)
-        if extension in IMAGE_EXTENSIONS:
+        if is_hidden(member.name, key):
+            account.skip(HIDDEN_MEMBERS, f"{tar}: {member.name}")
+        elif extension in IMAGE_EXTENSIONS:
             if key in images:
                 what = f"{tar} has two images called {key}"
                 raise SourceError(what, remedy="give each image a name of its own")
             images[key] = member
-        elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
-            pass_over(member.name)
-        elif extension in ("cls", "npy", "txt") and said.get(key, ("txt",))[0] == "txt":
-            said[key] = (extension, member)
-    if account.problems:
-        raise SourceError(account.problems[0], remedy="fetch the tar again")
+        elif extension not in _SAID:
+            account.skip(no_image(extension), f"{tar}: {member.name}")
+        else:
+            kept, other = said.get(key), (extension, member)
+            if kept and kept[0] != "txt":
+                kept, other = other, kept
+            said[key] = other
+            if kept:
+                account.skip("labels or captions of images that have a label already", f"{tar}: {kept[1].name}")
+    if damage.problems:
+        raise SourceError(damage.problems[0], remedy="fetch the tar again")
+    account.add(damage)
     return images, said
 
 
@@ -229,8 +268,7 @@ def _require_pairs(tar: str, images: dict[str, TarMember], said: dict[str, tuple
     """Raises SourceError for an image of which nothing is said, and for what is said of no image."""
     bare = next((key for key in images if key not in said), None)
     if bare is not None:
-        what = f"{tar}: {bare} has no .cls, .npy or .txt"
-        raise SourceError(what, remedy="write its label, an integer, into KEY.cls, or captions into KEY.txt")
+        raise SourceError(f"{tar}: {_BARE.format(bare)}", remedy=_WRITE_LABELS)
     used = {said[key][0] for key in images}
     lost = next((f"{key}.{kind}" for key, (kind, _) in said.items() if key not in images and kind in used), None)
     if lost is not None:
@@ -279,12 +317,15 @@ def _said_column(path: str, definition: SetDefinition | None) -> tuple[str, list
     """The column of labels or captions, and the class names that Hugging Face's metadata gives for it."""
     file = open_parquet(path)
     schema = file.schema_arrow
-    image = image_column(file, path, None)
+    try:
+        image = image_column(file, path, None)
+    except SourceError as error:
+        raise UnlabelledError(error.what, remedy=error.remedy) from None
     wanted = _CAPTIONS if definition is not None and definition.task == "retrieval" else (*_LABELS, *_CAPTIONS)
     column = next((name for name in wanted if name in schema.names and name != image), None)
     if column is None:
         what = f"{path} has no column of labels or captions, only {', '.join(schema.names)}"
-        raise SourceError(what, remedy=f"call it {wanted[0]}")
+        raise UnlabelledError(what, remedy=f"call it {wanted[0]}")
     feature = features(schema).get(column, {})
     inner = feature.get("feature")
     names = feature.get("names") or (inner.get("names") if isinstance(inner, dict) else None)

@@ -13,7 +13,7 @@ from dimefm import storage
 from dimefm.errors import SourceError
 from dimefm.evaluation.definitions import class_folders, class_names, load_definitions, templates
 from dimefm.evaluation.imageset import ImageSet, Records
-from dimefm.evaluation.layouts import Reader, plain, read_folders
+from dimefm.evaluation.layouts import Reader, plain, read_first, read_folders
 from dimefm.evaluation.own_sets import COMMON, map_labels, with_captions, with_classes
 from dimefm.evaluation.published_layouts import reader_of
 
@@ -26,9 +26,10 @@ def open_set(definition: SetDefinition, root: str, split: str, unpacked: str) ->
     """
     folder = None
     for folder in _folders(definition, storage.absolute(root)):
-        for layout, reader in _readers(definition, unpacked):
-            if layout in definition.layouts and (records := reader(folder, split, definition)) is not None:
-                return _as_defined(replace(records, layout=layout), definition, split)
+        readers = (one for one in _readers(definition, unpacked) if one[0] in definition.layouts)
+        if found := read_first(readers, folder, split, definition):
+            layout, records = found
+            return _as_defined(replace(records, layout=layout), definition, split)
     if folder is not None and split == "test":
         what = f"{folder} has no test images of {definition.title} in a layout that is read"
         raise SourceError(what, remedy=f"those are: {', '.join(definition.layouts)}; see dimefm sets {definition.name}")

@@ -7,8 +7,10 @@ from typing import Any
 
 from dimefm import storage
 from dimefm.errors import SourceError
+from dimefm.evaluation.beside import count_beside, note_empty_classes
 from dimefm.evaluation.imageset import ImageSet, Records, array_of
-from dimefm.evaluation.layouts import Reader, places_of, read_folders, read_parquet, read_webdataset
+from dimefm.evaluation.layouts import Reader, places_of, read_first, read_folders, read_parquet, read_webdataset
+from dimefm.sources.account import first, show
 from dimefm.sources.texts import CLASSNAMES, TEMPLATES
 
 COMMON: tuple[tuple[str, Reader], ...] = (("webdataset", read_webdataset), ("parquet", read_parquet))
@@ -23,7 +25,9 @@ def open_folder(path: str, split: str = "test") -> ImageSet:
         what = f"{path} holds no .tar and no .parquet of the {split} split"
         raise SourceError(what, remedy="class folders must be local; pack them into tars")
     if found is None:
-        Records(where=storage.absolute(path), layout="none", samples=[], files=[]).require()
+        nothing = Records(where=storage.absolute(path), layout="none", samples=[], files=[])
+        count_beside(nothing, nothing.where, nothing.where, split)
+        nothing.require()
     assert found is not None
     return found
 
@@ -33,10 +37,10 @@ def find_folder(path: str, split: str) -> ImageSet | None:
     folder, name = storage.absolute(path), name_of(path)
     if not storage.is_url(folder) and not Path(folder).is_dir():
         raise SourceError(f"{path} is no folder", remedy="name a folder with classnames.txt and templates.txt")
-    readers = (*(reader for _, reader in COMMON), read_folders)
-    records = next((one for reader in readers if (one := reader(folder, split, None)) is not None), None)
-    if records is None:
+    found = read_first((*COMMON, ("folders", read_folders)), folder, split, None)
+    if found is None:
         return None
+    records = found[1]
     records.require()
     if records.captions is not None:
         return with_captions(records, name, split, ())
@@ -48,6 +52,7 @@ def find_folder(path: str, split: str) -> ImageSet | None:
     if records.names is not None:
         map_labels(records, records.names, names)
     multilabel = any(isinstance(one, list) for one in records.labels or [])
+    note_empty_classes(records, names)
     return with_classes(records, name, split, names, records.templates or [], multilabel, ())
 
 
@@ -123,6 +128,6 @@ def _image_set(records: Records, name: str, split: str, partial: tuple[str, ...]
         samples=records.samples,
         files=records.files,
         partial=partial,
-        notes=records.notes,
+        notes=tuple(first([*records.account.problems, *map(show, records.account.skipped())])),
         **said,
     )

@@ -208,7 +208,10 @@ class _Evaluator:
         if self._config.predictions:
             self._keep(job, protocol, probed.scores_NC, test_features)
         measured = measure(probed.scores_NC, job.test, job.metric)
-        return self._add(job, protocol, measured, {**settings, **probed.settings}, test_features, began)
+        notes = [f"training images: {note}" for note in train.notes]
+        if lost := probed.settings["unreadable"]:
+            notes.append(f"{lost} of {len(rows)} training images could not be read and are left out")
+        return self._add(job, protocol, measured, {**settings, **probed.settings}, test_features, began, notes)
 
     def _kept(self, job: _Job, protocol: str) -> bool:
         """Whether predictions are there, or are not wanted."""
@@ -258,10 +261,11 @@ class _Evaluator:
         settings: dict[str, object],
         embedded: Features,
         began: float,
+        notes: Sequence[str] = (),
     ) -> EvaluationResult:
         definition, images = job.chosen.definition, job.test
         failures = embedded.failures()
-        notes = [*images.notes, *_without_features(failures)]
+        notes = [*images.notes, *_without_features(failures), *notes]
         result = EvaluationResult(
             set=images.name,
             suite=job.chosen.suite,

@@ -58,13 +58,13 @@ class Joined(Generic[_Item]):
     """Several sources one after the other, as one."""
 
     def __init__(self, parts: Sequence[Source[_Item]]) -> None:
-        self._parts = parts
+        self.parts = parts
 
     def files(self) -> list[SourceFile]:
         """The files of all parts, in the order of the parts."""
-        return [file for part in self._parts for file in part.files()]
+        return [file for part in self.parts for file in part.files()]
 
     def samples(self, account: Account) -> Iterator[_Item]:
         """The samples of all parts, in the order of the parts."""
-        for part in self._parts:
+        for part in self.parts:
             yield from part.samples(account)

@@ -15,6 +15,15 @@ _IN_A_LIST = 5  # elements of a list that are
 _MOST_SHOWN = 50
 
 
+class NoColumnError(SourceError):
+    """A table has no column of sentences, or not the one that was asked for: raised before the first of them.
+    `example` is the table and what it has."""
+
+    def __init__(self, what: str, example: str, *, remedy: str) -> None:
+        self.example = example
+        super().__init__(what, remedy=remedy)
+
+
 Found = tuple[str, str | None, str]
 """A value: where it is (in its file, or in the lists that it is in, as `3:0`), its text, and where that is None why, as
 what follows `values`."""
@@ -69,11 +78,12 @@ def _collect(value: Any, name: str, names: dict[str, None], depth: int) -> None:
 
 
 def choose(names: list[str], column: str | None, path: str, or_else: str = "") -> str:
-    """`column`, or the first of DEFAULTS that is there. Raises SourceError with what is there."""
+    """`column`, or the first of DEFAULTS that is there. Raises NoColumnError with what is there."""
     wanted = DEFAULTS if column is None else (column,)
     for name in wanted:
         if name in names:
             return name
     there = ", ".join([*names[:_MOST_SHOWN], *(["..."] if len(names) > _MOST_SHOWN else [])]) or "no column of strings"
     what = f"{path} has no column {' or '.join(map(repr, wanted))}; there is: {there}"
-    raise SourceError(what, remedy=f"name the column with the sentences: --column NAME{or_else}")
+    remedy = f"name the column with the sentences: --column NAME{or_else}"
+    raise NoColumnError(what, f"{path}, which has {there}", remedy=remedy)

@@ -25,14 +25,13 @@ from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile
 from dimefm.sources.walking import (
     CHAINED,
-    HIDDEN_FILES,
-    HIDDEN_FOLDERS,
     NOT_UTF8,
     below,
     from_info,
     is_folder,
     is_utf8,
     look,
+    passed_over,
     require_reached,
     shown,
     unreadable,
@@ -64,9 +63,11 @@ def expand(argument: str, account: Account | None = None) -> list[Place]:
     if not is_utf8(argument):
         raise SourceError(f"{shown(argument)} is not UTF-8", remedy="rename it")
     if storage.is_url(argument):
+        if "::" in argument:
+            raise SourceError(f"{argument} has :: in it, which URLs are chained by", remedy="rename it, or fetch it")
         fs, _ = storage.filesystem(argument)
         fs.invalidate_cache()  # listings that fsspec kept from earlier in this process
-    if found := _look(argument):
+    if found := look_up(argument):
         return [found]
     names = _without_ranges(argument)
     if any(mark in argument for mark in _MAGIC):
@@ -188,14 +189,15 @@ def _without_ranges(argument: str) -> list[str]:
 
 
 def _look_up(names: list[str]) -> list[Place]:
-    found = list(reading_ahead(_look, names, names[0]))
+    found = list(reading_ahead(look_up, names, names[0]))
     for name, place in zip(names, found, strict=True):
         if place is None:
             raise AbsentError(f"{name} does not exist", remedy="check the path")
     return [place for place in found if place is not None]
 
 
-def _look(name: str) -> Place | None:
+def look_up(name: str) -> Place | None:
+    """The file or folder at a path; None where there is neither. Raises SourceError where that cannot be known."""
     path = storage.absolute(name)
     try:
         if storage.is_url(path):
@@ -217,6 +219,10 @@ def _glob(name: str, account: Account) -> list[Place]:
     inner = path  # of a local one fsspec is not asked, which takes :: for a chain
     if storage.is_url(path):
         fs, inner = storage.filesystem(path)
+    if "**" in inner:
+        if places := _deep(inner, fs.unstrip_protocol("") if fs else "", account):
+            return places
+        raise _matches_nothing(name)
     try:
         found = _matching(fs, inner, storage.is_url(path), account)
     except SourceError:
@@ -224,7 +230,7 @@ def _glob(name: str, account: Account) -> list[Place]:
     except Exception as error:
         raise unreadable(path, error) from error
     if not found:
-        raise AbsentError(f"{name} matches no file", remedy="check the path; quote globs in the shell")
+        raise _matches_nothing(name)
     if not storage.is_url(path):
         return _local_places(sorted(info["name"] for info in found), account)
     places = []
@@ -234,6 +240,30 @@ def _glob(name: str, account: Account) -> list[Place]:
             account.skip(CHAINED, url)
             continue
         places.append(Place(url, None if info["type"] == "directory" else from_info(url, info)))
+    return sorted(places, key=lambda place: place.path)
+
+
+def _matches_nothing(name: str) -> AbsentError:
+    return AbsentError(f"{name} matches no file", remedy="check the path; quote globs in the shell")
+
+
+def _deep(pattern: str, scheme: str, account: Account) -> list[Place]:
+    """What a pattern with ** matches, by name: files, and folders where its last part is more than stars; what is in
+    such a folder is not matched again. Raises SourceError as `below`."""
+    top = pattern[: min(place for mark in _MAGIC if (place := pattern.find(mark)) >= 0)].rpartition("/")[0]
+    own, matches = Account(), re.compile(glob_translate(pattern)).match
+    files = {file.path[len(scheme) :]: file for file in below(scheme + top or "/", own)}
+    folders = set[str]()
+    if pattern.rpartition("/")[2].strip("*"):
+        above = {str(parent) for name in files for parent in PurePosixPath(name).parents}
+        folders = {name for name in above if name.startswith(top) and matches(name)}
+    inner = {name for name in folders if not folders.isdisjoint(map(str, PurePosixPath(name).parents))}
+    places = [Place(scheme + name, None) for name in folders - inner]
+    for name, file in files.items():
+        if matches(name) and folders.isdisjoint(map(str, PurePosixPath(name).parents)):
+            places.append(Place(file.path, file))
+    if not folders:  # which are gone through, and counted, by themselves
+        account.add(own)
     return sorted(places, key=lambda place: place.path)
 
 
@@ -249,21 +279,17 @@ def _local_places(names: list[str], account: Account) -> list[Place]:
     return places
 
 
-def _matching(fs: Any, pattern: str, url: bool, account: Account) -> list[dict[str, Any]]:
+def _matching(
+    fs: Any, pattern: str, url: bool, account: Account, *, only_folders: bool = False
+) -> list[dict[str, Any]]:
     """What is known of the files and folders that match. Raises OSError for a folder that cannot be listed, which
     fsspec's own glob passes over."""
-    before, stars, _ = pattern.partition("**")
-    if stars:
-        top = before[: min(place for mark in _MAGIC if (place := pattern.find(mark)) >= 0)].rpartition("/")[0]
-        files = [_of_file(fs, file) for file in below(fs.unstrip_protocol(top) if url else top or "/", account)]
-        above = {str(parent) for info in files for parent in PurePosixPath(info["name"]).parents}
-        both = [*files, *({"name": name, "type": "directory"} for name in above if name.startswith(top))]
-        return [info for info in both if re.match(glob_translate(pattern), info["name"])]
     folder, _, name = pattern.rpartition("/")
     several = any(mark in folder for mark in _MAGIC)
     folders = {folder or "/"}
     if several:
-        folders = {i["name"].rstrip("/") for i in _matching(fs, folder, url, account) if i["type"] == "directory"}
+        above = _matching(fs, folder, url, account, only_folders=True)
+        folders = {info["name"].rstrip("/") for info in above if info["type"] == "directory"}
     found = []
     for one in folders:
         try:
@@ -285,19 +311,13 @@ def _matching(fs: Any, pattern: str, url: bool, account: Account) -> list[dict[s
         own = path.rpartition("/")[2]
         if path in folders or not fnmatchcase(own, name):
             continue
-        if own.startswith(".") and not name.startswith("."):
-            what = HIDDEN_FOLDERS if info["type"] == "directory" else HIDDEN_FILES
-            account.skip(what, fs.unstrip_protocol(path) if url else path)
-        else:
+        folder = info["type"] == "directory"
+        reason = None if name == own or (name[0] == own[0] == ".") else passed_over(own, folder=folder)
+        if reason is None:
             matching.append(info)
+        elif folder or not only_folders:
+            account.skip(reason, fs.unstrip_protocol(path) if url else path)
     return matching
-
-
-def _of_file(fs: Any, file: SourceFile) -> dict[str, Any]:
-    """A file as a listing of fsspec has it, where that is of a URL."""
-    if fs is None:
-        return _entry(file.path, "file")
-    return {**_entry(fs._strip_protocol(file.path), "file"), "size": file.size, "mtime": file.modified // 10**9}
 
 
 def _entry(path: str, kind: str) -> dict[str, Any]:

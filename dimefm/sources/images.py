@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 from dimefm import storage
 from dimefm.errors import SourceError
@@ -13,8 +12,8 @@ from dimefm.progress import Progress, amount
 from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import ImageSample, Joined, Source, SourceFile
 from dimefm.sources.files import URL_BLOCK, Place, expand, in_order, is_glob
-from dimefm.sources.kinds import CONTAINERS, IMAGE, IMAGE_EXTENSIONS, PARQUET, TAR, TSV, by_kind
-from dimefm.sources.names import HIDDEN_MEMBERS, is_hidden, other_member
+from dimefm.sources.kinds import CONTAINERS, IMAGE, IMAGE_EXTENSIONS, PARQUET, TAR, TSV, by_kind, no_image
+from dimefm.sources.names import HIDDEN_MEMBERS, is_hidden
 from dimefm.sources.parquet_images import ParquetImages
 from dimefm.sources.side_files import find_side_files, read_side_file
 from dimefm.sources.tar import TarMember, tar_members
@@ -24,7 +23,6 @@ from dimefm.sources.window import URL_LEAP
 
 _PREFERRED = ("jpg", "png", "jpeg", "webp")
 _FURTHER = "further images of the same key (one is used: the first of jpg, png, jpeg, webp, others)"
-_DOTTED = "members whose extension has more than one part (a key ends at the first dot)"
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -79,7 +77,7 @@ def _images(path: str, members: Iterable[TarMember], account: Account) -> Iterat
         if is_hidden(name, key):
             account.skip(HIDDEN_MEMBERS, f"{path}: {name}")
         elif extension not in IMAGE_EXTENSIONS:
-            account.skip(_no_image(extension), f"{path}: {name}")
+            account.skip(no_image(extension), f"{path}: {name}")
         elif key != last:
             if waiting:
                 yield waiting
@@ -97,12 +95,6 @@ def _rank(extension: str) -> int:
     return _PREFERRED.index(extension) if extension in _PREFERRED else len(_PREFERRED)
 
 
-@lru_cache(1000)
-def _no_image(extension: str) -> str:
-    """Why a member is no image, by its extension."""
-    return _DOTTED if extension.rpartition(".")[2] in IMAGE_EXTENSIONS else other_member(extension)
-
-
 def _listed(asked: tuple[SourceFile, SourceFile | None]) -> tuple[list[ImageSample], Account]:
     """The images of a tar, by its side file where that fits."""
     tar, side = asked
@@ -113,10 +105,11 @@ def _listed(asked: tuple[SourceFile, SourceFile | None]) -> tuple[list[ImageSamp
 
 
 class ImageFiles:
-    """Image files, one a sample; the key of one is its path within `root`, without the extension."""
+    """Image files, one a sample; the key of one is its path within `root`, without the extension. Those that are
+    `taken` when their turn comes are counted."""
 
-    def __init__(self, root: str, files: Sequence[SourceFile]) -> None:
-        self._root, self._files = root.rstrip("/"), files
+    def __init__(self, root: str, files: Sequence[SourceFile], taken: Container[str] = ()) -> None:
+        self._root, self._files, self._taken = root.rstrip("/"), files, taken
 
     def files(self) -> list[SourceFile]:
         """The files, as given."""
@@ -125,6 +118,9 @@ class ImageFiles:
     def samples(self, account: Account) -> Iterator[ImageSample]:
         """One sample a file."""
         for file in self._files:
+            if file.path in self._taken:
+                account.skip("images that are rows of a Parquet file, too (each is used once, as a row)", file.path)
+                continue
             folder, slash, name = file.path[len(self._root) :].lstrip("/").rpartition("/")
             yield ImageSample(f"{folder}{slash}{name.rpartition('.')[0] or name}", file.path, 0, file.size)
 
@@ -193,12 +189,13 @@ def _sources(
             tables.remove(table)
     if tars:
         yield WebDataset(tars)
+    taken = set[str]()
     if tables:
-        yield ParquetImages(tables, column, found=found)
+        yield ParquetImages(tables, column, found=found, taken=taken)
     if TSV in kinds:
         yield TsvImages(kinds[TSV], found=found)
     if IMAGE in kinds:
-        yield ImageFiles(root, kinds[IMAGE])
+        yield ImageFiles(root, kinds[IMAGE], taken)
 
 
 def _root(argument: str, places: Sequence[Place]) -> str:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from dimefm.errors import SourceError
@@ -74,12 +74,22 @@ class JsonArray(Table):
             yield from self._of_document(_document(text, start))
 
     def _of_document(self, document: Any) -> Iterator[Found]:
+        if isinstance(document, dict) and len(document) > 1 and all(isinstance(one, dict) for one in document.values()):
+            inner = names_of(islice(document.values(), _HEAD))  # objects by key: as a list of them
+            if wanted := [one for one in (DEFAULTS if self._column is None else [self._column]) if one in inner]:
+                yield from at_field(list(document.values()), wanted[0])
+                return
         names = names_of([document])
         known = (name for known in DEFAULTS for name in names if name.rpartition(".")[2] == known)
         field = self._column or next(known, None)
+        same = [
+            name for name in names if field and not self._column and name.rpartition(".")[2] == field.rpartition(".")[2]
+        ]
         values = list(document.values()) if isinstance(document, dict) else []
         if field is None and values and all(map(_is_text, values)):
             found = at_field(values, "")
+        elif len(same) > 1:  # as in lists of two splits
+            found = chain.from_iterable(at_field(document, name, name) for name in same)
         else:
             found = at_field(document, choose(names, field, self._path))
         for place, value, why in found:

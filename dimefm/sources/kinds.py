@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from dimefm import storage
 from dimefm.decode import sniff
@@ -12,7 +13,7 @@ from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile
 from dimefm.sources.content import HEAD_BYTES, describe
 from dimefm.sources.files import reading_ahead
-from dimefm.sources.names import extension_of, other_file
+from dimefm.sources.names import extension_of, other_file, other_member
 from dimefm.sources.tsv_images import INDEX_SUFFIX
 from dimefm.sources.walking import unreadable
 
@@ -24,6 +25,9 @@ IMAGE_EXTENSIONS = frozenset({
 
 TAR, PARQUET, TSV, IMAGE = ".tar", ".parquet", ".tsv", "image"
 CONTAINERS = (TAR, PARQUET, TSV)
+_COLUMN_MARK = f"{PARQUET}#"
+
+_DOTTED = "members whose extension has more than one part (a key ends at the first dot)"
 
 
 def by_kind(files: Sequence[SourceFile], account: Account | None) -> dict[str, list[SourceFile]]:
@@ -38,14 +42,22 @@ def by_kind(files: Sequence[SourceFile], account: Account | None) -> dict[str, l
         if file.path.endswith(INDEX_SUFFIX) and file.path.removesuffix(INDEX_SUFFIX) + TSV in tables:
             continue  # it says where the lines of its table are
         kind, reason = _by_name(file.path, extension) if extension else _by_head(next(heads))
+        if _COLUMN_MARK in file.path:
+            kind, reason = "", f"names with {_COLUMN_MARK} in them, which stands before a column (rename them)"
         if kind:
             kinds.setdefault(kind, []).append(file)
         elif account is not None:
             account.skip(reason, file.path)
         else:
-            what = f"{line(file.path)} is neither a {', '.join(CONTAINERS)}, nor an image, nor a folder: {reason}"
-            raise SourceError(what, remedy="give tars, tables, images or folders")
+            what = f"{line(file.path)} is neither a {', '.join(CONTAINERS)}, an image nor a folder"
+            raise SourceError(f"{what}, but one of the {reason}", remedy="give tars, tables, images or folders")
     return kinds
+
+
+@lru_cache(1000)
+def no_image(extension: str) -> str:
+    """Why a member of a tar is no image, by its extension as images.split_key gives it."""
+    return _DOTTED if extension.rpartition(".")[2] in IMAGE_EXTENSIONS else other_member(extension)
 
 
 def _by_name(path: str, extension: str) -> tuple[str, str]:

@@ -60,16 +60,21 @@ def as_text(file: Any) -> TextIO:
     """A binary file with `peek`, from its beginning, as lines of str.
 
     UTF-16 and UTF-32 are known by their byte order mark; all else is UTF-8, and bytes that are not become U+FFFD. Lines
-    end in \\n or \\r\\n; in \\r too where the first 64 KB hold no \\n, as on the Macs of old. Neither U+2028 nor U+0085
-    ends a line. Raises NotTextError for what is something else by its first bytes.
+    end in \\n or \\r\\n; in \\r too where the first block that is read holds no \\n, as on old Macs. Neither U+2028 nor
+    U+0085 ends a line. Raises NotTextError for what is something else by its first bytes.
     """
     head = _peek(file)
-    encoding = next((name for name, marks in _MARKS.items() if head.startswith(marks)), "utf-8")
+    encoding = encoding_by_mark(head)
     if encoding.startswith("utf-8") and (what := _what_instead(head)):
         raise NotTextError(what)
-    start = head[: len(head) // 4 * 4].decode(encoding, errors="replace") + head[len(head) // 4 * 4 :].decode("latin-1")
+    start = head.decode(encoding, errors="replace")
     newline = "\n" if "\n" in start or "\r" not in start else None
     return io.TextIOWrapper(file, encoding, errors="replace", newline=newline)
+
+
+def encoding_by_mark(head: bytes) -> str:
+    """The encoding of a file that begins with `head`, by its byte order mark; UTF-8 where there is none."""
+    return next((name for name, marks in _MARKS.items() if head.startswith(marks)), "utf-8")
 
 
 def encoding_of(file: TextIO) -> str:

@@ -9,6 +9,12 @@ HIDDEN_MEMBERS = "hidden members of tars"
 _EXTENSION = re.compile(r"\.([a-z][a-z0-9]{0,11})$")
 _OF_MEMBERS = re.compile(r"[a-z][a-z0-9_]{0,11}(\.[a-z][a-z0-9_]{0,11})?")
 _COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.[a-z0-9]{2,4})$")
+_REMEDIES = {
+    **dict.fromkeys(("zip", "7z", "rar"), " (unpack them)"),
+    **dict.fromkeys(("parq", "pq"), " (rename them to .parquet)"),
+    **dict.fromkeys(("arrow", "feather"), " (write them as Parquet)"),
+    **dict.fromkeys(("gz", "tgz", "bz2", "xz", "zst", "lz4"), " (decompress them)"),
+}
 _HIDDEN = re.compile(r"(^|/)(\.[^./]|\.\.[^/]|__MACOSX/)")
 
 
@@ -24,7 +30,9 @@ def other_file(path: str) -> str:
     if _COMPRESSED.search(path.lower()):
         return "compressed tars, of which no member can be read alone (decompress them)"
     extension = extension_of(path)
-    return f"files that end in .{extension}" if extension else "files without an extension, or with none that is known"
+    if not extension:
+        return "files without an extension, or with none that is known"
+    return f"files that end in .{extension}{_REMEDIES.get(extension, '')}"
 
 
 def other_member(extension: str) -> str:

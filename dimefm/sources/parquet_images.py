@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dimefm import storage
-from dimefm.errors import AbsentError, SourceError, StoreError
+from dimefm.errors import SourceError, StoreError
 from dimefm.named import named
 from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample, SourceFile
-from dimefm.sources.files import reading_ahead, stat_files
+from dimefm.sources.files import look_up, reading_ahead
 from dimefm.sources.parquet import (
     DamagedParquetError,
     blocks,
@@ -44,11 +44,19 @@ class ParquetImages:
 
     The key is that of a string column called key, __key__, id or path, else the `path` in the struct, else file:row;
     in lists without a path, :N follows it. Without `column`, it is the only one that could hold images. Of files that
-    were `found` in a folder, those without such a column are counted; else they are an error.
+    were `found` in a folder, those without such a column are counted; else they are an error. What files are named by
+    a path is put into `taken`.
     """
 
-    def __init__(self, files: Sequence[SourceFile], column: str | None = None, *, found: bool = False) -> None:
-        self._files, self._column, self._found = files, column, found
+    def __init__(
+        self,
+        files: Sequence[SourceFile],
+        column: str | None = None,
+        *,
+        found: bool = False,
+        taken: set[str] | None = None,
+    ) -> None:
+        self._files, self._column, self._found, self._taken = files, column, found, taken
 
     def files(self) -> list[SourceFile]:
         """The Parquet files, as given."""
@@ -72,7 +80,10 @@ class ParquetImages:
                 if column is None:
                     continue
                 for batch in _batches(file, column):
-                    yield from _images(path, rows, batch, column, account)
+                    for sample in _images(path, rows, batch, column, account):
+                        if self._taken is not None and not sample.file.startswith(f"{path}#"):
+                            self._taken.add(sample.file)
+                        yield sample
                     rows += len(batch)
                 if rows == 0:
                     account.skip("Parquet files without rows", path)
@@ -97,13 +108,17 @@ def image_column(file: pq.ParquetFile, path: str, column: str | None) -> str:
     schema = file.schema_arrow
     usable = _usable(schema, column)
     if len(usable) > 1:  # the metadata may tell images from sounds
-        images = [name for name in usable if features(schema).get(name, {}).get("_type") == "Image"]
-        usable = images if len(images) == 1 else usable
+        told = [name for name in usable if features(schema).get(name, {}).get("_type") == "Image"]
+        usable = told if len(told) == 1 else usable
     if len(usable) == 1:
         return usable[0]
-    names = ", ".join(usable or _usable(schema, None)) or f"none among {_there(schema)}"
-    what = f"{path} has no column {column!r} of images" if column else f"{path} does not say which column is the images"
-    remedy = "name one with --column NAME; images are binary, a struct with bytes, or lists of either"
+    images, kinds = usable or _usable(schema, None), "images are binary, a struct with bytes, or lists of either"
+    what, remedy = f"{path} does not say which column is the images", f"name one with --column NAME; {kinds}"
+    if column or not images:
+        what = f"{path} has no column {f'{column!r} ' if column else ''}of images"
+    if not images:
+        remedy = f"leave it out, or write the images into it: {kinds}"
+    names = ", ".join(images) or f"none among {_there(schema)}"
     if any(_is_address(field) for field in schema) and not usable:
         remedy += (
             "; download what is at addresses, for example by img2dataset, and write base64 as the bytes it stands for"
@@ -222,7 +237,5 @@ def _beside(
 
 
 def _file(path: str) -> SourceFile | None:
-    try:
-        return stat_files([path])[0]
-    except AbsentError:
-        return None
+    place = look_up(path)
+    return place.file if place else None

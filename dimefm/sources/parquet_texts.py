@@ -8,10 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dimefm.errors import SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile, TextSample
-from dimefm.sources.fields import DEFAULTS, choose
+from dimefm.sources.fields import DEFAULTS, NoColumnError, choose
 from dimefm.sources.lines import clean
 from dimefm.sources.parquet import (
     Column,
@@ -102,5 +101,7 @@ class ParquetTexts:
         if other is not None and not any(name in names for name in wanted):
             what = f"{self._path}: column {other!r} holds {str(kinds[other])[:200]}, not strings"
             remedy = f"name a column of strings with --column NAME; there is: {', '.join(names) or 'none'}"
-            raise SourceError(what, remedy=remedy)
+            raise NoColumnError(
+                what, f"{self._path}, which has {', '.join(names) or 'no column of strings'}", remedy=remedy
+            )
         return columns[choose(names, self._column, self._path)]

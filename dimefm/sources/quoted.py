@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 _LONGEST_FIELD = 2**31 - 1  # the csv module's own limit is 128 KB
@@ -21,13 +21,33 @@ Row = tuple[int, int, list[str]]
 
 def csv_rows(lines: Iterator[str], delimiter: str = ",") -> Iterator[Row]:
     """Rows of a CSV, in which quotes may hold anything. A carriage return that ends no line is white space. Raises
-    csv.Error."""
+    csv.Error, for a quote that is open at the end, too."""
     csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.reader((_without_returns(line) if "\r" in line else line for line in lines), delimiter=delimiter)
+    ended = False
+
+    def plain() -> Iterator[str]:
+        nonlocal ended
+        yield from (_without_returns(line) if "\r" in line else line for line in lines)
+        ended = True
+
+    reader = csv.reader(plain(), delimiter=delimiter)
     number = 1
     for row in reader:
+        if ended:  # the reader gives a row with its last line, unless that is within quotes
+            raise csv.Error(f"a quote that is opened in line {number}, or after it, is never closed")
         yield number, reader.line_num + 1 - number, row
         number = reader.line_num + 1
+
+
+def delimiter_of(header: str, wanted: Sequence[str]) -> str:
+    """What stands between the names of columns in the first line of a CSV: a comma, unless there is none of `wanted`
+    between commas, and there is between semicolons, bars or tabs; or else what makes the most columns."""
+    names = {
+        mark: [name.strip() for name in next(csv.reader([header], delimiter=mark), [])]
+        for mark in (",", ";", "|", "\t")
+    }
+    known = (mark for mark, columns in names.items() if any(name in wanted for name in columns))
+    return next(known, None) or max(names, key=lambda mark: len(names[mark]))
 
 
 def tsv_rows(lines: Iterator[str], *, header: bool) -> Iterator[Row]:

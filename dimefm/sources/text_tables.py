@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from typing import Any, TextIO
 
 from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile, TextSample
-from dimefm.sources.fields import Found, at_field, choose, names_of
+from dimefm.sources.fields import DEFAULTS, Found, at_field, choose, names_of
 from dimefm.sources.files import require_damage
 from dimefm.sources.lines import BROKEN, EMPTY, NotTextError, clean, encoding_of, open_text, why_none
-from dimefm.sources.quoted import Row, csv_rows, tsv_rows
+from dimefm.sources.quoted import Row, csv_rows, delimiter_of, tsv_rows
 
 _HEAD = 100  # JSON objects that are looked at for their fields
+_SEPARATOR = re.compile("\ufeff?sep=(.)\r?\n")
 _LONGEST_RECORD = 1000  # lines; a longer one is likely a quote that is never closed
 
 
@@ -108,9 +110,9 @@ class JsonLines(Table):
 
 
 class Delimited(Table):
-    """A .csv file, with quotes, or a .tsv file, with or without (see quoted.tsv_rows); either as .gz too. The first
-    line is a header with the names of the columns, unless `column` is a number: that column, counted from 0, of a file
-    without a header."""
+    """A .csv file, with quotes, and commas, semicolons, bars or tabs between columns, or a .tsv file, with quotes or
+    without (see quoted.tsv_rows); either as .gz too. The first line is a header with the names of the columns, unless
+    `column` is a number: that column, counted from 0, of a file without a header."""
 
     def _open_and_check(self) -> None:
         for _ in self._values(Account()):
@@ -121,7 +123,10 @@ class Delimited(Table):
         tabs = self._path.lower().removesuffix(".gz").endswith(".tsv")
         with open_text(self._path) as file:
             self._encoding = encoding_of(file)
-            rows = tsv_rows(file, header=number_of_column is None) if tabs else csv_rows(file)
+            if tabs:
+                rows = tsv_rows(file, header=number_of_column is None)
+            else:
+                rows = self._csv_rows(file, header=number_of_column is None)
             place = self._place(rows) if number_of_column is None else int(number_of_column)
             reported = False
             for number, lines, row in rows:
@@ -135,6 +140,14 @@ class Delimited(Table):
                     reported = True
                     what = f"the record of line {number} goes on for {lines - 1} lines; an open quote?"
                     account.problem(f"{self._path}: {what}")
+
+    def _csv_rows(self, file: TextIO, *, header: bool) -> Iterator[Row]:
+        """The rows of a .csv. Its first line may say what is between the columns, as Excel writes it: sep=;"""
+        first = next(file, "")
+        if match := _SEPARATOR.fullmatch(first):
+            return ((number + 1, lines, row) for number, lines, row in csv_rows(file, match[1]))
+        wanted = DEFAULTS if self._column is None else (self._column,)
+        return csv_rows(chain([first], file), delimiter_of(first, wanted) if header else ",")
 
     def _place(self, rows: Iterator[Row]) -> int:
         """Of the first row that is not blank, which is the header."""

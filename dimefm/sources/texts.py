@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dimefm import storage
-from dimefm.errors import SourceError
+from dimefm.errors import AbsentError, SourceError
 from dimefm.inert import line
 from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import Joined, Source, SourceFile, TextSample
+from dimefm.sources.fields import NoColumnError
 from dimefm.sources.files import expand, is_glob, require_damage, stat_files
 from dimefm.sources.json_texts import JsonArray
-from dimefm.sources.lines import BROKEN, EMPTY, NotTextError, clean, encoding_of, open_text, why_none
+from dimefm.sources.lines import BROKEN, EMPTY, NotTextError, clean, encoding_by_mark, encoding_of, open_text, why_none
 from dimefm.sources.names import other_file
 from dimefm.sources.parquet_texts import ParquetTexts
 from dimefm.sources.tar_texts import TarTexts
@@ -36,11 +37,13 @@ class TextFile:
         """Every line in which something shows; others are counted. Bytes that are not UTF-8 become U+FFFD, and the file
         is reported once; so is one that is no text."""
         name = self._path.rpartition("/")[2]
-        replaced, number, encoding = 0, 0, ""
+        replaced, number, tabs, encoding = 0, 0, 0, ""
         try:
             with open_text(self._path) as file:
                 encoding = encoding_of(file)
                 for number, line in enumerate(file, 1):
+                    if "\t" in line and "\t" in line.strip():
+                        tabs += 1
                     if text := clean(line):
                         if "\ufffd" in text:
                             replaced += 1
@@ -55,8 +58,14 @@ class TextFile:
         else:
             if number == 0:
                 account.skip(EMPTY, self._path)
+        if tabs > number / 2:
+            what = f"{tabs} of {number} lines hold tabs, which become spaces; if it is a table, rename it to .tsv"
+            account.problem(f"{self._path}: {what}, and name its column with --column")
         if replaced:
             account.problem(f"{self._path}: {replaced} lines are not {encoding}; the bad bytes were replaced")
+
+
+_NEEDED = f"a labelled set needs {CLASSNAMES} and {TEMPLATES}"
 
 
 class PromptSet:
@@ -67,7 +76,10 @@ class PromptSet:
 
     def files(self) -> list[SourceFile]:
         """classnames.txt and templates.txt."""
-        return stat_files([storage.join(self._root, name) for name in (CLASSNAMES, TEMPLATES)])
+        try:
+            return stat_files([storage.join(self._root, name) for name in (CLASSNAMES, TEMPLATES)])
+        except AbsentError as error:
+            raise SourceError(error.what, remedy=f"{_NEEDED}; sentences are in files of other names") from None
 
     def samples(self, account: Account) -> Iterator[TextSample]:
         """Every class under every template; the key is set/class/template."""
@@ -101,12 +113,12 @@ def read_templates(root: str, name: str = TEMPLATES) -> list[str]:
 
 def _lines(path: str) -> list[str]:
     try:
-        lines = storage.read_bytes(path).decode("utf-8-sig").splitlines()
+        data = storage.read_bytes(path)
+        lines = data.decode(encoding_by_mark(data)).splitlines()
     except FileNotFoundError:
-        remedy = f"a labelled set needs {CLASSNAMES} and {TEMPLATES}"
-        raise SourceError(f"{path} does not exist", remedy=remedy) from None
+        raise SourceError(f"{path} does not exist", remedy=_NEEDED) from None
     except UnicodeDecodeError as error:
-        raise SourceError(f"{path} is not UTF-8: {error}") from None
+        raise SourceError(f"{path} is not UTF-8: {error}", remedy="write it again as UTF-8 (iconv does)") from None
     found = [line.strip() for line in lines]
     while found and not found[-1]:
         found.pop()
@@ -116,6 +128,25 @@ def _lines(path: str) -> list[str]:
         what = f"{path}, line {found.index('') + 1} is blank"
         raise SourceError(what, remedy="delete it: lines are counted, and those after it would shift")
     return found
+
+
+class _FoundTable:
+    """A table that was found in a folder or by a glob: it is counted where it has no such column."""
+
+    def __init__(self, table: Source[TextSample], column: str | None) -> None:
+        self._table, self._column = table, column
+
+    def files(self) -> list[SourceFile]:
+        """The one file."""
+        return self._table.files()
+
+    def samples(self, account: Account) -> Iterator[TextSample]:
+        """As of the table."""
+        try:
+            yield from self._table.samples(account)
+        except NoColumnError as error:
+            reason = "tables without a column of sentences (name one with --column)"
+            account.skip(f"tables without a column {self._column!r}" if self._column else reason, error.example)
 
 
 _KINDS = {
@@ -129,9 +160,9 @@ _KINDS = {
     ".tar": TarTexts,
 }
 _NEVER_GZ = (".parquet", ".tar")
-_BESIDE = frozenset({".json", ".tar"})
-"""Of a folder they are read only where they are all that it holds: beside other kinds, .json files say something of the
-dataset, and tars hold the images, with captions that the tables have too."""
+_BESIDE = (".json", ".tar")
+"""What is read in a folder only where nothing else is, tars before JSON: beside other kinds, .json files say something
+of the dataset, and tars hold the images, with captions that the tables have too."""
 
 
 def open_text_source(
@@ -147,7 +178,8 @@ def open_text_source(
     number for .csv and .tsv without a header.
 
     Raises SourceError where an argument does not exist, holds no sentences or is of another kind, and where the first
-    table has no such column. Later tables are looked at when their turn comes.
+    table that is named has no such column. Later tables are looked at when their turn comes; those in folders and of
+    globs are counted where they have none.
     """
     account = Account() if account is None else account
     parts: list[Source[TextSample]] = []
@@ -156,7 +188,7 @@ def open_text_source(
         files = [place.file for place in places if place.file]
         if is_glob(argument, places):
             files = _of_a_kind(files, account)
-        found = [_file(argument, file, column) for file in files]
+        found = [_file(file, column, found=is_glob(argument, places)) for file in files]
         for place in places:
             if place.file is None:
                 found += _folder(argument, place.path, column, account)
@@ -173,12 +205,17 @@ def open_text_source(
     return Joined(parts)
 
 
-def _file(argument: str, file: SourceFile, column: str | None) -> Source[TextSample]:
+def _file(file: SourceFile, column: str | None, *, found: bool) -> Source[TextSample]:
     kind = _kind(file.path)
     if kind is None:
-        what = f"{argument}: {line(file.path)} is neither {', '.join(_KINDS)} nor a folder"
+        what = (
+            f"{line(file.path)} is neither a {', '.join(_KINDS)} nor a folder, but one of the {other_file(file.path)}"
+        )
         raise SourceError(what, remedy="give text files or tables; all but .parquet and .tar may be .gz")
-    return TextFile(file) if kind == ".txt" else _KINDS[kind](file, column)
+    if kind == ".txt":
+        return TextFile(file)
+    table = _KINDS[kind](file, column)
+    return _FoundTable(table, column) if found else table
 
 
 def _folder(argument: str, path: str, column: str | None, account: Account) -> list[Source[TextSample]]:
@@ -189,16 +226,14 @@ def _folder(argument: str, path: str, column: str | None, account: Account) -> l
     kinds: dict[str | None, list[SourceFile]] = {}
     for file in _of_a_kind(below(path, account), account):
         kinds.setdefault(_kind(file.path), []).append(file)
-    if kinds.keys() - _BESIDE:
-        for kind in _BESIDE & kinds.keys():
-            for file in kinds.pop(kind):
-                account.skip(f"{kind} files in a folder with text files or tables (name them)", file.path)
+    for kind in _BESIDE:
+        for file in kinds.pop(kind, ()) if len(kinds) > 1 else ():
+            account.skip(f"{kind} files beside others with sentences (name them to use them)", file.path)
     if len(kinds) > 1:
         what = " and ".join(f"{len(kinds[kind]):,} {kind}" for kind in _KINDS if kind in kinds)
-        most = max(kinds, key=lambda kind: len(kinds[kind]))
-        remedy = f"name those you mean, such as '{storage.join(argument, f'**/*{most}')}'"
-        raise SourceError(f"{argument} holds {what} files", remedy=remedy)
-    return [_file(argument, file, column) for files in kinds.values() for file in files]
+        each = [f"'{storage.join(argument, f'**/*{kind}')}'" for kind in _KINDS if kind in kinds]
+        raise SourceError(f"{argument} holds {what} files", remedy=f"name those you mean: {' or '.join(each)}")
+    return [_file(file, column, found=True) for files in kinds.values() for file in files]
 
 
 def _of_a_kind(files: list[SourceFile], account: Account) -> list[SourceFile]:

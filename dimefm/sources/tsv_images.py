@@ -87,7 +87,7 @@ def _in_file(file: SourceFile, account: Account) -> Iterator[ImageSample]:
         if place < 0:
             account.skip("lines of .tsv files with fewer columns than the first", f"{file.path}:{number}")
             continue
-        key = text[: text.index(b"\t")].decode("utf-8", "backslashreplace").strip()
+        key = text[: text.index(b"\t")].decode("utf-8", "backslashreplace").removeprefix("\ufeff").strip()
         yield ImageSample(key or f"{name}:{number}", file.path, offset + place + 1, size - place - 1)
 
 

@@ -1,7 +1,8 @@
 """Everything that lies in a folder, local or at a URL: files are listed, what cannot be used is counted.
 
-Links to folders are followed, but not back to a folder that they are in. Hidden files and folders are counted: they
-are thumbnails, checkpoints of notebooks and resource forks.
+Links to folders are followed, but not back to a folder that they are in. Hidden files and folders, and those that
+systems keep for themselves, are counted: they are thumbnails, checkpoints of notebooks, resource forks, what was
+deleted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile
 
 CHAINED = "names with :: in them, by which URLs are chained (rename them)"
-HIDDEN_FILES, HIDDEN_FOLDERS = "hidden files", "hidden folders"
+_HIDDEN_FILES, _HIDDEN_FOLDERS = "hidden files", "hidden folders"
+_SYSTEM_FOLDERS = "folders of thumbnails, of deleted files or of unfinished output (name one to use what is in it)"
+_SYSTEM = frozenset({
+    *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "$RECYCLE.BIN"),
+    *("System Volume Information", "__MACOSX", "_temporary"),
+})  # fmt: skip
 NOT_UTF8 = "names that are not UTF-8 (rename them)"
 _GONE = "links to what is not there"
 _MODIFIED = ("LastModified", "last_modified", "mtime", "updated", "modified")  # as s3fs, adlfs, gcsfs, ... call it
@@ -59,8 +65,8 @@ def _walk(root: str, account: Account, *, deep: bool) -> Iterator[SourceFile]:
             if not is_utf8(entry.name):
                 account.skip(NOT_UTF8, shown(path))
                 continue
-            if entry.name.startswith("."):
-                account.skip(HIDDEN_FOLDERS if is_folder(entry) else HIDDEN_FILES, path)
+            if is_private(entry.name) and (reason := passed_over(entry.name, folder=is_folder(entry))):
+                account.skip(reason, path)
                 continue
             status = look(path, account, lost)
             if status is None:
@@ -127,14 +133,27 @@ def look(path: str, account: Account, lost: list[str]) -> os.stat_result | None:
 def require_reached(lost: list[str]) -> None:
     """Raises SourceError for links into folders that are not there: a disk that is not mounted looks like that."""
     if lost:
-        links = f"{len(lost):,} links lead" if len(lost) > 1 else "a link leads"
         where = f"{line(lost[0])} -> {line(os.path.realpath(lost[0]))}"
-        what = f"{links} into folders that are not there, such as {where}"
+        what = f"{len(lost):,} links lead into folders that are not there, such as {where}"
+        if len(lost) == 1:
+            what = f"a link leads into a folder that is not there: {where}"
         raise SourceError(what, remedy="mount what they lead to, or delete them; then run the same command again")
 
 
 def _is_lost_and_found(path: str, error: OSError) -> bool:
     return isinstance(error, PermissionError) and path.endswith("/lost+found")
+
+
+def is_private(name: str) -> bool:
+    """Whether a file or folder may be one that is used only where it is named."""
+    return name.startswith(".") or name in _SYSTEM
+
+
+def passed_over(name: str, *, folder: bool) -> str | None:
+    """Why a file or folder of this name is used only where it is named; None where it is an ordinary one."""
+    if name.startswith("."):
+        return _HIDDEN_FOLDERS if folder else _HIDDEN_FILES
+    return _SYSTEM_FOLDERS if folder and name in _SYSTEM else None
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -166,23 +185,23 @@ def _at_url(folder: str, account: Account, listing: Callable[[Any, str], Any]) -
         return []
     except Exception as error:
         raise unreadable(folder, error) from error
-    root, files, hidden = fs.unstrip_protocol(inner).rstrip("/"), [], set[str]()
+    root, files, private = fs.unstrip_protocol(inner).rstrip("/"), [], dict[str, str]()
     for info in found:
         path = fs.unstrip_protocol(info["name"])
         parts = path[len(root) + 1 :].split("/")
         if info["type"] != "file" or not parts[-1]:  # no name: the mark that S3 consoles put into a folder they make
             continue
-        dotted = next((at for at, part in enumerate(parts, 1) if part.startswith(".")), 0)
-        if dotted == len(parts):
-            account.skip(HIDDEN_FILES, path)
-        elif dotted:
-            hidden.add("/".join((root, *parts[:dotted])))
-        elif "::" in path:
-            account.skip(CHAINED, path)
+        for at, part in enumerate(parts, 1):
+            if is_private(part) and (reason := passed_over(part, folder=at < len(parts))):
+                private["/".join((root, *parts[:at]))] = reason
+                break
         else:
-            files.append(from_info(path, info))
-    for place in sorted(hidden):
-        account.skip(HIDDEN_FOLDERS, place)
+            if "::" in path:
+                account.skip(CHAINED, path)
+            else:
+                files.append(from_info(path, info))
+    for place, reason in sorted(private.items()):
+        account.skip(reason, place)
     return sorted(files)
 
 
