@@ -90,6 +90,11 @@ def require_same(
         remedy = "put the files back as they were, their times too, or give another --out"
         if all(change.endswith(" is gone") for change in changes):
             remedy = "put the files back, or leave their rows out by --accept-missing"
+        elif all(change.endswith(" is new") for change in changes):
+            remedy = (
+                "name the files that it was planned from alone, as by FOLDER/**/*.jpg in place of FOLDER (which gives "
+            )
+            remedy += "more of what is in it than in older releases), or give another --out for all of them"
     shown = sorted(changes)[:_SHOWN]
     lines = differences + [f"source: {inert.line(change)}" for change in shown]
     if len(changes) > _SHOWN:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 from click.testing import CliRunner
 
@@ -282,6 +283,27 @@ def test_captions_are_those_of_the_tables_and_not_of_what_tells_of_them(tmp_path
     write_text(tmp_path / "more.txt", ["text"])
     with pytest.raises(SourceError, match=r"holds 1 \.txt and 1 \.parquet files\n"):
         open_text_source([str(tmp_path)])
+
+
+def test_a_glob_at_a_url_leaves_out_what_is_hidden_as_on_a_disk(tmp_path: Path) -> None:
+    for name in ("a.txt", "b/c.txt", "b/.d.txt", ".e/f.txt"):
+        write_text(tmp_path / name, [name])
+    store = fsspec.filesystem("memory")
+    store.put(f"{tmp_path}/", "/hidden", recursive=True)
+    for pattern in ("**/*.txt", "*"):
+        found = []
+        for root in (str(tmp_path), "memory:///hidden"):
+            account = Account()
+            files = open_text_source([f"{root}/{pattern}"], account=account).files()
+            found.append(
+                (
+                    [file.path.removeprefix(root) for file in files],
+                    sorted((one.reason, one.count, one.example.removeprefix(root)) for one in account.skipped()),
+                )
+            )
+        counted = [("hidden files", 1, "/b/.d.txt"), ("hidden folders", 1, "/.e")]
+        assert found == 2 * [(["/a.txt", "/b/c.txt"], counted)]
+    store.rm("/hidden", recursive=True)
 
 
 @pytest.mark.parametrize("opener", [open_image_source, open_text_source])

@@ -168,6 +168,27 @@ def test_an_empty_file_is_counted(tmp_path: Path, name: str, kind: Any) -> None:
     assert read(written(tmp_path / name, b""), kind) == ([], [f"empty files: 1, {name}"])
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "kind"),
+    [
+        ("a.csv", b"id,text\n", Delimited),
+        ("a.tsv", b"id\ttext\n", Delimited),
+        ("a.json", b" [ ] ", JsonArray),
+        ("a.txt.gz", gzip.compress(b""), TextFile),
+        ("a.jsonl.gz", gzip.compress(b""), JsonLines),
+    ],
+)
+def test_so_is_one_with_a_header_or_brackets_alone(tmp_path: Path, name: str, data: bytes, kind: Any) -> None:
+    assert read(written(tmp_path / name, data), kind) == ([], [f"empty files: 1, {name}"])
+
+
+@pytest.mark.parametrize("tab", [",", "\t"])
+def test_the_header_is_the_first_row_that_is_not_blank(tmp_path: Path, tab: str) -> None:
+    lines = ["", "", f"id{tab}text", f"1{tab}one", f'2{tab}"a ""b"" c"']
+    path = written(tmp_path / ("a.csv" if tab == "," else "a.tsv"), "\n".join(lines).encode())
+    assert read(path, Delimited) == ([("4", "one"), ("5", 'a "b" c')], [])
+
+
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 

@@ -30,11 +30,12 @@ class Account:
     def skip(self, reason: str, example: str, count: int = 1) -> None:
         """Count something that is not used. `reason` is a noun in the plural, such as `hidden files`; what follows it
         in parentheses says how to use them. Of its examples the first is kept."""
-        if reason not in self._skipped and len(self._skipped) >= _MOST_REASONS:  # a reason may hold part of a name
-            reason = _OTHER
-        if reason not in self._skipped:
-            self._skipped[reason] = line(example), [0]
-        self._skipped[reason][1][0] += count  # of which there are two for each image in a tar
+        found = self._skipped.get(reason)
+        if found is None:
+            if len(self._skipped) >= _MOST_REASONS:  # a reason may hold part of a name
+                reason = _OTHER
+            found = self._skipped.setdefault(reason, (line(example), [0]))
+        found[1][0] += count  # of which there are two for each image in a tar
 
     def add(self, other: Account) -> None:
         """Add what another account holds."""
@@ -54,7 +55,7 @@ class Account:
 
 def show(skipped: Skipped) -> str:
     """`hidden files: 3, such as /data/.DS_Store`."""
-    return f"{skipped.reason}: {skipped.count:,}, {'such as ' if skipped.count > 1 else ''}{skipped.example}"
+    return f"{line(skipped.reason)}: {skipped.count:,}, {'such as ' if skipped.count > 1 else ''}{skipped.example}"
 
 
 def found_instead(lines: Sequence[str]) -> str:

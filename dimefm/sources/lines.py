@@ -17,6 +17,8 @@ from dimefm.sources.files import open_seekable
 
 BROKEN = (EOFError, zlib.error, OSError, MemoryError)
 """What reading a text file raises where it is damaged or cannot be read; see files.require_damage."""
+EMPTY = "empty files"
+"""The reason for files without a line, row or element; a header is none."""
 
 _HEAD = 1 << 16  # bytes by which the encoding and the line ends are told
 _MARKS = {  # the longer ones first: that of UTF-32 begins as that of UTF-16
@@ -104,8 +106,8 @@ def clean(text: str) -> str:
     character shows. Control characters and byte order marks, which files that were put together have inside, count as
     white space; half a surrogate pair, which JSON can write and UTF-8 cannot, becomes U+FFFD."""
     text = " ".join(text.split())
-    if text.isascii() and text.isprintable():
-        return text
+    if text.isprintable():
+        return text if text.isascii() or not _INVISIBLE.fullmatch(text) else ""
     return "" if "\0" in text or _INVISIBLE.fullmatch(text) else _cleaned(text)
 
 

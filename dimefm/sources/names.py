@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 
 HIDDEN_MEMBERS = "hidden members of tars"
 
@@ -36,7 +35,6 @@ def other_file(path: str) -> str:
     return f"files that end in .{extension}{_REMEDIES.get(extension, '')}"
 
 
-@lru_cache(1000)
 def other_member(extension: str) -> str:
     """Why a member of a tar is not used, by its extension as images.split_key gives it."""
     if _OF_MEMBERS.fullmatch(extension):
@@ -46,4 +44,4 @@ def other_member(extension: str) -> str:
 
 def is_hidden(name: str, key: str) -> bool:
     """Whether a member of a tar, of that key, is hidden, or in a hidden folder, as programs for desktops leave them."""
-    return not key or key[-1] == "/" or ("/" in name and _HIDDEN.search(name) is not None)
+    return not key or ("/" in name and (key[-1] == "/" or _HIDDEN.search(name) is not None))

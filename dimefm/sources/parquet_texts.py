@@ -55,7 +55,8 @@ class ParquetTexts:
             for group in range(file.metadata.num_row_groups):
                 for batch in blocks(file, [column.leaf], group):
                     for sample in self._sentences(batch, column, rows, account):
-                        broken += "\ufffd" in sample.text
+                        if "\ufffd" in sample.text:
+                            broken += 1
                         yield sample
                     rows += len(batch)
             if rows == 0:

@@ -77,7 +77,7 @@ def tsv_rows(lines: Iterator[str], *, header: bool) -> Iterator[Row]:
             text = line[:-1] if line[-1] == "\n" else line
             cells = text.removesuffix("\r").split("\t")
         yield number, taken, cells
-        width, number = width or len(cells), number + taken
+        width, number = width or (len(cells) if any(cells) else 0), number + taken
 
 
 def _following(line: str, waiting: deque[str], lines: Iterator[str]) -> list[str]:

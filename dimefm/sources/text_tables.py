@@ -16,7 +16,7 @@ from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile, TextSample
 from dimefm.sources.fields import DEFAULTS, Found, at_field, choose, names_of
 from dimefm.sources.files import require_damage
-from dimefm.sources.lines import BROKEN, NotTextError, clean, encoding_of, open_text, why_none
+from dimefm.sources.lines import BROKEN, EMPTY, NotTextError, clean, encoding_of, open_text, why_none
 from dimefm.sources.quoted import Row, csv_rows, delimiter_of, tsv_rows
 
 _HEAD = 100  # JSON objects that are looked at for their fields
@@ -51,13 +51,14 @@ class Table:
     def samples(self, account: Account) -> Iterator[TextSample]:
         """Every value that is text and not blank, in order; the key is file:line, and in lists file:line:N. Others are
         counted. Raises as `check`."""
-        place, replaced = "0", 0
+        place, replaced = "", 0
         try:
             for place, value, why in self._values(account):
                 if value is None:
                     account.skip(f"{self.unit}s {why}", f"{self._path}:{place}")
                 elif text := clean(value):
-                    replaced += "\ufffd" in value
+                    if "\ufffd" in value:
+                        replaced += 1
                     yield TextSample(f"{self._name}:{place}", text)
                 else:
                     account.skip(f"{self.unit}s {why_none(value)}", f"{self._path}:{place}")
@@ -65,9 +66,10 @@ class Table:
             account.problem(f"{self._path}: {error}; no sentence is taken from it")
         except (*BROKEN, csv.Error, DamagedError) as error:
             require_damage(self._path, error)
-            account.problem(f"{self._path}: broken after {self.unit} {place} ({error}); what follows is lost")
-        if self._file.size == 0:
-            account.skip("empty files", self._path)
+            account.problem(f"{self._path}: broken after {self.unit} {place or 0} ({error}); what follows is lost")
+        else:
+            if not place:
+                account.skip(EMPTY, self._path)
         if replaced:
             account.problem(
                 f"{self._path}: {replaced} {self.unit}s are not {self._encoding}; the bad bytes were replaced"
@@ -148,9 +150,11 @@ class Delimited(Table):
         return csv_rows(chain([first], file), delimiter_of(first, wanted) if header else ",")
 
     def _place(self, rows: Iterator[Row]) -> int:
-        names = [name.strip() for name in next(rows, (0, 0, []))[2]]
-        if not names:
+        """Of the first row that is not blank, which is the header."""
+        header = next((row for _, _, row in rows if any(row)), None)
+        if header is None:
             return 0
+        names = [name.strip() for name in header]
         return names.index(choose(names, self._column, self._path, ", or a number for a file without a header"))
 
 

@@ -12,7 +12,7 @@ from dimefm.sources.base import Joined, Source, SourceFile, TextSample
 from dimefm.sources.fields import NoColumnError
 from dimefm.sources.files import expand, is_glob, require_damage, stat_files
 from dimefm.sources.json_texts import JsonArray
-from dimefm.sources.lines import BROKEN, NotTextError, clean, encoding_by_mark, encoding_of, open_text, why_none
+from dimefm.sources.lines import BROKEN, EMPTY, NotTextError, clean, encoding_by_mark, encoding_of, open_text, why_none
 from dimefm.sources.names import other_file
 from dimefm.sources.parquet_texts import ParquetTexts
 from dimefm.sources.tar_texts import TarTexts
@@ -42,9 +42,11 @@ class TextFile:
             with open_text(self._path) as file:
                 encoding = encoding_of(file)
                 for number, line in enumerate(file, 1):
-                    replaced += "\ufffd" in line
-                    tabs += "\t" in line.strip()
+                    if "\t" in line and "\t" in line.strip():
+                        tabs += 1
                     if text := clean(line):
+                        if "\ufffd" in text:
+                            replaced += 1
                         yield TextSample(f"{name}:{number}", text)
                     else:
                         account.skip(f"lines {why_none(line)}", f"{self._path}:{number}")
@@ -53,8 +55,9 @@ class TextFile:
         except BROKEN as error:
             require_damage(self._path, error)
             account.problem(f"{self._path}: broken after line {number} ({error}); what follows is lost")
-        if self._file.size == 0:
-            account.skip("empty files", self._path)
+        else:
+            if number == 0:
+                account.skip(EMPTY, self._path)
         if tabs > number / 2:
             what = f"{tabs} of {number} lines hold tabs, which become spaces; if it is a table, rename it to .tsv"
             account.problem(f"{self._path}: {what}, and name its column with --column")
@@ -171,8 +174,8 @@ def open_text_source(
     Text files are .txt, tables .jsonl, .json, .csv, .tsv and .parquet; all but the last may end in .gz. Of .tar files
     the .txt members are read, or with `column` a field of the .json members. The files of a folder, at any depth, must
     be of one kind, beside which .json and .tar files are not read; what else is in it, or matches a glob, is counted in
-    `account`. `column` is the column or field of
-    tables, by default the first of text, caption, sentence and TEXT; a number for .csv and .tsv without a header.
+    `account`. `column` is the column or field of tables, by default the first of text, caption, sentence and TEXT; a
+    number for .csv and .tsv without a header.
 
     Raises SourceError where an argument does not exist, holds no sentences or is of another kind, and where the first
     table that is named has no such column. Later tables are looked at when their turn comes; those in folders and of
