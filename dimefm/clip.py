@@ -245,6 +245,8 @@ def _in_full(name: str, pretrained: str | None) -> tuple[str, str | None]:
         return f"local-dir:{storage.absolute(name.removeprefix('local-dir:'))}", pretrained
     if name.startswith(_CONFIGURED):
         return name, pretrained
+    if not pretrained and Path(name).is_dir():
+        raise TeacherError(f"{name} is a folder", remedy=f"name it local-dir:{name}")
     name = name.replace("/", "-")  # OpenAI writes ViT-B/32, and open_clip takes that
     if not pretrained:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none known for this name"

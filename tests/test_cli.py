@@ -306,6 +306,7 @@ def test_a_labelled_set_without_templates(tmp_path: Path, teacher_name: str) -> 
 @pytest.mark.parametrize(
     ("teacher", "what"),
     [
+        (["."], "name it local-dir:."),
         (["ViT-Z-99"], "no weights named for ViT-Z-99"),
         (["ViT-Z-99", "--pretrained", "openai"], "cannot load ViT-Z-99"),
         (["ViT-B-32"], "no weights named for ViT-B-32"),

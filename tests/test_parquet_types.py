@@ -355,6 +355,14 @@ def test_a_column_of_nothing_but_null_is_counted(tmp_path: Path) -> None:
     assert texts(path) == ([], [f"rows of Parquet files that are null: 3, such as {path}, row 0"])
 
 
+def test_why_a_value_is_no_sentence_is_said_as_of_lines(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [{"text": "a\0b"}, {"text": "\u200b"}])
+    assert [line.split(":")[0].removeprefix("rows of Parquet files ") for line in texts(path)[1]] == [
+        "with NUL bytes in them, which is damage",
+        "in which no character shows, such as zero-width spaces",
+    ]
+
+
 @pytest.mark.parametrize("kind", ["plain", "list", "dictionary"])
 def test_strings_that_are_not_utf8_are_replaced_and_reported(tmp_path: Path, kind: str) -> None:
     broken = pa.array([b"good", b"caf\xe9 noir"]).view(pa.string())

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile, TextSample
 from dimefm.sources.fields import DEFAULTS, NoColumnError, choose
-from dimefm.sources.lines import clean
+from dimefm.sources.lines import clean, why_none
 from dimefm.sources.parquet import (
     Column,
     DamagedParquetError,
@@ -82,7 +82,7 @@ class ParquetTexts:
             if value is None:
                 account.skip("rows of Parquet files that are null", f"{self._path}, row {before + row}")
             elif not (text := clean(value)):
-                account.skip("rows of Parquet files that are blank", f"{self._path}, row {before + row}")
+                account.skip(f"rows of Parquet files {why_none(value)}", f"{self._path}, row {before + row}")
             else:
                 key = f"{name}:{before + row}"
                 yield TextSample(key if rows_N is None else f"{key}:{place}", text)
