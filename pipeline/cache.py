@@ -127,7 +127,7 @@ def _cache(config: CacheConfig) -> Store:
                     clip = None  # the memory is for the workers' own
                     run_shards(part, workers=workers, address=config.ray_address)
         require_embeddings(store)
-        if failed and failed == sum(pending_shards(store, retry=True).values()):
+        if failed and not config.accept_missing and failed == sum(pending_shards(store, retry=True).values()):
             what = f"{store.path}: none of the {failed:,} rows that had failed could be mended{as_list(store)}"
             raise StoreError(what, remedy=f"mend the files first; {listed(store)}")
     return store

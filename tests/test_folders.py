@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import aiohttp
 import fsspec
 import pytest
 from click.testing import CliRunner
+from fsspec.implementations.memory import MemoryFileSystem
 
 from dimefm.cli import cli
 from dimefm.errors import AbsentError, SourceError
@@ -419,9 +423,23 @@ def test_what_to_do_with_packed_files_and_other_tables_is_said(tmp_path: Path) -
             assert f"files that end in {what}" in str(error.value)
 
 
-def test_a_server_that_does_not_answer_is_not_one_that_says_there_is_nothing() -> None:
-    with pytest.raises(SourceError, match=r"x\.tar cannot be read: Cannot connect to host 127\.0\.0\.1:9 "):
-        opened("http://127.0.0.1:9/x.tar")
+@pytest.mark.parametrize("status", [0, 403, 404])
+def test_a_server_that_does_not_answer_is_not_one_that_says_there_is_nothing(
+    monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """As fsspec has it: all that goes wrong by http is a file that is not found."""
+    cause: Exception = aiohttp.ClientConnectionError("no route")
+    if status:
+        cause = aiohttp.ClientResponseError(
+            cast(Any, SimpleNamespace(real_url="u")), (), status=status, message="so it says"
+        )
+
+    def info(self: object, path: str) -> None:
+        raise FileNotFoundError(path) from cause
+
+    monkeypatch.setattr(MemoryFileSystem, "info", info)
+    with pytest.raises(SourceError, match="does not exist" if status == 404 else "cannot be read: .*(no route|403)"):
+        opened("memory://x/a.tar")
 
 
 def test_a_chained_url_is_refused_as_what_it_is(tmp_path: Path) -> None:
