@@ -332,6 +332,11 @@ def test_a_worker_that_dies_ends_the_run_with_its_reason(tmp_path: Path, monkeyp
         next(loader)
 
 
+# torch raises the death of a reader from a signal handler: now and then within a callback, where it is only warned of.
+a_reader_dies = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@a_reader_dies
 def test_the_row_that_a_worker_died_of_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dimefm.data.read_planned", lambda *_: signal.raise_signal(signal.SIGSEGV))
     store, _ = random_store(tmp_path / "s.zarr", rows=32, shard_rows=32)
@@ -344,6 +349,7 @@ def test_the_row_that_a_worker_died_of_is_named(tmp_path: Path, monkeypatch: pyt
     loader.close()
 
 
+@a_reader_dies
 def test_a_worker_that_dies_as_it_hands_a_batch_over_is_no_other_error(tmp_path: Path) -> None:
     """Its tensors are fetched through a connection to it; errors of other files stay what they are."""
     with pytest.raises(TrainingError, match=r"a process that decodes images died"), reader_died():
