@@ -97,13 +97,6 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return image
 
 
-def extensions() -> frozenset[str]:
-    """The extensions, in lower case and without the dot, of what this installation can decode."""
-    formats = {*_formats(), "MPO"}  # which Pillow opens as JPEG
-    known = Image.registered_extensions().items()
-    return frozenset(extension[1:].lower() for extension, name in known if name in formats)
-
-
 def sniff(head: bytes) -> str | None:
     """The format, as FORMATS calls it, of a file that begins with `head`, HEAD_BYTES or more; None for what is no
     image, or is of another format. Whether this installation decodes it is another question. TGA has no signature.

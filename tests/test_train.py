@@ -322,6 +322,11 @@ def test_an_image_that_is_gone_is_named(text_store: Store, tmp_path: Path, worke
         next(loader)
 
 
+# torch raises the death of a reader from a signal handler: now and then within a callback, where it is only warned of.
+a_reader_dies = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@a_reader_dies
 def test_a_worker_that_dies_ends_the_run_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingImages, "_batch", lambda self, request: os.kill(os.getpid(), signal.SIGKILL))
     store, _ = random_store(tmp_path / "s.zarr", rows=32, shard_rows=32)
@@ -330,10 +335,6 @@ def test_a_worker_that_dies_ends_the_run_with_its_reason(tmp_path: Path, monkeyp
     loader = training_loader(TrainingImages(store.path, augmentation), requests, 1)
     with pytest.raises(TrainingError, match=r"a process that decodes images died"), reader_died():
         next(loader)
-
-
-# torch raises the death of a reader from a signal handler: now and then within a callback, where it is only warned of.
-a_reader_dies = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @a_reader_dies
