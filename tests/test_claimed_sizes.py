@@ -104,7 +104,7 @@ def test_published_arrays_that_claim_too_much_are_refused(tmp_path: Path, monkey
     raw.mkdir()
     (raw / "t10k-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + np.array([1], ">u4").tobytes() + b"\1")
     for content, what in ((header, "cannot reshape"), (header + bytes(1 << 22), "more than 1,048,576 bytes")):
-        (raw / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
+        (raw / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(content, mtime=0))
         with pytest.raises(SourceError, match=what):
             read_raw("mnist", str(tmp_path / "unpacked"), str(raw), "test")
 

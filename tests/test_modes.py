@@ -14,11 +14,17 @@ from PIL import Image
 from PIL.TiffImagePlugin import OPEN_INFO
 
 from cache_schemas import Preprocessing, Status
-from dimefm.decode import DecodeError, decode, decode_pillow, decode_rgb, extensions
+from dimefm.decode import DecodeError, _formats, decode, decode_pillow, decode_rgb
 from dimefm.gpu_decode import GpuPreprocess
 from dimefm.modes import eight_bit
 from dimefm.preprocess import Preprocess
 from tests.making import encoded, picture
+
+
+def extensions() -> set[str]:
+    """Those of what this installation decodes."""
+    return {extension[1:] for extension, name in Image.registered_extensions().items() if name in _formats()}
+
 
 GREY, COLOUR, PALETTE, CMYK = 1, 2, 3, 5  # photometric interpretations of TIFF
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3  # its sample formats

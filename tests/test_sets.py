@@ -210,7 +210,7 @@ def test_mnist_may_be_compressed(tmp_path: Path) -> None:
     items = write_set("mnist", "torchvision", tmp_path / "there")
     for path in sorted((tmp_path / "there").rglob("*-ubyte")):
         (tmp_path / "root" / "mnist").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "root" / "mnist" / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        (tmp_path / "root" / "mnist" / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
     assert as_read(opened(tmp_path / "root", "mnist", "test", tmp_path / "unpacked")) == as_written(items)
 
 

@@ -117,7 +117,7 @@ class TestGzippedTextFile(TextSourceContract, BreakableContract):
 
     def make_with_broken_file(self, folder: Path) -> tuple[Any, int]:
         lines = [f"sentence {i} of many" for i in range(3000)]
-        whole = gzip.compress("\n".join(lines).encode())
+        whole = gzip.compress("\n".join(lines).encode(), mtime=0)
         (folder / "a.txt.gz").write_bytes(whole[: len(whole) // 2])
         (folder / "b.txt").write_text("one\ntwo\n")
         readable = len(listed(TextFile(*stat_files([str(folder / "a.txt.gz")])))[0])
@@ -410,7 +410,7 @@ def test_a_text_file_named_gz_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [b"\x00", b"\xff", b"u"])
 def test_a_gz_with_a_damaged_middle_is_reported(tmp_path: Path, damage: bytes) -> None:
-    whole = bytearray(gzip.compress("\n".join(f"sentence {i * i}" for i in range(20000)).encode()))
+    whole = bytearray(gzip.compress("\n".join(f"sentence {i * i}" for i in range(20000)).encode(), mtime=0))
     whole[len(whole) // 2 : len(whole) // 2 + 200] = damage * 200
     (tmp_path / "a.txt.gz").write_bytes(whole)
     found, reports = listed(TextFile(*stat_files([str(tmp_path / "a.txt.gz")])))
@@ -420,7 +420,7 @@ def test_a_gz_with_a_damaged_middle_is_reported(tmp_path: Path, damage: bytes) -
 
 def test_a_folder_of_text_files_is_read_by_name(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("b\n")
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a\n"))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a\n", mtime=0))
     (tmp_path / "readme.md").write_text("no sentence\n")
     assert [sample.text for sample in listed(open_text_source([str(tmp_path)]))[0]] == ["a", "b"]
 
