@@ -41,19 +41,20 @@ def weights_options(command: Callable[..., None]) -> Callable[..., None]:
         said = {name: options.pop(name) for name in _FIELDS}
         command(**options, trained=Trained(**said))
 
+    resize_modes = click.Choice(["shortest", "longest", "squash"])
     options: list[Callable[[Any], Any]] = [
         click.option("--pretrained", help="Tag or file of its weights, with a plain NAME."),
-        click.option(
-            "--mean",
-            type=_Colours(),
-            help="That a FILE was trained with, of colours from 0 to 1. Asked for if not known.",
-        ),
-        click.option("--std", type=_Colours(), help="As --mean."),
-        click.option("--interpolation", type=click.Choice(["bicubic", "bilinear"]), help="As --mean."),
-        click.option("--resize-mode", type=click.Choice(["shortest", "longest", "squash"]), help="As --mean."),
-        click.option("--activation", type=click.Choice(["gelu", "quick_gelu"]), help="As --mean."),
-        click.option("--assume-openai", is_flag=True, help="A FILE was trained on images prepared as OpenAI's."),
-    ]
+        click.option("--mean", type=_Colours(),
+                     help="Mean colour, from 0 to 1, with which the weights in a FILE were trained. Needed where no known "
+                          "tag of NAME says it."),
+        click.option("--std", type=_Colours(), help="Their standard deviation; needed as --mean is."),
+        click.option("--interpolation", type=click.Choice(["bicubic", "bilinear"]),
+                     help="How their images were resized; needed as --mean is."),
+        click.option("--resize-mode", type=resize_modes, help="To what they were resized; needed as --mean is."),
+        click.option("--activation", type=click.Choice(["gelu", "quick_gelu"]),
+                     help="Activation of the weights in a FILE; needed where known tags differ."),
+        click.option("--assume-openai", is_flag=True, help="Take OpenAI's preprocessing for the weights in a FILE."),
+    ]  # fmt: skip
     decorated: Callable[..., None] = with_trained
     for option in reversed(options):
         decorated = option(decorated)

@@ -30,7 +30,7 @@ def failed_counts(commit: Commit) -> dict[str, int]:
     return {status: count for status, count in commit.counts.items() if status != Status.OK.name}
 
 
-def require_embeddings(store: Store, remedy: str = "mend what they say, and write the store again") -> None:
+def require_embeddings(store: Store, remedy: str = "mend the cause, and write the store again") -> None:
     """Raises StoreError where rows were done, and not one of them has an embedding. Reads every commit."""
     found = store.contents
     if found.good or not found.shards:
