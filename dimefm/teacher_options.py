@@ -45,8 +45,8 @@ def weights_options(command: Callable[..., None]) -> Callable[..., None]:
     options: list[Callable[[Any], Any]] = [
         click.option("--pretrained", help="Tag or file of its weights, with a plain NAME."),
         click.option("--mean", type=_Colours(),
-                     help="Mean colour, from 0 to 1, with which the weights in a FILE were trained. Needed where no known "
-                          "tag of NAME says it."),
+                     help="Mean colour, from 0 to 1, with which the weights in a FILE were trained. Needed where no "
+                          "known tag of NAME says it."),
         click.option("--std", type=_Colours(), help="Their standard deviation; needed as --mean is."),
         click.option("--interpolation", type=click.Choice(["bicubic", "bilinear"]),
                      help="How their images were resized; needed as --mean is."),
