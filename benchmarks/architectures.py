@@ -19,8 +19,8 @@ import torch
 from benchmarks.measure import table
 from cache_schemas import Preprocessing, TeacherIdentity
 from dimefm.errors import DimefmError
-from dimefm.hub import require_plain_tokenizer
-from dimefm.student import build_student, build_text_student, student_spec, text_spec
+from dimefm.models.hub import require_plain_tokenizer
+from dimefm.models.towers import build_student, build_text_student, student_spec, text_spec
 
 OUT = Path(__file__).parents[1] / "docs" / "architectures.md"
 HEAD = ("architecture", "px", "width", "image tower", "text tower", "teacher", "student", "text student")
@@ -126,7 +126,7 @@ def _text_tower(name: str, teacher: TeacherIdentity) -> Any:
 
 
 def _encode(name: str, cfg: dict[str, Any]) -> None:
-    """Embeddings of two images and two sentences, as dimefm.clip asks for them."""
+    """Embeddings of two images and two sentences, as dimefm.models.clip asks for them."""
     require_plain_tokenizer(name, cfg)
     model: Any = open_clip.create_model(name, device="meta")
     size, length = open_clip.get_model_preprocess_cfg(model)["size"], cfg["text_cfg"]["context_length"]

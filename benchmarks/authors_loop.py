@@ -24,14 +24,14 @@ from benchmarks.authors_worker import Job
 from benchmarks.measure import machine, median, ratio, table
 from benchmarks.small_student import resnet10
 from cache_schemas import Status, to_plain
-from dimefm.config import TrainConfig
-from dimefm.machine import choose_precision
-from dimefm.recipes import paper
-from dimefm.runlog import read_metrics
-from dimefm.sources.reading import read_planned
-from dimefm.store import Store
-from dimefm.student import student_spec
-from dimefm.train import train
+from dimefm.models.towers import student_spec
+from dimefm.sources.read_image import read_planned
+from dimefm.store.embedding_store import Store
+from dimefm.system.machine import choose_precision
+from dimefm.training.config import TrainConfig
+from dimefm.training.recipes import paper
+from dimefm.training.run_log import read_metrics
+from dimefm.training.train import train
 
 _WORKER = str(Path(__file__).parent / "authors_worker.py")
 _RECIPES = {"paper": paper, "resnet10": resnet10}

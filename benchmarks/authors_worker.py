@@ -19,7 +19,7 @@ import torch
 import torchvision.transforms as T
 
 from cache_schemas import StudentSpec, parse_dataclass
-from dimefm.student import build_student
+from dimefm.models.towers import build_student
 
 _TEXT_LENGTH = 77
 

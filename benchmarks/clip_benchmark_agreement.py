@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 from benchmarks.clip_benchmark_worker import RETRIEVAL, Job, is_retrieval
 from benchmarks.measure import machine, median, ratio, table
 from cache_schemas.evaluation import PREDICTIONS, EvaluationResult
-from dimefm.evaluation.layouts import CLIP_BENCHMARK_TEMPLATES
+from dimefm.datasets.layouts import CLIP_BENCHMARK_TEMPLATES
 from dimefm.evaluation.predictions import PREDICTIONS_SUFFIX, file_name
 from dimefm.evaluation.results import read_results
-from dimefm.sources.images import split_key
-from dimefm.sources.texts import CLASSNAMES, TEMPLATES
+from dimefm.sources.base import split_key
+from dimefm.sources.prompts import CLASSNAMES, TEMPLATES
 
 _WORKER = str(Path(__file__).parent / "clip_benchmark_worker.py")
 _THEIRS, _NAME = "CLIP_benchmark", "ours"

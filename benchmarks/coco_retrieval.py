@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from benchmarks.measure import machine, table
+from dimefm.datasets.own_sets import open_folder
 from dimefm.evaluation.config import EvaluationConfig
-from dimefm.evaluation.own_sets import open_folder
-from dimefm.evaluation.suite import evaluate
+from dimefm.evaluation.evaluate import evaluate
 
 _DEPTHS = (1, 5, 10)
 

@@ -10,7 +10,7 @@ import click
 
 from benchmarks.cpu_worker import BATCH, SIDE, STUDENT
 from benchmarks.measure import machine, median, table
-from dimefm.machine import choose_precision, cpus, describe
+from dimefm.system.machine import choose_precision, cpus, describe
 
 WAITING = {"torch's": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}, "brief": {"GOMP_SPINCOUNT": "1000"}}
 

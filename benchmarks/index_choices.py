@@ -5,12 +5,12 @@ import faiss
 
 from benchmarks.measure import machine, table
 from benchmarks.retrieval import draw, recall
-from dimefm.building import sample_rows
-from dimefm.exact import ExactSearch
-from dimefm.factory import TRAIN_PER_CENTROID
-from dimefm.index import Index, add_rows, empty, spread_of, train
-from dimefm.recall import RECALL_K, Setting
-from dimefm.store import Store
+from dimefm.retrieval.build_index import sample_rows
+from dimefm.retrieval.choose_index import TRAIN_PER_CENTROID
+from dimefm.retrieval.exact_search import ExactSearch
+from dimefm.retrieval.faiss_index import Index, Setting, add_rows, empty, spread_of, train
+from dimefm.retrieval.recall import RECALL_K
+from dimefm.store.embedding_store import Store
 
 
 @click.command()

@@ -15,12 +15,13 @@ import torch
 
 from benchmarks.measure import machine, table
 from benchmarks.simulated import simulate
-from dimefm import data
-from dimefm.data import Augmentation, Batch, Requests, TrainingImages, training_loader
-from dimefm.order import Order
 from dimefm.sample import sample_dir
-from dimefm.store import Store
-from dimefm.textbank import TextBank, TextMix
+from dimefm.store.embedding_store import Store
+from dimefm.training import image_batches
+from dimefm.training.config import TextMix
+from dimefm.training.image_batches import Augmentation, Batch, Requests, TrainingImages, training_loader
+from dimefm.training.row_order import Order
+from dimefm.training.text_bank import TextBank
 
 _PART = 65_536  # rows
 
@@ -132,7 +133,7 @@ def _shares(start: _Start, step: int) -> tuple[tuple[str, ...], list[tuple[str, 
     dataset, requests = start.open(step)
     parts = {
         "targets": (Store, "gather"), "texts": (TextBank, "draw"),
-        "reading": (data, "read_planned"), "decode and crop": (Augmentation, "__call__"),
+        "reading": (image_batches, "read_planned"), "decode and crop": (Augmentation, "__call__"),
     }  # fmt: skip
     spent: dict[str, float] = defaultdict(float)
     kept = {name: getattr(owner, attribute) for name, (owner, attribute) in parts.items()}

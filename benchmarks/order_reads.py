@@ -20,13 +20,13 @@ from benchmarks.plan_scale import TEACHER
 from cache_schemas import EmbeddingStore, SourceSummary, Status
 from cache_schemas.embedding_store import EMBEDDING, PIXEL_INDEX, STATUS, pixels_path
 from cache_schemas.plan import PLANS
-from dimefm import order
-from dimefm.data import Augmentation, Requests, TrainingImages, training_loader
-from dimefm.order import Order
-from dimefm.pixels import pixel_tar
-from dimefm.store import Store, create_store
-from dimefm.tables import write_plan
-from pipeline.plan import chunk_rows
+from dimefm.caching.plan import chunk_rows
+from dimefm.store.embedding_store import Store, create_store
+from dimefm.store.parquet_tables import write_plan
+from dimefm.store.pixel_tar import pixel_tar
+from dimefm.training import row_order
+from dimefm.training.image_batches import Augmentation, Requests, TrainingImages, training_loader
+from dimefm.training.row_order import Order
 
 _SHARD, _BATCH = 8192, 1024
 
@@ -49,7 +49,7 @@ def order_reads(
     mixed = [(name, *_mixed(batches)) for name, batches in _batches(sorted_rows, classes, batch_size)]
     click.echo(table(("order", "classes of a batch", "of these in the next batch too"), mixed))
     click.echo(f"{sorted_rows:,} rows, {classes:,} of each class one after another, batches of {batch_size:,}")
-    order.CHUNKS_WINDOW_ROWS = window
+    row_order.CHUNKS_WINDOW_ROWS = window
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         for name, pixels in (("original files", None), ("--pixels", 256)):

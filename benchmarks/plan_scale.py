@@ -82,10 +82,10 @@ def _measure(folder: Path, kind: str, count: int, *, shuffle: bool) -> list[tupl
 
 def _step(step: str, kind: str, folder: Path, shuffle: bool) -> None:
     """One step, then its seconds and the peak memory of this process in bytes."""
-    from dimefm.info import describe
-    from pipeline.plan import PlanRequest, open_or_plan
-    from pipeline.runner import _pending
-    from pipeline.sentences import SentenceRules
+    from dimefm.caching.plan import PlanRequest, open_or_plan
+    from dimefm.caching.sentences import SentenceRules
+    from dimefm.inspection.info import describe
+    from pipeline.ray_workers import _pending
 
     rules = SentenceRules(min_words=3, shuffle=0 if shuffle else None)
     began = time.perf_counter()

@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.measure import machine, table
 from benchmarks.stage1 import gather
-from dimefm.clip import Clip, load_clip, wrap
-from dimefm.machine import choose_device
-from dimefm.preprocess import Preprocess
+from dimefm.images.preprocess import Preprocess
+from dimefm.models.clip import Clip, load_clip, wrap
 from dimefm.sample import sample_dir
+from dimefm.system.machine import choose_device
 
 _SCALE = 100  # of CLIP's logits
 

@@ -6,12 +6,12 @@ import open_clip
 import torch
 
 from benchmarks.measure import machine, median, ratio, rounds, table
-from dimefm.clip import load_clip
-from dimefm.decode import decode_pillow, decode_rgb, open_image
-from dimefm.evaluation.own_sets import open_folder
-from dimefm.preprocess import Preprocess, normalise
+from dimefm.datasets.own_sets import open_folder
+from dimefm.images.decode import decode_pillow, decode_rgb, open_image
+from dimefm.images.preprocess import Preprocess, normalise
+from dimefm.models.clip import load_clip
 from dimefm.sample import sample_dir
-from dimefm.sources.reading import read_encoded
+from dimefm.sources.read_image import read_encoded
 
 
 @click.command()

@@ -19,18 +19,18 @@ from benchmarks.plan_scale import TEACHER
 from cache_schemas import EmbeddingStore, SourceSummary, Status
 from cache_schemas.embedding_store import EMBEDDING, STATUS
 from cache_schemas.plan import IMAGE_PLAN
-from dimefm.clip import Clip
+from dimefm.datasets.image_set import ImageSet
+from dimefm.datasets.own_sets import open_folder
 from dimefm.evaluation import probe as probing
 from dimefm.evaluation.features import Features, features
-from dimefm.evaluation.imageset import ImageSet
-from dimefm.evaluation.models import open_model
-from dimefm.evaluation.own_sets import open_folder
+from dimefm.evaluation.open_model import open_model
 from dimefm.evaluation.probe import probe
 from dimefm.evaluation.text_embeddings import TextEmbeddings
-from dimefm.machine import cpus
-from dimefm.preprocess import Preprocess
-from dimefm.store import create_store
-from dimefm.tables import write_plan
+from dimefm.images.preprocess import Preprocess
+from dimefm.models.clip import Clip
+from dimefm.store.embedding_store import create_store
+from dimefm.store.parquet_tables import write_plan
+from dimefm.system.machine import cpus
 
 _TEST_EVERY = 5  # image of a class goes to the test part
 _SHARD_ROWS, _TEST_ROWS = 1024, 50_000

@@ -14,10 +14,10 @@ import numpy as np
 
 from benchmarks.measure import machine, median, ratio, rounds, table
 from benchmarks.processes import Usage, run
-from dimefm.exact import ExactSearch, valid_rows
-from dimefm.index import Index, read_sidecar
-from dimefm.progress import amount
-from dimefm.store import Store
+from dimefm.retrieval.exact_search import ExactSearch
+from dimefm.retrieval.faiss_index import Index, read_sidecar
+from dimefm.store.embedding_store import Store
+from dimefm.system.progress import amount
 
 K, _WORKER = 10, str(Path(__file__).parent / "autofaiss_worker.py")
 
@@ -75,7 +75,7 @@ def retrieval(texts: str, images: str, python: str | None, size: str, memory: st
 
 def draw(images: Store, count: int) -> Any:
     """Image embeddings float32 (Q, D), other ones than build-index tunes with."""
-    rows, embeddings = valid_rows(images, 0, images.schema.rows)
+    rows, embeddings = images.valid_rows(0, images.schema.rows)
     chosen = np.random.default_rng(12345).choice(len(rows), count, replace=False)
     return embeddings[chosen].astype(np.float32)
 
@@ -88,7 +88,7 @@ def _reading(store: Store, count: int) -> None:
     def rows() -> None:
         fresh = Store(store.path)  # which has no checksum behind it
         for shard in range(fresh.schema.shards):
-            valid_rows(fresh, *fresh.schema.shard_range(shard))
+            fresh.valid_rows(*fresh.schema.shard_range(shard))
 
     seconds = rounds({"raw": lambda: [file.read_bytes() for file in files] and None, "rows": rows}, 2 * count)
     lines = [(name, f"{size / 1e9 / median(took):.1f} GB/s") for name, took in seconds.items()]

@@ -12,14 +12,12 @@ from typing import Any
 import click
 
 from benchmarks.measure import machine, table
-from dimefm.config import TrainConfig
-from dimefm.machine import describe
-from dimefm.objective import LossConfig
-from dimefm.recipes import sample, sample_paper
-from dimefm.runlog import read_metrics
 from dimefm.sample import sample_dir
-from dimefm.textbank import TextMix
-from dimefm.train import train
+from dimefm.system.machine import describe
+from dimefm.training.config import LossConfig, TextMix, TrainConfig
+from dimefm.training.recipes import sample, sample_paper
+from dimefm.training.run_log import read_metrics
+from dimefm.training.train import train
 
 _Recipe = Callable[[str, str, str], TrainConfig]
 VARIANTS: dict[str, tuple[_Recipe, dict[str, Any]]] = {

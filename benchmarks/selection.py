@@ -12,17 +12,15 @@ import torch
 from benchmarks.measure import machine, table
 from benchmarks.small_student import resnet10
 from cache_schemas import Status
-from dimefm.clusters import cluster
-from dimefm.exact import valid_rows
-from dimefm.grounding import score_texts
-from dimefm.objective import LossConfig
-from dimefm.pairs import Pairs
-from dimefm.selected import SelectedTexts
-from dimefm.selection import SelectionConfig, best_cosines, select_texts
-from dimefm.selection_files import source_file
-from dimefm.store import Store
-from dimefm.textbank import TextMix
-from dimefm.train import train
+from dimefm.selection.clusters import cluster
+from dimefm.selection.grounding import score_texts
+from dimefm.selection.report import source_file
+from dimefm.selection.select_texts import SelectionConfig, best_cosines, select_texts
+from dimefm.store.embedding_store import Store
+from dimefm.store.pairs_store import Pairs
+from dimefm.store.selected_texts import SelectedTexts
+from dimefm.training.config import LossConfig, TextMix
+from dimefm.training.train import train
 
 _KINDS = ("visual", "mixed", "nonvisual")  # how the names of the source files begin
 _BLOCK = 1024
@@ -129,7 +127,7 @@ def _labels(store: Store, folder: Path) -> np.ndarray:
     path = folder / "clusters.npy"
     if path.exists():
         return np.load(path)
-    rows = np.concatenate([valid_rows(store, *store.schema.shard_range(s))[0] for s in range(store.schema.shards)])
+    rows = np.concatenate([store.valid_rows(*store.schema.shard_range(s))[0] for s in range(store.schema.shards)])
     label_T = np.full(store.schema.rows, -1, np.int32)
     label_T[rows] = cluster(store, rows, seed=0, device="cpu")
     np.save(path, label_T)
@@ -168,7 +166,7 @@ def _plain_scores(images: Store, texts: Store, path: Path, count: int) -> dict[s
              "cosine to the mean sentence (no image)")  # fmt: skip
     found = {name: np.full(texts.schema.rows, np.nan, np.float32) for name in names}
     for shard in range(texts.schema.shards):
-        rows, embedding_ND = valid_rows(texts, *texts.schema.shard_range(shard))
+        rows, embedding_ND = texts.valid_rows(*texts.schema.shard_range(shard))
         for at in range(0, len(rows), _BLOCK):
             text_ND = torch.from_numpy(embedding_ND[at : at + _BLOCK]).float()
             similarity_NM = text_ND @ image_MD.T

@@ -12,9 +12,9 @@ from torch.nn.functional import normalize
 
 from benchmarks.measure import machine, median, ratio, rounds, table
 from cache_schemas import EmbeddingStore, SourceSummary
-from dimefm.clip import Clip, load_clip, wrap
+from dimefm.caching.encode_shard import encode_rows
+from dimefm.models.clip import Clip, load_clip, wrap
 from dimefm.sample import sample_dir
-from dimefm.shard import encode_rows
 
 
 @click.command()

@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-from dimefm.config import TrainConfig
-from dimefm.objective import LossConfig
-from dimefm.recipes import sample
+from dimefm.training.config import LossConfig, TrainConfig
+from dimefm.training.recipes import sample
 
 
 def resnet10(images: str, texts: str, out: str) -> TrainConfig:

@@ -22,11 +22,11 @@ import torch
 
 from benchmarks.measure import machine, table
 from benchmarks.processes import Usage, run
-from dimefm.clip import load_clip
-from dimefm.decode import open_image
-from dimefm.preprocess import Preprocess, normalise
+from dimefm.images.decode import open_image
+from dimefm.images.preprocess import Preprocess, normalise
+from dimefm.models.clip import load_clip
+from dimefm.models.towers import has_convolutions
 from dimefm.sample import sample_dir
-from dimefm.student import has_convolutions
 
 _TIMES = 3  # the long run is over the images this many times
 TRIVIAL = {

@@ -12,10 +12,10 @@ import zarr
 from benchmarks.measure import machine, median, ratio, rounds, table
 from cache_schemas import Commit, Failure, Status
 from cache_schemas.embedding_store import commit_path
-from dimefm import storage
-from dimefm.arrays import create_array
-from dimefm.commits import make_commit, read_failures, write_commit
-from dimefm.mapped import MappedArray
+from dimefm.store.commit import make_commit, read_failures, write_commit
+from dimefm.store.mapped_array import MappedArray
+from dimefm.store.zarr_arrays import create_array
+from dimefm.system import storage
 
 _SHARD, _SHARDS = 65536, 611  # of the paper's images
 

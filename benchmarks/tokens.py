@@ -10,8 +10,8 @@ import open_clip
 import torch
 
 from benchmarks.measure import machine, table
+from dimefm.models.tokenizer import fast_tokenizer
 from dimefm.sample import sample_dir
-from dimefm.tokenizer import fast_tokenizer
 
 
 @click.command()

@@ -9,10 +9,10 @@ import torch
 
 from benchmarks.measure import machine, median, ratio, rounds, table
 from benchmarks.training_steps import DTYPES, BareStep, by_texts, loop_lines, target_seconds, with_teacher
-from dimefm.machine import choose_device, choose_precision
-from dimefm.recipes import paper
-from dimefm.store import Store
-from dimefm.student import student_spec
+from dimefm.models.towers import student_spec
+from dimefm.store.embedding_store import Store
+from dimefm.system.machine import choose_device, choose_precision
+from dimefm.training.recipes import paper
 
 
 @click.command()

@@ -12,13 +12,13 @@ from PIL import Image
 
 from benchmarks.measure import machine, median, ratio, rounds, table
 from benchmarks.stage1 import gather, trivial_teacher, write_tar
-from dimefm.clip import load_clip
-from dimefm.data import Augmentation, Requests, TrainingImages, training_loader
-from dimefm.decode import decode_pillow, open_image
-from dimefm.order import Order
-from dimefm.shard import encode_shard
-from dimefm.store import Store
-from pipeline.plan import PlanRequest, open_or_plan
+from dimefm.caching.encode_shard import encode_shard
+from dimefm.caching.plan import PlanRequest, open_or_plan
+from dimefm.images.decode import decode_pillow, open_image
+from dimefm.models.clip import load_clip
+from dimefm.store.embedding_store import Store
+from dimefm.training.image_batches import Augmentation, Requests, TrainingImages, training_loader
+from dimefm.training.row_order import Order
 
 
 @click.command()

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from cache_schemas import StudentSpec
-from dimefm.config import TrainConfig
-from dimefm.distributed import Place
-from dimefm.learner import Learner
-from dimefm.objective import LossConfig, Objective
-from dimefm.optim import adamw
-from dimefm.order import Order
-from dimefm.runlog import read_metrics
-from dimefm.store import Store
-from dimefm.student import build_student, has_convolutions
-from dimefm.textbank import TextBank, TextMix
-from dimefm.train import train
+from dimefm.models.towers import build_student, has_convolutions
+from dimefm.store.embedding_store import Store
+from dimefm.training.config import LossConfig, TextMix, TrainConfig
+from dimefm.training.distributed import Place
+from dimefm.training.objective import Objective
+from dimefm.training.optimizer import adamw
+from dimefm.training.row_order import Order
+from dimefm.training.run_log import read_metrics
+from dimefm.training.text_bank import TextBank
+from dimefm.training.tower_trainer import Learner
+from dimefm.training.train import train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

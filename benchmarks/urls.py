@@ -25,14 +25,15 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from benchmarks.measure import machine, table
 from benchmarks.simulated import simulate
-from dimefm import ranged, storage
-from dimefm.data import Augmentation, Request, TrainingImages
-from dimefm.order import Order
 from dimefm.sample import sample_dir
-from dimefm.sources import open_image_source
 from dimefm.sources.account import Account
-from dimefm.sources.files import in_order
-from dimefm.store import Store
+from dimefm.sources.image_sources import open_image_source
+from dimefm.store import ranged_array
+from dimefm.store.embedding_store import Store
+from dimefm.system import storage
+from dimefm.system.read_ahead import in_order
+from dimefm.training.image_batches import Augmentation, Request, TrainingImages
+from dimefm.training.row_order import Order
 
 _DIM, _BATCH, _MOTO_REQUESTS = 768, 1024, 500
 _MEMBERS = {20_000: 1000, 200_000: 200, 1_500_000: 30}  # of a tar, by bytes of each
@@ -131,7 +132,7 @@ def _rows(folder: Path, rows: int, batches: int) -> list[tuple[str, ...]]:
     for what, chosen in (("scattered", scattered), ("in order", ordered)):
         for reader in ("zarr-python", "ranges"):
             with ExitStack() as stack:
-                stack.enter_context(patch.object(ranged, "KEPT_BYTES", min(ranged.KEPT_BYTES, rows * _DIM)))
+                stack.enter_context(patch.object(ranged_array, "KEPT_BYTES", min(ranged_array.KEPT_BYTES, rows * _DIM)))
                 store = Store("s3://s.zarr")
                 if reader == "zarr-python":
                     stack.enter_context(patch.dict(store._direct, dict.fromkeys(store._direct)))
@@ -154,7 +155,9 @@ def _images(folder: Path, batches: int) -> list[tuple[str, ...]]:
     for name, ahead in (("one at a time", False), (f"{storage.CONNECTIONS} at a time", True)):
         with ExitStack() as stack:
             if not ahead:
-                stack.enter_context(patch("dimefm.data.reading_ahead", lambda work, items, path: map(work, items)))
+                stack.enter_context(
+                    patch("dimefm.training.image_batches.reading_ahead", lambda work, items, path: map(work, items))
+                )
             found.append((f"{len(places)} images", name, *_measured(lambda: dataset[request])))
     return found
 

@@ -3,10 +3,22 @@ rows/files.parquet, the files that the plan was made from, as they were then."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pyarrow as pa
 
 from cache_schemas.problems import Problem, SchemaError
+
+
+class SourceFile(NamedTuple):
+    """One file of a source: absolute path or URL, its size in bytes, and when it was last changed, in nanoseconds
+    since 1970 (whole seconds for a URL, 0 where that is not known)."""
+
+    path: str
+    size: int
+    modified: int
+
 
 IMAGE_PLAN = pa.schema(
     [

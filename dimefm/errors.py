@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import socket
 
+RUN_AGAIN = "run the same command again; what was finished is kept"
+
 
 class DimefmError(Exception):
     """Base of all of them; the command line prints its message alone and exits with 1."""

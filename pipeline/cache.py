@@ -9,25 +9,25 @@ from typing import Literal
 import torch
 
 from cache_schemas import EmbeddingStore, SourceSummary, ViewPlan, to_plain
-from dimefm.clip import Clip, load_clip, teacher_precision
-from dimefm.crashes import running
+from dimefm.caching.crashing_images import running
+from dimefm.caching.plan import Forecast, PlanRequest, forecast, open_or_plan
+from dimefm.caching.same_command import arguments_there, is_planned, require_no_stranger
+from dimefm.caching.sentences import SentenceRules
+from dimefm.caching.speed import PROBE_ROWS, Rates, measure
+from dimefm.caching.worker import Job, pending_shards, run_here
 from dimefm.errors import DimefmError, StoreError
-from dimefm.inert import line, say
-from dimefm.lock import writing
-from dimefm.machine import Precision, available_memory, choose_device, cpus
-from dimefm.named import allowed, allowing
-from dimefm.progress import amount, duration
+from dimefm.models.clip import Clip, load_clip, teacher_precision
+from dimefm.models.pretraining import Trained
+from dimefm.models.tokenizer import canonical
 from dimefm.sources.account import first, show
 from dimefm.sources.files import expand
-from dimefm.store import Store
-from dimefm.tokenizer import canonical
-from dimefm.trained import Trained
-from dimefm.usable import as_list, listed, require_embeddings
-from pipeline.existing import arguments_there, is_planned, require_no_stranger
-from pipeline.plan import Forecast, PlanRequest, forecast, open_or_plan
-from pipeline.probe import PROBE_ROWS, Rates, measure
-from pipeline.sentences import SentenceRules
-from pipeline.worker import Job, pending_shards, run_here
+from dimefm.store.embedding_store import Store
+from dimefm.store.failures import as_list, listed, require_embeddings
+from dimefm.system.inert_text import line, say
+from dimefm.system.lock import writing
+from dimefm.system.machine import Precision, available_memory, choose_device, cpus
+from dimefm.system.named_paths import allowed, allowing
+from dimefm.system.progress import amount, duration
 
 BATCH_SIZE = {"cpu": 32, "cuda": 512}
 # Rows times bytes of the teacher's weights: about what one worker does in the time that Ray takes to start another.
@@ -122,7 +122,9 @@ def _cache(config: CacheConfig) -> Store:
                     clip = clip or _load(config, device, device)
                     run_here(part, clip)
                 else:
-                    from pipeline.runner import run_shards  # Ray, only where there is more than one worker to place
+                    from pipeline.ray_workers import (
+                        run_shards,  # Ray, only where there is more than one worker to place
+                    )
 
                     clip = None  # the memory is for the workers' own
                     run_shards(part, workers=workers, address=config.ray_address)

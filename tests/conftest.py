@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from dimefm.clip import Clip, load_clip
+from dimefm.caching.encode_shard import encode_shard
+from dimefm.caching.plan import PlanRequest, open_or_plan
+from dimefm.models.clip import Clip, load_clip
 from dimefm.sample import sample_dir
-from dimefm.shard import encode_shard
-from dimefm.store import Store
-from pipeline.plan import PlanRequest, open_or_plan
+from dimefm.store.embedding_store import Store
 from tests.disks import Disk
 from tests.making import read_tar, write_tar
 from tests.tiny_clip import write_clip
-from tests.training import STUDENT
+from tests.tiny_training import STUDENT
 
 IMAGES, SENTENCES, SHARD_ROWS = 96, 200, 32
 
@@ -48,10 +48,10 @@ _FIRST = (
     "test_reproduce",
     "test_kill",
     "test_cluster",
-    "test_runner",
+    "test_ray_workers",
     "test_faults",
     "test_s3",
-    "test_index",
+    "test_faiss_index",
     "test_train",
 )
 

@@ -19,8 +19,8 @@ from cache_schemas import (
     TeacherIdentity,
 )
 from cache_schemas.embedding_store import rows_path
-from dimefm.store import Store
-from dimefm.tables import write_plan
+from dimefm.store.embedding_store import Store
+from dimefm.store.parquet_tables import write_plan
 
 
 def teacher_identity(**changes: Any) -> TeacherIdentity:

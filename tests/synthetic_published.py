@@ -19,7 +19,7 @@ import torchvision.datasets as published
 from scipy.io import savemat
 
 from cache_schemas.evaluation import SetDefinition
-from dimefm.evaluation.definitions import class_folders
+from dimefm.datasets.definitions import class_folders
 from tests.making import write_text
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from cache_schemas.evaluation import SetDefinition
-from dimefm.evaluation.definitions import class_folders, class_names, load_definitions, templates
-from dimefm.evaluation.imageset import ImageSet
-from dimefm.sources.reading import read_encoded
+from dimefm.datasets.definitions import class_folders, class_names, load_definitions, templates
+from dimefm.datasets.image_set import ImageSet
+from dimefm.sources.read_image import read_encoded
 from tests.making import encoded, picture, write_parquet, write_tar, write_text
 from tests.synthetic_published import WRITERS
 

@@ -8,7 +8,7 @@ from typing import Any
 import open_clip
 import torch
 
-from dimefm.export import publish_folder
+from dimefm.models.open_clip_folder import publish_folder
 
 SIDE, WIDTH = 32, 16
 CONFIG: dict[str, Any] = {

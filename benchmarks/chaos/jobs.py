@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dimefm import storage
 from dimefm.sample import sample_dir
+from dimefm.system import storage
 
 IMAGES, SENTENCES, LABELLED = 96, 1000, 60
 _SHARD = 24  # images; four shards, of which some are done when a fault comes

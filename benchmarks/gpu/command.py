@@ -15,7 +15,7 @@ from benchmarks.gpu import running
 from benchmarks.gpu.results import Results, Step
 from benchmarks.gpu.sizes import GPU, SMALL
 from dimefm.errors import DimefmError
-from dimefm.machine import choose_device, wait_briefly
+from dimefm.system.machine import choose_device, wait_briefly
 
 _END = 5.0  # seconds kept back to write and to clean up
 

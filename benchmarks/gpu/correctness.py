@@ -16,12 +16,13 @@ from benchmarks.gpu import repeats
 from benchmarks.gpu.inputs import named, spread
 from benchmarks.gpu.kit import Kit
 from benchmarks.simulated import simulate
-from dimefm.clip import Clip, load_clip
-from dimefm.exact import ExactSearch
-from dimefm.machine import Precision
-from dimefm.objective import LossConfig, Objective
-from dimefm.preprocess import Preprocess
-from dimefm.store import Store
+from dimefm.images.preprocess import Preprocess
+from dimefm.models.clip import Clip, load_clip
+from dimefm.retrieval.exact_search import ExactSearch
+from dimefm.store.embedding_store import Store
+from dimefm.system.machine import Precision
+from dimefm.training.config import LossConfig
+from dimefm.training.objective import Objective
 
 _CPU = torch.device("cpu")
 _PRECISIONS: tuple[tuple[Precision, float], ...] = (("fp32", 0.9999), ("fp16", 0.999), ("bf16", 0.99))

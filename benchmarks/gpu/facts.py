@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.timing import copy_speed, peak, seconds
-from dimefm.machine import available_memory, cpus, describe, free_shared_memory
+from dimefm.system.machine import available_memory, cpus, describe, free_shared_memory
 
 _QUERIED = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit"
 _PACKAGES = (

@@ -11,10 +11,10 @@ import torch
 from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.timing import seconds
 from cache_schemas import EmbeddingStore
-from dimefm.clip import Clip
+from dimefm.caching.encode_shard import open_loader
 from dimefm.errors import StoreError
-from dimefm.machine import cpus
-from dimefm.shard import open_loader
+from dimefm.models.clip import Clip
+from dimefm.system.machine import cpus
 
 _COMPARED, _READING = 256, 4  # images; threads that read
 

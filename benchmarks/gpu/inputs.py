@@ -20,12 +20,12 @@ from torch.nn.functional import interpolate
 
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.stage1 import gather, trivial_teacher, write_tar
-from dimefm.clip import Clip, load_clip, wrap
-from dimefm.machine import Precision, cpus
+from dimefm.caching.encode_shard import encode_shard
+from dimefm.caching.plan import PlanRequest, open_or_plan
+from dimefm.models.clip import Clip, load_clip, wrap
 from dimefm.sample import sample_dir
-from dimefm.shard import encode_shard
-from dimefm.store import Store
-from pipeline.plan import PlanRequest, open_or_plan
+from dimefm.store.embedding_store import Store
+from dimefm.system.machine import Precision, cpus
 
 TINY, KEPT = 16, 256  # sides of kept JPEGs: one that costs next to nothing to decode, one for use
 _WIDTH, _HEIGHT, _QUALITY = 500, 375, 90  # of an ImageNet photograph

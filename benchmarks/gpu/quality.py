@@ -11,16 +11,16 @@ from benchmarks.gpu.inputs import encode
 from benchmarks.gpu.kit import Kit
 from benchmarks.stage1 import write_tar
 from cache_schemas import ViewPlan
-from dimefm.clip import load_clip, teacher_precision
-from dimefm.config import TrainConfig
-from dimefm.recipes import sample, sample_paper
-from dimefm.reproduce import sample_scale
-from dimefm.retrieval import retrieve_stores
-from dimefm.runlog import read_metrics
+from dimefm.caching.plan import PlanRequest
+from dimefm.models.clip import load_clip, teacher_precision
+from dimefm.reproduce.stages import sample_scale
+from dimefm.retrieval.retrieve import retrieve_stores
 from dimefm.sample import sample_dir
-from dimefm.store import Store
-from dimefm.train import train
-from pipeline.plan import PlanRequest
+from dimefm.store.embedding_store import Store
+from dimefm.training.config import TrainConfig
+from dimefm.training.recipes import sample, sample_paper
+from dimefm.training.run_log import read_metrics
+from dimefm.training.train import train
 
 _CLASSES = {"cifar10": 10, "caltech101": 100}
 _BATCH, _LR = 128, 2.0  # images of a step, and the learning rate against that of the recipe's 32: by the square root

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.gpu.forked import forked, together
 from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.repeats import logged, small_run
-from dimefm.train import train
+from dimefm.training.train import train
 
 _SECONDS = 12.0  # that two processes may take to find that they cannot meet
 

@@ -14,17 +14,16 @@ from benchmarks.gpu.forked import forked
 from benchmarks.gpu.inputs import TINY, encode
 from benchmarks.gpu.kit import Kit
 from benchmarks.stage1 import write_tar
-from dimefm.checkpoint import Checkpoints
-from dimefm.clip import load_clip, teacher_precision
-from dimefm.config import TrainConfig
+from dimefm.caching.encode_shard import check_canary, encode_rows
+from dimefm.caching.plan import PlanRequest
 from dimefm.errors import MismatchError
-from dimefm.machine import cpus
-from dimefm.objective import LossConfig
-from dimefm.recipes import paper
-from dimefm.runlog import read_metrics
-from dimefm.shard import check_canary, encode_rows
-from dimefm.train import train
-from pipeline.plan import PlanRequest
+from dimefm.models.clip import load_clip, teacher_precision
+from dimefm.system.machine import cpus
+from dimefm.training.checkpoints import Checkpoints
+from dimefm.training.config import LossConfig, TrainConfig
+from dimefm.training.recipes import paper
+from dimefm.training.run_log import read_metrics
+from dimefm.training.train import train
 
 _STEPS = 8
 

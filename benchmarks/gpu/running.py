@@ -25,7 +25,13 @@ from benchmarks.gpu.results import Results, Step
 from benchmarks.gpu.sizes import Sizes
 
 _FORKING = multiprocessing.get_context("forkserver")
-_LIBRARIES = ["benchmarks.gpu.inputs", "benchmarks.training_steps", "dimefm.exact", "dimefm.validate", "pipeline.plan"]
+_LIBRARIES = [
+    "benchmarks.gpu.inputs",
+    "benchmarks.training_steps",
+    "dimefm.retrieval.exact_search",
+    "dimefm.training.validation",
+    "dimefm.caching.plan",
+]
 _ABSENT = ("ray", "faiss")  # what such a machine does not have, and no step may want
 _GRACE = 10.0  # seconds that a step which is done has to end
 

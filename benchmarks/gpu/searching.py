@@ -9,8 +9,8 @@ import numpy as np
 from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.timing import copy_speed, peak, seconds
 from benchmarks.simulated import simulate
-from dimefm.exact import ExactSearch
-from dimefm.store import Store
+from dimefm.retrieval.exact_search import ExactSearch
+from dimefm.store.embedding_store import Store
 
 _K = 16
 

@@ -9,9 +9,9 @@ import torch
 from benchmarks.gpu.encoding import entries
 from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.timing import seconds
-from dimefm.clip import teacher_precision, token_counts
-from dimefm.shard import encode_rows
-from pipeline.plan import PlanRequest, open_or_plan
+from dimefm.caching.encode_shard import encode_rows
+from dimefm.caching.plan import PlanRequest, open_or_plan
+from dimefm.models.clip import teacher_precision, token_counts
 
 
 def sentences(kit: Kit) -> None:

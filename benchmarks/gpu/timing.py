@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.measure import rounds
-from dimefm.products import tf32
+from dimefm.system.matrix_products import tf32
 
 if TYPE_CHECKING:
     from benchmarks.gpu.kit import Kit

@@ -17,11 +17,11 @@ from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.timing import seconds
 from benchmarks.measure import median, ratio, rounds
 from benchmarks.training_steps import BareStep, by_texts, loop_lines, target_seconds, with_teacher
-from dimefm.machine import choose_precision
-from dimefm.machine_settings import loaders
-from dimefm.recipes import paper
-from dimefm.store import Store
-from dimefm.student import student_spec
+from dimefm.models.towers import student_spec
+from dimefm.store.embedding_store import Store
+from dimefm.system.machine import choose_precision
+from dimefm.training.machine_settings import loaders
+from dimefm.training.recipes import paper
 
 _STEPS = 10  # of the bare step, timed as one
 

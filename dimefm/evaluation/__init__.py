@@ -1,1 +1,1 @@
-"""Evaluation: published sets, their protocols and metrics, and the results of a model."""
+"""A model on labelled sets: features, protocols, metrics, results, and tables of them."""

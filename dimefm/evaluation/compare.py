@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from dimefm import inert, storage
 from dimefm.errors import DimefmError, StoreError
 from dimefm.evaluation import metrics
 from dimefm.evaluation.results import Pooled, pool, read_results
 from dimefm.evaluation.summary import suites
+from dimefm.system import inert_text, storage
 
 PUBLISHED = "published"
 
@@ -50,14 +50,14 @@ class Table:
         """For a README."""
         names, sources = self.head()
         lines = [names, ["---", *["---:"] * len(self.models)], sources, *self.lines()]
-        table = "".join(f"| {' | '.join(map(inert.markdown, line))} |\n" for line in lines)
-        return table + "".join(f"\n{inert.markdown(note).replace('*', chr(92) + '*')}\n" for note in self.notes)
+        table = "".join(f"| {' | '.join(map(inert_text.markdown, line))} |\n" for line in lines)
+        return table + "".join(f"\n{inert_text.markdown(note).replace('*', chr(92) + '*')}\n" for note in self.notes)
 
     def csv(self) -> str:
         """For a spreadsheet."""
         sink = io.StringIO()
         csv.writer(sink, lineterminator="\n").writerows(
-            [*map(inert.csv_cell, line)] for line in (*self.head(), *self.lines())
+            [*map(inert_text.csv_cell, line)] for line in (*self.head(), *self.lines())
         )
         return sink.getvalue()
 
@@ -66,7 +66,7 @@ class Table:
         head, body = (["".join(_latex_line(line)) for line in part] for part in (self.head(), self.lines()))
         begin = rf"\begin{{tabular}}{{l{'r' * len(self.models)}}}"
         lines = [begin, r"\toprule", *head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
-        return "\n".join([*lines, *(f"% {inert.line(note)}" for note in self.notes), ""])
+        return "\n".join([*lines, *(f"% {inert_text.line(note)}" for note in self.notes), ""])
 
 
 def compare(folders: Sequence[str], *, published: bool = True) -> Table:
@@ -164,4 +164,4 @@ def _short(protocol: str) -> str:
 
 
 def _latex_line(cells: Sequence[str]) -> str:
-    return " & ".join(map(inert.latex, cells)) + r" \\"
+    return " & ".join(map(inert_text.latex, cells)) + r" \\"

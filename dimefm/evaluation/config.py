@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cache_schemas.evaluation import OWN, SetDefinition
-from dimefm import storage
+from dimefm.datasets.definitions import load_definitions
+from dimefm.datasets.own_sets import name_of
 from dimefm.errors import SourceError
-from dimefm.evaluation.definitions import load_definitions
 from dimefm.evaluation.features import Decoder
-from dimefm.evaluation.own_sets import name_of
 from dimefm.evaluation.probe import Selection, Solver
-from dimefm.machine import Precision
-from dimefm.trained import Trained
+from dimefm.models.pretraining import Trained
+from dimefm.system import storage
+from dimefm.system.machine import Precision
 
 Suite = Literal["imagenet", "robustness", "elevater", "retrieval", "all"]
 Task = Literal["zero-shot", "linear-probe", "few-shot"]

@@ -15,17 +15,17 @@ import pyarrow as pa
 
 from cache_schemas import EmbeddingStore, Failure, SchemaError, SourceSummary, Status, TeacherIdentity, digest_of
 from cache_schemas.plan import IMAGE_PLAN
-from dimefm import storage
-from dimefm.clip import Clip
-from dimefm.crashes import running
-from dimefm.errors import StoreError, UnreadableError
-from dimefm.evaluation.imageset import ImageSet
-from dimefm.loading import MEMORY_RAN_OUT, RUN_AGAIN
-from dimefm.machine import cpus
-from dimefm.progress import Progress
-from dimefm.shard import encode_shard, retry_shard
-from dimefm.store import Store, create_store
-from dimefm.tables import write_plan
+from dimefm.caching.crashing_images import running
+from dimefm.caching.encode_shard import encode_shard, retry_shard
+from dimefm.caching.image_loader import MEMORY_RAN_OUT
+from dimefm.datasets.image_set import ImageSet
+from dimefm.errors import RUN_AGAIN, StoreError, UnreadableError
+from dimefm.models.clip import Clip
+from dimefm.store.embedding_store import Store, create_store
+from dimefm.store.parquet_tables import write_plan
+from dimefm.system import storage
+from dimefm.system.machine import cpus
+from dimefm.system.progress import Progress
 
 Decoder = Literal["fast", "pillow"]
 _SMALL, _SHARD_ROWS = 65_536, (256, 4096)  # of a set with no more images than that, and of a larger one
@@ -78,7 +78,7 @@ def features(
     """The features of `images`, encoded now or before, in a store at `out`.
 
     `squash` gives up the aspect ratio; `decoder` is "pillow" for exactly open_clip's pixels, or "fast" (see
-    dimefm.preprocess). With `retry`, images that may be read today are tried again (see `to_retry`). A store that
+    dimefm.images.preprocess). With `retry`, images that may be read today are tried again (see `to_retry`). A store that
     is there but of other images, another model or other settings is made again.
     Raises UnreadableError where images that the set has cannot be read now, and StoreError where it cannot be written.
     """

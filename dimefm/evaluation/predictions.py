@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 
 from cache_schemas import Failure
 from cache_schemas.evaluation import PREDICTIONS, EvaluationResult
-from dimefm import storage
+from dimefm.datasets.image_set import ImageSet
 from dimefm.evaluation import metrics
-from dimefm.evaluation.imageset import ImageSet
-from dimefm.inert import markdown
-from dimefm.tables import write_table
+from dimefm.store.parquet_tables import write_table
+from dimefm.system import storage
+from dimefm.system.inert_text import markdown
 
 _SHOWN = 20
 PREDICTIONS_SUFFIX, SUMMARY_SUFFIX = ".parquet", ".md"

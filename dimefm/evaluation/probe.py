@@ -29,11 +29,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
 from cache_schemas.evaluation import Metric
+from dimefm.datasets.image_set import ImageSet
 from dimefm.errors import SourceError
 from dimefm.evaluation import metrics
 from dimefm.evaluation.features import Features
-from dimefm.evaluation.heads import Heads, Rows, train_heads
-from dimefm.evaluation.imageset import ImageSet
+from dimefm.evaluation.linear_heads import Heads, Rows, train_heads
 
 Selection = Literal["honest", "elevater"]
 Solver = Literal["sgd", "lbfgs"]

@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from cache_schemas.evaluation import RESULTS_FILE, EvaluationResult
-from dimefm import storage
 from dimefm.errors import MismatchError, StoreError
+from dimefm.system import storage
 
 
 class Results:

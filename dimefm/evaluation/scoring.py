@@ -13,10 +13,10 @@ import torch
 from scipy.special import softmax
 
 from cache_schemas.evaluation import Metric
+from dimefm.datasets.image_set import ImageSet
 from dimefm.errors import SourceError
 from dimefm.evaluation import metrics
 from dimefm.evaluation.features import Features
-from dimefm.evaluation.imageset import ImageSet
 
 KS = (1, 5, 10)
 REPORTED: dict[Metric, str] = {

@@ -20,11 +20,11 @@ import numpy as np
 
 from cache_schemas import digest_of
 from cache_schemas.evaluation import PREDICTIONS, EvaluationResult
-from dimefm import storage
+from dimefm.datasets.definitions import class_names, load_definitions
 from dimefm.errors import StoreError
-from dimefm.evaluation.definitions import class_names, load_definitions
 from dimefm.evaluation.predictions import PREDICTIONS_SUFFIX, file_name, read_keys, read_scores
 from dimefm.evaluation.results import read_results
+from dimefm.system import storage
 
 _INSIDE = "all_predictions.json"
 _LABEL = re.compile(r"\s+[\d,]+\s*$")

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 
 from cache_schemas.evaluation import EvaluationResult, SetDefinition
+from dimefm.datasets.definitions import load_definitions
 from dimefm.evaluation import metrics
-from dimefm.evaluation.definitions import load_definitions
+from dimefm.evaluation.evaluate import Evaluation
 from dimefm.evaluation.results import Pooled, pool
-from dimefm.evaluation.suite import Evaluation
-from dimefm.inert import line
+from dimefm.system.inert_text import line
 
 _OTHERS = {"top1": "top-1", "top5": "top-5", "mean_per_class": "per class", "roc_auc": "ROC AUC"}
 _NAMES = {**_OTHERS, "map_11_point": "11-point mAP", "mean_recall@1": "R@1"}

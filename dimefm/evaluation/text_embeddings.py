@@ -15,9 +15,9 @@ from safetensors.numpy import load, save
 from torch.nn import functional as F
 
 from cache_schemas import digest_of
-from dimefm import storage
-from dimefm.clip import Clip, token_counts
-from dimefm.progress import Progress
+from dimefm.models.clip import Clip, token_counts
+from dimefm.system import storage
+from dimefm.system.progress import Progress
 
 _BATCH = 256  # sentences through the text tower at a time
 _BLOCK = 8192  # sentences that are sorted by length together

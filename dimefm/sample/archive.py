@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dimefm.errors import SourceError
-from dimefm.sources.images import split_key
+from dimefm.sources.base import split_key
 
 Sample = dict[str, bytes]
 """The members of one WebDataset sample: extension to bytes."""

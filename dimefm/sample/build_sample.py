@@ -20,8 +20,8 @@ import click
 import numpy as np
 from PIL import Image
 
-from dimefm.decode import decode_pillow
 from dimefm.errors import DimefmError
+from dimefm.images.decode import decode_pillow
 from dimefm.sample.archive import Sample, read_lines, read_tars, scattered, write_lines, write_tar
 
 LIMIT_BYTES = 45_000_000

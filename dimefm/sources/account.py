@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cache_schemas import Skipped
-from dimefm.inert import line
+from dimefm.system.inert_text import line
 
 _MOST_REASONS = 50
 _OTHER = "for other reasons"

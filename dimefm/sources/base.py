@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
+from cache_schemas.plan import SourceFile
 from dimefm.sources.account import Account
 
 _Sample = TypeVar("_Sample", covariant=True)
 _Item = TypeVar("_Item")
-
-
-class SourceFile(NamedTuple):
-    """One file of a source: absolute path or URL, its size in bytes, and when it was last changed, in nanoseconds
-    since 1970 (whole seconds for a URL, 0 where that is not known)."""
-
-    path: str
-    size: int
-    modified: int
 
 
 class ImageSample(NamedTuple):
@@ -68,3 +60,10 @@ class Joined(Generic[_Item]):
         """The samples of all parts, in the order of the parts."""
         for part in self.parts:
             yield from part.samples(account)
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """WebDataset's rule: the key ends at the first dot of the last path part; the rest is the extension."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()

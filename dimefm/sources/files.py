@@ -7,23 +7,19 @@ import io
 import os
 import re
 import stat
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
-from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from fsspec.utils import glob_translate
 
-from dimefm import storage
+from cache_schemas.plan import SourceFile
 from dimefm.errors import AbsentError, SourceError
 from dimefm.sources.account import Account
-from dimefm.sources.base import SourceFile
-from dimefm.sources.walking import (
+from dimefm.sources.walk_folder import (
     CHAINED,
     NOT_UTF8,
     below,
@@ -36,12 +32,9 @@ from dimefm.sources.walking import (
     shown,
     unreadable,
 )
+from dimefm.system import storage
+from dimefm.system.read_ahead import URL_BLOCK, reading_ahead
 
-URL_BLOCK = 8 << 20
-"""Bytes of one request where a file is read from its beginning to its end."""
-
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 _MAGIC = "*?["
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -107,27 +100,6 @@ def change(before: SourceFile, now: SourceFile) -> str | None:
 
 def _time(file: SourceFile) -> str:
     return datetime.fromtimestamp(file.modified / 1e9, UTC).isoformat(sep=" ", timespec="milliseconds")
-
-
-def in_order(work: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_Out]:
-    """`work` of each item, in the order of the items, on storage.CONNECTIONS threads; no more results than that are
-    held."""
-    pool = ThreadPoolExecutor(storage.CONNECTIONS)
-    try:
-        ahead = iter(items)
-        waiting = deque(pool.submit(work, item) for item in islice(ahead, storage.CONNECTIONS))
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(work, item) for item in islice(ahead, 1))
-            yield result
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def reading_ahead(work: Callable[[_In], _Out], items: Sequence[_In], path: str) -> Iterator[_Out]:
-    """`work` of each item, in order, where it reads what is at `path`: several at a time at a URL, where one would wait
-    for another's answer; one after the other on a disk."""
-    return in_order(work, items) if storage.is_url(path) else map(work, items)
 
 
 @contextmanager

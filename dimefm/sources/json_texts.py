@@ -12,8 +12,8 @@ from typing import Any
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.base import TextSample
-from dimefm.sources.fields import DEFAULTS, Found, at_field, choose, names_of
-from dimefm.sources.lines import BROKEN, NotTextError, encoding_of, open_text
+from dimefm.sources.json_fields import DEFAULTS, Found, at_field, choose, names_of
+from dimefm.sources.text_lines import BROKEN, NotTextError, encoding_of, open_text
 from dimefm.sources.text_tables import DamagedError, JsonLines, Table, parsed
 
 MOST_BYTES = 512 << 20

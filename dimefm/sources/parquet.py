@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dimefm import storage
-from dimefm.sources.content import HEAD_BYTES, describe
 from dimefm.sources.files import open_seekable
+from dimefm.system import storage
+from dimefm.system.first_bytes import HEAD_BYTES, describe
 
 SUFFIX = ".parquet"
 BLOCK_BYTES, _BLOCK_ROWS = 32 << 20, 8192

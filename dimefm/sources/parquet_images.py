@@ -10,12 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dimefm import storage
+from cache_schemas.plan import SourceFile
 from dimefm.errors import SourceError, StoreError
-from dimefm.named import named
 from dimefm.sources.account import Account
-from dimefm.sources.base import ImageSample, SourceFile
-from dimefm.sources.files import look_up, reading_ahead
+from dimefm.sources.base import ImageSample
+from dimefm.sources.files import look_up
 from dimefm.sources.parquet import (
     DamagedParquetError,
     blocks,
@@ -30,7 +29,10 @@ from dimefm.sources.parquet import (
     strings,
     values_of,
 )
-from dimefm.sources.walking import unreadable
+from dimefm.sources.walk_folder import unreadable
+from dimefm.system import storage
+from dimefm.system.named_paths import named
+from dimefm.system.read_ahead import reading_ahead
 
 _KEYS = ("key", "__key__", "id", "path")
 _LONGEST_DIGEST = 64  # bytes, of SHA-512: a column of values that are all so short holds no images

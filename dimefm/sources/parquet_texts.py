@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cache_schemas.plan import SourceFile
 from dimefm.sources.account import Account
-from dimefm.sources.base import SourceFile, TextSample
-from dimefm.sources.fields import DEFAULTS, NoColumnError, choose
-from dimefm.sources.lines import clean, why_none
+from dimefm.sources.base import TextSample
+from dimefm.sources.json_fields import DEFAULTS, NoColumnError, choose
 from dimefm.sources.parquet import (
     Column,
     DamagedParquetError,
@@ -25,7 +25,8 @@ from dimefm.sources.parquet import (
     strings,
     values_of,
 )
-from dimefm.sources.walking import unreadable
+from dimefm.sources.text_lines import clean, why_none
+from dimefm.sources.walk_folder import unreadable
 
 
 class ParquetTexts:

@@ -14,12 +14,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from dimefm import storage
+from cache_schemas.plan import SourceFile
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account
-from dimefm.sources.base import SourceFile
 from dimefm.sources.tar import BLOCK, TarMember, first_between
-from dimefm.sources.walking import children
+from dimefm.sources.walk_folder import children
+from dimefm.system import storage
 
 _SUFFIXES = (".idx", ".json")
 _MOST_BYTES = 256 << 20

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 from zlib import adler32
 
-from dimefm import storage
 from dimefm.sources.account import Account
-from dimefm.sources.content import HEAD_BYTES, describe
-from dimefm.sources.walking import unreadable
-from dimefm.sources.window import Window, open_window
+from dimefm.sources.forward_reader import Window, open_window
+from dimefm.sources.walk_folder import unreadable
+from dimefm.system import storage
+from dimefm.system.first_bytes import HEAD_BYTES, describe
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)

@@ -6,15 +6,15 @@ import io
 import json
 from collections.abc import Iterator
 
+from cache_schemas.plan import SourceFile
 from dimefm.sources.account import Account
-from dimefm.sources.base import SourceFile, TextSample
-from dimefm.sources.fields import Found, at_field
-from dimefm.sources.images import split_key
-from dimefm.sources.lines import NotTextError, as_text, clean, why_none
-from dimefm.sources.names import HIDDEN_MEMBERS, is_hidden, other_member
+from dimefm.sources.base import TextSample, split_key
+from dimefm.sources.file_names import HIDDEN_MEMBERS, is_hidden, other_member
+from dimefm.sources.forward_reader import open_window
+from dimefm.sources.json_fields import Found, at_field
 from dimefm.sources.tar import tar_members
-from dimefm.sources.walking import unreadable
-from dimefm.sources.window import open_window
+from dimefm.sources.text_lines import NotTextError, as_text, clean, why_none
+from dimefm.sources.walk_folder import unreadable
 
 _MOST_BYTES = 64 << 20
 

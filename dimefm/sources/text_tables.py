@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any, TextIO
 
+from cache_schemas.plan import SourceFile
 from dimefm.sources.account import Account
-from dimefm.sources.base import SourceFile, TextSample
-from dimefm.sources.fields import DEFAULTS, Found, at_field, choose, names_of
+from dimefm.sources.base import TextSample
 from dimefm.sources.files import require_damage
-from dimefm.sources.lines import BROKEN, EMPTY, NotTextError, clean, encoding_of, open_text, why_none
-from dimefm.sources.quoted import Row, csv_rows, delimiter_of, tsv_rows
+from dimefm.sources.json_fields import DEFAULTS, Found, at_field, choose, names_of
+from dimefm.sources.quoted_rows import Row, csv_rows, delimiter_of, tsv_rows
+from dimefm.sources.text_lines import BROKEN, EMPTY, NotTextError, clean, encoding_of, open_text, why_none
 
 _HEAD = 100  # JSON objects that are looked at for their fields
 _SEPARATOR = re.compile("\ufeff?sep=(.)\r?\n")

@@ -9,14 +9,15 @@ from functools import partial
 
 import numpy as np
 
-from dimefm import storage
-from dimefm.decode import MAX_BYTES, sniff
+from cache_schemas.plan import SourceFile
 from dimefm.errors import SourceError
+from dimefm.images.decode import MAX_BYTES, sniff
 from dimefm.sources.account import Account
-from dimefm.sources.base import ImageSample, SourceFile
+from dimefm.sources.base import ImageSample
 from dimefm.sources.files import open_seekable
-from dimefm.sources.walking import unreadable
-from dimefm.sources.window import Window, open_window
+from dimefm.sources.forward_reader import Window, open_window
+from dimefm.sources.walk_folder import unreadable
+from dimefm.system import storage
 
 SUFFIX, INDEX_SUFFIX = ".tsv", ".lineidx"
 _HEAD = 512  # bytes of a line that are looked at first

@@ -11,10 +11,9 @@ from typing import Any
 import fsspec
 import pytest
 
-from dimefm.sources import ImageSample, TextSample
 from dimefm.sources.account import Account
-from dimefm.sources.base import Joined
-from dimefm.sources.reading import read_encoded
+from dimefm.sources.base import ImageSample, Joined, TextSample
+from dimefm.sources.read_image import read_encoded
 from tests.making import make_jpeg
 
 

@@ -1,0 +1,129 @@
+"""From a row of an image plan to what the teacher sees and what is stored beside its embedding.
+
+Shapes: V views (1 without), H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache_schemas import EmbeddingStore, Status
+from dimefm.images.crops import draw_boxes, replay
+from dimefm.images.decode import DecodeError, decode_rgb, to_tensor
+from dimefm.images.preprocess import Preprocess
+from dimefm.images.small_jpeg import small_jpeg
+from dimefm.sources.read_image import read_image
+from dimefm.system.read_ahead import reading_ahead
+
+_TASK = 8  # images a task of the thread pool: one each would cost as much as reading it
+_AHEAD = 2  # batches that are decoded before they are needed
+MEMORY_RAN_OUT = "memory ran out"  # how the reason begins of an image that is TOO_LARGE for the machine, not for us
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """uint8 (V, 3, H, W) for the teacher; with views their boxes int32 (V, 5); with pixels the JPEG to keep."""
+
+    pixels_V3HW: torch.Tensor
+    boxes_V5: np.ndarray[Any, Any] | None = None
+    jpeg: bytes | None = None
+
+
+class Loader:
+    """Reads and decodes the images of a store's plan. Safe in threads."""
+
+    def __init__(self, schema: EmbeddingStore, *, accept_missing: bool = False) -> None:
+        """`accept_missing`: see `read_image`."""
+        self._accept = accept_missing
+        self._views, self._side = schema.views, schema.pixels
+        self._preprocess = Preprocess(schema.teacher.preprocessing, exact=schema.decoder == "pillow")
+
+    def load(self, row: dict[str, Any]) -> Loaded | DecodeError:
+        """One image, or why it cannot be had. Raises UnreadableError where the storage does not answer."""
+        return self._loaded(row, self._read(row))
+
+    def _read(self, row: dict[str, Any]) -> bytes | DecodeError:
+        try:
+            return read_image(row, accept_missing=self._accept)
+        except MemoryError as error:
+            return too_little_memory(error)
+
+    def _loaded(self, row: dict[str, Any], data: bytes | DecodeError) -> Loaded | DecodeError:
+        if isinstance(data, DecodeError):
+            return data
+        try:
+            return self._decode(data, row["row"])
+        except DecodeError as error:
+            return error
+        except MemoryError as error:
+            return too_little_memory(error)
+
+    def batches(
+        self, rows: list[dict[str, Any]], size: int, threads: int, *, pin: bool = False
+    ) -> Iterator[tuple[list[Loaded | DecodeError], torch.Tensor]]:
+        """Each `size` rows in turn, decoded on threads ahead of need: what became of them, and the pixels of all views
+        of those that could be read, uint8 (B V, 3, H, W), with `pin` in page-locked memory.
+
+        Pixels stay as they are until two more batches have been asked for. Raises as `load` does.
+        """
+        parts = [rows[at : at + size] for at in range(0, len(rows), size)]
+        shape = (self._views.count if self._views else 1, 3, *self._preprocess.facts.size)
+        buffers = [
+            torch.empty((len(parts[0]), *shape), dtype=torch.uint8, pin_memory=pin)
+            for _ in range(min(len(parts), _AHEAD + 1))
+        ]
+        waiting: deque[list[Future[list[Loaded | DecodeError]]]] = deque()
+        pool = ThreadPoolExecutor(threads)
+        try:
+            for number in range(-_AHEAD, len(parts)):
+                if number >= 0:
+                    loaded = [one for task in waiting.popleft() for one in task.result()]
+                    pixels_BV3HW = buffers[number % len(buffers)][: len(loaded)]
+                    good = [place for place, one in enumerate(loaded) if isinstance(one, Loaded)]
+                    yield loaded, (pixels_BV3HW if len(good) == len(loaded) else pixels_BV3HW[good]).flatten(0, 1)
+                if number + _AHEAD < len(parts):
+                    part = parts[number + _AHEAD]
+                    buffer = buffers[(number + _AHEAD) % len(buffers)][: len(part)]
+                    tasks = [(part[at : at + _TASK], buffer[at : at + _TASK]) for at in range(0, len(part), _TASK)]
+                    waiting.append([pool.submit(self._load_some, *task) for task in tasks])
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _load_some(self, rows: list[dict[str, Any]], places_BV3HW: torch.Tensor) -> list[Loaded | DecodeError]:
+        """Some rows, with their pixels in the places that they have in a batch."""
+        found: list[Loaded | DecodeError] = []
+        images = reading_ahead(self._read, rows, rows[0]["file"])
+        for row, data, place_V3HW in zip(rows, images, places_BV3HW, strict=True):
+            loaded = self._loaded(row, data)
+            if isinstance(loaded, Loaded):
+                loaded = replace(loaded, pixels_V3HW=place_V3HW.copy_(loaded.pixels_V3HW))
+            found.append(loaded)
+        return found
+
+    def _decode(self, data: bytes, row: int) -> Loaded:
+        image = self._preprocess.decode(data)
+        jpeg = small_jpeg(data, image, self._side) if self._side else None
+        if not self._views:
+            return Loaded(self._preprocess.apply(image)[None], None, jpeg)
+        # Views are drawn on what the trainer will decode: the kept JPEG, where there is one.
+        if jpeg is not None and jpeg is not data:
+            image_3HW = decode_rgb(jpeg)
+        else:
+            image_3HW = image if isinstance(image, torch.Tensor) else to_tensor(image)
+        boxes_V5 = draw_boxes(self._views, row, *image_3HW.shape[-2:])
+        facts = self._preprocess.facts
+        return Loaded(torch.stack([replay(image_3HW, box, facts.size, facts) for box in boxes_V5]), boxes_V5, jpeg)
+
+
+def too_little_memory(error: MemoryError) -> DecodeError:
+    """What becomes of a row whose image takes more memory than there is."""
+    found = DecodeError(Status.TOO_LARGE, f"{MEMORY_RAN_OUT} while it was decoded")
+    found.__cause__ = error
+    return found

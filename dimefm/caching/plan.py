@@ -1,0 +1,228 @@
+"""Planning: fix which sample is row r before any work, or find that an earlier run of the same command did."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from cache_schemas import EmbeddingStore, SourceSummary, TeacherIdentity, ViewPlan
+from cache_schemas.embedding_store import ROWS
+from cache_schemas.plan import PLANS, SourceFile
+from dimefm.caching.repeats import as_array, repeats
+from dimefm.caching.same_command import (
+    arguments_there,
+    is_planned,
+    require_no_stranger,
+    require_same,
+    source_digest,
+    with_gone,
+)
+from dimefm.caching.sentences import SentenceRules, tidy
+from dimefm.errors import SourceError
+from dimefm.sources.account import Account, found_instead
+from dimefm.sources.image_sources import open_image_source
+from dimefm.sources.prompts import PromptSet
+from dimefm.sources.text_sources import open_text_source
+from dimefm.store.embedding_store import Store, create_store
+from dimefm.store.parquet_tables import write_plan
+from dimefm.system import storage
+
+_LEAST_SHARD, _MOST_SHARD, _CHUNK = 512, 65536, 1024
+_BYTES_PER_ROW = {"image": 16_000, "text": 40}  # a guess that only sets the order of magnitude of a shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What to plan: the arguments that name the source, what to take of it, and how the store is to be cut. With the
+    teacher's `canonical`, sentences that it cannot tell from others are left out of a new plan, unless a labelled set's
+    prompts are among them."""
+
+    kind: Literal["image", "text"]
+    arguments: tuple[str, ...]
+    column: str | None = None
+    sentences: SentenceRules = field(default_factory=SentenceRules)
+    canonical: Callable[[str], str] | None = None
+    views: ViewPlan | None = None
+    pixels: int | None = None
+    decoder: Literal["fast", "pillow", "nvjpeg"] = "fast"
+    shard_rows: int | None = None
+    batch_size: int = 64
+
+    def settings(self) -> dict[str, object]:
+        """What decides the rows beside the files."""
+        column: dict[str, object] = {"column": self.column} if self.column else {}
+        return {**column, **self.sentences.settings()} if self.kind == "text" else column
+
+
+@dataclass
+class _Tally:
+    """What planning finds out beside the rows."""
+
+    bytes: int = 0
+    account: Account = field(default_factory=Account)
+    keys: array[int] = field(default_factory=lambda: array("q"))
+
+    def repeated_keys(self) -> int:
+        return sum(len(places) for places in repeats(as_array(self.keys)))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a plan would hold, without writing it: the store's attributes, its arrays' bytes, a few entries."""
+
+    schema: EmbeddingStore
+    bytes_out: int
+    first: list[dict[str, Any]]
+
+
+def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity, *, accept_missing: bool = False) -> Store:
+    """The store at `out`: opened if the same command made it, planned if there is none. With `accept_missing` it is
+    opened although files of its source are gone, those that the arguments name too.
+
+    Raises SourceError for an empty source, OutputExistsError where something else is at `out`, MismatchError where a
+    store is there that another source, teacher or setting made, or whose source has changed since.
+    """
+    out = storage.absolute(out)
+    arguments = arguments_there(out, request.arguments) if accept_missing else request.arguments
+    tally = _Tally()
+    source = _open(replace(request, arguments=arguments), tally)
+    files = source.files()
+    require_no_stranger(out)
+    store = Store(out) if is_planned(out) else None
+    if store is not None and accept_missing:
+        files = with_gone(store, files)
+    shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind)
+    if store is not None:
+        require_same(
+            store,
+            files,
+            teacher,
+            kind=request.kind,
+            batch_size=request.batch_size,
+            shard_rows=shard_rows,
+            chosen=request.shard_rows is None,
+            settings=request.settings(),
+            views=request.views,
+            pixels=request.pixels,
+            decoder=request.decoder,
+        )
+        return store
+    storage.remove_folder(storage.join(out, ROWS))  # of a run that was stopped while it planned
+    rows, digests = 0, []
+    for shard, table in enumerate(_tables(request, source, shard_rows, tally)):
+        digests.append(write_plan(out, shard, table))
+        rows += table.num_rows
+    return create_store(out, _schema(request, files, tally, rows, shard_rows, teacher), digests, files)
+
+
+def forecast(request: PlanRequest, teacher: TeacherIdentity, keep: int = 0) -> Forecast:
+    """Go through the source as planning would, and write nothing. Keeps the first `keep` entries."""
+    tally = _Tally()
+    source = _open(request, tally)
+    files = source.files()
+    shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind)
+    rows, first = 0, list[dict[str, Any]]()
+    for table in _tables(request, source, _MOST_SHARD, tally):
+        first += table.slice(0, keep - len(first)).to_pylist()
+        rows += table.num_rows
+    schema = _schema(request, files, tally, rows, shard_rows, teacher)
+    specs = schema.arrays().values()
+    return Forecast(schema, sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs), first)
+
+
+def count_rows(request: PlanRequest) -> int:
+    """The rows of a plan, without writing it."""
+    tally = _Tally()
+    return sum(table.num_rows for table in _tables(request, _open(request, tally), _MOST_SHARD, tally))
+
+
+def _schema(
+    request: PlanRequest,
+    files: Sequence[SourceFile],
+    tally: _Tally,
+    rows: int,
+    shard_rows: int,
+    teacher: TeacherIdentity,
+) -> EmbeddingStore:
+    if rows == 0:
+        what = f"no {request.kind} in {', '.join(request.arguments)}{found_instead(tally.account.lines())}"
+        raise SourceError(what, remedy="check that the files hold what you mean to cache")
+    return EmbeddingStore(
+        kind=request.kind,
+        rows=rows,
+        dim=teacher.embed_dim,
+        chunk_rows=chunk_rows(shard_rows),
+        shard_rows=shard_rows,
+        batch_size=request.batch_size,
+        teacher=teacher,
+        source=SourceSummary(
+            arguments=request.arguments,
+            files=len(files),
+            bytes=tally.bytes,
+            digest=source_digest(files, request.settings()),
+            repeated_keys=tally.repeated_keys(),
+            problems=tuple(tally.account.problems),
+            skipped=tally.account.skipped(),
+            settings=request.settings(),
+        ),
+        views=request.views,
+        pixels=request.pixels,
+        decoder=request.decoder,
+    )
+
+
+def choose_shard_rows(source_bytes: int, kind: str) -> int:
+    """Rows of a shard, a power of two from 512 to 65,536, for about 64 shards or more; by the source's bytes alone."""
+    return shard_size(source_bytes // _BYTES_PER_ROW[kind] // 64)
+
+
+def shard_size(rows: int) -> int:
+    """The first power of two from 512 to 65,536 that is not below `rows`, or the last."""
+    return min(_MOST_SHARD, max(_LEAST_SHARD, 1 << max(0, rows - 1).bit_length()))
+
+
+def chunk_rows(shard_rows: int) -> int:
+    """Rows of a chunk, of which a shard has one or many."""
+    return min(_CHUNK, shard_rows)
+
+
+def require_whole_chunks(shard_rows: int | None) -> None:
+    """Raises SourceError for shards that end within a chunk."""
+    if shard_rows and shard_rows > _CHUNK and shard_rows % _CHUNK:
+        what = f"shards of {shard_rows:,} rows are not whole chunks"
+        raise SourceError(what, remedy=f"give --shard-rows a multiple of {_CHUNK:,}, or less than that")
+
+
+def _open(request: PlanRequest, tally: _Tally) -> Any:
+    require_whole_chunks(request.shard_rows)
+    opener = open_image_source if request.kind == "image" else open_text_source
+    return opener(list(request.arguments), request.column, tally.account)
+
+
+def _samples(request: PlanRequest, source: Any, tally: _Tally) -> Iterator[Any]:
+    if request.kind == "text":
+        # Prompts are looked up by their words: of two that the tokenizer cannot tell apart, both are there.
+        prompts = any(isinstance(part, PromptSet) for part in source.parts)
+        return tidy(source, request.sentences, tally.account, None if prompts else request.canonical)
+    return iter(source.samples(tally.account))
+
+
+def _tables(request: PlanRequest, source: Any, size: int, tally: _Tally) -> Iterator[pa.Table]:
+    """The plan in tables of `size` rows."""
+    samples, schema, rows = _samples(request, source, tally), PLANS[request.kind], 0
+    while batch := list(islice(samples, size)):
+        columns = dict(zip(batch[0]._fields, zip(*batch, strict=True), strict=True))
+        if request.kind == "image":
+            tally.keys.extend(map(hash, columns["key"]))
+        tally.bytes += sum(
+            columns["size"] if request.kind == "image" else (len(text.encode()) for text in columns["text"])
+        )
+        yield pa.table({"row": np.arange(rows, rows + len(batch)), **columns}, schema=schema)
+        rows += len(batch)

@@ -1,0 +1,151 @@
+"""Sentence hygiene at plan time: repeats and sentences that are too short or too long are left out, the order is
+shuffled where asked. The sentences themselves are never all in memory: 9 to 36 bytes of each are.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dimefm.caching.repeats import as_array, repeats
+from dimefm.errors import SourceError, StoreError
+from dimefm.sources.account import Account
+from dimefm.sources.base import Source, TextSample
+from dimefm.system.machine import open_files
+
+_BUCKETS = 256
+_BLOCK = 65536
+_KEPT, _SHORT, _LONG, _NOTHING, _REPEATED, _SAME = range(6)
+_REASONS = {
+    _SHORT: "sentences shorter than --min-words",
+    _LONG: "sentences longer than --max-words",
+    _NOTHING: "sentences of which the tokenizer leaves nothing",
+    _REPEATED: "repeated sentences",
+    _SAME: "sentences that the tokenizer cannot tell from one that is kept",
+}
+_EAST = re.compile(
+    "[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
+_SOUTH = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\uaa60-\uaa7f]")
+_UNSPACED = re.compile(f"{_EAST.pattern}|{_SOUTH.pattern}")
+_LETTER = re.compile(r"\w")
+_EAST_LETTERS, _SOUTH_LETTERS = 2, 4  # of a word, about
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceRules:
+    """Which sentences to keep, by their number of words, and the seed of their order; None: any, as they come."""
+
+    min_words: int | None = None
+    max_words: int | None = None
+    shuffle: int | None = None
+
+    def settings(self) -> dict[str, object]:
+        """Those that are set."""
+        names = ("min_words", "max_words", "shuffle")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def tidy(
+    source: Source[TextSample],
+    rules: SentenceRules,
+    account: Account,
+    canonical: Callable[[str], str] | None = None,
+) -> Iterator[TextSample]:
+    """The sentences to keep; those that are left out are counted in `account`.
+
+    Reads the source twice: once to know the repeats by a 64-bit hash, once for the sentences. With `canonical`, as
+    tokenizer.canonical gives it, sentences of which nothing is left are left out, as are those that become the same as
+    another: their embeddings say nothing, or nothing more.
+    """
+    why = _reasons(source, rules, canonical)
+    chosen = _kept(source.samples(account), why, account)
+    return chosen if rules.shuffle is None else _shuffled(chosen, int((why == _KEPT).sum()), rules.shuffle)
+
+
+def _kept(samples: Iterator[TextSample], why: np.ndarray[Any, Any], account: Account) -> Iterator[TextSample]:
+    """Those to keep; the others are counted. Raises SourceError where there are not as many samples as there were."""
+    for sample, reason in zip_longest(samples, _each(why)):
+        if sample is None or reason is None:
+            what = f"the sentences have changed while they were read: there are no longer {len(why):,}"
+            raise SourceError(what, remedy="run the same command again once nothing writes to their files")
+        if reason == _KEPT:
+            yield sample
+        else:
+            account.skip(_REASONS[reason], f"{sample.key}: {sample.text[:80]}")
+
+
+def _reasons(
+    source: Source[TextSample], rules: SentenceRules, canonical: Callable[[str], str] | None
+) -> np.ndarray[Any, Any]:
+    """Why each sentence is left out, as uint8; _KEPT where it is not. Of those that are equal, the first is kept."""
+    hashes, told, counts = array("q"), array("q"), array("I")
+    limited = bool(rules.min_words or rules.max_words)
+    for _, text in source.samples(Account()):
+        hashes.append(hash(text))
+        if canonical is not None:
+            told.append(hash(canonical(text)))
+        if limited:
+            counts.append(text.count(" ") + 1 if text.isascii() else words(text))
+    why = np.full(len(hashes), _KEPT, np.uint8)
+    if limited:
+        words_N = np.array(counts, np.uint32)
+        why[words_N > (rules.max_words or np.inf)] = _LONG
+        why[words_N < (rules.min_words or 0)] = _SHORT
+    if canonical is not None:
+        why[(why == _KEPT) & (as_array(told) == hash(""))] = _NOTHING
+    for reason, values in ((_REPEATED, hashes), (_SAME, told)):
+        if len(values):
+            for places in repeats(as_array(values), why == _KEPT):
+                why[places] = reason
+    return why
+
+
+def words(text: str) -> int:
+    """The words of a sentence: what spaces separate. Of Chinese and Japanese, which are written without, two letters
+    are counted as a word, and of Thai, Lao, Khmer and Burmese four, each kind rounded up; numbers and words of other
+    scripts between them are words, and marks are none."""
+    if not _UNSPACED.search(text):
+        return text.count(" ") + 1
+    east, south = len(_EAST.findall(text)), len(_SOUTH.findall(text))
+    others = sum(1 for word in _UNSPACED.sub(" ", text).split() if _LETTER.search(word))
+    return others + -(-east // _EAST_LETTERS) + -(-south // _SOUTH_LETTERS)
+
+
+def _shuffled(samples: Iterator[TextSample], count: int, seed: int) -> Iterator[TextSample]:
+    """A random order by `seed`: each sentence is written to the bucket of its new place, then each bucket is sorted."""
+    place = np.random.default_rng(seed).permutation(count)
+    with tempfile.TemporaryDirectory(prefix="dimefm-shuffle-") as folder:
+        buckets = min(_BUCKETS, count, max(1, open_files() // 2))  # the order is the same for any number of them
+        paths = [Path(folder) / f"{bucket}.jsonl" for bucket in range(buckets)]
+        try:
+            with ExitStack() as stack:
+                files = [stack.enter_context(path.open("w", encoding="utf-8")) for path in paths]
+                for to, sample in zip(_each(place), samples, strict=True):
+                    files[to * len(files) // count].write(json.dumps([to, *sample]) + "\n")
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            remedy = "set TMPDIR to a folder with room for all sentences"
+            raise StoreError(f"{folder} cannot be written: {error.strerror}", remedy=remedy) from error
+        for path in paths:
+            with path.open(encoding="utf-8") as lines:
+                bucket = sorted(map(json.loads, lines))
+            path.unlink()
+            yield from (TextSample(key, text) for _, key, text in bucket)
+
+
+def _each(place: np.ndarray[Any, Any]) -> Iterator[int]:
+    """Its numbers one by one: all at once, as objects, they would take five times the memory."""
+    return chain.from_iterable(place[at : at + _BLOCK].tolist() for at in range(0, len(place), _BLOCK))

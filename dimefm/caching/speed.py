@@ -1,0 +1,96 @@
+"""How fast this machine reads, decodes and encodes: measured on a few rows, for --dry-run and for the number of
+decoding threads that keep a GPU busy."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cache_schemas import EmbeddingStore, Status
+from dimefm.caching.gpu_image_loader import open_loader
+from dimefm.caching.image_loader import Loaded
+from dimefm.errors import RUN_AGAIN, SourceError, UnreadableError
+from dimefm.images.decode import DecodeError
+from dimefm.models.clip import Clip
+from dimefm.system.inert_text import line
+
+PROBE_ROWS = 256
+_HEADROOM = 1.25
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rows a second: `load` of one decoding thread (infinite for sentences), `teacher` of one device. `jpeg_bytes` is
+    the mean size of a kept JPEG, 0 without. `failed` says how many of the rows have no image, and why; else empty."""
+
+    load: float
+    teacher: float
+    jpeg_bytes: float = 0.0
+    failed: str = ""
+
+    def wanted(self) -> int:
+        """Decoding threads that keep one device busy, with some to spare."""
+        return max(1, math.ceil(_HEADROOM * self.teacher / self.load))
+
+    def threads(self, most: int) -> int:
+        """Those, of `most` that there are."""
+        return min(most, self.wanted())
+
+    def bound(self, threads: int) -> str | None:
+        """What to say where that many threads cannot feed a GPU, else None."""
+        if threads * self.load >= self.teacher:
+            return None
+        return (
+            f"bound by decoding: {threads} threads decode about {threads * self.load:,.0f} of the {self.teacher:,.0f} "
+            f"images/s that the teacher takes; {self.wanted()} cores for each GPU would keep it busy"
+        )
+
+    def worker(self, threads: int, *, shared: bool) -> float:
+        """Rows a second of a worker; `shared`: the teacher runs on the cores that decode."""
+        return 1 / (1 / self.load + 1 / self.teacher) if shared else min(threads * self.load, self.teacher)
+
+
+def measure(rows: list[dict[str, Any]], schema: EmbeddingStore, clip: Clip, *, accept_missing: bool = False) -> Rates:
+    """The rates over some rows of a plan. Raises SourceError where none of them is an image, and unless
+    `accept_missing` UnreadableError where their files are not there."""
+    if schema.kind == "text":
+        batch = [row["text"] for row in rows]
+        return Rates(math.inf, _rate(len(batch), lambda: clip.encode_texts(batch)))
+    loader = open_loader(schema, clip.device, accept_missing=accept_missing)
+    began = time.perf_counter()
+    ((loaded, pixels_N3HW),) = loader.batches(rows, len(rows), 1)
+    seconds = time.perf_counter() - began
+    good = [one for one in loaded if isinstance(one, Loaded)]
+    bad = [(row, one) for row, one in zip(rows, loaded, strict=True) if isinstance(one, DecodeError)]
+    failed = f"{len(bad):,} of the first {len(rows):,} images cannot be read: {_example(*bad[0])}" if bad else ""
+    if not good:
+        row, first = bad[0]
+        which = "the only image cannot" if len(rows) == 1 else f"none of the first {len(rows):,} images can"
+        what = f"{which} be read: {_example(row, first)}"
+        if first.status == Status.MISSING and not accept_missing:
+            raise UnreadableError(what, remedy=f"put them back, or mount what they are on, and {RUN_AGAIN}")
+        raise SourceError(what, remedy="look at the files: is this what you mean to cache?")
+    views = len(pixels_N3HW) // len(good)
+    images = max(1, schema.batch_size // views)
+    if not clip.compiled:  # which is given whole batches, and computes them whole
+        images = min(images, len(good))
+    batch_B3HW = pixels_N3HW[torch.arange(images * views) % len(pixels_N3HW)]
+    jpeg_bytes = sum(len(one.jpeg) for one in good if one.jpeg) / len(good)
+    return Rates(len(loaded) / seconds, _rate(images, lambda: clip.encode_images(batch_B3HW)), jpeg_bytes, failed)
+
+
+def _example(row: dict[str, Any], error: DecodeError) -> str:
+    reason = str(error)
+    return line(reason if row["file"] in reason else f"{reason} ({row['key']} in {row['file']})")
+
+
+def _rate(count: int, call: Any) -> float:
+    """Rows a second of the second call: the first also sets up."""
+    call().cpu()
+    began = time.perf_counter()
+    call().cpu()
+    return count / (time.perf_counter() - began)

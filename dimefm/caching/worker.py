@@ -1,0 +1,248 @@
+"""One worker of stage 1: a teacher on a device, a shard at a time. Without Ray, which makes actors of it.
+
+A job of one worker runs in the process of the command: Ray and a second start of the libraries would take longer than
+many such jobs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from cache_schemas import Commit, EmbeddingStore, Status
+from dimefm.caching.encode_shard import check_canary, encode_shard, retry_shard
+from dimefm.caching.speed import PROBE_ROWS, measure
+from dimefm.errors import MismatchError, SourceError, TeacherError, UnreadableError
+from dimefm.models.clip import Clip, load_clip
+from dimefm.models.hub import cached_first
+from dimefm.store.embedding_store import Store
+from dimefm.store.failures import failed_counts, require_embeddings
+from dimefm.system import storage
+from dimefm.system.lease import writes_under
+from dimefm.system.machine import Precision, cpus
+from dimefm.system.named_paths import allow
+from dimefm.system.progress import Progress
+
+SHARDS_AT_ONCE = {"cpu": 1, "cuda": 2}
+"""Shards that a worker has under way, by kind of device: a GPU need not wait while one is begun and another written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every worker needs to know: the planned store and how to load its teacher. `retry`: encode only the rows
+    of finished shards that have no embedding. `accept_missing`: leave out images whose file is gone or refused.
+    `lease`: the command's, of a store at a URL. `schemes`: what the user allows the plan to name, besides object stores
+    (see dimefm.system.named_paths)."""
+
+    store: str
+    teacher: str
+    pretrained: str | None
+    precision: Precision
+    device: str
+    threads: int | None
+    compile: bool = False
+    retry: bool = False
+    accept_missing: bool = False
+    lease: str | None = None
+    schemes: str = ""
+
+
+def _nobody(rows: int) -> None:
+    pass
+
+
+class Worker:
+    """One teacher on one device. Plain Python: Ray makes actors of it, tests and benchmarks call it as it is."""
+
+    def __init__(self, job: Job, clip: Clip | None = None) -> None:
+        """`clip` is the teacher if it is loaded already, on the job's device."""
+        self._job, self._clip = job, clip
+        self._turn, self._rows = threading.Lock(), dict[int, int]()
+
+    def start(self, threads: int, shard: int, check: bool = False, careful: bool = False) -> str | None:
+        """Load the teacher, and decode on up to `threads`: as many as its speed needs, measured on rows of `shard`;
+        what to say where a GPU needs more than there are. With `check`, go through the canary (see
+        dimefm.caching.encode_shard.check_canary). With `careful`, nothing is decoded in this process to be measured, as after another
+        died. Not in __init__, whose errors Ray would not hand on as they are.
+
+        Raises UnreadableError where none of these rows can be read here, as on a machine without the mount, or the
+        teacher is not to be had here.
+
+        The teacher itself computes on one thread on a CPU: sums come out differently on more, and a run that goes on
+        with other workers must write the same bytes. Several workers of one thread are faster than one of several.
+        """
+        torch.set_num_threads(1)
+        allow(self._job.schemes)
+        job, self._store = self._job, Store(self._job.store)
+        writes_under(self._store.path, job.lease)
+        schema = self._store.schema
+        clip = self._clip
+        if clip is None:
+            clip = self._clip = _load(job, schema)
+        differences = schema.teacher.differences(clip.identity)
+        if differences:
+            what = f"{job.teacher} is not the teacher of {job.store}: {'; '.join(differences)}"
+            raise MismatchError(what, remedy="name the teacher that the store was begun with")
+        if job.compile:
+            clip.compile(schema.batch_size)
+        self._threads, note = threads, None
+        on_gpu = clip.device.type == "cuda"
+        with _named_memory(schema):
+            decodes = not careful and schema.kind == "image" and schema.decoder != "nvjpeg"  # else threads only read
+            if decodes and not job.retry and (on_gpu or (job.threads is None and threads > 1)):
+                rows = self._store.plan(shard).slice(0, PROBE_ROWS).to_pylist()
+                with suppress(SourceError):  # none of them is an image: there is no speed to go by
+                    rates = measure(rows, schema, clip, accept_missing=job.accept_missing)
+                    self._threads = job.threads or rates.threads(threads)
+                    note = rates.bound(self._threads) if on_gpu else None
+            if check:
+                check_canary(self._store, clip, accept_missing=job.accept_missing)
+        return note
+
+    def encode(self, shard: int, done: Callable[[int], None] = _nobody, careful: bool = False) -> Commit:
+        """Encode and commit one shard; `done` is told how many of its rows are. On another thread a second one may be
+        under way: while one has the teacher, the other reads and decodes its first rows, or writes its results. For
+        `careful` see dimefm.caching.encode_shard.encode_shard.
+
+        Raises StoreError, with the shard kept, where all that the teacher gave so far is NaN or infinite: more of it
+        would cost hours and be worth nothing.
+        """
+        assert self._clip is not None, "start comes first"
+        self._rows[shard] = 0
+
+        def count(rows: int) -> None:
+            self._rows[shard] += rows
+            done(self._rows[shard])
+
+        work = retry_shard if self._job.retry else encode_shard
+        try:
+            with _named_memory(self._store.schema):
+                commit = work(
+                    self._store,
+                    shard,
+                    self._clip,
+                    threads=self._threads,
+                    progress=count,
+                    turn=self._turn,
+                    accept_missing=self._job.accept_missing,
+                    careful=careful,
+                )
+        finally:
+            del self._rows[shard]
+        if commit.counts.keys() == {Status.NOT_FINITE.name} and not self._store.contents.good:
+            require_embeddings(self._store, remedy="look at the teacher, or give another --precision and --out")
+        return commit
+
+    def rows(self) -> dict[int, int]:
+        """Of each shard that is under way, the rows that are encoded."""
+        return dict(self._rows)
+
+
+def _load(job: Job, schema: EmbeddingStore) -> Clip:
+    """The teacher, which the command has loaded before: from this machine, if it is there. Raises UnreadableError where
+    it is not to be had here, as on a machine that the Hub does not answer: the others have it."""
+    load = partial(load_clip, known=schema.teacher, precision=job.precision, device=job.device)
+    try:
+        return cached_first(partial(load, job.teacher, job.pretrained))
+    except TeacherError as error:
+        raise UnreadableError(error.what, remedy=error.remedy) from error
+
+
+@contextmanager
+def _named_memory(schema: EmbeddingStore) -> Iterator[None]:
+    """Within the block, a GPU whose memory is full is an error that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = f"the GPU's memory does not hold batches of {schema.batch_size} {schema.kind}s beside what is in it"
+        remedy = f"a new --out with --batch-size {max(1, schema.batch_size // 2)}; or fewer --workers, if they share it"
+        raise TeacherError(what, remedy=remedy) from error
+
+
+def pending_shards(store: Store, *, retry: bool) -> dict[int, int]:
+    """The shards to do, and how many rows of each."""
+    schema = store.schema
+    if retry:
+        failed = {c.shard: c.stop - c.start - c.counts.get(Status.OK.name, 0) for c in store.commits()}
+        return {shard: count for shard, count in failed.items() if count}
+    committed = store.committed()
+    ranges = {shard: schema.shard_range(shard) for shard in range(schema.shards) if shard not in committed}
+    return {shard: stop - start for shard, (start, stop) in ranges.items()}
+
+
+def run_here(job: Job, clip: Clip) -> None:
+    """`pipeline.ray_workers.run_shards` with one worker, in this process, with a teacher that is loaded already.
+
+    Raises what the worker raises; shards that were committed stay.
+    """
+    store = Store(job.store)
+    pending = pending_shards(store, retry=job.retry)
+    if not pending:
+        return
+    storage.remove_leftovers(store.path)
+    total, done = progress_of(store, pending, retry=job.retry)
+    worker, order = Worker(job, clip.on(job.device)), sorted(pending)
+    encoded, stopped, told = dict[int, int](), threading.Event(), list[str]()
+
+    def encode(shard: int) -> None:
+        commit = worker.encode(shard, partial(show, shard))
+        if shard != order[-1] and not told and (said := none_usable(commit)):
+            told.append(said)
+            progress.note(said)
+
+    def show(shard: int, rows: int) -> None:
+        if stopped.is_set():
+            raise _StoppedError
+        encoded[shard] = rows
+        progress.at(done + sum(encoded.values()))
+
+    with _one_thread(), Progress(store.schema.kind + "s", total, store.schema.kind, done) as progress:
+        note = worker.start(job.threads or cpus(), order[0], check=bool(store.committed()))
+        if note:
+            progress.note(note)
+        at_once = SHARDS_AT_ONCE[job.device.partition(":")[0]]
+        if at_once == 1:
+            for shard in order:
+                encode(shard)
+            return
+        with ThreadPoolExecutor(at_once) as pool:
+            try:
+                for _ in pool.map(encode, order):
+                    pass
+            except BaseException:
+                stopped.set()  # the shard beside the one that failed
+                raise
+
+
+def none_usable(commit: Commit) -> str | None:
+    """What to say of a shard of which every row failed."""
+    if Status.OK.name in commit.counts:
+        return None
+    counts = ", ".join(f"{status} {count:,}" for status, count in failed_counts(commit).items())
+    return f"no row of shard {commit.shard} has an embedding ({counts}): dimefm info STORE says why, while this goes on"
+
+
+class _StoppedError(Exception):
+    """Ends a shard that is under way on another thread."""
+
+
+def progress_of(store: Store, pending: dict[int, int], *, retry: bool) -> tuple[int, int]:
+    """How many rows the job is about, and how many of them are done."""
+    rows = sum(pending.values())
+    return (rows, 0) if retry else (store.schema.rows, store.schema.rows - rows)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""The commands, a file for each family: each parses its options and makes one library call."""

@@ -1,0 +1,55 @@
+"""`dimefm doctor`, `info` and `verify`."""
+
+from __future__ import annotations
+
+import click
+
+from dimefm.commands.options import require_with
+from dimefm.system.inert_text import say
+
+
+@click.command()
+def doctor() -> None:
+    """Look at this machine: what would stop the work, what would slow it, and which defaults follow.
+
+    Paste what it prints into a report of a problem. Exits with 1 if something would stop the work.
+    """
+    from dimefm.inspection.doctor import diagnose
+
+    found = diagnose()
+    say(found.show())
+    if found.stops:
+        raise click.exceptions.Exit(1)
+
+
+@click.command()
+@click.argument("path")
+@click.option("--failures", is_flag=True, help="List every row of a store that has no embedding, tab-separated.")
+def info(path: str, failures: bool) -> None:
+    """Describe a store, an index, a selection or a run."""
+    from dimefm.inspection.info import describe, list_failures
+
+    if not failures:
+        say(describe(path))
+        return
+    for line in list_failures(path):
+        say(line)
+
+
+@click.command()
+@click.argument("store")
+@click.option("--sample", type=click.IntRange(1), metavar="N", help="Encode N rows again and compare.")
+@click.option("--teacher", help="For --sample: where the teacher is now. Default: where it was.")
+@click.option("--pretrained", help="Its tag or file, with a plain NAME.")
+@click.option("--repair", is_flag=True, help="Mark bad shards, so that the command that wrote them does them again.")
+def verify(store: str, sample: int | None, teacher: str | None, pretrained: str | None, repair: bool) -> None:
+    """Read every byte of a store and say whether it can be trusted; exits with 1 if not."""
+    from dimefm.inspection.verify import VerifyConfig
+    from dimefm.inspection.verify import verify as check
+
+    require_with("--teacher", teacher, "--sample", sample)
+    require_with("--pretrained", pretrained, "--teacher", teacher)
+    report = check(VerifyConfig(store=store, sample=sample, teacher=teacher, pretrained=pretrained, repair=repair))
+    say(report.show())
+    if not report.trusted:
+        raise click.exceptions.Exit(1)

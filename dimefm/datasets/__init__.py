@@ -1,0 +1,1 @@
+"""Labelled sets: the 28 that are known, and those of a user."""

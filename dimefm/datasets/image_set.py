@@ -1,0 +1,189 @@
+"""One split of an evaluation set: its images, and their labels or captions.
+
+Shapes: N images, C classes, B images of a batch, H height, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache_schemas import Status
+from cache_schemas.plan import SourceFile
+from dimefm.errors import RUN_AGAIN, SourceError, UnreadableError
+from dimefm.images.decode import DecodeError
+from dimefm.sources.account import Account, found_instead
+from dimefm.sources.base import ImageSample
+from dimefm.sources.prompts import prompt
+from dimefm.sources.read_image import read_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Everything was checked when it was opened; images are read as they are asked for.
+
+    `labels` are int64 (N,), or bool (N, C) where an image may have several; a retrieval set has `captions`, some for
+    each image, and neither labels nor classes. `where` names the folder, `layout` how it is kept there; `partial` says
+    what differs from the published set, `notes` what else was found.
+    """
+
+    name: str
+    split: str
+    where: str
+    layout: str
+    samples: list[ImageSample]
+    files: list[SourceFile]
+    classnames: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    labels: np.ndarray[Any, Any] | None = None
+    captions: tuple[tuple[str, ...], ...] | None = None
+    partial: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> np.ndarray[Any, Any]:
+        """The labels of a set that has them."""
+        assert self.labels is not None, f"{self.name} has captions, not labels"
+        return self.labels
+
+    def prompts(self) -> list[list[str]]:
+        """By class, its prompts under every template."""
+        return [[prompt(template, name) for template in self.templates] for name in self.classnames]
+
+    def digest(self) -> str:
+        """sha256 over keys, sizes and labels or captions: where the files are does not matter."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(f"{sample.key}\0{sample.size}\0".encode())
+        if self.captions is None:
+            digest.update(np.ascontiguousarray(self.classes).data)
+        else:
+            digest.update(json.dumps(self.captions).encode())
+        return digest.hexdigest()
+
+    def batches(
+        self, preprocess: Callable[[bytes], torch.Tensor], batch_size: int, threads: int = 2
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Preprocessed uint8 images (B, 3, H, W) and their places in `samples` (B,), without those that are
+        broken or were not there when the set was opened. Raises UnreadableError for one that is gone since."""
+        places, load = iter(range(len(self.samples))), _Loader(self.samples, preprocess)
+        with ThreadPoolExecutor(threads) as pool:
+            following = pool.map(load, list(islice(places, batch_size)))
+            while loaded := list(following):
+                following = pool.map(load, list(islice(places, batch_size)))
+                good = [(place, image) for place, image in loaded if isinstance(image, torch.Tensor)]
+                if good:
+                    yield torch.stack([image for _, image in good]), torch.tensor([place for place, _ in good])
+
+    def require_readable(self, preprocess: Callable[[bytes], torch.Tensor]) -> None:
+        """Raises SourceError, after all of them were tried, where not one image can be read; UnreadableError as
+        `batches` does."""
+        load, reasons = _Loader(self.samples, preprocess), Counter[str]()
+        for place in range(len(self.samples)):
+            _, found = load(place)
+            if isinstance(found, torch.Tensor):
+                return
+            reasons[str(found)] += 1
+        said = found_instead([f"{count:,} images: {reason}" for reason, count in reasons.most_common()])
+        what = f"{self.where}: none of the {len(self.samples):,} images can be read{said}"
+        raise SourceError(what, remedy="mend them, or name another set")
+
+
+@dataclass(frozen=True)
+class _Loader:
+    samples: list[ImageSample]
+    preprocess: Callable[[bytes], torch.Tensor]
+
+    def __call__(self, place: int) -> tuple[int, torch.Tensor | DecodeError]:
+        sample = self.samples[place]
+        data = read_image(sample._asdict())
+        if isinstance(data, DecodeError):
+            if sample.size > 0 and data.status in (Status.MISSING, Status.TRUNCATED):
+                remedy = f"put the set back as it was, and {RUN_AGAIN}"
+                raise UnreadableError(f"{sample.file} has changed since the set was opened: {data}", remedy=remedy)
+            return place, data
+        try:
+            return place, self.preprocess(data)
+        except DecodeError as error:
+            return place, error
+
+
+@dataclass(kw_only=True)
+class Records:
+    """What a layout's reader found, before it is held against a definition.
+
+    `labels` count `names`: class names, or names of class folders; without them `classnames`, which with `templates`
+    are those beside the images; without either, the classes of the definition. `account` has what is not used.
+    """
+
+    where: str
+    layout: str
+    samples: list[ImageSample]
+    files: list[SourceFile]
+    labels: list[int] | list[list[int]] | None = None
+    captions: list[list[str]] | None = None
+    names: list[str] | None = None
+    classnames: list[str] | None = None
+    templates: list[str] | None = None
+    account: Account = field(default_factory=Account)
+
+    def require(self) -> None:
+        """Raises SourceError for no image at all, for images that are not there, and for images without a caption."""
+        if self.samples and all(sample.size < 0 for sample in self.samples):
+            what = f"{self.where}: not one of the {len(self.samples):,} images is there, such as {self.samples[0].file}"
+            raise SourceError(what, remedy="put them where the set has them, or mount what they are on")
+        if not self.samples:
+            what = f"{self.where} holds no labelled image{found_instead(self.account.lines())}"
+            raise SourceError(what, remedy="give tars of key.jpg and key.cls, or a folder of images for each class")
+        bare = [s.key for s, texts in zip(self.samples, self.captions or [], strict=False) if not texts]
+        if bare:
+            what = f"{self.where}: {len(bare):,} images have no caption, such as {bare[0]}"
+            raise SourceError(what, remedy="write one a line into KEY.txt, or leave the image out")
+
+
+def one_label(data: bytes, where: str) -> int:
+    """The integer in a .cls. Raises SourceError."""
+    try:
+        return int(data)
+    except ValueError:
+        raise SourceError(f"{where} holds {data[:20]!r}", remedy="write one integer, the label") from None
+
+
+def array_of(records: Records, classes: int, multilabel: bool) -> np.ndarray[Any, Any]:
+    """Labels as int64 (N,), or bool (N, classes). Raises SourceError for one without a class."""
+    labels: list[Any] = records.labels or []
+    for sample, row in zip(records.samples, labels, strict=True):
+        for label in row if isinstance(row, list) else (row,):
+            if not 0 <= label < classes:
+                what = f"{sample.file}: {sample.key} has label {label}, but there are {classes} classes"
+                raise SourceError(what, remedy="labels count from 0 in the order of the class names")
+    if not multilabel:
+        return np.array(labels, np.int64)
+    found_NC = np.zeros((len(labels), classes), bool)
+    for place, row in enumerate(labels):
+        found_NC[place, np.array(row, np.int64)] = True
+    return found_NC
+
+
+def sample_of(path: str, root: str) -> ImageSample:
+    """A local image file below `root`. Of one that is not there the size is -1, and reading it says that it is gone."""
+    key = path[len(root) :].lstrip("/").rpartition(".")[0]
+    try:
+        return ImageSample(key, path, 0, Path(path).stat().st_size)
+    except FileNotFoundError:
+        return ImageSample(key, path, 0, -1)

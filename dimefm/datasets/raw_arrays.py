@@ -1,0 +1,183 @@
+"""Sets that are published as raw arrays (CIFAR, MNIST, FER2013, PatchCamelyon): unpacked once, into a tar of PNGs.
+
+Shapes: H height, W width.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import math
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from cache_schemas import digest_of
+from cache_schemas.evaluation import SetDefinition
+from dimefm.datasets.definitions import class_names
+from dimefm.datasets.image_set import Records
+from dimefm.datasets.layouts import read_webdataset
+from dimefm.errors import SourceError
+from dimefm.system import storage
+
+_Pixels = Iterator[tuple[np.ndarray[Any, Any], int]]
+"""uint8 (H, W) or (H, W, 3), and the label."""
+
+# Several times what the published files hold: bytes of an IDX file, images of PatchCamelyon, values of one of them.
+_MOST_IDX, _MOST_PATCHES, _MOST_VALUES = 1 << 28, 1 << 20, 1 << 20
+
+_DAMAGED = (
+    *(OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, csv.Error, zlib.error),
+    MemoryError,  # for an array whose header says petabytes
+)
+"""What reading arrays raises that are cut short, or other files."""
+
+
+def read_raw(
+    name: str, unpacked: str, folder: str, split: str, definition: SetDefinition | None = None
+) -> Records | None:
+    """The images of the arrays in `folder`, from a tar below `unpacked` that is made where it is not there yet."""
+    if storage.is_url(folder):
+        return None
+    files = next((found for place in _places(name, folder) if (found := _arrays(name, place, split))), None)
+    if files is None:
+        return None
+    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    here = Path(unpacked, f"{name}-{split}-{digest_of(facts)[:12]}")
+    if not (here / "test.tar").exists():
+        with storage.writing_to(str(here)):
+            _write(here / "test.tar", _encoded(name, files, split))
+    records = read_webdataset(str(here), "test", None)
+    if records is not None:
+        records.where = str(files[0].parent)
+        records.names = class_names(definition) if definition is not None else None
+    return records
+
+
+def _encoded(name: str, files: list[Path], split: str) -> Iterator[tuple[bytes, int]]:
+    """PNGs and labels. Raises SourceError for arrays that cannot be read."""
+    try:
+        for image, label in _READ[name](files, split):
+            png = io.BytesIO()
+            Image.fromarray(image).save(png, "PNG", compress_level=1)
+            yield png.getvalue(), label
+    except _DAMAGED as error:
+        what = f"{files[0]} cannot be read: {type(error).__name__}: {error}"
+        raise SourceError(what, remedy="fetch the set again") from error
+
+
+def _write(path: Path, images: Iterator[tuple[bytes, int]]) -> None:
+    with storage.writing_atomically(str(path)) as sink, tarfile.open(fileobj=sink, mode="w") as tar:
+        for place, (png, label) in enumerate(images):
+            for name, data in ((f"{place:07d}.png", png), (f"{place:07d}.cls", str(label).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def _places(name: str, folder: str) -> Iterator[Path]:
+    for inner in ("", *_INNER[name]):
+        yield Path(folder, inner)
+
+
+def _arrays(name: str, place: Path, split: str) -> list[Path] | None:
+    """The files of a split that are in this folder; None unless all of them are."""
+    for group in _FILES[name](split):
+        found = [next((p for p in (place / n, place / f"{n}.gz") if p.is_file()), None) for n in group]
+        if found and None not in found:
+            return [path for path in found if path is not None]
+    return None
+
+
+def _cifar_files(split: str) -> list[list[str]]:
+    return [[f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]] if split != "val" else []
+
+
+def _read_cifar(published: type[CIFAR10], files: list[Path], split: str) -> _Pixels:
+    """By torchvision, which compares each file's md5 with the published one before it is unpickled."""
+    folder = files[0].parent
+    here = type(published.__name__, (published,), {"base_folder": folder.name})
+    dataset = here(str(folder.parent), train=split == "train", download=False)
+    yield from zip(dataset.data, dataset.targets, strict=True)
+
+
+def _read_mnist(files: list[Path], split: str) -> _Pixels:
+    """The IDX format: two magic bytes, a type, the number of axes, their lengths, the values."""
+    images, labels = map(_idx, files)
+    yield from zip(images, labels.tolist(), strict=True)
+
+
+def _idx(path: Path) -> np.ndarray[Any, Any]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        data = file.read(_MOST_IDX + 1)
+    if data[:3] != b"\0\0\x08":
+        raise ValueError("it is no IDX file of bytes")
+    if len(data) > _MOST_IDX:
+        raise ValueError(f"it has more than {_MOST_IDX:,} bytes")
+    shape = np.frombuffer(data, ">u4", data[3], 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape.tolist())
+
+
+def _read_fer2013(files: list[Path], split: str) -> _Pixels:
+    """The file counts sad 4, surprise 5, neutral 6; the definition goes by the alphabet, as class folders do."""
+    usage = {"train": "Training", "val": "PublicTest", "test": "PrivateTest"}[split]
+    with files[0].open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file, skipinitialspace=True):
+            if row["Usage"].strip() == usage:
+                yield np.array(row["pixels"].split(), np.uint8).reshape(48, 48), _FER2013[int(row["emotion"])]
+
+
+_FER2013 = (0, 1, 2, 3, 5, 6, 4)
+
+
+def _read_pcam(files: list[Path], split: str) -> _Pixels:
+    with h5py.File(files[0]) as images, h5py.File(files[1]) as labels:
+        rows, *shape = images["x"].shape
+        if rows > _MOST_PATCHES or math.prod(shape) > _MOST_VALUES or len(labels["y"]) != rows:
+            raise ValueError(f"it is {images['x'].shape} with {labels['y'].shape} labels, not patches of (96, 96, 3)")
+        for start in range(0, rows, 256):
+            block = images["x"][start : start + 256], labels["y"][start : start + 256].reshape(-1).tolist()
+            yield from zip(*block, strict=True)
+
+
+def _pcam_files(split: str) -> list[list[str]]:
+    name = {"val": "valid"}.get(split, split)
+    return [[f"camelyonpatch_level_2_split_{name}_{array}.h5" for array in "xy"]]
+
+
+def _mnist_files(split: str) -> list[list[str]]:
+    prefix = {"train": "train", "test": "t10k"}.get(split)
+    return [[f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]] if prefix else []
+
+
+_FILES = {
+    "cifar10": _cifar_files,
+    "cifar100": lambda split: [[split]] if split != "val" else [],
+    "fer2013": lambda split: [["icml_face_data.csv"], ["fer2013.csv"]],
+    "mnist": _mnist_files,
+    "patch_camelyon": _pcam_files,
+}
+_INNER = {
+    "cifar10": (CIFAR10.base_folder,),
+    "cifar100": (CIFAR100.base_folder,),
+    "fer2013": ("fer2013",),
+    "mnist": ("MNIST/raw", "raw"),
+    "patch_camelyon": ("pcam",),
+}
+_READ: dict[str, Callable[[list[Path], str], _Pixels]] = {
+    "cifar10": partial(_read_cifar, CIFAR10),
+    "cifar100": partial(_read_cifar, CIFAR100),
+    "fer2013": _read_fer2013,
+    "mnist": _read_mnist,
+    "patch_camelyon": _read_pcam,
+}
+RAW = frozenset(_READ)

@@ -1,0 +1,41 @@
+"""The model that an evaluation names: a run, an exported folder, or any of open_clip's."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cache_schemas.run import RUN_FILE
+from dimefm.export.export_student import export
+from dimefm.models.clip import Clip, load_clip
+from dimefm.models.hub import require_here
+from dimefm.models.open_clip_folder import CONFIG_FILE
+from dimefm.models.pretraining import Trained
+from dimefm.system.machine import Precision
+
+
+@contextmanager
+def open_model(
+    model: str,
+    pretrained: str | None = None,
+    *,
+    trained: Trained | None = None,
+    checkpoint: str = "last",
+    weights: str = "model",
+    precision: Precision = "fp32",
+    device: str | None = None,
+) -> Iterator[Clip]:
+    """A run folder (its `checkpoint` and `weights` as for `dimefm.export.export_student.export`), an open_clip folder, or an open_clip
+    name with its `pretrained` tag or file (of which `trained` is said), hf-hub:ORG/MODEL or local-dir:FOLDER. Raises a
+    DimefmError."""
+    folder = Path(model)
+    if (folder / RUN_FILE).exists():
+        with tempfile.TemporaryDirectory() as temporary:
+            exported = export(model, f"{temporary}/student", checkpoint=checkpoint, weights=weights)
+            require_here(f"local-dir:{exported}", model)  # its towers are those that the run describes
+            yield load_clip(f"local-dir:{exported}", trained=trained, precision=precision, device=device)
+        return
+    name = f"local-dir:{model}" if (folder / CONFIG_FILE).exists() else model
+    yield load_clip(name, pretrained, trained=trained, precision=precision, device=device)

@@ -1,0 +1,261 @@
+"""The layout that clip-retrieval writes embeddings in, and reads them in; a folder of it read, a store written to one.
+
+FOLDER/
+  img_emb/img_emb_<n>.npy        float16 or float32 (rows, D); for texts text_emb/text_emb_<n>.npy
+  metadata/metadata_<n>.parquet  as many rows as the .npy of the same number: image_path, caption, and more
+
+Numbers may be padded with zeros and may leave gaps; what counts is their order. Shapes: N rows, D embedding width.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cache_schemas import Status
+from cache_schemas.plan import SourceFile
+from dimefm.errors import OutputExistsError, SourceError
+from dimefm.sources.account import Account
+from dimefm.sources.files import stat_files
+from dimefm.store.embedding_store import Store
+from dimefm.store.failures import require_embeddings
+from dimefm.system import storage
+from dimefm.system.first_bytes import HEAD_BYTES, describe
+from dimefm.system.progress import Progress
+
+Kind = Literal["image", "text"]
+
+_NAMES = {"image": "img_emb", "text": "text_emb"}
+_CAPTION, _IMAGE_KEYS = "caption", ("image_path", "key")
+_BLOCK = 4096  # rows that are normalised, or read from a metadata file, at a time
+_UNIT = 1e-3  # how far from 1 a norm may be for its vector to be kept as it is
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One .npy and its metadata: rows start..stop-1."""
+
+    vectors: str
+    metadata: str
+    start: int
+    stop: int
+
+
+class Folder:
+    """A folder in clip-retrieval's layout, with every file's header checked and nothing else read. Other files
+    are counted in `account`."""
+
+    def __init__(self, root: str, kind: Kind, account: Account | None = None) -> None:
+        account = Account() if account is None else account
+        self.root = storage.local(root, "a folder of embeddings")
+        self.kind = kind
+        vectors = _numbered(f"{self.root}/{_NAMES[kind]}", _NAMES[kind], ".npy", account)
+        metadata = _numbered(f"{self.root}/metadata", "metadata", ".parquet", account)
+        for number in sorted(vectors.keys() ^ metadata.keys()):
+            there = vectors.get(number) or metadata[number]
+            other = "metadata" if number in vectors else _NAMES[kind]
+            raise SourceError(f"{there} has no file of its number in {other}/", remedy="complete the folder")
+        self.parts: list[_Part] = []
+        self.rows, self.dim = 0, 0
+        for number in sorted(vectors):
+            self._add(vectors[number], metadata[number])
+        if not self.rows:
+            raise SourceError(f"{self.root} holds no embedding", remedy="check the folder and --kind")
+
+    def _add(self, vectors: str, metadata: str) -> None:
+        rows, dim = _map(vectors).shape
+        with _open_parquet(metadata) as file:
+            described, names = file.metadata.num_rows, file.schema_arrow.names
+        if rows != described:
+            what = f"{vectors} has {rows:,} rows and {metadata} has {described:,}"
+            raise SourceError(what, remedy="they do not belong together, or one was cut short: make both again")
+        if self.parts and dim != self.dim:
+            what = f"{vectors} is {dim} wide, those before it {self.dim}"
+            raise SourceError(what, remedy="import the embeddings of each model into a store of their own")
+        if self.kind == "text" and _CAPTION not in names:
+            what = f"{metadata} has no column {_CAPTION!r} (it has {', '.join(names)})"
+            raise SourceError(what, remedy="texts cannot do without their captions: make the metadata again")
+        self.parts.append(_Part(vectors, metadata, self.rows, self.rows + rows))
+        self.rows, self.dim = self.rows + rows, dim
+
+    def files(self) -> list[SourceFile]:
+        """Every .npy and every metadata file, with its size."""
+        return stat_files([p.vectors for p in self.parts] + [p.metadata for p in self.parts])
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Rows start..stop-1, normalised: float16 (N, D), zero where there is none; and which ones are good (N,)."""
+        embedding_ND = np.zeros((stop - start, self.dim), np.float16)
+        good_N = np.zeros(stop - start, bool)
+        for part in self.parts:
+            if part.stop <= start or stop <= part.start:
+                continue
+            mapped = _map(part.vectors)
+            last = min(stop, part.stop)
+            for first in range(max(start, part.start), last, _BLOCK):
+                after = min(first + _BLOCK, last)
+                block = slice(first - start, after - start)
+                embedding_ND[block], good_N[block] = unit(mapped[first - part.start : after - part.start])
+        return embedding_ND, good_N
+
+    def records(self) -> Iterator[tuple[str, str | None]]:
+        """Key and caption of every row; a text's caption is None where it has none, an image's always."""
+        for part in self.parts:
+            yield from self._records(part)
+
+    def lookup(self, rows: list[int]) -> dict[int, tuple[str, str | None]]:
+        """`records` of a few rows. Reads no further than the last of each file."""
+        found = {}
+        for part in self.parts:
+            wanted = {row - part.start for row in rows if part.start <= row < part.stop}
+            for within, record in enumerate(islice(self._records(part), max(wanted, default=-1) + 1)):
+                if within in wanted:
+                    found[part.start + within] = record
+        return found
+
+    def _records(self, part: _Part) -> Iterator[tuple[str, str | None]]:
+        name = Path(part.vectors).name
+        for row, value in enumerate(self._column(part)):
+            if self.kind == "text":
+                yield f"{name}:{row}", value
+            else:
+                yield value or f"{name}:{row}", None
+
+    def _column(self, part: _Part) -> Iterator[str | None]:
+        with _open_parquet(part.metadata) as file:
+            names = file.schema_arrow.names
+            column = _CAPTION if self.kind == "text" else next((name for name in _IMAGE_KEYS if name in names), None)
+            if column is None:
+                yield from [None] * (part.stop - part.start)
+                return
+            # One thread: Arrow's own can outlive the interpreter.
+            for batch in file.iter_batches(_BLOCK, columns=[column], use_threads=False):
+                yield from batch.column(0).cast(pa.string()).to_pylist()
+
+
+def _numbered(folder: str, stem: str, ending: str, account: Account) -> dict[int, str]:
+    """The files stem_<n>ending of a folder by number. Raises SourceError for others with that ending."""
+    found: dict[int, str] = {}
+    for name in storage.listing(folder):
+        if not name.endswith(ending):
+            account.skip(f"files beside the {ending} of embeddings", f"{folder}/{name}")
+            continue
+        match = re.fullmatch(rf"{stem}_(\d+)\{ending}", name)
+        if match is None:
+            raise SourceError(f"{folder}/{name} is not named {stem}_<number>{ending}", remedy="rename or remove it")
+        if int(match[1]) in found:
+            what = f"{folder}/{name} and {found[int(match[1])]} have the same number"
+            raise SourceError(what, remedy="remove the one that does not belong here")
+        found[int(match[1])] = f"{folder}/{name}"
+    if not found:
+        remedy = f"give the folder that has {Path(folder).name}/ in it, and look at --kind"
+        raise SourceError(f"{folder} holds no {stem}_<number>{ending}", remedy=remedy)
+    return found
+
+
+def _map(path: str) -> np.ndarray[Any, Any]:
+    """A .npy as a memory map (N, D). Nothing is unpickled: an array of objects is refused."""
+    try:
+        mapped: np.ndarray[Any, Any] = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError) as error:
+        instead = _instead(path)
+        what = f"{path} cannot be read as a plain .npy: {f'it is {instead}' if instead else error}"
+        remedy = (
+            "fetch or make it again" if instead else "write it again with numpy.save, as a float16 or float32 array"
+        )
+        raise SourceError(what, remedy=remedy) from None
+    if mapped.ndim != 2 or mapped.dtype.kind != "f" or mapped.dtype.itemsize not in (2, 4):
+        what = f"{path} is {mapped.dtype} {mapped.shape}, where float16 or float32 (rows, width) belongs"
+        raise SourceError(what, remedy="write one embedding a row, as float16 or float32")
+    return mapped
+
+
+@contextmanager
+def _open_parquet(path: str) -> Iterator[Any]:
+    """A ParquetFile, closed at the end. Raises SourceError for what goes wrong with it."""
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        instead = _instead(path)
+        what = f"{path} cannot be read: {f'it is {instead}' if instead else error}"
+        raise SourceError(what, remedy="fetch or make it again" if instead else "write it again as Parquet") from None
+
+
+def _instead(path: str) -> str | None:
+    """What a file is by its first bytes, if that is known and no Parquet."""
+    try:
+        head = storage.read_bytes(path, 0, HEAD_BYTES)
+    except OSError:
+        return None
+    return None if head.startswith(b"PAR1") else describe(head)
+
+
+def unit(vectors_ND: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Vectors with their norm set to 1, float16 (N, D), and which of them can be (N,); the others become zero.
+
+    One whose norm is within 0.001 of 1 is only rounded: a float16 unit vector stays what it is.
+    """
+    values_ND = np.asarray(vectors_ND, np.float32)
+    norm_N = np.linalg.norm(values_ND.astype(np.float64), axis=1)
+    good_N = np.isfinite(norm_N) & (norm_N > 0)
+    scale_N = np.where(good_N & (abs(norm_N - 1) > _UNIT), norm_N, 1)
+    embedding_ND = np.where(good_N[:, None], values_ND, 0) / scale_N[:, None]
+    return embedding_ND.astype(np.float16), good_N
+
+
+def export_embeddings(store_path: str, out: str, *, rows_per_file: int | None = None) -> str:
+    """Write a finished store as a folder in clip-retrieval's layout, in the store's type; the folder.
+
+    One .npy and one metadata file for every `rows_per_file` rows of the store, by default those of a shard; rows
+    without an embedding are left out. The metadata has `row` (in the store), `key`, for texts `caption`, and for
+    images `image_path` (the key again) and `file`. The folder appears whole or not at all. Raises StoreError for a
+    store that is unfinished or has no embedding, OutputExistsError where `out` holds something.
+    """
+    store = Store(store_path)
+    store.require_complete()
+    require_embeddings(store)
+    target = Path(storage.local(out, "an export"))
+    if target.is_file() or storage.listing(str(target)):
+        raise OutputExistsError(f"{target} exists and is not empty", remedy="give another --out, or delete it")
+    rows, step, name = store.schema.rows, rows_per_file or store.schema.shard_rows, _NAMES[store.schema.kind]
+    digits = len(str((rows - 1) // step))
+    with storage.publishing(str(target)) as temporary, Progress("export", rows, "row") as progress:
+        for number, start in enumerate(range(0, rows, step)):
+            stop = min(start + step, rows)
+            good_N = np.flatnonzero(store.status(start, stop) == Status.OK)
+            if len(good_N):
+                vectors, table = io.BytesIO(), io.BytesIO()
+                np.save(vectors, store.read(start, stop)[good_N])
+                pq.write_table(_metadata(store, start, stop).take(good_N), table)
+                _write(temporary / name / f"{name}_{number:0{digits}d}.npy", vectors, out)
+                _write(temporary / "metadata" / f"metadata_{number:0{digits}d}.parquet", table, out)
+            progress.at(stop)
+    return str(target)
+
+
+def _write(path: Path, data: io.BytesIO, out: str) -> None:
+    with storage.writing_to(out):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data.getbuffer())
+
+
+def _metadata(store: Store, start: int, stop: int) -> pa.Table:
+    """The metadata of rows start..stop-1, from the plans of the shards that they are in."""
+    size = store.schema.shard_rows
+    first, last = start // size, (stop - 1) // size
+    plan = pa.concat_tables([store.plan(shard) for shard in range(first, last + 1)])
+    plan = plan.slice(start - first * size, stop - start)
+    columns = {"row": plan["row"], "key": plan["key"]}
+    if store.schema.kind == "text":
+        return pa.table({_CAPTION: plan["text"], **columns})
+    return pa.table({"image_path": plan["key"], **columns, "file": plan["file"]})

@@ -1,0 +1,329 @@
+"""`import-embeddings` as one call: a store of a folder of embeddings that others made.
+
+Shapes: N rows, D embedding width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cache_schemas import IMAGE_PLAN, TEXT_PLAN, EmbeddingStore, Failure, SourceSummary, Status
+from cache_schemas.embedding_store import EMBEDDING, ROWS, STATUS
+from cache_schemas.plan import SourceFile
+from dimefm.caching.plan import chunk_rows, require_whole_chunks, shard_size
+from dimefm.caching.same_command import is_planned, require_no_stranger, require_same, source_digest
+from dimefm.errors import MismatchError, SourceError
+from dimefm.exchange.clip_retrieval_folder import Folder, Kind
+from dimefm.exchange.likely_cause import likely_cause
+from dimefm.exchange.match_names import WHOLE, Matches, kind, match, spread
+from dimefm.images.decode import DecodeError
+from dimefm.images.preprocess import Preprocess
+from dimefm.models.clip import Clip, load_clip
+from dimefm.models.pretraining import Trained
+from dimefm.sources.account import Account
+from dimefm.sources.base import ImageSample, Source
+from dimefm.sources.image_sources import open_image_source
+from dimefm.sources.read_image import read_encoded
+from dimefm.store.embedding_store import Store, create_store
+from dimefm.store.failures import require_embeddings
+from dimefm.store.parquet_tables import write_plan
+from dimefm.system import lock, storage
+from dimefm.system.machine import Precision
+from dimefm.system.named_paths import allowing
+from dimefm.system.progress import Progress
+
+_BATCH_SIZE = 1  # in the store; the teacher's own is not known
+_LEAST_COSINE = 0.99
+_BAD_VECTOR = "the imported embedding is NaN, infinite or zero"
+_NO_IMAGE = "no image of the sources has this key, or it is not known which of several"
+_SHOWN = 3
+_NO_PIXELS = "imported without --images: serves retrieve, but not train-student, which reads the images"
+_NOT_COMPARED = "not compared with the teacher: only the command line says that it made these embeddings"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """One import. `sources` are the images that the embeddings were made from, named as for cache-images; `precision`
+    is the teacher's when it made them; `check` rows are encoded again and compared, and with `accept` the embeddings
+    are taken whatever comes out. A row's image is that whose key or path is the same, else has the most last parts in
+    common with the row's, `match_parts` or more."""
+
+    folder: str
+    out: str
+    kind: Kind
+    teacher: str
+    pretrained: str | None = None
+    trained: Trained | None = None
+    precision: Precision = "fp32"
+    sources: tuple[str, ...] = ()
+    shard_rows: int | None = None
+    check: int = 8
+    accept: bool = False
+    match_parts: int = 1
+
+
+def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lambda line: None) -> Store:
+    """Make a finished store of a folder of embeddings, in its order of rows; go on where an earlier run stopped.
+
+    Vectors are normalised; one whose norm is within 0.001 of 1 is kept as it is, so that float16 ones stay the same
+    to the last bit. NaN, infinite and zero ones keep their row, with NOT_FINITE. With `sources`, rows are matched to
+    images (see `dimefm.exchange.match_names.match`), and those without one get MISSING: train-student could not read them.
+    Without, an image store has no pixels; it serves retrieve, but not train-student. `batch_size` in the store is 1: it
+    is not known. `report` is told in lines what was matched and compared; rows with the weakest match are compared
+    first.
+
+    Raises SourceError for a folder in another layout, or sources with none of its images; MismatchError for another
+    teacher, or a store at `out` of another folder, teacher or setting; StoreError where no row has an embedding;
+    OutputExistsError.
+    """
+    with allowing(config.sources):
+        return _import(config, report)
+
+
+def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
+    account = Account()
+    folder = Folder(config.folder, config.kind, account)
+    if config.sources and config.kind == "text":
+        raise SourceError("images are given for text embeddings", remedy="give --kind image, or no --images")
+    if config.match_parts > 1 and not config.sources:
+        raise SourceError("--match-parts has no effect without --images", remedy="leave it out, or give the images")
+    source = open_image_source(list(config.sources), account=account) if config.sources else None
+    files = folder.files() + (source.files() if source else [])
+    require_whole_chunks(config.shard_rows)
+    shard_rows = config.shard_rows or shard_size(folder.rows // 64 + 1)  # for about 64 shards or more
+    require_no_stranger(config.out)  # before the lock is put into it
+    begun = Store(config.out).schema.teacher if is_planned(config.out) else None
+    clip = load_clip(config.teacher, config.pretrained, trained=config.trained, known=begun, precision=config.precision)
+    if folder.dim != clip.identity.embed_dim:
+        what = f"{folder.root} holds embeddings {folder.dim} wide; {config.teacher} gives {clip.identity.embed_dim}"
+        raise MismatchError(what, remedy="name the teacher that made them")
+    with lock.writing(config.out):
+        if is_planned(config.out):
+            store = Store(config.out)
+            require_same(
+                store,
+                files,
+                clip.identity,
+                kind=config.kind,
+                batch_size=_BATCH_SIZE,
+                shard_rows=shard_rows,
+                chosen=config.shard_rows is None,
+                settings=_settings(config),
+            )
+        else:
+            store = _plan(config, folder, source, files, shard_rows, clip, account, report)
+        _write(store, folder, unmatched_fail=source is not None)
+        require_embeddings(store)
+    return store
+
+
+# -- planning ---------------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    config: ImportConfig,
+    folder: Folder,
+    source: Source[ImageSample] | None,
+    files: list[SourceFile],
+    shard_rows: int,
+    clip: Clip,
+    account: Account,
+    report: Callable[[str], None],
+) -> Store:
+    matches, checked_N = None, spread(np.arange(folder.rows), config.check)
+    if config.kind == "image":
+        samples = source.samples(account) if source else ()
+        matches = match((key for key, _ in folder.records()), samples, least=config.match_parts)
+        checked_N = matches.sample(config.check)
+        account.problems += _tell(matches, folder, report) if source else [_NO_PIXELS]
+        if count := len(spare_N := matches.spare()):
+            reason = "images of the sources without an embedding"
+            account.skip(reason, matches.images.place(int(spare_N[0]))[0], count)
+            report(f"{reason}: {count:,}")
+    compared = len(checked_N) > 0
+    account.problems += _check(config, folder, checked_N, matches, clip, report) if compared else [_NOT_COMPARED]
+
+    out = storage.absolute(config.out)
+    storage.remove_folder(storage.join(out, ROWS))  # of a run that was stopped while it planned
+    records, digests, silent = folder.records(), [], 0
+    for shard, start in enumerate(range(0, folder.rows, shard_rows)):
+        batch = list(islice(records, shard_rows))
+        silent += sum(caption is None for _, caption in batch)
+        digests.append(write_plan(out, shard, _table(batch, matches, start)))
+    if silent and config.kind == "text":
+        account.problem(f"{silent:,} rows have no caption; their sentence is empty")
+    schema = EmbeddingStore(
+        kind=config.kind,
+        rows=folder.rows,
+        dim=folder.dim,
+        chunk_rows=chunk_rows(shard_rows),
+        shard_rows=shard_rows,
+        batch_size=_BATCH_SIZE,
+        teacher=clip.identity,
+        source=SourceSummary(
+            arguments=(config.folder, *config.sources),
+            files=len(files),
+            bytes=sum(file.size for file in files),
+            digest=source_digest(files, _settings(config)),
+            repeated_keys=matches.repeated if matches else 0,
+            problems=tuple(account.problems),
+            skipped=account.skipped(),
+            settings=_settings(config),
+        ),
+    )
+    return create_store(out, schema, digests, files)
+
+
+def _settings(config: ImportConfig) -> dict[str, object]:
+    """What decides the rows' images beside the files."""
+    return {"match_parts": config.match_parts} if config.match_parts > 1 else {}
+
+
+def _tell(matches: Matches, folder: Folder, report: Callable[[str], None]) -> list[str]:
+    """Report how many rows have an image, by how they were matched; what is to be noted in the store.
+
+    Raises SourceError where none has.
+    """
+    kinds, ambiguous = matches.kinds(), matches.ambiguous()
+    if not kinds:
+        examples = "the first row has the key {!r}, the first image {!r}".format(*matches.first)
+        what = f"no row of {folder.root} is an image of the sources: {examples}"
+        remedy = "give --images the files that the embeddings were made from"
+        if len(ambiguous):
+            what = f"{len(ambiguous):,} rows of {folder.root} match several images each: {examples}"
+        if len(ambiguous) and matches.repeated:
+            what = f"{matches.repeated:,} rows of {folder.root} have the key of a row before them: {examples}"
+            remedy = "take away the files that are there twice, or make the metadata again with keys that differ"
+        raise SourceError(what, remedy=remedy)
+    by = ", ".join(f"{count:,} by {name}" for _, name, count in kinds)
+    known = sum(count for _, _, count in kinds)
+    report(f"{known:,} of {len(matches.image_N):,} rows have an image in the sources: {by}")
+    notes = [f"{count:,} rows have the image that shares {name} with their key" for n, name, count in kinds if n == 1]
+    if len(ambiguous):
+        found = folder.lookup(ambiguous[:_SHOWN].tolist())
+        keys = ", ".join(repr(key) for key, _ in found.values())
+        notes.append(f"{len(ambiguous):,} rows have no image, as several match as well as each other, such as {keys}")
+        report(notes[-1])
+    return notes
+
+
+def _table(batch: list[tuple[str, str | None]], matches: Matches | None, start: int) -> pa.Table:
+    """The plan of the rows of `batch`, which begin at `start`: of images, if they were matched, or of texts."""
+    rows = range(start, start + len(batch))
+    columns: dict[str, Any] = {"row": list(rows), "key": [key for key, _ in batch]}
+    if matches is None:
+        return pa.table({**columns, "text": [caption or "" for _, caption in batch]}, schema=TEXT_PLAN)
+    places = zip(*(matches.place(row) for row in rows), strict=True)
+    return pa.table({**columns, **dict(zip(("file", "offset", "size"), map(list, places), strict=True))}, IMAGE_PLAN)
+
+
+def _check(
+    config: ImportConfig,
+    folder: Folder,
+    rows_N: np.ndarray[Any, Any],
+    matches: Matches | None,
+    clip: Clip,
+    report: Callable[[str], None],
+) -> list[str]:
+    """Encode these rows again and compare; what is to be noted in the store. Raises MismatchError below a mean cosine
+    of 0.99: the same teacher in another precision gives 0.999, another teacher or another image far less."""
+    cosines: dict[int, float] = {}
+    misfits: list[tuple[bytes, np.ndarray[Any, Any]]] = []
+    keys = folder.lookup(rows_N.tolist())
+    for row, (_, caption) in keys.items():
+        embedding_1D, good_1 = folder.read(row, row + 1)
+        data = _image(*matches.place(row)) if matches else b""
+        again_D = _encode(clip, data, caption) if good_1[0] else None
+        if again_D is not None:
+            cosines[row] = float(embedding_1D[0].astype(np.float32) @ again_D)
+            if data and cosines[row] < _LEAST_COSINE:
+                misfits.append((data, embedding_1D[0].astype(np.float32)))
+    if not cosines and not config.accept:
+        zero = sum(not folder.read(row, row + 1)[1][0] for row in keys)
+        what = f"{folder.root}: of {len(keys)} rows none can be encoded again and compared: {zero} are NaN, infinite or"
+        what += f" zero, of {len(keys) - zero} the {config.kind} cannot be read, such as row {min(keys)}"
+        raise SourceError(what, remedy="look at the vectors and the images; --accept takes them as they are")
+    mean = float(np.mean(list(cosines.values()))) if cosines else float("nan")
+    found = f"mean cosine {mean:.4f} to {config.teacher}, over {len(cosines)} of {len(rows_N)} rows encoded again"
+    weakest = int(matches.parts_N[rows_N[0]]) if matches else 0
+    if matches and weakest < WHOLE:
+        count = int((matches.parts_N[rows_N] == weakest).sum())
+        found += f", {count} of them matched by {kind(weakest)}"
+    report(found)
+    if mean >= _LEAST_COSINE:
+        return []
+    if config.accept:
+        return [f"accepted at a {found}"]
+    what = f"{folder.root}: {found}: these embeddings are not from that teacher, or not of these {config.kind}s"
+    remedy = "name the teacher that made them; --accept takes them as they are"
+    if cosines and matches:
+        row = min(cosines, key=lambda one: cosines[one])
+        what += f"; least {cosines[row]:.4f}, row {row} ({keys[row][0]!r}) and its image in {matches.place(row)[0]}"
+        if cause := likely_cause(clip, [data for data, _ in misfits], np.stack([e for _, e in misfits]), _LEAST_COSINE):
+            what += f"; of the {len(misfits)} rows below {_LEAST_COSINE}, {cause}"
+    if 0 < weakest < WHOLE:
+        remedy += f"; --match-parts {weakest + 1} leaves rows without an image that are matched by {kind(weakest)}"
+    raise MismatchError(what, remedy=remedy)
+
+
+def _image(file: str, offset: int, size: int) -> bytes:
+    """What is at a place; nothing where it cannot be read."""
+    try:
+        return read_encoded(file, offset, size) if file else b""
+    except (OSError, DecodeError):
+        return b""
+
+
+def _encode(clip: Clip, image: bytes, caption: str | None) -> np.ndarray[Any, Any] | None:
+    """The teacher's embedding of a caption, or else of an image, float32 (D,); None where it cannot be had."""
+    if caption is not None:
+        return clip.encode_texts([caption])[0].cpu().numpy()
+    try:
+        pixels_3HW = Preprocess(clip.identity.preprocessing)(image)
+    except DecodeError:
+        return None
+    return clip.encode_images(pixels_3HW[None])[0].cpu().numpy()
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _write(store: Store, folder: Folder, *, unmatched_fail: bool) -> None:
+    """Every shard without a commit. With `unmatched_fail`, a row whose plan names no file is left without embedding."""
+    schema, committed = store.schema, store.committed()
+    if len(committed) == schema.shards:
+        return
+    storage.remove_leftovers(store.path)
+    done = sum(stop - start for start, stop in map(schema.shard_range, committed))
+    with Progress("import", schema.rows, "row", done) as progress:
+        for shard in sorted(set(range(schema.shards)) - committed):
+            began = time.monotonic()
+            start, stop = schema.shard_range(shard)
+            embedding_ND, good_N = folder.read(start, stop)
+            status_N = np.where(good_N, Status.OK, Status.NOT_FINITE).astype(np.uint8)
+            plan = store.plan(shard)
+            if unmatched_fail:
+                status_N[np.array(plan["file"].to_pylist()) == ""] = Status.MISSING
+            failed_F = np.flatnonzero(status_N != Status.OK)
+            embedding_ND[failed_F] = 0
+            failures = [
+                _failure(row, status_N[i]) for i, row in zip(failed_F, plan.take(failed_F).to_pylist(), strict=True)
+            ]
+            seconds = time.monotonic() - began
+            store.write_shard(
+                shard, {EMBEDDING: embedding_ND, STATUS: status_N}, failures, device="import", seconds=seconds
+            )
+            done += stop - start
+            progress.at(done)
+
+
+def _failure(row: dict[str, Any], code: int) -> Failure:
+    reason = _NO_IMAGE if code == Status.MISSING else _BAD_VECTOR
+    return Failure(row=row["row"], key=row["key"], file=row.get("file", ""), status=Status(code).name, reason=reason)

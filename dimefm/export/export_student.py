@@ -1,0 +1,96 @@
+"""A trained student as an open_clip folder: its image tower beside the teacher's text tower."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cache_schemas import Run
+from dimefm.errors import MismatchError, StoreError
+from dimefm.models.clip import load_clip
+from dimefm.models.hub import require_here
+from dimefm.models.open_clip_folder import beside_text_tower, publish_folder
+from dimefm.models.towers import student_preprocessing, tokenizer_of
+from dimefm.system import storage
+from dimefm.training.checkpoints import Checkpoints
+from dimefm.training.run_folder import read_run
+
+
+def export(
+    run: str,
+    out: str,
+    *,
+    checkpoint: str = "last",
+    weights: str = "model",
+    teacher: str | None = None,
+    pretrained: str | None = None,
+) -> str:
+    """Write the student of `run` to `out`, for ``open_clip.create_model_and_transforms("local-dir:OUT")``.
+
+    `checkpoint` is "last", "best" or the number of a step; `weights` "model", or "ema" for their moving average.
+    `teacher` and `pretrained` say where the teacher is now, if not where the run recorded it; its weights must be the
+    same; a student with a text tower of its own needs none. The folder appears whole or not at all; one with the same
+    bytes already there is left as it is. Raises StoreError for a run without a checkpoint, MismatchError for another
+    teacher, OutputExistsError.
+    """
+    out = storage.local(out, "an export")
+    document = read_run(run)
+    state = Checkpoints(run).load(checkpoint)
+    if state is None:
+        raise StoreError(f"{run} has no {checkpoint} checkpoint", remedy="dimefm info RUN lists them")
+    image = {f"visual.{name}": value for name, value in _chosen(run, state["image"], weights).items()}
+    if document.text_student:
+        require_here(document.text_student.name, run)
+        text = {f"text.{name}": value for name, value in _chosen(run, state["text"], weights).items()}
+        preprocessing = asdict(student_preprocessing(document.student))
+        config = {"model_cfg": _own_config(document), "preprocess_cfg": preprocessing}
+        scale = torch.tensor(math.log(_logit_scale(document, state["image"])))
+        tokenizer = tokenizer_of(document.text_student)
+        publish_folder(Path(out), config, {**text, **image, "logit_scale": scale}, tokenizer)
+        return out
+    name, tag = teacher or document.teacher.name, pretrained or document.teacher.pretrained
+    if not teacher:
+        require_here(name, run)
+    clip = load_clip(name, tag, known=document.teacher, precision="fp32", device="cpu")
+    differences = document.teacher.differences(clip.identity, ignore=("precision",))
+    if differences:
+        what = f"{clip.identity.name} is not the teacher of {run}: {'; '.join(differences)}"
+        raise MismatchError(what, remedy="name the teacher with --teacher and --pretrained")
+    config, text = beside_text_tower(clip, document.student)
+    if (learned := state["image"]["objective"].get("log_scale")) is not None:
+        text["logit_scale"] = learned.to(text["logit_scale"])
+    publish_folder(Path(out), config, {**text, **image}, clip.tokenizer)
+    return out
+
+
+def _chosen(run: str, tower: dict[str, Any], weights: str) -> dict[str, Any]:
+    """The weights of a tower that are asked for."""
+    if weights == "model":
+        return tower["model"]  # type: ignore[no-any-return]
+    if tower["ema"] is None:
+        raise StoreError(
+            f"{run} has no moving average of its weights", remedy="train with --ema, or leave --weights out"
+        )
+    return tower["ema"]["weights"]  # type: ignore[no-any-return]
+
+
+def _own_config(document: Run) -> dict[str, Any]:
+    """The model of a student with both towers of its own, as open_clip describes one."""
+    assert document.text_student
+    return {
+        "embed_dim": document.student.embed_dim,
+        "quick_gelu": document.student.activation == "quick_gelu",
+        "custom_text": True,
+        "vision_cfg": document.student.vision_cfg,
+        "text_cfg": document.text_student.text_cfg,
+    }
+
+
+def _logit_scale(document: Run, image: dict[str, Any]) -> float:
+    """What the student learned, else that of its teacher."""
+    learned = image["objective"].get("log_scale")
+    return math.exp(float(learned)) if learned is not None else document.teacher.logit_scale

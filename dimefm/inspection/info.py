@@ -1,0 +1,242 @@
+"""`dimefm info`: any of our artefacts in a screenful."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from cache_schemas import EmbeddingStore, Failure, PairsStore, Status, TeacherIdentity
+from cache_schemas.embedding_store import ATTRIBUTES_KEY, EMBEDDING
+from cache_schemas.index import BUILD, SIDECAR_FILE, IndexSidecar
+from cache_schemas.pairs import HITS_COMMIT
+from cache_schemas.run import RUN_FILE
+from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, SCORES, SELECTION_FILE, SelectionPlan
+from dimefm.errors import StoreError
+from dimefm.selection.report import how
+from dimefm.sources.account import first, show
+from dimefm.store.embedding_store import Store
+from dimefm.store.pairs_store import Pairs
+from dimefm.store.selected_texts import SelectedTexts
+from dimefm.system import storage
+from dimefm.system.inert_text import line
+from dimefm.system.named_paths import named
+from dimefm.system.progress import amount
+from dimefm.training.checkpoints import Checkpoints
+from dimefm.training.config import LossConfig, TrainConfig
+from dimefm.training.run_folder import read_run
+from dimefm.training.run_log import last_validation, read_metrics
+
+_FAILURES, _EXAMPLES, _SHOWN = 10, 5, 12
+
+
+def describe(path: str) -> str:
+    """A few lines about the store, index, pseudo-text store, selection or run at `path`. Raises StoreError for anything
+    else."""
+    if storage.exists(storage.join(path, RUN_FILE)):
+        return _run(path)
+    if storage.exists(storage.join(path, SIDECAR_FILE)):
+        where = storage.join(path, SIDECAR_FILE)
+        return _index(path, IndexSidecar.parse(storage.read_json(where), where))
+    if storage.exists(storage.join(path, PLAN_FILE)):
+        return _selection(path)
+    parts = [name for name in storage.listing(storage.join(path, BUILD)) if name.endswith(".json")]
+    if parts:
+        return _table(
+            f"{path}: FAISS index, unfinished", [("done", f"{len(parts):,} steps; build-index goes on there")]
+        )
+    attributes = storage.join(path, "zarr.json")
+    group = storage.read_json(attributes) if storage.exists(attributes) else {}
+    document = group.get("attributes", {}).get(ATTRIBUTES_KEY)
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema == EmbeddingStore.SCHEMA:
+        return _store(Store(path))
+    if schema == PairsStore.SCHEMA:
+        return _pairs(Pairs(path))
+    raise StoreError(
+        f"{path} is no store, index, selection or run of dimefm", remedy="give the --out of one of its commands"
+    )
+
+
+def list_failures(path: str) -> Iterator[str]:
+    """A line for each row of a store without an embedding, after one with the names of the columns; tab-separated."""
+    yield "row\tkey\tstatus\tfile\treason"
+    store = Store(path)
+    for commit in store.commits():
+        for f in store.failures(commit):
+            yield "\t".join(" ".join(str(part).split()) for part in (f.row, f.key, f.status, f.file, f.reason))
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([line(title), *(f"  {line(name):<{width}}  {line(value)}" for name, value in rows)])
+
+
+def _teacher(teacher: TeacherIdentity) -> list[tuple[str, str]]:
+    pre = teacher.preprocessing
+    tag = f" ({teacher.pretrained})" if teacher.pretrained else ""
+    origin = f"; from {teacher.preprocessing_from}" if teacher.preprocessing_from else ""
+    return [
+        ("teacher", f"{teacher.name}{tag}, {teacher.embed_dim} wide, {teacher.activation}, {teacher.precision}"),
+        ("weights", f"sha256 {teacher.weights[:16]}"),
+        ("preprocessing", f"{pre.size[0]} x {pre.size[1]} px, {pre.resize_mode}, {pre.interpolation}{origin}"),
+    ]
+
+
+def _store(store: Store) -> str:
+    schema, source = store.schema, store.schema.source
+    counts: Counter[str] = Counter()
+    failures: list[Failure] = []
+    done, seconds = 0, 0.0
+    for commit in store.commits():
+        counts.update(commit.counts)
+        if len(failures) < _FAILURES:
+            failures += islice(store.failures(commit), _FAILURES - len(failures))
+        done, seconds = done + 1, seconds + commit.seconds
+    failed = sum(count for name, count in counts.items() if name != Status.OK.name)
+    rows = [
+        ("rows", f"{schema.rows:,} of {source.files:,} files, {amount(source.bytes)}"),
+        ("shards", f"{done:,} of {schema.shards:,} done, {schema.shard_rows:,} rows each"),
+        ("status", ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())) or "nothing done yet"),
+        ("embeddings", f"{schema.dtype} {_shape(schema)}, {amount(_bytes(schema))}"),
+        *_teacher(schema.teacher),
+        ("identity", schema.identity[:16]),
+    ]
+    if schema.views:
+        low, high = schema.views.crop_scale
+        rows.append(("views", f"{schema.views.count} an image, crops of {low:g} to {high:g} of its area"))
+    if schema.pixels:
+        rows.append(("pixels", f"JPEGs of short side {schema.pixels}, which train-student reads"))
+    rows += [(name.replace("_", " "), str(value)) for name, value in source.settings.items()]
+    if source.repeated_keys:
+        rows.append(("repeated keys", f"{source.repeated_keys:,}; each keeps its own row"))
+    rows += [("skipped", show(one)) for one in source.skipped]
+    rows += [("skipped", f"{reason}: {count:,}") for reason, count in source.dropped.items() if count]
+    rows += [("problem", problem) for problem in first(source.problems, _FAILURES)]
+    rows += [("failed", f"row {f.row}, {f.key}: {f.status}, {f.reason}") for f in failures]
+    if failed > len(failures):
+        rows.append(("", f"and {failed - len(failures):,} more"))
+    if seconds:
+        rows.append(("worker time", f"{seconds:,.0f} s, {sum(counts.values()) / seconds:,.1f} rows/s a worker"))
+    return _table(f"{store.path}: {schema.kind} embeddings", rows)
+
+
+def _bytes(schema: EmbeddingStore) -> int:
+    return math.prod(schema.arrays()[EMBEDDING].shape) * schema.item_bytes
+
+
+def _shape(schema: EmbeddingStore) -> str:
+    return f"({', '.join(f'{n:,}' for n in schema.arrays()[EMBEDDING].shape)})"
+
+
+def _index(path: str, sidecar: IndexSidecar) -> str:
+    parameters = ", ".join(f"{name} {value}" for name, value in sidecar.search_parameters.items()) or "none"
+    rows = [
+        ("vectors", f"{sidecar.rows:,} {sidecar.kind}s, {sidecar.skipped:,} skipped, {sidecar.dim} wide"),
+        ("factory", f"{sidecar.factory}, search parameters: {parameters}, re-scoring x{sidecar.rescore}"),
+        *(
+            ("recall", f"@{r.k} {r.value:.4f} over {r.queries:,} {r.source} queries (target {sidecar.recall_target})")
+            for r in sidecar.recall
+        ),
+        ("size", f"{amount(sidecar.bytes)}, {sidecar.bytes_per_vector:,.0f} bytes a vector"),
+        ("store", f"{sidecar.store} ({sidecar.store_identity[:16]})"),
+        *_teacher(sidecar.teacher),
+        ("speed", f"{sidecar.queries_per_second:,.0f} queries/s when it was tuned"),
+        ("built in", f"{sidecar.seconds:,.1f} s, trained on {sidecar.train_rows:,} rows, seed {sidecar.seed}"),
+    ]
+    return _table(f"{path}: FAISS index", rows)
+
+
+def _pairs(pairs: Pairs) -> str:
+    schema = pairs.schema
+    if not storage.exists(storage.join(pairs.path, HITS_COMMIT)):
+        done = len(pairs.committed())
+        return _table(f"{pairs.path}: pseudo texts, unfinished", [("shards", f"{done:,} of {schema.shards:,} done")])
+    selection = pairs.selection()
+    share = selection.selected / selection.text_rows
+    hits = pairs.hits()
+    rows = [
+        ("images", f"{selection.images:,} of {schema.rows:,}, the nearest {schema.top_k} sentences each"),
+        ("skipped", f"{selection.skipped:,} images without a usable embedding"),
+        ("selected", f"{selection.selected:,} of {selection.text_rows:,} sentences, {share:.1%}, by an image or more"),
+        ("mean score", f"{selection.mean_score:.4f}"),
+        ("images store", schema.images),
+        ("texts store", schema.texts),
+        ("index", schema.index),
+    ]
+    if not _beside(pairs.path, schema.texts):
+        rows.append(("examples", "none: they are in the texts store, which info does not open there"))
+    elif storage.exists(schema.texts):
+        best = np.argpartition(hits, -min(_EXAMPLES, len(hits)))[-_EXAMPLES:]
+        best = best[np.argsort(-hits[best].astype(np.int64), kind="stable")]
+        rows += [(f"{hits[s['row']]:,} hits", s["text"][:80]) for s in Store(schema.texts).samples(best)]
+    return _table(f"{pairs.path}: pseudo texts", rows)
+
+
+def _beside(path: str, other: str) -> bool:
+    """Whether `other`, which the document at `path` names, is looked into: a local folder, or one of the same bucket as
+    `path`, which the user typed."""
+    if storage.is_url(other):
+        bucket = "/".join(path.split("/", 3)[:3])
+        return storage.is_url(path) and "::" not in other and other.startswith(f"{bucket}/")
+    try:
+        return bool(named(other, path))
+    except StoreError:
+        return False
+
+
+def _selection(path: str) -> str:
+    if not storage.exists(storage.join(path, SELECTION_FILE)):
+        where = storage.join(path, PLAN_FILE)
+        plan = SelectionPlan.parse(storage.read_json(where), where)
+        shards = Store(plan.texts).schema.shards if _beside(path, plan.texts) and storage.exists(plan.texts) else 0
+        done = len(storage.listing(storage.join(path, SCORES)))
+        state = [("scores", f"{done:,} of {shards:,} shards done")] if plan.settings.by == "similarity" else []
+        return _table(f"{storage.absolute(path)}: selected texts, unfinished", [*state, ("texts store", plan.texts)])
+    selected = SelectedTexts(path)
+    found = selected.document
+    sources = sorted(found.sources, key=lambda s: (-s.kept, s.file))
+    rows = [
+        ("kept", f"{found.kept:,} of {found.rows:,} sentences, {found.kept / found.rows:.1%}"),
+        ("how", how(found)),
+        *(("left out", f"{count:,} {reason}") for reason, count in found.dropped.items()),
+        *(
+            ("of", f"{s.file or '(no file)'}: {s.kept:,} of {s.rows:,}, {s.kept / s.rows:.1%}")
+            for s in sources[:_SHOWN]
+        ),
+        *([("", f"and {len(sources) - _SHOWN:,} files more")] if len(sources) > _SHOWN else []),
+        ("texts store", found.plan.texts),
+        ("images store", found.plan.images),
+        ("pairs", found.plan.pairs),
+        ("read more", storage.join(selected.path, REPORT_FILE)),
+    ]
+    return _table(f"{selected.path}: selected texts", rows)
+
+
+def _run(path: str) -> str:
+    run, checkpoints = read_run(path), Checkpoints(path)
+    config, usual = TrainConfig.parse(run.config, str(Path(path) / RUN_FILE)), LossConfig()
+    loss = vars(config.loss).items()
+    told = {k: v for k, v in loss if (v if k in LossConfig.WEIGHTS else v != getattr(usual, k))}
+    train = [line for line in read_metrics(path) if line["event"] == "train"]
+    rows = [
+        ("student", f"{run.student.name} at {run.student.image_size} px, {run.student.embed_dim} wide"),
+        *([("text student", run.text_student.name)] if run.text_student else []),
+        ("steps", f"{checkpoints.step() or 0:,} of {run.steps:,}, batches of {config.batch_size:,}"),
+        ("loss", ", ".join(f"{k} {v}" for k, v in told.items())),
+        *([("machine", f"{run.machine}, {config.precision}, torch threads {config.threads}")] if run.machine else []),
+        *_teacher(run.teacher),
+        ("images", config.images),
+        ("texts", config.texts),
+    ]
+    if train:
+        rows.append(("last", f"loss {train[-1]['loss']:.4f}, {train[-1]['images_per_second']:,.0f} images/s"))
+    rows += [("validation", f"{name} top-1 {score:.3f}") for name, score in last_validation(path).items()]
+    best = checkpoints.step("best")
+    rows.append(("checkpoints", ", ".join(f"{s:,}{' (best)' if s == best else ''}" for s in checkpoints.steps())))
+    rows += [("changed", f"{c.field} after step {c.step:,}: {c.values}") for c in run.changes]
+    return _table(f"{Path(path)}: training run", rows)

@@ -1,0 +1,297 @@
+"""`dimefm verify`: every byte of a store against its checksums, its plan against its commits, its rows against what an
+embedding must be; and, where asked, rows encoded again by the live teacher."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from array import array
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cache_schemas import Commit, SchemaError, Status
+from cache_schemas.embedding_store import (
+    ATTRIBUTES_KEY,
+    EMBEDDING,
+    STATUS,
+    commit_path,
+    failures_path,
+    pixels_path,
+    rows_path,
+)
+from cache_schemas.plan import FILES_TABLE
+from dimefm.caching.encode_shard import compare_again
+from dimefm.caching.repeats import as_array, repeats
+from dimefm.errors import DimefmError, StoreError, UnreadableError
+from dimefm.models.clip import load_clip
+from dimefm.models.hub import require_here
+from dimefm.store.commit import remove_commit
+from dimefm.store.embedding_store import Store
+from dimefm.store.failures import failures_by_status
+from dimefm.store.zarr_arrays import digest_arrays
+from dimefm.system import inert_text, storage
+from dimefm.system.lock import writing
+
+_NORM_OFF = 2e-3  # float16 of a unit vector
+_SAME = 0.999
+_SHOWN = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """`sample` rows are encoded again by the teacher, from `teacher` where it is elsewhere now; `repair` removes the
+    commits of bad shards."""
+
+    store: str
+    sample: int | None = None
+    teacher: str | None = None
+    pretrained: str | None = None
+    repair: bool = False
+
+
+@dataclass
+class Report:
+    """What was found. `bad` are the shards that must be written again; `faults` are those of the store as a whole,
+    which cannot be mended that way. `empty` says why no row has an embedding, where none has."""
+
+    store: str
+    rows: int
+    done: int
+    shards: int
+    bad: dict[int, list[str]] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+    repaired: bool = False
+
+    @property
+    def trusted(self) -> bool:
+        """Whether everything that is there is as it was written, everything is there, and there is an embedding."""
+        return not self.bad and not self.faults and self.done == self.shards and not self.empty
+
+    def show(self) -> str:
+        """The report in lines."""
+        lines = [f"{self.store}: {self.rows:,} rows, {self.done:,} of {self.shards:,} shards done"]
+        found = [f"shard {shard}: {what}" for shard, problems in sorted(self.bad.items()) for what in problems]
+        found += self.faults
+        lines += [f"  bad   {inert_text.line(one)}" for one in found[:_SHOWN]]
+        if len(found) > _SHOWN:
+            lines.append(f"  bad   and {len(found) - _SHOWN:,} more")
+        lines += [f"  note  {inert_text.line(note)}" for note in self.notes]
+        lines += [f"  failed  {inert_text.line(one)}" for one in self.empty]
+        return "\n".join([*lines, f"  {self._verdict()}"])
+
+    def _verdict(self) -> str:
+        shards = f"{len(self.bad):,} bad shard{'s' if len(self.bad) > 1 else ''}"
+        if self.repaired:
+            return f"{shards} marked: run the command that wrote the store again, then verify again"
+        if self.bad:
+            again = f"to mend the {shards}, give --repair, then run the command that wrote the store again"
+            return f"the store must not be trusted; {again}"
+        if self.faults:
+            return "the store must not be trusted"
+        if self.done < self.shards:
+            return "the store is unfinished: run the command that writes it again; what is there can be trusted"
+        if self.empty:
+            return "the store is as it was written, but no row has an embedding: mend the source, and write it again"
+        return "the store can be trusted"
+
+
+def verify(config: VerifyConfig) -> Report:
+    """Read a whole store. Raises StoreError, SchemaError where it cannot even be opened, and UnreadableError where its
+    storage does not answer: nothing is known of what cannot be asked about, and nothing is marked."""
+    store = Store(config.store)
+    with writing(store.path) if config.repair else nullcontext():
+        try:
+            report = _check(store)
+        except OSError as error:
+            what = f"{error.filename or store.path} cannot be read: {error.strerror or error}"
+            remedy = "mend the permissions, or renew the credentials, and verify again once the storage answers"
+            raise UnreadableError(what, remedy=remedy) from error
+        if config.sample:
+            _check_teacher(store, config, report)
+        if config.repair and report.bad:
+            for shard in report.bad:
+                remove_commit(store.path, shard)
+            report.repaired = True
+    return report
+
+
+def _check(store: Store) -> Report:
+    schema = store.schema
+    report = Report(store.path, schema.rows, len(store.committed()), schema.shards)
+    keys = _Keys()
+    for shard in range(schema.shards):
+        _check_plan(store, shard, keys, report)
+        problems = _check_shard(store, shard)
+        if problems:
+            report.bad[shard] = problems
+    _check_documents(store, report)
+    _check_foreign(store, report)
+    if not report.bad and store.contents.shards and not store.contents.good:
+        report.empty = failures_by_status(store)
+    repeated = keys.repeated()
+    if schema.kind == "image" and repeated != schema.source.repeated_keys:
+        report.faults.append(f"{repeated:,} keys are repeated, where the source had {schema.source.repeated_keys:,}")
+    elif schema.kind == "image" and repeated:
+        report.notes.append(f"{repeated:,} keys are repeated, as they were in the source; each has its own row")
+    return report
+
+
+class _Keys:
+    """Counts keys that come twice, by 64-bit hashes."""
+
+    def __init__(self) -> None:
+        self._hashes = array("q")
+
+    def add(self, keys: list[str]) -> None:
+        self._hashes.extend(map(hash, keys))
+
+    def repeated(self) -> int:
+        return sum(len(places) for places in repeats(as_array(self._hashes)))
+
+
+def _check_plan(store: Store, shard: int, keys: _Keys, report: Report) -> None:
+    """What is wrong with a plan is no fault of the embeddings: writing the shard again would not mend it."""
+    try:
+        keys.add(store.plan(shard)["key"].to_pylist())
+    except (OSError, StoreError, SchemaError) as error:
+        report.faults.append(_damage(store, error))
+
+
+def _check_shard(store: Store, shard: int) -> list[str]:
+    """What is wrong with a finished shard."""
+    path = storage.join(store.path, commit_path(shard))
+    try:
+        commit = store.commit(shard)
+        if commit is None:
+            return []
+        problems = [] if _is_normal(path) else [f"{path} is damaged"]
+        if commit.plan != store.schema.digests.get(rows_path(shard)):
+            problems.append("it was written from another plan")
+        return [*problems, *_check_data(store, commit), *_check_pixels(store, commit)]
+    except (OSError, StoreError, SchemaError) as error:
+        return [_damage(store, error)]
+
+
+def _check_data(store: Store, commit: Commit) -> Iterator[str]:
+    """The arrays of a shard: checksums, the commit's digest, status against counts, and norms."""
+    arrays = store.shard_arrays(commit.shard)
+    status_N = arrays[STATUS]
+    if digest_arrays(*arrays.values()) != commit.digest:
+        yield "its arrays are not those that were committed"
+    codes, counts = np.unique(status_N, return_counts=True)
+    names = {code.value: code.name for code in Status}
+    found = {names.get(int(code), str(code)): int(n) for code, n in zip(codes, counts, strict=True)}
+    if found != commit.counts:
+        yield f"its rows are {_show_counts(found)}, and its commit says {_show_counts(commit.counts)}"
+    failed = (np.flatnonzero(status_N != Status.OK) + commit.start).tolist()
+    if [failure.row for failure in store.failures(commit)] != failed:
+        yield "the rows that failed are not those that its commit gives reasons for"
+    norm = np.linalg.norm(arrays[EMBEDDING].astype(np.float32), axis=-1).reshape(len(status_N), -1)
+    good = status_N == Status.OK
+    odd = int((~(np.abs(norm[good] - 1) < _NORM_OFF)).any(axis=1).sum())
+    if odd:
+        yield f"{odd:,} embeddings are NaN or not of norm 1"
+    if norm[~good].any():
+        yield "there are embeddings in rows that failed"
+
+
+def _show_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
+
+
+def _check_pixels(store: Store, commit: Commit) -> Iterator[str]:
+    path = storage.join(store.path, pixels_path(commit.shard))
+    if store.schema.pixels and storage.digest_file(path) != commit.pixels:
+        yield f"{path} is damaged: it is not the tar of JPEGs that was committed"
+
+
+def _check_documents(store: Store, report: Report) -> None:
+    """Every byte of the attributes, and the table of files; the arrays' zarr.json were compared when it was opened."""
+    path = storage.join(store.path, "zarr.json")
+    attributes = store.group.attrs.asdict()
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    if attributes.keys() != {ATTRIBUTES_KEY} or not _is_normal(path) or storage.read_json(path) != document:
+        report.faults.append(f"{path} is damaged")
+    try:
+        store.source_files()
+    except StoreError as error:
+        report.faults.append(_line(error))
+
+
+def _is_normal(path: str) -> bool:
+    """Whether a JSON file is byte for byte as we write what is in it: other digits may parse to the same number."""
+    data = storage.read_bytes(path)
+    return storage.json_bytes(json.loads(data)) == data
+
+
+def _check_foreign(store: Store, report: Report) -> None:
+    schema, shards = store.schema, range(store.schema.shards)
+    expected = {"zarr.json", FILES_TABLE}
+    expected |= {path(shard) for shard in shards for path in (rows_path, commit_path, failures_path)}
+    expected |= {pixels_path(shard) for shard in shards} if schema.pixels else set()
+    for name in schema.arrays():
+        expected |= {store.shard_file(name, shard) for shard in shards} | {f"{name}/zarr.json"}
+    foreign = sorted(storage.tree(store.path) - expected)
+    report.faults += [
+        f"{storage.join(store.path, name)} does not belong to the store: move it away" for name in foreign
+    ]
+
+
+def _damage(store: Store, error: Exception) -> str:
+    """`_line` of what is wrong with a file. Raises the error again where it only says that the storage did not answer,
+    or refused: the file may be as good as ever. A local disk that cannot read a sector back has lost it."""
+    if isinstance(error, OSError) and not isinstance(error, storage.GONE):
+        lost = error.errno in (None, errno.EIO)  # Arrow and codecs give no number to what they cannot decode
+        if storage.is_url(store.path) or not lost:
+            raise error
+    return _line(error)
+
+
+def _line(error: Exception) -> str:
+    """What is wrong, in one line and without the remedy: the report has its own."""
+    if isinstance(error, SchemaError):
+        return f"{error.where}: {'; '.join(map(str, error.problems))}"
+    if isinstance(error, DimefmError):
+        return error.what
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{error.filename} is missing"
+    return str(error)
+
+
+def _check_teacher(store: Store, config: VerifyConfig, report: Report) -> None:
+    """Rows spread over the good shards, encoded again by the teacher: the least cosine must be near 1."""
+    assert config.sample is not None
+    shards = [shard for shard in sorted(store.committed()) if shard not in report.bad]
+    ranges = [np.arange(*store.schema.shard_range(shard)) for shard in shards]
+    rows = np.concatenate([r[store.status(r[0], r[-1] + 1) == Status.OK] for r in ranges] or [np.empty(0, np.int64)])
+    if not len(rows):
+        return
+    chosen = np.unique(rows[np.linspace(0, len(rows) - 1, min(config.sample, len(rows))).astype(np.int64)])
+    known = store.schema.teacher
+    name, tag = config.teacher or known.name, config.pretrained if config.teacher else known.pretrained
+    if not config.teacher:
+        require_here(name, store.path)
+    clip = load_clip(name, tag, known=known, precision=known.precision)
+    differences = known.differences(clip.identity)
+    if differences:
+        report.faults.append(f"{name} is not the teacher of the store: {'; '.join(differences)}")
+        return
+    found = compare_again(store, clip, chosen)
+    gone = [one for one in found if math.isnan(one[2])]
+    if gone:
+        row, key, _ = gone[0]
+        report.notes.append(f"{len(gone):,} of {len(found):,} rows can no longer be read, such as row {row} ({key})")
+    if len(gone) < len(found):
+        row, key, cosine = min((one for one in found if not math.isnan(one[2])), key=lambda one: one[2])
+        least = f"least cosine to what is stored {cosine:.6f}, row {row} ({key})"
+        report.notes.append(f"{len(found) - len(gone):,} rows encoded again: {least}")
+    for row, key, cosine in found:
+        if cosine < _SAME:
+            problem = f"row {row} ({key}) encoded again has cosine {cosine:.4f} to what is stored"
+            report.bad.setdefault(row // store.schema.shard_rows, []).append(problem)

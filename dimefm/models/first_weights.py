@@ -1,0 +1,157 @@
+"""First weights of an image tower, from anywhere that open_clip or timm knows, or from a file."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+from safetensors.torch import load_file
+
+from cache_schemas import StudentSpec
+from dimefm.errors import TrainingError
+from dimefm.models.hub import preprocess_config
+from dimefm.models.pretraining import agreed, tags_of
+from dimefm.models.towers import has_activation
+
+_PROJECTION = ("proj", "head.", "trunk.head.weight", "trunk.head.bias", "trunk.head.fc.")
+"""What may stay random: of the width of another teacher, or missing in a tower that was not a CLIP's."""
+
+_WEIGHTS_FILE = "open_clip_model.safetensors"
+
+
+def with_initial(
+    spec: StudentSpec,
+    init: str,
+    *,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    activation: str | None = None,
+) -> StudentSpec:
+    """The student with the mean and std that its first weights `init` (as for `load_initial`) were trained with, rather
+    than those of its teacher: it need not share them. `mean`, `std` and `activation` are what the user says of a file.
+
+    Raises TrainingError where the weights were trained with another activation than the teacher's, which the student
+    has to have; and where something of this is neither said nor follows from known weights that fit the tower.
+    """
+    found, is_file = _trained_with(spec.name, init)
+    if found is None:
+        return spec  # whoever loads them says that they are not there
+    given = {"mean": mean, "std": std, "activation": activation}
+    said = {name: value for name, value in given.items() if value is not None}
+    wanted = ("mean", "std", *(["activation"] if has_activation(spec) else []))
+    idle = [f"init_{name}" for name in said if name not in wanted or (not is_file and name in found)]
+    if idle:
+        what = f"{', '.join(idle)}: no effect, as {init} says that itself or {spec.name} has none"
+        raise TrainingError(what, remedy="leave it out")
+    found |= said
+    lacking = [name for name in wanted if name not in found]
+    if lacking:
+        what = f"{init} does not say with which {' and '.join(lacking)} it was trained, nor do known weights"
+        words = {"mean": "[R,G,B]", "std": "[R,G,B]", "activation": "gelu or quick_gelu"}
+        remedy = "say it: " + " ".join(f"--set init_{name}={words[name]}" for name in lacking)
+        raise TrainingError(f"{what} of {spec.name} agree", remedy=remedy)
+    if has_activation(spec) and found["activation"] != spec.activation:
+        what = f"{init} was trained with {found['activation']}, and the student has the activation of its teacher"
+        fit = [tag for tag, cfg in tags_of(spec.name).items() if _activation(cfg) == spec.activation]
+        remedy = f"give weights trained with {spec.activation} ({', '.join(fit) or 'no tag has it'}), or no --init"
+        raise TrainingError(f"{what}, {spec.activation}", remedy=remedy)
+    return replace(spec, mean=tuple(found["mean"]), std=tuple(found["std"]))
+
+
+def _trained_with(name: str, init: str) -> tuple[dict[str, Any] | None, bool]:
+    """What is known of mean, std and activation of first weights, None if they are not there; and whether they are a
+    file, of which that is what all known weights that fit have in common."""
+    path, cfgs, is_file = Path(init.removeprefix("local-dir:")), list[dict[str, Any]](), False
+    if path.is_dir():
+        cfgs = _of_folder(f"local-dir:{path}")
+    elif path.exists():
+        is_file = True
+        cfgs = [*tags_of(name).values(), *map(_of_timm, timm.models.get_arch_pretrained_cfgs(name).values())]
+    elif init == "timm":
+        cfg = timm.get_pretrained_cfg(name)
+        cfgs = [_of_timm(cfg)] if cfg else []
+    elif init in tags_of(name):
+        cfgs = [tags_of(name)[init]]
+    else:
+        return None, False
+    found = {field: value for field, value in agreed(cfgs).items() if field in ("mean", "std")}
+    activations = {_activation(cfg) for cfg in cfgs}
+    return found | ({"activation": activations.pop()} if len(activations) == 1 else {}), is_file
+
+
+def _activation(cfg: Mapping[str, Any]) -> str:
+    return "quick_gelu" if cfg.get("quick_gelu", False) else "gelu"
+
+
+def _of_folder(name: str) -> list[dict[str, Any]]:
+    try:
+        activation = open_clip.get_model_config(name).get("quick_gelu", False)
+        return [{**preprocess_config(name), "quick_gelu": activation}]
+    except (OSError, ValueError):  # no config, or none of open_clip
+        return []
+
+
+def _of_timm(cfg: Any) -> dict[str, Any]:
+    return {"mean": cfg.mean, "std": cfg.std}
+
+
+def load_initial(module: Any, spec: StudentSpec, init: str) -> list[str]:
+    """Load weights into the image tower; the names of the tensors that stay random, all of the projection.
+
+    `init` is a tag of open_clip for the student's model, ``timm`` for timm's pretrained weights of it, a .safetensors
+    or .pt file, or a folder that open_clip or `dimefm export` wrote. Names may have the prefix ``visual.`` of a whole
+    CLIP, or lack the ``trunk.`` of a timm tower in one. Raises TrainingError where a tensor besides the
+    projection is missing or of another shape.
+    """
+    wanted = module.state_dict()
+    found = _matching(_read(spec, init), wanted)
+    loaded = {name: value for name, value in found.items() if wanted[name].shape == value.shape}
+    random = sorted(wanted.keys() - loaded.keys())
+    missing = [name for name in random if not name.startswith(_PROJECTION)]
+    if missing:
+        name = missing[0]
+        mine = tuple(wanted[name].shape)
+        theirs = f"of shape {tuple(found[name].shape)}" if name in found else "missing"
+        what = f"{init} does not fit {spec.name}: {name} {mine} is {theirs} there, as are {len(missing) - 1} more"
+        raise TrainingError(what, remedy="give weights of this very tower, at this --image-size")
+    module.load_state_dict({**wanted, **loaded})
+    return random
+
+
+def _matching(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors under the tower's own names, whichever prefix fits best."""
+    spellings = [
+        {name.removeprefix("module."): value for name, value in state.items()},
+        {name.removeprefix("module.").removeprefix("visual."): value for name, value in state.items()},
+        {f"trunk.{name.removeprefix('module.')}": value for name, value in state.items()},
+    ]
+    best = max(spellings, key=lambda names: len(names.keys() & wanted.keys()))
+    return {name: value for name, value in best.items() if name in wanted}
+
+
+def _read(spec: StudentSpec, init: str) -> dict[str, torch.Tensor]:
+    path = Path(init.removeprefix("local-dir:"))
+    try:
+        if path.is_dir():
+            return load_file(path / _WEIGHTS_FILE)
+        if path.suffix == ".safetensors" and path.exists():
+            return load_file(path)
+        if path.exists():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            return state.get("state_dict", state)  # type: ignore[no-any-return]
+        if init == "timm":
+            return timm.create_model(spec.name, pretrained=True).state_dict()
+        if init in open_clip.list_pretrained_tags_by_model(spec.name):
+            with warnings.catch_warnings(action="ignore"):  # of the activation, which is looked at before
+                return open_clip.create_model(spec.name, pretrained=init).visual.state_dict()  # type: ignore[no-any-return]
+    except Exception as error:  # of the hub, of torch's reader and of safetensors: all say why
+        raise TrainingError(f"{init} cannot be read: {str(error).splitlines()[0]}", remedy="see --init") from error
+    tags = ", ".join(open_clip.list_pretrained_tags_by_model(spec.name)) or "none"
+    what = f"{init!r} is no file, no folder and no tag of open_clip for {spec.name} (those: {tags})"
+    raise TrainingError(what, remedy="give one of them, or timm for timm's own weights")

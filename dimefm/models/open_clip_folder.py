@@ -1,0 +1,64 @@
+"""A model as a folder that open_clip loads: its config, its weights and its tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from cache_schemas import StudentSpec
+from dimefm.errors import OutputExistsError
+from dimefm.models.clip import Clip
+from dimefm.models.towers import student_preprocessing
+from dimefm.system import storage
+
+CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+
+
+def beside_text_tower(clip: Clip, spec: StudentSpec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """open_clip's config of a model with this image tower and the text tower of `clip`, and the latter's weights."""
+    model_cfg = {**copy.deepcopy(clip.model_cfg), "vision_cfg": spec.vision_cfg}
+    text = {name: value for name, value in clip.model.state_dict().items() if not name.startswith("visual.")}
+    return {"model_cfg": model_cfg, "preprocess_cfg": asdict(student_preprocessing(spec))}, text
+
+
+def publish_folder(out: Path, config: dict[str, Any], weights: dict[str, Any], tokenizer: Any) -> None:
+    """Write an open_clip folder, whole or not at all; one with the same bytes already there is left as it is. Raises
+    OutputExistsError for anything else at `out`, StoreError where it cannot be written."""
+    with storage.publishing(str(out)) as temporary:
+        with storage.writing_to(str(out)), _named_cause():
+            (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            if hasattr(tokenizer, "save_pretrained"):  # one of Hugging Face: open_clip looks for its files there
+                tokenizer.save_pretrained(str(temporary))
+            whole = {name: value.contiguous().clone() for name, value in weights.items()}
+            save_file(whole, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        if out.exists():
+            same = all(
+                (out / name).exists() and (out / name).read_bytes() == (temporary / name).read_bytes()
+                for name in (CONFIG_FILE, WEIGHTS_FILE)
+            )
+            if not same:
+                what = f"{out} exists and holds something else"
+                raise OutputExistsError(what, remedy="give another --out, or delete it")
+            shutil.rmtree(temporary)
+
+
+@contextmanager
+def _named_cause() -> Iterator[None]:
+    """For the block, an error of the system that a library in Rust has put into words is an OSError."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error

@@ -1,0 +1,158 @@
+"""The student: any image tower of open_clip or timm, and any text tower of open_clip, projected to the teacher's
+embedding width.
+
+Shapes: B images or sentences, L tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import open_clip
+import timm
+import torch
+from open_clip.model import _build_text_tower, _build_vision_tower
+
+from cache_schemas import Preprocessing, StudentSpec, TeacherIdentity
+from cache_schemas.run import TextSpec
+from dimefm.errors import TrainingError
+from dimefm.models.hub import require_plain_tokenizer
+from dimefm.models.tokenizer import fast_tokenizer, open_tokenizer
+
+
+def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = None) -> StudentSpec:
+    """The tower that `name` means: an open_clip model (``ViT-B-32``), or a timm model (``resnet18``).
+
+    `image_size` in pixels replaces the model's own. Raises TrainingError for a name that neither library knows, and
+    for a size that the tower cannot take.
+    """
+    cfg = _config_of(name, teacher)
+    if cfg is not None:
+        vision_cfg: dict[str, Any] = _alone(cfg["vision_cfg"])
+        if "timm_model_name" in vision_cfg:
+            vision_cfg["timm_model_pretrained"] = False
+    elif timm.is_model(name):
+        vision_cfg = _timm_config(name, image_size)
+    else:
+        remedy = "see open_clip.list_models() and timm.list_models()"
+        raise TrainingError(f"no image tower is called {name!r} in open_clip or timm", remedy=remedy)
+    if image_size is not None:
+        vision_cfg["image_size"] = image_size
+    size = vision_cfg.get("image_size", 224)
+    return StudentSpec(
+        name=name,
+        vision_cfg=vision_cfg,
+        embed_dim=teacher.embed_dim,
+        image_size=size[0] if isinstance(size, (list, tuple)) else size,
+        mean=teacher.preprocessing.mean,
+        std=teacher.preprocessing.std,
+        activation=teacher.activation,
+        resize_mode="squash" if teacher.preprocessing.resize_mode == "squash" else "shortest",
+    )
+
+
+def _alone(tower_cfg: dict[str, Any]) -> dict[str, Any]:
+    """The config of a tower that gives its embedding alone, not a CoCa's tokens for its decoder beside it."""
+    return {name: value for name, value in tower_cfg.items() if name != "output_tokens"}
+
+
+def note_preparing(spec: StudentSpec, teacher: TeacherIdentity) -> list[str]:
+    """What to say where a student's images are not prepared as its teacher's are."""
+    theirs, notes = teacher.preprocessing, []
+    for field in ("mean", "std"):
+        if getattr(spec, field) != getattr(theirs, field):
+            notes.append(f"the student's {field} is {getattr(spec, field)}, of its first weights; the teacher's is not")
+    if spec.resize_mode != theirs.resize_mode:
+        what = f"is evaluated on images resized by {spec.resize_mode}, though its teacher's are by {theirs.resize_mode}"
+        why = "crops have no borders" if theirs.resize_mode == "longest" else "the run was begun so"
+        notes.append(f"the student {what}: {why}")
+    return notes
+
+
+def has_activation(spec: StudentSpec) -> bool:
+    """Whether the image tower's is open_clip's to choose: timm's towers and ResNets have their own."""
+    return "timm_model_name" not in spec.vision_cfg and not isinstance(spec.vision_cfg.get("layers"), (list, tuple))
+
+
+def _timm_config(name: str, image_size: int | None) -> dict[str, Any]:
+    facts = timm.get_pretrained_cfg(name)
+    size = facts.input_size[-1] if facts is not None else 224
+    if facts is not None and facts.fixed_input_size and image_size not in (None, size):
+        what = f"{name} takes images of {size} px alone: open_clip builds timm towers at their own size"
+        raise TrainingError(what, remedy=f"give --image-size {size}, a convolutional timm model, or an open_clip ViT")
+    return {
+        "timm_model_name": name,
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "image_size": size,
+    }
+
+
+def _config_of(name: str, teacher: TeacherIdentity) -> dict[str, Any] | None:
+    """open_clip's config of a model, None for an unknown name. Towers that end without a projection, as SigLIP's do,
+    have one to the teacher's width, where theirs is another."""
+    cfg: dict[str, Any] | None = open_clip.get_model_config(name)
+    if cfg is not None and cfg["embed_dim"] != teacher.embed_dim:
+        for tower, field in (("vision_cfg", "timm_proj"), ("text_cfg", "proj_type")):
+            if cfg[tower].get(field) == "none":
+                cfg[tower][field] = "linear"
+    return cfg
+
+
+def build_student(spec: StudentSpec) -> Any:
+    """The tower with random weights, images float32 (B, 3, size, size) to features (B, D), not normalised.
+
+    Built by open_clip's own function, so that an exported folder gives the same module.
+    """
+    try:
+        tower = _build_vision_tower(spec.embed_dim, dict(spec.vision_cfg), spec.activation == "quick_gelu").eval()
+        with torch.no_grad():  # some towers of timm have another width than open_clip's projection expects
+            features_1D = tower(torch.zeros(1, 3, spec.image_size, spec.image_size))
+        if not isinstance(features_1D, torch.Tensor) or features_1D.shape != (1, spec.embed_dim):
+            raise ValueError(f"it does not give one embedding of width {spec.embed_dim} for each image")
+        return tower.train()
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise TrainingError(f"cannot build {spec.name} at {spec.image_size} px: {reason}") from error
+
+
+def text_spec(name: str, teacher: TeacherIdentity) -> TextSpec:
+    """The text tower of the open_clip model `name`. Raises TrainingError for a name that open_clip does not know."""
+    cfg = _config_of(name, teacher)
+    if cfg is None:
+        raise TrainingError(f"no model of open_clip is called {name!r}", remedy="see open_clip.list_models()")
+    return TextSpec(
+        name=name, text_cfg=_alone(cfg["text_cfg"]), embed_dim=teacher.embed_dim, activation=teacher.activation
+    )
+
+
+def build_text_student(spec: TextSpec) -> Any:
+    """The text tower with random weights, tokens int64 (B, L) to features (B, D), not normalised."""
+    try:
+        return _build_text_tower(spec.embed_dim, dict(spec.text_cfg), spec.activation == "quick_gelu")
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise TrainingError(f"cannot build the text tower of {spec.name}: {reason}") from error
+
+
+def tokenizer_of(spec: TextSpec) -> Any:
+    """Sentences to tokens int64 (B, L), as the exported student will have them."""
+    require_plain_tokenizer(spec.name, open_clip.get_model_config(spec.name) or {})
+    return fast_tokenizer(open_tokenizer(spec.name))
+
+
+def has_convolutions(tower: torch.nn.Module) -> bool:
+    """Whether a tower has more than a patch embedding's one convolution: where channels-last pays."""
+    return sum(isinstance(m, torch.nn.Conv2d) for m in tower.modules()) > 1
+
+
+def student_preprocessing(spec: StudentSpec) -> Preprocessing:
+    """How a student's images are prepared for evaluation, and what is written into its exported folder."""
+    return Preprocessing(
+        size=(spec.image_size, spec.image_size),
+        mean=spec.mean,
+        std=spec.std,
+        interpolation="bicubic",
+        resize_mode=spec.resize_mode,
+    )

@@ -1,0 +1,1 @@
+"""`make reproduce`: the whole job as a user would type it."""

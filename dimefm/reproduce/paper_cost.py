@@ -1,0 +1,101 @@
+"""What the paper's job costs, before anything is run: rows, bytes and shards by count, GPU hours by a stated rate.
+
+The rates are those that `python -m benchmarks gpu` has measured, where dimefm/measured.json holds some. The others are
+floors by arithmetic for one H200-class card, of which 788 TFLOP/s in bf16 and 4.3 TB/s were measured: ViT-L/14 at 224
+px 162 GFLOP an image, its text tower about 4 GFLOP for a sentence of typical length, ViT-B/32 forward and backward 26
+GFLOP an image; exact search a product of the width for each score, which is then written and read once.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+from cache_schemas.problems import Problem, SchemaError
+from cache_schemas.rates import RATES_FILE, MeasuredRates, parse_rates
+from dimefm.errors import DimefmError
+from dimefm.system.progress import amount
+
+PAPER_IMAGES, PAPER_TEXTS, PAPER_EPOCHS, WIDTH, SHARD_ROWS = 40_000_000, 28_400_000, 100, 768, 65536
+_FLOPS, _BYTES = 788e12, 4.3e12
+_IMAGE, _TEXT, _STEP = 162e9, 4e9, 26e9
+_SCORE_BYTES = 8
+
+FLOORS = {
+    "teacher_images_per_second": _FLOPS / _IMAGE,
+    "teacher_texts_per_second": _FLOPS / _TEXT,
+    "exact_scores_per_second": 1 / (2 * WIDTH / _FLOPS + _SCORE_BYTES / _BYTES),
+    "student_images_per_second": _FLOPS / _STEP,
+    "online_student_images_per_second": _FLOPS / (_STEP + _IMAGE),
+}
+
+
+def measured_rates() -> MeasuredRates | None:
+    """What comes with the package; None where nothing was measured yet. Raises SchemaError where it is not valid."""
+    file = resources.files("dimefm") / RATES_FILE
+    return read_rates(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
+
+
+def read_rates(text: str, where: str) -> MeasuredRates:
+    """The rates in the JSON `text` of the file `where`. Raises SchemaError."""
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SchemaError(where, MeasuredRates.__name__, [Problem("", f"not JSON: {error}")]) from error
+    return parse_rates(raw, where)
+
+
+def paper_forecast(images: tuple[str, ...], texts: tuple[str, ...], rates: MeasuredRates | None) -> str:
+    """A table for these sources, counted, or for the paper's own numbers of rows where none is given."""
+    image_rows, image_from = _rows("image", images, PAPER_IMAGES)
+    text_rows, text_from = _rows("text", texts, PAPER_TEXTS)
+    seen = PAPER_EPOCHS * image_rows
+    image, text, exact, step, online = (
+        _Cost(count, name, rates)
+        for count, name in zip((image_rows, text_rows, image_rows * text_rows, seen, seen), FLOORS, strict=True)
+    )
+    costs = (image, text, exact, step, online)
+    lines = [f"{'stage':<22}{'rows':>14}{'shards':>8}{'written':>10}{'GPU hours':>11}  {'hours by':<13}rows from"]
+    for name, count, cost, source in (
+        ("images", image_rows, image, image_from),
+        ("texts", text_rows, text, text_from),
+    ):
+        shards, written = -(-count // SHARD_ROWS), amount(count * (2 * WIDTH + 1))
+        lines.append(f"{'cache-' + name:<22}{count:>14,}{shards:>8,}{written:>10}{cost}  {source}")
+    shards, pairs = -(-image_rows // SHARD_ROWS), amount(image_rows * 16 * 6)
+    lines.append(f"{'retrieve, exact':<22}{image_rows:>14,}{shards:>8,}{pairs:>10}{exact}".rstrip())
+    lines.append(f"{'train-student':<22}{seen:>14,}{'':>8}{'':>10}{step}  100 epochs")
+    cached = image.hours + text.hours + step.hours
+    lines += ["", f"with the teacher online instead of cached: {online.hours:,.0f} GPU hours against {cached:,.0f}"]
+    if rates is not None:
+        lines.append(f"measured on one {rates.card}, {rates.date}, by: {rates.command}")
+    if not all(cost.measured for cost in costs):
+        what = "other GPU hours" if any(cost.measured for cost in costs) else "GPU hours"
+        lines += [
+            f"{what} are floors by arithmetic at 788 TFLOP/s in bf16 and 4.3 TB/s (one H200-class card), not",
+            "measurements; a well-fed card reaches a third to two thirds of that.",
+        ]
+    return "\n".join(lines)
+
+
+class _Cost:
+    """GPU hours of so many rows, or scores, by the measured rate of this name or its floor."""
+
+    def __init__(self, count: int, name: str, rates: MeasuredRates | None) -> None:
+        rate = getattr(rates, name, None)
+        self.measured = rate is not None
+        self.hours = count / (rate or FLOORS[name]) / 3600
+
+    def __str__(self) -> str:
+        return f"{self.hours:>11.2f}  {'measurement' if self.measured else 'arithmetic':<11}"
+
+
+def _rows(kind: str, sources: tuple[str, ...], stated: int) -> tuple[int, str]:
+    if not sources:
+        return stated, "the paper"
+    try:
+        from dimefm.caching.plan import PlanRequest, count_rows
+    except ImportError as error:
+        raise DimefmError(f"counting rows needs the pipeline package: {error}") from error
+    request = PlanRequest(kind="image" if kind == "image" else "text", arguments=sources)
+    return count_rows(request), "counted"

@@ -1,0 +1,260 @@
+"""The end of `make reproduce`: what the students are worth, what they cost, and plots of their runs."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from dimefm.evaluation.predictions import read_predictions
+from dimefm.evaluation.results import read_results
+from dimefm.store.embedding_store import Store
+from dimefm.store.pairs_store import Pairs
+from dimefm.system import storage
+from dimefm.system.inert_text import markdown
+from dimefm.system.machine import cpus, describe
+from dimefm.system.versions import versions
+from dimefm.training.run_folder import read_run
+from dimefm.training.run_log import read_metrics
+
+EVALUATIONS = "evaluations"
+REPORT_FILE, PLOT_FILE = "report.md", "report.png"
+_COLOURS = ("#1f4e79", "#2e8b57", "#a65e2e")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A student that a job trains: its name in paths, its label in tables, its recipe with further options of
+    train-student; `grounded` draws its texts from the selection. `bars` is what it must reach, in times chance."""
+
+    name: str
+    label: str
+    recipe: str
+    grounded: bool = False
+    options: tuple[str, ...] = ()
+    bars: dict[str, float] = field(default_factory=dict)
+
+    def run(self, out: Path) -> Path:
+        """Its run folder in that of the job."""
+        return out / f"run-{self.name}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The text, as written to report.md, and the bars that were missed."""
+
+    text: str
+    missed: list[str]
+
+
+def write_report(out: Path, students: Sequence[Student]) -> Report:
+    """Read what the stages left in `out` and write report.md and report.png beside it."""
+    teacher, found = _sets(out, "teacher"), {student.name: _sets(out, student.name) for student in students}
+    missed = [
+        f"{student.label}: {name} {_times_chance(found[student.name][name]):.1f}x chance (bar {bar})"
+        for student in students
+        for name, bar in student.bars.items()
+        if _times_chance(found[student.name][name]) < bar
+    ]
+    seconds: dict[str, float | None] = json.loads((out / "stages.json").read_text())
+    parts = [_accuracy(teacher, found, students), _bill(out, students, seconds), _stages(out, students, seconds)]
+    text = "\n".join([line for part in parts for line in [*part, ""]] + _machine(out, students))
+    storage.write_atomic(str(out / REPORT_FILE), f"# dimefm: {out.name}\n\n{text}\n".encode())
+    _plot(out, teacher, found, students)
+    return Report(f"{text}\n\nwritten: {out / REPORT_FILE}, {out / PLOT_FILE}", missed)
+
+
+def _sets(out: Path, model: str) -> dict[str, dict[str, Any]]:
+    """Of each set: images, classes, top1, top5 and the prediction of every image."""
+    folder = out / EVALUATIONS / model
+    return {
+        result.set: {
+            "images": result.images,
+            "classes": result.classes,
+            "top1": result.metrics["top1"],
+            "top5": result.metrics.get("top5", 1.0),
+            "predictions": read_predictions(str(folder), result),
+        }
+        for result in read_results(str(folder))
+        if result.protocol == "zero-shot" and "top1" in result.metrics  # a user may have measured more in that folder
+    }
+
+
+def _times_chance(found: dict[str, Any]) -> float:
+    return float(found["top1"] * found["classes"])
+
+
+def _accuracy(teacher: dict[str, Any], found: dict[str, Any], students: Sequence[Student]) -> list[str]:
+    """A row for the teacher and each student on each set."""
+    rows = []
+    for name, t in teacher.items():
+        shown = markdown(name)
+        where = f"{shown} ({t['images']:,} images, {t['classes']} classes)"
+        rows.append((where, "teacher", f"{t['top1']:.1%} / {t['top5']:.1%}", "", f"{_times_chance(t):.1f}", ""))
+        for student in students:
+            s = found[student.name][name]
+            agree = sum(a == b != -1 for a, b in zip(t["predictions"], s["predictions"], strict=True)) / s["images"]
+            bar = f" (bar {student.bars[name]})" if name in student.bars else ""
+            rows.append(
+                (
+                    shown,
+                    student.label,
+                    f"{s['top1']:.1%} / {s['top5']:.1%}",
+                    f"{s['top1'] / max(t['top1'], 1e-9):.0%}",
+                    f"{_times_chance(s):.1f}{bar}",
+                    f"{agree:.1%}",
+                )
+            )
+    return _table(("zero-shot", "model", "top-1 / top-5", "of teacher", "x chance", "as teacher says"), rows)
+
+
+def _bill(out: Path, students: Sequence[Student], seconds: dict[str, float | None]) -> list[str]:
+    """What the teacher cost once and each student after it; what each would cost with the teacher in its loop."""
+    images, texts = Store(str(out / "images.zarr")), Store(str(out / "texts.zarr"))
+    image_rate, text_rate = _rate(images), _rate(texts)
+    once = _total([seconds.get(name) for name in ("cache-images", "cache-texts")])
+    rows = [("teacher, once", _seconds(once), "", "")]
+    online_of_all, cached_of_all = list[float | None](), [once]
+    for student in students:
+        config = read_run(str(student.run(out))).config
+        steps = _steps(out, student)
+        seen, drawn = steps * int(str(config["batch_size"])), 0
+        if config["loss"]["vl"]:  # type: ignore[index]
+            drawn = steps * int(str(config["texts_per_step"]))
+        spent = seconds.get(f"train {student.name}")
+        online = None if spent is None else spent + seen / image_rate + drawn / text_rate
+        online_of_all.append(online)
+        cached_of_all.append(spent)
+        times = f"{online / spent:,.0f} times" if spent and online else ""
+        rows.append((f"student: {student.label}", _seconds(spent), _seconds(online), times))
+    whole, without = _total(cached_of_all), _total(online_of_all)
+    saving = f"{without / whole:.1f} times" if whole and without else ""
+    rows.append((f"all {len(students) + 1} together", _seconds(whole), _seconds(without), saving))
+    return [
+        *_table(("seconds of", "with the cache", "teacher in the loop", "saving"), rows),
+        "",
+        f"In the loop the teacher would encode each image and each sentence of a step anew, at the {image_rate:,.0f} "
+        f"images/s and {text_rate:,.0f} sentences/s that it had in stage 1 on all cores.",
+    ]
+
+
+def _total(seconds: Sequence[float | None]) -> float | None:
+    """The sum, None where one is not known: of a stage that was stopped and went on."""
+    known = [one for one in seconds if one is not None]
+    return sum(known) if len(known) == len(seconds) else None
+
+
+def _seconds(spent: float | None) -> str:
+    return "resumed" if spent is None else f"{spent:,.0f}"
+
+
+def _rate(store: Store) -> float:
+    """Rows a second of the teacher on this machine: by the time that each shard took, which is one worker's, and as
+    many workers as there are cores, or as GPUs did it."""
+    commits = list(store.commits())
+    workers = cpus() if commits[0].device == "cpu" else 1
+    return store.schema.rows / sum(commit.seconds for commit in commits) * workers
+
+
+def _steps(out: Path, student: Student) -> int:
+    return int(max(line["step"] for line in read_metrics(str(student.run(out))) if line["event"] == "train"))
+
+
+def _stages(out: Path, students: Sequence[Student], seconds: dict[str, float | None]) -> list[str]:
+    images, texts, prompts = (Store(str(out / n)) for n in ("images.zarr", "texts.zarr", "prompts.zarr"))
+    evaluated = sum(s["images"] for s in _sets(out, "teacher").values())
+    counts: dict[str, tuple[int, str, float | None]] = {
+        "cache-images": (images.schema.rows, "images", _bytes(out / "images.zarr") / images.schema.rows),
+        "cache-texts": (texts.schema.rows, "texts", _bytes(out / "texts.zarr") / texts.schema.rows),
+        "cache-prompts": (prompts.schema.rows, "prompts", _bytes(out / "prompts.zarr") / prompts.schema.rows),
+        "build-index": (texts.schema.rows, "texts", _bytes(out / "texts.index") / texts.schema.rows),
+        "retrieve": (images.schema.rows, "images", _bytes(out / "pairs.zarr") / images.schema.rows),
+        "select-texts": (texts.schema.rows, "texts", None),
+        "evaluate teacher": (evaluated, "images", None),
+    }
+    for student in students:
+        batch = int(str(read_run(str(student.run(out))).config["batch_size"]))
+        counts[f"train {student.name}"] = (_steps(out, student) * batch, "images seen", None)
+        counts[f"evaluate {student.name}"] = (evaluated, "images", None)
+    rows = []
+    for name, spent in seconds.items():
+        count, unit, size = counts.get(name, (None, "", None))
+        rows.append(
+            (
+                name,
+                f"{spent:,.1f}" if spent else "resumed",
+                f"{count:,} {unit}" if count else "",
+                f"{count / spent:,.0f}/s" if count and spent else "",
+                f"{size:,.0f}" if size else "",
+            )
+        )
+    total = sum(spent or 0 for spent in seconds.values())
+    selection = Pairs(str(out / "pairs.zarr")).selection()
+    return [
+        *_table(("stage", "seconds", "rows", "rate", "bytes/row on disk"), rows),
+        "",
+        f"all stages: {total / 60:.1f} minutes, start-up of each included (but not the import of its libraries)",
+        f"visually grounded: {selection.selected:,} of {selection.text_rows:,} sentences, by an image or more",
+    ]
+
+
+def _bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def _machine(out: Path, students: Sequence[Student]) -> list[str]:
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    config = read_run(str(students[0].run(out))).config
+    threads = f"{config['threads']} torch thread{'s' if config['threads'] != 1 else ''}"
+    how = f"students in {config['precision']} on {threads}, seed {config['seed']}"
+    return [f"machine: {describe('cpu')}, {cpus()} cores, {platform.system()}; {how}; {packages}"]
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [head, *rows]]
+    rule = ["-" * width for width in widths]
+    return [f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]]]
+
+
+def _plot(out: Path, teacher: dict[str, Any], found: dict[str, Any], students: Sequence[Student]) -> None:
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for student, colour in zip(students, _COLOURS, strict=False):
+        lines = read_metrics(str(student.run(out)))
+        train = [line for line in lines if line["event"] == "train"]
+        first = next((line["loss"] for line in train if line["loss"]), 1.0)
+        places = [line["step"] / train[-1]["step"] for line in train]
+        left.plot(places, [line["loss"] / first for line in train], color=colour, label=student.label)
+        validation = [line for line in lines if line["event"] == "validation"]
+        for name, style in zip(teacher, ("-", "--", ":"), strict=False):
+            points = [(line["step"] / train[-1]["step"], 100 * line[name]) for line in validation]
+            middle.plot(*zip(*points, strict=True), style, marker=".", color=colour, label=f"{name}, {student.label}")
+    for name, style in zip(teacher, ("-", "--", ":"), strict=False):
+        middle.axhline(100 * teacher[name]["top1"], ls=style, color="#888888", lw=1, label=f"{name}, teacher")
+    left.set(title="Training loss", xlabel="share of the run", ylabel="loss / first loss", ylim=(0, None))
+    left.legend(fontsize=8)
+    middle.set(title="Zero-shot top-1 while training", xlabel="share of the run", ylabel="%", ylim=(0, None))
+    middle.legend(fontsize=7)
+    models = [("teacher", teacher, "#9db4c8")]
+    models += [(s.label, found[s.name], c) for s, c in zip(students, _COLOURS, strict=False)]
+    width = 0.8 / len(models)
+    for number, (label, sets, colour) in enumerate(models):
+        places = [place - 0.4 + width * (number + 0.5) for place in range(len(teacher))]
+        bars = right.bar(
+            places, [100 * sets[name]["top1"] for name in teacher], width * 0.95, label=label, color=colour
+        )
+        right.bar_label(bars, fmt="%.1f", fontsize=8)
+    for place, name in enumerate(teacher):
+        chance = 100 / teacher[name]["classes"]
+        right.hlines(chance, place - 0.4, place + 0.4, color="#b03a2e", lw=1.2, label="" if place else "chance")
+    right.set(title="Zero-shot top-1, final", ylabel="%", xticks=list(range(len(teacher))), xticklabels=list(teacher))
+    right.set_ylim(0, right.get_ylim()[1] * 1.25)  # room for what the colours mean
+    right.legend(fontsize=8, ncols=2, loc="upper right")
+    with storage.writing_to(str(out)), storage.writing_atomically(str(out / PLOT_FILE)) as file:
+        figure.savefig(file, dpi=130, format="png")

@@ -1,0 +1,260 @@
+"""`make reproduce`: the whole job as a user would type it, command by command, ending in two tables and a report.
+
+python -m dimefm.reproduce --scale sample     the shipped sample: two students from one cache, in about ten minutes
+python -m dimefm.reproduce --scale smoke      a small part of it, to see that everything works
+python -m dimefm.reproduce --scale paper      the paper's job, on data that --images, --texts and --val name
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import click
+
+from cache_schemas import SchemaError
+from dimefm.errors import DimefmError, StoppedError
+from dimefm.reproduce.paper_cost import measured_rates, paper_forecast
+from dimefm.reproduce.report import EVALUATIONS, Student, write_report
+from dimefm.sample import sample_dir
+from dimefm.system import storage
+from dimefm.system.inert_text import say, text
+from dimefm.system.machine import wait_briefly
+from dimefm.system.progress import duration
+
+_STAGES = multiprocessing.get_context("forkserver")
+# With what takes seconds to import: torch, open_clip, zarr.
+_LIBRARIES = ["dimefm.training.train", "dimefm.evaluation.evaluate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What one scale runs on, and the students that it trains; `grounded` draws the texts of a student from those that
+    some image retrieved. `seconds` are those of each stage on one machine, to tell how much is left on another."""
+
+    teacher: tuple[str, ...]
+    images: tuple[str, ...]
+    texts: tuple[str, ...]
+    val: tuple[str, ...]
+    students: tuple[Student, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+PAPER_STUDENT = Student(name="paper", label="the paper's losses", recipe="paper", grounded=True)
+
+
+def sample_scale() -> Scale:
+    """The whole shipped sample: the paper's losses over visually grounded sentences, and what is best at this size.
+
+    A student must reach so many times chance in top-1, as proof that it learned.
+    """
+    root = sample_dir()
+    paper = {"cifar10": 3.5, "caltech101": 5.0}
+    best = {"cifar10": 3.5, "caltech101": 8.0}
+    return Scale(
+        teacher=("--teacher", f"local-dir:{root / 'teacher'}"),
+        images=(str(root / "images"),),
+        texts=(str(root / "texts"),),
+        val=(str(root / "eval" / "cifar10"), str(root / "eval" / "caltech101")),
+        students=(
+            Student(name="paper", label="the paper's losses", recipe="sample-paper", grounded=True, bars=paper),
+            Student(name="best", label="best at this size", recipe="sample", bars=best),
+        ),
+        seconds=_SAMPLE_SECONDS,
+    )
+
+
+_SAMPLE_SECONDS = {
+    "cache-images": 112.0, "cache-texts": 26.0, "cache-prompts": 1.0, "build-index": 6.0, "retrieve": 4.2,
+    "select-texts": 0.6, "train paper": 79.0, "export paper": 0.7, "evaluate paper": 1.8, "train best": 75.0,
+    "export best": 0.7, "evaluate best": 1.6, "evaluate teacher": 37.0,
+}  # fmt: skip
+
+
+def smoke_scale() -> Scale:
+    """The last of the sample's tars, a fifth of its sentences, an epoch: everything runs, nothing is learned."""
+    whole = sample_scale()
+    texts = sample_dir() / "texts"
+    return Scale(
+        teacher=whole.teacher,
+        images=(str(sample_dir() / "images" / "train-00005.tar"),),
+        texts=(str(texts / "visual_gcc_validation.txt.gz"),),
+        val=whole.val[1:],
+        students=tuple(
+            Student(name=s.name, label=s.label, recipe=s.recipe, grounded=s.grounded, options=("--epochs", "1"))
+            for s in whole.students
+        ),
+    )
+
+
+def commands(scale: Scale, out: Path) -> list[tuple[str, list[str]]]:
+    """The job: a name and a `dimefm` command line for each stage."""
+    images, texts, prompts = (str(out / name) for name in ("images.zarr", "texts.zarr", "prompts.zarr"))
+    index, pairs, grounded = (str(out / name) for name in ("texts.index", "pairs.zarr", "texts.selection"))
+    stores = ["--images", images, "--texts", texts]
+    validation = [word for path in scale.val for word in ("--val", path)] + ["--val-texts", prompts]
+    teacher = scale.teacher[1:]  # `evaluate` takes the model's name as its argument
+    evaluation = ["--predictions", "--skip-existing", "--out", str(out / EVALUATIONS)]
+    stages = [
+        ("cache-images", ["cache-images", *scale.images, "--out", images, *scale.teacher]),
+        ("cache-texts", ["cache-texts", *scale.texts, "--out", texts, *scale.teacher]),
+        ("cache-prompts", ["cache-texts", *scale.val, "--out", prompts, *scale.teacher]),
+        ("build-index", ["build-index", texts, "--out", index, "--queries", images]),
+        ("retrieve", ["retrieve", images, "--texts", texts, "--index", index, "--top-k", "16", "--out", pairs]),
+        ("select-texts", ["select-texts", pairs, "--out", grounded]),
+    ]
+    for student in scale.students:
+        run, folder = str(student.run(out)), str(out / f"student-{student.name}")
+        drawn = ["--selection", grounded, "--text-mix", "selected=1"] if student.grounded else []
+        recipe = ["--recipe", student.recipe, *student.options]
+        stages += [
+            (f"train {student.name}", ["train-student", *stores, *drawn, "--out", run, *recipe, *validation]),
+            (f"export {student.name}", ["export", run, "--out", folder]),
+            (f"evaluate {student.name}", ["evaluate", folder, *scale.val, *evaluation, "--name", student.name]),
+        ]
+    return [*stages, ("evaluate teacher", ["evaluate", *teacher, *scale.val, *evaluation, "--name", "teacher"])]
+
+
+def run_all(stages: list[tuple[str, list[str]]], out: Path, expected: dict[str, float] | None = None) -> None:
+    """Run every stage, echoing it, with a line that says how far the whole job is.
+
+    stages.json keeps the seconds of each, as first run; null where it was stopped and went on, which no time is fair
+    for. `expected` are seconds of each stage on some machine. Raises DimefmError where a stage fails, StoppedError
+    where it was stopped by a signal.
+    """
+    record = str(out / "stages.json")
+    seconds: dict[str, float | None] = storage.read_json(record) if storage.exists(record) else {}
+    began, pace = time.monotonic(), _Pace(expected or {})
+    for number, (name, words) in enumerate(stages, 1):
+        left = pace.left([name for name, _ in stages[number - 1 :]])
+        spent = duration(time.monotonic() - began)
+        say(f"\n[{number} of {len(stages)}] {name}: {spent} so far{left}")
+        say(f"$ {shlex.join(['dimefm', *words])}")
+        first = name not in seconds
+        storage.write_json(record, {**seconds, name: seconds.get(name)})
+        stage_began = time.monotonic()
+        code = run_stage(words)
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            remedy = "the same command goes on from there"
+            raise StoppedError(f"the job was stopped in {name}", signal=code - 128, remedy=remedy)
+        if code:
+            raise DimefmError(f"{name} failed with exit code {code}", remedy="mend it and run this again")
+        took = time.monotonic() - stage_began
+        pace.add(name, took)
+        seconds[name] = round(took, 1) if first else seconds[name]
+        storage.write_json(record, seconds)
+
+
+class _Pace:
+    """How this machine compares with that of the expected seconds, by the stages that are done."""
+
+    def __init__(self, expected: dict[str, float]) -> None:
+        self._expected = expected
+        self._took = self._planned = 0.0
+
+    def add(self, name: str, seconds: float) -> None:
+        self._took += seconds
+        self._planned += self._expected.get(name, seconds)
+
+    def left(self, names: list[str]) -> str:
+        if any(name not in self._expected for name in names):
+            return ""
+        rest = sum(self._expected[name] for name in names)
+        return f", about {duration(rest * (self._took / self._planned if self._planned else 1))} left of all"
+
+
+def run_stage(words: list[str]) -> int:
+    """One command in a process of its own; its exit code. Forked from one that has imported the libraries already,
+    which would take each of a dozen commands some seconds more."""
+    _STAGES.set_forkserver_preload(_LIBRARIES)
+    process = _STAGES.Process(target=_dimefm, args=(words,))
+    process.start()
+    with _signals_are_for(process):
+        process.join()
+    code = process.exitcode
+    assert code is not None
+    return 128 - code if code < 0 else code  # as a shell reports a signal
+
+
+def _dimefm(words: list[str]) -> None:
+    from dimefm.cli import main
+
+    sys.argv = ["dimefm", *words]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    main()
+
+
+@contextmanager
+def _signals_are_for(process: BaseProcess) -> Iterator[None]:
+    """Let a stage end in its own way, and this process after it: Ctrl-C reaches all processes of a terminal's job, and
+    SIGTERM is handed on."""
+    handlers = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: lambda *_: process.terminate()}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--scale", "name", type=click.Choice(["smoke", "sample", "paper"]), default="sample", show_default=True)
+@click.option("--out", "folder", help="Folder for everything. Default: runs/SCALE.")
+@click.option("--images", multiple=True, help="Scale paper: image sources.")
+@click.option("--texts", multiple=True, help="Scale paper: text sources.")
+@click.option("--val", multiple=True, help="Scale paper: labelled sets.")
+@click.option("--teacher", default="ViT-L-14-quickgelu", show_default=True, help="Scale paper: open_clip name.")
+@click.option("--pretrained", default="openai", show_default=True, help="Scale paper: its weights.")
+@click.option("--dry-run", is_flag=True, help="Print the commands, and for scale paper what it would cost.")
+def main(
+    name: str,
+    folder: str | None,
+    images: tuple[str, ...],
+    texts: tuple[str, ...],
+    val: tuple[str, ...],
+    teacher: str,
+    pretrained: str,
+    dry_run: bool,
+) -> None:
+    """Run the whole DIME-FM job. Stopped and run again, it goes on where it was."""
+    if name == "paper":
+        named = ("--teacher", teacher, "--pretrained", pretrained)
+        if not dry_run and not (images and texts and val):
+            raise click.UsageError("scale paper needs --images, --texts and --val (or --dry-run)")
+        places = (images or ("IMAGES",), texts or ("TEXTS",), val or ("VAL",))
+        scale = Scale(teacher=named, images=places[0], texts=places[1], val=places[2], students=(PAPER_STUDENT,))
+    else:
+        scale = smoke_scale() if name == "smoke" else sample_scale()
+    try:
+        out = Path(storage.local(folder, "the folder of a whole job")) if folder else Path("runs") / name
+        stages = commands(scale, out)
+        if dry_run:
+            for _, words in stages:
+                say(f"$ {shlex.join(['dimefm', *words])}")
+            if name == "paper":
+                say("\n" + paper_forecast(images, texts, measured_rates()))
+            return
+        run_all(stages, out, scale.seconds)
+        report = write_report(out, scale.students)
+    except StoppedError as error:
+        say(f"Stopped: {error}", err=True)
+        sys.exit(128 + error.signal)
+    except (DimefmError, SchemaError) as error:
+        raise click.ClickException(text(error)) from error
+    say("\n" + report.text)
+    if report.missed:
+        raise click.ClickException(f"below the bar: {', '.join(report.missed)}")
+
+
+if __name__ == "__main__":
+    wait_briefly()
+    main(prog_name="reproduce")

@@ -1,0 +1,1 @@
+"""Which sentences are nearest to an image: exact search, FAISS indexes, `retrieve` and `search`."""

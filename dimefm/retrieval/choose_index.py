@@ -1,0 +1,136 @@
+"""Which index: from the number of rows, their width and the memory there is. Arithmetic alone, FAISS is not needed.
+
+The rules come from measurements (benchmarks/RESULTS.md, `python -m benchmarks retrieval`). Up to 100,000 rows exact
+search is as fast as any index. Beyond that: inverted lists of 4-bit product codes of the residuals, scanned with SIMD
+look-ups, whose best candidates are scored again from the store itself. Codes alone never reach a recall of 0.95.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dimefm.errors import DimefmError
+from dimefm.system.progress import amount
+
+EXACT_ROWS = 100_000
+RESCORE = (10, 20, 50, 100)
+"""Candidates over k that are tried, where an index has coarse codes."""
+
+TRAIN_PER_CENTROID = 64
+_LEAST_PER_CENTROID = 39  # below it FAISS warns that clusters are too few points
+_KMEANS_ROUNDS = 10
+_MANY_LISTS, _MOST_LISTS = 65536, 262144
+_PROGRAM = 700_000_000  # bytes of the process itself, its libraries among them
+_PARTS, _PART_ROWS = 8, (65_536, 2_000_000)
+
+
+@dataclass(frozen=True)
+class IndexPlan:
+    """A FAISS factory string; how many rows to train it on; its size; the rows of a part. Sizes in bytes."""
+
+    factory: str
+    train_rows: int
+    bytes: int
+    part_rows: int
+
+
+def plan_index(rows: int, dim: int, memory: int, factory: str | None = None) -> IndexPlan:
+    """The index for that many rows, within `memory` bytes for the whole process; or `factory`, if one is given.
+
+    Raises DimefmError where no choice fits, saying how much memory would do.
+    """
+    room = memory - _PROGRAM
+    part_rows = min(max(rows // _PARTS, _PART_ROWS[0]), _PART_ROWS[1])
+    if factory:
+        centroids = _centroids_of(factory)
+        return IndexPlan(factory, _train_rows(rows, dim, centroids, room), 0, part_rows)
+    if rows <= EXACT_ROWS and rows * dim * 4 <= room / 2:
+        return IndexPlan("Flat", 0, rows * dim * 4, part_rows)
+    lists = min(1 << int(math.log2(4 * math.sqrt(rows))), _MANY_LISTS)
+    if rows > 50_000_000:
+        lists = _MOST_LISTS
+    while lists > 16 and _LEAST_PER_CENTROID * lists * dim * 4 > room / 2:
+        lists //= 2
+    smallest = 0
+    for share in (4, 8, 16):
+        codes = _codes(dim, 2 * dim // share)
+        bytes_per_code = math.ceil(codes / 2)
+        smallest = rows * (bytes_per_code + 8) + lists * dim * 4
+        if smallest * (1 + 1 / _PARTS) <= room:  # as it is merged: the whole, and the part that comes next
+            graph = "_HNSW32" if lists == _MOST_LISTS else ""
+            name = f"IVF{lists}{graph},PQ{codes}x4fs"
+            return IndexPlan(name, _train_rows(rows, dim, lists, room), smallest, part_rows)
+    needed = amount(smallest * (1 + 1 / _PARTS) + _PROGRAM)
+    what = f"no index over {rows:,} rows of width {dim} fits into {amount(memory)}: the smallest takes {needed}"
+    raise DimefmError(what, remedy="give more --memory, or search exactly, without an index")
+
+
+def _codes(dim: int, most: int) -> int:
+    """Into how many parts vectors of that width can be cut, `most` at most."""
+    return next(codes for codes in range(max(most, 1), 0, -1) if dim % codes == 0)
+
+
+def has_coarse_codes(factory: str) -> bool:
+    """Whether an index's own scores are too rough to be taken: its candidates are scored again from the store."""
+    return any(code in factory for code in ("PQ", "RaBitQ", "SQ4", "SQ6", "SQ8", "RQ", "LSQ", "PCA", "ITQ"))
+
+
+def breakeven_queries(rows: int, plan: IndexPlan) -> int:
+    """For how many queries exact search takes as many products as building the index does: k-means over the training
+    rows and the assignment of every row to a list, in units of rows x width."""
+    centroids = _centroids_of(plan.factory)
+    return round(centroids * (1 + _KMEANS_ROUNDS * plan.train_rows / rows))
+
+
+@dataclass(frozen=True)
+class IndexForecast:
+    """What `dimefm.retrieval.build_index.build_index` would build, and how many queries of exact search take as many products as the
+    building; of how many queries is known, if any."""
+
+    rows: int
+    dim: int
+    memory: int
+    plan: IndexPlan
+    breakeven: int
+    queries: int | None
+
+    @property
+    def exact_is_cheaper(self) -> bool:
+        """For the queries that are known of."""
+        return self.queries is not None and self.queries <= self.breakeven
+
+    def show(self) -> str:
+        """As `build-index --dry-run` prints it."""
+        plan = self.plan
+        size = f"{amount(plan.bytes)}, " if plan.bytes else ""
+        return "\n".join(
+            [
+                f"rows     {self.rows:,}, {self.dim} wide",
+                f"factory  {plan.factory}, trained on {plan.train_rows:,} rows",
+                f"size     {size}built in parts of {plan.part_rows:,} rows within {amount(self.memory)}",
+                f"exact    {self.advice()}",
+            ]
+        )
+
+    def advice(self) -> str:
+        """When to do without an index."""
+        if not self.breakeven:
+            return "the index holds all rows as they are: it saves reading them, not products"
+        least = f"up to {self.breakeven:,} queries take less work than the building"
+        if self.queries is None:
+            return f"{least}: dimefm retrieve without --index"
+        verdict = "exact search is cheaper: dimefm retrieve without --index" if self.exact_is_cheaper else "build it"
+        return f"{least}; for the {self.queries:,} of --queries, {verdict}"
+
+
+def _centroids_of(factory: str) -> int:
+    for word in factory.replace("_", ",").split(","):
+        if word.startswith("IVF") and word[3:].isdigit():
+            return int(word[3:])
+    return 0
+
+
+def _train_rows(rows: int, dim: int, centroids: int, room: float) -> int:
+    wanted = max(TRAIN_PER_CENTROID * centroids, 10_000)
+    return min(rows, wanted, max(int(room / 2) // (dim * 4), 1000))

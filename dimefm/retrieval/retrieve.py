@@ -1,0 +1,213 @@
+"""`retrieve` over stores on disk: with an index, or exactly, checked against each other before anything is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cache_schemas import Failure, PairsStore, Selection, Status, digest_of
+from cache_schemas.embedding_store import ATTRIBUTES_KEY
+from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
+from dimefm.errors import OutputExistsError, StoreError
+from dimefm.retrieval.exact_search import Search
+from dimefm.retrieval.open_search import open_search
+from dimefm.store.commit import make_commit, remove_commit, write_commit
+from dimefm.store.embedding_store import Store, require_same_teacher
+from dimefm.store.failures import require_embeddings
+from dimefm.store.pairs_store import Pairs
+from dimefm.store.zarr_arrays import digest_arrays, write_rows
+from dimefm.system import storage
+from dimefm.system.lease import require_held
+from dimefm.system.lock import writing
+from dimefm.system.progress import Progress
+
+
+def retrieve_stores(
+    images: str, texts: str, *, top_k: int, out: str, index: str | None = None, device: str | None = None
+) -> Selection:
+    """The `top_k` sentences of every image, by an index over `texts` or, without one, by exact search on `device`.
+
+    Raises MismatchError where the teachers differ or the index is over another store, StoreError where a store is
+    unfinished or has no embedding at all, and what `dimefm.retrieval.retrieve.retrieve` raises.
+    """
+    image_store, text_store = Store(images), Store(texts)
+    for store, kind in ((image_store, "image"), (text_store, "text")):
+        store.require_kind(kind)
+        store.require_complete()
+        require_embeddings(store)
+    require_same_teacher(image_store, text_store)
+    search, name, digest = open_search(text_store, index, device)
+    with Progress("retrieving", image_store.schema.rows, "image") as progress:
+        found = retrieve(
+            image_store,
+            text_store,
+            search,
+            index=name,
+            index_digest=digest,
+            top_k=min(top_k, text_store.schema.rows),
+            out=out,
+            progress=progress.at,
+        )
+    if not found.images:
+        raise StoreError(
+            f"{out}: not one sentence is found for any image", remedy="build the index again, or search exactly"
+        )
+    return found
+
+
+def retrieve(
+    images: Store,
+    texts: Store,
+    search: Search,
+    *,
+    index: str,
+    index_digest: str,
+    top_k: int,
+    out: str,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Selection:
+    """Write the `top_k` sentences of every image to `out`, a shard at a time, and count the hits of each sentence.
+
+    `search` is over `texts`; `index` and `index_digest` are what is written of it. Images without a finite, non-zero
+    embedding get no sentence and are counted. Goes on where an earlier run stopped, and does shards again whose images
+    were encoded again since. Raises OutputExistsError where `out` holds something else or the texts have changed,
+    StoreError where it cannot be written or another process writes to it.
+    """
+    out = storage.absolute(out)
+    schema = PairsStore(
+        images=images.path,
+        images_identity=images.schema.identity,
+        texts=texts.path,
+        texts_identity=texts.schema.identity,
+        index=index,
+        index_digest=index_digest,
+        top_k=top_k,
+        rows=images.schema.rows,
+        text_rows=texts.schema.rows,
+        shard_rows=images.schema.shard_rows,
+        texts_data=texts.contents.digest,
+    )
+    with writing(out):
+        pairs = _open_or_create(out, schema)
+        pending = _pending(pairs, images)
+        hits = storage.join(pairs.path, HITS_COMMIT)
+        if not pending and storage.exists(hits):
+            return pairs.selection()
+        storage.remove_leftovers(pairs.path)
+        storage.remove_file(hits)  # before what it counts changes
+        for shard in range(schema.shards):
+            if shard in pending:
+                _retrieve_shard(pairs, images, search, shard)
+            progress(schema.shard_range(shard)[1])
+        return _count_hits(pairs)
+
+
+def _pending(pairs: Pairs, images: Store) -> set[int]:
+    """The shards that are not done, or were done for other embeddings than the images have now."""
+    now, done = images.contents.shards, pairs.images_data()
+    same = {shard for shard, digest in done.items() if digest in (None, now.get(shard))}
+    return {shard for shard in range(pairs.schema.shards) if str(shard) not in same}
+
+
+def _open_or_create(out: str, schema: PairsStore) -> Pairs:
+    attributes = storage.join(out, "zarr.json")
+    names = {name for name in storage.listing(out) if not name.endswith(".partial")}  # zarr's, of a killed writer
+    strangers = names - {"zarr.json", TEXT_ROW, SCORE, HITS, "commits"}
+    if strangers:
+        what = f"{out} exists and is not a pseudo-text store (it holds {min(strangers)!r})"
+        raise OutputExistsError(what, remedy="give another --out")
+    planned = storage.exists(attributes) and ATTRIBUTES_KEY in storage.read_json(attributes).get("attributes", {})
+    if not planned:
+        with storage.writing_to(out):
+            return Pairs.create(out, schema)
+    pairs = Pairs(out)
+    old, new = pairs.schema, schema
+    fields = ["images_identity", "texts_identity", "index_digest", "top_k", "shard_rows"]
+    fields += [] if old.texts_data is None else ["texts_data"]
+    differences = [f"{n}: {getattr(old, n)} != {getattr(new, n)}" for n in fields if getattr(old, n) != getattr(new, n)]
+    if "texts_data" in fields and old.texts_data != new.texts_data:
+        what = f"{out} was retrieved from other embeddings of {new.texts} than it has now: {'; '.join(differences)}"
+        raise OutputExistsError(what, remedy="give another --out, or delete it: all images must be searched again")
+    if differences:
+        what = f"{out} exists and differs: {'; '.join(differences)}"
+        raise OutputExistsError(what, remedy="give another --out, or delete it")
+    return pairs
+
+
+def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> None:
+    began = time.monotonic()
+    start, stop = pairs.schema.shard_range(shard)
+    status_N = images.status(start, stop)
+    valid_N, embedding_ND = images.valid_rows(start, stop)
+    good_N = valid_N - start
+    unusable_N = status_N == Status.OK
+    unusable_N[good_N] = False
+    status_N[unusable_N] = Status.NOT_FINITE
+    row_NK = np.full((stop - start, pairs.schema.top_k), -1, np.int32)
+    score_NK = np.full(row_NK.shape, np.nan, np.float16)
+    for at in range(0, len(good_N), search.batch):
+        part = slice(at, at + search.batch)
+        scores, rows = search.search(embedding_ND[part], pairs.schema.top_k)
+        row_NK[good_N[part]], score_NK[good_N[part]] = rows, np.where(rows >= 0, scores, np.nan)
+    # What is read of the images is read before: an error of that is none of writing.
+    failures, images_digest = _without_embedding(images, shard, status_N), images.contents.shards[str(shard)]
+    with storage.writing_to(pairs.path):
+        remove_commit(pairs.path, shard)  # of one that is done again
+        for name, values in ((TEXT_ROW, row_NK), (SCORE, score_NK)):
+            file = f"{name}/c/{shard}/0"
+            storage.remove_file(storage.join(pairs.path, file))  # zarr would read what a stopped run left
+            array = pairs.group[name].with_config({"write_empty_chunks": True})
+            write_rows(pairs.path, file, array, start, values)
+        commit = make_commit(
+            shard,
+            start,
+            status_N,
+            failures,
+            digest=digest_arrays(row_NK, score_NK),
+            device=search.device,
+            seconds=time.monotonic() - began,
+            images=images_digest,
+        )
+        write_commit(pairs.path, commit)
+
+
+def _without_embedding(images: Store, shard: int, status_N: np.ndarray[Any, Any]) -> list[Failure]:
+    places = np.flatnonzero(status_N != Status.OK)
+    if not len(places):
+        return []
+    rows = images.plan(shard).take(places).select(["row", "key", "file"]).to_pylist()
+    names, reason = [Status(code).name for code in status_N[places]], "the image has no embedding"
+    return [Failure(**row, status=name, reason=reason) for row, name in zip(rows, names, strict=True)]
+
+
+def _count_hits(pairs: Pairs) -> Selection:
+    schema = pairs.schema
+    hits_T = np.zeros(schema.text_rows, np.uint32)
+    images, total = 0, 0.0
+    for shard in range(schema.shards):
+        row_NK = pairs.text_rows(*schema.shard_range(shard))
+        used = row_NK[row_NK >= 0]
+        hits_T += np.bincount(used, minlength=schema.text_rows).astype(np.uint32)
+        images += int((row_NK[:, 0] >= 0).sum())
+        total += float(np.nansum(pairs.scores(*schema.shard_range(shard)).astype(np.float64)))
+    with storage.writing_to(pairs.path):
+        storage.remove_folder(storage.join(pairs.path, f"{HITS}/c"))  # as with the shards
+        pairs.group[HITS][:] = hits_T
+        storage.flush_tree(storage.join(pairs.path, HITS))
+    made_from = pairs.images_data()
+    selection = Selection(
+        images=images,
+        skipped=schema.rows - images,
+        selected=int((hits_T > 0).sum()),
+        text_rows=schema.text_rows,
+        mean_score=round(total / max(1, int(hits_T.sum())), 6),
+        digest=digest_arrays(hits_T),
+        images_data=None if None in made_from.values() else digest_of(made_from),
+    )
+    with storage.writing_to(pairs.path):
+        require_held(pairs.path)
+        storage.write_json(storage.join(pairs.path, HITS_COMMIT), selection.to_json())
+    return selection

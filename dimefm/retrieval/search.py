@@ -1,0 +1,134 @@
+"""`dimefm search`: what a person's own image or sentence is nearest to: the fastest way to see that a cache is sane."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache_schemas.index import SIDECAR_FILE
+from dimefm.errors import MismatchError, SourceError, StoreError, TeacherError
+from dimefm.images.decode import DecodeError
+from dimefm.images.preprocess import Preprocess
+from dimefm.models.clip import Clip, load_clip
+from dimefm.models.hub import require_here
+from dimefm.retrieval.open_search import open_search
+from dimefm.store.embedding_store import Store
+from dimefm.store.failures import require_embeddings
+from dimefm.system import storage
+from dimefm.system.inert_text import line
+from dimefm.system.named_paths import named
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A row of the store with its cosine similarity to the query; `entry` is the plan's: key and text, or key, file and
+    where in it."""
+
+    score: float
+    row: int
+    entry: dict[str, Any]
+
+
+def search(
+    path: str,
+    *,
+    images: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    top_k: int = 10,
+    teacher: str | None = None,
+    pretrained: str | None = None,
+    device: str | None = None,
+) -> list[list[Hit]]:
+    """The `top_k` rows nearest to each image file and then to each sentence, best first. `path` is an index, or a store
+    that is searched exactly; its teacher encodes the queries, from where it was or from `teacher`.
+
+    Raises StoreError for what is neither and where nothing is found, SourceError for an image that cannot be read,
+    TeacherError or MismatchError for a teacher that is not to be had or is another.
+    """
+    index = path if storage.exists(storage.join(path, SIDECAR_FILE)) else None
+    store = _store_of(index) if index else _open_store(path)
+    # What costs little comes before the teacher, which may take a minute to load.
+    pixels = [_read_image(store, image) for image in images]
+    found, _, _ = open_search(store, index, device)
+    clip = _teacher(store, teacher, pretrained, device)
+    queries = [clip.encode_images(image[None]) for image in pixels] + [clip.encode_texts([text]) for text in texts]
+    if not queries:
+        return []
+    # In the store's type, so that what is a row of it has a cosine of 1 to itself.
+    queries_QD = torch.cat(queries).cpu().numpy().astype(store.schema.dtype).astype(np.float32)
+    scores_QK, rows_QK = found.search(queries_QD, min(top_k, store.schema.rows))
+    if not (rows_QK >= 0).any():
+        require_embeddings(store)
+        raise StoreError(f"{path}: nothing is found", remedy=f"search the store itself, {store.path}")
+    return [_hits(store, scores_K, rows_K) for scores_K, rows_K in zip(scores_QK, rows_QK, strict=True)]
+
+
+def show(query: str, hits: Sequence[Hit]) -> str:
+    """A query, and below it a line for each hit: cosine, row, sentence or key, and where it is from. Of float16 vectors
+    a fourth digit of a cosine is noise."""
+    if not hits:
+        return f"{line(query)}\n  nothing is found"
+    width = len(str(max(hit.row for hit in hits)))
+    lines = [f"  {hit.score:6.3f}  row {hit.row:<{width}}  {_what(hit.entry)}" for hit in hits]
+    return "\n".join([line(query), *lines])
+
+
+def _what(entry: dict[str, Any]) -> str:
+    what, where = (entry["text"], entry["key"]) if "text" in entry else (entry["key"], entry["file"])
+    return line(f"{' '.join(what.split())}  ({where})")
+
+
+def _store_of(index: str) -> Store:
+    from dimefm.retrieval.faiss_index import read_sidecar
+
+    folder = storage.absolute(index)
+    return Store(named(read_sidecar(folder).store, storage.join(folder, SIDECAR_FILE)))
+
+
+def _open_store(path: str) -> Store:
+    if not storage.exists(storage.join(path, "zarr.json")):
+        what = f"{path} is neither a dimefm store nor an index"
+        raise StoreError(what, remedy="give the --out of cache-images, cache-texts or build-index")
+    return Store(path)
+
+
+def _teacher(store: Store, teacher: str | None, pretrained: str | None, device: str | None) -> Clip:
+    known, remedy = store.schema.teacher, "give --teacher, where that of the store is now"
+    if not teacher:
+        require_here(known.name, store.path)
+    try:
+        name, tag = teacher or known.name, pretrained if teacher else known.pretrained
+        clip = load_clip(name, tag, known=known, device=device)
+    except TeacherError as error:
+        if teacher:
+            raise
+        raise TeacherError(error.what, remedy=remedy) from error
+    differences = known.differences(clip.identity, ignore=("precision",))
+    if differences:
+        what = f"{clip.identity.name} is not the teacher of {store.path}: {'; '.join(differences)}"
+        raise MismatchError(what, remedy=remedy)
+    return clip
+
+
+def _read_image(store: Store, path: str) -> torch.Tensor:
+    """As the teacher of the store takes it."""
+    try:
+        return Preprocess(store.schema.teacher.preprocessing)(storage.read_bytes(path))
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except DecodeError as error:
+        reason = str(error)
+    raise SourceError(f"{path}: {reason}", remedy="give an image file")
+
+
+def _hits(store: Store, scores_K: np.ndarray[Any, Any], rows_K: np.ndarray[Any, Any]) -> list[Hit]:
+    found_K = rows_K >= 0
+    rows = rows_K[found_K]
+    entries = store.samples(rows)
+    return [
+        Hit(float(score), int(row), entry) for score, row, entry in zip(scores_K[found_K], rows, entries, strict=True)
+    ]

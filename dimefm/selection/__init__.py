@@ -1,0 +1,1 @@
+"""Which sentences are worth training on: `select-texts`."""

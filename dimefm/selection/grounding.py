@@ -1,0 +1,135 @@
+"""How much images ground a sentence: a score for every sentence of a store, from a sample of images.
+
+Shapes: M images, N sentences of a block, T sentences, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import torch
+
+from cache_schemas import Status
+from cache_schemas.text_selection import SCORES
+from dimefm.errors import SelectionError
+from dimefm.store.embedding_store import Store
+from dimefm.system import storage
+
+NEAREST = 16
+_SENTENCES = 16384  # in the sample that tells what an image's ordinary similarity is
+_BLOCK = 1024  # with 16,384 images, 64 MiB of similarities
+_CRC = 4
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """A sample of images, and what their similarity to an ordinary sentence is.
+
+    With s = cosine(sentence, image), the score of a sentence is standardised twice:
+
+        z = (s - mean of s over a sample of sentences) / its deviation                        for each image
+        score = (mean of the sentence's 16 largest z - mean of its z) / deviation of its z    over the sampled images
+
+    that is, by how many deviations the images nearest to a sentence stand out from all the others. The maximum of s
+    alone would rank the teacher's habits: some images are near every sentence, some sentences near every image (hubs),
+    and a text encoder whose embeddings lie in a narrow cone puts all of them at much the same distance. This is the
+    double centring of a two-way table, and the aim is that of the local scaling in CSLS (Conneau et al. 2018,
+    arXiv 1710.04087). Which scores were compared, on which data: benchmarks/selection.py.
+    """
+
+    scaled_DM: torch.Tensor
+    offset_M: torch.Tensor
+
+    @staticmethod
+    def sample(images: Store, texts: Store, count: int, *, seed: int, device: str) -> Grounding:
+        """At most `count` images and 16,384 sentences, drawn by `seed`. Raises SelectionError for fewer than two."""
+        image_MD = _draw(images, count, (seed, 0)).to(device)
+        text_ND = _draw(texts, _SENTENCES, (seed, 1)).to(device)
+        for name, vectors, store in (("images", image_MD, images), ("sentences", text_ND, texts)):
+            if len(vectors) < 2:
+                what = f"{store.path} has {len(vectors)} {name} with an embedding; a score takes two or more"
+                raise SelectionError(what, remedy="select by hits, or at random")
+        sums_M = torch.zeros(len(image_MD), dtype=torch.float64, device=device)
+        squares_M = sums_M.clone()
+        for part_ND in text_ND.split(_BLOCK):
+            similarity_NM = part_ND @ image_MD.T
+            sums_M += similarity_NM.sum(dim=0, dtype=torch.float64)
+            squares_M += similarity_NM.square().sum(dim=0, dtype=torch.float64)
+        mean_M = sums_M / len(text_ND)
+        deviation_M = (squares_M / len(text_ND) - mean_M.square()).clamp_min(1e-12).sqrt()
+        return Grounding((image_MD / deviation_M[:, None].float()).T.contiguous(), (mean_M / deviation_M).float())
+
+    def scores(self, embedding_ND: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The score of each sentence, float32 (N,), dimensionless."""
+        return self._scores(torch.from_numpy(embedding_ND).to(self.offset_M.device)).cpu().numpy()
+
+    def _scores(self, half_ND: torch.Tensor) -> torch.Tensor:
+        found = [self.offset_M.new_empty(0)]
+        images = len(self.offset_M)
+        nearest = max(1, min(NEAREST, images // NEAREST))
+        for part_ND in half_ND.split(_BLOCK):
+            z_NM = part_ND.float() @ self.scaled_DM - self.offset_M
+            deviation_N, mean_N = torch.std_mean(z_NM, dim=1, correction=0)
+            top_N = z_NM.topk(nearest, dim=1).values.mean(dim=1)
+            found.append((top_N - mean_N) / deviation_N.clamp_min(1e-6))
+        return torch.cat(found)
+
+
+def _draw(store: Store, count: int, seed: tuple[int, int]) -> torch.Tensor:
+    rows = np.flatnonzero(store.status() == Status.OK)
+    chosen = np.sort(np.random.default_rng(seed).choice(rows, min(count, len(rows)), replace=False))
+    embedding_ND = store.gather(chosen).astype(np.float32)
+    return torch.from_numpy(embedding_ND[np.isfinite(embedding_ND).all(axis=1) & embedding_ND.any(axis=1)])
+
+
+def score_texts(
+    images: Store,
+    texts: Store,
+    out: str,
+    *,
+    count: int,
+    seed: int,
+    device: str,
+    earlier: str | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> np.ndarray[Any, Any]:
+    """The score of every sentence, float32 (T,), NaN without an embedding; each shard's are kept in `out`.
+
+    Shards whose scores are there, or in another such folder `earlier`, are not scored again, unless they are damaged.
+    Raises StoreError where `out` cannot be written, SelectionError as `Grounding.sample` does.
+    """
+    score_T = np.full(texts.schema.rows, np.nan, np.float32)
+    grounding: Grounding | None = None
+    for shard in range(texts.schema.shards):
+        start, stop = texts.schema.shard_range(shard)
+        path = storage.join(out, f"{SCORES}/{shard:06d}")
+        found = _read_scores(path, stop - start)
+        if found is None and earlier is not None:
+            found = _read_scores(storage.join(earlier, f"{SCORES}/{shard:06d}"), stop - start)
+        if found is None:
+            if grounding is None:
+                grounding = Grounding.sample(images, texts, count, seed=seed, device=device)
+            found = np.full(stop - start, np.nan, np.float32)
+            rows_N, embedding_ND = texts.valid_rows(start, stop)
+            found[rows_N - start] = grounding.scores(embedding_ND)
+            data = found.astype("<f4").tobytes()
+            with storage.writing_to(out):
+                storage.write_atomic(path, data + google_crc32c.value(data).to_bytes(_CRC, "little"))
+        score_T[start:stop] = found
+        progress(stop)
+    return score_T
+
+
+def _read_scores(path: str, count: int) -> np.ndarray[Any, Any] | None:
+    """The scores of a shard, None where they are missing or damaged."""
+    if not storage.exists(path):
+        return None
+    content = storage.read_bytes(path)
+    data, checksum = content[:-_CRC], int.from_bytes(content[-_CRC:], "little")
+    if len(data) != count * 4 or google_crc32c.value(data) != checksum:
+        return None
+    return np.frombuffer(data, "<f4").astype(np.float32)

@@ -1,0 +1,209 @@
+"""What a selection leaves for a reader: the kept sentences, counts by source file, examples, and a report of these.
+
+Shapes: T sentences of the store.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cache_schemas.text_selection import (
+    ROWS_FILE,
+    SELECTED_ROWS,
+    SENTENCES_FILE,
+    Example,
+    Histogram,
+    SelectionSettings,
+    SourceShare,
+    TextSelection,
+)
+from dimefm.selection.choose_texts import Choice, Fate, ranking
+from dimefm.store.embedding_store import Store
+from dimefm.system import storage
+from dimefm.system.inert_text import markdown
+from dimefm.system.progress import Progress
+
+_BINS, _EXAMPLES, _SOURCES, _BAR, _CUT = 20, 8, 50, 40, 160
+
+
+def source_file(key: str) -> str:
+    """The file, or the labelled set, that a sentence's key says it is of; empty where the key says none."""
+    file, colon, _ = key.rpartition(":")
+    return file if colon else key.partition("/")[0] if "/" in key else ""
+
+
+def write_kept(
+    out: str, texts: Store, fate_T: np.ndarray[Any, Any], hits_T: np.ndarray[Any, Any], score_T: np.ndarray[Any, Any]
+) -> tuple[tuple[SourceShare, ...], str]:
+    """Write rows.parquet and sentences.txt, a shard of the store at a time; the share kept of each source file, and the
+    sha256 of rows.parquet. Raises StoreError where they cannot be written."""
+    total: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
+    path = storage.join(out, ROWS_FILE)
+    with (
+        storage.writing_to(out),
+        storage.writing_atomically(path) as file,
+        pq.ParquetWriter(file, SELECTED_ROWS, compression="zstd") as writer,
+        Progress("writing", texts.schema.rows, "text") as progress,
+    ):
+        for shard in range(texts.schema.shards):
+            start, stop = texts.schema.shard_range(shard)
+            plan, chosen = texts.plan(shard), np.flatnonzero(fate_T[start:stop] == Fate.KEPT)
+            files = [source_file(key) for key in plan["key"].to_pylist()]
+            kept_files = [files[i] for i in chosen.tolist()]
+            score = score_T[start + chosen]
+            columns = {
+                "row": pa.array(start + chosen, pa.int64()),
+                "score": pa.array(score, pa.float32(), mask=np.isnan(score)),
+                "hits": pa.array(hits_T[start + chosen], pa.uint32()),
+                "file": pa.array(kept_files, pa.string()),
+                "text": plan["text"].take(pa.array(chosen)),
+            }
+            writer.write_table(pa.table(columns, schema=SELECTED_ROWS))
+            total.update(files)
+            kept.update(kept_files)
+            progress.at(stop)
+    # One file after the other: of two at once, an object store's file system would finish the second alone.
+    with storage.writing_to(out), storage.writing_atomically(storage.join(out, SENTENCES_FILE)) as file:
+        for shard in range(texts.schema.shards):
+            chosen = np.flatnonzero(fate_T[slice(*texts.schema.shard_range(shard))] == Fate.KEPT)
+            sentences = texts.plan(shard)["text"].take(pa.array(chosen)).to_pylist()
+            file.write("".join(f"{' '.join(text.split())}\n" for text in sentences).encode())
+    sources = tuple(SourceShare(file=name, rows=total[name], kept=kept[name]) for name in sorted(total))
+    return sources, storage.digest_file(path)
+
+
+def histogram(
+    settings: SelectionSettings,
+    fate_T: np.ndarray[Any, Any],
+    hits_T: np.ndarray[Any, Any],
+    score_T: np.ndarray[Any, Any],
+) -> Histogram | None:
+    """Kept and dropped sentences by what ranks them; None for a random draw."""
+    if settings.by == "random":
+        return None
+    there_T = fate_T != Fate.NO_EMBEDDING
+    value_T, kept_T = (score_T if settings.by == "similarity" else hits_T)[there_T], fate_T[there_T] == Fate.KEPT
+    if settings.by == "similarity":
+        edges = np.linspace(float(value_T.min()), float(value_T.max()), _BINS + 1)
+    else:
+        edges = np.array([0, 1, *(1 + 2.0 ** np.arange(int(value_T.max()).bit_length() + 1))])
+    kept, dropped = (np.histogram(value_T[mask], edges)[0].tolist() for mask in (kept_T, ~kept_T))
+    of = "score" if settings.by == "similarity" else "images with it among their top k"
+    return Histogram(of=of, edges=tuple(round(e, 6) for e in edges.tolist()), kept=tuple(kept), dropped=tuple(dropped))
+
+
+def examples(
+    settings: SelectionSettings,
+    texts: Store,
+    choice: Choice,
+    hits_T: np.ndarray[Any, Any],
+    score_T: np.ndarray[Any, Any],
+) -> tuple[Example, ...]:
+    """Sentences by group: the best and the last that were kept, the best that were not, and some at random."""
+    fate_T, rng = choice.fate_T, np.random.default_rng((settings.seed, 5))
+    kept = np.flatnonzero(fate_T == Fate.KEPT)
+    ranked_out = (Fate.FEW_HITS, Fate.LOW_SCORE, Fate.POOL, Fate.SIZE)
+    groups: dict[str, np.ndarray[Any, Any]] = {}
+    if settings.by != "random":
+        order = ranking(settings, kept, hits_T, score_T)
+        groups["kept, the best"], groups["kept, the last"] = order[:_EXAMPLES], order[-_EXAMPLES:]
+        out = ranking(settings, np.flatnonzero(np.isin(fate_T, ranked_out)), hits_T, score_T)
+        groups["dropped, the best"] = out[:_EXAMPLES]
+    groups["kept, at random"] = _some(kept, rng)
+    groups["dropped, at random"] = _some(np.flatnonzero(np.isin(fate_T, ranked_out)), rng)
+    groups["dropped, of a cluster at its cap"] = _some(np.flatnonzero(fate_T == Fate.CAP), rng)
+    places = _some(np.arange(len(choice.repeated[0])), rng)
+    groups["dropped, repeated"] = choice.repeated[0][places]
+    like = dict(zip(*(rows[places].tolist() for rows in choice.repeated), strict=True))
+    others = {sample["row"]: sample["text"] for sample in texts.samples(np.array(list(like.values()), np.int64))}
+    return tuple(
+        Example(
+            group=group,
+            row=sample["row"],
+            score=None if np.isnan(score_T[sample["row"]]) else round(float(score_T[sample["row"]]), 4),
+            hits=int(hits_T[sample["row"]]),
+            file=source_file(sample["key"]),
+            text=sample["text"],
+            like=others[like[sample["row"]]] if group == "dropped, repeated" else None,
+        )
+        for group, rows in groups.items()
+        for sample in texts.samples(rows)
+    )
+
+
+def _some(rows: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    return np.sort(rng.choice(rows, min(_EXAMPLES, len(rows)), replace=False)) if len(rows) else rows
+
+
+def report(selection: TextSelection) -> str:
+    """The selection in Markdown."""
+    parts = [f"# {selection.kept:,} of {selection.rows:,} sentences", "", how(selection), "", "## By source file", ""]
+    parts += _source_table(selection)
+    parts += ["", "## What was left out", "", *(f"- {n:,} {text}" for text, n in selection.dropped.items())]
+    if not selection.dropped:
+        parts.append("- nothing")
+    if selection.histogram:
+        parts += ["", f"## By {selection.histogram.of}", "", "```", *_bars(selection.histogram), "```"]
+    for group in dict.fromkeys(example.group for example in selection.examples):
+        parts += ["", f"## Examples: {group}", ""]
+        parts += [_example(example) for example in selection.examples if example.group == group]
+    return "\n".join(parts) + "\n"
+
+
+def how(selection: TextSelection) -> str:
+    """The settings in a line, those that were asked for."""
+    settings = selection.plan.settings
+    words = [f"by {settings.by}"]
+    words += [f"{name.replace('_', ' ')} {getattr(settings, name):g}" for name in ("min_hits", "min_score", "pool")
+              if getattr(settings, name) is not None]  # fmt: skip
+    if settings.among is not None:
+        words.insert(1, "among the rows given")
+    if settings.dedup is not None:
+        words.append(f"none with a cosine of {settings.dedup:g} to a better one")
+    if selection.cap is not None:
+        words.append(f"at most {selection.cap:,} of each of {selection.clusters:,} clusters")
+    if settings.size is not None:
+        words.append(f"size {settings.size:,}")
+    if settings.images_sample is not None:
+        words.append(f"scored against {settings.images_sample:,} images")
+    if settings.by != "hits" or selection.clusters is not None:
+        words.append(f"seed {settings.seed}")
+    return ", ".join(words)
+
+
+def _source_table(selection: TextSelection) -> list[str]:
+    found = sorted(selection.sources, key=lambda source: (-source.kept, -source.rows, source.file))
+    lines = ["| file | sentences | kept | share of the file | share of the selection |", "|---|--:|--:|--:|--:|"]
+    for s in found[:_SOURCES]:
+        shares = f"{s.kept / s.rows:.1%} | {s.kept / selection.kept:.1%}"
+        lines.append(f"| {markdown(s.file) or '(none)'} | {s.rows:,} | {s.kept:,} | {shares} |")
+    if len(found) > _SOURCES:
+        lines.append(f"| and {len(found) - _SOURCES:,} more | | | | |")
+    return lines
+
+
+def _bars(found: Histogram) -> list[str]:
+    most = max(a + b for a, b in zip(found.kept, found.dropped, strict=True))
+    lines = [f"{'from':>10}  {'kept':>10}  {'dropped':>10}  # kept  . dropped"]
+    for low, kept, dropped in zip(found.edges[:-1], found.kept, found.dropped, strict=True):
+        whole = round(_BAR * (kept + dropped) / most)
+        full = round(whole * kept / max(1, kept + dropped))
+        lines.append(f"{low:>10.4g}  {kept:>10,}  {dropped:>10,}  {'#' * full}{'.' * (whole - full)}".rstrip())
+    return lines
+
+
+def _example(example: Example) -> str:
+    score = "no score" if example.score is None else f"{example.score:.3f}"
+    like = f" (like: {_short(example.like)})" if example.like is not None else ""
+    return f"- {score}, {example.hits:,} hits, {markdown(example.file)}: {_short(example.text)}{like}"
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    return markdown(flat if len(flat) <= _CUT else f"{flat[: _CUT - 3]}...")

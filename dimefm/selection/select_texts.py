@@ -1,0 +1,277 @@
+"""The visually grounded corpus: which sentences of a text store are worth training on, by what images say of them.
+
+Shapes: T sentences of the store, N image rows of a shard, K sentences an image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from cache_schemas.text_selection import (
+    PLAN_FILE,
+    REPORT_FILE,
+    ROWS_FILE,
+    SCORES,
+    SELECTION_FILE,
+    SENTENCES_FILE,
+    SelectionPlan,
+    SelectionSettings,
+    TextSelection,
+)
+from dimefm.errors import MismatchError, OutputExistsError, SelectionError
+from dimefm.selection.choose_texts import REASONS, Fate, choose
+from dimefm.selection.grounding import score_texts
+from dimefm.selection.report import examples, histogram, report, write_kept
+from dimefm.store.embedding_store import Store, require_same_data, require_same_teacher
+from dimefm.store.pairs_store import AGAIN, AGAIN_TEXTS, Pairs
+from dimefm.store.selected_texts import SelectedTexts
+from dimefm.store.zarr_arrays import digest_arrays
+from dimefm.system import storage
+from dimefm.system.lease import require_held
+from dimefm.system.lock import writing
+from dimefm.system.machine import choose_device
+from dimefm.system.named_paths import named
+from dimefm.system.progress import Progress
+
+IMAGES_SAMPLE = 16384
+_DATA = ("images_data", "texts_data")  # not compared with what was made before they were kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """How to select sentences, and what from: `pairs`, which name their image and text stores.
+
+    The sentences are ranked, `by`
+      hits        how many images have it among their top k, equals by the best cosine of these; without any: left out.
+                  The default, without more: the union over images, which trained the best students of all that were
+                  tried (benchmarks/RESULTS.md);
+      similarity  how far the images nearest to a sentence stand out from all others (dimefm.selection.grounding.Grounding), over
+                  a random sample of `images_sample` images (default 16,384);
+      random      the draw of `seed` (default 0).
+    Then come, each if asked for and in this order: `min_hits` images or more that have it among their top k;
+    `min_score` or more, by similarity of that score, else of the best cosine; the best `pool` of the ranking;
+    `dedup`: no sentence whose cosine to a better one, kept itself, is that or more; `balance`: the same cap on every
+    cluster of similar sentences, the smallest that fills `size`; the best `size` of the ranking. From which cosine on
+    two sentences are alike is the teacher's affair: where all of its sentences lie in a narrow cone, 0.98 may join
+    strangers. The report shows some that were left out, each with its better one.
+
+    `images` and `texts` say where the stores are now, if they were moved; `scores` is another selection over the same
+    stores whose scores by similarity are taken. `device` is that of the products. Raises SelectionError for settings
+    without effect.
+    """
+
+    pairs: str
+    out: str
+    by: Literal["hits", "similarity", "random"] = "hits"
+    min_hits: int | None = None
+    min_score: float | None = None
+    pool: int | None = None
+    dedup: float | None = None
+    balance: bool = False
+    size: int | None = None
+    images_sample: int | None = None
+    seed: int | None = None
+    images: str | None = None
+    texts: str | None = None
+    scores: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        given = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if value is not None}
+        low = ("--min-hits", "--pool", "--size", "--images-sample")
+        wrong = [f"{n} must be 1 or more, found {given[n]}" for n in low if given.get(n, 1) < 1]
+        if self.min_score is not None and not math.isfinite(self.min_score):
+            wrong.append(f"--min-score must be a number, found {self.min_score}")
+        if self.dedup is not None and not 0 < self.dedup < 1:
+            wrong.append(f"--dedup must lie between 0 and 1, found {self.dedup}")
+        clustered, scored = self.dedup is not None or self.balance, self.by == "similarity"
+        needs = {
+            "--images": ("--by similarity", scored),
+            "--images-sample": ("--by similarity", scored),
+            "--scores": ("--by similarity", scored),
+            "--pool": ("--dedup or --balance", clustered),
+            "--device": ("--by similarity, --dedup or --balance", scored or clustered),
+            "--seed": ("--by similarity, --by random, --dedup or --balance", self.by != "hits" or clustered),
+        }
+        wrong += [
+            f"{n} has no effect without {other}" for n, (other, there) in needs.items() if n in given and not there
+        ]
+        conditions = (self.size, self.min_hits, self.min_score, self.dedup)
+        if self.by != "hits" and all(value is None for value in conditions):
+            wrong.append("nothing says what to leave out: give --size, --min-score, --min-hits or --dedup")
+        if self.balance and self.size is None:
+            wrong.append("--balance has no effect without --size")
+        if self.balance and self.pool is not None and self.size is not None and self.pool <= self.size:
+            wrong.append(f"--balance has no effect: a --pool of {self.pool} leaves --size {self.size} no choice")
+        if self.balance and scored and all(value is None for value in (self.pool, self.min_hits, self.min_score)):
+            wrong.append(
+                "--balance over the whole store takes from every cluster, grounded or not: give --pool as well"
+            )
+        if wrong:
+            raise SelectionError("; ".join(wrong), remedy="change the named options")
+
+    def settings(self, among: str | None) -> SelectionSettings:
+        """What decides the result, with the defaults filled in."""
+        return SelectionSettings(
+            by=self.by,
+            among=among,
+            min_hits=1 if self.by == "hits" and self.min_hits is None else self.min_hits,
+            min_score=self.min_score,
+            pool=self.pool,
+            dedup=self.dedup,
+            balance=self.balance,
+            size=self.size,
+            images_sample=(self.images_sample or IMAGES_SAMPLE) if self.by == "similarity" else None,
+            seed=self.seed or 0,
+        )
+
+
+def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = None) -> TextSelection:
+    """Select sentences into the folder `config.out`; of `rows` of the text store alone, if they are given.
+
+    A run that was stopped goes on: the scores of finished shards are kept. Where the selection is there already,
+    nothing is done. Deterministic: the same call writes the same bytes, on one kind of device. Raises OutputExistsError
+    where `out` is something else or was made by other settings, MismatchError where the stores are not those of the
+    pairs, StoreError where one of them is unfinished, SelectionError where no sentence is left.
+    """
+    out, device = storage.absolute(config.out), choose_device(config.device)
+    pairs = Pairs(config.pairs)
+    hits_T = pairs.hits()
+    texts = Store(config.texts or named(pairs.schema.texts, pairs.path))
+    images = Store(config.images or named(pairs.schema.images, pairs.path)) if config.by == "similarity" else None
+    _require_stores(pairs, images, texts)
+    among = None if rows is None else digest_arrays(np.unique(rows).astype(np.int64))
+    plan = SelectionPlan(
+        images=images.path if images else pairs.schema.images,
+        images_identity=pairs.schema.images_identity,
+        texts=texts.path,
+        texts_identity=pairs.schema.texts_identity,
+        pairs=pairs.path,
+        pairs_digest=pairs.selection().digest,
+        settings=config.settings(among),
+        images_data=pairs.selection().images_data,
+        texts_data=pairs.schema.texts_data,
+    )
+    with writing(out):
+        _open_or_create(out, plan)
+        if storage.exists(storage.join(out, SELECTION_FILE)):
+            return SelectedTexts(out).document
+        storage.remove_leftovers(out)
+        candidate_T, score_T = _candidates(config, plan, pairs, images, texts, device)
+        if rows is not None:
+            elsewhere_T = np.ones(len(candidate_T), bool)
+            elsewhere_T[rows] = False
+            candidate_T[(candidate_T == Fate.KEPT) & elsewhere_T] = Fate.ELSEWHERE
+        choice = choose(plan.settings, texts, candidate_T, hits_T, score_T, device=device)
+        counts = np.bincount(choice.fate_T, minlength=len(Fate)).tolist()
+        dropped = {text: counts[fate] for fate, text in REASONS.items() if counts[fate]}
+        if not counts[Fate.KEPT]:
+            reasons = ", ".join(f"{count:,} {text}" for text, count in dropped.items())
+            raise SelectionError(f"no sentence is left: {reasons}", remedy="ask for less, or for more of them")
+        sources, digest = write_kept(out, texts, choice.fate_T, hits_T, score_T)
+        selection = TextSelection(
+            plan=plan,
+            rows=texts.schema.rows,
+            kept=counts[Fate.KEPT],
+            dropped=dropped,
+            clusters=choice.clusters,
+            cap=choice.cap,
+            sources=sources,
+            histogram=histogram(plan.settings, choice.fate_T, hits_T, score_T),
+            examples=examples(plan.settings, texts, choice, hits_T, score_T),
+            digest=digest,
+        )
+        with storage.writing_to(out):
+            storage.write_atomic(storage.join(out, REPORT_FILE), report(selection).encode())
+            require_held(out)
+            storage.write_json(storage.join(out, SELECTION_FILE), selection.to_json())
+    return selection
+
+
+def _require_stores(pairs: Pairs, images: Store | None, texts: Store) -> None:
+    expected = [("text", texts, pairs.schema.texts_identity, pairs.schema.texts_data, AGAIN_TEXTS)]
+    if images is not None:
+        expected.append(("image", images, pairs.schema.images_identity, pairs.selection().images_data, AGAIN))
+        require_same_teacher(images, texts)
+    for kind, store, identity, data, again in expected:
+        store.require_kind(kind)
+        store.require_complete()
+        if store.schema.identity != identity:
+            what = f"{pairs.path} was retrieved over other {kind}s than {store.path}"
+            raise MismatchError(what, remedy=f"say with --{kind}s where that store is now, or retrieve again")
+        require_same_data(f"{pairs.path} was retrieved", data, store, remedy=again)
+
+
+def _open_or_create(out: str, plan: SelectionPlan) -> None:
+    strangers = set(storage.listing(out)) - {
+        PLAN_FILE, SCORES, ROWS_FILE, SENTENCES_FILE, REPORT_FILE, SELECTION_FILE
+    }  # fmt: skip
+    path = storage.join(out, PLAN_FILE)
+    if strangers:
+        what = f"{out} exists and is not a selection (it holds {min(strangers)!r})"
+        raise OutputExistsError(what, remedy="give another --out")
+    if not storage.exists(path):
+        with storage.writing_to(out):
+            storage.write_json(path, plan.to_json())
+        return
+    differences = _differences(SelectionPlan.parse(storage.read_json(path), path), plan)
+    if differences:
+        what = f"{out} exists and differs: {'; '.join(differences)}"
+        raise OutputExistsError(what, remedy="give another --out, or delete it")
+
+
+def _differences(old: SelectionPlan, new: SelectionPlan, names: tuple[str, ...] | None = None) -> list[str]:
+    """The fields that decide the result and in which two plans differ, of all or of these alone."""
+
+    def facts(plan: SelectionPlan) -> dict[str, Any]:
+        identities = ("images_identity", "texts_identity", "pairs_digest", *_DATA)
+        return {**{name: getattr(plan, name) for name in identities}, **vars(plan.settings)}
+
+    mine, theirs = facts(old), facts(new)
+    unknown = {name for name in _DATA if None in (mine[name], theirs[name])}
+    return [f"{n}: {mine[n]} != {theirs[n]}" for n in names or mine if mine[n] != theirs[n] and n not in unknown]
+
+
+def _candidates(
+    config: SelectionConfig, plan: SelectionPlan, pairs: Pairs, images: Store | None, texts: Store, device: str
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """By sentence: the Fate before any condition, uint8 (T,), and the score, float32 (T,), NaN without one."""
+    if images is None:
+        fate_T = np.full(texts.schema.rows, Fate.NO_EMBEDDING, np.uint8)
+        for shard in range(texts.schema.shards):
+            fate_T[texts.valid_rows(*texts.schema.shard_range(shard))[0]] = Fate.KEPT
+        return fate_T, best_cosines(pairs)
+    if config.scores:
+        names = ("images_identity", "texts_identity", *_DATA, "by", "images_sample", "seed")
+        other = SelectedTexts(config.scores)
+        differences = _differences(other.document.plan, plan, names)
+        if differences:
+            what = f"the scores of {other.path} are others than those asked for: {'; '.join(differences)}"
+            raise MismatchError(what, remedy="leave --scores out, or select with those settings")
+    with Progress("scoring", texts.schema.rows, "text") as progress:
+        score_T = score_texts(
+            images,
+            texts,
+            storage.absolute(config.out),
+            count=plan.settings.images_sample or IMAGES_SAMPLE,
+            seed=plan.settings.seed,
+            device=device,
+            earlier=storage.absolute(config.scores) if config.scores else None,
+            progress=progress.at,
+        )
+    return np.where(np.isnan(score_T), Fate.NO_EMBEDDING, Fate.KEPT).astype(np.uint8), score_T
+
+
+def best_cosines(pairs: Pairs) -> np.ndarray[Any, Any]:
+    """By sentence, the best cosine of the images that have it among their top k, float32 (T,); NaN without any."""
+    best_T = np.full(pairs.schema.text_rows, -np.inf, np.float32)
+    for shard in range(pairs.schema.shards):
+        row_NK = pairs.text_rows(*pairs.schema.shard_range(shard))
+        score_NK = pairs.scores(*pairs.schema.shard_range(shard)).astype(np.float32)
+        np.maximum.at(best_T, row_NK[row_NK >= 0], score_NK[row_NK >= 0])
+    best_T[np.isneginf(best_T)] = np.nan
+    return best_T

@@ -1,0 +1,85 @@
+"""What kind of images a file holds, by its name, or by its first bytes where the name says nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from cache_schemas.plan import SourceFile
+from dimefm.errors import SourceError
+from dimefm.images.decode import sniff
+from dimefm.sources.account import Account
+from dimefm.sources.file_names import extension_of, other_file, other_member
+from dimefm.sources.tsv_images import INDEX_SUFFIX
+from dimefm.sources.walk_folder import unreadable
+from dimefm.system import storage
+from dimefm.system.first_bytes import HEAD_BYTES, describe
+from dimefm.system.inert_text import line
+from dimefm.system.read_ahead import reading_ahead
+
+IMAGE_EXTENSIONS = frozenset({
+    *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "ppm", "pgm", "pbm"),
+    *("pnm", "avif", "heic", "heif", "jp2", "j2k", "jpx", "qoi", "tga", "ico", "pcx"),
+})  # fmt: skip
+"""Of images that are decoded here, or would be with another library: a row that lacks one says so."""
+
+TAR, PARQUET, TSV, IMAGE = ".tar", ".parquet", ".tsv", "image"
+CONTAINERS = (TAR, PARQUET, TSV)
+_COLUMN_MARK = f"{PARQUET}#"
+
+_DOTTED = "members whose extension has more than one part (a key ends at the first dot)"
+
+
+def by_kind(files: Sequence[SourceFile], account: Account | None) -> dict[str, list[SourceFile]]:
+    """The files by kind: one of CONTAINERS, or IMAGE. Others are counted in `account`; without one they are a
+    SourceError."""
+    kinds: dict[str, list[SourceFile]] = {}
+    extensions = [extension_of(file.path) for file in files]
+    unnamed = [file for file, extension in zip(files, extensions, strict=True) if not extension]
+    heads = reading_ahead(_head, unnamed, unnamed[0].path) if unnamed else iter(())
+    tables = {file.path for file in files if file.path.endswith(TSV)}
+    for file, extension in zip(files, extensions, strict=True):
+        if file.path.endswith(INDEX_SUFFIX) and file.path.removesuffix(INDEX_SUFFIX) + TSV in tables:
+            continue  # it says where the lines of its table are
+        kind, reason = _by_name(file.path, extension) if extension else _by_head(next(heads))
+        if _COLUMN_MARK in file.path:
+            kind, reason = "", f"names with {_COLUMN_MARK} in them, which stands before a column (rename them)"
+        if kind:
+            kinds.setdefault(kind, []).append(file)
+        elif account is not None:
+            account.skip(reason, file.path)
+        else:
+            what = f"{line(file.path)} is neither a {', '.join(CONTAINERS)}, an image nor a folder"
+            raise SourceError(f"{what}, but one of the {reason}", remedy="give tars, tables, images or folders")
+    return kinds
+
+
+@lru_cache(1000)
+def no_image(extension: str) -> str:
+    """Why a member of a tar is no image, by its extension as images.split_key gives it."""
+    return _DOTTED if extension.rpartition(".")[2] in IMAGE_EXTENSIONS else other_member(extension)
+
+
+def _by_name(path: str, extension: str) -> tuple[str, str]:
+    """Its kind, or why it has none."""
+    if extension in IMAGE_EXTENSIONS:
+        return IMAGE, ""
+    if f".{extension}" in CONTAINERS:
+        if extension == "tar" or path.endswith(f".{extension}"):
+            return f".{extension}", ""
+        return "", "tables whose extension is in capitals (rename them)"
+    return "", other_file(path)
+
+
+def _by_head(head: bytes) -> tuple[str, str]:
+    if sniff(head):
+        return IMAGE, ""
+    known = describe(head)
+    return "", f"files without an extension, each {known}" if known else "files without an extension that are no images"
+
+
+def _head(file: SourceFile) -> bytes:
+    try:
+        return storage.read_bytes(file.path, 0, HEAD_BYTES)
+    except (OSError, MemoryError) as error:
+        raise unreadable(file.path, error) from error

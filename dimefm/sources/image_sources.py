@@ -1,0 +1,201 @@
+"""Images from WebDataset tars and from folders."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Sequence
+
+from cache_schemas.plan import SourceFile
+from dimefm.errors import SourceError
+from dimefm.sources.account import Account, found_instead
+from dimefm.sources.base import ImageSample, Joined, Source, split_key
+from dimefm.sources.file_names import HIDDEN_MEMBERS, is_hidden
+from dimefm.sources.files import Place, expand, is_glob
+from dimefm.sources.forward_reader import URL_LEAP
+from dimefm.sources.image_kinds import CONTAINERS, IMAGE, IMAGE_EXTENSIONS, PARQUET, TAR, TSV, by_kind, no_image
+from dimefm.sources.parquet_images import ParquetImages
+from dimefm.sources.side_files import find_side_files, read_side_file
+from dimefm.sources.tar import TarMember, tar_members
+from dimefm.sources.tsv_images import TsvImages
+from dimefm.sources.walk_folder import below
+from dimefm.system import storage
+from dimefm.system.progress import Progress, amount
+from dimefm.system.read_ahead import URL_BLOCK, in_order
+
+_PREFERRED = ("jpg", "png", "jpeg", "webp")
+_FURTHER = "further images of the same key (one is used: the first of jpg, png, jpeg, webp, others)"
+
+
+class WebDataset:
+    """Tar files with one image a sample (key.jpg, key.png, ...); other members of a sample are counted."""
+
+    def __init__(self, files: Sequence[SourceFile]) -> None:
+        self._files = files
+
+    def files(self) -> list[SourceFile]:
+        """The tars, as given."""
+        return list(self._files)
+
+    def samples(self, account: Account) -> Iterator[ImageSample]:
+        """Images by tar and by place in it. Only headers are read; of tars at URLs, several at a time, and where there
+        is a side file that fits, it instead of them."""
+        if not self._files or not storage.is_url(self._files[0].path):
+            for file in self._files:
+                yield from _images(file.path, tar_members(file.path, account), account)
+        else:
+            yield from self._at_urls(account)
+
+    def _at_urls(self, account: Account) -> Iterator[ImageSample]:
+        sides = find_side_files(self._files)
+        asked = [(file, sides.get(file.path)) for file in self._files]
+        walked = [file.size for file, side in asked if not side]
+        blocks = sum(-(-size // URL_BLOCK) for size in walked)
+        with Progress("planning", len(asked), "tar") as progress:
+            progress.note(
+                f"{len(asked) - len(walked):,} tars by their side files, {len(walked):,} by their headers: at most "
+                f"{amount(sum(walked))} in {blocks:,} requests, less where members are larger than {amount(URL_LEAP)}"
+            )
+            for done, (images, own) in enumerate(in_order(_listed, asked), 1):
+                account.add(own)
+                yield from images
+                progress.at(done)
+
+
+def _images(path: str, members: Iterable[TarMember], account: Account) -> Iterator[ImageSample]:
+    """The images of a tar. Of those that follow each other with the same key one is used: as in open_clip the first
+    of _PREFERRED, then the first in the tar."""
+    waiting: ImageSample | None = None
+    kind = last = ""
+    for name, offset, size in members:
+        key, extension = split_key(name)
+        if is_hidden(name, key):
+            account.skip(HIDDEN_MEMBERS, f"{path}: {name}")
+        elif extension not in IMAGE_EXTENSIONS:
+            account.skip(no_image(extension), f"{path}: {name}")
+        elif key != last:
+            if waiting:
+                yield waiting
+            waiting, last, kind = ImageSample(key, path, offset, size), key, extension
+        elif _rank(extension) < _rank(kind):
+            account.skip(_FURTHER, f"{path}: {key}.{kind}")
+            waiting, kind = ImageSample(key, path, offset, size), extension
+        else:
+            account.skip(_FURTHER, f"{path}: {name}")
+    if waiting:
+        yield waiting
+
+
+def _rank(extension: str) -> int:
+    return _PREFERRED.index(extension) if extension in _PREFERRED else len(_PREFERRED)
+
+
+def _listed(asked: tuple[SourceFile, SourceFile | None]) -> tuple[list[ImageSample], Account]:
+    """The images of a tar, by its side file where that fits."""
+    tar, side = asked
+    account = Account()
+    members = read_side_file(tar, side, account) if side else None
+    found = members if members is not None else tar_members(tar.path, account)
+    return list(_images(tar.path, found, account)), account
+
+
+class ImageFiles:
+    """Image files, one a sample; the key of one is its path within `root`, without the extension. Those that are
+    `taken` when their turn comes are counted."""
+
+    def __init__(self, root: str, files: Sequence[SourceFile], taken: Container[str] = ()) -> None:
+        self._root, self._files, self._taken = root.rstrip("/"), files, taken
+
+    def files(self) -> list[SourceFile]:
+        """The files, as given."""
+        return list(self._files)
+
+    def samples(self, account: Account) -> Iterator[ImageSample]:
+        """One sample a file."""
+        for file in self._files:
+            if file.path in self._taken:
+                account.skip("images that are rows of a Parquet file, too (each is used once, as a row)", file.path)
+                continue
+            folder, slash, name = file.path[len(self._root) :].lstrip("/").rpartition("/")
+            yield ImageSample(f"{folder}{slash}{name.rpartition('.')[0] or name}", file.path, 0, file.size)
+
+
+class ImageFolder(ImageFiles):
+    """The image files of a folder tree, by path. Whatever else is in it is counted in `account`."""
+
+    def __init__(self, root: str, account: Account) -> None:
+        root = storage.absolute(root)
+        kinds = by_kind(below(root, account), account)
+        for kind in CONTAINERS:
+            for file in kinds.get(kind, ()):
+                account.skip(f"{kind} files in a folder of images", file.path)
+        super().__init__(root, kinds.get(IMAGE, ()))
+
+
+def open_image_source(
+    arguments: list[str], column: str | None = None, account: Account | None = None
+) -> Source[ImageSample]:
+    """The source that the arguments name: .tar, .parquet, .tsv and image files (globs and {000..009} ranges too), and
+    folders, which stand for all of these in them, at any depth: tars, tables and images in this order.
+
+    What is in a folder or matches a glob, and is not used, is counted in `account`. A .parquet beside a .tar of the
+    same name is not looked into: downloaders write captions there. `column` is the one with the images in Parquet
+    files.
+
+    Raises SourceError where an argument does not exist, holds no image or is of another kind, where a file is given
+    twice, and where no file has the column.
+    """
+    account = Account() if account is None else account
+    parts: list[Source[ImageSample]] = []
+    for argument in arguments:
+        places = expand(argument, account)
+        files = [place.file for place in places if place.file]
+        found = list(_sources(files, _root(argument, places), column, account, found=is_glob(argument, places)))
+        for place in places:
+            if place.file is None:
+                found += _sources(below(place.path, account), place.path, column, account, found=True)
+        if not found:
+            what = f"{argument} holds no {', '.join(CONTAINERS)} and no image{found_instead(account.lines())}"
+            raise SourceError(what, remedy=f"images end in: {', '.join(sorted(IMAGE_EXTENSIONS))}")
+        parts += found
+    counts = Counter(file.path for part in parts for file in part.files())
+    repeated = [path for path, count in counts.items() if count > 1]
+    if repeated:
+        raise SourceError(f"{min(repeated)} is given more than once", remedy="name each file or folder once")
+    tables = [part for part in parts if isinstance(part, ParquetImages)]
+    if column is not None and not tables:
+        what = f"--column {column}: there is no .parquet among the images, and only those have columns to choose from"
+        raise SourceError(what, remedy="leave it out")
+    if tables:
+        tables[0].check()
+    return Joined(parts)
+
+
+def _sources(
+    files: Sequence[SourceFile], root: str, column: str | None, account: Account, *, found: bool
+) -> Iterator[Source[ImageSample]]:
+    """The sources in files of any kind. Those that were `found`, in a folder or by a glob, may hold no images."""
+    kinds = by_kind(files, account if found else None)
+    tars, tables = kinds.get(TAR, []), kinds.get(PARQUET, [])
+    if found:
+        stems = {file.path.rpartition(".")[0] for file in tars}
+        for table in [file for file in tables if file.path.removesuffix(PARQUET) in stems]:
+            account.skip("tables beside a tar of the same name", table.path)
+            tables.remove(table)
+    if tars:
+        yield WebDataset(tars)
+    taken = set[str]()
+    if tables:
+        yield ParquetImages(tables, column, found=found, taken=taken)
+    if TSV in kinds:
+        yield TsvImages(kinds[TSV], found=found)
+    if IMAGE in kinds:
+        yield ImageFiles(root, kinds[IMAGE], taken)
+
+
+def _root(argument: str, places: Sequence[Place]) -> str:
+    """Where the keys of image files begin: the last folder that the argument names without a pattern."""
+    path = storage.absolute(argument)
+    if [place.path for place in places] != [path]:
+        path = re.split(r"[*?[{]", path, maxsplit=1)[0]
+    return path.rpartition("/")[0]

@@ -1,0 +1,123 @@
+"""Text files as lines of str, whatever their encoding, and what a sentence is of them."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from dimefm.images.decode import sniff
+from dimefm.sources.files import open_seekable
+from dimefm.system.first_bytes import describe
+
+BROKEN = (EOFError, zlib.error, OSError, MemoryError)
+"""What reading a text file raises where it is damaged or cannot be read; see files.require_damage."""
+EMPTY = "empty files"
+"""The reason for files without a line, row or element; a header is none."""
+
+_HEAD = 1 << 16  # bytes by which the encoding and the line ends are told
+_MARKS = {  # the longer ones first: that of UTF-32 begins as that of UTF-16
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+    "utf-8-sig": (codecs.BOM_UTF8,),
+}
+_CONTROL = bytes({*range(32), 127} - {*b"\t\n\v\f\r\x1b"})
+_FEWEST, _SHARE = 4, 0.02  # control characters of a file that is no text: at least so many, and such a share
+_UNUSABLE = re.compile("[\x01-\x1f\x7f-\x9f\ufeff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_INVISIBLE = re.compile(
+    "[\x00-\x20\x7f-\xa0\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202f\u2060-\u206f"
+    "\u2800\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]*"
+)
+
+
+class NotTextError(Exception):
+    """Why a file holds no text at all."""
+
+
+@contextmanager
+def open_text(path: str) -> Iterator[TextIO]:
+    """A text file to be read by lines, decompressed if its name ends in .gz; else as `as_text`. Raises NotTextError for
+    what is something else, OSError, and while it is read the errors in BROKEN."""
+    with open_seekable(path) as file:
+        if path.lower().endswith(".gz"):
+            head = _peek(file)
+            if head and not head.startswith(b"\x1f\x8b"):
+                raise NotTextError(f"its name ends in .gz, and it is {describe(head) or 'not gzip-compressed'}")
+            with gzip.open(file) as plain, as_text(plain) as text:
+                yield text
+        else:
+            with as_text(file) as text:
+                yield text
+
+
+def as_text(file: Any) -> TextIO:
+    """A binary file with `peek`, from its beginning, as lines of str.
+
+    UTF-16 and UTF-32 are known by their byte order mark; all else is UTF-8, and bytes that are not become U+FFFD. Lines
+    end in \\n or \\r\\n; in \\r too where the first block that is read holds no \\n, as on old Macs. Neither U+2028 nor
+    U+0085 ends a line. Raises NotTextError for what is something else by its first bytes.
+    """
+    head = _peek(file)
+    encoding = encoding_by_mark(head)
+    if encoding.startswith("utf-8") and (what := _what_instead(head)):
+        raise NotTextError(what)
+    start = head.decode(encoding, errors="replace")
+    newline = "\n" if "\n" in start or "\r" not in start else None
+    return io.TextIOWrapper(file, encoding, errors="replace", newline=newline)
+
+
+def encoding_by_mark(head: bytes) -> str:
+    """The encoding of a file that begins with `head`, by its byte order mark; UTF-8 where there is none."""
+    return next((name for name, marks in _MARKS.items() if head.startswith(marks)), "utf-8")
+
+
+def encoding_of(file: TextIO) -> str:
+    """`UTF-8`, for a message."""
+    return file.encoding.removesuffix("-sig").upper()
+
+
+def _peek(file: Any) -> bytes:
+    """The first bytes, which will be read again."""
+    return bytes(file.peek(_HEAD)[:_HEAD])
+
+
+def _what_instead(head: bytes) -> str | None:
+    """What a file is that is no text in UTF-8; None where it may be."""
+    if what := describe(head):
+        return f"it is {what}"
+    control = len(head) - len(head.translate(None, _CONTROL))
+    if control < _FEWEST or control < _SHARE * len(head):
+        return None
+    if kind := sniff(head):
+        return f"it is an image ({kind})"
+    if head.count(0) > len(head) / 5:
+        return "it holds NUL bytes throughout: UTF-16 or UTF-32 without a mark (iconv -f UTF-16 -t UTF-8), or no text"
+    return "it is no text: its first bytes hold many control characters"
+
+
+def clean(text: str) -> str:
+    """White space as single spaces, and none at the ends. Nothing is left of a text with NUL in it, or in which no
+    character shows. Control characters and byte order marks, which files that were put together have inside, count as
+    white space; half a surrogate pair, which JSON can write and UTF-8 cannot, becomes U+FFFD."""
+    text = " ".join(text.split())
+    if text.isprintable():
+        return text if text.isascii() or not _INVISIBLE.fullmatch(text) else ""
+    return "" if "\0" in text or _INVISIBLE.fullmatch(text) else _cleaned(text)
+
+
+def _cleaned(text: str) -> str:
+    text = _SURROGATE.sub("\ufffd", text)
+    return " ".join(_UNUSABLE.sub(" ", text).split())
+
+
+def why_none(text: str) -> str:
+    """Why nothing is left of a text after `clean`, as what follows `lines`."""
+    if "\0" in text:
+        return "with NUL bytes in them, which is damage"
+    return "that are blank" if not text.strip() else "in which no character shows, such as zero-width spaces"

@@ -1,0 +1,195 @@
+"""Sentences from text files, and the prompts of a labelled set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cache_schemas.plan import SourceFile
+from dimefm.errors import SourceError
+from dimefm.sources.account import Account, found_instead
+from dimefm.sources.base import Joined, Source, TextSample
+from dimefm.sources.file_names import other_file
+from dimefm.sources.files import expand, is_glob, require_damage
+from dimefm.sources.json_fields import NoColumnError
+from dimefm.sources.json_texts import JsonArray
+from dimefm.sources.parquet_texts import ParquetTexts
+from dimefm.sources.prompts import CLASSNAMES, TEMPLATES, PromptSet
+from dimefm.sources.tar_texts import TarTexts
+from dimefm.sources.text_lines import (
+    BROKEN,
+    EMPTY,
+    NotTextError,
+    clean,
+    encoding_of,
+    open_text,
+    why_none,
+)
+from dimefm.sources.text_tables import Delimited, JsonLines, Table
+from dimefm.sources.walk_folder import below, children
+from dimefm.system import storage
+from dimefm.system.inert_text import line
+
+
+class TextFile:
+    """A .txt or .txt.gz file, one sentence a line, in UTF-8, or UTF-16 or UTF-32 with a byte order mark. The key of a
+    sentence is file:line."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self._file, self._path = file, file.path
+
+    def files(self) -> list[SourceFile]:
+        """The one file."""
+        return [self._file]
+
+    def samples(self, account: Account) -> Iterator[TextSample]:
+        """Every line in which something shows; others are counted. Bytes that are not UTF-8 become U+FFFD, and the file
+        is reported once; so is one that is no text."""
+        name = self._path.rpartition("/")[2]
+        replaced, number, tabs, encoding = 0, 0, 0, ""
+        try:
+            with open_text(self._path) as file:
+                encoding = encoding_of(file)
+                for number, line in enumerate(file, 1):
+                    if "\t" in line and "\t" in line.strip():
+                        tabs += 1
+                    if text := clean(line):
+                        if "\ufffd" in text:
+                            replaced += 1
+                        yield TextSample(f"{name}:{number}", text)
+                    else:
+                        account.skip(f"lines {why_none(line)}", f"{self._path}:{number}")
+        except NotTextError as error:
+            account.problem(f"{self._path}: {error}; no sentence is taken from it")
+        except BROKEN as error:
+            require_damage(self._path, error)
+            account.problem(f"{self._path}: broken after line {number} ({error}); what follows is lost")
+        else:
+            if number == 0:
+                account.skip(EMPTY, self._path)
+        if tabs > number / 2:
+            what = f"{tabs} of {number} lines hold tabs, which become spaces; if it is a table, rename it to .tsv"
+            account.problem(f"{self._path}: {what}, and name its column with --column")
+        if replaced:
+            account.problem(f"{self._path}: {replaced} lines are not {encoding}; the bad bytes were replaced")
+
+
+class _FoundTable:
+    """A table that was found in a folder or by a glob: it is counted where it has no such column."""
+
+    def __init__(self, table: Source[TextSample], column: str | None) -> None:
+        self._table, self._column = table, column
+
+    def files(self) -> list[SourceFile]:
+        """The one file."""
+        return self._table.files()
+
+    def samples(self, account: Account) -> Iterator[TextSample]:
+        """As of the table."""
+        try:
+            yield from self._table.samples(account)
+        except NoColumnError as error:
+            reason = "tables without a column of sentences (name one with --column)"
+            account.skip(f"tables without a column {self._column!r}" if self._column else reason, error.example)
+
+
+_KINDS = {
+    ".txt": TextFile,
+    ".jsonl": JsonLines,
+    ".ndjson": JsonLines,
+    ".json": JsonArray,
+    ".csv": Delimited,
+    ".tsv": Delimited,
+    ".parquet": ParquetTexts,
+    ".tar": TarTexts,
+}
+_NEVER_GZ = (".parquet", ".tar")
+_BESIDE = (".json", ".tar")
+"""What is read in a folder only where nothing else is, tars before JSON: beside other kinds, .json files say something
+of the dataset, and tars hold the images, with captions that the tables have too."""
+
+
+def open_text_source(
+    arguments: list[str], column: str | None = None, account: Account | None = None
+) -> Source[TextSample]:
+    """The source that the arguments name: text files, tables and tars (globs and {000..009} ranges too), folders of
+    these, or folders of a labelled set, which stand for its prompts.
+
+    Text files are .txt, tables .jsonl, .json, .csv, .tsv and .parquet; all but the last may end in .gz. Of .tar files
+    the .txt members are read, or with `column` a field of the .json members. The files of a folder, at any depth, must
+    be of one kind, beside which .json and .tar files are not read; what else is in it, or matches a glob, is counted in
+    `account`. `column` is the column or field of tables, by default the first of text, caption, sentence and TEXT; a
+    number for .csv and .tsv without a header.
+
+    Raises SourceError where an argument does not exist, holds no sentences or is of another kind, and where the first
+    table that is named has no such column. Later tables are looked at when their turn comes; those in folders and of
+    globs are counted where they have none.
+    """
+    account = Account() if account is None else account
+    parts: list[Source[TextSample]] = []
+    for argument in arguments:
+        places = expand(argument, account)
+        files = [place.file for place in places if place.file]
+        if is_glob(argument, places):
+            files = _of_a_kind(files, account)
+        found = [_file(file, column, found=is_glob(argument, places)) for file in files]
+        for place in places:
+            if place.file is None:
+                found += _folder(argument, place.path, column, account)
+        if not found:
+            what = f"{argument} holds no {', '.join(_KINDS)} file{found_instead(account.lines())}"
+            raise SourceError(what, remedy="give files with one sentence a line, or tables with a column of them")
+        parts += found
+    if column is not None and all(isinstance(part, TextFile | PromptSet) for part in parts):
+        what = f"--column {column}: there is no table among the sentences, and only those have columns"
+        raise SourceError(what, remedy=f"leave it out; tables are {', '.join([*_KINDS][1:])}")
+    tables = [part for part in parts if isinstance(part, (Table, ParquetTexts))]
+    if tables:
+        tables[0].check()
+    return Joined(parts)
+
+
+def _file(file: SourceFile, column: str | None, *, found: bool) -> Source[TextSample]:
+    kind = _kind(file.path)
+    if kind is None:
+        what = (
+            f"{line(file.path)} is neither a {', '.join(_KINDS)} nor a folder, but one of the {other_file(file.path)}"
+        )
+        raise SourceError(what, remedy="give text files or tables; all but .parquet and .tar may be .gz")
+    if kind == ".txt":
+        return TextFile(file)
+    table = _KINDS[kind](file, column)
+    return _FoundTable(table, column) if found else table
+
+
+def _folder(argument: str, path: str, column: str | None, account: Account) -> list[Source[TextSample]]:
+    if storage.exists(storage.join(path, CLASSNAMES)):
+        for file in children(path, lambda name: name not in (CLASSNAMES, TEMPLATES), account):
+            account.skip("files of a labelled set beside its class names and templates", file.path)
+        return [PromptSet(path)]
+    kinds: dict[str | None, list[SourceFile]] = {}
+    for file in _of_a_kind(below(path, account), account):
+        kinds.setdefault(_kind(file.path), []).append(file)
+    for kind in _BESIDE:
+        for file in kinds.pop(kind, ()) if len(kinds) > 1 else ():
+            account.skip(f"{kind} files beside others with sentences (name them to use them)", file.path)
+    if len(kinds) > 1:
+        what = " and ".join(f"{len(kinds[kind]):,} {kind}" for kind in _KINDS if kind in kinds)
+        each = [f"'{storage.join(argument, f'**/*{kind}')}'" for kind in _KINDS if kind in kinds]
+        raise SourceError(f"{argument} holds {what} files", remedy=f"name those you mean: {' or '.join(each)}")
+    return [_file(file, column, found=True) for files in kinds.values() for file in files]
+
+
+def _of_a_kind(files: list[SourceFile], account: Account) -> list[SourceFile]:
+    """Those whose kind is known by their name; the others are counted."""
+    for file in files:
+        if _kind(file.path) is None:
+            account.skip(other_file(file.path), file.path)
+    return [file for file in files if _kind(file.path) is not None]
+
+
+def _kind(path: str) -> str | None:
+    """Which of _KINDS a file is, with .gz or without."""
+    name = path.lower().removesuffix(".gz")
+    return next(
+        (kind for kind in _KINDS if name.endswith(kind) and (name == path.lower() or kind not in _NEVER_GZ)), None
+    )

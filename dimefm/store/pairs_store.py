@@ -1,0 +1,147 @@
+"""Pseudo texts: for every image its nearest sentences, and from them the visually grounded part of a corpus.
+
+Shapes: N image rows of a shard, D width, K sentences an image, T sentences.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import zarr
+
+from cache_schemas import Commit, PairsStore, SchemaError, Selection
+from cache_schemas.embedding_store import COMMITS, commit_path
+from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
+from dimefm.errors import MismatchError, StoreError
+from dimefm.store.embedding_store import Store, by_chunks, open_direct, require_same_data
+from dimefm.store.zarr_arrays import (
+    array_of,
+    create_array,
+    digest_arrays,
+    group_attributes,
+    open_group,
+    reading_zarr,
+    write_attributes,
+    zarr_place,
+)
+from dimefm.system import storage
+from dimefm.system.lease import require_held
+from dimefm.system.read_ahead import reading_ahead
+
+_DAMAGED = "delete the folder and retrieve again"
+AGAIN = "run the same dimefm retrieve again: it does the shards whose images have changed, and counts anew"
+AGAIN_TEXTS = "retrieve into another --out, with an index that was brought up to date if there is one"
+
+
+class Pairs:
+    """A pseudo-text store on disk."""
+
+    def __init__(self, path: str) -> None:
+        """Open one. Raises StoreError where there is none, SchemaError where its attributes are not valid."""
+        self.path = storage.absolute(path)
+        self.group: Any = open_group(self.path)
+        self.schema = PairsStore.parse(group_attributes(self.group, self.path), storage.join(self.path, "zarr.json"))
+
+        self._direct = {
+            name: open_direct(self.path, name, array_of(self.group, self.path, name)) for name in (TEXT_ROW, SCORE)
+        }
+
+    def __reduce__(self) -> tuple[type[Pairs], tuple[str]]:
+        return Pairs, (self.path,)  # another process opens it anew
+
+    @staticmethod
+    def create(path: str, schema: PairsStore) -> Pairs:
+        """Make the arrays, and last the attributes."""
+        path = storage.absolute(path)
+        group = zarr.open_group(zarr_place(path), mode="a")
+        shape, chunk = (schema.rows, schema.top_k), (min(schema.shard_rows, 1024), schema.top_k)
+        create_array(group, TEXT_ROW, shape, "int32", chunk, schema.shard_rows)
+        create_array(group, SCORE, shape, "float16", chunk, schema.shard_rows, fill=float("nan"))
+        create_array(group, HITS, (schema.text_rows,), "uint32", (65536,), 65536)
+        require_held(path)
+        write_attributes(path, (TEXT_ROW, SCORE, HITS), schema.to_json())
+        return Pairs(path)
+
+    def text_rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Rows of the text store by image, best first, int32 (N, K); -1 where the image has none."""
+        return self._read(TEXT_ROW, start, stop)
+
+    def gather(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """`text_rows` of any image rows in any order, int32 (N, K)."""
+        direct = self._direct[TEXT_ROW]
+        if direct is not None:
+            return direct.gather(rows_N)
+        with reading_zarr(storage.join(self.path, TEXT_ROW)):
+            return np.asarray(self.group[TEXT_ROW].oindex[rows_N])
+
+    @property
+    def by_chunks(self) -> bool:
+        """As Store.by_chunks, of the sentences of images."""
+        return by_chunks(self.path, self._direct[TEXT_ROW])
+
+    def scores(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Cosine similarities, float16 (N, K)."""
+        return self._read(SCORE, start, stop)
+
+    def hits(self) -> np.ndarray[Any, Any]:
+        """By sentence, how many images have it among their top k, uint32 (T,). Raises StoreError if unfinished, or
+        damaged."""
+        expected = self.selection().digest
+        try:
+            with reading_zarr(storage.join(self.path, HITS)):
+                hits_T = np.asarray(self.group[HITS][:])
+        except ValueError:  # a checksum
+            hits_T = np.empty(0, np.uint32)
+        if digest_arrays(hits_T) != expected:
+            raise StoreError(f"{storage.join(self.path, HITS)} is damaged: its checksum does not fit", remedy=_DAMAGED)
+        return hits_T
+
+    def _read(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
+        direct, size = self._direct[name], self.schema.shard_rows
+        if direct is not None:
+            return direct.read(start, stop)
+        for shard in range(start // size, -(-stop // size)):
+            path = storage.join(self.path, f"{name}/c/{shard}/0")
+            if not storage.exists(path):  # which zarr would read as rows without sentences
+                raise StoreError(f"{path} is missing", remedy=_DAMAGED)
+        with reading_zarr(storage.join(self.path, name)):
+            return np.asarray(self.group[name][start:stop])
+
+    def committed(self) -> set[int]:
+        """The shards that are done."""
+        names = storage.listing(storage.join(self.path, COMMITS))
+        return {int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdigit()}
+
+    def images_data(self) -> dict[str, str | None]:
+        """By finished shard, the digest of the images' shard that it was retrieved for, None where it was not kept.
+        Shards whose commit is damaged are left out, as not done."""
+
+        def read(path: str) -> Commit | None:
+            with suppress(StoreError, SchemaError):
+                return Commit.parse(storage.read_json(path), path)
+            return None
+
+        paths = [storage.join(self.path, commit_path(shard)) for shard in sorted(self.committed())]
+        return {str(commit.shard): commit.images for commit in reading_ahead(read, paths, self.path) if commit}
+
+    def selection(self) -> Selection:
+        """The selection in numbers. Raises StoreError where `retrieve` has not finished."""
+        path = storage.join(self.path, HITS_COMMIT)
+        if not storage.exists(path):
+            raise StoreError(f"{self.path} is unfinished", remedy="run the same dimefm retrieve again")
+        return Selection.parse(storage.read_json(path), path)
+
+
+def require_pairs_match(pairs: Pairs, images: Store, texts: Store) -> None:
+    """Raises MismatchError unless `pairs` was retrieved over these two stores, of the embeddings that they have now."""
+    for name, mine, store in (
+        ("images", pairs.schema.images_identity, images),
+        ("texts", pairs.schema.texts_identity, texts),
+    ):
+        if mine != store.schema.identity:
+            what = f"{pairs.path} was retrieved over other {name} than {store.path}"
+            raise MismatchError(what, remedy="run dimefm retrieve over these two stores")
+    require_same_data(f"{pairs.path} was retrieved", pairs.schema.texts_data, texts, remedy=AGAIN_TEXTS)
+    require_same_data(f"{pairs.path} was retrieved", pairs.selection().images_data, images, remedy=AGAIN)

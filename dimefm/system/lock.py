@@ -1,0 +1,116 @@
+"""One writer at a time: a lock on a local store, held for as long as the process lives, or a lease at a URL."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from dimefm.errors import StoreError
+from dimefm.system import storage
+from dimefm.system.lease import leasing
+from dimefm.system.lock_owner import owner, show_owner
+
+_LOCK = ".lock"
+_held: set[BinaryIO] = set()
+_forks_let_go = False
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what some network file systems answer
+
+
+@contextmanager
+def writing(store: str) -> Iterator[str | None]:
+    """Hold the store for the block. Raises StoreError with the owner's name where another process writes to it.
+
+    The kernel lets go of the lock when the process ends, however it ends. A block that leaves nothing but the lock
+    leaves no folder either. On local file systems that cannot lock, two runs on one store are only harmless in that
+    both write the same bytes. At a URL it is a lease (see dimefm.system.lease), whose token the block is given.
+    """
+    path = storage.absolute(store)
+    if storage.is_url(path):
+        with leasing(path) as token:
+            yield token
+        return
+    folder = Path(path)
+    made = not folder.exists()
+    with _locked(folder) as file:
+        _keep_from_forks(file)
+        try:
+            _sign(file, folder)
+            yield None
+        finally:
+            _held.discard(file)
+            with suppress(OSError):
+                file.truncate(0)
+                (folder / _LOCK).unlink()
+                if made:
+                    folder.rmdir()  # fails, as it should, where something is in it
+
+
+def _locked(folder: Path) -> BinaryIO:
+    """The lock file of a folder, made if need be, and locked until it is closed."""
+    while True:
+        try:
+            storage.make_folder(str(folder))
+        except FileExistsError:
+            raise StoreError(f"{folder} exists and is a file", remedy="give another --out") from None
+        except OSError as error:
+            raise storage.cannot_write(str(folder), error) from error
+        with suppress(FileNotFoundError):  # another process has just removed its lock, or a folder that it left empty
+            file = _open(folder)
+            if os.path.samestat(os.fstat(file.fileno()), (folder / _LOCK).stat()):
+                return file
+            file.close()
+
+
+def _open(folder: Path) -> BinaryIO:
+    try:
+        # Not through a link, which a folder of others could lead anywhere with: the lock is overwritten.
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _strange(folder) from None
+        raise storage.cannot_write(str(folder), error) from error
+    file = os.fdopen(descriptor, "r+b", buffering=0)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        file.close()
+        raise _strange(folder)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            what = f"{folder} is being written by {show_owner(file.read())}"
+        raise StoreError(what, remedy="wait until it has finished, or stop it") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            file.close()
+            raise storage.cannot_write(str(folder), error) from error
+    return file
+
+
+def _strange(folder: Path) -> StoreError:
+    return StoreError(f"{folder / _LOCK} is a link, or no plain file", remedy="it is not dimefm's: delete it")
+
+
+def _keep_from_forks(file: BinaryIO) -> None:
+    """A forked child shares its parent's lock, and would hold it for a while after the parent was killed."""
+    global _forks_let_go
+    if not _forks_let_go:
+        os.register_at_fork(after_in_child=lambda: [held.close() for held in _held])
+        _forks_let_go = True
+    _held.add(file)
+
+
+def _sign(file: BinaryIO, folder: Path) -> None:
+    try:
+        file.truncate(0)
+        file.write(owner())
+    except OSError as error:
+        raise storage.cannot_write(str(folder), error) from error

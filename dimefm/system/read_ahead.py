@@ -1,0 +1,41 @@
+"""Reading ahead of need: many requests at once where each takes long, as at a URL."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+from dimefm.system import storage
+
+URL_BLOCK = 8 << 20
+"""Bytes of one request where a file is read from its beginning to its end."""
+
+
+_In = TypeVar("_In")
+
+
+_Out = TypeVar("_Out")
+
+
+def in_order(work: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_Out]:
+    """`work` of each item, in the order of the items, on storage.CONNECTIONS threads; no more results than that are
+    held."""
+    pool = ThreadPoolExecutor(storage.CONNECTIONS)
+    try:
+        ahead = iter(items)
+        waiting = deque(pool.submit(work, item) for item in islice(ahead, storage.CONNECTIONS))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(work, item) for item in islice(ahead, 1))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def reading_ahead(work: Callable[[_In], _Out], items: Sequence[_In], path: str) -> Iterator[_Out]:
+    """`work` of each item, in order, where it reads what is at `path`: several at a time at a URL, where one would wait
+    for another's answer; one after the other on a disk."""
+    return in_order(work, items) if storage.is_url(path) else map(work, items)

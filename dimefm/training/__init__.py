@@ -1,0 +1,1 @@
+"""Stage 2: the loop, its config, batches, losses, checkpoints and validation."""

@@ -1,0 +1,207 @@
+"""Checkpoints of a run: written whole or not at all, the last few and the best kept.
+
+RUN/checkpoints/step-00001200.pt   tensors and plain values only (read with weights_only=True)
+RUN/checkpoints/last.json          {"step": 1200, "crc32c": {...}}, of each file by step; best.json: step and score
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import google_crc32c
+import torch
+
+from cache_schemas.run import CHECKPOINTS
+from dimefm.errors import StoreError
+from dimefm.system import storage
+from dimefm.system.transfer import fetch
+
+_NAME = re.compile(r"step-(\d{8})\.pt")
+_BLOCK = 2**20
+
+
+class Checkpoints:
+    """The checkpoints of the run in folder `run`, of which the last `keep` stay, and the best."""
+
+    def __init__(self, run: str, keep: int = 2) -> None:
+        self._folder, self._keep = Path(run) / CHECKPOINTS, keep
+
+    def save(self, step: int, state: dict[str, Any], score: float | None = None) -> None:
+        """Write the state after `step` steps; a `score` above all before makes it the best. Older ones go.
+
+        Raises StoreError where it cannot be written, as on a full disk: those before are not touched.
+        """
+        path = self._path(step)
+        with storage.writing_to(str(path)):
+            storage.remove_leftovers(str(self._folder))  # of a kill: it may be what fills the disk
+            try:
+                with storage.writing_atomically(str(path)) as file:
+                    summing = _Summing(file)
+                    torch.save(state, summing)  # type: ignore[arg-type]
+            except RuntimeError as error:  # torch's writer hides why it could not write
+                raise _cause(error) from error
+            checksums = {**self._checksums(), str(step): summing.checksum}
+            if score is not None and score > self._best_score():
+                storage.write_json(str(self._folder / "best.json"), {"step": step, "score": score})
+            kept = {*[s for s in self.steps() if s <= step][-self._keep :], step, self.step("best")}
+            checksums = {s: c for s, c in checksums.items() if int(s) in kept}
+            storage.write_json(str(self._folder / "last.json"), {"step": step, "crc32c": checksums})  # now it is done
+            for old in set(self.steps()) - kept:
+                self._path(old).unlink()
+
+    def load(self, which: str = "last") -> dict[str, Any] | None:
+        """The state of "last", "best" or a step by its number; None where there is none. Raises StoreError for a
+        damaged file."""
+        step = self.step(which)
+        if step is None:
+            return None
+        path, expected = self._path(step), self._checksums().get(str(step))
+        try:
+            if expected is not None and _checksum(path) != expected:
+                raise ValueError("its checksum does not fit")
+            return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+        except Exception as error:  # of torch's reader: of a dozen kinds
+            reason = str(error).strip().split("\n")[0]
+            others = [s for s in self.steps() if s < step]
+            remedy = "delete the run folder: there is no other checkpoint"
+            if others:
+                remedy = f"delete it: training then goes on from {self._path(others[-1]).name}"
+            raise StoreError(f"{path} cannot be read: {reason}", remedy=remedy) from None
+
+    def step(self, which: str = "last") -> int | None:
+        """The step of "last" or "best", None where there is none; the one before where the last was deleted. A number
+        is itself, if it is there."""
+        if which.isdigit():
+            return int(which) if self._path(int(which)).exists() else None
+        path = self._folder / f"{which}.json"
+        if not path.exists():  # the newest that there is, where the file that names it was lost
+            return max(self.steps(), default=None) if which == "last" else None
+        step = int(storage.read_json(str(path))["step"])
+        if which == "last" and not self._path(step).exists():
+            return max((s for s in self.steps() if s < step), default=None)
+        return step
+
+    def _checksums(self) -> dict[str, int]:
+        path = self._folder / "last.json"
+        return dict(storage.read_json(str(path))["crc32c"]) if path.exists() else {}
+
+    def _best_score(self) -> float:
+        step, path = self.step("best"), self._folder / "best.json"
+        there = step is not None and self._path(step).exists()
+        return float(storage.read_json(str(path))["score"]) if there else float("-inf")
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step-{step:08d}.pt"
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        names = self._folder.iterdir() if self._folder.is_dir() else ()
+        return sorted(int(m[1]) for p in names if (m := _NAME.fullmatch(p.name)))
+
+
+class Saving:
+    """Checkpoints that a thread writes while training goes on. The end of a `with` waits for the last of them.
+
+    A StoreError in the thread is raised by whichever method is called next.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        with suppress(Exception) if kind else nullcontext():  # or it would hide what ended the run
+            self.wait()
+
+    def begin(self, step: int, state: dict[str, Any], score: float | None = None) -> None:
+        """Checkpoints.save of the state as it is now, once the one before is written."""
+        self.wait()
+        arrived = _snapshot(state)
+        self._writing = self._thread.submit(lambda: self._checkpoints.save(step, arrived(), score))
+
+    def check(self) -> None:
+        """Raise what has gone wrong until now."""
+        if self._writing and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all is written."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+
+def _snapshot(state: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    """The state in memory as it is now. The call that gives it waits until what is on a GPU has arrived."""
+    on_gpu: list[torch.Tensor] = []
+
+    def taken(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_cuda:
+            return tensor.clone()
+        on_gpu.append(tensor)
+        return tensor
+
+    copied = _changed(state, taken)
+    arriving = fetch(*on_gpu) if on_gpu else None
+
+    def arrived() -> dict[str, Any]:
+        in_memory = iter(arriving.wait() if arriving else ())
+        return _changed(copied, lambda tensor: next(in_memory) if tensor.is_cuda else tensor)  # type: ignore[no-any-return]
+
+    return arrived
+
+
+def _changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Nested values with every tensor changed, always in the same order."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _changed(part, change) for name, part in value.items()}
+    return [_changed(part, change) for part in value] if isinstance(value, list) else value
+
+
+class _Summing:
+    """A file to write to, and the crc32c of what was written."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.checksum = file, 0
+
+    def write(self, data: memoryview) -> int:
+        """All of `data`."""
+        for at in range(0, len(data), _BLOCK):
+            self.checksum = google_crc32c.extend(self.checksum, bytes(data[at : at + _BLOCK]))
+        return int(self._file.write(data))
+
+    def flush(self) -> None:
+        """What the file does."""
+        self._file.flush()
+
+
+def _checksum(path: Path) -> int:
+    """crc32c of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            value = google_crc32c.extend(value, block)
+    return value
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The OSError behind an error, or the error itself."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found or error

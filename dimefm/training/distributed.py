@@ -1,0 +1,209 @@
+"""What the trainer needs of torch.distributed under torchrun; with one process, nothing is set up.
+
+Shapes: B images of this process, G images of all processes, D width.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+from torch.autograd.function import once_differentiable
+
+from dimefm.errors import TrainingError
+from dimefm.system.machine import choose_device
+
+_T = TypeVar("_T")
+_MEMORY = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among all: rank 0 writes the run folder."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def rows(self) -> slice:
+        """Which rows of a global batch are this process's: every world-th."""
+        return slice(self.rank, None, self.world)
+
+
+ALONE = Place(0, 1, torch.device("cpu"))
+"""One process, for what asks a place for its rows alone and not for the device."""
+
+
+def find_place(device: str | None) -> Place:
+    """Where torchrun has put this process, as the environment says it. One device a process: cuda:LOCAL_RANK, or the
+    CPU. Nothing is begun on a GPU, since processes are still to be forked.
+
+    Raises TrainingError where there is no such GPU.
+    """
+    kind = choose_device(device)
+    if kind == "cuda":
+        number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= gpus:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            what = f"process {number} of this machine (LOCAL_RANK, counted from 0) sees {gpus} GPU{'s' * (gpus != 1)}"
+            what += f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
+            remedy = "give --nproc-per-node as many processes as there are GPUs, and let each of them see all of those"
+            raise TrainingError(what, remedy=remedy)
+        kind = f"cuda:{number}"
+    return Place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), torch.device(kind))
+
+
+def join_group(device: str | None) -> Place:
+    """Begin with the device of `find_place`, and join the processes that torchrun started, if it did.
+
+    Raises TrainingError where they do not meet.
+    """
+    place = find_place(device)
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
+    if place.world > 1 and not distributed.is_initialized():
+        _meet(place.device)
+    return place
+
+
+def _meet(device: torch.device) -> None:
+    """Tensors in memory go through gloo, those on GPUs through NCCL."""
+    gpu: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+    place = f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')}"
+    try:
+        # Others wait while the first validates, for longer than torch's ten minutes if need be.
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=6), **gpu)
+    except (distributed.DistError, ValueError) as error:
+        remedy = "start it with torchrun, which sets all of this, with --master-port for another port"
+        used = "EADDRINUSE" in str(error) or "already in use" in str(error)
+        reason = "the port is in use, perhaps by another run" if used else str(error).strip().splitlines()[0]
+        raise TrainingError(f"the processes do not meet at {place}: {reason}", remedy=remedy) from error
+
+
+def leave_group(place: Place) -> None:
+    """End what `join_group` began. Not after an error: with NCCL it would wait for the others, who wait too."""
+    if place.world > 1:
+        distributed.destroy_process_group()
+
+
+def gather_batch(rows_BD: torch.Tensor, place: Place) -> torch.Tensor:
+    """The rows of all processes in the order of the global batch, (G, D), with gradients to where each came from.
+
+    The gradient of a row is the sum of what all processes hand back for it. Where the loss is the mean of those of all
+    processes, and parameter gradients are averaged over processes, that is the gradient of one process with the
+    whole batch. Batch norm is the exception: its statistics are those of each process.
+    """
+    if place.world == 1:
+        return rows_BD
+    gathered_GD: torch.Tensor = _Gathered.apply(rows_BD, place)
+    return gathered_GD
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_BD: torch.Tensor, place: Place) -> torch.Tensor:
+        ctx.place = place
+        parts = [torch.empty_like(rows_BD, memory_format=torch.contiguous_format) for _ in range(place.world)]
+        distributed.all_gather(parts, rows_BD.contiguous())
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_GD: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total_GD = grad_GD.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total_GD)  # gloo has no reduce-scatter in every torch
+        return total_GD[ctx.place.rows], None
+
+
+def logsumexp_over_all(value: torch.Tensor, place: Place) -> torch.Tensor:
+    """log(sum(exp(value))) over processes, each element by itself; without a gradient."""
+    if place.world == 1:
+        return value
+    largest = value.clone()
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    total = (value - largest).exp()
+    distributed.all_reduce(total)
+    return largest + total.log()
+
+
+def require_same(step: int, place: Place) -> int:
+    """`step`, if all processes go on from the same one. Raises TrainingError otherwise: they see different folders."""
+    if place.world == 1:
+        return step
+    steps: list[Any] = [None] * place.world
+    distributed.all_gather_object(steps, step)
+    if len(set(steps)) > 1:
+        what = f"the processes would go on from different steps: {steps}"
+        raise TrainingError(what, remedy="put --out on a file system that all machines share")
+    return step
+
+
+def from_first(value: _T, place: Place) -> _T:
+    """Rank 0's `value`, in all processes."""
+    values = [value]
+    if place.world > 1:
+        distributed.broadcast_object_list(values, src=0, device=_MEMORY)
+    return values[0]
+
+
+def add_up(counts: list[int], place: Place) -> list[int]:
+    """The sums over all processes of their counts."""
+    found = torch.tensor(counts)
+    if place.world > 1:
+        distributed.all_reduce(found)
+    return found.tolist()
+
+
+class Vote:
+    """What all processes must know in the same step, such as that one of them was asked to stop.
+
+    It goes through memory, beside the GPU's work, and nobody waits for an answer within a step: the numbers of one step
+    are known in the next.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._before: tuple[torch.Tensor, Any] | None = None
+
+    def cast(self, number: int) -> int:
+        """Give this step's number; the largest that any process gave in the step before. A process alone is told its
+        own at once."""
+        if self._place.world == 1:
+            return number
+        found = torch.tensor(number)
+        before, self._before = (
+            self._before,
+            (found, distributed.all_reduce(found, distributed.ReduceOp.MAX, async_op=True)),
+        )
+        if before is None:
+            return 0
+        before[1].wait()
+        return int(before[0])
+
+
+def average(value: torch.Tensor, place: Place) -> None:
+    """Replace a tensor by the mean of all processes' ones."""
+    if place.world > 1:
+        distributed.all_reduce(value)
+        value /= place.world
+
+
+def same_buffers(module: torch.nn.Module, place: Place) -> None:
+    """Give all processes rank 0's buffers, such as the statistics of batch norm, which each has of its own images."""
+    if place.world > 1:
+        for buffer in module.buffers():
+            distributed.broadcast(buffer, 0)
+
+
+def wait_for_all(place: Place) -> None:
+    """Let rank 0 finish writing before the others read, or end."""
+    add_up([0], place)

@@ -1,0 +1,205 @@
+"""What a training run reads: its stores, the order of their rows, and the processes that make batches of them.
+
+All of this begins before a GPU and the process group do: the processes are forked, and a fork shares memory, locks and
+connections with whatever CUDA and NCCL have begun by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+from typing import Literal
+
+import torch
+
+from cache_schemas.plan import FILES_TABLE
+from dimefm.errors import TrainingError
+from dimefm.models.towers import student_spec, text_spec
+from dimefm.sources.parquet import BLOCK_BYTES, KEPT_BYTES, SUFFIX
+from dimefm.store.embedding_store import Store
+from dimefm.store.pairs_store import Pairs
+from dimefm.system.progress import amount
+from dimefm.system.storage import is_url
+from dimefm.training.checkpoints import Checkpoints
+from dimefm.training.config import TrainConfig
+from dimefm.training.distributed import Place
+from dimefm.training.image_batches import Augmentation, Batch, Requests, TrainingImages, read_ahead, training_loader
+from dimefm.training.machine_settings import loaders
+from dimefm.training.row_order import Order
+from dimefm.training.run_folder import Inputs, choose_order, open_inputs
+from dimefm.training.text_bank import TextBank
+from dimefm.training.text_batches import TextBatch, TrainingTexts
+
+Pair = tuple[Batch, TextBatch | None]
+"""A step's images, and its sentences for a text tower."""
+
+TEXTS = 1
+"""Tells the random numbers of a text tower from those of the images."""
+
+REQUESTS_A_SECOND = 500
+"""Of an object store, by one core: what s3fs takes for each (python -m benchmarks urls)."""
+
+_PAGE_LOCKED_AHEAD = 2  # batches
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The inputs of a run and the order of their rows; how many steps it has, and an epoch; the step that it goes on
+    from, and what is read for that one and those that follow, in page-locked memory where they go to a GPU, which must
+    then be in use.
+    """
+
+    inputs: Inputs
+    order: Literal["chunks", "blocks"]
+    bank: TextBank | None
+    per_epoch: int
+    steps: int
+    first: int
+    batches: Iterator[Pair]
+
+
+def note_distance(inputs: Inputs, bank: TextBank | None, order: Literal["chunks", "blocks"]) -> list[str]:
+    """What to know of what is read over the network at every step of a run: what it costs, and the remedy. Embeddings
+    cost little: all of a small store is kept, and of a large one the chunks that a window of rows is drawn from."""
+    images, texts, schema, notes = inputs.images, inputs.texts, inputs.images.schema, list[str]()
+    if is_url(images.path) if schema.pixels else any(map(is_url, schema.source.arguments)):
+        what = f"a copy of {images.path} on a local disk" if schema.pixels else "--pixels in a store on a local disk"
+        notes.append(
+            f"each image is a request over the network, and a core that reads does some {REQUESTS_A_SECOND} of those a "
+            f"second: faster with {what}"
+        )
+    stores: list[Store | Pairs] = [images, *([inputs.pairs] if inputs.pairs else [])]
+    far = [store.path for store in stores if store.by_chunks] or ([texts.path] if texts.by_chunks else [])
+    if order == "chunks" and far:
+        notes.append(
+            f"rows are drawn from whole chunks of neighbours, since {' and '.join(far)} is at a URL: of a copy on a "
+            "local disk they are mixed better"
+        )
+    elif images.by_chunks:
+        notes.append(
+            f"rows are drawn from all over {images.path}, as when the run began, and each is a request over the "
+            "network: copy it to a local disk"
+        )
+    if bank and bank.place == "disk" and is_url(texts.path):
+        size = texts.schema.rows * texts.schema.dim * texts.schema.item_bytes
+        notes.append(
+            f"{texts.path} does not fit into memory: each sentence of a step is a request over the network, some "
+            f"{REQUESTS_A_SECOND} a second for each core that reads: copy it ({amount(size)}) to a local disk"
+        )
+    return notes
+
+
+@contextmanager
+def feeding(config: TrainConfig, place: Place) -> Iterator[Feed]:
+    """Open what a run reads, and start the processes that read it; they end with the block.
+
+    Raises TrainingError, MismatchError or StoreError for what the user can mend.
+    """
+    inputs = open_inputs(config)
+    kind = choose_order(config, inputs)
+    images, texts = _orders(config, inputs, place, kind)
+    per_epoch = images.steps_per_epoch
+    steps = min(round(config.epochs * per_epoch), config.max_steps or 2**62)
+    if steps < 1:
+        raise TrainingError(f"{config.epochs:g} epochs of {per_epoch} steps are none", remedy="give more --epochs")
+    first = Checkpoints(config.out).step() or 0
+    if not (first or config.accept_slow):
+        _require_fast(inputs.images)
+    bank = _bank(config, inputs, place)
+    with ExitStack() as stack:
+        batches: Iterator[Pair] = iter(())
+        if first < steps:
+            requests = partial(Requests, first=first, steps=steps, rank=place.rank, world=place.world)
+            batches = _start(config, place, inputs, bank, requests(images), requests(texts) if texts else None, stack)
+        yield Feed(inputs, kind, bank, per_epoch, steps, first, batches)
+
+
+def _require_fast(images: Store) -> None:
+    """Raises TrainingError where images would be read by row from large Parquet files: to read one, much of its row
+    group is decoded."""
+    if images.schema.pixels or FILES_TABLE not in images.schema.digests:
+        return
+    files = images.source_files()
+    sizes = zip(files["path"].to_pylist(), files["size"].to_pylist(), strict=True)
+    if sum(size for path, size in sizes if path.endswith(SUFFIX)) > KEPT_BYTES:
+        what = f"{images.path} has no pixels of its own, and its images are in Parquet files, of which up to"
+        what += f" {amount(BLOCK_BYTES)} are decoded for each image that is read out of order: about 25 ms"
+        remedy = "cache them again with cache-images --pixels 256 and another --out; or train as slowly as that with"
+        raise TrainingError(what, remedy=f"{remedy} --set accept_slow=true")
+
+
+def _start(
+    config: TrainConfig,
+    place: Place,
+    inputs: Inputs,
+    bank: TextBank | None,
+    image_requests: Requests,
+    text_requests: Requests | None,
+    stack: ExitStack,
+) -> Iterator[Pair]:
+    teacher = inputs.images.schema.teacher
+    size = student_spec(config.student, teacher, config.image_size).image_size
+    handed_over = config.batch_size // place.world * 3 * size**2
+    handed_over += bank.bytes_of_step(config.batch_size) if bank else 0
+    workers, ahead = loaders(config.workers, place.device.type, handed_over)
+    texts: Iterator[TextBatch | None] = repeat(None)
+    if config.text_student and text_requests:  # before images, whose requests are made in a thread
+        sentences = TrainingTexts(inputs.texts.path, text_spec(config.text_student, teacher))
+        loader = training_loader(sentences, text_requests, min(1, workers), ahead)
+        texts = stack.enter_context(closing(loader))
+    augmentation = Augmentation(size=size, crop_scale=config.crop_scale, flip=config.flip, seed=config.seed)
+    pictures = TrainingImages(inputs.images.path, augmentation, bank)
+    images = stack.enter_context(closing(training_loader(pictures, image_requests, workers, ahead)))
+    pairs = zip(images, texts, strict=False)
+    if place.device.type != "cuda":
+        return pairs
+    begin = partial(_begin_page_locking, place.device)
+    return stack.enter_context(closing(read_ahead(map(_page_locked, pairs), _PAGE_LOCKED_AHEAD, begin)))
+
+
+def _page_locked(pair: Pair) -> Pair:
+    images, texts = pair
+    return images.pin_memory(), texts and texts.pin_memory()
+
+
+def _begin_page_locking(device: torch.device) -> None:
+    torch.set_num_threads(1)  # the cores are for decoding
+    torch.cuda.set_device(device)  # or another GPU's memory would be taken for it
+
+
+def _bank(config: TrainConfig, inputs: Inputs, place: Place) -> TextBank | None:
+    if not (config.loss.vl or config.loss.contrastive):
+        return None
+    return TextBank(
+        inputs.texts, config.text_mix, inputs.pairs, inputs.selection, seed=config.seed,
+        total=config.texts_per_step if config.loss.vl else 0, paired=config.loss.contrastive > 0, device=place.device,
+    )  # fmt: skip
+
+
+def _orders(
+    config: TrainConfig, inputs: Inputs, place: Place, kind: Literal["chunks", "blocks"]
+) -> tuple[Order, Order | None]:
+    """The orders of images and, for a text tower, of sentences. Raises TrainingError for a batch that cannot be."""
+    images = Order(store=inputs.images, seed=config.seed, batch_size=config.batch_size, kind=kind)
+    texts = None
+    if config.text_student:
+        only = inputs.selection.rows() if inputs.selection else None
+        size = config.text_batch_size
+        texts = Order(store=inputs.texts, seed=config.seed, batch_size=size, only=only, stream=TEXTS, kind=kind)
+    named = ((images, "a batch", "images", "--batch-size"), (texts, "a text batch", "sentences", "text_batch_size"))
+    for order, what, of, option in named:
+        if order is None:
+            continue
+        if order.batch_size % place.world:
+            what = f"{what} of {order.batch_size} does not divide over {place.world} processes"
+            raise TrainingError(what, remedy=f"give a {option} that does")
+        if order.batch_size // place.world < config.accumulate:
+            what = f"{what} of {order.batch_size} over {place.world} processes is less than one for each of its passes"
+            raise TrainingError(what, remedy="give a smaller --accumulate")
+        if order.steps_per_epoch == 0:
+            what = f"{what} of {order.batch_size} is more than the {of} with an embedding in {order.store.path}"
+            raise TrainingError(what, remedy=f"give a smaller {option}")
+    return images, texts

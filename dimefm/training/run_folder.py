@@ -1,0 +1,199 @@
+"""The folder of a training run: made by the first start, checked by every later one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from cache_schemas import Run, StudentSpec, TeacherIdentity
+from cache_schemas.run import RUN_FILE, Change
+from dimefm.errors import MismatchError, OutputExistsError, StoreError, TrainingError
+from dimefm.models.first_weights import with_initial
+from dimefm.models.towers import student_spec, text_spec
+from dimefm.store.embedding_store import Store, require_same_teacher
+from dimefm.store.failures import require_embeddings
+from dimefm.store.pairs_store import Pairs, require_pairs_match
+from dimefm.store.selected_texts import SelectedTexts
+from dimefm.system import storage
+from dimefm.system.versions import versions
+from dimefm.training.checkpoints import Checkpoints
+from dimefm.training.config import NEVER_DIFFER, NEVER_DIFFER_IN_LOSS, TrainConfig
+
+_FOLLOWS = {"images_data": "images", "texts_data": "texts", "pairs_digest": "pairs", "selection_digest": "selection"}
+"""What is in the stores of a run, by the field of its config that names them: it may change where that may."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The finished stores of a run, checked against each other."""
+
+    images: Store
+    texts: Store
+    pairs: Pairs | None
+    selection: SelectedTexts | None
+
+
+def open_inputs(config: TrainConfig) -> Inputs:
+    """Open what a config names. Raises StoreError for one that is unfinished or empty, MismatchError where they do
+    not fit."""
+    images, texts = Store(config.images), Store(config.texts)
+    for store, kind in ((images, "image"), (texts, "text")):
+        store.require_kind(kind)
+        store.require_complete()
+        require_embeddings(store)
+    require_same_teacher(images, texts)
+    pairs = Pairs(config.pairs) if config.pairs else None
+    if pairs:
+        require_pairs_match(pairs, images, texts)
+    selection = SelectedTexts(config.selection) if config.selection else None
+    if selection:
+        selection.require_stores(images, texts)
+    if config.val_texts:
+        require_same_teacher(images, Store(config.val_texts))
+    return Inputs(images, texts, pairs, selection)
+
+
+def read_run(path: str) -> Run:
+    """The run.json of a run folder. Raises StoreError where there is none, SchemaError where it is not valid."""
+    where = str(Path(path) / RUN_FILE)
+    if not Path(where).exists():
+        raise StoreError(f"{path} is not a run folder: it has no {RUN_FILE}", remedy="give the --out of train-student")
+    return Run.parse(storage.read_json(where), where)
+
+
+def begun(out: str) -> Run | None:
+    """The document of the run in `out` if it has a checkpoint to go on from."""
+    return read_run(out) if Checkpoints(out, 1).step() else None
+
+
+def choose_order(config: TrainConfig, inputs: Inputs) -> Literal["chunks", "blocks"]:
+    """The order of a run's rows: that which it began with, else "blocks", but "chunks" where large stores are read at
+    URLs: a chunk is one request, and few rows of each would be one for every row (dimefm.store.ranged_array)."""
+    before = begun(config.out)
+    if before:
+        return before.order
+    read: list[Store | Pairs] = [inputs.images, *([inputs.pairs] if inputs.pairs else [])]
+    read += [inputs.texts] if config.text_student else []
+    return "chunks" if any(store.by_chunks for store in read) else "blocks"
+
+
+def plan_run(
+    config: TrainConfig,
+    inputs: Inputs,
+    steps: int,
+    *,
+    machine: str,
+    processes: int,
+    order: Literal["chunks", "blocks"],
+    allow_changes: tuple[str, ...],
+    done: int,
+) -> Run:
+    """The run document of `config`, which `write_run` writes once all that it names has been found good.
+
+    Raises MismatchError where the folder holds a run with another config, other stores or other embeddings in them, and
+    names the fields: all but those in `allow_changes`, whose change after `done` steps is recorded, as another
+    `machine` or number of `processes` is; before the first checkpoint there is nothing to differ from. Raises
+    OutputExistsError where the folder holds something else.
+    """
+    _require_names(allow_changes)
+    images, pairs, selection = inputs.images, inputs.pairs, inputs.selection
+    teacher = images.schema.teacher
+    run = Run(
+        config=config.to_json(),
+        student=_student(config, teacher, done),
+        teacher=teacher,
+        images_identity=images.schema.identity,
+        images_chunk_rows=images.schema.chunk_rows,
+        texts_identity=inputs.texts.schema.identity,
+        pairs_digest=pairs.selection().digest if pairs else None,
+        selection_digest=selection.document.digest if selection else None,
+        steps=steps,
+        versions=versions(),
+        text_student=text_spec(config.text_student, teacher) if config.text_student else None,
+        machine=machine,
+        processes=processes,
+        order=order,
+        undecayed="listed",
+        images_data=images.contents.digest,
+        texts_data=inputs.texts.contents.digest,
+    )
+    path = Path(config.out) / RUN_FILE
+    if path.exists() and done:
+        old = read_run(config.out)
+        run = replace(run, undecayed=old.undecayed, student=old.student)
+        changes = _changes(config, old, run, allow_changes, done)
+        if not changes:
+            return old
+        return replace(run, changes=(*old.changes, *changes))
+    if not path.exists() and storage.listing(config.out):
+        what = f"{config.out} exists and is not a run folder (it holds {storage.listing(config.out)[0]!r})"
+        raise OutputExistsError(what, remedy="give another --out")
+    return run
+
+
+def _student(config: TrainConfig, teacher: TeacherIdentity, done: int) -> StudentSpec:
+    """The image tower; before the first checkpoint, as its first weights want it."""
+    spec = student_spec(config.student, teacher, config.image_size)
+    if not config.init or done:
+        return spec
+    return with_initial(
+        spec, config.init, mean=config.init_mean, std=config.init_std, activation=config.init_activation
+    )
+
+
+def write_run(out: str, run: Run) -> None:
+    """Write the document, if it is not there as it is."""
+    path = str(Path(out) / RUN_FILE)
+    if not storage.exists(path) or storage.read_json(path) != run.to_json():
+        with storage.writing_to(path):
+            storage.write_json(path, run.to_json())
+
+
+def _changes(config: TrainConfig, old: Run, new: Run, allowed: tuple[str, ...], done: int) -> list[Change]:
+    """What differs and may. Raises MismatchError for what may not."""
+    before = TrainConfig.parse(old.config, f"{config.out}/{RUN_FILE}")
+    differences = before.differences(config)
+    for name in ("loss", "text_loss"):
+        for part in NEVER_DIFFER_IN_LOSS:
+            mine, theirs = getattr(getattr(before, name), part), getattr(getattr(config, name), part)
+            if mine != theirs:
+                differences[f"{name}.{part}"] = f"{mine} != {theirs}"
+    for name in ("images_identity", "images_chunk_rows", "texts_identity", "pairs_digest", "selection_digest", "steps"):
+        mine, theirs = getattr(old, name), getattr(new, name)
+        if mine != theirs:
+            differences[name] = f"{mine} != {theirs}"
+    for name in ("images_data", "texts_data"):
+        mine, theirs = getattr(old, name), getattr(new, name)
+        if mine is not None and mine != theirs:
+            differences[name] = f"{mine} != {theirs}"
+    follow = {name for name, field in _FOLLOWS.items() if field in allowed}
+    follow |= {"steps"} if {"epochs", "max_steps", "images"} & set(allowed) else set()
+    refused = {name: values for name, values in differences.items() if name not in {*allowed, *follow}}
+    if refused:
+        lines = "".join(f"\n  - {name}: {values}" for name, values in refused.items())
+        what = f"{config.out} holds a run that differs from this command (its own != this one's):{lines}"
+        remedy = "give another --out, or repeat the command that began it"
+        if refused.keys() & _FOLLOWS.keys():
+            what += "\n  rows were encoded, retrieved or selected again since"
+        named = {*allowed, *(_FOLLOWS.get(name, name) for name in refused)} - {"steps"}  # which follows from others
+        if named <= _may_change():
+            remedy += f"; to go on with the change: --allow-changes {','.join(sorted(named))}"
+        raise MismatchError(what, remedy=remedy)
+    for name in ("machine", "processes"):
+        mine, theirs = getattr(old, name), getattr(new, name)
+        if mine and mine != theirs:
+            differences[name] = f"{mine} != {theirs}"
+    return [Change(step=done, field=name, values=values) for name, values in differences.items()]
+
+
+def _require_names(allowed: tuple[str, ...]) -> None:
+    names = _may_change()
+    unknown = sorted(set(allowed) - names)
+    if unknown:
+        what = f"--allow-changes: {', '.join(unknown)} cannot change within a run"
+        raise TrainingError(what, remedy=f"those that can: {', '.join(sorted(names))}")
+
+
+def _may_change() -> set[str]:
+    return TrainConfig.__dataclass_fields__.keys() - set(NEVER_DIFFER)

@@ -1,0 +1,143 @@
+"""What a run tells: metrics.jsonl and TensorBoard events in its folder, progress on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import time
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from cache_schemas.run import METRICS_FILE
+from dimefm.system import storage
+from dimefm.system.progress import Progress
+
+
+class RunLog:
+    """The log of one process; of those beside rank 0 nothing is written or shown (`enabled` False).
+
+    A resumed run goes on after `first` steps: lines of later steps, written before it was stopped, are dropped.
+    """
+
+    def __init__(self, out: str, *, first: int, steps: int, enabled: bool) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
+        self._path = Path(out) / METRICS_FILE
+        kept = [line for line in read_metrics(out) if line["step"] <= first]
+        with storage.writing_to(str(self._path)):
+            storage.write_atomic(str(self._path), "".join(json.dumps(line) + "\n" for line in kept).encode())
+            self._file = self._path.open("a", encoding="utf-8")
+            self._events = _Events(out, first)
+        self._progress = Progress("training", steps, "step", first)
+        self._began, self._images, self._waited = time.monotonic(), 0, 0.0
+        self._now = self._began
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._enabled:
+            for file in (self._file, self._events):
+                with suppress(OSError) if kind else nullcontext():  # or it would hide what ended the run
+                    file.close()
+            self._progress.__exit__(kind, error, trace)
+
+    def note(self, text: str) -> None:
+        """A line for the terminal alone."""
+        if self._enabled:
+            self._progress.note(text)
+
+    def step(self, done: int, *, images: int, waited: float, at: float) -> None:
+        """A step is done, which the device had been given by the time `at`: `images` of all processes, after `waited`
+        seconds for data."""
+        if self._enabled:
+            self._now = at
+            self._images += images
+            self._waited += waited
+            self._progress.at(done)
+
+    def train(self, done: int, values: dict[str, float]) -> None:
+        """A line of losses and learning rate, with images/s and the share of time waited for data since the last."""
+        if not self._enabled:
+            return
+        seconds = max(self._now - self._began, 1e-9)
+        rate, share = self._images / seconds, self._waited / seconds
+        self._began, self._images, self._waited = self._now, 0, 0.0
+        speed = {"images_per_second": round(rate, 1), "data_wait": round(share, 4)}
+        self._write("train", done, {**values, **speed})
+        self._progress.note(f"loss {values['loss']:.4f}, {rate:,.0f} images/s, {share:.0%} of it waiting for data")
+
+    def validation(self, done: int, scores: dict[str, float], seconds: float) -> None:
+        """A line with the top-1 of every validation set. Its time does not count as training."""
+        if self._enabled:
+            self._began += seconds
+            self._write("validation", done, scores)
+            self._progress.note(", ".join(f"{name} top-1 {score:.3f}" for name, score in scores.items()))
+
+    def flush(self) -> None:
+        """See all lines through to the disk, before a checkpoint says that their steps are done."""
+        if self._enabled:
+            with storage.writing_to(str(self._path)):
+                storage.flush(str(self._path))
+
+    def _write(self, event: str, step: int, values: dict[str, float]) -> None:
+        with storage.writing_to(str(self._path)):
+            known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._file.write(json.dumps({"event": event, "step": step, **known}) + "\n")
+            self._file.flush()
+            self._events.add(step, {f"{event}/{name}": value for name, value in values.items()})
+
+
+class _Events:
+    """A file of TensorBoard events. Its own writer has a thread, from which a full disk is a traceback and no error."""
+
+    def __init__(self, out: str, first: int) -> None:
+        """With a mark that events after step `first`, of an earlier start, no longer count. Raises OSError."""
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (Path(out) / name).open("ab")
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if first:
+            self._write(step=first + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Numbers by name. Raises OSError."""
+        numbers = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(step=step, summary=Summary(value=numbers))
+
+    def close(self) -> None:
+        """Raises OSError."""
+        self._file.close()
+
+    def _write(self, **facts: Any) -> None:
+        self._records.write(Event(wall_time=time.time(), **facts).SerializeToString())
+        self._file.flush()
+
+
+def read_metrics(out: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, none where there is no file; a line cut off by a kill is left out."""
+    path = Path(out) / METRICS_FILE
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def last_validation(out: str) -> dict[str, float]:
+    """The scores of the last validation of a run, empty where there was none."""
+    lines = [line for line in read_metrics(out) if line["event"] == "validation"]
+    return {k: v for k, v in lines[-1].items() if k not in ("event", "step")} if lines else {}

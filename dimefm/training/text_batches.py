@@ -1,0 +1,59 @@
+"""Batches for a student's text tower: tokens beside the cached teacher embeddings of their sentences.
+
+Shapes: B sentences of this process, L tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.utils.data import Dataset
+
+from cache_schemas import SchemaError
+from cache_schemas.run import TextSpec
+from dimefm.errors import DimefmError, TrainingError
+from dimefm.models.towers import tokenizer_of
+from dimefm.store.embedding_store import Store
+from dimefm.training.image_batches import Request, training_error
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """One step's sentences: tokens int64 (B, L), teacher embeddings as stored (B, D)."""
+
+    tokens_BL: torch.Tensor
+    teacher_BD: torch.Tensor
+
+    def pin_memory(self) -> TextBatch:
+        """See dimefm.training.image_batches.Batch."""
+        return TextBatch(self.tokens_BL.pin_memory(), self.teacher_BD.pin_memory())
+
+
+class TrainingTexts(Dataset["TextBatch | TrainingError"]):
+    """Indexed by Request: tokenises the sentences of a batch and gathers their embeddings.
+
+    The sentences of a window are read from the plans with its first request: requests must come in order, to one
+    process.
+    """
+
+    def __init__(self, store: str, spec: TextSpec) -> None:
+        self._path, self._spec = store, spec
+        self._opened: tuple[Store, Any] | None = None
+        self._rows_N, self._texts = np.empty(0, np.int64), pa.array([], pa.string())  # of the window that is read
+
+    def __getitem__(self, request: Request) -> TextBatch | TrainingError:
+        try:
+            store, tokenizer = self._opened = self._opened or (Store(self._path), tokenizer_of(self._spec))
+            if request.window_N is not None:
+                self._rows_N = np.sort(request.window_N)
+                self._texts = store.entries(self._rows_N, ("text",))["text"]
+            return TextBatch(
+                tokens_BL=tokenizer(self._texts.take(np.searchsorted(self._rows_N, request.rows_B)).to_pylist()),
+                teacher_BD=torch.from_numpy(store.gather(request.rows_B)),
+            )
+        except (DimefmError, SchemaError, OSError) as error:
+            return training_error(error)

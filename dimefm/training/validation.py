@@ -1,0 +1,174 @@
+"""Validation while training: zero-shot on labelled sets. Class embeddings are looked up in a cached text store, or come
+from the student's own text tower where it has one.
+
+Shapes: N images of a set, B of a batch, C classes, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from cache_schemas import Status, StudentSpec
+from dimefm.datasets.image_set import ImageSet
+from dimefm.datasets.own_sets import open_folders
+from dimefm.errors import MismatchError, SourceError
+from dimefm.images.preprocess import Preprocess, normalise
+from dimefm.models.towers import student_preprocessing
+from dimefm.store.embedding_store import Store
+from dimefm.system.machine import cpus, processes_here
+from dimefm.training.distributed import Place, add_up, from_first, same_buffers
+
+
+class Validation:
+    """Labelled sets ready to score a student. Each process of a run takes an equal part of the images."""
+
+    def __init__(
+        self,
+        sets: tuple[str, ...],
+        texts: Store | None,
+        spec: StudentSpec,
+        place: Place,
+        dtype: torch.dtype,
+        tokenizer: Any = None,
+    ) -> None:
+        """`texts` has the prompts' embeddings; None for a student with a text tower, whose `tokenizer` is then wanted.
+        Towers compute in `dtype`.
+
+        Raises MismatchError where a prompt of a set is not in `texts`, SourceError for a set of which no image can be
+        read.
+        """
+        self._spec, self._tokenizer, self._place, self._dtype = spec, tokenizer, place, dtype
+        self._preprocess = Preprocess(student_preprocessing(spec))
+        self._sets = open_folders(sets)
+        self._require_classes()
+        for images in self._sets:
+            images.require_readable(self._preprocess)
+        self._notes = [f"--val {images.name}: {note}" for images in self._sets for note in images.notes]
+        self._counted = False
+        if texts is not None:
+            self._classes = from_first(self._look_up_classes(texts) if place.first else [], place)
+
+    def run(self, towers: dict[str, tuple[Any, Any]]) -> dict[str, float]:
+        """Top-1 by set, for each image tower and its text tower (None without one) under the set's name with that of
+        the towers after it. Images are decoded once for all. The towers are left in the mode that they are in."""
+        modules = [tower for pair in towers.values() for tower in pair if tower is not None]
+        training = [tower.training for tower in modules]
+        for tower in modules:
+            tower.train()  # LeViT's kind keeps what it computed of its weights until then, an average's for ever
+            tower.eval()
+            same_buffers(tower, self._place)
+        classes = [self._classes if text is None else self._embed_classes(text) for _, text in towers.values()]
+        counts = []
+        for number, images in enumerate(self._sets):
+            mine = slice(self._place.rank, None, self._place.world)
+            share = replace(images, samples=images.samples[mine], labels=images.classes[mine])
+            answers = [
+                partial(self._answers, image, classes[i][number].to(self._place.device))
+                for i, (image, _) in enumerate(towers.values())
+            ]
+            size = 256 if self._place.device.type == "cuda" else 64
+            right, readable = correct(share, answers, self._preprocess, size)
+            counts += [*right, readable]
+        for tower, was in zip(modules, training, strict=True):
+            tower.train(was)
+        names = [(images, name) for images in self._sets for name in (*towers, None)]
+        found = list(zip(names, add_up(counts, self._place), strict=True))
+        self._note_unread({images.name: (n, len(images.samples)) for (images, name), n in found if name is None})
+        return {f"{images.name}{name}": n / len(images.samples) for (images, name), n in found if name is not None}
+
+    def take_notes(self) -> list[str]:
+        """What is to be said of the sets, and was not before: what of them is not used, and what cannot be read."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    def _note_unread(self, readable: dict[str, tuple[int, int]]) -> None:
+        if not self._counted:
+            self._notes += [
+                f"--val {name}: {total - count:,} of {total:,} images cannot be read, and count as wrong"
+                for name, (count, total) in readable.items()
+                if count < total
+            ]
+        self._counted = True
+
+    def _answers(self, tower: Any, classes_CD: torch.Tensor, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        """The class of the largest cosine (B,)."""
+        images = normalise(pixels_B3HW.to(self._place.device), self._spec.mean, self._spec.std)
+        return (self._embed(tower, images) @ classes_CD.T).argmax(dim=1)
+
+    def _embed(self, tower: Any, inputs: torch.Tensor) -> torch.Tensor:
+        with (
+            torch.inference_mode(),
+            torch.autocast(self._place.device.type, self._dtype, enabled=self._dtype != torch.float32),
+        ):
+            features = tower(inputs)
+        return F.normalize(features.float(), dim=-1)
+
+    def _embed_classes(self, tower: Any) -> list[torch.Tensor]:
+        def embed(prompts: list[str]) -> torch.Tensor:
+            return self._embed(tower, self._tokenizer(prompts).to(self._place.device))
+
+        return [class_embeddings(labelled.prompts(), embed) for labelled in self._sets]
+
+    def _look_up_classes(self, texts: Store) -> list[torch.Tensor]:
+        texts.require_kind("text")
+        wanted = {text for labelled in self._sets for class_prompts in labelled.prompts() for text in class_prompts}
+        vectors = _look_up(wanted, texts)
+        return [
+            class_embeddings(labelled.prompts(), lambda prompts: torch.stack([vectors[text] for text in prompts]))
+            for labelled in self._sets
+        ]
+
+    def _require_classes(self) -> None:
+        for images in self._sets:
+            if images.labels is None or images.labels.ndim == 2:
+                what = f"--val {images.where} does not have one label an image"
+                raise SourceError(what, remedy="give sets with classnames.txt and a label in each KEY.cls")
+
+
+def class_embeddings(prompts: list[list[str]], embed: Callable[[list[str]], torch.Tensor]) -> torch.Tensor:
+    """Unit-norm (C, D): the mean over templates of each class's unit-norm prompt embeddings, normalised again.
+
+    `embed` gives unit-norm embeddings (P, D) of the P prompts of one class.
+    """
+    return F.normalize(torch.stack([embed(texts).float().mean(dim=0) for texts in prompts]), dim=-1)
+
+
+def correct(
+    images: ImageSet,
+    answers: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    preprocess: Callable[[bytes], torch.Tensor],
+    batch_size: int,
+) -> tuple[list[int], int]:
+    """How many images each of `answers`, from uint8 (B, 3, H, W) to classes (B,), gives the right class; none gives it
+    to an image that cannot be read. And how many can be."""
+    labels_N, counts, readable = torch.from_numpy(images.classes), [0] * len(answers), 0
+    for pixels_B3HW, places_B in images.batches(preprocess, batch_size, max(2, cpus() // processes_here())):
+        readable += len(places_B)
+        for i, answer in enumerate(answers):
+            counts[i] += int((answer(pixels_B3HW).cpu() == labels_N[places_B]).sum())
+    return counts, readable
+
+
+def _look_up(wanted: set[str], store: Store) -> dict[str, torch.Tensor]:
+    """The embeddings of these sentences, found by their text in the store's plan."""
+    found: dict[str, torch.Tensor] = {}
+    for shard in range(store.schema.shards):
+        start, stop = store.schema.shard_range(shard)
+        texts = store.plan(shard)["text"].to_pylist()
+        rows = [start + i for i, text in enumerate(texts) if text in wanted]
+        good = store.status(start, stop)
+        rows = [row for row in rows if good[row - start] == Status.OK]
+        vectors = torch.from_numpy(store.gather(np.array(rows, np.int64))).float()
+        found.update({texts[row - start]: vector for row, vector in zip(rows, vectors, strict=True)})
+    missing = wanted - found.keys()
+    if missing:
+        what = f"{store.path} lacks {len(missing)} of {len(wanted)} prompts of the --val sets, such as {min(missing)!r}"
+        raise MismatchError(what, remedy="dimefm cache-texts SET... --out PROMPTS.zarr, and --val-texts PROMPTS.zarr")
+    return found

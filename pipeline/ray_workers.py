@@ -1,0 +1,318 @@
+"""Ray places and supervises: one actor per device, one shard at a time each, lost shards done again."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import ray
+import torch
+from ray._private import ray_constants
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
+from cache_schemas import SchemaError
+from dimefm.caching.worker import SHARDS_AT_ONCE, Job, Worker, none_usable, pending_shards, progress_of
+from dimefm.errors import DimefmError, StoreError, UnreadableError
+from dimefm.store.embedding_store import Store
+from dimefm.system import storage
+from dimefm.system.machine import cpus
+from dimefm.system.progress import Progress
+
+_LOST = (RayActorError, OutOfMemoryError)  # the second where Ray ended a worker because the node's memory was full
+_TRIES = 3
+_PATIENCE = 60.0  # seconds without any worker before that is said
+_OBJECT_STORE_BYTES = 100 * 1024**2  # only shard numbers and commits pass through it
+_AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # what asks for no GPU sees none, whatever the default of this Ray
+    "RAY_worker_niceness": "0",  # the default of 15 starves workers on a loaded machine
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
+    """Encode every shard of the store that has no commit (or, to retry, that has failed rows) on `workers` actors, on
+    a cluster or a local Ray.
+
+    A worker that cannot read the source, as on a machine without the mount, is put aside while others can. Raises
+    DimefmError where there are not that many GPUs or cores, StoreError when a shard loses its worker three times, and
+    what a worker raised.
+    """
+    store = Store(job.store)
+    pending = pending_shards(store, retry=job.retry)
+    if not pending:
+        return
+    storage.remove_leftovers(store.path)
+    total, done = progress_of(store, pending, retry=job.retry)
+    kind = store.schema.kind
+    with cluster(address, workers, job.device), Progress(kind + "s", total, kind, done) as progress:
+        check = bool(store.committed())
+        workers = min(workers, len(pending))
+        cores = _require_room(workers, job.device)
+        cores = cores if address else cpus()  # a local Ray is told of one core a worker, whatever there are
+        threads = job.threads or max(1, cores // workers)
+        _Supervisor(job, workers, threads, pending, check=check).run(progress, done)
+
+
+def _require_room(workers: int, device: str) -> int:
+    """CPU cores of the Ray that is running. Raises DimefmError where it could never place so many workers."""
+    resources = ray.cluster_resources()
+    cores, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    if device.startswith("cuda") and gpus == 0:
+        raise DimefmError(
+            "--device cuda: Ray has no GPU", remedy="start Ray where there are some, or give --device cpu"
+        )
+    if workers > cores:
+        raise DimefmError(f"{workers} workers need {workers} CPUs, and Ray has {cores}", remedy=f"--workers {cores}")
+    return cores
+
+
+def _machines() -> int:
+    """Machines of the Ray that is running."""
+    return sum(node["Alive"] for node in ray.nodes())
+
+
+def gpu_share(workers: int, device: str) -> float:
+    """GPUs of one worker: one, or a share where there are more workers than GPUs (several then feed one)."""
+    gpus = ray.cluster_resources().get("GPU", 0) if device.startswith("cuda") else 0
+    return 1 if gpus >= workers else 1 / math.ceil(workers / gpus) if gpus else 0
+
+
+class _Supervisor:
+    """Hands out shards, one or two in flight per actor (SHARDS_AT_ONCE), and replaces actors that are lost.
+
+    A replacement that Ray cannot place yet, as after a node is lost, is not waited for: the others go on. A shard that
+    lost its worker is done again with care: an image may have crashed it (see dimefm.caching.crashing_images). Actors that cannot read
+    the source are put aside and not replaced, until none is left, or a shard could not be read on two machines. With
+    `check`, one actor goes through the canary before there are others.
+    """
+
+    def __init__(self, job: Job, workers: int, threads: int, pending: dict[int, int], *, check: bool) -> None:
+        # Threads of an actor: one for each shard that is under way, and one that answers how far they are.
+        self._at_once = SHARDS_AT_ONCE[job.device.partition(":")[0]]
+        actor: Any = ray.remote(Worker)
+        actor = actor.options(num_cpus=1, num_gpus=gpu_share(workers, job.device), max_concurrency=self._at_once + 1)
+        self._new: Callable[[], Any] = lambda: actor.remote(job)
+        self._workers, self._threads, self._check = workers, threads, check
+        self._rows, self._pending = dict(pending), sorted(pending, reverse=True)
+        self._tries: dict[int | None, int] = {}
+        self._flying: dict[Any, tuple[Any, int | None]] = {}  # reference: actor, its shard; None while it starts
+        self._running: dict[Any, int] = {}  # actors that have started: how many shards each has
+        self._counted: dict[int, int] = {}  # rows of shards in flight
+        self._told, self._told_of_none = set[str](), False
+        self._aside = 0  # actors that could not read
+        self._unread: dict[int, str] = {}  # shards that could not be read, and where
+
+    def run(self, progress: Progress, finished: int) -> None:
+        """Until every shard is committed; `finished` rows are already."""
+        for _ in range(1 if self._check else self._workers):
+            self._place()
+        heard = time.monotonic()
+        while self._pending or any(shard is not None for _, shard in self._flying.values()):
+            while (actor := self._free()) is not None:
+                shard = self._pending.pop()
+                self._running[actor] += 1
+                self._flying[actor.encode.remote(shard, careful=shard in self._tries)] = (actor, shard)
+            ready, _ = ray.wait(list(self._flying), timeout=1.0)
+            for reference in ready:
+                finished += self._landed(reference, progress)
+            busy = any(shard is not None for _, shard in self._flying.values())
+            heard = time.monotonic() if busy or ready else heard
+            if time.monotonic() - heard > _PATIENCE:
+                heard = time.monotonic()
+                progress.note("no worker runs: Ray has no node with room for one, or it is still loading the teacher")
+            self._poll()
+            progress.at(finished + sum(self._counted.values()))
+
+    def _free(self) -> Any | None:
+        """An actor to give the next shard to. A second one only while there are more shards than workers, or one worker
+        would keep two at the end and another none."""
+        if not self._pending:
+            return None
+        at_once = self._at_once if len(self._pending) > self._workers else 1
+        actor = min(self._running, key=lambda actor: self._running[actor], default=None)
+        return actor if actor is not None and self._running[actor] < at_once else None
+
+    def _place(self) -> None:
+        actor = self._new()
+        shard = self._pending[-1] if self._pending else 0
+        started = actor.start.remote(self._threads, shard, self._check, careful=bool(self._tries))
+        self._flying[started] = (actor, None)
+
+    def _landed(self, reference: Any, progress: Progress) -> int:
+        """An actor has started, finished its shard, or is lost; the rows that are done with that."""
+        actor, shard = self._flying.pop(reference)
+        if shard is not None:
+            self._counted.pop(shard, None)
+        try:
+            told = fetch(reference)
+        except _LOST as error:
+            if "never ran" not in str(error):  # Ray sent it to a node that was lost already, and did not know yet
+                self._count_loss(shard, error)
+                if shard is not None:
+                    progress.note(f"shard {shard} lost its worker: once more, with a search for images that crash")
+            if shard is not None:
+                self._pending.append(shard)
+            if shard is None or self._running.pop(actor, None) is not None:  # once for all of its shards
+                self._place()
+            return 0
+        except UnreadableError as error:
+            self._put_aside(actor, shard, error, progress)
+            return 0
+        if shard is not None:
+            if actor in self._running:  # not lost since
+                self._running[actor] -= 1
+            if self._pending and not self._told_of_none and (said := none_usable(told)):
+                self._told_of_none = True
+                progress.note(said)
+            return self._rows[shard]
+        self._running[actor] = 0
+        self._tries.pop(None, None)
+        if told and told not in self._told:
+            self._told.add(told)
+            progress.note(told)
+        if self._check:
+            self._check = False
+            for _ in range(self._workers - self._aside - 1):
+                self._place()
+        return 0
+
+    def _put_aside(self, actor: Any, shard: int | None, error: UnreadableError, progress: Progress) -> None:
+        """Raises `error` where it is not of one machine: no other can read the shard, or there is none."""
+        elsewhere = shard is not None and self._unread.setdefault(shard, error.host) != error.host
+        if shard is not None:
+            self._pending.append(shard)
+        if shard is None or self._running.pop(actor, None) is not None:  # once for all of its shards
+            self._aside += 1
+            progress.note(f"{error.host}: {error.what}; its worker is put aside, and the others go on")
+        if elsewhere or self._aside >= self._workers or _machines() == 1:
+            raise error
+        if self._check:
+            self._place()
+
+    def _poll(self) -> None:
+        asked = [actor.rows.remote() for actor, shards in self._running.items() if shards]
+        ready, _ = ray.wait(asked, num_returns=len(asked), timeout=0.5) if asked else ([], [])
+        flying = {shard for _, shard in self._flying.values()}
+        for reference in ready:
+            try:
+                rows = ray.get(reference)
+            except _LOST:
+                continue  # its shards come back with the same error, which is handled there
+            self._counted |= {shard: count for shard, count in rows.items() if shard in flying}
+
+    def _count_loss(self, shard: int | None, error: Exception) -> None:
+        self._tries[shard] = self._tries.get(shard, 0) + 1
+        if self._tries[shard] >= _TRIES:
+            lines = str(error).strip().split("\n")  # of an error in its own code, what was raised comes last
+            reason = lines[-1] if "creation task" in lines[0] else lines[0]
+            lost = f"shard {shard} lost its worker" if shard is not None else "a worker was lost while it started"
+            remedy = "see the worker's log, mend the cause (often memory), and run again"
+            raise StoreError(f"{lost} {_TRIES} times: {reason}", remedy=remedy)
+
+
+def fetch(reference: Any) -> Any:
+    """ray.get, with an error that the user can mend raised as it was rather than wrapped in Ray's."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, (DimefmError, SchemaError, OSError)):
+            raise error.cause from None
+        raise
+
+
+@contextmanager
+def cluster(address: str | None, workers: int, device: str) -> Iterator[None]:
+    """A Ray to run on: the cluster at `address`, or a small local one that ends with the block."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with nullcontext() if address else _closed_to_others():
+        if address:
+            _join(address)
+        else:
+            _start(workers, torch.cuda.device_count() if device.startswith("cuda") else 0)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _closed_to_others() -> Iterator[None]:
+    """For the block, a Ray that this process starts listens on 127.0.0.1 alone, and answers only to a token that is
+    made here and kept in the environment of its processes: whoever may talk to a Ray can run code as its user.
+
+    Left to itself, Ray listens on all interfaces, takes 127.0.0.1 for the machine's other address, and keeps its token
+    in the home folder, for all to read. It has no public setting for the first, and reads the others once.
+    """
+    before = {name: os.environ.get(name) for name in _AUTHENTICATION}
+    clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        _authenticate({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+        _authenticate(before)
+
+
+def _authenticate(environment: Mapping[str, str | None]) -> None:
+    """Set, or with None unset, what Ray reads of authentication, and have it read anew."""
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    inner: Any = ray._raylet
+    inner.Config.initialize("")
+    inner.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _join(address: str) -> None:
+    """The cluster at `address`. Raises DimefmError where none answers."""
+    try:
+        _require_answer(address)
+        ray.init(address=address, log_to_driver=False)
+    except OSError as error:
+        remedy = "start one with ray start --head, or leave --ray-address out"
+        raise DimefmError(f"no Ray cluster answers at {address}: {error}", remedy=remedy) from None
+
+
+def _start(cpus: int, gpus: int) -> None:
+    """A small local Ray. Raises DimefmError where it does not start, as when it has no folder of its own."""
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        ray.shutdown()
+        folder = os.environ.get("RAY_TMPDIR", "/tmp")
+        what = f"Ray does not start: {str(error).strip().splitlines()[0]}"
+        remedy = f"see {folder}/ray/session_latest/logs, or give --workers 1, which needs no Ray"
+        if "AF_UNIX" in what:
+            what = f"Ray does not start: its sockets' names would be too long in {folder}"
+            remedy = "name a shorter folder: RAY_TMPDIR=/tmp, say; or give --workers 1, which needs no Ray"
+        elif isinstance(error, OSError) and error.filename:
+            what = f"Ray does not start: {error.filename}: {error.strerror}"
+            remedy = "name a folder of your own: RAY_TMPDIR=~/ray, say; or give --workers 1, which needs no Ray"
+        raise DimefmError(what, remedy=remedy) from error
+
+
+def _require_answer(address: str) -> None:
+    """Raises OSError where nothing listens at HOST:PORT. Ray alone would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
