@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from cache_schemas import SchemaError
-from dimefm.version import __version__
 from dimefm.commands.caching import cache_images, cache_texts, export_embeddings, import_embeddings
 from dimefm.commands.evaluation import compare, evaluate, sets, submission
 from dimefm.commands.inspection import doctor, info, verify
@@ -21,6 +20,7 @@ from dimefm.commands.training import convert_checkpoint, export, train_student
 from dimefm.errors import DimefmError, StoppedError
 from dimefm.system.inert_text import say, text
 from dimefm.system.machine import wait_briefly
+from dimefm.version import __version__
 
 
 class _Group(click.Group):

@@ -17,9 +17,9 @@ _TRIES = 3
 
 
 def on_ray(workers: int, address: str | None = None) -> Runner:
-    """A runner for `dimefm.retrieval.build_index.build_index`: `workers` parts at a time, on a cluster that sees the same files or
-    on a local Ray of this command. Each has its share of Ray's GPUs, where there are some: left to itself, every part
-    would put its centroids and FAISS's working memory on all of them at once."""
+    """A runner for `retrieval.build_index.build_index`: `workers` parts at a time, on a cluster that sees the same
+    files or on a local Ray of this command. Each has its share of Ray's GPUs, where there are some: left to itself,
+    every part would put its centroids and FAISS's working memory on all of them at once."""
 
     def run(parts: Sequence[Part]) -> Iterator[Part]:
         if not parts:

@@ -90,9 +90,9 @@ class _Supervisor:
     """Hands out shards, one or two in flight per actor (SHARDS_AT_ONCE), and replaces actors that are lost.
 
     A replacement that Ray cannot place yet, as after a node is lost, is not waited for: the others go on. A shard that
-    lost its worker is done again with care: an image may have crashed it (see dimefm.caching.crashing_images). Actors that cannot read
-    the source are put aside and not replaced, until none is left, or a shard could not be read on two machines. With
-    `check`, one actor goes through the canary before there are others.
+    lost its worker is done again with care: an image may have crashed it (see caching.crashing_images). Actors that
+    cannot read the source are put aside and not replaced, until none is left, or a shard could not be read on two
+    machines. With `check`, one actor goes through the canary before there are others.
     """
 
     def __init__(self, job: Job, workers: int, threads: int, pending: dict[int, int], *, check: bool) -> None:

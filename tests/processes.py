@@ -19,10 +19,19 @@ MARK = {"DIMEFM_TEST": uuid.uuid4().hex}
 
 FORKING = multiprocessing.get_context("forkserver")
 # Without Ray, which takes its settings from the environment as it is imported.
-FORKING.set_forkserver_preload([
-    "dimefm.training.train", "dimefm.training.recipes", "dimefm.retrieval.build_index", "dimefm.retrieval.retrieve", "dimefm.selection.select_texts", "dimefm.export.export_student",
-    "dimefm.evaluation.evaluate", "dimefm.caching.plan", "dimefm.inspection.verify",
-])  # fmt: skip
+FORKING.set_forkserver_preload(
+    [
+        "dimefm.training.train",
+        "dimefm.training.recipes",
+        "dimefm.retrieval.build_index",
+        "dimefm.retrieval.retrieve",
+        "dimefm.selection.select_texts",
+        "dimefm.export.export_student",
+        "dimefm.evaluation.evaluate",
+        "dimefm.caching.plan",
+        "dimefm.inspection.verify",
+    ]
+)
 
 
 class Gate:

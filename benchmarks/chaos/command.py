@@ -22,9 +22,17 @@ from benchmarks.measure import machine, table
 
 _FORKING = multiprocessing.get_context("forkserver")
 _LIBRARIES = [
-    "dimefm.training.train", "dimefm.training.recipes", "dimefm.retrieval.build_index", "dimefm.retrieval.retrieve", "dimefm.selection.select_texts", "dimefm.export.export_student",
-    "dimefm.evaluation.evaluate", "dimefm.caching.plan", "dimefm.inspection.verify", "dimefm.exchange.import_embeddings",
-]  # fmt: skip
+    "dimefm.training.train",
+    "dimefm.training.recipes",
+    "dimefm.retrieval.build_index",
+    "dimefm.retrieval.retrieve",
+    "dimefm.selection.select_texts",
+    "dimefm.export.export_student",
+    "dimefm.evaluation.evaluate",
+    "dimefm.caching.plan",
+    "dimefm.inspection.verify",
+    "dimefm.exchange.import_embeddings",
+]
 _LONGEST = 300.0  # seconds of a command that hangs
 _SAME = "the same"
 _MESSAGE = re.compile(r"^Error: .+", re.M)

@@ -82,8 +82,9 @@ def encode_shard(
     `turn` is held while the teacher works: of two shards on two threads one reads and decodes its first rows, or writes
     its results, while the other has the teacher. `accept_missing`: leave out the images whose file is gone or refused.
     With `careful`, as after a process was lost, images that crash their decoder are found first, at the price of
-    decoding all twice (see dimefm.caching.crashing_images). Raises UnreadableError where rows would be left out that dimefm.caching.lasting_failures
-    does not allow, or where the input does not answer, and StoreError where the shard cannot be written.
+    decoding all twice (see caching.crashing_images). Raises UnreadableError where rows would be left out that
+    caching.lasting_failures does not allow, or where the input does not answer, and StoreError where the shard cannot
+    be written.
     """
     began, rows, digest = time.monotonic(), store.plan(shard).to_pylist(), None
     if careful and store.schema.kind == "image":

@@ -34,8 +34,8 @@ class GpuLoader:
     """What dimefm.caching.image_loader.Loader is, with the images decoded on a GPU, where their pixels stay."""
 
     def __init__(self, schema: EmbeddingStore, device: torch.device, *, accept_missing: bool = False) -> None:
-        """`accept_missing`: see dimefm.sources.read_image.read_image. Raises StoreError where there is no such GPU, or nothing to
-        decode with on it."""
+        """`accept_missing`: see sources.read_image.read_image. Raises StoreError where there is no such GPU, or nothing
+        to decode with on it."""
         self._read = partial(read_image, accept_missing=accept_missing)
         if device.type != "cuda":
             what = "the images of this store are decoded by nvJPEG, on a GPU"

@@ -68,8 +68,8 @@ class Worker:
     def start(self, threads: int, shard: int, check: bool = False, careful: bool = False) -> str | None:
         """Load the teacher, and decode on up to `threads`: as many as its speed needs, measured on rows of `shard`;
         what to say where a GPU needs more than there are. With `check`, go through the canary (see
-        dimefm.caching.encode_shard.check_canary). With `careful`, nothing is decoded in this process to be measured, as after another
-        died. Not in __init__, whose errors Ray would not hand on as they are.
+        caching.encode_shard.check_canary). With `careful`, nothing is decoded in this process to be measured, as after
+        another died. Not in __init__, whose errors Ray would not hand on as they are.
 
         Raises UnreadableError where none of these rows can be read here, as on a machine without the mount, or the
         teacher is not to be had here.

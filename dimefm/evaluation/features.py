@@ -78,7 +78,7 @@ def features(
     """The features of `images`, encoded now or before, in a store at `out`.
 
     `squash` gives up the aspect ratio; `decoder` is "pillow" for exactly open_clip's pixels, or "fast" (see
-    dimefm.images.preprocess). With `retry`, images that may be read today are tried again (see `to_retry`). A store that
+    images.preprocess). With `retry`, images that may be read today are tried again (see `to_retry`). A store that
     is there but of other images, another model or other settings is made again.
     Raises UnreadableError where images that the set has cannot be read now, and StoreError where it cannot be written.
     """

@@ -74,10 +74,10 @@ def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lamb
 
     Vectors are normalised; one whose norm is within 0.001 of 1 is kept as it is, so that float16 ones stay the same
     to the last bit. NaN, infinite and zero ones keep their row, with NOT_FINITE. With `sources`, rows are matched to
-    images (see `dimefm.exchange.match_names.match`), and those without one get MISSING: train-student could not read them.
-    Without, an image store has no pixels; it serves retrieve, but not train-student. `batch_size` in the store is 1: it
-    is not known. `report` is told in lines what was matched and compared; rows with the weakest match are compared
-    first.
+    images (see `dimefm.exchange.match_names.match`), and those without one get MISSING: train-student could not read
+    them. Without, an image store has no pixels; it serves retrieve, but not train-student. `batch_size` in the store is
+    1: it is not known. `report` is told in lines what was matched and compared; rows with the weakest match are
+    compared first.
 
     Raises SourceError for a folder in another layout, or sources with none of its images; MismatchError for another
     teacher, or a store at `out` of another folder, teacher or setting; StoreError where no row has an embedding;

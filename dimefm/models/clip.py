@@ -182,7 +182,8 @@ def teacher_precision(device: str) -> Precision:
     """The precision of a teacher that none was named for: fp16 on a GPU, fp32 on a CPU.
 
     The teacher runs once and its rounding is cached for good: bf16, as fast, is 40 to 460 times further from fp32 in
-    1 - cosine (`python -m benchmarks precision`). Rows that overflow are computed again (dimefm.caching.encode_shard.encode_rows).
+    1 - cosine (`python -m benchmarks precision`). Rows that overflow are computed again
+    (caching.encode_shard.encode_rows).
     """
     return "fp16" if device.startswith("cuda") else "fp32"
 
@@ -199,10 +200,10 @@ def load_clip(
     """Load a model by open_clip's names: an architecture and a tag or file, ``hf-hub:org/model``, ``local-dir:FOLDER``.
 
     What a file of weights, or a folder's config, does not say of the preprocessing comes from `trained`, the user's
-    word; else from `known`, the identity that a document has of these weights; else from dimefm.models.pretraining. `precision` is
-    that of the matrix products; None is `teacher_precision`. Raises TeacherError for an unknown name, missing weights,
-    weights trained with another activation, or of which nobody has said what must be, a model without a text tower, or
-    one that could run code of its own (see dimefm.models.hub).
+    word; else from `known`, the identity that a document has of these weights; else from models.pretraining.
+    `precision` is that of the matrix products; None is `teacher_precision`. Raises TeacherError for an unknown name,
+    missing weights, weights trained with another activation, or of which nobody has said what must be, a model without
+    a text tower, or one that could run code of its own (see dimefm.models.hub).
     """
     device = choose_device(device)
     precision = precision or teacher_precision(device)

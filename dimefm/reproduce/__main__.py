@@ -1,6 +1,8 @@
 """`python -m dimefm.reproduce`: what `make reproduce` runs. The stages are in stages.py."""
 
 from dimefm.reproduce.stages import main
+from dimefm.system.machine import wait_briefly
 
 if __name__ == "__main__":
-    main()
+    wait_briefly()
+    main(prog_name="reproduce")

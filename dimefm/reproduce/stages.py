@@ -27,7 +27,6 @@ from dimefm.reproduce.report import EVALUATIONS, Student, write_report
 from dimefm.sample import sample_dir
 from dimefm.system import storage
 from dimefm.system.inert_text import say, text
-from dimefm.system.machine import wait_briefly
 from dimefm.system.progress import duration
 
 _STAGES = multiprocessing.get_context("forkserver")
@@ -253,8 +252,3 @@ def main(
     say("\n" + report.text)
     if report.missed:
         raise click.ClickException(f"below the bar: {', '.join(report.missed)}")
-
-
-if __name__ == "__main__":
-    wait_briefly()
-    main(prog_name="reproduce")

@@ -20,8 +20,8 @@ from dimefm.system.transfer import Transfer, fetch
 
 
 class Search(Protocol):
-    """Nearest rows of a store: `dimefm.retrieval.exact_search.ExactSearch` or `dimefm.retrieval.faiss_index.Index`. `batch` queries at once are best;
-    `device` is what computes."""
+    """Nearest rows of a store: `retrieval.exact_search.ExactSearch` or `retrieval.faiss_index.Index`. `batch` queries
+    at once are best; `device` is what computes."""
 
     batch: int
     device: str

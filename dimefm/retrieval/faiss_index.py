@@ -1,6 +1,6 @@
 """The FAISS index over a store: what is done to one, and searching it. The only importer of faiss.
 
-`dimefm.retrieval.build_index` puts these steps together. Shapes: Q queries, N rows of a block, D width, L lists, P lists
+`retrieval.build_index` puts these steps together. Shapes: Q queries, N rows of a block, D width, L lists, P lists
 probed, C candidates, K neighbours.
 """
 

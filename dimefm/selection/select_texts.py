@@ -49,7 +49,8 @@ class SelectionConfig:
       hits        how many images have it among their top k, equals by the best cosine of these; without any: left out.
                   The default, without more: the union over images, which trained the best students of all that were
                   tried (benchmarks/RESULTS.md);
-      similarity  how far the images nearest to a sentence stand out from all others (dimefm.selection.grounding.Grounding), over
+      similarity  how far the images nearest to a sentence stand out from all others (selection.grounding.Grounding),
+      over
                   a random sample of `images_sample` images (default 16,384);
       random      the draw of `seed` (default 0).
     Then come, each if asked for and in this order: `min_hits` images or more that have it among their top k;

@@ -56,7 +56,8 @@ def _from_parquet(path: str, column: str, row: int) -> bytes:
 
 
 CRASH = "crash"
-"""What a row has beside the columns of its plan where it must not be decoded (see dimefm.caching.crashing_images): the reason."""
+"""What a row has beside the columns of its plan where it must not be decoded (see caching.crashing_images): the
+reason."""
 
 
 _WAITS = (0.5, 2.0)  # seconds before a failed read is tried again

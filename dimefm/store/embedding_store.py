@@ -215,8 +215,8 @@ class Store:
         return self._one_view(self._read(EMBEDDING, slice(start, stop)))
 
     def valid_rows(self, start: int, stop: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """The rows among start..stop-1 whose embedding is finite and not zero, as that of a failed row is: their numbers
-        int64 (N,) and their embeddings in the store's type (N, D)."""
+        """The rows among start..stop-1 whose embedding is finite and not zero, as that of a failed row is: their
+        numbers int64 (N,) and their embeddings in the store's type (N, D)."""
         embedding_ND = self.read(start, stop)
         good_N = _finite_and_not_zero(embedding_ND)
         if good_N.all():

@@ -111,13 +111,13 @@ class TrainConfig:
     without one from those that `pairs` has for an image or more; a text tower learns from the selection too.
     `crop_scale` and `flip` are for images cached whole: a store of views brings its own crops and flips.
 
-    `init` is where the image tower's first weights come from, see dimefm.models.first_weights; `init_mean`, `init_std` and
+    `init` is where the image tower's first weights come from, see models.first_weights; `init_mean`, `init_std` and
     `init_activation` are what they were trained with, where they do not say it. `accumulate` splits each step into so
-    many passes, with the loss and gradient of the whole batch (dimefm.training.tower_trainer). `clip_grad` is the largest norm of the
-    whole gradient. `ema` is the decay of the moving average of the weights (dimefm.training.moving_average). `checkpoint_every` is in
-    steps, None for every ten minutes.
+    many passes, with the loss and gradient of the whole batch (training.tower_trainer). `clip_grad` is the largest norm
+    of the whole gradient. `ema` is the decay of the moving average of the weights (training.moving_average).
+    `checkpoint_every` is in steps, None for every ten minutes.
 
-    What is left to the machine (dimefm.training.machine_settings) is decided when a run begins, and kept by it: `precision`
+    What is left to the machine (training.machine_settings) is decided when a run begins, and kept by it: `precision`
     "auto"; `threads`, those that torch computes with on a CPU, on which sums depend to the last bit. `workers` are the
     processes of each training process that read images, None for as many as it has use for. `accept_slow` trains from
     Parquet files without pixels in the store all the same (dimefm.training.feed).

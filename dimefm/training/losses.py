@@ -9,13 +9,13 @@ Of several processes, each has the student's rows of its own images: rank, rank 
 gradients that they find, which is what DistributedDataParallel makes of them, is the gradient of one process with
 the whole batch. All processes must have equally many images.
 
-On a GPU the products are TF32 (see dimefm.system.matrix_products): exact in the teacher's embeddings, which are float16 numbers, and
-with the student's rounded to 10 bits of mantissa. A student logit, the sum of D products of about scale / D, is off by
-about scale * 2^-12 / sqrt(D). Measured by rounding so on a CPU, at scale 100, D = 768, 256 images and 4,096 texts:
-8e-4 a logit (root mean square; 4e-3 at worst) and 7e-4 of vl's gradient, with bits cut off instead of rounded 3e-3
-(1e-2) and 1e-3. What a tower computes in bf16 is off by 6e-3 (3e-2) and 5e-3 already. pvl's gradient at T = 3, where an
-image's own embedding leaves 1e-5 to others, is off by 3e-3 in float32 as in TF32, by 8e-3 with bits cut off.
-Nothing waits for the GPU.
+On a GPU the products are TF32 (see system.matrix_products): exact in the teacher's embeddings, which are float16
+numbers, and with the student's rounded to 10 bits of mantissa. A student logit, the sum of D products of about scale /
+D, is off by about scale * 2^-12 / sqrt(D). Measured by rounding so on a CPU, at scale 100, D = 768, 256 images and
+4,096 texts: 8e-4 a logit (root mean square; 4e-3 at worst) and 7e-4 of vl's gradient, with bits cut off instead of
+rounded 3e-3 (1e-2) and 1e-3. What a tower computes in bf16 is off by 6e-3 (3e-2) and 5e-3 already. pvl's gradient at T
+= 3, where an image's own embedding leaves 1e-5 to others, is off by 3e-3 in float32 as in TF32, by 8e-3 with bits cut
+off. Nothing waits for the GPU.
 
 Shapes: B images of this process, G of all processes, Q images of a queue, T texts, D embedding width. R rows, K keys
 that they are compared with, C keys of a chunk. Teacher tensors and queues carry no gradient.
