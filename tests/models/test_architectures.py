@@ -168,7 +168,8 @@ def test_the_page_has_every_architecture() -> None:
     names = re.findall(r"^\| ([\w.-]+) \|", text, re.MULTILINE)[2:]
     assert len(names) == len(set(names)) > 100
     if f"What open_clip {open_clip.__version__} " in text:
-        assert names == open_clip.list_models()
+        # Its own files: other tests make more architectures known to it.
+        assert set(names) == {file.stem for file in (Path(open_clip.__file__).parent / "model_configs").glob("*.json")}
 
 
 def test_some_are_as_the_page_says() -> None:

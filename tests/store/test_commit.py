@@ -14,7 +14,7 @@ from dimefm.errors import StoreError
 from dimefm.inspection.info import describe, list_failures
 from dimefm.inspection.verify import VerifyConfig, verify
 from dimefm.retrieval.retrieve import retrieve_stores
-from dimefm.store import commit
+from dimefm.store import commit as commit_module
 from dimefm.store.commit import make_commit
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
@@ -103,7 +103,7 @@ def test_a_kill_between_table_and_commit_leaves_a_shard_that_is_not_done(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(commit.storage, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(commit_module.storage, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write(store, 2, MANY)
     assert table(store, 2).exists()
@@ -127,7 +127,7 @@ def test_images_without_an_embedding_are_a_table_of_pseudo_texts_too(store: Stor
     path = tmp_path / "p.zarr" / commit_path(1)
     commit = Commit.parse(json.loads(path.read_text()), str(path))
     assert (commit.failures, commit.counts["UNDECODABLE"]) == ((), MANY)
-    found = list(commit.read_failures(pairs, commit))
+    found = list(commit_module.read_failures(pairs, commit))
     assert [(f.row, f.status) for f in found] == [(row, "UNDECODABLE") for row in range(SHARD, SHARD + MANY)]
     assert Pairs(pairs).committed() == {0, 1, 2}
 
