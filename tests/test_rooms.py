@@ -1,6 +1,7 @@
 """The rooms: who may import whom, and what a process must not contain."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -108,6 +109,15 @@ def test_every_word_of_a_line_is_used() -> None:
         for word in words.split():
             there = word if word == "pipeline" else f"dimefm.{word}"
             assert word == "*" or (here, there) in used, f"{here} does not use {word}: take it out of its line"
+
+
+def test_the_table_for_readers_is_the_same() -> None:
+    """In ARCHITECTURE.md: the same rooms in the same order, with the same words."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.]+)` \| [^|]+ \|(.*)\|$", text, re.MULTILINE)
+    everything = {"all, when it runs": "*", "all, when asked": "*"}
+    assert {room: everything.get(uses.strip(), uses.replace(",", "").strip()) for room, uses in rows} == ROOMS
+    assert [room for room, _ in rows] == list(ROOMS)
 
 
 def test_the_arrows_go_one_way() -> None:
