@@ -132,8 +132,8 @@ def _open_or_create(out: str, schema: PairsStore) -> Pairs:
     old, new = ({name: getattr(one, name) for name in fields} for one in (pairs.schema, schema))
     differences = differing(old, new)
     if "texts_data" in differences:
-        lines = in_lines(f"{name}: {values}" for name, values in differences.items())
-        what = f"{out} was retrieved from other embeddings of {schema.texts} than it has now {OWN_AND_NEW}:{lines}"
+        what = f"{out} was retrieved from other embeddings of {schema.texts} than it has now {OWN_AND_NEW}:"
+        what += in_lines(differences)
         raise OutputExistsError(what, remedy=f"{ANOTHER_OUT}, or delete it: all images must be searched again")
     require_same(out, differences)
     return pairs

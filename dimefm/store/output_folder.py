@@ -49,13 +49,14 @@ def differing(own: Mapping[str, object], new: Mapping[str, object]) -> dict[str,
     return {name: f"{own.get(name)} != {new.get(name)}" for name in {**own, **new} if own.get(name) != new.get(name)}
 
 
-def in_lines(lines: Iterable[str]) -> str:
-    """Facts below a message, one a line."""
+def in_lines(facts: Iterable[str] | Mapping[str, str]) -> str:
+    """Facts, or differences by name, to stand below a message, one per line."""
+    lines = (f"{name}: {fact}" for name, fact in facts.items()) if isinstance(facts, Mapping) else facts
     return "".join(f"\n  - {line}" for line in lines)
 
 
 def require_same(out: str, differences: Mapping[str, str], *, remedy: str = f"{ANOTHER_OUT}, or delete it") -> None:
     """Raises OutputExistsError naming these differences, if there are any."""
     if differences:
-        lines = in_lines(f"{name}: {values}" for name, values in differences.items())
-        raise OutputExistsError(f"{out} was made by another command {OWN_AND_NEW}:{lines}", remedy=remedy)
+        what = f"{out} was made by another command {OWN_AND_NEW}:{in_lines(differences)}"
+        raise OutputExistsError(what, remedy=remedy)
