@@ -20,10 +20,10 @@ from cache_schemas import EmbeddingStore, SourceSummary, Status
 from cache_schemas.embedding_store import EMBEDDING, STATUS, commit_path
 from cache_schemas.plan import PLANS
 from dimefm.caching.plan import chunk_rows, shard_size
-from dimefm.caching.same_command import is_planned
 from dimefm.sources.account import Account
 from dimefm.sources.image_sources import open_image_source
 from dimefm.store.embedding_store import Store, create_store
+from dimefm.store.output_folder import is_planned
 from dimefm.store.parquet_tables import write_plan
 from dimefm.system import storage
 

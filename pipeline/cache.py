@@ -11,7 +11,7 @@ import torch
 from cache_schemas import EmbeddingStore, SourceSummary, ViewPlan, to_plain
 from dimefm.caching.crashing_images import running
 from dimefm.caching.plan import Forecast, PlanRequest, forecast, open_or_plan
-from dimefm.caching.same_command import arguments_there, is_planned, require_no_stranger
+from dimefm.caching.same_command import arguments_there, require_no_stranger
 from dimefm.caching.sentences import SentenceRules
 from dimefm.caching.speed import PROBE_ROWS, Rates, measure
 from dimefm.caching.worker import Job, pending_shards, run_here
@@ -23,6 +23,7 @@ from dimefm.sources.account import first, show
 from dimefm.sources.files import expand
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import as_list, listed, require_embeddings
+from dimefm.store.output_folder import is_planned
 from dimefm.system.inert_text import line, say
 from dimefm.system.lock import writing
 from dimefm.system.machine import Precision, available_memory, choose_device, cpus

@@ -17,10 +17,10 @@ from cache_schemas.embedding_store import ROWS
 from cache_schemas.plan import PLANS, SourceFile
 from dimefm.caching.repeats import as_array, repeats
 from dimefm.caching.same_command import (
+    Asked,
     arguments_there,
-    is_planned,
     require_no_stranger,
-    require_same,
+    require_same_command,
     source_digest,
     with_gone,
 )
@@ -31,6 +31,7 @@ from dimefm.sources.image_sources import open_image_source
 from dimefm.sources.prompts import PromptSet
 from dimefm.sources.text_sources import open_text_source
 from dimefm.store.embedding_store import Store, create_store
+from dimefm.store.output_folder import is_planned
 from dimefm.store.parquet_tables import write_plan
 from dimefm.system import storage
 
@@ -100,19 +101,17 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity, *, ac
         files = with_gone(store, files)
     shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind)
     if store is not None:
-        require_same(
-            store,
-            files,
-            teacher,
+        asked = Asked(
             kind=request.kind,
             batch_size=request.batch_size,
             shard_rows=shard_rows,
-            chosen=request.shard_rows is None,
-            settings=request.settings(),
+            shard_rows_derived=request.shard_rows is None,
+            source_settings=request.settings(),
             views=request.views,
             pixels=request.pixels,
             decoder=request.decoder,
         )
+        require_same_command(store, files, teacher, asked)
         return store
     storage.remove_folder(storage.join(out, ROWS))  # of a run that was stopped while it planned
     rows, digests = 0, []

@@ -1,16 +1,15 @@
-"""What is at the place of a store already: nothing, the store that the same command planned, or something else."""
+"""Whether the store at --out is the one that this command planned: the same files, teacher and settings."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
-from cache_schemas import TeacherIdentity, ViewPlan, to_plain
+from cache_schemas import EmbeddingStore, TeacherIdentity, ViewPlan, to_plain
 from cache_schemas.embedding_store import (
-    ATTRIBUTES_KEY,
     COMMITS,
     EMBEDDING,
     PIXEL_INDEX,
@@ -20,90 +19,92 @@ from cache_schemas.embedding_store import (
     VIEW,
 )
 from cache_schemas.plan import SourceFile
-from dimefm.errors import MismatchError, OutputExistsError
+from dimefm.errors import MismatchError
 from dimefm.sources.files import change, expand, those_there
 from dimefm.store.embedding_store import Store
-from dimefm.system import inert_text, storage
+from dimefm.store.output_folder import ANOTHER_OUT, OWN_AND_NEW, differing, in_lines, is_planned, require_only
+from dimefm.system import inert_text
 
-_SHOWN = 3
+_SHOWN = 3  # changed files
+_PUT_BACK = f"put the files back as they were, with their times, or {ANOTHER_OUT}"
 
 
 def require_no_stranger(out: str) -> None:
-    """Raises OutputExistsError where something is at `out` that is no embedding store, finished or not."""
-    out = storage.absolute(out)
-    names = set(storage.listing(out))
-    if not names and not storage.is_url(out) and Path(out).is_file():
-        raise OutputExistsError(f"{out} exists and is a file", remedy="give another --out")
-    strangers = names - {"zarr.json", EMBEDDING, STATUS, VIEW, PIXEL_INDEX, ROWS, COMMITS, PIXELS}
-    if strangers:
-        what = f"{out} exists and is not an embedding store (it holds {min(strangers)!r})"
-        raise OutputExistsError(what, remedy="give another --out")
+    """Raises OutputExistsError where something is at `out` that is not an embedding store, finished or not."""
+    require_only(out, "an embedding store", {"zarr.json", EMBEDDING, STATUS, VIEW, PIXEL_INDEX, ROWS, COMMITS, PIXELS})
 
 
-def is_planned(out: str) -> bool:
-    """Whether a store was planned at `out`. Raises OutputExistsError where one is that has lost its attributes."""
-    out = storage.absolute(out)
-    names, path = storage.listing(out), storage.join(out, "zarr.json")
-    planned = "zarr.json" in names and ATTRIBUTES_KEY in storage.read_json(path).get("attributes", {})
-    if not planned and storage.listing(storage.join(out, COMMITS)):
-        raise OutputExistsError(f"{out} has finished shards but no attributes", remedy="it is damaged: delete it")
-    return planned
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a command asks of its store, beside the files and the teacher. `source_settings` are those that decide the
+    rows, such as a column. `shard_rows_derived`: it follows from the files, and was not given by the user."""
+
+    kind: str
+    batch_size: int
+    shard_rows: int
+    shard_rows_derived: bool
+    source_settings: dict[str, object]
+    views: ViewPlan | None = None
+    pixels: int | None = None
+    decoder: str = "fast"
 
 
-def require_same(
-    store: Store,
-    files: Sequence[SourceFile],
-    teacher: TeacherIdentity,
-    *,
-    kind: str,
-    batch_size: int,
-    shard_rows: int,
-    chosen: bool,
-    settings: dict[str, object],
-    views: ViewPlan | None = None,
-    pixels: int | None = None,
-    decoder: str = "fast",
-) -> None:
-    """Raises MismatchError naming every setting, and the files, that are not what the store was planned with.
-
-    `settings` are those of its source; with `chosen`, `shard_rows` was not asked for but follows from the files.
-    """
-    schema = store.schema
+def require_same_command(store: Store, files: Sequence[SourceFile], teacher: TeacherIdentity, asked: Asked) -> None:
+    """Raises MismatchError naming every setting, and the first files, that are not what the store was planned with."""
     changes = _changes(store, files)
-    own = {**_flat(schema.source.settings), **_flat({"views": schema.views}), "pixels": schema.pixels}
-    asked = {**_flat(settings), **_flat({"views": views}), "pixels": pixels}
-    own |= {"kind": schema.kind, "batch_size": schema.batch_size, "decoder": schema.decoder}
-    asked |= {"kind": kind, "batch_size": batch_size, "decoder": decoder}
-    if not (chosen and changes):  # else it differs because of the files that are named below
-        own["shard_rows"], asked["shard_rows"] = schema.shard_rows, shard_rows
-    names = sorted(own.keys() | asked.keys())
-    differences = [f"{n}: {own.get(n)} != {asked.get(n)}" for n in names if own.get(n) != asked.get(n)]
-    differences += [f"teacher.{d}" for d in schema.teacher.differences(teacher)]
-    if not differences and not changes:
-        if schema.source.digest == source_digest(files, settings):
-            return
-        changes = ["the files are given in another order"]
-    what = f"{store.path} was made by another command (its own != this one's):"
-    remedy = "give another --out, or repeat the command that made it"
-    if not differences:
-        what = f"the source of {store.path} has changed since it was planned:"
-        remedy = "put the files back as they were, their times too, or give another --out"
-        if all(change.endswith(" is gone") for change in changes):
-            remedy = "put the files back, or leave their rows out by --accept-missing"
-        elif all(change.endswith(" is new") for change in changes):
-            remedy = (
-                "name the files that it was planned from alone, as by FOLDER/**/*.jpg in place of FOLDER (which gives "
-            )
-            remedy += "more of what is in it than in older releases), or give another --out for all of them"
-    shown = sorted(changes)[:_SHOWN]
-    lines = differences + [f"source: {inert_text.line(change)}" for change in shown]
+    differences = _differences(store.schema, asked, teacher, files_changed=bool(changes))
+    if differences:
+        what = f"{store.path} was made by another command {OWN_AND_NEW}:{in_lines([*differences, *_first(changes)])}"
+        raise MismatchError(what, remedy=f"{ANOTHER_OUT}, or repeat the command that made it")
+    if changes:
+        raise _source_changed(store.path, changes, _remedy(changes))
+    if store.schema.source.digest != source_digest(files, asked.source_settings):
+        raise _source_changed(store.path, ["the files are given in another order"], _PUT_BACK)
+
+
+def _differences(schema: EmbeddingStore, asked: Asked, teacher: TeacherIdentity, *, files_changed: bool) -> list[str]:
+    """A line for each setting of the store, and each fact of its teacher, that is not what is asked for."""
+    own = {**_flat(schema.source.settings), **_flat({"views": schema.views})}
+    new = {**_flat(asked.source_settings), **_flat({"views": asked.views})}
+    names = ["kind", "batch_size", "pixels", "decoder"]
+    if not (asked.shard_rows_derived and files_changed):  # else it differs because of the files, which are named
+        names.append("shard_rows")
+    own |= {name: getattr(schema, name) for name in names}
+    new |= {name: getattr(asked, name) for name in names}
+    settings = sorted(differing(own, new).items())
+    return [
+        *(f"{name}: {values}" for name, values in settings),
+        *(f"teacher.{difference}" for difference in schema.teacher.differences(teacher)),
+    ]
+
+
+def _source_changed(path: str, changes: list[str], remedy: str) -> MismatchError:
+    return MismatchError(
+        f"the source of {path} has changed since it was planned:{in_lines(_first(changes))}", remedy=remedy
+    )
+
+
+def _remedy(changes: list[str]) -> str:
+    if all(change.endswith(" is gone") for change in changes):
+        return "put the files back, or leave their rows out by --accept-missing"
+    if all(change.endswith(" is new") for change in changes):
+        return (
+            "name only the files that it was planned from, for example FOLDER/**/*.jpg in place of FOLDER (from which "
+            f"more kinds of files are read than in older releases), or {ANOTHER_OUT} for all of them"
+        )
+    return _PUT_BACK
+
+
+def _first(changes: list[str]) -> list[str]:
+    """A line for each of the first changed files, and one with the number of the others."""
+    lines = [f"source: {inert_text.line(change)}" for change in sorted(changes)[:_SHOWN]]
     if len(changes) > _SHOWN:
         lines.append(f"source: and {len(changes) - _SHOWN:,} more")
-    raise MismatchError(what + "".join(f"\n  - {line}" for line in lines), remedy=remedy)
+    return lines
 
 
 def source_digest(files: Sequence[SourceFile], settings: dict[str, object]) -> str:
-    """sha256 of every file's path and size, in order, and of the settings of the source."""
+    """sha256 over the path and size of every file, in order, and the settings of the source."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.path}\0{file.size}\n".encode())
@@ -113,7 +114,7 @@ def source_digest(files: Sequence[SourceFile], settings: dict[str, object]) -> s
 
 
 def _changes(store: Store, files: Sequence[SourceFile]) -> list[str]:
-    """The files that are not what they were when the plan was made."""
+    """A phrase for each file that is not as it was when the plan was made, such as "/a.tar is gone"."""
     before = {file["path"]: SourceFile(**file) for file in store.source_files().to_pylist()}
     now = {file.path: file for file in files}
     changes = [f"{name} is new" for name in now if name not in before]
@@ -122,18 +123,18 @@ def _changes(store: Store, files: Sequence[SourceFile]) -> list[str]:
 
 
 def arguments_there(out: str, arguments: Sequence[str]) -> tuple[str, ...]:
-    """The arguments without those that name what is gone, where the store at `out` was planned from the same ones.
-    Raises AbsentError where it was not: a path may be mistyped."""
+    """The arguments without those whose files are gone, if the store at `out` was planned from these arguments. Raises
+    AbsentError if it was not: then a path may be mistyped."""
     found = tuple(one for argument in arguments for one in those_there(argument))
     if found != tuple(arguments) and not (is_planned(out) and Store(out).schema.source.arguments == tuple(arguments)):
         for argument in arguments:
             expand(argument)
-        return tuple(arguments)  # back since: a plan without it would be for good
+        return tuple(arguments)  # it is back by now, and a plan without it would stay so
     return found
 
 
 def with_gone(store: Store, files: Sequence[SourceFile]) -> list[SourceFile]:
-    """The files, and those of the plan that are not among them as they were, in their old places."""
+    """The files of a source and, in their old places, those of the plan that are gone, as they were then."""
     names, rest = {file.path for file in files}, iter(files)
     found: list[SourceFile] = []
     for file in store.source_files().to_pylist():

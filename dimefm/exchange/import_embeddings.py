@@ -18,7 +18,7 @@ from cache_schemas import IMAGE_PLAN, TEXT_PLAN, EmbeddingStore, Failure, Source
 from cache_schemas.embedding_store import EMBEDDING, ROWS, STATUS
 from cache_schemas.plan import SourceFile
 from dimefm.caching.plan import chunk_rows, require_whole_chunks, shard_size
-from dimefm.caching.same_command import is_planned, require_no_stranger, require_same, source_digest
+from dimefm.caching.same_command import Asked, require_no_stranger, require_same_command, source_digest
 from dimefm.errors import MismatchError, SourceError
 from dimefm.exchange.clip_retrieval_folder import Folder, Kind
 from dimefm.exchange.likely_cause import likely_cause
@@ -33,6 +33,7 @@ from dimefm.sources.image_sources import open_image_source
 from dimefm.sources.read_image import read_encoded
 from dimefm.store.embedding_store import Store, create_store
 from dimefm.store.failures import require_embeddings
+from dimefm.store.output_folder import is_planned
 from dimefm.store.parquet_tables import write_plan
 from dimefm.system import lock, storage
 from dimefm.system.machine import Precision
@@ -107,16 +108,14 @@ def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
     with lock.writing(config.out):
         if is_planned(config.out):
             store = Store(config.out)
-            require_same(
-                store,
-                files,
-                clip.identity,
+            asked = Asked(
                 kind=config.kind,
                 batch_size=_BATCH_SIZE,
                 shard_rows=shard_rows,
-                chosen=config.shard_rows is None,
-                settings=_settings(config),
+                shard_rows_derived=config.shard_rows is None,
+                source_settings=_settings(config),
             )
+            require_same_command(store, files, clip.identity, asked)
         else:
             store = _plan(config, folder, source, files, shard_rows, clip, account, report)
         _write(store, folder, unmatched_fail=source is not None)

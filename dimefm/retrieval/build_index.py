@@ -16,13 +16,14 @@ import numpy as np
 
 from cache_schemas import IndexPart, IndexSidecar, SchemaError, digest_of
 from cache_schemas.index import BUILD, SIDECAR_FILE
-from dimefm.errors import OutputExistsError, RecallError, StoreError
+from dimefm.errors import RecallError, StoreError
 from dimefm.retrieval import faiss_index
 from dimefm.retrieval.choose_index import RESCORE, BuildPreview, breakeven_queries, has_coarse_codes, plan_index
 from dimefm.retrieval.faiss_index import IndexSearch, SearchParameters
 from dimefm.retrieval.recall import Tuning, draw_recall_queries, tune
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
+from dimefm.store.output_folder import differing, require_only, require_same
 from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.machine import available_memory
@@ -148,7 +149,7 @@ class _Build:
         if self.old and not pending:
             self._tidy(self.old)
             return self.old
-        _require_only_ours(self.folder)
+        require_only(str(self.folder), "an index", _is_ours)
         storage.remove_leftovers(str(self.folder))
         began = time.monotonic()
         base = self._base([shard for shard in pending if str(shard) in old])
@@ -353,26 +354,23 @@ def _sidecar_of_same_settings(
     if not (folder / SIDECAR_FILE).exists():
         return None
     old = faiss_index.read_sidecar(str(folder))
-    pairs = (
-        ("store", old.store_identity, store.schema.identity),
-        ("factory", old.factory, config.factory or old.factory),
-        ("seed", old.seed, config.seed),
-        ("recall_target", old.recall_target, config.recall_target),
-        ("queries", [r.source for r in old.recall[:-1]], [images.schema.kind] if images else []),
-    )
-    differences = [f"{name}: {mine} != {theirs}" for name, mine, theirs in pairs if mine != theirs]
-    if differences:
-        what = f"{folder} exists and differs: {'; '.join(differences)}"
-        raise OutputExistsError(what, remedy="give another --out, or delete it")
+    own: dict[str, object] = {
+        "store": old.store_identity,
+        "factory": old.factory,
+        "seed": old.seed,
+        "recall_target": old.recall_target,
+        "queries": [recall.source for recall in old.recall[:-1]],
+    }
+    asked = {
+        "store": store.schema.identity,
+        "factory": config.factory or old.factory,
+        "seed": config.seed,
+        "recall_target": config.recall_target,
+        "queries": [images.schema.kind] if images else [],
+    }
+    require_same(str(folder), differing(own, asked))
     return old
 
 
-def _require_only_ours(folder: Path) -> None:
-    strangers = {
-        name
-        for name in storage.listing(str(folder))
-        if name not in (BUILD, SIDECAR_FILE) and not name.startswith("index-")
-    }
-    if strangers:
-        what = f"{folder} exists and is not an index (it holds {min(strangers)!r})"
-        raise OutputExistsError(what, remedy="give another --out")
+def _is_ours(name: str) -> bool:
+    return name in (BUILD, SIDECAR_FILE) or name.startswith("index-")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cache_schemas import Failure, PairsStore, Selection, Status, digest_of
-from cache_schemas.embedding_store import ATTRIBUTES_KEY
+from cache_schemas.embedding_store import COMMITS
 from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
 from dimefm.errors import OutputExistsError, StoreError
 from dimefm.retrieval.exact_search import Search
@@ -17,6 +17,15 @@ from dimefm.retrieval.open_search import open_search
 from dimefm.store.commit import make_commit, remove_commit, write_commit
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
+from dimefm.store.output_folder import (
+    ANOTHER_OUT,
+    OWN_AND_NEW,
+    differing,
+    in_lines,
+    is_planned,
+    require_only,
+    require_same,
+)
 from dimefm.store.pairs_store import Pairs
 from dimefm.store.zarr_arrays import digest_arrays, write_rows
 from dimefm.system import storage
@@ -113,27 +122,20 @@ def _pending(pairs: Pairs, images: Store) -> set[int]:
 
 
 def _open_or_create(out: str, schema: PairsStore) -> Pairs:
-    attributes = storage.join(out, "zarr.json")
-    names = {name for name in storage.listing(out) if not name.endswith(".partial")}  # zarr's, of a killed writer
-    strangers = names - {"zarr.json", TEXT_ROW, SCORE, HITS, "commits"}
-    if strangers:
-        what = f"{out} exists and is not a pseudo-text store (it holds {min(strangers)!r})"
-        raise OutputExistsError(what, remedy="give another --out")
-    planned = storage.exists(attributes) and ATTRIBUTES_KEY in storage.read_json(attributes).get("attributes", {})
-    if not planned:
+    require_only(out, "a pseudo-text store", {"zarr.json", TEXT_ROW, SCORE, HITS, COMMITS})
+    if not is_planned(out):
         with storage.writing_to(out):
             return Pairs.create(out, schema)
     pairs = Pairs(out)
-    old, new = pairs.schema, schema
     fields = ["images_identity", "texts_identity", "index_digest", "top_k", "shard_rows"]
-    fields += [] if old.texts_data is None else ["texts_data"]
-    differences = [f"{n}: {getattr(old, n)} != {getattr(new, n)}" for n in fields if getattr(old, n) != getattr(new, n)]
-    if "texts_data" in fields and old.texts_data != new.texts_data:
-        what = f"{out} was retrieved from other embeddings of {new.texts} than it has now: {'; '.join(differences)}"
-        raise OutputExistsError(what, remedy="give another --out, or delete it: all images must be searched again")
-    if differences:
-        what = f"{out} exists and differs: {'; '.join(differences)}"
-        raise OutputExistsError(what, remedy="give another --out, or delete it")
+    fields += [] if pairs.schema.texts_data is None else ["texts_data"]
+    old, new = ({name: getattr(one, name) for name in fields} for one in (pairs.schema, schema))
+    differences = differing(old, new)
+    if "texts_data" in differences:
+        what = f"{out} was retrieved from other embeddings of {schema.texts} than it has now {OWN_AND_NEW}:"
+        what += in_lines(differences)
+        raise OutputExistsError(what, remedy=f"{ANOTHER_OUT}, or delete it: all images must be searched again")
+    require_same(out, differences)
     return pairs
 
 

@@ -22,11 +22,12 @@ from cache_schemas.text_selection import (
     SelectionSettings,
     TextSelection,
 )
-from dimefm.errors import MismatchError, OutputExistsError, SelectionError
+from dimefm.errors import MismatchError, SelectionError
 from dimefm.selection.choose_texts import REASONS, Outcome, choose_texts
 from dimefm.selection.grounding import score_texts
 from dimefm.selection.report import examples, histogram, report, write_kept
 from dimefm.store.embedding_store import Store, require_same_data, require_same_teacher
+from dimefm.store.output_folder import OWN_AND_NEW, differing, in_lines, require_only, require_same
 from dimefm.store.pairs_store import AGAIN, AGAIN_TEXTS, Pairs
 from dimefm.store.selected_texts import SelectedTexts
 from dimefm.store.zarr_arrays import digest_arrays
@@ -208,33 +209,27 @@ def _require_stores(pairs: Pairs, images: Store | None, texts: Store) -> None:
 
 
 def _open_or_create(out: str, plan: SelectionPlan) -> None:
-    strangers = set(storage.listing(out)) - {
-        PLAN_FILE, SCORES, ROWS_FILE, SENTENCES_FILE, REPORT_FILE, SELECTION_FILE
-    }  # fmt: skip
+    ours = {PLAN_FILE, SCORES, ROWS_FILE, SENTENCES_FILE, REPORT_FILE, SELECTION_FILE}
+    require_only(out, "a selection", ours)
     path = storage.join(out, PLAN_FILE)
-    if strangers:
-        what = f"{out} exists and is not a selection (it holds {min(strangers)!r})"
-        raise OutputExistsError(what, remedy="give another --out")
     if not storage.exists(path):
         with storage.writing_to(out):
             storage.write_json(path, plan.to_json())
         return
-    differences = _differences(SelectionPlan.parse(storage.read_json(path), path), plan)
-    if differences:
-        what = f"{out} exists and differs: {'; '.join(differences)}"
-        raise OutputExistsError(what, remedy="give another --out, or delete it")
+    require_same(out, _differences(SelectionPlan.parse(storage.read_json(path), path), plan))
 
 
-def _differences(old: SelectionPlan, new: SelectionPlan, names: tuple[str, ...] | None = None) -> list[str]:
-    """The fields that decide the result and in which two plans differ, of all or of these alone."""
+def _differences(old: SelectionPlan, new: SelectionPlan, names: tuple[str, ...] | None = None) -> dict[str, str]:
+    """What differs in two plans: of all fields that decide the result, or of those in `names`."""
 
     def facts(plan: SelectionPlan) -> dict[str, Any]:
         identities = ("images_identity", "texts_identity", "pairs_digest", *_DATA)
         return {**{name: getattr(plan, name) for name in identities}, **vars(plan.settings)}
 
-    mine, theirs = facts(old), facts(new)
-    unknown = {name for name in _DATA if None in (mine[name], theirs[name])}
-    return [f"{n}: {mine[n]} != {theirs[n]}" for n in names or mine if mine[n] != theirs[n] and n not in unknown]
+    own, asked = facts(old), facts(new)
+    unknown = {name for name in _DATA if None in (own[name], asked[name])}
+    compared = [name for name in names or own if name not in unknown]
+    return differing({name: own[name] for name in compared}, {name: asked[name] for name in compared})
 
 
 def _candidates(
@@ -251,7 +246,7 @@ def _candidates(
         other = SelectedTexts(config.scores)
         differences = _differences(other.document.plan, plan, names)
         if differences:
-            what = f"the scores of {other.path} are others than those asked for: {'; '.join(differences)}"
+            what = f"the scores of {other.path} are not those asked for {OWN_AND_NEW}:{in_lines(differences)}"
             raise MismatchError(what, remedy="leave --scores out, or select with those settings")
     with Progress("scoring", texts.schema.rows, "text") as progress:
         score_T = score_texts(

@@ -8,11 +8,12 @@ from typing import Literal
 
 from cache_schemas import Run, StudentSpec, TeacherIdentity
 from cache_schemas.run import RUN_FILE, Change
-from dimefm.errors import MismatchError, OutputExistsError, StoreError, TrainingError
+from dimefm.errors import MismatchError, StoreError, TrainingError
 from dimefm.models.first_weights import with_initial
 from dimefm.models.towers import student_spec, text_spec
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
+from dimefm.store.output_folder import ANOTHER_OUT, OWN_AND_NEW, differing, in_lines, require_only
 from dimefm.store.pairs_store import Pairs, require_pairs_match
 from dimefm.store.selected_texts import SelectedTexts
 from dimefm.system import storage
@@ -126,9 +127,8 @@ def plan_run(
         if not changes:
             return old
         return replace(run, changes=(*old.changes, *changes))
-    if not path.exists() and storage.listing(config.out):
-        what = f"{config.out} exists and is not a run folder (it holds {storage.listing(config.out)[0]!r})"
-        raise OutputExistsError(what, remedy="give another --out")
+    if not path.exists():
+        require_only(config.out, "a run folder", ())
     return run
 
 
@@ -154,37 +154,32 @@ def _changes(config: TrainConfig, old: Run, new: Run, allowed: tuple[str, ...], 
     """What differs and may. Raises MismatchError for what may not."""
     before = TrainConfig.parse(old.config, f"{config.out}/{RUN_FILE}")
     differences = before.differences(config)
-    for name in ("loss", "text_loss"):
-        for part in NEVER_DIFFER_IN_LOSS:
-            mine, theirs = getattr(getattr(before, name), part), getattr(getattr(config, name), part)
-            if mine != theirs:
-                differences[f"{name}.{part}"] = f"{mine} != {theirs}"
-    for name in ("images_identity", "images_chunk_rows", "texts_identity", "pairs_digest", "selection_digest", "steps"):
-        mine, theirs = getattr(old, name), getattr(new, name)
-        if mine != theirs:
-            differences[name] = f"{mine} != {theirs}"
-    for name in ("images_data", "texts_data"):
-        mine, theirs = getattr(old, name), getattr(new, name)
-        if mine is not None and mine != theirs:
-            differences[name] = f"{mine} != {theirs}"
+    differences |= differing(_parts_of_losses(before), _parts_of_losses(config))
+    names = ["images_identity", "images_chunk_rows", "texts_identity", "pairs_digest", "selection_digest", "steps"]
+    # Older runs did not record what is in their stores.
+    names += [name for name in ("images_data", "texts_data") if getattr(old, name) is not None]
+    differences |= differing(*({name: getattr(run, name) for name in names} for run in (old, new)))
     follow = {name for name, field in _FOLLOWS.items() if field in allowed}
     follow |= {"steps"} if {"epochs", "max_steps", "images"} & set(allowed) else set()
     refused = {name: values for name, values in differences.items() if name not in {*allowed, *follow}}
     if refused:
-        lines = "".join(f"\n  - {name}: {values}" for name, values in refused.items())
-        what = f"{config.out} holds a run that differs from this command (its own != this one's):{lines}"
-        remedy = "give another --out, or repeat the command that began it"
+        what = f"{config.out} was begun by another command {OWN_AND_NEW}:{in_lines(refused)}"
+        remedy = f"{ANOTHER_OUT}, or repeat the command that began it"
         if refused.keys() & _FOLLOWS.keys():
             what += "\n  rows were encoded, retrieved or selected again since"
         named = {*allowed, *(_FOLLOWS.get(name, name) for name in refused)} - {"steps"}  # which follows from others
         if named <= _may_change():
             remedy += f"; to go on with the change: --allow-changes {','.join(sorted(named))}"
         raise MismatchError(what, remedy=remedy)
-    for name in ("machine", "processes"):
-        mine, theirs = getattr(old, name), getattr(new, name)
-        if mine and mine != theirs:
-            differences[name] = f"{mine} != {theirs}"
+    recorded = [name for name in ("machine", "processes") if getattr(old, name)]
+    differences |= differing(*({name: getattr(run, name) for name in recorded} for run in (old, new)))
     return [Change(step=done, field=name, values=values) for name, values in differences.items()]
+
+
+def _parts_of_losses(config: TrainConfig) -> dict[str, object]:
+    """The parts of both losses that must never differ, by name, such as "text_loss.queue"."""
+    names = ((loss, part) for loss in ("loss", "text_loss") for part in NEVER_DIFFER_IN_LOSS)
+    return {f"{loss}.{part}": getattr(getattr(config, loss), part) for loss, part in names}
 
 
 def _require_names(allowed: tuple[str, ...]) -> None:

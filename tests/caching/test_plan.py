@@ -171,7 +171,7 @@ def test_another_source_is_refused_by_its_name(tars: Path, tmp_path: Path, teach
     more = of_images(tars, arguments=(str(tars), str(tmp_path / "c.tar")))
     message = refused(more, tmp_path / "s.zarr", teacher)
     assert f"source: {tmp_path}/c.tar is new" in message
-    assert "name the files that it was planned from alone" in message
+    assert "name only the files that it was planned from" in message
     write_tar(tars / "d\n  - all is lost.tar", {"0.jpg": make_jpeg()})
     assert refused(of_images(tars), tmp_path / "s.zarr", teacher).count("\n  - ") == 1
 

@@ -21,7 +21,7 @@ from fsspec.spec import AbstractFileSystem
 
 from dimefm.caching.encode_shard import check_canary, encode_shard, retry_shard
 from dimefm.caching.plan import PlanRequest, open_or_plan
-from dimefm.caching.same_command import is_planned, require_no_stranger
+from dimefm.caching.same_command import require_no_stranger
 from dimefm.caching.sentences import SentenceRules, tidy
 from dimefm.datasets.own_sets import open_folder
 from dimefm.errors import DimefmError, SourceError
@@ -33,6 +33,7 @@ from dimefm.sources.files import expand
 from dimefm.sources.image_sources import open_image_source
 from dimefm.sources.text_sources import open_text_source
 from dimefm.store.embedding_store import Store
+from dimefm.store.output_folder import is_planned
 from dimefm.system import storage
 from tests.contracts.source_contract import listed
 from tests.making import make_jpeg, write_parquet, write_tar, write_text, write_tsv

@@ -355,7 +355,7 @@ def test_again_does_nothing_and_other_settings_are_refused_by_name(world: World,
     before = {path: path.stat().st_mtime_ns for path in scored.rglob("*") if path.name[0] != "." and path.is_file()}
     world.select(scored, size=100)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    with pytest.raises(OutputExistsError, match=r"differs: size: 100 != 101; seed: 0 != 3"):
+    with pytest.raises(OutputExistsError, match=r"another command .*:\n  - size: 100 != 101\n  - seed: 0 != 3"):
         world.select(scored, size=101, seed=3)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("x")
