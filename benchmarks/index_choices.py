@@ -8,7 +8,7 @@ from benchmarks.retrieval import draw, recall
 from dimefm.retrieval.build_index import sample_rows
 from dimefm.retrieval.choose_index import TRAIN_PER_CENTROID
 from dimefm.retrieval.exact_search import ExactSearch
-from dimefm.retrieval.faiss_index import Index, Setting, add_rows, empty, spread_of, train
+from dimefm.retrieval.faiss_index import IndexSearch, SearchParameters, add_rows, empty, spread_of, train
 from dimefm.retrieval.recall import RECALL_K
 from dimefm.store.embedding_store import Store
 
@@ -34,9 +34,9 @@ def index_choices(texts: str, images: str, queries: int, lists: int, depth: int)
         spread = spread_of(inner, sample)
         add_rows(inner, store, [(0, store.schema.rows)])
         for chosen, known in (("nearest centroid", ""), ("best row expected", spread)):
-            index = Index(inner, store, Setting(0, 1), known)
+            index = IndexSearch(inner, store, SearchParameters(0, 1), known)
             found = [
-                recall(index.search_with(Setting(probes, depth), queries_QD, RECALL_K)[1], truth_QK)
+                recall(index.search_with(SearchParameters(probes, depth), queries_QD, RECALL_K)[1], truth_QK)
                 for probes in (lists // 32, lists // 16, lists // 8)
             ]
             kind = "residuals" if residuals else "vectors"

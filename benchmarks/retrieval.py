@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.measure import machine, median, ratio, rounds, table
 from benchmarks.processes import Usage, run
 from dimefm.retrieval.exact_search import ExactSearch
-from dimefm.retrieval.faiss_index import Index, read_sidecar
+from dimefm.retrieval.faiss_index import IndexSearch, read_sidecar
 from dimefm.store.embedding_store import Store
 from dimefm.system.progress import amount
 
@@ -42,7 +42,7 @@ def retrieval(texts: str, images: str, python: str | None, size: str, memory: st
         words = ["build-index", texts, "--out", str(folder / "ours"), "--queries", images, "--memory", memory]
         ours = run([sys.executable, "-m", "dimefm", *words], memory=True)
         theirs = _autofaiss(python, folder, store, queries_QD, size) if python else None
-        index = Index.open(str(folder / "ours"), store)
+        index = IndexSearch.open(str(folder / "ours"), store)
         speeds: dict[str, list[float]] = {"ours": [], "theirs": []}
         for _ in range(count):
             began = time.perf_counter()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dimefm.evaluation.config import EvaluationConfig
     from dimefm.evaluation.evaluate import evaluate
     from dimefm.retrieval.build_index import IndexConfig, build_index
-    from dimefm.retrieval.retrieve import retrieve_stores
+    from dimefm.retrieval.retrieve import retrieve
     from dimefm.selection.select_texts import SelectionConfig, select_texts
     from dimefm.store.embedding_store import Store
     from dimefm.training.config import LossConfig, TextMix, TrainConfig
@@ -27,7 +27,7 @@ _HOMES = {
     "cache": "pipeline.cache",
     "IndexConfig": "dimefm.retrieval.build_index",
     "build_index": "dimefm.retrieval.build_index",
-    "retrieve_stores": "dimefm.retrieval.retrieve",
+    "retrieve": "dimefm.retrieval.retrieve",
     "SelectionConfig": "dimefm.selection.select_texts",
     "select_texts": "dimefm.selection.select_texts",
     "TrainConfig": "dimefm.training.config",
@@ -54,7 +54,7 @@ __all__ = [
     "cache",
     "evaluate",
     "paper",
-    "retrieve_stores",
+    "retrieve",
     "select_texts",
     "train",
 ]

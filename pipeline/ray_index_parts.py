@@ -9,19 +9,19 @@ import ray
 from ray.exceptions import WorkerCrashedError
 
 from dimefm.errors import StoreError
-from dimefm.retrieval.build_index import Part, Runner, build_part
+from dimefm.retrieval.build_index import PartRunner, PartTask, build_part
 from dimefm.system.machine import choose_device, cpus
 from pipeline.ray_workers import cluster, fetch, gpu_share
 
 _TRIES = 3
 
 
-def on_ray(workers: int, address: str | None = None) -> Runner:
+def on_ray(workers: int, address: str | None = None) -> PartRunner:
     """A runner for `retrieval.build_index.build_index`: `workers` parts at a time, on a cluster that sees the same
     files or on a local Ray of this command. Each has its share of Ray's GPUs, where there are some: left to itself,
     every part would put its centroids and FAISS's working memory on all of them at once."""
 
-    def run(parts: Sequence[Part]) -> Iterator[Part]:
+    def run(parts: Sequence[PartTask]) -> Iterator[PartTask]:
         if not parts:
             return
         count = min(workers, len(parts))
@@ -40,7 +40,7 @@ def on_ray(workers: int, address: str | None = None) -> Runner:
     return run
 
 
-def _get(reference: Any) -> Part:
+def _get(reference: Any) -> PartTask:
     try:
         return fetch(reference)  # type: ignore[no-any-return]
     except WorkerCrashedError:

@@ -14,7 +14,7 @@ from cache_schemas import ViewPlan
 from dimefm.caching.plan import PlanRequest
 from dimefm.models.clip import load_clip, teacher_precision
 from dimefm.reproduce.stages import sample_scale
-from dimefm.retrieval.retrieve import retrieve_stores
+from dimefm.retrieval.retrieve import retrieve
 from dimefm.sample import sample_dir
 from dimefm.store.embedding_store import Store
 from dimefm.training.config import TrainConfig
@@ -88,5 +88,5 @@ def _stores(kit: Kit) -> tuple[str, str, str, str]:
     for name, request in requests.items():
         encode(request, paths[name], clip)
     pairs = str(kit.inputs.scratch("quality-pairs.zarr"))
-    retrieve_stores(str(paths["images"]), str(paths["texts"]), top_k=16, out=pairs, device=device)
+    retrieve(str(paths["images"]), str(paths["texts"]), top_k=16, out=pairs, device=device)
     return str(paths["images"]), str(paths["texts"]), str(paths["prompts"]), pairs

@@ -32,13 +32,13 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **o
     Run again after rows were added to the store, it adds them.
     """
     from dimefm.inspection.info import describe
-    from dimefm.retrieval.build_index import IndexConfig, forecast
+    from dimefm.retrieval.build_index import IndexConfig, preview_build
     from dimefm.retrieval.build_index import build_index as build
 
     require_with("--ray-address", ray_address, "--workers", workers)
     config = IndexConfig(**options)
     if dry_run:
-        say(forecast(config).show())
+        say(preview_build(config).show())
         return
     run = None
     if workers and (workers > 1 or ray_address):
@@ -62,11 +62,11 @@ def retrieve(images: str, **options: Any) -> None:
     Exact search suits a GPU, or a hundred thousand sentences; build-index --dry-run says which is cheaper.
     """
     from dimefm.inspection.info import describe
-    from dimefm.retrieval.retrieve import retrieve_stores
+    from dimefm.retrieval.retrieve import retrieve as run
 
     if options["index"] and options["device"]:
         raise click.UsageError("--device has no effect with --index: an index searches on the CPU")
-    retrieve_stores(images, **options)
+    run(images, **options)
     say(describe(options["out"]))
 
 

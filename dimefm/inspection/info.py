@@ -17,7 +17,7 @@ from cache_schemas.pairs import HITS_COMMIT
 from cache_schemas.run import RUN_FILE
 from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, SCORES, SELECTION_FILE, SelectionPlan
 from dimefm.errors import StoreError
-from dimefm.selection.report import how
+from dimefm.selection.report import describe_settings
 from dimefm.sources.account import first, show
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
@@ -202,7 +202,7 @@ def _selection(path: str) -> str:
     sources = sorted(found.sources, key=lambda s: (-s.kept, s.file))
     rows = [
         ("kept", f"{found.kept:,} of {found.rows:,} sentences, {found.kept / found.rows:.1%}"),
-        ("how", how(found)),
+        ("how", describe_settings(found)),
         *(("left out", f"{count:,} {reason}") for reason, count in found.dropped.items()),
         *(
             ("of", f"{s.file or '(no file)'}: {s.kept:,} of {s.rows:,}, {s.kept / s.rows:.1%}")

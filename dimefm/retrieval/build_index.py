@@ -18,9 +18,9 @@ from cache_schemas import IndexPart, IndexSidecar, SchemaError, digest_of
 from cache_schemas.index import BUILD, SIDECAR_FILE
 from dimefm.errors import RecallError, StoreError
 from dimefm.retrieval import faiss_index
-from dimefm.retrieval.choose_index import RESCORE, IndexForecast, breakeven_queries, has_coarse_codes, plan_index
-from dimefm.retrieval.faiss_index import Index, Setting
-from dimefm.retrieval.recall import Tuned, held_out, tune
+from dimefm.retrieval.choose_index import RESCORE, BuildPreview, breakeven_queries, has_coarse_codes, plan_index
+from dimefm.retrieval.faiss_index import IndexSearch, SearchParameters
+from dimefm.retrieval.recall import Tuning, draw_recall_queries, tune
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
 from dimefm.store.output_folder import differing, require_only, require_same
@@ -55,7 +55,7 @@ class IndexConfig:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartTask:
     """A part to build: what a worker in another process needs to know. `ranges` are rows of the store, `file` is
     below `folder`."""
 
@@ -71,18 +71,18 @@ class Part:
         return sum(stop - start for start, stop in self.ranges)
 
 
-Runner = Callable[[Sequence[Part]], Iterable[Part]]
+PartRunner = Callable[[Sequence[PartTask]], Iterable[PartTask]]
 """Builds parts with `build_part`, here or elsewhere, and yields each as it is done."""
 
 
-def forecast(config: IndexConfig) -> IndexForecast:
+def preview_build(config: IndexConfig) -> BuildPreview:
     """What `build_index` would do over the whole store. Builds nothing."""
     store, memory = Store(config.store), _memory(config)
     require_embeddings(store)
     rows, dim = store.schema.rows, store.schema.dim
     plan = plan_index(rows, dim, memory, config.factory)
     queries = Store(config.queries).schema.rows if config.queries else None
-    return IndexForecast(rows, dim, memory, plan, breakeven_queries(rows, plan), queries)
+    return BuildPreview(rows, dim, memory, plan, breakeven_queries(rows, plan), queries)
 
 
 def _memory(config: IndexConfig) -> int:
@@ -90,7 +90,7 @@ def _memory(config: IndexConfig) -> int:
 
 
 def build_index(
-    config: IndexConfig, run: Runner | None = None, say: Callable[[str], None] = lambda line: None
+    config: IndexConfig, run: PartRunner | None = None, say: Callable[[str], None] = lambda line: None
 ) -> IndexSidecar:
     """Build an index over a store, or add to it what the store has got since; tuned to the recall target and measured.
 
@@ -111,7 +111,7 @@ def build_index(
         require_same_teacher(images, store)
     with writing(config.out):
         build = _Build(config, store, images)
-        if build.old is None and (expected := forecast(config)).exact_is_cheaper:
+        if build.old is None and (expected := preview_build(config)).exact_is_cheaper:
             say(expected.advice())
         return build.run(run or _one_by_one)
 
@@ -142,7 +142,7 @@ class _Build:
         self.settings = digest_of([store.schema.identity, self.plan.factory, config.seed, train_rows])
         self.build = str(self.folder / BUILD)
 
-    def run(self, run: Runner) -> IndexSidecar:
+    def run(self, run: PartRunner) -> IndexSidecar:
         """All steps, or those that are left."""
         old = self.old.shards if self.old else {}
         pending = sorted(int(shard) for shard, digest in self.now.items() if old.get(shard) != digest)
@@ -186,7 +186,7 @@ class _Build:
             document = _write(index, trained, self.settings, 0, 0, time.monotonic() - began, spread)
         return _Base(faiss_index.read(trained), self.plan.train_rows, document.spread)
 
-    def _parts(self, shards: list[int], base: Any) -> list[Part]:
+    def _parts(self, shards: list[int], base: Any) -> list[PartTask]:
         """The pending shards in parts of about `plan.part_rows` rows; one part where parts cannot be merged."""
         whole = not faiss_index.can_merge(base)
         if whole and self.old:
@@ -198,10 +198,10 @@ class _Build:
             chosen = shards[at : at + size]
             name = digest_of([self.settings, {str(s): self.now[str(s)] for s in chosen}])[:16]
             ranges = tuple(self.store.schema.shard_range(shard) for shard in chosen)
-            found.append(Part(self.store.path, self.build, f"part-{name}.faiss", self.settings, ranges))
+            found.append(PartTask(self.store.path, self.build, f"part-{name}.faiss", self.settings, ranges))
         return found
 
-    def _build_parts(self, parts: list[Part], run: Runner) -> None:
+    def _build_parts(self, parts: list[PartTask], run: PartRunner) -> None:
         """Build the parts that are not there.
 
         Raises StoreError, with the parts kept, where the whole would not fit into memory.
@@ -215,17 +215,17 @@ class _Build:
                 progress.at(done)
                 self._require_room(part, total)
 
-    def _require_room(self, part: Part, total: int) -> None:
+    def _require_room(self, part: PartTask, total: int) -> None:
         needed = (Path(self.build) / part.file).stat().st_size / part.rows * total
         if needed > self.memory:
             what = f"{self.plan.factory} over {total:,} rows takes {amount(needed)}, --memory is {amount(self.memory)}"
             raise StoreError(what, remedy="give more --memory or a factory with smaller codes; the parts are kept")
 
-    def _tune(self, base: _Base) -> Tuned:
+    def _tune(self, base: _Base) -> Tuning:
         depths = RESCORE if has_coarse_codes(self.plan.factory) else (1,)
         ranges = [self.store.schema.shard_range(shard) for shard in sorted(map(int, self.now))]
-        queries = held_out(self.store, ranges, self.images, self.config.seed)
-        index = Index(base.index, self.store, Setting(0, 1), base.spread)
+        queries = draw_recall_queries(self.store, ranges, self.images, self.config.seed)
+        index = IndexSearch(base.index, self.store, SearchParameters(0, 1), base.spread)
         tuned = tune(index, depths, queries, self.config.recall_target)
         reached = tuned.recall[0]
         if reached.value < self.config.recall_target and not self.config.accept:
@@ -235,7 +235,7 @@ class _Build:
             raise RecallError(what, remedy="give another --factory, a lower --recall, or --accept; the parts are kept")
         return tuned
 
-    def _publish(self, base: _Base, tuned: Tuned, seconds: float) -> IndexSidecar:
+    def _publish(self, base: _Base, tuned: Tuning, seconds: float) -> IndexSidecar:
         """Write the index, then the sidecar that names it: until then the old one is in force."""
         written = self.folder / BUILD / "merged.faiss"
         faiss_index.write(base.index, written)
@@ -281,7 +281,7 @@ class _Build:
         storage.remove_folder(self.build)
 
 
-def build_part(part: Part, threads: int | None = None, use_gpus: bool = True) -> Part:
+def build_part(part: PartTask, threads: int | None = None, use_gpus: bool = True) -> PartTask:
     """Build one part: read the trained index, add the rows, write it and then its document. A plain function, which
     needs no more memory than the part and the trained index; on all GPUs that it sees, or on none."""
     began = time.monotonic()
@@ -294,7 +294,7 @@ def build_part(part: Part, threads: int | None = None, use_gpus: bool = True) ->
     return part
 
 
-def _one_by_one(parts: Sequence[Part]) -> Iterable[Part]:
+def _one_by_one(parts: Sequence[PartTask]) -> Iterable[PartTask]:
     return map(build_part, parts)
 
 

@@ -84,7 +84,7 @@ def breakeven_queries(rows: int, plan: IndexPlan) -> int:
 
 
 @dataclass(frozen=True)
-class IndexForecast:
+class BuildPreview:
     """What `retrieval.build_index.build_index` would build, and how many queries of exact search take as many products
     as the building; of how many queries is known, if any."""
 

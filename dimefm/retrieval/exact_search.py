@@ -20,8 +20,10 @@ from dimefm.system.transfer import Transfer, fetch
 
 
 class Search(Protocol):
-    """Nearest rows of a store: `retrieval.exact_search.ExactSearch` or `retrieval.faiss_index.Index`. `batch` queries
-    at once are best; `device` is what computes."""
+    """Finds the nearest rows of a store: `ExactSearch`, or `retrieval.index_search.IndexSearch`.
+
+    It is fastest with `batch` queries at once; `device` is what computes.
+    """
 
     batch: int
     device: str

@@ -30,7 +30,7 @@ from dimefm.system.named_paths import named
 
 
 @dataclass(frozen=True)
-class Setting:
+class SearchParameters:
     """How many lists are probed (0: there are no lists), and how many times k candidates are scored again."""
 
     probes: int
@@ -45,20 +45,20 @@ _OTHER_FACTORY = "give another --factory, from FAISS's list of index factory str
 DAMAGED = "delete the folder and build the index again"
 
 
-class Index:
+class IndexSearch:
     """An index in memory and the store that it is over, which its best candidates are scored again from."""
 
     batch = 4096
     device = "cpu"
 
-    def __init__(self, inner: Any, store: Store, setting: Setting, spread: str = "") -> None:
+    def __init__(self, inner: Any, store: Store, setting: SearchParameters, spread: str = "") -> None:
         self._faiss, self._store, self._setting = inner, store, setting
         self._bonus_L = _bonus(inner, spread) if spread else None
         if self._bonus_L is not None:
             self._centroid_LD = torch.from_numpy(faiss.downcast_index(inner.quantizer).reconstruct_n(0, inner.nlist))
 
     @staticmethod
-    def open(path: str, store: Store | None = None) -> Index:
+    def open(path: str, store: Store | None = None) -> IndexSearch:
         """Open an index; its store is where the sidecar says, or `store`.
 
         Raises StoreError where it is missing, damaged or lacks rows of the store, SchemaError where its sidecar is not
@@ -75,7 +75,7 @@ class Index:
             what = f"{path} lacks {len(lacking)} shards of {store.path} that were written since it was built"
             raise StoreError(what, remedy="run the same dimefm build-index again: it adds them")
         probes = sidecar.search_parameters.get("nprobe", 0)
-        return Index(read_file(folder, sidecar), store, Setting(probes, sidecar.rescore), sidecar.spread)
+        return IndexSearch(read_file(folder, sidecar), store, SearchParameters(probes, sidecar.rescore), sidecar.spread)
 
     def search(self, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Scores float32 (Q, K) and rows of the store int64 (Q, K), best first; -1 where fewer than k were found.
@@ -92,7 +92,7 @@ class Index:
         steps = {n for p in range(int(math.log2(ivf.nlist)) + 1) for n in (1 << p, 3 << p >> 1) if n <= ivf.nlist}
         return sorted(steps | {ivf.nlist})
 
-    def search_with(self, setting: Setting, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[Any, Any]:
+    def search_with(self, setting: SearchParameters, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[Any, Any]:
         """`search` with other parameters than those the index was opened with."""
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
         candidates = min(k * setting.rescore, max(k, self._faiss.ntotal))

@@ -13,11 +13,11 @@ EXACT = "exact search"
 def open_search(store: Store, index: str | None, device: str | None = None) -> tuple[Search, str, str]:
     """A search over `store`, what it is called, and its digest: of the index, or exact search where there is none.
 
-    Raises as `dimefm.retrieval.faiss_index.Index.open` does.
+    Raises as `dimefm.retrieval.faiss_index.IndexSearch.open` does.
     """
     if index is None:
         return ExactSearch(store, device=choose_device(device)), EXACT, EXACT
-    from dimefm.retrieval.faiss_index import Index, read_sidecar
+    from dimefm.retrieval.faiss_index import IndexSearch, read_sidecar
 
     path = storage.absolute(index)
-    return Index.open(path, store), path, read_sidecar(path).digest
+    return IndexSearch.open(path, store), path, read_sidecar(path).digest

@@ -17,25 +17,25 @@ import numpy as np
 from cache_schemas import Recall, Status
 from dimefm.errors import StoreError
 from dimefm.retrieval.exact_search import ExactSearch
-from dimefm.retrieval.faiss_index import Setting
+from dimefm.retrieval.faiss_index import SearchParameters
 from dimefm.store.embedding_store import Store
 
 RECALL_K, QUERIES = 10, 1000
 _TIE = 1e-6
 
 
-class Tunable(Protocol):
+class TunableIndex(Protocol):
     """What `tune` needs of an index: the settings that it has, and a search with any of them."""
 
     def probes(self) -> Sequence[int]:
         """Numbers of lists to try, ascending; (0,) where there are no lists."""
 
-    def search_with(self, setting: Setting, queries_QD: Any, k: int) -> tuple[Any, Any]:
+    def search_with(self, setting: SearchParameters, queries_QD: Any, k: int) -> tuple[Any, Any]:
         """Scores (Q, K) and rows (Q, K)."""
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class RecallQueries:
     """Query vectors with their exact neighbours; for queries that are rows of the store itself which row each is
     (-1: none), so that it is left out of its own result."""
 
@@ -63,7 +63,9 @@ class HeldOut:
         return float(np.mean(shares)) if shares else 1.0
 
 
-def held_out(store: Store, ranges: Sequence[tuple[int, int]], images: Store | None, seed: int) -> list[HeldOut]:
+def draw_recall_queries(
+    store: Store, ranges: Sequence[tuple[int, int]], images: Store | None, seed: int
+) -> list[RecallQueries]:
     """Queries for an index over the rows of `ranges`: random rows of `images` first, if there are such (their
     neighbours among sentences are another distribution than a sentence's own), then random rows of the store itself."""
     rng = np.random.default_rng(seed + 1)
@@ -74,7 +76,7 @@ def held_out(store: Store, ranges: Sequence[tuple[int, int]], images: Store | No
         rows_Q, vectors_QD = _draw(other, drawn_from, rng)
         own_Q = rows_Q if other is store else np.full(len(rows_Q), -1)
         scores_QK, found_QK = search.search(vectors_QD, RECALL_K + 1)
-        found.append(HeldOut(other.schema.kind, vectors_QD, own_Q, scores_QK, found_QK))
+        found.append(RecallQueries(other.schema.kind, vectors_QD, own_Q, scores_QK, found_QK))
     return found
 
 
@@ -91,15 +93,15 @@ def _draw(store: Store, ranges: Sequence[tuple[int, int]], rng: np.random.Genera
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Tuning:
     """A setting, the queries a second it gave, and its recall by kind of query."""
 
-    setting: Setting
+    setting: SearchParameters
     queries_per_second: float
     recall: tuple[Recall, ...]
 
 
-def tune(index: Tunable, depths: Sequence[int], queries: Sequence[HeldOut], target: float) -> Tuned:
+def tune(index: TunableIndex, depths: Sequence[int], queries: Sequence[RecallQueries], target: float) -> Tuning:
     """The fastest setting that reaches the target over the first kind of query; where none does, the most thorough.
 
     `depths` are those of re-scoring to try, ascending; (1,) for none. Recall grows with the lists probed and with the
@@ -109,17 +111,17 @@ def tune(index: Tunable, depths: Sequence[int], queries: Sequence[HeldOut], targ
     first, probes = queries[0], index.probes()
 
     @cache
-    def reached(setting: Setting) -> bool:
+    def reached(setting: SearchParameters) -> bool:
         return first.recall(*index.search_with(setting, first.vectors_QD, RECALL_K + 1)) >= target
 
     enough, least = [], 0
     for depth in reversed(depths):
-        reaches = [Setting(count, depth) for count in probes]
+        reaches = [SearchParameters(count, depth) for count in probes]
         least = bisect_left(reaches, True, lo=least, key=reached)
         if least == len(probes):
             break
-        enough.append(Setting(probes[least], depth))
-    candidates = enough or [Setting(probes[-1], depths[-1])]
+        enough.append(SearchParameters(probes[least], depth))
+    candidates = enough or [SearchParameters(probes[-1], depths[-1])]
     speeds = {setting: _speed(index, first, setting) for setting in candidates}
     chosen = max(speeds, key=lambda setting: speeds[setting])
     recall = tuple(
@@ -131,10 +133,10 @@ def tune(index: Tunable, depths: Sequence[int], queries: Sequence[HeldOut], targ
         )
         for q in queries
     )
-    return Tuned(chosen, round(speeds[chosen], 1), recall)
+    return Tuning(chosen, round(speeds[chosen], 1), recall)
 
 
-def _speed(index: Tunable, queries: HeldOut, setting: Setting) -> float:
+def _speed(index: TunableIndex, queries: RecallQueries, setting: SearchParameters) -> float:
     """Queries a second, the better of two runs."""
     seconds = []
     for _ in range(2):

@@ -34,7 +34,7 @@ from dimefm.system.lock import writing
 from dimefm.system.progress import Progress
 
 
-def retrieve_stores(
+def retrieve(
     images: str, texts: str, *, top_k: int, out: str, index: str | None = None, device: str | None = None
 ) -> Selection:
     """The `top_k` sentences of every image, by an index over `texts` or, without one, by exact search on `device`.
@@ -50,7 +50,7 @@ def retrieve_stores(
     require_same_teacher(image_store, text_store)
     search, name, digest = open_search(text_store, index, device)
     with Progress("retrieving", image_store.schema.rows, "image") as progress:
-        found = retrieve(
+        found = write_pairs(
             image_store,
             text_store,
             search,
@@ -67,7 +67,7 @@ def retrieve_stores(
     return found
 
 
-def retrieve(
+def write_pairs(
     images: Store,
     texts: Store,
     search: Search,

@@ -17,7 +17,7 @@ from dimefm.store.embedding_store import Store
 from dimefm.system.progress import Progress
 
 
-class Fate(IntEnum):
+class Outcome(IntEnum):
     """What became of a sentence: kept, or the first reason that it was left out for, in their order."""
 
     KEPT = 0
@@ -32,23 +32,23 @@ class Fate(IntEnum):
 
 
 REASONS = {
-    Fate.NO_EMBEDDING: "without an embedding",
-    Fate.ELSEWHERE: "not among the rows given",
-    Fate.FEW_HITS: "of fewer images than --min-hits",
-    Fate.LOW_SCORE: "below --min-score",
-    Fate.POOL: "beyond --pool",
-    Fate.REPEATED: "repeated, by --dedup",
-    Fate.CAP: "above the cap of their cluster, by --balance",
-    Fate.SIZE: "beyond --size",
+    Outcome.NO_EMBEDDING: "without an embedding",
+    Outcome.ELSEWHERE: "not among the rows given",
+    Outcome.FEW_HITS: "of fewer images than --min-hits",
+    Outcome.LOW_SCORE: "below --min-score",
+    Outcome.POOL: "beyond --pool",
+    Outcome.REPEATED: "repeated, by --dedup",
+    Outcome.CAP: "above the cap of their cluster, by --balance",
+    Outcome.SIZE: "beyond --size",
 }
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What became of every sentence: uint8 (T,) of Fate; the rows that were repeated and which each repeats, int (R,);
-    how many clusters there were and the cap on them, None without."""
+class ChosenTexts:
+    """The outcome of every sentence, uint8 (T,); the rows that repeat another and the row that each repeats, int (R,);
+    the number of clusters and the cap on each, None where there were none."""
 
-    fate_T: np.ndarray[Any, Any]
+    outcome_T: np.ndarray[Any, Any]
     repeated: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
     clusters: int | None
     cap: int | None
@@ -68,25 +68,28 @@ def ranking(
     return rows_C[np.lexsort((-score_T[rows_C], -hits_T[rows_C].astype(np.int64)))]
 
 
-def choose(
+def choose_texts(
     settings: SelectionSettings,
     texts: Store,
-    candidate_T: np.ndarray[Any, Any],
+    outcome_T: np.ndarray[Any, Any],
     hits_T: np.ndarray[Any, Any],
     score_T: np.ndarray[Any, Any],
     *,
     device: str,
-) -> Choice:
-    """Which sentences are kept. `candidate_T` holds the Fate of each before any condition, `score_T` NaN where there is
-    none. Memory: a few numbers a sentence; embeddings are read in blocks, where there are clusters."""
-    fate_T = candidate_T.copy()
+) -> ChosenTexts:
+    """Apply the conditions in their order: those that `outcome_T` says are kept may drop out.
+
+    `score_T` is NaN where a sentence has no score. Memory: a few numbers per sentence; embeddings are read in blocks,
+    and only where clusters are made.
+    """
+    outcome_T = outcome_T.copy()
     if settings.min_hits is not None:
-        fate_T[(fate_T == Fate.KEPT) & (hits_T < settings.min_hits)] = Fate.FEW_HITS
+        outcome_T[(outcome_T == Outcome.KEPT) & (hits_T < settings.min_hits)] = Outcome.FEW_HITS
     if settings.min_score is not None:
-        fate_T[(fate_T == Fate.KEPT) & ~(score_T >= settings.min_score)] = Fate.LOW_SCORE
-    order_C = ranking(settings, np.flatnonzero(fate_T == Fate.KEPT), hits_T, score_T)
+        outcome_T[(outcome_T == Outcome.KEPT) & ~(score_T >= settings.min_score)] = Outcome.LOW_SCORE
+    order_C = ranking(settings, np.flatnonzero(outcome_T == Outcome.KEPT), hits_T, score_T)
     if settings.pool is not None:
-        fate_T[order_C[settings.pool :]] = Fate.POOL
+        outcome_T[order_C[settings.pool :]] = Outcome.POOL
         order_C = order_C[: settings.pool]
     repeated, clusters, cap = (order_C[:0], order_C[:0]), None, None
     if (settings.dedup is not None or settings.balance) and len(order_C):
@@ -97,16 +100,16 @@ def choose(
                 limit = settings.dedup
                 like_C = repetitions(texts, order_C, label_C, limit, device=device, progress=progress.at)
             repeats_C = like_C >= 0
-            fate_T[order_C[repeats_C]] = Fate.REPEATED
+            outcome_T[order_C[repeats_C]] = Outcome.REPEATED
             repeated = order_C[repeats_C], like_C[repeats_C]
             order_C, label_C = order_C[~repeats_C], label_C[~repeats_C]
         if settings.balance and settings.size is not None:
             inside_C, cap = capped(label_C, settings.size)
-            fate_T[order_C[~inside_C]] = Fate.CAP
+            outcome_T[order_C[~inside_C]] = Outcome.CAP
             order_C = order_C[inside_C]
     if settings.size is not None:
-        fate_T[order_C[settings.size :]] = Fate.SIZE
-    return Choice(fate_T, repeated, clusters, cap)
+        outcome_T[order_C[settings.size :]] = Outcome.SIZE
+    return ChosenTexts(outcome_T, repeated, clusters, cap)
 
 
 def _labels(

@@ -22,7 +22,7 @@ from cache_schemas.text_selection import (
     SourceShare,
     TextSelection,
 )
-from dimefm.selection.choose_texts import Choice, Fate, ranking
+from dimefm.selection.choose_texts import ChosenTexts, Outcome, ranking
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.inert_text import markdown
@@ -38,7 +38,7 @@ def source_file(key: str) -> str:
 
 
 def write_kept(
-    out: str, texts: Store, fate_T: np.ndarray[Any, Any], hits_T: np.ndarray[Any, Any], score_T: np.ndarray[Any, Any]
+    out: str, texts: Store, outcome_T: np.ndarray[Any, Any], hits_T: np.ndarray[Any, Any], score_T: np.ndarray[Any, Any]
 ) -> tuple[tuple[SourceShare, ...], str]:
     """Write rows.parquet and sentences.txt, a shard of the store at a time; the share kept of each source file, and the
     sha256 of rows.parquet. Raises StoreError where they cannot be written."""
@@ -53,7 +53,7 @@ def write_kept(
     ):
         for shard in range(texts.schema.shards):
             start, stop = texts.schema.shard_range(shard)
-            plan, chosen = texts.plan(shard), np.flatnonzero(fate_T[start:stop] == Fate.KEPT)
+            plan, chosen = texts.plan(shard), np.flatnonzero(outcome_T[start:stop] == Outcome.KEPT)
             files = [source_file(key) for key in plan["key"].to_pylist()]
             kept_files = [files[i] for i in chosen.tolist()]
             score = score_T[start + chosen]
@@ -71,7 +71,7 @@ def write_kept(
     # One file after the other: of two at once, an object store's file system would finish the second alone.
     with storage.writing_to(out), storage.writing_atomically(storage.join(out, SENTENCES_FILE)) as file:
         for shard in range(texts.schema.shards):
-            chosen = np.flatnonzero(fate_T[slice(*texts.schema.shard_range(shard))] == Fate.KEPT)
+            chosen = np.flatnonzero(outcome_T[slice(*texts.schema.shard_range(shard))] == Outcome.KEPT)
             sentences = texts.plan(shard)["text"].take(pa.array(chosen)).to_pylist()
             file.write("".join(f"{' '.join(text.split())}\n" for text in sentences).encode())
     sources = tuple(SourceShare(file=name, rows=total[name], kept=kept[name]) for name in sorted(total))
@@ -80,15 +80,15 @@ def write_kept(
 
 def histogram(
     settings: SelectionSettings,
-    fate_T: np.ndarray[Any, Any],
+    outcome_T: np.ndarray[Any, Any],
     hits_T: np.ndarray[Any, Any],
     score_T: np.ndarray[Any, Any],
 ) -> Histogram | None:
     """Kept and dropped sentences by what ranks them; None for a random draw."""
     if settings.by == "random":
         return None
-    there_T = fate_T != Fate.NO_EMBEDDING
-    value_T, kept_T = (score_T if settings.by == "similarity" else hits_T)[there_T], fate_T[there_T] == Fate.KEPT
+    there_T = outcome_T != Outcome.NO_EMBEDDING
+    value_T, kept_T = (score_T if settings.by == "similarity" else hits_T)[there_T], outcome_T[there_T] == Outcome.KEPT
     if settings.by == "similarity":
         edges = np.linspace(float(value_T.min()), float(value_T.max()), _BINS + 1)
     else:
@@ -101,23 +101,23 @@ def histogram(
 def examples(
     settings: SelectionSettings,
     texts: Store,
-    choice: Choice,
+    choice: ChosenTexts,
     hits_T: np.ndarray[Any, Any],
     score_T: np.ndarray[Any, Any],
 ) -> tuple[Example, ...]:
     """Sentences by group: the best and the last that were kept, the best that were not, and some at random."""
-    fate_T, rng = choice.fate_T, np.random.default_rng((settings.seed, 5))
-    kept = np.flatnonzero(fate_T == Fate.KEPT)
-    ranked_out = (Fate.FEW_HITS, Fate.LOW_SCORE, Fate.POOL, Fate.SIZE)
+    outcome_T, rng = choice.outcome_T, np.random.default_rng((settings.seed, 5))
+    kept = np.flatnonzero(outcome_T == Outcome.KEPT)
+    ranked_out = (Outcome.FEW_HITS, Outcome.LOW_SCORE, Outcome.POOL, Outcome.SIZE)
     groups: dict[str, np.ndarray[Any, Any]] = {}
     if settings.by != "random":
         order = ranking(settings, kept, hits_T, score_T)
         groups["kept, the best"], groups["kept, the last"] = order[:_EXAMPLES], order[-_EXAMPLES:]
-        out = ranking(settings, np.flatnonzero(np.isin(fate_T, ranked_out)), hits_T, score_T)
+        out = ranking(settings, np.flatnonzero(np.isin(outcome_T, ranked_out)), hits_T, score_T)
         groups["dropped, the best"] = out[:_EXAMPLES]
     groups["kept, at random"] = _some(kept, rng)
-    groups["dropped, at random"] = _some(np.flatnonzero(np.isin(fate_T, ranked_out)), rng)
-    groups["dropped, of a cluster at its cap"] = _some(np.flatnonzero(fate_T == Fate.CAP), rng)
+    groups["dropped, at random"] = _some(np.flatnonzero(np.isin(outcome_T, ranked_out)), rng)
+    groups["dropped, of a cluster at its cap"] = _some(np.flatnonzero(outcome_T == Outcome.CAP), rng)
     places = _some(np.arange(len(choice.repeated[0])), rng)
     groups["dropped, repeated"] = choice.repeated[0][places]
     like = dict(zip(*(rows[places].tolist() for rows in choice.repeated), strict=True))
@@ -143,7 +143,14 @@ def _some(rows: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[An
 
 def report(selection: TextSelection) -> str:
     """The selection in Markdown."""
-    parts = [f"# {selection.kept:,} of {selection.rows:,} sentences", "", how(selection), "", "## By source file", ""]
+    parts = [
+        f"# {selection.kept:,} of {selection.rows:,} sentences",
+        "",
+        describe_settings(selection),
+        "",
+        "## By source file",
+        "",
+    ]
     parts += _source_table(selection)
     parts += ["", "## What was left out", "", *(f"- {n:,} {text}" for text, n in selection.dropped.items())]
     if not selection.dropped:
@@ -156,7 +163,7 @@ def report(selection: TextSelection) -> str:
     return "\n".join(parts) + "\n"
 
 
-def how(selection: TextSelection) -> str:
+def describe_settings(selection: TextSelection) -> str:
     """The settings in a line, those that were asked for."""
     settings = selection.plan.settings
     words = [f"by {settings.by}"]

@@ -23,7 +23,7 @@ from cache_schemas.text_selection import (
     TextSelection,
 )
 from dimefm.errors import MismatchError, SelectionError
-from dimefm.selection.choose_texts import REASONS, Fate, choose
+from dimefm.selection.choose_texts import REASONS, Outcome, choose_texts
 from dimefm.selection.grounding import score_texts
 from dimefm.selection.report import examples, histogram, report, write_kept
 from dimefm.store.embedding_store import Store, require_same_data, require_same_teacher
@@ -167,23 +167,23 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
         if rows is not None:
             elsewhere_T = np.ones(len(candidate_T), bool)
             elsewhere_T[rows] = False
-            candidate_T[(candidate_T == Fate.KEPT) & elsewhere_T] = Fate.ELSEWHERE
-        choice = choose(plan.settings, texts, candidate_T, hits_T, score_T, device=device)
-        counts = np.bincount(choice.fate_T, minlength=len(Fate)).tolist()
+            candidate_T[(candidate_T == Outcome.KEPT) & elsewhere_T] = Outcome.ELSEWHERE
+        choice = choose_texts(plan.settings, texts, candidate_T, hits_T, score_T, device=device)
+        counts = np.bincount(choice.outcome_T, minlength=len(Outcome)).tolist()
         dropped = {text: counts[fate] for fate, text in REASONS.items() if counts[fate]}
-        if not counts[Fate.KEPT]:
+        if not counts[Outcome.KEPT]:
             reasons = ", ".join(f"{count:,} {text}" for text, count in dropped.items())
             raise SelectionError(f"no sentence is left: {reasons}", remedy="ask for less, or for more of them")
-        sources, digest = write_kept(out, texts, choice.fate_T, hits_T, score_T)
+        sources, digest = write_kept(out, texts, choice.outcome_T, hits_T, score_T)
         selection = TextSelection(
             plan=plan,
             rows=texts.schema.rows,
-            kept=counts[Fate.KEPT],
+            kept=counts[Outcome.KEPT],
             dropped=dropped,
             clusters=choice.clusters,
             cap=choice.cap,
             sources=sources,
-            histogram=histogram(plan.settings, choice.fate_T, hits_T, score_T),
+            histogram=histogram(plan.settings, choice.outcome_T, hits_T, score_T),
             examples=examples(plan.settings, texts, choice, hits_T, score_T),
             digest=digest,
         )
@@ -235,12 +235,12 @@ def _differences(old: SelectionPlan, new: SelectionPlan, names: tuple[str, ...] 
 def _candidates(
     config: SelectionConfig, plan: SelectionPlan, pairs: Pairs, images: Store | None, texts: Store, device: str
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """By sentence: the Fate before any condition, uint8 (T,), and the score, float32 (T,), NaN without one."""
+    """By sentence: the Outcome before any condition, uint8 (T,), and the score, float32 (T,), NaN without one."""
     if images is None:
-        fate_T = np.full(texts.schema.rows, Fate.NO_EMBEDDING, np.uint8)
+        outcome_T = np.full(texts.schema.rows, Outcome.NO_EMBEDDING, np.uint8)
         for shard in range(texts.schema.shards):
-            fate_T[texts.valid_rows(*texts.schema.shard_range(shard))[0]] = Fate.KEPT
-        return fate_T, best_cosines(pairs)
+            outcome_T[texts.valid_rows(*texts.schema.shard_range(shard))[0]] = Outcome.KEPT
+        return outcome_T, best_cosines(pairs)
     if config.scores:
         names = ("images_identity", "texts_identity", *_DATA, "by", "images_sample", "seed")
         other = SelectedTexts(config.scores)
@@ -259,7 +259,7 @@ def _candidates(
             earlier=storage.absolute(config.scores) if config.scores else None,
             progress=progress.at,
         )
-    return np.where(np.isnan(score_T), Fate.NO_EMBEDDING, Fate.KEPT).astype(np.uint8), score_T
+    return np.where(np.isnan(score_T), Outcome.NO_EMBEDDING, Outcome.KEPT).astype(np.uint8), score_T
 
 
 def best_cosines(pairs: Pairs) -> np.ndarray[Any, Any]:

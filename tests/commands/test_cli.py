@@ -28,7 +28,7 @@ from dimefm.evaluation.results import read_results
 from dimefm.models.clip import Clip, load_clip
 from dimefm.retrieval.build_index import IndexConfig, build_index
 from dimefm.retrieval.exact_search import ExactSearch
-from dimefm.retrieval.retrieve import retrieve
+from dimefm.retrieval.retrieve import write_pairs
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
 from dimefm.store.selected_texts import SelectedTexts
@@ -559,7 +559,7 @@ def test_what_is_selected_is_what_training_draws_from(
 ) -> None:
     pairs, out = tmp_path / "p.zarr", tmp_path / "s.selection"
     search = ExactSearch(text_store)
-    retrieve(image_store, text_store, search, index="exact", index_digest="e", top_k=4, out=str(pairs))
+    write_pairs(image_store, text_store, search, index="exact", index_digest="e", top_k=4, out=str(pairs))
     union = tmp_path / "union.selection"
     assert run("select-texts", pairs, "--out", union).exit_code == 0
     np.testing.assert_array_equal(SelectedTexts(str(union)).rows(), np.flatnonzero(Pairs(str(pairs)).hits()))

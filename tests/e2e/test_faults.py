@@ -27,8 +27,8 @@ from dimefm.errors import SourceError, StoreError
 from dimefm.images.decode import DecodeError, decode
 from dimefm.inspection.verify import VerifyConfig, verify
 from dimefm.models.clip import Clip
-from dimefm.retrieval.build_index import Part, build_part
-from dimefm.retrieval.faiss_index import Index
+from dimefm.retrieval.build_index import PartTask, build_part
+from dimefm.retrieval.faiss_index import IndexSearch
 from dimefm.retrieval.faiss_index import read as read_index
 from dimefm.store.embedding_store import Store
 from dimefm.store.selected_texts import SelectedTexts
@@ -238,7 +238,7 @@ def test_a_disk_that_is_full_ends_a_command_with_what_to_do_and_costs_nothing(
 ) -> None:
     out, built = disk.path / "out", list[str]()
 
-    def counting(part: Part) -> Part:
+    def counting(part: PartTask) -> PartTask:
         built.append(Path(part.file).stem)
         return build_part(part)
 
@@ -290,7 +290,7 @@ def test_what_lies_on_a_read_only_disk_is_read(disk: Disk, work: Work, tmp_path:
     disk.options("ro")
     for folder in work.undisturbed.values():
         assert CliRunner().invoke(cli, ["info", str(disk.path / folder.name)]).exit_code == 0
-    Index.open(str(disk.path / "t.index"))
+    IndexSearch.open(str(disk.path / "t.index"))
     result = CliRunner().invoke(cli, ["select-texts", str(disk.path / "p.zarr"), "--out", str(tmp_path / "s")])
     assert result.exit_code == 0, result.output
     selected, expected = (SelectedTexts(str(path)).rows() for path in (disk.path / "s.selection", work.selection))

@@ -23,7 +23,7 @@ from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.inspection.verify import VerifyConfig, verify
 from dimefm.models.clip import Clip, load_clip
 from dimefm.retrieval import choose_index, recall
-from dimefm.retrieval.faiss_index import Index, Setting
+from dimefm.retrieval.faiss_index import IndexSearch, SearchParameters
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
 from dimefm.system import storage
@@ -380,7 +380,7 @@ def test_an_index_killed_and_repeated_is_the_same(
 def found_by(index: Path) -> list[list[float]]:
     """What each list of an index and its re-scoring give, whatever setting was the fastest when it was tuned."""
     queries_QD = np.eye(16, dtype=np.float32)
-    scores_QK, rows_QK = Index.open(str(index)).search_with(Setting(16, 10), queries_QD, 10)
+    scores_QK, rows_QK = IndexSearch.open(str(index)).search_with(SearchParameters(16, 10), queries_QD, 10)
     return [*scores_QK.tolist(), *rows_QK.tolist()]
 
 

@@ -22,7 +22,7 @@ from dimefm.cli import cli
 from dimefm.errors import DimefmError, StoreError
 from dimefm.inspection.verify import VerifyConfig, verify
 from dimefm.models.clip import Clip
-from dimefm.retrieval.retrieve import retrieve_stores
+from dimefm.retrieval.retrieve import retrieve
 from dimefm.sources.account import Account
 from dimefm.sources.image_sources import open_image_source
 from dimefm.store.embedding_store import Store
@@ -214,7 +214,7 @@ def test_a_store_that_cannot_be_read_is_one_message(s3: str, tmp_path: Path) -> 
     """Whoever reads it, zarr too, and whatever its client raises, from the first or a later request on."""
     images, _ = random_store(tmp_path / "in" / "i.zarr", rows=8, shard_rows=8)
     texts, _ = random_store(tmp_path / "in" / "t.zarr", rows=8, shard_rows=8, kind="text", seed=1)
-    retrieve_stores(images.path, texts.path, index=None, top_k=2, out=str(tmp_path / "in" / "p.zarr"), device="cpu")
+    retrieve(images.path, texts.path, index=None, top_k=2, out=str(tmp_path / "in" / "p.zarr"), device="cpu")
     url = upload(tmp_path / "in", s3)
     store, pairs, group = Store(f"{url}/i.zarr"), Pairs(f"{url}/p.zarr"), open_group(f"{url}/i.zarr")
     out = str(tmp_path / "out")

@@ -28,7 +28,7 @@ from dimefm.inspection.info import describe
 from dimefm.inspection.verify import VerifyConfig, verify
 from dimefm.models.clip import Clip
 from dimefm.retrieval.build_index import IndexConfig, build_index
-from dimefm.retrieval.retrieve import retrieve_stores
+from dimefm.retrieval.retrieve import retrieve
 from dimefm.sources.account import Account
 from dimefm.store.embedding_store import Store
 from dimefm.system import lock, storage
@@ -167,7 +167,7 @@ def test_without_sources_images_serve_retrieve_and_the_store_says_what_they_do_n
         train(tiny_config(store, text_store, tmp_path / "run"))
     index, pairs = str(tmp_path / "texts.index"), str(tmp_path / "pairs.zarr")
     build_index(IndexConfig(store=text_store.path, out=index))
-    assert retrieve_stores(store.path, text_store.path, index=index, top_k=4, out=pairs).images == 96
+    assert retrieve(store.path, text_store.path, index=index, top_k=4, out=pairs).images == 96
 
 
 @pytest.mark.parametrize("numbers", [("9", "10", "11"), ("09", "10", "011")])

@@ -21,7 +21,7 @@ from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.caching.worker import SHARDS_AT_ONCE
 from dimefm.errors import DimefmError, MismatchError, UnreadableError
 from dimefm.models.clip import Clip
-from dimefm.retrieval.build_index import Part
+from dimefm.retrieval.build_index import PartTask
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from pipeline import ray_index_parts, ray_workers
@@ -300,7 +300,7 @@ def test_a_compiled_teacher_gives_the_same_embeddings(
 # -- GPUs, of which Ray believes what it is told ----------------------------------------------------------------------
 
 
-def seen(part: Part, threads: int, use_gpus: bool) -> tuple[str | None, bool]:
+def seen(part: PartTask, threads: int, use_gpus: bool) -> tuple[str | None, bool]:
     """In place of `build_part`: the GPUs that its process may see, and whether it was told to use them."""
     return os.environ.get("CUDA_VISIBLE_DEVICES"), use_gpus
 
@@ -320,7 +320,7 @@ def test_what_runs_on_ray_sees_the_gpu_that_it_has_and_no_other(one_ray: None, m
     monkeypatch.setattr(ray_workers, "Worker", Seeing)
     monkeypatch.setattr(ray_index_parts, "build_part", seen)
     job = Job(store="s", teacher="t", pretrained=None, precision="fp32", device="cpu", threads=1)
-    part = Part("t.zarr", "t.index", "part.faiss", "s", ((0, 1),))
+    part = PartTask("t.zarr", "t.index", "part.faiss", "s", ((0, 1),))
     actor = ray_workers._Supervisor(job, 1, 1, {}, check=False)._new()
     assert ray_workers.fetch(actor.see.remote()) == "", "a worker of --device cpu"
     assert list(ray_index_parts.on_ray(1)([part])) in ([("0", True)], [("1", True)]), "a part of an index"

@@ -15,10 +15,18 @@ import pytest
 from cache_schemas import Status
 from dimefm.commands.options import parse_bytes
 from dimefm.errors import DimefmError, MismatchError, OutputExistsError, RecallError, StoreError
-from dimefm.retrieval.build_index import IndexConfig, Part, build_index, build_part, forecast, sample_rows
+from dimefm.retrieval.build_index import IndexConfig, PartTask, build_index, build_part, preview_build, sample_rows
 from dimefm.retrieval.choose_index import breakeven_queries, plan_index
-from dimefm.retrieval.faiss_index import Index, Setting, _assigning, _lent_to_gpus, add_rows, read_sidecar, train
-from dimefm.retrieval.recall import HeldOut, tune
+from dimefm.retrieval.faiss_index import (
+    IndexSearch,
+    SearchParameters,
+    _assigning,
+    _lent_to_gpus,
+    add_rows,
+    read_sidecar,
+    train,
+)
+from dimefm.retrieval.recall import RecallQueries, tune
 from dimefm.store.embedding_store import Store
 from dimefm.system.machine import available_memory
 from tests.stores import brute_force, random_store
@@ -87,7 +95,7 @@ def test_an_index_reaches_the_recall_in_its_sidecar(
     assert [r.source for r in sidecar.recall] == ["image", "text"]
     assert sidecar.recall[0].value >= 0.8
     assert ("nprobe" in sidecar.search_parameters) == lists
-    index, queries = Index.open(config.out), images[1][[0, 1, 2, 4, 5]].astype(np.float32)
+    index, queries = IndexSearch.open(config.out), images[1][[0, 1, 2, 4, 5]].astype(np.float32)
     scores, rows = index.search(queries, 10)
     expected = brute_force(values, queries, 10, FAILED)
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows.tolist(), expected.tolist(), strict=True)])
@@ -104,9 +112,9 @@ def test_parts_merged_are_the_index_built_at_once(
     whole = config_for(texts[0], tmp_path, factory=factory, out=str(tmp_path / "whole.index"))
     build_index(whole)
     monkeypatch.setattr("dimefm.retrieval.choose_index._PART_ROWS", (512, 512))
-    built: list[Part] = []
+    built: list[PartTask] = []
 
-    def backwards(parts: Sequence[Part]) -> Iterator[Part]:
+    def backwards(parts: Sequence[PartTask]) -> Iterator[PartTask]:
         for part in reversed(parts):
             built.append(part)
             yield build_part(part)
@@ -115,8 +123,8 @@ def test_parts_merged_are_the_index_built_at_once(
     build_index(apart, backwards)
     assert [part.rows for part in built] == [440, 512, 512, 512, 512, 512]
     if "fs" in factory or factory in ("PQ8x4", "Flat"):  # in another order, or with padding that FAISS leaves as it was
-        every = Setting(16 if "IVF" in factory else 0, 1)
-        one, other = (Index.open(out).search_with(every, texts[1][:99], 9) for out in (apart.out, whole.out))
+        every = SearchParameters(16 if "IVF" in factory else 0, 1)
+        one, other = (IndexSearch.open(out).search_with(every, texts[1][:99], 9) for out in (apart.out, whole.out))
         np.testing.assert_array_equal(one, other)
     else:
         assert index_bytes(apart.out) == index_bytes(whole.out)
@@ -268,7 +276,7 @@ def test_a_gpu_with_too_little_memory_is_named(
 def test_a_part_leaves_the_gpus_alone_where_it_has_none(
     texts: tuple[Store, np.ndarray], tmp_path: Path, lent: list[faiss.Index]
 ) -> None:
-    def here(parts: Sequence[Part]) -> Iterator[Part]:
+    def here(parts: Sequence[PartTask]) -> Iterator[PartTask]:
         lent.clear()
         for part in parts:
             yield build_part(part, use_gpus=False)
@@ -303,7 +311,7 @@ def test_an_index_below_its_target_is_not_kept_unless_accepted(texts: tuple[Stor
         build_index(config)
     assert not (tmp_path / "t.index" / "index.json").exists()
     build_index(dataclasses.replace(config, accept=True))
-    assert Index.open(config.out)
+    assert IndexSearch.open(config.out)
     assert read_sidecar(config.out).recall[0].value < 1.0
 
 
@@ -311,12 +319,12 @@ class Gauge:
     """An index whose recall is known for every setting: how many of the ten nearest it gives."""
 
     def __init__(self, found: dict[tuple[int, int], int]) -> None:
-        self.found, self.asked, self.clock = found, list[Setting](), 0.0
+        self.found, self.asked, self.clock = found, list[SearchParameters](), 0.0
 
     def probes(self) -> list[int]:
         return sorted({p for p, _ in self.found})
 
-    def search_with(self, setting: Setting, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search_with(self, setting: SearchParameters, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         self.asked.append(setting)
         rows = np.where(np.arange(k) < self.found[setting.probes, setting.rescore], np.arange(k), 99)
         self.clock += setting.probes * setting.rescore
@@ -324,19 +332,19 @@ class Gauge:
 
 
 def test_the_cheapest_setting_that_reaches_the_target_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    queries = HeldOut("text", np.zeros((1, 2)), np.array([-1]), np.arange(11, 0, -1.0)[None], np.arange(11)[None])
+    queries = RecallQueries("text", np.zeros((1, 2)), np.array([-1]), np.arange(11, 0, -1.0)[None], np.arange(11)[None])
     gauge = Gauge({(1, 1): 3, (2, 1): 5, (4, 1): 7, (8, 1): 8, (1, 5): 4, (2, 5): 8, (4, 5): 9, (8, 5): 10})
     monkeypatch.setattr("dimefm.retrieval.recall.time", SimpleNamespace(perf_counter=lambda: gauge.clock))
-    assert tune(gauge, (1, 5), [queries], 0.8).setting == Setting(8, 1)
-    assert tune(gauge, (1, 5), [queries], 0.9).setting == Setting(4, 5)
+    assert tune(gauge, (1, 5), [queries], 0.8).setting == SearchParameters(8, 1)
+    assert tune(gauge, (1, 5), [queries], 0.9).setting == SearchParameters(4, 5)
     best = tune(gauge, (1, 5), [queries], 1.1)
-    assert (best.setting, best.recall[0].value) == (Setting(8, 5), 1.0)
-    assert Setting(1, 1) not in gauge.asked, "no need to try what a cheaper bisection has ruled out"
+    assert (best.setting, best.recall[0].value) == (SearchParameters(8, 5), 1.0)
+    assert SearchParameters(1, 1) not in gauge.asked, "no need to try what a cheaper bisection has ruled out"
 
 
 def test_rows_that_tie_with_the_tenth_count_and_a_query_does_not_find_itself() -> None:
     scores = np.array([[1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1]])
-    queries = HeldOut("text", np.zeros((1, 2)), np.array([0]), scores, np.arange(11)[None])
+    queries = RecallQueries("text", np.zeros((1, 2)), np.array([0]), scores, np.arange(11)[None])
     exact = np.arange(11)[None]
     assert queries.recall(scores, exact) == 1.0
     other = exact.copy()
@@ -376,7 +384,7 @@ def test_a_build_goes_on_where_it_was_stopped(
     build_index(undisturbed)
     config, done = config_for(texts[0], tmp_path, factory="IVF16,SQ8"), list[str]()
 
-    def three_parts(parts: Sequence[Part]) -> Iterator[Part]:
+    def three_parts(parts: Sequence[PartTask]) -> Iterator[PartTask]:
         for part in parts[:3]:
             yield build_part(part)
         raise KeyboardInterrupt
@@ -393,9 +401,9 @@ def test_a_build_goes_on_where_it_was_stopped(
         with pytest.raises(KeyboardInterrupt):
             build_index(config, three_parts if stop == "a part" else None)
     with pytest.raises(StoreError, match="is not a dimefm index"):
-        Index.open(config.out)
+        IndexSearch.open(config.out)
 
-    def counting(parts: Sequence[Part]) -> Iterator[Part]:
+    def counting(parts: Sequence[PartTask]) -> Iterator[PartTask]:
         for part in parts:
             done.append(part.file)
             yield build_part(part)
@@ -429,7 +437,7 @@ def test_a_part_that_is_not_whole_is_built_again(
     parts[2].with_suffix(".json").write_text("{")
     done = list[str]()
 
-    def counting(pending: Sequence[Part]) -> Iterator[Part]:
+    def counting(pending: Sequence[PartTask]) -> Iterator[PartTask]:
         for part in pending:
             done.append(part.file)
             yield build_part(part)
@@ -460,17 +468,17 @@ def test_rows_that_a_store_gets_later_are_added(tmp_path: Path, factory: str) ->
     for commit in commits[3:]:
         shutil.move(tmp_path / commit.name, commit)
     with pytest.raises(StoreError, match=r"lacks 3 shards of .* that were written since"):
-        Index.open(config.out)
+        IndexSearch.open(config.out)
     second = build_index(config)
     assert (second.rows, second.train_rows, len(second.shards)) == (2999, first.train_rows, 6)
 
     values[5] = values[6]
     _write_again(store, 0, values)
     with pytest.raises(StoreError, match="lacks 1 shards"):
-        Index.open(config.out)
+        IndexSearch.open(config.out)
     third = build_index(config)
     assert (third.rows, third.skipped) == (3000, 0)
-    _, rows = Index.open(config.out).search(values[[5, 700, 2900]].astype(np.float32), 4)
+    _, rows = IndexSearch.open(config.out).search(values[[5, 700, 2900]].astype(np.float32), 4)
     assert {5, 6} <= set(rows[0].tolist())
     assert rows[1:, 0].tolist() == [700, 2900]
     assert all(len(set(found)) == 4 for found in rows.tolist()), "a row is in the index twice"
@@ -497,13 +505,13 @@ def test_a_damaged_index_is_refused(texts: tuple[Store, np.ndarray], tmp_path: P
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])
     with pytest.raises(StoreError, match=r"has .* bytes, its sidecar says"):
-        Index.open(config.out)
+        IndexSearch.open(config.out)
     file.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
     with pytest.raises(StoreError, match="its checksum does not fit"):
-        Index.open(config.out)
+        IndexSearch.open(config.out)
     file.unlink()
     with pytest.raises(StoreError, match="has 0 bytes"):
-        Index.open(config.out)
+        IndexSearch.open(config.out)
 
 
 def test_an_index_over_another_store_is_refused(texts: tuple[Store, np.ndarray], tmp_path: Path) -> None:
@@ -511,7 +519,7 @@ def test_an_index_over_another_store_is_refused(texts: tuple[Store, np.ndarray],
     build_index(config)
     other, _ = random_store(tmp_path / "o.zarr", rows=3000, shard_rows=512, kind="text", digest="another source")
     with pytest.raises(MismatchError, match="was built over"):
-        Index.open(config.out, other)
+        IndexSearch.open(config.out, other)
     with pytest.raises(OutputExistsError, match="store: "):
         build_index(dataclasses.replace(config, store=other.path))
 
@@ -539,7 +547,7 @@ def test_a_sidecar_of_another_version_is_refused_with_the_remedy(
     document = json.loads(path.read_text())
     path.write_text(json.dumps({**document, "version": 9}))
     with pytest.raises(ValueError, match="version 9 is not readable here"):
-        Index.open(str(tmp_path / "t.index"))
+        IndexSearch.open(str(tmp_path / "t.index"))
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------
@@ -598,13 +606,13 @@ def test_the_forecast_says_when_exact_search_is_cheaper(texts: tuple[Store, np.n
     breakeven = breakeven_queries(500_000, plan)
     assert breakeven == round(2048 * (1 + 10 * 131_072 / 500_000))
     config = config_for(texts[0], tmp_path, factory="IVF16,Flat", queries=texts[0].path)
-    expected = forecast(config)
+    expected = preview_build(config)
     assert (expected.breakeven, expected.exact_is_cheaper) == (176, False)
     assert "up to 176 queries take less work than the building; for the 3,000 of --queries, build it" in expected.show()
-    assert not forecast(dataclasses.replace(config, queries=None)).exact_is_cheaper
+    assert not preview_build(dataclasses.replace(config, queries=None)).exact_is_cheaper
     config = dataclasses.replace(config, factory="IVF512,Flat")
-    assert forecast(config).exact_is_cheaper
-    assert "exact search is cheaper: dimefm retrieve without --index" in forecast(config).show()
+    assert preview_build(config).exact_is_cheaper
+    assert "exact search is cheaper: dimefm retrieve without --index" in preview_build(config).show()
     assert not (tmp_path / "t.index").exists()
 
 
@@ -626,8 +634,8 @@ def test_candidates_are_scored_again_within_little_memory_and_at_once_alike(
 ) -> None:
     config = config_for(texts[0], tmp_path, factory="IVF16,PQ8x4fs")
     build_index(config)
-    index, queries = Index.open(config.out), texts[1][:200].astype(np.float32)
-    setting = Setting(4, 20)
+    index, queries = IndexSearch.open(config.out), texts[1][:200].astype(np.float32)
+    setting = SearchParameters(4, 20)
     at_once = index.search_with(setting, queries, 9)
     monkeypatch.setattr("dimefm.retrieval.faiss_index._RESCORE_BYTES", 16 * 4 * 200)
     monkeypatch.setattr("dimefm.retrieval.faiss_index._RESCORE_QUERIES", 33)
@@ -660,12 +668,16 @@ def test_lists_are_chosen_by_what_their_best_row_may_score(tmp_path: Path) -> No
     inner = faiss.read_index(str(tmp_path / "t.index" / sidecar.file))
     recalls = []
     for spread in ("", sidecar.spread):
-        _, found = Index(inner, store, Setting(0, 1), spread).search_with(Setting(6, 1), queries, 10)
+        _, found = IndexSearch(inner, store, SearchParameters(0, 1), spread).search_with(
+            SearchParameters(6, 1), queries, 10
+        )
         recalls.append(
             np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), expected.tolist(), strict=True)])
         )
     assert recalls[1] > recalls[0] + 0.03
-    every = Index(inner, store, Setting(0, 1), sidecar.spread).search_with(Setting(32, 1), queries, 10)[1]
+    every = IndexSearch(inner, store, SearchParameters(0, 1), sidecar.spread).search_with(
+        SearchParameters(32, 1), queries, 10
+    )[1]
     assert (np.sort(every, axis=1) == np.sort(expected, axis=1)).mean() > 0.99
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dimefm.errors import StoreError
 from dimefm.retrieval.build_index import IndexConfig, build_index
-from dimefm.retrieval.recall import held_out
+from dimefm.retrieval.recall import draw_recall_queries
 from tests.stores import random_store
 
 
@@ -17,7 +17,7 @@ def test_queries_are_drawn_from_the_rows_that_have_an_embedding(tmp_path: Path) 
     store, _ = random_store(tmp_path / "t.zarr", rows=600, shard_rows=256, kind="text")
     failed = tuple(row for row in range(3000) if row % 100)
     images, _ = random_store(tmp_path / "i.zarr", rows=3000, shard_rows=1024, failed=failed, seed=1)
-    of_images, of_texts = held_out(store, [(0, 600)], images, 0)
+    of_images, of_texts = draw_recall_queries(store, [(0, 600)], images, 0)
     assert (len(of_images.vectors_QD), len(of_texts.vectors_QD)) == (30, 600)
     assert of_images.vectors_QD.any(axis=1).all()
 

@@ -9,9 +9,9 @@ import pytest
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.retrieval.build_index import IndexConfig, build_index
 from dimefm.retrieval.exact_search import ExactSearch
-from dimefm.retrieval.faiss_index import Index
+from dimefm.retrieval.faiss_index import IndexSearch
 from dimefm.retrieval.open_search import EXACT
-from dimefm.retrieval.retrieve import retrieve, retrieve_stores
+from dimefm.retrieval.retrieve import retrieve, write_pairs
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
 from tests.stores import brute_force, random_store
@@ -31,7 +31,7 @@ def retrieved(images: Store, texts: Store, tmp_path: Path, name: str = "p.zarr",
     index = None if exact else str(tmp_path / "t.index")
     if index:
         build_index(IndexConfig(store=texts.path, out=index))
-    retrieve_stores(images.path, texts.path, index=index, top_k=4, out=str(tmp_path / name), device="cpu")
+    retrieve(images.path, texts.path, index=index, top_k=4, out=str(tmp_path / name), device="cpu")
     return Pairs(str(tmp_path / name))
 
 
@@ -65,7 +65,7 @@ def test_a_commit_says_on_what_was_searched(
     words = {"index": "e", "index_digest": "e", "top_k": 2}
     for name, searching in (("gpu", search), ("cpu", ExactSearch(texts[0]))):
         out = tmp_path / f"{name}.zarr"
-        retrieve(images[0], texts[0], searching, out=str(out), **words)  # type: ignore[arg-type]
+        write_pairs(images[0], texts[0], searching, out=str(out), **words)  # type: ignore[arg-type]
         commits = [json.loads(path.read_text()) for path in sorted((out / "commits").glob("0*.json"))]
         assert {commit["device"] for commit in commits} == {"cuda" if name == "gpu" else "cpu"}
 
@@ -75,15 +75,15 @@ def test_retrieve_goes_on_where_it_was_stopped(
 ) -> None:
     whole = retrieved(images[0], texts[0], tmp_path)
     searched = []
-    search = Index.search
+    search = IndexSearch.search
 
-    def stop_at_second(self: Index, *args: object) -> object:
+    def stop_at_second(self: IndexSearch, *args: object) -> object:
         searched.append(1)
         if len(searched) == 2:
             raise KeyboardInterrupt
         return search(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Index, "search", stop_at_second)
+    monkeypatch.setattr(IndexSearch, "search", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
         retrieved(images[0], texts[0], tmp_path, "again.zarr")
     with pytest.raises(StoreError, match="unfinished"):
@@ -101,18 +101,12 @@ def test_an_index_over_another_store_is_refused(
     retrieved(images[0], texts[0], tmp_path)
     other, _ = random_store(tmp_path / "o.zarr", rows=3000, shard_rows=1024, kind="text", digest="another source")
     with pytest.raises(MismatchError, match="was built over"):
-        retrieve_stores(
-            images[0].path, other.path, index=str(tmp_path / "t.index"), top_k=4, out=str(tmp_path / "q.zarr")
-        )
+        retrieve(images[0].path, other.path, index=str(tmp_path / "t.index"), top_k=4, out=str(tmp_path / "q.zarr"))
     stranger, _ = random_store(tmp_path / "w.zarr", rows=64, shard_rows=32, weights="another teacher")
     with pytest.raises(MismatchError, match=r"teacher.weights"):
-        retrieve_stores(
-            stranger.path, texts[0].path, index=str(tmp_path / "t.index"), top_k=4, out=str(tmp_path / "q.zarr")
-        )
+        retrieve(stranger.path, texts[0].path, index=str(tmp_path / "t.index"), top_k=4, out=str(tmp_path / "q.zarr"))
     with pytest.raises(OutputExistsError, match="top_k: 4 != 5"):
-        retrieve_stores(
-            images[0].path, texts[0].path, index=str(tmp_path / "t.index"), top_k=5, out=str(tmp_path / "p.zarr")
-        )
+        retrieve(images[0].path, texts[0].path, index=str(tmp_path / "t.index"), top_k=5, out=str(tmp_path / "p.zarr"))
 
 
 def test_images_with_fewer_sentences_than_asked_have_none_in_their_place(tmp_path: Path) -> None:
@@ -121,7 +115,7 @@ def test_images_with_fewer_sentences_than_asked_have_none_in_their_place(tmp_pat
     images, _ = random_store(tmp_path / "i.zarr", rows=20, shard_rows=32, seed=5)
     out = str(tmp_path / "t.index")
     build_index(IndexConfig(store=texts.path, out=out, factory="IVF32,Flat", recall_target=0.01))
-    selection = retrieve_stores(images.path, texts.path, index=out, top_k=64, out=str(tmp_path / "p.zarr"))
+    selection = retrieve(images.path, texts.path, index=out, top_k=64, out=str(tmp_path / "p.zarr"))
     pairs = Pairs(str(tmp_path / "p.zarr"))
     rows, scores = pairs.text_rows(0, 20), pairs.scores(0, 20)
     assert (rows == -1).any()
@@ -135,9 +129,7 @@ def test_swapped_stores_are_refused(
 ) -> None:
     retrieved(images[0], texts[0], tmp_path)
     with pytest.raises(MismatchError, match="holds text embeddings where image embeddings belong"):
-        retrieve_stores(
-            texts[0].path, images[0].path, index=str(tmp_path / "t.index"), top_k=4, out=str(tmp_path / "q")
-        )
+        retrieve(texts[0].path, images[0].path, index=str(tmp_path / "t.index"), top_k=4, out=str(tmp_path / "q"))
 
 
 def test_images_and_sentences_that_are_not_finite_or_zero_are_skipped_and_counted(tmp_path: Path) -> None:
@@ -152,7 +144,7 @@ def test_images_and_sentences_that_are_not_finite_or_zero_are_skipped_and_counte
     assert (sidecar.rows, sidecar.skipped) == (61, 3)
     for index in (str(tmp_path / "t.index"), None):
         out = str(tmp_path / f"{index is None}.zarr")
-        selection = retrieve_stores(images.path, texts.path, index=index, top_k=8, out=out, device="cpu")
+        selection = retrieve(images.path, texts.path, index=index, top_k=8, out=out, device="cpu")
         assert (selection.images, selection.skipped) == (61, 3)
         rows = Pairs(out).text_rows(0, 64)
         assert (rows[[3, 7, 9]] == -1).all()

@@ -16,9 +16,9 @@ from cache_schemas.text_selection import SELECTED_ROWS
 from dimefm.errors import DimefmError, MismatchError, OutputExistsError, SelectionError, StoreError, TrainingError
 from dimefm.inspection.info import describe
 from dimefm.retrieval.exact_search import ExactSearch
-from dimefm.retrieval.retrieve import retrieve
+from dimefm.retrieval.retrieve import write_pairs
 from dimefm.selection import clusters, grounding
-from dimefm.selection.choose_texts import Fate
+from dimefm.selection.choose_texts import Outcome
 from dimefm.selection.clusters import capped, cluster, cluster_count, repetitions
 from dimefm.selection.grounding import Grounding, score_texts
 from dimefm.selection.report import source_file
@@ -68,7 +68,7 @@ class World:
         self.gone = (*FAILED, BROKEN[0])
         self.there = np.setdiff1d(np.arange(TEXTS), self.gone)
         search, self.pairs = ExactSearch(self.texts), str(folder / "p.zarr")
-        retrieve(
+        write_pairs(
             self.images, self.texts, search, index="exact", index_digest="e", top_k=5, out=self.pairs
         )  # fmt: skip
 
@@ -392,7 +392,7 @@ def test_a_stopped_run_goes_on_and_scores_no_finished_shard_again(
 def test_sigkill_and_the_same_command_give_the_same_bytes(world: World, tmp_path: Path, after: int) -> None:
     texts, _ = random_store(tmp_path / "t.zarr", rows=960, shard_rows=16, kind="text", seed=9)
     pairs = str(tmp_path / "p.zarr")
-    retrieve(
+    write_pairs(
         world.images, texts, ExactSearch(texts), index="exact", index_digest="e", top_k=5, out=pairs
     )  # fmt: skip
     words = ["select-texts", pairs, "--by", "similarity", "--size", "50", "--dedup", "0.9", "--out"]
@@ -490,9 +490,11 @@ def test_best_cosines_are_the_largest_of_the_pairs(world: World) -> None:
     np.testing.assert_array_equal(np.isnan(best_T), Pairs(world.pairs).hits() == 0)
 
 
-def test_fates_are_numbered_in_the_order_of_the_conditions() -> None:
-    assert [fate.name for fate in Fate] == sorted((fate.name for fate in Fate), key=lambda name: Fate[name])
-    assert Fate.KEPT == 0
+def test_outcomes_are_numbered_in_the_order_of_the_conditions() -> None:
+    assert [outcome.name for outcome in Outcome] == sorted(
+        (fate.name for fate in Outcome), key=lambda name: Outcome[name]
+    )
+    assert Outcome.KEPT == 0
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -517,7 +519,7 @@ def real(image_store: Store, text_store: Store, tmp_path_factory: pytest.TempPat
     """Pairs and two selections over the real stores that training reads."""
     out = tmp_path_factory.mktemp("real")
     search = ExactSearch(text_store)
-    retrieve(
+    write_pairs(
         image_store, text_store, search, index="exact", index_digest="e", top_k=4, out=str(out / "p.zarr")
     )  # fmt: skip
     for name, size in (("a", 60), ("b", 61)):

@@ -13,8 +13,8 @@ from cache_schemas.embedding_store import commit_path, failures_path
 from dimefm.errors import StoreError
 from dimefm.inspection.info import describe, list_failures
 from dimefm.inspection.verify import VerifyConfig, verify
-from dimefm.retrieval.retrieve import retrieve_stores
 from dimefm.store import commit as commit_module
+from dimefm.retrieval.retrieve import retrieve
 from dimefm.store.commit import make_commit
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
@@ -123,7 +123,7 @@ def test_reasons_for_other_rows_than_those_that_failed_are_found(store: Store) -
 def test_images_without_an_embedding_are_a_table_of_pseudo_texts_too(store: Store, tmp_path: Path) -> None:
     texts, _ = random_store(tmp_path / "t.zarr", rows=20, shard_rows=32, kind="text")
     pairs = str(tmp_path / "p.zarr")
-    retrieve_stores(store.path, texts.path, top_k=2, out=pairs, device="cpu")
+    retrieve(store.path, texts.path, top_k=2, out=pairs, device="cpu")
     path = tmp_path / "p.zarr" / commit_path(1)
     commit = Commit.parse(json.loads(path.read_text()), str(path))
     assert (commit.failures, commit.counts["UNDECODABLE"]) == ((), MANY)

@@ -15,7 +15,7 @@ from dimefm.errors import DimefmError, MismatchError, OutputExistsError, StoreEr
 from dimefm.inspection.info import describe
 from dimefm.retrieval.build_index import IndexConfig, build_index
 from dimefm.retrieval.exact_search import ExactSearch
-from dimefm.retrieval.retrieve import retrieve_stores
+from dimefm.retrieval.retrieve import retrieve
 from dimefm.selection.select_texts import SelectionConfig, select_texts
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
@@ -68,7 +68,7 @@ class Made:
 
     def retrieve(self, out: str | None = None, **words: Any) -> Pairs:
         out = out or self.pairs
-        retrieve_stores(self.images.path, self.texts.path, top_k=4, out=out, device="cpu", **words)
+        retrieve(self.images.path, self.texts.path, top_k=4, out=out, device="cpu", **words)
         return Pairs(out)
 
     def select(self, **words: Any) -> SelectedTexts:

@@ -13,9 +13,9 @@ from dimefm.exchange.clip_retrieval_folder import export_embeddings
 from dimefm.inspection.info import describe
 from dimefm.retrieval.build_index import IndexConfig, build_index
 from dimefm.retrieval.exact_search import ExactSearch
-from dimefm.retrieval.faiss_index import Index
-from dimefm.retrieval.recall import held_out
-from dimefm.retrieval.retrieve import retrieve_stores
+from dimefm.retrieval.faiss_index import IndexSearch
+from dimefm.retrieval.recall import draw_recall_queries
+from dimefm.retrieval.retrieve import retrieve
 from dimefm.selection.clusters import cluster, repetitions
 from dimefm.selection.grounding import Grounding
 from dimefm.store.embedding_store import Store, _mean_view
@@ -97,7 +97,7 @@ def test_retrieve_gives_every_image_its_nearest_sentences(texts: Pair, tmp_path:
     index = None if exact else str(tmp_path / "t.index")
     if index:
         build_index(IndexConfig(store=store.path, out=index, factory="Flat"))
-    selection = retrieve_stores(images.path, store.path, index=index, top_k=4, out=str(tmp_path / "p"), device="cpu")
+    selection = retrieve(images.path, store.path, index=index, top_k=4, out=str(tmp_path / "p"), device="cpu")
     assert (selection.images, selection.skipped) == (89, 1)
     found = Pairs(str(tmp_path / "p")).text_rows(0, 90)
     expected = nearest(values, image_values, 4)
@@ -111,10 +111,10 @@ def test_an_index_finds_and_rescores_what_numpy_does(texts: Pair, tmp_path: Path
     out = str(tmp_path / "t.index")
     sidecar = build_index(IndexConfig(store=store.path, out=out, factory="IVF8,PQ8x4fs", accept=True))
     assert sidecar.rows == 1498
-    scores, rows = Index.open(out).search(values[100:140], 1)
+    scores, rows = IndexSearch.open(out).search(values[100:140], 1)
     assert (rows[:, 0] == np.arange(100, 140)).mean() > 0.9
     np.testing.assert_allclose(scores[rows[:, 0] == np.arange(100, 140)], 1, atol=1e-6)
-    (queries,) = held_out(store, [(0, 1500)], None, 0)
+    (queries,) = draw_recall_queries(store, [(0, 1500)], None, 0)
     assert len(queries.vectors_QD) >= 998
     np.testing.assert_array_equal(queries.vectors_QD, values[queries.own_row_Q])
     np.testing.assert_array_equal(queries.rows_QK, nearest(values, queries.vectors_QD, 11))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dimefm.retrieval.build_index import IndexConfig, forecast
+from dimefm.retrieval.build_index import IndexConfig, preview_build
 from dimefm.system import machine
 from dimefm.training import text_bank
 from pipeline.cache import CacheConfig, _workers
@@ -124,7 +124,7 @@ def test_defaults_follow_the_memory_that_there_is(tmp_path: Path, monkeypatch: p
     control_groups(tmp_path, monkeypatch, "0::/a/b\n", {"a/memory.max": limit, "a/b/memory.max": "max"})
     memory = min(whole, int(limit)) if limit.isdigit() else machine.available_memory()
     store, _ = random_store(tmp_path / "t.zarr", rows=32, shard_rows=16, kind="text")
-    assert forecast(IndexConfig(store=store.path, out=str(tmp_path / "t.index"))).memory == memory // 2
+    assert preview_build(IndexConfig(store=store.path, out=str(tmp_path / "t.index"))).memory == memory // 2
     assert text_bank._room_in_memory() == memory // text_bank._SHARE
     config = CacheConfig(kind="text", sources=("s.txt",), out="o", teacher="t")
     monkeypatch.setattr("pipeline.cache.cpus", lambda: 1000)

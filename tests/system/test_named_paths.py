@@ -30,8 +30,8 @@ from dimefm.evaluation.evaluate import evaluate
 from dimefm.inspection.info import describe
 from dimefm.models.clip import Clip
 from dimefm.retrieval.build_index import IndexConfig, build_index
-from dimefm.retrieval.faiss_index import Index
-from dimefm.retrieval.retrieve import retrieve_stores
+from dimefm.retrieval.faiss_index import IndexSearch
+from dimefm.retrieval.retrieve import retrieve
 from dimefm.retrieval.search import search
 from dimefm.selection.select_texts import SelectionConfig, select_texts
 from dimefm.sources.files import expand
@@ -78,7 +78,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Spy]]:
 def pairs(tmp_path: Path) -> str:
     images, _ = random_store(tmp_path / "i.zarr", rows=40, shard_rows=32)
     texts, _ = random_store(tmp_path / "t.zarr", rows=100, shard_rows=64, kind="text", seed=1)
-    retrieve_stores(images.path, texts.path, index=None, top_k=4, out=str(tmp_path / "p.zarr"), device="cpu")
+    retrieve(images.path, texts.path, index=None, top_k=4, out=str(tmp_path / "p.zarr"), device="cpu")
     return str(tmp_path / "p.zarr")
 
 
@@ -128,7 +128,7 @@ def test_a_store_that_the_user_names_is_opened_in_its_place(pairs: str, tmp_path
     assert select_texts(config).kept
 
 
-@pytest.mark.parametrize("call", [Index.open, lambda path: search(path, texts=["a cat"], device="cpu")])
+@pytest.mark.parametrize("call", [IndexSearch.open, lambda path: search(path, texts=["a cat"], device="cpu")])
 def test_an_index_does_not_lead_to_its_store(tmp_path: Path, spy: type[Spy], call: Callable[[str], object]) -> None:
     texts, _ = random_store(tmp_path / "t.zarr", rows=100, shard_rows=64, kind="text", seed=1)
     out = tmp_path / "t.index"
@@ -170,7 +170,7 @@ def test_stores_and_globs_may_have_local_names_with_colons(tmp_path: Path) -> No
     random_store(tmp_path / "i::i.zarr", rows=8, shard_rows=8)
     random_store(tmp_path / "t::t.zarr", rows=8, shard_rows=8, kind="text", seed=1)
     images, texts, out = (str(tmp_path / f"{name}.zarr") for name in ("i::i", "t::t", "p::p"))
-    retrieve_stores(images, texts, index=None, top_k=2, out=out, device="cpu")
+    retrieve(images, texts, index=None, top_k=2, out=out, device="cpu")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["i::i.zarr", "p::p.zarr", "t::t.zarr"]
     assert [place.path for place in expand(f"{tmp_path}/t::*")] == [texts]
 

@@ -14,7 +14,7 @@ import torch
 
 from cache_schemas import StudentSpec
 from dimefm.errors import TrainingError
-from dimefm.retrieval.retrieve import retrieve_stores
+from dimefm.retrieval.retrieve import retrieve
 from dimefm.store.embedding_store import Store
 from dimefm.training import train as train_module
 from dimefm.training.checkpoints import Checkpoints, Saving
@@ -41,7 +41,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def pairs(image_store: Store, text_store: Store, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("pairs") / "p.zarr")
-    retrieve_stores(image_store.path, text_store.path, index=None, top_k=4, out=out, device="cpu")
+    retrieve(image_store.path, text_store.path, index=None, top_k=4, out=out, device="cpu")
     return out
 
 
