@@ -152,9 +152,9 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
         texts=texts.path,
         texts_identity=pairs.schema.texts_identity,
         pairs=pairs.path,
-        pairs_digest=pairs.selection().digest,
+        pairs_digest=pairs.hit_counts().digest,
         settings=config.settings(among),
-        images_data=pairs.selection().images_data,
+        images_data=pairs.hit_counts().images_data,
         texts_data=pairs.schema.texts_data,
     )
     with writing(out):
@@ -196,7 +196,7 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
 def _require_stores(pairs: Pairs, images: Store | None, texts: Store) -> None:
     expected = [("text", texts, pairs.schema.texts_identity, pairs.schema.texts_data, AGAIN_TEXTS)]
     if images is not None:
-        expected.append(("image", images, pairs.schema.images_identity, pairs.selection().images_data, AGAIN))
+        expected.append(("image", images, pairs.schema.images_identity, pairs.hit_counts().images_data, AGAIN))
         require_same_teacher(images, texts)
     for kind, store, identity, data, again in expected:
         store.require_kind(kind)
