@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from cache_schemas.text_selection import (
     SCORES,
     SELECTION_FILE,
     SENTENCES_FILE,
+    Ranking,
     SelectionPlan,
     SelectionSettings,
     TextSelection,
@@ -67,7 +68,7 @@ class SelectionConfig:
 
     pairs: str
     out: str
-    by: Literal["hits", "similarity", "random"] = "hits"
+    by: Ranking = "hits"
     min_hits: int | None = None
     min_score: float | None = None
     pool: int | None = None
