@@ -8,7 +8,7 @@ from cache_schemas.document import Document, digest_of, parse_dataclass, to_plai
 from cache_schemas.embedding_store import EmbeddingStore, Skipped, SourceSummary, Status, ViewPlan
 from cache_schemas.identity import Preprocessing, TeacherIdentity
 from cache_schemas.index import IndexPart, IndexSidecar, Recall
-from cache_schemas.pairs import PairsStore, Selection
+from cache_schemas.pairs import HitCounts, PairsStore
 from cache_schemas.plan import FILES, IMAGE_PLAN, TEXT_PLAN, parse_plan
 from cache_schemas.problems import Problem, SchemaError
 from cache_schemas.run import Run, StudentSpec
@@ -22,6 +22,7 @@ __all__ = [
     "Document",
     "EmbeddingStore",
     "Failure",
+    "HitCounts",
     "IndexPart",
     "IndexSidecar",
     "PairsStore",
@@ -30,7 +31,6 @@ __all__ = [
     "Recall",
     "Run",
     "SchemaError",
-    "Selection",
     "SelectionPlan",
     "Skipped",
     "SourceSummary",

@@ -21,6 +21,10 @@ from cache_schemas.document import Document, digest_of
 from cache_schemas.identity import TeacherIdentity
 from cache_schemas.problems import Problem
 
+Kind = Literal["image", "text"]
+CpuDecoder = Literal["fast", "pillow"]
+Decoder = Literal[CpuDecoder, "nvjpeg"]
+
 ATTRIBUTES_KEY = "dimefm"
 EMBEDDING, STATUS, VIEW, PIXEL_INDEX = "embedding", "status", "view", "pixel_index"
 ROWS, COMMITS, PIXELS = "rows", "commits", "pixels"
@@ -94,7 +98,7 @@ class EmbeddingStore(Document):
 
     SCHEMA: ClassVar[str] = "dimefm.embedding-store"
 
-    kind: Literal["image", "text"]
+    kind: Kind
     rows: int
     dim: int
     chunk_rows: int
@@ -105,7 +109,7 @@ class EmbeddingStore(Document):
     views: ViewPlan | None = None
     pixels: int | None = None  # short side of the JPEGs in pixels/
     dtype: Literal["float16", "float32"] = "float16"
-    decoder: Literal["fast", "pillow", "nvjpeg"] = "fast"  # of images: dimefm.preprocess, dimefm.gpu_decode
+    decoder: Decoder = "fast"  # of images: dimefm.preprocess, dimefm.gpu_decode
     digests: dict[str, str] = field(default_factory=dict)
 
     def problems(self) -> list[Problem]:

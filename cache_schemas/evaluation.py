@@ -16,6 +16,15 @@ from typing import ClassVar, Literal
 from cache_schemas.document import Document
 from cache_schemas.problems import Problem
 
+Suite = Literal["imagenet", "robustness", "elevater", "retrieval", "more"]
+"""The published table that a set belongs to. A set of "more" belongs to none, and counts in no mean of a suite."""
+EvaluationTask = Literal["zero-shot", "linear-probe", "few-shot"]
+ProbeSelection = Literal["honest", "elevater"]
+"""What chooses a probe's hyperparameters: validation images alone, or also, as ELEVATER's code does, the best epoch on
+the test images."""
+Solver = Literal["sgd", "lbfgs"]
+"""What fits a probe: ELEVATER's SGD, or the logistic regression of CLIP's paper."""
+
 OWN = "own"  # the suite of sets that no definition describes
 RESULTS_FILE, FEATURES, PREDICTIONS = "results.jsonl", "features", "predictions"
 TEXT_EMBEDDINGS, UNPACKED = "text_embeddings", "unpacked"
@@ -39,7 +48,7 @@ class SetDefinition:
 
     name: str
     title: str
-    suite: Literal["imagenet", "robustness", "elevater", "retrieval"]
+    suite: Suite
     task: Literal["classification", "multilabel", "retrieval"]
     metric: Metric
     splits: dict[str, int]

@@ -7,6 +7,11 @@ from typing import Literal
 
 from cache_schemas.document import to_plain
 
+Activation = Literal["gelu", "quick_gelu"]
+Interpolation = Literal["bicubic", "bilinear"]
+Precision = Literal["fp32", "bf16", "fp16"]
+ResizeMode = Literal["shortest", "longest", "squash"]
+
 _NOT_COMPARED = ("name", "pretrained", "preprocessing_from")
 
 
@@ -17,8 +22,8 @@ class Preprocessing:
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: Literal["bicubic", "bilinear", "random"]
-    resize_mode: Literal["shortest", "longest", "squash"]
+    interpolation: Literal[Interpolation, "random"]
+    resize_mode: ResizeMode
     fill_color: int = 0
 
 
@@ -32,12 +37,12 @@ class TeacherIdentity:
     name: str
     pretrained: str | None
     weights: str
-    activation: Literal["gelu", "quick_gelu"]
+    activation: Activation
     preprocessing: Preprocessing
     tokenizer: str
     context_length: int
     embed_dim: int
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Precision
     logit_scale: float
     logit_bias: float | None
     preprocessing_from: str | None = None

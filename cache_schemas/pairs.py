@@ -54,9 +54,13 @@ class PairsStore(Document):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection(Document):
-    """commits/hits.json: the visually grounded corpus in numbers. `skipped` images have no usable embedding;
-    `images_data` is the digest of the embeddings of all images, None where it was not kept for each shard."""
+class HitCounts(Document):
+    """commits/hits.json: how many sentences are visually grounded, that is, retrieved for an image or more.
+
+    `selected` sentences of `text_rows` are; `skipped` images have no usable embedding; `mean_score` is over all
+    retrieved sentences; `digest` is that of the array hits/. `images_data` is the digest of the embeddings of all
+    images, None where it was not kept for each shard.
+    """
 
     SCHEMA: ClassVar[str] = "dimefm.selection"
 

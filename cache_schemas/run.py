@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cache_schemas.document import Document
-from cache_schemas.identity import TeacherIdentity
+from cache_schemas.identity import Activation, TeacherIdentity
+
+Weights = Literal["model", "ema"]  # of a checkpoint: those that were trained, or their moving average
 
 RUN_FILE, METRICS_FILE, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
 
@@ -34,7 +36,7 @@ class StudentSpec:
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    activation: Literal["gelu", "quick_gelu"]
+    activation: Activation
     resize_mode: Literal["shortest", "squash"] = "shortest"
 
 
@@ -45,7 +47,7 @@ class TextSpec:
     name: str
     text_cfg: dict[str, object]
     embed_dim: int
-    activation: Literal["gelu", "quick_gelu"]
+    activation: Activation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,8 @@ import pyarrow as pa
 from cache_schemas.document import Document
 from cache_schemas.problems import Problem
 
+Ranking = Literal["hits", "similarity", "random"]
+
 PLAN_FILE, SELECTION_FILE = "plan.json", "selection.json"
 ROWS_FILE, SENTENCES_FILE, REPORT_FILE = "rows.parquet", "sentences.txt", "report.md"
 SCORES = "scores"
@@ -40,7 +42,7 @@ class SelectionSettings:
     """How sentences are chosen; None where a condition is not asked for. `among` is the digest of the rows that alone
     could enter; `seed` is that of the draw, of the samples that scores are made from, and of the clusters."""
 
-    by: Literal["similarity", "hits", "random"]
+    by: Ranking
     among: str | None
     min_hits: int | None
     min_score: float | None

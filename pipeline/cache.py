@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
 from cache_schemas import EmbeddingStore, SourceSummary, ViewPlan, to_plain
+from cache_schemas.embedding_store import Decoder, Kind
+from cache_schemas.identity import Precision
 from dimefm.caching.crashing_images import running
 from dimefm.caching.plan import Forecast, PlanRequest, forecast, open_or_plan
 from dimefm.caching.same_command import arguments_there, require_no_stranger
@@ -26,7 +27,7 @@ from dimefm.store.failures import as_list, listed, require_embeddings
 from dimefm.store.output_folder import is_planned
 from dimefm.system.inert_text import line, say
 from dimefm.system.lock import writing
-from dimefm.system.machine import Precision, available_memory, choose_device, cpus
+from dimefm.system.machine import available_memory, choose_device, cpus
 from dimefm.system.named_paths import allowed, allowing
 from dimefm.system.progress import amount, duration
 
@@ -44,7 +45,7 @@ class CacheConfig:
     """One job of stage 1. None means: chosen by the machine (device, precision, workers, threads), the source, or that
     there is none (views, pixels, limits on sentences, the seed of their order)."""
 
-    kind: Literal["image", "text"]
+    kind: Kind
     sources: tuple[str, ...]
     out: str
     teacher: str
@@ -58,7 +59,7 @@ class CacheConfig:
     view_scale: float = 0.4
     view_seed: int = 0
     pixels: int | None = None
-    decoder: Literal["fast", "pillow", "nvjpeg"] = "fast"
+    decoder: Decoder = "fast"
     precision: Precision | None = None
     device: str | None = None
     compile: bool = False

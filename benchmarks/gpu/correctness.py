@@ -16,11 +16,11 @@ from benchmarks.gpu import repeats
 from benchmarks.gpu.inputs import named, spread
 from benchmarks.gpu.kit import Kit
 from benchmarks.simulated import simulate
+from cache_schemas.identity import Precision
 from dimefm.images.preprocess import Preprocess
 from dimefm.models.clip import Clip, load_clip
 from dimefm.retrieval.exact_search import ExactSearch
 from dimefm.store.embedding_store import Store
-from dimefm.system.machine import Precision
 from dimefm.training.config import LossConfig
 from dimefm.training.objective import Objective
 

@@ -22,12 +22,13 @@ from benchmarks.gpu.gpu_decoding import nvjpeg
 from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.timing import peak, seconds
 from cache_schemas import EmbeddingStore
+from cache_schemas.identity import Precision
 from dimefm.caching.encode_shard import encode_rows
 from dimefm.caching.image_loader import Loader
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.models.clip import Clip, teacher_precision
 from dimefm.store.embedding_store import Store
-from dimefm.system.machine import Precision, cpus
+from dimefm.system.machine import cpus
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CPU = torch.device("cpu")

@@ -20,12 +20,13 @@ from torch.nn.functional import interpolate
 
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.stage1 import gather, trivial_teacher, write_tar
+from cache_schemas.identity import Precision
 from dimefm.caching.encode_shard import encode_shard
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.models.clip import Clip, load_clip, wrap
 from dimefm.sample import sample_dir
 from dimefm.store.embedding_store import Store
-from dimefm.system.machine import Precision, cpus
+from dimefm.system.machine import cpus
 
 TINY, KEPT = 16, 256  # sides of kept JPEGs: one that costs next to nothing to decode, one for use
 _WIDTH, _HEIGHT, _QUALITY = 500, 375, 90  # of an ImageNet photograph

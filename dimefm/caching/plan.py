@@ -7,13 +7,13 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from cache_schemas import EmbeddingStore, SourceSummary, TeacherIdentity, ViewPlan
-from cache_schemas.embedding_store import ROWS
+from cache_schemas.embedding_store import ROWS, Decoder, Kind
 from cache_schemas.plan import PLANS, SourceFile
 from dimefm.caching.repeats import as_array, repeats
 from dimefm.caching.same_command import (
@@ -45,14 +45,14 @@ class PlanRequest:
     teacher's `canonical`, sentences that it cannot tell from others are left out of a new plan, unless a labelled set's
     prompts are among them."""
 
-    kind: Literal["image", "text"]
+    kind: Kind
     arguments: tuple[str, ...]
     column: str | None = None
     sentences: SentenceRules = field(default_factory=SentenceRules)
     canonical: Callable[[str], str] | None = None
     views: ViewPlan | None = None
     pixels: int | None = None
-    decoder: Literal["fast", "pillow", "nvjpeg"] = "fast"
+    decoder: Decoder = "fast"
     shard_rows: int | None = None
     batch_size: int = 64
 

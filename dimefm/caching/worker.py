@@ -16,6 +16,7 @@ from functools import partial
 import torch
 
 from cache_schemas import Commit, EmbeddingStore, Status
+from cache_schemas.identity import Precision
 from dimefm.caching.encode_shard import check_canary, encode_shard, retry_shard
 from dimefm.caching.speed import PROBE_ROWS, measure
 from dimefm.errors import MismatchError, SourceError, TeacherError, UnreadableError
@@ -25,7 +26,7 @@ from dimefm.store.embedding_store import Store
 from dimefm.store.failures import failed_counts, require_embeddings
 from dimefm.system import storage
 from dimefm.system.lease import writes_under
-from dimefm.system.machine import Precision, cpus
+from dimefm.system.machine import cpus
 from dimefm.system.named_paths import allow
 from dimefm.system.progress import Progress
 

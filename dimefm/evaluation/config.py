@@ -6,18 +6,15 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from cache_schemas.evaluation import OWN, SetDefinition
+from cache_schemas.embedding_store import CpuDecoder
+from cache_schemas.evaluation import OWN, EvaluationTask, ProbeSelection, SetDefinition, Solver, Suite
+from cache_schemas.identity import Precision
+from cache_schemas.run import Weights
 from dimefm.datasets.definitions import load_definitions
 from dimefm.datasets.own_sets import name_of
 from dimefm.errors import SourceError
-from dimefm.evaluation.features import Decoder
-from dimefm.evaluation.probe import Selection, Solver
 from dimefm.models.pretraining import Trained
 from dimefm.system import storage
-from dimefm.system.machine import Precision
-
-Suite = Literal["imagenet", "robustness", "elevater", "retrieval", "all"]
-Task = Literal["zero-shot", "linear-probe", "few-shot"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,21 +29,21 @@ class EvaluationConfig:
 
     model: str
     folders: tuple[str, ...] = ()
-    suite: Suite | None = None
+    suite: Literal[Suite, "all"] | None = None
     data: str | None = None
     sets: tuple[str, ...] = ()
     pretrained: str | None = None
     trained: Trained | None = None
     checkpoint: str = "last"
-    weights: str = "model"
+    weights: Weights = "model"
     precision: Precision = "fp32"
     device: str | None = None
-    tasks: tuple[Task, ...] = ("zero-shot",)
-    selection: Selection = "honest"
+    tasks: tuple[EvaluationTask, ...] = ("zero-shot",)
+    selection: ProbeSelection = "honest"
     solver: Solver = "sgd"
     shots: tuple[int, ...] = (5, 20, 50)
     seeds: tuple[int, ...] = (0, 1, 2)
-    decoder: Decoder = "pillow"
+    decoder: CpuDecoder = "pillow"
     batch_size: int = 64
     threads: int | None = None
     out: str = "evaluations"

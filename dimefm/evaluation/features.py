@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from cache_schemas import EmbeddingStore, Failure, SchemaError, SourceSummary, Status, TeacherIdentity, digest_of
+from cache_schemas.embedding_store import CpuDecoder
 from cache_schemas.plan import IMAGE_PLAN
 from dimefm.caching.crashing_images import running
 from dimefm.caching.encode_shard import encode_shard, retry_shard
@@ -27,7 +28,6 @@ from dimefm.system import storage
 from dimefm.system.machine import cpus
 from dimefm.system.progress import Progress
 
-Decoder = Literal["fast", "pillow"]
 _SMALL, _SHARD_ROWS = 65_536, (256, 4096)  # of a set with no more images than that, and of a larger one
 
 
@@ -70,7 +70,7 @@ def features(
     out: str,
     *,
     squash: bool = False,
-    decoder: Decoder = "pillow",
+    decoder: CpuDecoder = "pillow",
     batch_size: int = 64,
     threads: int | None = None,
     retry: bool = True,
@@ -128,7 +128,7 @@ def to_retry(store: Store, images: ImageSet, *, crashed: bool = True) -> set[int
 
 
 def _schema(
-    model: TeacherIdentity, images: ImageSet, squash: bool, decoder: Decoder, batch_size: int
+    model: TeacherIdentity, images: ImageSet, squash: bool, decoder: CpuDecoder, batch_size: int
 ) -> EmbeddingStore:
     if squash:
         model = replace(model, preprocessing=replace(model.preprocessing, resize_mode="squash"))

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cache_schemas.identity import Precision
 from cache_schemas.run import RUN_FILE
 from dimefm.export.export_student import export
 from dimefm.models.clip import Clip, load_clip
 from dimefm.models.hub import require_here
 from dimefm.models.open_clip_folder import CONFIG_FILE
 from dimefm.models.pretraining import Trained
-from dimefm.system.machine import Precision
 
 
 @contextmanager

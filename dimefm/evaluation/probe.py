@@ -18,7 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,15 +28,13 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
-from cache_schemas.evaluation import Metric
+from cache_schemas.evaluation import Metric, ProbeSelection, Solver
 from dimefm.datasets.image_set import ImageSet
 from dimefm.errors import SourceError
 from dimefm.evaluation import metrics
 from dimefm.evaluation.features import Features
 from dimefm.evaluation.linear_heads import Heads, Rows, train_heads
 
-Selection = Literal["honest", "elevater"]
-Solver = Literal["sgd", "lbfgs"]
 Array = np.ndarray[Any, Any]
 
 RATES = np.logspace(-6, -1, 6).tolist()
@@ -63,7 +61,7 @@ def probe(
     metric: Metric,
     *,
     heads_CD: torch.Tensor,
-    selection: Selection = "honest",
+    selection: ProbeSelection = "honest",
     solver: Solver = "sgd",
     device: str = "cpu",
 ) -> Probed:
@@ -124,7 +122,7 @@ def subset(labels: Array, shots: int, seed: int) -> Array:
 
 class _Sgd:
     def __init__(
-        self, train: Features, labels: Array, metric: Metric, heads_CD: torch.Tensor, selection: Selection
+        self, train: Features, labels: Array, metric: Metric, heads_CD: torch.Tensor, selection: ProbeSelection
     ) -> None:
         self._train, self._labels, self._metric = train, labels, metric
         self._heads_CD, self._selection = heads_CD, selection

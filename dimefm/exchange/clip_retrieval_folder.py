@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache_schemas import Status
+from cache_schemas.embedding_store import Kind
 from cache_schemas.plan import SourceFile
 from dimefm.errors import OutputExistsError, SourceError
 from dimefm.sources.account import Account
@@ -32,8 +33,6 @@ from dimefm.store.failures import require_embeddings
 from dimefm.system import storage
 from dimefm.system.first_bytes import HEAD_BYTES, describe
 from dimefm.system.progress import Progress
-
-Kind = Literal["image", "text"]
 
 _NAMES = {"image": "img_emb", "text": "text_emb"}
 _CAPTION, _IMAGE_KEYS = "caption", ("image_path", "key")

@@ -15,12 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from cache_schemas import IMAGE_PLAN, TEXT_PLAN, EmbeddingStore, Failure, SourceSummary, Status
-from cache_schemas.embedding_store import EMBEDDING, ROWS, STATUS
+from cache_schemas.embedding_store import EMBEDDING, ROWS, STATUS, Kind
+from cache_schemas.identity import Precision
 from cache_schemas.plan import SourceFile
 from dimefm.caching.plan import chunk_rows, require_whole_chunks, shard_size
 from dimefm.caching.same_command import Asked, require_no_stranger, require_same_command, source_digest
 from dimefm.errors import MismatchError, SourceError
-from dimefm.exchange.clip_retrieval_folder import Folder, Kind
+from dimefm.exchange.clip_retrieval_folder import Folder
 from dimefm.exchange.likely_cause import likely_cause
 from dimefm.exchange.match_names import WHOLE, Matches, kind, match, spread
 from dimefm.images.decode import DecodeError
@@ -36,7 +37,6 @@ from dimefm.store.failures import require_embeddings
 from dimefm.store.output_folder import is_planned
 from dimefm.store.parquet_tables import write_plan
 from dimefm.system import lock, storage
-from dimefm.system.machine import Precision
 from dimefm.system.named_paths import allowing
 from dimefm.system.progress import Progress
 

@@ -7,25 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import ImageOps
 
 from cache_schemas import Preprocessing
+from cache_schemas.identity import Interpolation, ResizeMode
 from dimefm.images.decode import DecodeError, decode_pillow
 from dimefm.images.preprocess import NORMS, Preprocess
 from dimefm.models.clip import Clip
 
 _ORIENTATION = 0x0112  # a tag of EXIF
 _TURNED = "turned by their EXIF orientation, which is not followed here"
-_MODES: dict[Literal["squash", "shortest", "longest"], str] = {
+_MODES: dict[ResizeMode, str] = {
     "squash": "squashed to the square",
     "shortest": "cropped at their middle",
     "longest": "padded to the square",
 }
-_KERNELS: tuple[Literal["bicubic", "bilinear"], ...] = ("bicubic", "bilinear")
+_KERNELS: tuple[Interpolation, ...] = ("bicubic", "bilinear")
 
 
 def likely_cause(clip: Clip, images: Sequence[bytes], embedding_ND: np.ndarray[Any, Any], least: float) -> str:

@@ -156,14 +156,14 @@ def _pairs(pairs: Pairs) -> str:
     if not storage.exists(storage.join(pairs.path, HITS_COMMIT)):
         done = len(pairs.committed())
         return _table(f"{pairs.path}: pseudo texts, unfinished", [("shards", f"{done:,} of {schema.shards:,} done")])
-    selection = pairs.selection()
-    share = selection.selected / selection.text_rows
+    counts = pairs.hit_counts()
+    share = counts.selected / counts.text_rows
     hits = pairs.hits()
     rows = [
-        ("images", f"{selection.images:,} of {schema.rows:,}, the nearest {schema.top_k} sentences each"),
-        ("skipped", f"{selection.skipped:,} images without a usable embedding"),
-        ("selected", f"{selection.selected:,} of {selection.text_rows:,} sentences, {share:.1%}, by an image or more"),
-        ("mean score", f"{selection.mean_score:.4f}"),
+        ("images", f"{counts.images:,} of {schema.rows:,}, the nearest {schema.top_k} sentences each"),
+        ("skipped", f"{counts.skipped:,} images without a usable embedding"),
+        ("selected", f"{counts.selected:,} of {counts.text_rows:,} sentences, {share:.1%}, by an image or more"),
+        ("mean score", f"{counts.mean_score:.4f}"),
         ("images store", schema.images),
         ("texts store", schema.texts),
         ("index", schema.index),

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cache_schemas import Preprocessing, TeacherIdentity
+from cache_schemas.identity import Precision
 from dimefm.errors import TeacherError
 from dimefm.images.preprocess import normalise
 from dimefm.models.hub import fetch_weights, require_plain_tokenizer
@@ -30,7 +31,7 @@ from dimefm.models.pretraining import Trained, facts_of_config, facts_of_weights
 from dimefm.models.tokenizer import fast_tokenizer, open_tokenizer
 from dimefm.models.towers import has_convolutions
 from dimefm.system import storage
-from dimefm.system.machine import Precision, choose_device
+from dimefm.system.machine import choose_device
 from dimefm.system.transfer import Transfer
 
 _SAME = 1e-4  # between unit vectors: above the rounding of float32, far below a change of any use

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import open_clip
 from open_clip.transform import PreprocessCfg
 
 from cache_schemas import TeacherIdentity
+from cache_schemas.identity import Activation, Interpolation, ResizeMode
 from dimefm.errors import TeacherError
 from dimefm.models.hub import preprocess_config
 
@@ -35,9 +36,9 @@ class Trained:
 
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    interpolation: Literal["bicubic", "bilinear"] | None = None
-    resize_mode: Literal["shortest", "longest", "squash"] | None = None
-    activation: Literal["gelu", "quick_gelu"] | None = None
+    interpolation: Interpolation | None = None
+    resize_mode: ResizeMode | None = None
+    activation: Activation | None = None
     assume_openai: bool = False
 
     def __post_init__(self) -> None:

@@ -194,12 +194,12 @@ def _stages(out: Path, students: Sequence[Student], seconds: dict[str, float | N
             )
         )
     total = sum(spent or 0 for spent in seconds.values())
-    selection = Pairs(str(out / "pairs.zarr")).selection()
+    hits = Pairs(str(out / "pairs.zarr")).hit_counts()
     return [
         *_table(("stage", "seconds", "rows", "rate", "bytes/row on disk"), rows),
         "",
         f"all stages: {total / 60:.1f} minutes, start-up of each included (but not the import of its libraries)",
-        f"visually grounded: {selection.selected:,} of {selection.text_rows:,} sentences, by an image or more",
+        f"visually grounded: {hits.selected:,} of {hits.text_rows:,} sentences, by an image or more",
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cache_schemas import Failure, PairsStore, Selection, Status, digest_of
+from cache_schemas import Failure, HitCounts, PairsStore, Status, digest_of
 from cache_schemas.embedding_store import COMMITS
 from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
 from dimefm.errors import OutputExistsError, StoreError
@@ -36,7 +36,7 @@ from dimefm.system.progress import Progress
 
 def retrieve(
     images: str, texts: str, *, top_k: int, out: str, index: str | None = None, device: str | None = None
-) -> Selection:
+) -> HitCounts:
     """The `top_k` sentences of every image, by an index over `texts` or, without one, by exact search on `device`.
 
     Raises MismatchError where the teachers differ or the index is over another store, StoreError where a store is
@@ -77,7 +77,7 @@ def write_pairs(
     top_k: int,
     out: str,
     progress: Callable[[int], None] = lambda rows: None,
-) -> Selection:
+) -> HitCounts:
     """Write the `top_k` sentences of every image to `out`, a shard at a time, and count the hits of each sentence.
 
     `search` is over `texts`; `index` and `index_digest` are what is written of it. Images without a finite, non-zero
@@ -104,7 +104,7 @@ def write_pairs(
         pending = _pending(pairs, images)
         hits = storage.join(pairs.path, HITS_COMMIT)
         if not pending and storage.exists(hits):
-            return pairs.selection()
+            return pairs.hit_counts()
         storage.remove_leftovers(pairs.path)
         storage.remove_file(hits)  # before what it counts changes
         for shard in range(schema.shards):
@@ -185,7 +185,7 @@ def _without_embedding(images: Store, shard: int, status_N: np.ndarray[Any, Any]
     return [Failure(**row, status=name, reason=reason) for row, name in zip(rows, names, strict=True)]
 
 
-def _count_hits(pairs: Pairs) -> Selection:
+def _count_hits(pairs: Pairs) -> HitCounts:
     schema = pairs.schema
     hits_T = np.zeros(schema.text_rows, np.uint32)
     images, total = 0, 0.0
@@ -200,7 +200,7 @@ def _count_hits(pairs: Pairs) -> Selection:
         pairs.group[HITS][:] = hits_T
         storage.flush_tree(storage.join(pairs.path, HITS))
     made_from = pairs.images_data()
-    selection = Selection(
+    counts = HitCounts(
         images=images,
         skipped=schema.rows - images,
         selected=int((hits_T > 0).sum()),
@@ -211,5 +211,5 @@ def _count_hits(pairs: Pairs) -> Selection:
     )
     with storage.writing_to(pairs.path):
         require_held(pairs.path)
-        storage.write_json(storage.join(pairs.path, HITS_COMMIT), selection.to_json())
-    return selection
+        storage.write_json(storage.join(pairs.path, HITS_COMMIT), counts.to_json())
+    return counts

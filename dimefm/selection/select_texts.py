@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from cache_schemas.text_selection import (
     SCORES,
     SELECTION_FILE,
     SENTENCES_FILE,
+    Ranking,
     SelectionPlan,
     SelectionSettings,
     TextSelection,
@@ -68,7 +69,7 @@ class SelectionConfig:
 
     pairs: str
     out: str
-    by: Literal["hits", "similarity", "random"] = "hits"
+    by: Ranking = "hits"
     min_hits: int | None = None
     min_score: float | None = None
     pool: int | None = None
@@ -153,9 +154,9 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
         texts=texts.path,
         texts_identity=pairs.schema.texts_identity,
         pairs=pairs.path,
-        pairs_digest=pairs.selection().digest,
+        pairs_digest=pairs.hit_counts().digest,
         settings=config.settings(among),
-        images_data=pairs.selection().images_data,
+        images_data=pairs.hit_counts().images_data,
         texts_data=pairs.schema.texts_data,
     )
     with writing(out):
@@ -197,7 +198,7 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
 def _require_stores(pairs: Pairs, images: Store | None, texts: Store) -> None:
     expected = [("text", texts, pairs.schema.texts_identity, pairs.schema.texts_data, AGAIN_TEXTS)]
     if images is not None:
-        expected.append(("image", images, pairs.schema.images_identity, pairs.selection().images_data, AGAIN))
+        expected.append(("image", images, pairs.schema.images_identity, pairs.hit_counts().images_data, AGAIN))
         require_same_teacher(images, texts)
     for kind, store, identity, data, again in expected:
         store.require_kind(kind)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from cache_schemas import Commit, PairsStore, SchemaError, Selection
+from cache_schemas import Commit, HitCounts, PairsStore, SchemaError
 from cache_schemas.embedding_store import COMMITS, commit_path
 from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
 from dimefm.errors import MismatchError, StoreError
@@ -88,7 +88,7 @@ class Pairs:
     def hits(self) -> np.ndarray[Any, Any]:
         """By sentence, how many images have it among their top k, uint32 (T,). Raises StoreError if unfinished, or
         damaged."""
-        expected = self.selection().digest
+        expected = self.hit_counts().digest
         try:
             with reading_zarr(storage.join(self.path, HITS)):
                 hits_T = np.asarray(self.group[HITS][:])
@@ -126,12 +126,12 @@ class Pairs:
         paths = [storage.join(self.path, commit_path(shard)) for shard in sorted(self.committed())]
         return {str(commit.shard): commit.images for commit in reading_ahead(read, paths, self.path) if commit}
 
-    def selection(self) -> Selection:
-        """The selection in numbers. Raises StoreError where `retrieve` has not finished."""
+    def hit_counts(self) -> HitCounts:
+        """The hits in numbers. Raises StoreError where `retrieve` has not finished."""
         path = storage.join(self.path, HITS_COMMIT)
         if not storage.exists(path):
             raise StoreError(f"{self.path} is unfinished", remedy="run the same dimefm retrieve again")
-        return Selection.parse(storage.read_json(path), path)
+        return HitCounts.parse(storage.read_json(path), path)
 
 
 def require_pairs_match(pairs: Pairs, images: Store, texts: Store) -> None:
@@ -144,4 +144,4 @@ def require_pairs_match(pairs: Pairs, images: Store, texts: Store) -> None:
             what = f"{pairs.path} was retrieved over other {name} than {store.path}"
             raise MismatchError(what, remedy="run dimefm retrieve over these two stores")
     require_same_data(f"{pairs.path} was retrieved", pairs.schema.texts_data, texts, remedy=AGAIN_TEXTS)
-    require_same_data(f"{pairs.path} was retrieved", pairs.selection().images_data, images, remedy=AGAIN)
+    require_same_data(f"{pairs.path} was retrieved", pairs.hit_counts().images_data, images, remedy=AGAIN)

@@ -12,11 +12,9 @@ import resource
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
+from cache_schemas.identity import Precision
 from dimefm.errors import DimefmError
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 SHARED_MEMORY = Path("/dev/shm")
 _PROCESS = Path("/proc/self")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from cache_schemas import parse_dataclass, to_plain
+from cache_schemas.identity import Activation, Precision
 from dimefm.errors import TrainingError
 
 MAX_SCALE = 100.0
@@ -142,14 +143,14 @@ class TrainConfig:
     loss: LossConfig
     text_mix: TextMix
     crop_scale: tuple[float, float]
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", Precision] = "auto"
     threads: int | None = None
     pairs: str | None = None
     selection: str | None = None
     init: str | None = None
     init_mean: tuple[float, float, float] | None = None
     init_std: tuple[float, float, float] | None = None
-    init_activation: Literal["gelu", "quick_gelu"] | None = None
+    init_activation: Activation | None = None
     text_student: str | None = None
     text_batch_size: int = _TEXT_BATCH
     text_loss: LossConfig = _TEXT_LOSS

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import torch
 
+from cache_schemas.identity import Precision
 from dimefm.errors import TrainingError
 from dimefm.system.machine import (
-    Precision,
     available_memory,
     choose_precision,
     cpus,

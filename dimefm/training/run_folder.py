@@ -107,7 +107,7 @@ def plan_run(
         images_identity=images.schema.identity,
         images_chunk_rows=images.schema.chunk_rows,
         texts_identity=inputs.texts.schema.identity,
-        pairs_digest=pairs.selection().digest if pairs else None,
+        pairs_digest=pairs.hit_counts().digest if pairs else None,
         selection_digest=selection.document.digest if selection else None,
         steps=steps,
         versions=versions(),

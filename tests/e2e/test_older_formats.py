@@ -98,7 +98,7 @@ def test_stores_are_verified_and_read(written: Path) -> None:
     assert images.status(0, 24).tolist().count(Status.UNDECODABLE) == 1
     norms = np.linalg.norm(images.read(0, 22).astype(np.float32), axis=1)
     assert np.allclose(norms, 1, atol=1e-2)
-    assert Pairs(str(written / "pairs.zarr")).selection().images == 23
+    assert Pairs(str(written / "pairs.zarr")).hit_counts().images == 23
     assert len(SelectedTexts(str(written / "texts.selection")).rows()) == 12
 
 

@@ -14,13 +14,13 @@ from click.testing import CliRunner
 from PIL import Image
 from scipy.special import log_softmax
 
+from cache_schemas.embedding_store import CpuDecoder
 from cache_schemas.evaluation import EvaluationResult
 from dimefm.cli import cli
 from dimefm.datasets.image_set import ImageSet
 from dimefm.datasets.own_sets import open_folder
 from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.evaluate import evaluate
-from dimefm.evaluation.features import Decoder
 from dimefm.evaluation.predictions import read_predictions, read_scores
 from dimefm.evaluation.results import read_results
 from dimefm.evaluation.scoring import measure
@@ -148,7 +148,7 @@ def reference(small: str, sample_teacher: str) -> np.ndarray:
     return (features_ND @ classifier_DC).numpy()
 
 
-def evaluated(sample_teacher: str, folder: str, out: Path, decoder: Decoder = "pillow") -> EvaluationResult:
+def evaluated(sample_teacher: str, folder: str, out: Path, decoder: CpuDecoder = "pillow") -> EvaluationResult:
     config = EvaluationConfig(
         model=sample_teacher, folders=(folder,), out=str(out), name="m", device="cpu", predictions=True, decoder=decoder
     )

@@ -51,8 +51,8 @@ def test_pairs_are_the_nearest_sentences_and_hits_count_them(
     np.testing.assert_allclose(scores[good], true, atol=2e-3)
     hits = np.bincount(rows[good].ravel(), minlength=3000)
     np.testing.assert_array_equal(pairs.hits(), hits)
-    selection = pairs.selection()
-    assert (selection.images, selection.skipped, selection.selected) == (88, 2, int((hits > 0).sum()))
+    counts = pairs.hit_counts()
+    assert (counts.images, counts.skipped, counts.selected) == (88, 2, int((hits > 0).sum()))
     np.testing.assert_array_equal(pairs.gather(np.array([89, 0])), rows[[89, 0]])
 
 
@@ -92,7 +92,7 @@ def test_retrieve_goes_on_where_it_was_stopped(
     assert len(searched) == 4, "the first shard was searched again"
     np.testing.assert_array_equal(again.text_rows(0, 90), whole.text_rows(0, 90))
     np.testing.assert_array_equal(again.scores(0, 90), whole.scores(0, 90))
-    assert again.selection() == whole.selection()
+    assert again.hit_counts() == whole.hit_counts()
 
 
 def test_an_index_over_another_store_is_refused(
@@ -115,12 +115,12 @@ def test_images_with_fewer_sentences_than_asked_have_none_in_their_place(tmp_pat
     images, _ = random_store(tmp_path / "i.zarr", rows=20, shard_rows=32, seed=5)
     out = str(tmp_path / "t.index")
     build_index(IndexConfig(store=texts.path, out=out, factory="IVF32,Flat", recall_target=0.01))
-    selection = retrieve(images.path, texts.path, index=out, top_k=64, out=str(tmp_path / "p.zarr"))
+    counts = retrieve(images.path, texts.path, index=out, top_k=64, out=str(tmp_path / "p.zarr"))
     pairs = Pairs(str(tmp_path / "p.zarr"))
     rows, scores = pairs.text_rows(0, 20), pairs.scores(0, 20)
     assert (rows == -1).any()
     np.testing.assert_array_equal(np.isnan(scores), rows == -1)
-    assert selection.mean_score == pytest.approx(float(np.nanmean(scores.astype(np.float64))), abs=1e-4)
+    assert counts.mean_score == pytest.approx(float(np.nanmean(scores.astype(np.float64))), abs=1e-4)
     assert int(pairs.hits().sum()) == int((rows >= 0).sum())
 
 
@@ -144,8 +144,8 @@ def test_images_and_sentences_that_are_not_finite_or_zero_are_skipped_and_counte
     assert (sidecar.rows, sidecar.skipped) == (61, 3)
     for index in (str(tmp_path / "t.index"), None):
         out = str(tmp_path / f"{index is None}.zarr")
-        selection = retrieve(images.path, texts.path, index=index, top_k=8, out=out, device="cpu")
-        assert (selection.images, selection.skipped) == (61, 3)
+        counts = retrieve(images.path, texts.path, index=index, top_k=8, out=out, device="cpu")
+        assert (counts.images, counts.skipped) == (61, 3)
         rows = Pairs(out).text_rows(0, 64)
         assert (rows[[3, 7, 9]] == -1).all()
         assert not np.isin(rows, [3, 7, 9]).any()
@@ -176,7 +176,7 @@ def test_shards_without_a_commit_are_written_anew_whatever_is_in_them(
         commit.unlink()
     again = retrieved(images[0], texts[0], tmp_path, exact=True)
     assert {path: path.read_bytes() for path in files} == before
-    assert again.selection() == whole.selection()
+    assert again.hit_counts() == whole.hit_counts()
 
 
 @pytest.mark.parametrize("array", ["text_row", "score", "hits"])

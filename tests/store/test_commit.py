@@ -13,8 +13,8 @@ from cache_schemas.embedding_store import commit_path, failures_path
 from dimefm.errors import StoreError
 from dimefm.inspection.info import describe, list_failures
 from dimefm.inspection.verify import VerifyConfig, verify
-from dimefm.store import commit as commit_module
 from dimefm.retrieval.retrieve import retrieve
+from dimefm.store import commit as commit_module
 from dimefm.store.commit import make_commit
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs

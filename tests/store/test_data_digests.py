@@ -103,7 +103,7 @@ def test_retrieve_does_the_shards_again_whose_images_have_changed(
     np.testing.assert_array_equal(again.text_rows(0, 90), whole.text_rows(0, 90))
     np.testing.assert_array_equal(again.scores(0, 90), whole.scores(0, 90))
     np.testing.assert_array_equal(again.hits(), whole.hits())
-    assert again.selection() == whole.selection()
+    assert again.hit_counts() == whole.hit_counts()
     after = {path.name: path.read_bytes() for path in (tmp_path / "p.zarr" / "commits").glob("0*.json")}
     assert {name for name in after if after[name] != before[name]} == {"000001.json"}
 
@@ -127,7 +127,7 @@ def test_retrieve_that_is_stopped_between_changed_shards_is_unfinished_and_goes_
         made.inputs("pairs")
     again = made.retrieve()
     assert len(searched) == 3, "the first shard was searched again"
-    assert again.selection().images == 90
+    assert again.hit_counts().images == 90
     made.inputs("pairs")
 
 
@@ -145,7 +145,7 @@ def test_other_texts_are_refused_by_name(made: Made, tmp_path: Path, indexed: bo
         build_index(IndexConfig(store=made.texts.path, out=words["index"]))
     with pytest.raises(OutputExistsError, match=r"(?s)other embeddings of \S*t.zarr than it has now: .*texts_data"):
         made.retrieve(out, **words)
-    assert Pairs(out).selection().images == 88, "what was there is kept"
+    assert Pairs(out).hit_counts().images == 88, "what was there is kept"
 
 
 @pytest.mark.parametrize(("store", "row"), [("images", 40), ("texts", 150)])
@@ -210,7 +210,7 @@ def test_what_was_made_before_digests_were_kept_is_opened_and_gone_on_with(made:
     (tmp_path / "p.zarr" / "commits" / "000002.json").unlink()  # as if that release had been stopped there
     (tmp_path / "p.zarr" / "commits" / "hits.json").unlink()
     assert "2 of 3 done" in describe(made.pairs)
-    assert made.retrieve().selection().images_data is None
+    assert made.retrieve().hit_counts().images_data is None
     made.inputs("pairs")
 
 

@@ -18,6 +18,7 @@ from cache_schemas import (
     Document,
     EmbeddingStore,
     Failure,
+    HitCounts,
     IndexPart,
     IndexSidecar,
     PairsStore,
@@ -25,7 +26,6 @@ from cache_schemas import (
     Recall,
     Run,
     SchemaError,
-    Selection,
     SelectionPlan,
     SourceSummary,
     Status,
@@ -125,7 +125,7 @@ PAIRS = PairsStore(
     shard_rows=256,
 )
 PART = IndexPart(settings="7" * 64, rows=100, skipped=2, bytes=200, digest="e" * 64, seconds=0.25)
-SELECTION = Selection(images=999, skipped=1, selected=80, text_rows=100, mean_score=0.3, digest="2" * 64)
+HIT_COUNTS = HitCounts(images=999, skipped=1, selected=80, text_rows=100, mean_score=0.3, digest="2" * 64)
 STUDENT = StudentSpec(
     name="resnet18",
     vision_cfg={"timm_model_name": "resnet18", "image_size": 64, "nested": {"a": [1, None]}},
@@ -192,7 +192,7 @@ RESULT = EvaluationResult(
     notes=("1 images could not be read",),
 )
 DOCUMENTS: list[Document] = [
-    *(STORE, COMMIT, SIDECAR, PART, PAIRS, SELECTION, RUN, SELECTION_PLAN, TEXT_SELECTION, RESULT),
+    *(STORE, COMMIT, SIDECAR, PART, PAIRS, HIT_COUNTS, RUN, SELECTION_PLAN, TEXT_SELECTION, RESULT),
 ]
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: type(document).__name__)
 
@@ -255,7 +255,7 @@ def test_a_selection_must_account_for_every_sentence_and_every_bin() -> None:
 
 
 def test_the_checksum_names_what_happened() -> None:
-    found = problems_of(Selection, through_json(SELECTION) | {"selected": 81})
+    found = problems_of(HitCounts, through_json(HIT_COUNTS) | {"selected": 81})
     assert found == {"checksum": "does not fit the rest: the document was damaged or edited by hand"}
 
 
@@ -341,8 +341,8 @@ def test_a_value_of_the_wrong_kind_is_refused(path: str, value: object, what: st
 
 
 def test_a_long_value_is_shown_in_short() -> None:
-    raw = through_json(SELECTION) | {"images": "x" * 1000}
-    assert len(problems_of(Selection, raw)["images"]) < 100
+    raw = through_json(HIT_COUNTS) | {"images": "x" * 1000}
+    assert len(problems_of(HitCounts, raw)["images"]) < 100
 
 
 def test_numbers_without_a_point_are_read_as_floats() -> None:
