@@ -20,7 +20,7 @@ from dimefm.errors import DimefmError, StoreError
 from dimefm.models.clip import Clip, load_clip, teacher_precision
 from dimefm.models.pretraining import Trained
 from dimefm.models.tokenizer import canonical
-from dimefm.sources.account import first, show
+from dimefm.sources.account import describe_skipped, first_lines
 from dimefm.sources.base import Source
 from dimefm.sources.files import expand
 from dimefm.store.embedding_store import Store
@@ -145,8 +145,8 @@ def _cache(config: CacheConfig, source: Source[Any] | None) -> Store:
 def _tell(source: SourceSummary) -> None:
     """Say what is not used before the hours in which the rest is encoded."""
     for one in source.skipped:
-        say(f"skipped: {show(one)}", err=True)
-    for problem in first(source.problems):
+        say(f"skipped: {describe_skipped(one)}", err=True)
+    for problem in first_lines(source.problems):
         say(f"problem: {line(problem)}", err=True)
 
 
@@ -188,8 +188,8 @@ def _show_forecast(config: CacheConfig, device: str, found: Forecast, clip: Clip
         f"measured  {each}{rates.teacher:,.0f} {config.kind}s/s by the teacher on one {'core' if on_cpu else 'GPU'}",
         f"takes     {duration(found.schema.rows / rate)} at {rate:,.0f} {config.kind}s/s with {plural}",
         *([bound] if bound else []),
-        *(f"skipped   {show(one)}" for one in source.skipped),
-        *(f"problem   {line(problem)}" for problem in first(source.problems)),
+        *(f"skipped   {describe_skipped(one)}" for one in source.skipped),
+        *(f"problem   {line(problem)}" for problem in first_lines(source.problems)),
         *([f"failed    {rates.failed}"] if rates.failed else []),
         "teacher",
     ]

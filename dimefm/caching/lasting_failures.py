@@ -12,7 +12,7 @@ from cache_schemas import Status
 from cache_schemas.plan import SourceFile
 from dimefm.errors import RUN_AGAIN, SourceError, UnreadableError
 from dimefm.images.decode import MAX_BYTES, DecodeError
-from dimefm.sources.files import change, stat_files
+from dimefm.sources.files import describe_change, stat_files
 from dimefm.sources.parquet import SUFFIX as PARQUET
 from dimefm.sources.parquet import forget_cells
 from dimefm.sources.read_image import read_planned
@@ -96,12 +96,14 @@ def _require_unchanged(store: Store, rows: Rows) -> None:
         now = stat_files(list(before))
     except SourceError as error:
         raise UnreadableError(error.what, remedy=f"put it back as it was, and {RUN_AGAIN}") from error
-    if any(change(before[file.path], file) for file in now):  # by a row's size, so each file of several images too
+    if any(
+        describe_change(before[file.path], file) for file in now
+    ):  # by a row's size, so each file of several images too
         for planned in store.source_files().to_pylist():
             if planned["path"] in before:
                 before[planned["path"]] = SourceFile(**planned)
     for file in now:
-        if found := change(before[file.path], file):
+        if found := describe_change(before[file.path], file):
             remedy = f"put it back as it was, its time too, and {RUN_AGAIN}; or cache into a new --out"
             raise UnreadableError(f"the source has changed since it was planned: {found}", remedy=remedy)
 
