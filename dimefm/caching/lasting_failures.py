@@ -12,7 +12,7 @@ from cache_schemas import Status
 from cache_schemas.plan import SourceFile
 from dimefm.errors import RUN_AGAIN, SourceError, UnreadableError
 from dimefm.images.decode import MAX_BYTES, DecodeError
-from dimefm.sources.files import change, stat_files
+from dimefm.sources.files import describe_change, stat_files
 from dimefm.sources.parquet import SUFFIX as PARQUET
 from dimefm.sources.parquet import forget_cells
 from dimefm.sources.read_image import read_planned
@@ -22,7 +22,6 @@ from dimefm.system.read_ahead import in_order
 
 _ASKED, _NEIGHBOURS = 64, 8  # rows that are asked for again
 _LEAST = 32  # readable bytes in so many rows and not one image: that is the storage; fewer may be bad images
-_CONTAINERS = (".tar", ".tsv", PARQUET)
 _OF_STORAGE = (Status.TRUNCATED, Status.UNDECODABLE)  # which a file that was changed gives, too
 
 Rows = list[dict[str, Any]]
@@ -91,18 +90,20 @@ def _require_unchanged(store: Store, rows: Rows) -> None:
         path, column, _ = row["file"].partition(f"{PARQUET}#")
         path += PARQUET if column else ""
         before[path] = SourceFile(path, row["size"], 0)
-    if any(path.endswith(_CONTAINERS) for path in before):
-        for file in store.source_files().to_pylist():
-            if file["path"] in before:
-                before[file["path"]] = SourceFile(**file)
     try:
         if storage.is_url(rows[0]["file"]):
             storage.filesystem(rows[0]["file"])[0].invalidate_cache()
         now = stat_files(list(before))
     except SourceError as error:
         raise UnreadableError(error.what, remedy=f"put it back as it was, and {RUN_AGAIN}") from error
+    if any(
+        describe_change(before[file.path], file) for file in now
+    ):  # by a row's size, so each file of several images too
+        for planned in store.source_files().to_pylist():
+            if planned["path"] in before:
+                before[planned["path"]] = SourceFile(**planned)
     for file in now:
-        if found := change(before[file.path], file):
+        if found := describe_change(before[file.path], file):
             remedy = f"put it back as it was, its time too, and {RUN_AGAIN}; or cache into a new --out"
             raise UnreadableError(f"the source has changed since it was planned: {found}", remedy=remedy)
 

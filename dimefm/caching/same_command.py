@@ -20,7 +20,7 @@ from cache_schemas.embedding_store import (
 )
 from cache_schemas.plan import SourceFile
 from dimefm.errors import MismatchError
-from dimefm.sources.files import change, expand, those_there
+from dimefm.sources.files import describe_change, existing_names, expand
 from dimefm.store.embedding_store import Store
 from dimefm.store.output_folder import ANOTHER_OUT, OWN_AND_NEW, differing, in_lines, is_planned, require_only
 from dimefm.system import inert_text
@@ -119,13 +119,15 @@ def _changes(store: Store, files: Sequence[SourceFile]) -> list[str]:
     now = {file.path: file for file in files}
     changes = [f"{name} is new" for name in now if name not in before]
     changes += [f"{name} is gone" for name in before if name not in now]
-    return changes + [found for name in before.keys() & now.keys() if (found := change(before[name], now[name]))]
+    return changes + [
+        found for name in before.keys() & now.keys() if (found := describe_change(before[name], now[name]))
+    ]
 
 
 def arguments_there(out: str, arguments: Sequence[str]) -> tuple[str, ...]:
     """The arguments without those whose files are gone, if the store at `out` was planned from these arguments. Raises
     AbsentError if it was not: then a path may be mistyped."""
-    found = tuple(one for argument in arguments for one in those_there(argument))
+    found = tuple(one for argument in arguments for one in existing_names(argument))
     if found != tuple(arguments) and not (is_planned(out) and Store(out).schema.source.arguments == tuple(arguments)):
         for argument in arguments:
             expand(argument)

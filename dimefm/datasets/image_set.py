@@ -24,7 +24,7 @@ from cache_schemas.plan import SourceFile
 from dimefm.errors import RUN_AGAIN, SourceError, UnreadableError
 from dimefm.images.decode import DecodeError
 from dimefm.sources.account import Account, found_instead
-from dimefm.sources.base import ImageSample
+from dimefm.sources.base import ImageSample, file_key
 from dimefm.sources.prompts import prompt
 from dimefm.sources.read_image import read_image
 
@@ -182,7 +182,7 @@ def array_of(records: Records, classes: int, multilabel: bool) -> np.ndarray[Any
 
 def sample_of(path: str, root: str) -> ImageSample:
     """A local image file below `root`. Of one that is not there the size is -1, and reading it says that it is gone."""
-    key = path[len(root) :].lstrip("/").rpartition(".")[0]
+    key = file_key(path, root)
     try:
         return ImageSample(key, path, 0, Path(path).stat().st_size)
     except FileNotFoundError:

@@ -28,15 +28,15 @@ from dimefm.datasets.image_set import Records, one_label
 from dimefm.datasets.unused_files import CLIP_BENCHMARK_TEMPLATES, SPLIT_FOLDERS, class_folders_in, count_beside
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account, found_instead
-from dimefm.sources.base import ImageSample, split_key
-from dimefm.sources.file_names import HIDDEN_MEMBERS, is_hidden
-from dimefm.sources.image_kinds import IMAGE_EXTENSIONS, no_image
+from dimefm.sources.base import ImageSample, file_key, split_key
+from dimefm.sources.file_names import HIDDEN_MEMBERS, is_hidden_member
+from dimefm.sources.image_kinds import IMAGE_EXTENSIONS, why_no_image
 from dimefm.sources.image_sources import ImageFolder
-from dimefm.sources.parquet import DamagedParquetError, blocks, features, open_parquet
+from dimefm.sources.parquet import DamagedParquetError, hugging_face_features, open_parquet, read_blocks
 from dimefm.sources.parquet_images import ParquetImages, image_column
 from dimefm.sources.prompts import CLASSNAMES, TEMPLATES, read_classnames, read_templates
 from dimefm.sources.tar import TarMember, tar_members
-from dimefm.sources.walk_folder import children, unreadable
+from dimefm.sources.walk_folder import cannot_read, files_in
 from dimefm.system import storage
 from dimefm.system.read_ahead import in_order
 
@@ -178,7 +178,7 @@ def read_folders(folder: str, split: str, definition: SetDefinition | None) -> R
             account.problem(f"the folders {namesake} and {name} of {base} are taken for the same class")
         files = ImageFolder(storage.join(base, name), account).files()
         records.files += files
-        records.samples += [ImageSample(_key(file.path, base), file.path, 0, file.size) for file in files]
+        records.samples += [ImageSample(file_key(file.path, base), file.path, 0, file.size) for file in files]
         labels += [places[name]] * len(files)
     records.labels = labels
     count_beside(records, folder, base, split, own=definition is None)
@@ -212,17 +212,13 @@ def natural(path: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path)]
 
 
-def _key(path: str, base: str) -> str:
-    return path[len(base) :].lstrip("/").rpartition(".")[0]
-
-
 def _files(folder: str, split: str, suffix: str, definition: SetDefinition | None) -> list[SourceFile]:
     """The files of a split, in the first place that has some."""
 
     def below(place: str, keep: Callable[[str], bool]) -> list[SourceFile]:
         if not storage.is_url(place) and not Path(place).is_dir():
             return []
-        return children(place, lambda name: name.lower().endswith(suffix) and keep(name), Account())
+        return files_in(place, lambda name: name.lower().endswith(suffix) and keep(name), Account())
 
     for name in names_of_split(split, definition):
         prefixes = tuple(f"{name}{mark}" for mark in ("-", "_", "."))
@@ -243,7 +239,7 @@ def _members(tar: str, account: Account) -> tuple[dict[str, TarMember], dict[str
     said: dict[str, tuple[str, TarMember]] = {}
     for member in tar_members(tar, damage):
         key, extension = split_key(member.name)
-        if is_hidden(member.name, key):
+        if is_hidden_member(member.name, key):
             account.skip(HIDDEN_MEMBERS, f"{tar}: {member.name}")
         elif extension in IMAGE_EXTENSIONS:
             if key in images:
@@ -251,7 +247,7 @@ def _members(tar: str, account: Account) -> tuple[dict[str, TarMember], dict[str
                 raise SourceError(what, remedy="give each image a name of its own")
             images[key] = member
         elif extension not in _SAID:
-            account.skip(no_image(extension), f"{tar}: {member.name}")
+            account.skip(why_no_image(extension), f"{tar}: {member.name}")
         else:
             kept, other = said.get(key), (extension, member)
             if kept and kept[0] != "txt":
@@ -299,7 +295,7 @@ def _damage_named(path: str) -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise unreadable(path, error) from error
+        raise cannot_read(path, error) from error
     except (DamagedParquetError, pa.ArrowException, UnicodeDecodeError) as error:
         raise SourceError(f"{path} is damaged: {error}", remedy="fetch it again") from error
 
@@ -311,7 +307,9 @@ def _values(path: str, column: str) -> list[Any]:
             what = f"{path} has no column {column!r}, only {', '.join(file.schema_arrow.names)}"
             raise SourceError(what, remedy="keep files of one kind in a folder")
         groups = range(file.num_row_groups)
-        return [value for group in groups for block in blocks(file, [column], group) for value in block[0].to_pylist()]
+        return [
+            value for group in groups for block in read_blocks(file, [column], group) for value in block[0].to_pylist()
+        ]
 
 
 def _said_column(path: str, definition: SetDefinition | None) -> tuple[str, list[str] | None]:
@@ -327,7 +325,7 @@ def _said_column(path: str, definition: SetDefinition | None) -> tuple[str, list
     if column is None:
         what = f"{path} has no column of labels or captions, only {', '.join(schema.names)}"
         raise UnlabelledError(what, remedy=f"call it {wanted[0]}")
-    feature = features(schema).get(column, {})
+    feature = hugging_face_features(schema).get(column, {})
     inner = feature.get("feature")
     names = feature.get("names") or (inner.get("names") if isinstance(inner, dict) else None)
     return column, names

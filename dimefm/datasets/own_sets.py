@@ -9,7 +9,7 @@ from dimefm.datasets.image_set import ImageSet, Records, array_of
 from dimefm.datasets.layouts import Reader, places_of, read_first, read_folders, read_parquet, read_webdataset
 from dimefm.datasets.unused_files import count_beside, note_empty_classes
 from dimefm.errors import SourceError
-from dimefm.sources.account import first, show
+from dimefm.sources.account import describe_skipped, first_lines
 from dimefm.sources.prompts import CLASSNAMES, TEMPLATES
 from dimefm.system import storage
 
@@ -128,6 +128,6 @@ def _image_set(records: Records, name: str, split: str, partial: tuple[str, ...]
         samples=records.samples,
         files=records.files,
         partial=partial,
-        notes=tuple(first([*records.account.problems, *map(show, records.account.skipped())])),
+        notes=tuple(first_lines([*records.account.problems, *map(describe_skipped, records.account.skipped())])),
         **said,
     )

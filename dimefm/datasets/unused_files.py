@@ -14,7 +14,7 @@ from dimefm.datasets.image_set import Records
 from dimefm.sources.account import Account
 from dimefm.sources.image_kinds import IMAGE, by_kind
 from dimefm.sources.prompts import CLASSNAMES, TEMPLATES
-from dimefm.sources.walk_folder import children, is_utf8, passed_over
+from dimefm.sources.walk_folder import files_in, is_utf8, why_passed_over
 from dimefm.system import storage
 
 CLIP_BENCHMARK_TEMPLATES = "zeroshot_classification_templates.txt"
@@ -35,7 +35,7 @@ def count_beside(records: Records, folder: str, place: str, split: str, *, own: 
     used, account = {file.path for file in records.files}, records.account
     beside = f" beside the {_READ[records.layout]}" if records.layout in _READ else ""
     for where in dict.fromkeys((folder, place)):
-        found = children(where, lambda name: name not in _TEXTS, account)
+        found = files_in(where, lambda name: name not in _TEXTS, account)
         files = [file for file in found if file.path not in used]
         folders = _folders(where) if where != place or records.layout != "folders" else []  # those were looked at
         if where == folder or _last(where) not in SPLIT_NAMES:  # where it may be, files of several lie together
@@ -81,7 +81,9 @@ def _folders(place: str) -> list[str]:
     if storage.is_url(place):
         return []
     return sorted(
-        p.name for p in Path(place).iterdir() if p.is_dir() and not passed_over(p.name, folder=True) and is_utf8(p.name)
+        p.name
+        for p in Path(place).iterdir()
+        if p.is_dir() and not why_passed_over(p.name, folder=True) and is_utf8(p.name)
     )
 
 

@@ -22,6 +22,7 @@ from simplejpeg import decode_jpeg, decode_jpeg_header
 
 from cache_schemas import Status
 from dimefm.images.image_modes import eight_bit
+from dimefm.system.first_bytes import describe
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded: Pillow's own threshold for a decompression bomb (a 256 MiB RGB image)."""
@@ -125,12 +126,10 @@ def _refused(data: bytes) -> str:
     for name, (_, accept) in Image.OPEN.items():
         if name not in FORMATS and accept and accept(data[:16]):
             return f"{name} is not one of the formats that are decoded"
-    from dimefm.system.first_bytes import describe  # here, since sources import this module
-
     return describe(data) or ""
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor | Image.Image:
+def decode_fast(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor | Image.Image:
     """Pixels of an encoded image: a uint8 RGB tensor (3, H, W) for JPEG, else a loaded Pillow image in its own mode.
 
     The first frame of an animation; EXIF orientation is left alone, as open_clip does. Raises DecodeError.
@@ -138,24 +137,24 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor | Image.Im
     fault = ""
     if jpeg_size(data, max_pixels):
         try:
-            return _strictly(data)
+            return _decode_strictly(data)
         except _FAULTS as error:
             fault = str(error)
     image = open_image(data, max_pixels)
     if image.format != "JPEG" or image.mode not in ("L", "RGB"):
-        return _loaded(image)
-    return _leniently(data, image, fault)
+        return _load_pixels(image)
+    return _decode_leniently(data, image, fault)
 
 
 def decode_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A loaded Pillow image in its own mode, whatever the format: what open_clip's own steps begin with. Raises
     DecodeError."""
-    return _loaded(open_image(data, max_pixels))
+    return _load_pixels(open_image(data, max_pixels))
 
 
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """Pixels as a uint8 RGB tensor (3, H, W), whatever the format. Raises DecodeError."""
-    image = decode(data, max_pixels)
+    image = decode_fast(data, max_pixels)
     if isinstance(image, torch.Tensor):
         return image
     return to_tensor(image)
@@ -179,23 +178,23 @@ def decode_scaled(data: bytes, whole: tuple[int, int], scale: float) -> torch.Te
     """
     height, width = (math.ceil(side * scale) for side in whole)
     try:
-        return _strictly(data, min_height=height, min_width=width)
+        return _decode_strictly(data, min_height=height, min_width=width)
     except _FAULTS:
         return decode_rgb(data)
 
 
-def _strictly(data: bytes, **least: int) -> torch.Tensor:
+def _decode_strictly(data: bytes, **least: int) -> torch.Tensor:
     """By simplejpeg, which raises for what libjpeg would only warn of."""
     return torch.from_numpy(decode_jpeg(data, **least)).permute(2, 0, 1)
 
 
-def _leniently(data: bytes, image: Image.Image, fault: str) -> torch.Tensor:
+def _decode_leniently(data: bytes, image: Image.Image, fault: str) -> torch.Tensor:
     """A JPEG in which simplejpeg has found `fault`. Damage within is decoded all the same. A file that is cut short is
     not, although Pillow would do without the mark at its end."""
     if fault.startswith("Premature end of JPEG file") or _END not in data:
         raise DecodeError(Status.UNDECODABLE, "Image is incomplete or truncated")
     try:
-        return to_tensor(_loaded(image))
+        return to_tensor(_load_pixels(image))
     except DecodeError as error:
         raise DecodeError(Status.UNDECODABLE, fault or str(error)) from None
 
@@ -207,7 +206,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return flat.view(rgb.height, rgb.width, 3).permute(2, 0, 1).contiguous()
 
 
-def _loaded(image: Image.Image) -> Image.Image:
+def _load_pixels(image: Image.Image) -> Image.Image:
     try:
         image.load()
         return eight_bit(image)

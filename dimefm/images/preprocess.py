@@ -27,7 +27,7 @@ from torchvision.transforms import Normalize
 from torchvision.transforms.functional import to_pil_image
 
 from cache_schemas import Preprocessing, Status
-from dimefm.images.decode import MAX_PIXELS, DecodeError, decode, decode_pillow, to_tensor
+from dimefm.images.decode import MAX_PIXELS, DecodeError, decode_fast, decode_pillow, to_tensor
 
 NORMS = {
     "OpenAI's": (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),
@@ -47,7 +47,7 @@ class Preprocess:
 
     def __init__(self, facts: Preprocessing, *, exact: bool = False) -> None:
         self.facts = facts
-        self.decode: Callable[[bytes], torch.Tensor | Image.Image] = decode_pillow if exact else decode
+        self._exact = exact
         self._steps = _open_clip_steps(facts)
         height, width = facts.size
         self.resizes_tensors = facts.resize_mode == "squash" or (facts.resize_mode == "shortest" and height == width)
@@ -55,8 +55,12 @@ class Preprocess:
     def __call__(self, data: bytes) -> torch.Tensor:
         return self.apply(self.decode(data))
 
+    def decode(self, data: bytes) -> torch.Tensor | Image.Image:
+        """The image at its own size, as `apply` takes it. Raises DecodeError."""
+        return decode_pillow(data) if self._exact else decode_fast(data)
+
     def apply(self, image: torch.Tensor | Image.Image) -> torch.Tensor:
-        """As calling it, for an image that is decoded already (see dimefm.images.decode.decode)."""
+        """The input of the model from an image that `decode` gave. Raises DecodeError."""
         height, width = image.shape[-2:] if isinstance(image, torch.Tensor) else (image.height, image.width)
         self._require_drawable(height, width)
         if isinstance(image, torch.Tensor):

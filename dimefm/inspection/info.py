@@ -18,7 +18,7 @@ from cache_schemas.run import RUN_FILE
 from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, SCORES, SELECTION_FILE, SelectionPlan
 from dimefm.errors import StoreError
 from dimefm.selection.report import describe_settings
-from dimefm.sources.account import first, show
+from dimefm.sources.account import describe_skipped, first_lines
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
 from dimefm.store.selected_texts import SelectedTexts
@@ -114,9 +114,9 @@ def _store(store: Store) -> str:
     rows += [(name.replace("_", " "), str(value)) for name, value in source.settings.items()]
     if source.repeated_keys:
         rows.append(("repeated keys", f"{source.repeated_keys:,}; each keeps its own row"))
-    rows += [("skipped", show(one)) for one in source.skipped]
+    rows += [("skipped", describe_skipped(one)) for one in source.skipped]
     rows += [("skipped", f"{reason}: {count:,}") for reason, count in source.dropped.items() if count]
-    rows += [("problem", problem) for problem in first(source.problems, _FAILURES)]
+    rows += [("problem", problem) for problem in first_lines(source.problems, _FAILURES)]
     rows += [("failed", f"row {f.row}, {f.key}: {f.status}, {f.reason}") for f in failures]
     if failed > len(failures):
         rows.append(("", f"and {failed - len(failures):,} more"))

@@ -50,19 +50,19 @@ class Account:
 
     def lines(self) -> list[str]:
         """Both kinds as lines for a person."""
-        return [*map(show, self.skipped()), *map(line, self.problems)]
+        return [*map(describe_skipped, self.skipped()), *map(line, self.problems)]
 
 
-def show(skipped: Skipped) -> str:
+def describe_skipped(skipped: Skipped) -> str:
     """`hidden files: 3, such as /data/.DS_Store`."""
     return f"{line(skipped.reason)}: {skipped.count:,}, {'such as ' if skipped.count > 1 else ''}{skipped.example}"
 
 
 def found_instead(lines: Sequence[str]) -> str:
     """Lines of an account as the end of an error; nothing where there are none."""
-    return "".join(f"\n  - {text}" for text in first(lines))
+    return "".join(f"\n  - {text}" for text in first_lines(lines))
 
 
-def first(lines: Sequence[str], most: int = 10) -> list[str]:
+def first_lines(lines: Sequence[str], most: int = 10) -> list[str]:
     """The first lines, and how many more there are."""
     return [*lines[:most], *([f"and {len(lines) - most:,} more"] if len(lines) > most else [])]

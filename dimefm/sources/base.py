@@ -67,3 +67,9 @@ def split_key(name: str) -> tuple[str, str]:
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def file_key(path: str, root: str) -> str:
+    """The key of an image that is a file of its own: its path below the folder `root`, without the extension."""
+    folder, slash, name = path[len(root) :].lstrip("/").rpartition("/")
+    return f"{folder}{slash}{name.rpartition('.')[0] or name}"

@@ -25,7 +25,7 @@ def extension_of(path: str) -> str:
     return match[1] if match else ""
 
 
-def other_file(path: str) -> str:
+def why_not_read(path: str) -> str:
     """Why a file whose name says that it is of no kind that is read is not used."""
     if _COMPRESSED.search(path.lower()):
         return "compressed tars, of which no member can be read alone (decompress them)"
@@ -35,13 +35,13 @@ def other_file(path: str) -> str:
     return f"files that end in .{extension}{_REMEDIES.get(extension, '')}"
 
 
-def other_member(extension: str) -> str:
+def why_member_not_read(extension: str) -> str:
     """Why a member of a tar is not used, by its extension as images.split_key gives it."""
     if _OF_MEMBERS.fullmatch(extension):
         return f"members of tars that end in .{extension}"
     return "members of tars without an extension, or with none that is known (call them KEY.jpg, KEY.txt, ...)"
 
 
-def is_hidden(name: str, key: str) -> bool:
+def is_hidden_member(name: str, key: str) -> bool:
     """Whether a member of a tar, of that key, is hidden, or in a hidden folder, as programs for desktops leave them."""
     return not key or ("/" in name and (key[-1] == "/" or _HIDDEN.search(name) is not None))

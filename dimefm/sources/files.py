@@ -1,4 +1,4 @@
-"""The files that arguments name, with their sizes and times; reading one forward, local or by URL."""
+"""The files that arguments name, with their sizes and times; and opening one, local or at a URL."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 from fsspec.utils import glob_translate
 
@@ -20,17 +19,17 @@ from cache_schemas.plan import SourceFile
 from dimefm.errors import AbsentError, SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.walk_folder import (
-    CHAINED,
-    NOT_UTF8,
-    below,
-    from_info,
+    CHAINED_NAMES,
+    NOT_UTF8_NAMES,
+    cannot_read,
+    escape_bytes,
+    file_at_url,
+    files_below,
     is_folder,
     is_utf8,
-    look,
-    passed_over,
-    require_reached,
-    shown,
-    unreadable,
+    require_link_targets,
+    stat_listed,
+    why_passed_over,
 )
 from dimefm.system import storage
 from dimefm.system.read_ahead import URL_BLOCK, reading_ahead
@@ -39,14 +38,14 @@ _MAGIC = "*?["
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-class Place(NamedTuple):
+class FileOrFolder(NamedTuple):
     """What an argument names: a file, or a folder where `file` is None."""
 
     path: str
     file: SourceFile | None
 
 
-def expand(argument: str, account: Account | None = None) -> list[Place]:
+def expand(argument: str, account: Account | None = None) -> list[FileOrFolder]:
     """`shard-{000..009}.tar` and `shard-*.tar` as what they stand for: ranges in their order, globs sorted.
 
     A path that exists is itself, whatever is in its name. What a glob matches and is passed over goes into `account`;
@@ -54,7 +53,7 @@ def expand(argument: str, account: Account | None = None) -> list[Place]:
     or a file named by a range is not there, SourceError where that cannot be known.
     """
     if not is_utf8(argument):
-        raise SourceError(f"{shown(argument)} is not UTF-8", remedy="rename it")
+        raise SourceError(f"{escape_bytes(argument)} is not UTF-8", remedy="rename it")
     if storage.is_url(argument):
         if "::" in argument:
             raise SourceError(f"{argument} has :: in it, which URLs are chained by", remedy="rename it, or fetch it")
@@ -68,18 +67,18 @@ def expand(argument: str, account: Account | None = None) -> list[Place]:
     return _look_up(names)
 
 
-def those_there(argument: str) -> list[str]:
+def existing_names(argument: str) -> list[str]:
     """The argument, or nothing where what it names is not there; of a range, the names that are there. Raises
     SourceError where that cannot be known."""
     try:
         expand(argument)
     except AbsentError:
         names = _without_ranges(argument)
-        return [] if names == [argument] else [one for name in names for one in those_there(name)]
+        return [] if names == [argument] else [one for name in names for one in existing_names(name)]
     return [argument]
 
 
-def is_glob(argument: str, places: Sequence[Place]) -> bool:
+def is_glob(argument: str, places: Sequence[FileOrFolder]) -> bool:
     """Whether an argument that was expanded to `places` does not name them one by one."""
     return any(mark in argument for mark in _MAGIC) and [p.path for p in places] != [storage.absolute(argument)]
 
@@ -89,7 +88,7 @@ def stat_files(paths: list[str]) -> list[SourceFile]:
     return [place.file or SourceFile(place.path, 0, 0) for place in _look_up(paths)]
 
 
-def change(before: SourceFile, now: SourceFile) -> str | None:
+def describe_change(before: SourceFile, now: SourceFile) -> str | None:
     """How a file differs from what it was; None where it does not. A time that is 0 is not known."""
     if before.size != now.size:
         return f"{now.path} has changed: {before.size:,} bytes when it was planned, {now.size:,} now"
@@ -100,20 +99,6 @@ def change(before: SourceFile, now: SourceFile) -> str | None:
 
 def _time(file: SourceFile) -> str:
     return datetime.fromtimestamp(file.modified / 1e9, UTC).isoformat(sep=" ", timespec="milliseconds")
-
-
-@contextmanager
-def open_forward(path: str) -> Iterator[BinaryIO]:
-    """A file to be read from its beginning on, decompressed if its name ends in .gz. Raises OSError.
-
-    Reading one that is no whole gzip file raises EOFError, zlib.error or OSError.
-    """
-    with open_seekable(path) as file:
-        if path.endswith(".gz"):
-            with gzip.open(file) as plain:
-                yield cast(BinaryIO, plain)
-        else:
-            yield file
 
 
 def open_seekable(path: str) -> BinaryIO:
@@ -160,7 +145,7 @@ def _without_ranges(argument: str) -> list[str]:
     return [name for n in numbers for name in _without_ranges(argument[: match.start()] + n + argument[match.end() :])]
 
 
-def _look_up(names: list[str]) -> list[Place]:
+def _look_up(names: list[str]) -> list[FileOrFolder]:
     found = list(reading_ahead(look_up, names, names[0]))
     for name, place in zip(names, found, strict=True):
         if place is None:
@@ -168,7 +153,7 @@ def _look_up(names: list[str]) -> list[Place]:
     return [place for place in found if place is not None]
 
 
-def look_up(name: str) -> Place | None:
+def look_up(name: str) -> FileOrFolder | None:
     """The file or folder at a path; None where there is neither. Raises SourceError where that cannot be known."""
     path = storage.absolute(name)
     try:
@@ -176,17 +161,17 @@ def look_up(name: str) -> Place | None:
             fs, inner = storage.filesystem(path)
             with storage.asking(path):
                 info = fs.info(inner)
-            return Place(path, None if info["type"] == "directory" else from_info(path, info))
+            return FileOrFolder(path, None if info["type"] == "directory" else file_at_url(path, info))
         status = os.stat(path)  # noqa: PTH116
         folder = stat.S_ISDIR(status.st_mode)
-        return Place(path, None if folder else SourceFile(path, status.st_size, status.st_mtime_ns))
+        return FileOrFolder(path, None if folder else SourceFile(path, status.st_size, status.st_mtime_ns))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:
-        raise unreadable(path, error) from error
+        raise cannot_read(path, error) from error
 
 
-def _glob(name: str, account: Account) -> list[Place]:
+def _glob(name: str, account: Account) -> list[FileOrFolder]:
     path = storage.absolute(name)
     fs: Any = None
     inner = path  # of a local one fsspec is not asked, which takes :: for a chain
@@ -201,7 +186,7 @@ def _glob(name: str, account: Account) -> list[Place]:
     except SourceError:
         raise
     except Exception as error:
-        raise unreadable(path, error) from error
+        raise cannot_read(path, error) from error
     if not found:
         raise _matches_nothing(name)
     if not storage.is_url(path):
@@ -210,9 +195,9 @@ def _glob(name: str, account: Account) -> list[Place]:
     for info in found:
         url = fs.unstrip_protocol(info["name"])
         if "::" in url:
-            account.skip(CHAINED, url)
+            account.skip(CHAINED_NAMES, url)
             continue
-        places.append(Place(url, None if info["type"] == "directory" else from_info(url, info)))
+        places.append(FileOrFolder(url, None if info["type"] == "directory" else file_at_url(url, info)))
     return sorted(places, key=lambda place: place.path)
 
 
@@ -220,35 +205,35 @@ def _matches_nothing(name: str) -> AbsentError:
     return AbsentError(f"{name} matches no file", remedy="check the path; quote globs in the shell")
 
 
-def _deep(pattern: str, scheme: str, account: Account) -> list[Place]:
+def _deep(pattern: str, scheme: str, account: Account) -> list[FileOrFolder]:
     """What a pattern with ** matches, by name: files, and folders where its last part is more than stars; what is in
     such a folder is not matched again. Raises SourceError as `below`."""
     top = pattern[: min(place for mark in _MAGIC if (place := pattern.find(mark)) >= 0)].rpartition("/")[0]
     own, matches = Account(), re.compile(glob_translate(pattern)).match
-    files = {file.path[len(scheme) :]: file for file in below(scheme + top or "/", own)}
+    files = {file.path[len(scheme) :]: file for file in files_below(scheme + top or "/", own)}
     folders = set[str]()
     if pattern.rpartition("/")[2].strip("*"):
         above = {str(parent) for name in files for parent in PurePosixPath(name).parents}
         folders = {name for name in above if name.startswith(top) and matches(name)}
     inner = {name for name in folders if not folders.isdisjoint(map(str, PurePosixPath(name).parents))}
-    places = [Place(scheme + name, None) for name in folders - inner]
+    places = [FileOrFolder(scheme + name, None) for name in folders - inner]
     for name, file in files.items():
         if matches(name) and folders.isdisjoint(map(str, PurePosixPath(name).parents)):
-            places.append(Place(file.path, file))
+            places.append(FileOrFolder(file.path, file))
     if not folders:  # which are gone through, and counted, by themselves
         account.add(own)
     return sorted(places, key=lambda place: place.path)
 
 
-def _local_places(names: list[str], account: Account) -> list[Place]:
+def _local_places(names: list[str], account: Account) -> list[FileOrFolder]:
     places, lost = [], list[str]()
     for name in names:
         if not is_utf8(name):
-            account.skip(NOT_UTF8, shown(name))
-        elif status := look(name, account, lost):
+            account.skip(NOT_UTF8_NAMES, escape_bytes(name))
+        elif status := stat_listed(name, account, lost):
             folder = stat.S_ISDIR(status.st_mode)
-            places.append(Place(name, None if folder else SourceFile(name, status.st_size, status.st_mtime_ns)))
-    require_reached(lost)
+            places.append(FileOrFolder(name, None if folder else SourceFile(name, status.st_size, status.st_mtime_ns)))
+    require_link_targets(lost)
     return places
 
 
@@ -285,7 +270,7 @@ def _matching(
         if path in folders or not fnmatchcase(own, name):
             continue
         folder = info["type"] == "directory"
-        reason = None if name == own or (name[0] == own[0] == ".") else passed_over(own, folder=folder)
+        reason = None if name == own or (name[0] == own[0] == ".") else why_passed_over(own, folder=folder)
         if reason is None:
             matching.append(info)
         elif folder or not only_folders:
@@ -297,7 +282,7 @@ def _entry(path: str, kind: str) -> dict[str, Any]:
     return {"name": path, "type": kind}
 
 
-def require_damage(path: str, error: Exception) -> None:
+def require_damaged(path: str, error: Exception) -> None:
     """Raises SourceError unless `error` is of what the file holds: a damaged file is read as far as it goes."""
     if isinstance(error, OSError | MemoryError) and not isinstance(error, gzip.BadGzipFile):
-        raise unreadable(path, error) from error
+        raise cannot_read(path, error) from error

@@ -9,9 +9,9 @@ from cache_schemas.plan import SourceFile
 from dimefm.errors import SourceError
 from dimefm.images.decode import sniff
 from dimefm.sources.account import Account
-from dimefm.sources.file_names import extension_of, other_file, other_member
+from dimefm.sources.file_names import extension_of, why_member_not_read, why_not_read
 from dimefm.sources.tsv_images import INDEX_SUFFIX
-from dimefm.sources.walk_folder import unreadable
+from dimefm.sources.walk_folder import cannot_read
 from dimefm.system import storage
 from dimefm.system.first_bytes import HEAD_BYTES, describe
 from dimefm.system.inert_text import line
@@ -55,9 +55,9 @@ def by_kind(files: Sequence[SourceFile], account: Account | None) -> dict[str, l
 
 
 @lru_cache(1000)
-def no_image(extension: str) -> str:
+def why_no_image(extension: str) -> str:
     """Why a member of a tar is no image, by its extension as images.split_key gives it."""
-    return _DOTTED if extension.rpartition(".")[2] in IMAGE_EXTENSIONS else other_member(extension)
+    return _DOTTED if extension.rpartition(".")[2] in IMAGE_EXTENSIONS else why_member_not_read(extension)
 
 
 def _by_name(path: str, extension: str) -> tuple[str, str]:
@@ -68,7 +68,7 @@ def _by_name(path: str, extension: str) -> tuple[str, str]:
         if extension == "tar" or path.endswith(f".{extension}"):
             return f".{extension}", ""
         return "", "tables whose extension is in capitals (rename them)"
-    return "", other_file(path)
+    return "", why_not_read(path)
 
 
 def _by_head(head: bytes) -> tuple[str, str]:
@@ -82,4 +82,4 @@ def _head(file: SourceFile) -> bytes:
     try:
         return storage.read_bytes(file.path, 0, HEAD_BYTES)
     except (OSError, MemoryError) as error:
-        raise unreadable(file.path, error) from error
+        raise cannot_read(file.path, error) from error

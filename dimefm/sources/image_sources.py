@@ -9,16 +9,16 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from cache_schemas.plan import SourceFile
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account, found_instead
-from dimefm.sources.base import ImageSample, Joined, Source, split_key
-from dimefm.sources.file_names import HIDDEN_MEMBERS, is_hidden
-from dimefm.sources.files import Place, expand, is_glob
+from dimefm.sources.base import ImageSample, Joined, Source, file_key, split_key
+from dimefm.sources.file_names import HIDDEN_MEMBERS, is_hidden_member
+from dimefm.sources.files import FileOrFolder, expand, is_glob
 from dimefm.sources.forward_reader import URL_LEAP
-from dimefm.sources.image_kinds import CONTAINERS, IMAGE, IMAGE_EXTENSIONS, PARQUET, TAR, TSV, by_kind, no_image
+from dimefm.sources.image_kinds import CONTAINERS, IMAGE, IMAGE_EXTENSIONS, PARQUET, TAR, TSV, by_kind, why_no_image
 from dimefm.sources.parquet_images import ParquetImages
 from dimefm.sources.side_files import find_side_files, read_side_file
 from dimefm.sources.tar import TarMember, tar_members
 from dimefm.sources.tsv_images import TsvImages
-from dimefm.sources.walk_folder import below
+from dimefm.sources.walk_folder import files_below
 from dimefm.system import storage
 from dimefm.system.progress import Progress, amount
 from dimefm.system.read_ahead import URL_BLOCK, in_order
@@ -69,10 +69,10 @@ def _images(path: str, members: Iterable[TarMember], account: Account) -> Iterat
     kind = last = ""
     for name, offset, size in members:
         key, extension = split_key(name)
-        if is_hidden(name, key):
+        if is_hidden_member(name, key):
             account.skip(HIDDEN_MEMBERS, f"{path}: {name}")
         elif extension not in IMAGE_EXTENSIONS:
-            account.skip(no_image(extension), f"{path}: {name}")
+            account.skip(why_no_image(extension), f"{path}: {name}")
         elif key != last:
             if waiting:
                 yield waiting
@@ -116,8 +116,7 @@ class ImageFiles:
             if file.path in self._taken:
                 account.skip("images that are rows of a Parquet file, too (each is used once, as a row)", file.path)
                 continue
-            folder, slash, name = file.path[len(self._root) :].lstrip("/").rpartition("/")
-            yield ImageSample(f"{folder}{slash}{name.rpartition('.')[0] or name}", file.path, 0, file.size)
+            yield ImageSample(file_key(file.path, self._root), file.path, 0, file.size)
 
 
 class ImageFolder(ImageFiles):
@@ -125,7 +124,7 @@ class ImageFolder(ImageFiles):
 
     def __init__(self, root: str, account: Account) -> None:
         root = storage.absolute(root)
-        kinds = by_kind(below(root, account), account)
+        kinds = by_kind(files_below(root, account), account)
         for kind in CONTAINERS:
             for file in kinds.get(kind, ()):
                 account.skip(f"{kind} files in a folder of images", file.path)
@@ -153,7 +152,7 @@ def open_image_source(
         found = list(_sources(files, _root(argument, places), column, account, found=is_glob(argument, places)))
         for place in places:
             if place.file is None:
-                found += _sources(below(place.path, account), place.path, column, account, found=True)
+                found += _sources(files_below(place.path, account), place.path, column, account, found=True)
         if not found:
             what = f"{argument} holds no {', '.join(CONTAINERS)} and no image{found_instead(account.lines())}"
             raise SourceError(what, remedy=f"images end in: {', '.join(sorted(IMAGE_EXTENSIONS))}")
@@ -193,7 +192,7 @@ def _sources(
         yield ImageFiles(root, kinds[IMAGE], taken)
 
 
-def _root(argument: str, places: Sequence[Place]) -> str:
+def _root(argument: str, places: Sequence[FileOrFolder]) -> str:
     """Where the keys of image files begin: the last folder that the argument names without a pattern."""
     path = storage.absolute(argument)
     if [place.path for place in places] != [path]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dimefm.errors import SourceError
 
-DEFAULTS = ("text", "caption", "sentence", "TEXT")
+DEFAULT_COLUMNS = ("text", "caption", "sentence", "TEXT")
 """Columns and fields that are taken where none is named."""
 
 _MOST_NAMES, _DEEPEST = 200, 4  # of fields that are looked at for their names
@@ -24,18 +24,18 @@ class NoColumnError(SourceError):
         super().__init__(what, remedy=remedy)
 
 
-Found = tuple[str, str | None, str]
+FieldValue = tuple[str, str | None, str]
 """A value: where it is (in its file, or in the lists that it is in, as `3:0`), its text, and where that is None why, as
 what follows `values`."""
 
 
-def at_field(value: Any, field: str, place: str = "") -> Iterator[Found]:
+def values_at(value: Any, field: str, place: str = "") -> Iterator[FieldValue]:
     """The strings in a field, FIELD or OUTER.INNER, of what is at `place`: one, or all those of a list. Without a field
     those that `value` is itself."""
     return _at(value, field.split(".") if field else [], place)
 
 
-def _at(value: Any, names: list[str], place: str) -> Iterator[Found]:
+def _at(value: Any, names: list[str], place: str) -> Iterator[FieldValue]:
     if isinstance(value, list):
         if not value:
             yield place, None, "that are an empty list"
@@ -57,7 +57,7 @@ def _at(value: Any, names: list[str], place: str) -> Iterator[Found]:
         yield (place, value, "") if isinstance(value, str) else (place, None, "that are no strings")
 
 
-def names_of(values: Iterable[Any]) -> list[str]:
+def field_names(values: Iterable[Any]) -> list[str]:
     """The fields in which objects hold something else than objects, OUTER.INNER, as they come."""
     names: dict[str, None] = {}
     for value in values:
@@ -77,9 +77,9 @@ def _collect(value: Any, name: str, names: dict[str, None], depth: int) -> None:
         names.setdefault(name)
 
 
-def choose(names: list[str], column: str | None, path: str, or_else: str = "") -> str:
+def choose_column(names: list[str], column: str | None, path: str, or_else: str = "") -> str:
     """`column`, or the first of DEFAULTS that is there. Raises NoColumnError with what is there."""
-    wanted = DEFAULTS if column is None else (column,)
+    wanted = DEFAULT_COLUMNS if column is None else (column,)
     for name in wanted:
         if name in names:
             return name

@@ -12,9 +12,9 @@ from typing import Any
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.base import TextSample
-from dimefm.sources.json_fields import DEFAULTS, Found, at_field, choose, names_of
-from dimefm.sources.text_lines import BROKEN, NotTextError, encoding_of, open_text
-from dimefm.sources.text_tables import DamagedError, JsonLines, Table, parsed
+from dimefm.sources.json_fields import DEFAULT_COLUMNS, FieldValue, choose_column, field_names, values_at
+from dimefm.sources.text_lines import READ_ERRORS, NotTextError, encoding_of, open_text
+from dimefm.sources.text_tables import DamagedTableError, JsonLines, Table, parse_json_line
 
 MOST_BYTES = 512 << 20
 """Characters of a .json file, which is read whole."""
@@ -51,8 +51,8 @@ class JsonArray(Table):
             with open_text(self._path) as file:
                 first = file.readline(_LONGEST_LINE)
                 second = file.readline(_LONGEST_LINE)
-                more = second.strip() and isinstance(parsed(first), dict)
-        except (*BROKEN, NotTextError):
+                more = second.strip() and isinstance(parse_json_line(first), dict)
+        except (*READ_ERRORS, NotTextError):
             return None  # which comes up again
         return JsonLines(self._file, self._column) if more else None
 
@@ -60,38 +60,38 @@ class JsonArray(Table):
         for _ in self._values(Account()):
             return
 
-    def _values(self, account: Account) -> Iterator[Found]:
+    def _values(self, account: Account) -> Iterator[FieldValue]:
         text = self._text()
         start = _end_of_white(text, 0)
         if start == len(text):
             return
         if text[start] == "[":
-            names = names_of(islice((one for one in _whole(text, start) if isinstance(one, dict)), _HEAD))
-            field = choose(names, self._column, self._path) if names or self._column is not None else ""
+            names = field_names(islice((one for one in _whole(text, start) if isinstance(one, dict)), _HEAD))
+            field = choose_column(names, self._column, self._path) if names or self._column is not None else ""
             for number, value in enumerate(_elements(text, start)):
-                yield from at_field(value, field, str(number))
+                yield from values_at(value, field, str(number))
         else:
             yield from self._of_document(_document(text, start))
 
-    def _of_document(self, document: Any) -> Iterator[Found]:
+    def _of_document(self, document: Any) -> Iterator[FieldValue]:
         if isinstance(document, dict) and len(document) > 1 and all(isinstance(one, dict) for one in document.values()):
-            inner = names_of(islice(document.values(), _HEAD))  # objects by key: as a list of them
-            if wanted := [one for one in (DEFAULTS if self._column is None else [self._column]) if one in inner]:
-                yield from at_field(list(document.values()), wanted[0])
+            inner = field_names(islice(document.values(), _HEAD))  # objects by key: as a list of them
+            if wanted := [one for one in (DEFAULT_COLUMNS if self._column is None else [self._column]) if one in inner]:
+                yield from values_at(list(document.values()), wanted[0])
                 return
-        names = names_of([document])
-        known = (name for known in DEFAULTS for name in names if name.rpartition(".")[2] == known)
+        names = field_names([document])
+        known = (name for known in DEFAULT_COLUMNS for name in names if name.rpartition(".")[2] == known)
         field = self._column or next(known, None)
         same = [
             name for name in names if field and not self._column and name.rpartition(".")[2] == field.rpartition(".")[2]
         ]
         values = list(document.values()) if isinstance(document, dict) else []
         if field is None and values and all(map(_is_text, values)):
-            found = at_field(values, "")
+            found = values_at(values, "")
         elif len(same) > 1:  # as in lists of two splits
-            found = chain.from_iterable(at_field(document, name, name) for name in same)
+            found = chain.from_iterable(values_at(document, name, name) for name in same)
         else:
-            found = at_field(document, choose(names, field, self._path))
+            found = values_at(document, choose_column(names, field, self._path))
         for place, value, why in found:
             yield place or "0", value, why
 
@@ -119,7 +119,7 @@ def _end_of_white(text: str, place: int) -> int:
 def _document(text: str, start: int) -> Any:
     value, end = _decoded(text, start)
     if _end_of_white(text, end) < len(text):
-        raise DamagedError(f"something follows the first value, from character {end:,}")
+        raise DamagedTableError(f"something follows the first value, from character {end:,}")
     return value
 
 
@@ -135,14 +135,14 @@ def _elements(text: str, start: int) -> Iterator[Any]:
         if separator == ",":
             place = _end_of_white(text, place + 1)
     if separator != "]":
-        raise DamagedError(f"no comma or end of the list at character {place:,}")
+        raise DamagedTableError(f"no comma or end of the list at character {place:,}")
     if _end_of_white(text, place + 1) < len(text):
-        raise DamagedError(f"something follows the list, from character {place + 1:,}")
+        raise DamagedTableError(f"something follows the list, from character {place + 1:,}")
 
 
 def _whole(text: str, start: int) -> Iterator[Any]:
     """The elements before any damage."""
-    with suppress(DamagedError):
+    with suppress(DamagedTableError):
         yield from _elements(text, start)
 
 
@@ -150,4 +150,4 @@ def _decoded(text: str, place: int) -> tuple[Any, int]:
     try:
         return _decode(text, place)
     except (ValueError, RecursionError, StopIteration) as error:
-        raise DamagedError(f"not JSON: {error}") from None
+        raise DamagedTableError(f"not JSON: {error}") from None

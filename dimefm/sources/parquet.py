@@ -83,7 +83,7 @@ def columns_of(schema: pa.Schema) -> dict[str, Column]:
         below = list[Column]()
         for column in level:
             found.setdefault(".".join(column.fields), column)
-            in_list, inner = column.in_list or is_list(column.type), element(column.type)
+            in_list, inner = column.in_list or is_list(column.type), element_type(column.type)
             for field in inner if pa.types.is_struct(inner) else ():
                 leaf = column.leaf if in_list else f"{column.leaf}.{field.name}"
                 below.append(Column((*column.fields, field.name), field.type, leaf, in_list))
@@ -91,7 +91,7 @@ def columns_of(schema: pa.Schema) -> dict[str, Column]:
     return found
 
 
-def features(schema: pa.Schema) -> dict[str, Any]:
+def hugging_face_features(schema: pa.Schema) -> dict[str, Any]:
     """What Hugging Face's metadata says of columns, as far as there is some that can be understood."""
     try:
         found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
@@ -100,12 +100,12 @@ def features(schema: pa.Schema) -> dict[str, Any]:
     return {name: one for name, one in found.items() if isinstance(one, dict)} if isinstance(found, dict) else {}
 
 
-def damage(path: str, rows: int, error: Exception) -> str:
+def describe_damage(path: str, rows: int, error: Exception) -> str:
     """A line about a file that can be read only as far as this."""
     return f"{path}: broken after {rows} rows ({error}); what follows is lost" if rows else f"{path}: broken: {error}"
 
 
-def blocks(file: pq.ParquetFile, columns: list[str], group: int) -> Iterator[pa.RecordBatch]:
+def read_blocks(file: pq.ParquetFile, columns: list[str], group: int) -> Iterator[pa.RecordBatch]:
     """These columns (or fields of struct columns, COLUMN.FIELD) of a row group, in blocks of `block_rows` rows.
 
     Raises OSError, MemoryError and DamagedParquetError.
@@ -126,7 +126,7 @@ def block_rows(file: pq.ParquetFile, columns: list[str], group: int) -> int:
     return max(1, min(_BLOCK_ROWS, rows, BLOCK_BYTES * rows // max(1, size)))
 
 
-def values_of(batch: pa.RecordBatch, column: Column) -> tuple[pa.Array, np.ndarray[Any, Any] | None]:
+def flat_values(batch: pa.RecordBatch, column: Column) -> tuple[pa.Array, np.ndarray[Any, Any] | None]:
     """The values of a column in a block; where it holds lists, what is in them, and for each value its row in the
     block."""
     values, rows_N = batch.column(column.fields[0]), None
@@ -139,7 +139,7 @@ def values_of(batch: pa.RecordBatch, column: Column) -> tuple[pa.Array, np.ndarr
     return values, rows_N
 
 
-def strings(values: pa.Array) -> list[str | None]:
+def as_strings(values: pa.Array) -> list[str | None]:
     """Strings, or bytes that are text. Nothing checks that they are UTF-8 when they are written: other bytes become
     U+FFFD."""
     if is_string(values.type):
@@ -153,7 +153,7 @@ def strings(values: pa.Array) -> list[str | None]:
     return [None if one is None else one.decode("utf-8", errors="replace") for one in given]
 
 
-def lengths(values: pa.Array) -> list[int | None]:
+def byte_lengths(values: pa.Array) -> list[int | None]:
     """The length of each value of bytes; None for null."""
     if pa.types.is_dictionary(values.type):
         known = pc.binary_length(values.dictionary.cast(pa.large_binary())).take(values.indices)
@@ -198,9 +198,9 @@ def is_list(type_: pa.DataType) -> bool:
     return type_.id in _LISTS
 
 
-def element(type_: pa.DataType) -> pa.DataType:
+def element_type(type_: pa.DataType) -> pa.DataType:
     """The type of what is in lists, and in lists of lists; that of others is their own."""
-    return element(type_.value_type) if is_list(type_) else type_
+    return element_type(type_.value_type) if is_list(type_) else type_
 
 
 class _Cells:
@@ -226,7 +226,7 @@ class _Cells:
             is_struct = of_list is None and pa.types.is_struct(found.type)
             leaf = f"{found.leaf}.bytes" if is_struct else found.leaf
             number, place = divmod(place, block_rows(file, [leaf], group))
-            values, _ = values_of(self._block(file, leaf, (*key, leaf, group), number).slice(place, 1), found)
+            values, _ = flat_values(self._block(file, leaf, (*key, leaf, group), number).slice(place, 1), found)
         if pa.types.is_struct(values.type):
             values = pc.struct_field(values, "bytes")
         value: bytes | None = values[of_list or 0].as_py()
@@ -252,7 +252,7 @@ class _Cells:
         block = self._blocks.pop((key, number), None)
         if block is None:
             if self._reading is None or self._reading[0] != key or self._next > number:
-                self._reading, self._next = (key, blocks(file, [leaf], key[-1])), 0
+                self._reading, self._next = (key, read_blocks(file, [leaf], key[-1])), 0
             batches = self._reading[1]
             try:
                 while self._next <= number:

@@ -17,19 +17,19 @@ from dimefm.sources.base import ImageSample
 from dimefm.sources.files import look_up
 from dimefm.sources.parquet import (
     DamagedParquetError,
-    blocks,
+    as_strings,
+    byte_lengths,
     columns_of,
-    damage,
-    features,
+    describe_damage,
+    flat_values,
+    hugging_face_features,
     is_bytes,
     is_list,
     is_string,
-    lengths,
     open_parquet,
-    strings,
-    values_of,
+    read_blocks,
 )
-from dimefm.sources.walk_folder import unreadable
+from dimefm.sources.walk_folder import cannot_read
 from dimefm.system import storage
 from dimefm.system.named_paths import named
 from dimefm.system.read_ahead import reading_ahead
@@ -90,9 +90,9 @@ class ParquetImages:
                 if rows == 0:
                     account.skip("Parquet files without rows", path)
             except DamagedParquetError as error:
-                account.problem(damage(path, rows, error))
+                account.problem(describe_damage(path, rows, error))
             except (OSError, MemoryError) as error:
-                raise unreadable(path, error) from error
+                raise cannot_read(path, error) from error
 
     def _column_of(self, file: pq.ParquetFile, path: str, account: Account) -> str | None:
         """The column of images; None where there is none and the file is counted."""
@@ -110,7 +110,7 @@ def image_column(file: pq.ParquetFile, path: str, column: str | None) -> str:
     schema = file.schema_arrow
     usable = _usable(schema, column)
     if len(usable) > 1:  # the metadata may tell images from sounds
-        told = [name for name in usable if features(schema).get(name, {}).get("_type") == "Image"]
+        told = [name for name in usable if hugging_face_features(schema).get(name, {}).get("_type") == "Image"]
         usable = told if len(told) == 1 else usable
     if len(usable) == 1:
         return usable[0]
@@ -181,24 +181,24 @@ def _batches(file: pq.ParquetFile, name: str) -> Iterator[pa.RecordBatch]:
     if pa.types.is_struct(column.type):
         leaves = [f"{column.leaf}.bytes", *([f"{column.leaf}.path"] if _has_path(column.type) else [])]
     for group in range(file.metadata.num_row_groups):
-        yield from blocks(file, [*leaves, *([key] if key else [])], group)
+        yield from read_blocks(file, [*leaves, *([key] if key else [])], group)
 
 
 def _images(path: str, before: int, batch: pa.RecordBatch, name: str, account: Account) -> Iterator[ImageSample]:
     """The images of a batch that has `before` rows before it."""
     key = _key_column(batch.schema)
-    keys = strings(batch.column(key)) if key else None
+    keys = as_strings(batch.column(key)) if key else None
     column = columns_of(batch.schema)[name]
-    values, rows_N = values_of(batch, column)
+    values, rows_N = flat_values(batch, column)
     if rows_N is not None and len(empty := np.setdiff1d(np.arange(len(batch)), rows_N)):
         reason = "rows of Parquet files without an image in their list"
         account.skip(reason, f"{path}, row {before + empty[0]}", len(empty))
     paths: list[str | None] = [None] * len(values)
     if _has_path(values.type):
-        paths = strings(pc.struct_field(values, "path"))
+        paths = as_strings(pc.struct_field(values, "path"))
     if pa.types.is_struct(values.type):
         values = pc.struct_field(values, "bytes")
-    sizes = lengths(values)
+    sizes = byte_lengths(values)
     rows = list(range(len(batch))) if rows_N is None else rows_N.tolist()
     beside = _beside(path, {i: own for i, own in enumerate(paths) if own and sizes[i] is None}, before, rows, account)
     place, previous = 0, -1

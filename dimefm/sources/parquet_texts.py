@@ -11,22 +11,22 @@ import pyarrow.parquet as pq
 from cache_schemas.plan import SourceFile
 from dimefm.sources.account import Account
 from dimefm.sources.base import TextSample
-from dimefm.sources.json_fields import DEFAULTS, NoColumnError, choose
+from dimefm.sources.json_fields import DEFAULT_COLUMNS, NoColumnError, choose_column
 from dimefm.sources.parquet import (
     Column,
     DamagedParquetError,
-    blocks,
+    as_strings,
     columns_of,
-    damage,
-    element,
+    describe_damage,
+    element_type,
+    flat_values,
     is_bytes,
     is_string,
     open_parquet,
-    strings,
-    values_of,
+    read_blocks,
 )
-from dimefm.sources.text_lines import clean, why_none
-from dimefm.sources.walk_folder import unreadable
+from dimefm.sources.text_lines import clean, why_nothing_left
+from dimefm.sources.walk_folder import cannot_read
 
 
 class ParquetTexts:
@@ -54,7 +54,7 @@ class ParquetTexts:
             file = open_parquet(self._path)
             column = self._column_of(file)
             for group in range(file.metadata.num_row_groups):
-                for batch in blocks(file, [column.leaf], group):
+                for batch in read_blocks(file, [column.leaf], group):
                     for sample in self._sentences(batch, column, rows, account):
                         if "\ufffd" in sample.text:
                             broken += 1
@@ -63,36 +63,36 @@ class ParquetTexts:
             if rows == 0:
                 account.skip("Parquet files without rows", self._path)
         except DamagedParquetError as error:
-            account.problem(damage(self._path, rows, error))
+            account.problem(describe_damage(self._path, rows, error))
         except (OSError, MemoryError) as error:
-            raise unreadable(self._path, error) from error
+            raise cannot_read(self._path, error) from error
         if broken:
             account.problem(f"{self._path}: {broken} sentences are not UTF-8; the bad bytes were replaced")
 
     def _sentences(self, batch: pa.RecordBatch, column: Column, before: int, account: Account) -> Iterator[TextSample]:
         """Those of a batch that has `before` rows before it."""
         name = self._path.rpartition("/")[2]
-        values, rows_N = values_of(batch, column)
+        values, rows_N = flat_values(batch, column)
         if rows_N is not None and len(empty := np.setdiff1d(np.arange(len(batch)), rows_N)):
             reason = "rows of Parquet files without a sentence in their list"
             account.skip(reason, f"{self._path}, row {before + empty[0]}", len(empty))
         rows = range(len(batch)) if rows_N is None else rows_N.tolist()
         place, previous = 0, -1
-        for row, value in zip(rows, strings(values), strict=True):
+        for row, value in zip(rows, as_strings(values), strict=True):
             place, previous = (place + 1 if row == previous else 0), row
             if value is None:
                 account.skip("rows of Parquet files that are null", f"{self._path}, row {before + row}")
             elif not (text := clean(value)):
-                account.skip(f"rows of Parquet files {why_none(value)}", f"{self._path}, row {before + row}")
+                account.skip(f"rows of Parquet files {why_nothing_left(value)}", f"{self._path}, row {before + row}")
             else:
                 key = f"{name}:{before + row}"
                 yield TextSample(key if rows_N is None else f"{key}:{place}", text)
 
     def _column_of(self, file: pq.ParquetFile) -> Column:
         """Columns of bytes, as some programs write strings, and of nothing but null, are taken only by their name."""
-        wanted = DEFAULTS if self._column is None else (self._column,)
+        wanted = DEFAULT_COLUMNS if self._column is None else (self._column,)
         columns = columns_of(file.schema_arrow)
-        kinds = {name: element(column.type) for name, column in columns.items()}
+        kinds = {name: element_type(column.type) for name, column in columns.items()}
         names = [
             name
             for name, kind in kinds.items()
@@ -105,4 +105,4 @@ class ParquetTexts:
             raise NoColumnError(
                 what, f"{self._path}, which has {', '.join(names) or 'no column of strings'}", remedy=remedy
             )
-        return columns[choose(names, self._column, self._path)]
+        return columns[choose_column(names, self._column, self._path)]

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from cache_schemas.plan import SourceFile
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account
-from dimefm.sources.tar import BLOCK, TarMember, first_between
-from dimefm.sources.walk_folder import children
+from dimefm.sources.tar import BLOCK, TarMember, first_member_between
+from dimefm.sources.walk_folder import files_in
 from dimefm.system import storage
 
 _SUFFIXES = (".idx", ".json")
@@ -40,7 +40,7 @@ def find_side_files(tars: Sequence[SourceFile]) -> dict[str, SourceFile]:
     beside: dict[str, SourceFile] = {}
     for folder in {tar.path.rpartition("/")[0] for tar in tars}:
         try:
-            found = children(folder, lambda name: name.endswith(_SUFFIXES), Account())
+            found = files_in(folder, lambda name: name.endswith(_SUFFIXES), Account())
         except SourceError:  # files may be read where listing them is not allowed
             continue
         beside |= {file.path: file for file in found if 0 < file.size < _MOST_BYTES}
@@ -136,7 +136,7 @@ def _check(tar: SourceFile, members: list[TarMember]) -> None:
         raise _UnfitError("its members leave room for others")
     step = max(1, len(members) // _CHECKS)
     for at in sorted({*odd, *range(0, len(members), step), len(members) - 1}):
-        if first_between(tar.path, ends[at], members[at].offset) != members[at]:
+        if first_member_between(tar.path, ends[at], members[at].offset) != members[at]:
             raise _UnfitError(f"{members[at].name!r} is not where it says")
     if any(storage.read_bytes(tar.path, ends[-1], tail)):
         raise _UnfitError("something follows its last member")

@@ -16,7 +16,7 @@ from zlib import adler32
 
 from dimefm.sources.account import Account
 from dimefm.sources.forward_reader import Window, open_window
-from dimefm.sources.walk_folder import unreadable
+from dimefm.sources.walk_folder import cannot_read
 from dimefm.system import storage
 from dimefm.system.first_bytes import HEAD_BYTES, describe
 
@@ -100,14 +100,14 @@ def tar_members(path: str, account: Account) -> Iterator[TarMember]:
             if listing.links:
                 yield from _linked(window, listing)
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise cannot_read(path, error) from error
 
 
 def _instead(head: bytes) -> str | None:
     return describe(head) if head else "an empty file"
 
 
-def first_between(path: str, start: int, stop: int) -> TarMember | None:
+def first_member_between(path: str, start: int, stop: int) -> TarMember | None:
     """The first regular file whose header, and what belongs to it, begins at `start` of a tar and ends by `stop`; None
     for the end mark, or where it follows a link or anything else that is counted. Raises OSError."""
     data = storage.read_bytes(path, start, stop - start)

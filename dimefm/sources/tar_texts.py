@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from cache_schemas.plan import SourceFile
 from dimefm.sources.account import Account
 from dimefm.sources.base import TextSample, split_key
-from dimefm.sources.file_names import HIDDEN_MEMBERS, is_hidden, other_member
+from dimefm.sources.file_names import HIDDEN_MEMBERS, is_hidden_member, why_member_not_read
 from dimefm.sources.forward_reader import open_window
-from dimefm.sources.json_fields import Found, at_field
+from dimefm.sources.json_fields import FieldValue, values_at
 from dimefm.sources.tar import tar_members
-from dimefm.sources.text_lines import NotTextError, as_text, clean, why_none
-from dimefm.sources.walk_folder import unreadable
+from dimefm.sources.text_lines import NotTextError, as_text, clean, why_nothing_left
+from dimefm.sources.walk_folder import cannot_read
 
 _MOST_BYTES = 64 << 20
 
@@ -42,7 +42,7 @@ class TarTexts:
                 for name, offset, size in tar_members(self._path, account):
                     key, extension = split_key(name)
                     place = f"{self._path}: {name}"
-                    if is_hidden(name, key):
+                    if is_hidden_member(name, key):
                         account.skip(HIDDEN_MEMBERS, place)
                     elif extension != wanted:
                         account.skip(_other(extension), place)
@@ -55,7 +55,7 @@ class TarTexts:
                             replaced += "\ufffd" in sample.text
                             yield sample
         except OSError as error:
-            raise unreadable(self._path, error) from error
+            raise cannot_read(self._path, error) from error
         if replaced:
             account.problem(f"{self._path}: {replaced} sentences are not UTF-8; the bad bytes were replaced")
 
@@ -66,9 +66,9 @@ class TarTexts:
         try:
             with as_text(io.BufferedReader(io.BytesIO(data))) as file:
                 if self._column is None:
-                    found: list[Found] = [(str(number), line, "") for number, line in enumerate(file, 1)]
+                    found: list[FieldValue] = [(str(number), line, "") for number, line in enumerate(file, 1)]
                 else:
-                    found = list(at_field(json.load(file), self._column))
+                    found = list(values_at(json.load(file), self._column))
         except NotTextError as error:
             account.skip(f"members of tars that are no text: {error}", place)
         except (ValueError, RecursionError):
@@ -81,9 +81,9 @@ class TarTexts:
                 elif text := clean(value):
                     yield TextSample(key if len(found) == 1 else f"{key}:{where}", text)
                 else:
-                    account.skip(f"{what} {why_none(value)}", place)
+                    account.skip(f"{what} {why_nothing_left(value)}", place)
 
 
 def _other(extension: str) -> str:
     how = " (--column NAME reads a field of them)" if extension == "json" else ""
-    return other_member(extension) + how
+    return why_member_not_read(extension) + how

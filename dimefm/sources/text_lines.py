@@ -15,9 +15,9 @@ from dimefm.images.decode import sniff
 from dimefm.sources.files import open_seekable
 from dimefm.system.first_bytes import describe
 
-BROKEN = (EOFError, zlib.error, OSError, MemoryError)
+READ_ERRORS = (EOFError, zlib.error, OSError, MemoryError)
 """What reading a text file raises where it is damaged or cannot be read; see files.require_damage."""
-EMPTY = "empty files"
+EMPTY_FILES = "empty files"
 """The reason for files without a line, row or element; a header is none."""
 
 _HEAD = 1 << 16  # bytes by which the encoding and the line ends are told
@@ -116,7 +116,7 @@ def _cleaned(text: str) -> str:
     return " ".join(_UNUSABLE.sub(" ", text).split())
 
 
-def why_none(text: str) -> str:
+def why_nothing_left(text: str) -> str:
     """Why nothing is left of a text after `clean`, as what follows `lines`."""
     if "\0" in text:
         return "with NUL bytes in them, which is damage"

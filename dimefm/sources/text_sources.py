@@ -8,24 +8,24 @@ from cache_schemas.plan import SourceFile
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import Joined, Source, TextSample
-from dimefm.sources.file_names import other_file
-from dimefm.sources.files import expand, is_glob, require_damage
+from dimefm.sources.file_names import why_not_read
+from dimefm.sources.files import expand, is_glob, require_damaged
 from dimefm.sources.json_fields import NoColumnError
 from dimefm.sources.json_texts import JsonArray
 from dimefm.sources.parquet_texts import ParquetTexts
 from dimefm.sources.prompts import CLASSNAMES, TEMPLATES, PromptSet
 from dimefm.sources.tar_texts import TarTexts
 from dimefm.sources.text_lines import (
-    BROKEN,
-    EMPTY,
+    EMPTY_FILES,
+    READ_ERRORS,
     NotTextError,
     clean,
     encoding_of,
     open_text,
-    why_none,
+    why_nothing_left,
 )
 from dimefm.sources.text_tables import Delimited, JsonLines, Table
-from dimefm.sources.walk_folder import below, children
+from dimefm.sources.walk_folder import files_below, files_in
 from dimefm.system import storage
 from dimefm.system.inert_text import line
 
@@ -57,15 +57,15 @@ class TextFile:
                             replaced += 1
                         yield TextSample(f"{name}:{number}", text)
                     else:
-                        account.skip(f"lines {why_none(line)}", f"{self._path}:{number}")
+                        account.skip(f"lines {why_nothing_left(line)}", f"{self._path}:{number}")
         except NotTextError as error:
             account.problem(f"{self._path}: {error}; no sentence is taken from it")
-        except BROKEN as error:
-            require_damage(self._path, error)
+        except READ_ERRORS as error:
+            require_damaged(self._path, error)
             account.problem(f"{self._path}: broken after line {number} ({error}); what follows is lost")
         else:
             if number == 0:
-                account.skip(EMPTY, self._path)
+                account.skip(EMPTY_FILES, self._path)
         if tabs > number / 2:
             what = f"{tabs} of {number} lines hold tabs, which become spaces; if it is a table, rename it to .tsv"
             account.problem(f"{self._path}: {what}, and name its column with --column")
@@ -152,7 +152,7 @@ def _file(file: SourceFile, column: str | None, *, found: bool) -> Source[TextSa
     kind = _kind(file.path)
     if kind is None:
         what = (
-            f"{line(file.path)} is neither a {', '.join(_KINDS)} nor a folder, but one of the {other_file(file.path)}"
+            f"{line(file.path)} is neither a {', '.join(_KINDS)} nor a folder, but one of the {why_not_read(file.path)}"
         )
         raise SourceError(what, remedy="give text files or tables; all but .parquet and .tar may be .gz")
     if kind == ".txt":
@@ -163,11 +163,11 @@ def _file(file: SourceFile, column: str | None, *, found: bool) -> Source[TextSa
 
 def _folder(argument: str, path: str, column: str | None, account: Account) -> list[Source[TextSample]]:
     if storage.exists(storage.join(path, CLASSNAMES)):
-        for file in children(path, lambda name: name not in (CLASSNAMES, TEMPLATES), account):
+        for file in files_in(path, lambda name: name not in (CLASSNAMES, TEMPLATES), account):
             account.skip("files of a labelled set beside its class names and templates", file.path)
         return [PromptSet(path)]
     kinds: dict[str | None, list[SourceFile]] = {}
-    for file in _of_a_kind(below(path, account), account):
+    for file in _of_a_kind(files_below(path, account), account):
         kinds.setdefault(_kind(file.path), []).append(file)
     for kind in _BESIDE:
         for file in kinds.pop(kind, ()) if len(kinds) > 1 else ():
@@ -183,7 +183,7 @@ def _of_a_kind(files: list[SourceFile], account: Account) -> list[SourceFile]:
     """Those whose kind is known by their name; the others are counted."""
     for file in files:
         if _kind(file.path) is None:
-            account.skip(other_file(file.path), file.path)
+            account.skip(why_not_read(file.path), file.path)
     return [file for file in files if _kind(file.path) is not None]
 
 

@@ -15,17 +15,25 @@ from typing import Any, TextIO
 from cache_schemas.plan import SourceFile
 from dimefm.sources.account import Account
 from dimefm.sources.base import TextSample
-from dimefm.sources.files import require_damage
-from dimefm.sources.json_fields import DEFAULTS, Found, at_field, choose, names_of
+from dimefm.sources.files import require_damaged
+from dimefm.sources.json_fields import DEFAULT_COLUMNS, FieldValue, choose_column, field_names, values_at
 from dimefm.sources.quoted_rows import Row, csv_rows, delimiter_of, tsv_rows
-from dimefm.sources.text_lines import BROKEN, EMPTY, NotTextError, clean, encoding_of, open_text, why_none
+from dimefm.sources.text_lines import (
+    EMPTY_FILES,
+    READ_ERRORS,
+    NotTextError,
+    clean,
+    encoding_of,
+    open_text,
+    why_nothing_left,
+)
 
 _HEAD = 100  # JSON objects that are looked at for their fields
 _SEPARATOR = re.compile("\ufeff?sep=(.)\r?\n")
 _LONGEST_RECORD = 1000  # lines; a longer one is likely a quote that is never closed
 
 
-class DamagedError(Exception):
+class DamagedTableError(Exception):
     """How a file breaks off, or is not what it claims to be."""
 
 
@@ -46,7 +54,7 @@ class Table:
         """Raises SourceError where the file has no such column, or without one none that is known to hold sentences."""
         try:
             self._open_and_check()
-        except (*BROKEN, NotTextError, csv.Error, DamagedError):
+        except (*READ_ERRORS, NotTextError, csv.Error, DamagedTableError):
             return  # it is reported with the samples
 
     def samples(self, account: Account) -> Iterator[TextSample]:
@@ -62,15 +70,15 @@ class Table:
                         replaced += 1
                     yield TextSample(f"{self._name}:{place}", text)
                 else:
-                    account.skip(f"{self.unit}s {why_none(value)}", f"{self._path}:{place}")
+                    account.skip(f"{self.unit}s {why_nothing_left(value)}", f"{self._path}:{place}")
         except NotTextError as error:
             account.problem(f"{self._path}: {error}; no sentence is taken from it")
-        except (*BROKEN, csv.Error, DamagedError) as error:
-            require_damage(self._path, error)
+        except (*READ_ERRORS, csv.Error, DamagedTableError) as error:
+            require_damaged(self._path, error)
             account.problem(f"{self._path}: broken after {self.unit} {place or 0} ({error}); what follows is lost")
         else:
             if not place:
-                account.skip(EMPTY, self._path)
+                account.skip(EMPTY_FILES, self._path)
         if replaced:
             account.problem(
                 f"{self._path}: {replaced} {self.unit}s are not {self._encoding}; the bad bytes were replaced"
@@ -79,7 +87,7 @@ class Table:
     def _open_and_check(self) -> None:
         raise NotImplementedError
 
-    def _values(self, account: Account) -> Iterator[Found]:
+    def _values(self, account: Account) -> Iterator[FieldValue]:
         raise NotImplementedError
 
 
@@ -92,18 +100,18 @@ class JsonLines(Table):
     def _field(self) -> str:
         """The field, by the first hundred objects; nothing where there is no object."""
         with open_text(self._path) as file:
-            objects = (value for value in map(parsed, file) if isinstance(value, dict))
-            names = names_of(islice(objects, _HEAD))
-        return choose(names, self._column, self._path) if names else ""
+            objects = (value for value in map(parse_json_line, file) if isinstance(value, dict))
+            names = field_names(islice(objects, _HEAD))
+        return choose_column(names, self._column, self._path) if names else ""
 
-    def _values(self, account: Account) -> Iterator[Found]:
+    def _values(self, account: Account) -> Iterator[FieldValue]:
         field = self._field()
         with open_text(self._path) as file:
             self._encoding = encoding_of(file)
             for number, line in enumerate(file, 1):
-                value = parsed(line)
+                value = parse_json_line(line)
                 if isinstance(value, dict):
-                    yield from at_field(value, field, str(number))
+                    yield from values_at(value, field, str(number))
                 elif line.strip() and "\0" not in line:
                     yield str(number), None, "that are no JSON object"
                 else:
@@ -119,7 +127,7 @@ class Delimited(Table):
         for _ in self._values(Account()):
             return
 
-    def _values(self, account: Account) -> Iterator[Found]:
+    def _values(self, account: Account) -> Iterator[FieldValue]:
         number_of_column = self._column if self._column is not None and self._column.isdecimal() else None
         tabs = self._path.lower().removesuffix(".gz").endswith(".tsv")
         with open_text(self._path) as file:
@@ -147,7 +155,7 @@ class Delimited(Table):
         first = next(file, "")
         if match := _SEPARATOR.fullmatch(first):
             return ((number + 1, lines, row) for number, lines, row in csv_rows(file, match[1]))
-        wanted = DEFAULTS if self._column is None else (self._column,)
+        wanted = DEFAULT_COLUMNS if self._column is None else (self._column,)
         return csv_rows(chain([first], file), delimiter_of(first, wanted) if header else ",")
 
     def _place(self, rows: Iterator[Row]) -> int:
@@ -156,10 +164,10 @@ class Delimited(Table):
         if header is None:
             return 0
         names = [name.strip() for name in header]
-        return names.index(choose(names, self._column, self._path, ", or a number for a file without a header"))
+        return names.index(choose_column(names, self._column, self._path, ", or a number for a file without a header"))
 
 
-def parsed(line: str) -> Any:
+def parse_json_line(line: str) -> Any:
     """The value of a line of JSON; None where it is none."""
     try:
         return json.loads(line.lstrip("\ufeff"))

@@ -16,7 +16,7 @@ from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample
 from dimefm.sources.files import open_seekable
 from dimefm.sources.forward_reader import Window, open_window
-from dimefm.sources.walk_folder import unreadable
+from dimefm.sources.walk_folder import cannot_read
 from dimefm.system import storage
 
 SUFFIX, INDEX_SUFFIX = ".tsv", ".lineidx"
@@ -56,7 +56,7 @@ class TsvImages:
                     continue
                 yield from _in_file(file, account)
             except OSError as error:
-                raise unreadable(file.path, error) from error
+                raise cannot_read(file.path, error) from error
 
 
 def _may_hold_images(file: SourceFile) -> bool:

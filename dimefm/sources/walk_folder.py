@@ -22,21 +22,21 @@ from dimefm.sources.account import Account
 from dimefm.system import storage
 from dimefm.system.inert_text import line
 
-CHAINED = "names with :: in them, by which URLs are chained (rename them)"
+CHAINED_NAMES = "names with :: in them, by which URLs are chained (rename them)"
 _HIDDEN_FILES, _HIDDEN_FOLDERS = "hidden files", "hidden folders"
 _SYSTEM_FOLDERS = "folders of thumbnails, of deleted files or of unfinished output (name one to use what is in it)"
 _SYSTEM = frozenset({
     *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "$RECYCLE.BIN"),
     *("System Volume Information", "__MACOSX", "_temporary"),
 })  # fmt: skip
-NOT_UTF8 = "names that are not UTF-8 (rename them)"
+NOT_UTF8_NAMES = "names that are not UTF-8 (rename them)"
 _GONE = "links to what is not there"
 _MODIFIED = ("LastModified", "last_modified", "mtime", "updated", "modified")  # as s3fs, adlfs, gcsfs, ... call it
 _Folder = tuple[str, frozenset[tuple[int, int]]]
 """A folder, and what tells it and those it was reached through from all others: device and number."""
 
 
-def below(folder: str, account: Account) -> list[SourceFile]:
+def files_below(folder: str, account: Account) -> list[SourceFile]:
     """The files in a folder and in all folders below it, sorted by path. What is passed over goes into `account`.
 
     Raises SourceError for what is there and cannot be read, and for links into folders that are not there: it would be
@@ -47,7 +47,7 @@ def below(folder: str, account: Account) -> list[SourceFile]:
     return sorted(_walk(folder, account, deep=True))
 
 
-def children(folder: str, keep: Callable[[str], bool], account: Account) -> list[SourceFile]:
+def files_in(folder: str, keep: Callable[[str], bool], account: Account) -> list[SourceFile]:
     """As `below`, the files in the folder itself whose name `keep` wants."""
     if storage.is_url(folder):
         found = _at_url(folder, account, lambda fs, inner: fs.ls(inner, detail=True))
@@ -63,12 +63,12 @@ def _walk(root: str, account: Account, *, deep: bool) -> Iterator[SourceFile]:
         for entry in _entries(folder, account, is_root=folder == root):
             path = f"{folder.rstrip('/')}/{entry.name}"
             if not is_utf8(entry.name):
-                account.skip(NOT_UTF8, shown(path))
+                account.skip(NOT_UTF8_NAMES, escape_bytes(path))
                 continue
-            if is_private(entry.name) and (reason := passed_over(entry.name, folder=is_folder(entry))):
+            if is_private(entry.name) and (reason := why_passed_over(entry.name, folder=is_folder(entry))):
                 account.skip(reason, path)
                 continue
-            status = look(path, account, lost)
+            status = stat_listed(path, account, lost)
             if status is None:
                 continue
             if stat.S_ISREG(status.st_mode):
@@ -81,7 +81,7 @@ def _walk(root: str, account: Account, *, deep: bool) -> Iterator[SourceFile]:
                     account.skip("links back to a folder that they are in", path)
                 else:
                     waiting.append((path, above | {identity}))
-    require_reached(lost)
+    require_link_targets(lost)
 
 
 def _root(folder: str) -> _Folder:
@@ -100,22 +100,22 @@ def _entries(folder: str, account: Account, *, is_root: bool) -> list[os.DirEntr
     except FileNotFoundError as error:
         if is_root:
             return []
-        raise unreadable(folder, error) from error
+        raise cannot_read(folder, error) from error
     except OSError as error:
         if _is_lost_and_found(folder, error):
             account.skip("folders called lost+found, which are the file system's", folder)
             return []
-        raise unreadable(folder, error) from error
+        raise cannot_read(folder, error) from error
 
 
-def look(path: str, account: Account, lost: list[str]) -> os.stat_result | None:
+def stat_listed(path: str, account: Account, lost: list[str]) -> os.stat_result | None:
     """The status of a local path that was listed; None where it is passed over. Links into folders that are not there
     are put into `lost`."""
     try:
         return os.stat(path)  # noqa: PTH116
     except FileNotFoundError as error:
         if not os.path.islink(path):  # noqa: PTH114
-            raise unreadable(path, error) from error
+            raise cannot_read(path, error) from error
         if os.path.exists(os.path.dirname(os.path.realpath(path))):  # noqa: PTH110, PTH120
             account.skip(_GONE, path)
         else:
@@ -126,11 +126,11 @@ def look(path: str, account: Account, lost: list[str]) -> os.stat_result | None:
         elif _is_lost_and_found(path, error):
             account.skip("folders called lost+found, which are the file system's", path)
         else:
-            raise unreadable(path, error) from error
+            raise cannot_read(path, error) from error
     return None
 
 
-def require_reached(lost: list[str]) -> None:
+def require_link_targets(lost: list[str]) -> None:
     """Raises SourceError for links into folders that are not there: a disk that is not mounted looks like that."""
     if lost:
         where = f"{line(lost[0])} -> {line(os.path.realpath(lost[0]))}"
@@ -149,7 +149,7 @@ def is_private(name: str) -> bool:
     return name.startswith(".") or name in _SYSTEM
 
 
-def passed_over(name: str, *, folder: bool) -> str | None:
+def why_passed_over(name: str, *, folder: bool) -> str | None:
     """Why a file or folder of this name is used only where it is named; None where it is an ordinary one."""
     if name.startswith("."):
         return _HIDDEN_FOLDERS if folder else _HIDDEN_FILES
@@ -172,7 +172,7 @@ def is_utf8(name: str) -> bool:
         return False
 
 
-def shown(path: str) -> str:
+def escape_bytes(path: str) -> str:
     """A path with bytes that are not UTF-8 as \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
@@ -184,7 +184,7 @@ def _at_url(folder: str, account: Account, listing: Callable[[Any, str], Any]) -
     except FileNotFoundError:
         return []
     except Exception as error:
-        raise unreadable(folder, error) from error
+        raise cannot_read(folder, error) from error
     root, files, private = fs.unstrip_protocol(inner).rstrip("/"), [], dict[str, str]()
     for info in found:
         path = fs.unstrip_protocol(info["name"])
@@ -192,20 +192,20 @@ def _at_url(folder: str, account: Account, listing: Callable[[Any, str], Any]) -
         if info["type"] != "file" or not parts[-1]:  # no name: the mark that S3 consoles put into a folder they make
             continue
         for at, part in enumerate(parts, 1):
-            if is_private(part) and (reason := passed_over(part, folder=at < len(parts))):
+            if is_private(part) and (reason := why_passed_over(part, folder=at < len(parts))):
                 private["/".join((root, *parts[:at]))] = reason
                 break
         else:
             if "::" in path:
-                account.skip(CHAINED, path)
+                account.skip(CHAINED_NAMES, path)
             else:
-                files.append(from_info(path, info))
+                files.append(file_at_url(path, info))
     for place, reason in sorted(private.items()):
         account.skip(reason, place)
     return sorted(files)
 
 
-def from_info(path: str, info: dict[str, Any]) -> SourceFile:
+def file_at_url(path: str, info: dict[str, Any]) -> SourceFile:
     """A file at a URL by what fsspec knows of it. Raises SourceError for a name that is a chained URL, which could be
     planned, and then never be opened."""
     if "::" in path:
@@ -221,7 +221,7 @@ def from_info(path: str, info: dict[str, Any]) -> SourceFile:
     return SourceFile(path, int(info["size"] or 0), int(seconds) * 10**9)
 
 
-def unreadable(path: str, error: Exception) -> SourceError:
+def cannot_read(path: str, error: Exception) -> SourceError:
     """Storage that does not answer, or refuses, or memory that ran out: planned without what is there, it would be
     missing for good."""
     if isinstance(error, MemoryError):

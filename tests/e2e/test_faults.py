@@ -24,7 +24,7 @@ from dimefm.caching.encode_shard import encode_shard
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.cli import cli
 from dimefm.errors import SourceError, StoreError
-from dimefm.images.decode import DecodeError, decode
+from dimefm.images.decode import DecodeError, decode_fast
 from dimefm.inspection.verify import VerifyConfig, verify
 from dimefm.models.clip import Clip
 from dimefm.retrieval.build_index import PartTask, build_part
@@ -415,7 +415,7 @@ def measured(path: Path) -> tuple[str, int]:
     """What decoding the file ends with, and by how many MiB the most memory that this process ever had grows."""
     before = peak()
     try:
-        decode(path.read_bytes())
+        decode_fast(path.read_bytes())
         status = "OK"
     except DecodeError as error:
         status = error.status.name
@@ -423,7 +423,7 @@ def measured(path: Path) -> tuple[str, int]:
 
 
 def peak() -> int:
-    decode(make_jpeg())  # loads what any image needs
+    decode_fast(make_jpeg())  # loads what any image needs
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 

@@ -23,7 +23,7 @@ from dimefm.images.decode import (
     FORMATS,
     MAX_PIXELS,
     DecodeError,
-    decode,
+    decode_fast,
     decode_rgb,
     decode_scaled,
     jpeg_size,
@@ -49,7 +49,7 @@ def huge_png(width: int, height: int) -> bytes:
 
 def failure(data: bytes) -> tuple[Status, str]:
     with pytest.raises(DecodeError) as caught:
-        decode(data)
+        decode_fast(data)
     return caught.value.status, str(caught.value)
 
 
@@ -223,7 +223,7 @@ def of_pillow(data: bytes) -> np.ndarray:
 )
 def test_a_jpeg_has_the_pixels_that_pillow_gives(size: tuple[int, int], options: dict[str, object]) -> None:
     data = encoded(picture(size), "JPEG", **options)
-    assert isinstance(decode(data), torch.Tensor)
+    assert isinstance(decode_fast(data), torch.Tensor)
     assert np.array_equal(pixels(data), of_pillow(data))
 
 
@@ -245,7 +245,7 @@ RARE = {
 def test_a_jpeg_of_a_rare_kind_has_the_pixels_that_pillow_gives(name: str) -> None:
     """simplejpeg has no name for the one, and cannot decode the other."""
     data = base64.b64decode(_TABLES + RARE[name])
-    assert isinstance(decode(data), torch.Tensor)
+    assert isinstance(decode_fast(data), torch.Tensor)
     assert np.array_equal(pixels(data), of_pillow(data))
     assert jpeg_size(data) is None
     assert np.array_equal(decode_scaled(data, (16, 12), 1.0).permute(1, 2, 0), of_pillow(data))

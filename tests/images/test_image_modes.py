@@ -15,7 +15,7 @@ from PIL.TiffImagePlugin import OPEN_INFO
 
 from cache_schemas import Preprocessing, Status
 from dimefm.caching.gpu_image_loader import GpuPreprocess
-from dimefm.images.decode import DecodeError, _formats, decode, decode_pillow, decode_rgb
+from dimefm.images.decode import DecodeError, _formats, decode_fast, decode_pillow, decode_rgb
 from dimefm.images.image_modes import eight_bit
 from dimefm.images.preprocess import Preprocess
 from tests.making import encoded, picture
@@ -71,7 +71,7 @@ def pixels(data: bytes) -> np.ndarray[Any, Any]:
 
 def reason(data: bytes) -> str:
     with pytest.raises(DecodeError) as caught:
-        decode(data)
+        decode_fast(data)
     assert caught.value.status == Status.UNDECODABLE
     return str(caught.value)
 

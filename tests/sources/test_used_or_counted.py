@@ -15,7 +15,7 @@ from dimefm.caching.sentences import SentenceRules, tidy
 from dimefm.errors import SourceError
 from dimefm.inspection.info import describe
 from dimefm.models.clip import Clip
-from dimefm.sources.account import Account, show
+from dimefm.sources.account import Account, describe_skipped
 from dimefm.sources.image_sources import open_image_source
 from dimefm.sources.text_sources import open_text_source
 from tests.making import encoded, make_jpeg, picture, write_parquet, write_tar, write_tsv
@@ -249,4 +249,4 @@ def test_the_plan_holds_what_is_counted(tmp_path: Path, clip: Clip) -> None:
     shown = describe(str(tmp_path / "s.zarr"))
     assert used
     assert account.skipped()
-    assert all(show(one) in shown for one in account.skipped())
+    assert all(describe_skipped(one) in shown for one in account.skipped())

@@ -19,7 +19,7 @@ from cache_schemas.embedding_store import pixels_path
 from dimefm.caching.encode_shard import encode_shard
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.errors import MismatchError, StoreError, TrainingError
-from dimefm.images.decode import DecodeError, decode, decode_rgb
+from dimefm.images.decode import DecodeError, decode_fast, decode_rgb
 from dimefm.images.small_jpeg import small_jpeg
 from dimefm.models.clip import Clip
 from dimefm.store.embedding_store import Store
@@ -166,7 +166,7 @@ def test_an_image_longer_than_any_jpeg_fails_alone(tmp_path: Path, clip: Clip) -
     found = cached("image", tar, tmp_path / "s.zarr", clip, pixels=SIDE)
     assert [Status(code).name for code in found.status()] == ["TOO_LARGE", "OK"]
     with pytest.raises(DecodeError, match="66000 x 60 is more than the 65,500 pixels a side of a JPEG"):
-        small_jpeg(strip, decode(strip), SIDE)
+        small_jpeg(strip, decode_fast(strip), SIDE)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -238,4 +238,4 @@ def test_texts_have_no_pixels(text_store: Store) -> None:
 
 def test_the_first_member_of_a_real_tar_is_its_first_image(orphan: Store, image_tar: Path) -> None:
     first = next(iter(read_tar(image_tar, 1).values()))
-    assert samples(orphan)[0] == (0, small_jpeg(first, decode(first), SIDE))
+    assert samples(orphan)[0] == (0, small_jpeg(first, decode_fast(first), SIDE))
