@@ -19,7 +19,7 @@ from dimefm.training.optimizer import adamw
 from dimefm.training.row_order import Order
 from dimefm.training.run_log import read_metrics
 from dimefm.training.text_bank import TextBank
-from dimefm.training.tower_trainer import Learner
+from dimefm.training.tower_trainer import TowerTrainer
 from dimefm.training.train import train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,7 +75,7 @@ def by_texts(
 
     objective = Objective(LossConfig(vl=0.7, pvl=0.3), teacher_scale=100.0, dim=spec.embed_dim, mean_D=None)
     place = Place(0, 1, device)
-    learner = Learner(bare.module, objective, place, prepare=lambda images: images, precision=precision)
+    learner = TowerTrainer(bare.module, objective, place, prepare=lambda images: images, precision=precision)
     optimizer = adamw([bare.module], lr=1e-5, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
     teacher, scaler = unit(len(bare.images)), torch.amp.GradScaler(device.type, enabled=False)
 

@@ -20,7 +20,7 @@ from benchmarks.training_steps import BareStep, by_texts, loop_lines, target_sec
 from dimefm.models.towers import student_spec
 from dimefm.store.embedding_store import Store
 from dimefm.system.machine import choose_precision
-from dimefm.training.machine_settings import loaders
+from dimefm.training.machine_settings import choose_loaders
 from dimefm.training.recipes import paper
 
 _STEPS = 10  # of the bare step, timed as one
@@ -41,7 +41,7 @@ def training(kit: Kit) -> None:
     used = 3 * Tower(kit, bare.module, (spec.image_size,) * 2).share(rate, precision)
     at = f"{what}: {used:.0%} of the peak, the backward pass counted as two forward ones"
     kit.line("bare step", rate, "images/s", at)
-    workers, ahead = loaders(None, device.type, sizes.train_batch * 3 * spec.image_size**2)
+    workers, ahead = choose_loaders(None, device.type, sizes.train_batch * 3 * spec.image_size**2)
     at = f"{what}, T = B, {workers} loader processes, each {ahead} batches ahead"
     for side, name in ((TINY, "tiny"), (KEPT, f"decoded from kept JPEGs of {KEPT} px")):
         found, waited, late = loops[side]

@@ -19,8 +19,8 @@ from cache_schemas import Commit, EmbeddingStore, Status
 from cache_schemas.identity import Precision
 from dimefm.caching.encode_shard import check_canary, encode_shard, retry_shard
 from dimefm.caching.speed import PROBE_ROWS, measure
-from dimefm.errors import MismatchError, SourceError, TeacherError, UnreadableError
-from dimefm.models.clip import Clip, load_clip
+from dimefm.errors import SourceError, TeacherError, UnreadableError
+from dimefm.models.clip import Clip, load_clip, require_teacher
 from dimefm.models.hub import cached_first
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import failed_counts, require_embeddings
@@ -86,10 +86,7 @@ class Worker:
         clip = self._clip
         if clip is None:
             clip = self._clip = _load(job, schema)
-        differences = schema.teacher.differences(clip.identity)
-        if differences:
-            what = f"{job.teacher} is not the teacher of {job.store}: {'; '.join(differences)}"
-            raise MismatchError(what, remedy="name the teacher that the store was begun with")
+        require_teacher(clip, schema.teacher, job.store, remedy="name the teacher that the store was begun with")
         if job.compile:
             clip.compile(schema.batch_size)
         self._threads, note = threads, None

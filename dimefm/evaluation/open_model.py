@@ -11,8 +11,7 @@ from cache_schemas.identity import Precision
 from cache_schemas.run import RUN_FILE
 from dimefm.export.export_student import export
 from dimefm.models.clip import Clip, load_clip
-from dimefm.models.hub import require_here
-from dimefm.models.open_clip_folder import CONFIG_FILE
+from dimefm.models.hub import CONFIG_FILE, require_cached
 from dimefm.models.pretraining import Trained
 
 
@@ -34,7 +33,7 @@ def open_model(
     if (folder / RUN_FILE).exists():
         with tempfile.TemporaryDirectory() as temporary:
             exported = export(model, f"{temporary}/student", checkpoint=checkpoint, weights=weights)
-            require_here(f"local-dir:{exported}", model)  # its towers are those that the run describes
+            require_cached(f"local-dir:{exported}", model)  # its towers are those that the run describes
             yield load_clip(f"local-dir:{exported}", trained=trained, precision=precision, device=device)
         return
     name = f"local-dir:{model}" if (folder / CONFIG_FILE).exists() else model

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from cache_schemas import Run
-from dimefm.errors import MismatchError, StoreError
-from dimefm.models.clip import load_clip
-from dimefm.models.hub import require_here
+from dimefm.errors import StoreError
+from dimefm.models.clip import load_clip, require_teacher
+from dimefm.models.hub import require_cached
 from dimefm.models.open_clip_folder import beside_text_tower, publish_folder
 from dimefm.models.towers import student_preprocessing, tokenizer_of
 from dimefm.system import storage
@@ -44,7 +44,7 @@ def export(
         raise StoreError(f"{run} has no {checkpoint} checkpoint", remedy="dimefm info RUN lists them")
     image = {f"visual.{name}": value for name, value in _chosen(run, state["image"], weights).items()}
     if document.text_student:
-        require_here(document.text_student.name, run)
+        require_cached(document.text_student.name, run)
         text = {f"text.{name}": value for name, value in _chosen(run, state["text"], weights).items()}
         preprocessing = asdict(student_preprocessing(document.student))
         config = {"model_cfg": _own_config(document), "preprocess_cfg": preprocessing}
@@ -54,12 +54,10 @@ def export(
         return out
     name, tag = teacher or document.teacher.name, pretrained or document.teacher.pretrained
     if not teacher:
-        require_here(name, run)
+        require_cached(name, run)
     clip = load_clip(name, tag, known=document.teacher, precision="fp32", device="cpu")
-    differences = document.teacher.differences(clip.identity, ignore=("precision",))
-    if differences:
-        what = f"{clip.identity.name} is not the teacher of {run}: {'; '.join(differences)}"
-        raise MismatchError(what, remedy="name the teacher with --teacher and --pretrained")
+    remedy = "name the teacher with --teacher and --pretrained"
+    require_teacher(clip, document.teacher, run, remedy=remedy, any_precision=True)
     config, text = beside_text_tower(clip, document.student)
     if (learned := state["image"]["objective"].get("log_scale")) is not None:
         text["logit_scale"] = learned.to(text["logit_scale"])

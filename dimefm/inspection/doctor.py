@@ -204,13 +204,13 @@ def _tried(name: str, facts: Callable[[], str], remedy: str) -> Finding:
 
 def _defaults() -> list[tuple[str, str]]:
     from dimefm.models.clip import teacher_precision
-    from dimefm.training.machine_settings import choose_threads, loaders
+    from dimefm.training.machine_settings import choose_loaders, choose_threads
     from dimefm.training.recipes import RECIPES
 
     device = machine.choose_device(None)
     sizes = ((name, recipe("", "", "")) for name, recipe in RECIPES.items())
     readers = ", ".join(
-        f"{loaders(None, device, config.batch_size * 3 * (config.image_size or 224) ** 2)[0]} ({name})"
+        f"{choose_loaders(None, device, config.batch_size * 3 * (config.image_size or 224) ** 2)[0]} ({name})"
         for name, config in sizes
     )
     return [

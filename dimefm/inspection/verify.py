@@ -26,9 +26,9 @@ from cache_schemas.embedding_store import (
 from cache_schemas.plan import FILES_TABLE
 from dimefm.caching.encode_shard import compare_again
 from dimefm.caching.repeats import as_array, repeats
-from dimefm.errors import DimefmError, StoreError, UnreadableError
-from dimefm.models.clip import load_clip
-from dimefm.models.hub import require_here
+from dimefm.errors import DimefmError, MismatchError, StoreError, UnreadableError
+from dimefm.models.clip import load_clip, require_teacher
+from dimefm.models.hub import require_cached
 from dimefm.store.commit import remove_commit
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import failures_by_status
@@ -276,11 +276,12 @@ def _check_teacher(store: Store, config: VerifyConfig, report: Report) -> None:
     known = store.schema.teacher
     name, tag = config.teacher or known.name, config.pretrained if config.teacher else known.pretrained
     if not config.teacher:
-        require_here(name, store.path)
+        require_cached(name, store.path)
     clip = load_clip(name, tag, known=known, precision=known.precision)
-    differences = known.differences(clip.identity)
-    if differences:
-        report.faults.append(f"{name} is not the teacher of the store: {'; '.join(differences)}")
+    try:
+        require_teacher(clip, known, "the store", remedy="name it with --teacher and --pretrained")
+    except MismatchError as error:
+        report.faults.append(error.what)
         return
     found = compare_again(store, clip, chosen)
     gone = [one for one in found if math.isnan(one[2])]

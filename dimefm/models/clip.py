@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from cache_schemas import Preprocessing, TeacherIdentity
 from cache_schemas.identity import Precision
-from dimefm.errors import TeacherError
+from dimefm.errors import MismatchError, TeacherError
 from dimefm.images.preprocess import normalise
 from dimefm.models.hub import fetch_weights, require_plain_tokenizer
 from dimefm.models.pretraining import Trained, facts_of_config, facts_of_weights, other_activation
@@ -32,12 +32,12 @@ from dimefm.models.tokenizer import fast_tokenizer, open_tokenizer
 from dimefm.models.towers import has_convolutions
 from dimefm.system import storage
 from dimefm.system.machine import choose_device
+from dimefm.system.matrix_products import DTYPES
 from dimefm.system.transfer import Transfer
 
 _SAME = 1e-4  # between unit vectors: above the rounding of float32, far below a change of any use
 _CONFIGURED = ("local-dir:", "hf-hub:")  # names of what brings a config with it
 _DECODER = "multimodal_cfg"  # of a CoCa's config
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Clip:
@@ -54,7 +54,7 @@ class Clip:
         self.model_cfg = model_cfg
         self.device = torch.device(device)
         self.tokenizer, self._tokenize = tokenizer, fast_tokenizer(tokenizer)
-        self._dtype = _DTYPES[identity.precision]
+        self._dtype = DTYPES[identity.precision]
         self.model: Any = _hold(model.eval().requires_grad_(False), self._dtype).to(self.device)
         self._transfer = Transfer(self.device)
         self._layout = torch.channels_last if has_convolutions(self.model.visual) else torch.contiguous_format
@@ -226,6 +226,19 @@ def load_clip(
         model, name, pretrained, model_cfg, precision=precision, device=device, preprocessing=preprocessing,
         preprocessing_from=facts.origin,
     )  # fmt: skip
+
+
+def require_teacher(
+    clip: Clip, known: TeacherIdentity, where: str, *, remedy: str, any_precision: bool = False
+) -> None:
+    """Raises MismatchError unless `clip` is the teacher `known`, whose embeddings `where` has or was trained on.
+
+    With `any_precision` its matrix products may be in another precision than they were then.
+    """
+    differences = known.differences(clip.identity, ignore=("precision",) if any_precision else ())
+    if differences:
+        what = f"{clip.identity.name} is not the teacher of {where}: {'; '.join(differences)}"
+        raise MismatchError(what, remedy=remedy)
 
 
 def _without_decoder(coca: Any, model_cfg: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -15,17 +15,15 @@ from safetensors.torch import load_file
 
 from cache_schemas import StudentSpec
 from dimefm.errors import TrainingError
-from dimefm.models.hub import preprocess_config
-from dimefm.models.pretraining import agreed, tags_of
+from dimefm.models.hub import WEIGHTS_FILE, preprocess_config
+from dimefm.models.pretraining import agreeing_fields, tags_of
 from dimefm.models.towers import has_activation
 
 _PROJECTION = ("proj", "head.", "trunk.head.weight", "trunk.head.bias", "trunk.head.fc.")
 """What may stay random: of the width of another teacher, or missing in a tower that was not a CLIP's."""
 
-_WEIGHTS_FILE = "open_clip_model.safetensors"
 
-
-def with_initial(
+def fit_to_first_weights(
     spec: StudentSpec,
     init: str,
     *,
@@ -33,8 +31,9 @@ def with_initial(
     std: tuple[float, ...] | None = None,
     activation: str | None = None,
 ) -> StudentSpec:
-    """The student with the mean and std that its first weights `init` (as for `load_initial`) were trained with, rather
-    than those of its teacher: it need not share them. `mean`, `std` and `activation` are what the user says of a file.
+    """The student with the mean and std that its first weights were trained with, in place of its teacher's.
+
+    `init` is as for `load_first_weights`; `mean`, `std` and `activation` are what the user says of a file.
 
     Raises TrainingError where the weights were trained with another activation than the teacher's, which the student
     has to have; and where something of this is neither said nor follows from known weights that fit the tower.
@@ -80,7 +79,7 @@ def _trained_with(name: str, init: str) -> tuple[dict[str, Any] | None, bool]:
         cfgs = [tags_of(name)[init]]
     else:
         return None, False
-    found = {field: value for field, value in agreed(cfgs).items() if field in ("mean", "std")}
+    found = {field: value for field, value in agreeing_fields(cfgs).items() if field in ("mean", "std")}
     activations = {_activation(cfg) for cfg in cfgs}
     return found | ({"activation": activations.pop()} if len(activations) == 1 else {}), is_file
 
@@ -101,7 +100,7 @@ def _of_timm(cfg: Any) -> dict[str, Any]:
     return {"mean": cfg.mean, "std": cfg.std}
 
 
-def load_initial(module: Any, spec: StudentSpec, init: str) -> list[str]:
+def load_first_weights(module: Any, spec: StudentSpec, init: str) -> list[str]:
     """Load weights into the image tower; the names of the tensors that stay random, all of the projection.
 
     `init` is a tag of open_clip for the student's model, ``timm`` for timm's pretrained weights of it, a .safetensors
@@ -139,7 +138,7 @@ def _read(spec: StudentSpec, init: str) -> dict[str, torch.Tensor]:
     path = Path(init.removeprefix("local-dir:"))
     try:
         if path.is_dir():
-            return load_file(path / _WEIGHTS_FILE)
+            return load_file(path / WEIGHTS_FILE)
         if path.suffix == ".safetensors" and path.exists():
             return load_file(path)
         if path.exists():

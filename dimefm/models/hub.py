@@ -16,8 +16,10 @@ from dimefm.errors import TeacherError
 
 _T = TypeVar("_T")
 
-_CONFIG = "open_clip_config.json"
-_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+"""What an open_clip model consists of, in a repository of the Hub as in a folder."""
+
+_OTHER_WEIGHTS = ("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")  # of older repositories
 _HUB = ("hf-hub:", "hf_hub:")
 _TOKENIZER = frozenset(
     ("clean", "strip_sep_token", "language", "reduction_mask", "additional_special_tokens", "use_fast", "padding_side",
@@ -25,13 +27,14 @@ _TOKENIZER = frozenset(
 )  # fmt: skip
 
 
-def require_here(name: str, where: str) -> None:
+def require_cached(name: str, where: str) -> None:
     """Raises TeacherError if to load `name`, which the document `where` names, would fetch a model from a hub for the
     first time: hf-hub: names, and what the config of a folder names, must be in the cache of huggingface_hub. The names
     and tags of open_clip's own list lead to where open_clip says, and are not asked about."""
     if name.startswith(_HUB[0]):
         repository = name.removeprefix(_HUB[0])
-        if not (_cached(repository, _CONFIG) and any(_cached(repository, file) for file in _WEIGHTS)):
+        weights = (WEIGHTS_FILE, *_OTHER_WEIGHTS)
+        if not (_cached(repository, CONFIG_FILE) and any(_cached(repository, file) for file in weights)):
             raise _not_here(name, name, where)
     if name.startswith(("hf-hub:", "local-dir:")):
         try:
@@ -47,7 +50,7 @@ def require_plain_tokenizer(name: str, model_cfg: Mapping[str, Any]) -> None:
     unknown = sorted(model_cfg.get("text_cfg", {}).get("tokenizer_kwargs", {}).keys() - _TOKENIZER)
     if unknown:
         what = f"the config of {name} hands its tokenizer {', '.join(unknown)}, which could fetch or run something"
-        raise TeacherError(what, remedy=f"take that out of tokenizer_kwargs in its {_CONFIG}")
+        raise TeacherError(what, remedy=f"take that out of tokenizer_kwargs in its {CONFIG_FILE}")
 
 
 @contextmanager
@@ -82,8 +85,10 @@ def fetch_weights(name: str) -> None:
 def preprocess_config(name: str) -> dict[str, Any]:
     """What the config of ``hf-hub:ORG/MODEL`` or ``local-dir:FOLDER``, which open_clip has read, says of images."""
     where, _, model = name.partition(":")
-    path = factory.download_pretrained_from_hf(model, filename=_CONFIG) if where == "hf-hub" else Path(model, _CONFIG)
-    return json.loads(Path(path).read_text(encoding="utf-8")).get("preprocess_cfg") or {}
+    path = Path(model, CONFIG_FILE)
+    if where == "hf-hub":
+        path = Path(factory.download_pretrained_from_hf(model, filename=CONFIG_FILE))
+    return json.loads(path.read_text(encoding="utf-8")).get("preprocess_cfg") or {}
 
 
 def _require_towers_here(config: Mapping[str, Any], name: str, where: str) -> None:

@@ -18,10 +18,9 @@ from safetensors.torch import save_file
 from cache_schemas import StudentSpec
 from dimefm.errors import OutputExistsError
 from dimefm.models.clip import Clip
+from dimefm.models.hub import CONFIG_FILE, WEIGHTS_FILE
 from dimefm.models.towers import student_preprocessing
 from dimefm.system import storage
-
-CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 
 
 def beside_text_tower(clip: Clip, spec: StudentSpec) -> tuple[dict[str, Any], dict[str, Any]]:

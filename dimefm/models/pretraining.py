@@ -75,7 +75,7 @@ def facts_of_weights(name: str, pretrained: str, said: Trained, known: TeacherId
     if open_clip.get_model_config(name) is None or not Path(pretrained).is_file():
         return Facts({}, None)  # it cannot be loaded either
     tags = tags_of(name)
-    values, origin = _fill({}, said, known, agreed(tags.values()), f"{_count(tags)} of {name}")
+    values, origin = _fill({}, said, known, agreeing_fields(tags.values()), f"{_count(tags)} of {name}")
     lacking = [field for field in PREPARING if field not in values]
     unsaid = [_preparing_unsaid(lacking, _why(name, tags, lacking))] if lacking else []
     unsaid += _activation_unsaid(name, pretrained, said.activation or (known.activation if known else None), tags)
@@ -118,7 +118,7 @@ def tags_of(name: str) -> dict[str, dict[str, Any]]:
     return cfgs
 
 
-def agreed(cfgs: Collection[Mapping[str, Any]]) -> dict[str, Any]:
+def agreeing_fields(cfgs: Collection[Mapping[str, Any]]) -> dict[str, Any]:
     """Each field of PREPARING that all of one or more have the same value of."""
     first, *others = cfgs or [{}]
     same = [f for f in PREPARING if f in first and all(cfg.get(f) == first[f] for cfg in others)]

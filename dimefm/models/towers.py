@@ -56,7 +56,7 @@ def _alone(tower_cfg: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in tower_cfg.items() if name != "output_tokens"}
 
 
-def note_preparing(spec: StudentSpec, teacher: TeacherIdentity) -> list[str]:
+def notes_on_preparation(spec: StudentSpec, teacher: TeacherIdentity) -> list[str]:
     """What to say where a student's images are not prepared as its teacher's are."""
     theirs, notes = teacher.preprocessing, []
     for field in ("mean", "std"):

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from cache_schemas.index import SIDECAR_FILE
-from dimefm.errors import MismatchError, SourceError, StoreError, TeacherError
+from dimefm.errors import SourceError, StoreError, TeacherError
 from dimefm.images.decode import DecodeError
 from dimefm.images.preprocess import Preprocess
-from dimefm.models.clip import Clip, load_clip
-from dimefm.models.hub import require_here
+from dimefm.models.clip import Clip, load_clip, require_teacher
+from dimefm.models.hub import require_cached
 from dimefm.retrieval.open_search import open_search
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import require_embeddings
@@ -99,7 +99,7 @@ def _open_store(path: str) -> Store:
 def _teacher(store: Store, teacher: str | None, pretrained: str | None, device: str | None) -> Clip:
     known, remedy = store.schema.teacher, "give --teacher, where that of the store is now"
     if not teacher:
-        require_here(known.name, store.path)
+        require_cached(known.name, store.path)
     try:
         name, tag = teacher or known.name, pretrained if teacher else known.pretrained
         clip = load_clip(name, tag, known=known, device=device)
@@ -107,10 +107,7 @@ def _teacher(store: Store, teacher: str | None, pretrained: str | None, device: 
         if teacher:
             raise
         raise TeacherError(error.what, remedy=remedy) from error
-    differences = known.differences(clip.identity, ignore=("precision",))
-    if differences:
-        what = f"{clip.identity.name} is not the teacher of {store.path}: {'; '.join(differences)}"
-        raise MismatchError(what, remedy=remedy)
+    require_teacher(clip, known, store.path, remedy=remedy, any_precision=True)
     return clip
 
 

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The numbers that products are computed in, by the name of a precision."""
+
 
 @contextmanager
 def tf32(device: torch.device) -> Iterator[None]:

@@ -105,7 +105,7 @@ class Checkpoints:
         return sorted(int(m[1]) for p in names if (m := _NAME.fullmatch(p.name)))
 
 
-class Saving:
+class CheckpointWriter:
     """Checkpoints that a thread writes while training goes on. The end of a `with` waits for the last of them.
 
     A StoreError in the thread is raised by whichever method is called next.

@@ -135,7 +135,7 @@ def logsumexp_over_all(value: torch.Tensor, place: Place) -> torch.Tensor:
     return largest + total.log()
 
 
-def require_same(step: int, place: Place) -> int:
+def require_same_step(step: int, place: Place) -> int:
     """`step`, if all processes go on from the same one. Raises TrainingError otherwise: they see different folders."""
     if place.world == 1:
         return step
@@ -190,8 +190,8 @@ class Vote:
         return int(before[0])
 
 
-def average(value: torch.Tensor, place: Place) -> None:
-    """Replace a tensor by the mean of all processes' ones."""
+def mean_over_processes_(value: torch.Tensor, place: Place) -> None:
+    """Replace the values of a tensor, in place, by the mean of those that all processes have."""
     if place.world > 1:
         distributed.all_reduce(value)
         value /= place.world

@@ -27,7 +27,7 @@ from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import TrainConfig
 from dimefm.training.distributed import Place
 from dimefm.training.image_batches import Augmentation, Batch, Requests, TrainingImages, read_ahead, training_loader
-from dimefm.training.machine_settings import loaders
+from dimefm.training.machine_settings import choose_loaders
 from dimefm.training.row_order import Order
 from dimefm.training.run_folder import Inputs, choose_order, open_inputs
 from dimefm.training.text_bank import TextBank
@@ -36,7 +36,7 @@ from dimefm.training.text_batches import TextBatch, TrainingTexts
 Pair = tuple[Batch, TextBatch | None]
 """A step's images, and its sentences for a text tower."""
 
-TEXTS = 1
+TEXT_STREAM = 1
 """Tells the random numbers of a text tower from those of the images."""
 
 REQUESTS_A_SECOND = 500
@@ -55,13 +55,13 @@ class Feed:
     inputs: Inputs
     order: Literal["chunks", "blocks"]
     bank: TextBank | None
-    per_epoch: int
+    steps_per_epoch: int
     steps: int
-    first: int
+    first_step: int
     batches: Iterator[Pair]
 
 
-def note_distance(inputs: Inputs, bank: TextBank | None, order: Literal["chunks", "blocks"]) -> list[str]:
+def notes_on_remote_data(inputs: Inputs, bank: TextBank | None, order: Literal["chunks", "blocks"]) -> list[str]:
     """What to know of what is read over the network at every step of a run: what it costs, and the remedy. Embeddings
     cost little: all of a small store is kept, and of a large one the chunks that a window of rows is drawn from."""
     images, texts, schema, notes = inputs.images, inputs.texts, inputs.images.schema, list[str]()
@@ -83,7 +83,7 @@ def note_distance(inputs: Inputs, bank: TextBank | None, order: Literal["chunks"
             f"rows are drawn from all over {images.path}, as when the run began, and each is a request over the "
             "network: copy it to a local disk"
         )
-    if bank and bank.place == "disk" and is_url(texts.path):
+    if bank and bank.kept_in == "disk" and is_url(texts.path):
         size = texts.schema.rows * texts.schema.dim * texts.schema.item_bytes
         notes.append(
             f"{texts.path} does not fit into memory: each sentence of a step is a request over the network, some "
@@ -93,7 +93,7 @@ def note_distance(inputs: Inputs, bank: TextBank | None, order: Literal["chunks"
 
 
 @contextmanager
-def feeding(config: TrainConfig, place: Place) -> Iterator[Feed]:
+def open_feed(config: TrainConfig, place: Place) -> Iterator[Feed]:
     """Open what a run reads, and start the processes that read it; they end with the block.
 
     Raises TrainingError, MismatchError or StoreError for what the user can mend.
@@ -144,7 +144,7 @@ def _start(
     size = student_spec(config.student, teacher, config.image_size).image_size
     handed_over = config.batch_size // place.world * 3 * size**2
     handed_over += bank.bytes_of_step(config.batch_size) if bank else 0
-    workers, ahead = loaders(config.workers, place.device.type, handed_over)
+    workers, ahead = choose_loaders(config.workers, place.device.type, handed_over)
     texts: Iterator[TextBatch | None] = repeat(None)
     if config.text_student and text_requests:  # before images, whose requests are made in a thread
         sentences = TrainingTexts(inputs.texts.path, text_spec(config.text_student, teacher))
@@ -188,7 +188,7 @@ def _orders(
     if config.text_student:
         only = inputs.selection.rows() if inputs.selection else None
         size = config.text_batch_size
-        texts = Order(store=inputs.texts, seed=config.seed, batch_size=size, only=only, stream=TEXTS, kind=kind)
+        texts = Order(store=inputs.texts, seed=config.seed, batch_size=size, only=only, stream=TEXT_STREAM, kind=kind)
     named = ((images, "a batch", "images", "--batch-size"), (texts, "a text batch", "sentences", "text_batch_size"))
     for order, what, of, option in named:
         if order is None:

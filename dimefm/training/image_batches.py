@@ -37,7 +37,7 @@ from dimefm.sources.read_image import read_planned
 from dimefm.store.embedding_store import Store
 from dimefm.system.read_ahead import reading_ahead
 from dimefm.training.row_order import Order
-from dimefm.training.text_bank import TextBank, TextDraw
+from dimefm.training.text_bank import DrawnTexts, TextBank
 
 THREAD = "read-ahead"
 """How the names of threads begin that take items ahead of time: none may be at work while a process is forked."""
@@ -74,7 +74,7 @@ class Batch:
     pixels_B3HW: torch.Tensor
     teacher_BD: torch.Tensor
     all_rows_G: torch.Tensor
-    texts: TextDraw | None = None
+    texts: DrawnTexts | None = None
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory, which is copied to a GPU in the background."""
@@ -254,8 +254,8 @@ def read_ahead(items: Iterator[_T], ahead: int, begin: Callable[[], object] | No
 
 
 class Batches(Iterator[_T]):
-    """What `training_loader` gives. Raises TrainingError for what went wrong in a process; see also `reader_died`.
-    `reading`: the row that each process reads, -1 where it reads none."""
+    """What `training_loader` gives. Raises TrainingError for what went wrong in a process; see also
+    `explain_reader_death`. `reading` holds the row that each process reads, -1 where it reads none."""
 
     def __init__(self, loader: DataLoader[_T | TrainingError], reading: np.ndarray[Any, Any]) -> None:
         self._items: Any = iter(loader)  # its processes are started
@@ -310,7 +310,7 @@ def training_loader(
 
 
 @contextmanager
-def reader_died() -> Iterator[None]:
+def explain_reader_death() -> Iterator[None]:
     """Around all that goes on while loaders are at work: torch tells of a process of theirs that died, or of a batch
     that could not be handed over, by a RuntimeError at any moment, or is cut off while it takes a batch; any of these
     becomes a TrainingError."""

@@ -24,7 +24,7 @@ from dimefm.system.machine import (
 from dimefm.system.progress import amount
 from dimefm.training.config import TrainConfig
 from dimefm.training.distributed import Place, from_first
-from dimefm.training.run_folder import begun
+from dimefm.training.run_folder import run_to_resume
 
 _AHEAD = 4  # batches that each loader process reads ahead
 _ENOUGH_AHEAD = 4 * 2**30  # bytes; where batches are so large, two of each process are ahead enough
@@ -33,7 +33,7 @@ _MEMORY_SHARE = 4  # of all memory, the part that batches read ahead may take
 _FILES_OF_BATCH, _FILES_SHARE = 8, 4  # a descriptor for each tensor of it; the part of all that batches may take
 
 
-def decide(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -> tuple[TrainConfig, list[str]]:
+def decide_settings(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -> tuple[TrainConfig, list[str]]:
     """`config` with precision and threads decided, the same in all processes, and what its user should know of it.
 
     A run that goes on keeps what it began with; a field in `allow_changes` is decided anew.
@@ -46,7 +46,7 @@ def decide(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) ->
 
 def _decide(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -> tuple[Precision, int, list[str]]:
     device, notes = str(place.device), list[str]()
-    run = begun(config.out)
+    run = run_to_resume(config.out)
     before = TrainConfig.parse(run.config, config.out) if run else None
     best = choose_precision(device)
     precision = config.precision
@@ -88,7 +88,7 @@ def choose_threads() -> int:
     return max(1, min(torch.get_num_threads(), cpus() // processes_here()))
 
 
-def loaders(asked: int | None, device: str, batch_bytes: int) -> tuple[int, int]:
+def choose_loaders(asked: int | None, device: str, batch_bytes: int) -> tuple[int, int]:
     """Loader processes of a training process, and how many batches each reads ahead; `asked`, or by cores and memory.
 
     A GPU eats more than one process decodes: all cores but one of each rank, up to 16. A CPU does not: one process for

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-class Average:
+class MovingAverage:
     """A copy of a module whose every weight w is d w + (1 - d) x after a step that made it x.
 
     d is min(decay, (1 + n) / (10 + n)) in step n, as in TensorFlow's ExponentialMovingAverage: the random weights of

@@ -14,7 +14,7 @@ from dimefm.system import storage
 REPORT = "stopped-at.json"
 
 
-def not_finite(
+def not_finite_error(
     step: int,
     values: dict[str, float],
     cached: dict[str, torch.Tensor | None],
@@ -54,7 +54,7 @@ def not_finite(
 
 
 @contextmanager
-def out_of_memory(batch_size: int, passes: int, image_size: int) -> Iterator[None]:
+def explain_out_of_memory(batch_size: int, passes: int, image_size: int) -> Iterator[None]:
     """Around steps of `batch_size` images a process, in so many passes: where a GPU has too little memory for one, the
     error is a TrainingError with what to do."""
     try:

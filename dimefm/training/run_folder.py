@@ -9,7 +9,7 @@ from typing import Literal
 from cache_schemas import Run, StudentSpec, TeacherIdentity
 from cache_schemas.run import RUN_FILE, Change
 from dimefm.errors import MismatchError, StoreError, TrainingError
-from dimefm.models.first_weights import with_initial
+from dimefm.models.first_weights import fit_to_first_weights
 from dimefm.models.towers import student_spec, text_spec
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
@@ -63,7 +63,7 @@ def read_run(path: str) -> Run:
     return Run.parse(storage.read_json(where), where)
 
 
-def begun(out: str) -> Run | None:
+def run_to_resume(out: str) -> Run | None:
     """The document of the run in `out` if it has a checkpoint to go on from."""
     return read_run(out) if Checkpoints(out, 1).step() else None
 
@@ -71,7 +71,7 @@ def begun(out: str) -> Run | None:
 def choose_order(config: TrainConfig, inputs: Inputs) -> Literal["chunks", "blocks"]:
     """The order of a run's rows: that which it began with, else "blocks", but "chunks" where large stores are read at
     URLs: a chunk is one request, and few rows of each would be one for every row (dimefm.store.ranged_array)."""
-    before = begun(config.out)
+    before = run_to_resume(config.out)
     if before:
         return before.order
     read: list[Store | Pairs] = [inputs.images, *([inputs.pairs] if inputs.pairs else [])]
@@ -137,7 +137,7 @@ def _student(config: TrainConfig, teacher: TeacherIdentity, done: int) -> Studen
     spec = student_spec(config.student, teacher, config.image_size)
     if not config.init or done:
         return spec
-    return with_initial(
+    return fit_to_first_weights(
         spec, config.init, mean=config.init_mean, std=config.init_std, activation=config.init_activation
     )
 

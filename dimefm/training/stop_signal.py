@@ -8,15 +8,15 @@ from types import FrameType, TracebackType
 from typing import Self
 
 
-class Stopping:
-    """`with Stopping() as stop:` and then `stop.asked` is the signal, once one has arrived.
+class StopSignal:
+    """`with StopSignal() as stop:` and then `stop.received` is the signal, once one has arrived.
 
     A second signal has its usual effect at once. Outside the main thread nothing is caught: Python has no handlers
     there.
     """
 
     def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
+        self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
@@ -31,7 +31,7 @@ class Stopping:
         self._restore()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number)
+        self.received = signal.Signals(number)
         self._restore()
 
     def _restore(self) -> None:

@@ -27,7 +27,7 @@ _BLOCK = 2**18  # rows
 
 
 @dataclass(frozen=True)
-class TextDraw:
+class DrawnTexts:
     """The texts of a step: rows int64 (T,) of the text store with embeddings as stored (T, D), None where those are on
     the device already; and of each image of the global batch its best retrieved sentence (G,), -1 without one."""
 
@@ -36,7 +36,7 @@ class TextDraw:
     pair_row_G: torch.Tensor | None
     pair_GD: torch.Tensor | None
 
-    def pin_memory(self) -> TextDraw:
+    def pin_memory(self) -> DrawnTexts:
         """See dimefm.training.image_batches.Batch."""
         found = {name: value.pin_memory() for name, value in vars(self).items() if value is not None}
         return replace(self, **found)
@@ -85,14 +85,14 @@ class TextBank:
             raise TrainingError("no sentence is selected", remedy="select others, or change --text-mix")
         rows = store.schema.rows
         size = rows * store.schema.dim * store.schema.item_bytes
-        self.place = "device" if size <= _room_on(device) else "memory" if size <= _room_in_memory() else "disk"
-        self._resident = store.read(0, rows) if self.place == "memory" else None
+        self.kept_in = "device" if size <= _room_on(device) else "memory" if size <= _room_in_memory() else "disk"
+        self._resident = store.read(0, rows) if self.kept_in == "memory" else None
         self._on_device: torch.Tensor | None = None
         self._process = os.getpid()
 
     def upload(self, device: torch.device) -> None:
         """Put all embeddings on the device, if that is their place."""
-        if self.place != "device":
+        if self.kept_in != "device":
             return
         rows, dim, dtype = self._store.schema.rows, self._store.schema.dim, self._store.schema.dtype
         self._on_device = torch.empty((rows, dim), dtype=getattr(torch, dtype), device=device)
@@ -102,9 +102,9 @@ class TextBank:
     def bytes_of_step(self, batch_size: int) -> int:
         """Bytes of embeddings that are handed over with each batch, for so many images of all processes."""
         texts = self._total + (batch_size if self._paired else 0)
-        return 0 if self.place == "device" else texts * self._store.schema.dim * self._store.schema.item_bytes
+        return 0 if self.kept_in == "device" else texts * self._store.schema.dim * self._store.schema.item_bytes
 
-    def draw(self, step: int, rows_G: np.ndarray[Any, Any]) -> TextDraw:
+    def draw(self, step: int, rows_G: np.ndarray[Any, Any]) -> DrawnTexts:
         """The texts of `step`: a function of seed, step and the global batch's image rows alone. Raises TrainingError
         where the batch has no retrieved sentence to draw from."""
         if self._process != os.getpid():  # a forked process: connections cannot be shared
@@ -112,20 +112,20 @@ class TextBank:
             self._pairs = Pairs(self._pairs.path) if self._pairs else None
         rows_T = self.rows(step, rows_G)
         pair_row_G = self._pairs.gather(rows_G)[:, 0].astype(np.int64) if self._paired and self._pairs else None
-        return TextDraw(
+        return DrawnTexts(
             rows_T=torch.from_numpy(rows_T),
             embedding_TD=self._gather(rows_T),
             pair_row_G=None if pair_row_G is None else torch.from_numpy(pair_row_G),
             pair_GD=None if pair_row_G is None else self._gather(np.maximum(pair_row_G, 0)),
         )
 
-    def embeddings(self, drawn: TextDraw, send: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def embeddings(self, drawn: DrawnTexts, send: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """The embeddings of drawn texts, float32 (T, D), on the device that `send` takes tensors to."""
         read_TD = drawn.embedding_TD
         return self._kept(send(drawn.rows_T)) if read_TD is None else send(read_TD).float()
 
     def pair(
-        self, drawn: TextDraw, send: Callable[[torch.Tensor], torch.Tensor]
+        self, drawn: DrawnTexts, send: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Each image's own sentence, where it was asked for: embedding float32 (G, D) and row (G,), on the device."""
         if drawn.pair_row_G is None:
@@ -153,7 +153,7 @@ class TextBank:
         return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
 
     def _gather(self, rows_N: np.ndarray[Any, Any]) -> torch.Tensor | None:
-        if self.place == "device":
+        if self.kept_in == "device":
             return None
         return torch.from_numpy(self._store.gather(rows_N) if self._resident is None else self._resident[rows_N])
 

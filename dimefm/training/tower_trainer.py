@@ -15,14 +15,13 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from dimefm.models.towers import has_convolutions
-from dimefm.training.distributed import Place, average, gather_batch
-from dimefm.training.moving_average import Average
+from dimefm.system.matrix_products import DTYPES
+from dimefm.training.distributed import Place, gather_batch, mean_over_processes_
+from dimefm.training.moving_average import MovingAverage
 from dimefm.training.objective import Objective
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-
-class Learner:
+class TowerTrainer:
     """A tower with its objective and, with `ema`, the moving average of its weights.
 
     `prepare` takes inputs to what the tower takes, on its device. With `accumulate` parts a step needs the memory of
@@ -47,12 +46,12 @@ class Learner:
         self.layout = torch.channels_last if has_convolutions(module) else torch.contiguous_format
         self.module = module.to(place.device, memory_format=self.layout)
         self.objective = objective.to(place.device)
-        self.average = Average(self.module, ema) if ema else None
+        self.moving_average = MovingAverage(self.module, ema) if ema else None
         self._parallel = DistributedDataParallel(self.module) if place.world > 1 else None
         called: Any = self.module if self._parallel is None else self._parallel
         # Around DDP, whose buckets then cut the graph: gradients travel while those of earlier layers are computed.
         self._tower: Any = torch.compile(called) if compile else called
-        self._place, self._prepare, self.dtype, self._parts = place, prepare, _DTYPES[precision], accumulate
+        self._place, self._prepare, self.dtype, self._parts = place, prepare, DTYPES[precision], accumulate
 
     def learn(
         self,
@@ -91,17 +90,17 @@ class Learner:
                     self._features(part, seed, i).backward(gradient)
         scale = self.objective.log_scale
         if scale is not None and scale.grad is not None:  # which is no parameter of the tower's DistributedDataParallel
-            average(scale.grad, self._place)
+            mean_over_processes_(scale.grad, self._place)
         self.teacher_GD, self._student_BD = teacher_GD, student_BD.detach()
         values = torch.stack([loss.detach(), *shown.values()])
-        average(values, self._place)
+        mean_over_processes_(values, self._place)
         return dict(zip(("loss", *shown), values, strict=True))
 
     def after_step(self) -> None:
         """What follows the optimiser's step."""
         self.objective.after_step(self.teacher_GD, self._student_BD, self._place)
-        if self.average:
-            self.average.update(self.module)
+        if self.moving_average:
+            self.moving_average.update(self.module)
 
     def _features(self, inputs_B: torch.Tensor, seed: tuple[int, ...], part: int) -> torch.Tensor:
         torch.manual_seed(int(np.random.SeedSequence((*seed, self._place.rank, part)).generate_state(1, np.uint64)[0]))
@@ -117,14 +116,14 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, the objective's state and the moving average."""
-        average = self.average.state_dict() if self.average else None
-        return {"model": self.module.state_dict(), "objective": self.objective.state_dict(), "ema": average}
+        ema = self.moving_average.state_dict() if self.moving_average else None
+        return {"model": self.module.state_dict(), "objective": self.objective.state_dict(), "ema": ema}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What `state_dict` gave."""
         self.module.load_state_dict(state["model"])
         self.objective.load_state_dict(state["objective"])
-        if self.average and state["ema"]:
-            self.average.load_state_dict(state["ema"])
-        elif self.average:  # asked for since: it begins with the weights as they are
-            self.average.module.load_state_dict(state["model"])
+        if self.moving_average and state["ema"]:
+            self.moving_average.load_state_dict(state["ema"])
+        elif self.moving_average:  # asked for since: it begins with the weights as they are
+            self.moving_average.module.load_state_dict(state["model"])

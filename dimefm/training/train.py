@@ -19,28 +19,36 @@ import torch
 
 from dimefm.errors import StoppedError, TrainingError
 from dimefm.images.preprocess import normalise
-from dimefm.models.first_weights import load_initial
-from dimefm.models.towers import build_student, build_text_student, note_preparing, tokenizer_of
+from dimefm.models.first_weights import load_first_weights
+from dimefm.models.towers import build_student, build_text_student, notes_on_preparation, tokenizer_of
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.machine import describe
 from dimefm.system.named_paths import allowing
 from dimefm.system.transfer import Arriving, Transfer, fetch
-from dimefm.training.checkpoints import Checkpoints, Saving
+from dimefm.training.checkpoints import Checkpoints, CheckpointWriter
 from dimefm.training.config import TrainConfig
-from dimefm.training.distributed import Place, Vote, find_place, join_group, leave_group, require_same, wait_for_all
-from dimefm.training.feed import TEXTS, Feed, feeding, note_distance
-from dimefm.training.image_batches import Batch, reader_died
-from dimefm.training.machine_settings import decide
-from dimefm.training.not_finite import not_finite, out_of_memory
+from dimefm.training.distributed import (
+    Place,
+    Vote,
+    find_place,
+    join_group,
+    leave_group,
+    require_same_step,
+    wait_for_all,
+)
+from dimefm.training.feed import TEXT_STREAM, Feed, notes_on_remote_data, open_feed
+from dimefm.training.image_batches import Batch, explain_reader_death
+from dimefm.training.machine_settings import decide_settings
+from dimefm.training.not_finite import explain_out_of_memory, not_finite_error
 from dimefm.training.objective import Objective
 from dimefm.training.optimizer import adamw, learning_rate
 from dimefm.training.run_folder import plan_run, write_run
 from dimefm.training.run_log import RunLog, last_validation
-from dimefm.training.stop_signal import Stopping
+from dimefm.training.stop_signal import StopSignal
 from dimefm.training.text_batches import TextBatch
-from dimefm.training.tower_trainer import Learner
+from dimefm.training.tower_trainer import TowerTrainer
 from dimefm.training.validation import Validation
 
 _MEAN_ROWS = 65536
@@ -66,10 +74,10 @@ def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
     config = replace(config, out=storage.local(config.out, "a run folder"))
     place = find_place(config.device)
     lock = writing(config.out) if place.first else nullcontext()
-    with allowing(config.val), lock, feeding(config, place) as feed, reader_died():
+    with allowing(config.val), lock, open_feed(config, place) as feed, explain_reader_death():
         join_group(config.device)  # from here on nothing is forked
-        config, notes = decide(config, place, allow_changes)
-        notes += note_distance(feed.inputs, feed.bank, feed.order)
+        config, notes = decide_settings(config, place, allow_changes)
+        notes += notes_on_remote_data(feed.inputs, feed.bank, feed.order)
         with _threads(config.threads):
             result = _Trainer(config, place, feed, allow_changes).run(notes)
     leave_group(place)
@@ -110,11 +118,11 @@ class _Trainer:
         self.config, self.place, self.feed, self.inputs = config, place, feed, feed.inputs
         self.document = plan_run(
             config, feed.inputs, feed.steps, machine=describe(str(place.device)), processes=place.world,
-            order=feed.order, allow_changes=allow_changes, done=feed.first,
+            order=feed.order, allow_changes=allow_changes, done=feed.first_step,
         )  # fmt: skip
         self.spec, self.text_spec = self.document.student, self.document.text_student
         self.checkpoints = Checkpoints(config.out, config.keep)
-        self.saving = Saving(self.checkpoints)
+        self.saving = CheckpointWriter(self.checkpoints)
         self.saved_at = time.monotonic()
 
         torch.manual_seed(config.seed)
@@ -137,8 +145,8 @@ class _Trainer:
         The values of a step are read when the device has been given the next one, so that it always has work; or at
         once where anything is to follow from them, so that nothing is kept of a step that is not finite.
         """
-        config, feed, first, steps = self.config, self.feed, self.feed.first, self.feed.steps
-        if require_same(self._restore(), self.place) > steps:
+        config, feed, first, steps = self.config, self.feed, self.feed.first_step, self.feed.steps
+        if require_same_step(self._restore(), self.place) > steps:
             what = f"{config.out} has done {first:,} steps already, more than {steps:,}"
             raise TrainingError(what, remedy="give more --epochs or --max-steps, or another --out")
         if self.place.first:
@@ -146,13 +154,13 @@ class _Trainer:
         if first == steps:
             return Result(config.out, steps, last_validation(config.out))
         scores: dict[str, float] = {}
-        validate_every = max(1, round(config.val_every * feed.per_epoch))
+        validate_every = max(1, round(config.val_every * feed.steps_per_epoch))
         log, vote = RunLog(config.out, first=first, steps=steps, enabled=self.place.first), Vote(self.place)
         said = self.validation.take_notes() if self.validation else []
-        for note in [*notes, *note_preparing(self.spec, self.inputs.images.schema.teacher), *said]:
+        for note in [*notes, *notes_on_preparation(self.spec, self.inputs.images.schema.teacher), *said]:
             log.note(note)
-        memory = out_of_memory(config.batch_size // self.place.world, config.accumulate, self.spec.image_size)
-        with log, self.saving, Stopping() as stopping, self._reading(stopping), memory:
+        memory = explain_out_of_memory(config.batch_size // self.place.world, config.accumulate, self.spec.image_size)
+        with log, self.saving, StopSignal() as stop, self._reading(stop), memory:
             if feed.bank:
                 feed.bank.upload(self.place.device)
             asked, before = time.monotonic(), None
@@ -161,7 +169,7 @@ class _Trainer:
                 if before:
                     self._finish(before, log)
                 done, last = batch.step + 1, batch.step + 1 == steps
-                number = 0 if last else vote.cast(stopping.asked or 0)
+                number = 0 if last else vote.cast(stop.received or 0)
                 validated = bool(config.val) and (last or done % validate_every == 0)
                 save = last or validated or number > 0 or self._checkpoint_is_due(done)
                 if save:
@@ -190,7 +198,7 @@ class _Trainer:
         lr = learning_rate(
             batch.step,
             steps=self.feed.steps,
-            warmup_steps=round(config.warmup_epochs * self.feed.per_epoch),
+            warmup_steps=round(config.warmup_epochs * self.feed.steps_per_epoch),
             peak=config.lr,
             warmup_start=config.warmup_lr,
             floor=config.min_lr,
@@ -208,7 +216,12 @@ class _Trainer:
         if self.text and texts:
             images_GD = self.image.teacher_GD
             found = self.text.learn(
-                send(texts.tokens_BL), send(texts.teacher_BD), images_GD, None, seed=(*seed, TEXTS), scaler=self.scaler
+                send(texts.tokens_BL),
+                send(texts.teacher_BD),
+                images_GD,
+                None,
+                seed=(*seed, TEXT_STREAM),
+                scaler=self.scaler,
             )
             values |= {f"text_{name}": value for name, value in found.items()}
             cached["sentences"] = self.text.teacher_GD
@@ -246,7 +259,7 @@ class _Trainer:
         if not all(math.isfinite(value) for name, value in values.items() if name != "grad_norm" or not scaling):
             names = {id(p): f"{tower}.{name}" for tower, name, p in self._parameters()}
             gradients = dict(zip([names[id(p)] for p in taken.parameters], norm_P.tolist(), strict=True))
-            raise not_finite(
+            raise not_finite_error(
                 taken.step + 1, values, taken.cached, gradients, taken.rows_G.tolist(), self.config.out,
                 write=self.place.first,
             )  # fmt: skip
@@ -261,38 +274,38 @@ class _Trainer:
                     yield tower, name, parameter
 
     @contextmanager
-    def _reading(self, stopping: Stopping) -> Iterator[None]:
+    def _reading(self, stop: StopSignal) -> Iterator[None]:
         """Around the loop: what the death of a process that reads images is, told apart from a signal to all."""
         try:
-            with reader_died():
+            with explain_reader_death():
                 yield
         except TrainingError:
-            if stopping.asked is None:
+            if stop.received is None:
                 raise
-            raise self._stopped(stopping.asked, "within a step; the last checkpoint is kept") from None
+            raise self._stopped(stop.received, "within a step; the last checkpoint is kept") from None
 
     def _stopped(self, number: int, when: str) -> StoppedError:
         what = f"{self.config.out} was stopped by {signal.Signals(number).name} {when}"
         return StoppedError(what, signal=number, remedy="the same command goes on from there")
 
-    def _image_learner(self) -> Learner:
+    def _image_learner(self) -> TowerTrainer:
         config, spec = self.config, self.spec
         module = build_student(spec)
-        if config.init and not self.feed.first:
-            load_initial(module, spec, config.init)
+        if config.init and not self.feed.first_step:
+            load_first_weights(module, spec, config.init)
         mean_D = mean_embedding(self.inputs.images) if config.loss.centred else None
         return self._learner(module, config.loss, mean_D, partial(normalise, mean=spec.mean, std=spec.std))
 
-    def _text_learner(self) -> Learner | None:
+    def _text_learner(self) -> TowerTrainer | None:
         if self.text_spec is None:
             return None
         mean_D = mean_embedding(self.inputs.texts) if self.config.text_loss.centred else None
         return self._learner(build_text_student(self.text_spec), self.config.text_loss, mean_D, lambda tokens: tokens)
 
-    def _learner(self, module: Any, loss: Any, mean_D: torch.Tensor | None, prepare: Any) -> Learner:
+    def _learner(self, module: Any, loss: Any, mean_D: torch.Tensor | None, prepare: Any) -> TowerTrainer:
         config, teacher = self.config, self.inputs.images.schema.teacher
         objective = Objective(loss, teacher_scale=teacher.logit_scale, dim=teacher.embed_dim, mean_D=mean_D)
-        return Learner(
+        return TowerTrainer(
             module, objective, self.place, prepare=prepare, precision=config.precision,
             accumulate=config.accumulate, ema=config.ema, compile=config.compile,
         )  # fmt: skip
@@ -308,8 +321,11 @@ class _Trainer:
         assert self.validation
         image, text = self.image, self.text
         towers = {"": (image.module, text and text.module)}
-        if image.average:
-            towers["_ema"] = (image.average.module, text.average.module if text and text.average else None)
+        if image.moving_average:
+            towers["_ema"] = (
+                image.moving_average.module,
+                text.moving_average.module if text and text.moving_average else None,
+            )
         return self.validation.run(towers)
 
     def _checkpoint_is_due(self, done: int) -> bool:

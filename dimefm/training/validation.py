@@ -74,7 +74,7 @@ class Validation:
                 for i, (image, _) in enumerate(towers.values())
             ]
             size = 256 if self._place.device.type == "cuda" else 64
-            right, readable = correct(share, answers, self._preprocess, size)
+            right, readable = count_correct(share, answers, self._preprocess, size)
             counts += [*right, readable]
         for tower, was in zip(modules, training, strict=True):
             tower.train(was)
@@ -140,7 +140,7 @@ def class_embeddings(prompts: list[list[str]], embed: Callable[[list[str]], torc
     return F.normalize(torch.stack([embed(texts).float().mean(dim=0) for texts in prompts]), dim=-1)
 
 
-def correct(
+def count_correct(
     images: ImageSet,
     answers: Sequence[Callable[[torch.Tensor], torch.Tensor]],
     preprocess: Callable[[bytes], torch.Tensor],

@@ -154,7 +154,7 @@ def _bank(store: Store, where: str, monkeypatch: pytest.MonkeyPatch) -> TextBank
     monkeypatch.setattr("dimefm.training.text_bank._room_on", lambda device: 2**40 if where == "device" else 0)
     pairs: Any = SimpleNamespace(gather=lambda rows_G: rows_G[:, None] - 2, path="")  # the first two have none
     bank = TextBank(store, TextMix(), pairs, seed=0, total=TEXTS, paired=True, device=CUDA)
-    assert bank.place == where
+    assert bank.kept_in == where
     return bank
 
 

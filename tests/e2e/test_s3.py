@@ -32,7 +32,7 @@ from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.progress import amount
 from dimefm.training.config import TextMix
-from dimefm.training.feed import note_distance
+from dimefm.training.feed import notes_on_remote_data
 from dimefm.training.image_batches import Augmentation, Batch, Requests, TrainingImages
 from dimefm.training.row_order import Order
 from dimefm.training.run_folder import Inputs
@@ -337,22 +337,22 @@ def test_what_is_read_over_the_network_is_said_with_a_remedy(
     s3: str, images: str, prepared: str, local: dict[str, Store], text_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = local["plain"], Store(prepared)
-    assert note_distance(Inputs(here, text_store, None, None), None, "blocks") == []
-    (image,) = note_distance(Inputs(there, text_store, None, None), None, "blocks")
+    assert notes_on_remote_data(Inputs(here, text_store, None, None), None, "blocks") == []
+    (image,) = notes_on_remote_data(Inputs(there, text_store, None, None), None, "blocks")
     assert image == (
         "each image is a request over the network, and a core that reads does some 500 of those a second: "
         f"faster with a copy of {prepared} on a local disk"
     )
     monkeypatch.setattr("dimefm.store.ranged_array.KEPT_BYTES", 1000)
     far = Inputs(Store(prepared), text_store, None, None)
-    _, order = note_distance(far, None, "chunks")
+    _, order = notes_on_remote_data(far, None, "chunks")
     assert order.startswith(f"rows are drawn from whole chunks of neighbours, since {prepared} is at a URL: ")
-    _, order = note_distance(far, None, "blocks")  # of a run that began over a local copy
+    _, order = notes_on_remote_data(far, None, "blocks")  # of a run that began over a local copy
     assert order.startswith(f"rows are drawn from all over {prepared}, as when the run began, and each is a request ")
     monkeypatch.setattr("dimefm.training.text_bank._room_in_memory", lambda: 0)
     texts = Store(upload(Path(text_store.path), f"{s3}/texts.zarr"))
     bank = TextBank(texts, TextMix(), None, seed=0, total=4)
-    (sentences,) = note_distance(Inputs(here, texts, None, None), bank, "blocks")
+    (sentences,) = notes_on_remote_data(Inputs(here, texts, None, None), bank, "blocks")
     assert f"copy it ({amount(texts.schema.rows * texts.schema.dim * 2)})" in sentences
 
 

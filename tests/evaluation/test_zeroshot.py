@@ -26,7 +26,7 @@ from dimefm.evaluation.results import read_results
 from dimefm.evaluation.scoring import measure
 from dimefm.images.decode import decode_rgb
 from dimefm.images.preprocess import resize
-from dimefm.training.validation import class_embeddings, correct
+from dimefm.training.validation import class_embeddings, count_correct
 from tests.making import make_jpeg, read_tar, write_tar
 
 CLASSES, IMAGES, WIDTH = 9, 40, 12
@@ -93,7 +93,7 @@ def test_top1_agrees_with_numpy_and_broken_images_are_wrong(
 ) -> None:
     classes_CD = unit(np.random.default_rng(2).standard_normal((CLASSES, WIDTH))).astype(np.float32)
     other_CD = np.roll(classes_CD, 1, axis=0)
-    found, readable = correct(images, [answers(classes_CD), answers(other_CD)], preprocess, batch_size)
+    found, readable = count_correct(images, [answers(classes_CD), answers(other_CD)], preprocess, batch_size)
     assert [right / len(labels) for right in found] == [
         pytest.approx(by_numpy(images, one_CD, labels)) for one_CD in (classes_CD, other_CD)
     ]
@@ -102,7 +102,7 @@ def test_top1_agrees_with_numpy_and_broken_images_are_wrong(
 
 def test_a_perfect_model_is_right_on_all_but_the_broken(images: ImageSet, labels: np.ndarray) -> None:
     readable = iter(np.delete(labels, BROKEN))
-    found = correct(images, [lambda pixels: torch.tensor([next(readable) for _ in pixels])], preprocess, 5)
+    found = count_correct(images, [lambda pixels: torch.tensor([next(readable) for _ in pixels])], preprocess, 5)
     assert found == ([37], 37)
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from benchmarks.architectures import Examined, examine, written
 from dimefm.errors import TeacherError, TrainingError
 from dimefm.models.clip import Clip, wrap
-from dimefm.models.first_weights import load_initial
+from dimefm.models.first_weights import load_first_weights
 from dimefm.models.tokenizer import open_tokenizer
 from dimefm.models.towers import build_student, build_text_student, student_spec, text_spec
 from tests.stores import teacher_identity
@@ -131,7 +131,7 @@ def test_a_projection_within_a_tower_of_timm_may_be_of_another_width(
     mine = build_student(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dimefm.models.first_weights._read", lambda *_: theirs.state_dict())
-        random = load_initial(mine, spec, "somewhere")
+        random = load_first_weights(mine, spec, "somewhere")
     assert random
     assert all(re.fullmatch(r"trunk\.head\.(fc\.)?(weight|bias)", name) for name in random)
     assert all(

@@ -16,8 +16,7 @@ from dimefm.errors import TeacherError
 from dimefm.export.export_student import export
 from dimefm.inspection.verify import VerifyConfig, verify
 from dimefm.models.clip import load_clip
-from dimefm.models.hub import require_here
-from dimefm.models.open_clip_folder import CONFIG_FILE, WEIGHTS_FILE
+from dimefm.models.hub import CONFIG_FILE, WEIGHTS_FILE, require_cached
 from dimefm.models.towers import TextSpec, tokenizer_of
 from dimefm.retrieval.search import search
 from tests.stores import random_store
@@ -98,14 +97,14 @@ def test_what_the_hub_has_given_before_is_loaded(tmp_path: Path, asked: list[str
     config = json.dumps({"model_cfg": {"vision_cfg": {}, "text_cfg": {}}}).encode()
     in_cache(tmp_path, "somebody/model", open_clip_config__json=config)
     with pytest.raises(TeacherError, match="is not on this machine"):
-        require_here(HUB, "s.zarr")  # its weights are not
+        require_cached(HUB, "s.zarr")  # its weights are not
     in_cache(tmp_path, "somebody/model", open_clip_model__safetensors=b"")
     with pytest.MonkeyPatch.context() as patch:
         place = tmp_path / "hub" / "models--somebody--model" / "snapshots" / "c0" / CONFIG_FILE
         patch.setattr("open_clip.factory.download_pretrained_from_hf", lambda *args, **options: str(place))
-        require_here(HUB, "s.zarr")
+        require_cached(HUB, "s.zarr")
     for name in ("ViT-B-32", "local-dir:/nowhere"):
-        require_here(name, "s.zarr")
+        require_cached(name, "s.zarr")
     assert asked == []
 
 
@@ -116,9 +115,9 @@ def test_what_the_hub_has_given_before_is_loaded(tmp_path: Path, asked: list[str
 def test_a_folder_does_not_lead_to_the_hub_either(tmp_path: Path, part: str, field: str, model: str) -> None:
     name = with_config(tmp_path / "model", part, **{field: model})
     with pytest.raises(TeacherError, match=f"names the teacher {name}, and {model} is not on this machine"):
-        require_here(name, "s.zarr")
+        require_cached(name, "s.zarr")
     in_cache(tmp_path, model.removeprefix("hf-hub:"), config__json=b"{}")
-    require_here(name, "s.zarr")
+    require_cached(name, "s.zarr")
 
 
 def test_no_config_makes_a_tokenizer_trust_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,10 +22,10 @@ from dimefm.inspection.verify import VerifyConfig, verify
 from dimefm.models import clip
 from dimefm.models.authors_checkpoint import convert
 from dimefm.models.clip import load_clip
-from dimefm.models.first_weights import with_initial
-from dimefm.models.open_clip_folder import CONFIG_FILE
+from dimefm.models.first_weights import fit_to_first_weights
+from dimefm.models.hub import CONFIG_FILE
 from dimefm.models.pretraining import Trained, facts_of_weights
-from dimefm.models.towers import note_preparing, student_preprocessing, student_spec
+from dimefm.models.towers import notes_on_preparation, student_preprocessing, student_spec
 from dimefm.retrieval.search import search
 from dimefm.store.embedding_store import Store
 from dimefm.training.config import LossConfig
@@ -234,48 +234,50 @@ def student(name: str, **teacher: Any) -> Any:
 
 def test_a_student_keeps_the_colours_of_its_first_weights() -> None:
     spec = student("resnet18")
-    found = with_initial(spec, "timm")
+    found = fit_to_first_weights(spec, "timm")
     assert (found.mean, found.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert "mean is (0.485, 0.456, 0.406), of its first weights" in note_preparing(found, teacher_identity())[0]
-    found = with_initial(student("ViT-B-16-SigLIP"), "webli")  # whose tower is timm's, without open_clip's activation
+    assert "mean is (0.485, 0.456, 0.406), of its first weights" in notes_on_preparation(found, teacher_identity())[0]
+    found = fit_to_first_weights(
+        student("ViT-B-16-SigLIP"), "webli"
+    )  # whose tower is timm's, without open_clip's activation
     assert (found.mean, found.std) == (HALF, HALF)
-    assert with_initial(spec, "nowhere.pt") == spec
+    assert fit_to_first_weights(spec, "nowhere.pt") == spec
 
 
 def test_first_weights_of_another_activation_are_refused() -> None:
     spec = student("ViT-B-16")
-    assert with_initial(spec, "openai").mean == OPENAI_DATASET_MEAN
+    assert fit_to_first_weights(spec, "openai").mean == OPENAI_DATASET_MEAN
     message = r"laion400m_e32 was trained with gelu(?s:.*)quick_gelu \(openai, dfn2b, metaclip_400m, metaclip_fullcc\)"
     with pytest.raises(TrainingError, match=message):
-        with_initial(spec, "laion400m_e32")
-    assert with_initial(replace(spec, activation="gelu"), "laion400m_e32").activation == "gelu"
-    with_initial(student("roberta-ViT-B-32"), "laion2b_s12b_b32k")
+        fit_to_first_weights(spec, "laion400m_e32")
+    assert fit_to_first_weights(replace(spec, activation="gelu"), "laion400m_e32").activation == "gelu"
+    fit_to_first_weights(student("roberta-ViT-B-32"), "laion2b_s12b_b32k")
 
 
 def test_first_weights_in_a_file_are_asked_about(weights: str) -> None:
-    assert with_initial(student("resnet18"), weights).mean == (0.485, 0.456, 0.406)
+    assert fit_to_first_weights(student("resnet18"), weights).mean == (0.485, 0.456, 0.406)
     with pytest.raises(TrainingError, match=r"with which activation(?s:.*)--set init_activation=gelu or quick_gelu"):
-        with_initial(student("ViT-B-16"), weights)
-    assert with_initial(student("ViT-B-16"), weights, activation="quick_gelu", mean=HALF).mean == HALF
+        fit_to_first_weights(student("ViT-B-16"), weights)
+    assert fit_to_first_weights(student("ViT-B-16"), weights, activation="quick_gelu", mean=HALF).mean == HALF
     with pytest.raises(TrainingError, match="was trained with gelu"):
-        with_initial(student("ViT-B-16"), weights, activation="gelu")
+        fit_to_first_weights(student("ViT-B-16"), weights, activation="gelu")
     with pytest.raises(TrainingError, match=r"mean and std and activation(?s:.*)init_mean=\[R,G,B\]"):
-        with_initial(student("ViT-L-14"), weights)
+        fit_to_first_weights(student("ViT-L-14"), weights)
     with pytest.raises(TrainingError, match="init_activation: no effect"):
-        with_initial(student("resnet18"), weights, activation="gelu")
+        fit_to_first_weights(student("resnet18"), weights, activation="gelu")
 
 
 def test_first_weights_in_a_folder_bring_their_config(tmp_path: Path, weights: str) -> None:
     folder = write_clip(tmp_path / "model")
     spec = student("tiny", activation="gelu")
-    assert with_initial(spec, folder).std == (0.25,) * 3
+    assert fit_to_first_weights(spec, folder).std == (0.25,) * 3
     with pytest.raises(TrainingError, match="was trained with gelu"):
-        with_initial(student("tiny"), folder)
+        fit_to_first_weights(student("tiny"), folder)
     with pytest.raises(TrainingError, match="init_std: no effect"):
-        with_initial(spec, folder, std=HALF)
+        fit_to_first_weights(spec, folder, std=HALF)
     (tmp_path / "model" / CONFIG_FILE).unlink()
     with pytest.raises(TrainingError, match="does not say with which mean and std and activation"):
-        with_initial(spec, folder)
+        fit_to_first_weights(spec, folder)
 
 
 def test_a_run_begins_with_them_and_goes_on_as_it_began(
@@ -302,10 +304,10 @@ def test_a_student_squashes_where_its_teacher_does() -> None:
     squashing = teacher_identity(preprocessing=replace(teacher_identity().preprocessing, resize_mode="squash"))
     spec = student_spec("resnet18", squashing)
     assert student_preprocessing(spec).resize_mode == "squash"
-    assert note_preparing(spec, squashing) == []
+    assert notes_on_preparation(spec, squashing) == []
     longest = replace(squashing, preprocessing=replace(squashing.preprocessing, resize_mode="longest"))
     spec = student_spec("resnet18", longest)
     assert student_preprocessing(spec).resize_mode == "shortest"
-    assert "by longest: crops have no borders" in note_preparing(spec, longest)[0]
+    assert "by longest: crops have no borders" in notes_on_preparation(spec, longest)[0]
     with pytest.raises(TrainingError, match="init_mean: no effect without init"):
         replace(sample("i", "t", "o"), init_mean=HALF)

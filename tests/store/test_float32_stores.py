@@ -165,7 +165,7 @@ def test_a_text_batch_has_the_values_and_counts_their_bytes(
     room = values.nbytes if place == "memory" else values.nbytes - 1
     monkeypatch.setattr("dimefm.training.text_bank._room_in_memory", lambda: room)
     bank = TextBank(store, TextMix(), None, seed=0, total=50)
-    assert bank.place == place
+    assert bank.kept_in == place
     drawn = bank.draw(0, np.arange(4))
     found = bank.embeddings(drawn, lambda tensor: tensor)
     assert found.numpy().tobytes() == values[drawn.rows_T.numpy()].tobytes()

@@ -15,7 +15,7 @@ import torch
 
 from dimefm.errors import StoreError, TrainingError
 from dimefm.system import storage
-from dimefm.training.checkpoints import Checkpoints, Saving
+from dimefm.training.checkpoints import Checkpoints, CheckpointWriter
 
 
 def state(value: float = 1.0) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Held:
 
 def test_what_is_saved_is_the_state_when_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held, kept = Held(tmp_path, monkeypatch), state()
-    with Saving(held.checkpoints) as saving:
+    with CheckpointWriter(held.checkpoints) as saving:
         saving.begin(3, kept)
         for tensor in (*kept["image"]["model"].values(), kept["groups"][0]["t"]):
             tensor.zero_()  # as the next steps do
@@ -78,7 +78,7 @@ def test_one_is_written_at_a_time_and_the_end_waits_for_the_last(
         events.append(("done", step))
 
     monkeypatch.setattr(Checkpoints, "save", slow)
-    with Saving(Checkpoints(str(tmp_path))) as saving:
+    with CheckpointWriter(Checkpoints(str(tmp_path))) as saving:
         saving.begin(1, state())
         saving.begin(2, state())
     assert events == [("begun", 1), ("done", 1), ("begun", 2), ("done", 2)]
@@ -93,7 +93,7 @@ def test_what_fails_in_the_thread_is_raised_by_the_next_call(
         raise OSError(28, "No space left on device")
 
     def run() -> None:
-        with Saving(Checkpoints(str(tmp_path))) as saving:
+        with CheckpointWriter(Checkpoints(str(tmp_path))) as saving:
             with monkeypatch.context() as within:
                 within.setattr(os, "fsync", full)
                 saving.begin(1, state())
@@ -116,7 +116,7 @@ def test_an_error_that_ends_a_run_is_not_hidden_by_one_of_the_thread(
     monkeypatch.setattr(storage, "remove_leftovers", lambda folder: (_ for _ in ()).throw(OSError(28, "full")))
 
     def run() -> None:
-        with Saving(Checkpoints(str(tmp_path))) as saving:
+        with CheckpointWriter(Checkpoints(str(tmp_path))) as saving:
             saving.begin(1, state())
             raise TrainingError("the loss is not finite")
 

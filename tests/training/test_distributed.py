@@ -28,18 +28,18 @@ from dimefm.training.distributed import (
     Place,
     Vote,
     add_up,
-    average,
     find_place,
     from_first,
     gather_batch,
     join_group,
     leave_group,
+    mean_over_processes_,
     same_buffers,
     wait_for_all,
 )
 from dimefm.training.objective import Objective
 from dimefm.training.run_log import read_metrics
-from dimefm.training.tower_trainer import Learner
+from dimefm.training.tower_trainer import TowerTrainer
 from dimefm.training.train import train
 from dimefm.training.validation import Validation
 from tests.processes import FORKING, result_of
@@ -91,7 +91,7 @@ def two_steps(config: LossConfig, place: Place, dtype: torch.dtype = torch.float
     if objective.log_scale is not None and objective.log_scale.grad is not None:
         values.append(objective.log_scale.grad)
     for value in values:
-        average(value, place)
+        mean_over_processes_(value, place)
     return [*values, *gradients]
 
 
@@ -195,7 +195,7 @@ def test_processes_agree_by_way_of_memory(tmp_path: Path) -> None:
 def stopped(rank: int, world: int, port: int, config: TrainConfig, out: str) -> None:
     """Train; one process, and not the first, is asked to stop in its third step."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    learn, calls = Learner.learn, []
+    learn, calls = TowerTrainer.learn, []
 
     def signalling(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -203,7 +203,7 @@ def stopped(rank: int, world: int, port: int, config: TrainConfig, out: str) -> 
             signal.raise_signal(signal.SIGTERM)
         return learn(*args, **kwargs)
 
-    Learner.learn = signalling  # type: ignore[method-assign]
+    TowerTrainer.learn = signalling  # type: ignore[method-assign]
     try:
         train(config)
     except StoppedError as error:

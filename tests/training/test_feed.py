@@ -21,7 +21,7 @@ from dimefm.models.clip import Clip
 from dimefm.store.embedding_store import Store
 from dimefm.training import train as train_module
 from dimefm.training.distributed import Place
-from dimefm.training.feed import feeding
+from dimefm.training.feed import open_feed
 from dimefm.training.image_batches import THREAD, Batch, Requests, read_ahead
 from dimefm.training.row_order import Order
 from dimefm.training.train import train
@@ -80,12 +80,12 @@ def test_no_thread_that_reads_is_at_work_when_a_process_is_forked(
 
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", starting)
     config = tiny_config(image_store, text_store, tmp_path / "run", workers=2, student=small_clip)
-    with feeding(replace(config, text_student=small_clip, text_batch_size=16), ALONE):
+    with open_feed(replace(config, text_student=small_clip, text_batch_size=16), ALONE):
         assert threads == [[], [], []]
         assert any(thread.name.startswith(THREAD) for thread in threading.enumerate())
 
 
-@pytest.mark.parametrize("where", ["join_group", "build_student", "Learner", "mismatch", "second loader"])
+@pytest.mark.parametrize("where", ["join_group", "build_student", "TowerTrainer", "mismatch", "second loader"])
 def test_no_reader_is_left_by_an_error(
     image_store: Store, text_store: Store, tmp_path: Path, small_clip: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,8 +117,8 @@ def test_a_finished_run_starts_no_reader(
 ) -> None:
     config = tiny_config(image_store, text_store, tmp_path / "run", max_steps=2)
     train(config)
-    with feeding(replace(config, workers=2), ALONE) as feed:
-        assert (feed.first, feed.steps) == (2, 2)
+    with open_feed(replace(config, workers=2), ALONE) as feed:
+        assert (feed.first_step, feed.steps) == (2, 2)
         assert not multiprocessing.active_children()
         assert list(feed.batches) == []
 
@@ -139,7 +139,7 @@ def test_batches_for_a_gpu_are_page_locked_in_a_thread_that_begins_with_the_firs
     )
     monkeypatch.setattr(Batch, "pin_memory", lock)
     place = Place(0, 1, torch.device("cuda:3"))
-    with feeding(tiny_config(image_store, text_store, tmp_path / "run", workers=2), place) as feed:
+    with open_feed(tiny_config(image_store, text_store, tmp_path / "run", workers=2), place) as feed:
         time.sleep(0.2)
         assert not begun
         assert not locked
@@ -221,17 +221,17 @@ def test_training_from_large_parquet_files_is_refused_with_its_price(
     source = write_parquet(tmp_path / "a.parquet", [{"image": make_jpeg((40, 40), seed=seed)} for seed in range(32)])
     images = cached("image", source, tmp_path / "images.zarr", clip)
     config = tiny_config(images, text_store, tmp_path / "run", batch_size=8, max_steps=2, checkpoint_every=1)
-    with feeding(config, ALONE) as feed:  # so small that it is as fast in any order
+    with open_feed(config, ALONE) as feed:  # so small that it is as fast in any order
         assert len(list(feed.batches)) == 2
     monkeypatch.setattr("dimefm.training.feed.KEPT_BYTES", 1000)
     remedy = r"--pixels 256 and another --out.*--set accept_slow=true"
-    with pytest.raises(TrainingError, match=rf"images are in Parquet files(?s:.*){remedy}"), feeding(config, ALONE):
+    with pytest.raises(TrainingError, match=rf"images are in Parquet files(?s:.*){remedy}"), open_feed(config, ALONE):
         pass
-    with feeding(replace(config, accept_slow=True), ALONE) as feed:
+    with open_feed(replace(config, accept_slow=True), ALONE) as feed:
         assert len(list(feed.batches)) == 2
     small = cached("image", source, tmp_path / "pixels.zarr", clip, pixels=32)
-    with feeding(replace(config, images=small.path), ALONE):
+    with open_feed(replace(config, images=small.path), ALONE):
         pass
     train(replace(config, accept_slow=True, max_steps=1))
-    with feeding(replace(config, max_steps=2), ALONE) as feed:  # what has begun goes on
-        assert feed.first == 1
+    with open_feed(replace(config, max_steps=2), ALONE) as feed:  # what has begun goes on
+        assert feed.first_step == 1

@@ -17,7 +17,7 @@ from dimefm.errors import TrainingError
 from dimefm.retrieval.retrieve import retrieve
 from dimefm.store.embedding_store import Store
 from dimefm.training import train as train_module
-from dimefm.training.checkpoints import Checkpoints, Saving
+from dimefm.training.checkpoints import Checkpoints, CheckpointWriter
 from dimefm.training.config import LossConfig, TextMix, TrainConfig
 from dimefm.training.distributed import Place, Vote, _meet, add_up, from_first, wait_for_all
 from dimefm.training.run_log import last_validation, read_metrics
@@ -146,7 +146,7 @@ def test_texts_are_the_same_wherever_they_are_held(
         monkeypatch.setattr("dimefm.training.text_bank._room_on", lambda device: 0)
     device = torch.device(DEVICE)
     bank = TextBank(text_store, TextMix(), None, seed=0, total=32, device=device)
-    assert bank.place == place
+    assert bank.kept_in == place
     bank.upload(device)
     drawn = bank.draw(1, np.arange(4))
     found = bank.embeddings(drawn, train_module.Transfer(device).send)
@@ -168,7 +168,7 @@ def test_validation_with_both_kinds_of_weights(
 
 def test_what_is_saved_is_the_state_when_it_was_asked_for(tmp_path: Path) -> None:
     weight = torch.ones(4, 2**20, device=DEVICE)
-    with Saving(Checkpoints(str(tmp_path))) as saving:
+    with CheckpointWriter(Checkpoints(str(tmp_path))) as saving:
         saving.begin(1, {"weight": weight, "step": torch.tensor(3.0)})
         weight.zero_()
     found = Checkpoints(str(tmp_path)).load()
@@ -180,13 +180,13 @@ def test_what_is_saved_is_the_state_when_it_was_asked_for(tmp_path: Path) -> Non
 def test_too_little_memory_has_a_remedy(
     image_store: Store, text_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learn, calls = train_module.Learner.learn, []
+    learn, calls = train_module.TowerTrainer.learn, []
 
     def greedy(*args: Any, **kwargs: Any) -> Any:
         calls.append(torch.empty(2**46, device=DEVICE) if len(calls) == 3 else None)
         return learn(*args, **kwargs)
 
-    monkeypatch.setattr(train_module.Learner, "learn", greedy)
+    monkeypatch.setattr(train_module.TowerTrainer, "learn", greedy)
     config = on_gpu(image_store, text_store, tmp_path / "run", checkpoint_every=1)
     with pytest.raises(TrainingError, match=r"16 images of 32 px.*Tried to allocate(?s:.*)--accumulate 2"):
         train(config)

@@ -21,7 +21,7 @@ from dimefm.store.embedding_store import Store
 from dimefm.training import train as train_module
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig
-from dimefm.training.not_finite import out_of_memory
+from dimefm.training.not_finite import explain_out_of_memory
 from dimefm.training.run_log import read_metrics
 from dimefm.training.train import train
 from tests.e2e.test_kill import flat
@@ -166,7 +166,7 @@ def test_checkpoints_go_by_time_where_no_steps_are_given(
 def test_too_little_memory_on_a_gpu_has_a_remedy_and_costs_nothing(
     image_store: Store, text_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learn, calls = train_module.Learner.learn, []
+    learn, calls = train_module.TowerTrainer.learn, []
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -176,7 +176,7 @@ def test_too_little_memory_on_a_gpu_has_a_remedy_and_costs_nothing(
             )
         return learn(*args, **kwargs)
 
-    monkeypatch.setattr(train_module.Learner, "learn", failing)
+    monkeypatch.setattr(train_module.TowerTrainer, "learn", failing)
     config = tiny_config(image_store, text_store, tmp_path / "run", checkpoint_every=1)
     with pytest.raises(
         TrainingError, match=r"16 images of 32 px a process, in 1 pass, .*: CUDA out.*GPU 0 has"
@@ -191,7 +191,7 @@ def test_too_little_memory_on_a_gpu_has_a_remedy_and_costs_nothing(
 def test_more_passes_than_images_are_no_remedy() -> None:
     with (
         pytest.raises(TrainingError, match=r"in 4 passes(?s:.*): give a smaller --batch-size"),
-        out_of_memory(7, 4, 32),
+        explain_out_of_memory(7, 4, 32),
     ):
         raise torch.OutOfMemoryError
 

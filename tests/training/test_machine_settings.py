@@ -14,8 +14,8 @@ from dimefm.errors import MismatchError, TrainingError
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.training import machine_settings
-from dimefm.training.image_batches import reader_died
-from dimefm.training.machine_settings import loaders
+from dimefm.training.image_batches import explain_reader_death
+from dimefm.training.machine_settings import choose_loaders
 from dimefm.training.run_folder import read_run
 from dimefm.training.train import train
 from tests.processes import result_of
@@ -94,9 +94,9 @@ def test_loader_processes_follow_cores_ranks_and_device(
 ) -> None:
     monkeypatch.setattr(machine_settings, "cpus", lambda: cores)
     monkeypatch.setattr(machine_settings, "processes_here", lambda: ranks)
-    assert loaders(None, device, 1000) == (expected, 4)
-    assert loaders(3, device, 1000) == (3, 4)
-    assert loaders(0, device, 1000)[0] == 0
+    assert choose_loaders(None, device, 1000) == (expected, 4)
+    assert choose_loaders(3, device, 1000) == (3, 4)
+    assert choose_loaders(0, device, 1000)[0] == 0
 
 
 def test_a_small_dev_shm_means_fewer_batches_ahead_then_fewer_processes_then_a_remedy(
@@ -104,13 +104,13 @@ def test_a_small_dev_shm_means_fewer_batches_ahead_then_fewer_processes_then_a_r
 ) -> None:
     monkeypatch.setattr(machine_settings, "cpus", lambda: 8)
     monkeypatch.setattr(machine_settings, "free_shared_memory", lambda: 64_000_000)
-    assert loaders(2, "cuda", 8_000_000) == (2, 3)
-    assert loaders(None, "cuda", 8_000_000) == (4, 1)
+    assert choose_loaders(2, "cuda", 8_000_000) == (2, 3)
+    assert choose_loaders(None, "cuda", 8_000_000) == (4, 1)
     with pytest.raises(TrainingError, match=r"/dev/shm has 64.0 MB left, and 2 .* need 192.0 MB.*\n.*--shm-size"):
-        loaders(2, "cuda", 48_000_000)
+        choose_loaders(2, "cuda", 48_000_000)
     with pytest.raises(TrainingError, match="--shm-size"):
-        loaders(None, "cuda", 48_000_000)
-    assert loaders(0, "cuda", 48_000_000)[0] == 0
+        choose_loaders(None, "cuda", 48_000_000)
+    assert choose_loaders(0, "cuda", 48_000_000)[0] == 0
 
 
 def test_large_batches_are_not_read_ahead_by_the_dozen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_large_batches_are_not_read_ahead_by_the_dozen(monkeypatch: pytest.Monke
     monkeypatch.setattr(machine_settings, "free_shared_memory", lambda: 10**12)
     monkeypatch.setattr(machine_settings, "available_memory", lambda: 4 * 10**12)
     size = 3 * 224**2
-    assert [loaders(16, "cuda", images * size)[1] for images in (128, 640, 5120)] == [4, 2, 2]
+    assert [choose_loaders(16, "cuda", images * size)[1] for images in (128, 640, 5120)] == [4, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -133,13 +133,13 @@ def test_large_batches_are_not_read_ahead_by_the_dozen(monkeypatch: pytest.Monke
     ],
 )  # fmt: skip
 def test_what_torch_says_of_its_loader_has_a_remedy(error: Exception, remedy: str) -> None:
-    with pytest.raises(TrainingError, match=remedy), reader_died():
+    with pytest.raises(TrainingError, match=remedy), explain_reader_death():
         raise error
 
 
 def test_other_errors_stay_what_they_are() -> None:
     for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError(5, "Input/output error")):
-        with pytest.raises(type(error)), reader_died():
+        with pytest.raises(type(error)), explain_reader_death():
             raise error
 
 

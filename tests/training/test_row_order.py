@@ -236,7 +236,7 @@ def test_text_batches_follow_their_mix(tmp_path: Path, place: str, monkeypatch: 
     texts, values = random_store(tmp_path / "t.zarr", rows=100, shard_rows=32, kind="text", failed=(4,))
     bank = TextBank(texts, TextMix(random=0.25, selected=0.5, retrieved=0.25), _Pairs(), seed=0, total=400,
                     paired=True, device=CPU)  # type: ignore[arg-type]  # fmt: skip
-    assert bank.place == place
+    assert bank.kept_in == place
     assert bank.bytes_of_step(2) == (0 if place == "device" else 402 * 16 * 2)
     rows = bank.rows(3, np.array([0, 1]))
     assert len(rows) == 400

@@ -15,7 +15,7 @@ from dimefm.errors import StoreError, TrainingError
 from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.evaluate import evaluate
 from dimefm.export.export_student import export
-from dimefm.models.first_weights import load_initial
+from dimefm.models.first_weights import load_first_weights
 from dimefm.models.towers import build_student, build_text_student, student_spec, tokenizer_of
 from dimefm.store.embedding_store import Store
 from dimefm.training.checkpoints import Checkpoints
@@ -154,7 +154,7 @@ def test_first_weights_from_a_file_are_all_but_a_projection_of_another_width(
     else:
         save_file(state, path)
     tower = build_student(spec)
-    assert load_initial(tower, spec, str(path)) == ["proj"]
+    assert load_first_weights(tower, spec, str(path)) == ["proj"]
     assert all(torch.equal(value, given[name]) for name, value in tower.state_dict().items() if name != "proj")
 
 
@@ -163,7 +163,7 @@ def test_first_weights_of_a_bare_timm_model_find_their_trunk(tmp_path: Path) -> 
     given = timm.create_model("test_resnet", pretrained=False).state_dict()
     save_file(given, tmp_path / "timm.safetensors")
     tower = build_student(spec)
-    assert set(load_initial(tower, spec, str(tmp_path / "timm.safetensors"))) == {"head.proj.weight"}
+    assert set(load_first_weights(tower, spec, str(tmp_path / "timm.safetensors"))) == {"head.proj.weight"}
     name = next(iter(given))
     assert torch.equal(tower.state_dict()[f"trunk.{name}"], given[name])
 
@@ -190,12 +190,12 @@ def test_weights_that_do_not_fit_or_do_not_exist_are_refused(tmp_path: Path) -> 
     save_file(other, tmp_path / "w.safetensors")
     tower = build_student(spec)
     with pytest.raises(TrainingError, match=r"does not fit small-clip: positional_embedding \(5, 64\) is of shape"):
-        load_initial(tower, spec, str(tmp_path / "w.safetensors"))
+        load_first_weights(tower, spec, str(tmp_path / "w.safetensors"))
     with pytest.raises(TrainingError, match="is no file, no folder and no tag of open_clip for small-clip"):
-        load_initial(tower, spec, "laion400m_e32")
+        load_first_weights(tower, spec, "laion400m_e32")
     (tmp_path / "broken.pt").write_bytes(b"PK")
     with pytest.raises(TrainingError, match="cannot be read"):
-        load_initial(tower, spec, str(tmp_path / "broken.pt"))
+        load_first_weights(tower, spec, str(tmp_path / "broken.pt"))
 
 
 def test_an_average_asked_for_later_begins_with_the_weights(

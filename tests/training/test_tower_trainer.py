@@ -14,9 +14,9 @@ from dimefm.models.towers import build_student, student_spec
 from dimefm.store.embedding_store import Store
 from dimefm.training.config import LossConfig
 from dimefm.training.distributed import ALONE, Place, join_group, leave_group
-from dimefm.training.moving_average import Average
+from dimefm.training.moving_average import MovingAverage
 from dimefm.training.objective import Objective
-from dimefm.training.tower_trainer import Learner
+from dimefm.training.tower_trainer import TowerTrainer
 from dimefm.training.validation import Validation
 from tests.making import read_tar, write_tar
 from tests.processes import FORKING
@@ -36,13 +36,13 @@ def tower(dropout: float = 0.0, norm: bool = False) -> torch.nn.Module:
     return torch.nn.Sequential(*layers, torch.nn.Dropout(dropout), torch.nn.Linear(16, WIDTH))
 
 
-def learner(place: Place = ALONE, module: torch.nn.Module | None = None, **changes: Any) -> Learner:
+def learner(place: Place = ALONE, module: torch.nn.Module | None = None, **changes: Any) -> TowerTrainer:
     objective = Objective(LOSS, teacher_scale=100.0, dim=WIDTH, mean_D=None)
     prepare = lambda inputs: inputs  # noqa: E731
-    return Learner(module or tower(), objective, place, prepare=prepare, precision="fp32", **changes)
+    return TowerTrainer(module or tower(), objective, place, prepare=prepare, precision="fp32", **changes)
 
 
-def two_steps(found: Learner, rank: int = 0, world: int = 1) -> list[torch.Tensor]:
+def two_steps(found: TowerTrainer, rank: int = 0, world: int = 1) -> list[torch.Tensor]:
     """Of the second step, whose queue has the rows of the first: the gradients of the tower and of the learned scale,
     then the loss and its parts."""
     inputs = torch.randn(2, IMAGES, 10, generator=torch.Generator().manual_seed(1))
@@ -148,7 +148,7 @@ def test_processes_and_passes_have_the_gradient_of_one(world: int, tmp_path: Pat
 
 def test_the_average_follows_its_formula() -> None:
     module = tower(norm=True)
-    average = Average(module, 0.5)
+    average = MovingAverage(module, 0.5)
     expected, mean = module[0].weight.detach().clone(), module[1].running_mean.clone()
     for step, decay in enumerate((0.1, 2 / 11, 0.25)):
         with torch.no_grad():
@@ -161,7 +161,7 @@ def test_the_average_follows_its_formula() -> None:
     torch.testing.assert_close(average.module[0].weight, expected)
     torch.testing.assert_close(average.module[1].running_mean, mean)
     assert int(average.module[1].num_batches_tracked) == 3
-    other = Average(tower(norm=True), 0.5)
+    other = MovingAverage(tower(norm=True), 0.5)
     other.load_state_dict(average.state_dict())
     for one in (average, other):
         one.update(module)
@@ -195,7 +195,7 @@ def test_an_average_is_validated_with_the_weights_that_it_has_now(
     if forgets == "when it trains":
         for kind in {type(part) for part in parts}:
             monkeypatch.setattr(kind, "train", _forgets_when_it_trains)
-    average = Average(module, 0.5)
+    average = MovingAverage(module, 0.5)
     validation = Validation((str(tmp_path),), prompt_store, spec, ALONE, torch.float32)
     validation.run({"_ema": (average.module, None)})
     with torch.no_grad():

@@ -24,8 +24,8 @@ from dimefm.training import train as train_module
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig, TrainConfig
 from dimefm.training.distributed import Place
-from dimefm.training.image_batches import Augmentation, Requests, TrainingImages, reader_died, training_loader
-from dimefm.training.machine_settings import decide
+from dimefm.training.image_batches import Augmentation, Requests, TrainingImages, explain_reader_death, training_loader
+from dimefm.training.machine_settings import decide_settings
 from dimefm.training.row_order import Order
 from dimefm.training.run_folder import read_run, write_run
 from dimefm.training.run_log import last_validation, read_metrics
@@ -140,7 +140,7 @@ def test_another_number_of_processes_is_recorded_and_said(
     monkeypatch.undo()
     assert read_run(config.out).processes == 1
     write_run(config.out, replace(read_run(config.out), processes=4))
-    _, notes = decide(config, Place(0, 1, torch.device("cpu")), ())
+    _, notes = decide_settings(config, Place(0, 1, torch.device("cpu")), ())
     assert any("began with 4 processes and goes on with 1: batches and losses are the same" in note for note in notes)
     train(config)
     run = read_run(config.out)
@@ -332,7 +332,7 @@ def test_a_worker_that_dies_ends_the_run_with_its_reason(tmp_path: Path, monkeyp
     augmentation = Augmentation(size=32, crop_scale=(0.5, 1), flip=True, seed=0)
     requests = Requests(Order(store=store, seed=0, batch_size=8), first=0, steps=4)
     loader = training_loader(TrainingImages(store.path, augmentation), requests, 1)
-    with pytest.raises(TrainingError, match=r"a process that decodes images died"), reader_died():
+    with pytest.raises(TrainingError, match=r"a process that decodes images died"), explain_reader_death():
         next(loader)
 
 
@@ -344,7 +344,10 @@ def test_the_row_that_a_worker_died_of_is_named(tmp_path: Path, monkeypatch: pyt
     requests = Requests(Order(store=store, seed=0, batch_size=8), first=0, steps=1)
     (request,) = requests
     loader = training_loader(TrainingImages(store.path, augmentation), requests, 2)
-    with pytest.raises(TrainingError, match=rf"died(?s:.*) It was reading row {request.rows_B[0]}\n"), reader_died():
+    with (
+        pytest.raises(TrainingError, match=rf"died(?s:.*) It was reading row {request.rows_B[0]}\n"),
+        explain_reader_death(),
+    ):
         next(loader)
     loader.close()
 
@@ -352,9 +355,9 @@ def test_the_row_that_a_worker_died_of_is_named(tmp_path: Path, monkeypatch: pyt
 @a_reader_dies
 def test_a_worker_that_dies_as_it_hands_a_batch_over_is_no_other_error(tmp_path: Path) -> None:
     """Its tensors are fetched through a connection to it; errors of other files stay what they are."""
-    with pytest.raises(TrainingError, match=r"a process that decodes images died"), reader_died():
+    with pytest.raises(TrainingError, match=r"a process that decodes images died"), explain_reader_death():
         Client(str(tmp_path / "nobody"))
-    with pytest.raises(FileNotFoundError), reader_died():
+    with pytest.raises(FileNotFoundError), explain_reader_death():
         (tmp_path / "nothing").read_bytes()
 
 

@@ -153,7 +153,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_student(
 ) -> None:  # fmt: skip
     config = tiny_config(image_store, text_store, tmp_path / "run", checkpoint_every=100, **SMALL)
     before = signal.getsignal(signal.SIGTERM)
-    learn, calls = train.__globals__["Learner"].learn, []
+    learn, calls = train.__globals__["TowerTrainer"].learn, []
 
     def signalling(*args: object, **kwargs: object) -> object:
         calls.append(1)
@@ -161,7 +161,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_student(
             signal.raise_signal(signal.SIGTERM)
         return learn(*args, **kwargs)
 
-    monkeypatch.setattr(train.__globals__["Learner"], "learn", signalling)
+    monkeypatch.setattr(train.__globals__["TowerTrainer"], "learn", signalling)
     with pytest.raises(Exception, match="stopped by SIGTERM after step 3 of 8"):
         train(config)
     assert signal.getsignal(signal.SIGTERM) == before, "the handler stays"
