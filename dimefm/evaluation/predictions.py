@@ -55,7 +55,7 @@ def write_predictions(
 ) -> None:
     """PATH.parquet with key, file, label, prediction, correct and scores of every image in the set's order, and
     PATH.md with classes that are recognised least, and what is most often taken for what."""
-    labels, readable = images.classes, ~np.isnan(scores_NC).all(axis=1)
+    labels, readable = images.class_labels, ~np.isnan(scores_NC).all(axis=1)
     filled_NC = np.nan_to_num(scores_NC).astype(np.float32)
     prediction_N = np.where(readable, filled_NC.argmax(axis=1), -1)
     multilabel = labels.ndim == 2
@@ -87,11 +87,11 @@ def _summary(
     lines = [f"# {markdown(images.name)}: what is taken for what", ""]
     lines += [f"{len(images.samples):,} images, {correct_N.mean():.1%} right, {len(failures)} could not be read.", ""]
     lines += [f"- {markdown(failure.key)}: {markdown(failure.reason)}" for failure in failures[:_SHOWN]]
-    if images.classes.ndim == 2:
+    if images.class_labels.ndim == 2:
         return "\n".join([*lines, "Images have several labels: the best of the scores is right if it is one.", ""])
     names, count = [markdown(name) for name in images.classnames], len(images.classnames)
-    confused_CC = metrics.confusion(images.classes, prediction_N, count)
-    total_C = np.bincount(images.classes, minlength=count)
+    confused_CC = metrics.confusion(images.class_labels, prediction_N, count)
+    total_C = np.bincount(images.class_labels, minlength=count)
     right_C = np.diag(confused_CC) / np.maximum(total_C, 1)
     worst = [c for c in np.argsort(right_C, kind="stable").tolist() if total_C[c]][:_SHOWN]
     lines += ["", "| recognised least | images | right | mostly taken for |", "| --- | ---: | ---: | --- |"]

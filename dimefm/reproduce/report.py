@@ -45,14 +45,14 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Report:
+class JobReport:
     """The text, as written to report.md, and the bars that were missed."""
 
     text: str
     missed: list[str]
 
 
-def write_report(out: Path, students: Sequence[Student]) -> Report:
+def write_report(out: Path, students: Sequence[Student]) -> JobReport:
     """Read what the stages left in `out` and write report.md and report.png beside it."""
     teacher, found = _sets(out, "teacher"), {student.name: _sets(out, student.name) for student in students}
     missed = [
@@ -66,7 +66,7 @@ def write_report(out: Path, students: Sequence[Student]) -> Report:
     text = "\n".join([line for part in parts for line in [*part, ""]] + _machine(out, students))
     storage.write_atomic(str(out / REPORT_FILE), f"# dimefm: {out.name}\n\n{text}\n".encode())
     _plot(out, teacher, found, students)
-    return Report(f"{text}\n\nwritten: {out / REPORT_FILE}, {out / PLOT_FILE}", missed)
+    return JobReport(f"{text}\n\nwritten: {out / REPORT_FILE}, {out / PLOT_FILE}", missed)
 
 
 def _sets(out: Path, model: str) -> dict[str, dict[str, Any]]:

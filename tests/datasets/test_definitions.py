@@ -92,9 +92,9 @@ PAIRS = [
 ]
 
 
-def raw(name: str) -> Any:
-    """A JSON file of the package, as it is."""
-    return json.loads((resources.files("dimefm.evaluation") / name).read_text(encoding="utf-8"))
+def raw(room: str, name: str) -> Any:
+    """The contents of a JSON file that ships in a room of dimefm."""
+    return json.loads((resources.files(f"dimefm.{room}") / name).read_text(encoding="utf-8"))
 
 
 def suite(name: str) -> dict[str, SetDefinition]:
@@ -206,7 +206,7 @@ def test_the_first_of_a_classs_synonyms_is_its_name() -> None:
 )
 def test_what_is_wrong_with_a_definition_is_said_with_its_file(change: dict[str, object], problem: str) -> None:
     with pytest.raises(SchemaError, match=r"^cifar10\.json") as error:
-        parse_definition(json.dumps(raw("sets/cifar10.json") | change), "cifar10.json")
+        parse_definition(json.dumps(raw("datasets", "sets/cifar10.json") | change), "cifar10.json")
     assert problem in str(error.value)
 
 
@@ -216,7 +216,7 @@ def test_a_definition_that_is_no_json_is_named() -> None:
 
 
 def test_published_results() -> None:
-    rows = raw("published.json")
+    rows = raw("evaluation", "published.json")
     columns = ("imagenet1k", "elevater", "elevater_linear_probe", "robustness")
     assert all(set(row) == {"model", "source", "text_corpus", "values"} for row in rows)
     assert [tuple(row["values"][c] for c in columns) for row in rows] == [
@@ -228,7 +228,7 @@ def test_published_results() -> None:
 
 
 def test_the_baseline_has_a_line_for_every_shift() -> None:
-    baseline = raw("baseline.json")
+    baseline = raw("evaluation", "baseline.json")
     assert set(baseline) == {"source", "models", "fit"}
     assert set(baseline["models"]) == set(baseline["fit"]) == set(SHIFTS)
     # A ResNet-50 of torchvision: 76.1% on ImageNet-1k, and what is published for it elsewhere, roughly.
