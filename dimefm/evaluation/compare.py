@@ -15,6 +15,7 @@ from dimefm.evaluation import metrics
 from dimefm.evaluation.results import Pooled, pool, read_results
 from dimefm.evaluation.summary import measured_suites
 from dimefm.system import inert_text, storage
+from dimefm.system.markdown_table import markdown_table
 
 PUBLISHED = "published"
 
@@ -49,9 +50,10 @@ class Comparison:
     def markdown(self) -> str:
         """For a README."""
         names, sources = self.head()
-        lines = [names, ["---", *["---:"] * len(self.models)], sources, *self.lines()]
-        table = "".join(f"| {' | '.join(map(inert_text.markdown, line))} |\n" for line in lines)
-        return table + "".join(f"\n{inert_text.markdown(note).replace('*', chr(92) + '*')}\n" for note in self.notes)
+        rows = [[*map(inert_text.markdown, row)] for row in (names, sources, *self.lines())]
+        notes = [inert_text.markdown(note).replace("*", "\\*") for note in self.notes]
+        table = markdown_table(rows, align="l" + "r" * len(self.models))
+        return "\n".join([*table, *(f"\n{note}" for note in notes), ""])
 
     def csv(self) -> str:
         """For a spreadsheet."""
