@@ -21,6 +21,7 @@ from cache_schemas import Preprocessing, TeacherIdentity
 from dimefm.errors import DimefmError
 from dimefm.models.hub import require_plain_tokenizer
 from dimefm.models.towers import build_student, build_text_student, student_spec, text_spec
+from dimefm.system.markdown_table import markdown_table
 
 OUT = Path(__file__).parents[1] / "docs" / "architectures.md"
 HEAD = ("architecture", "px", "width", "image tower", "text tower", "teacher", "student", "text student")
@@ -150,7 +151,7 @@ def _count(towers: list[Any]) -> int:
 
 def written(rows: list[Examined]) -> str:
     """The page, as Markdown."""
-    lines = ["| " + " | ".join(row) + " |" for row in (HEAD, ("---",) * len(HEAD), *(row.cells() for row in rows))]
+    lines = markdown_table([HEAD, *(row.cells() for row in rows)])
     return TEXT.format(open_clip=open_clip.__version__, timm=timm.__version__, rows="\n".join(lines))
 
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from dimefm.system.markdown_table import markdown_table
+
 
 def rounds(candidates: dict[str, Callable[[], object]], count: int, device: Any = None) -> dict[str, list[float]]:
     """Seconds of each call of each candidate, `count` of each after one that is not counted. Where `device`, a
@@ -49,6 +51,4 @@ def machine() -> str:
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """A Markdown table."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [head, tuple("-" * w for w in widths), *rows]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    return "\n".join(markdown_table([head, *rows], padded=True))

@@ -22,7 +22,7 @@ from cache_schemas.plan import IMAGE_PLAN
 from dimefm.datasets.image_set import ImageSet
 from dimefm.datasets.own_sets import open_folder
 from dimefm.evaluation import probe as probing
-from dimefm.evaluation.features import Features, features
+from dimefm.evaluation.features import Features, compute_features
 from dimefm.evaluation.open_model import open_model
 from dimefm.evaluation.probe import probe
 from dimefm.evaluation.text_embeddings import TextEmbeddings
@@ -62,13 +62,13 @@ def _search(clip: Clip, images: ImageSet, folder: Path, count: int) -> None:
     train, test = _parts(images)
     heads_CD = TextEmbeddings(clip, str(folder)).of_classes(train.classnames, train.prompts())
     began = time.perf_counter()
-    embedded = [features(clip, part, str(folder / f"{part.split}.zarr")) for part in (train, test)]
+    embedded = [compute_features(clip, part, str(folder / f"{part.split}.zarr")) for part in (train, test)]
     encoding = time.perf_counter() - began
     with _counted() as asked:
         began = time.perf_counter()
         rows_N = np.arange(len(train.samples))
         rule: dict[str, Any] = {"heads_CD": heads_CD, "selection": "elevater"}
-        probe(embedded[0], train.classes, rows_N, embedded[1], test, "accuracy", **rule)
+        probe(embedded[0], train.class_labels, rows_N, embedded[1], test, "accuracy", **rule)
         searching = time.perf_counter() - began
     epoch = median([_epoch(clip, train) for _ in range(count)])
     searched, final = asked[:-1], asked[-1]
@@ -100,13 +100,13 @@ def _search(clip: Clip, images: ImageSet, folder: Path, count: int) -> None:
 def _parts(images: ImageSet) -> tuple[ImageSet, ImageSet]:
     """Training and test images: of each class every fifth is a test image."""
     nth_N = np.zeros(len(images.samples), np.int64)
-    for label in np.unique(images.classes):
-        places = np.flatnonzero(images.classes == label)
+    for label in np.unique(images.class_labels):
+        places = np.flatnonzero(images.class_labels == label)
         nth_N[places] = np.arange(len(places))
     parts = []
     for split, chosen_N in (("train", (nth_N + 1) % _TEST_EVERY > 0), ("test", (nth_N + 1) % _TEST_EVERY == 0)):
         samples = [images.samples[place] for place in np.flatnonzero(chosen_N)]
-        parts.append(replace(images, split=split, samples=samples, labels=images.classes[chosen_N]))
+        parts.append(replace(images, split=split, samples=samples, labels=images.class_labels[chosen_N]))
     return parts[0], parts[1]
 
 
@@ -142,7 +142,7 @@ def _memory(folder: Path, rows: int, dim: int, classes: int, heads: int) -> None
     known: dict[str, Any] = {"name": "random", "where": "", "layout": "none", "samples": [], "files": []}
     test = ImageSet(split="test", labels=np.arange(_TEST_ROWS) % classes, **known)
     train_features = _random(folder / "train.zarr", labels_N, dim, rng)
-    test_features = _random(folder / "test.zarr", test.classes, dim, rng)
+    test_features = _random(folder / "test.zarr", test.class_labels, dim, rng)
     before = _rss()["RssAnon"]
     probing.RATES, probing.DECAYS = np.logspace(-4, -1, heads).tolist(), [1e-6]
     probing.SEARCH_EPOCHS = probing.FINAL_EPOCHS = 1

@@ -80,10 +80,10 @@ def as_read(images: ImageSet, missing: bool = False) -> dict[bytes, Any]:
     seen = [pixels(read_encoded(sample.file, sample.offset, sample.size)) for sample in samples]
     if images.captions is not None:
         said: list[Any] = list(images.captions)
-    elif images.classes.ndim == 2:
-        said = [tuple(np.flatnonzero(row).tolist()) for row in images.classes]
+    elif images.class_labels.ndim == 2:
+        said = [tuple(np.flatnonzero(row).tolist()) for row in images.class_labels]
     else:
-        said = images.classes.tolist()
+        said = images.class_labels.tolist()
     said = [one for one, kept in zip(said, there, strict=True) if kept]
     assert len(set(seen)) == len(seen)
     return dict(zip(seen, said, strict=True))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.measure import machine
+from dimefm.system.markdown_table import markdown_table
 
 Verdict = Literal["", "met", "MISSED", "right", "WRONG"]
 
@@ -107,7 +108,7 @@ class Results:
         for heading, verdicts in (("Wrong", ("WRONG",)), ("Bars", ("met", "MISSED"))):
             rows = [(s.letter, *_cells(line)) for s in self.steps for line in s.lines if line.verdict in verdicts]
             if rows:
-                parts += [f"## {heading}", _table(("", *_HEAD), rows)]
+                parts += [f"## {heading}", "\n".join(markdown_table([("", *_HEAD), *rows]))]
         return "\n\n".join(parts) + "\n"
 
     def markdown(self) -> str:
@@ -116,18 +117,14 @@ class Results:
         for step in self.steps:
             parts.append(f"## {step.letter}. {step.name} ({step.state}, {step.seconds:.0f} s)")
             if step.lines:
-                parts.append(_table(_HEAD, [_cells(line) for line in step.lines]))
+                # Without padding: some cells are long, and the end of the output may be all that one gets.
+                parts.append("\n".join(markdown_table([_HEAD, *map(_cells, step.lines)])))
             if step.traceback:
                 parts.append(f"```\n{step.traceback.strip()}\n```")
         return "\n\n".join(parts) + "\n"
 
 
 _HEAD = ("what", "value", "with", "limit")
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table without padding: some cells are long, and the end of the output may be all that one gets."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ("---",) * len(head), *rows])
 
 
 def _cells(line: Line) -> tuple[str, ...]:

@@ -77,11 +77,11 @@ def evaluate(model: str, **options: Any) -> None:
     """
     from dimefm.evaluation.config import EvaluationConfig
     from dimefm.evaluation.evaluate import evaluate as run
-    from dimefm.evaluation.summary import result_line, show
+    from dimefm.evaluation.summary import result_line, summary_text
 
     _require_sense(options)
     done = run(EvaluationConfig(model=model, **options), lambda result: say(result_line(result)))
-    say(show(done))
+    say(summary_text(done))
     if done.failed:
         raise click.exceptions.Exit(1)
 
@@ -114,11 +114,11 @@ def _was_given(name: str) -> bool:
 @click.option("--data", metavar="ROOT", help="Also say which of them are there, and where.")
 def sets(names: tuple[str, ...], data: str | None) -> None:
     """List the evaluation sets that dimefm knows; of one NAME, everything, with where to get it."""
+    from dimefm.datasets.describe_sets import describe_sets
     from dimefm.datasets.known_sets import find_sets
-    from dimefm.evaluation.summary import show_sets
 
-    definitions, there = find_sets(names, data)
-    say(show_sets(definitions, there))
+    definitions, found = find_sets(names, data)
+    say(describe_sets(definitions, found))
 
 
 @click.command()
@@ -131,11 +131,11 @@ def compare(folders: tuple[str, ...], out: tuple[str, ...], no_published: bool) 
     NAME: a folder that evaluate wrote, such as evaluations/STUDENT.
     """
     from dimefm.evaluation.compare import compare as run
-    from dimefm.evaluation.compare import write_table
+    from dimefm.evaluation.compare import write_comparison
 
     table = run(folders, published=not no_published)
     for path in out:
-        write_table(table, path)
+        write_comparison(table, path)
     say(table.markdown(), nl=False)
 
 

@@ -52,7 +52,7 @@ class ImageSet:
     notes: tuple[str, ...] = ()
 
     @property
-    def classes(self) -> np.ndarray[Any, Any]:
+    def class_labels(self) -> np.ndarray[Any, Any]:
         """The labels of a set that has them."""
         assert self.labels is not None, f"{self.name} has captions, not labels"
         return self.labels
@@ -71,7 +71,7 @@ class ImageSet:
         for sample in self.samples:
             digest.update(f"{sample.key}\0{sample.size}\0".encode())
         if self.captions is None:
-            digest.update(np.ascontiguousarray(self.classes).data)
+            digest.update(np.ascontiguousarray(self.class_labels).data)
         else:
             digest.update(json.dumps(self.captions).encode())
         return digest.hexdigest()
@@ -156,7 +156,7 @@ class Records:
             raise SourceError(what, remedy="write one a line into KEY.txt, or leave the image out")
 
 
-def one_label(data: bytes, where: str) -> int:
+def parse_label(data: bytes, where: str) -> int:
     """The integer in a .cls. Raises SourceError."""
     try:
         return int(data)
@@ -164,7 +164,7 @@ def one_label(data: bytes, where: str) -> int:
         raise SourceError(f"{where} holds {data[:20]!r}", remedy="write one integer, the label") from None
 
 
-def array_of(records: Records, classes: int, multilabel: bool) -> np.ndarray[Any, Any]:
+def label_array(records: Records, classes: int, multilabel: bool) -> np.ndarray[Any, Any]:
     """Labels as int64 (N,), or bool (N, classes). Raises SourceError for one without a class."""
     labels: list[Any] = records.labels or []
     for sample, row in zip(records.samples, labels, strict=True):
@@ -180,7 +180,7 @@ def array_of(records: Records, classes: int, multilabel: bool) -> np.ndarray[Any
     return found_NC
 
 
-def sample_of(path: str, root: str) -> ImageSample:
+def local_image(path: str, root: str) -> ImageSample:
     """A local image file below `root`. Of one that is not there the size is -1, and reading it says that it is gone."""
     key = file_key(path, root)
     try:

@@ -11,8 +11,8 @@ import numpy as np
 from cache_schemas.evaluation import SetDefinition
 from dimefm.datasets.definitions import class_folders, class_names, load_definitions, templates
 from dimefm.datasets.image_set import ImageSet, Records
-from dimefm.datasets.layouts import Reader, plain, read_first, read_folders
-from dimefm.datasets.own_sets import COMMON, map_labels, with_captions, with_classes
+from dimefm.datasets.layouts import Reader, letters_and_digits, read_first, read_folders
+from dimefm.datasets.own_sets import GENERAL_LAYOUTS, map_labels, with_captions, with_classes
 from dimefm.datasets.published_layouts import reader_of
 from dimefm.errors import SourceError
 from dimefm.system import storage
@@ -61,7 +61,7 @@ def _folders(definition: SetDefinition, root: str) -> Iterator[str]:
 
 
 def _readers(definition: SetDefinition, unpacked: str) -> Iterator[tuple[str, Reader]]:
-    yield from COMMON
+    yield from GENERAL_LAYOUTS
     if special := reader_of(definition.name, unpacked):
         yield "torchvision", special
         yield "original", special
@@ -83,8 +83,8 @@ def _as_defined(records: Records, definition: SetDefinition, split: str) -> Imag
     names, prompts = class_names(definition), templates(definition)
     given = records.names or records.classnames
     if given not in (None, names) and not map_labels(records, given or [], names, class_folders(definition)):
-        spelled = set(map(plain, [*names, *class_folders(definition)]))
-        strange = [name for name in given if plain(name) not in spelled]
+        spelled = set(map(letters_and_digits, [*names, *class_folders(definition)]))
+        strange = [name for name in given if letters_and_digits(name) not in spelled]
         unknown = [f"{len(strange)} of {len(given)} are not in the definition, such as {name!r}" for name in strange]
         known = unknown[0] if unknown else "their order"
         partial.append(f"class names and templates are those of the folder ({known})")
@@ -94,7 +94,11 @@ def _as_defined(records: Records, definition: SetDefinition, split: str) -> Imag
     found = with_classes(
         records, definition.name, split, names, prompts, definition.task == "multilabel", tuple(partial)
     )
-    occurring = int(found.classes.any(axis=0).sum()) if found.classes.ndim == 2 else len(np.unique(found.classes))
+    occurring = (
+        int(found.class_labels.any(axis=0).sum())
+        if found.class_labels.ndim == 2
+        else len(np.unique(found.class_labels))
+    )
     if occurring < len(names):
         partial.append(f"{occurring} of {len(names)} classes occur")
     return replace(found, partial=tuple(partial))

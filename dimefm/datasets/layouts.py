@@ -24,8 +24,8 @@ import pyarrow as pa
 from cache_schemas.evaluation import SetDefinition
 from cache_schemas.plan import SourceFile
 from dimefm.datasets.definitions import class_folders, class_names
-from dimefm.datasets.image_set import Records, one_label
-from dimefm.datasets.unused_files import CLIP_BENCHMARK_TEMPLATES, SPLIT_FOLDERS, class_folders_in, count_beside
+from dimefm.datasets.image_set import Records, parse_label
+from dimefm.datasets.unused_files import CLIP_BENCHMARK_TEMPLATES, SPLIT_FOLDERS, class_folders_in, count_unused
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import ImageSample, file_key, split_key
@@ -82,7 +82,7 @@ def read_first(
     return None
 
 
-def names_of_split(split: str, definition: SetDefinition | None) -> tuple[str, ...]:
+def split_folder_names(split: str, definition: SetDefinition | None) -> tuple[str, ...]:
     """What its folder may be called. Where a set has no split for validation, what is called so is the test split; of
     ImageNet first of all, whose own test images have no labels."""
     if split != "test" or (definition is not None and "val" in definition.splits):
@@ -100,7 +100,7 @@ def read_webdataset(folder: str, split: str, definition: SetDefinition | None) -
     records = _with_texts(Records(where=folder, layout="webdataset", samples=[], files=tars), folder)
     classes = len(records.classnames) if records.classnames else definition.class_count if definition else None
     labels: list[Any] = []
-    for tar in sorted(tars, key=lambda file: natural(file.path)):
+    for tar in sorted(tars, key=lambda file: natural_order(file.path)):
         images, said = _members(tar.path, records.account)
         if images and not images.keys() & said.keys():
             raise UnlabelledError(f"{tar.path}: {_BARE.format(next(iter(images)))}", remedy=_WRITE_LABELS)
@@ -109,7 +109,7 @@ def read_webdataset(folder: str, split: str, definition: SetDefinition | None) -
         read = in_order(_read_said, wanted) if storage.is_url(tar.path) else map(_read_said, wanted)
         labels += read
         records.samples += [ImageSample(key, tar.path, m.offset, m.size) for key, m in images.items()]
-    count_beside(records, folder, tars[0].path.rpartition("/")[0], split, own=definition is None)
+    count_unused(records, folder, tars[0].path.rpartition("/")[0], split, own=definition is None)
     captions = {isinstance(one, tuple) for one in labels}
     if len(captions) > 1:
         raise SourceError(f"{folder} has labels for some images and captions for others", remedy="part them")
@@ -125,7 +125,7 @@ def read_parquet(folder: str, split: str, definition: SetDefinition | None) -> R
     files = _files(folder, split, ".parquet", definition)
     if not files:
         return None
-    files.sort(key=lambda file: natural(file.path))
+    files.sort(key=lambda file: natural_order(file.path))
     with _damage_named(files[0].path):
         column, names = _said_column(files[0].path, definition)
     said = [value for file in files for value in _values(file.path, column)]
@@ -138,7 +138,7 @@ def read_parquet(folder: str, split: str, definition: SetDefinition | None) -> R
     if several or len(samples) != len(said):
         what = f"{folder} has {len(said):,} rows and {len(samples):,} images{found_instead(account.lines())}"
         raise SourceError(what, remedy="write one image a row")
-    count_beside(records, folder, files[0].path.rpartition("/")[0], split, own=definition is None)
+    count_unused(records, folder, files[0].path.rpartition("/")[0], split, own=definition is None)
     if column in _CAPTIONS:
         records.captions = [_texts(one, f"{folder}: column {column!r}") for one in said]
     else:
@@ -151,7 +151,7 @@ def read_folders(folder: str, split: str, definition: SetDefinition | None) -> R
     there (ObjectNet has 313, of which 113 are scored), more of them are left out, and said so."""
     if storage.is_url(folder):
         return None
-    base = next((f"{folder}/{n}" for n in names_of_split(split, definition) if Path(folder, n).is_dir()), None)
+    base = next((f"{folder}/{n}" for n in split_folder_names(split, definition) if Path(folder, n).is_dir()), None)
     other = any(Path(folder, n).is_dir() for names in SPLIT_FOLDERS.values() for n in names)
     if base is None and (split != "test" or other):
         return None
@@ -181,33 +181,33 @@ def read_folders(folder: str, split: str, definition: SetDefinition | None) -> R
         records.samples += [ImageSample(file_key(file.path, base), file.path, 0, file.size) for file in files]
         labels += [places[name]] * len(files)
     records.labels = labels
-    count_beside(records, folder, base, split, own=definition is None)
+    count_unused(records, folder, base, split, own=definition is None)
     if definition is not None:
         records.names = class_names(definition)
     return _with_texts(records, folder)
 
 
-def plain(name: str) -> str:
+def letters_and_digits(name: str) -> str:
     """A name by its letters and digits alone: ``F/A-18`` and ``fa_18`` are the same."""
     return "".join(c for c in name.casefold() if c.isalnum()) or name
 
 
-def places_of(spelled: Iterable[tuple[int, str]]) -> Callable[[str], int | None]:
+def name_lookup(spelled: Iterable[tuple[int, str]]) -> Callable[[str], int | None]:
     """What gives the place of a name, by its very spelling or else as `plain`; None where it has none, or several."""
     exact: dict[str, set[int]] = {}
     loose: dict[str, set[int]] = {}
     for place, name in spelled:
         exact.setdefault(name, set()).add(place)
-        loose.setdefault(plain(name), set()).add(place)
+        loose.setdefault(letters_and_digits(name), set()).add(place)
 
     def place_of(name: str) -> int | None:
-        found = exact.get(name) or loose.get(plain(name)) or set()
+        found = exact.get(name) or loose.get(letters_and_digits(name)) or set()
         return next(iter(found)) if len(found) == 1 else None
 
     return place_of
 
 
-def natural(path: str) -> list[tuple[int, str]]:
+def natural_order(path: str) -> list[tuple[int, str]]:
     """A key that sorts 2.tar before 10.tar."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path)]
 
@@ -220,7 +220,7 @@ def _files(folder: str, split: str, suffix: str, definition: SetDefinition | Non
             return []
         return files_in(place, lambda name: name.lower().endswith(suffix) and keep(name), Account())
 
-    for name in names_of_split(split, definition):
+    for name in split_folder_names(split, definition):
         prefixes = tuple(f"{name}{mark}" for mark in ("-", "_", "."))
         for place in (storage.join(folder, name), folder, storage.join(folder, "data")):
             whole = place == storage.join(folder, name)
@@ -277,7 +277,7 @@ def _read_said(wanted: tuple[str, str, int | None, str, TarMember]) -> int | lis
     key, tar, classes, extension, member = wanted
     data, where = storage.read_bytes(tar, member.offset, member.size), f"{tar}: {key}.{extension}"
     if extension == "cls":
-        return one_label(data, where)
+        return parse_label(data, where)
     if extension == "txt":
         return tuple(line.strip() for line in data.decode("utf-8", "replace").splitlines() if line.strip())
     remedy = "write 0 or 1 for each class"
@@ -347,7 +347,7 @@ def _with_labels(records: Records, said: list[Any], column: str) -> None:
         raise SourceError(f"{records.where}: {empty} has no {column}", remedy="give every image one")
     flat = [one for row in said for one in (row if isinstance(row, list) else [row])]
     if flat and all(isinstance(one, str) for one in flat):
-        records.names = sorted(set(flat), key=natural)
+        records.names = sorted(set(flat), key=natural_order)
         place = {name: place for place, name in enumerate(records.names)}
         numbered: list[Any] = [[place[one] for one in row] if isinstance(row, list) else place[row] for row in said]
         records.labels = numbered
@@ -376,6 +376,6 @@ def _places(folder: str, definition: SetDefinition | None) -> tuple[Callable[[st
     """What gives the label of a class folder, and the number of classes."""
     if definition is None:
         names = read_classnames(folder)
-        return places_of(enumerate(names)), len(names)
+        return name_lookup(enumerate(names)), len(names)
     spelled = [*enumerate(class_names(definition)), *enumerate(class_folders(definition))]
-    return places_of(spelled), definition.class_count
+    return name_lookup(spelled), definition.class_count

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dimefm.datasets.image_set import ImageSet, Records, array_of
-from dimefm.datasets.layouts import Reader, places_of, read_first, read_folders, read_parquet, read_webdataset
-from dimefm.datasets.unused_files import count_beside, note_empty_classes
+from dimefm.datasets.image_set import ImageSet, Records, label_array
+from dimefm.datasets.layouts import Reader, name_lookup, read_first, read_folders, read_parquet, read_webdataset
+from dimefm.datasets.unused_files import count_unused, note_empty_classes
 from dimefm.errors import SourceError
 from dimefm.sources.account import describe_skipped, first_lines
 from dimefm.sources.prompts import CLASSNAMES, TEMPLATES
 from dimefm.system import storage
 
-COMMON: tuple[tuple[str, Reader], ...] = (("webdataset", read_webdataset), ("parquet", read_parquet))
+GENERAL_LAYOUTS: tuple[tuple[str, Reader], ...] = (("webdataset", read_webdataset), ("parquet", read_parquet))
 """Layouts that any set may have, by name, in the order in which they are looked for."""
 
 
@@ -26,7 +26,7 @@ def open_folder(path: str, split: str = "test") -> ImageSet:
         raise SourceError(what, remedy="class folders must be local; pack them into tars")
     if found is None:
         nothing = Records(where=storage.absolute(path), layout="none", samples=[], files=[])
-        count_beside(nothing, nothing.where, nothing.where, split)
+        count_unused(nothing, nothing.where, nothing.where, split)
         nothing.require()
     assert found is not None
     return found
@@ -34,10 +34,10 @@ def open_folder(path: str, split: str = "test") -> ImageSet:
 
 def find_folder(path: str, split: str) -> ImageSet | None:
     """As `open_folder`, but None where the folder has no such split."""
-    folder, name = storage.absolute(path), name_of(path)
+    folder, name = storage.absolute(path), set_name(path)
     if not storage.is_url(folder) and not Path(folder).is_dir():
         raise SourceError(f"{path} is no folder", remedy="name a folder with classnames.txt and templates.txt")
-    found = read_first((*COMMON, ("folders", read_folders)), folder, split, None)
+    found = read_first((*GENERAL_LAYOUTS, ("folders", read_folders)), folder, split, None)
     if found is None:
         return None
     records = found[1]
@@ -56,7 +56,7 @@ def find_folder(path: str, split: str) -> ImageSet | None:
     return with_classes(records, name, split, names, records.templates or [], multilabel, ())
 
 
-def name_of(path: str) -> str:
+def set_name(path: str) -> str:
     """What the set in this folder is called."""
     return storage.absolute(path).rstrip("/").rpartition("/")[2]
 
@@ -74,7 +74,7 @@ def open_folders(paths: tuple[str, ...]) -> list[ImageSet]:
 def map_labels(records: Records, given: list[str], names: list[str], also: list[str] | None = None) -> bool:
     """Make labels that count `given` count `names`, whichever way those are spelled. False where one is not among
     them, or two are the same: then nothing is changed. Raises SourceError for that where there is no other way."""
-    mapped = list(map(places_of([*enumerate(names), *enumerate(also or [])]), given))
+    mapped = list(map(name_lookup([*enumerate(names), *enumerate(also or [])]), given))
     if None in mapped or len(set(mapped)) != len(mapped):
         if also is None:
             name = next((n for n, place in zip(given, mapped, strict=True) if place is None), given[0])
@@ -82,7 +82,7 @@ def map_labels(records: Records, given: list[str], names: list[str], also: list[
             raise SourceError(what, remedy=f"name every class in {CLASSNAMES} as the labels do")
         return False
     labels = records.labels or []
-    array_of(records, len(given), not _single(records))  # each has a name
+    label_array(records, len(given), not _single(records))  # each has a name
     table = [place for place in mapped if place is not None]
     records.labels = [[table[c] for c in row] if isinstance(row, list) else table[row] for row in labels]  # type: ignore[assignment]
     return True
@@ -111,7 +111,7 @@ def with_classes(
     if not multilabel and not _single(records):
         raise SourceError(f"{records.where} has several labels an image, where {name} has one", remedy="write KEY.cls")
     said = {"classnames": tuple(names), "templates": tuple(prompts)}
-    return _image_set(records, name, split, partial, labels=array_of(records, len(names), multilabel), **said)
+    return _image_set(records, name, split, partial, labels=label_array(records, len(names), multilabel), **said)
 
 
 def with_captions(records: Records, name: str, split: str, partial: tuple[str, ...]) -> ImageSet:

@@ -20,8 +20,8 @@ from scipy.io.matlab import MatReadError
 from cache_schemas.evaluation import SetDefinition
 from cache_schemas.plan import SourceFile
 from dimefm.datasets.definitions import class_folders, class_names
-from dimefm.datasets.image_set import Records, sample_of
-from dimefm.datasets.layouts import Reader, places_of, read_folders
+from dimefm.datasets.image_set import Records, local_image
+from dimefm.datasets.layouts import Reader, name_lookup, read_folders
 from dimefm.datasets.raw_arrays import RAW, read_raw
 from dimefm.errors import SourceError
 from dimefm.system import storage
@@ -90,7 +90,7 @@ def _read_list(
 
 def _listed_records(base: Path, found: list[tuple[Path, Any]], definition: SetDefinition | None) -> Records:
     paths, said = zip(*found, strict=True) if found else ((), ())
-    samples = [sample_of(str(path), str(base)) for path in paths]
+    samples = [local_image(str(path), str(base)) for path in paths]
     if samples and all(sample.size < 0 for sample in samples):
         what = f"{base} lists {len(samples):,} images, and none of them is there, such as {paths[0]}"
         raise SourceError(what, remedy="unpack the images beside the list")
@@ -105,7 +105,7 @@ def _listed_records(base: Path, found: list[tuple[Path, Any]], definition: SetDe
 
 
 def _by_name(base: Path, said: Sequence[str], definition: SetDefinition) -> list[int]:
-    place_of = places_of([*enumerate(class_names(definition)), *enumerate(class_folders(definition))])
+    place_of = name_lookup([*enumerate(class_names(definition)), *enumerate(class_folders(definition))])
     labels = {name: place_of(name) for name in set(said)}
     for name in said:
         if labels[name] is None:

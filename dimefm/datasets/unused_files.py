@@ -29,7 +29,7 @@ _TEXTS = (CLASSNAMES, TEMPLATES, CLIP_BENCHMARK_TEMPLATES, "nshards.txt", "datas
 _READ = {"webdataset": "tars", "parquet": "Parquet files", "folders": "class folders"}
 
 
-def count_beside(records: Records, folder: str, place: str, split: str, *, own: bool = True) -> None:
+def count_unused(records: Records, folder: str, place: str, split: str, *, own: bool = True) -> None:
     """Count in `records.account` what is not used of `folder`, that of the set, and of `place`, where its files or
     class folders are. Of a user's `own` set, splits too that are never read."""
     used, account = {file.path for file in records.files}, records.account

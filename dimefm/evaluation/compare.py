@@ -13,14 +13,15 @@ from pathlib import Path
 from dimefm.errors import DimefmError, StoreError
 from dimefm.evaluation import metrics
 from dimefm.evaluation.results import Pooled, pool, read_results
-from dimefm.evaluation.summary import suites
+from dimefm.evaluation.summary import measured_suites
 from dimefm.system import inert_text, storage
+from dimefm.system.markdown_table import markdown_table
 
 PUBLISHED = "published"
 
 
 @dataclass(frozen=True)
-class Model:
+class Column:
     """A model: its name, where its numbers are from, and a text for each line that it has."""
 
     name: str
@@ -29,10 +30,10 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Table:
+class Comparison:
     """A column for each model, a line for ImageNet-1K, each mean, and each set and protocol."""
 
-    models: list[Model]
+    models: list[Column]
     notes: list[str]
 
     def lines(self) -> list[list[str]]:
@@ -49,9 +50,10 @@ class Table:
     def markdown(self) -> str:
         """For a README."""
         names, sources = self.head()
-        lines = [names, ["---", *["---:"] * len(self.models)], sources, *self.lines()]
-        table = "".join(f"| {' | '.join(map(inert_text.markdown, line))} |\n" for line in lines)
-        return table + "".join(f"\n{inert_text.markdown(note).replace('*', chr(92) + '*')}\n" for note in self.notes)
+        rows = [[*map(inert_text.markdown, row)] for row in (names, sources, *self.lines())]
+        notes = [inert_text.markdown(note).replace("*", "\\*") for note in self.notes]
+        table = markdown_table(rows, align="l" + "r" * len(self.models))
+        return "\n".join([*table, *(f"\n{note}" for note in notes), ""])
 
     def csv(self) -> str:
         """For a spreadsheet."""
@@ -69,7 +71,7 @@ class Table:
         return "\n".join([*lines, *(f"% {inert_text.line(note)}" for note in self.notes), ""])
 
 
-def compare(folders: Sequence[str], *, published: bool = True) -> Table:
+def compare(folders: Sequence[str], *, published: bool = True) -> Comparison:
     """The results in these folders (or results.jsonl files), a column each. Raises StoreError where one has none, and
     where no two have a line in common."""
     models = [pool(read_results(folder)) for folder in folders]
@@ -81,10 +83,10 @@ def compare(folders: Sequence[str], *, published: bool = True) -> Table:
     if published:
         text = (resources.files("dimefm.evaluation") / "published.json").read_text(encoding="utf-8")
         columns += [_published(one) for one in json.loads(text)]
-    return Table(columns, _notes(models))
+    return Comparison(columns, _notes(models))
 
 
-def _require_common(folders: Sequence[str], columns: list[Model]) -> None:
+def _require_common(folders: Sequence[str], columns: list[Column]) -> None:
     lines = [name for model in columns for name in model.cells]
     if len(columns) > 1 and len(set(lines)) == len(lines):
         found = "".join(
@@ -94,7 +96,7 @@ def _require_common(folders: Sequence[str], columns: list[Model]) -> None:
         raise StoreError(what, remedy="evaluate them on the same sets; one alone is shown by itself")
 
 
-def write_table(table: Table, path: str) -> None:
+def write_comparison(table: Comparison, path: str) -> None:
     """As the end of the name says: .md, .csv or .tex. Raises DimefmError for another."""
     kinds = {".md": table.markdown, ".csv": table.csv, ".tex": table.latex}
     if (kind := Path(path).suffix) not in kinds:
@@ -102,15 +104,15 @@ def write_table(table: Table, path: str) -> None:
     storage.write_atomic(storage.absolute(path), kinds[kind]().encode())
 
 
-def _measured(folder: str, pooled: list[Pooled]) -> Model:
+def _measured(folder: str, pooled: list[Pooled]) -> Column:
     cells = {_column(one): _cell(one) for one in pooled}
-    for suite, protocol, those, total in suites(pooled):
+    for suite, protocol, those, total in measured_suites(pooled):
         mean, (low, high) = metrics.mean_of([r.value for r in those], [r.interval for r in those])
         share = "" if len(those) == total else f" ({len(those)} of {total})"
         mark = "*" if any(r.partial for r in those) else ""
         cells[f"{suite} {_short(protocol)}"] = f"{100 * mean:.1f} ± {50 * (high - low):.1f}{mark}{share}"
     name = Path(folder).parent.name if folder.endswith(".jsonl") else Path(folder).name
-    return Model(name, "measured", cells)
+    return Column(name, "measured", cells)
 
 
 def _cell(one: Pooled) -> str:
@@ -134,7 +136,7 @@ def _notes(models: list[list[Pooled]]) -> list[str]:
         if differing := _differing(first.conditions, one.conditions):
             notes.append(f"{_column(one)}: the models were not measured with the same {differing}")
     sets: dict[str, list[str]] = {}
-    for suite, protocol, those, _ in (found for model in models for found in suites(model)):
+    for suite, protocol, those, _ in (found for model in models for found in measured_suites(model)):
         name, titles = f"{suite} {_short(protocol)}", sorted(one.title for one in those)
         if sets.setdefault(name, titles) != titles:
             notes.append(f"{name}: the means are not over the same sets")
@@ -145,7 +147,7 @@ def _differing(first: Mapping[str, object], other: Mapping[str, object]) -> str:
     return " and ".join(name for name in first if first[name] != other.get(name))
 
 
-def _published(one: dict[str, object]) -> Model:
+def _published(one: dict[str, object]) -> Column:
     values = one["values"]
     assert isinstance(values, dict)
     columns = {
@@ -156,7 +158,7 @@ def _published(one: dict[str, object]) -> Model:
     }
     cells = {columns[name]: f"{100 * value:.1f}" for name, value in values.items() if value is not None}
     corpus = f" ({one['text_corpus']})" if one["text_corpus"] else ""
-    return Model(f"{one['model']}{corpus}", f"{PUBLISHED}: {one['source']}", cells)
+    return Column(f"{one['model']}{corpus}", f"{PUBLISHED}: {one['source']}", cells)
 
 
 def _short(protocol: str) -> str:

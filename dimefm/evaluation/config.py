@@ -11,7 +11,7 @@ from cache_schemas.evaluation import OWN, EvaluationTask, ProbeSelection, SetDef
 from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
 from dimefm.datasets.definitions import load_definitions
-from dimefm.datasets.own_sets import name_of
+from dimefm.datasets.own_sets import set_name
 from dimefm.errors import SourceError
 from dimefm.models.pretraining import Trained
 from dimefm.system import storage
@@ -61,7 +61,7 @@ def default_name(config: EvaluationConfig) -> str:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenSet:
     """A set of the package's, or the folder of one of a user's own."""
 
     name: str
@@ -79,13 +79,13 @@ class Chosen:
         return self.name if self.definition else f"{OWN}-{self.name}"
 
 
-def choose(config: EvaluationConfig) -> list[Chosen]:
+def choose_sets(config: EvaluationConfig) -> list[ChosenSet]:
     """The sets that are asked for. Raises SourceError for a name that is neither a set nor a folder, two sets of one
     name, and where nothing is asked for."""
     known = load_definitions()
     if (config.suite or config.sets) and not config.data:
         raise SourceError("which folder has the sets is not said", remedy="give --data ROOT")
-    chosen = [Chosen(name_of(path), folder=path) for path in config.folders]
+    chosen = [ChosenSet(set_name(path), folder=path) for path in config.folders]
     named = config.sets or tuple(n for n, d in known.items() if config.suite in ("all", d.suite))
     for name in named:
         aliases = {alias: d.name for d in known.values() for alias in d.aliases}
@@ -97,7 +97,7 @@ def choose(config: EvaluationConfig) -> list[Chosen]:
             what = f"{name} is a set of the suite {definition.suite}, not of {config.suite}"
             raise SourceError(what, remedy="leave --suite out, or give --suite all")
         folder = "" if definition else storage.join(config.data or "", name)
-        chosen.append(Chosen(definition.name if definition else name, definition, folder))
+        chosen.append(ChosenSet(definition.name if definition else name, definition, folder))
     titles = [one.title for one in chosen]
     repeated = next((one.name for one in chosen if titles.count(one.title) > 1), None)
     if repeated is not None:

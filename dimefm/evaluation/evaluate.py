@@ -25,13 +25,13 @@ from dimefm.datasets.image_set import ImageSet
 from dimefm.datasets.known_sets import open_set
 from dimefm.datasets.own_sets import find_folder, open_folder
 from dimefm.errors import DimefmError, SourceError
-from dimefm.evaluation.config import Chosen, EvaluationConfig, choose, default_name
-from dimefm.evaluation.features import Features, features, to_retry
+from dimefm.evaluation.config import ChosenSet, EvaluationConfig, choose_sets, default_name
+from dimefm.evaluation.features import Features, compute_features, to_retry
 from dimefm.evaluation.open_model import open_model
 from dimefm.evaluation.predictions import PREDICTIONS_SUFFIX, file_name, write_predictions
-from dimefm.evaluation.probe import probe, subset
+from dimefm.evaluation.probe import few_shot_rows, probe
 from dimefm.evaluation.results import Results
-from dimefm.evaluation.scoring import REPORTED, Measured, cosines, measure, measure_retrieval, probabilities
+from dimefm.evaluation.scoring import REPORTED, Measurement, cosines, measure, measure_retrieval, probabilities
 from dimefm.evaluation.text_embeddings import TextEmbeddings
 from dimefm.models.clip import Clip
 from dimefm.store.embedding_store import Store
@@ -58,7 +58,7 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
     A set that is not below `data`, or cannot be read, is listed and the rest goes on. Raises a DimefmError for a model
     that cannot be loaded, and where nothing of what was asked for exists.
     """
-    chosen = choose(config)
+    chosen = choose_sets(config)
     config = replace(config, out=storage.local(config.out, "the folder of all evaluations"))
     folder = str(Path(config.out, config.name or default_name(config)))
     typed = [*config.folders, *filter(None, [config.data])]
@@ -89,7 +89,7 @@ class _Evaluator:
         self._model = _describe(clip, config.model)
         self._tried: set[str] = set()  # features of which what had failed was tried again by this command
 
-    def run(self, chosen: list[Chosen]) -> Evaluation:
+    def run(self, chosen: list[ChosenSet]) -> Evaluation:
         done = Evaluation(self._folder)
         for one in chosen:
             try:
@@ -102,7 +102,7 @@ class _Evaluator:
             raise _nothing_done(self._config, done)
         return done
 
-    def _results_of(self, one: Chosen, done: Evaluation) -> Iterator[EvaluationResult]:
+    def _results_of(self, one: ChosenSet, done: Evaluation) -> Iterator[EvaluationResult]:
         test = self._open(one, "test")
         if test is None:
             assert one.definition is not None
@@ -134,10 +134,10 @@ class _Evaluator:
         if "few-shot" in probes:
             for shots in self._config.shots:
                 for seed in self._config.seeds:
-                    rows = subset(train.classes, shots, seed)
+                    rows = few_shot_rows(train.class_labels, shots, seed)
                     yield self._probe(job, train, f"few-shot-{shots}/{self._label()}/seed-{seed}", rows, seed)
 
-    def _open(self, one: Chosen, split: str) -> ImageSet | None:
+    def _open(self, one: ChosenSet, split: str) -> ImageSet | None:
         if one.definition is None:
             return open_folder(one.folder) if split == "test" else find_folder(one.folder, split)
         assert self._config.data is not None
@@ -148,14 +148,14 @@ class _Evaluator:
         rule = "elevater, test-selected" if self._config.selection == "elevater" else "honest"
         return rule if self._config.solver == "sgd" else f"{rule}, {self._config.solver}"
 
-    def _features_of(self, one: Chosen, images: ImageSet) -> str:
+    def _features_of(self, one: ChosenSet, images: ImageSet) -> str:
         return storage.join(self._folder, f"{FEATURES}/{one.title}-{images.split}.zarr")
 
-    def _features(self, one: Chosen, images: ImageSet) -> Features:
+    def _features(self, one: ChosenSet, images: ImageSet) -> Features:
         path = self._features_of(one, images)
         retry = path not in self._tried  # once in a command, whatever number of protocols it has
         self._tried.add(path)
-        found = features(
+        found = compute_features(
             self._clip,
             images,
             path,
@@ -195,7 +195,7 @@ class _Evaluator:
         train_features, test_features = self._features(job.chosen, train), self._features(job.chosen, job.test)
         probed = probe(
             train_features,
-            train.classes,
+            train.class_labels,
             rows,
             test_features,
             job.test,
@@ -257,7 +257,7 @@ class _Evaluator:
         self,
         job: _Job,
         protocol: str,
-        measured: Measured,
+        measured: Measurement,
         settings: dict[str, object],
         embedded: Features,
         began: float,
@@ -293,7 +293,7 @@ class _Evaluator:
 
 @dataclass(frozen=True)
 class _Job:
-    chosen: Chosen
+    chosen: ChosenSet
     test: ImageSet
     metric: Metric
 
@@ -308,12 +308,12 @@ def _without_features(failures: Sequence[Failure]) -> Iterator[str]:
             yield f"{len(those)} images {what} and count as wrong: {some}"
 
 
-def _metric_of(one: Chosen, images: ImageSet) -> Metric:
+def _metric_of(one: ChosenSet, images: ImageSet) -> Metric:
     if one.definition is not None:
         return one.definition.metric
     if images.captions is not None:
         return "recall"
-    return "map_11_point" if images.classes.ndim == 2 else "accuracy"
+    return "map_11_point" if images.class_labels.ndim == 2 else "accuracy"
 
 
 def _digests(images: ImageSet) -> dict[str, str]:

@@ -64,7 +64,7 @@ class Features:
         return [failure for commit in self.store.commits() for failure in self.store.failures(commit)]
 
 
-def features(
+def compute_features(
     clip: Clip,
     images: ImageSet,
     out: str,

@@ -25,7 +25,7 @@ _IN_MEMORY = 1 << 30  # bytes of features; more stay on disk, and are read batch
 _BLOCK, _SCORES = 4096, 16 << 20  # images that are scored at a time, and scores
 
 
-class Rows:
+class FeatureRows:
     """Some rows of a feature store, in memory where they are few."""
 
     def __init__(self, features: Features, rows_N: np.ndarray[Any, Any], device: str, limit: int = _IN_MEMORY) -> None:
@@ -75,7 +75,7 @@ class Heads:
 
 
 def train_heads(
-    data: Rows,
+    data: FeatureRows,
     targets: torch.Tensor,
     initial_CD: torch.Tensor,
     rates: list[float],

@@ -33,7 +33,7 @@ from dimefm.datasets.image_set import ImageSet
 from dimefm.errors import SourceError
 from dimefm.evaluation import metrics
 from dimefm.evaluation.features import Features
-from dimefm.evaluation.linear_heads import Heads, Rows, train_heads
+from dimefm.evaluation.linear_heads import FeatureRows, Heads, train_heads
 
 Array = np.ndarray[Any, Any]
 
@@ -45,7 +45,7 @@ _LBFGS_BYTES = 8 << 30  # scikit-learn wants all features in memory, in float64 
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbeResult:
     """Scores (N, C) of the test images, NaN for those that could not be read; what was chosen, and how."""
 
     scores_NC: Array
@@ -64,7 +64,7 @@ def probe(
     selection: ProbeSelection = "honest",
     solver: Solver = "sgd",
     device: str = "cpu",
-) -> Probed:
+) -> ProbeResult:
     """Train on these rows of `train` and score the test `images`. Raises SourceError where they are too few."""
     readable = rows[train.readable[rows]]
     if solver == "lbfgs" and selection == "elevater":
@@ -80,10 +80,10 @@ def probe(
     else:
         search = _Sgd(train, labels, metric, heads_CD.to(device), selection)
         rate, decay, score = search.search(fit, check)
-        scores_NC, epoch = search.final(readable, rate, decay, test, images.classes)
+        scores_NC, epoch = search.final(readable, rate, decay, test, images.class_labels)
         chosen = {"learning_rate": rate, "weight_decay": decay, "validation": score, "epoch": epoch}
     scores_NC[~test.readable] = np.nan
-    return Probed(scores_NC, {**settings, **chosen})
+    return ProbeResult(scores_NC, {**settings, **chosen})
 
 
 def validation_part(labels: Array) -> Array:
@@ -105,8 +105,8 @@ def validation_part(labels: Array) -> Array:
     return held_out
 
 
-def subset(labels: Array, shots: int, seed: int) -> Array:
-    """Rows of `shots` images of each class, or of all that it has, drawn by `seed`; in ascending order."""
+def few_shot_rows(labels: Array, shots: int, seed: int) -> Array:
+    """FeatureRows of `shots` images of each class, or of all that it has, drawn by `seed`; in ascending order."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))
     if labels.ndim == 1:
@@ -131,8 +131,8 @@ class _Sgd:
 
     def search(self, fit: Array, check: Array) -> tuple[float, float, float]:
         """Learning rate, weight decay and score of the best: all rates walk at once, a stride at a time."""
-        data = Rows(self._train, fit, self._device)
-        held_out = Rows(self._train, check, self._device)
+        data = FeatureRows(self._train, fit, self._device)
+        held_out = FeatureRows(self._train, check, self._device)
         walks = [_Walk(len(DECAYS)) for _ in RATES]
         while any(w.places for w in walks):
             pairs = [(rate, DECAYS[p]) for rate, w in zip(RATES, walks, strict=True) for p in w.places]
@@ -143,7 +143,7 @@ class _Sgd:
         return RATES[best], DECAYS[walks[best].best], walks[best].top
 
     def _scores(
-        self, data: Rows, fit: Array, held_out: Rows, check: Array, pairs: list[tuple[float, float]]
+        self, data: FeatureRows, fit: Array, held_out: FeatureRows, check: Array, pairs: list[tuple[float, float]]
     ) -> list[float]:
         found: list[float] = []
         bytes_each = 4 * 4 * self._heads_CD.numel()
@@ -158,7 +158,7 @@ class _Sgd:
             found += best.tolist()
         return found
 
-    def _value(self, heads: Heads, rows: Rows, labels: Array) -> Array:
+    def _value(self, heads: Heads, rows: FeatureRows, labels: Array) -> Array:
         """The metric of each classifier (K,); 0 of one that diverged. Of accuracies only the best class of an image is
         kept: all scores of a quarter of a million images, 42 classifiers and 1,000 classes are more than any memory."""
         blocks = (heads.logits(block) for block in rows.blocks(heads.bias.numel()))
@@ -181,8 +181,8 @@ class _Sgd:
 
     def final(self, rows: Array, rate: float, decay: float, test: Features, labels: Array) -> tuple[Array, int]:
         """Scores of the test images after training on all rows, and of which epoch they are."""
-        data = Rows(self._train, rows, self._device)
-        everything = Rows(test, np.arange(len(test)), self._device)
+        data = FeatureRows(self._train, rows, self._device)
+        everything = FeatureRows(test, np.arange(len(test)), self._device)
         top, chosen, scores_NC = -1.0, 0, np.zeros((len(test), len(self._heads_CD)), np.float32)
         trained = train_heads(data, self._targets[rows], self._heads_CD, [rate], [decay], FINAL_EPOCHS)
         for epoch, heads in enumerate(trained, 1):

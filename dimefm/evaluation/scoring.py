@@ -32,7 +32,7 @@ _SCALE = 100.0  # of CLIP's logits: what turns cosines into the probabilities th
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """Metrics in [0, 1] and their 95% intervals, by name."""
 
     values: dict[str, float]
@@ -53,11 +53,11 @@ def probabilities(cosine_NC: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return found
 
 
-def measure(scores_NC: np.ndarray[Any, Any], images: ImageSet, metric: Metric) -> Measured:
+def measure(scores_NC: np.ndarray[Any, Any], images: ImageSet, metric: Metric) -> Measurement:
     """Every metric that the set's labels allow; of equal scores the best are those that CLIP_benchmark takes. The area
     under the ROC curve and mAP rank the images of a class by `scores_NC` as they are. Raises SourceError where the
     metric that is asked for is not defined."""
-    labels = images.classes
+    labels = images.class_labels
     values: dict[str, float] = {}
     intervals: dict[str, metrics.Interval] = {}
     if labels.ndim == 2:
@@ -65,7 +65,7 @@ def measure(scores_NC: np.ndarray[Any, Any], images: ImageSet, metric: Metric) -
             raise SourceError(f"{images.where}: no image is of any class", remedy="write 1 for the classes of each")
         values["map_11_point"] = metrics.map_11_point(scores_NC, labels)
         intervals["map_11_point"] = metrics.map_11_point_interval(scores_NC, labels)
-        return Measured(values, intervals)
+        return Measurement(values, intervals)
     correct_N = metrics.topk_correct(scores_NC, labels, 1)
     hits = {"top1": correct_N}
     if scores_NC.shape[1] >= 5:
@@ -82,10 +82,10 @@ def measure(scores_NC: np.ndarray[Any, Any], images: ImageSet, metric: Metric) -
             intervals["roc_auc"] = metrics.roc_auc_interval(scores_NC[:, 1], labels)
         except ValueError as error:
             raise SourceError(f"{images.where}: {error}", remedy="give images of both classes") from None
-    return Measured(values, intervals)
+    return Measurement(values, intervals)
 
 
-def measure_retrieval(features: Features, texts_MD: torch.Tensor, images: ImageSet) -> Measured:
+def measure_retrieval(features: Features, texts_MD: torch.Tensor, images: ImageSet) -> Measurement:
     """R@1, 5 and 10 from images to captions and back: does a query find one of its own among the k nearest? Named as
     CLIP_benchmark does; ``mean_recall@1`` is the mean of both directions."""
     assert images.captions is not None
@@ -96,4 +96,4 @@ def measure_retrieval(features: Features, texts_MD: torch.Tensor, images: ImageS
     values = {name: float(hit.mean()) for name, hit in hits.items()}
     both = [f"{way}_retrieval_recall@1" for way in ("text", "image")]
     intervals = metrics.retrieval_intervals(hits, image_of_text_M, {"mean_recall@1": both})
-    return Measured(values | {"mean_recall@1": float(np.mean([values[name] for name in both]))}, intervals)
+    return Measurement(values | {"mean_recall@1": float(np.mean([values[name] for name in both]))}, intervals)

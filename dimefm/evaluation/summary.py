@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from importlib import resources
 
-from cache_schemas.evaluation import EvaluationResult, SetDefinition
+from cache_schemas.evaluation import EvaluationResult
 from dimefm.datasets.definitions import load_definitions
 from dimefm.evaluation import metrics
 from dimefm.evaluation.evaluate import Evaluation
@@ -36,19 +36,19 @@ def _recalls(result: EvaluationResult, way: str) -> list[str]:
     return [f"{result.metrics[f'{way}_retrieval_recall@{k}']:.1%}" for k in (1, 5, 10)]
 
 
-def show(done: Evaluation) -> str:
+def summary_text(done: Evaluation) -> str:
     """What follows the lines of the results."""
-    lines = [f"{name:<31} {text}" for name, text in means(done.results)]
+    lines = [f"{name:<31} {text}" for name, text in suite_means(done.results)]
     for definition, split in done.missing:
         lines.append(f"{definition.name}: not there ({split} images). Get it from {definition.get}")
     lines += [f"{line(name)}: FAILED: {error}" for name, error in done.failed]
     return "\n".join([*lines, *([f"written: {done.folder}/results.jsonl"] if done.results else [])])
 
 
-def means(results: Sequence[EvaluationResult]) -> list[tuple[str, str]]:
+def suite_means(results: Sequence[EvaluationResult]) -> list[tuple[str, str]]:
     """Name and text of each suite's mean, by protocol, and effective robustness."""
     found = []
-    for suite, protocol, those, total in suites(pool(results)):
+    for suite, protocol, those, total in measured_suites(pool(results)):
         mean, (low, high) = metrics.mean_of([r.value for r in those], [r.interval for r in those])
         partial = sum(bool(r.partial) for r in those)
         text = f"{mean:6.1%} [{low:.1%}, {high:.1%}]  mean of {len(those)} of {total} sets"
@@ -63,7 +63,7 @@ def means(results: Sequence[EvaluationResult]) -> list[tuple[str, str]]:
     return found
 
 
-def suites(pooled: Sequence[Pooled]) -> Iterator[tuple[str, str, list[Pooled], int]]:
+def measured_suites(pooled: Sequence[Pooled]) -> Iterator[tuple[str, str, list[Pooled], int]]:
     """Of each suite that has a mean and each protocol: its sets that were measured, and how many it has."""
     for suite in ("elevater", "robustness"):
         total = sum(d.suite == suite for d in load_definitions().values())
@@ -86,36 +86,3 @@ def robustness(results: Sequence[EvaluationResult]) -> dict[str, float]:
         if name in top1
     }
     return found | {"mean": sum(found.values()) / len(found)} if len(found) == len(lines) else found
-
-
-def show_sets(definitions: Sequence[SetDefinition], there: dict[str, str]) -> str:
-    """The sets that are known: a line each, with the folder in which it was found; of a single one, everything."""
-    if len(definitions) == 1:
-        return _whole(definitions[0], there)
-    head = f"{'set':<17} {'suite':<11} {'classes':>7} {'test images':>11}  metric"
-    lines = [head]
-    for d in definitions:
-        place = f"  {there[d.name]}" if d.name in there else ""
-        lines.append(f"{d.name:<17} {d.suite:<11} {d.class_count or '':>7} {d.splits['test']:>11,}  {d.metric}{place}")
-    return "\n".join(lines)
-
-
-def _whole(d: SetDefinition, there: dict[str, str]) -> str:
-    splits = ", ".join(f"{name} {count:,}" for name, count in d.splits.items())
-    facts = {
-        "suite": d.suite,
-        "task": d.task,
-        "metric": d.metric,
-        "classes": str(d.class_count),
-        "images": splits,
-        "resize": d.resize,
-        "licence": d.licence,
-        "get it from": d.get,
-        "layouts": ", ".join(d.layouts),
-        "its folder": ", ".join((d.name, *d.aliases)),
-        "templates": "; ".join(d.templates[:3]) + (" ..." if len(d.templates) > 3 else "") or "ImageNet's, by OpenAI",
-        **{f"source of {name}": text for name, text in d.sources.items()},
-    }
-    if there:
-        facts["found"] = there.get(d.name, "no")
-    return "\n".join([d.title, *(f"  {name:<20} {text}" for name, text in facts.items() if text not in ("", "0"))])

@@ -45,7 +45,7 @@ def read_rates(text: str, where: str) -> MeasuredRates:
     return parse_rates(raw, where)
 
 
-def paper_forecast(images: tuple[str, ...], texts: tuple[str, ...], rates: MeasuredRates | None) -> str:
+def paper_cost_table(images: tuple[str, ...], texts: tuple[str, ...], rates: MeasuredRates | None) -> str:
     """A table for these sources, counted, or for the paper's own numbers of rows where none is given."""
     image_rows, image_from = _rows("image", images, PAPER_IMAGES)
     text_rows, text_from = _rows("text", texts, PAPER_TEXTS)

@@ -18,6 +18,7 @@ from dimefm.store.pairs_store import Pairs
 from dimefm.system import storage
 from dimefm.system.inert_text import markdown
 from dimefm.system.machine import cpus, describe
+from dimefm.system.markdown_table import markdown_table
 from dimefm.system.versions import versions
 from dimefm.training.run_folder import read_run
 from dimefm.training.run_log import read_metrics
@@ -45,14 +46,14 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Report:
+class JobReport:
     """The text, as written to report.md, and the bars that were missed."""
 
     text: str
     missed: list[str]
 
 
-def write_report(out: Path, students: Sequence[Student]) -> Report:
+def write_report(out: Path, students: Sequence[Student]) -> JobReport:
     """Read what the stages left in `out` and write report.md and report.png beside it."""
     teacher, found = _sets(out, "teacher"), {student.name: _sets(out, student.name) for student in students}
     missed = [
@@ -66,7 +67,7 @@ def write_report(out: Path, students: Sequence[Student]) -> Report:
     text = "\n".join([line for part in parts for line in [*part, ""]] + _machine(out, students))
     storage.write_atomic(str(out / REPORT_FILE), f"# dimefm: {out.name}\n\n{text}\n".encode())
     _plot(out, teacher, found, students)
-    return Report(f"{text}\n\nwritten: {out / REPORT_FILE}, {out / PLOT_FILE}", missed)
+    return JobReport(f"{text}\n\nwritten: {out / REPORT_FILE}, {out / PLOT_FILE}", missed)
 
 
 def _sets(out: Path, model: str) -> dict[str, dict[str, Any]]:
@@ -110,7 +111,8 @@ def _accuracy(teacher: dict[str, Any], found: dict[str, Any], students: Sequence
                     f"{agree:.1%}",
                 )
             )
-    return _table(("zero-shot", "model", "top-1 / top-5", "of teacher", "x chance", "as teacher says"), rows)
+    head = ("zero-shot", "model", "top-1 / top-5", "of teacher", "x chance", "as teacher says")
+    return markdown_table([head, *rows], padded=True)
 
 
 def _bill(out: Path, students: Sequence[Student], seconds: dict[str, float | None]) -> list[str]:
@@ -136,7 +138,7 @@ def _bill(out: Path, students: Sequence[Student], seconds: dict[str, float | Non
     saving = f"{without / whole:.1f} times" if whole and without else ""
     rows.append((f"all {len(students) + 1} together", _seconds(whole), _seconds(without), saving))
     return [
-        *_table(("seconds of", "with the cache", "teacher in the loop", "saving"), rows),
+        *markdown_table([("seconds of", "with the cache", "teacher in the loop", "saving"), *rows], padded=True),
         "",
         f"In the loop the teacher would encode each image and each sentence of a step anew, at the {image_rate:,.0f} "
         f"images/s and {text_rate:,.0f} sentences/s that it had in stage 1 on all cores.",
@@ -196,7 +198,7 @@ def _stages(out: Path, students: Sequence[Student], seconds: dict[str, float | N
     total = sum(spent or 0 for spent in seconds.values())
     hits = Pairs(str(out / "pairs.zarr")).hit_counts()
     return [
-        *_table(("stage", "seconds", "rows", "rate", "bytes/row on disk"), rows),
+        *markdown_table([("stage", "seconds", "rows", "rate", "bytes/row on disk"), *rows], padded=True),
         "",
         f"all stages: {total / 60:.1f} minutes, start-up of each included (but not the import of its libraries)",
         f"visually grounded: {hits.selected:,} of {hits.text_rows:,} sentences, by an image or more",
@@ -213,13 +215,6 @@ def _machine(out: Path, students: Sequence[Student]) -> list[str]:
     threads = f"{config['threads']} torch thread{'s' if config['threads'] != 1 else ''}"
     how = f"students in {config['precision']} on {threads}, seed {config['seed']}"
     return [f"machine: {describe('cpu')}, {cpus()} cores, {platform.system()}; {how}; {packages}"]
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [head, *rows]]
-    rule = ["-" * width for width in widths]
-    return [f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]]]
 
 
 def _plot(out: Path, teacher: dict[str, Any], found: dict[str, Any], students: Sequence[Student]) -> None:

@@ -22,7 +22,7 @@ import click
 
 from cache_schemas import SchemaError
 from dimefm.errors import DimefmError, StoppedError
-from dimefm.reproduce.paper_cost import measured_rates, paper_forecast
+from dimefm.reproduce.paper_cost import measured_rates, paper_cost_table
 from dimefm.reproduce.report import EVALUATIONS, Student, write_report
 from dimefm.sample import sample_dir
 from dimefm.system import storage
@@ -240,7 +240,7 @@ def main(
             for _, words in stages:
                 say(f"$ {shlex.join(['dimefm', *words])}")
             if name == "paper":
-                say("\n" + paper_forecast(images, texts, measured_rates()))
+                say("\n" + paper_cost_table(images, texts, measured_rates()))
             return
         run_all(stages, out, scale.seconds)
         report = write_report(out, scale.students)

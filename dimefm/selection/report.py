@@ -26,6 +26,7 @@ from dimefm.selection.choose_texts import ChosenTexts, Outcome, ranking
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.inert_text import markdown
+from dimefm.system.markdown_table import markdown_table
 from dimefm.system.progress import Progress
 
 _BINS, _EXAMPLES, _SOURCES, _BAR, _CUT = 20, 8, 50, 40, 160
@@ -186,13 +187,13 @@ def describe_settings(selection: TextSelection) -> str:
 
 def _source_table(selection: TextSelection) -> list[str]:
     found = sorted(selection.sources, key=lambda source: (-source.kept, -source.rows, source.file))
-    lines = ["| file | sentences | kept | share of the file | share of the selection |", "|---|--:|--:|--:|--:|"]
+    rows = [("file", "sentences", "kept", "share of the file", "share of the selection")]
     for s in found[:_SOURCES]:
-        shares = f"{s.kept / s.rows:.1%} | {s.kept / selection.kept:.1%}"
-        lines.append(f"| {markdown(s.file) or '(none)'} | {s.rows:,} | {s.kept:,} | {shares} |")
+        shares = (f"{s.kept / s.rows:.1%}", f"{s.kept / selection.kept:.1%}")
+        rows.append((markdown(s.file) or "(none)", f"{s.rows:,}", f"{s.kept:,}", *shares))
     if len(found) > _SOURCES:
-        lines.append(f"| and {len(found) - _SOURCES:,} more | | | | |")
-    return lines
+        rows.append((f"and {len(found) - _SOURCES:,} more", "", "", "", ""))
+    return markdown_table(rows, align="lrrrr")
 
 
 def _bars(found: Histogram) -> list[str]:

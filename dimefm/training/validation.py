@@ -68,7 +68,7 @@ class Validation:
         counts = []
         for number, images in enumerate(self._sets):
             mine = slice(self._place.rank, None, self._place.world)
-            share = replace(images, samples=images.samples[mine], labels=images.classes[mine])
+            share = replace(images, samples=images.samples[mine], labels=images.class_labels[mine])
             answers = [
                 partial(self._answers, image, classes[i][number].to(self._place.device))
                 for i, (image, _) in enumerate(towers.values())
@@ -148,7 +148,7 @@ def count_correct(
 ) -> tuple[list[int], int]:
     """How many images each of `answers`, from uint8 (B, 3, H, W) to classes (B,), gives the right class; none gives it
     to an image that cannot be read. And how many can be."""
-    labels_N, counts, readable = torch.from_numpy(images.classes), [0] * len(answers), 0
+    labels_N, counts, readable = torch.from_numpy(images.class_labels), [0] * len(answers), 0
     for pixels_B3HW, places_B in images.batches(preprocess, batch_size, max(2, cpus() // processes_here())):
         readable += len(places_B)
         for i, answer in enumerate(answers):

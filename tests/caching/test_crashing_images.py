@@ -20,7 +20,7 @@ from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.caching.worker import Job
 from dimefm.datasets.image_set import ImageSet
 from dimefm.errors import StoreError, UnreadableError
-from dimefm.evaluation.features import features
+from dimefm.evaluation.features import compute_features
 from dimefm.models.clip import Clip
 from dimefm.sources.base import ImageSample
 from dimefm.sources.read_image import CRASH
@@ -160,10 +160,10 @@ def test_an_evaluation_that_died_goes_on_without_the_image(
     with monkeypatch.context() as patch:
         patch.setattr("dimefm.evaluation.features.encode_shard", lambda *_, **__: (out / "died").touch() or 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            features(clip, asked, str(out))
+            compute_features(clip, asked, str(out))
     (out / _RUNNING).touch()  # as the crash that was left out would have left it
     crash_in_children(monkeypatch, "*-bad.jpg")
-    found = features(clip, asked, str(out))
+    found = compute_features(clip, asked, str(out))
     assert [(f.row, f.status) for f in found.failures()] == [(5, "CRASHED")]
     assert found.readable.tolist() == [True] * 5 + [False]
 

@@ -18,7 +18,7 @@ from dimefm.caching.image_loader import Loaded, Loader
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.caching.same_command import with_gone
 from dimefm.cli import cli
-from dimefm.datasets.image_set import Records, sample_of
+from dimefm.datasets.image_set import Records, local_image
 from dimefm.datasets.own_sets import open_folder
 from dimefm.errors import MismatchError, SourceError, UnreadableError
 from dimefm.evaluation.evaluate import EvaluationConfig, evaluate
@@ -381,6 +381,6 @@ def test_an_image_that_failed_by_the_machine_is_tried_again_once_by_a_command(
 
 
 def test_a_set_whose_images_are_on_a_disk_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    samples = [sample_of(str(tmp_path / name), str(tmp_path)) for name in ("a.jpg", "b.jpg")]
+    samples = [local_image(str(tmp_path / name), str(tmp_path)) for name in ("a.jpg", "b.jpg")]
     with pytest.raises(SourceError, match=r"not one of the 2 images is there, such as .*a\.jpg"):
         Records(where="there", layout="original", samples=samples, files=[], labels=[0, 1]).require()

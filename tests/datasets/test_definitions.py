@@ -93,7 +93,7 @@ PAIRS = [
 
 
 def raw(room: str, name: str) -> Any:
-    """A JSON file of the package, as it is."""
+    """The contents of a JSON file that ships in a room of dimefm."""
     return json.loads((resources.files(f"dimefm.{room}") / name).read_text(encoding="utf-8"))
 
 

@@ -15,7 +15,7 @@ from cache_schemas.evaluation import SetDefinition
 from dimefm.datasets.definitions import class_folders, class_names, load_definitions, templates
 from dimefm.datasets.image_set import ImageSet
 from dimefm.datasets.known_sets import find_sets, open_set
-from dimefm.datasets.layouts import natural, plain
+from dimefm.datasets.layouts import letters_and_digits, natural_order
 from dimefm.errors import SourceError
 from tests.making import make_jpeg, upload, write_parquet, write_tar
 from tests.synthetic_published import trust
@@ -148,9 +148,9 @@ def test_torchvision_reads_the_same_labels(tmp_path: Path, monkeypatch: pytest.M
         names = class_folders(definition) if name in COUNTED else getattr(dataset, NAMED.get(name, "classes"), None)
         if names is None or (name, split) == ("gtsrb", "train"):  # it counts the class folders that there are
             names = sorted({Path(path).parent.name for path, _ in dataset._samples})
-        labels = {plain(folder): label for label, folder in enumerate(class_folders(definition))}
+        labels = {letters_and_digits(folder): label for label, folder in enumerate(class_folders(definition))}
         there = {
-            image.convert("RGB").tobytes(): labels[plain(names[int(label)])]
+            image.convert("RGB").tobytes(): labels[letters_and_digits(names[int(label)])]
             for image, label in (dataset[i] for i in range(len(dataset)))
         }
         assert there == as_read(opened(tmp_path, name, split, tmp_path / "unpacked"))
@@ -203,7 +203,7 @@ def test_arrays_are_unpacked_once_and_again_where_they_changed(tmp_path: Path) -
     labels = tmp_path / "mnist" / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
     labels.write_bytes(labels.read_bytes()[:8] + bytes(9 - item.said for item in items["test"]))
     third = opened(tmp_path, "mnist", "test", tmp_path / "unpacked")
-    assert third.classes.tolist() == [9 - label for label in first.classes]
+    assert third.class_labels.tolist() == [9 - label for label in first.class_labels]
 
 
 def test_mnist_may_be_compressed(tmp_path: Path) -> None:
@@ -271,8 +271,8 @@ def test_tars_without_a_split_are_the_test_split_in_the_order_of_their_numbers(t
         write_tar(tmp_path / "mnist" / f"{number}.tar", members(KNOWN["mnist"], [item], "jpg"))
     (tmp_path / "there" / "train-00000.tar").rename(tmp_path / "mnist" / "train-00000.tar")
     images = opened(tmp_path, "mnist")
-    assert images.classes.tolist() == [item.said for item in items]
-    assert sorted(f"{i}.tar" for i in range(12)) != sorted((f"{i}.tar" for i in range(12)), key=natural)
+    assert images.class_labels.tolist() == [item.said for item in items]
+    assert sorted(f"{i}.tar" for i in range(12)) != sorted((f"{i}.tar" for i in range(12)), key=natural_order)
     assert len(opened(tmp_path, "mnist", "train").samples) == IMAGES
 
 

@@ -64,7 +64,7 @@ def in_parquet(folder: Path) -> Path:
 
 def contents(images: ImageSet) -> list[tuple[bytes, int]]:
     data = [read_encoded(s.file, s.offset, s.size) for s in images.samples]
-    return list(zip(data, images.classes.tolist(), strict=True))
+    return list(zip(data, images.class_labels.tolist(), strict=True))
 
 
 def refused(folder: Path | str, split: str = "test") -> str:
@@ -97,7 +97,7 @@ def test_every_layout_holds_the_same_images(tmp_path: Path) -> None:
 def test_labels_of_folders_follow_classnames_and_not_the_alphabet(tmp_path: Path) -> None:
     images = open_folder(str(with_texts(in_folders(tmp_path), CLASSES[::-1])))
     labels = {
-        Path(sample.file).parent.name: label for sample, label in zip(images.samples, images.classes, strict=True)
+        Path(sample.file).parent.name: label for sample, label in zip(images.samples, images.class_labels, strict=True)
     }
     assert labels == {"cat": 2, "red bus": 1, "собака": 0}
 
@@ -113,7 +113,7 @@ def test_the_sets_of_the_sample_can_be_read(sample: Path) -> None:
     for name, classes in (("cifar10", 10), ("caltech101", None)):
         images = open_folder(str(sample / "eval" / name))
         assert classes in (None, len(images.classnames))
-        assert set(images.classes.tolist()) == set(range(len(images.classnames)))
+        assert set(images.class_labels.tolist()) == set(range(len(images.classnames)))
 
 
 def test_a_set_at_a_url_is_the_same(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_labels_by_name_are_found_however_they_are_spelled(tmp_path: Path) -> No
     write_parquet(
         with_texts(tmp_path) / "a.parquet", [{"image": make_jpeg(), "label": spelled[i]} for i in (1, 2, 0, 1)]
     )
-    assert open_folder(str(tmp_path)).classes.tolist() == [0, 1, 2, 0]
+    assert open_folder(str(tmp_path)).class_labels.tolist() == [0, 1, 2, 0]
 
 
 def test_labels_that_count_other_names_are_turned_into_places_in_classnames(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_labels_that_count_other_names_are_turned_into_places_in_classnames(tmp_
     said = {"info": {"features": {"label": {"names": ["red bus", "собака", "cat"], "_type": "ClassLabel"}}}}
     table = pa.table({"image": 3 * [make_jpeg()], "label": [0, 1, 2]})
     pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(said)}), with_texts(tmp_path) / "a.parquet")
-    assert open_folder(str(tmp_path)).classes.tolist() == [1, 2, 0]
+    assert open_folder(str(tmp_path)).class_labels.tolist() == [1, 2, 0]
 
 
 def test_a_label_by_a_name_that_there_is_not_is_named(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_class_folders_may_be_spelled_otherwise_or_numbered(tmp_path: Path) -> N
         for name in names:
             (folder / name).mkdir()
             (folder / name / "0.jpg").write_bytes(make_jpeg())
-        labels = [int(label) for label in open_folder(str(folder)).classes]
+        labels = [int(label) for label in open_folder(str(folder)).class_labels]
         assert sorted(labels) == [0, 1, 2]
 
 
@@ -261,7 +261,7 @@ def test_classes_that_differ_in_marks_or_alphabet_alone_are_not_mistaken_for_eac
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.jpg").write_bytes(make_jpeg())
     images = open_folder(str(tmp_path))
-    for sample, label in zip(images.samples, images.classes, strict=True):
+    for sample, label in zip(images.samples, images.class_labels, strict=True):
         assert Path(sample.file).parent.name == classes[label]
     (tmp_path / "c++").rename(tmp_path / "C-")
     assert "C- is not a class of classnames.txt" in refused(tmp_path)
@@ -274,7 +274,7 @@ def test_an_image_of_several_classes_has_a_row_of_marks(tmp_path: Path) -> None:
         np.save(sink := io.BytesIO(), np.array(row))
         members |= {f"{key}.jpg": make_jpeg(), f"{key}.npy": sink.getvalue()}
     write_tar(with_texts(tmp_path) / "a.tar", members)
-    labels = open_folder(str(tmp_path)).classes
+    labels = open_folder(str(tmp_path)).class_labels
     assert labels.dtype == bool
     assert labels.astype(int).tolist() == list(marks.values())
 
@@ -314,7 +314,7 @@ def test_labels_for_some_and_captions_for_others_are_refused(tmp_path: Path) -> 
 def test_the_caption_beside_a_label_is_not_what_is_measured(tmp_path: Path) -> None:
     members = {"0.jpg": make_jpeg(), "0.txt": b"a cat", "0.cls": b"1", "1.jpg": make_jpeg(), "1.cls": b"0"}
     write_tar(with_texts(tmp_path) / "a.tar", members | {"1.txt": b"a dog"})
-    assert open_folder(str(tmp_path)).classes.tolist() == [1, 0]
+    assert open_folder(str(tmp_path)).class_labels.tolist() == [1, 0]
 
 
 # -- splits -----------------------------------------------------------------------------------------------------------
@@ -341,10 +341,10 @@ def test_tars_may_be_called_by_their_split(tmp_path: Path) -> None:
     with_texts(tmp_path)
     for name, label in (("train-0", 0), ("train-1", 1), ("test-0", 2)):
         write_tar(tmp_path / f"{name}.tar", {"0.jpg": make_jpeg(), "0.cls": str(label).encode()})
-    assert open_folder(str(tmp_path)).classes.tolist() == [2]
-    assert open_folder(str(tmp_path), "train").classes.tolist() == [0, 1]
+    assert open_folder(str(tmp_path)).class_labels.tolist() == [2]
+    assert open_folder(str(tmp_path), "train").class_labels.tolist() == [0, 1]
     (tmp_path / "test-0.tar").rename(tmp_path / "0.tar")
-    assert open_folder(str(tmp_path)).classes.tolist() == [2], "what is called otherwise is the test split"
+    assert open_folder(str(tmp_path)).class_labels.tolist() == [2], "what is called otherwise is the test split"
 
 
 @pytest.mark.parametrize("made", [in_tars, in_parquet, in_folders])
@@ -505,7 +505,7 @@ def test_members_of_tars_that_are_not_used_are_counted(tmp_path: Path) -> None:
     others = {"0.json": b"{}", "1.json": b"{}", "1.txt": b"a bus", "._0.jpg": b"x", "2.mask.png": IMAGES[0]}
     write_tar(folder / "a.TAR", sample | others)
     images, tar = open_folder(str(folder)), folder / "a.TAR"
-    assert images.classes.tolist() == [0, 1, 2]
+    assert images.class_labels.tolist() == [0, 1, 2]
     assert sorted(images.notes) == [
         f"hidden members of tars: 1, {tar}: ._0.jpg",
         f"labels or captions of images that have a label already: 1, {tar}: 1.txt",

@@ -25,7 +25,7 @@ from dimefm.caching.same_command import require_no_stranger
 from dimefm.caching.sentences import SentenceRules, tidy
 from dimefm.datasets.own_sets import open_folder
 from dimefm.errors import DimefmError, SourceError
-from dimefm.evaluation.features import features
+from dimefm.evaluation.features import compute_features
 from dimefm.models.clip import Clip
 from dimefm.sources.account import Account
 from dimefm.sources.base import TextSample
@@ -278,7 +278,7 @@ def test_features_of_a_set_are_right_or_the_evaluation_fails(tmp_path: Path, cli
     place, gone = f"token://{folder}" if token else str(folder), TokenFileSystem.gone if token else mount.gone
 
     def evaluated(out: Path) -> Any:
-        return features(clip, open_folder(place), str(out), threads=2, batch_size=4)
+        return compute_features(clip, open_folder(place), str(out), threads=2, batch_size=4)
 
     with gone(-1):
         whole = evaluated(tmp_path / "undisturbed.zarr")

@@ -10,7 +10,7 @@ import pytest
 
 from cache_schemas.evaluation import EvaluationResult
 from dimefm.evaluation.compare import compare
-from dimefm.evaluation.summary import means
+from dimefm.evaluation.summary import suite_means
 
 
 def result(name: str, suite: str = "elevater", **changes: Any) -> EvaluationResult:
@@ -81,10 +81,10 @@ def test_robustness_of_partial_sets_is_said(tmp_path: Path) -> None:
     part = ("1,000 of 50,000 images",)
     sets = [result(name, "robustness") for name in ("imagenetv2", "imagenet_a", "imagenet_sketch", "objectnet")]
     sets += [result("imagenet_r", "robustness", partial=part), result("imagenet1k", "imagenet")]
-    shown = {name: text for name, text in means(sets) if name.startswith("effective")}
+    shown = {name: text for name, text in suite_means(sets) if name.startswith("effective")}
     assert shown["effective robustness, imagenet_a"].endswith("points")
     assert shown["effective robustness, imagenet_r"].endswith("points, of a part of imagenet_r")
     assert shown["effective robustness, mean"].endswith("points, of partial sets")
     sets[-1] = result("imagenet1k", "imagenet", partial=part)
-    shown = {name: text for name, text in means(sets) if name.startswith("effective")}
+    shown = {name: text for name, text in suite_means(sets) if name.startswith("effective")}
     assert shown["effective robustness, imagenet_a"].endswith("points, of a part of imagenet1k")

@@ -25,14 +25,14 @@ from dimefm.datasets.definitions import class_names, load_definitions
 from dimefm.datasets.known_sets import open_set
 from dimefm.errors import StoreError
 from dimefm.evaluation import features as featuring
-from dimefm.evaluation.compare import compare, write_table
+from dimefm.evaluation.compare import compare, write_comparison
 from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.evaluate import Evaluation, evaluate
-from dimefm.evaluation.features import features
+from dimefm.evaluation.features import compute_features
 from dimefm.evaluation.predictions import read_keys, read_scores
 from dimefm.evaluation.results import read_results
 from dimefm.evaluation.submission import write_submission
-from dimefm.evaluation.summary import result_line, show
+from dimefm.evaluation.summary import result_line, summary_text
 from dimefm.images.preprocess import Preprocess
 from dimefm.models.clip import Clip, load_clip
 from dimefm.sources.read_image import read_encoded
@@ -170,7 +170,7 @@ def test_predictions_are_those_of_each_image(first: Done, model: str) -> None:
 
 
 def test_the_summary_has_the_means_of_whole_suites(first: Done) -> None:
-    text = show(first.done)
+    text = summary_text(first.done)
     elevater = [result.value for result in first.done.results if result.suite == "elevater"]
     assert f"elevater zero-shot              {np.mean(elevater):6.1%} [" in text
     assert "mean of 20 of 20 sets, 20 of them partial" in text
@@ -216,7 +216,7 @@ def test_kitti_gives_up_the_aspect_ratio_and_others_do_not(first: Done, model: s
     assert (squashed.int() - cropped.int()).abs().max() > 20
     kept = Store(f"{first.out}/features/kitti_distance-test.zarr").read(0, IMAGES)
     for squash in (True, False):
-        embedded = features(clip, images, str(tmp_path / f"{squash}.zarr"), squash=squash, threads=1).all()
+        embedded = compute_features(clip, images, str(tmp_path / f"{squash}.zarr"), squash=squash, threads=1).all()
         assert np.allclose(embedded, kept, atol=1e-6) == squash
 
 
@@ -291,7 +291,7 @@ def test_a_users_own_sets_stand_beside_the_known_ones(first: Done, tmp_path: Pat
     assert (done.results[0].partial, done.results[0].expected) == ((), None)
     kept = sorted(path.name for path in Path(done.folder, "predictions").glob("*.parquet"))
     assert kept == ["mnist.zero-shot.parquet", "own-mnist.zero-shot.parquet"]
-    assert "mean of 1 of 20 sets" in show(done)
+    assert "mean of 1 of 20 sets" in summary_text(done)
 
 
 # -- comparison and submission ----------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def test_a_users_own_sets_stand_beside_the_known_ones(first: Done, tmp_path: Pat
 def test_the_comparison_marks_what_is_published(first: Done, tmp_path: Path) -> None:
     table = compare([first.out])
     for name in ("table.md", "table.csv", "table.tex"):
-        write_table(table, str(tmp_path / name))
+        write_comparison(table, str(tmp_path / name))
     head, sources, *rows = csv.reader(io.StringIO((tmp_path / "table.csv").read_text()))
     assert (head[1], sources[1], len(head)) == ("tiny", "measured", 5)
     assert all(source.startswith("published: ") for source in sources[2:])

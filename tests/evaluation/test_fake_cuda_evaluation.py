@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dimefm.evaluation import text_embeddings
 from dimefm.evaluation.features import Features
-from dimefm.evaluation.linear_heads import BATCH, Rows, train_heads
+from dimefm.evaluation.linear_heads import BATCH, FeatureRows, train_heads
 from dimefm.evaluation.text_embeddings import TextEmbeddings
 from dimefm.retrieval import exact_search
 from dimefm.retrieval.exact_search import ExactSearch
@@ -117,7 +117,7 @@ def test_a_probe_stays_on_the_gpu_and_waits_for_it_twice_an_epoch(
 ) -> None:
     rows = np.arange(len(train))
     targets = torch.zeros(len(train), 3) if multilabel else torch.zeros(len(train), dtype=torch.int64)
-    data = Rows(train, rows, "cuda")
+    data = FeatureRows(train, rows, "cuda")
     start_CD = torch.zeros(3, 16, device="cuda")
     counts, trained = [], []
     with Copies() as copies:
@@ -132,7 +132,7 @@ def test_a_probe_stays_on_the_gpu_and_waits_for_it_twice_an_epoch(
 
 
 def test_features_on_disk_are_found_by_places_on_the_cpu(train: Features, fake_gpu: None) -> None:
-    data = Rows(train, np.arange(len(train)), "cuda", limit=0)
+    data = FeatureRows(train, np.arange(len(train)), "cuda", limit=0)
     assert data.home == torch.device("cpu")
     real = SimpleNamespace(numpy=lambda: np.arange(BATCH))  # as places on the CPU are; a fake tensor has no numbers
     assert data.take(real).device.type == "cuda"  # type: ignore[arg-type]

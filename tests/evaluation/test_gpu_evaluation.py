@@ -10,7 +10,7 @@ import torch
 from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.evaluate import evaluate
 from dimefm.evaluation.features import Features
-from dimefm.evaluation.linear_heads import Rows, train_heads
+from dimefm.evaluation.linear_heads import FeatureRows, train_heads
 from dimefm.evaluation.text_embeddings import TextEmbeddings
 from dimefm.models.clip import load_clip
 from dimefm.selection.clusters import cluster, repetitions
@@ -38,7 +38,7 @@ def test_a_probe_is_that_of_the_cpu(tmp_path: Path, limit: int) -> None:
     start_CD = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     found, logits = [], []
     for device in DEVICES:
-        data = Rows(Features(store), np.arange(1000), device, limit)
+        data = FeatureRows(Features(store), np.arange(1000), device, limit)
         *_, heads = train_heads(data, targets, start_CD.to(device), [0.1, 0.001], [1e-3, 0.1], 3)
         found.append(heads.weight.cpu())
         logits.append(torch.cat([heads.logits(block_BD).cpu() for block_BD in data.blocks()]))

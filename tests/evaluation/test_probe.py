@@ -13,8 +13,8 @@ from dimefm.datasets.image_set import ImageSet
 from dimefm.errors import SourceError
 from dimefm.evaluation import probe as probing
 from dimefm.evaluation.features import Features
-from dimefm.evaluation.linear_heads import BATCH, Heads, Rows, train_heads
-from dimefm.evaluation.probe import DECAYS, FINAL_EPOCHS, RATES, probe, subset, validation_part
+from dimefm.evaluation.linear_heads import BATCH, FeatureRows, Heads, train_heads
+from dimefm.evaluation.probe import DECAYS, FINAL_EPOCHS, RATES, few_shot_rows, probe, validation_part
 from tests.stores import random_store
 
 DIM, CLASSES, TRAIN, TEST = 16, 4, 230, 120
@@ -83,7 +83,7 @@ def test_heads_trained_at_once_are_those_that_torch_trains_one_by_one(
 ) -> None:
     train, labels, _, _ = data
     targets = torch.from_numpy(several(labels).astype(np.float32) if multilabel else labels)[:rows]
-    taken = Rows(train, np.arange(rows), "cpu")
+    taken = FeatureRows(train, np.arange(rows), "cpu")
     rates, decays = map(list, zip(*SETTINGS, strict=True))
     *_, heads = train_heads(taken, targets, START, rates, decays, 3)
     features_ND = torch.from_numpy(train.all())[:rows]
@@ -99,7 +99,7 @@ def test_features_that_stay_on_disk_give_the_same_heads(data: tuple[Any, ...]) -
     rows = np.arange(TRAIN)[::-1].copy()
     found = []
     for limit in (1 << 30, 0):
-        taken = Rows(train, rows, "cpu", limit)
+        taken = FeatureRows(train, rows, "cpu", limit)
         *_, heads = train_heads(taken, torch.from_numpy(labels[rows]), START, [0.1], [1e-3], 2)
         found.append(heads.weight)
         assert torch.equal(torch.cat(list(taken.blocks())), torch.from_numpy(train.take(rows)))
@@ -108,7 +108,7 @@ def test_features_that_stay_on_disk_give_the_same_heads(data: tuple[Any, ...]) -
 
 def test_a_head_that_diverges_leaves_the_others_alone(data: tuple[Any, ...]) -> None:
     train, labels, _, _ = data
-    taken, targets = Rows(train, np.arange(TRAIN), "cpu"), torch.from_numpy(labels)
+    taken, targets = FeatureRows(train, np.arange(TRAIN), "cpu"), torch.from_numpy(labels)
     *_, both = train_heads(taken, targets, START, [0.1, 0.1], [1e6, 1e-3], 10)
     *_, alone = train_heads(taken, targets, START, [0.1], [1e-3], 10)
     weight = both.weight.view(2, CLASSES, DIM)
@@ -174,7 +174,7 @@ def test_the_search_trains_on_one_part_and_scores_on_the_other(data: tuple[Any, 
     for selection in ("honest", "elevater"):
         search = probing._Sgd(train, labels, "mean_per_class", START, selection)
         pairs = SETTINGS[:3]
-        found = search._scores(Rows(train, fit, "cpu"), fit, Rows(train, check, "cpu"), check, pairs)
+        found = search._scores(FeatureRows(train, fit, "cpu"), fit, FeatureRows(train, check, "cpu"), check, pairs)
         for pair, value in zip(pairs, found, strict=True):
             each = []
             for epochs in range(1, 11):
@@ -214,7 +214,7 @@ def test_elevaters_rule_takes_the_best_epoch_on_test_images(data: tuple[Any, ...
     settings, targets = found.settings, torch.from_numpy(data[1][rows])
     test_ND = torch.from_numpy(data[2].take(readable))
     trained = train_heads(
-        Rows(data[0], rows, "cpu"), targets, START, [settings["learning_rate"]], [settings["weight_decay"]], 50
+        FeatureRows(data[0], rows, "cpu"), targets, START, [settings["learning_rate"]], [settings["weight_decay"]], 50
     )
     right = [
         float((heads.logits(test_ND)[:, 0].argmax(dim=1).numpy() == data[3][readable]).mean()) for heads in trained
@@ -258,16 +258,16 @@ def test_lbfgs_is_scikit_learns_with_the_strength_that_validates_best(data: tupl
 @pytest.mark.parametrize(("shots", "expected"), [(1, 1), (5, 5), (1000, 1000)])
 def test_a_subset_has_so_many_images_of_each_class_or_all(shots: int, expected: int) -> None:
     labels = np.random.default_rng(0).integers(0, 7, 300)
-    rows = subset(labels, shots, 0)
+    rows = few_shot_rows(labels, shots, 0)
     counts = np.bincount(labels[rows], minlength=7)
     assert counts.tolist() == np.minimum(np.bincount(labels), expected).tolist()
-    assert np.array_equal(rows, subset(labels, shots, 0))
-    assert shots == 1000 or not np.array_equal(rows, subset(labels, shots, 1))
+    assert np.array_equal(rows, few_shot_rows(labels, shots, 0))
+    assert shots == 1000 or not np.array_equal(rows, few_shot_rows(labels, shots, 1))
 
 
 def test_a_subset_of_several_labels_has_enough_of_each_class() -> None:
     labels = several(np.random.default_rng(0).integers(0, CLASSES, 300))
-    rows = subset(labels, 5, 0)
+    rows = few_shot_rows(labels, 5, 0)
     assert (labels[rows].sum(axis=0) >= 5).all()
     assert len(rows) <= 5 * CLASSES
 
@@ -311,13 +311,13 @@ def test_validation_holds_no_more_scores_than_a_block_has(
     search = probing._Sgd(train, labels, "accuracy", START, "honest")
     rows = np.arange(TRAIN)
     rates, decays = map(list, zip(*SETTINGS, strict=True))
-    *_, heads = train_heads(Rows(train, rows, "cpu"), torch.from_numpy(labels), START, rates, decays, 1)
-    whole = search._value(heads, Rows(train, rows, "cpu"), labels)
+    *_, heads = train_heads(FeatureRows(train, rows, "cpu"), torch.from_numpy(labels), START, rates, decays, 1)
+    whole = search._value(heads, FeatureRows(train, rows, "cpu"), labels)
     sizes: list[int] = []
     real = Heads.logits
     monkeypatch.setattr("dimefm.evaluation.linear_heads._SCORES", 24)
     monkeypatch.setattr(Heads, "logits", lambda self, x: sizes.append(len(x)) or real(self, x))
-    np.testing.assert_array_equal(search._value(heads, Rows(train, rows, "cpu"), labels), whole)
+    np.testing.assert_array_equal(search._value(heads, FeatureRows(train, rows, "cpu"), labels), whole)
     assert set(sizes) == {1}
     said = real(heads, torch.from_numpy(train.all())).argmax(dim=2).numpy()
     np.testing.assert_allclose(whole, (said == labels[:, None]).mean(axis=0))
@@ -328,7 +328,7 @@ def test_a_classifier_that_diverged_scores_nothing(data: tuple[Any, ...]) -> Non
     search = probing._Sgd(train, labels, "accuracy", START, "honest")
     pairs = [(0.1, 1e6), (0.1, 1e-3)]
     rows, held = np.arange(100), np.arange(100, TRAIN)
-    found = search._scores(Rows(train, rows, "cpu"), rows, Rows(train, held, "cpu"), held, pairs)
+    found = search._scores(FeatureRows(train, rows, "cpu"), rows, FeatureRows(train, held, "cpu"), held, pairs)
     assert found[0] == 0.0
     assert found[1] > 0.5
 

@@ -156,7 +156,7 @@ def test_labels_of_a_table_that_are_none_are_named(tmp_path: Path, labels: list[
 def test_names_of_several_classes_an_image_are_read(tmp_path: Path) -> None:
     rows = [{"image": make_jpeg(seed=i), "labels": names} for i, names in enumerate([["cat", "dog"], [], ["sofa"]])]
     write_parquet(tmp_path / "voc2007" / "0.parquet", rows)
-    found = [np.flatnonzero(row).tolist() for row in opened(tmp_path, "voc2007").classes]
+    found = [np.flatnonzero(row).tolist() for row in opened(tmp_path, "voc2007").class_labels]
     assert found == [[7, 11], [], [17]]
 
 
@@ -201,7 +201,7 @@ def test_images_that_cannot_be_read_count_as_wrong_and_are_said(model: str, tmp_
         assert all(opened(root, after.set).samples[place].key in note for place in lost)
         kept, now = read_predictions(whole.folder, before), read_predictions(done.folder, after)
         assert now == [-1 if place in lost else label for place, label in enumerate(kept)]
-        right = np.array(now) == opened(root, after.set).classes
+        right = np.array(now) == opened(root, after.set).class_labels
         assert after.metrics["top1"] == pytest.approx(right.mean())
         assert after.metrics["top1"] <= before.metrics["top1"]
     path = Path(done.folder, "predictions", "mnist.zero-shot")

@@ -166,7 +166,7 @@ def test_the_suite_finds_just_what_open_clip_does(
     small: str, sample_teacher: str, reference: np.ndarray, tmp_path: Path
 ) -> None:
     found = evaluated(sample_teacher, small, tmp_path)
-    labels = open_folder(small).classes
+    labels = open_folder(small).class_labels
     order_NC = np.argsort(-reference, axis=1)
     correct = order_NC[:, 0] == labels
     assert read_predictions(str(tmp_path / "m"), found) == order_NC[:, 0].tolist()
@@ -198,7 +198,7 @@ def test_broken_images_are_wrong_and_named(images: ImageSet, sample_teacher: str
     found = evaluated(sample_teacher, images.where, tmp_path / "out")
     predictions = read_predictions(str(tmp_path / "out" / "m"), found)
     assert [place for place, label in enumerate(predictions) if label == -1] == list(BROKEN)
-    assert found.value == np.mean(np.array(predictions) == images.classes)
+    assert found.value == np.mean(np.array(predictions) == images.class_labels)
     assert (found.images, found.unreadable) == (IMAGES, len(BROKEN))
     assert found.notes[-1].startswith("3 images could not be read and count as wrong: 7 (")
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from cache_schemas import SchemaError, to_plain
 from cache_schemas.rates import MeasuredRates
 from dimefm.reproduce import paper_cost
-from dimefm.reproduce.paper_cost import measured_rates, paper_forecast, read_rates
+from dimefm.reproduce.paper_cost import measured_rates, paper_cost_table, read_rates
 from dimefm.reproduce.stages import main
 
 RATES = MeasuredRates(
@@ -35,7 +35,7 @@ def hours(text: str) -> dict[str, tuple[float, str]]:
 
 
 def test_without_a_measurement_hours_are_floors() -> None:
-    text = paper_forecast((), (), None)
+    text = paper_cost_table((), (), None)
     found = hours(text)
     assert {by for _, by in found.values()} == {"arithmetic"}
     assert found["cache-images"][0] == pytest.approx(40e6 * 162e9 / 788e12 / 3600, abs=0.01)
@@ -47,7 +47,7 @@ def test_without_a_measurement_hours_are_floors() -> None:
 
 
 def test_with_one_hours_are_its_and_the_card_and_command_are_named() -> None:
-    text = paper_forecast((), (), RATES)
+    text = paper_cost_table((), (), RATES)
     expected = {
         "cache-images": 40e6 / 4000, "cache-texts": 28.4e6 / 80_000,
         "retrieve,": 40e6 * 28.4e6 / 2e11, "train-student": 4e9 / 20_000,
@@ -59,7 +59,7 @@ def test_with_one_hours_are_its_and_the_card_and_command_are_named() -> None:
 
 
 def test_what_was_not_measured_stays_a_floor() -> None:
-    text = paper_forecast((), (), dataclasses.replace(RATES, exact_scores_per_second=None))
+    text = paper_cost_table((), (), dataclasses.replace(RATES, exact_scores_per_second=None))
     assert [by for _, by in hours(text).values()] == ["measurement", "measurement", "arithmetic", "measurement"]
     assert "other GPU hours are floors" in text
     assert "measured on one NVIDIA H100" in text

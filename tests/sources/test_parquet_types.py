@@ -458,7 +458,7 @@ def test_labelled_images_in_lists_of_one_are_read_and_those_in_longer_lists_refu
     labels = pa.array(["dog", "cat", "dog"], pa.string_view())
     found = open_folder(str(labelled(tmp_path / "a", {"image": data, "label": labels})))
     assert contents(found.samples) == [one, two, three]
-    assert found.classes.tolist() == [1, 0, 1]
+    assert found.class_labels.tolist() == [1, 0, 1]
     found = open_folder(str(labelled(tmp_path / "b", {"images": [[one], [two], [three]], "label": labels})))
     assert contents(found.samples) == [one, two, three]
     for rows in ([[one, two], [], [three]], [[one], None, [three]]):
@@ -477,4 +477,4 @@ def test_captions_and_metadata_of_a_set_that_are_damaged(tmp_path: Path) -> None
     table = pa.table({"image": [make_jpeg(seed=i) for i in range(2)], "label": [0, 1]})
     for said in ("{", '{"info": []}', '{"info": {"features": {"label": {"feature": 3}}}}'):
         folder = labelled(tmp_path / "b", table.replace_schema_metadata({"huggingface": said}))
-        assert open_folder(str(folder)).classes.tolist() == [0, 1]
+        assert open_folder(str(folder)).class_labels.tolist() == [0, 1]
