@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -23,7 +21,6 @@ from dimefm.models.clip import Clip, load_clip, teacher_precision
 from dimefm.models.pretraining import Trained
 from dimefm.models.tokenizer import canonical
 from dimefm.sources.account import describe_skipped, first_lines
-from dimefm.sources.base import Source
 from dimefm.sources.files import expand
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import as_list, listed, require_embeddings
@@ -75,28 +72,23 @@ class CacheConfig:
     accept_missing: bool = False
 
 
-def cache(config: CacheConfig, source: Source[Any] | None = None) -> Store:
+def cache(config: CacheConfig) -> Store:
     """Run the job to its end, or go on with it where an earlier run stopped; the finished store.
-
-    `source` is an object of your own, as dimefm.sources.base.Source describes, in place of what `config.sources` would
-    open; these are then only what the store says of where its samples came from.
 
     With `accept_missing`, images whose file is gone or refused since they were planned are left without an embedding;
     else they are an UnreadableError. Raises a DimefmError for whatever the user can mend, StoreError where no row of
     the finished store has an embedding, or `retry_failed` mended none of those without; shards that were committed
     stay.
     """
-    with allowing(_named(config, source)):
-        return _cache(config, source)
+    with allowing(config.sources):
+        return _cache(config)
 
 
-def _cache(config: CacheConfig, source: Source[Any] | None) -> Store:
-    if source is None:
-        _require_sources(config)
+def _cache(config: CacheConfig) -> Store:
     device = _device(config)
     require_no_stranger(config.out)  # before the lock is put into it
     loaded = _load(config, device, "cpu")
-    request = replace(_request(config, device, loaded), source=source)
+    request = _request(config, device, loaded)
     teacher, weight_bytes = loaded.identity, loaded.weight_bytes()
     clip: Clip | None = loaded
     del loaded
@@ -153,21 +145,19 @@ def _tell(source: SourceSummary) -> None:
         say(f"problem: {line(problem)}", err=True)
 
 
-def dry_run(config: CacheConfig, source: Source[Any] | None = None) -> str:
+def dry_run(config: CacheConfig) -> str:
     """What `cache` would do, in lines: rows, shards and bytes, the teacher's identity, and the hours that follow from
     the speed of this machine over the first rows. Writes nothing."""
-    if source is None:
-        _require_sources(config)
     device = _device(config)
     clip = _load(config, device, device)
-    request = replace(_request(config, device, clip), source=source)
+    request = _request(config, device, clip)
     if config.compile:
         clip.compile(request.batch_size)
     found = forecast(request, clip.identity, keep=PROBE_ROWS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker does
     try:
-        with allowing(_named(config, source)):
+        with allowing(config.sources):
             rates = measure(found.first, found.schema, clip, accept_missing=config.accept_missing)
     finally:
         torch.set_num_threads(threads)
@@ -200,22 +190,14 @@ def _show_forecast(config: CacheConfig, device: str, found: Forecast, clip: Clip
     return "\n".join(lines)
 
 
-def _require_sources(config: CacheConfig) -> None:
-    """Raises AbsentError for a mistyped path: it is found before a large teacher is loaded."""
+def _device(config: CacheConfig) -> str:
+    """The device that is asked for, or there. Raises a DimefmError for what could not be done on it, or not at all."""
+    # A mistyped path is found before a large teacher is loaded.
     if config.accept_missing:
         arguments_there(config.out, config.sources)
     else:
         for argument in config.sources:
             expand(argument)
-
-
-def _named(config: CacheConfig, source: Source[Any] | None) -> Sequence[str]:
-    """The paths and URLs at the user's own word."""
-    return config.sources if source is None else [file.path for file in source.files()]
-
-
-def _device(config: CacheConfig) -> str:
-    """The device that is asked for, or there. Raises a DimefmError for what could not be done on it, or not at all."""
     remote = config.ray_address is not None
     if remote and config.workers is None:
         raise DimefmError(

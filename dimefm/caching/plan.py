@@ -27,7 +27,6 @@ from dimefm.caching.same_command import (
 from dimefm.caching.sentences import SentenceRules, tidy
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account, found_instead
-from dimefm.sources.base import Joined, Source
 from dimefm.sources.image_sources import open_image_source
 from dimefm.sources.prompts import PromptSet
 from dimefm.sources.text_sources import open_text_source
@@ -42,14 +41,12 @@ _BYTES_PER_ROW = {"image": 16_000, "text": 40}  # a guess that only sets the ord
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What to plan: the arguments that name the source, what to take of it, and how the store is to be cut. A `source`
-    is taken as it is; the arguments are then only what the store says of where its samples came from. With the
+    """What to plan: the arguments that name the source, what to take of it, and how the store is to be cut. With the
     teacher's `canonical`, sentences that it cannot tell from others are left out of a new plan, unless a labelled set's
     prompts are among them."""
 
     kind: Kind
     arguments: tuple[str, ...]
-    source: Source[Any] | None = None
     column: str | None = None
     sentences: SentenceRules = field(default_factory=SentenceRules)
     canonical: Callable[[str], str] | None = None
@@ -94,8 +91,7 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity, *, ac
     store is there that another source, teacher or setting made, or whose source has changed since.
     """
     out = storage.absolute(out)
-    look = accept_missing and request.source is None
-    arguments = arguments_there(out, request.arguments) if look else request.arguments
+    arguments = arguments_there(out, request.arguments) if accept_missing else request.arguments
     tally = _Tally()
     source = _open(replace(request, arguments=arguments), tally)
     files = source.files()
@@ -205,8 +201,6 @@ def require_whole_chunks(shard_rows: int | None) -> None:
 
 def _open(request: PlanRequest, tally: _Tally) -> Any:
     require_whole_chunks(request.shard_rows)
-    if request.source is not None:
-        return Joined([request.source])
     opener = open_image_source if request.kind == "image" else open_text_source
     return opener(list(request.arguments), request.column, tally.account)
 
