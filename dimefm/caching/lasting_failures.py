@@ -7,6 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cache_schemas import Status
 from cache_schemas.plan import SourceFile
@@ -22,7 +24,6 @@ from dimefm.system.read_ahead import in_order
 
 _ASKED, _NEIGHBOURS = 64, 8  # rows that are asked for again
 _LEAST = 32  # readable bytes in so many rows and not one image: that is the storage; fewer may be bad images
-_CONTAINERS = (".tar", ".tsv", PARQUET)
 _OF_STORAGE = (Status.TRUNCATED, Status.UNDECODABLE)  # which a file that was changed gives, too
 
 Rows = list[dict[str, Any]]
@@ -91,16 +92,16 @@ def _require_unchanged(store: Store, rows: Rows) -> None:
         path, column, _ = row["file"].partition(f"{PARQUET}#")
         path += PARQUET if column else ""
         before[path] = SourceFile(path, row["size"], 0)
-    if any(path.endswith(_CONTAINERS) for path in before):
-        for file in store.source_files().to_pylist():
-            if file["path"] in before:
-                before[file["path"]] = SourceFile(**file)
     try:
         if storage.is_url(rows[0]["file"]):
             storage.filesystem(rows[0]["file"])[0].invalidate_cache()
         now = stat_files(list(before))
     except SourceError as error:
         raise UnreadableError(error.what, remedy=f"put it back as it was, and {RUN_AGAIN}") from error
+    if any(change(before[file.path], file) for file in now):  # or the file holds more than this one image
+        files = store.source_files()
+        files = files.filter(pc.is_in(files["path"], pa.array(list(before))))
+        before |= {file["path"]: SourceFile(**file) for file in files.to_pylist()}
     for file in now:
         if found := change(before[file.path], file):
             remedy = f"put it back as it was, its time too, and {RUN_AGAIN}; or cache into a new --out"

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from cache_schemas import TeacherIdentity, ViewPlan, to_plain
 from cache_schemas.embedding_store import (
@@ -21,6 +22,7 @@ from cache_schemas.embedding_store import (
 )
 from cache_schemas.plan import SourceFile
 from dimefm.errors import MismatchError, OutputExistsError
+from dimefm.sources.base import Source, names_of, paths_of
 from dimefm.sources.files import change, expand, those_there
 from dimefm.store.embedding_store import Store
 from dimefm.system import inert_text, storage
@@ -121,12 +123,14 @@ def _changes(store: Store, files: Sequence[SourceFile]) -> list[str]:
     return changes + [found for name in before.keys() & now.keys() if (found := change(before[name], now[name]))]
 
 
-def arguments_there(out: str, arguments: Sequence[str]) -> tuple[str, ...]:
+def arguments_there(out: str, arguments: Sequence[str | Source[Any]]) -> tuple[str | Source[Any], ...]:
     """The arguments without those that name what is gone, where the store at `out` was planned from the same ones.
     Raises AbsentError where it was not: a path may be mistyped."""
-    found = tuple(one for argument in arguments for one in those_there(argument))
-    if found != tuple(arguments) and not (is_planned(out) and Store(out).schema.source.arguments == tuple(arguments)):
-        for argument in arguments:
+    found = tuple(one for each in arguments for one in (those_there(each) if isinstance(each, str) else [each]))
+    if found != tuple(arguments) and not (
+        is_planned(out) and Store(out).schema.source.arguments == names_of(arguments)
+    ):
+        for argument in paths_of(arguments):
             expand(argument)
         return tuple(arguments)  # back since: a plan without it would be for good
     return found
