@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from dimefm.models.clip import Clip, load_clip, teacher_precision
 from dimefm.models.pretraining import Trained
 from dimefm.models.tokenizer import canonical
 from dimefm.sources.account import describe_skipped, first_lines
+from dimefm.sources.base import Source, paths_of
 from dimefm.sources.files import expand
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import as_list, listed, require_embeddings
@@ -42,11 +44,12 @@ _WORKER_BYTES, _MEMORY_SHARE = (
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """One job of stage 1. None means: chosen by the machine (device, precision, workers, threads), the source, or that
+    """One job of stage 1. `sources` are paths, URLs, patterns, or objects that follow the protocol
+    `sources.base.Source`. None means: chosen by the machine (device, precision, workers, threads), the source, or that
     there is none (views, pixels, limits on sentences, the seed of their order)."""
 
     kind: Kind
-    sources: tuple[str, ...]
+    sources: tuple[str | Source[Any], ...]
     out: str
     teacher: str
     pretrained: str | None = None
@@ -80,7 +83,7 @@ def cache(config: CacheConfig) -> Store:
     the finished store has an embedding, or `retry_failed` mended none of those without; shards that were committed
     stay.
     """
-    with allowing(config.sources):
+    with allowing(paths_of(config.sources)):
         return _cache(config)
 
 
@@ -157,7 +160,7 @@ def dry_run(config: CacheConfig) -> str:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker does
     try:
-        with allowing(config.sources):
+        with allowing(paths_of(config.sources)):
             rates = measure(found.first, found.schema, clip, accept_missing=config.accept_missing)
     finally:
         torch.set_num_threads(threads)
@@ -196,7 +199,7 @@ def _device(config: CacheConfig) -> str:
     if config.accept_missing:
         arguments_there(config.out, config.sources)
     else:
-        for argument in config.sources:
+        for argument in paths_of(config.sources):
             expand(argument)
     remote = config.ray_address is not None
     if remote and config.workers is None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cache_schemas import Status
 from cache_schemas.plan import SourceFile
@@ -96,12 +98,10 @@ def _require_unchanged(store: Store, rows: Rows) -> None:
         now = stat_files(list(before))
     except SourceError as error:
         raise UnreadableError(error.what, remedy=f"put it back as it was, and {RUN_AGAIN}") from error
-    if any(
-        describe_change(before[file.path], file) for file in now
-    ):  # by a row's size, so each file of several images too
-        for planned in store.source_files().to_pylist():
-            if planned["path"] in before:
-                before[planned["path"]] = SourceFile(**planned)
+    if any(describe_change(before[file.path], file) for file in now):  # or the file holds more than this one image
+        files = store.source_files()
+        files = files.filter(pc.is_in(files["path"], pa.array(list(before))))
+        before |= {file["path"]: SourceFile(**file) for file in files.to_pylist()}
     for file in now:
         if found := describe_change(before[file.path], file):
             remedy = f"put it back as it was, its time too, and {RUN_AGAIN}; or cache into a new --out"

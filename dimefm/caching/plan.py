@@ -27,6 +27,7 @@ from dimefm.caching.same_command import (
 from dimefm.caching.sentences import SentenceRules, tidy
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account, found_instead
+from dimefm.sources.base import Source, names_of
 from dimefm.sources.image_sources import open_image_source
 from dimefm.sources.prompts import PromptSet
 from dimefm.sources.text_sources import open_text_source
@@ -46,7 +47,7 @@ class PlanRequest:
     prompts are among them."""
 
     kind: Kind
-    arguments: tuple[str, ...]
+    arguments: tuple[str | Source[Any], ...]
     column: str | None = None
     sentences: SentenceRules = field(default_factory=SentenceRules)
     canonical: Callable[[str], str] | None = None
@@ -151,7 +152,7 @@ def _schema(
     teacher: TeacherIdentity,
 ) -> EmbeddingStore:
     if rows == 0:
-        what = f"no {request.kind} in {', '.join(request.arguments)}{found_instead(tally.account.lines())}"
+        what = f"no {request.kind} in {', '.join(names_of(request.arguments))}{found_instead(tally.account.lines())}"
         raise SourceError(what, remedy="check that the files hold what you mean to cache")
     return EmbeddingStore(
         kind=request.kind,
@@ -162,7 +163,7 @@ def _schema(
         batch_size=request.batch_size,
         teacher=teacher,
         source=SourceSummary(
-            arguments=request.arguments,
+            arguments=names_of(request.arguments),
             files=len(files),
             bytes=tally.bytes,
             digest=source_digest(files, request.settings()),

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from cache_schemas import EmbeddingStore, TeacherIdentity, ViewPlan, to_plain
 from cache_schemas.embedding_store import (
@@ -20,6 +21,7 @@ from cache_schemas.embedding_store import (
 )
 from cache_schemas.plan import SourceFile
 from dimefm.errors import MismatchError
+from dimefm.sources.base import Source, names_of, paths_of
 from dimefm.sources.files import describe_change, existing_names, expand
 from dimefm.store.embedding_store import Store
 from dimefm.store.output_folder import ANOTHER_OUT, OWN_AND_NEW, differing, in_lines, is_planned, require_only
@@ -124,12 +126,13 @@ def _changes(store: Store, files: Sequence[SourceFile]) -> list[str]:
     ]
 
 
-def arguments_there(out: str, arguments: Sequence[str]) -> tuple[str, ...]:
+def arguments_there(out: str, arguments: Sequence[str | Source[Any]]) -> tuple[str | Source[Any], ...]:
     """The arguments without those whose files are gone, if the store at `out` was planned from these arguments. Raises
     AbsentError if it was not: then a path may be mistyped."""
-    found = tuple(one for argument in arguments for one in existing_names(argument))
-    if found != tuple(arguments) and not (is_planned(out) and Store(out).schema.source.arguments == tuple(arguments)):
-        for argument in arguments:
+    found = tuple(one for each in arguments for one in (existing_names(each) if isinstance(each, str) else [each]))
+    names = names_of(arguments)
+    if found != tuple(arguments) and not (is_planned(out) and Store(out).schema.source.arguments == names):
+        for argument in paths_of(arguments):
             expand(argument)
         return tuple(arguments)  # it is back by now, and a plan without it would stay so
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from cache_schemas.plan import SourceFile
 from dimefm.sources.account import Account
@@ -44,6 +44,16 @@ class Source(Protocol[_Sample]):
         """Every sample. What is no sample is counted in `account`; a file that cannot be read through is a problem
         there, and the rest go on."""
         ...
+
+
+def names_of(arguments: Sequence[str | Source[Any]]) -> tuple[str, ...]:
+    """The arguments as a store's attributes and messages have them. A Source is named by its class."""
+    return tuple(one if isinstance(one, str) else f"{type(one).__qualname__} (a Source)" for one in arguments)
+
+
+def paths_of(arguments: Sequence[str | Source[Any]]) -> tuple[str, ...]:
+    """The arguments that are paths, URLs or patterns: all but the Sources."""
+    return tuple(one for one in arguments if isinstance(one, str))
 
 
 class Joined(Generic[_Item]):

@@ -132,10 +132,11 @@ class ImageFolder(ImageFiles):
 
 
 def open_image_source(
-    arguments: list[str], column: str | None = None, account: Account | None = None
+    arguments: Sequence[str | Source[ImageSample]], column: str | None = None, account: Account | None = None
 ) -> Source[ImageSample]:
     """The source that the arguments name: .tar, .parquet, .tsv and image files (globs and {000..009} ranges too), and
-    folders, which stand for all of these in them, at any depth: tars, tables and images in this order.
+    folders, which stand for all of these in them, at any depth: tars, tables and images in this order. From Python, an
+    argument may also be a Source, which is taken as it is.
 
     What is in a folder or matches a glob, and is not used, is counted in `account`. A .parquet beside a .tar of the
     same name is not looked into: downloaders write captions there. `column` is the one with the images in Parquet
@@ -147,6 +148,9 @@ def open_image_source(
     account = Account() if account is None else account
     parts: list[Source[ImageSample]] = []
     for argument in arguments:
+        if not isinstance(argument, str):
+            parts.append(argument)
+            continue
         places = expand(argument, account)
         files = [place.file for place in places if place.file]
         found = list(_sources(files, _root(argument, places), column, account, found=is_glob(argument, places)))

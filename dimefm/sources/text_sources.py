@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cache_schemas.plan import SourceFile
 from dimefm.errors import SourceError
@@ -109,10 +109,11 @@ of the dataset, and tars hold the images, with captions that the tables have too
 
 
 def open_text_source(
-    arguments: list[str], column: str | None = None, account: Account | None = None
+    arguments: Sequence[str | Source[TextSample]], column: str | None = None, account: Account | None = None
 ) -> Source[TextSample]:
     """The source that the arguments name: text files, tables and tars (globs and {000..009} ranges too), folders of
-    these, or folders of a labelled set, which stand for its prompts.
+    these, or folders of a labelled set, which stand for its prompts. From Python, an argument may also be a Source,
+    which is taken as it is.
 
     Text files are .txt, tables .jsonl, .json, .csv, .tsv and .parquet; all but the last may end in .gz. Of .tar files
     the .txt members are read, or with `column` a field of the .json members. The files of a folder, at any depth, must
@@ -127,6 +128,9 @@ def open_text_source(
     account = Account() if account is None else account
     parts: list[Source[TextSample]] = []
     for argument in arguments:
+        if not isinstance(argument, str):
+            parts.append(argument)
+            continue
         places = expand(argument, account)
         files = [place.file for place in places if place.file]
         if is_glob(argument, places):
