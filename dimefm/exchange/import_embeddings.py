@@ -30,7 +30,7 @@ from dimefm.models.pretraining import Trained
 from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample, Source
 from dimefm.sources.image_sources import open_image_source
-from dimefm.sources.read_image import read_encoded
+from dimefm.sources.read_image import ImagePlace, read_encoded
 from dimefm.store.embedding_store import Store, create_store
 from dimefm.store.failures import require_embeddings
 from dimefm.store.output_folder import is_planned
@@ -238,7 +238,7 @@ def _check(
     keys = folder.lookup(rows_N.tolist())
     for row, (_, caption) in keys.items():
         embedding_1D, good_1 = folder.read(row, row + 1)
-        data = _image(*matches.place(row)) if matches else b""
+        data = _image(matches.place(row)) if matches else b""
         again_D = _encode(clip, data, caption) if good_1[0] else None
         if again_D is not None:
             cosines[row] = float(embedding_1D[0].astype(np.float32) @ again_D)
@@ -264,7 +264,7 @@ def _check(
     remedy = "name the teacher that made them; --accept takes them as they are"
     if cosines and matches:
         row = min(cosines, key=lambda one: cosines[one])
-        what += f"; least {cosines[row]:.4f}, row {row} ({keys[row][0]!r}) and its image in {matches.place(row)[0]}"
+        what += f"; least {cosines[row]:.4f}, row {row} ({keys[row][0]!r}) and its image in {matches.place(row).file}"
         if cause := likely_cause(clip, [data for data, _ in misfits], np.stack([e for _, e in misfits]), _LEAST_COSINE):
             what += f"; of the {len(misfits)} rows below {_LEAST_COSINE}, {cause}"
     if 0 < weakest < WHOLE:
@@ -272,10 +272,10 @@ def _check(
     raise MismatchError(what, remedy=remedy)
 
 
-def _image(file: str, offset: int, size: int) -> bytes:
-    """What is at a place; nothing where it cannot be read."""
+def _image(place: ImagePlace) -> bytes:
+    """The encoded image at a place; no bytes where it cannot be read."""
     try:
-        return read_encoded(file, offset, size) if file else b""
+        return read_encoded(place) if place.file else b""
     except (OSError, DecodeError):
         return b""
 
