@@ -31,12 +31,12 @@ from dimefm.models.tokenizer import fast_tokenizer, open_tokenizer
 from dimefm.models.towers import has_convolutions
 from dimefm.system import storage
 from dimefm.system.machine import Precision, choose_device
+from dimefm.system.matrix_products import DTYPES
 from dimefm.system.transfer import Transfer
 
 _SAME = 1e-4  # between unit vectors: above the rounding of float32, far below a change of any use
 _CONFIGURED = ("local-dir:", "hf-hub:")  # names of what brings a config with it
 _DECODER = "multimodal_cfg"  # of a CoCa's config
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Clip:
@@ -53,7 +53,7 @@ class Clip:
         self.model_cfg = model_cfg
         self.device = torch.device(device)
         self.tokenizer, self._tokenize = tokenizer, fast_tokenizer(tokenizer)
-        self._dtype = _DTYPES[identity.precision]
+        self._dtype = DTYPES[identity.precision]
         self.model: Any = _hold(model.eval().requires_grad_(False), self._dtype).to(self.device)
         self._transfer = Transfer(self.device)
         self._layout = torch.channels_last if has_convolutions(self.model.visual) else torch.contiguous_format

@@ -15,11 +15,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from dimefm.models.towers import has_convolutions
+from dimefm.system.matrix_products import DTYPES
 from dimefm.training.distributed import Place, average, gather_batch
 from dimefm.training.moving_average import Average
 from dimefm.training.objective import Objective
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Learner:
@@ -52,7 +51,7 @@ class Learner:
         called: Any = self.module if self._parallel is None else self._parallel
         # Around DDP, whose buckets then cut the graph: gradients travel while those of earlier layers are computed.
         self._tower: Any = torch.compile(called) if compile else called
-        self._place, self._prepare, self.dtype, self._parts = place, prepare, _DTYPES[precision], accumulate
+        self._place, self._prepare, self.dtype, self._parts = place, prepare, DTYPES[precision], accumulate
 
     def learn(
         self,
