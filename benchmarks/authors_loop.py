@@ -25,7 +25,7 @@ from benchmarks.measure import machine, median, ratio, table
 from benchmarks.small_student import resnet10
 from cache_schemas import Status, to_plain
 from dimefm.models.towers import student_spec
-from dimefm.sources.read_image import read_planned
+from dimefm.sources.read_image import ImagePlace, read_encoded
 from dimefm.store.embedding_store import Store
 from dimefm.system.machine import choose_precision
 from dimefm.training.config import TrainConfig
@@ -194,7 +194,7 @@ def _encoded(store: Store, rows_N: np.ndarray[Any, Any]) -> Iterator[bytes]:
     """The bytes that dimefm's loader would read of these rows."""
     if store.schema.pixels:
         return store.pixels(rows_N)
-    return (read_planned(s["file"], s["offset"], s["size"]) for s in store.samples(rows_N))
+    return (read_encoded(ImagePlace(s["file"], s["offset"], s["size"])) for s in store.samples(rows_N))
 
 
 def _features(vectors_ND: np.ndarray[Any, Any]) -> Iterator[str]:

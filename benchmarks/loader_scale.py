@@ -133,7 +133,7 @@ def _shares(start: _Start, step: int) -> tuple[tuple[str, ...], list[tuple[str, 
     dataset, requests = start.open(step)
     parts = {
         "targets": (Store, "gather"), "texts": (TextBank, "draw"),
-        "reading": (image_batches, "read_planned"), "decode and crop": (Augmentation, "__call__"),
+        "reading": (image_batches, "read_encoded"), "decode and crop": (Augmentation, "__call__"),
     }  # fmt: skip
     spent: dict[str, float] = defaultdict(float)
     kept = {name: getattr(owner, attribute) for name, (owner, attribute) in parts.items()}

@@ -27,7 +27,7 @@ def preprocessing(sets: tuple[str, ...], images: int, count: int) -> None:
     _, _, theirs = open_clip.create_model_and_transforms(name)
     rows = []
     for path in sets or [str(p) for p in sorted((sample_dir() / "eval").iterdir())]:
-        data = [read_encoded(s.file, s.offset, s.size) for s in open_folder(path).samples[:images]]
+        data = [read_encoded(s) for s in open_folder(path).samples[:images]]
         seconds = rounds(
             {
                 "open_clip": lambda data=data: [theirs(decode_pillow(d)) for d in data],

@@ -12,7 +12,8 @@ from torch.nn.functional import normalize
 
 from benchmarks.measure import machine, median, ratio, rounds, table
 from cache_schemas import EmbeddingStore, SourceSummary
-from dimefm.caching.encode_shard import encode_rows
+from cache_schemas.plan import PlannedText
+from dimefm.caching.encode_rows import encode_rows
 from dimefm.models.clip import Clip, load_clip, wrap
 from dimefm.sample import sample_dir
 
@@ -33,7 +34,7 @@ def sentences(texts: str | None, limit: int, deep: int, count: int) -> None:
         ("sample teacher", load_clip(f"local-dir:{sample_dir() / 'teacher'}", device="cpu"), lines),
         ("ViT-B-32, random weights", _random("ViT-B-32"), lines[:: max(1, len(lines) // deep)][:deep]),
     ):
-        entries = [{"text": line} for line in chosen]
+        entries = [PlannedText(row, str(row), line) for row, line in enumerate(chosen)]
         schema = _schema(clip, len(chosen))
         ours = encode_rows(entries, schema, clip).arrays["embedding"]
         theirs = _plain(clip, chosen)

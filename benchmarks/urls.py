@@ -135,7 +135,8 @@ def _rows(folder: Path, rows: int, batches: int) -> list[tuple[str, ...]]:
                 stack.enter_context(patch.object(ranged_array, "KEPT_BYTES", min(ranged_array.KEPT_BYTES, rows * _DIM)))
                 store = Store("s3://s.zarr")
                 if reader == "zarr-python":
-                    stack.enter_context(patch.dict(store._direct, dict.fromkeys(store._direct)))
+                    for array in store._arrays.values():
+                        stack.enter_context(patch.object(array, "direct", None))
                 cost = _measured(lambda store=store, chosen=chosen: [store.gather(one) for one in chosen])  # type: ignore[misc]
             found.append((f"{len(chosen)}, {what}", reader, *cost))
     return found

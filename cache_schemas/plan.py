@@ -3,7 +3,7 @@ rows/files.parquet, the files that the plan was made from, as they were then."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,28 @@ TEXT_PLAN = pa.schema(
         pa.field("text", pa.string(), nullable=False),
     ]
 )
+
+
+class PlannedImage(NamedTuple):
+    """A row of IMAGE_PLAN. `crash` is not stored: it is the reason why this image must not be decoded here, because it
+    ended the process that tried (caching.crashing_images)."""
+
+    row: int
+    key: str
+    file: str
+    offset: int
+    size: int
+    crash: str | None = None
+
+
+class PlannedText(NamedTuple):
+    """A row of TEXT_PLAN."""
+
+    row: int
+    key: str
+    text: str
+
+
 FILES = pa.schema(
     [
         pa.field("path", pa.string(), nullable=False),
@@ -45,6 +67,12 @@ FILES = pa.schema(
 )
 FILES_TABLE = "rows/files.parquet"
 PLANS = {"image": IMAGE_PLAN, "text": TEXT_PLAN}
+
+
+def planned_rows(table: pa.Table) -> list[Any]:
+    """The rows of a plan, each a PlannedImage or a PlannedText, by its columns."""
+    schema, kind = (TEXT_PLAN, PlannedText) if "text" in table.column_names else (IMAGE_PLAN, PlannedImage)
+    return [kind(*values) for values in zip(*(table[name].to_pylist() for name in schema.names), strict=True)]
 
 
 def parse_plan(

@@ -77,7 +77,7 @@ def as_read(images: ImageSet, missing: bool = False) -> dict[bytes, Any]:
     """What is said of each image, by its pixels; where some may be `missing`, of the others."""
     there = [not missing or Path(sample.file).is_file() for sample in images.samples]
     samples = [sample for sample, kept in zip(images.samples, there, strict=True) if kept]
-    seen = [pixels(read_encoded(sample.file, sample.offset, sample.size)) for sample in samples]
+    seen = [pixels(read_encoded(sample)) for sample in samples]
     if images.captions is not None:
         said: list[Any] = list(images.captions)
     elif images.class_labels.ndim == 2:

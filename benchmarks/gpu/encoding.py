@@ -23,7 +23,8 @@ from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.timing import peak, seconds
 from cache_schemas import EmbeddingStore
 from cache_schemas.identity import Precision
-from dimefm.caching.encode_shard import encode_rows
+from cache_schemas.plan import planned_rows
+from dimefm.caching.encode_rows import encode_rows
 from dimefm.caching.image_loader import Loader
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.models.clip import Clip, teacher_precision
@@ -131,7 +132,7 @@ class Tower:
 
 def entries(store: Store) -> Rows:
     """All of a store's plan."""
-    return [row for shard in range(store.schema.shards) for row in store.plan(shard).to_pylist()]
+    return [row for shard in range(store.schema.shards) for row in planned_rows(store.plan(shard))]
 
 
 def steady(rows: Rows, schema: EmbeddingStore, clip: Clip, threads: int, count: int) -> float:
@@ -159,7 +160,7 @@ def undecoded(rows: Rows, schema: EmbeddingStore) -> Iterator[None]:
     def loaded(self: Loader, row: dict[str, Any], data: Any) -> Any:
         nonlocal calls
         calls += 1
-        return kept[row["row"] % len(kept)]
+        return kept[row.row % len(kept)]
 
     with mock.patch.multiple(Loader, _read=lambda self, row: b"", _loaded=loaded):
         yield

@@ -11,7 +11,7 @@ import torch
 from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.timing import seconds
 from cache_schemas import EmbeddingStore
-from dimefm.caching.encode_shard import open_loader
+from dimefm.caching.gpu_image_loader import open_loader
 from dimefm.errors import StoreError
 from dimefm.models.clip import Clip
 from dimefm.system.machine import cpus

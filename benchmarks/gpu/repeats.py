@@ -14,7 +14,9 @@ from benchmarks.gpu.forked import forked
 from benchmarks.gpu.inputs import TINY, encode
 from benchmarks.gpu.kit import Kit
 from benchmarks.stage1 import write_tar
-from dimefm.caching.encode_shard import check_canary, encode_rows
+from cache_schemas.plan import planned_rows
+from dimefm.caching.canary import check_canary
+from dimefm.caching.encode_rows import encode_rows
 from dimefm.caching.plan import PlanRequest
 from dimefm.errors import MismatchError
 from dimefm.models.clip import load_clip, teacher_precision
@@ -40,7 +42,7 @@ def shard(kit: Kit) -> None:
     store = encode(request, kit.inputs.scratch("sample.zarr"), clip)
     stored = store.shard_arrays(0)
     for threads in (1, cpus()):
-        again = encode_rows(store.plan(0).to_pylist(), store.schema, clip, threads=threads)
+        again = encode_rows(planned_rows(store.plan(0)), store.schema, clip, threads=threads)
         same = all(np.array_equal(values, stored[name]) for name, values in again.arrays.items())
         kit.require("a shard again gives the same bytes", same, f"{len(jpegs)} images, {threads} decoding threads")
     check_canary(store, clip)

@@ -9,7 +9,7 @@ import torch
 from benchmarks.gpu.encoding import entries
 from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.timing import seconds
-from dimefm.caching.encode_shard import encode_rows
+from dimefm.caching.encode_rows import encode_rows
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.models.clip import teacher_precision, token_counts
 
@@ -21,7 +21,7 @@ def sentences(kit: Kit) -> None:
     request = PlanRequest(kind="text", arguments=(str(kit.inputs.text_file()),), batch_size=batch)
     store = open_or_plan(request, str(kit.inputs.folder / "stage1-texts.zarr"), clip.identity)
     rows = entries(store)
-    texts = [row["text"] for row in rows]
+    texts = [row.text for row in rows]
     tokens_NL = clip.tokenize(texts)
     counts_N = torch.from_numpy(token_counts(tokens_NL))
     batches = tokens_NL[counts_N.argsort(stable=True)].split(batch)

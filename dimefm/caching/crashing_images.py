@@ -1,8 +1,8 @@
-"""Images that end the process which decodes them: by a crash of the decoder, or because they take all memory.
+"""Find images that end the process which decodes them: they crash the decoder, or take all memory.
 
-A shard that lost its process is done again with its images decoded in a process of their own first. What that one dies
-of is looked at alone, and where it dies again the row gets a status; the others are encoded as ever. An ordinary run
-decodes in its own threads and pays nothing for this.
+A shard that lost its process is done again, and its images are first decoded in a process of their own. If that one
+dies, the images that it was decoding are tried alone, and one that ends its process again gets the status CRASHED. The
+others are encoded as usual. An ordinary run decodes in its own threads and pays nothing for this.
 """
 
 from __future__ import annotations
@@ -18,28 +18,27 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cache_schemas import EmbeddingStore
+from cache_schemas.plan import PlannedImage
 from dimefm.caching.gpu_image_loader import open_loader
 from dimefm.errors import DimefmError, StoreError
 from dimefm.images.decode import DecodeError
-from dimefm.sources.read_image import CRASH
 from dimefm.system import storage
 
 _RUNNING = ".running"
-_MOST_MEMORY = 8 << 30  # bytes that images may take in such a process: one, or all that are decoded at once
-_MEMORY, _OVER = 77, b"over"  # the exit code of a process whose images took more; its last line where it did not die
+_MOST_MEMORY = 8 << 30  # bytes that images may take in such a process, all that are decoded at once together
+_MEMORY, _OVER = 77, b"over"  # the exit code of a process whose images took more; the last line of one that did not die
 
-Rows = list[dict[str, Any]]
+Images = list[PlannedImage]
 
 
 @contextmanager
 def running(store: str) -> Iterator[bool]:
-    """Around a run that decodes in its own process: whether an earlier one over this store ended without a word, by a
-    crash or a kill. A hidden file in the store says so; a run that ends by an error or by Ctrl-C removes it."""
+    """Around a run that decodes in its own process: whether an earlier run over this store was ended by a crash or a
+    kill. A hidden file in the store stands for a run; one that ends with an error or by Ctrl-C removes it."""
     path = storage.join(store, _RUNNING)
     died = storage.exists(path)
     with storage.writing_to(store):
@@ -47,15 +46,15 @@ def running(store: str) -> Iterator[bool]:
     try:
         yield died
     except BaseException:
-        with suppress(OSError, StoreError):  # what ended the run is what is told
+        with suppress(OSError, StoreError):  # what ended the run is the error to report
             storage.remove_file(path)
         raise
     storage.remove_file(path)
 
 
-def without_crashes(rows: Rows, schema: EmbeddingStore, device: torch.device, threads: int) -> Rows:
-    """The same rows of a plan; those that end a process, and do so alone too, with the reason as their CRASH."""
-    request = {"schema": schema.to_json(), "device": str(device), "threads": threads, "rows": rows}
+def without_crashes(images: Images, schema: EmbeddingStore, device: torch.device, threads: int) -> Images:
+    """The same images; those that end the process which decodes them, also when alone, with `crash` set."""
+    request = {"schema": schema.to_json(), "device": str(device), "threads": threads, "images": images}
     path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))
     process = subprocess.run(
         [sys.executable, "-P", "-m", "dimefm.caching.crashing_images"],
@@ -65,48 +64,49 @@ def without_crashes(rows: Rows, schema: EmbeddingStore, device: torch.device, th
         check=False,
     )
     crashing = json.loads(process.stdout) if process.returncode == 0 else {}
-    return [{**row, CRASH: crashing[str(row["row"])]} if str(row["row"]) in crashing else row for row in rows]
+    return [image._replace(crash=crashing.get(str(image.row))) for image in images]
 
 
 def main() -> None:
-    """In a process that has neither threads nor a GPU, and so can be forked: look for the rows that standard input
-    names, and answer on standard output."""
+    """In a process that has neither threads nor a GPU, and so can be forked: try the images that standard input names,
+    and answer on standard output."""
     output = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries may print to it
     request = json.load(sys.stdin)
     schema = EmbeddingStore.parse(request["schema"], "standard input")
-    found = _crashing(request["rows"], schema, torch.device(request["device"]), request["threads"])
+    images = [PlannedImage(*fields) for fields in request["images"]]
+    found = _crashing(images, schema, torch.device(request["device"]), request["threads"])
     os.write(output, json.dumps(found).encode())
 
 
-def _crashing(rows: Rows, schema: EmbeddingStore, device: torch.device, threads: int) -> dict[int, str]:
-    """Why each of those rows is not to be decoded, by its number."""
+def _crashing(images: Images, schema: EmbeddingStore, device: torch.device, threads: int) -> dict[int, str]:
+    """By row, why an image must not be decoded."""
     found: dict[int, str] = {}
-    while rows:
-        begun, done, end = _decode_apart(rows, schema, device, threads)
+    while images:
+        begun, done, end = _decode_apart(images, schema, device, threads)
         if end is None or not begun:  # all were decoded, or no image is to blame
             break
-        suspects = [rows[place] for place in sorted(begun - done)]
-        if len(rows) > 1:
+        suspects = [images[place] for place in sorted(begun - done)]
+        if len(images) > 1:
             found |= _crashing(suspects, schema, device, 1)
         elif suspects:
-            found[rows[0]["row"]] = end
-        rows = [row for place, row in enumerate(rows) if place not in begun]
+            found[images[0].row] = end
+        images = [image for place, image in enumerate(images) if place not in begun]
     return found
 
 
 def _decode_apart(
-    rows: Rows, schema: EmbeddingStore, device: torch.device, threads: int
+    images: Images, schema: EmbeddingStore, device: torch.device, threads: int
 ) -> tuple[set[int], set[int], str | None]:
-    """Decode rows in a forked process: the places of those that it began, of those that it was done with, and what it
-    died of; None where it did not."""
+    """Decode images in a forked process: the places of those that it began, of those that it finished, and what it died
+    of, or None."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         os.close(reading)
         try:
-            _decode(rows, schema, device, threads, writing)
-        except DimefmError:  # such as a storage that does not answer: the worker meets it as well, and says so
+            _decode(images, schema, device, threads, writing)
+        except DimefmError:  # such as storage that does not answer: the worker meets it as well, and reports it
             pass
         except Exception:
             traceback.print_exc()
@@ -127,28 +127,28 @@ def _decode_apart(
     return begun, done, f"decoding it ends the process: {end}"
 
 
-def _decode(rows: Rows, schema: EmbeddingStore, device: torch.device, threads: int, output: int) -> None:
-    """Decode rows on threads, and say of each when it is begun and done."""
-    _be_modest(device)
-    loader = open_loader(schema, device, accept_missing=True)  # what is not there ends nothing
+def _decode(images: Images, schema: EmbeddingStore, device: torch.device, threads: int, output: int) -> None:
+    """Decode images on threads, and write to `output` when each is begun and done."""
+    _die_first(device)
+    loader = open_loader(schema, device, accept_missing=True)  # a missing file ends no process
 
     def decode(place: int) -> None:
         os.write(output, b"begin %d\n" % place)
-        for (loaded,), _ in loader.batches([rows[place]], 1, 1):
+        for (loaded,), _ in loader.batches([images[place]], 1, 1):
             if isinstance(loaded, DecodeError) and isinstance(loaded.__cause__, MemoryError):
                 os._exit(_MEMORY)
         os.write(output, b"done %d\n" % place)
 
     pool = ThreadPoolExecutor(threads)
     try:
-        for _ in pool.map(decode, range(len(rows))):
+        for _ in pool.map(decode, range(len(images))):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _be_modest(device: torch.device) -> None:
-    """Die before the worker does where memory runs out, and leave no core dump."""
+def _die_first(device: torch.device) -> None:
+    """Set this process to be the first to die where memory runs out, before the worker, and to leave no core dump."""
     torch.set_num_threads(1)
     with suppress(OSError, ValueError):  # not on every system
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

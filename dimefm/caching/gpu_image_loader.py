@@ -11,16 +11,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import torch
 
 from cache_schemas import EmbeddingStore, Preprocessing
-from dimefm.caching.image_loader import Loaded, Loader, too_little_memory
+from cache_schemas.plan import PlannedImage
+from dimefm.caching.image_loader import Loaded, Loader, or_reason, read_planned_image
 from dimefm.errors import StoreError
 from dimefm.images.decode import DecodeError, jpeg_size
 from dimefm.images.preprocess import Preprocess
-from dimefm.sources.read_image import read_image
 
 _BASELINE, _END = 0xC0, b"\xff\xd9"
 _OTHER_FRAMES = {*range(0xC1, 0xD0)} - {0xC4, 0xC8, 0xCC}  # progressive, lossless, arithmetic
@@ -34,9 +33,9 @@ class GpuLoader:
     """What dimefm.caching.image_loader.Loader is, with the images decoded on a GPU, where their pixels stay."""
 
     def __init__(self, schema: EmbeddingStore, device: torch.device, *, accept_missing: bool = False) -> None:
-        """`accept_missing`: see sources.read_image.read_image. Raises StoreError where there is no such GPU, or nothing
-        to decode with on it."""
-        self._read = partial(read_image, accept_missing=accept_missing)
+        """`accept_missing`: see sources.read_image. Raises StoreError where `device` is no GPU, or no nvJPEG is
+        installed."""
+        self._read = partial(read_planned_image, accept_missing=accept_missing)
         if device.type != "cuda":
             what = "the images of this store are decoded by nvJPEG, on a GPU"
             raise StoreError(what, remedy="go on where there is one, or cache into a new --out with --decoder fast")
@@ -47,17 +46,17 @@ class GpuLoader:
         self._size, self._device, self._stream = schema.teacher.preprocessing.size, device, torch.cuda.Stream(device)
 
     def batches(
-        self, rows: list[dict[str, Any]], size: int, threads: int, *, pin: bool = False
+        self, images: list[PlannedImage], size: int, threads: int, *, pin: bool = False
     ) -> Iterator[tuple[list[Loaded | DecodeError], torch.Tensor]]:
         """As Loader.batches; bytes are read on threads ahead of need, and decoded on a stream of its own, beside what
         the teacher computes. There is nothing to `pin`."""
-        parts = [rows[at : at + size] for at in range(0, len(rows), size)]
+        parts = [images[at : at + size] for at in range(0, len(images), size)]
         waiting: deque[list[Future[bytes | DecodeError]]] = deque()
         pool = ThreadPoolExecutor(threads)
         try:
             for number in range(-_AHEAD, len(parts)):
                 if number + _AHEAD < len(parts):
-                    waiting.append([pool.submit(self._read, row) for row in parts[number + _AHEAD]])
+                    waiting.append([pool.submit(self._read, image) for image in parts[number + _AHEAD]])
                 if number >= 0:
                     yield self._decoded([read.result() for read in waiting.popleft()])
         finally:
@@ -104,21 +103,16 @@ class GpuPreprocess:
                 raise
             except RuntimeError:
                 pass  # of nvJPEG: an image is damaged, or is of a kind that it does not know
-        return [self._one(data, images.get(place)) for place, data in enumerate(datas)]
+        return [or_reason(partial(self._one, data, images.get(place))) for place, data in enumerate(datas)]
 
-    def _one(self, data: bytes, decoded: torch.Tensor | None) -> torch.Tensor | DecodeError:
-        try:
-            if decoded is not None:
-                return self._on_cpu.apply(decoded)
-            return self._on_cpu(data).to(self._device)
-        except DecodeError as error:
-            return error
-        except MemoryError as error:
-            return too_little_memory(error)
+    def _one(self, data: bytes, decoded: torch.Tensor | None) -> torch.Tensor:
+        if decoded is not None:
+            return self._on_cpu.apply(decoded)
+        return self._on_cpu(data).to(self._device)
 
 
 def open_loader(schema: EmbeddingStore, device: torch.device, *, accept_missing: bool = False) -> Loader | GpuLoader:
-    """What reads and decodes the images of a store for a teacher on `device`. `accept_missing`: see read_image."""
+    """The loader of a store's images for a teacher on `device`. `accept_missing`: see sources.read_image."""
     if schema.decoder == "nvjpeg":
         return GpuLoader(schema, device, accept_missing=accept_missing)
     return Loader(schema, accept_missing=accept_missing)

@@ -1,4 +1,4 @@
-"""From a row of an image plan to what the teacher sees and what is stored beside its embedding.
+"""From a planned image to what the teacher sees and what is stored beside its embedding.
 
 Shapes: V views (1 without), H height, W width.
 """
@@ -6,15 +6,17 @@ Shapes: V views (1 without), H height, W width.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from cache_schemas import EmbeddingStore, Status
+from cache_schemas.plan import PlannedImage
 from dimefm.images.crops import draw_boxes, replay
 from dimefm.images.decode import DecodeError, decode_rgb, to_tensor
 from dimefm.images.preprocess import Preprocess
@@ -22,9 +24,12 @@ from dimefm.images.small_jpeg import small_jpeg
 from dimefm.sources.read_image import read_image
 from dimefm.system.read_ahead import reading_ahead
 
-_TASK = 8  # images a task of the thread pool: one each would cost as much as reading it
+_TASK = 8  # images per task of the thread pool: a task for one image costs as much as reading it
 _AHEAD = 2  # batches that are decoded before they are needed
-MEMORY_RAN_OUT = "memory ran out"  # how the reason begins of an image that is TOO_LARGE for the machine, not for us
+MEMORY_RAN_OUT = "memory ran out"
+"""How the reason begins where an image is TOO_LARGE for this machine, and not above our limits."""
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -40,40 +45,27 @@ class Loader:
     """Reads and decodes the images of a store's plan. Safe in threads."""
 
     def __init__(self, schema: EmbeddingStore, *, accept_missing: bool = False) -> None:
-        """`accept_missing`: see `read_image`."""
-        self._accept = accept_missing
+        """`accept_missing`: see sources.read_image."""
+        self._read = partial(read_planned_image, accept_missing=accept_missing)
         self._views, self._side = schema.views, schema.pixels
         self._preprocess = Preprocess(schema.teacher.preprocessing, exact=schema.decoder == "pillow")
 
-    def load(self, row: dict[str, Any]) -> Loaded | DecodeError:
-        """One image, or why it cannot be had. Raises UnreadableError where the storage does not answer."""
-        return self._loaded(row, self._read(row))
+    def load(self, image: PlannedImage) -> Loaded | DecodeError:
+        """One image, or why there is none. Raises UnreadableError where the storage does not answer."""
+        return self._decoded(image, self._read(image))
 
-    def _read(self, row: dict[str, Any]) -> bytes | DecodeError:
-        try:
-            return read_image(row, accept_missing=self._accept)
-        except MemoryError as error:
-            return too_little_memory(error)
-
-    def _loaded(self, row: dict[str, Any], data: bytes | DecodeError) -> Loaded | DecodeError:
-        if isinstance(data, DecodeError):
-            return data
-        try:
-            return self._decode(data, row["row"])
-        except DecodeError as error:
-            return error
-        except MemoryError as error:
-            return too_little_memory(error)
+    def _decoded(self, image: PlannedImage, data: bytes | DecodeError) -> Loaded | DecodeError:
+        return data if isinstance(data, DecodeError) else or_reason(lambda: self._decode(data, image.row))
 
     def batches(
-        self, rows: list[dict[str, Any]], size: int, threads: int, *, pin: bool = False
+        self, images: list[PlannedImage], size: int, threads: int, *, pin: bool = False
     ) -> Iterator[tuple[list[Loaded | DecodeError], torch.Tensor]]:
-        """Each `size` rows in turn, decoded on threads ahead of need: what became of them, and the pixels of all views
-        of those that could be read, uint8 (B V, 3, H, W), with `pin` in page-locked memory.
+        """Batches of `size` images, decoded on threads ahead of need: what became of each image, and the pixels of all
+        views of those that could be read, uint8 (B V, 3, H, W), with `pin` in page-locked memory.
 
-        Pixels stay as they are until two more batches have been asked for. Raises as `load` does.
+        The pixels are overwritten once two more batches have been asked for. Raises as `load` does.
         """
-        parts = [rows[at : at + size] for at in range(0, len(rows), size)]
+        parts = [images[at : at + size] for at in range(0, len(images), size)]
         shape = (self._views.count if self._views else 1, 3, *self._preprocess.facts.size)
         buffers = [
             torch.empty((len(parts[0]), *shape), dtype=torch.uint8, pin_memory=pin)
@@ -96,12 +88,12 @@ class Loader:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _load_some(self, rows: list[dict[str, Any]], places_BV3HW: torch.Tensor) -> list[Loaded | DecodeError]:
-        """Some rows, with their pixels in the places that they have in a batch."""
+    def _load_some(self, images: list[PlannedImage], places_BV3HW: torch.Tensor) -> list[Loaded | DecodeError]:
+        """Load images, with their pixels written to their places in the batch."""
         found: list[Loaded | DecodeError] = []
-        images = reading_ahead(self._read, rows, rows[0]["file"])
-        for row, data, place_V3HW in zip(rows, images, places_BV3HW, strict=True):
-            loaded = self._loaded(row, data)
+        datas = reading_ahead(self._read, images, images[0].file)
+        for image, data, place_V3HW in zip(images, datas, places_BV3HW, strict=True):
+            loaded = self._decoded(image, data)
             if isinstance(loaded, Loaded):
                 loaded = replace(loaded, pixels_V3HW=place_V3HW.copy_(loaded.pixels_V3HW))
             found.append(loaded)
@@ -122,8 +114,20 @@ class Loader:
         return Loaded(torch.stack([replay(image_3HW, box, facts.size, facts) for box in boxes_V5]), boxes_V5, jpeg)
 
 
-def too_little_memory(error: MemoryError) -> DecodeError:
-    """What becomes of a row whose image takes more memory than there is."""
-    found = DecodeError(Status.TOO_LARGE, f"{MEMORY_RAN_OUT} while it was decoded")
-    found.__cause__ = error
-    return found
+def read_planned_image(image: PlannedImage, *, accept_missing: bool = False) -> bytes | DecodeError:
+    """`sources.read_image` for stage 1: CRASHED without reading it, where caching.crashing_images has found that."""
+    if image.crash is not None:
+        return DecodeError(Status.CRASHED, image.crash)
+    return or_reason(lambda: read_image(image, accept_missing=accept_missing))
+
+
+def or_reason(work: Callable[[], _Result]) -> _Result | DecodeError:
+    """What `work` gives, which reads or decodes an image; or why there is none, such as too little memory for it."""
+    try:
+        return work()
+    except DecodeError as error:
+        return error
+    except MemoryError as error:
+        found = DecodeError(Status.TOO_LARGE, f"{MEMORY_RAN_OUT} while it was decoded")
+        found.__cause__ = error
+        return found

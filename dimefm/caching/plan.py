@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from cache_schemas import EmbeddingStore, SourceSummary, TeacherIdentity, ViewPlan
 from cache_schemas.embedding_store import ROWS, Decoder, Kind
-from cache_schemas.plan import PLANS, SourceFile
+from cache_schemas.plan import PLANS, SourceFile, planned_rows
 from dimefm.caching.repeats import as_array, repeats
 from dimefm.caching.same_command import (
     Asked,
@@ -81,7 +81,7 @@ class Forecast:
 
     schema: EmbeddingStore
     bytes_out: int
-    first: list[dict[str, Any]]
+    first: list[Any]
 
 
 def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity, *, accept_missing: bool = False) -> Store:
@@ -128,9 +128,9 @@ def forecast(request: PlanRequest, teacher: TeacherIdentity, keep: int = 0) -> F
     source = _open(request, tally)
     files = source.files()
     shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind)
-    rows, first = 0, list[dict[str, Any]]()
+    rows, first = 0, list[Any]()
     for table in _tables(request, source, _MOST_SHARD, tally):
-        first += table.slice(0, keep - len(first)).to_pylist()
+        first += planned_rows(table.slice(0, keep - len(first)))
         rows += table.num_rows
     schema = _schema(request, files, tally, rows, shard_rows, teacher)
     specs = schema.arrays().values()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cache_schemas import EmbeddingStore, Status
+from cache_schemas.plan import PlannedImage
 from dimefm.caching.gpu_image_loader import open_loader
 from dimefm.caching.image_loader import Loaded
 from dimefm.errors import RUN_AGAIN, SourceError, UnreadableError
@@ -54,11 +55,11 @@ class Rates:
         return 1 / (1 / self.load + 1 / self.teacher) if shared else min(threads * self.load, self.teacher)
 
 
-def measure(rows: list[dict[str, Any]], schema: EmbeddingStore, clip: Clip, *, accept_missing: bool = False) -> Rates:
+def measure(rows: list[Any], schema: EmbeddingStore, clip: Clip, *, accept_missing: bool = False) -> Rates:
     """The rates over some rows of a plan. Raises SourceError where none of them is an image, and unless
     `accept_missing` UnreadableError where their files are not there."""
     if schema.kind == "text":
-        batch = [row["text"] for row in rows]
+        batch = [row.text for row in rows]
         return Rates(math.inf, _rate(len(batch), lambda: clip.encode_texts(batch)))
     loader = open_loader(schema, clip.device, accept_missing=accept_missing)
     began = time.perf_counter()
@@ -83,9 +84,9 @@ def measure(rows: list[dict[str, Any]], schema: EmbeddingStore, clip: Clip, *, a
     return Rates(len(loaded) / seconds, _rate(images, lambda: clip.encode_images(batch_B3HW)), jpeg_bytes, failed)
 
 
-def _example(row: dict[str, Any], error: DecodeError) -> str:
+def _example(image: PlannedImage, error: DecodeError) -> str:
     reason = str(error)
-    return line(reason if row["file"] in reason else f"{reason} ({row['key']} in {row['file']})")
+    return line(reason if image.file in reason else f"{reason} ({image.key} in {image.file})")
 
 
 def _rate(count: int, call: Any) -> float:

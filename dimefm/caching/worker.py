@@ -17,7 +17,9 @@ import torch
 
 from cache_schemas import Commit, EmbeddingStore, Status
 from cache_schemas.identity import Precision
-from dimefm.caching.encode_shard import check_canary, encode_shard, retry_shard
+from cache_schemas.plan import planned_rows
+from dimefm.caching.canary import check_canary
+from dimefm.caching.encode_shard import encode_shard, retry_shard
 from dimefm.caching.speed import PROBE_ROWS, measure
 from dimefm.errors import SourceError, TeacherError, UnreadableError
 from dimefm.models.clip import Clip, load_clip, require_teacher
@@ -69,7 +71,7 @@ class Worker:
     def start(self, threads: int, shard: int, check: bool = False, careful: bool = False) -> str | None:
         """Load the teacher, and decode on up to `threads`: as many as its speed needs, measured on rows of `shard`;
         what to say where a GPU needs more than there are. With `check`, go through the canary (see
-        caching.encode_shard.check_canary). With `careful`, nothing is decoded in this process to be measured, as after
+        caching.canary.check_canary). With `careful`, nothing is decoded in this process to be measured, as after
         another died. Not in __init__, whose errors Ray would not hand on as they are.
 
         Raises UnreadableError where none of these rows can be read here, as on a machine without the mount, or the
@@ -94,7 +96,7 @@ class Worker:
         with _named_memory(schema):
             decodes = not careful and schema.kind == "image" and schema.decoder != "nvjpeg"  # else threads only read
             if decodes and not job.retry and (on_gpu or (job.threads is None and threads > 1)):
-                rows = self._store.plan(shard).slice(0, PROBE_ROWS).to_pylist()
+                rows = planned_rows(self._store.plan(shard).slice(0, PROBE_ROWS))
                 with suppress(SourceError):  # none of them is an image: there is no speed to go by
                     rates = measure(rows, schema, clip, accept_missing=job.accept_missing)
                     self._threads = job.threads or rates.threads(threads)

@@ -111,7 +111,7 @@ class _Loader:
 
     def __call__(self, place: int) -> tuple[int, torch.Tensor | DecodeError]:
         sample = self.samples[place]
-        data = read_image(sample._asdict())
+        data = read_image(sample)
         if isinstance(data, DecodeError):
             if sample.size > 0 and data.status in (Status.MISSING, Status.TRUNCATED):
                 remedy = f"put the set back as it was, and {RUN_AGAIN}"

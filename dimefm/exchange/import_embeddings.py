@@ -22,16 +22,13 @@ from dimefm.caching.plan import chunk_rows, require_whole_chunks, shard_size
 from dimefm.caching.same_command import Asked, require_no_stranger, require_same_command, source_digest
 from dimefm.errors import MismatchError, SourceError
 from dimefm.exchange.clip_retrieval_folder import Folder
-from dimefm.exchange.likely_cause import likely_cause
-from dimefm.exchange.match_names import WHOLE, Matches, kind, match, spread
-from dimefm.images.decode import DecodeError
-from dimefm.images.preprocess import Preprocess
+from dimefm.exchange.compare_with_teacher import compare_with_teacher
+from dimefm.exchange.match_names import Matches, match, spread
 from dimefm.models.clip import Clip, load_clip
 from dimefm.models.pretraining import Trained
 from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample, Source
 from dimefm.sources.image_sources import open_image_source
-from dimefm.sources.read_image import read_encoded
 from dimefm.store.embedding_store import Store, create_store
 from dimefm.store.failures import require_embeddings
 from dimefm.store.output_folder import is_planned
@@ -41,7 +38,6 @@ from dimefm.system.named_paths import allowing
 from dimefm.system.progress import Progress
 
 _BATCH_SIZE = 1  # in the store; the teacher's own is not known
-_LEAST_COSINE = 0.99
 _BAD_VECTOR = "the imported embedding is NaN, infinite or zero"
 _NO_IMAGE = "no image of the sources has this key, or it is not known which of several"
 _SHOWN = 3
@@ -146,8 +142,11 @@ def _plan(
             reason = "images of the sources without an embedding"
             account.skip(reason, matches.images.place(int(spare_N[0]))[0], count)
             report(f"{reason}: {count:,}")
-    compared = len(checked_N) > 0
-    account.problems += _check(config, folder, checked_N, matches, clip, report) if compared else [_NOT_COMPARED]
+    notes = [_NOT_COMPARED]
+    if len(checked_N):
+        teacher, accept = config.teacher, config.accept
+        notes = compare_with_teacher(folder, checked_N, matches, clip, teacher=teacher, accept=accept, report=report)
+    account.problems += notes
 
     out = storage.absolute(config.out)
     storage.remove_folder(storage.join(out, ROWS))  # of a run that was stopped while it planned
@@ -221,74 +220,6 @@ def _table(batch: list[tuple[str, str | None]], matches: Matches | None, start: 
         return pa.table({**columns, "text": [caption or "" for _, caption in batch]}, schema=TEXT_PLAN)
     places = zip(*(matches.place(row) for row in rows), strict=True)
     return pa.table({**columns, **dict(zip(("file", "offset", "size"), map(list, places), strict=True))}, IMAGE_PLAN)
-
-
-def _check(
-    config: ImportConfig,
-    folder: Folder,
-    rows_N: np.ndarray[Any, Any],
-    matches: Matches | None,
-    clip: Clip,
-    report: Callable[[str], None],
-) -> list[str]:
-    """Encode these rows again and compare; what is to be noted in the store. Raises MismatchError below a mean cosine
-    of 0.99: the same teacher in another precision gives 0.999, another teacher or another image far less."""
-    cosines: dict[int, float] = {}
-    misfits: list[tuple[bytes, np.ndarray[Any, Any]]] = []
-    keys = folder.lookup(rows_N.tolist())
-    for row, (_, caption) in keys.items():
-        embedding_1D, good_1 = folder.read(row, row + 1)
-        data = _image(*matches.place(row)) if matches else b""
-        again_D = _encode(clip, data, caption) if good_1[0] else None
-        if again_D is not None:
-            cosines[row] = float(embedding_1D[0].astype(np.float32) @ again_D)
-            if data and cosines[row] < _LEAST_COSINE:
-                misfits.append((data, embedding_1D[0].astype(np.float32)))
-    if not cosines and not config.accept:
-        zero = sum(not folder.read(row, row + 1)[1][0] for row in keys)
-        what = f"{folder.root}: of {len(keys)} rows none can be encoded again and compared: {zero} are NaN, infinite or"
-        what += f" zero, of {len(keys) - zero} the {config.kind} cannot be read, such as row {min(keys)}"
-        raise SourceError(what, remedy="look at the vectors and the images; --accept takes them as they are")
-    mean = float(np.mean(list(cosines.values()))) if cosines else float("nan")
-    found = f"mean cosine {mean:.4f} to {config.teacher}, over {len(cosines)} of {len(rows_N)} rows encoded again"
-    weakest = int(matches.parts_N[rows_N[0]]) if matches else 0
-    if matches and weakest < WHOLE:
-        count = int((matches.parts_N[rows_N] == weakest).sum())
-        found += f", {count} of them matched by {kind(weakest)}"
-    report(found)
-    if mean >= _LEAST_COSINE:
-        return []
-    if config.accept:
-        return [f"accepted at a {found}"]
-    what = f"{folder.root}: {found}: these embeddings are not from that teacher, or not of these {config.kind}s"
-    remedy = "name the teacher that made them; --accept takes them as they are"
-    if cosines and matches:
-        row = min(cosines, key=lambda one: cosines[one])
-        what += f"; least {cosines[row]:.4f}, row {row} ({keys[row][0]!r}) and its image in {matches.place(row)[0]}"
-        if cause := likely_cause(clip, [data for data, _ in misfits], np.stack([e for _, e in misfits]), _LEAST_COSINE):
-            what += f"; of the {len(misfits)} rows below {_LEAST_COSINE}, {cause}"
-    if 0 < weakest < WHOLE:
-        remedy += f"; --match-parts {weakest + 1} leaves rows without an image that are matched by {kind(weakest)}"
-    raise MismatchError(what, remedy=remedy)
-
-
-def _image(file: str, offset: int, size: int) -> bytes:
-    """What is at a place; nothing where it cannot be read."""
-    try:
-        return read_encoded(file, offset, size) if file else b""
-    except (OSError, DecodeError):
-        return b""
-
-
-def _encode(clip: Clip, image: bytes, caption: str | None) -> np.ndarray[Any, Any] | None:
-    """The teacher's embedding of a caption, or else of an image, float32 (D,); None where it cannot be had."""
-    if caption is not None:
-        return clip.encode_texts([caption])[0].cpu().numpy()
-    try:
-        pixels_3HW = Preprocess(clip.identity.preprocessing)(image)
-    except DecodeError:
-        return None
-    return clip.encode_images(pixels_3HW[None])[0].cpu().numpy()
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from dimefm.caching.repeats import as_array, repeats
 from dimefm.errors import StoreError
 from dimefm.sources.base import ImageSample
 from dimefm.sources.image_kinds import IMAGE_EXTENSIONS
+from dimefm.sources.read_image import ImagePlace
 
 Array = np.ndarray[Any, Any]
 Entries = tuple[Array, Array]
@@ -49,8 +50,8 @@ class Matches:
     first: tuple[str, str]
     repeated: int
 
-    def place(self, row: int) -> tuple[str, int, int]:
-        """File, offset and size of a name's image; no file where it has none."""
+    def place(self, row: int) -> ImagePlace:
+        """Where the image of a name is; `file` is empty where it has none."""
         return self.images.place(int(self.image_N[row]))
 
     def ambiguous(self) -> Array:
@@ -105,11 +106,11 @@ class Images:
         self._offset.append(sample.offset)
         self._size.append(sample.size)
 
-    def place(self, image: int) -> tuple[str, int, int]:
-        """File, offset and size of an image; no file where it is negative."""
+    def place(self, image: int) -> ImagePlace:
+        """Where an image is; `file` is empty where its number is negative."""
         if image < 0:
-            return "", 0, 0
-        return self._files[self._file[image]], self._offset[image], self._size[image]
+            return ImagePlace("", 0, 0)
+        return ImagePlace(self._files[self._file[image]], self._offset[image], self._size[image])
 
 
 def match(names: Iterable[str], samples: Iterable[ImageSample], *, least: int = 1) -> Matches:

@@ -24,7 +24,7 @@ from cache_schemas.embedding_store import (
     rows_path,
 )
 from cache_schemas.plan import FILES_TABLE
-from dimefm.caching.encode_shard import compare_again
+from dimefm.caching.canary import compare_again
 from dimefm.caching.repeats import as_array, repeats
 from dimefm.errors import DimefmError, MismatchError, StoreError, UnreadableError
 from dimefm.models.clip import load_clip, require_teacher

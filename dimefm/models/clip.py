@@ -184,7 +184,7 @@ def teacher_precision(device: str) -> Precision:
 
     The teacher runs once and its rounding is cached for good: bf16, as fast, is 40 to 460 times further from fp32 in
     1 - cosine (`python -m benchmarks precision`). Rows that overflow are computed again
-    (caching.encode_shard.encode_rows).
+    (caching.encode_rows).
     """
     return "fp16" if device.startswith("cuda") else "fp32"
 

@@ -13,7 +13,7 @@ _Item = TypeVar("_Item")
 
 
 class ImageSample(NamedTuple):
-    """One encoded image, as reading.read_encoded takes it. `key` is its name within the source.
+    """One encoded image, as sources.read_image reads it. `key` is its name within the source.
 
     `file` is a path or URL, and [offset, offset + size) the bytes of the image, or of its base64 text in a .tsv. For
     a Parquet file `file` is PATH#COLUMN, or PATH#COLUMN[N] for what is at N in a list, `offset` the number of the row

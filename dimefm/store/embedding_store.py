@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import google_crc32c
@@ -17,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import zarr
 
-from cache_schemas import Commit, EmbeddingStore, Failure, Status, digest_of, parse_plan
+from cache_schemas import Commit, EmbeddingStore, Failure, Status, digest_of
 from cache_schemas.embedding_store import (
     ATTRIBUTES_KEY,
     COMMITS,
@@ -32,9 +31,9 @@ from cache_schemas.embedding_store import (
 from cache_schemas.plan import FILES, FILES_TABLE, SourceFile
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.store.commit import make_commit, read_failures, remove_commit, write_commit
-from dimefm.store.mapped_array import MappedArray
-from dimefm.store.parquet_tables import read_table, require_digest, sha256, write_table
-from dimefm.store.ranged_array import RangedArray
+from dimefm.store.parquet_tables import require_digest, sha256, write_table
+from dimefm.store.plan_reader import PlanReader
+from dimefm.store.stored_array import StoredArray
 from dimefm.store.zarr_arrays import (
     DAMAGED,
     create_array,
@@ -42,9 +41,7 @@ from dimefm.store.zarr_arrays import (
     group_attributes,
     open_array,
     open_group,
-    reading_zarr,
     write_attributes,
-    write_rows,
     zarr_place,
 )
 from dimefm.system import storage
@@ -52,8 +49,6 @@ from dimefm.system.lease import require_held
 from dimefm.system.read_ahead import reading_ahead
 
 _COMMIT_NAME = re.compile(r"(\d{6,})\.json")
-_PLANS = 4  # whole plans that are kept
-_THREADS = 4  # that read plans
 _PART_ROWS = 512  # that are looked at for infinity at once
 
 
@@ -83,11 +78,10 @@ class Store:
             metadata = f"{name}/zarr.json"
             require_digest(storage.join(self.path, metadata), self.schema.digests.get(metadata), "cache again")
         self._arrays = {
-            name: open_array(self.group, self.path, name, spec) for name, spec in self.schema.arrays().items()
+            name: StoredArray(self.path, name, open_array(self.group, self.path, name, spec), self.schema.shard_rows)
+            for name, spec in self.schema.arrays().items()
         }
-        self._direct = {name: open_direct(self.path, name, array) for name, array in self._arrays.items()}
-        self._seen: set[str] = set()
-        self._plan = lru_cache(maxsize=_PLANS)(self._read_plan)
+        self._plans = PlanReader(self.path, self.schema)
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.path,)  # another process opens it anew
@@ -135,12 +129,7 @@ class Store:
         with storage.writing_to(self.path):
             remove_commit(self.path, shard)  # of a shard that is written again
             for name, array in self._arrays.items():
-                file = storage.join(self.path, self.shard_file(name, shard))
-                storage.remove_file(file)  # zarr would read what is in it, where the last shard is not a full one
-                write_rows(self.path, self.shard_file(name, shard), array, start, arrays[name])
-                direct = self._direct[name]
-                if direct is not None:
-                    direct.forget()
+                array.write(shard, arrays[name])
             commit = make_commit(
                 shard,
                 start,
@@ -212,7 +201,7 @@ class Store:
     def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Embeddings of rows start..stop-1, in the store's type (N, D); of a store of views, their normalised mean.
         Rows without an embedding are zero. Raises StoreError for rows that were never written, or are damaged."""
-        return self._one_view(self._read(EMBEDDING, slice(start, stop)))
+        return self._one_view(self._arrays[EMBEDDING].read(slice(start, stop)))
 
     def valid_rows(self, start: int, stop: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """The rows among start..stop-1 whose embedding is finite and not zero, as that of a failed row is: their
@@ -225,7 +214,7 @@ class Store:
 
     def gather(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Embeddings of any rows in any order, as `read` gives them."""
-        return self._one_view(self._read(EMBEDDING, rows_N))
+        return self._one_view(self._arrays[EMBEDDING].read(rows_N))
 
     def _one_view(self, embedding: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return _mean_view(embedding) if self.schema.views else embedding
@@ -235,22 +224,24 @@ class Store:
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Of a store of views: the embedding (N, D) and box int32 (N, 5) of one view of each row."""
         places = np.arange(len(rows_N))
-        return self._read(EMBEDDING, rows_N)[places, view_N], self._read(VIEW, rows_N)[places, view_N]
+        return self._arrays[EMBEDDING].read(rows_N)[places, view_N], self._arrays[VIEW].read(rows_N)[places, view_N]
 
     def embeddings(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Embeddings as they are stored, (N, D) or with views (N, V, D)."""
-        return self._read(EMBEDDING, rows_N)
+        return self._arrays[EMBEDDING].read(rows_N)
 
     def shard_arrays(self, shard: int) -> dict[str, np.ndarray[Any, Any]]:
         """All arrays of one shard by name, every checksum compared."""
-        return {name: self._zarr(name, slice(*self.schema.shard_range(shard))) for name in self._arrays}
+        return {
+            name: array.read_by_zarr(slice(*self.schema.shard_range(shard))) for name, array in self._arrays.items()
+        }
 
     def pixels(self, rows_N: np.ndarray[Any, Any]) -> Iterator[bytes]:
         """The JPEGs of any rows in any order, of a store with pixels; where they are is looked up for all at once.
 
         Raises StoreError for one that is missing or damaged, OSError where the storage does not answer.
         """
-        index_N3 = self._read(PIXEL_INDEX, rows_N)
+        index_N3 = self._arrays[PIXEL_INDEX].read(rows_N)
         return reading_ahead(self._jpeg, list(zip(rows_N.tolist(), index_N3.tolist(), strict=True)), self.path)
 
     def _jpeg(self, place: tuple[int, list[int]]) -> bytes:
@@ -266,90 +257,37 @@ class Store:
 
     def status(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         """Status codes, uint8 (N,)."""
-        return self._read(STATUS, slice(start, self.schema.rows if stop is None else stop))
-
-    def _read(self, name: str, rows: slice | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        direct = self._direct[name]
-        if direct is None:
-            return self._zarr(name, rows)
-        return direct.read(rows.start, rows.stop) if isinstance(rows, slice) else direct.gather(rows)
+        return self._arrays[STATUS].read(slice(start, self.schema.rows if stop is None else stop))
 
     @property
     def by_chunks(self) -> bool:
-        """Whether rows had better be asked for by whole chunks: at a URL, of embeddings that a process cannot keep."""
-        return by_chunks(self.path, self._direct[EMBEDDING])
-
-    def _zarr(self, name: str, rows: slice | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Rows through zarr-python, which compares every checksum, but takes a missing file for one full of zeros."""
-        array, size = self._arrays[name], self.schema.shard_rows
-        found = np.arange(rows.start // size, -(-rows.stop // size)) if isinstance(rows, slice) else rows // size
-        shards = np.unique(found).tolist()
-        for shard in shards:
-            self._require_file(self.shard_file(name, shard))
-        try:
-            with reading_zarr(storage.join(self.path, name)):
-                return np.asarray(array[rows] if isinstance(rows, slice) else array.oindex[rows])
-        except ValueError as error:
-            where = self.shard_file(name, shards[0]) if len(shards) == 1 else f"a file below {name}/c"
-            what = f"{storage.join(self.path, where)} is damaged: its checksum does not fit"
-            raise StoreError(what, remedy=DAMAGED) from error
+        """Whether it is better to ask for embeddings by whole chunks: at a URL, of more than a process can keep."""
+        return self._arrays[EMBEDDING].by_chunks
 
     def shard_file(self, name: str, shard: int) -> str:
-        """Where, within the store, the data of an array's shard is."""
-        return f"{name}/c/{shard}{'/0' * (self._arrays[name].ndim - 1)}"
-
-    def _require_file(self, name: str) -> None:
-        if name not in self._seen:
-            path = storage.join(self.path, name)
-            if not storage.exists(path):
-                raise StoreError(f"{path} is missing", remedy=DAMAGED)
-            self._seen.add(name)
+        """The file of a shard of an array, within the store."""
+        return self._arrays[name].file(shard)
 
     def plan(self, shard: int) -> pa.Table:
-        """The plan of one shard: its rows' keys and where they are. Kept for the last few shards asked for."""
-        return self._plan(shard, ())
-
-    def _read_plan(self, shard: int, columns: tuple[str, ...]) -> pa.Table:
-        path = storage.join(self.path, rows_path(shard))
-        repeated = tuple(name for name in columns if name == "file")
-        table = read_table(path, self.schema.digests.get(rows_path(shard)), columns, repeated)
-        return parse_plan(table, self.schema.kind, *self.schema.shard_range(shard), path, columns)
+        """The plan of one shard: its rows' keys, and where they are. Kept for the last few shards asked for."""
+        return self._plans.shard(shard)
 
     def source_files(self) -> pa.Table:
         """The files that the plan was made from, as they were then. Raises StoreError where the table is damaged."""
-        return read_table(storage.join(self.path, FILES_TABLE), self.schema.digests.get(FILES_TABLE))
+        return self._plans.source_files()
 
     def entries(self, rows_N: np.ndarray[Any, Any], columns: tuple[str, ...] = ()) -> pa.Table:
-        """The plan's entries of rows in ascending order: all of each, or the row and `columns`, which takes a fraction
-        of the time. A plan is read as a whole, so rows of many shards are best asked for at once."""
-        shards, starts = np.unique(rows_N // self.schema.shard_rows, return_index=True)
-
-        def read(shard: int, rows_M: np.ndarray[Any, Any]) -> pa.Table:
-            return self._plan(shard, columns).take(rows_M - shard * self.schema.shard_rows)
-
-        parts = np.split(np.asarray(rows_N, np.int64), starts[1:])
-        with ThreadPoolExecutor(min(_THREADS, len(shards))) as pool:
-            table = pa.concat_tables(pool.map(read, shards.tolist(), parts)).combine_chunks()
-        return table.add_column(0, "row", pa.array(rows_N, pa.int64())) if columns else table
+        """The plan's entries of rows in ascending order: whole, or the row and `columns` alone, which takes a fraction
+        of the time. Plans are read as a whole, so it is best to ask for rows of many shards at once."""
+        return self._plans.entries(rows_N, columns)
 
     def samples(self, rows_N: np.ndarray[Any, Any], columns: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-        """The same of any rows, in the order asked for."""
+        """`entries` of any rows, in the order asked for, as dictionaries."""
         if not len(rows_N):
             return []
         ascending_M, place_N = np.unique(rows_N, return_inverse=True)
         found: list[dict[str, Any]] = self.entries(ascending_M, columns).take(place_N).to_pylist()
         return found
-
-
-def open_direct(store: str, name: str, array: Any) -> MappedArray | RangedArray | None:
-    """A reader of array `name` that goes around zarr: by memory maps, of a store at a URL by byte ranges; None where
-    the array is not stored as we do."""
-    return MappedArray.open(store, name, array) or RangedArray.open(store, name, array)
-
-
-def by_chunks(store: str, direct: MappedArray | RangedArray | None) -> bool:
-    """See Store.by_chunks: of an array of a store, by what `open_direct` gives for it."""
-    return storage.is_url(store) and not (isinstance(direct, RangedArray) and direct.fits)
 
 
 def create_store(out: str, schema: EmbeddingStore, digests: Sequence[str], files: Sequence[SourceFile]) -> Store:

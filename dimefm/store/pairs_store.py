@@ -15,7 +15,8 @@ from cache_schemas import Commit, HitCounts, PairsStore, SchemaError
 from cache_schemas.embedding_store import COMMITS, commit_path
 from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
 from dimefm.errors import MismatchError, StoreError
-from dimefm.store.embedding_store import Store, by_chunks, open_direct, require_same_data
+from dimefm.store.embedding_store import Store, require_same_data
+from dimefm.store.stored_array import StoredArray
 from dimefm.store.zarr_arrays import (
     array_of,
     create_array,
@@ -43,9 +44,9 @@ class Pairs:
         self.path = storage.absolute(path)
         self.group: Any = open_group(self.path)
         self.schema = PairsStore.parse(group_attributes(self.group, self.path), storage.join(self.path, "zarr.json"))
-
-        self._direct = {
-            name: open_direct(self.path, name, array_of(self.group, self.path, name)) for name in (TEXT_ROW, SCORE)
+        self._arrays = {
+            name: StoredArray(self.path, name, array_of(self.group, self.path, name), self.schema.shard_rows, _DAMAGED)
+            for name in (TEXT_ROW, SCORE)
         }
 
     def __reduce__(self) -> tuple[type[Pairs], tuple[str]]:
@@ -66,24 +67,20 @@ class Pairs:
 
     def text_rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Rows of the text store by image, best first, int32 (N, K); -1 where the image has none."""
-        return self._read(TEXT_ROW, start, stop)
+        return self._arrays[TEXT_ROW].read(slice(start, stop))
 
     def gather(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """`text_rows` of any image rows in any order, int32 (N, K)."""
-        direct = self._direct[TEXT_ROW]
-        if direct is not None:
-            return direct.gather(rows_N)
-        with reading_zarr(storage.join(self.path, TEXT_ROW)):
-            return np.asarray(self.group[TEXT_ROW].oindex[rows_N])
+        return self._arrays[TEXT_ROW].read(rows_N)
 
     @property
     def by_chunks(self) -> bool:
         """As Store.by_chunks, of the sentences of images."""
-        return by_chunks(self.path, self._direct[TEXT_ROW])
+        return self._arrays[TEXT_ROW].by_chunks
 
     def scores(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Cosine similarities, float16 (N, K)."""
-        return self._read(SCORE, start, stop)
+        return self._arrays[SCORE].read(slice(start, stop))
 
     def hits(self) -> np.ndarray[Any, Any]:
         """By sentence, how many images have it among their top k, uint32 (T,). Raises StoreError if unfinished, or
@@ -97,17 +94,6 @@ class Pairs:
         if digest_arrays(hits_T) != expected:
             raise StoreError(f"{storage.join(self.path, HITS)} is damaged: its checksum does not fit", remedy=_DAMAGED)
         return hits_T
-
-    def _read(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
-        direct, size = self._direct[name], self.schema.shard_rows
-        if direct is not None:
-            return direct.read(start, stop)
-        for shard in range(start // size, -(-stop // size)):
-            path = storage.join(self.path, f"{name}/c/{shard}/0")
-            if not storage.exists(path):  # which zarr would read as rows without sentences
-                raise StoreError(f"{path} is missing", remedy=_DAMAGED)
-        with reading_zarr(storage.join(self.path, name)):
-            return np.asarray(self.group[name][start:stop])
 
     def committed(self) -> set[int]:
         """The shards that are done."""

@@ -33,7 +33,7 @@ from dimefm.errors import DimefmError, TrainingError
 from dimefm.images.crops import random_crop, replay
 from dimefm.images.decode import DecodeError, decode_rgb, decode_scaled, jpeg_size
 from dimefm.images.preprocess import resize
-from dimefm.sources.read_image import read_planned
+from dimefm.sources.read_image import ImagePlace, read_encoded
 from dimefm.store.embedding_store import Store
 from dimefm.system.read_ahead import reading_ahead
 from dimefm.training.row_order import Order
@@ -51,7 +51,7 @@ _IMAGES_AHEAD = 2**18  # ten seconds of a GPU and a small student: the plans of 
 
 @dataclass(frozen=True)
 class Request:
-    """What one batch is made of; of images that are read from their own files, where each is: file, offset, size.
+    """What one batch is made of; `places_B` says where each image is, if it is read from its own file.
 
     The first request of a window says the rows of all its batches, `window_N`, where plans are read by the dataset.
     """
@@ -60,7 +60,7 @@ class Request:
     epoch: int
     rows_B: np.ndarray[Any, Any]
     all_rows_G: np.ndarray[Any, Any]
-    places_B: list[tuple[str, int, int]] | None = None
+    places_B: list[ImagePlace] | None = None
     window_N: np.ndarray[Any, Any] | None = None
 
 
@@ -176,10 +176,10 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
             for row in request.rows_B.tolist():
                 yield partial("row {}".format, row), partial(next, jpegs)
             return
-        if not all(file for file, _, _ in request.places_B):
+        if not all(place.file for place in request.places_B):
             what = f"{store.path} was imported without the images that its embeddings are of"
             raise TrainingError(what, remedy="import it again with --images, or cache the images")
-        images = reading_ahead(lambda place: read_planned(*place), request.places_B, request.places_B[0][0])
+        images = reading_ahead(read_encoded, request.places_B, request.places_B[0].file)
         for row in request.rows_B.tolist():
             yield partial(_called, store, row), partial(next, images)
 
@@ -232,12 +232,13 @@ class Requests(Sampler[Request]):
                 yield Request(step, epoch, rows_B, rows_G, places_B, window_N)
                 window_N = None
 
-    def _places(self, rows_SB: np.ndarray[Any, Any]) -> Iterator[list[tuple[str, int, int]]]:
+    def _places(self, rows_SB: np.ndarray[Any, Any]) -> Iterator[list[ImagePlace]]:
         ascending_N, place_N = np.unique(rows_SB, return_inverse=True)
-        entries = self._order.store.entries(ascending_N, ("file", "offset", "size"))
+        entries = self._order.store.entries(ascending_N, ImagePlace._fields)
         for place_B in place_N.reshape(rows_SB.shape):
-            samples = entries.take(place_B).to_pylist()
-            yield [(sample["file"], sample["offset"], sample["size"]) for sample in samples]
+            batch = entries.take(place_B)
+            columns = (batch[name].to_pylist() for name in ImagePlace._fields)
+            yield [ImagePlace(*fields) for fields in zip(*columns, strict=True)]
 
 
 def read_ahead(items: Iterator[_T], ahead: int, begin: Callable[[], object] | None = None) -> Generator[_T, None, None]:

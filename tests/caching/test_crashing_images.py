@@ -14,6 +14,7 @@ import torch
 from ray.exceptions import OutOfMemoryError
 
 from cache_schemas import Status
+from cache_schemas.plan import planned_rows
 from dimefm.caching.crashing_images import _RUNNING, running, without_crashes
 from dimefm.caching.encode_shard import encode_shard, retry_shard
 from dimefm.caching.plan import PlanRequest, open_or_plan
@@ -23,7 +24,6 @@ from dimefm.errors import StoreError, UnreadableError
 from dimefm.evaluation.features import compute_features
 from dimefm.models.clip import Clip
 from dimefm.sources.base import ImageSample
-from dimefm.sources.read_image import CRASH
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.progress import Progress
@@ -83,20 +83,20 @@ def test_the_rows_that_end_a_process_are_found_and_no_others(
     images: Path, tmp_path: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch, pattern: str, end: str
 ) -> None:
     store = planned(images, tmp_path / "s.zarr", clip)
-    rows = [row for shard in range(3) for row in store.plan(shard).to_pylist()]
+    rows = [row for shard in range(3) for row in planned_rows(store.plan(shard))]
     crash_in_children(monkeypatch, pattern)
     found = without_crashes(rows, store.schema, torch.device("cpu"), 3)
     reason = f"decoding it ends the process: {end}"
-    assert {row["row"]: row[CRASH] for row in found if CRASH in row} == dict.fromkeys(BAD, reason)
-    assert [{name: row[name] for name in rows[0]} for row in found] == rows
+    assert {row.row: row.crash for row in found if row.crash} == dict.fromkeys(BAD, reason)
+    assert [row._replace(crash=None) for row in found] == rows
 
 
 def test_a_process_that_dies_of_something_else_costs_no_row(
     images: Path, tmp_path: Path, clip: Clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = planned(images, tmp_path / "s.zarr", clip)
-    crash_in_children(monkeypatch, "*/dimefm/gpu_decode.py")  # while it starts
-    rows = store.plan(1).to_pylist()
+    crash_in_children(monkeypatch, "*/dimefm/caching/gpu_image_loader.py")  # while it starts
+    rows = planned_rows(store.plan(1))
     assert without_crashes(rows, store.schema, torch.device("cpu"), 2) == rows
 
 
@@ -117,7 +117,7 @@ def test_storage_that_does_not_answer_shows_no_traceback_of_the_search(
     store = planned(images, tmp_path / "s.zarr", clip)
     (images / name_of(1)).unlink()
     (images / name_of(1)).symlink_to(name_of(1))
-    rows = store.plan(0).to_pylist()
+    rows = planned_rows(store.plan(0))
     assert without_crashes(rows, store.schema, torch.device("cpu"), 1) == rows
     assert "Traceback" not in capfd.readouterr().err
 

@@ -18,7 +18,10 @@ from PIL import Image
 
 from cache_schemas import Status
 from cache_schemas.embedding_store import EMBEDDING, STATUS
-from dimefm.caching.encode_shard import check_canary, encode_rows, encode_shard
+from cache_schemas.plan import PlannedImage, planned_rows
+from dimefm.caching.canary import check_canary
+from dimefm.caching.encode_rows import encode_rows
+from dimefm.caching.encode_shard import encode_shard
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.errors import MismatchError, StoreError, UnreadableError
 from dimefm.models.clip import Clip
@@ -102,9 +105,9 @@ def cosine(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
 
 
 def test_every_row_has_the_status_of_its_own_image(mixed: Encoded) -> None:
-    plan = [row for shard in range(2) for row in mixed.store.plan(shard).to_pylist()]
+    plan = [row for shard in range(2) for row in planned_rows(mixed.store.plan(shard))]
     expected = {name.partition(".")[0]: status for name, (_, status) in members().items()}
-    found = {row["key"]: Status(code).name for row, code in zip(plan, mixed.store.status(), strict=True)}
+    found = {row.key: Status(code).name for row, code in zip(plan, mixed.store.status(), strict=True)}
     assert found == expected
 
 
@@ -166,15 +169,15 @@ def test_progress_is_told_every_row_once(mixed: Encoded, tmp_path: Path, clip: C
 def test_a_tar_cut_within_an_image_gives_that_row_as_truncated(tmp_path: Path, clip: Clip) -> None:
     tar = write_tar(tmp_path / "a.tar", {f"{i}.jpg": make_jpeg((120, 90), seed=i) for i in range(4)})
     whole = planned(tar, tmp_path / "whole.zarr", clip)
-    last = whole.plan(0).to_pylist()[3]
-    tar.write_bytes(tar.read_bytes()[: last["offset"] + last["size"] // 2])
+    last = planned_rows(whole.plan(0))[3]
+    tar.write_bytes(tar.read_bytes()[: last.offset + last.size // 2])
     store = finish(planned(tar, tmp_path / "cut.zarr", clip), clip)
     assert len(store.schema.source.problems) == 1
     assert "a.tar: broken after 4 members" in store.schema.source.problems[0]
     assert [Status(code).name for code in store.status()] == ["OK", "OK", "OK", "TRUNCATED"]
     (failure,) = next(iter(store.commits())).failures
     assert failure.key == "3"
-    assert f"{last['size'] // 2:,} of {last['size']:,} bytes" in failure.reason
+    assert f"{last.size // 2:,} of {last.size:,} bytes" in failure.reason
 
 
 def test_embeddings_that_are_not_finite_or_zero_have_a_status_of_their_own(tmp_path: Path, clip: Clip) -> None:
@@ -193,7 +196,7 @@ def test_embeddings_that_are_not_finite_or_zero_have_a_status_of_their_own(tmp_p
             return features
 
     odd: Any = Odd()
-    data = encode_rows(store.plan(0).to_pylist(), store.schema, odd)
+    data = encode_rows(planned_rows(store.plan(0)), store.schema, odd)
     assert [Status(code).name for code in data.arrays[STATUS]] == ["OK", "NOT_FINITE", "NOT_FINITE", "NOT_FINITE"]
     assert (data.arrays[EMBEDDING][1:] == 0).all()
     assert data.arrays[EMBEDDING][0].any()
@@ -207,8 +210,8 @@ def test_rows_and_keys_are_those_of_the_tar(
     image_store: Store, image_tar: Path, by_open_clip: Callable[[list[bytes]], np.ndarray]
 ) -> None:
     content = read_tar(image_tar, 96)
-    plan = [row for shard in range(3) for row in image_store.plan(shard).to_pylist()]
-    assert [row["key"] for row in plan] == [name.rpartition(".")[0] for name in content]
+    plan = [row for shard in range(3) for row in planned_rows(image_store.plan(shard))]
+    assert [row.key for row in plan] == [name.rpartition(".")[0] for name in content]
     rows = np.arange(0, 96, 5)
     datas = list(content.values())
     theirs, ours = by_open_clip([datas[row] for row in rows]), image_store.gather(rows)
@@ -219,7 +222,7 @@ def test_rows_and_keys_are_those_of_the_tar(
 
 def test_sentences_are_what_open_clip_gives(text_store: Store, text_file: Path, teacher_name: str) -> None:
     lines = text_file.read_text(encoding="utf-8").splitlines()
-    assert [row["text"] for shard in range(7) for row in text_store.plan(shard).to_pylist()] == lines
+    assert [row.text for shard in range(7) for row in planned_rows(text_store.plan(shard))] == lines
     rows = np.arange(0, 200, 9)
     model, _, _ = open_clip.create_model_and_transforms(teacher_name)
     tokenizer = open_clip.get_tokenizer(teacher_name)
@@ -297,18 +300,18 @@ def test_the_canary_refuses_when_what_is_stored_was_changed(begun: Store, clip: 
 
 
 def test_the_canary_refuses_when_a_file_was_changed_in_place(begun: Store, clip: Clip) -> None:
-    row = begun.plan(0).to_pylist()[0]
+    row = planned_rows(begun.plan(0))[0]
     other = make_jpeg((90, 70), colour=(10, 200, 30), seed=77)
-    assert len(other) <= row["size"]
-    with Path(row["file"]).open("r+b") as file:
-        file.seek(row["offset"])
-        file.write(other.ljust(row["size"], b"\0"))
+    assert len(other) <= row.size
+    with Path(row.file).open("r+b") as file:
+        file.seek(row.offset)
+        file.write(other.ljust(row.size, b"\0"))
     with pytest.raises(MismatchError, match=r"row 0 \(00-jpeg\)"):
         check_canary(begun, clip)
 
 
 def test_the_canary_refuses_when_a_file_is_gone(begun: Store, clip: Clip) -> None:
-    Path(begun.plan(0).to_pylist()[0]["file"]).unlink()
+    Path(planned_rows(begun.plan(0))[0].file).unlink()
     with pytest.raises(UnreadableError, match=r"row 0 .* cannot be read now"):
         check_canary(begun, clip)
     check_canary(begun, clip, accept_missing=True)
@@ -317,7 +320,7 @@ def test_the_canary_refuses_when_a_file_is_gone(begun: Store, clip: Clip) -> Non
 def test_storage_that_fails_for_a_moment_is_asked_again(
     image_store: Store, clip: Clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, read, failures = image_store.plan(0).to_pylist()[:2], storage.read_bytes, iter([OSError("stale handle")])
+    rows, read, failures = planned_rows(image_store.plan(0))[:2], storage.read_bytes, iter([OSError("stale handle")])
 
     def flaky(*where: Any) -> bytes:
         for failure in failures:
@@ -338,4 +341,4 @@ def test_storage_that_goes_on_failing_ends_the_job_and_gives_up_no_row(
     monkeypatch.setattr("dimefm.system.storage.read_bytes", broken)
     monkeypatch.setattr("dimefm.sources.read_image._WAITS", (0.0,))
     with pytest.raises(StoreError, match=r"cannot be read: no answer"):
-        encode_rows([{"row": 0, "key": "k", "file": "f", "offset": 0, "size": 9}], image_store.schema, clip)
+        encode_rows([PlannedImage(0, "k", "f", 0, 9)], image_store.schema, clip)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cache_schemas import Preprocessing
+from cache_schemas.plan import planned_rows
 from dimefm.caching import gpu_image_loader
 from dimefm.caching.gpu_image_loader import GpuLoader, GpuPreprocess, is_baseline
 from dimefm.caching.image_loader import Loader
@@ -246,7 +247,8 @@ def test_batches_keep_each_image_in_its_place_and_each_failure_its_reason(
     )
     files = {f"{i:02d}.jpg": make_jpeg((90, 70), seed=i) for i in range(11)} | {"03.jpg": b"no image", "07.jpg": b""}
     files |= {f"{i:02d}.jpg": b"not one of a batch" for i in (4, 5)}
-    rows = cached("image", write_tar(tmp_path / "a.tar", files), tmp_path / "s.zarr", clip).plan(0).to_pylist()
+    store = cached("image", write_tar(tmp_path / "a.tar", files), tmp_path / "s.zarr", clip)
+    rows = planned_rows(store.plan(0))
     schema = replace(image_store.schema, decoder="nvjpeg")
     loader = GpuLoader(schema, torch.device("cuda"))
     loader._device = cpu

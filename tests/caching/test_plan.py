@@ -328,7 +328,7 @@ def test_a_forecast_says_what_the_plan_will_be_and_writes_nothing(
     schema = open_or_plan(of_images(tars), str(tmp_path / "s.zarr"), teacher).schema
     assert found.schema == replace(schema, digests={})
     assert found.bytes_out == 10 * (2 * teacher.embed_dim + 1)
-    assert [entry["key"] for entry in found.first] == ["0", "1", "2", "3", "4", "3", "4"]
+    assert [entry.key for entry in found.first] == ["0", "1", "2", "3", "4", "3", "4"]
 
 
 def test_a_home_folder_is_the_same_store_again(

@@ -16,11 +16,13 @@ import pytest
 
 from cache_schemas import Status, ViewPlan
 from cache_schemas.embedding_store import pixels_path
+from cache_schemas.plan import PlannedImage
+from dimefm.caching import image_loader
 from dimefm.caching.encode_shard import encode_shard, retry_shard
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.errors import StoreError, UnreadableError
+from dimefm.images.decode import DecodeError
 from dimefm.models.clip import Clip
-from dimefm.sources import read_image
 from dimefm.store.embedding_store import Store
 from dimefm.store.pixel_tar import PixelTar
 from dimefm.system import storage
@@ -221,13 +223,13 @@ def test_only_rows_that_failed_are_read(
 ) -> None:
     store, read = begun(folder, tmp_path / "s.zarr", clip, pixels=32), Counter[str]()
     folder.put_back(*LOST)
-    really = read_image.read_planned
+    really = image_loader.read_image
 
-    def counted(file: str, offset: int, size: int) -> bytes:
-        read[Path(file).name] += 1
-        return really(file, offset, size)
+    def counted(image: PlannedImage, **options: Any) -> bytes | DecodeError:
+        read[Path(image.file).name] += 1
+        return really(image, **options)
 
-    monkeypatch.setattr(read_image, "read_planned", counted)
+    monkeypatch.setattr(image_loader, "read_image", counted)
     run(store, clip, retry_shard)
     assert read == {f"{row:02d}.jpg": 1 for row in LOST}
 

@@ -12,8 +12,11 @@ import torch
 
 from cache_schemas import Status
 from cache_schemas.embedding_store import EMBEDDING, STATUS
-from dimefm.caching import encode_shard as shard_module
-from dimefm.caching.encode_shard import encode_rows, encode_shard
+from cache_schemas.plan import planned_rows
+from dimefm.caching import encode_rows as rows_module
+from dimefm.caching.canary import check_canary
+from dimefm.caching.encode_rows import encode_rows
+from dimefm.caching.encode_shard import encode_shard
 from dimefm.caching.image_loader import Loaded, Loader
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.caching.speed import Rates, measure
@@ -49,7 +52,7 @@ def test_the_sample_teacher_in_half_is_near_itself_in_float32(
     assert norms
     assert all(m.running_var.dtype == torch.float32 for m in norms)
     loader = Loader(replace(image_store.schema, teacher=half.identity))
-    loaded = [loader.load(row) for row in image_store.plan(0).to_pylist()[:8]]
+    loaded = [loader.load(row) for row in planned_rows(image_store.plan(0))[:8]]
     pixels = torch.cat([one.pixels_V3HW for one in loaded if isinstance(one, Loaded)])
     least = 0.999 if precision == "fp16" else 0.99
     assert cosines(half.encode_images(pixels), whole.encode_images(pixels)).min() > least
@@ -81,7 +84,7 @@ def test_rows_that_overflow_float16_are_computed_again_in_float32(
     kind: str, image_store: Store, text_store: Store, teacher_name: str
 ) -> None:
     store = image_store if kind == "image" else text_store
-    clip, rows = overflowing(teacher_name, kind), store.plan(0).to_pylist()
+    clip, rows = overflowing(teacher_name, kind), planned_rows(store.plan(0))
     schema = replace(store.schema, teacher=clip.identity)
     right = encode_rows(rows, schema, clip.in_float32()).arrays[EMBEDDING]
     # As bf16 says it is, nothing is computed again: these are the rows that overflow.
@@ -99,7 +102,7 @@ def test_what_is_not_finite_in_float32_either_has_its_status(image_store: Store,
     clip = load_clip(teacher_name, precision="fp16", device="cpu")
     clip.model.visual.proj.data[0, 0] = float("nan")
     schema = replace(image_store.schema, teacher=clip.identity)
-    data = encode_rows(image_store.plan(0).to_pylist(), schema, clip)
+    data = encode_rows(planned_rows(image_store.plan(0)), schema, clip)
     assert (data.arrays[STATUS] == Status.NOT_FINITE).all()
     assert (data.arrays[EMBEDDING] == 0).all()
 
@@ -138,8 +141,8 @@ def test_results_are_waited_for_once_the_next_batch_was_sent_and_pixels_stay_unt
 
         return Waited(tensors, None)
 
-    monkeypatch.setattr(shard_module, "fetch", fetch)
-    data = encode_rows(store.plan(0).to_pylist(), store.schema, spy, threads=3)
+    monkeypatch.setattr(rows_module, "fetch", fetch)
+    data = encode_rows(planned_rows(store.plan(0)), store.schema, spy, threads=3)
     expected = ["sent 0"]
     # The second batch is empty: the first is waited for as it passes.
     expected += ["waited 0", "sent 1", "sent 2", "waited 1", "sent 3", "waited 2", "sent 4", "waited 3"]
@@ -150,7 +153,7 @@ def test_results_are_waited_for_once_the_next_batch_was_sent_and_pixels_stay_unt
 
 
 def test_every_thread_count_and_batch_gives_each_image_its_own_pixels(image_store: Store) -> None:
-    rows, loader = image_store.plan(0).to_pylist(), Loader(image_store.schema)
+    rows, loader = planned_rows(image_store.plan(0)), Loader(image_store.schema)
     alone = [loader.load(row) for row in rows]
     for size, threads in ((1, 1), (5, 3), (32, 2), (100, 4)):
         places = 0
@@ -186,7 +189,7 @@ def test_a_compiled_teacher_is_measured_over_whole_batches(image_store: Store, t
 
     loaded, sizes = load_clip(teacher_name, device="cpu"), list[int]()
     clip = Spy(loaded.model, loaded.tokenizer, loaded.identity, loaded.model_cfg, "cpu")
-    rows, schema = image_store.plan(0).to_pylist(), replace(image_store.schema, batch_size=50)
+    rows, schema = planned_rows(image_store.plan(0)), replace(image_store.schema, batch_size=50)
     measure(rows, schema, clip)
     clip._compiled_batch = 50
     measure(rows, schema, clip)
@@ -247,7 +250,7 @@ def test_what_nvjpeg_cannot_do_is_refused_before_anything_is_written(
 def test_a_store_decoded_by_nvjpeg_is_not_gone_on_with_by_another_decoder(
     image_store: Store, image_tar: Path, clip: Clip
 ) -> None:
-    rows, schema = image_store.plan(0).to_pylist(), replace(image_store.schema, decoder="nvjpeg")
+    rows, schema = planned_rows(image_store.plan(0)), replace(image_store.schema, decoder="nvjpeg")
     with pytest.raises(StoreError, match=r"decoded by nvJPEG, on a GPU(?s:.*)--decoder fast"):
         encode_rows(rows, schema, clip)
     request = PlanRequest(kind="image", arguments=(str(image_tar),), shard_rows=32, batch_size=16, decoder="nvjpeg")
@@ -279,7 +282,7 @@ def test_a_gpu_gives_what_the_cpu_gives_and_the_same_bytes_again(
     store = image_store if kind == "image" else text_store
     clip = load_clip(teacher_name, precision=precision, device="cuda")
     schema = replace(store.schema, teacher=clip.identity)
-    rows = [row for shard in range(store.schema.shards) for row in store.plan(shard).to_pylist()]
+    rows = [row for shard in range(store.schema.shards) for row in planned_rows(store.plan(shard))]
     found = [encode_rows(rows, schema, clip, threads=4).arrays for _ in range(2)]
     np.testing.assert_array_equal(found[0][EMBEDDING], found[1][EMBEDDING])
     least = {"fp32": 0.99999, "fp16": 0.9999, "bf16": 0.999}[precision]
@@ -291,7 +294,7 @@ def test_a_gpu_gives_what_the_cpu_gives_and_the_same_bytes_again(
 def test_a_compiled_teacher_on_a_gpu_agrees_batch_after_batch(image_store: Store, teacher_name: str) -> None:
     eager, compiled = (load_clip(teacher_name, device="cuda") for _ in range(2))
     compiled.compile(image_store.schema.batch_size)
-    rows = [row for shard in range(3) for row in image_store.plan(shard).to_pylist()][:90]
+    rows = [row for shard in range(3) for row in planned_rows(image_store.plan(shard))][:90]
     schema = replace(image_store.schema, teacher=eager.identity)
     found = [encode_rows(rows, schema, clip, threads=4).arrays[EMBEDDING] for clip in (eager, compiled)]
     assert cosines(*found).min() > 0.9999
@@ -301,7 +304,7 @@ def test_a_compiled_teacher_on_a_gpu_agrees_batch_after_batch(image_store: Store
 @needs_gpu
 def test_rows_that_overflow_on_a_gpu_are_computed_again(image_store: Store, teacher_name: str) -> None:
     clip = overflowing(teacher_name, "image").on("cuda")
-    rows, schema = image_store.plan(0).to_pylist(), replace(image_store.schema, teacher=clip.identity)
+    rows, schema = planned_rows(image_store.plan(0)), replace(image_store.schema, teacher=clip.identity)
     data = encode_rows(rows, schema, clip)
     assert (data.arrays[STATUS] == Status.OK).all()
 
@@ -313,7 +316,7 @@ def test_a_shard_on_a_gpu_is_committed_and_passes_the_canary(
 ) -> None:
     clip = load_clip(teacher_name, device="cuda")
     store = cached("image", image_tar, tmp_path / "s.zarr", clip)
-    shard_module.check_canary(store, clip)
+    check_canary(store, clip)
     commit = encode_shard(store, 0, clip, threads=2)
     assert commit.device == "cuda"
 

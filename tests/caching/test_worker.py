@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from dimefm.caching.image_loader import Loader
+from cache_schemas.plan import PlannedImage
+from dimefm.caching import image_loader
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.caching.worker import SHARDS_AT_ONCE, Job, run_here
 from dimefm.errors import DimefmError, StoreError
@@ -50,7 +51,7 @@ def test_of_two_shards_at_once_one_is_decoded_while_the_other_has_the_teacher(
     monkeypatch.setitem(SHARDS_AT_ONCE, "cpu", 2)
     request = PlanRequest(kind="image", arguments=(str(image_tar),), shard_rows=16, batch_size=4)
     store = open_or_plan(request, str(tmp_path / "s.zarr"), clip.identity)
-    seen, lock, encode, load = list[str](), threading.Lock(), Clip.encode_images, Loader._read
+    seen, lock, encode, load = list[str](), threading.Lock(), Clip.encode_images, image_loader.read_image
 
     def teach(self: Clip, pixels: torch.Tensor) -> torch.Tensor:
         assert lock.acquire(blocking=False), "two shards have the teacher"
@@ -61,16 +62,16 @@ def test_of_two_shards_at_once_one_is_decoded_while_the_other_has_the_teacher(
         lock.release()
         return found
 
-    def read(self: Loader, row: dict[str, Any]) -> Any:
-        if row["row"] >= 16:
+    def read(image: PlannedImage, **options: Any) -> Any:
+        if image.row >= 16:
             decoded.set()
-        if row["row"] == 60:
+        if image.row == 60:
             raise StoreError("the storage does not answer")
-        return load(self, row)
+        return load(image, **options)
 
     decoded, threads = threading.Event(), set(threading.enumerate())
     monkeypatch.setattr(Clip, "encode_images", teach)
-    monkeypatch.setattr(Loader, "_read", read)
+    monkeypatch.setattr(image_loader, "read_image", read)
     job = Job(store=store.path, teacher=teacher_name, pretrained=None, precision="fp32", device="cpu", threads=1)
     with pytest.raises(StoreError, match="does not answer"):
         run_here(job, clip)

@@ -114,7 +114,7 @@ class ImageSourceContract(SourceContract):
         samples, _ = listed(self.make(tmp_path))
         found = {}
         for sample in samples:
-            found[sample.key] = read_encoded(sample.file, sample.offset, sample.size)
+            found[sample.key] = read_encoded(sample)
         assert list(found.items()) == list(self.images().items())
 
     def test_every_file_of_a_sample_is_among_the_files(self, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def in_parquet(folder: Path) -> Path:
 
 
 def contents(images: ImageSet) -> list[tuple[bytes, int]]:
-    data = [read_encoded(s.file, s.offset, s.size) for s in images.samples]
+    data = [read_encoded(s) for s in images.samples]
     return list(zip(data, images.class_labels.tolist(), strict=True))
 
 
@@ -292,7 +292,7 @@ def test_images_with_captions_need_no_class_names(tmp_path: Path) -> None:
     images = open_folder(str(tmp_path / "coco"))
     assert images.captions == tuple(map(tuple, CAPTIONS))
     assert (images.labels, images.classnames, images.templates) == (None, (), ())
-    assert [read_encoded(s.file, s.offset, s.size) for s in images.samples] == IMAGES[:3]
+    assert [read_encoded(s) for s in images.samples] == IMAGES[:3]
 
 
 def test_captions_may_be_a_column(tmp_path: Path) -> None:

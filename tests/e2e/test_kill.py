@@ -27,6 +27,7 @@ from dimefm.retrieval.faiss_index import IndexSearch, SearchParameters
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
 from dimefm.system import storage
+from dimefm.system.storage import durable, files, folders
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.run_log import read_metrics
 from tests.making import make_jpeg
@@ -212,7 +213,7 @@ def killed_within_a_shard(path: str, teacher: str, work: str, moment: str) -> No
     """Runs in a process of its own, which does not come to the end of it."""
     torch.set_num_threads(1)
     store, clip = Store(path), load_clip(teacher, device="cpu")
-    sync, write_json, synced = storage._sync, storage.write_json, []
+    sync, write_json, synced = durable.sync, storage.write_json, []
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -228,7 +229,9 @@ def killed_within_a_shard(path: str, teacher: str, work: str, moment: str) -> No
             die()
         write_json(file, value)
 
-    storage._sync, storage.write_json = counting, committing  # type: ignore[assignment]
+    for module in (durable, files, folders):
+        module.sync = counting  # type: ignore[attr-defined]
+    storage.write_json = committing  # type: ignore[assignment]
     {"encode": encode_shard, "retry": retry_shard}[work](store, 1, clip)
 
 

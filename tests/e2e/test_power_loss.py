@@ -123,7 +123,7 @@ def test_a_commit_is_gone_from_the_disk_before_its_shard_is_written_again(power:
         raise ZeroDivisionError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dimefm.store.embedding_store.write_rows", writing)
+        patch.setattr("dimefm.store.stored_array.write_rows", writing)
         with pytest.raises(ZeroDivisionError):
             store.write_shard(0, arrays, (), device="cpu", seconds=0)
     assert seen == [{"000001.json"}]

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import s3fs
 from botocore.exceptions import EndpointConnectionError, NoCredentialsError
 from click.testing import CliRunner
 
 from cache_schemas import SchemaError, ViewPlan
+from cache_schemas.plan import planned_rows
 from dimefm.caching.encode_shard import encode_shard
 from dimefm.caching.image_loader import Loader
 from dimefm.caching.plan import PlanRequest, open_or_plan
@@ -297,7 +299,7 @@ READS: dict[str, Callable[[Store], object]] = {
     "pixels": lambda store: list(store.pixels(np.arange(32))),
     "training from pixels": train_images,
     "encoding": lambda store: list(
-        Loader(store.schema).batches(store.samples(np.arange(32)), size=32, threads=4)  # tasks of eight images
+        Loader(store.schema).batches(planned_rows(store.entries(np.arange(32))), 32, threads=4)  # tasks of eight images
     ),
 }
 
@@ -306,10 +308,9 @@ READS: dict[str, Callable[[Store], object]] = {
 def test_images_are_not_waited_for_one_by_one(images: str, prepared: str, distant: S3Requests, read: str) -> None:
     """By more connections than the ten that botocore has of itself."""
     store = Store(prepared)
-    rows = store.samples(np.arange(ROWS))
-    for row in rows:
-        row["file"] = images
-    store.samples = lambda rows_N, columns=(): [rows[row] for row in rows_N]  # type: ignore[method-assign]
+    plan = store.entries(np.arange(ROWS))
+    plan = plan.set_column(plan.column_names.index("file"), "file", pa.array([images] * ROWS))
+    store.entries = lambda rows_N, columns=(): plan.take(rows_N)  # type: ignore[method-assign]
     distant.clear()
     distant.latency = 0.1
     READS[read](store)

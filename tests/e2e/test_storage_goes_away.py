@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from fsspec.spec import AbstractFileSystem
 
-from dimefm.caching.encode_shard import check_canary, encode_shard, retry_shard
+from dimefm.caching.canary import check_canary
+from dimefm.caching.encode_shard import encode_shard, retry_shard
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.caching.same_command import require_no_stranger
 from dimefm.caching.sentences import SentenceRules, tidy

@@ -162,7 +162,7 @@ def test_predictions_are_those_of_each_image(first: Done, model: str) -> None:
     clip, images = load_clip(f"local-dir:{model}", device="cpu"), open_set(KNOWN["dtd"], str(first.root), "test", "")
     assert images is not None
     prepare = Preprocess(clip.identity.preprocessing, exact=True)
-    pixels = torch.stack([prepare(read_encoded(s.file, s.offset, s.size)) for s in images.samples])
+    pixels = torch.stack([prepare(read_encoded(s)) for s in images.samples])
     heads = torch.stack([clip.encode_texts(prompts).mean(0) for prompts in images.prompts()])
     cosines = clip.encode_images(pixels) @ torch.nn.functional.normalize(heads, dim=-1).T
     scores = read_scores(str(Path(first.out, "predictions", "dtd.zero-shot.parquet")))
@@ -211,7 +211,7 @@ def test_kitti_gives_up_the_aspect_ratio_and_others_do_not(first: Done, model: s
     )
     assert images is not None
     facts = clip.identity.preprocessing
-    data = read_encoded(images.samples[0].file, images.samples[0].offset, images.samples[0].size)
+    data = read_encoded(images.samples[0])
     squashed, cropped = (Preprocess(replace(facts, resize_mode=mode))(data) for mode in ("squash", "shortest"))
     assert (squashed.int() - cropped.int()).abs().max() > 20
     kept = Store(f"{first.out}/features/kitti_distance-test.zarr").read(0, IMAGES)

@@ -32,6 +32,7 @@ from dimefm.models.clip import Clip
 from dimefm.store.embedding_store import Store
 from dimefm.store.parquet_tables import sha256, write_table
 from dimefm.system import storage
+from dimefm.system.storage import files as storage_files
 from tests.making import read_tar, write_tar
 
 BROKEN = 2  # the row whose image cannot be decoded
@@ -401,7 +402,8 @@ def test_storage_that_does_not_answer_is_no_damage(
     before = Store(place).committed()
     with monkeypatch.context() as patch:
         for call in ("exists", "read_bytes"):
-            patch.setattr(storage, call, failing(getattr(storage, call)))
+            for module in (storage, storage_files):
+                patch.setattr(module, call, failing(getattr(storage, call)))
         if number == errno.EIO and not url:
             assert not verify(VerifyConfig(store=place)).trusted
         else:

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from dimefm.caching.encode_shard import encode_rows
+from cache_schemas.plan import PlannedText, planned_rows
+from dimefm.caching.encode_rows import encode_rows
 from dimefm.models.clip import Clip, load_clip, token_counts
 from dimefm.store.embedding_store import Store
 
@@ -160,9 +161,9 @@ def test_a_sentence_of_one_token_alone_counts_one() -> None:
 
 
 def test_rows_keep_their_order_although_like_lengths_share_a_batch(text_store: Store, clip: Clip) -> None:
-    rows = [{"row": i, "key": str(i), "text": text} for i, text in enumerate(SENTENCES * 3 + SHORT)]
+    rows = [PlannedText(i, str(i), text) for i, text in enumerate(SENTENCES * 3 + SHORT)]
     data = encode_rows(rows, replace(text_store.schema, batch_size=4), clip)
-    expected = whole(clip, [row["text"] for row in rows]).numpy()
+    expected = whole(clip, [row.text for row in rows]).numpy()
     np.testing.assert_allclose(data.arrays["embedding"].astype(np.float32), expected, atol=1e-3)
 
 
@@ -177,7 +178,7 @@ def test_batches_are_of_like_lengths(text_store: Store, clip: Clip) -> None:
             return clip.encode_tokens(tokens_BL)
 
     spy: Any = Spy()
-    rows = [{"row": i, "key": str(i), "text": text} for i, text in enumerate(SENTENCES * 2)]
+    rows = [PlannedText(i, str(i), text) for i, text in enumerate(SENTENCES * 2)]
     encode_rows(rows, replace(text_store.schema, batch_size=4), spy)
     assert [len(counts) for counts in seen] == [4, 4, 2]
     counts = np.concatenate(seen)
@@ -185,7 +186,7 @@ def test_batches_are_of_like_lengths(text_store: Store, clip: Clip) -> None:
 
 
 def test_the_size_of_a_batch_does_not_change_the_embeddings(text_store: Store, clip: Clip) -> None:
-    rows = text_store.plan(0).to_pylist()
+    rows = planned_rows(text_store.plan(0))
     found = [
         encode_rows(rows, replace(text_store.schema, batch_size=size), clip).arrays["embedding"].astype(np.float32)
         for size in (1, 5, 64)

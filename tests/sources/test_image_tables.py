@@ -21,7 +21,7 @@ from dimefm.sources.base import ImageSample
 from dimefm.sources.files import stat_files
 from dimefm.sources.image_sources import open_image_source
 from dimefm.sources.parquet_images import ParquetImages
-from dimefm.sources.read_image import read_encoded
+from dimefm.sources.read_image import ImagePlace, read_encoded
 from dimefm.sources.text_sources import open_text_source
 from dimefm.sources.tsv_images import TsvImages
 from tests.contracts.source_contract import accounted, listed
@@ -36,12 +36,12 @@ def samples(*arguments: Path, column: str | None = None) -> list[ImageSample]:
 
 
 def contents(found: list[ImageSample]) -> dict[str, bytes]:
-    return {s.key: read_encoded(s.file, s.offset, s.size) for s in found}
+    return {s.key: read_encoded(s) for s in found}
 
 
 def refused(file: str, offset: int, size: int) -> DecodeError:
     with pytest.raises(DecodeError) as caught:
-        read_encoded(file, offset, size)
+        read_encoded(ImagePlace(file, offset, size))
     return caught.value
 
 
@@ -136,7 +136,7 @@ def test_files_and_columns_may_be_read_in_turns(tmp_path: Path, monkeypatch: pyt
             found.append([(sample, rows[sample.offset][column]) for sample in samples(path, column=column)])
     for turn in zip(*found, strict=True):
         for sample, value in turn:
-            assert read_encoded(*sample[1:]) == value
+            assert read_encoded(sample) == value
 
 
 def test_few_blocks_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def test_memory_that_runs_out_is_no_damage_of_the_file(tmp_path: Path, monkeypat
         ):
             listed(each)
     with pytest.raises(MemoryError, match="realloc"):
-        read_encoded(f"{tmp_path}/a.parquet#image", 0, 1)
+        read_encoded(ImagePlace(f"{tmp_path}/a.parquet#image", 0, 1))
 
 
 def test_many_threads_read_the_same_as_one(tmp_path: Path) -> None:
@@ -183,30 +183,30 @@ def test_many_threads_read_the_same_as_one(tmp_path: Path) -> None:
     order = list(range(400)) * 3
     random.Random(0).shuffle(order)
     with ThreadPoolExecutor(8) as pool:
-        read = list(pool.map(lambda i: read_encoded(found[i].file, found[i].offset, found[i].size), order))
+        read = list(pool.map(lambda i: read_encoded(found[i]), order))
     assert read == [values[i] for i in order]
 
 
 def test_a_forked_process_reads_while_its_parent_holds_the_lock(tmp_path: Path) -> None:
     values = [os.urandom(500) for _ in range(100)]
     found = samples(write_parquet(tmp_path / "a.parquet", [{"image": v} for v in values], row_group_size=10))
-    assert read_encoded(*found[0][1:]) == values[0]
+    assert read_encoded(found[0]) == values[0]
     with parquet._cells._lock:
         child = os.fork()
         if child == 0:
             threading.Timer(20, lambda: os._exit(2)).start()  # instead of hanging for ever
-            os._exit(0 if [read_encoded(*s[1:]) for s in found] == values else 1)
+            os._exit(0 if [read_encoded(s) for s in found] == values else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_file_written_again_is_not_read_from_memory(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [{"image": b"old"}])
-    assert read_encoded(f"{path}#image", 0, 3) == b"old"
+    assert read_encoded(ImagePlace(f"{path}#image", 0, 3)) == b"old"
     write_parquet(path, [{"image": b"newer"}])
-    assert read_encoded(f"{path}#image", 0, 5) == b"newer"
+    assert read_encoded(ImagePlace(f"{path}#image", 0, 5)) == b"newer"
     path.unlink()
     with pytest.raises(FileNotFoundError):
-        read_encoded(f"{path}#image", 0, 5)
+        read_encoded(ImagePlace(f"{path}#image", 0, 5))
 
 
 def test_what_a_parquet_file_does_not_hold_is_said(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_damaged_pages_are_reported_and_the_rest_go_on(tmp_path: Path) -> None:
     assert len(reports) == 1
     assert f"{path}: broken after 2 rows" in reports[0]
     assert refused(f"{path}#image", 3, 1000).status == Status.UNDECODABLE
-    assert read_encoded(f"{path}#image", 5, 1000) == b"\5" * 1000
+    assert read_encoded(ImagePlace(f"{path}#image", 5, 1000)) == b"\5" * 1000
 
 
 def test_storage_that_does_not_answer_is_an_oserror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +243,7 @@ def test_storage_that_does_not_answer_is_an_oserror(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(parquet, "open_parquet", fail)
     path = write_parquet(tmp_path / "a.parquet", [{"image": b"x"}])
     with pytest.raises(OSError, match="Input/output error"):
-        read_encoded(f"{path}#image", 0, 1)
+        read_encoded(ImagePlace(f"{path}#image", 0, 1))
 
 
 def test_large_binary_columns_are_images_too(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from dimefm.sources.files import stat_files
 from dimefm.sources.image_sources import open_image_source
 from dimefm.sources.parquet_images import ParquetImages
 from dimefm.sources.parquet_texts import ParquetTexts
-from dimefm.sources.read_image import read_encoded, read_planned
+from dimefm.sources.read_image import ImagePlace, read_encoded
 from dimefm.sources.text_sources import open_text_source
 from tests.contracts.source_contract import accounted
 from tests.making import make_jpeg, upload, write_parquet, write_text
@@ -50,7 +50,7 @@ def contents(samples: list[ImageSample]) -> list[bytes]:
     """What each of them reads as, read in another order."""
     order = list(range(len(samples)))
     random.Random(0).shuffle(order)
-    read = {i: read_encoded(*samples[i][1:]) for i in order}
+    read = {i: read_encoded(samples[i]) for i in order}
     assert all(len(read[i]) == sample.size for i, sample in enumerate(samples))
     return [read[i] for i in range(len(samples))]
 
@@ -151,7 +151,7 @@ def test_each_image_of_a_list_is_an_image(tmp_path: Path, type_: pa.DataType) ->
     assert lines == [f"rows of Parquet files without an image in their list: 2, such as {path}, row 1"]
     for column, row in (("images[2]", 0), ("images[0]", 1), ("other[0]", 0)):
         with pytest.raises(Exception, match=r"has no (row|column)"):
-            read_encoded(f"{path}#{column}", row, 1)
+            read_encoded(ImagePlace(f"{path}#{column}", row, 1))
 
 
 def test_lists_of_fixed_size_and_keys_of_lists(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_images_that_are_named_by_their_path_are_read_from_there(tmp_path: Path)
     for rows_of in (rows, [*rows, {"image": {"bytes": b"x", "path": "one.jpg"}}]):  # bytes of no type, or binary
         path = write_parquet(tmp_path / "t" / "a.parquet", rows_of)
         samples, lines = images(path)
-        found = {s.key: read_planned(s.file, s.offset, s.size) for s in samples[:5]}
+        found = {s.key: read_encoded(s) for s in samples[:5]}
         assert found == {
             "one.jpg": b"t/one.jpg", "sub/two.jpg": b"t/sub/two.jpg", paths[2]: b"three.jpg",
             "a.parquet:4": b"", "../three.jpg": b"three.jpg",
@@ -287,7 +287,7 @@ def test_a_table_at_a_url_names_files_beside_it(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", rows)
     url = upload(tmp_path, f"memory://{tmp_path.name}")
     samples, lines = images(f"{url}/a.parquet")
-    assert [read_planned(s.file, s.offset, s.size) for s in samples] == [b"there"]
+    assert [read_encoded(s) for s in samples] == [b"there"]
     assert len(lines) == 1
     assert lines[0].endswith(f"row 1: {url}/img/b.jpg")
 

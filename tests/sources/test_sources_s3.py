@@ -23,7 +23,7 @@ from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample
 from dimefm.sources.files import expand
 from dimefm.sources.image_sources import WebDataset, open_image_source
-from dimefm.sources.read_image import read_encoded
+from dimefm.sources.read_image import ImagePlace, read_encoded
 from dimefm.sources.text_sources import open_text_source
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
@@ -75,7 +75,7 @@ def write_sentences(kind: str, folder: Path) -> None:
 
 
 def read_all(samples: list[ImageSample]) -> dict[str, bytes]:
-    return {sample.key: read_encoded(sample.file, sample.offset, sample.size) for sample in samples}
+    return {sample.key: read_encoded(sample) for sample in samples}
 
 
 # -- the same as on a disk --------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_an_image_in_a_tar_is_read_by_its_range_alone(tmp_path: Path, s3: str, s
     samples, _ = listed(open_image_source([upload(tmp_path, s3) + "/a.tar"]))
     s3_requests.clear()
     sample = samples[70]
-    assert read_encoded(sample.file, sample.offset, sample.size) == images["70.jpg"]
+    assert read_encoded(sample) == images["70.jpg"]
     assert len(s3_requests.seen) == 1
     _, _, asked, sent = s3_requests.of("GET", "a.tar")[0]
     assert asked == f"bytes={sample.offset}-{sample.offset + sample.size - 1}"
@@ -148,7 +148,7 @@ def test_an_image_in_a_tsv_is_read_by_its_range_alone(tmp_path: Path, s3: str, s
     write_tsv(tmp_path / "a.tsv", images)
     samples, _ = listed(open_image_source([upload(tmp_path, s3) + "/a.tsv"]))
     s3_requests.clear()
-    assert read_encoded(*samples[30][1:]) == images["30"]
+    assert read_encoded(samples[30]) == images["30"]
     assert [request[3] for request in s3_requests.seen] == [40_000]
 
 
@@ -160,7 +160,7 @@ def test_a_row_of_a_parquet_file_is_read_without_its_other_columns(
     write_parquet(tmp_path / "a.parquet", rows, row_group_size=10)
     samples, _ = listed(open_image_source([upload(tmp_path, s3) + "/a.parquet"], "image"))
     s3_requests.clear()
-    assert [read_encoded(*sample[1:]) for sample in samples] == [row["image"] for row in rows]
+    assert [read_encoded(sample) for sample in samples] == [row["image"] for row in rows]
     assert 400_000 < sum(request[3] for request in s3_requests.seen) < 1_500_000
 
 
@@ -293,19 +293,21 @@ def test_a_file_that_is_gone_or_cut_short_is_read_as_far_as_it_goes(tmp_path: Pa
     (tmp_path / "a.jpg").write_bytes(b"0123456789")
     (tmp_path / "none.jpg").write_bytes(b"")
     upload(tmp_path, s3)
-    assert read_encoded(f"{s3}/a.jpg", 4, 4) == b"4567"
-    assert read_encoded(f"{s3}/a.jpg", 8, 5) == b"89"
-    assert read_encoded(f"{s3}/a.jpg", 10, 5) == b""
-    assert read_encoded(f"{s3}/a.jpg", 100, 5) == b""
+    assert read_encoded(ImagePlace(f"{s3}/a.jpg", 4, 4)) == b"4567"
+    assert read_encoded(ImagePlace(f"{s3}/a.jpg", 8, 5)) == b"89"
+    assert read_encoded(ImagePlace(f"{s3}/a.jpg", 10, 5)) == b""
+    assert read_encoded(ImagePlace(f"{s3}/a.jpg", 100, 5)) == b""
     assert storage.read_bytes(f"{s3}/none.jpg") == b""
     with pytest.raises(FileNotFoundError):
-        read_encoded(f"{s3}/b.jpg", 0, 4)
+        read_encoded(ImagePlace(f"{s3}/b.jpg", 0, 4))
     with pytest.raises(FileNotFoundError):
-        read_encoded(f"{s3}/b.parquet#image", 0, 4)
+        read_encoded(ImagePlace(f"{s3}/b.parquet#image", 0, 4))
     with pytest.raises(FileNotFoundError):
-        read_encoded(f"{s3}/b.tsv", 0, 4)
+        read_encoded(ImagePlace(f"{s3}/b.tsv", 0, 4))
+    table = write_text(tmp_path / "x" / "a.parquet", ["x"])
+    no_table = ImagePlace(f"{upload(table.parent, s3)}/a.parquet#image", 0, 4)
     with pytest.raises(DecodeError):
-        read_encoded(f"{upload(write_text(tmp_path / 'x' / 'a.parquet', ['x']).parent, s3)}/a.parquet#image", 0, 4)
+        read_encoded(no_table)
 
 
 def test_a_file_that_became_shorter_since_it_was_listed_is_read_as_far_as_it_goes(tmp_path: Path, s3: str) -> None:
@@ -314,8 +316,8 @@ def test_a_file_that_became_shorter_since_it_was_listed_is_read_as_far_as_it_goe
     import boto3
 
     boto3.client("s3").put_object(Bucket=s3.removeprefix("s3://"), Key="images/a.jpg", Body=b"01")
-    assert read_encoded(sample.file, 0, sample.size) == b"01"
-    assert read_encoded(sample.file, 5, 5) == b""
+    assert read_encoded(ImagePlace(sample.file, 0, sample.size)) == b"01"
+    assert read_encoded(ImagePlace(sample.file, 5, 5)) == b""
 
 
 def test_a_server_that_does_not_answer_is_an_oserror_and_a_source_error(
@@ -327,7 +329,7 @@ def test_a_server_that_does_not_answer_is_an_oserror_and_a_source_error(
     monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 1)
     try:
         with pytest.raises(OSError, match=r"127\.0\.0\.1:9"):
-            read_encoded(f"{s3}/a.jpg", 0, 4)
+            read_encoded(ImagePlace(f"{s3}/a.jpg", 0, 4))
         with pytest.raises(SourceError, match=r"a\.tar cannot be read: .*\n  remedy: .*credentials"):
             open_image_source([f"{s3}/a.tar"])
     finally:

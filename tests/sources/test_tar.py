@@ -465,7 +465,7 @@ def test_a_linked_image_and_one_whose_name_is_not_utf8_read_as_any_other(tmp_pat
         tar.addfile(link)
     samples, account = accounted(WebDataset(stat_files([str(path)])))
     assert account.lines() == []
-    read = {sample.key: read_encoded(sample.file, sample.offset, sample.size) for sample in samples}
+    read = {sample.key: read_encoded(sample) for sample in samples}
     assert read == {"caf\\xe9": b"image", "tea": b"image"}
 
 

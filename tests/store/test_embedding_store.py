@@ -13,10 +13,10 @@ import zarr
 
 from cache_schemas import EmbeddingStore, SchemaError, SourceSummary, Status
 from dimefm.errors import StoreError
-from dimefm.store import embedding_store as store_module
 from dimefm.store.embedding_store import Store
 from dimefm.store.mapped_array import MappedArray
 from dimefm.store.parquet_tables import write_plan
+from dimefm.store.plan_reader import PLANS_KEPT, PlanReader
 from dimefm.store.zarr_arrays import create_array
 from dimefm.system import storage
 from tests.stores import random_store, teacher_identity
@@ -122,8 +122,8 @@ def test_entries_read_each_plan_once_and_keep_a_few(tmp_path: Path, monkeypatch:
     """However many shards the rows are of. Names of files, which repeat, are held once."""
     store, _ = random_store(tmp_path / "s.zarr", rows=320, shard_rows=32)
     store, read = Store(store.path), list[int]()
-    original = Store._read_plan
-    monkeypatch.setattr(Store, "_read_plan", lambda self, *args: read.append(args[0]) or original(self, *args))
+    original = PlanReader._read_table
+    monkeypatch.setattr(PlanReader, "_read_table", lambda self, *args: read.append(args[0]) or original(self, *args))
     store = Store(store.path)
     entries = store.entries(np.arange(0, 320, 2), ("file", "offset", "size"))
     assert sorted(read) == list(range(10))
@@ -131,7 +131,7 @@ def test_entries_read_each_plan_once_and_keep_a_few(tmp_path: Path, monkeypatch:
     assert pa.types.is_dictionary(entries["file"].type)
     assert entries["file"].num_chunks == 1
     assert entries["file"].chunk(0).dictionary.to_pylist() == ["f"]
-    assert store._plan.cache_info().currsize == store_module._PLANS
+    assert store._plans._table.cache_info().currsize == PLANS_KEPT
 
 
 def test_a_plan_that_lacks_a_column_is_refused_when_that_is_read(tmp_path: Path) -> None:

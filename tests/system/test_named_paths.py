@@ -35,7 +35,7 @@ from dimefm.retrieval.retrieve import retrieve
 from dimefm.retrieval.search import search
 from dimefm.selection.select_texts import SelectionConfig, select_texts
 from dimefm.sources.files import expand
-from dimefm.sources.read_image import read_image, read_planned
+from dimefm.sources.read_image import ImagePlace, read_encoded, read_image
 from dimefm.store.embedding_store import Store
 from dimefm.system.named_paths import VARIABLE, allow, allowed, allowing, named
 from dimefm.training.image_batches import Augmentation, Request, TrainingImages
@@ -149,7 +149,7 @@ def test_an_index_does_not_lead_to_its_store(tmp_path: Path, spy: type[Spy], cal
 @pytest.mark.parametrize("file", ["http://127.0.0.1:9/a.jpg", "spy://x/a.jpg", *CHAINS, "spy://x/a.parquet#image"])
 def test_a_plan_does_not_choose_the_host(spy: type[Spy], file: str) -> None:
     with pytest.raises(StoreError, match="the plan names"):
-        read_image({"file": file, "offset": 0, "size": 10})
+        read_image(ImagePlace(file, 0, 10))
     assert spy.opened == 0
 
 
@@ -158,12 +158,12 @@ def test_a_plan_does_not_lead_into_a_pipe_or_a_device(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for file in (str(tmp_path / "pipe"), "/dev/zero"):
         with pytest.raises(StoreError, match="it is neither a file nor a folder"):
-            read_image({"file": file, "offset": 0, "size": 10})
+            read_image(ImagePlace(file, 0, 10))
 
 
 def test_a_local_name_with_colons_is_a_local_file(tmp_path: Path) -> None:
     (tmp_path / "dir::a.jpg").write_bytes(b"12345")
-    assert read_planned(str(tmp_path / "dir::a.jpg"), 1, 3) == b"234"
+    assert read_encoded(ImagePlace(str(tmp_path / "dir::a.jpg"), 1, 3)) == b"234"
 
 
 def test_stores_and_globs_may_have_local_names_with_colons(tmp_path: Path) -> None:

@@ -338,7 +338,7 @@ def test_a_worker_that_dies_ends_the_run_with_its_reason(tmp_path: Path, monkeyp
 
 @a_reader_dies
 def test_the_row_that_a_worker_died_of_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dimefm.training.image_batches.read_planned", lambda *_: signal.raise_signal(signal.SIGSEGV))
+    monkeypatch.setattr("dimefm.training.image_batches.read_encoded", lambda *_: signal.raise_signal(signal.SIGSEGV))
     store, _ = random_store(tmp_path / "s.zarr", rows=32, shard_rows=32)
     augmentation = Augmentation(size=32, crop_scale=(0.5, 1), flip=True, seed=0)
     requests = Requests(Order(store=store, seed=0, batch_size=8), first=0, steps=1)

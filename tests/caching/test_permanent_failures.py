@@ -25,7 +25,7 @@ from dimefm.evaluation.evaluate import EvaluationConfig, evaluate
 from dimefm.images.decode import MAX_BYTES, DecodeError
 from dimefm.models.clip import Clip
 from dimefm.sources import parquet
-from dimefm.sources.read_image import read_encoded
+from dimefm.sources.read_image import ImagePlace, read_encoded
 from dimefm.store.commit import remove_commit
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
@@ -200,7 +200,7 @@ def test_blocks_of_parquet_that_were_kept_do_not_answer_for_the_storage(
         return read(path, offset, size)
 
     parquet.forget_cells()
-    assert all(read_encoded(f"{url}#image", row, 1) for row in range(8))
+    assert all(read_encoded(ImagePlace(f"{url}#image", row, 1)) for row in range(8))
     monkeypatch.setattr(storage, "read_bytes", expiring)
     monkeypatch.setattr("dimefm.sources.read_image._WAITS", ())
     with pytest.raises(UnreadableError, match=r"8 of 16 images .* no other file can be read either"):
@@ -328,7 +328,7 @@ def test_features_that_an_earlier_version_kept_of_a_bad_moment_are_made_whole(
     images, file = open_folder(str(labelled)), labelled / "dog" / "3.jpg"
     file.rename(tmp_path / "3.jpg")
     with monkeypatch.context() as patch:
-        patch.setattr("dimefm.caching.encode_shard.require_lasting", lambda *words, **options: None)  # as it was
+        patch.setattr("dimefm.caching.encode_shard.require_permanent", lambda *words, **options: None)  # as it was
         patch.setattr("dimefm.evaluation.evaluate.open_folder", lambda path: images)
         (bad,) = evaluate(config).results
     assert (bad.unreadable, whole.unreadable) == (1, 0)
