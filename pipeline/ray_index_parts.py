@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import WorkerCrashedError
 
 from dimefm.errors import StoreError
-from dimefm.retrieval.build_index import PartRunner, PartTask, build_part
+from dimefm.retrieval.index_parts import PartRunner, PartTask, build_part
 from dimefm.system.machine import choose_device, cpus
 from pipeline.ray_workers import cluster, fetch, gpu_share
 

@@ -20,7 +20,6 @@ from dimefm.store.embedding_store import Store
 from dimefm.store.failures import require_embeddings
 from dimefm.system import storage
 from dimefm.system.inert_text import line
-from dimefm.system.named_paths import named
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def search(
     TeacherError or MismatchError for a teacher that is not to be had or is another.
     """
     index = path if storage.exists(storage.join(path, SIDECAR_FILE)) else None
-    store = _store_of(index) if index else _open_store(path)
+    store = _store_of_index(index) if index else _open_store(path)
     # What costs little comes before the teacher, which may take a minute to load.
     pixels = [_read_image(store, image) for image in images]
     found, _, _ = open_search(store, index, device)
@@ -82,11 +81,11 @@ def _what(entry: dict[str, Any]) -> str:
     return line(f"{' '.join(what.split())}  ({where})")
 
 
-def _store_of(index: str) -> Store:
-    from dimefm.retrieval.faiss_index import read_sidecar
+def _store_of_index(path: str) -> Store:
+    from dimefm.retrieval.index_search import read_sidecar, store_of
 
-    folder = storage.absolute(index)
-    return Store(named(read_sidecar(folder).store, storage.join(folder, SIDECAR_FILE)))
+    folder = storage.absolute(path)
+    return store_of(folder, read_sidecar(folder))
 
 
 def _open_store(path: str) -> Store:
