@@ -22,7 +22,6 @@ from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
 from dimefm.store.output_folder import (
     ANOTHER_OUT,
-    OWN_AND_NEW,
     differing,
     in_lines,
     is_planned,
@@ -145,7 +144,7 @@ def _require_same_search(pairs: Pairs, schema: PairsStore) -> None:
     own, new = ({name: getattr(one, name) for name in names} for one in (pairs.schema, schema))
     differences = differing(own, new)
     if "texts_data" in differences:
-        what = f"{pairs.path} was retrieved from other embeddings of {schema.texts} than it has now {OWN_AND_NEW}:"
+        what = f"{pairs.path} was retrieved from other embeddings of {schema.texts} than it has now:"
         what += in_lines(differences)
         raise OutputExistsError(what, remedy=f"{ANOTHER_OUT}, or delete it: all images must be searched again")
     require_same(pairs.path, differences)
