@@ -8,7 +8,8 @@ from benchmarks.retrieval import draw, recall
 from dimefm.retrieval.build_index import sample_rows
 from dimefm.retrieval.choose_index import TRAIN_PER_CENTROID
 from dimefm.retrieval.exact_search import ExactSearch
-from dimefm.retrieval.faiss_index import IndexSearch, SearchParameters, add_rows, empty, spread_of, train
+from dimefm.retrieval.faiss_index import FaissIndex
+from dimefm.retrieval.index_search import IndexSearch, SearchParameters
 from dimefm.retrieval.recall import RECALL_K
 from dimefm.store.embedding_store import Store
 
@@ -28,13 +29,12 @@ def index_choices(texts: str, images: str, queries: int, lists: int, depth: int)
     rows = []
     for codes, residuals in ((dim // 4, False), (dim // 4, True), (dim // 2, True)):
         factory = f"IVF{lists},PQ{codes}x4fs"
-        inner = empty(factory, dim)
-        faiss.extract_index_ivf(inner).by_residual = residuals
-        train(inner, factory, sample, 0)
-        spread = spread_of(inner, sample)
-        add_rows(inner, store, [(0, store.schema.rows)])
-        for chosen, known in (("nearest centroid", ""), ("best row expected", spread)):
-            index = IndexSearch(inner, store, SearchParameters(0, 1), known)
+        built = FaissIndex.from_factory(factory, dim)
+        faiss.extract_index_ivf(built.inner).by_residual = residuals
+        built.train(sample, 0)
+        built.add_rows(store, [(0, store.schema.rows)])
+        for chosen, spread in (("nearest centroid", ""), ("best row expected", built.spread)):
+            index = IndexSearch(FaissIndex(built.inner, spread=spread), store, SearchParameters(0, 1))
             found = [
                 recall(index.search_with(SearchParameters(probes, depth), queries_QD, RECALL_K)[1], truth_QK)
                 for probes in (lists // 32, lists // 16, lists // 8)

@@ -1,4 +1,4 @@
-"""Building the parts of an index on Ray: each part is one task, done again where its worker is lost."""
+"""Builds the parts of an index on Ray: each part is one task, which is done again where its worker is lost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import WorkerCrashedError
 
 from dimefm.errors import StoreError
-from dimefm.retrieval.build_index import PartRunner, PartTask, build_part
+from dimefm.retrieval.index_parts import PartRunner, PartTask, build_part
 from dimefm.system.machine import choose_device, cpus
 from pipeline.ray_workers import cluster, fetch, gpu_share
 
@@ -17,9 +17,12 @@ _TRIES = 3
 
 
 def on_ray(workers: int, address: str | None = None) -> PartRunner:
-    """A runner for `retrieval.build_index.build_index`: `workers` parts at a time, on a cluster that sees the same
-    files or on a local Ray of this command. Each has its share of Ray's GPUs, where there are some: left to itself,
-    every part would put its centroids and FAISS's working memory on all of them at once."""
+    """Have `retrieval.build_index.build_index` build its parts on Ray, `workers` at a time: on a cluster that sees the
+    same files, or on a local Ray of this command.
+
+    Each part has its share of Ray's GPUs, where there are some. Otherwise every part would put its centroids and
+    FAISS's working memory on all GPUs at once.
+    """
 
     def run(parts: Sequence[PartTask]) -> Iterator[PartTask]:
         if not parts:

@@ -1,26 +1,34 @@
 """`build-index`: train on a random sample, add the rows in parts, merge, tune, measure, publish.
 
-Every step leaves a file below build/ with a document written after it, so that a run that was stopped goes on there. A
-part is the rows of some shards of the store: a unit of work that needs nothing but the trained index.
+The trained index and every part (`retrieval.index_parts`) are kept below build/ until the index is published: a build
+that was stopped goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cache_schemas import IndexPart, IndexSidecar, SchemaError, digest_of
+from cache_schemas import IndexSidecar, digest_of
 from cache_schemas.index import BUILD, SIDECAR_FILE
 from dimefm.errors import RecallError, StoreError
-from dimefm.retrieval import faiss_index
 from dimefm.retrieval.choose_index import RESCORE, BuildPreview, breakeven_queries, has_coarse_codes, plan_index
-from dimefm.retrieval.faiss_index import IndexSearch, SearchParameters
-from dimefm.retrieval.recall import Tuning, draw_recall_queries, tune
+from dimefm.retrieval.faiss_index import REBUILD, FaissIndex, faiss_version
+from dimefm.retrieval.index_parts import (
+    TRAINED_FILE,
+    PartRunner,
+    PartTask,
+    finished_part,
+    run_one_by_one,
+    write_part,
+)
+from dimefm.retrieval.index_search import IndexSearch, SearchParameters, read_index, read_sidecar
+from dimefm.retrieval.recall import TuningResult, draw_recall_queries, tune
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
 from dimefm.store.output_folder import differing, require_only, require_same
@@ -29,8 +37,6 @@ from dimefm.system.lock import writing
 from dimefm.system.machine import available_memory
 from dimefm.system.progress import Progress, amount
 from dimefm.system.versions import versions
-
-_TRAINED = "trained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,29 +60,8 @@ class IndexConfig:
             raise RecallError(f"--recall must lie between 0 and 1, found {self.recall_target}", remedy="change it")
 
 
-@dataclass(frozen=True)
-class PartTask:
-    """A part to build: what a worker in another process needs to know. `ranges` are rows of the store, `file` is
-    below `folder`."""
-
-    store: str
-    folder: str
-    file: str
-    settings: str
-    ranges: tuple[tuple[int, int], ...]
-
-    @property
-    def rows(self) -> int:
-        """Rows of the store in it, with those that will be skipped."""
-        return sum(stop - start for start, stop in self.ranges)
-
-
-PartRunner = Callable[[Sequence[PartTask]], Iterable[PartTask]]
-"""Builds parts with `build_part`, here or elsewhere, and yields each as it is done."""
-
-
 def preview_build(config: IndexConfig) -> BuildPreview:
-    """What `build_index` would do over the whole store. Builds nothing."""
+    """What `build_index` would build over the whole store. Builds nothing."""
     store, memory = Store(config.store), _memory(config)
     require_embeddings(store)
     rows, dim = store.schema.rows, store.schema.dim
@@ -90,14 +75,14 @@ def _memory(config: IndexConfig) -> int:
 
 
 def build_index(
-    config: IndexConfig, run: PartRunner | None = None, say: Callable[[str], None] = lambda line: None
+    config: IndexConfig, run_parts: PartRunner | None = None, say: Callable[[str], None] = lambda line: None
 ) -> IndexSidecar:
-    """Build an index over a store, or add to it what the store has got since; tuned to the recall target and measured.
+    """Build an index over a store, tune it to the recall target and measure it; or add the rows that the store has got
+    since it was built. Where it has all rows nothing is done.
 
-    `run` builds the parts; default: one after another in this process. `say` is told where exact search would be
-    cheaper. Nothing is done where all is there already.
-    Raises OutputExistsError where `out` was made by other settings, RecallError below the target unless `accept`; what
-    was there before stays.
+    `run_parts` has the parts built; by default one after another in this process. `say` gets a line where exact search
+    would be cheaper. Raises OutputExistsError where `out` was made with other settings, RecallError where the recall
+    stays below the target, unless `accept`; the index that was there before stays.
     """
     config = replace(config, out=storage.local(config.out, "an index"))
     store = Store(config.store)
@@ -110,250 +95,206 @@ def build_index(
         require_embeddings(images)
         require_same_teacher(images, store)
     with writing(config.out):
-        build = _Build(config, store, images)
-        if build.old is None and (expected := preview_build(config)).exact_is_cheaper:
-            say(expected.advice())
-        return build.run(run or _one_by_one)
+        build = _IndexBuild(config, store, images)
+        if build.published is None and (preview := preview_build(config)).exact_is_cheaper:
+            say(preview.advice())
+        return build.run(run_parts or run_one_by_one)
 
 
-@dataclass
-class _Base:
-    """An index that rows are added to, the number of rows it was trained on, and the spread of its lists (see
-    IndexSidecar)."""
+class _IndexBuild:
+    """The steps of one build: of an index where there is none, or of what a published one lacks."""
 
-    index: Any
-    train_rows: int
-    spread: str
-
-
-class _Build:
     def __init__(self, config: IndexConfig, store: Store, images: Store | None) -> None:
         self.config, self.store, self.images = config, store, images
         self.folder = Path(config.out)
-        self.old = _sidecar_of_same_settings(self.folder, config, store, images)
-        self.now = store.contents.shards
-        rows = sum(stop - start for start, stop in map(store.schema.shard_range, map(int, self.now)))
-        if not rows:
+        self.published = _published(self.folder, config, store, images)
+        self.shards = store.contents.shards
+        if not self._rows():
             raise StoreError(f"{store.path} has no rows yet", remedy="run the command that writes it")
-        factory = config.factory or (self.old.factory if self.old else None)
+        factory = config.factory or (self.published.factory if self.published else None)
         self.memory = _memory(config)
-        self.plan = plan_index(rows, store.schema.dim, self.memory, factory)
-        train_rows = self.old.train_rows if self.old else self.plan.train_rows
-        self.settings = digest_of([store.schema.identity, self.plan.factory, config.seed, train_rows])
-        self.build = str(self.folder / BUILD)
+        self.plan = plan_index(self._rows(), store.schema.dim, self.memory, factory)
+        self.train_rows = self.published.train_rows if self.published else self.plan.train_rows
+        self.settings = digest_of([store.schema.identity, self.plan.factory, config.seed, self.train_rows])
+        self.build = self.folder / BUILD
+        self.trained = self.build / TRAINED_FILE
 
-    def run(self, run: PartRunner) -> IndexSidecar:
-        """All steps, or those that are left."""
-        old = self.old.shards if self.old else {}
-        pending = sorted(int(shard) for shard, digest in self.now.items() if old.get(shard) != digest)
-        if self.old and not pending:
-            self._tidy(self.old)
-            return self.old
+    def _ranges(self) -> list[tuple[int, int]]:
+        """The rows of the shards that are done."""
+        return [self.store.schema.shard_range(shard) for shard in sorted(map(int, self.shards))]
+
+    def _rows(self) -> int:
+        return sum(stop - start for start, stop in self._ranges())
+
+    def run(self, run_parts: PartRunner) -> IndexSidecar:
+        """Every step, or those that are left."""
+        indexed = self.published.shards if self.published else {}
+        pending = sorted(int(shard) for shard, digest in self.shards.items() if indexed.get(shard) != digest)
+        if self.published and not pending:
+            self._remove_stale_files(self.published)
+            return self.published
         require_only(str(self.folder), "an index", _is_ours)
         storage.remove_leftovers(str(self.folder))
         began = time.monotonic()
-        base = self._base([shard for shard in pending if str(shard) in old])
-        parts = self._parts(pending, base.index)
-        self._build_parts(parts, run)
+        spread = self._train()
+        index = self._start(spread, changed=[shard for shard in pending if str(shard) in indexed])
+        parts = self._parts(pending, index)
+        self._build_parts(parts, run_parts)
         for part in parts:
-            base.index = faiss_index.merged(base.index, faiss_index.read(self.folder / BUILD / part.file))
-        if not base.index.ntotal:
+            index.merge(FaissIndex.read(part.path))
+        if not index.rows:
             raise StoreError(f"{self.store.path} has no embedding at all", remedy="see dimefm info for what failed")
-        return self._publish(base, self._tune(base), time.monotonic() - began)
+        return self._publish(index, self._tune(index), time.monotonic() - began)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def _base(self, changed: list[int]) -> _Base:
-        """What the parts are merged into: the index that is there, without the rows of shards that have changed, or a
-        trained one without rows."""
-        trained = self.folder / BUILD / f"{_TRAINED}.faiss"
-        if self.old:
-            if _document(trained, self.settings) is None:
-                index = faiss_index.emptied(faiss_index.read_file(str(self.folder), self.old))
-                _write(index, trained, self.settings, 0, 0, 0.0, self.old.spread)
-            index = faiss_index.read_file(str(self.folder), self.old)
-            for shard in changed:
-                faiss_index.remove_rows(index, *self.store.schema.shard_range(shard))
-            return _Base(index, self.old.train_rows, self.old.spread)
-        document = _document(trained, self.settings)
-        if document is None:
-            began = time.monotonic()
-            index, spread = faiss_index.empty(self.plan.factory, self.store.schema.dim), ""
-            if faiss_index.needs_training(index):
-                sample = sample_rows(self.store, self.plan.train_rows, self.config.seed)
-                faiss_index.train(index, self.plan.factory, sample, self.config.seed)
-                spread = faiss_index.spread_of(index, sample)
-            document = _write(index, trained, self.settings, 0, 0, time.monotonic() - began, spread)
-        return _Base(faiss_index.read(trained), self.plan.train_rows, document.spread)
+    def _train(self) -> str:
+        """Write the trained index, without rows, that every part starts from, unless it is there; its spread.
 
-    def _parts(self, shards: list[int], base: Any) -> list[PartTask]:
-        """The pending shards in parts of about `plan.part_rows` rows; one part where parts cannot be merged."""
-        whole = not faiss_index.can_merge(base)
-        if whole and self.old:
+        Where an index is published it is that one without its rows, so that its parts can be merged into it.
+        """
+        if document := finished_part(self.trained, self.settings):
+            return document.spread
+        began = time.monotonic()
+        if self.published:
+            index = read_index(str(self.folder), self.published)
+            index.remove_all_rows()
+        else:
+            index = FaissIndex.from_factory(self.plan.factory, self.store.schema.dim)
+            if index.needs_training:
+                index.train(sample_rows(self.store, self.train_rows, self.config.seed), self.config.seed)
+        return write_part(index, self.trained, self.settings, seconds=time.monotonic() - began).spread
+
+    def _start(self, spread: str, changed: list[int]) -> FaissIndex:
+        """What the parts are merged into: the published index without the rows of shards that have changed, or the
+        trained one."""
+        if not self.published:
+            return FaissIndex.read(self.trained, spread)
+        index = read_index(str(self.folder), self.published)
+        for shard in changed:
+            index.remove_rows(*self.store.schema.shard_range(shard))
+        return index
+
+    def _parts(self, shards: list[int], index: FaissIndex) -> list[PartTask]:
+        """The pending shards in parts of about `plan.part_rows` rows; in one part where parts cannot be merged."""
+        if self.published and not index.can_merge:
             what = f"{self.folder} is a {self.plan.factory}, to which nothing can be added"
-            raise StoreError(what, remedy=faiss_index.DAMAGED)
-        size = len(shards) if whole else max(1, self.plan.part_rows // self.store.schema.shard_rows)
-        found = []
+            raise StoreError(what, remedy=REBUILD)
+        schema = self.store.schema
+        size = max(1, self.plan.part_rows // schema.shard_rows) if index.can_merge else len(shards)
+        parts = []
         for at in range(0, len(shards), size):
             chosen = shards[at : at + size]
-            name = digest_of([self.settings, {str(s): self.now[str(s)] for s in chosen}])[:16]
-            ranges = tuple(self.store.schema.shard_range(shard) for shard in chosen)
-            found.append(PartTask(self.store.path, self.build, f"part-{name}.faiss", self.settings, ranges))
-        return found
+            name = digest_of([self.settings, {str(shard): self.shards[str(shard)] for shard in chosen}])[:16]
+            ranges = tuple(schema.shard_range(shard) for shard in chosen)
+            parts.append(PartTask(self.store.path, str(self.build), f"part-{name}.faiss", self.settings, ranges))
+        return parts
 
-    def _build_parts(self, parts: list[PartTask], run: PartRunner) -> None:
-        """Build the parts that are not there.
+    def _build_parts(self, parts: list[PartTask], run_parts: PartRunner) -> None:
+        """Build the parts that are missing.
 
-        Raises StoreError, with the parts kept, where the whole would not fit into memory.
+        Raises StoreError, and keeps the parts, where the whole would not fit into memory.
         """
         total = sum(part.rows for part in parts)
-        pending = [part for part in parts if _document(Path(self.build) / part.file, self.settings) is None]
+        pending = [part for part in parts if finished_part(part.path, self.settings) is None]
         done = total - sum(part.rows for part in pending)
         with Progress("indexing", total, self.store.schema.kind, done) as progress:
-            for part in run(pending):
+            for part in run_parts(pending):
                 done += part.rows
                 progress.at(done)
-                self._require_room(part, total)
+                self._require_memory(part, total)
 
-    def _require_room(self, part: PartTask, total: int) -> None:
-        needed = (Path(self.build) / part.file).stat().st_size / part.rows * total
+    def _require_memory(self, part: PartTask, total: int) -> None:
+        """Raises StoreError where so many rows, as large as those of the part, are more than the memory holds."""
+        needed = part.path.stat().st_size / part.rows * total
         if needed > self.memory:
             what = f"{self.plan.factory} over {total:,} rows takes {amount(needed)}, --memory is {amount(self.memory)}"
             raise StoreError(what, remedy="give more --memory or a factory with smaller codes; the parts are kept")
 
-    def _tune(self, base: _Base) -> Tuning:
+    def _tune(self, index: FaissIndex) -> TuningResult:
+        """Raises RecallError where no parameters reach the recall, unless that is accepted."""
         depths = RESCORE if has_coarse_codes(self.plan.factory) else (1,)
-        ranges = [self.store.schema.shard_range(shard) for shard in sorted(map(int, self.now))]
-        queries = draw_recall_queries(self.store, ranges, self.images, self.config.seed)
-        index = IndexSearch(base.index, self.store, SearchParameters(0, 1), base.spread)
-        tuned = tune(index, depths, queries, self.config.recall_target)
-        reached = tuned.recall[0]
+        queries = draw_recall_queries(self.store, self._ranges(), self.images, self.config.seed)
+        result = tune(
+            IndexSearch(index, self.store, SearchParameters(0, 1)), depths, queries, self.config.recall_target
+        )
+        reached = result.recall[0]
         if reached.value < self.config.recall_target and not self.config.accept:
             found = f"{self.plan.factory} reaches recall@{reached.k} {reached.value:.3f} for {reached.source} queries"
             short = self.config.recall_target - reached.value
             what = f"{found}, {short:.3f} below {self.config.recall_target}"
             raise RecallError(what, remedy="give another --factory, a lower --recall, or --accept; the parts are kept")
-        return tuned
+        return result
 
-    def _publish(self, base: _Base, tuned: Tuning, seconds: float) -> IndexSidecar:
-        """Write the index, then the sidecar that names it: until then the old one is in force."""
-        written = self.folder / BUILD / "merged.faiss"
-        faiss_index.write(base.index, written)
+    def _publish(self, index: FaissIndex, tuning: TuningResult, seconds: float) -> IndexSidecar:
+        """Write the index, then the sidecar that names it: until then the one before is in force."""
+        written = self.build / "merged.faiss"
+        index.write(written)
         digest = storage.digest_file(str(written))
         file = self.folder / f"index-{digest[:12]}.faiss"
         written.replace(file)
         storage.flush(str(file))
-        rows = sum(stop - start for start, stop in map(self.store.schema.shard_range, map(int, self.now)))
+        probes = tuning.parameters.probes
         sidecar = IndexSidecar(
             store=self.store.path,
             store_identity=self.store.schema.identity,
             kind=self.store.schema.kind,
-            shards=self.now,
-            rows=int(base.index.ntotal),
-            skipped=rows - int(base.index.ntotal),
+            shards=self.shards,
+            rows=index.rows,
+            skipped=self._rows() - index.rows,
             dim=self.store.schema.dim,
             teacher=self.store.schema.teacher,
             factory=self.plan.factory,
-            search_parameters={"nprobe": tuned.setting.probes} if tuned.setting.probes else {},
-            rescore=tuned.setting.rescore,
-            spread=base.spread,
-            recall=tuned.recall,
+            search_parameters={"nprobe": probes} if probes else {},
+            rescore=tuning.parameters.rescore,
+            spread=index.spread,
+            recall=tuning.recall,
             recall_target=self.config.recall_target,
-            queries_per_second=tuned.queries_per_second,
+            queries_per_second=tuning.queries_per_second,
             file=file.name,
             bytes=file.stat().st_size,
             digest=digest,
-            train_rows=base.train_rows,
+            train_rows=self.train_rows,
             seconds=round(seconds, 3),
             seed=self.config.seed,
-            versions={**versions(), "faiss": faiss_index.faiss_version()},
+            versions={**versions(), "faiss": faiss_version()},
         )
         with storage.writing_to(str(self.folder)):
             storage.write_json(str(self.folder / SIDECAR_FILE), sidecar.to_json())
-        self._tidy(sidecar)
+        self._remove_stale_files(sidecar)
         return sidecar
 
-    def _tidy(self, sidecar: IndexSidecar) -> None:
-        """Remove what the index was built from, and the file of one that was before it."""
+    def _remove_stale_files(self, sidecar: IndexSidecar) -> None:
+        """Remove what the index was built from, and the file of the index before it."""
         for stale in self.folder.glob("index-*.faiss"):
             if stale.name != sidecar.file:
                 stale.unlink()
-        storage.remove_folder(self.build)
-
-
-def build_part(part: PartTask, threads: int | None = None, use_gpus: bool = True) -> PartTask:
-    """Build one part: read the trained index, add the rows, write it and then its document. A plain function, which
-    needs no more memory than the part and the trained index; on all GPUs that it sees, or on none."""
-    began = time.monotonic()
-    if threads:
-        faiss_index.use_threads(threads)
-    folder = Path(part.folder)
-    index = faiss_index.read(folder / f"{_TRAINED}.faiss")
-    skipped = faiss_index.add_rows(index, Store(part.store), part.ranges, use_gpus=use_gpus)
-    _write(index, folder / part.file, part.settings, int(index.ntotal), skipped, time.monotonic() - began)
-    return part
-
-
-def _one_by_one(parts: Sequence[PartTask]) -> Iterable[PartTask]:
-    return map(build_part, parts)
-
-
-def _write(
-    index: Any, path: Path, settings: str, rows: int, skipped: int, seconds: float, spread: str = ""
-) -> IndexPart:
-    faiss_index.write(index, path)
-    document = IndexPart(
-        settings=settings,
-        rows=rows,
-        skipped=skipped,
-        bytes=path.stat().st_size,
-        digest=storage.digest_file(str(path)),
-        seconds=round(seconds, 3),
-        spread=spread,
-    )
-    with storage.writing_to(str(path)):
-        storage.write_json(str(path.with_suffix(".json")), document.to_json())
-    return document
-
-
-def _document(path: Path, settings: str) -> IndexPart | None:
-    """The document of a file below build/; None where the file is not there or of other settings, or one of both is not
-    whole: it is built again then."""
-    where = path.with_suffix(".json")
-    if not where.exists() or not path.exists():
-        return None
-    try:
-        found = IndexPart.parse(storage.read_json(str(where)), str(where))
-    except (StoreError, SchemaError):
-        return None
-    whole = found.bytes == path.stat().st_size and found.digest == storage.digest_file(str(path))
-    return found if whole and found.settings == settings else None
+        storage.remove_folder(str(self.build))
 
 
 def sample_rows(store: Store, rows: int, seed: int) -> np.ndarray[Any, Any]:
-    """Embeddings of that many rows drawn at random from the shards that are done, float32 (N, D), fewer by what has
-    none. Read in order of row; never the first rows, which are of one source file."""
+    """Embeddings of `rows` rows drawn at random from the shards that are done, float32 (N, D); fewer by those rows that
+    have none. Drawn, because the first rows are all from one source file; read in the order of their rows."""
     ranges = [store.schema.shard_range(shard) for shard in sorted(store.committed())]
     every = np.concatenate([np.arange(start, stop) for start, stop in ranges])
-    chosen = np.sort(np.random.default_rng(seed).choice(every, min(rows, len(every)), replace=False))
-    out = np.empty((len(chosen), store.schema.dim), np.float32)
+    drawn = np.sort(np.random.default_rng(seed).choice(every, min(rows, len(every)), replace=False))
+    sample_ND = np.empty((len(drawn), store.schema.dim), np.float32)
     found = 0
     for start, stop in ranges:
         rows_N, embedding_ND = store.valid_rows(start, stop)
-        first, last = np.searchsorted(chosen, (start, stop))
-        mine = embedding_ND[np.isin(rows_N, chosen[first:last], assume_unique=True)]
-        out[found : found + len(mine)] = mine
-        found += len(mine)
-    return out[:found]
+        first, last = np.searchsorted(drawn, (start, stop))
+        here_ND = embedding_ND[np.isin(rows_N, drawn[first:last], assume_unique=True)]
+        sample_ND[found : found + len(here_ND)] = here_ND
+        found += len(here_ND)
+    return sample_ND[:found]
 
 
-def _sidecar_of_same_settings(
-    folder: Path, config: IndexConfig, store: Store, images: Store | None
-) -> IndexSidecar | None:
-    """The index that is there already. Raises OutputExistsError where other settings made it."""
+def _published(folder: Path, config: IndexConfig, store: Store, images: Store | None) -> IndexSidecar | None:
+    """The sidecar of the index in `folder`, None where there is none. Raises OutputExistsError where it was made with
+    other settings."""
     if not (folder / SIDECAR_FILE).exists():
         return None
-    old = faiss_index.read_sidecar(str(folder))
+    old = read_sidecar(str(folder))
     own: dict[str, object] = {
         "store": old.store_identity,
         "factory": old.factory,

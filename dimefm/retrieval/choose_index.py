@@ -1,4 +1,4 @@
-"""Which index: from the number of rows, their width and the memory there is. Arithmetic alone, FAISS is not needed.
+"""Chooses an index by the number of rows, their width and the memory. This is arithmetic alone, without FAISS.
 
 The rules come from measurements (benchmarks/RESULTS.md, `python -m benchmarks retrieval`). Up to 100,000 rows exact
 search is as fast as any index. Beyond that: inverted lists of 4-bit product codes of the residuals, scanned with SIMD
@@ -15,19 +15,20 @@ from dimefm.system.progress import amount
 
 EXACT_ROWS = 100_000
 RESCORE = (10, 20, 50, 100)
-"""Candidates over k that are tried, where an index has coarse codes."""
+"""How many times k candidates are scored again: the values to try, where an index has coarse codes."""
 
 TRAIN_PER_CENTROID = 64
 _LEAST_PER_CENTROID = 39  # below it FAISS warns that clusters are too few points
 _KMEANS_ROUNDS = 10
 _MANY_LISTS, _MOST_LISTS = 65536, 262144
-_PROGRAM = 700_000_000  # bytes of the process itself, its libraries among them
+_PROGRAM = 700_000_000  # bytes of the process itself and its libraries
 _PARTS, _PART_ROWS = 8, (65_536, 2_000_000)
 
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """A FAISS factory string; how many rows to train it on; its size; the rows of a part. Sizes in bytes."""
+    """The index to build: its FAISS factory string, the number of rows to train it on, its size in bytes (0: not
+    known), and the number of rows in each part."""
 
     factory: str
     train_rows: int
@@ -36,7 +37,7 @@ class IndexPlan:
 
 
 def plan_index(rows: int, dim: int, memory: int, factory: str | None = None) -> IndexPlan:
-    """The index for that many rows, within `memory` bytes for the whole process; or `factory`, if one is given.
+    """The index for so many rows, within `memory` bytes for the whole process; or `factory`, if one is given.
 
     Raises DimefmError where no choice fits, saying how much memory would do.
     """
@@ -53,10 +54,9 @@ def plan_index(rows: int, dim: int, memory: int, factory: str | None = None) -> 
     while lists > 16 and _LEAST_PER_CENTROID * lists * dim * 4 > room / 2:
         lists //= 2
     smallest = 0
-    for share in (4, 8, 16):
-        codes = _codes(dim, 2 * dim // share)
-        bytes_per_code = math.ceil(codes / 2)
-        smallest = rows * (bytes_per_code + 8) + lists * dim * 4
+    for dims_per_byte in (4, 8, 16):
+        codes = _codes(dim, 2 * dim // dims_per_byte)  # of half a byte each
+        smallest = rows * (math.ceil(codes / 2) + 8) + lists * dim * 4
         if smallest * (1 + 1 / _PARTS) <= room:  # as it is merged: the whole, and the part that comes next
             graph = "_HNSW32" if lists == _MOST_LISTS else ""
             name = f"IVF{lists}{graph},PQ{codes}x4fs"
@@ -67,26 +67,26 @@ def plan_index(rows: int, dim: int, memory: int, factory: str | None = None) -> 
 
 
 def _codes(dim: int, most: int) -> int:
-    """Into how many parts vectors of that width can be cut, `most` at most."""
+    """The largest number of equal parts that vectors of this width can be cut into, `most` or fewer."""
     return next(codes for codes in range(max(most, 1), 0, -1) if dim % codes == 0)
 
 
 def has_coarse_codes(factory: str) -> bool:
-    """Whether an index's own scores are too rough to be taken: its candidates are scored again from the store."""
+    """Whether an index's own scores are too coarse, so that the store must score its candidates again."""
     return any(code in factory for code in ("PQ", "RaBitQ", "SQ4", "SQ6", "SQ8", "RQ", "LSQ", "PCA", "ITQ"))
 
 
 def breakeven_queries(rows: int, plan: IndexPlan) -> int:
-    """For how many queries exact search takes as many products as building the index does: k-means over the training
-    rows and the assignment of every row to a list, in units of rows x width."""
+    """The number of queries for which exact search takes as many products as building the index: k-means over the
+    training rows, and finding the list of every row, in units of rows x width."""
     centroids = _centroids_of(plan.factory)
     return round(centroids * (1 + _KMEANS_ROUNDS * plan.train_rows / rows))
 
 
 @dataclass(frozen=True)
 class BuildPreview:
-    """What `retrieval.build_index.build_index` would build, and how many queries of exact search take as many products
-    as the building; of how many queries is known, if any."""
+    """What `retrieval.build_index.build_index` would build, within how much memory in bytes; the number of queries at
+    which exact search takes as much work as the building; and how many queries there will be, if that is known."""
 
     rows: int
     dim: int
@@ -97,11 +97,11 @@ class BuildPreview:
 
     @property
     def exact_is_cheaper(self) -> bool:
-        """For the queries that are known of."""
+        """Whether it is for the known number of queries."""
         return self.queries is not None and self.queries <= self.breakeven
 
     def show(self) -> str:
-        """As `build-index --dry-run` prints it."""
+        """What `build-index --dry-run` prints."""
         plan = self.plan
         size = f"{amount(plan.bytes)}, " if plan.bytes else ""
         return "\n".join(

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours by blocked matrix products: a search of its own, and the truth an index is measured by.
+"""Exact nearest neighbours by matrix products of blocks: a search of its own, and the truth for measuring recall.
 
 Shapes: Q queries, N rows of a block, G groups of columns, D width, K neighbours.
 """
@@ -45,17 +45,17 @@ _MIXED = "dtype" in torch.ops.aten.mm.overloads()
 
 
 class ExactSearch:
-    """The rows of a store nearest to a query by inner product. Nothing is built: the rows are read as they are needed,
-    or held in a GPU's memory where they fit.
+    """Finds the rows of a store nearest to a query by inner product. Nothing is built: the rows are read as they are
+    needed, or kept in a GPU's memory where they fit.
 
-    Products and sums are float32. On a GPU the products of a float16 store and float16 queries are of float16, which is
-    exact too and twice as fast as TF32; before torch 2.8 they are TF32, which holds every float16 exactly.
+    Products and sums are float32. On a GPU a float16 store and float16 queries are multiplied as float16, which is
+    exact too and twice as fast as TF32; before torch 2.8 as TF32, which holds every float16 exactly.
     """
 
-    batch = 65536  # every row is read once for so many queries
+    batch = 65536  # for so many queries each row is read once
 
     def __init__(self, store: Store, *, device: str = "cpu", ranges: Sequence[tuple[int, int]] | None = None) -> None:
-        """Over all rows of the store, or those of some `ranges`, start and stop."""
+        """Search all rows of the store, or those of `ranges`, each a start and a stop."""
         self._store, self.device, self._device = store, device, torch.device(device)
         self._ranges = ((0, store.schema.rows),) if ranges is None else ranges
         self._transfer = Transfer(self._device)
@@ -72,18 +72,18 @@ class ExactSearch:
     def search(self, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Scores float32 (Q, K) and rows of the store int64 (Q, K), best first; -inf and -1 where there are fewer.
 
-        Queries of any type are as good as float32. Memory is bounded by one block of scores.
+        Queries of any type give the same result as in float32. Memory is bounded by one block of scores.
         """
         with np.errstate(over="ignore"):
             half_QD = queries_QD.astype(np.float16, copy=False)
-        # As float16, whose products are faster on a GPU, where nothing is lost by it.
+        # Queries that float16 holds exactly are multiplied as float16, which is faster on a GPU.
         as_half = half_QD is queries_QD or np.array_equal(half_QD, queries_QD)
         query_QD = np.ascontiguousarray(half_QD if as_half else queries_QD.astype(np.float32, copy=False))
         scores_QK, rows_QK = self._search(torch.from_numpy(query_QD).to(self._device), k)
         return scores_QK.cpu().numpy(), rows_QK.cpu().numpy()
 
     def _search(self, query_QD: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`search` on the device, which is waited for only where it is more than a block behind."""
+        """`search` on the device. The CPU waits for it only where it is more than one block behind."""
         scores_QK = torch.full((len(query_QD), k), -torch.inf, device=self._device)
         rows_QK = torch.full((len(query_QD), k), -1, dtype=torch.int64, device=self._device)
         behind = deque([fetch(scores_QK[:1])])
@@ -99,12 +99,12 @@ class ExactSearch:
                     scores_QK[part], place_QK = both_QK.topk(k, dim=1)
                     rows_QK[part] = torch.cat([rows_QK[part], rows_N[column_QK]], dim=1).gather(1, place_QK)
                 behind.append(fetch(scores_QK[:1]))
-                behind.popleft().wait()  # or blocks that wait for their turn would fill its memory
+                behind.popleft().wait()  # or blocks waiting for their turn would fill the GPU's memory
         return scores_QK, rows_QK
 
     def _blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Row numbers (N,) and embeddings (N, D) of blocks of rows, on the device. While one is worked on, the next is
-        read in a thread."""
+        """Row numbers (N,) and embeddings (N, D) of each block of rows, on the device. A thread reads the next block
+        while one is worked on."""
         places = [
             (start, min(start + self._block_rows, last))
             for first, last in self._ranges
@@ -121,7 +121,7 @@ class ExactSearch:
 
     def _read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows_N, embedding_ND = map(torch.from_numpy, self._store.valid_rows(start, stop))
-        if self._device.type == "cuda":  # what is page-locked is copied while the GPU computes
+        if self._device.type == "cuda":  # page-locked memory is copied while the GPU computes
             return rows_N.pin_memory(), embedding_ND.pin_memory()
         return rows_N, embedding_ND
 
@@ -131,17 +131,17 @@ def _as_they_are(half: torch.Tensor) -> torch.Tensor:
 
 
 def _product(queries_QD: torch.Tensor, block_DN: torch.Tensor) -> torch.Tensor:
-    """Inner products, float32 (Q, N), of two float32, or on a GPU of two float16."""
+    """Inner products, float32 (Q, N), of two float32 matrices, or on a GPU of two float16 ones."""
     if queries_QD.dtype == torch.float16:
         return torch.mm(queries_QD, block_DN, out_dtype=torch.float32)
     return queries_QD @ block_DN
 
 
 def _top(scores_QN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of each row and their columns, fewer where there are fewer columns.
+    """The k largest scores of each row and their columns; fewer where there are fewer columns.
 
-    A row's k largest lie in the k groups of columns with the largest maxima: one pass over the scores finds the groups,
-    and only these are searched.
+    The k largest of a row lie in the k groups of columns with the largest maxima: one pass over the scores finds these
+    groups, and only they are searched, with the columns after the last whole group.
     """
     width = scores_QN.shape[1]
     groups = width // _GROUP

@@ -1,4 +1,4 @@
-"""The search over a text store: its FAISS index, or exact search where there is none."""
+"""Opens the search over a store: by its index, or exactly where none is given."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ EXACT = "exact search"
 
 
 def open_search(store: Store, index: str | None, device: str | None = None) -> tuple[Search, str, str]:
-    """A search over `store`, what it is called, and its digest: of the index, or exact search where there is none.
+    """A search over `store`, and what PAIRS.zarr writes of it: the path and the digest of the index, or EXACT twice.
 
-    Raises as `dimefm.retrieval.faiss_index.IndexSearch.open` does.
+    Raises as `retrieval.index_search.IndexSearch.open` does.
     """
     if index is None:
         return ExactSearch(store, device=choose_device(device)), EXACT, EXACT
-    from dimefm.retrieval.faiss_index import IndexSearch, read_sidecar
+    from dimefm.retrieval.index_search import IndexSearch, read_sidecar
 
     path = storage.absolute(index)
     return IndexSearch.open(path, store), path, read_sidecar(path).digest

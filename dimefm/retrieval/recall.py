@@ -17,7 +17,7 @@ import numpy as np
 from cache_schemas import Recall, Status
 from dimefm.errors import StoreError
 from dimefm.retrieval.exact_search import ExactSearch
-from dimefm.retrieval.faiss_index import SearchParameters
+from dimefm.retrieval.index_search import SearchParameters
 from dimefm.store.embedding_store import Store
 
 RECALL_K, QUERIES = 10, 1000
@@ -25,19 +25,20 @@ _TIE = 1e-6
 
 
 class TunableIndex(Protocol):
-    """What `tune` needs of an index: the settings that it has, and a search with any of them."""
+    """What `tune` needs of an index: the parameters to try, and a search with any of them."""
 
     def probes(self) -> Sequence[int]:
         """Numbers of lists to try, ascending; (0,) where there are no lists."""
 
-    def search_with(self, setting: SearchParameters, queries_QD: Any, k: int) -> tuple[Any, Any]:
+    def search_with(self, parameters: SearchParameters, queries_QD: Any, k: int) -> tuple[Any, Any]:
         """Scores (Q, K) and rows (Q, K)."""
 
 
 @dataclass(frozen=True)
 class RecallQueries:
-    """Query vectors with their exact neighbours; for queries that are rows of the store itself which row each is
-    (-1: none), so that it is left out of its own result."""
+    """Queries of one kind, `source`, to measure the recall with: vectors, and the scores and rows of their exact
+    neighbours. A query that is a row of the store does not count itself: `own_row_Q` is that row, -1 for other queries.
+    """
 
     source: str
     vectors_QD: np.ndarray[Any, Any]
@@ -46,9 +47,10 @@ class RecallQueries:
     rows_QK: np.ndarray[Any, Any]
 
     def recall(self, scores_QK: np.ndarray[Any, Any], rows_QK: np.ndarray[Any, Any]) -> float:
-        """Mean share of the exact top 10 that was found, by what was found: at least 11 a query.
+        """The mean share of the exact top 10 that a search found. `scores_QK` and `rows_QK` are its results, 11 or more
+        per query.
 
-        Rows with the same score are worth the same: of those that tie with the tenth, any counts.
+        Rows with the same score are worth the same: any row that ties with the tenth counts.
         """
         shares = []
         found = zip(self.own_row_Q, self.scores_QK, self.rows_QK, scores_QK, rows_QK, strict=True)
@@ -66,8 +68,8 @@ class RecallQueries:
 def draw_recall_queries(
     store: Store, ranges: Sequence[tuple[int, int]], images: Store | None, seed: int
 ) -> list[RecallQueries]:
-    """Queries for an index over the rows of `ranges`: random rows of `images` first, if there are such (their
-    neighbours among sentences are another distribution than a sentence's own), then random rows of the store itself."""
+    """Queries for an index over the rows of `ranges`: random rows of `images` first, if it is given, then random rows
+    of the store itself. The two differ: an image is further from all sentences than a sentence is."""
     rng = np.random.default_rng(seed + 1)
     search = ExactSearch(store, ranges=ranges)
     sources = [(images, [(0, images.schema.rows)])] if images else []
@@ -82,7 +84,7 @@ def draw_recall_queries(
 
 def _draw(store: Store, ranges: Sequence[tuple[int, int]], rng: np.random.Generator) -> tuple[Any, Any]:
     """Up to QUERIES random rows that have an embedding, ascending, and their embeddings float32 (Q, D). Raises
-    StoreError where none has: the recall of no query is no number."""
+    StoreError where no row has one."""
     every = np.concatenate([start + np.flatnonzero(store.status(start, stop) == Status.OK) for start, stop in ranges])
     chosen = np.sort(rng.choice(every, min(len(every), QUERIES), replace=False))
     parts = [part for row in chosen.tolist() if len((part := store.valid_rows(row, row + 1))[0])]
@@ -93,37 +95,37 @@ def _draw(store: Store, ranges: Sequence[tuple[int, int]], rng: np.random.Genera
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """A setting, the queries a second it gave, and its recall by kind of query."""
+class TuningResult:
+    """The chosen parameters, the queries per second that they gave, and their recall by kind of query."""
 
-    setting: SearchParameters
+    parameters: SearchParameters
     queries_per_second: float
     recall: tuple[Recall, ...]
 
 
-def tune(index: TunableIndex, depths: Sequence[int], queries: Sequence[RecallQueries], target: float) -> Tuning:
-    """The fastest setting that reaches the target over the first kind of query; where none does, the most thorough.
+def tune(index: TunableIndex, depths: Sequence[int], queries: Sequence[RecallQueries], target: float) -> TuningResult:
+    """The fastest parameters that reach the target over the first kind of query; where none do, the most thorough.
 
-    `depths` are those of re-scoring to try, ascending; (1,) for none. Recall grows with the lists probed and with the
-    candidates scored again. So for every depth the fewest lists that are enough are found by bisection, the deepest
-    first, and these settings alone are timed.
+    `depths` are the values of `rescore` to try, ascending; (1,) for none. Recall grows with the lists probed and with
+    the candidates scored again. So for each depth, from the deepest on, bisection finds the fewest lists that are
+    enough, and only these parameters are timed.
     """
     first, probes = queries[0], index.probes()
 
     @cache
-    def reached(setting: SearchParameters) -> bool:
-        return first.recall(*index.search_with(setting, first.vectors_QD, RECALL_K + 1)) >= target
+    def reaches_target(parameters: SearchParameters) -> bool:
+        return first.recall(*index.search_with(parameters, first.vectors_QD, RECALL_K + 1)) >= target
 
     enough, least = [], 0
     for depth in reversed(depths):
-        reaches = [SearchParameters(count, depth) for count in probes]
-        least = bisect_left(reaches, True, lo=least, key=reached)
+        options = [SearchParameters(count, depth) for count in probes]
+        least = bisect_left(options, True, lo=least, key=reaches_target)
         if least == len(probes):
             break
         enough.append(SearchParameters(probes[least], depth))
-    candidates = enough or [SearchParameters(probes[-1], depths[-1])]
-    speeds = {setting: _speed(index, first, setting) for setting in candidates}
-    chosen = max(speeds, key=lambda setting: speeds[setting])
+    timed = enough or [SearchParameters(probes[-1], depths[-1])]
+    speeds = {parameters: _speed(index, first, parameters) for parameters in timed}
+    chosen = max(speeds, key=lambda parameters: speeds[parameters])
     recall = tuple(
         Recall(
             k=RECALL_K,
@@ -133,14 +135,14 @@ def tune(index: TunableIndex, depths: Sequence[int], queries: Sequence[RecallQue
         )
         for q in queries
     )
-    return Tuning(chosen, round(speeds[chosen], 1), recall)
+    return TuningResult(chosen, round(speeds[chosen], 1), recall)
 
 
-def _speed(index: TunableIndex, queries: RecallQueries, setting: SearchParameters) -> float:
-    """Queries a second, the better of two runs."""
+def _speed(index: TunableIndex, queries: RecallQueries, parameters: SearchParameters) -> float:
+    """Queries per second, the better of two runs."""
     seconds = []
     for _ in range(2):
         began = time.perf_counter()
-        index.search_with(setting, queries.vectors_QD, RECALL_K)
+        index.search_with(parameters, queries.vectors_QD, RECALL_K)
         seconds.append(time.perf_counter() - began)
     return len(queries.vectors_QD) / max(min(seconds), 1e-9)

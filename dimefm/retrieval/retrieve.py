@@ -1,4 +1,7 @@
-"""`retrieve` over stores on disk: with an index, or exactly, checked against each other before anything is written."""
+"""`retrieve`: the nearest sentences of every image, and the hits of every sentence, written as PAIRS.zarr.
+
+Shapes: N image rows of a shard, D width, K sentences per image, T sentences of the text store.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,6 @@ from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
 from dimefm.store.output_folder import (
     ANOTHER_OUT,
-    OWN_AND_NEW,
     differing,
     in_lines,
     is_planned,
@@ -39,8 +41,9 @@ def retrieve(
 ) -> HitCounts:
     """The `top_k` sentences of every image, by an index over `texts` or, without one, by exact search on `device`.
 
-    Raises MismatchError where the teachers differ or the index is over another store, StoreError where a store is
-    unfinished or has no embedding at all, and what `dimefm.retrieval.retrieve.retrieve` raises.
+    Everything is checked before anything is written. Raises MismatchError where the teachers differ or the index is
+    over another store, StoreError where a store is unfinished or has no embedding at all, or where no sentence is found
+    for any image, and what `write_pairs` raises.
     """
     image_store, text_store = Store(images), Store(texts)
     for store, kind in ((image_store, "image"), (text_store, "text")):
@@ -62,7 +65,7 @@ def retrieve(
         )
     if not found.images:
         raise StoreError(
-            f"{out}: not one sentence is found for any image", remedy="build the index again, or search exactly"
+            f"{out}: no sentence is found for any image", remedy="build the index again, or search exactly"
         )
     return found
 
@@ -80,10 +83,10 @@ def write_pairs(
 ) -> HitCounts:
     """Write the `top_k` sentences of every image to `out`, a shard at a time, and count the hits of each sentence.
 
-    `search` is over `texts`; `index` and `index_digest` are what is written of it. Images without a finite, non-zero
-    embedding get no sentence and are counted. Goes on where an earlier run stopped, and does shards again whose images
-    were encoded again since. Raises OutputExistsError where `out` holds something else or the texts have changed,
-    StoreError where it cannot be written or another process writes to it.
+    `search` is over `texts`; `index` and `index_digest` say in `out` what it was. Images without a finite, non-zero
+    embedding get no sentence and are counted. A run goes on where an earlier one stopped, and does those shards again
+    whose images were encoded again since. Raises OutputExistsError where `out` holds something else or the texts have
+    changed, StoreError where it cannot be written or another process writes to it.
     """
     out = storage.absolute(out)
     schema = PairsStore(
@@ -106,7 +109,7 @@ def write_pairs(
         if not pending and storage.exists(hits):
             return pairs.hit_counts()
         storage.remove_leftovers(pairs.path)
-        storage.remove_file(hits)  # before what it counts changes
+        storage.remove_file(hits)  # it counts what changes now
         for shard in range(schema.shards):
             if shard in pending:
                 _retrieve_shard(pairs, images, search, shard)
@@ -116,48 +119,51 @@ def write_pairs(
 
 def _pending(pairs: Pairs, images: Store) -> set[int]:
     """The shards that are not done, or were done for other embeddings than the images have now."""
-    now, done = images.contents.shards, pairs.images_data()
-    same = {shard for shard, digest in done.items() if digest in (None, now.get(shard))}
-    return {shard for shard in range(pairs.schema.shards) if str(shard) not in same}
+    now = images.contents.shards
+    current = {shard for shard, digest in pairs.images_data().items() if digest in (None, now.get(shard))}
+    return {shard for shard in range(pairs.schema.shards) if str(shard) not in current}
 
 
 def _open_or_create(out: str, schema: PairsStore) -> Pairs:
+    """The pairs that an earlier run of this command began in `out`, or new ones. Raises OutputExistsError where `out`
+    holds something else."""
     require_only(out, "a pseudo-text store", {"zarr.json", TEXT_ROW, SCORE, HITS, COMMITS})
-    if not is_planned(out):
-        with storage.writing_to(out):
-            return Pairs.create(out, schema)
-    pairs = Pairs(out)
-    fields = ["images_identity", "texts_identity", "index_digest", "top_k", "shard_rows"]
-    fields += [] if pairs.schema.texts_data is None else ["texts_data"]
-    old, new = ({name: getattr(one, name) for name in fields} for one in (pairs.schema, schema))
-    differences = differing(old, new)
+    if is_planned(out):
+        pairs = Pairs(out)
+        _require_same_search(pairs, schema)
+        return pairs
+    with storage.writing_to(out):
+        return Pairs.create(out, schema)
+
+
+def _require_same_search(pairs: Pairs, schema: PairsStore) -> None:
+    """Raises OutputExistsError where `pairs` are those of other stores, another search or another top k."""
+    names = ["images_identity", "texts_identity", "index_digest", "top_k", "shard_rows"]
+    if pairs.schema.texts_data is not None:  # older pairs do not have it
+        names.append("texts_data")
+    own, new = ({name: getattr(one, name) for name in names} for one in (pairs.schema, schema))
+    differences = differing(own, new)
     if "texts_data" in differences:
-        what = f"{out} was retrieved from other embeddings of {schema.texts} than it has now {OWN_AND_NEW}:"
+        what = f"{pairs.path} was retrieved from other embeddings of {schema.texts} than it has now:"
         what += in_lines(differences)
         raise OutputExistsError(what, remedy=f"{ANOTHER_OUT}, or delete it: all images must be searched again")
-    require_same(out, differences)
-    return pairs
+    require_same(pairs.path, differences)
 
 
 def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> None:
+    """Find and write the sentences of a shard of images, and then its commit."""
     began = time.monotonic()
     start, stop = pairs.schema.shard_range(shard)
+    # All of the images is read before anything is written: an error of reading must not be taken for one of writing.
+    usable_N, embedding_ND = images.valid_rows(start, stop)
+    row_NK, score_NK = _nearest(search, usable_N - start, embedding_ND, (stop - start, pairs.schema.top_k))
     status_N = images.status(start, stop)
-    valid_N, embedding_ND = images.valid_rows(start, stop)
-    good_N = valid_N - start
     unusable_N = status_N == Status.OK
-    unusable_N[good_N] = False
+    unusable_N[usable_N - start] = False
     status_N[unusable_N] = Status.NOT_FINITE
-    row_NK = np.full((stop - start, pairs.schema.top_k), -1, np.int32)
-    score_NK = np.full(row_NK.shape, np.nan, np.float16)
-    for at in range(0, len(good_N), search.batch):
-        part = slice(at, at + search.batch)
-        scores, rows = search.search(embedding_ND[part], pairs.schema.top_k)
-        row_NK[good_N[part]], score_NK[good_N[part]] = rows, np.where(rows >= 0, scores, np.nan)
-    # What is read of the images is read before: an error of that is none of writing.
     failures, images_digest = _without_embedding(images, shard, status_N), images.contents.shards[str(shard)]
     with storage.writing_to(pairs.path):
-        remove_commit(pairs.path, shard)  # of one that is done again
+        remove_commit(pairs.path, shard)  # where a shard is done again
         for name, values in ((TEXT_ROW, row_NK), (SCORE, score_NK)):
             file = f"{name}/c/{shard}/0"
             storage.remove_file(storage.join(pairs.path, file))  # zarr would read what a stopped run left
@@ -176,7 +182,21 @@ def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> 
         write_commit(pairs.path, commit)
 
 
+def _nearest(
+    search: Search, places: np.ndarray[Any, Any], embedding_ND: np.ndarray[Any, Any], shape: tuple[int, int]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Sentences int32 and scores float16, both (N, K), of a shard of images whose rows at `places` have embeddings;
+    where there is no sentence -1 and NaN."""
+    row_NK, score_NK = np.full(shape, -1, np.int32), np.full(shape, np.nan, np.float16)
+    for at in range(0, len(places), search.batch):
+        part = slice(at, at + search.batch)
+        scores, rows = search.search(embedding_ND[part], shape[1])
+        row_NK[places[part]], score_NK[places[part]] = rows, np.where(rows >= 0, scores, np.nan)
+    return row_NK, score_NK
+
+
 def _without_embedding(images: Store, shard: int, status_N: np.ndarray[Any, Any]) -> list[Failure]:
+    """The images of a shard that get no sentence, as failures of its commit."""
     places = np.flatnonzero(status_N != Status.OK)
     if not len(places):
         return []

@@ -1,4 +1,4 @@
-"""`dimefm search`: what a person's own image or sentence is nearest to: the fastest way to see that a cache is sane."""
+"""`search`: what one's own image or sentence is nearest to. It is the fastest way to see that a cache is sane."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from dimefm.store.embedding_store import Store
 from dimefm.store.failures import require_embeddings
 from dimefm.system import storage
 from dimefm.system.inert_text import line
-from dimefm.system.named_paths import named
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A row of the store with its cosine similarity to the query; `entry` is the plan's: key and text, or key, file and
-    where in it."""
+    """A row of the store with its cosine similarity to the query. `entry` is what the store's plan has of it: for a
+    sentence its key and text, for an image its key, file and place in the file."""
 
     score: float
     row: int
@@ -43,24 +42,24 @@ def search(
     pretrained: str | None = None,
     device: str | None = None,
 ) -> list[list[Hit]]:
-    """The `top_k` rows nearest to each image file and then to each sentence, best first. `path` is an index, or a store
-    that is searched exactly; its teacher encodes the queries, from where it was or from `teacher`.
+    """The `top_k` rows nearest to each image file, and then those nearest to each sentence, best first.
 
-    Raises StoreError for what is neither and where nothing is found, SourceError for an image that cannot be read,
-    TeacherError or MismatchError for a teacher that is not to be had or is another.
+    `path` is an index, or a store, which is searched exactly. The store's teacher encodes the queries; `teacher` says
+    where it is now, if it was moved. Raises StoreError where `path` is neither or nothing is found, SourceError for an
+    image that cannot be read, TeacherError where the teacher cannot be loaded, MismatchError where it is another.
     """
     index = path if storage.exists(storage.join(path, SIDECAR_FILE)) else None
-    store = _store_of(index) if index else _open_store(path)
-    # What costs little comes before the teacher, which may take a minute to load.
+    store = _store_of_index(index) if index else _open_store(path)
+    # Mistakes that are found cheaply are found before the teacher is loaded, which may take a minute.
     pixels = [_read_image(store, image) for image in images]
-    found, _, _ = open_search(store, index, device)
+    nearest, _, _ = open_search(store, index, device)
     clip = _teacher(store, teacher, pretrained, device)
     queries = [clip.encode_images(image[None]) for image in pixels] + [clip.encode_texts([text]) for text in texts]
     if not queries:
         return []
-    # In the store's type, so that what is a row of it has a cosine of 1 to itself.
+    # Rounded to the store's type, so that a row of the store has a cosine of 1 to itself.
     queries_QD = torch.cat(queries).cpu().numpy().astype(store.schema.dtype).astype(np.float32)
-    scores_QK, rows_QK = found.search(queries_QD, min(top_k, store.schema.rows))
+    scores_QK, rows_QK = nearest.search(queries_QD, min(top_k, store.schema.rows))
     if not (rows_QK >= 0).any():
         require_embeddings(store)
         raise StoreError(f"{path}: nothing is found", remedy=f"search the store itself, {store.path}")
@@ -68,8 +67,8 @@ def search(
 
 
 def show(query: str, hits: Sequence[Hit]) -> str:
-    """A query, and below it a line for each hit: cosine, row, sentence or key, and where it is from. Of float16 vectors
-    a fourth digit of a cosine is noise."""
+    """A query, and below it one line per hit: cosine, row, sentence or key, and where it is from. Cosines have three
+    digits: with float16 vectors a fourth is noise."""
     if not hits:
         return f"{line(query)}\n  nothing is found"
     width = len(str(max(hit.row for hit in hits)))
@@ -82,11 +81,11 @@ def _what(entry: dict[str, Any]) -> str:
     return line(f"{' '.join(what.split())}  ({where})")
 
 
-def _store_of(index: str) -> Store:
-    from dimefm.retrieval.faiss_index import read_sidecar
+def _store_of_index(path: str) -> Store:
+    from dimefm.retrieval.index_search import read_sidecar, store_of
 
-    folder = storage.absolute(index)
-    return Store(named(read_sidecar(folder).store, storage.join(folder, SIDECAR_FILE)))
+    folder = storage.absolute(path)
+    return store_of(folder, read_sidecar(folder))
 
 
 def _open_store(path: str) -> Store:
@@ -97,7 +96,7 @@ def _open_store(path: str) -> Store:
 
 
 def _teacher(store: Store, teacher: str | None, pretrained: str | None, device: str | None) -> Clip:
-    known, remedy = store.schema.teacher, "give --teacher, where that of the store is now"
+    known, remedy = store.schema.teacher, "give --teacher, where the store's teacher is now"
     if not teacher:
         require_cached(known.name, store.path)
     try:
@@ -112,7 +111,7 @@ def _teacher(store: Store, teacher: str | None, pretrained: str | None, device: 
 
 
 def _read_image(store: Store, path: str) -> torch.Tensor:
-    """As the teacher of the store takes it."""
+    """The image as the store's teacher takes it."""
     try:
         return Preprocess(store.schema.teacher.preprocessing)(storage.read_bytes(path))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which sentences are kept: a ranking, then conditions, de-duplication, balance and size.
+"""Decides which sentences are kept: a ranking, then conditions, de-duplication, balance and size.
 
 Shapes: T sentences of the store, C candidates.
 """
@@ -18,7 +18,7 @@ from dimefm.system.progress import Progress
 
 
 class Outcome(IntEnum):
-    """What became of a sentence: kept, or the first reason that it was left out for, in their order."""
+    """What became of a sentence: it was kept, or left out by one of these conditions, which apply in this order."""
 
     KEPT = 0
     NO_EMBEDDING = 1
@@ -31,7 +31,7 @@ class Outcome(IntEnum):
     SIZE = 8
 
 
-REASONS = {
+REASON_TEXTS = {
     Outcome.NO_EMBEDDING: "without an embedding",
     Outcome.ELSEWHERE: "not among the rows given",
     Outcome.FEW_HITS: "of fewer images than --min-hits",
@@ -60,7 +60,7 @@ def ranking(
     hits_T: np.ndarray[Any, Any],
     score_T: np.ndarray[Any, Any],
 ) -> np.ndarray[Any, Any]:
-    """Ascending rows put in order of rank, best first; equals in order of row."""
+    """Ascending rows in the order of their rank, best first; equals in the order of their rows."""
     if settings.by == "random":
         return np.random.default_rng((settings.seed, 4)).permutation(rows_C)
     if settings.by == "similarity":
@@ -71,18 +71,23 @@ def ranking(
 def choose_texts(
     settings: SelectionSettings,
     texts: Store,
-    outcome_T: np.ndarray[Any, Any],
+    usable_T: np.ndarray[Any, Any],
     hits_T: np.ndarray[Any, Any],
     score_T: np.ndarray[Any, Any],
     *,
+    rows: np.ndarray[Any, Any] | None,
     device: str,
 ) -> ChosenTexts:
-    """Apply the conditions in their order: those that `outcome_T` says are kept may drop out.
+    """Rank the sentences and apply the conditions in their order.
 
-    `score_T` is NaN where a sentence has no score. Memory: a few numbers per sentence; embeddings are read in blocks,
-    and only where clusters are made.
+    `usable_T` says which have an embedding; with `rows` only these may be kept; `score_T` is NaN where there is no
+    score. Memory: a few numbers per sentence; embeddings are read in blocks, and only to make clusters.
     """
-    outcome_T = outcome_T.copy()
+    outcome_T = np.where(usable_T, Outcome.KEPT, Outcome.NO_EMBEDDING).astype(np.uint8)
+    if rows is not None:
+        given_T = np.zeros(len(outcome_T), bool)
+        given_T[rows] = True
+        outcome_T[usable_T & ~given_T] = Outcome.ELSEWHERE
     if settings.min_hits is not None:
         outcome_T[(outcome_T == Outcome.KEPT) & (hits_T < settings.min_hits)] = Outcome.FEW_HITS
     if settings.min_score is not None:
@@ -97,8 +102,7 @@ def choose_texts(
         clusters = cluster_count(len(order_C))
         if settings.dedup is not None:
             with Progress("comparing", len(order_C), "text") as progress:
-                limit = settings.dedup
-                like_C = repetitions(texts, order_C, label_C, limit, device=device, progress=progress.at)
+                like_C = repetitions(texts, order_C, label_C, settings.dedup, device=device, progress=progress.at)
             repeats_C = like_C >= 0
             outcome_T[order_C[repeats_C]] = Outcome.REPEATED
             repeated = order_C[repeats_C], like_C[repeats_C]
@@ -115,7 +119,7 @@ def choose_texts(
 def _labels(
     settings: SelectionSettings, texts: Store, order_C: np.ndarray[Any, Any], device: str
 ) -> np.ndarray[Any, Any]:
-    """The cluster of each candidate, int32 (C,); the store is read in order of row."""
+    """The cluster of each candidate, int32 (C,). The store is read in the order of its rows."""
     rows_C = np.sort(order_C)
     with Progress("clustering", len(rows_C), "text") as progress:
         label_C = cluster(texts, rows_C, seed=settings.seed, device=device, progress=progress.at)

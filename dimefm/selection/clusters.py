@@ -1,4 +1,4 @@
-"""Groups of similar sentences, and what is done with them: leave repetitions out, cap how many enter from each.
+"""Clusters of similar sentences, and what they serve: to find repetitions, and to cap how many enter from each.
 
 Shapes: C candidates, K clusters, N rows of a block, S sampled rows, D width.
 """
@@ -17,14 +17,14 @@ from dimefm.store.embedding_store import Store
 
 _ROUNDS = 10
 _SAMPLE_PER_CLUSTER = 64
-_SAMPLE = 262_144  # rows at most: with 768 dimensions 400 MB of float16
-_SIMILARITIES = 1 << 24  # of a block: 64 MiB
+_SAMPLE = 262_144  # rows or fewer: with 768 dimensions 400 MB of float16
+_SIMILARITIES = 1 << 24  # in a block: 64 MiB
 _BLOCK = 2048
 
 
 def cluster_count(candidates: int) -> int:
-    """How many clusters that many candidates get: the square root, at which finding each candidate's cluster and
-    comparing it with all of that cluster cost the same."""
+    """How many clusters so many candidates get: the square root. Then finding the cluster of a candidate costs as much
+    as comparing it with all candidates of that cluster."""
     return max(1, round(math.sqrt(candidates)))
 
 
@@ -36,8 +36,10 @@ def cluster(
     device: str,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> np.ndarray[Any, Any]:
-    """The cluster of each of these rows, int32 (C,): spherical k-means over a random sample of them, `cluster_count` of
-    them, ten rounds; as SemDeDup does it (Abbas et al. 2023, arXiv 2303.09540). Rows are read in the order given."""
+    """The cluster of each of these rows, int32 (C,), by ten rounds of spherical k-means over a random sample of them.
+
+    SemDeDup does the same (Abbas et al. 2023, arXiv 2303.09540). The rows are read in the order in which they are given.
+    """
     count = cluster_count(len(rows_C))
     sample = min(len(rows_C), max(count, min(_SAMPLE, count * _SAMPLE_PER_CLUSTER)))
     chosen = np.sort(np.random.default_rng((seed, 2)).choice(len(rows_C), sample, replace=False))
@@ -52,12 +54,12 @@ def cluster(
 
 def _spherical_kmeans(half_SD: torch.Tensor, count: int, *, seed: int, device: str) -> torch.Tensor:
     """Centres of unit norm, float32 (K, D) on `device`. A cluster that lost all its rows starts anew at the row that is
-    furthest from its centre. Sums are made on the CPU, where their order is fixed."""
+    furthest from its centre. The CPU makes the sums, because there their order is fixed."""
     first = np.sort(np.random.default_rng((seed, 3)).choice(len(half_SD), count, replace=False))
     centre_KD = F.normalize(half_SD[torch.from_numpy(first)].float(), dim=1)
-    there_SD = half_SD.to(device)
+    device_SD = half_SD.to(device)
     for _ in range(_ROUNDS):
-        label_S, similarity_S = _nearest(there_SD, centre_KD.to(device))
+        label_S, similarity_S = _nearest(device_SD, centre_KD.to(device))
         sum_KD = torch.zeros_like(centre_KD)
         for at in range(0, len(half_SD), _BLOCK):
             sum_KD.index_add_(0, label_S[at : at + _BLOCK], half_SD[at : at + _BLOCK].float())
@@ -84,10 +86,10 @@ def repetitions(
     device: str,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> np.ndarray[Any, Any]:
-    """For each candidate, best first, the row that it repeats: int32 (C,), -1 for those to keep.
+    """For each candidate, given best first, the row that it repeats: int32 (C,), -1 where it repeats none.
 
-    A candidate repeats a better one that is kept itself, if both are of one cluster and their cosine is `limit` or
-    more. Within a cluster that is exact; two alike that fell into different clusters are both kept.
+    A candidate repeats a better one of its cluster that repeats none itself, if their cosine is `limit` or more. Within
+    a cluster this is exact; two alike that fell into different clusters are not found.
     """
     like_C = np.full(len(rows_C), -1, np.int32)
     order = np.argsort(label_C, kind="stable")
@@ -103,16 +105,21 @@ def repetitions(
 def _repetitions_in_cluster(
     texts: Store, rows_N: np.ndarray[Any, Any], limit: float, device: str
 ) -> np.ndarray[Any, Any]:
-    def vectors(rows: np.ndarray[Any, Any]) -> torch.Tensor:
+    """`repetitions` among the candidates of one cluster, best first, int32 (N,).
+
+    Each block is compared with the kept candidates of all blocks before it, then with itself.
+    """
+
+    def unit_vectors(rows: np.ndarray[Any, Any]) -> torch.Tensor:
         return F.normalize(torch.from_numpy(texts.gather(rows)).to(device).float(), dim=1)
 
     like_N = np.full(len(rows_N), -1, np.int32)
     kept: list[np.ndarray[Any, Any]] = []
     for at in range(0, len(rows_N), _BLOCK):
         block = rows_N[at : at + _BLOCK]
-        block_ND, like = vectors(block), like_N[at : at + _BLOCK]
+        block_ND, like = unit_vectors(block), like_N[at : at + _BLOCK]
         for earlier in kept:
-            similarity_N, place_N = (block_ND @ vectors(earlier).T).max(dim=1)
+            similarity_N, place_N = (block_ND @ unit_vectors(earlier).T).max(dim=1)
             near = (similarity_N >= limit).cpu().numpy() & (like < 0)
             like[near] = earlier[place_N.cpu().numpy()[near]]
         near_NN = torch.tril(block_ND @ block_ND.T >= limit, diagonal=-1).cpu().numpy()
@@ -121,17 +128,17 @@ def _repetitions_in_cluster(
             if len(better):
                 like[i] = block[better[0]]
         kept.append(block[like < 0])
-        if len(kept) > 1 and len(kept[-2]) + len(kept[-1]) <= _BLOCK:
+        if len(kept) > 1 and len(kept[-2]) + len(kept[-1]) <= _BLOCK:  # fewer and fuller blocks to compare with
             kept[-2:] = [np.concatenate(kept[-2:])]
     return like_N
 
 
 def capped(label_C: np.ndarray[Any, Any], size: int) -> tuple[np.ndarray[Any, Any], int]:
-    """Which of the candidates, best first, enter if no cluster gives more than the cap: bool (C,), and the cap.
+    """Which of the candidates, given best first, enter if no cluster gives more than the cap: bool (C,), and the cap.
 
-    The cap is the smallest at which `size` enter, or all if there are fewer; of those that only the last unit of the
-    cap lets in, the best fill what is left. So are MetaCLIP's captions drawn by concept (Xu et al. 2023,
-    arXiv 2309.16671), with clusters in place of its words and the ranking in place of its draw.
+    The cap is the smallest at which `size` candidates enter, or all where there are fewer. If more than `size` would
+    enter, then among those that a smaller cap would keep out, the best ones do. MetaCLIP balances captions by concept
+    in this way (Xu et al. 2023, arXiv 2309.16671); clusters take the place of its words, the ranking that of its draw.
     """
     order = np.argsort(label_C, kind="stable")
     counts = np.bincount(label_C)

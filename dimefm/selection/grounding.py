@@ -1,4 +1,4 @@
-"""How much images ground a sentence: a score for every sentence of a store, from a sample of images.
+"""Scores how well images ground a sentence: for every sentence of a store, from a sample of images.
 
 Shapes: M images, N sentences of a block, T sentences, D width.
 """
@@ -20,25 +20,25 @@ from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 
 NEAREST = 16
-_SENTENCES = 16384  # in the sample that tells what an image's ordinary similarity is
+_SENTENCES = 16384  # in the sample that says how similar an image is to an ordinary sentence
 _BLOCK = 1024  # with 16,384 images, 64 MiB of similarities
 _CRC = 4
 
 
 @dataclass(frozen=True)
 class Grounding:
-    """A sample of images, and what their similarity to an ordinary sentence is.
+    """A sample of images, and how similar each is to an ordinary sentence.
 
     With s = cosine(sentence, image), the score of a sentence is standardised twice:
 
         z = (s - mean of s over a sample of sentences) / its deviation                        for each image
         score = (mean of the sentence's 16 largest z - mean of its z) / deviation of its z    over the sampled images
 
-    that is, by how many deviations the images nearest to a sentence stand out from all the others. The maximum of s
-    alone would rank the teacher's habits: some images are near every sentence, some sentences near every image (hubs),
-    and a text encoder whose embeddings lie in a narrow cone puts all of them at much the same distance. This is the
-    double centring of a two-way table, and the aim is that of the local scaling in CSLS (Conneau et al. 2018,
-    arXiv 1710.04087). Which scores were compared, on which data: benchmarks/selection.py.
+    that is, by how many deviations the images nearest to a sentence stand out from all others. The maximum of s alone
+    would rank the teacher's habits: some images are near every sentence, some sentences near every image (hubs), and a
+    text encoder whose embeddings lie in a narrow cone puts all sentences at nearly the same distance. This is the
+    double centring of a two-way table; the aim is that of the local scaling in CSLS (Conneau et al. 2018,
+    arXiv 1710.04087). benchmarks/selection.py compares it with other scores.
     """
 
     scaled_DM: torch.Tensor
@@ -46,7 +46,7 @@ class Grounding:
 
     @staticmethod
     def sample(images: Store, texts: Store, count: int, *, seed: int, device: str) -> Grounding:
-        """At most `count` images and 16,384 sentences, drawn by `seed`. Raises SelectionError for fewer than two."""
+        """Draw up to `count` images and up to 16,384 sentences by `seed`. Raises SelectionError for fewer than two."""
         image_MD = _draw(images, count, (seed, 0)).to(device)
         text_ND = _draw(texts, _SENTENCES, (seed, 1)).to(device)
         for name, vectors, store in (("images", image_MD, images), ("sentences", text_ND, texts)):
@@ -80,6 +80,7 @@ class Grounding:
 
 
 def _draw(store: Store, count: int, seed: tuple[int, int]) -> torch.Tensor:
+    """Embeddings of up to `count` random rows, float32, without those that are zero or not finite."""
     rows = np.flatnonzero(store.status() == Status.OK)
     chosen = np.sort(np.random.default_rng(seed).choice(rows, min(count, len(rows)), replace=False))
     embedding_ND = store.gather(chosen).astype(np.float32)
@@ -97,10 +98,10 @@ def score_texts(
     earlier: str | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> np.ndarray[Any, Any]:
-    """The score of every sentence, float32 (T,), NaN without an embedding; each shard's are kept in `out`.
+    """The score of every sentence, float32 (T,), NaN without an embedding; the scores of each shard are kept in `out`.
 
-    Shards whose scores are there, or in another such folder `earlier`, are not scored again, unless they are damaged.
-    Raises StoreError where `out` cannot be written, SelectionError as `Grounding.sample` does.
+    A shard whose scores are already in `out`, or in `earlier`, the folder of another selection, is not scored again,
+    unless they are damaged. Raises StoreError where `out` cannot be written, SelectionError as `Grounding.sample` does.
     """
     score_T = np.full(texts.schema.rows, np.nan, np.float32)
     grounding: Grounding | None = None
@@ -125,7 +126,7 @@ def score_texts(
 
 
 def _read_scores(path: str, count: int) -> np.ndarray[Any, Any] | None:
-    """The scores of a shard, None where they are missing or damaged."""
+    """The scores of a shard that has `count` rows; None where they are missing or damaged."""
     if not storage.exists(path):
         return None
     content = storage.read_bytes(path)

@@ -1,6 +1,6 @@
-"""What a selection leaves for a reader: the kept sentences, counts by source file, examples, and a report of these.
+"""What a selection leaves for its readers: the kept sentences, counts by source file, examples, a report in Markdown.
 
-Shapes: T sentences of the store.
+Shapes: T sentences of the store, K kept sentences of a shard.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BINS, _EXAMPLES, _SOURCES, _BAR, _CUT = 20, 8, 50, 40, 160
 
 
 def source_file(key: str) -> str:
-    """The file, or the labelled set, that a sentence's key says it is of; empty where the key says none."""
+    """The file, or the labelled set, that a sentence is from by its key; empty where the key names none."""
     file, colon, _ = key.rpartition(":")
     return file if colon else key.partition("/")[0] if "/" in key else ""
 
@@ -41,8 +41,8 @@ def source_file(key: str) -> str:
 def write_kept(
     out: str, texts: Store, outcome_T: np.ndarray[Any, Any], hits_T: np.ndarray[Any, Any], score_T: np.ndarray[Any, Any]
 ) -> tuple[tuple[SourceShare, ...], str]:
-    """Write rows.parquet and sentences.txt, a shard of the store at a time; the share kept of each source file, and the
-    sha256 of rows.parquet. Raises StoreError where they cannot be written."""
+    """Write rows.parquet and sentences.txt, a shard of the store at a time. Returns the share kept of each source file
+    and the sha256 of rows.parquet. Raises StoreError where they cannot be written."""
     total: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     path = storage.join(out, ROWS_FILE)
@@ -54,26 +54,26 @@ def write_kept(
     ):
         for shard in range(texts.schema.shards):
             start, stop = texts.schema.shard_range(shard)
-            plan, chosen = texts.plan(shard), np.flatnonzero(outcome_T[start:stop] == Outcome.KEPT)
+            plan, kept_K = texts.plan(shard), np.flatnonzero(outcome_T[start:stop] == Outcome.KEPT)
             files = [source_file(key) for key in plan["key"].to_pylist()]
-            kept_files = [files[i] for i in chosen.tolist()]
-            score = score_T[start + chosen]
+            kept_files = [files[i] for i in kept_K.tolist()]
+            score_K = score_T[start + kept_K]
             columns = {
-                "row": pa.array(start + chosen, pa.int64()),
-                "score": pa.array(score, pa.float32(), mask=np.isnan(score)),
-                "hits": pa.array(hits_T[start + chosen], pa.uint32()),
+                "row": pa.array(start + kept_K, pa.int64()),
+                "score": pa.array(score_K, pa.float32(), mask=np.isnan(score_K)),
+                "hits": pa.array(hits_T[start + kept_K], pa.uint32()),
                 "file": pa.array(kept_files, pa.string()),
-                "text": plan["text"].take(pa.array(chosen)),
+                "text": plan["text"].take(pa.array(kept_K)),
             }
             writer.write_table(pa.table(columns, schema=SELECTED_ROWS))
             total.update(files)
             kept.update(kept_files)
             progress.at(stop)
-    # One file after the other: of two at once, an object store's file system would finish the second alone.
+    # One file after the other: an object store's file system finishes only the second of two files open at once.
     with storage.writing_to(out), storage.writing_atomically(storage.join(out, SENTENCES_FILE)) as file:
         for shard in range(texts.schema.shards):
-            chosen = np.flatnonzero(outcome_T[slice(*texts.schema.shard_range(shard))] == Outcome.KEPT)
-            sentences = texts.plan(shard)["text"].take(pa.array(chosen)).to_pylist()
+            kept_K = np.flatnonzero(outcome_T[slice(*texts.schema.shard_range(shard))] == Outcome.KEPT)
+            sentences = texts.plan(shard)["text"].take(pa.array(kept_K)).to_pylist()
             file.write("".join(f"{' '.join(text.split())}\n" for text in sentences).encode())
     sources = tuple(SourceShare(file=name, rows=total[name], kept=kept[name]) for name in sorted(total))
     return sources, storage.digest_file(path)
@@ -85,29 +85,30 @@ def histogram(
     hits_T: np.ndarray[Any, Any],
     score_T: np.ndarray[Any, Any],
 ) -> Histogram | None:
-    """Kept and dropped sentences by what ranks them; None for a random draw."""
+    """Kept and dropped sentences by the value that ranks them; None for a random draw."""
     if settings.by == "random":
         return None
-    there_T = outcome_T != Outcome.NO_EMBEDDING
-    value_T, kept_T = (score_T if settings.by == "similarity" else hits_T)[there_T], outcome_T[there_T] == Outcome.KEPT
+    usable_T = outcome_T != Outcome.NO_EMBEDDING
+    kept_N = outcome_T[usable_T] == Outcome.KEPT
     if settings.by == "similarity":
-        edges = np.linspace(float(value_T.min()), float(value_T.max()), _BINS + 1)
+        of, value_N = "score", score_T[usable_T]
+        edges = np.linspace(float(value_N.min()), float(value_N.max()), _BINS + 1)
     else:
-        edges = np.array([0, 1, *(1 + 2.0 ** np.arange(int(value_T.max()).bit_length() + 1))])
-    kept, dropped = (np.histogram(value_T[mask], edges)[0].tolist() for mask in (kept_T, ~kept_T))
-    of = "score" if settings.by == "similarity" else "images with it among their top k"
+        of, value_N = "images with it among their top k", hits_T[usable_T]
+        edges = np.array([0, 1, *(1 + 2.0 ** np.arange(int(value_N.max()).bit_length() + 1))])
+    kept, dropped = (np.histogram(value_N[mask_N], edges)[0].tolist() for mask_N in (kept_N, ~kept_N))
     return Histogram(of=of, edges=tuple(round(e, 6) for e in edges.tolist()), kept=tuple(kept), dropped=tuple(dropped))
 
 
 def examples(
     settings: SelectionSettings,
     texts: Store,
-    choice: ChosenTexts,
+    chosen: ChosenTexts,
     hits_T: np.ndarray[Any, Any],
     score_T: np.ndarray[Any, Any],
 ) -> tuple[Example, ...]:
-    """Sentences by group: the best and the last that were kept, the best that were not, and some at random."""
-    outcome_T, rng = choice.outcome_T, np.random.default_rng((settings.seed, 5))
+    """A few sentences of each group: the best and the last that were kept, the best that were not, some at random."""
+    outcome_T, rng = chosen.outcome_T, np.random.default_rng((settings.seed, 5))
     kept = np.flatnonzero(outcome_T == Outcome.KEPT)
     ranked_out = (Outcome.FEW_HITS, Outcome.LOW_SCORE, Outcome.POOL, Outcome.SIZE)
     groups: dict[str, np.ndarray[Any, Any]] = {}
@@ -116,13 +117,13 @@ def examples(
         groups["kept, the best"], groups["kept, the last"] = order[:_EXAMPLES], order[-_EXAMPLES:]
         out = ranking(settings, np.flatnonzero(np.isin(outcome_T, ranked_out)), hits_T, score_T)
         groups["dropped, the best"] = out[:_EXAMPLES]
-    groups["kept, at random"] = _some(kept, rng)
-    groups["dropped, at random"] = _some(np.flatnonzero(np.isin(outcome_T, ranked_out)), rng)
-    groups["dropped, of a cluster at its cap"] = _some(np.flatnonzero(outcome_T == Outcome.CAP), rng)
-    places = _some(np.arange(len(choice.repeated[0])), rng)
-    groups["dropped, repeated"] = choice.repeated[0][places]
-    like = dict(zip(*(rows[places].tolist() for rows in choice.repeated), strict=True))
-    others = {sample["row"]: sample["text"] for sample in texts.samples(np.array(list(like.values()), np.int64))}
+    groups["kept, at random"] = _draw(kept, rng)
+    groups["dropped, at random"] = _draw(np.flatnonzero(np.isin(outcome_T, ranked_out)), rng)
+    groups["dropped, of a cluster at its cap"] = _draw(np.flatnonzero(outcome_T == Outcome.CAP), rng)
+    places = _draw(np.arange(len(chosen.repeated[0])), rng)
+    groups["dropped, repeated"] = chosen.repeated[0][places]
+    like = dict(zip(*(rows[places].tolist() for rows in chosen.repeated), strict=True))
+    like_texts = {sample["row"]: sample["text"] for sample in texts.samples(np.array(list(like.values()), np.int64))}
     return tuple(
         Example(
             group=group,
@@ -131,19 +132,19 @@ def examples(
             hits=int(hits_T[sample["row"]]),
             file=source_file(sample["key"]),
             text=sample["text"],
-            like=others[like[sample["row"]]] if group == "dropped, repeated" else None,
+            like=like_texts[like[sample["row"]]] if group == "dropped, repeated" else None,
         )
         for group, rows in groups.items()
         for sample in texts.samples(rows)
     )
 
 
-def _some(rows: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
+def _draw(rows: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
     return np.sort(rng.choice(rows, min(_EXAMPLES, len(rows)), replace=False)) if len(rows) else rows
 
 
-def report(selection: TextSelection) -> str:
-    """The selection in Markdown."""
+def markdown_report(selection: TextSelection) -> str:
+    """The content of report.md."""
     parts = [
         f"# {selection.kept:,} of {selection.rows:,} sentences",
         "",
@@ -165,7 +166,7 @@ def report(selection: TextSelection) -> str:
 
 
 def describe_settings(selection: TextSelection) -> str:
-    """The settings in a line, those that were asked for."""
+    """The settings that were asked for, in one line."""
     settings = selection.plan.settings
     words = [f"by {settings.by}"]
     words += [f"{name.replace('_', ' ')} {getattr(settings, name):g}" for name in ("min_hits", "min_score", "pool")
@@ -186,6 +187,7 @@ def describe_settings(selection: TextSelection) -> str:
 
 
 def _source_table(selection: TextSelection) -> list[str]:
+    """Rows of a table of the source files, those that gave the most first."""
     found = sorted(selection.sources, key=lambda source: (-source.kept, -source.rows, source.file))
     rows = [("file", "sentences", "kept", "share of the file", "share of the selection")]
     for s in found[:_SOURCES]:
@@ -197,6 +199,7 @@ def _source_table(selection: TextSelection) -> list[str]:
 
 
 def _bars(found: Histogram) -> list[str]:
+    """A histogram of characters, one line per bin."""
     most = max(a + b for a, b in zip(found.kept, found.dropped, strict=True))
     lines = [f"{'from':>10}  {'kept':>10}  {'dropped':>10}  # kept  . dropped"]
     for low, kept, dropped in zip(found.edges[:-1], found.kept, found.dropped, strict=True):

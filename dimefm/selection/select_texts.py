@@ -1,4 +1,4 @@
-"""The visually grounded corpus: which sentences of a text store are worth training on, by what images say of them.
+"""`select-texts`: which sentences of a text store are worth training on, judged by images.
 
 Shapes: T sentences of the store, N image rows of a shard, K sentences an image.
 """
@@ -6,6 +6,7 @@ Shapes: T sentences of the store, N image rows of a shard, K sentences an image.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,9 @@ from cache_schemas.text_selection import (
     TextSelection,
 )
 from dimefm.errors import MismatchError, SelectionError
-from dimefm.selection.choose_texts import REASONS, Outcome, choose_texts
+from dimefm.selection.choose_texts import REASON_TEXTS, Outcome, choose_texts
 from dimefm.selection.grounding import score_texts
-from dimefm.selection.report import examples, histogram, report, write_kept
+from dimefm.selection.report import examples, histogram, markdown_report, write_kept
 from dimefm.store.embedding_store import Store, require_same_data, require_same_teacher
 from dimefm.store.output_folder import OWN_AND_NEW, differing, in_lines, require_only, require_same
 from dimefm.store.pairs_store import AGAIN, AGAIN_TEXTS, Pairs
@@ -134,12 +135,12 @@ class SelectionConfig:
 
 
 def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = None) -> TextSelection:
-    """Select sentences into the folder `config.out`; of `rows` of the text store alone, if they are given.
+    """Select sentences into the folder `config.out`; with `rows`, only from these rows of the text store.
 
-    A run that was stopped goes on: the scores of finished shards are kept. Where the selection is there already,
-    nothing is done. Deterministic: the same call writes the same bytes, on one kind of device. Raises OutputExistsError
-    where `out` is something else or was made by other settings, MismatchError where the stores are not those of the
-    pairs, StoreError where one of them is unfinished, SelectionError where no sentence is left.
+    A run that was stopped goes on: the scores of finished shards are kept. Where the selection is finished, nothing is
+    done. On one kind of device the same call writes the same bytes. Raises OutputExistsError where `out` is something
+    else or was made with other settings, MismatchError where the stores are not those of the pairs, StoreError where
+    one of them is unfinished, SelectionError where no sentence is left.
     """
     out, device = storage.absolute(config.out), choose_device(config.device)
     pairs = Pairs(config.pairs)
@@ -160,36 +161,36 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
         texts_data=pairs.schema.texts_data,
     )
     with writing(out):
-        _open_or_create(out, plan)
+        _begin_or_continue(out, plan)
         if storage.exists(storage.join(out, SELECTION_FILE)):
             return SelectedTexts(out).document
         storage.remove_leftovers(out)
-        candidate_T, score_T = _candidates(config, plan, pairs, images, texts, device)
-        if rows is not None:
-            elsewhere_T = np.ones(len(candidate_T), bool)
-            elsewhere_T[rows] = False
-            candidate_T[(candidate_T == Outcome.KEPT) & elsewhere_T] = Outcome.ELSEWHERE
-        choice = choose_texts(plan.settings, texts, candidate_T, hits_T, score_T, device=device)
-        counts = np.bincount(choice.outcome_T, minlength=len(Outcome)).tolist()
-        dropped = {text: counts[fate] for fate, text in REASONS.items() if counts[fate]}
+        if images is None:
+            usable_T, score_T = _with_embedding(texts), best_cosines(pairs)
+        else:
+            score_T = _scores_by_similarity(config, plan, images, texts, device)
+            usable_T = ~np.isnan(score_T)
+        chosen = choose_texts(plan.settings, texts, usable_T, hits_T, score_T, rows=rows, device=device)
+        counts = np.bincount(chosen.outcome_T, minlength=len(Outcome)).tolist()
+        dropped = {text: counts[outcome] for outcome, text in REASON_TEXTS.items() if counts[outcome]}
         if not counts[Outcome.KEPT]:
             reasons = ", ".join(f"{count:,} {text}" for text, count in dropped.items())
-            raise SelectionError(f"no sentence is left: {reasons}", remedy="ask for less, or for more of them")
-        sources, digest = write_kept(out, texts, choice.outcome_T, hits_T, score_T)
+            raise SelectionError(f"no sentence is left: {reasons}", remedy="loosen these conditions")
+        sources, digest = write_kept(out, texts, chosen.outcome_T, hits_T, score_T)
         selection = TextSelection(
             plan=plan,
             rows=texts.schema.rows,
             kept=counts[Outcome.KEPT],
             dropped=dropped,
-            clusters=choice.clusters,
-            cap=choice.cap,
+            clusters=chosen.clusters,
+            cap=chosen.cap,
             sources=sources,
-            histogram=histogram(plan.settings, choice.outcome_T, hits_T, score_T),
-            examples=examples(plan.settings, texts, choice, hits_T, score_T),
+            histogram=histogram(plan.settings, chosen.outcome_T, hits_T, score_T),
+            examples=examples(plan.settings, texts, chosen, hits_T, score_T),
             digest=digest,
         )
         with storage.writing_to(out):
-            storage.write_atomic(storage.join(out, REPORT_FILE), report(selection).encode())
+            storage.write_atomic(storage.join(out, REPORT_FILE), markdown_report(selection).encode())
             require_held(out)
             storage.write_json(storage.join(out, SELECTION_FILE), selection.to_json())
     return selection
@@ -209,7 +210,9 @@ def _require_stores(pairs: Pairs, images: Store | None, texts: Store) -> None:
         require_same_data(f"{pairs.path} was retrieved", data, store, remedy=again)
 
 
-def _open_or_create(out: str, plan: SelectionPlan) -> None:
+def _begin_or_continue(out: str, plan: SelectionPlan) -> None:
+    """Write the plan, or see that an earlier run wrote the same. Raises OutputExistsError where `out` holds something
+    else."""
     ours = {PLAN_FILE, SCORES, ROWS_FILE, SENTENCES_FILE, REPORT_FILE, SELECTION_FILE}
     require_only(out, "a selection", ours)
     path = storage.join(out, PLAN_FILE)
@@ -217,40 +220,46 @@ def _open_or_create(out: str, plan: SelectionPlan) -> None:
         with storage.writing_to(out):
             storage.write_json(path, plan.to_json())
         return
-    require_same(out, _differences(SelectionPlan.parse(storage.read_json(path), path), plan))
+    require_same(out, _plan_differences(SelectionPlan.parse(storage.read_json(path), path), plan))
 
 
-def _differences(old: SelectionPlan, new: SelectionPlan, names: tuple[str, ...] | None = None) -> dict[str, str]:
-    """What differs in two plans: of all fields that decide the result, or of those in `names`."""
-
-    def facts(plan: SelectionPlan) -> dict[str, Any]:
-        identities = ("images_identity", "texts_identity", "pairs_digest", *_DATA)
-        return {**{name: getattr(plan, name) for name in identities}, **vars(plan.settings)}
-
-    own, asked = facts(old), facts(new)
-    unknown = {name for name in _DATA if None in (own[name], asked[name])}
-    compared = [name for name in names or own if name not in unknown]
-    return differing({name: own[name] for name in compared}, {name: asked[name] for name in compared})
+def _plan_differences(own: SelectionPlan, new: SelectionPlan, names: Collection[str] = ()) -> dict[str, str]:
+    """What differs in two plans: in all that decides the result, or in `names` alone."""
+    own_facts, new_facts = _facts(own), _facts(new)
+    unknown = [name for name in _DATA if own_facts[name] is None or new_facts[name] is None]
+    differences = differing(own_facts, new_facts)
+    return {name: differences[name] for name in differences if name in (names or differences) and name not in unknown}
 
 
-def _candidates(
-    config: SelectionConfig, plan: SelectionPlan, pairs: Pairs, images: Store | None, texts: Store, device: str
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """By sentence: the Outcome before any condition, uint8 (T,), and the score, float32 (T,), NaN without one."""
-    if images is None:
-        outcome_T = np.full(texts.schema.rows, Outcome.NO_EMBEDDING, np.uint8)
-        for shard in range(texts.schema.shards):
-            outcome_T[texts.valid_rows(*texts.schema.shard_range(shard))[0]] = Outcome.KEPT
-        return outcome_T, best_cosines(pairs)
+def _facts(plan: SelectionPlan) -> dict[str, Any]:
+    """All that decides the result, by name."""
+    identities = ("images_identity", "texts_identity", "pairs_digest", *_DATA)
+    return {**{name: getattr(plan, name) for name in identities}, **vars(plan.settings)}
+
+
+def _with_embedding(texts: Store) -> np.ndarray[Any, Any]:
+    """Which sentences have a usable embedding, bool (T,)."""
+    usable_T = np.zeros(texts.schema.rows, bool)
+    for shard in range(texts.schema.shards):
+        rows_N, _ = texts.valid_rows(*texts.schema.shard_range(shard))
+        usable_T[rows_N] = True
+    return usable_T
+
+
+def _scores_by_similarity(
+    config: SelectionConfig, plan: SelectionPlan, images: Store, texts: Store, device: str
+) -> np.ndarray[Any, Any]:
+    """The score of each sentence, float32 (T,), NaN without an embedding. Raises MismatchError where `config.scores` is
+    a selection by other images or settings."""
     if config.scores:
         names = ("images_identity", "texts_identity", *_DATA, "by", "images_sample", "seed")
         other = SelectedTexts(config.scores)
-        differences = _differences(other.document.plan, plan, names)
+        differences = _plan_differences(other.document.plan, plan, names)
         if differences:
             what = f"the scores of {other.path} are not those asked for {OWN_AND_NEW}:{in_lines(differences)}"
             raise MismatchError(what, remedy="leave --scores out, or select with those settings")
     with Progress("scoring", texts.schema.rows, "text") as progress:
-        score_T = score_texts(
+        return score_texts(
             images,
             texts,
             storage.absolute(config.out),
@@ -260,11 +269,10 @@ def _candidates(
             earlier=storage.absolute(config.scores) if config.scores else None,
             progress=progress.at,
         )
-    return np.where(np.isnan(score_T), Outcome.NO_EMBEDDING, Outcome.KEPT).astype(np.uint8), score_T
 
 
 def best_cosines(pairs: Pairs) -> np.ndarray[Any, Any]:
-    """By sentence, the best cosine of the images that have it among their top k, float32 (T,); NaN without any."""
+    """For each sentence the best cosine of the images that have it among their top k, float32 (T,); NaN without any."""
     best_T = np.full(pairs.schema.text_rows, -np.inf, np.float32)
     for shard in range(pairs.schema.shards):
         row_NK = pairs.text_rows(*pairs.schema.shard_range(shard))

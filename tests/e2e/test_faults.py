@@ -27,9 +27,9 @@ from dimefm.errors import SourceError, StoreError
 from dimefm.images.decode import DecodeError, decode_fast
 from dimefm.inspection.verify import VerifyConfig, verify
 from dimefm.models.clip import Clip
-from dimefm.retrieval.build_index import PartTask, build_part
-from dimefm.retrieval.faiss_index import IndexSearch
-from dimefm.retrieval.faiss_index import read as read_index
+from dimefm.retrieval.faiss_index import FaissIndex
+from dimefm.retrieval.index_parts import PartTask, build_part
+from dimefm.retrieval.index_search import IndexSearch
 from dimefm.store.embedding_store import Store
 from dimefm.store.selected_texts import SelectedTexts
 from dimefm.system import storage
@@ -242,7 +242,7 @@ def test_a_disk_that_is_full_ends_a_command_with_what_to_do_and_costs_nothing(
         built.append(Path(part.file).stem)
         return build_part(part)
 
-    monkeypatch.setattr("dimefm.retrieval.build_index.build_part", counting)
+    monkeypatch.setattr("dimefm.retrieval.index_parts.build_part", counting)
     disk.options(f"size={size}k")
     result = work.run(command, out)
     assert isinstance(result.exception, SystemExit), result.exception
@@ -253,7 +253,7 @@ def test_a_disk_that_is_full_ends_a_command_with_what_to_do_and_costs_nothing(
     assert len(re.findall(message, result.output)) == result.output.count("Error: ") == 1
     assert not list(out.rglob("*.unfinished"))
     for file in out.rglob("*.faiss"):
-        assert read_index(file), "a file that is not whole has got its name"
+        assert FaissIndex.read(file), "a file that is not whole has got its name"
     kept = pieces(out)
     assert size < SIZES[command][-1] or len(kept) == PIECES[command]
     built.clear()

@@ -23,7 +23,7 @@ from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.inspection.verify import VerifyConfig, verify
 from dimefm.models.clip import Clip, load_clip
 from dimefm.retrieval import choose_index, recall
-from dimefm.retrieval.faiss_index import IndexSearch, SearchParameters
+from dimefm.retrieval.index_search import IndexSearch, SearchParameters
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
 from dimefm.system import storage

@@ -21,7 +21,7 @@ from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.caching.worker import SHARDS_AT_ONCE
 from dimefm.errors import DimefmError, MismatchError, UnreadableError
 from dimefm.models.clip import Clip
-from dimefm.retrieval.build_index import PartTask
+from dimefm.retrieval.index_parts import PartTask
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from pipeline import ray_index_parts, ray_workers

@@ -15,17 +15,11 @@ import pytest
 from cache_schemas import Status
 from dimefm.commands.options import parse_bytes
 from dimefm.errors import DimefmError, MismatchError, OutputExistsError, RecallError, StoreError
-from dimefm.retrieval.build_index import IndexConfig, PartTask, build_index, build_part, preview_build, sample_rows
+from dimefm.retrieval.build_index import IndexConfig, build_index, preview_build, sample_rows
 from dimefm.retrieval.choose_index import breakeven_queries, plan_index
-from dimefm.retrieval.faiss_index import (
-    IndexSearch,
-    SearchParameters,
-    _assigning,
-    _lent_to_gpus,
-    add_rows,
-    read_sidecar,
-    train,
-)
+from dimefm.retrieval.faiss_index import FaissIndex, _lent_to_gpus
+from dimefm.retrieval.index_parts import PartTask, build_part
+from dimefm.retrieval.index_search import IndexSearch, SearchParameters, read_sidecar
 from dimefm.retrieval.recall import RecallQueries, tune
 from dimefm.store.embedding_store import Store
 from dimefm.system.machine import available_memory
@@ -206,7 +200,7 @@ def lent(monkeypatch: pytest.MonkeyPatch) -> list[faiss.Index]:
         return copies[-1]
 
     monkeypatch.setattr("faiss.get_num_gpus", lambda: 1)
-    monkeypatch.setattr("dimefm.retrieval.faiss_index.on_gpus", copied)
+    monkeypatch.setattr("dimefm.retrieval.faiss_index._on_gpus", copied)
     return copies
 
 
@@ -234,7 +228,7 @@ def test_what_was_on_gpus_is_freed_once_and_the_index_stays_whole(lent: list[fai
 
     def lend(times: int) -> None:
         for _ in range(times):
-            with _assigning(index):
+            with FaissIndex(index)._lists_on_gpus():
                 assert index.quantizer.this == lent[0].this
             with _lent_to_gpus(index, "clustering_index", index.quantizer):
                 assert index.clustering_index.this == lent[1].this
@@ -255,7 +249,7 @@ def test_a_copy_is_freed_where_the_work_on_it_fails(lent: list[faiss.Index]) -> 
     index = faiss.index_factory(4, "IVF2,Flat", faiss.METRIC_INNER_PRODUCT)
     index.quantizer.add(np.eye(4, dtype=np.float32)[:2])
     own = index.quantizer.this
-    with pytest.raises(ZeroDivisionError), _assigning(index):
+    with pytest.raises(ZeroDivisionError), FaissIndex(index)._lists_on_gpus():
         raise ZeroDivisionError
     assert lent[0].thisown
     assert index.quantizer.this == own
@@ -268,7 +262,7 @@ def test_a_gpu_with_too_little_memory_is_named(
         said = "StandardGpuResources: alloc fail type FlatData dev 0 (cudaMalloc error out of memory [2])"
         raise RuntimeError(f"Error in allocMemory at StandardGpuResources.cpp:638: Error: 'false' failed: {said}")
 
-    monkeypatch.setattr("dimefm.retrieval.faiss_index.on_gpus", full)
+    monkeypatch.setattr("dimefm.retrieval.faiss_index._on_gpus", full)
     with pytest.raises(StoreError, match=r"too little memory on a GPU: alloc fail(?s:.*)CUDA_VISIBLE_DEVICES="):
         build_index(config_for(texts[0], tmp_path, factory="IVF16,SQ8"))
 
@@ -290,12 +284,11 @@ def test_a_part_leaves_the_gpus_alone_where_it_has_none(
 def test_building_on_gpus_leaves_nothing_on_them(texts: tuple[Store, np.ndarray], tmp_path: Path) -> None:
     import torch
 
-    index = faiss.index_factory(16, "IVF16,SQ8", faiss.METRIC_INNER_PRODUCT)
-    vectors = np.ascontiguousarray(texts[1][100:1400], np.float32)
-    train(index, "IVF16,SQ8", vectors, 0)
+    index = FaissIndex.from_factory("IVF16,SQ8", 16)
+    index.train(np.ascontiguousarray(texts[1][100:1400], np.float32), 0)
     free = []
     for _ in range(4):
-        add_rows(index, texts[0], [(0, 512)])
+        index.add_rows(texts[0], [(0, 512)])
         free.append(torch.cuda.mem_get_info()[0])
     assert free[-1] >= free[0]
     sidecar = build_index(config_for(texts[0], tmp_path, factory="IVF16,SQ8"))
@@ -316,7 +309,7 @@ def test_an_index_below_its_target_is_not_kept_unless_accepted(texts: tuple[Stor
 
 
 class Gauge:
-    """An index whose recall is known for every setting: how many of the ten nearest it gives."""
+    """An index whose recall is known for all parameters: how many of the ten nearest it gives."""
 
     def __init__(self, found: dict[tuple[int, int], int]) -> None:
         self.found, self.asked, self.clock = found, list[SearchParameters](), 0.0
@@ -324,10 +317,12 @@ class Gauge:
     def probes(self) -> list[int]:
         return sorted({p for p, _ in self.found})
 
-    def search_with(self, setting: SearchParameters, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        self.asked.append(setting)
-        rows = np.where(np.arange(k) < self.found[setting.probes, setting.rescore], np.arange(k), 99)
-        self.clock += setting.probes * setting.rescore
+    def search_with(
+        self, parameters: SearchParameters, queries_QD: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self.asked.append(parameters)
+        rows = np.where(np.arange(k) < self.found[parameters.probes, parameters.rescore], np.arange(k), 99)
+        self.clock += parameters.probes * parameters.rescore
         return np.zeros((1, k)), rows[None]
 
 
@@ -335,10 +330,10 @@ def test_the_cheapest_setting_that_reaches_the_target_is_taken(monkeypatch: pyte
     queries = RecallQueries("text", np.zeros((1, 2)), np.array([-1]), np.arange(11, 0, -1.0)[None], np.arange(11)[None])
     gauge = Gauge({(1, 1): 3, (2, 1): 5, (4, 1): 7, (8, 1): 8, (1, 5): 4, (2, 5): 8, (4, 5): 9, (8, 5): 10})
     monkeypatch.setattr("dimefm.retrieval.recall.time", SimpleNamespace(perf_counter=lambda: gauge.clock))
-    assert tune(gauge, (1, 5), [queries], 0.8).setting == SearchParameters(8, 1)
-    assert tune(gauge, (1, 5), [queries], 0.9).setting == SearchParameters(4, 5)
+    assert tune(gauge, (1, 5), [queries], 0.8).parameters == SearchParameters(8, 1)
+    assert tune(gauge, (1, 5), [queries], 0.9).parameters == SearchParameters(4, 5)
     best = tune(gauge, (1, 5), [queries], 1.1)
-    assert (best.setting, best.recall[0].value) == (SearchParameters(8, 5), 1.0)
+    assert (best.parameters, best.recall[0].value) == (SearchParameters(8, 5), 1.0)
     assert SearchParameters(1, 1) not in gauge.asked, "no need to try what a cheaper bisection has ruled out"
 
 
@@ -392,12 +387,12 @@ def test_a_build_goes_on_where_it_was_stopped(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    place = {"training": "train", "merging": "merged", "publishing": "write"}.get(stop)
+    place = {"training": "train", "merging": "merge", "publishing": "write"}.get(stop)
     with monkeypatch.context() as patch:
         if stop == "publishing":
             patch.setattr("dimefm.retrieval.build_index.storage.write_json", _but_the_sidecar)
         elif place:
-            patch.setattr(f"dimefm.retrieval.build_index.faiss_index.{place}", interrupted)
+            patch.setattr(FaissIndex, place, interrupted)
         with pytest.raises(KeyboardInterrupt):
             build_index(config, three_parts if stop == "a part" else None)
     with pytest.raises(StoreError, match="is not a dimefm index"):
@@ -635,11 +630,11 @@ def test_candidates_are_scored_again_within_little_memory_and_at_once_alike(
     config = config_for(texts[0], tmp_path, factory="IVF16,PQ8x4fs")
     build_index(config)
     index, queries = IndexSearch.open(config.out), texts[1][:200].astype(np.float32)
-    setting = SearchParameters(4, 20)
-    at_once = index.search_with(setting, queries, 9)
-    monkeypatch.setattr("dimefm.retrieval.faiss_index._RESCORE_BYTES", 16 * 4 * 200)
-    monkeypatch.setattr("dimefm.retrieval.faiss_index._RESCORE_QUERIES", 33)
-    scores, rows = index.search_with(setting, queries, 9)
+    parameters = SearchParameters(4, 20)
+    at_once = index.search_with(parameters, queries, 9)
+    monkeypatch.setattr("dimefm.retrieval.index_search._RESCORE_BYTES", 16 * 4 * 200)
+    monkeypatch.setattr("dimefm.retrieval.index_search._RESCORE_QUERIES", 33)
+    scores, rows = index.search_with(parameters, queries, 9)
     np.testing.assert_allclose(scores, at_once[0], atol=1e-6)
     assert (rows == at_once[1]).mean() > 0.99
     true = np.take_along_axis(queries @ texts[1].astype(np.float32).T, rows, 1)
@@ -665,19 +660,17 @@ def test_lists_are_chosen_by_what_their_best_row_may_score(tmp_path: Path) -> No
     queries = rng.standard_normal((200, 32)).astype(np.float32)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     expected = brute_force(values, queries, 10, ())
-    inner = faiss.read_index(str(tmp_path / "t.index" / sidecar.file))
-    recalls = []
-    for spread in ("", sidecar.spread):
-        _, found = IndexSearch(inner, store, SearchParameters(0, 1), spread).search_with(
-            SearchParameters(6, 1), queries, 10
-        )
-        recalls.append(
-            np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), expected.tolist(), strict=True)])
-        )
+
+    def found(spread: str, probes: int) -> np.ndarray:
+        index = FaissIndex.read(tmp_path / "t.index" / sidecar.file, spread)
+        return IndexSearch(index, store, SearchParameters(probes, 1)).search(queries, 10)[1]
+
+    recalls = [
+        np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found(spread, 6).tolist(), expected.tolist(), strict=True)])
+        for spread in ("", sidecar.spread)
+    ]
     assert recalls[1] > recalls[0] + 0.03
-    every = IndexSearch(inner, store, SearchParameters(0, 1), sidecar.spread).search_with(
-        SearchParameters(32, 1), queries, 10
-    )[1]
+    every = found(sidecar.spread, 32)
     assert (np.sort(every, axis=1) == np.sort(expected, axis=1)).mean() > 0.99
 
 

@@ -9,7 +9,7 @@ import pytest
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.retrieval.build_index import IndexConfig, build_index
 from dimefm.retrieval.exact_search import ExactSearch
-from dimefm.retrieval.faiss_index import IndexSearch
+from dimefm.retrieval.index_search import IndexSearch
 from dimefm.retrieval.open_search import EXACT
 from dimefm.retrieval.retrieve import retrieve, write_pairs
 from dimefm.store.embedding_store import Store

@@ -13,7 +13,7 @@ from dimefm.exchange.clip_retrieval_folder import export_embeddings
 from dimefm.inspection.info import describe
 from dimefm.retrieval.build_index import IndexConfig, build_index
 from dimefm.retrieval.exact_search import ExactSearch
-from dimefm.retrieval.faiss_index import IndexSearch
+from dimefm.retrieval.index_search import IndexSearch
 from dimefm.retrieval.recall import draw_recall_queries
 from dimefm.retrieval.retrieve import retrieve
 from dimefm.selection.clusters import cluster, repetitions

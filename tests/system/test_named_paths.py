@@ -30,7 +30,7 @@ from dimefm.evaluation.evaluate import evaluate
 from dimefm.inspection.info import describe
 from dimefm.models.clip import Clip
 from dimefm.retrieval.build_index import IndexConfig, build_index
-from dimefm.retrieval.faiss_index import IndexSearch
+from dimefm.retrieval.index_search import IndexSearch
 from dimefm.retrieval.retrieve import retrieve
 from dimefm.retrieval.search import search
 from dimefm.selection.select_texts import SelectionConfig, select_texts

@@ -1,0 +1,187 @@
+"""Search in an index that `retrieval.build_index` published: FAISS finds candidates, the store scores them again.
+
+Shapes: Q queries, N distinct candidates, D width, L lists, P lists probed, C candidates, K neighbours.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache_schemas import IndexSidecar
+from cache_schemas.index import SIDECAR_FILE
+from dimefm.errors import MismatchError, StoreError
+from dimefm.retrieval.faiss_index import REBUILD, FaissIndex, inner_products
+from dimefm.store.embedding_store import Store
+from dimefm.system import storage
+from dimefm.system.named_paths import named
+
+_CHOICE_QUERIES = 1024  # whose products with all centroids are in memory at once
+_RESCORE_QUERIES, _RESCORE_JOBS = 1024, 4  # queries share candidates, each of which is read once
+_RESCORE_BYTES = 128 * 1024**2  # of candidates in float32, for each job
+
+
+@dataclass(frozen=True)
+class SearchParameters:
+    """How many lists are probed (0: there are no lists), and how many times k candidates are scored again (1: none,
+    the index's own scores are taken)."""
+
+    probes: int
+    rescore: int
+
+
+class IndexSearch:
+    """The rows of a store nearest to a query, by an index over it: a `retrieval.exact_search.Search`."""
+
+    batch = 4096
+    device = "cpu"
+
+    def __init__(self, index: FaissIndex, store: Store, parameters: SearchParameters) -> None:
+        self._index, self._store, self._parameters = index, store, parameters
+        self._lists = _ListChoice(index) if index.spread else None
+
+    @staticmethod
+    def open(path: str, store: Store | None = None) -> IndexSearch:
+        """Open an index; its store is `store`, or else the one that its sidecar names.
+
+        Raises StoreError where it is missing, damaged or lacks rows of the store, SchemaError where its sidecar is not
+        valid, MismatchError where it is over another store.
+        """
+        folder = storage.local(path, "an index")
+        sidecar = read_sidecar(folder)
+        store = store or store_of(folder, sidecar)
+        if sidecar.store_identity != store.schema.identity:
+            what = f"{path} was built over {sidecar.store}, not over {store.path}"
+            raise MismatchError(what, remedy="build an index over this store")
+        lacking = {shard for shard, digest in store.contents.shards.items() if sidecar.shards.get(shard) != digest}
+        if lacking:
+            what = f"{path} lacks {len(lacking)} shards of {store.path} that were written since it was built"
+            raise StoreError(what, remedy="run the same dimefm build-index again: it adds them")
+        parameters = SearchParameters(sidecar.search_parameters.get("nprobe", 0), sidecar.rescore)
+        return IndexSearch(read_index(folder, sidecar), store, parameters)
+
+    def search(self, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Scores float32 (Q, K) and rows of the store int64 (Q, K), best first; -1 where fewer than k were found.
+
+        It is fastest with a thousand queries or more at once.
+        """
+        return self.search_with(self._parameters, queries_QD, k)
+
+    def probes(self) -> Sequence[int]:
+        """Numbers of lists worth trying, ascending: powers of two and those halfway between; (0,) without lists."""
+        lists = self._index.lists
+        if not lists:
+            return (0,)
+        steps = {n for p in range(int(math.log2(lists)) + 1) for n in (1 << p, 3 << p >> 1) if n <= lists}
+        return sorted(steps | {lists})
+
+    def search_with(
+        self, parameters: SearchParameters, queries_QD: np.ndarray[Any, Any], k: int
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """`search` with other parameters than those the index was opened with."""
+        queries_QD = np.ascontiguousarray(queries_QD, np.float32)
+        count = min(k * parameters.rescore, max(k, self._index.rows))
+        scores_QC, rows_QC = self._candidates(queries_QD, count, parameters.probes)
+        if parameters.rescore == 1:
+            return scores_QC, rows_QC
+        parts = [slice(at, at + _RESCORE_QUERIES) for at in range(0, len(rows_QC), _RESCORE_QUERIES)]
+        with ThreadPoolExecutor(min(_RESCORE_JOBS, torch.get_num_threads())) as pool:
+            return _joined(pool.map(lambda part: _rescored(self._store, queries_QD[part], rows_QC[part], k), parts))
+
+    def _candidates(self, queries_QD: np.ndarray[Any, Any], count: int, probes: int) -> tuple[Any, Any]:
+        """The best rows of each query by the index's own scores: scores and rows (Q, C)."""
+        if self._lists is None:
+            return self._index.search(queries_QD, count, probes)
+        found = []
+        for at in range(0, len(queries_QD), _CHOICE_QUERIES):
+            part_QD = queries_QD[at : at + _CHOICE_QUERIES]
+            list_QP, near_QP = self._lists.choose(part_QD, probes)
+            found.append(self._index.search_lists(part_QD, count, list_QP, near_QP))
+        return _joined(found)
+
+
+class _ListChoice:
+    """Chooses the lists to probe: those whose best row is expected to score highest.
+
+    A list's best row is expected to score by a bonus more than its centroid. A list of n rows, of standard deviation s
+    about its centroid, projected on a query: the expected maximum of n normal values, s sqrt(2 ln n / D). Without the
+    bonus tight lists are probed before wide ones that hold better rows, the more so the further the queries are from
+    all rows, as images are from sentences.
+    """
+
+    def __init__(self, index: FaissIndex) -> None:
+        spread_L = np.frombuffer(base64.b64decode(index.spread), np.float16).astype(np.float32)
+        centroid_LD = index.centroids()
+        log_L = 2 * np.log(np.maximum(index.list_sizes(), 2)) / centroid_LD.shape[1]
+        self._centroid_LD = torch.from_numpy(centroid_LD)
+        self._bonus_L = torch.from_numpy(spread_L * np.sqrt(log_L).astype(np.float32))
+
+    def choose(self, queries_QD: np.ndarray[Any, Any], probes: int) -> tuple[Any, Any]:
+        """The lists for each query, int64 (Q, P), and the query's inner products with their centroids, float32."""
+        near_QL = torch.from_numpy(queries_QD) @ self._centroid_LD.T
+        list_QP = (near_QL + self._bonus_L).topk(probes, dim=1).indices
+        return list_QP.numpy(), near_QL.gather(1, list_QP).numpy()
+
+
+def _rescored(
+    store: Store, queries_QD: np.ndarray[Any, Any], candidate_QC: np.ndarray[Any, Any], k: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The k best of each query's candidates, by the inner product with their rows of the store: scores and rows (Q, K).
+
+    A row that several queries have as a candidate is read once. Where the rows would take more than _RESCORE_BYTES, the
+    queries are halved. A candidate of -1 stands for none.
+    """
+    row_N, place_QC = np.unique(candidate_QC, return_inverse=True)
+    queries, width = queries_QD.shape
+    if len(row_N) * width * 4 > _RESCORE_BYTES and queries > 1:
+        halves = (slice(0, queries // 2), slice(queries // 2, queries))
+        return _joined(_rescored(store, queries_QD[half], candidate_QC[half], k) for half in halves)
+    embedding_ND = torch.from_numpy(store.gather(np.maximum(row_N, 0))).float().numpy()
+    scores_QC = inner_products(queries_QD, embedding_ND, place_QC.reshape(candidate_QC.shape))
+    scores_QC[candidate_QC < 0] = -np.inf
+    best_QK, place_QK = torch.from_numpy(scores_QC).topk(min(k, candidate_QC.shape[1]), dim=1)
+    return best_QK.numpy(), np.take_along_axis(candidate_QC, place_QK.numpy(), axis=1)
+
+
+def _joined(
+    parts: Iterable[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]],
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Scores and rows of parts of the queries, put together."""
+    scores, rows = zip(*parts, strict=True)
+    return np.concatenate(scores), np.concatenate(rows)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_sidecar(folder: str) -> IndexSidecar:
+    """The sidecar, index.json. Raises StoreError where there is none, SchemaError where it is not valid."""
+    where = storage.join(folder, SIDECAR_FILE)
+    if not storage.exists(where):
+        raise StoreError(f"{folder} is not a dimefm index", remedy="make it with dimefm build-index")
+    return IndexSidecar.parse(storage.read_json(where), where)
+
+
+def store_of(folder: str, sidecar: IndexSidecar) -> Store:
+    """The store that an index is over, where its sidecar names it."""
+    return Store(named(sidecar.store, storage.join(folder, SIDECAR_FILE)))
+
+
+def read_index(folder: str, sidecar: IndexSidecar) -> FaissIndex:
+    """The index that a sidecar describes. Raises StoreError unless its file is whole."""
+    file = Path(folder) / sidecar.file
+    size = file.stat().st_size if file.exists() else 0
+    if size != sidecar.bytes:
+        what = f"{file} has {size:,} bytes, its sidecar says {sidecar.bytes:,}"
+        raise StoreError(what, remedy=f"it is damaged: {REBUILD}")
+    if storage.digest_file(str(file)) != sidecar.digest:
+        raise StoreError(f"{file} is damaged: its checksum does not fit", remedy=REBUILD)
+    return FaissIndex.read(file, sidecar.spread)
