@@ -153,8 +153,8 @@ def test_blocks_in_order_are_each_read_once(tmp_path: Path, monkeypatch: pytest.
     path = write_parquet(tmp_path / "a.parquet", [{"image": os.urandom(1000)} for _ in range(300)], row_group_size=100)
     found = samples(path)
     monkeypatch.setattr(parquet, "BLOCK_BYTES", 5_000)
-    begun, blocks = [], parquet.blocks
-    monkeypatch.setattr(parquet, "blocks", lambda *a: begun.append(a[-1]) or blocks(*a))
+    begun, read_blocks = [], parquet.read_blocks
+    monkeypatch.setattr(parquet, "read_blocks", lambda *a: begun.append(a[-1]) or read_blocks(*a))
     contents(found)
     assert begun == [0, 1, 2]
 
