@@ -13,8 +13,8 @@ from dimefm.errors import SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.base import TextSample
 from dimefm.sources.json_fields import DEFAULT_COLUMNS, FieldValue, choose_column, field_names, values_at
-from dimefm.sources.text_lines import READ_ERRORS, NotTextError, encoding_of, open_text
-from dimefm.sources.text_tables import DamagedTableError, JsonLines, Table, parse_json_line
+from dimefm.sources.text_lines import READ_ERRORS, DamagedTextError, NotTextError, encoding_of, open_text
+from dimefm.sources.text_tables import JsonLines, Table, parse_json_line
 
 MOST_BYTES = 512 << 20
 """Characters of a .json file, which is read whole."""
@@ -119,7 +119,7 @@ def _end_of_white(text: str, place: int) -> int:
 def _document(text: str, start: int) -> Any:
     value, end = _decoded(text, start)
     if _end_of_white(text, end) < len(text):
-        raise DamagedTableError(f"something follows the first value, from character {end:,}")
+        raise DamagedTextError(f"something follows the first value, from character {end:,}")
     return value
 
 
@@ -135,14 +135,14 @@ def _elements(text: str, start: int) -> Iterator[Any]:
         if separator == ",":
             place = _end_of_white(text, place + 1)
     if separator != "]":
-        raise DamagedTableError(f"no comma or end of the list at character {place:,}")
+        raise DamagedTextError(f"no comma or end of the list at character {place:,}")
     if _end_of_white(text, place + 1) < len(text):
-        raise DamagedTableError(f"something follows the list, from character {place + 1:,}")
+        raise DamagedTextError(f"something follows the list, from character {place + 1:,}")
 
 
 def _whole(text: str, start: int) -> Iterator[Any]:
     """The elements before any damage."""
-    with suppress(DamagedTableError):
+    with suppress(DamagedTextError):
         yield from _elements(text, start)
 
 
@@ -150,4 +150,4 @@ def _decoded(text: str, place: int) -> tuple[Any, int]:
     try:
         return _decode(text, place)
     except (ValueError, RecursionError, StopIteration) as error:
-        raise DamagedTableError(f"not JSON: {error}") from None
+        raise DamagedTextError(f"not JSON: {error}") from None

@@ -25,7 +25,7 @@ from dimefm.sources.parquet import (
     open_parquet,
     read_blocks,
 )
-from dimefm.sources.text_lines import clean, why_nothing_left
+from dimefm.sources.text_lines import clean, report_replaced, why_nothing_left
 from dimefm.sources.walk_folder import cannot_read
 
 
@@ -49,7 +49,7 @@ class ParquetTexts:
 
     def samples(self, account: Account) -> Iterator[TextSample]:
         """Every value that is text and not blank, in order, read a block at a time. Raises as `check`."""
-        rows = broken = 0
+        rows = replaced = 0
         try:
             file = open_parquet(self._path)
             column = self._column_of(file)
@@ -57,7 +57,7 @@ class ParquetTexts:
                 for batch in read_blocks(file, [column.leaf], group):
                     for sample in self._sentences(batch, column, rows, account):
                         if "\ufffd" in sample.text:
-                            broken += 1
+                            replaced += 1
                         yield sample
                     rows += len(batch)
             if rows == 0:
@@ -66,8 +66,7 @@ class ParquetTexts:
             account.problem(describe_damage(self._path, rows, error))
         except (OSError, MemoryError) as error:
             raise cannot_read(self._path, error) from error
-        if broken:
-            account.problem(f"{self._path}: {broken} sentences are not UTF-8; the bad bytes were replaced")
+        report_replaced(self._path, "sentences", replaced, account)
 
     def _sentences(self, batch: pa.RecordBatch, column: Column, before: int, account: Account) -> Iterator[TextSample]:
         """Those of a batch that has `before` rows before it."""

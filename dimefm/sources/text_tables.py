@@ -5,7 +5,6 @@ A value that is no text costs its line, never the file, and is counted.
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Iterator
@@ -15,26 +14,21 @@ from typing import Any, TextIO
 from cache_schemas.plan import SourceFile
 from dimefm.sources.account import Account
 from dimefm.sources.base import TextSample
-from dimefm.sources.files import require_damaged
 from dimefm.sources.json_fields import DEFAULT_COLUMNS, FieldValue, choose_column, field_names, values_at
 from dimefm.sources.quoted_rows import Row, csv_rows, delimiter_of, tsv_rows
 from dimefm.sources.text_lines import (
-    EMPTY_FILES,
     READ_ERRORS,
     NotTextError,
     clean,
     encoding_of,
     open_text,
+    reporting,
     why_nothing_left,
 )
 
 _HEAD = 100  # JSON objects that are looked at for their fields
 _SEPARATOR = re.compile("\ufeff?sep=(.)\r?\n")
 _LONGEST_RECORD = 1000  # lines; a longer one is likely a quote that is never closed
-
-
-class DamagedTableError(Exception):
-    """How a file breaks off, or is not what it claims to be."""
 
 
 class Table:
@@ -54,35 +48,23 @@ class Table:
         """Raises SourceError where the file has no such column, or without one none that is known to hold sentences."""
         try:
             self._open_and_check()
-        except (*READ_ERRORS, NotTextError, csv.Error, DamagedTableError):
+        except (*READ_ERRORS, NotTextError):
             return  # it is reported with the samples
 
     def samples(self, account: Account) -> Iterator[TextSample]:
         """Every value that is text and not blank, in order; the key is file:line, and in lists file:line:N. Others are
         counted. Raises as `check`."""
-        place, replaced = "", 0
-        try:
+        with reporting(self._path, self.unit, account) as reading:
             for place, value, why in self._values(account):
+                reading.place, reading.encoding = place, self._encoding
                 if value is None:
                     account.skip(f"{self.unit}s {why}", f"{self._path}:{place}")
                 elif text := clean(value):
                     if "\ufffd" in value:
-                        replaced += 1
+                        reading.replaced += 1
                     yield TextSample(f"{self._name}:{place}", text)
                 else:
                     account.skip(f"{self.unit}s {why_nothing_left(value)}", f"{self._path}:{place}")
-        except NotTextError as error:
-            account.problem(f"{self._path}: {error}; no sentence is taken from it")
-        except (*READ_ERRORS, csv.Error, DamagedTableError) as error:
-            require_damaged(self._path, error)
-            account.problem(f"{self._path}: broken after {self.unit} {place or 0} ({error}); what follows is lost")
-        else:
-            if not place:
-                account.skip(EMPTY_FILES, self._path)
-        if replaced:
-            account.problem(
-                f"{self._path}: {replaced} {self.unit}s are not {self._encoding}; the bad bytes were replaced"
-            )
 
     def _open_and_check(self) -> None:
         raise NotImplementedError

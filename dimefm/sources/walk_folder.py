@@ -72,7 +72,7 @@ def _walk(root: str, account: Account, *, deep: bool) -> Iterator[SourceFile]:
             if status is None:
                 continue
             if stat.S_ISREG(status.st_mode):
-                yield SourceFile(path, status.st_size, status.st_mtime_ns)
+                yield local_file(path, status)
             elif not stat.S_ISDIR(status.st_mode):
                 account.skip("pipes, sockets and devices", path)
             elif deep:
@@ -203,6 +203,11 @@ def _at_url(folder: str, account: Account, listing: Callable[[Any, str], Any]) -
     for place, reason in sorted(private.items()):
         account.skip(reason, place)
     return sorted(files)
+
+
+def local_file(path: str, status: os.stat_result) -> SourceFile:
+    """A local file by its status."""
+    return SourceFile(path, status.st_size, status.st_mtime_ns)
 
 
 def file_at_url(path: str, info: dict[str, Any]) -> SourceFile:
