@@ -337,8 +337,8 @@ def test_what_is_not_base64_and_what_was_cut_short_cannot_be_decoded(make_tsv: A
         ("0\n9\n17\n", "line 3 does not begin after a newline"),
         ("0\n9\n18\n27\n", "the file ends at 27"),
         ("0\n9\n", "more lines than the 2"),
-        ("0\nnine\n", "something else than offsets"),
-        (f"0\n9\n{2**70}\n", "something else than offsets"),
+        ("0\nnine\n", "something other than offsets"),
+        (f"0\n9\n{2**70}\n", "something other than offsets"),
     ],
 )
 def test_an_index_that_does_not_fit_is_named_with_the_remedy(tmp_path: Path, index: str, why: str) -> None:
