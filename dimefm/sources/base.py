@@ -1,4 +1,4 @@
-"""The source protocol. Every source passes tests/contracts/source_contract.py."""
+"""What a source is, and what it gives. Every source passes tests/contracts/source_contract.py."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _Item = TypeVar("_Item")
 
 
 class ImageSample(NamedTuple):
-    """One encoded image, as sources.read_image reads it. `key` is its name within the source.
+    """Where one encoded image lies, as sources.read_image reads it. `key` is its name within the source.
 
-    `file` is a path or URL, and [offset, offset + size) the bytes of the image, or of its base64 text in a .tsv. For
-    a Parquet file `file` is PATH#COLUMN, or PATH#COLUMN[N] for what is at N in a list, `offset` the number of the row
-    and `size` the length of the image.
+    `file` is an absolute path or a URL, and the image is its bytes [offset, offset + size); in a .tsv these are base64.
+    In a Parquet file, `file` is PATH#COLUMN, or PATH#COLUMN[N] for element N of a list, `offset` is the number of the
+    row and `size` the length of the image.
     """
 
     key: str
@@ -27,22 +27,52 @@ class ImageSample(NamedTuple):
 
 
 class TextSample(NamedTuple):
-    """One sentence, never empty; white space within it is single spaces, and there is none at its ends."""
+    """One sentence, never empty, with single spaces as its only white space and none at its ends; text_lines.clean
+    makes such a text. `key` is its name within the source."""
 
     key: str
     text: str
 
 
 class Source(Protocol[_Sample]):
-    """A list of files and the samples in them, both in an order that never changes while the files do not."""
+    """Files, and the samples in them. Any object with these two methods is a source: no base class is needed.
+
+    For example, the images that a text file names, one path per line::
+
+        class ListedImages:
+            def __init__(self, path: str) -> None:
+                self._files = stat_files(Path(path).read_text().splitlines())
+
+            def files(self) -> list[SourceFile]:
+                return self._files
+
+            def samples(self, account: Account) -> Iterator[ImageSample]:
+                for file in self._files:
+                    if file.path.endswith(".jpg"):
+                        yield ImageSample(Path(file.path).stem, file.path, 0, file.size)
+                    else:
+                        account.skip("files that are not JPEGs", file.path)
+
+    It is handed to `pipeline.cache.cache(config, ListedImages("list.txt"))`, in place of the sources that
+    `config.sources` would open. Planning goes through the samples once and writes them down: sample r becomes row r of
+    the store. What encodes a row, in this or another process or on another machine, reads the bytes that the sample
+    names, so these must lie in a file that is there as long as the job takes. The same command goes on with a store
+    only if `files` gives the same files as before.
+    """
 
     def files(self) -> list[SourceFile]:
-        """Every file, in the order of their samples. Cheap: nothing is opened."""
+        """Every file that samples lie in, in the order of the samples: absolute path or URL, size and time, as
+        files.stat_files finds them. Called several times, so nothing is opened. Empty for samples that are in no file.
+        """
         ...
 
     def samples(self, account: Account) -> Iterator[_Sample]:
-        """Every sample. What is no sample is counted in `account`; a file that cannot be read through is a problem
-        there, and the rest go on."""
+        """Every sample, in an order that never changes while the files do not; each call begins anew.
+
+        Keys are not empty, and should be unique: those that are not are counted. What is not used goes into
+        `account.skip`, and a file that can be read only in part into `account.problem`; the other files go on. Raises
+        SourceError where the storage does not answer, since what is not planned would be missing for good.
+        """
         ...
 
 
@@ -57,7 +87,7 @@ def paths_of(arguments: Sequence[str | Source[Any]]) -> tuple[str, ...]:
 
 
 class Joined(Generic[_Item]):
-    """Several sources one after the other, as one."""
+    """Several sources, one after the other, as one source."""
 
     def __init__(self, parts: Sequence[Source[_Item]]) -> None:
         self.parts = parts

@@ -11,8 +11,9 @@ from dimefm.errors import SourceError
 from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import ImageSample, Joined, Source, file_key, split_key
 from dimefm.sources.file_names import HIDDEN_MEMBERS, is_hidden_member
-from dimefm.sources.files import FileOrFolder, expand, is_glob
+from dimefm.sources.files import expand, is_glob
 from dimefm.sources.forward_reader import URL_LEAP
+from dimefm.sources.globs import FileOrFolder
 from dimefm.sources.image_kinds import CONTAINERS, IMAGE, IMAGE_EXTENSIONS, PARQUET, TAR, TSV, by_kind, why_no_image
 from dimefm.sources.parquet_images import ParquetImages
 from dimefm.sources.side_files import find_side_files, read_side_file

@@ -1,4 +1,4 @@
-"""Sentences in values of JSON: in a field of objects, which may be a field of objects within, or of those in lists."""
+"""Sentences in JSON values: in a field of an object, of an object within it, or of the objects in a list."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from dimefm.errors import SourceError
 
 DEFAULT_COLUMNS = ("text", "caption", "sentence", "TEXT")
-"""Columns and fields that are taken where none is named."""
+"""The columns or fields of which the first that exists is taken where none is named."""
 
-_MOST_NAMES, _DEEPEST = 200, 4  # of fields that are looked at for their names
-_IN_A_LIST = 5  # elements of a list that are
+_MOST_NAMES, _DEEPEST = 200, 4  # fields whose names are collected: how many, and down to which depth
+_IN_A_LIST = 5  # elements of a list that are searched for names
 _MOST_SHOWN = 50
 
 
 class NoColumnError(SourceError):
-    """A table has no column of sentences, or not the one that was asked for: raised before the first of them.
-    `example` is the table and what it has."""
+    """A table has no column of sentences, or not the one that was asked for; raised before the first sentence.
+    `example` is the path of the table and the columns that it has."""
 
     def __init__(self, what: str, example: str, *, remedy: str) -> None:
         self.example = example
@@ -25,40 +25,37 @@ class NoColumnError(SourceError):
 
 
 FieldValue = tuple[str, str | None, str]
-"""A value: where it is (in its file, or in the lists that it is in, as `3:0`), its text, and where that is None why, as
-what follows `values`."""
+"""A value: its place (in the file, then in each list around it, as `3:0`); its text, or None; and if None, the reason,
+in words that follow `values`."""
 
 
 def values_at(value: Any, field: str, place: str = "") -> Iterator[FieldValue]:
-    """The strings in a field, FIELD or OUTER.INNER, of what is at `place`: one, or all those of a list. Without a field
-    those that `value` is itself."""
-    return _at(value, field.split(".") if field else [], place)
-
-
-def _at(value: Any, names: list[str], place: str) -> Iterator[FieldValue]:
+    """What a field, FIELD or OUTER.INNER, of the value at `place` holds: one value, or each of a list. An empty field
+    means the value itself."""
     if isinstance(value, list):
         if not value:
             yield place, None, "that are an empty list"
         for number, one in enumerate(value):
-            yield from _at(one, names, f"{place}:{number}" if place else str(number))
-    elif names and isinstance(value, dict):
-        whole = ".".join(names)  # a name may have dots in it
-        if whole in value:
-            yield from _at(value[whole], [], place)
-        elif names[0] in value:
-            yield from _at(value[names[0]], names[1:], place)
+            yield from values_at(one, field, f"{place}:{number}" if place else str(number))
+    elif field:
+        outer, _, inner = field.partition(".")
+        if not isinstance(value, dict):
+            yield place, None, "that are no JSON objects"
+        elif field in value:  # a name may have dots in it
+            yield from values_at(value[field], "", place)
+        elif outer in value:
+            yield from values_at(value[outer], inner, place)
         else:
-            yield place, None, f"without {whole!r}"
-    elif names:
-        yield place, None, "that are no JSON objects"
-    elif value is None:
-        yield place, None, "that are null"
+            yield place, None, f"without {field!r}"
+    elif isinstance(value, str):
+        yield place, value, ""
     else:
-        yield (place, value, "") if isinstance(value, str) else (place, None, "that are no strings")
+        yield place, None, "that are null" if value is None else "that are no strings"
 
 
 def field_names(values: Iterable[Any]) -> list[str]:
-    """The fields in which objects hold something else than objects, OUTER.INNER, as they come."""
+    """The names, as FIELD or OUTER.INNER, of the fields that do not hold further objects, in the order in which they
+    come."""
     names: dict[str, None] = {}
     for value in values:
         _collect(value, "", names, 0)

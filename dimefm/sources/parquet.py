@@ -1,4 +1,4 @@
-"""Parquet files, a column at a time and in bounded memory: forward for listing, by row for reading."""
+"""Parquet files, a column at a time and in bounded memory: forward to list what they hold, by row to read a sample."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import threading
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,12 +23,12 @@ from dimefm.system.first_bytes import HEAD_BYTES, describe
 
 SUFFIX = ".parquet"
 BLOCK_BYTES, _BLOCK_ROWS = 32 << 20, 8192
-"""What is read of a row group at a time, at most; whole groups where they are smaller."""
+"""The most that is read of a row group at a time, in bytes and rows."""
 
-_BUFFER = 1 << 20  # bytes of a column chunk that are read ahead; without it the chunk is read whole
-_FILES, _BLOCKS = 8, 4  # kept open, and kept decoded, in a process
+_BUFFER = 1 << 20  # bytes of a column chunk that are read ahead; without a buffer the chunk is read whole
+_FILES, _BLOCKS = 8, 4  # files kept open, and blocks kept decoded, in a process
 KEPT_BYTES = _BLOCKS * BLOCK_BYTES
-"""Files that are no larger than this together are read by row as fast in any order."""
+"""Files that together are no larger than this are read by row equally fast in any order."""
 
 _STRINGS = {kind().id for kind in (pa.string, pa.large_string, pa.string_view)}
 _BYTES = {pa.binary(1).id, *(kind().id for kind in (pa.binary, pa.large_binary, pa.binary_view))}
@@ -36,27 +36,29 @@ _LISTS = {pa.list_(pa.null(), 1).id} | {
     kind(pa.null()).id for kind in (pa.list_, pa.large_list, pa.list_view, pa.large_list_view)
 }
 _MAGIC = b"PAR1"
-_TAIL_BYTES = 1 << 16  # that Arrow reads first; they end with the length of the footer and _MAGIC
-_SIGNATURE_BYTES = 28  # of a footer that can be read though columns are encrypted
-_PLACE = re.compile(r"(.*)\[(\d+)\]", re.DOTALL)
+_TAIL_BYTES = 1 << 16  # Arrow reads so many first; they end with the length of the footer and _MAGIC
+_SIGNATURE_BYTES = 28  # at the end of a footer that is plain although columns are encrypted
+_COLUMN_AND_PLACE = re.compile(r"(.*)\[(\d+)\]", re.DOTALL)
 
 
 class DamagedParquetError(Exception):
-    """What is there of a Parquet file cannot be understood: it was cut short, or is something else."""
+    """A Parquet file that cannot be understood: it was cut short, is encrypted, or is something else."""
 
 
 class Column(NamedTuple):
-    """A column, or a field of structs in a column: the names that lead to it from the top, its type, what of the file
-    is read for it, and whether the structs are in a list, so that a row may have several or none."""
+    """A column, or a field of the structs in a column."""
 
     fields: tuple[str, ...]
+    """The names that lead to it from the top."""
     type: pa.DataType
     leaf: str
+    """What is read of the file for it, as Parquet names it."""
     in_list: bool = False
+    """Whether the structs are in a list, so that a row may have several of them or none."""
 
 
 def open_parquet(path: str) -> pq.ParquetFile:
-    """The file, its footer read. Raises OSError, MemoryError, or DamagedParquetError."""
+    """The file, with its footer read. Raises OSError, MemoryError or DamagedParquetError."""
     source, is_url = open_seekable(path), storage.is_url(path)
     footer_bytes = _footer_bytes(source)
     if not is_url:
@@ -64,7 +66,7 @@ def open_parquet(path: str) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(source if is_url else path, buffer_size=_BUFFER, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
-        found = _translated(error)
+        found = _storage_or_damage(error)
         if isinstance(found, DamagedParquetError) and (what := _other_kind(path)):
             found = DamagedParquetError(f"it is {what}")
         raise found from error
@@ -74,25 +76,33 @@ def open_parquet(path: str) -> pq.ParquetFile:
 
 
 def columns_of(schema: pa.Schema) -> dict[str, Column]:
-    """Every column by its name, and every field of structs as COLUMN.FIELD; columns come before fields. Where a file
-    has several columns of the same name, none of them."""
+    """Every column by its name, and after them every field of structs, as COLUMN.FIELD. Columns that share a name are
+    left out: none of them can be named."""
     found: dict[str, Column] = {}
     times = Counter(schema.names)
     level = [Column((field.name,), field.type, field.name) for field in schema if times[field.name] == 1]
     while level:
-        below = list[Column]()
         for column in level:
             found.setdefault(".".join(column.fields), column)
-            in_list, inner = column.in_list or is_list(column.type), element_type(column.type)
-            for field in inner if pa.types.is_struct(inner) else ():
-                leaf = column.leaf if in_list else f"{column.leaf}.{field.name}"
-                below.append(Column((*column.fields, field.name), field.type, leaf, in_list))
-        level = below
+        level = [field for column in level for field in _fields_of(column)]
     return found
 
 
+def _fields_of(column: Column) -> list[Column]:
+    """The fields of a column of structs, or of lists of them; none of other columns."""
+    structs = element_type(column.type)
+    if not pa.types.is_struct(structs):
+        return []
+    in_list = column.in_list or is_list(column.type)
+    leaves = [column.leaf if in_list else f"{column.leaf}.{field.name}" for field in structs]
+    return [
+        Column((*column.fields, field.name), field.type, leaf, in_list)
+        for field, leaf in zip(structs, leaves, strict=True)
+    ]
+
+
 def hugging_face_features(schema: pa.Schema) -> dict[str, Any]:
-    """What Hugging Face's metadata says of columns, as far as there is some that can be understood."""
+    """The types of columns by Hugging Face's metadata; empty where there is none, or none that can be understood."""
     try:
         found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -101,24 +111,24 @@ def hugging_face_features(schema: pa.Schema) -> dict[str, Any]:
 
 
 def describe_damage(path: str, rows: int, error: Exception) -> str:
-    """A line about a file that can be read only as far as this."""
+    """The problem with a file of which only the first `rows` can be read, in a line."""
     return f"{path}: broken after {rows} rows ({error}); what follows is lost" if rows else f"{path}: broken: {error}"
 
 
 def read_blocks(file: pq.ParquetFile, columns: list[str], group: int) -> Iterator[pa.RecordBatch]:
-    """These columns (or fields of struct columns, COLUMN.FIELD) of a row group, in blocks of `block_rows` rows.
+    """These columns (or fields of struct columns, COLUMN.FIELD) of a row group, in blocks of `rows_per_block` rows.
 
     Raises OSError, MemoryError and DamagedParquetError.
     """
     try:
-        # One thread: workers of a DataLoader are forked, and Arrow's pool of threads does not come along.
-        yield from file.iter_batches(block_rows(file, columns, group), [group], columns, use_threads=False)
+        # One thread: workers of a DataLoader are forked, and have none of the threads of Arrow's pool.
+        yield from file.iter_batches(rows_per_block(file, columns, group), [group], columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
-        raise _translated(error) from error
+        raise _storage_or_damage(error) from error
 
 
-def block_rows(file: pq.ParquetFile, columns: list[str], group: int) -> int:
-    """Rows of a block: BLOCK_BYTES of these columns by the mean of the row group, and at least one."""
+def rows_per_block(file: pq.ParquetFile, columns: list[str], group: int) -> int:
+    """Rows of a block: as many as have BLOCK_BYTES in these columns, by the mean of the row group, and at least one."""
     facts = file.metadata.row_group(group)
     chunks = (facts.column(i) for i in range(facts.num_columns))
     size: int = sum(c.total_uncompressed_size for c in chunks if _is_within(c.path_in_schema, columns))
@@ -127,8 +137,8 @@ def block_rows(file: pq.ParquetFile, columns: list[str], group: int) -> int:
 
 
 def flat_values(batch: pa.RecordBatch, column: Column) -> tuple[pa.Array, np.ndarray[Any, Any] | None]:
-    """The values of a column in a block; where it holds lists, what is in them, and for each value its row in the
-    block."""
+    """The values of a column in a block. Where it holds lists: the values in them, and the row in the block of each
+    value, int64 (N,)."""
     values, rows_N = batch.column(column.fields[0]), None
     for name in (*column.fields[1:], None):
         while is_list(values.type):
@@ -137,6 +147,14 @@ def flat_values(batch: pa.RecordBatch, column: Column) -> tuple[pa.Array, np.nda
             values = values.flatten()
         values = values if name is None else pc.struct_field(values, name)
     return values, rows_N
+
+
+def places_in_lists(rows: Sequence[int]) -> Iterator[int]:
+    """For values in lists, by the row of each: its place among those of the same row, counted from 0."""
+    place, previous = 0, -1
+    for row in rows:
+        place, previous = (place + 1 if row == previous else 0), row
+        yield place
 
 
 def as_strings(values: pa.Array) -> list[str | None]:
@@ -154,7 +172,7 @@ def as_strings(values: pa.Array) -> list[str | None]:
 
 
 def byte_lengths(values: pa.Array) -> list[int | None]:
-    """The length of each value of bytes; None for null."""
+    """The length of each value, which is bytes; None for null."""
     if pa.types.is_dictionary(values.type):
         known = pc.binary_length(values.dictionary.cast(pa.large_binary())).take(values.indices)
     else:
@@ -164,17 +182,17 @@ def byte_lengths(values: pa.Array) -> list[int | None]:
 
 
 def read_cell(path: str, column: str, row: int) -> bytes | None:
-    """The bytes in a binary column, or in the `bytes` of a struct column; None for null. COLUMN[N] is what is at N in a
-    column of lists of either. Safe in threads and forks.
+    """The bytes in a row of a binary column, or of the field `bytes` of a struct column; None for null. COLUMN[N] is
+    element N in a column of lists of either. Safe in threads and in forked processes.
 
-    Raises IndexError where the file has no such row or the list no such place, KeyError where the file has no such
+    Raises IndexError where the file has no such row or the list no such element, KeyError where the file has no such
     column, OSError, MemoryError, and DamagedParquetError.
     """
     return _cells.read(path, column, row)
 
 
 def forget_cells() -> None:
-    """Let the next `read_cell` ask the storage: what this process kept would answer for files that are gone."""
+    """Make the next `read_cell` ask the storage: the blocks that this process kept would hide that a file is gone."""
     global _cells
     _cells = _Cells()
 
@@ -194,24 +212,24 @@ def is_bytes(type_: pa.DataType) -> bool:
 
 
 def is_list(type_: pa.DataType) -> bool:
-    """Whether values of this type are read as lists; a map is none."""
+    """Whether values of this type are read as lists; those of a map are not."""
     return type_.id in _LISTS
 
 
 def element_type(type_: pa.DataType) -> pa.DataType:
-    """The type of what is in lists, and in lists of lists; that of others is their own."""
+    """The type of the elements of lists, and of lists of lists; of any other type, the type itself."""
     return element_type(type_.value_type) if is_list(type_) else type_
 
 
 class _Cells:
-    """The files and blocks that were read last, in this process."""
+    """The files and blocks that this process read last: rows mostly come in order, so the next is likely in one."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._files: OrderedDict[tuple[str, int, int], tuple[pq.ParquetFile, list[int], dict[str, Column]]]
         self._files = OrderedDict()
         self._blocks: OrderedDict[tuple[Any, ...], pa.RecordBatch] = OrderedDict()
-        # The row group that is being read, and the number of its next block: rows mostly come in order.
+        # The row group that is being read, and the number of its next block.
         self._reading: tuple[tuple[Any, ...], Iterator[pa.RecordBatch]] | None = None
         self._next = 0
 
@@ -221,20 +239,21 @@ class _Cells:
             group = bisect_right(stops, row)
             if group == len(stops):
                 raise IndexError(row)
-            place = row - (stops[group - 1] if group else 0)
-            found, of_list = _find(columns, column)
-            is_struct = of_list is None and pa.types.is_struct(found.type)
+            row_in_group = row - (stops[group - 1] if group else 0)
+            found, place_in_list = _find_column(columns, column)
+            is_struct = place_in_list is None and pa.types.is_struct(found.type)
             leaf = f"{found.leaf}.bytes" if is_struct else found.leaf
-            number, place = divmod(place, block_rows(file, [leaf], group))
-            values, _ = flat_values(self._block(file, leaf, (*key, leaf, group), number).slice(place, 1), found)
+            number, row_in_block = divmod(row_in_group, rows_per_block(file, [leaf], group))
+            block = self._block(file, leaf, (*key, leaf, group), number)
+            values, _ = flat_values(block.slice(row_in_block, 1), found)
         if pa.types.is_struct(values.type):
             values = pc.struct_field(values, "bytes")
-        value: bytes | None = values[of_list or 0].as_py()
+        value: bytes | None = values[place_in_list or 0].as_py()
         return value
 
     def _open(self, path: str) -> tuple[tuple[str, int, int], pq.ParquetFile, list[int], dict[str, Column]]:
-        """What tells this file from a later one of the same name, the file, where each of its row groups stops, and its
-        columns."""
+        """A key that a later file of the same name does not have, the file, the row at which each of its row groups
+        stops, and its columns."""
         status = None if storage.is_url(path) else os.stat(path)  # noqa: PTH116
         key = (path, status.st_mtime_ns, status.st_size) if status else (path, 0, 0)
         if key not in self._files:
@@ -249,6 +268,8 @@ class _Cells:
         return key, *self._files[key]
 
     def _block(self, file: pq.ParquetFile, leaf: str, key: tuple[Any, ...], number: int) -> pa.RecordBatch:
+        """Block `number` of the row group that ends `key`: one that is kept, or the one that the reading comes to next,
+        or else by reading the group again from its beginning."""
         block = self._blocks.pop((key, number), None)
         if block is None:
             if self._reading is None or self._reading[0] != key or self._next > number:
@@ -271,13 +292,13 @@ _cells = _Cells()
 
 
 if hasattr(os, "register_at_fork"):
-    # Files of the parent share their position with it, and its lock may be held for ever.
+    # A child shares the position in open files with its parent, and a lock that was held at the fork is never released.
     os.register_at_fork(after_in_child=forget_cells)
 
 
-def _find(columns: dict[str, Column], name: str) -> tuple[Column, int | None]:
-    """The column NAME, or for NAME[N] that and N. Raises KeyError."""
-    match = None if name in columns else _PLACE.fullmatch(name)
+def _find_column(columns: dict[str, Column], name: str) -> tuple[Column, int | None]:
+    """The column NAME and None, or for NAME[N] that column and N. Raises KeyError."""
+    match = None if name in columns else _COLUMN_AND_PLACE.fullmatch(name)
     return (columns[match[1]], int(match[2])) if match else (columns[name], None)
 
 
@@ -298,9 +319,9 @@ def _is_within(path: str, columns: list[str]) -> bool:
     return any(path == column or path.startswith(f"{column}.") for column in columns)
 
 
-def _translated(error: Exception) -> Exception:
-    """Arrow's own errors, and the OSErrors without a number that it raises for pages it cannot read, apart from those
-    of the storage and of the machine."""
+def _storage_or_damage(error: Exception) -> Exception:
+    """The error to raise for one of Arrow's: its own errors, and the OSErrors without a number that it raises for pages
+    it cannot read, mean damage; others are the storage's or the machine's."""
     if isinstance(error, MemoryError):  # ArrowMemoryError is one, and an ArrowException too
         return MemoryError(str(error))
     if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):

@@ -27,6 +27,7 @@ from dimefm.sources.parquet import (
     is_list,
     is_string,
     open_parquet,
+    places_in_lists,
     read_blocks,
 )
 from dimefm.sources.walk_folder import cannot_read
@@ -35,19 +36,19 @@ from dimefm.system.named_paths import named
 from dimefm.system.read_ahead import reading_ahead
 
 _KEYS = ("key", "__key__", "id", "path")
-_LONGEST_DIGEST = 64  # bytes, of SHA-512: a column of values that are all so short holds no images
+_LONGEST_DIGEST = 64  # bytes, of SHA-512: a column whose values are all of one such length holds no images
 _ADDRESS = re.compile("ur[li]|image|img|path|file", re.IGNORECASE)
 
 
 class ParquetImages:
     """Parquet files with a column of encoded images: binary, a struct with a binary field `bytes`, or lists of either,
-    each of which is an image of its own. Where `bytes` is null and the struct's `path` is not, the image is the file
-    of that name, from the folder of the Parquet file on.
+    each element of which is an image. Where `bytes` is null and the struct has a `path`, the image is the file at that
+    path, from the folder of the Parquet file on.
 
-    The key is that of a string column called key, __key__, id or path, else the `path` in the struct, else file:row;
-    in lists without a path, :N follows it. Without `column`, it is the only one that could hold images. Of files that
-    were `found` in a folder, those without such a column are counted; else they are an error. What files are named by
-    a path is put into `taken`.
+    The key is the value of a string column called key, __key__, id or path, else the struct's `path`, else file:row; in
+    lists, :N follows it unless it is a path. Without `column`, the images are in the only column that could hold them.
+    Files that were `found` in a folder and have no such column are counted; a file that was named is an error then.
+    Files that are images of their own, named by a path, are added to `taken`.
     """
 
     def __init__(
@@ -65,15 +66,15 @@ class ParquetImages:
         return list(self._files)
 
     def check(self) -> None:
-        """Raises SourceError where the first file has no such column, or more than one that could be meant."""
+        """Raises SourceError where the first file has no such column, or several that could be meant."""
         path = self._files[0].path
         try:
             self._column_of(open_parquet(path), path, Account())
         except (OSError, MemoryError, DamagedParquetError):
-            return  # it is reported with the samples
+            return  # this is reported when the samples are listed
 
     def samples(self, account: Account) -> Iterator[ImageSample]:
-        """Images by file and row, null ones with a size of 0. Raises SourceError as `check` does, for every file."""
+        """Images by file and row, a null one with a size of 0. Raises SourceError as `check` does, for every file."""
         for path in (file.path for file in self._files):
             rows = 0
             try:
@@ -95,12 +96,12 @@ class ParquetImages:
                 raise cannot_read(path, error) from error
 
     def _column_of(self, file: pq.ParquetFile, path: str, account: Account) -> str | None:
-        """The column of images; None where there is none and the file is counted."""
+        """The column of images; None where the file has none and was counted."""
         if self._found and not _usable(file.schema_arrow, self._column):
             reason = "Parquet files without a column of images (name one with --column)"
             if self._column:
                 reason = f"Parquet files without a column {self._column!r} of images"
-            account.skip(reason, f"{path}, which has {_there(file.schema_arrow)}")
+            account.skip(reason, f"{path}, which has {_describe_columns(file.schema_arrow)}")
             return None
         return image_column(file, path, self._column)
 
@@ -110,27 +111,36 @@ def image_column(file: pq.ParquetFile, path: str, column: str | None) -> str:
     schema = file.schema_arrow
     usable = _usable(schema, column)
     if len(usable) > 1:  # the metadata may tell images from sounds
-        told = [name for name in usable if hugging_face_features(schema).get(name, {}).get("_type") == "Image"]
-        usable = told if len(told) == 1 else usable
+        features = hugging_face_features(schema)
+        images = [name for name in usable if features.get(name, {}).get("_type") == "Image"]
+        usable = images if len(images) == 1 else usable
     if len(usable) == 1:
         return usable[0]
-    images, kinds = usable or _usable(schema, None), "images are binary, a struct with bytes, or lists of either"
-    what, remedy = f"{path} does not say which column is the images", f"name one with --column NAME; {kinds}"
-    if column or not images:
+    raise _no_column_of_images(schema, path, column, usable)
+
+
+def _no_column_of_images(schema: pa.Schema, path: str, column: str | None, usable: list[str]) -> SourceError:
+    """The error for a file with several `usable` columns, or with none."""
+    candidates = usable or _usable(schema, None)
+    kinds = "images are binary, a struct with bytes, or lists of either"
+    if usable:
+        what = f"{path} has several columns that could hold the images"
+    else:
         what = f"{path} has no column {f'{column!r} ' if column else ''}of images"
-    if not images:
+    if candidates:
+        what += f": {', '.join(candidates)}" if usable else f"; these could hold them: {', '.join(candidates)}"
+        remedy = f"name one with --column NAME; {kinds}"
+    else:
+        what += f", only {_describe_columns(schema)}"
         remedy = f"leave it out, or write the images into it: {kinds}"
-    found = f"; there could be: {', '.join(images)}" if images else f": none among {_there(schema)}"
-    if any(_is_address(field) for field in schema) and not usable:
-        remedy += (
-            "; download what is at addresses, for example by img2dataset, and write base64 as the bytes it stands for"
-        )
-    raise SourceError(f"{what}{found}", remedy=remedy)
+    if not usable and any(_is_address(field) for field in schema):
+        remedy += "; download images that are named by an address, for example by img2dataset, and decode base64"
+    return SourceError(what, remedy=remedy)
 
 
 def _usable(schema: pa.Schema, column: str | None) -> list[str]:
-    """`column` if it can hold images. Without it, those that may be meant: columns of images, or of lists of them, or
-    else fields of struct columns."""
+    """`column` if it can hold images. Without it the columns that may be meant: those of images, or else of lists of
+    images, or else fields of struct columns."""
     found = {name: one for name, one in columns_of(schema).items() if not one.in_list and _holds_images(one.type)}
     if column is not None:
         return [column] if column in found else []
@@ -161,8 +171,8 @@ def _is_address(field: pa.Field) -> bool:
     return is_string(field.type) and _ADDRESS.search(field.name) is not None
 
 
-def _there(schema: pa.Schema) -> str:
-    """The names of the columns, and of which it could be thought that they are images."""
+def _describe_columns(schema: pa.Schema) -> str:
+    """The names of the columns, with a note on one that could be taken for images."""
     address = next((field.name for field in schema if _is_address(field)), None)
     note = f" ({address} holds strings, such as addresses or base64, not images)" if address else ""
     return f"{', '.join(schema.names) or 'no columns'}{note}"
@@ -174,8 +184,8 @@ def _key_column(schema: pa.Schema) -> str | None:
 
 
 def _batches(file: pq.ParquetFile, name: str) -> Iterator[pa.RecordBatch]:
-    """What is needed of the file, a bounded block at a time. Parquet keeps no lengths apart from the values: the images
-    are read."""
+    """The columns that are needed of the file, a bounded block at a time. The images are read to know their lengths,
+    which Parquet does not keep apart from them."""
     column, key = columns_of(file.schema_arrow)[name], _key_column(file.schema_arrow)
     leaves = [column.leaf]
     if pa.types.is_struct(column.type):
@@ -185,59 +195,53 @@ def _batches(file: pq.ParquetFile, name: str) -> Iterator[pa.RecordBatch]:
 
 
 def _images(path: str, before: int, batch: pa.RecordBatch, name: str, account: Account) -> Iterator[ImageSample]:
-    """The images of a batch that has `before` rows before it."""
-    key = _key_column(batch.schema)
-    keys = as_strings(batch.column(key)) if key else None
-    column = columns_of(batch.schema)[name]
-    values, rows_N = flat_values(batch, column)
-    if rows_N is not None and len(empty := np.setdiff1d(np.arange(len(batch)), rows_N)):
+    """The images of a batch that has `before` rows before it in its file. Shapes: N images."""
+    key_column = _key_column(batch.schema)
+    keys = as_strings(batch.column(key_column)) if key_column else None
+    values, rows_N = flat_values(batch, columns_of(batch.schema)[name])
+    in_lists = rows_N is not None
+    if rows_N is None:
+        rows_N = np.arange(len(batch))
+    elif len(empty := np.setdiff1d(np.arange(len(batch)), rows_N)):
         reason = "rows of Parquet files without an image in their list"
         account.skip(reason, f"{path}, row {before + empty[0]}", len(empty))
+    rows: list[int] = rows_N.tolist()
     paths: list[str | None] = [None] * len(values)
     if _has_path(values.type):
         paths = as_strings(pc.struct_field(values, "path"))
     if pa.types.is_struct(values.type):
         values = pc.struct_field(values, "bytes")
     sizes = byte_lengths(values)
-    rows = list(range(len(batch))) if rows_N is None else rows_N.tolist()
-    beside = _beside(path, {i: own for i, own in enumerate(paths) if own and sizes[i] is None}, before, rows, account)
-    place, previous = 0, -1
-    for i, (row, size, own) in enumerate(zip(rows, sizes, paths, strict=True)):
-        place, previous = (place + 1 if row == previous else 0), row
-        given = (keys[row] if keys else own) or f"{path.rpartition('/')[2]}:{before + row}"
-        if rows_N is not None and not (own and keys is None):
-            given += f":{place}"
-        if size is None and own:
-            if file := beside.get(i):
-                yield ImageSample(given, file.path, 0, file.size)
-        else:
-            where = f"{path}#{name}" if rows_N is None else f"{path}#{name}[{place}]"
-            yield ImageSample(given, where, before + row, size or 0)
+    elsewhere = {i: own for i, own in enumerate(paths) if own and sizes[i] is None}
+    files = _files_at(elsewhere, path, [before + row for row in rows], account)
+    for i, (row, place, size, own) in enumerate(zip(rows, places_in_lists(rows), sizes, paths, strict=True)):
+        key = (keys[row] if keys else own) or f"{path.rpartition('/')[2]}:{before + row}"
+        if in_lists and not (own and keys is None):
+            key += f":{place}"
+        if i not in elsewhere:
+            where = f"{path}#{name}[{place}]" if in_lists else f"{path}#{name}"
+            yield ImageSample(key, where, before + row, size or 0)
+        elif file := files.get(i):
+            yield ImageSample(key, file.path, 0, file.size)
 
 
-def _beside(
-    table: str, paths: dict[int, str], before: int, rows: Sequence[int], account: Account
-) -> dict[int, SourceFile]:
-    """The files that a table names in place of images; those that are not there, or may not be opened, are counted."""
+def _files_at(paths: dict[int, str], table: str, rows: Sequence[int], account: Account) -> dict[int, SourceFile]:
+    """The files at the paths that a table has for some images in place of their bytes, by the number of the image.
+    Those that do not exist, or that a document may not name, are counted. `rows` are those of all images."""
     folder = table.rpartition("/")[0]
-    whole = {}
+    whole: dict[int, str] = {}
     for i, path in paths.items():
+        is_whole = storage.is_url(path) or path.startswith("/")
         try:
-            away = storage.is_url(path) or path.startswith("/")
-            whole[i] = named(path if away else storage.join(folder, path), f"{table}, row {before + rows[i]},")
+            whole[i] = named(path if is_whole else storage.join(folder, path), f"{table}, row {rows[i]},")
         except StoreError as error:
             account.skip("images that are named by a path that a document may not name", error.what)
     found = {}
     places = list(whole.values())
-    for i, file in zip(whole, reading_ahead(_file, places, places[0] if places else table), strict=True):
-        if file is None:
+    for i, place in zip(whole, reading_ahead(look_up, places, places[0] if places else table), strict=True):
+        if place is None or place.file is None:
             reason = "images that are named by a path at which there is no file"
-            account.skip(reason, f"{table}, row {before + rows[i]}: {whole[i]}")
+            account.skip(reason, f"{table}, row {rows[i]}: {whole[i]}")
         else:
-            found[i] = file
+            found[i] = place.file
     return found
-
-
-def _file(path: str) -> SourceFile | None:
-    place = look_up(path)
-    return place.file if place else None

@@ -22,12 +22,17 @@ from dimefm.system.first_bytes import HEAD_BYTES, describe
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
-_EXTENSIONS = b"LKxXg"
-_FILE = 48  # "0"
-_REGULAR = b"0\x007"  # 7 was for contiguous files, and is laid out as any other
-_HARD_LINK, _LINKS, _DEVICES = b"1", b"12", b"346"
-_FOLDERS = b"5DV"  # and GNU's listing of one, and the label of an archive
-_NO_DATA = b"123456"  # links, devices, folders, pipes: whatever their size field says, nothing follows
+
+# What kind of member a header is of: one of these bytes of it.
+_FILES = {b"0", b"\0", b"7"}  # 7 was for contiguous files, and is laid out as any other
+_HARD_LINK, _SYMBOLIC_LINK = b"1", b"2"
+_DEVICES = {b"3", b"4", b"6"}
+_FOLDERS = {b"5", b"D", b"V"}  # and GNU's listing of one, and the label of an archive
+_WITHOUT_DATA = {_HARD_LINK, _SYMBOLIC_LINK, *_DEVICES, b"5"}  # whatever their size field says, nothing follows
+_SPARSE = b"S"
+_LONG_NAME, _LONG_TARGET, _PAX_OF_ALL = b"L", b"K", b"g"
+_EXTENSIONS = {_LONG_NAME, _LONG_TARGET, b"x", b"X", _PAX_OF_ALL}  # x and X: pax records of the next member
+
 _MOST_LINKS = 40  # that lead to one another, as in Linux
 _ZEROS_READ = 1 << 16  # bytes that are looked through at a time for what follows the end mark
 _MOST_EXTENSION = 1 << 22  # bytes of a long name or of pax records; more than that is damage
@@ -35,7 +40,7 @@ _ADLER = 65521
 
 
 class TarMember(NamedTuple):
-    """A regular file in a tar: the bytes [offset, offset + size) of it. Bytes of a name that are not UTF-8 read
+    """A regular file in a tar: the bytes [offset, offset + size) of it. A byte of a name that is not UTF-8 becomes
     \\xNN."""
 
     name: str
@@ -63,12 +68,15 @@ class _Listing:
     links: list[_Link] = field(default_factory=list)
 
 
-class _Damaged(Exception):
-    """A header that is none."""
+class _DamagedError(Exception):
+    """What stands where a header should be cannot be one."""
+
+    def __init__(self, why: str = "a damaged header") -> None:
+        super().__init__(why)
 
 
-class _Followed(_Damaged):
-    """What follows an end mark, at this place, is no tar."""
+class _TrailingBytesError(_DamagedError):
+    """The end mark is followed, at this place, by something that is no tar."""
 
     def __init__(self, position: int) -> None:
         self.position = position
@@ -78,11 +86,11 @@ class _Followed(_Damaged):
 def tar_members(path: str, account: Account) -> Iterator[TarMember]:
     """Regular files in a tar, in order, and after them those that links stand for, if they are in the same tar.
 
-    Tars one after the other in a file are read as one. Other links, devices and sparse files are counted in `account`.
-    What follows a broken header is lost, which is a problem there, as are bytes after the end that are no tar. Raises
-    SourceError where it cannot be read.
+    Several tars in a row in a file are read as one. Other links, devices and sparse files are counted in `account`.
+    What follows a broken header is lost, which is a problem there, and so are bytes after the end that are no tar.
+    Raises SourceError where the file cannot be read.
 
-    Small members are read through in large blocks, and large ones (64 KB, at a URL 1 MB) are leapt over. A tar with
+    Small members are read through in large blocks, and large ones (64 KB; at a URL 1 MB) are leapt over. A tar with
     links is gone through twice.
     """
     listing = _Listing(path, account)
@@ -90,47 +98,153 @@ def tar_members(path: str, account: Account) -> Iterator[TarMember]:
         with open_window(path) as window:
             try:
                 yield from _walk(window, listing)
-            except _Followed as error:
-                size = storage.size(path) - error.position
-                account.problem(f"{path}: the {size:,} bytes after its end, from byte {error.position:,}, are no tar")
-            except _Damaged as error:
-                what = "" if listing.count or window.get(257, 5) == b"ustar" else _instead(window.get(0, HEAD_BYTES))
-                broken = f"broken after {listing.count} members ({error}); what follows is lost"
-                account.problem(f"{path}: {f'not a tar, but {what}' if what else broken}")
+            except _DamagedError as error:
+                account.problem(f"{path}: {_describe_damage(window, listing, error)}")
             if listing.links:
-                yield from _linked(window, listing)
+                yield from _linked_files(window, listing)
     except OSError as error:
         raise cannot_read(path, error) from error
 
 
-def _instead(head: bytes) -> str | None:
-    return describe(head) if head else "an empty file"
-
-
 def first_member_between(path: str, start: int, stop: int) -> TarMember | None:
-    """The first regular file whose header, and what belongs to it, begins at `start` of a tar and ends by `stop`; None
-    for the end mark, or where it follows a link or anything else that is counted. Raises OSError."""
+    """The first regular file of a tar, if its headers begin at `start` and end by `stop`. None where the tar ends at
+    `start`, or where a link or anything else that is counted comes first. Raises OSError."""
     data = storage.read_bytes(path, start, stop - start)
     window = Window(lambda offset, size: data[offset - start : offset - start + size], 0, 0, 0)
     listing = _Listing(path)
     try:
         member = next(_walk(window, listing, start), None)
-    except _Damaged:
+    except _DamagedError:
         return None
     return None if listing.links or listing.account.skipped() else member
 
 
-def _linked(window: Window, listing: _Listing) -> Iterator[TarMember]:
-    """The links of a tar as the files that they lead to. Those that lead to none are counted."""
-    links = {_place(link.name): link for link in listing.links}
-    wanted = {_target(link) for link in listing.links}
-    found: dict[str, list[TarMember]] = {}
-    with suppress(_Damaged):  # which was reported
+def _describe_damage(window: Window, listing: _Listing, error: _DamagedError) -> str:
+    if isinstance(error, _TrailingBytesError):
+        size = storage.size(listing.path) - error.position
+        return f"the {size:,} bytes after its end, from byte {error.position:,}, are no tar"
+    if not listing.count and window.get(257, 5) != b"ustar":
+        head = window.get(0, HEAD_BYTES)
+        what = describe(head) if head else "an empty file"
+        if what:
+            return f"not a tar, but {what}"
+    return f"broken after {listing.count} members ({error}); what follows is lost"
+
+
+def _walk(window: Window, listing: _Listing, position: int = 0) -> Iterator[TarMember]:
+    """The regular files of a tar whose headers begin at `position`. Links, and what is not used, go into `listing`.
+
+    A member is a header of one block and its data in whole blocks; before it there may be extension headers, each with
+    records as its data, such as a name too long for the header. Blocks of zeros end the tar; another may follow.
+    """
+    records: dict[bytes, bytes] = {}  # of the member that comes next
+    records_of_all: dict[bytes, bytes] = {}  # and of all that come
+    while True:
+        header = window.get(position, BLOCK)
+        if header == _ZEROS:
+            following = _next_tar(window, position)
+            if following is None:
+                if position == 0:
+                    listing.account.skip("empty tars", listing.path)
+                return
+            position, records, records_of_all = following, {}, {}
+            continue
+        if not _is_header(header):
+            raise _DamagedError if header else _DamagedError("no end mark: it was cut short")
+        kind, size, data = header[156:157], _number(header[124:136]), position + BLOCK
+        if kind in _EXTENSIONS:
+            given = records_of_all if kind == _PAX_OF_ALL else records
+            given.update(_read_extension(window, kind, data, size))
+            position = _end_of_data(data, size)
+            continue
+
+        name = records.get(b"path") or records_of_all.get(b"path") or _name_in(header)
+        sparse = kind == _SPARSE
+        if records:
+            size = _number(records[b"size"], 10) if b"size" in records else size
+            sparse = sparse or any(key.startswith(b"GNU.sparse.") for key in records)
+        if kind == b"\0" and name.endswith(b"/"):  # a folder, from before there was a letter for those
+            kind = b"5"
+        if kind in _WITHOUT_DATA:
+            size = 0
+        elif kind == _SPARSE and header[482]:
+            data = _after_sparse_map(window, data)
+        position = _end_of_data(data, size)
+
+        if kind in _FILES and not sparse:
+            listing.count += 1
+            yield TarMember(_text(name), data, size)
+        elif kind in (_HARD_LINK, _SYMBOLIC_LINK):
+            target = records.get(b"linkpath") or records_of_all.get(b"linkpath") or _until_nul(header[157:257])
+            listing.links.append(_Link(_text(name), _text(target), kind == _HARD_LINK, data))
+        elif kind not in _FOLDERS:
+            listing.account.skip(_why_not_used(kind, sparse), f"{listing.path}: {_text(name)}")
+        records = {}
+
+
+def _next_tar(window: Window, position: int) -> int | None:
+    """Where another tar begins after the zeros at `position`; None where nothing follows them. Raises
+    _TrailingBytesError for something else."""
+    while data := window.get(position, _ZEROS_READ):
+        if rest := data.lstrip(b"\0"):
+            start = position + (len(data) - len(rest)) // BLOCK * BLOCK
+            if not _is_header(window.get(start, BLOCK)):
+                raise _TrailingBytesError(start)
+            return start
+        position += len(data)
+    return None
+
+
+def _read_extension(window: Window, kind: bytes, data: int, size: int) -> dict[bytes, bytes]:
+    """The records of an extension header; GNU's long names as pax would call them."""
+    if size > _MOST_EXTENSION or len(content := window.get(data, size)) < size:
+        raise _DamagedError
+    if kind == _LONG_NAME:
+        return {b"path": _until_nul(content)}
+    if kind == _LONG_TARGET:
+        return {b"linkpath": _until_nul(content)}
+    return _pax_records(content)
+
+
+def _end_of_data(data: int, size: int) -> int:
+    """Where the next header is: data are filled up to whole blocks."""
+    return data + (size + BLOCK - 1 & -BLOCK)
+
+
+def _name_in(header: bytes) -> bytes:
+    name = header[:100].partition(b"\0")[0]
+    if header[345] and header[257:263] == b"ustar\0":  # GNU's magic differs, and keeps times in this place
+        return _until_nul(header[345:500]) + b"/" + name
+    return name
+
+
+def _until_nul(field: bytes) -> bytes:
+    return field.partition(b"\0")[0]
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
+
+
+def _why_not_used(kind: bytes, sparse: bool) -> str:
+    if sparse:
+        return "sparse files in tars, which are not laid out as they read (write them without --sparse)"
+    if kind in _DEVICES:
+        return "devices and pipes in tars"
+    return f"members of tars of the unknown type {chr(kind[0])!r}"
+
+
+def _linked_files(window: Window, listing: _Listing) -> Iterator[TarMember]:
+    """The files that the links of a tar lead to, under the links' names. Links that lead to none are counted."""
+    links = {_path_in_tar(link.name): link for link in listing.links}
+    wanted = {_target_path(link) for link in listing.links}
+    files: dict[str, list[TarMember]] = {}
+    with suppress(_DamagedError):  # which was reported
         for member in _walk(window, _Listing(listing.path)):
-            if (place := _place(member.name)) in wanted:
-                found.setdefault(place, []).append(member)
+            if (path := _path_in_tar(member.name)) in wanted:
+                files.setdefault(path, []).append(member)
     for link in listing.links:
-        if file := _followed(link, links, found):
+        if file := _resolve(link, links, files):
             yield file._replace(name=link.name)
         else:
             listing.account.skip(
@@ -139,131 +253,51 @@ def _linked(window: Window, listing: _Listing) -> Iterator[TarMember]:
             )
 
 
-def _followed(link: _Link, links: dict[str, _Link], found: dict[str, list[TarMember]]) -> TarMember | None:
-    """What a link leads to, through others if need be. Of several files of one name a hard link means the last that
-    comes before it, if one does, as when they are extracted."""
+def _resolve(link: _Link, links: dict[str, _Link], files: dict[str, list[TarMember]]) -> TarMember | None:
+    """The file that a link leads to, through other links if need be. Of several files of one name a hard link means the
+    last that comes before it, if one does, as when they are extracted."""
     for _ in range(_MOST_LINKS):
-        target = _target(link)
-        if files := found.get(target):
-            before = (file for file in reversed(files) if not link.hard or file.offset < link.position)
-            return next(before, files[-1])
+        target = _target_path(link)
+        if candidates := files.get(target):
+            before = (file for file in reversed(candidates) if not link.hard or file.offset < link.position)
+            return next(before, candidates[-1])
         if target not in links:
             return None
         link = links[target]
     return None
 
 
-def _place(name: str) -> str:
+def _path_in_tar(name: str) -> str:
     return posixpath.normpath(name).lstrip("/")
 
 
-def _target(link: _Link) -> str:
-    """The place that a link names: from the root of the tar, or, for a symbolic link, from its own folder."""
+def _target_path(link: _Link) -> str:
+    """The path in the tar that a link names: from the root of the tar, or, for a symbolic link, from its own folder."""
     if link.hard:
-        return _place(link.target)
-    return posixpath.normpath(posixpath.join(posixpath.dirname(_place(link.name)), link.target))
-
-
-def _walk(window: Window, listing: _Listing, position: int = 0) -> Iterator[TarMember]:
-    records: dict[bytes, bytes] = {}  # what extension headers say of the member that comes next
-    everywhere: dict[bytes, bytes] = {}  # and of all that come
-    while True:
-        header = window.get(position, BLOCK)
-        if len(header) < BLOCK:
-            raise _Damaged("a damaged header" if header else "no end mark: it was cut short")
-        kind = header[156]
-        if not header[0] and header == _ZEROS:
-            following = _after_zeros(window, position)
-            if following is None:
-                if position == 0:
-                    listing.account.skip("empty tars", listing.path)
-                return
-            if len(header := window.get(following, BLOCK)) < BLOCK or not _is_header(header):
-                raise _Followed(following)
-            position, records, everywhere = following, {}, {}
-            continue
-        if not _is_header(header):
-            raise _Damaged("a damaged header")
-        size = _number(header[124:136])
-        data = position + BLOCK
-        if kind in _EXTENSIONS:
-            if size > _MOST_EXTENSION or len(content := window.get(data, size)) < size:
-                raise _Damaged("a damaged header")
-            if kind in b"LK":
-                records[b"path" if kind in b"L" else b"linkpath"] = content.partition(b"\0")[0]
-            elif kind in b"xX":
-                records.update(_pax(content))
-            elif kind in b"g":
-                everywhere.update(_pax(content))
-            position = data + (size + 511 & -512)
-            continue
-        name = header[:100].partition(b"\0")[0]
-        if header[345] and header[257:263] == b"ustar\0":  # GNU's magic differs, and keeps times in this place
-            name = header[345:500].partition(b"\0")[0] + b"/" + name
-        sparse, target = False, b""
-        if records or everywhere:
-            name = records.get(b"path") or everywhere.get(b"path") or name
-            target = records.get(b"linkpath") or everywhere.get(b"linkpath") or b""
-            size = _number(records[b"size"], 10) if b"size" in records else size
-            sparse = any(key.startswith(b"GNU.sparse.") for key in records)
-            records = {}
-        if kind != _FILE:
-            if kind in _NO_DATA:
-                size = 0
-            elif kind == 0 and name.endswith(b"/"):  # a folder, from before there was a letter for those
-                kind, size = _FOLDERS[0], 0
-            elif kind in b"S":
-                sparse, data = True, _after_map(window, data) if header[482] else data
-        position = data + (size + 511 & -512)
-        if kind in _REGULAR and not sparse:
-            listing.count += 1
-            yield TarMember(name.decode("utf-8", "backslashreplace"), data, size)
-        elif kind in _LINKS:
-            target = target or header[157:257].partition(b"\0")[0]
-            listing.links.append(_Link(_text(name), _text(target), kind in _HARD_LINK, data))
-        elif kind not in _FOLDERS:
-            listing.account.skip(_reason(kind, sparse), f"{listing.path}: {_text(name)}")
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "backslashreplace")
-
-
-def _reason(kind: int, sparse: bool) -> str:
-    if sparse:
-        return "sparse files in tars, which are not laid out as they read (write them without --sparse)"
-    if kind in _DEVICES:
-        return "devices and pipes in tars"
-    return f"members of tars of the unknown type {chr(kind)!r}"
+        return _path_in_tar(link.target)
+    return posixpath.normpath(posixpath.join(posixpath.dirname(_path_in_tar(link.name)), link.target))
 
 
 def _is_header(block: bytes) -> bool:
-    """Whether a block has the checksum of a header."""
+    """Whether a block is whole and has the checksum of a header."""
+    if len(block) < BLOCK:
+        return False
     try:
         written = _number(block[148:156])
-    except _Damaged:
+    except _DamagedError:
         return False
     # Adler-32 begins with 1 plus the sum of the bytes, modulo a prime: at a twentieth of the cost of sum().
     total = adler32(block[156:], adler32(block[:148])) & 0xFFFF
     return not (total + 8 * 32 - 1 - written) % _ADLER or written == _signed_sum(block)
 
 
-def _after_zeros(window: Window, position: int) -> int | None:
-    """The first block that is not all zeros, None where none follows."""
-    while data := window.get(position, _ZEROS_READ):
-        if rest := data.lstrip(b"\0"):
-            return position + (len(data) - len(rest)) // BLOCK * BLOCK
-        position += len(data)
-    return None
-
-
-def _after_map(window: Window, position: int) -> int:
+def _after_sparse_map(window: Window, position: int) -> int:
     """Where the data of one of GNU's sparse files begins, after the blocks that say where its pieces go."""
     while len(block := window.get(position, BLOCK)) == BLOCK:
         position += BLOCK
         if not block[504]:
             return position
-    raise _Damaged("a damaged header")
+    raise _DamagedError
 
 
 def _number(field: bytes, base: int = 8) -> int:
@@ -275,11 +309,11 @@ def _number(field: bytes, base: int = 8) -> int:
         if field[:1] == b"\x80":
             number = int.from_bytes(field[1:], "big")
         elif digits:
-            raise _Damaged("a damaged header") from None
+            raise _DamagedError from None
         else:
             number = 0
     if not 0 <= number < 1 << 62:
-        raise _Damaged("a damaged header")
+        raise _DamagedError
     return number
 
 
@@ -289,7 +323,7 @@ def _signed_sum(header: bytes) -> int:
     return sum(field) - 256 * sum(byte > 127 for byte in field)
 
 
-def _pax(content: bytes) -> dict[bytes, bytes]:
+def _pax_records(content: bytes) -> dict[bytes, bytes]:
     """The records of a pax header, each b"LENGTH KEY=VALUE\\n" where LENGTH counts all of it."""
     records = {}
     place = 0
@@ -298,7 +332,7 @@ def _pax(content: bytes) -> dict[bytes, bytes]:
         end = place + int(digits) if digits.isdigit() else 0
         key, equals, value = content[place + len(digits) + 1 : end - 1].partition(b"=")
         if not space or not equals or not key or content[end - 1 : end] != b"\n":
-            raise _Damaged("a damaged header")
+            raise _DamagedError
         records[key] = value.rstrip(b"/") if key == b"path" else value
         place = end
     return records

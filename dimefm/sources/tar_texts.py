@@ -13,7 +13,7 @@ from dimefm.sources.file_names import HIDDEN_MEMBERS, is_hidden_member, why_memb
 from dimefm.sources.forward_reader import open_window
 from dimefm.sources.json_fields import FieldValue, values_at
 from dimefm.sources.tar import tar_members
-from dimefm.sources.text_lines import NotTextError, as_text, clean, why_nothing_left
+from dimefm.sources.text_lines import NotTextError, as_text, clean, report_replaced, why_nothing_left
 from dimefm.sources.walk_folder import cannot_read
 
 _MOST_BYTES = 64 << 20
@@ -56,8 +56,7 @@ class TarTexts:
                             yield sample
         except OSError as error:
             raise cannot_read(self._path, error) from error
-        if replaced:
-            account.problem(f"{self._path}: {replaced} sentences are not UTF-8; the bad bytes were replaced")
+        report_replaced(self._path, "sentences", replaced, account)
 
     def _sentences(self, key: str, data: bytes, place: str, account: Account) -> Iterator[TextSample]:
         if not data:

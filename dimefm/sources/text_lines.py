@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 import io
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from dimefm.images.decode import sniff
+from dimefm.sources.account import Account
 from dimefm.sources.files import open_seekable
+from dimefm.sources.walk_folder import cannot_read
 from dimefm.system.first_bytes import describe
 
-READ_ERRORS = (EOFError, zlib.error, OSError, MemoryError)
-"""What reading a text file raises where it is damaged or cannot be read; see files.require_damage."""
-EMPTY_FILES = "empty files"
-"""The reason for files without a line, row or element; a header is none."""
+
+class NotTextError(Exception):
+    """Why a file holds no text at all."""
+
+
+class DamagedTextError(Exception):
+    """Where and how what a file holds breaks off, or is not what its name says."""
+
+
+READ_ERRORS = (EOFError, zlib.error, OSError, MemoryError, csv.Error, DamagedTextError)
+"""What reading a text file or table raises where it is damaged, or cannot be read."""
 
 _HEAD = 1 << 16  # bytes by which the encoding and the line ends are told
 _MARKS = {  # the longer ones first: that of UTF-32 begins as that of UTF-16
@@ -36,8 +47,42 @@ _INVISIBLE = re.compile(
 )
 
 
-class NotTextError(Exception):
-    """Why a file holds no text at all."""
+@dataclass
+class Reading:
+    """How far a file was read."""
+
+    place: int | str = 0
+    """The last line, row or element, as keys name it."""
+    replaced: int = 0
+    """Those in which bytes were replaced."""
+    encoding: str = "UTF-8"
+
+
+@contextmanager
+def reporting(path: str, unit: str, account: Account) -> Iterator[Reading]:
+    """For a block that reads a file: report that it is no text, damaged (it is read as far as it goes) or empty, and
+    that bytes were replaced. `unit` is what the file consists of, such as `line`. Raises SourceError where the file
+    cannot be read."""
+    reading = Reading()
+    try:
+        yield reading
+    except NotTextError as error:
+        account.problem(f"{path}: {error}; no sentence is taken from it")
+    except READ_ERRORS as error:
+        is_damage = isinstance(error, gzip.BadGzipFile) or not isinstance(error, OSError | MemoryError)
+        if not is_damage:  # what the storage refuses for the moment would be missing for good
+            raise cannot_read(path, error) from error
+        account.problem(f"{path}: broken after {unit} {reading.place} ({error}); what follows is lost")
+    else:
+        if not reading.place:
+            account.skip("empty files", path)  # with a header alone too
+    report_replaced(path, f"{unit}s", reading.replaced, account, reading.encoding)
+
+
+def report_replaced(path: str, units: str, count: int, account: Account, encoding: str = "UTF-8") -> None:
+    """Report the units, such as lines, that hold U+FFFD for bytes that are not in the encoding."""
+    if count:
+        account.problem(f"{path}: {count} {units} are not {encoding}; the bad bytes were replaced")
 
 
 @contextmanager

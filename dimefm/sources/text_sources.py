@@ -9,21 +9,13 @@ from dimefm.errors import SourceError
 from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import Joined, Source, TextSample
 from dimefm.sources.file_names import why_not_read
-from dimefm.sources.files import expand, is_glob, require_damaged
+from dimefm.sources.files import expand, is_glob
 from dimefm.sources.json_fields import NoColumnError
 from dimefm.sources.json_texts import JsonArray
 from dimefm.sources.parquet_texts import ParquetTexts
 from dimefm.sources.prompts import CLASSNAMES, TEMPLATES, PromptSet
 from dimefm.sources.tar_texts import TarTexts
-from dimefm.sources.text_lines import (
-    EMPTY_FILES,
-    READ_ERRORS,
-    NotTextError,
-    clean,
-    encoding_of,
-    open_text,
-    why_nothing_left,
-)
+from dimefm.sources.text_lines import clean, encoding_of, open_text, reporting, why_nothing_left
 from dimefm.sources.text_tables import Delimited, JsonLines, Table
 from dimefm.sources.walk_folder import files_below, files_in
 from dimefm.system import storage
@@ -45,32 +37,22 @@ class TextFile:
         """Every line in which something shows; others are counted. Bytes that are not UTF-8 become U+FFFD, and the file
         is reported once; so is one that is no text."""
         name = self._path.rpartition("/")[2]
-        replaced, number, tabs, encoding = 0, 0, 0, ""
-        try:
-            with open_text(self._path) as file:
-                encoding = encoding_of(file)
-                for number, line in enumerate(file, 1):
-                    if "\t" in line and "\t" in line.strip():
-                        tabs += 1
-                    if text := clean(line):
-                        if "\ufffd" in text:
-                            replaced += 1
-                        yield TextSample(f"{name}:{number}", text)
-                    else:
-                        account.skip(f"lines {why_nothing_left(line)}", f"{self._path}:{number}")
-        except NotTextError as error:
-            account.problem(f"{self._path}: {error}; no sentence is taken from it")
-        except READ_ERRORS as error:
-            require_damaged(self._path, error)
-            account.problem(f"{self._path}: broken after line {number} ({error}); what follows is lost")
-        else:
-            if number == 0:
-                account.skip(EMPTY_FILES, self._path)
+        number = tabs = 0
+        with reporting(self._path, "line", account) as reading, open_text(self._path) as file:
+            reading.encoding = encoding_of(file)
+            for number, line in enumerate(file, 1):
+                reading.place = number
+                if "\t" in line and "\t" in line.strip():
+                    tabs += 1
+                if text := clean(line):
+                    if "\ufffd" in text:
+                        reading.replaced += 1
+                    yield TextSample(f"{name}:{number}", text)
+                else:
+                    account.skip(f"lines {why_nothing_left(line)}", f"{self._path}:{number}")
         if tabs > number / 2:
             what = f"{tabs} of {number} lines hold tabs, which become spaces; if it is a table, rename it to .tsv"
             account.problem(f"{self._path}: {what}, and name its column with --column")
-        if replaced:
-            account.problem(f"{self._path}: {replaced} lines are not {encoding}; the bad bytes were replaced")
 
 
 class _FoundTable:

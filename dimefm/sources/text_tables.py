@@ -1,11 +1,10 @@
 """Sentences in a field or column of .jsonl, .csv and .tsv files.
 
-A value that is no text costs its line, never the file, and is counted.
+A value that is not text is counted, and the file is read on.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Iterator
@@ -15,32 +14,28 @@ from typing import Any, TextIO
 from cache_schemas.plan import SourceFile
 from dimefm.sources.account import Account
 from dimefm.sources.base import TextSample
-from dimefm.sources.files import require_damaged
 from dimefm.sources.json_fields import DEFAULT_COLUMNS, FieldValue, choose_column, field_names, values_at
 from dimefm.sources.quoted_rows import Row, csv_rows, delimiter_of, tsv_rows
 from dimefm.sources.text_lines import (
-    EMPTY_FILES,
     READ_ERRORS,
     NotTextError,
     clean,
     encoding_of,
     open_text,
+    reporting,
     why_nothing_left,
 )
 
-_HEAD = 100  # JSON objects that are looked at for their fields
+_HEAD = 100  # JSON objects that are searched for their fields
 _SEPARATOR = re.compile("\ufeff?sep=(.)\r?\n")
 _LONGEST_RECORD = 1000  # lines; a longer one is likely a quote that is never closed
 
 
-class DamagedTableError(Exception):
-    """How a file breaks off, or is not what it claims to be."""
-
-
 class Table:
-    """What the kinds share: the file, the column, and how their samples are counted and reported."""
+    """A file with a column of sentences: how its samples are named, counted and reported, whatever kind it is."""
 
     unit = "line"
+    """What the file consists of."""
 
     def __init__(self, file: SourceFile, column: str | None = None) -> None:
         self._file, self._path, self._column = file, file.path, column
@@ -51,54 +46,44 @@ class Table:
         return [self._file]
 
     def check(self) -> None:
-        """Raises SourceError where the file has no such column, or without one none that is known to hold sentences."""
+        """Raises SourceError where the file does not have the column, or, without one, none of the default columns."""
         try:
             self._open_and_check()
-        except (*READ_ERRORS, NotTextError, csv.Error, DamagedTableError):
+        except (*READ_ERRORS, NotTextError):
             return  # it is reported with the samples
 
     def samples(self, account: Account) -> Iterator[TextSample]:
-        """Every value that is text and not blank, in order; the key is file:line, and in lists file:line:N. Others are
+        """Every value that is text and not blank, in order; the key is file:line, or in a list file:line:N. Others are
         counted. Raises as `check`."""
-        place, replaced = "", 0
-        try:
+        with reporting(self._path, self.unit, account) as reading:
             for place, value, why in self._values(account):
+                reading.place, reading.encoding = place, self._encoding
                 if value is None:
                     account.skip(f"{self.unit}s {why}", f"{self._path}:{place}")
                 elif text := clean(value):
                     if "\ufffd" in value:
-                        replaced += 1
+                        reading.replaced += 1
                     yield TextSample(f"{self._name}:{place}", text)
                 else:
                     account.skip(f"{self.unit}s {why_nothing_left(value)}", f"{self._path}:{place}")
-        except NotTextError as error:
-            account.problem(f"{self._path}: {error}; no sentence is taken from it")
-        except (*READ_ERRORS, csv.Error, DamagedTableError) as error:
-            require_damaged(self._path, error)
-            account.problem(f"{self._path}: broken after {self.unit} {place or 0} ({error}); what follows is lost")
-        else:
-            if not place:
-                account.skip(EMPTY_FILES, self._path)
-        if replaced:
-            account.problem(
-                f"{self._path}: {replaced} {self.unit}s are not {self._encoding}; the bad bytes were replaced"
-            )
 
     def _open_and_check(self) -> None:
+        """Find the column. Raises NoColumnError, READ_ERRORS and NotTextError."""
         raise NotImplementedError
 
     def _values(self, account: Account) -> Iterator[FieldValue]:
+        """What the column holds, line by line; sets `_encoding`. Raises as `_open_and_check`."""
         raise NotImplementedError
 
 
 class JsonLines(Table):
-    """A .jsonl or .jsonl.gz file: an object a line, the sentence in one of its fields, or several in a list."""
+    """A .jsonl or .jsonl.gz file: an object per line, with a sentence, or a list of them, in one of its fields."""
 
     def _open_and_check(self) -> None:
         self._field()
 
     def _field(self) -> str:
-        """The field, by the first hundred objects; nothing where there is no object."""
+        """The field, chosen by the first hundred objects; empty where there is no object."""
         with open_text(self._path) as file:
             objects = (value for value in map(parse_json_line, file) if isinstance(value, dict))
             names = field_names(islice(objects, _HEAD))
@@ -119,48 +104,44 @@ class JsonLines(Table):
 
 
 class Delimited(Table):
-    """A .csv file, with quotes, and commas, semicolons, bars or tabs between columns, or a .tsv file, with quotes or
-    without (see quoted.tsv_rows); either as .gz too. The first line is a header with the names of the columns, unless
-    `column` is a number: that column, counted from 0, of a file without a header."""
+    """A .csv file, with quotes, and commas, semicolons, bars or tabs between columns, or a .tsv file, with or without
+    quotes (see quoted_rows.tsv_rows); either may end in .gz too. The first row is a header with the names of the
+    columns, unless `column` is a number, counted from 0: then the file has no header."""
 
     def _open_and_check(self) -> None:
-        for _ in self._values(Account()):
-            return
+        next(self._values(Account()), None)
 
     def _values(self, account: Account) -> Iterator[FieldValue]:
-        number_of_column = self._column if self._column is not None and self._column.isdecimal() else None
-        tabs = self._path.lower().removesuffix(".gz").endswith(".tsv")
+        has_header = self._column is None or not self._column.isdecimal()
         with open_text(self._path) as file:
             self._encoding = encoding_of(file)
-            if tabs:
-                rows = tsv_rows(file, header=number_of_column is None)
-            else:
-                rows = self._csv_rows(file, header=number_of_column is None)
-            place = self._place(rows) if number_of_column is None else int(number_of_column)
+            is_tsv = self._path.lower().removesuffix(".gz").endswith(".tsv")
+            rows = tsv_rows(file, header=has_header) if is_tsv else self._csv_rows(file, header=has_header)
+            column = self._column_by_header(rows) if has_header else int(self._column or 0)
             reported = False
-            for number, lines, row in rows:
-                if place < len(row):
-                    yield str(number), row[place], ""
-                elif any(row):
+            for number, lines, cells in rows:
+                if column < len(cells):
+                    yield str(number), cells[column], ""
+                elif any(cells):
                     yield str(number), None, "with too few columns"
                 else:
-                    yield str(number), "", ""
+                    yield str(number), "", ""  # a blank line
                 if lines > _LONGEST_RECORD and not reported:
                     reported = True
                     what = f"the record of line {number} goes on for {lines - 1} lines; an open quote?"
                     account.problem(f"{self._path}: {what}")
 
     def _csv_rows(self, file: TextIO, *, header: bool) -> Iterator[Row]:
-        """The rows of a .csv. Its first line may say what is between the columns, as Excel writes it: sep=;"""
+        """The rows of a .csv. Its first line may name what separates the columns, as Excel writes it: sep=;"""
         first = next(file, "")
         if match := _SEPARATOR.fullmatch(first):
             return ((number + 1, lines, row) for number, lines, row in csv_rows(file, match[1]))
         wanted = DEFAULT_COLUMNS if self._column is None else (self._column,)
         return csv_rows(chain([first], file), delimiter_of(first, wanted) if header else ",")
 
-    def _place(self, rows: Iterator[Row]) -> int:
-        """Of the first row that is not blank, which is the header."""
-        header = next((row for _, _, row in rows if any(row)), None)
+    def _column_by_header(self, rows: Iterator[Row]) -> int:
+        """The number of the column by its name in the header, which is the first row that is not blank."""
+        header = next((cells for _, _, cells in rows if any(cells)), None)
         if header is None:
             return 0
         names = [name.strip() for name in header]
@@ -168,7 +149,7 @@ class Delimited(Table):
 
 
 def parse_json_line(line: str) -> Any:
-    """The value of a line of JSON; None where it is none."""
+    """The value that a line of JSON stands for; None where it is not JSON."""
     try:
         return json.loads(line.lstrip("\ufeff"))
     except (ValueError, RecursionError):

@@ -440,7 +440,7 @@ def test_linked_folders_are_followed_and_what_else_is_in_a_class_folder_is_count
         f"hidden files: 1, {test}/cat/._0.jpg",
         f"hidden folders: 1, {test}/dog/.thumbs",
         f"links back to a folder that they are in: 2, such as {test}/loop",
-        f"links to what is not there: 1, {test}/cat/gone.jpg",
+        f"links to files that do not exist: 1, {test}/cat/gone.jpg",
         f"names that are not UTF-8 (rename them): 1, {test}/dog/caf\\xe9.jpg",
     ]
 

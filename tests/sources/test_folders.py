@@ -65,12 +65,12 @@ def test_links_to_what_is_gone_are_counted_and_those_into_a_lost_disk_are_an_err
     (tmp_path / "b.jpg").symlink_to(tmp_path / "gone.jpg")
     (tmp_path / "c.jpg").symlink_to("c.jpg")
     looped = {"links to themselves": (1, str(tmp_path / "c.jpg"))}
-    gone = {"links to what is not there": (1, str(tmp_path / "b.jpg")), **looped}
+    gone = {"links to files that do not exist": (1, str(tmp_path / "b.jpg")), **looped}
     for argument in (tmp_path, tmp_path / "*.jpg"):
         assert opened(argument) == (["a"], gone)
         for name in ("d.jpg", "e.jpg"):
             (tmp_path / name).symlink_to(tmp_path / "disk" / name)
-        with pytest.raises(SourceError, match=r"2 links lead into folders that are not there, such as .*d\.jpg -> "):
+        with pytest.raises(SourceError, match=r"2 links lead into folders that do not exist, such as .*d\.jpg -> "):
             opened(argument)
         for name in ("d.jpg", "e.jpg"):
             (tmp_path / name).unlink()

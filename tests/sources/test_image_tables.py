@@ -81,7 +81,7 @@ def test_rows_count_through_the_row_groups_and_nulls_keep_theirs(tmp_path: Path)
 
 def test_of_several_columns_one_must_be_named(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [{"image": b"x", "mask": b"yy", "key": "k"}])
-    with pytest.raises(SourceError, match=r"a\.parquet does not say .* image, mask\n  remedy: .*--column NAME"):
+    with pytest.raises(SourceError, match=r"a\.parquet has several columns .* image, mask\n  remedy: .*--column NAME"):
         samples(path)
     assert samples(path, column="mask") == [ImageSample("k", f"{path}#mask", 0, 2)]
     assert contents(samples(path, column="mask")) == {"k": b"yy"}
@@ -97,7 +97,7 @@ def test_a_column_that_holds_no_images_is_refused_with_those_that_could(tmp_path
 def test_a_later_file_without_the_column_is_refused_by_name(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [{"image": b"x"}])
     write_parquet(tmp_path / "b.parquet", [{"caption": "x"}])
-    with pytest.raises(SourceError, match=r"b\.parquet .*none among caption"):
+    with pytest.raises(SourceError, match=r"b\.parquet .*images, only caption"):
         samples(tmp_path / "a.parquet", tmp_path / "b.parquet")
     found, account = accounted(open_image_source([str(tmp_path)]))
     assert [s.key for s in found] == ["a.parquet:0"]
@@ -153,8 +153,8 @@ def test_blocks_in_order_are_each_read_once(tmp_path: Path, monkeypatch: pytest.
     path = write_parquet(tmp_path / "a.parquet", [{"image": os.urandom(1000)} for _ in range(300)], row_group_size=100)
     found = samples(path)
     monkeypatch.setattr(parquet, "BLOCK_BYTES", 5_000)
-    begun, blocks = [], parquet.blocks
-    monkeypatch.setattr(parquet, "blocks", lambda *a: begun.append(a[-1]) or blocks(*a))
+    begun, read_blocks = [], parquet.read_blocks
+    monkeypatch.setattr(parquet, "read_blocks", lambda *a: begun.append(a[-1]) or read_blocks(*a))
     contents(found)
     assert begun == [0, 1, 2]
 
@@ -337,8 +337,8 @@ def test_what_is_not_base64_and_what_was_cut_short_cannot_be_decoded(make_tsv: A
         ("0\n9\n17\n", "line 3 does not begin after a newline"),
         ("0\n9\n18\n27\n", "the file ends at 27"),
         ("0\n9\n", "more lines than the 2"),
-        ("0\nnine\n", "something else than offsets"),
-        (f"0\n9\n{2**70}\n", "something else than offsets"),
+        ("0\nnine\n", "something other than offsets"),
+        (f"0\n9\n{2**70}\n", "something other than offsets"),
     ],
 )
 def test_an_index_that_does_not_fit_is_named_with_the_remedy(tmp_path: Path, index: str, why: str) -> None:

@@ -194,7 +194,7 @@ def test_digests_maps_and_repeated_names_are_no_images(tmp_path: Path) -> None:
     assert contents(images(path, "sha512")[0]) == [b"d" * 64]
     assert contents(images(path, "frames")[0]) == [b"y"]
     twice = pa.table([pa.array([b"x"]), pa.array([b"y"])], names=["image", "image"])
-    assert "none among image, image" in refused(write(tmp_path / "b.parquet", twice))
+    assert "of images, only image, image" in refused(write(tmp_path / "b.parquet", twice))
 
 
 def test_of_two_columns_the_metadata_may_tell_which_is_the_images(tmp_path: Path) -> None:
@@ -204,12 +204,12 @@ def test_of_two_columns_the_metadata_may_tell_which_is_the_images(tmp_path: Path
     assert contents(images(path)[0]) == [b"x"]
     for broken in ("{", "[]", '{"info": {"features": {"picture": [3]}}}'):
         path = write(tmp_path / "a.parquet", table.replace_schema_metadata({"huggingface": broken}))
-        assert "there could be: picture, sound" in refused(path)
+        assert "could hold the images: picture, sound" in refused(path)
 
 
 def test_addresses_are_no_images_and_what_to_do_is_said(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", {"TEXT": ["t"], "URL": ["http://x"], "n": [3]})
-    assert "none among TEXT, URL, n (URL holds strings, such as addresses or base64, not images)" in refused(path)
+    assert "of images, only TEXT, URL, n (URL holds strings, such as addresses or base64, not images)" in refused(path)
     assert "img2dataset" in refused(path)
     assert "img2dataset" not in refused(write(tmp_path / "b.parquet", {"TEXT": ["t"]}))
 
@@ -225,12 +225,12 @@ def test_files_that_were_found_are_counted_where_they_hold_no_images(tmp_path: P
     assert account.lines() == [
         f"Parquet files without a column of images (name one with --column): 1, {tmp_path}/a.parquet, which has caption"
     ]
-    with pytest.raises(SourceError, match=r"a\.parquet .* none among caption"):
+    with pytest.raises(SourceError, match=r"a\.parquet .* images, only caption"):
         ParquetImages(files).check()
     lines = images(tmp_path / "b.parquet", "picture", found=True)[1]
     assert "without a column 'picture' of images" in lines[0]
     write(tmp_path / "b.parquet", {"image": [b"x"], "mask": [b"y"]})
-    with pytest.raises(SourceError, match="there could be: image, mask"):
+    with pytest.raises(SourceError, match="could hold the images: image, mask"):
         accounted(source)
 
 

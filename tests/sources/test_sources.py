@@ -259,7 +259,7 @@ def test_a_link_to_a_disk_that_is_not_mounted_ends_the_planning(tmp_path: Path, 
     (tmp_path / "a.jpg").write_bytes(b"0")
     (tmp_path / name).symlink_to(tmp_path / "disk" / name)
     with pytest.raises(
-        SourceError, match=rf"a link leads into a folder that is not there: .*{name} -> .*\n  remedy: mount"
+        SourceError, match=rf"a link leads into a folder that does not exist: .*{name} -> .*\n  remedy: mount"
     ):
         open_image_source([str(tmp_path)])
 
