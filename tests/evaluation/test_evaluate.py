@@ -75,8 +75,8 @@ class Done:
 
 
 def form_of(name: str, turn: int) -> str:
-    """In the first turn as the publishers have it, if the definition has that, else in tars, else in what it has; in the
-    second turn one of the others. Never a thousand class folders."""
+    """In the first turn as the publishers have it, if the definition has that, else in tars, else in what it has;
+    in the second turn one of the others. Never a thousand class folders."""
     forms = [form for form in forms_of(KNOWN[name]) if not (name in AMBIGUOUS and form in ("folders", "torchvision"))]
     first = next(form for form in ("torchvision", "original", "webdataset", forms[0]) if form in forms)
     others = [form for form in forms if form not in (first, "webdataset")] or [first]
