@@ -253,7 +253,7 @@ def test_a_missing_set_is_listed_with_its_source_and_the_rest_runs(first: Done, 
     result = run("evaluate", first.model, *words)
     assert result.exit_code == 0, result.output
     assert "flickr30k          zero-shot    R@1" in result.output
-    assert f"coco_captions: not there (test images). Get it from {KNOWN['coco_captions'].get}" in result.output
+    assert f"coco_captions: test images not found. Get it from {KNOWN['coco_captions'].get}" in result.output
 
 
 def test_a_broken_set_is_listed_as_failed_and_the_rest_runs(first: Done, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_roc_auc_of_one_class_is_an_error(model: str, tmp_path: Path) -> None:
 def test_map_without_an_image_of_any_class_is_an_error(model: str, tmp_path: Path) -> None:
     changed(tmp_path / "sets", "voc2007", **{f"s{i:07d}_npy": npy([0] * 20) for i in range(IMAGES)})
     ((_, error),) = measured(model, tmp_path / "sets", "voc2007").failed
-    assert "no image is of any class" in str(error)
+    assert "no image has a label" in str(error)
 
 
 # -- images -----------------------------------------------------------------------------------------------------------
