@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from benchmarks.clip_benchmark_worker import RETRIEVAL, Job, is_retrieval
 from benchmarks.measure import machine, median, ratio, table
 from cache_schemas.evaluation import PREDICTIONS, EvaluationResult
-from dimefm.datasets.layouts import CLIP_BENCHMARK_TEMPLATES
+from dimefm.datasets.unused_files import CLIP_BENCHMARK_TEMPLATES
 from dimefm.evaluation.predictions import PREDICTIONS_SUFFIX, file_name
 from dimefm.evaluation.results import read_results
 from dimefm.sources.base import split_key

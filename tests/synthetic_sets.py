@@ -41,7 +41,9 @@ ARRAYS = {  # sets that are published as arrays: width, height and mode
     "mnist": (28, 28, "L"),
     "patch_camelyon": (96, 96, "RGB"),
 }
-AMBIGUOUS = ("imagenet1k", "imagenet_sketch", "imagenetv2")  # two of their class names stand for two classes each
+AMBIGUOUS = {  # two of ImageNet's class names stand for two classes each
+    name for name, d in load_definitions().items() if len(set(class_names(d))) < d.class_count
+}
 SPLITS = {  # of what torchvision unpacks, where those are not the splits of the definition
     "caltech101": ("test",),
     "eurosat": ("test",),
@@ -95,7 +97,8 @@ def as_written(items: Items, split: str = "test") -> dict[bytes, Any]:
 
 
 def forms_of(definition: SetDefinition) -> list[str]:
-    """The forms of its layouts. A list of captions has no numbers, and several labels have no single name."""
+    """The forms of its layouts. A list of captions has no numbers, and several labels have no
+    single name."""
     forms = [form for layout in definition.layouts for form in FORMS[layout]]
     without = {"retrieval": "parquet-numbers", "multilabel": "parquet-names"}.get(definition.task)
     karpathy = ["karpathy"] if definition.task == "retrieval" else []
@@ -114,9 +117,16 @@ def write_set(name: str, form: str, folder: Path, images: int = IMAGES) -> Items
     splits = SPLITS.get(name, tuple(definition.splits)) if form == "torchvision" else tuple(definition.splits)
     items = {split: _items(definition, split, form, images) for split in splits}
     folder.mkdir(parents=True, exist_ok=True)
-    writer = _WRITERS.get(form) or WRITERS[form if form == "karpathy" else name]
+    writer = _WRITERS.get(form) or WRITERS.get(form if form == "karpathy" else name)
+    assert writer, f"{name} has the layout {form}: add a function that writes it to tests/synthetic_published.py"
     writer(definition, folder, items)
     return items
+
+
+def missing_images(definition: SetDefinition, split: str = "test") -> list[str]:
+    """What `partial` says of the number of images in a tiny copy: nothing of a set that is published as small."""
+    published = definition.splits[split]
+    return [] if published == IMAGES else [f"{IMAGES} of {published} images"]
 
 
 def labels_of(definition: SetDefinition, split: str, images: int = IMAGES) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The evaluation sets that ship with dimefm: their definitions, class names, templates and class folders."""
+"""The definitions of the known sets, which ship in sets/: class names, templates and class folders."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from cache_schemas.evaluation import SetDefinition
 from cache_schemas.problems import Problem, SchemaError
 
 PLACE = "{c}"
+"""What stands for the class name in a template."""
 
 
 @functools.cache
 def load_definitions() -> dict[str, SetDefinition]:
-    """Every set by its name, in the order of the names. Raises SchemaError, with the file's name, for one that is not
-    as it should be."""
+    """Every definition by the name of its set, in the order of the names. Raises SchemaError, which names the file, for
+    a definition that is not valid."""
     files = [f for f in (resources.files("dimefm.datasets") / "sets").iterdir() if f.name.endswith(".json")]
     parsed = [parse_definition(f.read_text(encoding="utf-8"), f.name) for f in files]
     return {d.name: d for d in sorted(parsed, key=lambda d: d.name)}
 
 
 def parse_definition(text: str, where: str) -> SetDefinition:
-    """The definition in the JSON `text` of the file `where`, whose name is the set's. Raises SchemaError."""
+    """The definition in `text`, the JSON of the file `where`, which must be called SET.json. Raises SchemaError."""
     try:
         raw = json.loads(text)
     except json.JSONDecodeError as e:
@@ -39,7 +40,7 @@ def parse_definition(text: str, where: str) -> SetDefinition:
 
 
 def class_names(definition: SetDefinition) -> list[str]:
-    """Class names in the order of the labels; none for a retrieval set."""
+    """The class names in the order of the labels; empty for a retrieval set."""
     if definition.classes_from is None:
         return list(definition.classes)
     names = _imagenet()
@@ -47,14 +48,14 @@ def class_names(definition: SetDefinition) -> list[str]:
 
 
 def class_folders(definition: SetDefinition) -> list[str]:
-    """Names of the class folders in the order of the labels: the class names, where no others are given."""
+    """The names of the class folders in the order of the labels: the class names, unless the definition has others."""
     if definition.folders_from == "wnid":
         return list(definition.subset or _imagenet())
     return list(definition.folders) or class_names(definition)
 
 
 def templates(definition: SetDefinition) -> list[str]:
-    """Prompt templates, with {c} for the class name."""
+    """The prompt templates, with {c} in place of the class name."""
     if definition.templates_from is None:
         return list(definition.templates)
     from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
@@ -64,7 +65,7 @@ def templates(definition: SetDefinition) -> list[str]:
 
 @functools.cache
 def _imagenet() -> dict[str, str]:
-    """The class name of each of ImageNet-1k's WordNet ids, in the order of the labels."""
+    """From each WordNet id of ImageNet-1k to its class name, in the order of the labels."""
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
     from timm.data.imagenet_info import ImageNetInfo
 

@@ -1,4 +1,4 @@
-"""One split of an evaluation set: its images, and their labels or captions.
+"""One split of a labelled set: its images, and their labels or captions.
 
 Shapes: N images, C classes, B images of a batch, H height, W width.
 """
@@ -31,11 +31,11 @@ from dimefm.sources.read_image import read_image
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """Everything was checked when it was opened; images are read as they are asked for.
+    """A split whose labels were all checked when it was opened. Images are read when they are asked for.
 
-    `labels` are int64 (N,), or bool (N, C) where an image may have several; a retrieval set has `captions`, some for
-    each image, and neither labels nor classes. `where` names the folder, `layout` how it is kept there; `partial` says
-    what differs from the published set, `notes` what else was found.
+    `labels` are int64 (N,), or bool (N, C) where an image may have several. A retrieval set has `captions`, one or more
+    per image, and neither labels nor class names. `where` is the folder, `layout` how the set is kept in it. `partial`
+    says what differs from the published set, `notes` what else was found.
     """
 
     name: str
@@ -53,16 +53,16 @@ class ImageSet:
 
     @property
     def class_labels(self) -> np.ndarray[Any, Any]:
-        """The labels of a set that has them."""
+        """`labels`, for a set that must have them."""
         assert self.labels is not None, f"{self.name} has captions, not labels"
         return self.labels
 
     def prompts(self) -> list[list[str]]:
-        """By class, its prompts under every template."""
+        """For each class, its name in every template."""
         return [[prompt(template, name) for template in self.templates] for name in self.classnames]
 
     def digest(self) -> str:
-        """sha256 over keys, sizes and labels or captions: where the files are does not matter."""
+        """sha256 over keys, sizes and labels or captions. It does not depend on where the files are."""
         return self._digest
 
     @cached_property
@@ -79,33 +79,38 @@ class ImageSet:
     def batches(
         self, preprocess: Callable[[bytes], torch.Tensor], batch_size: int, threads: int = 2
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Preprocessed uint8 images (B, 3, H, W) and their places in `samples` (B,), without those that are
-        broken or were not there when the set was opened. Raises UnreadableError for one that is gone since."""
+        """Preprocessed uint8 images (B, 3, H, W) and their places in `samples` (B,), the next batch read ahead.
+
+        Images that are broken, or were missing when the set was opened, are left out. Raises UnreadableError for an
+        image that has gone missing since.
+        """
         places, load = iter(range(len(self.samples))), _Loader(self.samples, preprocess)
         with ThreadPoolExecutor(threads) as pool:
-            following = pool.map(load, list(islice(places, batch_size)))
-            while loaded := list(following):
-                following = pool.map(load, list(islice(places, batch_size)))
+            ahead = pool.map(load, list(islice(places, batch_size)))
+            while loaded := list(ahead):
+                ahead = pool.map(load, list(islice(places, batch_size)))
                 good = [(place, image) for place, image in loaded if isinstance(image, torch.Tensor)]
                 if good:
                     yield torch.stack([image for _, image in good]), torch.tensor([place for place, _ in good])
 
     def require_readable(self, preprocess: Callable[[bytes], torch.Tensor]) -> None:
-        """Raises SourceError, after all of them were tried, where not one image can be read; UnreadableError as
-        `batches` does."""
+        """Return at the first image that can be read. Raises SourceError if there is none, UnreadableError as `batches`
+        does."""
         load, reasons = _Loader(self.samples, preprocess), Counter[str]()
         for place in range(len(self.samples)):
-            _, found = load(place)
-            if isinstance(found, torch.Tensor):
+            _, image = load(place)
+            if isinstance(image, torch.Tensor):
                 return
-            reasons[str(found)] += 1
-        said = found_instead([f"{count:,} images: {reason}" for reason, count in reasons.most_common()])
-        what = f"{self.where}: none of the {len(self.samples):,} images can be read{said}"
+            reasons[str(image)] += 1
+        why = found_instead([f"{count:,} images: {reason}" for reason, count in reasons.most_common()])
+        what = f"{self.where}: none of the {len(self.samples):,} images can be read{why}"
         raise SourceError(what, remedy="mend them, or name another set")
 
 
 @dataclass(frozen=True)
 class _Loader:
+    """Reads and preprocesses the image at a place in `samples`; an error where it cannot be read or decoded."""
+
     samples: list[ImageSample]
     preprocess: Callable[[bytes], torch.Tensor]
 
@@ -125,10 +130,11 @@ class _Loader:
 
 @dataclass(kw_only=True)
 class Records:
-    """What a layout's reader found, before it is held against a definition.
+    """What the reader of a layout found in a set's folder, before it is compared with a definition.
 
-    `labels` count `names`: class names, or names of class folders; without them `classnames`, which with `templates`
-    are those beside the images; without either, the classes of the definition. `account` has what is not used.
+    `labels` are numbers that count `names`, which are class names or names of class folders. Without `names` they count
+    `classnames`, which are read from the folder, as `templates` are. Without either they count the classes of the
+    definition. `account` has what is not used.
     """
 
     where: str
@@ -143,21 +149,21 @@ class Records:
     account: Account = field(default_factory=Account)
 
     def require(self) -> None:
-        """Raises SourceError for no image at all, for images that are not there, and for images without a caption."""
+        """Raises SourceError if there is no image, if every image is missing, or if one has no caption."""
         if self.samples and all(sample.size < 0 for sample in self.samples):
             what = f"{self.where}: not one of the {len(self.samples):,} images is there, such as {self.samples[0].file}"
-            raise SourceError(what, remedy="put them where the set has them, or mount what they are on")
+            raise SourceError(what, remedy="put them where the set has them, or mount the disk that holds them")
         if not self.samples:
             what = f"{self.where} holds no labelled image{found_instead(self.account.lines())}"
             raise SourceError(what, remedy="give tars of key.jpg and key.cls, or a folder of images for each class")
         bare = [s.key for s, texts in zip(self.samples, self.captions or [], strict=False) if not texts]
         if bare:
             what = f"{self.where}: {len(bare):,} images have no caption, such as {bare[0]}"
-            raise SourceError(what, remedy="write one a line into KEY.txt, or leave the image out")
+            raise SourceError(what, remedy="write captions into KEY.txt, one per line, or leave the image out")
 
 
 def parse_label(data: bytes, where: str) -> int:
-    """The integer in a .cls. Raises SourceError."""
+    """The integer in a .cls file. Raises SourceError if it holds anything else."""
     try:
         return int(data)
     except ValueError:
@@ -165,7 +171,7 @@ def parse_label(data: bytes, where: str) -> int:
 
 
 def label_array(records: Records, classes: int, multilabel: bool) -> np.ndarray[Any, Any]:
-    """Labels as int64 (N,), or bool (N, classes). Raises SourceError for one without a class."""
+    """The labels of `records` as int64 (N,), or bool (N, classes). Raises SourceError for a label without a class."""
     labels: list[Any] = records.labels or []
     for sample, row in zip(records.samples, labels, strict=True):
         for label in row if isinstance(row, list) else (row,):
@@ -174,14 +180,14 @@ def label_array(records: Records, classes: int, multilabel: bool) -> np.ndarray[
                 raise SourceError(what, remedy="labels count from 0 in the order of the class names")
     if not multilabel:
         return np.array(labels, np.int64)
-    found_NC = np.zeros((len(labels), classes), bool)
+    labels_NC = np.zeros((len(labels), classes), bool)
     for place, row in enumerate(labels):
-        found_NC[place, np.array(row, np.int64)] = True
-    return found_NC
+        labels_NC[place, np.array(row, np.int64)] = True
+    return labels_NC
 
 
 def local_image(path: str, root: str) -> ImageSample:
-    """A local image file below `root`. Of one that is not there the size is -1, and reading it says that it is gone."""
+    """The sample of a local image file below `root`. A missing file has size -1: reading it says that it is gone."""
     key = file_key(path, root)
     try:
         return ImageSample(key, path, 0, Path(path).stat().st_size)

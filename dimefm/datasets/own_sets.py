@@ -1,35 +1,41 @@
-"""Opening a set of a user's own, and making an image set of what a layout's reader found."""
+"""Own sets: folders of the user's, described only by classnames.txt and templates.txt beside the images.
+
+Also what own sets share with known ones (`known_sets`): making an ImageSet of what the reader of a layout found.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from dimefm.datasets.folder_layout import read_folders
 from dimefm.datasets.image_set import ImageSet, Records, label_array
-from dimefm.datasets.layouts import Reader, name_lookup, read_first, read_folders, read_parquet, read_webdataset
+from dimefm.datasets.layouts import Reader, name_lookup, read_first
+from dimefm.datasets.parquet_layout import read_parquet
 from dimefm.datasets.unused_files import count_unused, note_empty_classes
+from dimefm.datasets.webdataset_layout import read_webdataset
 from dimefm.errors import SourceError
 from dimefm.sources.account import describe_skipped, first_lines
 from dimefm.sources.prompts import CLASSNAMES, TEMPLATES
 from dimefm.system import storage
 
 GENERAL_LAYOUTS: tuple[tuple[str, Reader], ...] = (("webdataset", read_webdataset), ("parquet", read_parquet))
-"""Layouts that any set may have, by name, in the order in which they are looked for."""
+"""The layouts that any set may have, in the order in which they are tried."""
 
 
 def open_folder(path: str, split: str = "test") -> ImageSet:
-    """A set of a user's own: a folder with classnames.txt, templates.txt and images (see dimefm.datasets.layouts), or
-    one of tars or Parquet files of images with captions. Raises SourceError."""
-    found = find_folder(path, split)
-    if found is None and storage.is_url(path):
+    """Open an own set: a folder with classnames.txt, templates.txt and images (see datasets.layouts), or one of tars or
+    Parquet files of images with captions. Raises SourceError."""
+    images = find_folder(path, split)
+    if images is None and storage.is_url(path):
         what = f"{path} holds no .tar and no .parquet of the {split} split"
         raise SourceError(what, remedy="class folders must be local; pack them into tars")
-    if found is None:
+    if images is None:
         nothing = Records(where=storage.absolute(path), layout="none", samples=[], files=[])
         count_unused(nothing, nothing.where, nothing.where, split)
         nothing.require()
-    assert found is not None
-    return found
+    assert images is not None
+    return images
 
 
 def find_folder(path: str, split: str) -> ImageSet | None:
@@ -44,52 +50,55 @@ def find_folder(path: str, split: str) -> ImageSet | None:
     records.require()
     if records.captions is not None:
         return with_captions(records, name, split, ())
-    for found_names, file in ((records.classnames, CLASSNAMES), (records.templates, TEMPLATES)):
-        if found_names is None:
+    for texts, file in ((records.classnames, CLASSNAMES), (records.templates, TEMPLATES)):
+        if texts is None:
             remedy = f"a labelled set needs {CLASSNAMES} and {TEMPLATES}"
             raise SourceError(f"{storage.join(folder, file)} does not exist", remedy=remedy)
     names = records.classnames or []
     if records.names is not None:
         map_labels(records, records.names, names)
-    multilabel = any(isinstance(one, list) for one in records.labels or [])
     note_empty_classes(records, names)
-    return with_classes(records, name, split, names, records.templates or [], multilabel, ())
+    return with_classes(records, name, split, names, records.templates or [], _has_several(records), ())
 
 
 def set_name(path: str) -> str:
-    """What the set in this folder is called."""
+    """The name of the own set in this folder: that of the folder."""
     return storage.absolute(path).rstrip("/").rpartition("/")[2]
 
 
 def open_folders(paths: tuple[str, ...]) -> list[ImageSet]:
-    """The sets at these paths. Raises SourceError where two folders have the same name: results go by name."""
+    """Open the own sets at these paths. Raises SourceError for two folders of one name, since results go by name."""
     sets = [open_folder(path) for path in paths]
-    names = [one.name for one in sets]
+    names = [images.name for images in sets]
     for name in names:
         if names.count(name) > 1:
             raise SourceError(f"two sets are called {name!r}", remedy="give folders with different names")
     return sets
 
 
-def map_labels(records: Records, given: list[str], names: list[str], also: list[str] | None = None) -> bool:
-    """Make labels that count `given` count `names`, whichever way those are spelled. False where one is not among
-    them, or two are the same: then nothing is changed. Raises SourceError for that where there is no other way."""
-    mapped = list(map(name_lookup([*enumerate(names), *enumerate(also or [])]), given))
-    if None in mapped or len(set(mapped)) != len(mapped):
-        if also is None:
-            name = next((n for n, place in zip(given, mapped, strict=True) if place is None), given[0])
-            what = f"{records.where}: {name!r} is not in {CLASSNAMES}, or is there twice"
-            raise SourceError(what, remedy=f"name every class in {CLASSNAMES} as the labels do")
-        return False
-    labels = records.labels or []
-    label_array(records, len(given), not _single(records))  # each has a name
-    table = [place for place in mapped if place is not None]
-    records.labels = [[table[c] for c in row] if isinstance(row, list) else table[row] for row in labels]  # type: ignore[assignment]
+def map_labels(records: Records, counted: list[str], names: list[str], aliases: list[str] | None = None) -> bool:
+    """Make the labels, which count the names `counted`, count `names` instead, however either is spelled.
+
+    `aliases` are other names of the same classes. With them, a name of `counted` that is not found or found twice
+    changes nothing, and False is returned. Without them it raises SourceError.
+    """
+    label_of = name_lookup([*enumerate(names), *enumerate(aliases or [])])
+    labels = [label for name in counted if (label := label_of(name)) is not None]
+    if len(labels) < len(counted) or len(set(labels)) < len(labels):
+        if aliases is not None:
+            return False
+        name = next((name for name in counted if label_of(name) is None), counted[0])
+        what = f"{records.where}: {name!r} is not in {CLASSNAMES}, or is there twice"
+        raise SourceError(what, remedy=f"name every class in {CLASSNAMES} as the labels do")
+    label_array(records, len(counted), _has_several(records))  # raises SourceError for a label that counts no name
+    old: list[Any] = records.labels or []
+    records.labels = [[labels[one] for one in row] if isinstance(row, list) else labels[row] for row in old]
     return True
 
 
-def _single(records: Records) -> bool:
-    return not any(isinstance(one, list) for one in records.labels or [])
+def _has_several(records: Records) -> bool:
+    """Whether an image may have several labels."""
+    return any(isinstance(one, list) for one in records.labels or [])
 
 
 def with_classes(
@@ -101,17 +110,20 @@ def with_classes(
     multilabel: bool,
     partial: tuple[str, ...],
 ) -> ImageSet:
-    """A set of these class names and templates. Raises SourceError where the labels are not of its kind."""
+    """A set with these class names and templates. Raises SourceError for a single class, and where images have several
+    labels although the set has one for each, or the reverse."""
     if len(names) < 2:
         what = f"{records.where} has one class, {names[0]!r}: whatever the model says is right"
         raise SourceError(what, remedy="name all classes that an image could be of")
-    if multilabel and _single(records):
-        what = f"{records.where} has one label an image, where {name} has several"
+    if multilabel and not _has_several(records):
+        what = f"{records.where} has one label per image, where {name} has several"
         raise SourceError(what, remedy="write 0 or 1 for every class into KEY.npy")
-    if not multilabel and not _single(records):
-        raise SourceError(f"{records.where} has several labels an image, where {name} has one", remedy="write KEY.cls")
-    said = {"classnames": tuple(names), "templates": tuple(prompts)}
-    return _image_set(records, name, split, partial, labels=label_array(records, len(names), multilabel), **said)
+    if not multilabel and _has_several(records):
+        what = f"{records.where} has several labels per image, where {name} has one"
+        raise SourceError(what, remedy="write the label into KEY.cls")
+    labels = label_array(records, len(names), multilabel)
+    texts = {"classnames": tuple(names), "templates": tuple(prompts)}
+    return _image_set(records, name, split, partial, labels=labels, **texts)
 
 
 def with_captions(records: Records, name: str, split: str, partial: tuple[str, ...]) -> ImageSet:
@@ -119,7 +131,7 @@ def with_captions(records: Records, name: str, split: str, partial: tuple[str, .
     return _image_set(records, name, split, partial, captions=tuple(map(tuple, records.captions or [])))
 
 
-def _image_set(records: Records, name: str, split: str, partial: tuple[str, ...], **said: Any) -> ImageSet:
+def _image_set(records: Records, name: str, split: str, partial: tuple[str, ...], **annotations: Any) -> ImageSet:
     return ImageSet(
         name=name,
         split=split,
@@ -129,5 +141,5 @@ def _image_set(records: Records, name: str, split: str, partial: tuple[str, ...]
         files=records.files,
         partial=partial,
         notes=tuple(first_lines([*records.account.problems, *map(describe_skipped, records.account.skipped())])),
-        **said,
+        **annotations,
     )

@@ -1,7 +1,7 @@
-"""Sets as their authors publish them and torchvision unpacks them: files with lists of images and labels.
+"""Sets as their authors publish them and torchvision unpacks them: files that list images and labels.
 
-Sets that are published as raw arrays are unpacked (dimefm.datasets.raw_arrays). A reader is given the set's folder:
-torchvision's own, or one around it.
+Sets that are published as raw arrays are unpacked by datasets.raw_arrays. A reader is given the set's folder, which is
+torchvision's own or the one around it.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from scipy.io.matlab import MatReadError
 from cache_schemas.evaluation import SetDefinition
 from cache_schemas.plan import SourceFile
 from dimefm.datasets.definitions import class_folders, class_names
+from dimefm.datasets.folder_layout import read_folders
 from dimefm.datasets.image_set import Records, local_image
-from dimefm.datasets.layouts import Reader, name_lookup, read_folders
+from dimefm.datasets.layouts import Reader, name_lookup
 from dimefm.datasets.raw_arrays import RAW, read_raw
 from dimefm.errors import SourceError
 from dimefm.system import storage
 
-_Labelled = Iterable[tuple[Path, Any]]
-"""Image files with a label, the name of a class folder, several labels, or captions."""
+_Listed = Iterable[tuple[Path, Any]]
+"""Image files, each with a label, the name of a class folder, several labels, or captions."""
 
 _DAMAGED = (
     *(OSError, LookupError, ValueError, TypeError, AttributeError, csv.Error, zlib.error, MatReadError),
-    MemoryError,  # for an array whose header says petabytes
+    MemoryError,  # for an array whose header claims petabytes
 )
-"""What reading a list raises that is missing in part, cut short, or another file."""
+"""What reading a list raises if files are missing, cut short, or something else."""
 
 
 def reader_of(name: str, unpacked: str) -> Reader | None:
-    """The reader of a set's own layout, if it has one."""
+    """The reader of the layout that this set alone has; None for a set without one."""
     if name in RAW:
         return partial(read_raw, name, unpacked)
     if name in _FOLDERS:
@@ -53,8 +54,8 @@ _FOLDERS = {
     "eurosat": ("eurosat/2750", "2750"),
     "rendered_sst2": ("rendered-sst2",),
 }
-"""Where, within the folder of the set, torchvision has its splits or its class folders. ImageNet's are in it as they
-are, which is the layout of class folders."""
+"""Where torchvision keeps the splits or class folders of a set, within the set's folder. ImageNet's lie directly in it,
+which is the general layout of class folders."""
 
 
 def _read_subfolder(
@@ -68,62 +69,64 @@ def _read_subfolder(
 
 def _read_list(
     inner: str,
-    listed: Callable[[Path, str], _Labelled | None],
+    read_list: Callable[[Path, str], _Listed | None],
     folder: str,
     split: str,
     definition: SetDefinition | None,
 ) -> Records | None:
-    """Images and labels as `listed` finds them in the set's folder, in the folder `inner` of it, or in one of that name
-    within: DTD's archive has a folder that is called as torchvision's own."""
+    """Images and labels as `read_list` gives them for the set's folder, its folder `inner`, or `inner`/`inner`: DTD's
+    archive holds a folder with the name that torchvision gives to its own."""
     if storage.is_url(folder):
         return None
     for base in (Path(folder), Path(folder, inner), Path(folder, inner, inner)):
         try:
-            pairs = listed(base, split)
+            listed = read_list(base, split)
         except _DAMAGED as error:
-            what = f"{base}: its list of images cannot be understood: {type(error).__name__}: {error}"
+            what = f"{base}: its list of images cannot be read: {type(error).__name__}: {error}"
             raise SourceError(what, remedy="fetch the set again") from error
-        if pairs is not None:
-            return _listed_records(base, list(pairs), definition)
+        if listed is not None:
+            return _listed_records(base, list(listed), definition)
     return None
 
 
-def _listed_records(base: Path, found: list[tuple[Path, Any]], definition: SetDefinition | None) -> Records:
-    paths, said = zip(*found, strict=True) if found else ((), ())
+def _listed_records(base: Path, listed: list[tuple[Path, Any]], definition: SetDefinition | None) -> Records:
+    paths, annotations = zip(*listed, strict=True) if listed else ((), ())
     samples = [local_image(str(path), str(base)) for path in paths]
     if samples and all(sample.size < 0 for sample in samples):
-        what = f"{base} lists {len(samples):,} images, and none of them is there, such as {paths[0]}"
+        what = f"{base} lists {len(samples):,} images, and none of them exists, such as {paths[0]}"
         raise SourceError(what, remedy="unpack the images beside the list")
     files = [SourceFile(str(p), s.size, 0) for p, s in zip(paths, samples, strict=True)]
     records = Records(where=str(base), layout="torchvision", samples=samples, files=files)
     if definition is not None and definition.task == "retrieval":
-        records.captions = [list(captions) for captions in said]
+        records.captions = [list(captions) for captions in annotations]
     elif definition is not None:
         records.names = class_names(definition)
-        records.labels = _by_name(base, said, definition) if said and isinstance(said[0], str) else list(said)
+        by_name = bool(annotations) and isinstance(annotations[0], str)
+        records.labels = _labels_of_names(base, annotations, definition) if by_name else list(annotations)
     return records
 
 
-def _by_name(base: Path, said: Sequence[str], definition: SetDefinition) -> list[int]:
-    place_of = name_lookup([*enumerate(class_names(definition)), *enumerate(class_folders(definition))])
-    labels = {name: place_of(name) for name in set(said)}
-    for name in said:
+def _labels_of_names(base: Path, names: Sequence[str], definition: SetDefinition) -> list[int]:
+    """The label of each name of a class or class folder. Raises SourceError for a name that is neither."""
+    look_up = name_lookup([*enumerate(class_names(definition)), *enumerate(class_folders(definition))])
+    labels = {name: look_up(name) for name in set(names)}
+    for name in names:
         if labels[name] is None:
             what = f"{base} lists an image of {name!r}, which is no class of {definition.title}"
             raise SourceError(what, remedy="fetch the set again")
-    return [label for name in said if (label := labels[name]) is not None]
+    return [label for name in names if (label := labels[name]) is not None]
 
 
 def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _dtd(base: Path, split: str) -> _Labelled | None:
+def _dtd(base: Path, split: str) -> _Listed | None:
     path = base / "labels" / f"{split}1.txt"
     return [(base / "images" / x, x.partition("/")[0]) for x in _lines(path)] if path.exists() else None
 
 
-def _fgvc_aircraft(base: Path, split: str) -> _Labelled | None:
+def _fgvc_aircraft(base: Path, split: str) -> _Listed | None:
     path = base / "data" / f"images_variant_{split}.txt"
     if not path.exists():
         return None
@@ -131,7 +134,7 @@ def _fgvc_aircraft(base: Path, split: str) -> _Labelled | None:
     return [(base / "data" / "images" / f"{image}.jpg", variant.strip()) for image, variant in pairs]
 
 
-def _food101(base: Path, split: str) -> _Labelled | None:
+def _food101(base: Path, split: str) -> _Listed | None:
     path = base / "meta" / f"{split}.json"
     if not path.exists():
         return None
@@ -139,7 +142,7 @@ def _food101(base: Path, split: str) -> _Labelled | None:
     return [(base / "images" / f"{image}.jpg", name) for name in sorted(listed) for image in listed[name]]
 
 
-def _gtsrb(base: Path, split: str) -> _Labelled | None:
+def _gtsrb(base: Path, split: str) -> _Listed | None:
     if split == "train":
         training = next((p for p in (base / "GTSRB" / "Training", base / "Training") if p.is_dir()), None)
         return [(path, int(path.parent.name)) for path in sorted(training.glob("*/*.ppm"))] if training else None
@@ -151,16 +154,16 @@ def _gtsrb(base: Path, split: str) -> _Labelled | None:
         return [(images / row["Filename"], int(row["ClassId"])) for row in csv.DictReader(file, delimiter=";")]
 
 
-def _flowers102(base: Path, split: str) -> _Labelled | None:
+def _flowers102(base: Path, split: str) -> _Listed | None:
     path = base / "setid.mat"
     if not path.exists():
         return None
     ids = loadmat(path, squeeze_me=True)[{"train": "trnid", "val": "valid", "test": "tstid"}[split]]
     labels = loadmat(base / "imagelabels.mat", squeeze_me=True)["labels"]
-    return [(base / "jpg" / f"image_{i:05d}.jpg", int(labels[i - 1]) - 1) for i in _whole(ids)]
+    return [(base / "jpg" / f"image_{i:05d}.jpg", int(labels[i - 1]) - 1) for i in _integers(ids)]
 
 
-def _oxford_pets(base: Path, split: str) -> _Labelled | None:
+def _oxford_pets(base: Path, split: str) -> _Listed | None:
     path = base / "annotations" / {"train": "trainval.txt", "test": "test.txt"}.get(split, "")
     if not path.is_file():
         return None
@@ -168,18 +171,18 @@ def _oxford_pets(base: Path, split: str) -> _Labelled | None:
     return [(base / "images" / f"{name}.jpg", name.rpartition("_")[0]) for name in names]
 
 
-def _stanford_cars(base: Path, split: str) -> _Labelled | None:
+def _stanford_cars(base: Path, split: str) -> _Listed | None:
     lists = {"train": "devkit/cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
     path = base / lists.get(split, "")
     if not path.is_file():
         return None
     rows = loadmat(path, squeeze_me=True)["annotations"]
-    pairs = zip(_names(rows["fname"]), _whole(rows["class"]), strict=True)
+    pairs = zip(_names(rows["fname"]), _integers(rows["class"]), strict=True)
     return [(base / f"cars_{split}" / name, label - 1) for name, label in pairs]
 
 
-def _voc2007(base: Path, split: str) -> _Labelled | None:
-    """Objects marked as difficult (0 in a class's list) do not make an image one of that class."""
+def _voc2007(base: Path, split: str) -> _Listed | None:
+    """An object that is marked as difficult (0 in the list of a class) does not give its image that class."""
     base = base / "VOC2007" if (base / "VOC2007").is_dir() else base
     lists = base / "ImageSets" / "Main"
     if not (lists / f"aeroplane_{split}.txt").exists():
@@ -202,41 +205,41 @@ _VOC_CLASSES = (
 )
 
 
-def _hateful_memes(base: Path, split: str) -> _Labelled | None:
+def _hateful_memes(base: Path, split: str) -> _Listed | None:
     names = {"train": ("train.jsonl",), "test": ("dev_seen.jsonl", "dev.jsonl")}.get(split, ())
     path = next((base / name for name in names if (base / name).exists()), None)
     return [(base / row["img"], int(row["label"])) for row in map(json.loads, _lines(path))] if path else None
 
 
-def _karpathy(path: Path, split: str, images: Sequence[Path]) -> _Labelled:
-    """Karpathy's dataset_*.json: images with their split and sentences."""
+def _karpathy(path: Path, split: str, images: Sequence[Path]) -> _Listed:
+    """From Karpathy's dataset_*.json, which has the split and the sentences of each image."""
     wanted = {"train": ("train", "restval")}.get(split, (split,))
     folder = next((place for place in images if place.is_dir()), path.parent)
     rows = [row for row in json.loads(path.read_text(encoding="utf-8"))["images"] if row["split"] in wanted]
     return [(folder / row.get("filepath", "") / row["filename"], [s["raw"] for s in row["sentences"]]) for row in rows]
 
 
-def _coco(base: Path, split: str) -> _Labelled | None:
-    """dataset_coco.json, or a captions file of COCO's own for Karpathy's split."""
+def _coco(base: Path, split: str) -> _Listed | None:
+    """From dataset_coco.json, or from a captions file in COCO's own format for Karpathy's split."""
     if (base / "dataset_coco.json").exists():
         return _karpathy(base / "dataset_coco.json", split, (base,))
     path = base / f"coco_{split}_karpathy.json"
     if not path.exists():
         return None
-    said = json.loads(path.read_text(encoding="utf-8"))
+    published = json.loads(path.read_text(encoding="utf-8"))
     captions: dict[int, list[str]] = {}
-    for one in said["annotations"]:
+    for one in published["annotations"]:
         captions.setdefault(one["image_id"], []).append(one["caption"])
     places = [base / name for name in ("val2014", "train2014", "images", "")]
 
     def path_of(name: str) -> Path:
         return next((place / name for place in places if (place / name).exists()), places[0] / name)
 
-    return [(path_of(one["file_name"]), captions.get(one["id"], [])) for one in said["images"]]
+    return [(path_of(one["file_name"]), captions.get(one["id"], [])) for one in published["images"]]
 
 
-def _flickr30k(base: Path, split: str) -> _Labelled | None:
-    """dataset_flickr30k.json, or the lines ``IMAGE.jpg,CAPTION`` of flickr30k_SPLIT_karpathy.txt."""
+def _flickr30k(base: Path, split: str) -> _Listed | None:
+    """From dataset_flickr30k.json, or the lines ``IMAGE.jpg,CAPTION`` of flickr30k_SPLIT_karpathy.txt."""
     places = [base / name for name in ("flickr30k-images", "flickr30k_images", "Images", "images")]
     if (base / "dataset_flickr30k.json").exists():
         return _karpathy(base / "dataset_flickr30k.json", split, places)
@@ -253,16 +256,18 @@ def _flickr30k(base: Path, split: str) -> _Labelled | None:
     return [(folder / image, texts) for image, texts in captions.items()]
 
 
-def _whole(values: Any) -> list[int]:
-    """Integers of a MATLAB vector, of length one too."""
+def _integers(values: Any) -> list[int]:
+    """The integers of a MATLAB vector, which is a plain number if it has length one."""
     return [int(v) for v in values.reshape(-1)] if hasattr(values, "reshape") else [int(values)]
 
 
 def _names(values: Any) -> list[str]:
+    """The strings of a MATLAB vector, which is a plain string if it has length one."""
     return [str(v) for v in values.reshape(-1)] if hasattr(values, "reshape") else [str(values)]
 
 
-_LISTS: dict[str, tuple[str, Callable[[Path, str], _Labelled | None]]] = {
+# By set: torchvision's folder for it, and the function that reads its list.
+_LISTS: dict[str, tuple[str, Callable[[Path, str], _Listed | None]]] = {
     "dtd": ("dtd", _dtd),
     "fgvc_aircraft": ("fgvc-aircraft-2013b", _fgvc_aircraft),
     "food101": ("food-101", _food101),

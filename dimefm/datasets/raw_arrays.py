@@ -25,38 +25,39 @@ from cache_schemas import digest_of
 from cache_schemas.evaluation import SetDefinition
 from dimefm.datasets.definitions import class_names
 from dimefm.datasets.image_set import Records
-from dimefm.datasets.layouts import read_webdataset
+from dimefm.datasets.webdataset_layout import read_webdataset
 from dimefm.errors import SourceError
 from dimefm.system import storage
 
 _Pixels = Iterator[tuple[np.ndarray[Any, Any], int]]
-"""uint8 (H, W) or (H, W, 3), and the label."""
+"""Images, uint8 (H, W) or (H, W, 3), and their labels."""
 
-# Several times what the published files hold: bytes of an IDX file, images of PatchCamelyon, values of one of them.
+# Limits, several times the published sizes: bytes of an IDX file, images of PatchCamelyon, values of one of those.
 _MOST_IDX, _MOST_PATCHES, _MOST_VALUES = 1 << 28, 1 << 20, 1 << 20
 
 _DAMAGED = (
     *(OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, csv.Error, zlib.error),
-    MemoryError,  # for an array whose header says petabytes
+    MemoryError,  # for an array whose header claims petabytes
 )
-"""What reading arrays raises that are cut short, or other files."""
+"""What reading arrays raises if they are cut short, or are other files."""
 
 
 def read_raw(
     name: str, unpacked: str, folder: str, split: str, definition: SetDefinition | None = None
 ) -> Records | None:
-    """The images of the arrays in `folder`, from a tar below `unpacked` that is made where it is not there yet."""
+    """The images of the arrays in `folder`, read from a tar below `unpacked`, which is written if it does not exist."""
     if storage.is_url(folder):
         return None
-    files = next((found for place in _places(name, folder) if (found := _arrays(name, place, split))), None)
+    places = (Path(folder, inner) for inner in ("", *_INNER[name]))
+    files = next((found for place in places if (found := _array_files(name, place, split))), None)
     if files is None:
         return None
     facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    here = Path(unpacked, f"{name}-{split}-{digest_of(facts)[:12]}")
-    if not (here / "test.tar").exists():
-        with storage.writing_to(str(here)):
-            _write(here / "test.tar", _encoded(name, files, split))
-    records = read_webdataset(str(here), "test", None)
+    target = Path(unpacked, f"{name}-{split}-{digest_of(facts)[:12]}")
+    if not (target / "test.tar").exists():
+        with storage.writing_to(str(target)):
+            _write_tar(target / "test.tar", _encoded(name, files, split))
+    records = read_webdataset(str(target), "test", None)
     if records is not None:
         records.where = str(files[0].parent)
         records.names = class_names(definition) if definition is not None else None
@@ -64,7 +65,7 @@ def read_raw(
 
 
 def _encoded(name: str, files: list[Path], split: str) -> Iterator[tuple[bytes, int]]:
-    """PNGs and labels. Raises SourceError for arrays that cannot be read."""
+    """Each image as PNG, and its label. Raises SourceError for arrays that cannot be read."""
     try:
         for image, label in _READ[name](files, split):
             png = io.BytesIO()
@@ -75,7 +76,7 @@ def _encoded(name: str, files: list[Path], split: str) -> Iterator[tuple[bytes, 
         raise SourceError(what, remedy="fetch the set again") from error
 
 
-def _write(path: Path, images: Iterator[tuple[bytes, int]]) -> None:
+def _write_tar(path: Path, images: Iterator[tuple[bytes, int]]) -> None:
     with storage.writing_atomically(str(path)) as sink, tarfile.open(fileobj=sink, mode="w") as tar:
         for place, (png, label) in enumerate(images):
             for name, data in ((f"{place:07d}.png", png), (f"{place:07d}.cls", str(label).encode())):
@@ -84,13 +85,8 @@ def _write(path: Path, images: Iterator[tuple[bytes, int]]) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
-def _places(name: str, folder: str) -> Iterator[Path]:
-    for inner in ("", *_INNER[name]):
-        yield Path(folder, inner)
-
-
-def _arrays(name: str, place: Path, split: str) -> list[Path] | None:
-    """The files of a split that are in this folder; None unless all of them are."""
+def _array_files(name: str, place: Path, split: str) -> list[Path] | None:
+    """The files of a split in this folder; None unless it has all of them."""
     for group in _FILES[name](split):
         found = [next((p for p in (place / n, place / f"{n}.gz") if p.is_file()), None) for n in group]
         if found and None not in found:
@@ -103,20 +99,20 @@ def _cifar_files(split: str) -> list[list[str]]:
 
 
 def _read_cifar(published: type[CIFAR10], files: list[Path], split: str) -> _Pixels:
-    """By torchvision, which compares each file's md5 with the published one before it is unpickled."""
+    """Read by torchvision, which compares each file's md5 with the published one before it unpickles it."""
     folder = files[0].parent
-    here = type(published.__name__, (published,), {"base_folder": folder.name})
-    dataset = here(str(folder.parent), train=split == "train", download=False)
+    in_folder = type(published.__name__, (published,), {"base_folder": folder.name})
+    dataset = in_folder(str(folder.parent), train=split == "train", download=False)
     yield from zip(dataset.data, dataset.targets, strict=True)
 
 
 def _read_mnist(files: list[Path], split: str) -> _Pixels:
-    """The IDX format: two magic bytes, a type, the number of axes, their lengths, the values."""
-    images, labels = map(_idx, files)
+    images, labels = map(_read_idx, files)
     yield from zip(images, labels.tolist(), strict=True)
 
 
-def _idx(path: Path) -> np.ndarray[Any, Any]:
+def _read_idx(path: Path) -> np.ndarray[Any, Any]:
+    """A file in the IDX format: two zero bytes, a type, the number of axes, their lengths, the values."""
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         data = file.read(_MOST_IDX + 1)
     if data[:3] != b"\0\0\x08":
@@ -128,7 +124,7 @@ def _idx(path: Path) -> np.ndarray[Any, Any]:
 
 
 def _read_fer2013(files: list[Path], split: str) -> _Pixels:
-    """The file counts sad 4, surprise 5, neutral 6; the definition goes by the alphabet, as class folders do."""
+    """In the file sad is 4, surprise 5 and neutral 6; the definition has the classes in alphabetical order."""
     usage = {"train": "Training", "val": "PublicTest", "test": "PrivateTest"}[split]
     with files[0].open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file, skipinitialspace=True):
@@ -159,6 +155,7 @@ def _mnist_files(split: str) -> list[list[str]]:
     return [[f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]] if prefix else []
 
 
+# By set: the groups of files that may hold a split, the first complete group is read;
 _FILES = {
     "cifar10": _cifar_files,
     "cifar100": lambda split: [[split]] if split != "val" else [],
@@ -166,6 +163,7 @@ _FILES = {
     "mnist": _mnist_files,
     "patch_camelyon": _pcam_files,
 }
+# the folders that may hold them, within the folder of the set;
 _INNER = {
     "cifar10": (CIFAR10.base_folder,),
     "cifar100": (CIFAR100.base_folder,),
@@ -173,6 +171,7 @@ _INNER = {
     "mnist": ("MNIST/raw", "raw"),
     "patch_camelyon": ("pcam",),
 }
+# and the function that reads them.
 _READ: dict[str, Callable[[list[Path], str], _Pixels]] = {
     "cifar10": partial(_read_cifar, CIFAR10),
     "cifar100": partial(_read_cifar, CIFAR100),
@@ -181,3 +180,4 @@ _READ: dict[str, Callable[[list[Path], str], _Pixels]] = {
     "patch_camelyon": _read_pcam,
 }
 RAW = frozenset(_READ)
+"""The names of the sets that this module reads."""

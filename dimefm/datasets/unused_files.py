@@ -1,6 +1,6 @@
-"""What lies beside the images of a labelled set and is not used: counted, so that no layout hides another in silence.
+"""Count the files and folders of a labelled set that are not used, so that no layout hides another in silence.
 
-Only the folder of the set and that of the split are listed: what is below other folders in them is not looked at.
+Only the folder of the set and that of the split are listed, not the folders below them.
 """
 
 from __future__ import annotations
@@ -18,44 +18,48 @@ from dimefm.sources.walk_folder import files_in, is_utf8, why_passed_over
 from dimefm.system import storage
 
 CLIP_BENCHMARK_TEMPLATES = "zeroshot_classification_templates.txt"
-SPLIT_FOLDERS = {
+SPLIT_FOLDERS = {  # what the folder or the files of a split may be called
     "train": ("train", "training", "Train", "Training"),
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing", "Test", "Final_Test"),
 }
 SPLIT_NAMES = frozenset(name for names in SPLIT_FOLDERS.values() for name in names)
 
-_TEXTS = (CLASSNAMES, TEMPLATES, CLIP_BENCHMARK_TEMPLATES, "nshards.txt", "dataset_type.txt")  # the last two: its own
-_READ = {"webdataset": "tars", "parquet": "Parquet files", "folders": "class folders"}
+_TEXTS = frozenset({
+    *(CLASSNAMES, TEMPLATES),
+    *(CLIP_BENCHMARK_TEMPLATES, "nshards.txt", "dataset_type.txt"),  # CLIP_benchmark's own
+})  # fmt: skip
+_USED = {"webdataset": "tars", "parquet": "Parquet files", "folders": "class folders"}
 
 
 def count_unused(records: Records, folder: str, place: str, split: str, *, own: bool = True) -> None:
-    """Count in `records.account` what is not used of `folder`, that of the set, and of `place`, where its files or
-    class folders are. Of a user's `own` set, splits too that are never read."""
+    """Count in `records.account` what is not used of the set's `folder`, and of `place`, the folder of the files or
+    class folders that are read. In an `own` set, splits that no command reads are counted too."""
     used, account = {file.path for file in records.files}, records.account
-    beside = f" beside the {_READ[records.layout]}" if records.layout in _READ else ""
+    beside = f" beside the {_USED[records.layout]}" if records.layout in _USED else ""
     for where in dict.fromkeys((folder, place)):
-        found = files_in(where, lambda name: name not in _TEXTS, account)
-        files = [file for file in found if file.path not in used]
-        folders = _folders(where) if where != place or records.layout != "folders" else []  # those were looked at
-        if where == folder or _last(where) not in SPLIT_NAMES:  # where it may be, files of several lie together
-            read = place[len(where) :].lstrip("/").partition("/")[0] if where == folder else ""
-            names, spare = [*(_last(file.path) for file in files), *folders], account if own else Account()
-            files = [file for file in files if not _is_of_split(file.path, names, split, spare)]
-            paths = [storage.join(where, name) for name in folders if name != read]
-            folders = [_last(path) for path in paths if not _is_of_split(path, names, split, spare)]
-        for name in folders:
-            account.skip(f"folders{beside}", storage.join(where, name))
+        files = [f for f in files_in(where, lambda name: name not in _TEXTS, account) if f.path not in used]
+        class_folders = where == place and records.layout == "folders"  # the reader has looked at each of them
+        folders = [] if class_folders else [storage.join(where, name) for name in _folder_names(where)]
+        if where == folder or _last(where) not in SPLIT_NAMES:  # where files of several splits may lie together
+            names = [_last(path) for path in (*(file.path for file in files), *folders)]
+            never_read = account if own else Account()
+            files = [file for file in files if not _is_of_a_split(file.path, names, split, never_read)]
+            read = storage.join(where, place[len(where) :].lstrip("/").partition("/")[0]) if where == folder else ""
+            others = (path for path in folders if path != read)
+            folders = [path for path in others if not _is_of_a_split(path, names, split, never_read)]
+        for path in folders:
+            account.skip(f"folders{beside}", path)
         for kind, those in by_kind(files, account).items():
             for file in those:
                 account.skip(f"{'images' if kind == IMAGE else f'{kind} files'}{beside}", file.path)
 
 
 def class_folders_in(base: str, account: Account) -> list[str]:
-    """The names of the folders of classes in a local folder. A link back to it, or to one that it is in, is none."""
+    """The names of the class folders in a local folder. A link to a folder that it is in is counted in `account`."""
     above = {os.path.realpath(base), *map(str, Path(os.path.realpath(base)).parents)}
     found = []
-    for name in _folders(base):
+    for name in _folder_names(base):
         if os.path.realpath(f"{base}/{name}") in above:
             account.skip("links back to a folder that they are in", f"{base}/{name}")
         else:
@@ -64,7 +68,7 @@ def class_folders_in(base: str, account: Account) -> list[str]:
 
 
 def note_empty_classes(records: Records, names: Sequence[str]) -> None:
-    """Note in `records.account` the classes, by `names`, that no image is of."""
+    """Note in `records.account` how many of the classes `names` have no image."""
     occurring = {label for row in records.labels or [] for label in (row if isinstance(row, list) else (row,))}
     empty = [name for place, name in enumerate(names) if place not in occurring]
     if empty:
@@ -76,8 +80,8 @@ def _last(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def _folders(place: str) -> list[str]:
-    """The names of the folders in a local one, without hidden ones, which `children` counts; none at a URL."""
+def _folder_names(place: str) -> list[str]:
+    """The names of the folders in a local folder, without hidden ones, which `children` counts; none at a URL."""
     if storage.is_url(place):
         return []
     return sorted(
@@ -87,19 +91,23 @@ def _folders(place: str) -> list[str]:
     )
 
 
-def _is_of_split(path: str, names: Sequence[str], split: str, account: Account) -> bool:
-    """Whether something among `names` in the folder of a set is of another split than the one that is read. It is
-    counted where it is never read: of each split but the test images, the first of its possible names is."""
+def _is_of_a_split(path: str, names: Sequence[str], split: str, never_read: Account) -> bool:
+    """Whether a file or folder, one of `names` in its folder, is of another split than `split`, which is read.
 
-    def word_of(one: str) -> str | None:
-        return next((s for s in SPLIT_NAMES if re.match(rf"{s}($|[-_.])", one)), None)
+    It is counted in `never_read` if no command reads it. Commands read test and, for a probe, train, each under the
+    first of its possible names: a folder `training` beside `train` is never read. Nor is val, which is counted with the
+    test split alone, so that it is counted once.
+    """
+
+    def split_word(name: str) -> str | None:
+        return next((word for word in SPLIT_NAMES if re.match(rf"{word}($|[-_.])", name)), None)
 
     name = _last(path)
-    word = word_of(name)
+    word = split_word(name)
     kind = next((kind for kind, words in SPLIT_FOLDERS.items() if word in words), None)
-    if word is None or kind is None or (kind == split and name != word):
+    if word is None or kind is None or (kind == split and name != word):  # the last: of the very split that is read
         return False
-    first = next(s for s in SPLIT_FOLDERS[kind] if s in map(word_of, names))
+    first = next(one for one in SPLIT_FOLDERS[kind] if one in map(split_word, names))
     if kind == split or (split == "test" and kind == "val") or word != first:
-        account.skip("splits that are not used", path)
+        never_read.skip("splits that are not used", path)
     return True

@@ -1,4 +1,4 @@
-"""Models side by side, beside the rows that the paper published, as Markdown, CSV or LaTeX."""
+"""`dimefm compare`: models side by side with the rows that the paper published, as Markdown, CSV or LaTeX."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PUBLISHED = "published"
 
 @dataclass(frozen=True)
 class Column:
-    """A model: its name, where its numbers are from, and a text for each line that it has."""
+    """The column of a model: its name, where its numbers come from, and a text for each line that it has."""
 
     name: str
     source: str
@@ -31,20 +31,20 @@ class Column:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A column for each model, a line for ImageNet-1K, each mean, and each set and protocol."""
+    """A table with a column per model, and a line for ImageNet-1K, for each mean, and for each set and protocol."""
 
     models: list[Column]
     notes: list[str]
 
     def lines(self) -> list[list[str]]:
-        """The cells, without the head."""
+        """The cells below the head: ImageNet-1K and the means first."""
         found = list(dict.fromkeys(name for model in self.models for name in model.cells))
         first = [name for name in found if name.split(" ")[0] in ("imagenet1k", "elevater", "robustness")]
         names = [*first, *(name for name in found if name not in first)]
         return [[name, *(model.cells.get(name, "") for model in self.models)] for name in names]
 
     def head(self) -> list[list[str]]:
-        """The models, and under each where its numbers are from."""
+        """The names of the models, and below each where its numbers come from."""
         return [["", *(model.name for model in self.models)], ["source", *(model.source for model in self.models)]]
 
     def markdown(self) -> str:
@@ -64,7 +64,7 @@ class Comparison:
         return sink.getvalue()
 
     def latex(self) -> str:
-        """A tabular that needs booktabs."""
+        """A tabular for LaTeX, which needs the package booktabs."""
         head, body = (["".join(_latex_line(line)) for line in part] for part in (self.head(), self.lines()))
         begin = rf"\begin{{tabular}}{{l{'r' * len(self.models)}}}"
         lines = [begin, r"\toprule", *head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
@@ -72,8 +72,8 @@ class Comparison:
 
 
 def compare(folders: Sequence[str], *, published: bool = True) -> Comparison:
-    """The results in these folders (or results.jsonl files), a column each. Raises StoreError where one has none, and
-    where no two have a line in common."""
+    """The results in these folders (or results.jsonl files), one column for each. Raises StoreError for a folder
+    without results, and if the models have no line in common."""
     models = [pool(read_results(folder)) for folder in folders]
     for folder, pooled in zip(folders, models, strict=True):
         if not pooled:
@@ -93,14 +93,15 @@ def _require_common(folders: Sequence[str], columns: list[Column]) -> None:
             f"\n  - {folder}: {', '.join([*model.cells][:3])}" for folder, model in zip(folders, columns, strict=True)
         )
         what = f"the models have no set and protocol in common{found}"
-        raise StoreError(what, remedy="evaluate them on the same sets; one alone is shown by itself")
+        raise StoreError(what, remedy="evaluate them on the same sets, or compare one alone with the published rows")
 
 
 def write_comparison(table: Comparison, path: str) -> None:
-    """As the end of the name says: .md, .csv or .tex. Raises DimefmError for another."""
+    """Write the table in the format that the end of `path` names: .md, .csv or .tex. Raises DimefmError for another."""
     kinds = {".md": table.markdown, ".csv": table.csv, ".tex": table.latex}
     if (kind := Path(path).suffix) not in kinds:
-        raise DimefmError(f"{path} is none of {', '.join(kinds)}", remedy="give --out a name that ends in one of them")
+        what = f"{path} does not end in {', '.join(kinds)}"
+        raise DimefmError(what, remedy="give --out a name that ends in one of them")
     storage.write_atomic(storage.absolute(path), kinds[kind]().encode())
 
 
@@ -125,8 +126,8 @@ def _column(one: Pooled) -> str:
 
 
 def _notes(models: list[list[Pooled]]) -> list[str]:
-    """What a reader must know: what the mark means, and lines whose numbers are not of the same thing."""
-    notes = ["±: half of the 95% interval of a mean; of few-shot, the standard deviation over seeds"]
+    """What a reader must know: what the marks mean, and which lines compare numbers that are not comparable."""
+    notes = ["±: half of the 95% interval of a mean; for few-shot, the standard deviation over seeds"]
     notes += ["*: not the whole published set, see results.jsonl"] if any(o.partial for m in models for o in m) else []
     seen: dict[str, Pooled] = {}
     for one in (one for model in models for one in model):

@@ -53,7 +53,8 @@ class EvaluationConfig:
 
 
 def default_name(config: EvaluationConfig) -> str:
-    """Of the results' folder: the model's own name, with tag, checkpoint and weights where those are not the usual."""
+    """The name of the results' folder: the model's own name, with tag, checkpoint and weights if they are not the
+    defaults."""
     model = config.model.removeprefix("local-dir:").removeprefix("hf-hub:").rstrip("/")
     parts = [model if "/" not in model else model.rpartition("/")[2], config.pretrained or ""]
     parts += [config.checkpoint if config.checkpoint != "last" else "", "ema" if config.weights == "ema" else ""]
@@ -62,7 +63,7 @@ def default_name(config: EvaluationConfig) -> str:
 
 @dataclass(frozen=True)
 class ChosenSet:
-    """A set of the package's, or the folder of one of a user's own."""
+    """A known set, with its `definition`, or an own set, with its `folder`."""
 
     name: str
     definition: SetDefinition | None = None
@@ -70,21 +71,26 @@ class ChosenSet:
 
     @property
     def suite(self) -> str:
-        """Of its results."""
+        """The suite of its results."""
         return self.definition.suite if self.definition else OWN
 
     @property
     def title(self) -> str:
-        """Of its files; see EvaluationResult.title."""
+        """The name of its files, as EvaluationResult.title: an own set may be called as a known one."""
         return self.name if self.definition else f"{OWN}-{self.name}"
+
+    @property
+    def squash(self) -> bool:
+        """Whether its images are resized without keeping the aspect ratio."""
+        return self.definition is not None and self.definition.resize == "squash"
 
 
 def choose_sets(config: EvaluationConfig) -> list[ChosenSet]:
-    """The sets that are asked for. Raises SourceError for a name that is neither a set nor a folder, two sets of one
-    name, and where nothing is asked for."""
+    """The sets that the config names. Raises SourceError for a name that is neither a known set nor a folder, for two
+    sets of one name, and if no set is named."""
     known = load_definitions()
     if (config.suite or config.sets) and not config.data:
-        raise SourceError("which folder has the sets is not said", remedy="give --data ROOT")
+        raise SourceError("the folder that holds the sets is not given", remedy="give --data ROOT")
     chosen = [ChosenSet(set_name(path), folder=path) for path in config.folders]
     named = config.sets or tuple(n for n, d in known.items() if config.suite in ("all", d.suite))
     for name in named:

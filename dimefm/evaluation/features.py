@@ -1,7 +1,7 @@
-"""The features of a set: its images through a model once, kept in an embedding store of float32.
+"""The features of a set: each image encoded once, kept in an embedding store of float32.
 
-The store is planned and written a shard at a time as stage 1 does it, so that a stopped evaluation goes on where it
-was, and `dimefm info` and `dimefm verify` know it. Shapes: N images, D embedding width.
+The store is planned and written shard by shard, as in stage 1: a stopped evaluation goes on where it was, and
+`dimefm info` and `dimefm verify` can read it. Shapes: N images, D embedding width.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from dimefm.system import storage
 from dimefm.system.machine import cpus
 from dimefm.system.progress import Progress
 
-_SMALL, _SHARD_ROWS = 65_536, (256, 4096)  # of a set with no more images than that, and of a larger one
+_SMALL, _SHARD_ROWS = 65_536, (256, 4096)  # rows per shard for a set of up to _SMALL images, and for a larger one
 
 
 @dataclass(frozen=True)
 class Features:
-    """Unit-norm features of every image of a set; rows of images that could not be read are zero."""
+    """Unit-norm features of every image of a set. The rows of images that could not be read are zero."""
 
     store: Store
 
@@ -51,16 +51,16 @@ class Features:
         return self.store.read(0, len(self)).astype(np.float32, copy=False)
 
     def take(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """float32 (N, D) of these rows alone."""
+        """float32 (rows, D): the features of these rows."""
         return self.store.gather(rows_N).astype(np.float32, copy=False)
 
     def blocks(self, rows: int = 8192) -> Iterator[np.ndarray[Any, Any]]:
-        """All of them in order, float32 (rows or fewer, D) at a time."""
+        """All features in order, float32 (up to `rows`, D) at a time."""
         for start in range(0, len(self), rows):
             yield self.store.read(start, min(start + rows, len(self))).astype(np.float32, copy=False)
 
     def failures(self) -> list[Failure]:
-        """The images that could not be read, with why."""
+        """The images that have no features, each with the reason."""
         return [failure for commit in self.store.commits() for failure in self.store.failures(commit)]
 
 
@@ -75,12 +75,13 @@ def compute_features(
     threads: int | None = None,
     retry: bool = True,
 ) -> Features:
-    """The features of `images`, encoded now or before, in a store at `out`.
+    """The features of `images` in a store at `out`, encoded now unless they were before.
 
-    `squash` gives up the aspect ratio; `decoder` is "pillow" for exactly open_clip's pixels, or "fast" (see
-    images.preprocess). With `retry`, images that may be read today are tried again (see `to_retry`). A store that
-    is there but of other images, another model or other settings is made again.
-    Raises UnreadableError where images that the set has cannot be read now, and StoreError where it cannot be written.
+    `squash` resizes without keeping the aspect ratio. `decoder` is "pillow" for exactly open_clip's pixels, or "fast"
+    (see images.preprocess). With `retry`, images that may be readable by now are tried again (see `to_retry`). A store
+    of other images, another model or other settings is made again.
+
+    Raises UnreadableError for images of the set that cannot be read now, and StoreError if the store cannot be written.
     """
     schema = _schema(clip.identity, images, squash, decoder, batch_size)
     store = _open_same(out, schema) or _plan(out, schema, images)
@@ -90,7 +91,8 @@ def compute_features(
     done = store.schema.rows - sum(rows)
     if pending:
         name = f"{images.name} {images.split}"
-        # After a run that died all images are decoded twice, once elsewhere: a set is small, and one of them may crash.
+        # If the process died before, an image may have crashed it. All are then decoded in another process first: a
+        # set is small.
         with running(store.path) as died, Progress(name, store.schema.rows, "image", done) as progress:
             for shard, count in zip(pending, rows, strict=True):
                 seen = [done]
@@ -110,13 +112,13 @@ def compute_features(
 
 
 def to_retry(store: Store, images: ImageSet, *, crashed: bool = True) -> set[int]:
-    """The finished shards with images that failed by what the machine was at that moment, not by what they are:
+    """The finished shards with images that failed because of the state of the machine, not because of what they are:
 
-    - they were there when the set was opened, and yet are missing: earlier versions left them out when the storage was
-      away for a moment;
+    - they existed when the set was opened, and yet are MISSING: earlier versions left images out while the storage did
+      not answer;
     - memory ran out while they were decoded;
-    - with `crashed`, they ended the process. Each command tries those once more; `--skip-existing` does not, or a set
-      with an image that crashes every time could never be skipped.
+    - with `crashed`, they ended the process. Each command tries these once more. `--skip-existing` does not: a set with
+      an image that crashes every time could never be skipped.
     """
 
     def momentary(failure: Failure) -> bool:
@@ -156,7 +158,7 @@ def _schema(
 
 
 def _open_same(out: str, schema: EmbeddingStore) -> Store | None:
-    """The store at `out` if it is of just this schema; anything else there is removed, since it can be made again."""
+    """The store at `out` if it has exactly this schema. Anything else is removed, since it can be made again."""
     try:
         store = Store(out)
         same = replace(store.schema, digests={}, teacher=schema.teacher) == schema

@@ -1,10 +1,10 @@
-"""Linear classifiers on frozen features, many at once: they see the same batches in the same order, and differ in
-learning rate and weight decay alone, so that one matrix product serves them all.
+"""Train many linear classifiers on frozen features at once. They see the same batches in the same order and differ only
+in learning rate and weight decay, so that one matrix product serves them all.
 
-This is ELEVATER's probe: batch normalisation without parameters, a linear layer that begins with the class embeddings,
-SGD with momentum 0.9, batches of 64, a constant learning rate. The gradient is written out.
+This is ELEVATER's probe: batch normalisation without parameters, a linear layer that starts from the class embeddings,
+SGD with momentum 0.9, batches of 64, a constant learning rate. The gradient is written by hand.
 
-Shapes: N images, B of a batch, K classifiers, C classes, D embedding width.
+Shapes: N images, B images of a batch, K classifiers, C classes, D embedding width.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from dimefm.evaluation.features import Features
 
 BATCH, MOMENTUM = 64, 0.9
 _BN_MOMENTUM, _BN_EPS = 0.1, 1e-5
-_IN_MEMORY = 1 << 30  # bytes of features; more stay on disk, and are read batch by batch
-_BLOCK, _SCORES = 4096, 16 << 20  # images that are scored at a time, and scores
+_IN_MEMORY = 1 << 30  # bytes of features; more than that stay on disk and are read batch by batch
+_BLOCK, _SCORES = 4096, 16 << 20  # the most images, and the most scores, that are computed at a time
 
 
 class FeatureRows:
-    """Some rows of a feature store, in memory where they are few."""
+    """Some rows of a feature store: in memory if they take less than `limit` bytes, else on disk."""
 
     def __init__(self, features: Features, rows_N: np.ndarray[Any, Any], device: str, limit: int = _IN_MEMORY) -> None:
         self._features, self._rows_N, self._device = features, rows_N, device
@@ -38,24 +38,24 @@ class FeatureRows:
 
     @property
     def home(self) -> torch.device:
-        """Where `take` wants its places: where the features are, or on the CPU for those on disk."""
+        """The device on which `take` wants its places: that of the features, or the CPU if they are on disk."""
         return torch.device("cpu") if self._whole is None else self._whole.device
 
     def take(self, places_B: torch.Tensor) -> torch.Tensor:
-        """float32 (B, D) of these places, at `home`, among the rows."""
+        """float32 (B, D): the features at these places of the rows. `places_B` is on the device `home`."""
         if self._whole is not None:
             return self._whole[places_B]
         return torch.from_numpy(self._features.take(self._rows_N[places_B.numpy()])).to(self._device)
 
     def blocks(self, scores: int = 1) -> Iterator[torch.Tensor]:
-        """All of them in order, float32 (B, D) at a time: as many as give 64 MB of `scores` float32 each."""
+        """All features in order, float32 (B, D) at a time, with `scores` float32 per image taking at most 64 MB."""
         for places in torch.arange(len(self), device=self.home).split(max(1, min(_BLOCK, _SCORES // scores))):
             yield self.take(places)
 
 
 @dataclass
 class Heads:
-    """K classifiers: weight (K * C, D) and bias (K * C,), and the mean and variance (D,) that both normalise by."""
+    """K classifiers: weight (K * C, D), bias (K * C,), and the running mean and variance (D,) that all normalise by."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -69,7 +69,7 @@ class Heads:
         return self.of_normal(normal_BD)
 
     def of_normal(self, normal_BD: torch.Tensor) -> torch.Tensor:
-        """Of features that are normalised already."""
+        """The logits of features that are normalised already."""
         flat: torch.Tensor = normal_BD @ self.weight.T + self.bias
         return flat.view(len(flat), self.count, -1)
 
@@ -83,10 +83,11 @@ def train_heads(
     epochs: int,
     seed: int = 0,
 ) -> Iterator[Heads]:
-    """The classifiers after each epoch, one of each learning rate and weight decay; they go on changing.
+    """Yield the classifiers after each epoch, one for each learning rate and weight decay. They are the same object,
+    which training goes on to change.
 
     `targets` are int64 (N,), or float (N, C) of 0 and 1 for the mean binary cross-entropy. A batch of one image is
-    passed over, as it has no variance. What diverges becomes infinite or NaN; the others do not notice.
+    skipped, since it has no variance. A classifier that diverges becomes infinite or NaN, and leaves the others alone.
     """
     device, count = initial_CD.device, len(rates)
     heads = Heads(
@@ -102,8 +103,8 @@ def train_heads(
     generator = torch.Generator().manual_seed(seed)
     targets = targets.to(device)
     for _ in range(epochs):
-        # Where an epoch's places and targets are needed before it begins: a step that copied its own would wait for
-        # the GPU to have done the one before.
+        # The places and targets of an epoch are moved before it begins: a step that moved its own would wait until the
+        # GPU has finished the step before.
         order_N = torch.randperm(len(data), generator=generator)
         batches = zip(order_N.to(data.home).split(BATCH), targets[order_N.to(device)].split(BATCH), strict=True)
         for places_B, targets_B in batches:
@@ -119,7 +120,7 @@ def train_heads(
 
 
 def _normalise(heads: Heads, features_BD: torch.Tensor) -> torch.Tensor:
-    """By the batch's own mean and variance, which the running ones follow."""
+    """Normalise by the batch's own mean and variance, and let the running ones follow them."""
     variance_D, mean_D = torch.var_mean(features_BD, dim=0, correction=0)
     unbiased_D = variance_D * len(features_BD) / (len(features_BD) - 1)
     heads.mean.lerp_(mean_D, _BN_MOMENTUM)

@@ -1,23 +1,23 @@
-"""The metrics of evaluation and their 95% intervals: functions of arrays, which neither read nor write anything.
+"""The metrics of evaluation and their 95% intervals: functions of arrays, which read and write no files.
 
 Shapes: N images, C classes, M texts, D width, R resamples, Q queries, S candidates, K best of them, G groups of images
-with equal scores. Scores are higher where something is more likely. An image that could not be read has NaN for all its
+with equal scores, V recalls. A higher score means more likely. An image that could not be read has NaN for all its
 scores; it stays in every metric, as a wrong answer or with the lowest scores of all. Values are in [0, 1].
 
-Intervals take images as independent, and classes and the images and texts that are searched as given. Those of shares,
-which are accuracies, their means per class and recalls, are score intervals (Wilson 1927; Brown, Cai and DasGupta 2001,
-Statistical Science 16), which hold with few images too and are not a point where all are right. For what is no plain
-share they are those of as many independent images as would have its standard error (Franco et al. 2019, Journal of
-Survey Statistics and Methodology 7). The captions of an image are right and wrong together: the standard error of
-recalls is that of a bootstrap over images, each with all its captions and with both directions (a cluster bootstrap:
+Intervals treat images as independent, and the classes, images and texts that are searched as fixed. Shares (accuracies,
+their means per class, and recalls) have score intervals (Wilson 1927; Brown, Cai and DasGupta 2001, Statistical
+Science 16), which also hold for few images and are not a single point if all are right. For what is not a plain share,
+they are the intervals of as many independent images as would have its standard error (Franco et al. 2019, Journal of
+Survey Statistics and Methodology 7). The captions of an image tend to be right or wrong together: the standard error of
+recalls is that of a bootstrap over images, each with all its captions and in both directions (a cluster bootstrap:
 Davison and Hinkley 1997, section 3.8; Field and Welsh 2007, Journal of the Royal Statistical Society B 69).
 
 The area under the ROC curve and mAP have the percentile bootstrap over images (Efron 1981): a resample draws N of the N
-images with replacement, and one in which the metric is undefined is left out. With fewer than about 50 images, or where
-nearly all is right, it is too narrow.
+images with replacement, and one in which the metric is undefined is left out. With fewer than about 50 images, or if
+nearly all are right, it is too narrow.
 
-Any function raises ValueError where its arrays are empty or of different lengths, or where an image has NaN for some of
-its scores only.
+Every function raises ValueError for arrays that are empty or of different lengths, and for an image with NaN for only
+some of its scores.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ _RESAMPLES = 64  # at a time, with 5,000 images 1.3 MB of counts
 
 
 def _images(*arrays: Array) -> int:
+    """The length that all arrays have. Raises ValueError if they differ, or are empty."""
     lengths = {len(array) for array in arrays}
     if len(lengths) > 1 or 0 in lengths:
         raise ValueError(f"arrays of one length, and not empty, are needed, not of {sorted(lengths)}")
@@ -49,7 +50,7 @@ def _images(*arrays: Array) -> int:
 
 
 def _unreadable(scores: Array) -> Array:
-    """Bool (N,) of scores (N,) or (N, C): those that have no score."""
+    """Which images have no score, bool (N,), from scores (N,) or (N, C)."""
     nan: Array = np.isnan(scores)
     if nan.ndim == 1:
         return nan
@@ -60,24 +61,23 @@ def _unreadable(scores: Array) -> Array:
 
 
 def _ranked(scores: Array) -> Array:
-    """Scores as float64, those of unreadable images -inf."""
+    """The scores as float64, with -inf for unreadable images."""
     scores = np.array(scores, np.float64)
     scores[_unreadable(scores)] = -np.inf
     return scores
 
 
 def _float32(values: Array) -> torch.Tensor:
-    """A copy, as torch warns of an array that cannot be written to."""
+    """A copy as a tensor: torch warns about an array that cannot be written to."""
     return torch.tensor(np.ascontiguousarray(values), dtype=torch.float32)
 
 
 def topk_correct(scores_NC: Array, labels_N: Array, k: int, among: int = 1) -> Array:
-    """Bool (N,): is the label among the `k` classes with the largest scores, or among all where they are fewer?
+    """Whether the label is one of the `k` classes with the largest scores, bool (N,). All count if there are fewer.
 
-    Of equal scores the first counts for k = 1, as with argmax; for more they are taken as torch.topk takes them in
-    float32. With `among` they are the first k of that many, as CLIP_benchmark has its top-1 be the first of the five
-    best: where two classes have the same name, that is not always argmax. Raises ValueError where k is not positive or
-    a label is no class.
+    Ties: for k = 1 the first class wins (argmax); for k > 1 as torch.topk in float32. With `among`, the first k of that
+    many count: CLIP_benchmark takes as top-1 the first of the five best, which is not always argmax if two classes have
+    the same name. Raises ValueError if k is not positive or a label is no class.
     """
     _images(scores_NC, labels_N)
     classes = scores_NC.shape[1]
@@ -94,8 +94,8 @@ def topk_correct(scores_NC: Array, labels_N: Array, k: int, among: int = 1) -> A
 
 
 def mean_per_class(correct_N: Array, labels_N: Array, weights: Array | None = None) -> float:
-    """The mean, over classes that occur, of the share of their images that are correct: scikit-learn's balanced
-    accuracy. An image counts `weights` times (N,), or once."""
+    """The share of correct images per class, as a mean over the classes that occur: scikit-learn's balanced accuracy.
+    An image counts `weights` times (N,), or once."""
     weight_N = np.ones(_images(correct_N, labels_N)) if weights is None else weights
     count_C = np.bincount(labels_N, weight_N)
     correct_C = np.bincount(labels_N, weight_N * correct_N)
@@ -110,16 +110,18 @@ def _require_two_classes(labels_N: Array) -> None:
 
 def roc_auc(scores_N: Array, labels_N: Array) -> float:
     """The area under the ROC curve: the probability that an image with label 1 has a higher score than one with label
-    0, equal ones counted as half. `scores_N` are those of class 1. Raises ValueError where only one class occurs."""
+    0, with equal scores counted as half. `scores_N` are those of class 1. Raises ValueError if only one class
+    occurs."""
     _images(scores_N, labels_N)
     _require_two_classes(labels_N)
-    ranks_N = np.unique(_ranked(scores_N), return_inverse=True)[1]  # scikit-learn takes nothing infinite
+    ranks_N = np.unique(_ranked(scores_N), return_inverse=True)[1]  # scikit-learn accepts no infinite scores
     return float(roc_auc_score(labels_N, ranks_N))
 
 
 def _rank(scores_N: Array, positive_N: Array) -> Ranking:
-    """Images from the highest score int64 (N,), which of those are positive bool (N,), and where in them groups of
-    equal scores end int64 (G,): only groups with a positive, as precision is largest where recall rises."""
+    """The images from the highest score down int64 (N,), which of these are positive bool (N,), and where in this order
+    groups of equal scores end int64 (G,). Groups without a positive are left out: precision is largest where recall
+    rises."""
     order_N = np.argsort(-scores_N, kind="stable")
     sorted_N, hits_N = scores_N[order_N], positive_N[order_N]
     ends_G = np.flatnonzero(np.append(sorted_N[1:] != sorted_N[:-1], True))
@@ -127,7 +129,8 @@ def _rank(scores_N: Array, positive_N: Array) -> Ranking:
 
 
 def _average_precision(weights_RN: Array, ranking: Ranking) -> Array:
-    """11-point average precision (R,) of a class where an image counts `weights_RN` times; NaN without a positive."""
+    """The 11-point average precision (R,) of a class, with images counted `weights_RN` times; NaN without a
+    positive."""
     order_N, hits_N, ends_G = ranking
     sorted_RN = weights_RN[:, order_N]
     seen_RG = sorted_RN.cumsum(axis=1, dtype=weights_RN.dtype)[:, ends_G]
@@ -143,12 +146,12 @@ def _average_precision(weights_RN: Array, ranking: Ranking) -> Array:
 
 
 def average_precision_11_point(scores_N: Array, positive_N: Array) -> float:
-    """The mean, over the recalls 0, 0.1, ... 1, of the largest precision at that recall or a higher one.
+    """The largest precision at a recall of at least r, as a mean over the recalls r = 0, 0.1, ... 1.
 
-    It is that of vision_evaluation 0.2.14 (MeanAveragePrecisionNPointsEvaluator), which the published ELEVATER numbers
-    come from. There the curve begins at recall 0 with precision 1, so that the first of the eleven is always 1, and
-    images with equal scores enter together; in the devkit of VOC2007 it begins at the first image, and equal scores
-    have an order. Raises ValueError where nothing is positive.
+    This is the metric of vision_evaluation 0.2.14 (MeanAveragePrecisionNPointsEvaluator), from which the published
+    ELEVATER numbers come. Its curve begins at recall 0 with precision 1, so the first of the eleven is always 1, and
+    images with equal scores enter together. In the devkit of VOC2007 the curve begins at the first image, and equal
+    scores have an order. Raises ValueError if no image is positive.
     """
     images = _images(scores_N, positive_N)
     if not positive_N.any():
@@ -158,8 +161,8 @@ def average_precision_11_point(scores_N: Array, positive_N: Array) -> float:
 
 
 def map_11_point(scores_NC: Array, positives_NC: Array) -> float:
-    """The mean of `average_precision_11_point` over the classes with a positive; 0 where there is none, as
-    vision_evaluation has it."""
+    """The mean of `average_precision_11_point` over the classes with a positive; 0 if there is none, as in
+    vision_evaluation."""
     _images(scores_NC, positives_NC)
     scores_NC = _ranked(scores_NC)
     classes = np.flatnonzero(positives_NC.any(axis=0))
@@ -168,13 +171,13 @@ def map_11_point(scores_NC: Array, positives_NC: Array) -> float:
 
 
 def retrieval_recall(images_ND: Array, texts_MD: Array, image_of_text_M: Array, ks: Sequence[int]) -> dict[str, Array]:
-    """For each k of `ks` the hits of both directions, whose means are the recalls, named as CLIP_benchmark does.
+    """For each k of `ks`, the hits in both directions; their means are the recalls. Names are those of CLIP_benchmark.
 
-    ``text_retrieval_recall@k`` is bool (N,): is a text of the image among the k nearest texts?
-    ``image_retrieval_recall@k`` is bool (M,): is the image of the text among the k nearest images? Embeddings are of
-    unit norm, and compared in float32; an image of NaN is the nearest of nothing, and a miss in both directions. Equal
-    scores are taken as torch.topk takes them. A k above the number of candidates takes all. Raises ValueError where an
-    image has no text, a text is NaN or of no image, or a k is not positive.
+    ``text_retrieval_recall@k`` is bool (N,): is a text of the image one of the k nearest texts?
+    ``image_retrieval_recall@k`` is bool (M,): is the image of the text one of the k nearest images? Embeddings have
+    unit norm and are compared in float32. An image of NaN is never the nearest, and is a miss in both directions. Ties
+    are as in torch.topk. A k above the number of candidates takes all. Raises ValueError if an image has no text, a
+    text is NaN or belongs to no image, or a k is not positive.
     """
     _images(texts_MD, image_of_text_M)
     images = _images(images_ND)
@@ -203,7 +206,7 @@ def _hits(
     lost_N: torch.Tensor,
     ks: Sequence[int],
 ) -> list[Array]:
-    """For each k bool (Q,): has one of the k nearest candidates the query's image? A block of queries at a time."""
+    """For each k, whether one of the k nearest candidates has the query's image, bool (Q,)."""
     hits_KQ = torch.zeros((len(ks), len(queries_QD)), dtype=torch.bool)
     for start in range(0, len(queries_QD), _QUERIES):
         block = slice(start, start + _QUERIES)
@@ -215,7 +218,7 @@ def _hits(
 
 
 def _resamples(n: int, resamples: int, seed: int) -> Iterator[Array]:
-    """Of each resample int64 (N,), how many times it has each image."""
+    """For each resample, how many times it has each image, int64 (N,)."""
     rng = np.random.default_rng(seed)
     for _ in range(resamples):
         yield np.bincount(rng.integers(0, n, n), minlength=n)
@@ -230,13 +233,13 @@ def _percentiles(values_R: Array) -> Interval:
 
 
 def bootstrap_interval(statistic: Callable[[Array], float], n: int, resamples: int = 1000, seed: int = 0) -> Interval:
-    """The 95% interval of any metric of `n` images. `statistic` takes how many times a resample has each image, int64
-    (N,), and gives NaN where it is undefined. Raises ValueError where it is so in every resample."""
+    """The 95% interval of any metric of `n` images. `statistic` is the metric of a resample, given how many times it
+    has each image, int64 (N,); NaN if it is undefined. Raises ValueError if it is undefined in every resample."""
     return _percentiles(np.array([statistic(counts_N) for counts_N in _resamples(n, resamples, seed)]))
 
 
 def _score_interval(share: float, variance: float, images: int) -> Interval:
-    """Wilson's, of as many independent images as would give a share this variance, or of `images` where it is 0."""
+    """Wilson's interval for as many independent images as would give a share this variance; `images` if that is 0."""
     count = share * (1 - share) / variance if variance > 0 else images
     square = norm.ppf(TAILS[1]) ** 2
     middle = (share + square / (2 * count)) / (1 + square / count)
@@ -245,14 +248,14 @@ def _score_interval(share: float, variance: float, images: int) -> Interval:
 
 
 def mean_interval(correct_N: Array) -> Interval:
-    """Of the mean of bool (N,)."""
+    """The interval of the mean of bool (N,)."""
     images, share = _images(correct_N), float(correct_N.mean())
     return _score_interval(share, share * (1 - share) / images, images)
 
 
 def mean_per_class_interval(correct_N: Array, labels_N: Array) -> Interval:
-    """Of `mean_per_class`: the variance of a mean of independent shares. That of a class with a single image is taken
-    from all classes, as if they were alike."""
+    """The interval of `mean_per_class`, from the variance of a mean of independent shares. The variance of a class with
+    a single image is taken from all classes, as if they were alike."""
     images = _images(correct_N, labels_N)
     _, class_N, count_C = np.unique(labels_N, return_inverse=True, return_counts=True)
     share_C = np.bincount(class_N, correct_N) / count_C
@@ -268,14 +271,14 @@ def retrieval_intervals(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Of every recall, by the hits of `retrieval_recall`, and of the `means` of some of them by name.
+    """The interval of every recall, from the hits of `retrieval_recall`, and of `means`, each the mean of some of them.
 
-    An image is drawn with all its texts, and for both directions at once: their hits go together.
+    An image is drawn with all its texts, and for both directions at once, because their hits are not independent.
     """
     texts_N = np.bincount(image_of_text_M)
     images = len(texts_N)
-    right: list[Array] = []  # of the queries of an image, those that hit, for each recall
-    asked: list[Array] = []
+    right: list[Array] = []  # for each recall, how many queries of an image hit
+    asked: list[Array] = []  # and how many queries it has
     for name, hit in hits.items():
         by_image = name.startswith("text_")  # texts are retrieved for an image
         _images(hit, texts_N if by_image else image_of_text_M)
@@ -296,7 +299,7 @@ def retrieval_intervals(
 
 
 def roc_auc_interval(scores_N: Array, labels_N: Array, resamples: int = 1000, seed: int = 0) -> Interval:
-    """Of `roc_auc`, and ValueError as there. A resample of one class only is left out."""
+    """The interval of `roc_auc`; raises ValueError as it does. A resample with only one class is left out."""
     images = _images(scores_N, labels_N)
     _require_two_classes(labels_N)
     ranks_N = np.unique(_ranked(scores_N), return_inverse=True)[1]
@@ -305,7 +308,7 @@ def roc_auc_interval(scores_N: Array, labels_N: Array, resamples: int = 1000, se
     def area(counts_N: Array) -> float:
         negative_G, positive_G = np.bincount(place_N, counts_N, size).reshape(-1, 2).T
         pairs = negative_G.sum() * positive_G.sum()
-        # below a positive: the negatives of lower groups, and half of those of its own
+        # A positive wins against the negatives of lower groups, and half of those in its own.
         won = (positive_G * (np.cumsum(negative_G) - negative_G / 2)).sum()
         return float(won / pairs) if pairs else np.nan
 
@@ -313,7 +316,7 @@ def roc_auc_interval(scores_N: Array, labels_N: Array, resamples: int = 1000, se
 
 
 def map_11_point_interval(scores_NC: Array, positives_NC: Array, resamples: int = 1000, seed: int = 0) -> Interval:
-    """Of `map_11_point`. A class without a positive in a resample is left out of its mean."""
+    """The interval of `map_11_point`. A class without a positive in a resample is left out of its mean."""
     images = _images(scores_NC, positives_NC)
     scores_NC, positives_NC = _ranked(scores_NC), positives_NC.astype(bool)
     rankings = [_rank(scores_NC[:, c], positives_NC[:, c]) for c in np.flatnonzero(positives_NC.any(axis=0))]
@@ -332,9 +335,9 @@ def map_11_point_interval(scores_NC: Array, positives_NC: Array, resamples: int 
 
 
 def mean_of(values: Sequence[float], intervals: Sequence[Interval]) -> tuple[float, Interval]:
-    """The mean of the scores of several sets, and its interval, cut to [0, 1]: the sets are independent, and normal
-    with the half widths of their intervals, so that the mean's is the root of the sum of their squares over their
-    number. Raises ValueError where there are no values, not as many intervals, or a value is not in [0, 1]."""
+    """The mean of the scores of several sets, and its interval, cut to [0, 1]. The sets are taken as independent and
+    normal: the half width of the mean's interval is the root of the sum of the squared half widths, divided by their
+    number. Raises ValueError if there is no value, not one interval for each, or a value outside [0, 1]."""
     if not values or len(values) != len(intervals) or not all(0 <= value <= 1 for value in values):
         raise ValueError(f"a mean of values in [0, 1] with an interval each: {values}, {len(intervals)} intervals")
     mean = float(np.mean(values))
@@ -343,15 +346,15 @@ def mean_of(values: Sequence[float], intervals: Sequence[Interval]) -> tuple[flo
 
 
 def effective_robustness(accuracy: float, imagenet_accuracy: float, slope: float, intercept: float) -> float:
-    """Accuracy under a shift above what a model of that ImageNet accuracy is expected to have, in [-1, 1]: Taori et
-    al. (2020), whose line is fitted to logits of accuracies. An ImageNet accuracy of 0 or 1 is moved by 1e-6."""
+    """The accuracy under a shift, minus what is expected of a model with this ImageNet accuracy, in [-1, 1]. The line
+    of Taori et al. (2020) is fitted to logits of accuracies; an ImageNet accuracy of 0 or 1 is moved by 1e-6."""
     inside = np.clip(imagenet_accuracy, 1e-6, 1 - 1e-6)
     return float(accuracy - expit(slope * logit(inside) + intercept))
 
 
 def confusion(labels_N: Array, predictions_N: Array, classes: int) -> Array:
-    """int64 (C, C): the images of each label, by prediction. Those with the prediction -1, which could not be read, are
-    in none. Raises ValueError where another label or prediction is no class."""
+    """The number of images by label and prediction, int64 (C, C), without images that could not be read, whose
+    prediction is -1. Raises ValueError for any other label or prediction that is no class."""
     _images(labels_N, predictions_N)
     both = np.stack([labels_N, predictions_N])[:, predictions_N != -1]
     if ((both < 0) | (both >= classes)).any() or not ((labels_N >= 0) & (labels_N < classes)).all():

@@ -26,9 +26,9 @@ def open_model(
     precision: Precision = "fp32",
     device: str | None = None,
 ) -> Iterator[Clip]:
-    """A run folder (its `checkpoint` and `weights` as for `export.export_student.export`), an open_clip folder, or an
-    open_clip name with its `pretrained` tag or file (of which `trained` is said), hf-hub:ORG/MODEL or local-dir:FOLDER.
-    Raises a DimefmError."""
+    """Load the model from a run folder (`checkpoint` and `weights` as for `export.export_student.export`), an open_clip
+    folder, or an open_clip name: with a `pretrained` tag or file (`trained` says how a file was trained),
+    hf-hub:ORG/MODEL or local-dir:FOLDER. Raises a DimefmError if it cannot."""
     folder = Path(model)
     if (folder / RUN_FILE).exists():
         with tempfile.TemporaryDirectory() as temporary:

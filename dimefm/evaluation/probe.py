@@ -1,12 +1,12 @@
-"""Linear probes on cached features: which hyperparameters, and what the classifier that they give says of the test
-images. The tower is frozen; features are the unit-norm embeddings that zero-shot uses too.
+"""Linear probes on cached features: find the hyperparameters, train a classifier, score the test images with it.
 
-The search is ELEVATER's: for each of six learning rates from 1e-6 to 0.1, the weight decay among 97 from 1e-6 to 1e6 by
-a walk that halves its stride about the best; 10 epochs each on four fifths of the training images, scored by the set's
-own metric on the rest; then 50 epochs on all of them. Two rules of what is reported:
+The image tower is frozen; the features are the unit-norm embeddings that zero-shot uses too. The search is ELEVATER's.
+For each of six learning rates from 1e-6 to 0.1 it chooses one of 97 weight decays from 1e-6 to 1e6, by a walk that
+halves its stride around the best so far. Each is trained for 10 epochs on four fifths of the training images and scored
+by the set's own metric on the rest; the best is trained for 50 epochs on all of them. Two rules say which epoch counts:
 
-    elevater    the best epoch on validation images while searching, and at last the best of 50 epochs on the TEST
-                images, as ELEVATER's code does: the result is test-selected, and is called so
+    elevater    the best epoch on validation images while searching, and in the end the best of 50 epochs on the TEST
+                images, as in ELEVATER's code: the result is test-selected, and is called so
     honest      the last epoch, both times: test images are looked at once, when everything is decided
 
 Few-shot takes some images of each class first. The solver lbfgs is CLIP's logistic regression (scikit-learn's), with
@@ -40,13 +40,14 @@ Array = np.ndarray[Any, Any]
 RATES = np.logspace(-6, -1, 6).tolist()
 DECAYS = np.logspace(-6, 6, 97).tolist()
 SEARCH_EPOCHS, FINAL_EPOCHS, HELD_OUT = 10, 50, 0.2
-_HEAD_BYTES = 512 << 20  # of classifiers that are trained at once
+_HEAD_BYTES = 512 << 20  # of the classifiers that are trained together
 _LBFGS_BYTES = 8 << 30  # scikit-learn wants all features in memory, in float64 at times
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Scores (N, C) of the test images, NaN for those that could not be read; what was chosen, and how."""
+    """Scores (N, C) of the test images, NaN for images that could not be read; the hyperparameters that were chosen,
+    and how."""
 
     scores_NC: Array
     settings: dict[str, object]
@@ -65,7 +66,8 @@ def probe(
     solver: Solver = "sgd",
     device: str = "cpu",
 ) -> ProbeResult:
-    """Train on these rows of `train` and score the test `images`. Raises SourceError where they are too few."""
+    """Train on these rows of `train`, which have `labels`, and score the test `images`, whose features are `test`. The
+    classifier starts from the class embeddings `heads_CD`. Raises SourceError for too few training images."""
     readable = rows[train.readable[rows]]
     if solver == "lbfgs" and selection == "elevater":
         raise SourceError("the rule elevater chooses among SGD's epochs, and lbfgs has none", remedy="take honest")
@@ -78,17 +80,17 @@ def probe(
     if solver == "lbfgs":
         scores_NC, chosen = _lbfgs(train, labels, fit, check, test, metric, len(heads_CD))
     else:
-        search = _Sgd(train, labels, metric, heads_CD.to(device), selection)
-        rate, decay, score = search.search(fit, check)
-        scores_NC, epoch = search.final(readable, rate, decay, test, images.class_labels)
+        sgd = _SgdProbe(train, labels, metric, heads_CD.to(device), selection)
+        rate, decay, score = sgd.search(fit, check)
+        scores_NC, epoch = sgd.train_final(readable, rate, decay, test, images.class_labels)
         chosen = {"learning_rate": rate, "weight_decay": decay, "validation": score, "epoch": epoch}
     scores_NC[~test.readable] = np.nan
     return ProbeResult(scores_NC, {**settings, **chosen})
 
 
 def validation_part(labels: Array) -> Array:
-    """Bool (N,): a fifth of each class, rounded up, the first that come; of several labels an image, images are taken
-    until each class has that many. As ELEVATER does it."""
+    """Which images are held out for validation, bool (N,), as ELEVATER chooses them: the first fifth of each class,
+    rounded up. Where an image may have several labels, images are taken until each class has that many."""
     held_out = np.zeros(len(labels), bool)
     if labels.ndim == 1:
         for label in np.unique(labels):
@@ -106,7 +108,7 @@ def validation_part(labels: Array) -> Array:
 
 
 def few_shot_rows(labels: Array, shots: int, seed: int) -> Array:
-    """FeatureRows of `shots` images of each class, or of all that it has, drawn by `seed`; in ascending order."""
+    """The rows of `shots` images of each class (or all that it has), drawn by `seed`, in ascending order."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels))
     if labels.ndim == 1:
@@ -120,7 +122,9 @@ def few_shot_rows(labels: Array, shots: int, seed: int) -> Array:
     return np.sort(np.array(found))
 
 
-class _Sgd:
+class _SgdProbe:
+    """ELEVATER's probe: `search` finds the hyperparameters, `train_final` trains with them and scores test images."""
+
     def __init__(
         self, train: Features, labels: Array, metric: Metric, heads_CD: torch.Tensor, selection: ProbeSelection
     ) -> None:
@@ -130,57 +134,71 @@ class _Sgd:
         self._targets = torch.from_numpy(labels.astype(np.float32) if labels.ndim == 2 else labels)
 
     def search(self, fit: Array, check: Array) -> tuple[float, float, float]:
-        """Learning rate, weight decay and score of the best: all rates walk at once, a stride at a time."""
+        """The best learning rate, its weight decay and their score on the rows `check`, after training on `fit`. The
+        walks of all learning rates go one stride at a time, so that their classifiers are trained together."""
         data = FeatureRows(self._train, fit, self._device)
         held_out = FeatureRows(self._train, check, self._device)
         walks = [_Walk(len(DECAYS)) for _ in RATES]
-        while any(w.places for w in walks):
-            pairs = [(rate, DECAYS[p]) for rate, w in zip(RATES, walks, strict=True) for p in w.places]
+        while any(walk.places for walk in walks):
+            pairs = [(rate, DECAYS[p]) for rate, walk in zip(RATES, walks, strict=True) for p in walk.places]
             scores = iter(self._scores(data, fit, held_out, check, pairs))
-            for w in walks:
-                w.step([next(scores) for _ in w.places])
+            for walk in walks:
+                walk.step([next(scores) for _ in walk.places])
         best = max(range(len(RATES)), key=lambda i: (walks[i].top, -i))
         return RATES[best], DECAYS[walks[best].best], walks[best].top
 
     def _scores(
         self, data: FeatureRows, fit: Array, held_out: FeatureRows, check: Array, pairs: list[tuple[float, float]]
     ) -> list[float]:
+        """The score of each pair of learning rate and weight decay, as many at a time as fit into memory."""
         found: list[float] = []
         bytes_each = 4 * 4 * self._heads_CD.numel()
         size = max(1, _HEAD_BYTES // bytes_each)
         for start in range(0, len(pairs), size):
             rates, decays = map(list, zip(*pairs[start : start + size], strict=True))
-            best = np.zeros(len(rates))
+            best_K = np.zeros(len(rates))
             trained = train_heads(data, self._targets[fit], self._heads_CD, rates, decays, SEARCH_EPOCHS)
             for epoch, heads in enumerate(trained, 1):
                 if self._selection == "elevater" or epoch == SEARCH_EPOCHS:
-                    best = np.maximum(best, self._value(heads, held_out, self._labels[check]))
-            found += best.tolist()
+                    best_K = np.maximum(best_K, self._score_heads(heads, held_out, self._labels[check]))
+            found += best_K.tolist()
         return found
 
-    def _value(self, heads: Heads, rows: FeatureRows, labels: Array) -> Array:
-        """The metric of each classifier (K,); 0 of one that diverged. Of accuracies only the best class of an image is
-        kept: all scores of a quarter of a million images, 42 classifiers and 1,000 classes are more than any memory."""
-        blocks = (heads.logits(block) for block in rows.blocks(heads.bias.numel()))
+    def _score_heads(self, heads: Heads, rows: FeatureRows, labels: Array) -> Array:
+        """The metric of each classifier (K,) on these rows; 0 for a classifier that diverged."""
+        blocks = (heads.logits(block_BD) for block_BD in rows.blocks(heads.bias.numel()))
         if self._metric in ("map_11_point", "roc_auc"):
-            scores_NKC = torch.cat([logits_BKC.cpu() for logits_BKC in blocks]).numpy()
-            each = [_metric(self._ranked(scores_NKC[:, k]), labels, self._metric) for k in range(heads.count)]
-            return np.array(each)
-        best, finite = zip(*((x.argmax(dim=2).cpu(), x.isfinite().all(dim=2).all(dim=0)) for x in blocks), strict=True)
-        correct_NK = torch.cat(best).numpy() == labels[:, None]
-        each = [_share(correct_NK[:, k], labels, self._metric) for k in range(heads.count)]
-        return np.where(torch.stack(finite).all(dim=0).cpu().numpy(), each, 0.0)
+            return self._score_rankings(blocks, labels)
+        return self._score_best_classes(blocks, labels)
 
-    def _ranked(self, logits_NC: Array) -> Array:
-        """Probabilities, which the area under the curve and mAP rank by: ELEVATER takes the softmax even of several
-        labels an image."""
+    def _score_rankings(self, blocks: Iterable[torch.Tensor], labels: Array) -> Array:
+        """From logits (B, K, C): the area under the curve and mAP rank all images of a class, by their scores."""
+        logits_NKC = torch.cat([logits_BKC.cpu() for logits_BKC in blocks]).numpy()
+        classifiers = range(logits_NKC.shape[1])
+        return np.array([_metric(self._probabilities(logits_NKC[:, k]), labels, self._metric) for k in classifiers])
+
+    def _score_best_classes(self, blocks: Iterable[torch.Tensor], labels: Array) -> Array:
+        """From logits (B, K, C): accuracies need only the best class of each image. The logits of a quarter of a
+        million images, 42 classifiers and 1,000 classes would fit into no memory."""
+        best, finite = [], []
+        for logits_BKC in blocks:
+            best.append(logits_BKC.argmax(dim=2).cpu())
+            finite.append(logits_BKC.isfinite().all(dim=2).all(dim=0))
+        correct_NK = torch.cat(best).numpy() == labels[:, None]
+        finite_K = torch.stack(finite).all(dim=0).cpu().numpy()
+        value_K = [_share(correct_NK[:, k], labels, self._metric) for k in range(correct_NK.shape[1])]
+        return np.where(finite_K, value_K, 0.0)
+
+    def _probabilities(self, logits_NC: Array) -> Array:
+        """What the area under the curve and mAP rank by. ELEVATER takes the softmax even if an image may have several
+        labels."""
         with np.errstate(invalid="ignore", over="ignore"):
             several = self._labels.ndim == 2 and self._selection == "honest"
             found: Array = expit(logits_NC.astype(np.float64)) if several else softmax(logits_NC, axis=1)
         return found
 
-    def final(self, rows: Array, rate: float, decay: float, test: Features, labels: Array) -> tuple[Array, int]:
-        """Scores of the test images after training on all rows, and of which epoch they are."""
+    def train_final(self, rows: Array, rate: float, decay: float, test: Features, labels: Array) -> tuple[Array, int]:
+        """Scores of the test images after training on all rows, and the epoch that they are of."""
         data = FeatureRows(self._train, rows, self._device)
         everything = FeatureRows(test, np.arange(len(test)), self._device)
         top, chosen, scores_NC = -1.0, 0, np.zeros((len(test), len(self._heads_CD)), np.float32)
@@ -188,18 +206,20 @@ class _Sgd:
         for epoch, heads in enumerate(trained, 1):
             if self._selection == "honest" and epoch < FINAL_EPOCHS:
                 continue
-            logits_NC = torch.cat([heads.logits(block)[:, 0].cpu() for block in everything.blocks()]).numpy()
-            ranked_NC = np.nan_to_num(self._ranked(logits_NC))
-            readable = test.readable
-            value = _metric(ranked_NC[readable], labels[readable], self._metric)
+            logits_NC = torch.cat([heads.logits(block_BD)[:, 0].cpu() for block_BD in everything.blocks()]).numpy()
+            epoch_scores_NC = np.nan_to_num(self._probabilities(logits_NC))
+            value = _metric(epoch_scores_NC[test.readable], labels[test.readable], self._metric)
             if value > top:
-                top, chosen, scores_NC = value, epoch, ranked_NC
+                top, chosen, scores_NC = value, epoch, epoch_scores_NC
         return scores_NC, chosen
 
 
 class _Walk:
-    """The best place among `size`: every `first`-th, then at half that stride about the best so far, down to 1. Of
-    equal scores the first that was seen stays. A step at a time, so that several walks share the work of one."""
+    """A search for the best of `size` places. It looks at every `first`-th place, then on both sides of the best so far
+    at half that stride, and so on down to a stride of 1. The first of equal scores stays.
+
+    The caller scores `places` and hands the scores to `step`, so that several walks can share the work.
+    """
 
     def __init__(self, size: int, first: int = 16) -> None:
         self._size, self._stride = size, first
@@ -207,7 +227,7 @@ class _Walk:
         self.best, self.top = -1, 0.0
 
     def step(self, scores: Iterable[float]) -> None:
-        """Take the scores of `places`, and say which come next; none at the end."""
+        """Take the scores of `places`, and set `places` to the next ones; there are none at the end."""
         for place, value in zip(self.places, scores, strict=True):
             if value > self.top:
                 self.best, self.top = place, value
@@ -217,7 +237,7 @@ class _Walk:
 
 
 def _metric(scores_NC: Array, labels: Array, metric: Metric) -> float:
-    """The set's own metric; 0 of scores that are not finite, and where it is not defined."""
+    """The set's own metric; 0 if scores are not finite, and if the metric is not defined for these labels."""
     if not np.isfinite(scores_NC).all():
         return 0.0
     try:
@@ -231,15 +251,15 @@ def _metric(scores_NC: Array, labels: Array, metric: Metric) -> float:
 
 
 def _share(correct_N: Array, labels_N: Array, metric: Metric) -> float:
-    """The share of right answers, of all images or the mean over classes."""
+    """The share of right answers among all images, or its mean over classes."""
     return metrics.mean_per_class(correct_N, labels_N) if metric == "mean_per_class" else float(correct_N.mean())
 
 
 def _lbfgs(
     train: Features, labels: Array, fit: Array, check: Array, test: Features, metric: Metric, classes: int
 ) -> tuple[Array, dict[str, object]]:
-    """CLIP's probe (Radford et al. 2021, appendix A.3): L-BFGS, at most 1,000 iterations, the L2 strength by a walk. A
-    class that has no training image scores 0."""
+    """Scores and settings of CLIP's probe (Radford et al. 2021, appendix A.3): logistic regression by L-BFGS, at most
+    1,000 iterations, with the L2 strength that a walk finds. A class without a training image scores 0."""
     size = (len(fit) + len(check)) * train.store.schema.dim * 8
     if size > _LBFGS_BYTES:
         what = f"lbfgs needs all features in memory, {size / 1e9:.0f} GB of them"

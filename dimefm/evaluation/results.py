@@ -1,4 +1,4 @@
-"""results.jsonl: what was measured of a model, a line a set and protocol; the last one counts."""
+"""results.jsonl: the results of a model, a line per set and protocol. Of several such lines, the last one counts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Results:
     """The results of one model, in a folder of their own."""
 
     def __init__(self, folder: str) -> None:
-        """Raises SchemaError for a line that is no result; a last line that was cut short is passed over."""
+        """Raises SchemaError for a line that is no result. A last line that was cut short is ignored."""
         self.path = Path(folder, RESULTS_FILE)
         self._found = {result.key: result for result in read_results(folder)} if self.path.exists() else {}
 
     def require_model(self, weights: str) -> None:
-        """Raises MismatchError where there are results of other weights."""
+        """Raises MismatchError if the folder has results of other weights."""
         for result in self._found.values():
             if result.model["weights"] != weights:
                 what = f"{self.path} has results of other weights ({str(result.model['weights'])[:12]}...)"
@@ -38,7 +38,7 @@ class Results:
         line = json.dumps(result.to_json(), sort_keys=True, allow_nan=False) + "\n"
         with storage.writing_to(str(self.path)):
             storage.make_folder(str(self.path.parent))
-            # Not through a link, which a folder of others could lead anywhere with.
+            # O_NOFOLLOW: in a folder that others can write to, a link could lead anywhere.
             with os.fdopen(
                 os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+b"
             ) as file:
@@ -51,9 +51,9 @@ class Results:
 
 @dataclass(frozen=True)
 class Pooled:
-    """A set under a protocol, its seeds together: the mean `value` in [0, 1], its mean interval, the standard deviation
-    over seeds where there are some; what was `partial`, the digests of what was measured on, and in words the
-    `conditions` that numbers must share to be compared."""
+    """The results of a set under a protocol, over its seeds: the mean `value` in [0, 1], the mean of the intervals, and
+    the standard deviation over seeds (None for a single result). `digests` are of the images and texts measured on;
+    `conditions`, by a name for people, must be equal for two numbers to be compared."""
 
     title: str
     suite: str
@@ -67,7 +67,7 @@ class Pooled:
 
 
 def pool(results: Sequence[EvaluationResult]) -> list[Pooled]:
-    """Results with the seeds of a few-shot protocol taken together."""
+    """The results, with the seeds of each few-shot protocol taken together."""
     groups: dict[tuple[str, str], list[EvaluationResult]] = {}
     for result in results:
         groups.setdefault((result.title, result.protocol.partition("/seed-")[0]), []).append(result)
@@ -96,8 +96,8 @@ def _pooled(protocol: str, group: list[EvaluationResult]) -> Pooled:
 
 
 def read_results(folder: str) -> list[EvaluationResult]:
-    """The results in a folder (or a results.jsonl itself), the last of each set and protocol, in the order of their
-    first. Raises StoreError where there are none, SchemaError for a line that is no result."""
+    """The last result of each set and protocol in a folder (or a results.jsonl), in the order of the first ones. Raises
+    StoreError for a file that does not exist or is damaged, SchemaError for a line that is no result."""
     path = Path(folder) if folder.endswith(".jsonl") else Path(folder, RESULTS_FILE)
     if not path.exists():
         raise StoreError(f"{path} does not exist", remedy="dimefm evaluate MODEL writes it; name its folder")
@@ -107,12 +107,12 @@ def read_results(folder: str) -> list[EvaluationResult]:
         try:
             raw = json.loads(line)
         except ValueError:
-            raise StoreError(f"{where} is damaged", remedy="delete the line, and evaluate that set again") from None
+            raise StoreError(f"{where} is damaged", remedy="delete the line and evaluate that set again") from None
         result = EvaluationResult.parse(raw, where)
         found[result.key] = result
     return list(found.values())
 
 
 def _whole_lines(path: Path) -> int:
-    """Bytes up to the end of the last line that was written whole: an evaluation may have been stopped in the next."""
+    """The number of bytes up to the end of the last complete line: an evaluation may have been stopped in the next."""
     return path.read_bytes().rfind(b"\n") + 1

@@ -28,7 +28,7 @@ REPORTED: dict[Metric, str] = {
 }
 """The name, among a result's metrics, of the one that a definition asks for."""
 
-_SCALE = 100.0  # of CLIP's logits: what turns cosines into the probabilities that ELEVATER ranks by
+_SCALE = 100.0  # of CLIP's logits; it turns cosines into the probabilities that ELEVATER ranks by
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,21 @@ def cosines(features: Features, classes_CD: torch.Tensor) -> np.ndarray[Any, Any
 
 
 def probabilities(cosine_NC: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """CLIP's: the softmax of 100 times the cosine, float32 (N, C)."""
+    """CLIP's probabilities, float32 (N, C): the softmax of 100 times the cosines."""
     found: np.ndarray[Any, Any] = softmax(_SCALE * cosine_NC, axis=1)
     return found
 
 
 def measure(scores_NC: np.ndarray[Any, Any], images: ImageSet, metric: Metric) -> Measurement:
-    """Every metric that the set's labels allow; of equal scores the best are those that CLIP_benchmark takes. The area
-    under the ROC curve and mAP rank the images of a class by `scores_NC` as they are. Raises SourceError where the
-    metric that is asked for is not defined."""
+    """Every metric that the labels of the set allow. Equal scores are ordered as in CLIP_benchmark. The area under the
+    ROC curve and mAP rank the images of a class by `scores_NC` as they are. Raises SourceError if `metric`, the one
+    that is reported, is not defined."""
     labels = images.class_labels
     values: dict[str, float] = {}
     intervals: dict[str, metrics.Interval] = {}
     if labels.ndim == 2:
         if not labels.any():
-            raise SourceError(f"{images.where}: no image is of any class", remedy="write 1 for the classes of each")
+            raise SourceError(f"{images.where}: no image has a label", remedy="write 1 for each class of an image")
         values["map_11_point"] = metrics.map_11_point(scores_NC, labels)
         intervals["map_11_point"] = metrics.map_11_point_interval(scores_NC, labels)
         return Measurement(values, intervals)
@@ -86,8 +86,8 @@ def measure(scores_NC: np.ndarray[Any, Any], images: ImageSet, metric: Metric) -
 
 
 def measure_retrieval(features: Features, texts_MD: torch.Tensor, images: ImageSet) -> Measurement:
-    """R@1, 5 and 10 from images to captions and back: does a query find one of its own among the k nearest? Named as
-    CLIP_benchmark does; ``mean_recall@1`` is the mean of both directions."""
+    """R@1, R@5 and R@10 from images to captions and back: the share of queries that find one of their own among the k
+    nearest. Names are those of CLIP_benchmark; ``mean_recall@1`` is the mean of both directions."""
     assert images.captions is not None
     image_ND = features.all()
     image_ND[~features.readable] = np.nan

@@ -1,10 +1,10 @@
-"""The submission file of the ELEVATER leaderboard: one JSON of every set's class probabilities, zipped.
+"""The submission file of the ELEVATER leaderboard: one zipped JSON with the class probabilities of every set.
 
-Its format is in the toolkit's submission_file_readme.md: {"data": [{"model_name", "dataset_name",
+Its format is described in the toolkit's submission_file_readme.md: {"data": [{"model_name", "dataset_name",
 "num_trainable_params", "num_params", "num_visual_params", "num_backbone_params", "n_shot", "rnd_seeds",
-"predictions"}]}, predictions of shape (seeds, test images, classes) to six digits; zipped as all_predictions.json.
-Columns have the leaderboard's order of the classes. Images have the order of your copy of the set, unless lists of
-images say what the leaderboard's is.
+"predictions"}]}, where predictions have the shape (seeds, test images, classes) and six digits. The file in the zip is
+all_predictions.json. Classes are in the leaderboard's order. Images are in the order of your copy of the set, unless
+lists of images give the leaderboard's.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _LABEL = re.compile(r"\s+[\d,]+\s*$")
 def write_submission(
     folder: str, out: str, protocol: str = "zero-shot", order: str | None = None
 ) -> dict[str, tuple[str, ...]]:
-    """Write the zip of what `folder` (of `dimefm evaluate ... --predictions`) has under `protocol`: ``zero-shot``,
-    ``linear-probe/honest``, ``few-shot-5/honest`` with all its seeds, ... The sets that are in it, and of each what
-    differs from the published set. An image that could not be read is of every class alike.
+    """Write the zip with the results that `folder` (written by `dimefm evaluate ... --predictions`) has under
+    `protocol`: ``zero-shot``, ``linear-probe/honest``, ``few-shot-5/honest`` with all its seeds, ... Return the sets in
+    it, each with what differs from the published set. An image that could not be read gets equal probabilities.
 
-    `order` is a folder of the toolkit's lists of test images, DATASET_NAME.txt, a line an image: a path, perhaps behind
-    ARCHIVE@, and perhaps with a label after it. Raises StoreError where there is nothing, predictions were not kept, or
-    a list does not name the images that there are.
+    `order` is a folder with the toolkit's lists of test images, DATASET_NAME.txt, one line per image: a path, perhaps
+    after ARCHIVE@, and perhaps followed by a label. Raises StoreError if there is no result, if predictions were not
+    kept, or if a list does not name the images of the set.
     """
     chosen = _by_set(read_results(folder), protocol)
     if not chosen:
         remedy = "dimefm evaluate --suite elevater --predictions writes some"
         raise StoreError(f"{folder} has no result of an ELEVATER set under {protocol}", remedy=remedy)
-    heads = sum(_head(results[0]) for results in chosen.values()) // len(chosen)
+    heads = sum(_head_parameters(results[0]) for results in chosen.values()) // len(chosen)
     entries = {name: _entry(folder, results, order, heads) for name, results in chosen.items()}
     with (
         storage.writing_to(out),
@@ -59,7 +59,7 @@ def write_submission(
 
 
 def _by_set(results: list[EvaluationResult], protocol: str) -> dict[str, list[EvaluationResult]]:
-    """Results by ELEVATER's name of the set: one, or one a seed."""
+    """The results of each set by ELEVATER's name for it: one, or one per seed."""
     known = load_definitions()
     found: dict[str, list[EvaluationResult]] = {}
     for result in results:
@@ -69,15 +69,16 @@ def _by_set(results: list[EvaluationResult], protocol: str) -> dict[str, list[Ev
     return dict(sorted(found.items()))
 
 
-def _head(result: EvaluationResult) -> int:
-    """The parameters of a linear classifier on a set."""
+def _head_parameters(result: EvaluationResult) -> int:
+    """The number of parameters of a linear classifier for a set."""
     return (int(str(result.model["embed_dim"])) + 1) * result.classes
 
 
 def _entry(
     folder: str, results: list[EvaluationResult], order: str | None, heads: int
 ) -> tuple[dict[str, object], list[np.ndarray[Any, Any]]]:
-    """What is said of a set, `heads` the mean parameters of a classifier over all of them; and its scores by seed."""
+    """The entry of a set without its predictions, and its scores for each seed. `heads` is the mean, over all sets, of
+    the parameters of a linear classifier."""
     first = results[0]
     model, protocol = first.model, first.protocol
     shots = 0 if protocol == "zero-shot" else -1
@@ -91,7 +92,7 @@ def _entry(
     facts: dict[str, object] = {
         "model_name": Path(folder).name,
         "dataset_name": definition.elevater,
-        "num_trainable_params": _head(first) if shots else 0,
+        "num_trainable_params": _head_parameters(first) if shots else 0,
         "num_params": int(str(model["parameters"])) + (heads if shots else 0),
         "num_visual_params": model["image_parameters"],
         "num_backbone_params": model["parameters"],
@@ -112,7 +113,7 @@ def _entry(
 
 
 def _rows(order: str | None, name: str, predictions: str) -> Any:
-    """Rows of a file of predictions in the leaderboard's order."""
+    """The rows of a file of predictions, in the leaderboard's order."""
     if order is None:
         return slice(None)
     path = Path(order, f"{name}.txt")
@@ -130,12 +131,12 @@ def _rows(order: str | None, name: str, predictions: str) -> Any:
             (line for line, row in zip(lines, found, strict=True) if row is None), lines[0] if lines else "none"
         )
         what = f"{path} does not name the {len(keys):,} images of {predictions}, such as {which}"
-        raise StoreError(what, remedy="evaluate the copy of the set that the list is of")
+        raise StoreError(what, remedy="evaluate the copy of the set that the list describes")
     return np.array(found)
 
 
 def _match(line: str, keys: list[str], places: dict[str, list[int]]) -> int | None:
-    """The image whose key ends as the line does; None for none or several."""
+    """The place of the image whose key ends as the line does; None if there is none, or several."""
     candidates = places.get(line.rpartition("/")[2], [])
     if len(candidates) > 1:
         candidates = [p for p in candidates if f"/{line}".endswith(f"/{keys[p]}") or f"/{keys[p]}".endswith(f"/{line}")]
@@ -143,7 +144,7 @@ def _match(line: str, keys: list[str], places: dict[str, list[int]]) -> int | No
 
 
 def _json(entries: Any) -> Iterator[str]:
-    """The document, a row of probabilities at a time: whole, it can be larger than memory."""
+    """The document, one row of probabilities at a time: as a whole it may be larger than memory."""
     yield '{"data": ['
     for place, (facts, scores) in enumerate(entries):
         yield (", " if place else "") + json.dumps(facts)[:-1] + ', "predictions": ['

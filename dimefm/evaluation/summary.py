@@ -1,4 +1,4 @@
-"""Results as a person reads them: a line a set, the means of the suites, what is missing and where to get it."""
+"""What `dimefm evaluate` prints: a line per result, the means of the suites, what is missing and where to get it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _NAMES = {**_OTHERS, "map_11_point": "11-point mAP", "mean_recall@1": "R@1"}
 
 
 def result_line(result: EvaluationResult) -> str:
-    """Set, protocol, the metric that is reported with its interval, the others, and what differs from the set."""
+    """The set, the protocol, the reported metric with its interval, the other metrics, and what differs from the
+    published set."""
     low, high = result.interval
     value = f"{_NAMES[result.metric]} {result.value:6.1%} [{low:.1%}, {high:.1%}]"
     others = [f"{_NAMES[name]} {result.metrics[name]:.1%}" for name in _OTHERS if name in result.metrics]
@@ -27,9 +28,9 @@ def result_line(result: EvaluationResult) -> str:
         ways = (("image to text", "text"), ("text to image", "image"))
         others = [f"{name} {'/'.join(_recalls(result, way))}" for name, way in ways]
     size = f"{result.images:,} images" + (f", {result.classes} classes" if result.classes else "")
-    said = [f"partial: {', '.join(result.partial)}"] if result.partial else []
+    partial = [f"partial: {', '.join(result.partial)}"] if result.partial else []
     text = f"{line(result.title):<18} {line(result.protocol):<12} {value}  {'  '.join([*others, size])}"
-    return "".join([text, *(f"\n    {line(note)}" for note in (*said, *result.notes))])
+    return "".join([text, *(f"\n    {line(note)}" for note in (*partial, *result.notes))])
 
 
 def _recalls(result: EvaluationResult, way: str) -> list[str]:
@@ -37,16 +38,16 @@ def _recalls(result: EvaluationResult, way: str) -> list[str]:
 
 
 def summary_text(done: Evaluation) -> str:
-    """What follows the lines of the results."""
+    """What follows the lines of the results: means, missing sets and failures."""
     lines = [f"{name:<31} {text}" for name, text in suite_means(done.results)]
     for definition, split in done.missing:
-        lines.append(f"{definition.name}: not there ({split} images). Get it from {definition.get}")
+        lines.append(f"{definition.name}: {split} images not found. Get it from {definition.get}")
     lines += [f"{line(name)}: FAILED: {error}" for name, error in done.failed]
     return "\n".join([*lines, *([f"written: {done.folder}/results.jsonl"] if done.results else [])])
 
 
 def suite_means(results: Sequence[EvaluationResult]) -> list[tuple[str, str]]:
-    """Name and text of each suite's mean, by protocol, and effective robustness."""
+    """A name and a text for the mean of each suite under each protocol, and for effective robustness."""
     found = []
     for suite, protocol, those, total in measured_suites(pool(results)):
         mean, (low, high) = metrics.mean_of([r.value for r in those], [r.interval for r in those])
@@ -56,15 +57,16 @@ def suite_means(results: Sequence[EvaluationResult]) -> list[tuple[str, str]]:
     partial_sets = {r.title for r in results if r.partial and r.protocol == "zero-shot"}
     for name, value in robustness(results).items():
         used = partial_sets if name == "mean" else partial_sets & {name, "imagenet1k"}
-        note = (
-            f", of a part of {', '.join(sorted(used))}" if used and name != "mean" else ", of partial sets" * bool(used)
-        )
+        note = f", of a part of {', '.join(sorted(used))}" if used else ""
+        if name == "mean" and used:
+            note = ", of partial sets"
         found.append((f"effective robustness, {name}", f"{round(100 * value, 1) + 0.0:+5.1f} points{note}"))
     return found
 
 
 def measured_suites(pooled: Sequence[Pooled]) -> Iterator[tuple[str, str, list[Pooled], int]]:
-    """Of each suite that has a mean and each protocol: its sets that were measured, and how many it has."""
+    """For each suite that has a mean, and each protocol: their names, the sets that were measured, and the number of
+    sets in the suite."""
     for suite in ("elevater", "robustness"):
         total = sum(d.suite == suite for d in load_definitions().values())
         for protocol in dict.fromkeys(one.protocol for one in pooled):
@@ -73,8 +75,8 @@ def measured_suites(pooled: Sequence[Pooled]) -> Iterator[tuple[str, str, list[P
 
 
 def robustness(results: Sequence[EvaluationResult]) -> dict[str, float]:
-    """Of each shift, zero-shot top-1 above that of models trained on ImageNet alone, at the same ImageNet top-1; needs
-    the result of imagenet1k. Their mean is added where all are there."""
+    """Effective robustness per shift: zero-shot top-1 above that expected of models trained on ImageNet alone with the
+    same ImageNet top-1. It needs the result of imagenet1k. Their mean is added if all shifts were measured."""
     top1 = {r.title: r.metrics["top1"] for r in results if r.protocol == "zero-shot" and "top1" in r.metrics}
     if "imagenet1k" not in top1:
         return {}

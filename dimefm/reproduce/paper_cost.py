@@ -1,9 +1,10 @@
-"""What the paper's job costs, before anything is run: rows, bytes and shards by count, GPU hours by a stated rate.
+"""What the paper's job will cost, before anything is run: rows, bytes and shards by count, GPU hours by rates.
 
-The rates are those that `python -m benchmarks gpu` has measured, where dimefm/measured.json holds some. The others are
-floors by arithmetic for one H200-class card, of which 788 TFLOP/s in bf16 and 4.3 TB/s were measured: ViT-L/14 at 224
-px 162 GFLOP an image, its text tower about 4 GFLOP for a sentence of typical length, ViT-B/32 forward and backward 26
-GFLOP an image; exact search a product of the width for each score, which is then written and read once.
+Rates that `python -m benchmarks gpu` has measured are in dimefm/measured.json, if it exists. The other rates are upper
+bounds by arithmetic for one H200-class card, on which 788 TFLOP/s in bf16 and 4.3 TB/s were measured, so their hours
+are lower bounds ("floors"). ViT-L/14 at 224 px takes 162 GFLOP per image, its text tower about 4 GFLOP per sentence of
+typical length, ViT-B/32 forward and backward 26 GFLOP per image. Exact search takes a product over the width for each
+score, which is then written and read once.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ FLOORS = {
 
 
 def measured_rates() -> MeasuredRates | None:
-    """What comes with the package; None where nothing was measured yet. Raises SchemaError where it is not valid."""
+    """The rates that ship with the package; None if none were measured yet. Raises SchemaError if they are not
+    valid."""
     file = resources.files("dimefm") / RATES_FILE
     return read_rates(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
 
 
 def read_rates(text: str, where: str) -> MeasuredRates:
-    """The rates in the JSON `text` of the file `where`. Raises SchemaError."""
+    """The rates in `text`, the JSON of the file `where`. Raises SchemaError."""
     try:
         raw = json.loads(text)
     except json.JSONDecodeError as error:
@@ -46,7 +48,7 @@ def read_rates(text: str, where: str) -> MeasuredRates:
 
 
 def paper_cost_table(images: tuple[str, ...], texts: tuple[str, ...], rates: MeasuredRates | None) -> str:
-    """A table for these sources, counted, or for the paper's own numbers of rows where none is given."""
+    """A table of the costs for the rows of these sources; for the paper's numbers of rows if no source is given."""
     image_rows, image_from = _rows("image", images, PAPER_IMAGES)
     text_rows, text_from = _rows("text", texts, PAPER_TEXTS)
     seen = PAPER_EPOCHS * image_rows
@@ -72,14 +74,14 @@ def paper_cost_table(images: tuple[str, ...], texts: tuple[str, ...], rates: Mea
     if not all(cost.measured for cost in costs):
         what = "other GPU hours" if any(cost.measured for cost in costs) else "GPU hours"
         lines += [
-            f"{what} are floors by arithmetic at 788 TFLOP/s in bf16 and 4.3 TB/s (one H200-class card), not",
+            f"{what} are floors, by arithmetic at 788 TFLOP/s in bf16 and 4.3 TB/s (one H200-class card), not",
             "measurements; a well-fed card reaches a third to two thirds of that.",
         ]
     return "\n".join(lines)
 
 
 class _Cost:
-    """GPU hours of so many rows, or scores, by the measured rate of this name or its floor."""
+    """The GPU hours for `count` rows, or scores, by the measured rate of this name, or else by arithmetic."""
 
     def __init__(self, count: int, name: str, rates: MeasuredRates | None) -> None:
         rate = getattr(rates, name, None)
@@ -90,9 +92,10 @@ class _Cost:
         return f"{self.hours:>11.2f}  {'measurement' if self.measured else 'arithmetic':<11}"
 
 
-def _rows(kind: str, sources: tuple[str, ...], stated: int) -> tuple[int, str]:
+def _rows(kind: str, sources: tuple[str, ...], papers: int) -> tuple[int, str]:
+    """The number of rows, and where it comes from."""
     if not sources:
-        return stated, "the paper"
+        return papers, "the paper"
     try:
         from dimefm.caching.plan import PlanRequest, count_rows
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The end of `make reproduce`: what the students are worth, what they cost, and plots of their runs."""
+"""The report at the end of `make reproduce`: how good the students are, what they cost, and plots of their runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dimefm.evaluation.predictions import read_predictions
@@ -25,13 +26,15 @@ from dimefm.training.run_log import read_metrics
 
 EVALUATIONS = "evaluations"
 REPORT_FILE, PLOT_FILE = "report.md", "report.png"
-_COLOURS = ("#1f4e79", "#2e8b57", "#a65e2e")
+_COLOURS = ("#1f4e79", "#2e8b57", "#a65e2e")  # of the students
+_LINE_STYLES = ("-", "--", ":")  # of the sets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """A student that a job trains: its name in paths, its label in tables, its recipe with further options of
-    train-student; `grounded` draws its texts from the selection. `bars` is what it must reach, in times chance."""
+    """A student that a job trains: its name in paths, its label in tables, and its recipe with further options of
+    train-student. `grounded` draws its texts from the selection. `bars` is the top-1 that it must reach on a set, as a
+    multiple of chance."""
 
     name: str
     label: str
@@ -41,73 +44,90 @@ class Student:
     bars: dict[str, float] = field(default_factory=dict)
 
     def run(self, out: Path) -> Path:
-        """Its run folder in that of the job."""
+        """Its run folder, in the folder of the job."""
         return out / f"run-{self.name}"
 
 
 @dataclass(frozen=True)
+class _SetScore:
+    """Zero-shot of a model on a set, with the prediction for every image."""
+
+    images: int
+    classes: int
+    top1: float
+    top5: float
+    predictions: list[int]
+
+    @property
+    def times_chance(self) -> float:
+        return self.top1 * self.classes
+
+
+@dataclass(frozen=True)
 class JobReport:
-    """The text, as written to report.md, and the bars that were missed."""
+    """The text of report.md, and the bars that were missed."""
 
     text: str
     missed: list[str]
 
 
 def write_report(out: Path, students: Sequence[Student]) -> JobReport:
-    """Read what the stages left in `out` and write report.md and report.png beside it."""
-    teacher, found = _sets(out, "teacher"), {student.name: _sets(out, student.name) for student in students}
+    """Read what the stages left in `out`, and write report.md and report.png there."""
+    teacher, found = _scores(out, "teacher"), {student.name: _scores(out, student.name) for student in students}
     missed = [
-        f"{student.label}: {name} {_times_chance(found[student.name][name]):.1f}x chance (bar {bar})"
+        f"{student.label}: {name} {found[student.name][name].times_chance:.1f}x chance (bar {bar})"
         for student in students
         for name, bar in student.bars.items()
-        if _times_chance(found[student.name][name]) < bar
+        if found[student.name][name].times_chance < bar
     ]
     seconds: dict[str, float | None] = json.loads((out / "stages.json").read_text())
-    parts = [_accuracy(teacher, found, students), _bill(out, students, seconds), _stages(out, students, seconds)]
-    text = "\n".join([line for part in parts for line in [*part, ""]] + _machine(out, students))
+    tables = [
+        _accuracy_table(teacher, found, students),
+        _cost_table(out, students, seconds),
+        _stage_table(out, students, seconds),
+    ]
+    text = "\n".join([*(line for table in tables for line in [*table, ""]), _machine(out, students)])
     storage.write_atomic(str(out / REPORT_FILE), f"# dimefm: {out.name}\n\n{text}\n".encode())
     _plot(out, teacher, found, students)
     return JobReport(f"{text}\n\nwritten: {out / REPORT_FILE}, {out / PLOT_FILE}", missed)
 
 
-def _sets(out: Path, model: str) -> dict[str, dict[str, Any]]:
-    """Of each set: images, classes, top1, top5 and the prediction of every image."""
-    folder = out / EVALUATIONS / model
+def _scores(out: Path, model: str) -> dict[str, _SetScore]:
+    """The zero-shot scores of a model, by set. A user may have measured more in its folder."""
+    folder = str(out / EVALUATIONS / model)
     return {
-        result.set: {
-            "images": result.images,
-            "classes": result.classes,
-            "top1": result.metrics["top1"],
-            "top5": result.metrics.get("top5", 1.0),
-            "predictions": read_predictions(str(folder), result),
-        }
-        for result in read_results(str(folder))
-        if result.protocol == "zero-shot" and "top1" in result.metrics  # a user may have measured more in that folder
+        result.set: _SetScore(
+            images=result.images,
+            classes=result.classes,
+            top1=result.metrics["top1"],
+            top5=result.metrics.get("top5", 1.0),
+            predictions=read_predictions(folder, result),
+        )
+        for result in read_results(folder)
+        if result.protocol == "zero-shot" and "top1" in result.metrics
     }
 
 
-def _times_chance(found: dict[str, Any]) -> float:
-    return float(found["top1"] * found["classes"])
-
-
-def _accuracy(teacher: dict[str, Any], found: dict[str, Any], students: Sequence[Student]) -> list[str]:
+def _accuracy_table(
+    teacher: dict[str, _SetScore], found: dict[str, dict[str, _SetScore]], students: Sequence[Student]
+) -> list[str]:
     """A row for the teacher and each student on each set."""
     rows = []
     for name, t in teacher.items():
         shown = markdown(name)
-        where = f"{shown} ({t['images']:,} images, {t['classes']} classes)"
-        rows.append((where, "teacher", f"{t['top1']:.1%} / {t['top5']:.1%}", "", f"{_times_chance(t):.1f}", ""))
+        where = f"{shown} ({t.images:,} images, {t.classes} classes)"
+        rows.append((where, "teacher", f"{t.top1:.1%} / {t.top5:.1%}", "", f"{t.times_chance:.1f}", ""))
         for student in students:
             s = found[student.name][name]
-            agree = sum(a == b != -1 for a, b in zip(t["predictions"], s["predictions"], strict=True)) / s["images"]
+            agree = sum(a == b != -1 for a, b in zip(t.predictions, s.predictions, strict=True)) / s.images
             bar = f" (bar {student.bars[name]})" if name in student.bars else ""
             rows.append(
                 (
                     shown,
                     student.label,
-                    f"{s['top1']:.1%} / {s['top5']:.1%}",
-                    f"{s['top1'] / max(t['top1'], 1e-9):.0%}",
-                    f"{_times_chance(s):.1f}{bar}",
+                    f"{s.top1:.1%} / {s.top5:.1%}",
+                    f"{s.top1 / max(t.top1, 1e-9):.0%}",
+                    f"{s.times_chance:.1f}{bar}",
                     f"{agree:.1%}",
                 )
             )
@@ -115,8 +135,9 @@ def _accuracy(teacher: dict[str, Any], found: dict[str, Any], students: Sequence
     return markdown_table([head, *rows], padded=True)
 
 
-def _bill(out: Path, students: Sequence[Student], seconds: dict[str, float | None]) -> list[str]:
-    """What the teacher cost once and each student after it; what each would cost with the teacher in its loop."""
+def _cost_table(out: Path, students: Sequence[Student], seconds: dict[str, float | None]) -> list[str]:
+    """The cost of the teacher, once, and of each student after it; and what each would cost with the teacher in its
+    training loop."""
     images, texts = Store(str(out / "images.zarr")), Store(str(out / "texts.zarr"))
     image_rate, text_rate = _rate(images), _rate(texts)
     once = _total([seconds.get(name) for name in ("cache-images", "cache-texts")])
@@ -140,13 +161,13 @@ def _bill(out: Path, students: Sequence[Student], seconds: dict[str, float | Non
     return [
         *markdown_table([("seconds of", "with the cache", "teacher in the loop", "saving"), *rows], padded=True),
         "",
-        f"In the loop the teacher would encode each image and each sentence of a step anew, at the {image_rate:,.0f} "
+        f"In the loop the teacher would encode every image and sentence of each step again, at the {image_rate:,.0f} "
         f"images/s and {text_rate:,.0f} sentences/s that it had in stage 1 on all cores.",
     ]
 
 
 def _total(seconds: Sequence[float | None]) -> float | None:
-    """The sum, None where one is not known: of a stage that was stopped and went on."""
+    """The sum; None if one is not known, as for a stage that was stopped and went on."""
     known = [one for one in seconds if one is not None]
     return sum(known) if len(known) == len(seconds) else None
 
@@ -156,8 +177,8 @@ def _seconds(spent: float | None) -> str:
 
 
 def _rate(store: Store) -> float:
-    """Rows a second of the teacher on this machine: by the time that each shard took, which is one worker's, and as
-    many workers as there are cores, or as GPUs did it."""
+    """Rows per second of the teacher on this machine. The time of a shard is that of one worker; on a CPU there was one
+    worker per core."""
     commits = list(store.commits())
     workers = cpus() if commits[0].device == "cpu" else 1
     return store.schema.rows / sum(commit.seconds for commit in commits) * workers
@@ -167,9 +188,9 @@ def _steps(out: Path, student: Student) -> int:
     return int(max(line["step"] for line in read_metrics(str(student.run(out))) if line["event"] == "train"))
 
 
-def _stages(out: Path, students: Sequence[Student], seconds: dict[str, float | None]) -> list[str]:
+def _stage_table(out: Path, students: Sequence[Student], seconds: dict[str, float | None]) -> list[str]:
     images, texts, prompts = (Store(str(out / n)) for n in ("images.zarr", "texts.zarr", "prompts.zarr"))
-    evaluated = sum(s["images"] for s in _sets(out, "teacher").values())
+    evaluated = sum(score.images for score in _scores(out, "teacher").values())
     counts: dict[str, tuple[int, str, float | None]] = {
         "cache-images": (images.schema.rows, "images", _bytes(out / "images.zarr") / images.schema.rows),
         "cache-texts": (texts.schema.rows, "texts", _bytes(out / "texts.zarr") / texts.schema.rows),
@@ -200,8 +221,8 @@ def _stages(out: Path, students: Sequence[Student], seconds: dict[str, float | N
     return [
         *markdown_table([("stage", "seconds", "rows", "rate", "bytes/row on disk"), *rows], padded=True),
         "",
-        f"all stages: {total / 60:.1f} minutes, start-up of each included (but not the import of its libraries)",
-        f"visually grounded: {hits.selected:,} of {hits.text_rows:,} sentences, by an image or more",
+        f"all stages: {total / 60:.1f} minutes, with the start of each (but not the import of its libraries)",
+        f"visually grounded: {hits.selected:,} of {hits.text_rows:,} sentences, by at least one image",
     ]
 
 
@@ -209,47 +230,63 @@ def _bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
-def _machine(out: Path, students: Sequence[Student]) -> list[str]:
+def _machine(out: Path, students: Sequence[Student]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     config = read_run(str(students[0].run(out))).config
     threads = f"{config['threads']} torch thread{'s' if config['threads'] != 1 else ''}"
     how = f"students in {config['precision']} on {threads}, seed {config['seed']}"
-    return [f"machine: {describe('cpu')}, {cpus()} cores, {platform.system()}; {how}; {packages}"]
+    return f"machine: {describe('cpu')}, {cpus()} cores, {platform.system()}; {how}; {packages}"
 
 
-def _plot(out: Path, teacher: dict[str, Any], found: dict[str, Any], students: Sequence[Student]) -> None:
+def _plot(
+    out: Path, teacher: dict[str, _SetScore], found: dict[str, dict[str, _SetScore]], students: Sequence[Student]
+) -> None:
+    """Write report.png: the loss and the validation of each run, and the final accuracy of all models."""
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for student, colour in zip(students, _COLOURS, strict=False):
-        lines = read_metrics(str(student.run(out)))
-        train = [line for line in lines if line["event"] == "train"]
-        first = next((line["loss"] for line in train if line["loss"]), 1.0)
-        places = [line["step"] / train[-1]["step"] for line in train]
-        left.plot(places, [line["loss"] / first for line in train], color=colour, label=student.label)
-        validation = [line for line in lines if line["event"] == "validation"]
-        for name, style in zip(teacher, ("-", "--", ":"), strict=False):
-            points = [(line["step"] / train[-1]["step"], 100 * line[name]) for line in validation]
-            middle.plot(*zip(*points, strict=True), style, marker=".", color=colour, label=f"{name}, {student.label}")
-    for name, style in zip(teacher, ("-", "--", ":"), strict=False):
-        middle.axhline(100 * teacher[name]["top1"], ls=style, color="#888888", lw=1, label=f"{name}, teacher")
+        _plot_run(left, middle, student, read_metrics(str(student.run(out))), list(teacher), colour)
+    for name, style in zip(teacher, _LINE_STYLES, strict=False):
+        middle.axhline(100 * teacher[name].top1, ls=style, color="#888888", lw=1, label=f"{name}, teacher")
     left.set(title="Training loss", xlabel="share of the run", ylabel="loss / first loss", ylim=(0, None))
     left.legend(fontsize=8)
     middle.set(title="Zero-shot top-1 while training", xlabel="share of the run", ylabel="%", ylim=(0, None))
     middle.legend(fontsize=7)
     models = [("teacher", teacher, "#9db4c8")]
-    models += [(s.label, found[s.name], c) for s, c in zip(students, _COLOURS, strict=False)]
-    width = 0.8 / len(models)
-    for number, (label, sets, colour) in enumerate(models):
-        places = [place - 0.4 + width * (number + 0.5) for place in range(len(teacher))]
-        bars = right.bar(
-            places, [100 * sets[name]["top1"] for name in teacher], width * 0.95, label=label, color=colour
-        )
-        right.bar_label(bars, fmt="%.1f", fontsize=8)
-    for place, name in enumerate(teacher):
-        chance = 100 / teacher[name]["classes"]
-        right.hlines(chance, place - 0.4, place + 0.4, color="#b03a2e", lw=1.2, label="" if place else "chance")
-    right.set(title="Zero-shot top-1, final", ylabel="%", xticks=list(range(len(teacher))), xticklabels=list(teacher))
-    right.set_ylim(0, right.get_ylim()[1] * 1.25)  # room for what the colours mean
-    right.legend(fontsize=8, ncols=2, loc="upper right")
+    models += [(s.label, found[s.name], colour) for s, colour in zip(students, _COLOURS, strict=False)]
+    _plot_accuracy(right, teacher, models)
     with storage.writing_to(str(out)), storage.writing_atomically(str(out / PLOT_FILE)) as file:
         figure.savefig(file, dpi=130, format="png")
+
+
+def _plot_run(
+    left: Axes, middle: Axes, student: Student, lines: list[dict[str, Any]], sets: list[str], colour: str
+) -> None:
+    """Draw the loss of one run into `left`, and its validation on each set into `middle`."""
+    train = [line for line in lines if line["event"] == "train"]
+    validation = [line for line in lines if line["event"] == "validation"]
+    steps = train[-1]["step"]
+    first = next((line["loss"] for line in train if line["loss"]), 1.0)
+    places = [line["step"] / steps for line in train]
+    left.plot(places, [line["loss"] / first for line in train], color=colour, label=student.label)
+    for name, style in zip(sets, _LINE_STYLES, strict=False):
+        points = [(line["step"] / steps, 100 * line[name]) for line in validation]
+        middle.plot(*zip(*points, strict=True), style, marker=".", color=colour, label=f"{name}, {student.label}")
+
+
+def _plot_accuracy(
+    right: Axes, teacher: dict[str, _SetScore], models: list[tuple[str, dict[str, _SetScore], str]]
+) -> None:
+    """Draw a group of bars for each set, with one bar per model, and a line at chance."""
+    width = 0.8 / len(models)
+    for number, (label, scores, colour) in enumerate(models):
+        places = [place - 0.4 + width * (number + 0.5) for place in range(len(teacher))]
+        heights = [100 * scores[name].top1 for name in teacher]
+        bars = right.bar(places, heights, width * 0.95, label=label, color=colour)
+        right.bar_label(bars, fmt="%.1f", fontsize=8)
+    for place, name in enumerate(teacher):
+        chance = 100 / teacher[name].classes
+        right.hlines(chance, place - 0.4, place + 0.4, color="#b03a2e", lw=1.2, label="" if place else "chance")
+    right.set(title="Zero-shot top-1, final", ylabel="%", xticks=list(range(len(teacher))), xticklabels=list(teacher))
+    right.set_ylim(0, right.get_ylim()[1] * 1.25)  # room for the legend
+    right.legend(fontsize=8, ncols=2, loc="upper right")

@@ -1,8 +1,8 @@
-"""`make reproduce`: the whole job as a user would type it, command by command, ending in two tables and a report.
+"""`make reproduce`: the whole job, command by command as a user would type it, and a report at the end.
 
 python -m dimefm.reproduce --scale sample     the shipped sample: two students from one cache, in about ten minutes
 python -m dimefm.reproduce --scale smoke      a small part of it, to see that everything works
-python -m dimefm.reproduce --scale paper      the paper's job, on data that --images, --texts and --val name
+python -m dimefm.reproduce --scale paper      the paper's job, on the data that --images, --texts and --val name
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from dimefm.system.inert_text import say, text
 from dimefm.system.progress import duration
 
 _STAGES = multiprocessing.get_context("forkserver")
-# With what takes seconds to import: torch, open_clip, zarr.
+# These import what takes seconds: torch, open_clip, zarr.
 _LIBRARIES = ["dimefm.training.train", "dimefm.evaluation.evaluate"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What one scale runs on, and the students that it trains; `grounded` draws the texts of a student from those that
-    some image retrieved. `seconds` are those of each stage on one machine, to tell how much is left on another."""
+    """The data of a job and the students that it trains. `seconds` is how long each stage took on some machine, from
+    which the time left is estimated."""
 
     teacher: tuple[str, ...]
     images: tuple[str, ...]
@@ -51,10 +51,8 @@ PAPER_STUDENT = Student(name="paper", label="the paper's losses", recipe="paper"
 
 
 def sample_scale() -> Scale:
-    """The whole shipped sample: the paper's losses over visually grounded sentences, and what is best at this size.
-
-    A student must reach so many times chance in top-1, as proof that it learned.
-    """
+    """The whole shipped sample, with two students: one trained with the paper's losses on visually grounded sentences,
+    and one trained as is best at this size. Each must reach a multiple of chance in top-1, as proof that it learned."""
     root = sample_dir()
     paper = {"cifar10": 3.5, "caltech101": 5.0}
     best = {"cifar10": 3.5, "caltech101": 8.0}
@@ -79,7 +77,7 @@ _SAMPLE_SECONDS = {
 
 
 def smoke_scale() -> Scale:
-    """The last of the sample's tars, a fifth of its sentences, an epoch: everything runs, nothing is learned."""
+    """The last of the sample's tars, a fifth of its sentences and one epoch: everything runs, nothing is learned."""
     whole = sample_scale()
     texts = sample_dir() / "texts"
     return Scale(
@@ -95,7 +93,7 @@ def smoke_scale() -> Scale:
 
 
 def commands(scale: Scale, out: Path) -> list[tuple[str, list[str]]]:
-    """The job: a name and a `dimefm` command line for each stage."""
+    """The stages of the job: the name of each, and its `dimefm` command line."""
     images, texts, prompts = (str(out / name) for name in ("images.zarr", "texts.zarr", "prompts.zarr"))
     index, pairs, grounded = (str(out / name) for name in ("texts.index", "pairs.zarr", "texts.selection"))
     stores = ["--images", images, "--texts", texts]
@@ -123,11 +121,11 @@ def commands(scale: Scale, out: Path) -> list[tuple[str, list[str]]]:
 
 
 def run_all(stages: list[tuple[str, list[str]]], out: Path, expected: dict[str, float] | None = None) -> None:
-    """Run every stage, echoing it, with a line that says how far the whole job is.
+    """Run every stage. Before each, print its command and how far the whole job is.
 
-    stages.json keeps the seconds of each, as first run; null where it was stopped and went on, which no time is fair
-    for. `expected` are seconds of each stage on some machine. Raises DimefmError where a stage fails, StoppedError
-    where it was stopped by a signal.
+    stages.json keeps the seconds that each stage took when it first ran; null for a stage that was stopped and resumed,
+    because no time would be fair. `expected` are the seconds of each stage on some machine. Raises DimefmError if a
+    stage fails, StoppedError if it was stopped by a signal.
     """
     record = str(out / "stages.json")
     seconds: dict[str, float | None] = storage.read_json(record) if storage.exists(record) else {}
@@ -145,7 +143,7 @@ def run_all(stages: list[tuple[str, list[str]]], out: Path, expected: dict[str, 
             remedy = "the same command goes on from there"
             raise StoppedError(f"the job was stopped in {name}", signal=code - 128, remedy=remedy)
         if code:
-            raise DimefmError(f"{name} failed with exit code {code}", remedy="mend it and run this again")
+            raise DimefmError(f"{name} failed with exit code {code}", remedy="mend what it says, and run this again")
         took = time.monotonic() - stage_began
         pace.add(name, took)
         seconds[name] = round(took, 1) if first else seconds[name]
@@ -153,7 +151,7 @@ def run_all(stages: list[tuple[str, list[str]]], out: Path, expected: dict[str, 
 
 
 class _Pace:
-    """How this machine compares with that of the expected seconds, by the stages that are done."""
+    """Estimates the time left, from how long the finished stages took here and how long they were expected to take."""
 
     def __init__(self, expected: dict[str, float]) -> None:
         self._expected = expected
@@ -171,12 +169,12 @@ class _Pace:
 
 
 def run_stage(words: list[str]) -> int:
-    """One command in a process of its own; its exit code. Forked from one that has imported the libraries already,
-    which would take each of a dozen commands some seconds more."""
+    """Run one command in a process of its own and return its exit code. The process is forked from one that has
+    imported the libraries, which saves each of a dozen commands some seconds."""
     _STAGES.set_forkserver_preload(_LIBRARIES)
     process = _STAGES.Process(target=_dimefm, args=(words,))
     process.start()
-    with _signals_are_for(process):
+    with _signals_passed_to(process):
         process.join()
     code = process.exitcode
     assert code is not None
@@ -193,9 +191,9 @@ def _dimefm(words: list[str]) -> None:
 
 
 @contextmanager
-def _signals_are_for(process: BaseProcess) -> Iterator[None]:
-    """Let a stage end in its own way, and this process after it: Ctrl-C reaches all processes of a terminal's job, and
-    SIGTERM is handed on."""
+def _signals_passed_to(process: BaseProcess) -> Iterator[None]:
+    """Let a stage end in its own way, and this process after it. Ctrl-C reaches all processes in a terminal by itself;
+    SIGTERM is passed on."""
     handlers = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: lambda *_: process.terminate()}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}  # type: ignore[arg-type]
     try:
@@ -213,7 +211,7 @@ def _signals_are_for(process: BaseProcess) -> Iterator[None]:
 @click.option("--val", multiple=True, help="Scale paper: labelled sets.")
 @click.option("--teacher", default="ViT-L-14-quickgelu", show_default=True, help="Scale paper: open_clip name.")
 @click.option("--pretrained", default="openai", show_default=True, help="Scale paper: its weights.")
-@click.option("--dry-run", is_flag=True, help="Print the commands, and for scale paper what it would cost.")
+@click.option("--dry-run", is_flag=True, help="Print the commands, and for scale paper the cost.")
 def main(
     name: str,
     folder: str | None,
@@ -224,7 +222,7 @@ def main(
     pretrained: str,
     dry_run: bool,
 ) -> None:
-    """Run the whole DIME-FM job. Stopped and run again, it goes on where it was."""
+    """Run the whole DIME-FM job. If it is stopped, run the same command again: it goes on where it was."""
     if name == "paper":
         named = ("--teacher", teacher, "--pretrained", pretrained)
         if not dry_run and not (images and texts and val):

@@ -1,6 +1,6 @@
 """A small real set that ships with dimefm: a teacher, images, sentences and two labelled evaluation sets.
 
-SOURCES.md beside this file says where each part comes from, under which licence, and how to make it again.
+SOURCES.md in this folder says where each part comes from, under which licence, and how to make it again.
 """
 
 from __future__ import annotations

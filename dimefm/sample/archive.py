@@ -1,4 +1,4 @@
-"""Reading and writing the sample's archives so that the same input always gives the same bytes."""
+"""Read and write the sample's archives. The same input always gives the same bytes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dimefm.errors import SourceError
 from dimefm.sources.base import split_key
 
 Sample = dict[str, bytes]
-"""The members of one WebDataset sample: extension to bytes."""
+"""The members of one WebDataset sample: from extension to bytes."""
 
 
 def read_tars(pattern: str, folder: Path) -> Iterator[tuple[str, Sample]]:
-    """Key and members of every sample of the tars in `folder` that match a glob, by name and by place in the tar.
+    """Key and members of every sample in the tars of `folder` that match a glob, in the order of the tars' names.
 
-    Raises SourceError where no tar matches.
+    Raises SourceError if no tar matches.
     """
     paths = sorted(folder.glob(pattern))
     if not paths:
-        raise SourceError(f"no file matches {folder / pattern}", remedy="check the folder given")
+        raise SourceError(f"no file matches {folder / pattern}", remedy="check the name of the folder")
     for path in paths:
         samples: dict[str, Sample] = {}
         with tarfile.open(path, "r:") as tar:
@@ -36,7 +36,7 @@ def read_tars(pattern: str, folder: Path) -> Iterator[tuple[str, Sample]]:
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, Sample]]) -> None:
-    """A WebDataset tar with owner, mode and times at fixed values; members in the order given."""
+    """Write a WebDataset tar with fixed owner, mode and times, and the members in the order given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, sample in samples:
@@ -47,17 +47,17 @@ def write_tar(path: Path, samples: Iterable[tuple[str, Sample]]) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a gzip file in UTF-8."""
+    """The lines of a gzip file in UTF-8."""
     return gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
 
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
-    """Lines as a gzip file without name and time."""
+    """Write lines to a gzip file that holds no name and no time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(f"{line}\n" for line in lines)
     path.write_bytes(gzip.compress(text.encode("utf-8"), compresslevel=9, mtime=0))
 
 
 def scattered(name: str) -> bytes:
-    """Sort key that puts names into an order which looks random and never changes, with any Python."""
+    """A sort key that puts names into an order that looks random and is the same in every version of Python."""
     return hashlib.sha256(name.encode("utf-8")).digest()

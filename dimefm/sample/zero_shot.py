@@ -1,6 +1,6 @@
-"""A plain zero-shot check with open_clip alone, so that a teacher's numbers do not rest on dimefm's own evaluation.
+"""A plain zero-shot check that uses only open_clip, so that the teacher's numbers do not depend on dimefm's evaluation.
 
-One prompt a class, "a photo of a X.", open_clip's own preprocessing, float32. Shapes: B images, C classes.
+One prompt per class, "a photo of a X.", open_clip's own preprocessing, float32. Shapes: B images, C classes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of images, in percent, whose class is the best and among the best five."""
+    """The share of images, in percent, whose class is the best, or one of the best five."""
 
     images: int
     top1: float
@@ -32,7 +32,8 @@ class Accuracy:
 
 @torch.inference_mode()
 def zero_shot(teacher: Path, labelled: Path) -> Accuracy:
-    """Accuracy of an open_clip folder on a folder with tars of key.jpg and key.cls, and classnames.txt."""
+    """The accuracy of the open_clip folder `teacher` on `labelled`, a folder with classnames.txt and tars of key.jpg
+    and key.cls."""
     name = f"local-dir:{teacher.absolute()}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     model.eval()

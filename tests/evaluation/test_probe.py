@@ -158,8 +158,8 @@ def test_the_search_asks_what_elevaters_asks_and_chooses_the_same(
         asked.extend(pairs)
         return [score(*pair) for pair in pairs]
 
-    monkeypatch.setattr(probing._Sgd, "_scores", scores)
-    rate, decay, _ = probing._Sgd(train, labels, "accuracy", START, "honest").search(np.arange(100), np.arange(9))
+    monkeypatch.setattr(probing._SgdProbe, "_scores", scores)
+    rate, decay, _ = probing._SgdProbe(train, labels, "accuracy", START, "honest").search(np.arange(100), np.arange(9))
     theirs: list[tuple[float, float]] = []
     expected = elevater_search(lambda *pair: theirs.append(pair) or score(*pair))
     assert (rate, decay) == expected
@@ -172,7 +172,7 @@ def test_the_search_trains_on_one_part_and_scores_on_the_other(data: tuple[Any, 
     held = validation_part(labels)
     fit, check = np.flatnonzero(~held), np.flatnonzero(held)
     for selection in ("honest", "elevater"):
-        search = probing._Sgd(train, labels, "mean_per_class", START, selection)
+        search = probing._SgdProbe(train, labels, "mean_per_class", START, selection)
         pairs = SETTINGS[:3]
         found = search._scores(FeatureRows(train, fit, "cpu"), fit, FeatureRows(train, check, "cpu"), check, pairs)
         for pair, value in zip(pairs, found, strict=True):
@@ -297,9 +297,9 @@ def test_final_scores_of_a_probe_that_diverges_are_no_numbers_of_right_answers(
             weight = torch.full((CLASSES, DIM), torch.nan)
             yield Heads(weight, torch.zeros(CLASSES), torch.zeros(DIM), torch.ones(DIM), 1)
 
-    search = probing._Sgd(data[0], data[1], "accuracy", START, "honest")
+    search = probing._SgdProbe(data[0], data[1], "accuracy", START, "honest")
     monkeypatch.setattr(probing, "train_heads", diverging)
-    scores_NC, _ = search.final(np.arange(TRAIN), 0.1, 1e-3, data[2], data[3])
+    scores_NC, _ = search.train_final(np.arange(TRAIN), 0.1, 1e-3, data[2], data[3])
     assert (scores_NC == 0).all()
 
 
@@ -308,16 +308,16 @@ def test_validation_holds_no_more_scores_than_a_block_has(
 ) -> None:
     """Blocks of 24 scores for each of 4 classifiers and 4 classes: one image at a time, with the same result."""
     train, labels, _, _ = data
-    search = probing._Sgd(train, labels, "accuracy", START, "honest")
+    search = probing._SgdProbe(train, labels, "accuracy", START, "honest")
     rows = np.arange(TRAIN)
     rates, decays = map(list, zip(*SETTINGS, strict=True))
     *_, heads = train_heads(FeatureRows(train, rows, "cpu"), torch.from_numpy(labels), START, rates, decays, 1)
-    whole = search._value(heads, FeatureRows(train, rows, "cpu"), labels)
+    whole = search._score_heads(heads, FeatureRows(train, rows, "cpu"), labels)
     sizes: list[int] = []
     real = Heads.logits
     monkeypatch.setattr("dimefm.evaluation.linear_heads._SCORES", 24)
     monkeypatch.setattr(Heads, "logits", lambda self, x: sizes.append(len(x)) or real(self, x))
-    np.testing.assert_array_equal(search._value(heads, FeatureRows(train, rows, "cpu"), labels), whole)
+    np.testing.assert_array_equal(search._score_heads(heads, FeatureRows(train, rows, "cpu"), labels), whole)
     assert set(sizes) == {1}
     said = real(heads, torch.from_numpy(train.all())).argmax(dim=2).numpy()
     np.testing.assert_allclose(whole, (said == labels[:, None]).mean(axis=0))
@@ -325,7 +325,7 @@ def test_validation_holds_no_more_scores_than_a_block_has(
 
 def test_a_classifier_that_diverged_scores_nothing(data: tuple[Any, ...]) -> None:
     train, labels, _, _ = data
-    search = probing._Sgd(train, labels, "accuracy", START, "honest")
+    search = probing._SgdProbe(train, labels, "accuracy", START, "honest")
     pairs = [(0.1, 1e6), (0.1, 1e-3)]
     rows, held = np.arange(100), np.arange(100, TRAIN)
     found = search._scores(FeatureRows(train, rows, "cpu"), rows, FeatureRows(train, held, "cpu"), held, pairs)

@@ -143,7 +143,7 @@ def test_marks_that_are_not_one_for_each_class_are_named(tmp_path: Path, marks: 
 @pytest.mark.parametrize(("labels", "problem"), [
     ([0, 1.5], "holds float, such as 0.0"),
     ([0, None], "has no label"),
-    ([[0], [1]], "has several labels an image, where cifar10 has one"),
+    ([[0], [1]], "has several labels per image, where cifar10 has one"),
     ([{"id": 0}, {"id": 1}], "holds dict"),
     ([0, 10], "has label 10, but there are 10 classes"),
 ])  # fmt: skip
@@ -166,7 +166,7 @@ def test_a_set_of_the_other_kind_is_an_error(tmp_path: Path) -> None:
     write_set("dtd", "flat", tmp_path / "voc2007")
     assert "has captions, but Describable Textures is a set of classes" in refused(tmp_path, "dtd")
     assert "has labels, but Flickr30k (Karpathy split) is a set of captions" in refused(tmp_path, "flickr30k")
-    assert "has one label an image, where voc2007 has several" in refused(tmp_path, "voc2007")
+    assert "has one label per image, where voc2007 has several" in refused(tmp_path, "voc2007")
 
 
 def test_roc_auc_of_one_class_is_an_error(model: str, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_roc_auc_of_one_class_is_an_error(model: str, tmp_path: Path) -> None:
 def test_map_without_an_image_of_any_class_is_an_error(model: str, tmp_path: Path) -> None:
     changed(tmp_path / "sets", "voc2007", **{f"s{i:07d}_npy": npy([0] * 20) for i in range(IMAGES)})
     ((_, error),) = measured(model, tmp_path / "sets", "voc2007").failed
-    assert "no image is of any class" in str(error)
+    assert "no image has a label" in str(error)
 
 
 # -- images -----------------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_captions_of_images_that_are_not_there(model: str, tmp_path: Path, name:
     assert result.metrics["image_retrieval_recall@10"] <= (texts - len(images.captions[1])) / texts
     for sample in images.samples:
         Path(sample.file).unlink(missing_ok=True)
-    assert f"lists {IMAGES} images, and none of them is there" in refused(root, name)
+    assert f"lists {IMAGES} images, and none of them exists" in refused(root, name)
 
 
 def test_an_image_without_a_caption_is_named(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from cache_schemas import Status
 from dimefm.datasets import raw_arrays
-from dimefm.datasets.layouts import read_webdataset
 from dimefm.datasets.raw_arrays import read_raw
+from dimefm.datasets.webdataset_layout import read_webdataset
 from dimefm.errors import SourceError
 from dimefm.images.decode import MAX_BYTES, MAX_PIXELS
 from dimefm.models.clip import Clip
