@@ -44,35 +44,62 @@ _WORKER_BYTES, _MEMORY_SHARE = (
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """One job of stage 1. `sources` are paths, URLs, patterns, or objects that follow the protocol
-    `sources.base.Source`. None means: chosen by the machine (device, precision, workers, threads), the source, or that
-    there is none (views, pixels, limits on sentences, the seed of their order)."""
+    """One job of stage 1: which images or sentences, which teacher, and how it runs. None: chosen by the machine or the
+    source, or not asked for."""
 
     kind: Kind
+    """What the sources hold: "image" or "text"."""
     sources: tuple[str | Source[Any], ...]
+    """Files, globs of them, ranges such as {000..009}.tar, and folders, as local paths or URLs; or objects that follow
+    the protocol `sources.base.Source`."""
     out: str
+    """Store to write: a folder or URL ending in .zarr."""
     teacher: str
+    """Teacher, an open_clip model: NAME, hf-hub:ORG/MODEL or local-dir:FOLDER."""
     pretrained: str | None = None
+    """Weights of a plain NAME: an open_clip tag or a file."""
     trained: Trained | None = None
+    """What weights in a file do not say of themselves: their preprocessing and activation."""
     column: str | None = None
+    """Column of the tables, or field of the tars, to read. Default: the one that fits."""
     min_words: int | None = None
+    """Leave out sentences with fewer words. In languages without spaces a few letters count as one word."""
     max_words: int | None = None
+    """Leave out sentences with more words."""
     shuffle: int | None = None
+    """Shuffle rows once with this seed, so that sequential reads are random samples. Default: no shuffling."""
     views: int | None = None
+    """Cache this many random crops per image, instead of the whole image."""
     view_scale: float = 0.4
+    """Smallest share of an image's area that a view shows."""
     view_seed: int = 0
+    """Seed of the views."""
     pixels: int | None = None
+    """Also keep each image as a JPEG whose short side has this many pixels, for train-student to read."""
     decoder: Decoder = "fast"
+    """How images are decoded. pillow: exactly open_clip's pixels; fast: within 2 of 255 of them; nvjpeg: on the GPU,
+    less near."""
     precision: Precision | None = None
+    """Number format of the teacher's weights and matrix products. Default: fp32 on a CPU, fp16 on a GPU."""
     device: str | None = None
+    """Where the teacher runs. Default: cuda if there is a GPU, else cpu."""
     compile: bool = False
+    """Compile the image tower with torch.compile."""
     batch_size: int | None = None
+    """Images or sentences per batch. Default: 32 on a CPU, 512 on a GPU."""
     shard_rows: int | None = None
+    """Rows per shard, the unit of work: what was not finished when a run stopped is done again. Default: by the size of
+    the input."""
     workers: int | None = None
+    """Number of teachers that run at once; one alone needs no Ray. Default: by cores or GPUs, memory and rows."""
     threads: int | None = None
+    """Decoding threads per worker. Default: as many as a measurement shows to be of use."""
     ray_address: str | None = None
+    """Address of an existing Ray cluster; needs `workers`. Default: a local Ray for this command alone."""
     retry_failed: bool = False
+    """Read the rows that have no embedding again, once the store is finished."""
     accept_missing: bool = False
+    """Leave out images whose file is gone or refused since the store was planned. Default: stop."""
 
 
 def cache(config: CacheConfig) -> Store:
