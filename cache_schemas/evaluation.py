@@ -38,14 +38,15 @@ SPLITS = ("train", "val", "test")
 class SetDefinition:
     """One labelled set, as it was published: a file in dimefm/datasets/sets.
 
-    `splits` has the number of images of each split; `metric` is the one that is reported. The class names, in the order
-    of the labels, are `classes`, or those that open_clip ships for ImageNet (`classes_from`): all of them, or those of
-    the WordNet ids in `subset`. `folders` are the names of the class folders in the same order, if these are not the
-    class names; `folders_from` "wnid" stands for ImageNet's ids. {c} in a template stands for the class name. `aliases`
-    are other names that the set's folder may have, `layouts` are those that are read. `resize` is "squash" if the
-    aspect ratio is given up, "model" for the model's own preprocessing. `get` says where to get the set; `sources` says
-    where classes, templates and sizes were taken from. `elevater` is the set's name on ELEVATER's leaderboard,
-    `elevater_columns` the labels in the order of the columns there, if it is another.
+    `suite` is the published table that it belongs to, "more" if there is none. `splits` has the number of images of
+    each split; `metric` is the one that is reported. The class names, in the order of the labels, are `classes`, or
+    those that open_clip ships for ImageNet (`classes_from`): all of them, or those of the WordNet ids in `subset`.
+    `folders` are the names of the class folders in the same order, if these are not the class names; `folders_from`
+    "wnid" stands for ImageNet's ids. {c} in a template stands for the class name. `aliases` are other names that the
+    set's folder may have, `layouts` are those that are read. `resize` is "squash" if the aspect ratio is given up,
+    "model" for the model's own preprocessing. `get` says where to get the set; `sources` says where classes, templates
+    and sizes were taken from. `elevater` is the set's name on ELEVATER's leaderboard, `elevater_columns` the labels in
+    the order of the columns there, if it is another.
     """
 
     name: str

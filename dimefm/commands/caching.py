@@ -49,7 +49,7 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
 @_option("--retry-failed", is_flag=True)
 @_option("--accept-missing", is_flag=True)
 def cache_images(**options: Any) -> None:
-    """Write the teacher's embedding of each image to a store.
+    """Cache the teacher's embedding of each image.
 
     SOURCE: WebDataset tars, Parquet files with an image column, .tsv files of key and base64, or image files; globs of
     these, ranges such as {000..009}.tar, and folders. All may be local paths or URLs (s3://...). Files that are found
@@ -69,7 +69,9 @@ def cache_images(**options: Any) -> None:
 @_option("--max-words", type=click.IntRange(1))
 @_option("--shuffle", type=click.IntRange(0), metavar="SEED")
 def cache_texts(**options: Any) -> None:
-    """Write the teacher's embedding of each sentence to a store; of repeated sentences, one.
+    """Cache the teacher's embedding of each sentence.
+
+    A repeated sentence is cached once.
 
     SOURCE: .txt (one sentence per line), .jsonl, .json, .csv or .tsv files (also .gz), Parquet files, tars with .txt
     members, folders of one of these kinds, or labelled sets, whose prompts (every class name in every template) are
@@ -99,7 +101,7 @@ def _cache(kind: Kind, options: dict[str, Any]) -> None:
 @_import_option("--match-parts", type=click.IntRange(1, 16))
 @_import_option("--accept", is_flag=True)
 def import_embeddings(folder: str, **options: Any) -> None:
-    """Make a store of embeddings that were made before, from a folder as clip-retrieval writes it.
+    """Make a store of embeddings from clip-retrieval.
 
     FOLDER: img_emb/img_emb_N.npy or text_emb/text_emb_N.npy beside metadata/metadata_N.parquet. train-student reads the
     images too, so an image store serves it only if --images says where they are; retrieve does not need them.
@@ -117,9 +119,10 @@ def import_embeddings(folder: str, **options: Any) -> None:
 @click.option("--out", required=True, help="Folder to write.")
 @click.option("--rows-per-file", type=click.IntRange(1), help="Rows per file. Default: the rows of a shard.")
 def export_embeddings(store: str, out: str, rows_per_file: int | None) -> None:
-    """Write a store's embeddings as clip-retrieval does: img_emb/ or text_emb/ beside metadata/.
+    """Write embeddings as clip-retrieval writes them.
 
-    Rows without an embedding are left out; the column `row` of the metadata says which rows were written.
+    They are in img_emb/ or text_emb/, beside metadata/. Rows without an embedding are left out; the column `row` of the
+    metadata says which rows were written.
     """
     from dimefm.exchange.clip_retrieval_folder import export_embeddings as run
 

@@ -62,7 +62,9 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 @_option("--skip-existing", is_flag=True)
 @_option("--predictions", is_flag=True)
 def evaluate(model: str, **options: Any) -> None:
-    """Measure MODEL on labelled sets: zero-shot, retrieval, linear probe, few-shot.
+    """Measure MODEL on labelled sets.
+
+    It measures zero-shot classification, retrieval, linear probes and few-shot probes.
 
     MODEL: a run folder, an exported open_clip folder, or an open_clip name (also hf-hub:, local-dir:).
 
@@ -107,7 +109,10 @@ def _require_sense(options: dict[str, Any]) -> None:
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--data", metavar="ROOT", help="Also say which of them are found below this folder or URL, and where.")
 def sets(names: tuple[str, ...], data: str | None) -> None:
-    """List the labelled sets that dimefm knows; for a single NAME, all that is known and where to get it."""
+    """List the labelled sets that dimefm knows.
+
+    With a single NAME: all that is known about the set, and where to get it.
+    """
     from dimefm.datasets.describe_sets import describe_sets
     from dimefm.datasets.known_sets import find_sets
 
@@ -122,7 +127,9 @@ def sets(names: tuple[str, ...], data: str | None) -> None:
 )
 @click.option("--no-published", is_flag=True, help="Leave out the results that the paper published.")
 def compare(folders: tuple[str, ...], out: tuple[str, ...], no_published: bool) -> None:
-    """Print models side by side, with the published results, as a Markdown table.
+    """Print models side by side, with published results.
+
+    The table is in Markdown.
 
     NAME: a folder that evaluate wrote, such as evaluations/STUDENT.
     """
@@ -146,9 +153,9 @@ def compare(folders: tuple[str, ...], out: tuple[str, ...], no_published: bool) 
     help="Folder of the toolkit's lists of test images, DATASET.txt, which give the order of rows.",
 )
 def submission(folder: str, **options: Any) -> None:
-    """Write the file that ELEVATER's leaderboard takes, from the predictions that evaluate --predictions kept.
+    """Write the file that ELEVATER's leaderboard takes.
 
-    NAME: a folder that evaluate wrote, such as evaluations/STUDENT.
+    NAME: a folder that evaluate --predictions wrote, such as evaluations/STUDENT.
     """
     from dimefm.evaluation.submission import write_submission
 

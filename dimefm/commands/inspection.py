@@ -12,9 +12,10 @@ _option = options_of("dimefm.inspection.verify", "VerifyConfig")
 
 @click.command()
 def doctor() -> None:
-    """Look at this machine: what would stop the work, what would slow it, and which defaults follow.
+    """Look for what would stop or slow the work here.
 
-    Paste the output into a report of a problem. Exits with 1 if something would stop the work.
+    It also says which defaults follow from this machine. Paste the output into a report of a problem. Exits with 1 if
+    something would stop the work.
     """
     from dimefm.inspection.doctor import diagnose
 
@@ -28,7 +29,7 @@ def doctor() -> None:
 @click.argument("path")
 @click.option("--failures", is_flag=True, help="List every row of a store that has no embedding, separated by tabs.")
 def info(path: str, failures: bool) -> None:
-    """Describe a store, pseudo texts, an index, a selection or a run."""
+    """Describe a store, index, selection or run."""
     from dimefm.inspection.info import describe, list_failures
 
     if not failures:
@@ -45,7 +46,10 @@ def info(path: str, failures: bool) -> None:
 @_option("--pretrained")
 @_option("--repair", is_flag=True)
 def verify(store: str, sample: int | None, teacher: str | None, pretrained: str | None, repair: bool) -> None:
-    """Read every byte of a store and say whether it can be trusted; exits with 1 if not."""
+    """Check whether a store can be trusted.
+
+    It reads every byte, and exits with 1 if the store cannot be trusted.
+    """
     from dimefm.inspection.verify import VerifyConfig
     from dimefm.inspection.verify import verify as check
 

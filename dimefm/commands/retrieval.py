@@ -31,9 +31,10 @@ _DEVICE = "Where exact search computes. Default: cuda if there is a GPU, else cp
     "--dry-run", is_flag=True, help="Print what would be built, and when exact search is cheaper; build nothing."
 )
 def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **options: Any) -> None:
-    """Build a FAISS index over a store, tune it to a recall and measure it against exact search.
+    """Build a FAISS index over a store, tuned to a recall.
 
-    If rows were added to the store, run the same command again: it adds them to the index.
+    The recall is measured against exact search. If rows were added to the store, run the same command again: it adds
+    them to the index.
     """
     from dimefm.inspection.info import describe
     from dimefm.retrieval.build_index import IndexConfig, preview_build
@@ -61,9 +62,10 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **o
 @click.option("--out", required=True, help="Pseudo-text store to write, ending in .zarr.")
 @click.option("--device", type=DEVICES, help=_DEVICE)
 def retrieve(images: str, **options: Any) -> None:
-    """Find the nearest sentences of each image, and so which sentences are visually grounded.
+    """Find the nearest sentences of each image.
 
-    Exact search suits a GPU, or up to a hundred thousand sentences; build-index --dry-run says which is cheaper.
+    They are its pseudo texts; sentences that an image or more has are visually grounded. Exact search suits a GPU, or
+    up to a hundred thousand sentences; build-index --dry-run says which is cheaper.
     """
     from dimefm.inspection.info import describe
     from dimefm.retrieval.retrieve import retrieve as run
@@ -85,10 +87,10 @@ def retrieve(images: str, **options: Any) -> None:
     "--device", type=DEVICES, help="Where the teacher and the search run. Default: cuda if there is a GPU, else cpu."
 )
 def search(path: str, **options: Any) -> None:
-    """Print what is nearest to an image or a sentence, with cosine similarities.
+    """Print what is nearest to an image or a sentence.
 
-    A store or index of sentences gives sentences, one of images gives images: the fastest way to see that a cache is
-    sane. A store is searched exactly, an index as retrieve searches it.
+    The results come with cosine similarities. A store or index of sentences gives sentences, one of images gives
+    images: the fastest way to see that a cache is sane. A store is searched exactly, an index as retrieve searches it.
     """
     from dimefm.retrieval.search import search as run
     from dimefm.retrieval.search import show
@@ -117,12 +119,21 @@ def search(path: str, **options: Any) -> None:
 @_selection_option("--scores", metavar="OTHER.selection")
 @_selection_option("--device", type=DEVICES)
 def select_texts(**options: Any) -> None:
-    """Select the visually grounded sentences of a text store, for train-student --selection.
+    """Select the sentences that are worth training on.
 
-    PAIRS.zarr, from retrieve, names the stores. Sentences are ranked --by hits: how many images have them among their
-    top k (without other options, all sentences that some image has are kept); --by similarity: how far the images
-    nearest to a sentence stand out from all others; or at random. Then the options that are given apply in this order:
-    --min-hits, --min-score, --pool, --dedup, --balance, --size.
+    They are visually grounded sentences of a text store, for train-student --selection.
+
+    PAIRS.zarr: pseudo texts from retrieve, which name their image store and text store.
+
+    The sentences are ranked, by default by hits:
+
+    \b
+    --by hits        by how many images have them among their top k
+    --by similarity  by how far their nearest images stand out from all others
+    --by random      at random
+
+    Then the options that are given apply in this order: --min-hits, --min-score, --pool, --dedup, --balance, --size. By
+    hits, all sentences that an image or more has are kept if none is given.
     """
     from dimefm.inspection.info import describe
     from dimefm.selection.select_texts import SelectionConfig

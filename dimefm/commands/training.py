@@ -80,10 +80,10 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 def train_student(
     images: str, texts: str, out: str, recipe: str, settings: tuple[str, ...], allow_changes: str, **options: Any
 ) -> None:
-    """Train a student from cached embeddings; no teacher runs.
+    """Train a student from cached embeddings.
 
-    Ctrl-C or SIGTERM makes it write a checkpoint and stop; however it ended, the same command goes on from the last
-    checkpoint. On several GPUs: torchrun -m dimefm train-student ...
+    No teacher runs. Ctrl-C or SIGTERM makes it write a checkpoint and stop; however it ended, the same command goes on
+    from the last checkpoint. On several GPUs: torchrun -m dimefm train-student ...
     """
     from dimefm.training.config import LossConfig, TextMix
     from dimefm.training.recipes import RECIPES
@@ -166,9 +166,10 @@ def _fields(raw: dict[str, Any], prefix: str = "") -> list[str]:
 @click.option("--teacher", help="Where the teacher is now. Default: where it was when the images were cached.")
 @click.option("--pretrained", help="Weights of a plain NAME given as --teacher: an open_clip tag or a file.")
 def export(run: str, **options: Any) -> None:
-    """Write the student of a run, with its own text tower or the teacher's, as an open_clip folder.
+    """Write the student of a run as an open_clip folder.
 
-    Load it with open_clip.create_model_and_transforms("local-dir:FOLDER").
+    It has its own text tower, or else the teacher's. Load it with
+    open_clip.create_model_and_transforms("local-dir:FOLDER").
     """
     from dimefm.export.export_student import export as write
 
@@ -183,11 +184,13 @@ def export(run: str, **options: Any) -> None:
               "local-dir:FOLDER.")  # fmt: skip
 @weights_options
 def convert_checkpoint(checkpoint: str, **options: Any) -> None:
-    """Convert a checkpoint of the authors of DIME-FM to an open_clip folder, with the teacher's text tower.
+    """Convert a checkpoint of DIME-FM's authors.
 
     CHECKPOINT: a ViT that they released, or that their training code saved; Swin students cannot be converted. Their
-    teacher is --teacher ViT-L-14-quickgelu --pretrained openai. The folder is like those of export: it is for evaluate
-    and for open_clip.create_model_and_transforms("local-dir:FOLDER").
+    teacher is --teacher ViT-L-14-quickgelu --pretrained openai.
+
+    The result is an open_clip folder as export writes it, with the teacher's text tower. Load it with evaluate or with
+    open_clip.create_model_and_transforms("local-dir:FOLDER").
     """
     from dimefm.models.authors_checkpoint import convert
 

@@ -123,5 +123,6 @@ def choose_sets(config: EvaluationConfig) -> list[ChosenSet]:
     if repeated is not None:
         raise SourceError(f"two sets are called {repeated!r}", remedy="give folders with different names")
     if not chosen:
-        raise SourceError("no set is chosen", remedy="name a folder, or give --suite or --sets with --data")
+        what = f"no known set has the suite {config.suite}" if config.suite else "no set is chosen"
+        raise SourceError(what, remedy="name a folder, or give another --suite, or --sets, with --data")
     return chosen
