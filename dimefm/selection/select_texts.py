@@ -72,7 +72,7 @@ class SelectionConfig:
     min_hits: int | None = None
     """Keep only sentences that are among the top k of this many images or more."""
     min_score: float | None = None
-    """Keep only sentences with this score or more: their similarity if they are ranked by it, else their best cosine."""
+    """Keep only sentences with this score or more: the similarity if it ranks them, else their best cosine."""
     pool: int | None = None
     """Only this many best sentences go on to `dedup` and `balance`."""
     dedup: float | None = None
