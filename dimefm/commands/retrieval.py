@@ -82,7 +82,7 @@ def retrieve(images: str, **options: Any) -> None:
 @click.option("--text", "texts", multiple=True, metavar="SENTENCE", help="Sentence to search with. May be repeated.")
 @click.option("--top-k", type=click.IntRange(1), default=10, show_default=True, help="Results per image or sentence.")
 @click.option("--teacher", help="Where the teacher is now. Default: where it was when the store was written.")
-@click.option("--pretrained", help="Weights of a plain NAME given as --teacher: an open_clip tag or a file.")
+@options_of("dimefm.inspection.verify", "VerifyConfig")("--pretrained")
 @click.option(
     "--device", type=DEVICES, help="Where the teacher and the search run. Default: cuda if there is a GPU, else cpu."
 )

@@ -18,6 +18,7 @@ from dimefm.system.inert_text import say
 
 _CONFIG = "dimefm.training.config"
 _option = options_of(_CONFIG, "TrainConfig", defaults=False)  # they are the recipe's
+_run_option = options_of("dimefm.evaluation.config", "EvaluationConfig")
 
 
 def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -154,17 +155,10 @@ def _fields(raw: dict[str, Any], prefix: str = "") -> list[str]:
 @click.command()
 @click.argument("run")
 @click.option("--out", required=True, help="Folder to write.")
-@click.option(
-    "--checkpoint",
-    default="last",
-    show_default=True,
-    metavar="last|best|STEP",
-    help="Checkpoint of the run: last, best or the number of a step.",
-)
-@click.option("--weights", type=click.Choice(get_args(Weights)), default="model", show_default=True,
-              help="Weights of the run: those that were trained (model), or their moving average (ema).")  # fmt: skip
+@_run_option("--checkpoint", metavar="last|best|STEP")
+@_run_option("--weights", type=click.Choice(get_args(Weights)))
 @click.option("--teacher", help="Where the teacher is now. Default: where it was when the images were cached.")
-@click.option("--pretrained", help="Weights of a plain NAME given as --teacher: an open_clip tag or a file.")
+@options_of("dimefm.inspection.verify", "VerifyConfig")("--pretrained")
 def export(run: str, **options: Any) -> None:
     """Write the student of a run as an open_clip folder.
 

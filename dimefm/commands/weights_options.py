@@ -10,9 +10,9 @@ from typing import Any, get_args
 import click
 
 from cache_schemas.identity import Activation, Interpolation, ResizeMode
-from dimefm.commands.options import options_of
+from dimefm.commands.options import fields_of, options_of
 
-_FIELDS = ("mean", "std", "interpolation", "resize_mode", "activation", "assume_openai")
+_TRAINED = ("dimefm.models.pretraining", "Trained")
 
 
 class _Colours(click.ParamType[tuple[float, float, float]]):
@@ -38,13 +38,13 @@ def weights_options(command: Callable[..., None]) -> Callable[..., None]:
     def with_trained(**options: Any) -> None:
         from dimefm.models.pretraining import Trained
 
-        given = {name: options.pop(name) for name in _FIELDS}
+        given = {name: options.pop(name) for name in fields_of(*_TRAINED)}
         model = options.get("teacher") or options["model"]
         if options["pretrained"] and (model.startswith(("hf-hub:", "local-dir:")) or Path(model).is_dir()):
             raise click.UsageError(f"--pretrained has no effect with {model}, which has weights of its own")
         command(**options, trained=Trained(**given))
 
-    option = options_of("dimefm.models.pretraining", "Trained")
+    option = options_of(*_TRAINED)
     options: list[Callable[[Any], Any]] = [
         options_of("pipeline.cache", "CacheConfig")("--pretrained"),
         option("--mean", type=_Colours()),
