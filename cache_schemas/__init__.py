@@ -1,6 +1,6 @@
-"""What dimefm keeps on disk, as facts: names, dtypes, shapes, versions, attributes, and the parsing of them.
+"""The formats on disk: names of files, dtypes, shapes, versions and attributes, and how documents are parsed.
 
-Needs the standard library, numpy and pyarrow, nothing else.
+The ground of all rooms. It needs the standard library, numpy and pyarrow, and nothing else.
 """
 
 from cache_schemas.commit import Commit, Failure

@@ -1,7 +1,7 @@
-"""commits/<shard>.json: written last, so a shard without one has not been done.
+"""commits/<shard>.json: written last, so that a shard without a commit is not done.
 
-Where more than MOST_FAILURES rows of it failed, they are in commits/<shard>.failures.parquet beside it, FAILURES, so
-that a commit is read in no time whatever has failed.
+If more than MOST_FAILURES of its rows failed, these are in a table beside it, commits/<shard>.failures.parquet, with
+the columns FAILURES: so a commit stays quick to read, whatever has failed.
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class Commit(Document):
-    """One finished shard. `digest` is sha256 over its arrays, `plan` that of the plan that they were made from,
-    `pixels` that of its tar, if it has one; `seconds` is the wall time it took. `table` is the sha256 of the table that
-    has its failures in place of `failures`; of pseudo texts, `images` is the digest of the shard of images that they
-    were retrieved for, None in older ones."""
+    """One finished shard: rows `start` to `stop`, without the last.
+
+    `counts` are rows by status. `digest` is the sha256 of the shard's arrays, `plan` that of the plan that they were
+    made from, `pixels` that of its tar, if it has one. `table` is the sha256 of the table that holds the failures where
+    `failures` does not. `seconds` is the wall time that the shard took. For a shard of pseudo texts, `images` is the
+    digest of the shard of images that they were retrieved for; None in older commits.
+    """
 
     SCHEMA: ClassVar[str] = "dimefm.commit"
 

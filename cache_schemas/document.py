@@ -1,7 +1,7 @@
-"""From JSON to a frozen dataclass and back, reporting every problem at once with its path.
+"""From JSON to a frozen dataclass and back. All problems are reported at once, each with its path.
 
-A schema is a frozen dataclass; its type hints are the format. `parse` walks them against the JSON. Supported
-hints: int, float, str, bool, object, None in unions, Literal, tuple[X, ...], dict[str, X] and other dataclasses.
+A schema is a frozen dataclass whose type hints are the format: `parse` compares the JSON with them. Supported hints are
+int, float, str, bool, object, None in unions, Literal, tuple[X, ...], dict[str, X] and other dataclasses.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def parse_dataclass(cls: type[_T], raw: object, where: str) -> _T:
 
 
 def to_plain(value: object) -> Any:
-    """A dataclass (or tuple, dict, scalar) as plain JSON data: what `parse_dataclass` reads back."""
+    """A dataclass (or tuple, dict, scalar) as plain JSON data, which `parse_dataclass` reads back."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -53,8 +53,8 @@ def digest_of(value: object) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Document:
-    """Base of everything this project writes as JSON: it carries the name and version of its schema, and a checksum
-    of itself, so that one flipped bit is found wherever it is."""
+    """Base of every JSON document that dimefm writes. A document carries the name and version of its schema, and a
+    checksum of itself, by which a flipped bit is found wherever it is."""
 
     SCHEMA: ClassVar[str]
     VERSION: ClassVar[int] = 1
@@ -84,11 +84,11 @@ class Document:
         return typing.cast(Self, value)
 
     def problems(self) -> list[Problem]:
-        """What the types cannot say: problems between fields. Overridden where there are any."""
+        """Problems that the types cannot express, such as those between fields. Subclasses override it."""
         return []
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON data: `schema` and `version`, the fields, and a sha256 over all of them."""
+        """Plain JSON data: `schema` and `version`, the fields, and the sha256 of all of them as `checksum`."""
         body = {"schema": self.SCHEMA, "version": self.VERSION, **to_plain(self)}
         return {**body, CHECKSUM: digest_of(body)}
 
@@ -117,7 +117,7 @@ def _dataclass(cls: type[Any], raw: object, path: str, problems: list[Problem]) 
 
 @cache
 def _fields(cls: Any) -> dict[str, tuple[Any, bool]]:
-    """The type hint of each field and whether it must be there. Kept: to work out hints takes 50 microseconds."""
+    """The type hint of each field and whether it is required. Cached, since to work out hints takes 50 microseconds."""
     hints, missing = typing.get_type_hints(cls), dataclasses.MISSING
     return {
         f.name: (hints[f.name], f.default is missing and f.default_factory is missing) for f in dataclasses.fields(cls)

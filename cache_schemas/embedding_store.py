@@ -1,13 +1,13 @@
-"""IMAGES.zarr and TEXTS.zarr: group attributes, arrays, status codes and the layout of files.
+"""IMAGES.zarr and TEXTS.zarr: the layout of the files, the attributes of the group, the arrays, the status codes.
 
 STORE.zarr/
   zarr.json              attributes: an EmbeddingStore document under the key "dimefm"
-  embedding/             float16 (or float32) (rows, dim) or (rows, views, dim), unit norm, sharded, crc32c on each
-  status/                uint8 (rows,), a Status code each
-  view/                  with views: int32 (rows, views, 5), the ViewBox of each: enough to replay it exactly
+  embedding/             float16 (or float32) (rows, dim) or (rows, views, dim), unit norm, sharded, a crc32c on each
+  status/                uint8 (rows,), a Status code per row
+  view/                  with views: int32 (rows, views, 5), the ViewBox of each view: enough to replay it exactly
   rows/<shard>.parquet   the plan, written before any work (plan.py); rows/files.parquet: the files it was made from
-  commits/<shard>.json   written last, one per finished shard (commit.py); beside it the table of its failures, if many
-  pixels/<shard>.tar     with pixels: the decoded images as JPEG, a WebDataset in order of row
+  commits/<shard>.json   written last, one per finished shard (commit.py); beside it the table of failures, if many
+  pixels/<shard>.tar     with pixels: the images as small JPEGs, a WebDataset in the order of the rows
   pixel_index/           with pixels: int64 (rows, 3): where in the tar the JPEG of a row begins and ends, its crc32c
 """
 
@@ -33,7 +33,7 @@ BOX = 5  # numbers of a ViewBox
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySpec:
-    """What an array of the store must look like: one chunk or more of whole rows in a shard, no compression."""
+    """What an array of the store must look like. A shard has one chunk or more of whole rows; no compression."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -41,22 +41,43 @@ class ArraySpec:
 
 
 class Status(IntEnum):
-    """What became of a row. Everything but PENDING and OK is a failure that keeps its place."""
+    """What became of a row. With any status but PENDING and OK the row has no embedding, but it keeps its place.
+
+    Below each status stands what it means, and the functions that decide it. An image gets it as the `status` of a
+    DecodeError (`images.decode.DecodeError`), which `caching.encode_shard.encode_rows` writes down with the reason.
+    `caching.lasting_failures.require_lasting` refuses to commit a shard whose failures may be those of the storage.
+    """
 
     PENDING = 0
+    """Not done yet: the shard has no commit."""
     OK = 1
-    MISSING = 2  # the file is gone or cannot be opened
-    EMPTY = 3  # zero bytes
-    TRUNCATED = 4  # the file or archive ends before the sample does
-    UNDECODABLE = 5  # not an image, or a broken one
-    TOO_LARGE = 6  # more pixels or bytes than the limit: a decompression bomb, a scan, a damaged header
-    NOT_FINITE = 7  # the teacher gave NaN, infinity or a zero vector
-    CRASHED = 8  # its decoder crashes, or takes all memory
+    """The row has an embedding: `caching.encode_shard.encode_rows`."""
+    MISSING = 2
+    """The file is gone, or with --accept-missing refused: `sources.read_image.read_image`. In an import, no image
+    belongs to the row: `exchange.import_embeddings.import_embeddings`."""
+    EMPTY = 3
+    """The image has no bytes: `images.decode.open_image`."""
+    TRUNCATED = 4
+    """The file or archive ends before the image does: `sources.read_image.read_image`."""
+    UNDECODABLE = 5
+    """The bytes are not an image that is supported, or a broken one: `images.decode.open_image`,
+    `images.decode.decode`; or a cell of a table cannot be read: `sources.read_image.read_encoded`."""
+    TOO_LARGE = 6
+    """More pixels than the limit (`images.decode.open_image`), more bytes (`sources.read_image.read_encoded`) or more
+    memory than there is (`caching.image_loader.too_little_memory`); or so long and thin that it cannot be resized
+    (`images.preprocess.Preprocess`) or kept (`images.small_jpeg.small_jpeg`). Such are decompression bombs, scans and
+    damaged headers."""
+    NOT_FINITE = 7
+    """The teacher gave NaN, infinity or a zero vector: `caching.encode_shard.encode_rows`; or the imported embedding is
+    one: `exchange.import_embeddings.import_embeddings`."""
+    CRASHED = 8
+    """The decoder ends its process, or takes all memory, also when it decodes this image alone:
+    `caching.crashing_images.without_crashes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """Files, members, rows or lines of a source that are not used: why, how many, and one of them."""
+    """Files, members, rows or lines of a source that are not used: why, how many, and one of them as an example."""
 
     reason: str
     count: int
@@ -65,9 +86,10 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSummary:
-    """What was planned: `digest` covers every file's path and size and the `settings` (column, length limits, seed of
-    the order); `problems` are files that could not be read through; `skipped` is what was not used. `dropped` counts
-    sentences in stores of older releases, which had no examples."""
+    """What was planned. `digest` covers every file's path and size and the `settings` (column, length limits, seed of
+    the order). `problems` are files that could not be read to their end; `skipped` is what was not used. `dropped`
+    counts sentences in stores of older releases, which kept no examples.
+    """
 
     arguments: tuple[str, ...]
     files: int
@@ -82,8 +104,8 @@ class SourceSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewPlan:
-    """`count` views of every image: random resized crops over `crop_scale` of the area, and flips where `flip`, each
-    drawn from (seed, row, view)."""
+    """`count` views per image: random resized crops over `crop_scale` of the area, half of them flipped where `flip`,
+    each drawn from (seed, row, view)."""
 
     count: int
     seed: int
@@ -93,8 +115,8 @@ class ViewPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingStore(Document):
-    """The attributes of an embedding store. `digests` are sha256 of what is written once and for all when it is
-    planned, by path: every array's zarr.json, rows/files.parquet and the plans."""
+    """The attributes of an embedding store. `digests` are the sha256, by path, of what is written once when the store
+    is planned: every array's zarr.json, rows/files.parquet and the plans."""
 
     SCHEMA: ClassVar[str] = "dimefm.embedding-store"
 
@@ -109,7 +131,7 @@ class EmbeddingStore(Document):
     views: ViewPlan | None = None
     pixels: int | None = None  # short side of the JPEGs in pixels/
     dtype: Literal["float16", "float32"] = "float16"
-    decoder: Decoder = "fast"  # of images: dimefm.preprocess, dimefm.gpu_decode
+    decoder: Decoder = "fast"  # images.preprocess; nvjpeg: caching.gpu_image_loader
     digests: dict[str, str] = field(default_factory=dict)
 
     def problems(self) -> list[Problem]:
@@ -152,12 +174,12 @@ class EmbeddingStore(Document):
         return -(-self.rows // self.shard_rows)
 
     def shard_range(self, shard: int) -> tuple[int, int]:
-        """First row and one past the last row of `shard`."""
+        """First row of `shard`, and the one after its last."""
         return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows)
 
     @property
     def identity(self) -> str:
-        """Digest of teacher, source, plan, views and kind: what an index or a run refers to."""
+        """Digest of teacher, source, plan, views and kind. An index or a run names a store by it."""
         facts = {"kind": self.kind, "teacher": self.teacher.compared(), "source": self.source.digest}
         plans = [self.digests.get(rows_path(shard)) for shard in range(self.shards)]
         # Views are drawn on the stored pixels where there are any; without views they change no embedding.

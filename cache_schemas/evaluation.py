@@ -1,10 +1,10 @@
-"""What evaluation reads and writes: the definition of a set, shipped with the package, and the results of a model.
+"""What evaluation reads and writes: the definition of a labelled set, and the results of a model.
 
 EVALUATIONS/
-  NAME/results.jsonl                    one EvaluationResult a line; the last of a set and protocol counts
-  NAME/features/SET-SPLIT.zarr          an embedding store of float32: every image encoded once
-  NAME/predictions/SET.PROTOCOL.parquet key, label, prediction, correct and scores of every image, where kept
-  text_embeddings/DIGEST.safetensors    of class names or captions, by text tower: shared by models
+  NAME/results.jsonl                    one EvaluationResult per line; the last one of a set and protocol counts
+  NAME/features/SET-SPLIT.zarr          an embedding store of float32: each image encoded once
+  NAME/predictions/SET.PROTOCOL.parquet key, label, prediction, correct and scores of each image, with --predictions
+  text_embeddings/DIGEST.safetensors    of class names or captions, per text tower: shared by models
   unpacked/SET-SPLIT-DIGEST/test.tar    sets that are published as raw arrays
 """
 
@@ -36,14 +36,17 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class SetDefinition:
-    """One evaluation set, as published.
+    """One labelled set, as it was published: a file in dimefm/datasets/sets.
 
-    `splits` has the images of each split, `metric` is the one that is reported. Class names in the order of the labels
-    are `classes`, or those that open_clip ships for ImageNet (`classes_from`), all or those of the WordNet ids in
-    `subset`. `folders` are the names of the class folders, in the same order, where they are not the class names;
-    ``wnid`` for ImageNet's ids. {c} in a template stands for the class name. `aliases` are other names that the set's
-    folder goes by, `layouts` those that are read. `resize` is "squash" where the aspect ratio is given up, "model" for
-    the model's own preprocessing. `sources` says where classes, templates and sizes were taken from.
+    `suite` is the published table that it belongs to, "more" if there is none. `splits` has the number of images of
+    each split; `metric` is the one that is reported. The class names, in the order of the labels, are `classes`, or
+    those that open_clip ships for ImageNet (`classes_from`): all of them, or those of the WordNet ids in `subset`.
+    `folders` are the names of the class folders in the same order, if these are not the class names; `folders_from`
+    "wnid" stands for ImageNet's ids. {c} in a template stands for the class name. `aliases` are other names that the
+    set's folder may have, `layouts` are those that are read. `resize` is "squash" if the aspect ratio is given up,
+    "model" for the model's own preprocessing. `get` says where to get the set; `sources` says where classes, templates
+    and sizes were taken from. `elevater` is the set's name on ELEVATER's leaderboard, `elevater_columns` the labels in
+    the order of the columns there, if it is another.
     """
 
     name: str
@@ -70,7 +73,7 @@ class SetDefinition:
     elevater_columns: tuple[int, ...] = ()
 
     def problems(self) -> list[Problem]:
-        """What the types cannot say."""
+        """Problems that the types cannot express."""
         found = [Problem("splits", f"unknown split {name!r}") for name in self.splits if name not in SPLITS]
         if "test" not in self.splits:
             found.append(Problem("splits", "has no test split"))
@@ -89,19 +92,19 @@ class SetDefinition:
         if self.elevater_columns and sorted(self.elevater_columns) != list(range(self.class_count)):
             found.append(Problem("elevater_columns", "does not have each label once"))
         if bool(self.templates) == bool(self.templates_from):
-            found.append(Problem("templates", "give them, or where they are from"))
+            found.append(Problem("templates", "give either templates or templates_from"))
         found += [Problem("templates", f"{t!r} has no {{c}}") for t in self.templates if "{c}" not in t]
         return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult(Document):
-    """One set under one protocol.
+    """The result of one set under one protocol.
 
-    `metrics` are in [0, 1], `metric` names the one that is reported, `intervals` are their 95% intervals.
-    `images` were scored, `expected` is the published number; `partial` says every difference from the published set in
-    words. `model` has name, tag and digests of weights and text tower; `digests` those of the images and labels, the
-    class names and the templates; `settings` what else decides the numbers.
+    `metrics` are in [0, 1], `intervals` are their 95% intervals, and `metric` names the one that is reported. `images`
+    is the number that was scored, `expected` the published one; `partial` says in words how the images differ from the
+    published set. `model` has the name, the tag and the digests of weights and text tower; `digests` are those of the
+    images and labels, the class names and the templates; `settings` are what else decides the numbers.
     """
 
     SCHEMA: ClassVar[str] = "dimefm.evaluation-result"
@@ -127,17 +130,17 @@ class EvaluationResult(Document):
     notes: tuple[str, ...] = field(default_factory=tuple)
 
     def problems(self) -> list[Problem]:
-        """What the types cannot say."""
+        """Problems that the types cannot express."""
         return [] if self.metric in self.metrics else [Problem("metrics", f"lacks {self.metric!r}")]
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What a later result replaces."""
+        """A later result with the same key replaces this one."""
         return self.suite, self.set, self.protocol
 
     @property
     def title(self) -> str:
-        """The set's name; a user's own set is told from a known one that is called the same."""
+        """The set's name. The title of a user's own set differs from that of a known set with the same name."""
         return f"{self.suite}-{self.set}" if self.suite == OWN else self.set
 
     @property

@@ -17,7 +17,7 @@ _NOT_COMPARED = ("name", "pretrained", "preprocessing_from")
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """open_clip's evaluation preprocessing as facts; sizes in pixels (height, width), mean and std of [0, 1] RGB."""
+    """open_clip's evaluation preprocessing as facts: size in pixels (height, width), mean and std of RGB in [0, 1]."""
 
     size: tuple[int, int]
     mean: tuple[float, ...]
@@ -29,10 +29,13 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherIdentity:
-    """Two stores agree on their teacher when these agree. `name` and `pretrained` say where it was loaded from;
-    they are not compared, since the weight digest says more and a folder may move. `weights` is the digest of the
-    weights as they were loaded; in `precision` they are held, and products computed. `preprocessing_from` says in words
-    who has told the preprocessing, and is not compared either; None in older documents."""
+    """Two stores have the same teacher if these fields agree, but for those that are not compared.
+
+    `name` and `pretrained` say where it was loaded from; they are not compared, since a folder may move and the digest
+    of the weights says more. `weights` is the digest of the weights as they were loaded; `precision` is the number
+    format in which they are held and products are computed. `preprocessing_from` says in words where the preprocessing
+    is known from; it is not compared either, and is None in older documents.
+    """
 
     name: str
     pretrained: str | None
@@ -48,11 +51,11 @@ class TeacherIdentity:
     preprocessing_from: str | None = None
 
     def differences(self, other: TeacherIdentity, *, ignore: tuple[str, ...] = ()) -> list[str]:
-        """The fields in which `other` differs, as ``field: mine != theirs``; empty when the teachers agree."""
+        """The fields in which `other` differs, each as ``field: mine != theirs``; empty if the teachers agree."""
         mine, theirs = to_plain(self), to_plain(other)
         skip = {*_NOT_COMPARED, *ignore}
         return [f"{k}: {mine[k]} != {theirs[k]}" for k in mine if k not in skip and mine[k] != theirs[k]]
 
     def compared(self) -> dict[str, object]:
-        """The fields that count, as plain data: what goes into a store's identity digest."""
+        """The fields that are compared, as plain data: they go into the digest that is a store's identity."""
         return {k: v for k, v in to_plain(self).items() if k not in _NOT_COMPARED}

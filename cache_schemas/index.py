@@ -1,10 +1,10 @@
-"""TEXTS.index/: a FAISS index beside index.json, the sidecar that says what it holds and how well it searches.
+"""TEXTS.index/: a FAISS index and index.json, the sidecar that says what it holds and how well it searches.
 
 TEXTS.index/
   index.json               the sidecar; written last, it names the index file
   index-<digest>.faiss     ids are rows of the store
-  build/                   while the index is built or extended: trained.faiss, then a file for each part; each beside a
-                           JSON document that is written after it
+  build/                   while the index is built or extended: trained.faiss, then one file per part; each has a
+                           JSON document beside it, written after it
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIDECAR_FILE, BUILD = "index.json", "build"
 
 @dataclass(frozen=True, kw_only=True)
 class Recall:
-    """Share of the exact top `k` that the index finds, over `queries` held-out vectors of kind `source`."""
+    """Share of the exact top `k` that the index finds, measured with `queries` held-out vectors of kind `source`."""
 
     k: int
     queries: int
@@ -31,9 +31,11 @@ class Recall:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexPart(Document):
-    """A file below build/: the trained, empty index (no rows), or the rows of some shards of the store. `settings` is
-    the digest of what decides its bytes: store, factory, seed, training rows; `skipped` rows have no finite, non-zero
-    embedding; `spread`, of the trained index alone, is the sidecar's."""
+    """A file below build/: the trained, empty index (no rows), or the rows of some shards of the store.
+
+    `settings` is the digest of what decides the bytes of the file: store, factory, seed, training rows. `skipped` rows
+    have no finite, non-zero embedding. Only the trained index has a `spread`, the one that the sidecar gets.
+    """
 
     SCHEMA: ClassVar[str] = "dimefm.index_part"
 
@@ -48,11 +50,13 @@ class IndexPart(Document):
 
 @dataclass(frozen=True, kw_only=True)
 class IndexSidecar(Document):
-    """The sidecar. `file` holds rows of the store with digest `store_identity`: those of `shards`, by the digest of
-    each one's commit. `rescore` is how many times k candidates are fetched and scored again from the store (1: the
-    index's own scores are taken). `spread` is the standard deviation of each list's rows about their mean, base64 of
-    float16, by which the lists to probe are chosen; empty where FAISS chooses. The search parameters were tuned to
-    `recall_target` over the first kind of `recall`.
+    """The sidecar of an index.
+
+    `file` holds rows of the store with the identity `store_identity`: those of `shards`, each with the digest of its
+    commit. `rescore` times k candidates are fetched and scored again with the store's embeddings (1: the index's own
+    scores are taken). `spread` is the standard deviation of each list's rows about their mean, base64 of float16, by
+    which the lists to probe are chosen; empty where FAISS chooses. The search parameters were tuned to `recall_target`
+    with the first kind of `recall`.
     """
 
     SCHEMA: ClassVar[str] = "dimefm.index"
@@ -93,5 +97,5 @@ class IndexSidecar(Document):
 
     @property
     def bytes_per_vector(self) -> float:
-        """Size of the index file over its vectors."""
+        """Size of the index file divided by the number of its vectors."""
         return self.bytes / max(1, self.rows)

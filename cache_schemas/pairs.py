@@ -1,11 +1,11 @@
-"""PAIRS.zarr: for every image row, its top-k sentences; for every sentence, how many images retrieved it.
+"""PAIRS.zarr: for each image row, its top-k sentences; for each sentence, how many images retrieved it.
 
 PAIRS.zarr/
   zarr.json            attributes: a PairsStore document under the key "dimefm"
   text_row/            int32 (image rows, k): rows of the text store, best first; -1 where the image has none
   score/               float16 (image rows, k): cosine similarity, unscaled; NaN where text_row is -1
   hits/                uint32 (text rows,): number of images that have this sentence among their top k
-  commits/<shard>.json one per shard of text_row and score; hits.json, written when hits is complete
+  commits/<shard>.json one per shard of text_row and score; and hits.json, HitCounts, written when hits/ is complete
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ HITS_COMMIT = "commits/hits.json"
 
 @dataclass(frozen=True, kw_only=True)
 class PairsStore(Document):
-    """The attributes of a pseudo-text store. `index` is where the index was, or "exact search"; `texts_data` the digest
-    of the embeddings that were searched, None in older ones. The commits have those of the images."""
+    """The attributes of a pseudo-text store. `index` is where the index was, or "exact search"; `texts_data` is the
+    digest of the embeddings that were searched, None in older stores. The digests of the images are in the commits."""
 
     SCHEMA: ClassVar[str] = "dimefm.pairs"
 
@@ -49,7 +49,7 @@ class PairsStore(Document):
         return -(-self.rows // self.shard_rows)
 
     def shard_range(self, shard: int) -> tuple[int, int]:
-        """First image row and one past the last of `shard`."""
+        """First image row of `shard`, and the one after its last."""
         return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows)
 
 

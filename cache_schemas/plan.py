@@ -1,5 +1,7 @@
-"""rows/*.parquet: which sample is row r. One file per shard, written before any work and never changed; and
-rows/files.parquet, the files that the plan was made from, as they were then."""
+"""rows/<shard>.parquet: which sample each row is. One file per shard, written before any work and never changed.
+
+rows/files.parquet beside them lists the files that the plan was made from, as they were then.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from cache_schemas.problems import Problem, SchemaError
 
 
 class SourceFile(NamedTuple):
-    """One file of a source: absolute path or URL, its size in bytes, and when it was last changed, in nanoseconds
-    since 1970 (whole seconds for a URL, 0 where that is not known)."""
+    """One file of a source: absolute path or URL, size in bytes, and when it was last changed, in nanoseconds since
+    1970 (whole seconds for a URL, 0 where that is not known)."""
 
     path: str
     size: int
@@ -24,9 +26,9 @@ IMAGE_PLAN = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("key", pa.string(), nullable=False),
-        pa.field("file", pa.string(), nullable=False),  # absolute path or URL; of a Parquet file with #COLUMN
-        pa.field("offset", pa.int64(), nullable=False),  # bytes into the file; in a Parquet file, its row
-        pa.field("size", pa.int64(), nullable=False),  # bytes; in a .tsv those of the base64 text
+        pa.field("file", pa.string(), nullable=False),  # absolute path or URL; a Parquet file with #COLUMN
+        pa.field("offset", pa.int64(), nullable=False),  # in bytes; in a Parquet file, the row
+        pa.field("size", pa.int64(), nullable=False),  # in bytes; in a .tsv, of the base64 text
     ]
 )
 TEXT_PLAN = pa.schema(
@@ -78,8 +80,8 @@ def planned_rows(table: pa.Table) -> list[Any]:
 def parse_plan(
     table: pa.Table, kind: str, start: int, stop: int, where: str, columns: tuple[str, ...] = ()
 ) -> pa.Table:
-    """Check one shard's plan: its columns (or `columns`, where no others were read), and, where they were read, that
-    its rows are exactly start..stop-1 in order.
+    """Return the plan of one shard after a check: its columns are right (only `columns`, if no others were read), and
+    its rows, if they were read, are exactly start..stop-1 in order.
 
     Raises SchemaError with every problem.
     """
@@ -106,5 +108,5 @@ def parse_plan(
 
 
 def _value_type(type_: pa.DataType) -> pa.DataType:
-    """The type of a column's values, whether they were read as they are or as a dictionary."""
+    """The type of a column's values, also if they were read as a dictionary."""
     return type_.value_type if pa.types.is_dictionary(type_) else type_

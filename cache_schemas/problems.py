@@ -1,4 +1,4 @@
-"""The one error of this package: a document that is not what its schema says, with every problem in it."""
+"""The only error of this package: a document does not follow its schema. It lists every problem."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong in a document: `path` is where in it (``teacher.preprocessing.size``), `what` is what."""
+    """One thing that is wrong in a document: `path` is where in it (``teacher.preprocessing.size``), `what` is what."""
 
     path: str
     what: str
@@ -17,7 +17,7 @@ class Problem:
 
 
 class SchemaError(ValueError):
-    """A document does not follow its schema. `problems` holds all of them, not just the first."""
+    """A document does not follow its schema. `problems` are all that were found, not just the first."""
 
     def __init__(self, where: str, schema: str, problems: list[Problem]) -> None:
         self.where = where

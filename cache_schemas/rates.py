@@ -1,5 +1,6 @@
-"""dimefm/measured.json: what one GPU was measured to do, a copy of the rates.json of `python -m benchmarks gpu`. The
-forecast of the paper's job goes by it. A rate that was not measured is left out, or null."""
+"""The file measured.json: the rates that one GPU was measured to reach, a copy of rates.json of `python -m benchmarks
+gpu`. The forecast of the paper's job (reproduce.paper_cost) uses it. A rate that was not measured is left out, or null.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ RATES_FILE = "measured.json"
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredRates:
-    """The GPU, the day, the command that measured, and rates by the second: images and sentences through a ViT-L/14;
-    scores of exact search at a width of 768, a query times a row each; training images of a ViT-B/32 from the cache,
+    """The GPU, the day, the command that measured, and rates per second: images and sentences through a ViT-L/14;
+    scores of exact search at a width of 768, one score per query and row; training images of a ViT-B/32 from the cache,
     and with the teacher in the loop."""
 
     card: str

@@ -1,11 +1,11 @@
-"""A training run's folder: run.json beside metrics.jsonl, checkpoints/ and the exported student.
+"""The folder of a training run.
 
 RUN/
   run.json                    this document, written once when the run starts
-  metrics.jsonl               one JSON object a line: training steps and validations
+  metrics.jsonl               one JSON object per line: training steps and validations
   events.out.tfevents.*       the same for TensorBoard
   checkpoints/step-*.pt       weights, optimiser, position; last.json and best.json name one of them
-  stopped-at.json             the step, rows and values of a step whose loss or gradient was not finite
+  stopped-at.json             number, rows and values of a step whose loss or gradient was not finite
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ RUN_FILE, METRICS_FILE, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
 
 @dataclass(frozen=True, kw_only=True)
 class StudentSpec:
-    """An image tower as open_clip describes one: enough to build it again, and to export it.
+    """An image tower as open_clip describes one: enough to build it again and to export it.
 
-    `vision_cfg` is open_clip's own vision config (a timm_model_name, or a ViT or ResNet of open_clip);
-    `image_size` in pixels; `mean` and `std` of [0, 1] RGB; `activation` is shared with the teacher, since an
-    open_clip config has one for both towers. `resize_mode` is of evaluation, where training sees crops.
+    `vision_cfg` is open_clip's own vision config (a timm_model_name, or a ViT or ResNet of open_clip). `image_size` is
+    in pixels; `mean` and `std` are of RGB in [0, 1]. `activation` is that of the teacher too, since an open_clip config
+    has one for both towers. `resize_mode` is for evaluation; training sees crops.
     """
 
     name: str
@@ -42,7 +42,7 @@ class StudentSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSpec:
-    """A text tower as open_clip describes one, by its own text config; projected to `embed_dim`."""
+    """A text tower as open_clip describes one, by its own text config. Its output is projected to `embed_dim`."""
 
     name: str
     text_cfg: dict[str, object]
@@ -52,7 +52,7 @@ class TextSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A field of the config that was changed on purpose after `step` steps, as ``before != after``."""
+    """A field of the config that the user changed after `step` steps; `values` are ``before != after``."""
 
     step: int
     field: str
@@ -61,14 +61,15 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Document):
-    """What a run was started with. `config` is the training config as it is now, which its owner parses;
-    `images_chunk_rows` is what the order of the rows depends on beside the seed. Without a `text_student` the student
-    has its teacher's text tower. `machine` is the kind of CPU or the GPU that it began on, `processes` the number of
-    them that torchrun started, `images_data` and `texts_data` the digests of the embeddings that it is trained on; None
-    in older runs.
+    """What a run was started with.
 
-    `order` of the rows (dimefm.order) and `undecayed`, the parameters without weight decay (dimefm.optim), are those
-    that the run began with; the defaults are those of older runs.
+    `config` is the training config as it is now; training.config parses it. The order of the rows depends on
+    `images_chunk_rows` beside the seed. Without a `text_student` the student has its teacher's text tower. `machine` is
+    the kind of CPU or the GPU that the run began on, `processes` the number of processes that torchrun started,
+    `images_data` and `texts_data` are the digests of the embeddings that it is trained on; all None in older runs.
+
+    `order` of the rows (training.row_order) and `undecayed`, the parameters without weight decay (training.optimizer),
+    are those that the run began with; the defaults are those of older runs.
     """
 
     SCHEMA: ClassVar[str] = "dimefm.run"

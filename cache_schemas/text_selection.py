@@ -1,12 +1,12 @@
-"""TEXTS.selection: the visually grounded part of a text store, chosen by what images say of its sentences.
+"""TEXTS.selection/: the visually grounded part of a text store, chosen by the images of an image store.
 
 TEXTS.selection/
-  plan.json            a SelectionPlan, written first: a run that goes on must have the same
-  scores/<shard>       by similarity: float32 (rows of the shard of the text store,), NaN without an embedding; then the
-                       crc32c of those bytes, uint32; little-endian
+  plan.json            a SelectionPlan, written first: a command that goes on must have the same plan
+  scores/<shard>       by similarity: float32 (rows of the shard of the text store,), NaN without an embedding; then
+                       the crc32c of those bytes, uint32; little-endian
   rows.parquet         the kept sentences by row, SELECTED_ROWS
-  sentences.txt        the same sentences, one a line
-  report.md            what was kept and what was not, for a reader
+  sentences.txt        the same sentences, one per line
+  report.md            what was kept and what was not, for people
   selection.json       a TextSelection, written last
 """
 
@@ -39,8 +39,8 @@ SELECTED_ROWS = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionSettings:
-    """How sentences are chosen; None where a condition is not asked for. `among` is the digest of the rows that alone
-    could enter; `seed` is that of the draw, of the samples that scores are made from, and of the clusters."""
+    """How sentences are chosen. None: the condition does not apply. `among` is the digest of the only rows that could
+    be chosen; `seed` is that of the random draw, of the samples that scores are made from, and of the clusters."""
 
     by: Ranking
     among: str | None
@@ -57,7 +57,7 @@ class SelectionSettings:
 @dataclass(frozen=True, kw_only=True)
 class SelectionPlan(Document):
     """What a selection is made from, and how. `images_data` and `texts_data` are the digests of the embeddings that the
-    pairs were retrieved from, None where these do not say."""
+    pairs were retrieved from; None if the pairs do not say it."""
 
     SCHEMA: ClassVar[str] = "dimefm.text_selection.plan"
 
@@ -74,7 +74,7 @@ class SelectionPlan(Document):
 
 @dataclass(frozen=True, kw_only=True)
 class SourceShare:
-    """Of one source file: how many sentences the store has of it, and how many were kept."""
+    """How many sentences the store has from one source file, and how many of them were kept."""
 
     file: str
     rows: int
@@ -83,7 +83,7 @@ class SourceShare:
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Sentences by what ranks them: bin i holds edges[i] <= value < edges[i + 1], the last its upper edge too."""
+    """Sentences by their rank value: bin i has edges[i] <= value < edges[i + 1], the last bin its upper edge too."""
 
     of: str
     edges: tuple[float, ...]
@@ -91,7 +91,7 @@ class Histogram:
     dropped: tuple[int, ...]
 
     def problems(self, path: str) -> list[Problem]:
-        """Where the lengths do not fit each other."""
+        """Problems where lengths do not fit each other."""
         bins = len(self.edges) - 1
         names = ("kept", "dropped")
         found = [(f"{path}.{n}", len(getattr(self, n))) for n in names if len(getattr(self, n)) != bins]
@@ -100,7 +100,7 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A sentence with what became of it; `like` is the better one that it repeats."""
+    """A sentence and what became of it; `like` is the better sentence that it repeats."""
 
     group: str
     row: int
@@ -113,8 +113,9 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSelection(Document):
-    """A finished selection. `dropped` counts sentences by the first reason that they were left out for, in the order in
-    which the reasons apply; `digest` is the sha256 of rows.parquet; `cap` the most sentences of a cluster, if balanced.
+    """A finished selection. `dropped` counts sentences by the first reason for which they were left out, in the order
+    in which the reasons apply. `digest` is the sha256 of rows.parquet; `cap` is the most sentences per cluster, if
+    balanced.
     """
 
     SCHEMA: ClassVar[str] = "dimefm.text_selection"

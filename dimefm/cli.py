@@ -1,4 +1,4 @@
-"""The command line: the group of all commands, and what a user is told of an error. The commands are in commands/."""
+"""The command line: the group of all commands, and how an error is shown. The commands are in commands/."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dimefm.version import __version__
 
 
 class _Group(click.Group):
-    """A group that shows a user's mistake as one message and exits with 1; anything else is a bug and is traced."""
+    """Shows an error that a user can mend as one message and exits with 1. Any other error is a bug and is traced."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -38,21 +38,21 @@ class _Group(click.Group):
         except (DimefmError, SchemaError) as error:
             raise click.ClickException(text(error)) from error
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # of a write, which names no file
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # raised by a write, which names no file
                 where = f"{error.filename}: " if error.filename else ""
-                remedy = "make room, or mend the permissions, and run the same command again"
+                remedy = "make room, or mend the permissions, then run the same command again"
                 raise click.ClickException(f"{text(where)}{error.strerror}\n  remedy: {remedy}") from error
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                remedy = "raise the limit (ulimit -n 4096) and run the same command again"
+                remedy = "raise the limit (ulimit -n 4096), then run the same command again"
                 raise click.ClickException(f"too many open files\n  remedy: {remedy}") from error
             where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-            remedy = "check the path, its permissions and that the storage answers; then run the same command again"
+            remedy = "check the path, its permissions and that the storage answers, then run the same command again"
             raise click.ClickException(text(f"{where}{error.strerror or error}\n  remedy: {remedy}")) from error
         except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not have been imported
+            if type(error).__name__ != "OutOfMemoryError":  # torch's own error; torch may not have been imported
                 raise
-            what = str(error).partition(" GPU ")[0].strip()  # what follows are numbers of torch's allocator
-            remedy = "give a smaller batch, or --device cpu; nvidia-smi says whether others use the GPU"
+            what = str(error).partition(" GPU ")[0].strip()  # then come numbers of torch's allocator
+            remedy = "give a smaller --batch-size, or --device cpu; nvidia-smi says whether others use the GPU"
             raise click.ClickException(f"a GPU has too little memory: {what}\n  remedy: {remedy}") from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -64,11 +64,11 @@ class _Group(click.Group):
 def cli() -> None:
     """Distil a large CLIP into a small student from unpaired images and sentences.
 
-    Stage 1 runs the teacher once and caches its embeddings: cache-images, cache-texts. Pseudo texts are found with
-    build-index and retrieve, and the sentences worth training on with select-texts. Stage 2, train-student, reads only
-    the caches. Then evaluate and export.
+    Stage 1 runs the teacher once and caches its embeddings: cache-images, cache-texts. Then build-index and retrieve
+    find the nearest sentences of each image, its pseudo texts, and select-texts the sentences worth training on. Stage
+    2, train-student, reads only the caches. Then come evaluate and export.
 
-    Every command can be stopped and run again: it goes on where it was, and does nothing where it had finished.
+    Every command can be stopped and run again: it goes on where it was, and does nothing if it had finished.
     """
 
 
@@ -76,7 +76,7 @@ def main() -> None:
     """Entry point of the `dimefm` command."""
     wait_briefly()
     if sys.stderr is not None:
-        faulthandler.enable()  # a crash, as of a decoder or of a file that is cut while it is mapped, says where it was
+        faulthandler.enable()  # a crash, of a decoder or as a mapped file is cut short, then says where it was
     cli(prog_name="dimefm")
 
 

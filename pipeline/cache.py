@@ -1,4 +1,4 @@
-"""`cache-images` and `cache-texts` as one call: load the teacher's identity, plan, run, report."""
+"""`cache-images` and `cache-texts` as one call: load the teacher, plan the rows, encode them here or on Ray."""
 
 from __future__ import annotations
 
@@ -34,54 +34,81 @@ from dimefm.system.named_paths import allowed, allowing
 from dimefm.system.progress import amount, duration
 
 BATCH_SIZE = {"cpu": 32, "cuda": 512}
-# Rows times bytes of the teacher's weights: about what one worker does in the time that Ray takes to start another.
 _LEAST_WORK = {"image": 22e9, "text": 1.4e12}
-_WORKER_BYTES, _MEMORY_SHARE = (
-    1_000_000_000,
-    0.9,
-)  # of a worker beside its weights; of all memory, what workers may have
+"""Rows times bytes of the teacher's weights: about what one worker does in the time that Ray takes to start another."""
+_WORKER_BYTES = 1_000_000_000  # memory of a worker beside the teacher's weights
+_MEMORY_SHARE = 0.9  # part of the memory that all workers together may use
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """One job of stage 1. `sources` are paths, URLs, patterns, or objects that follow the protocol
-    `sources.base.Source`. None means: chosen by the machine (device, precision, workers, threads), the source, or that
-    there is none (views, pixels, limits on sentences, the seed of their order)."""
+    """One job of stage 1: which images or sentences, which teacher, and how it runs. None: chosen by the machine or the
+    source, or not asked for."""
 
     kind: Kind
+    """What the sources hold: "image" or "text"."""
     sources: tuple[str | Source[Any], ...]
+    """Files, globs of them, ranges such as {000..009}.tar, and folders, as local paths or URLs; or objects that follow
+    the protocol `sources.base.Source`."""
     out: str
+    """Store to write: a folder or URL ending in .zarr."""
     teacher: str
+    """Teacher, an open_clip model: NAME, hf-hub:ORG/MODEL or local-dir:FOLDER."""
     pretrained: str | None = None
+    """Weights of a plain NAME: an open_clip tag or a file."""
     trained: Trained | None = None
+    """What weights in a file do not say of themselves: their preprocessing and activation."""
     column: str | None = None
+    """Column of the tables, or field of the tars, to read. Default: the one that fits."""
     min_words: int | None = None
+    """Leave out sentences with fewer words. In languages without spaces a few letters count as one word."""
     max_words: int | None = None
+    """Leave out sentences with more words."""
     shuffle: int | None = None
+    """Shuffle rows once with this seed, so that sequential reads are random samples. Default: no shuffling."""
     views: int | None = None
+    """Cache this many random crops per image, instead of the whole image."""
     view_scale: float = 0.4
+    """Smallest share of an image's area that a view shows."""
     view_seed: int = 0
+    """Seed of the views."""
     pixels: int | None = None
+    """Also keep each image as a JPEG whose short side has this many pixels, for train-student to read."""
     decoder: Decoder = "fast"
+    """How images are decoded. pillow: exactly open_clip's pixels; fast: within 2 of 255 of them; nvjpeg: on the GPU,
+    less near."""
     precision: Precision | None = None
+    """Number format of the teacher's weights and matrix products. Default: fp32 on a CPU, fp16 on a GPU."""
     device: str | None = None
+    """Where the teacher runs. Default: cuda if there is a GPU, else cpu."""
     compile: bool = False
+    """Compile the image tower with torch.compile."""
     batch_size: int | None = None
+    """Images or sentences per batch. Default: 32 on a CPU, 512 on a GPU."""
     shard_rows: int | None = None
+    """Rows per shard, the unit of work: what was not finished when a run stopped is done again. Default: by the size of
+    the input."""
     workers: int | None = None
+    """Number of teachers that run at once; one alone needs no Ray. Default: by cores or GPUs, memory and rows."""
     threads: int | None = None
+    """Decoding threads per worker. Default: as many as a measurement shows to be of use."""
     ray_address: str | None = None
+    """Address of an existing Ray cluster; needs `workers`. Default: a local Ray for this command alone."""
     retry_failed: bool = False
+    """Read the rows that have no embedding again, once the store is finished."""
     accept_missing: bool = False
+    """Leave out images whose file is gone or refused since the store was planned. Default: stop."""
 
 
 def cache(config: CacheConfig) -> Store:
-    """Run the job to its end, or go on with it where an earlier run stopped; the finished store.
+    """Run the job to its end, or go on where an earlier run stopped. Returns the finished store.
 
-    With `accept_missing`, images whose file is gone or refused since they were planned are left without an embedding;
-    else they are an UnreadableError. Raises a DimefmError for whatever the user can mend, StoreError where no row of
-    the finished store has an embedding, or `retry_failed` mended none of those without; shards that were committed
-    stay.
+    With `accept_missing`, images whose file is gone or refused since they were planned stay without an embedding;
+    otherwise they raise UnreadableError. Raises StoreError if no row of the finished store has an embedding, or if
+    `retry_failed` mended none of the rows that had failed, and other DimefmErrors that the user can mend. Shards that
+    were committed stay.
+
+    >>> cache(CacheConfig(kind="text", sources=("captions.txt",), out="texts.zarr", teacher="local-dir:teacher"))
     """
     with allowing(paths_of(config.sources)):
         return _cache(config)
@@ -89,7 +116,7 @@ def cache(config: CacheConfig) -> Store:
 
 def _cache(config: CacheConfig) -> Store:
     device = _device(config)
-    require_no_stranger(config.out)  # before the lock is put into it
+    require_no_stranger(config.out)  # before the lock is written into it
     loaded = _load(config, device, "cpu")
     request = _request(config, device, loaded)
     teacher, weight_bytes = loaded.identity, loaded.weight_bytes()
@@ -99,7 +126,7 @@ def _cache(config: CacheConfig) -> Store:
         planned = is_planned(config.out)
         store = open_or_plan(request, config.out, teacher, accept_missing=config.accept_missing)
         if not planned:
-            _tell(store.schema.source)
+            _report_unused(store.schema.source)
         job = Job(
             store=store.path,
             teacher=teacher.name,
@@ -119,20 +146,18 @@ def _cache(config: CacheConfig) -> Store:
             return store
         failed = sum(pending_shards(store, retry=True).values()) if finished else 0
         with running(store.path) as died:
-            # An image may have crashed the last run: on Ray only a worker is lost to it, and another goes on.
-            alone = config.ray_address is None and not (died and config.kind == "image")
-            for part in (job, replace(job, retry=True))[: 1 + config.retry_failed]:
-                shards = len(pending_shards(store, retry=part.retry))
-                if alone and min(workers, shards) <= 1:
+            # An image may have crashed the last run. On Ray it ends only a worker, and another one goes on.
+            may_run_here = config.ray_address is None and not (died and config.kind == "image")
+            for one in [job, replace(job, retry=True)] if config.retry_failed else [job]:
+                shards = len(pending_shards(store, retry=one.retry))
+                if may_run_here and min(workers, shards) <= 1:
                     clip = clip or _load(config, device, device)
-                    run_here(part, clip)
+                    run_here(one, clip)
                 else:
-                    from pipeline.ray_workers import (
-                        run_shards,  # Ray, only where there is more than one worker to place
-                    )
+                    from pipeline.ray_workers import run_shards  # imports Ray
 
-                    clip = None  # the memory is for the workers' own
-                    run_shards(part, workers=workers, address=config.ray_address)
+                    clip = None  # the workers need the memory for their own
+                    run_shards(one, workers=workers, address=config.ray_address)
         require_embeddings(store)
         if failed and not config.accept_missing and failed == sum(pending_shards(store, retry=True).values()):
             what = f"{store.path}: none of the {failed:,} rows that had failed could be mended{as_list(store)}"
@@ -140,8 +165,8 @@ def _cache(config: CacheConfig) -> Store:
     return store
 
 
-def _tell(source: SourceSummary) -> None:
-    """Say what is not used before the hours in which the rest is encoded."""
+def _report_unused(source: SourceSummary) -> None:
+    """Print what is not used, before the rest is encoded for hours."""
     for one in source.skipped:
         say(f"skipped: {describe_skipped(one)}", err=True)
     for problem in first_lines(source.problems):
@@ -149,8 +174,8 @@ def _tell(source: SourceSummary) -> None:
 
 
 def dry_run(config: CacheConfig) -> str:
-    """What `cache` would do, in lines: rows, shards and bytes, the teacher's identity, and the hours that follow from
-    the speed of this machine over the first rows. Writes nothing."""
+    """What `cache` would do, as text: rows, shards and bytes, the teacher's identity, and the hours that it would take
+    by the speed that was measured on the first rows. Writes nothing."""
     device = _device(config)
     clip = _load(config, device, device)
     request = _request(config, device, clip)
@@ -158,7 +183,7 @@ def dry_run(config: CacheConfig) -> str:
         clip.compile(request.batch_size)
     found = forecast(request, clip.identity, keep=PROBE_ROWS)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a worker does
+    torch.set_num_threads(1)  # as in a worker
     try:
         with allowing(paths_of(config.sources)):
             rates = measure(found.first, found.schema, clip, accept_missing=config.accept_missing)
@@ -175,14 +200,14 @@ def _show_forecast(config: CacheConfig, device: str, found: Forecast, clip: Clip
     decodes = config.kind == "image" and config.decoder != "nvjpeg"
     bound = rates.bound(threads) if decodes and not on_cpu else None
     jpegs = f" and {amount(found.schema.rows * rates.jpeg_bytes)} of JPEGs" if rates.jpeg_bytes else ""
-    each = f"{rates.load:,.0f} images/s read and decoded by a thread, " if config.kind == "image" else ""
-    plural = f"{workers} workers of {threads} decoding threads" if config.kind == "image" else f"{workers} workers"
+    loading = f"{rates.load:,.0f} images/s read and decoded by a thread, " if config.kind == "image" else ""
+    who = f"{workers} workers of {threads} decoding threads" if config.kind == "image" else f"{workers} workers"
     lines = [
         f"rows      {found.schema.rows:,} from {source.files:,} files, {amount(source.bytes)} to read",
         f"shards    {found.schema.shards:,}",
         f"writes    {amount(found.bytes_out)} of embeddings and status{jpegs}",
-        f"measured  {each}{rates.teacher:,.0f} {config.kind}s/s by the teacher on one {'core' if on_cpu else 'GPU'}",
-        f"takes     {duration(found.schema.rows / rate)} at {rate:,.0f} {config.kind}s/s with {plural}",
+        f"measured  {loading}{rates.teacher:,.0f} {config.kind}s/s by the teacher on one {'core' if on_cpu else 'GPU'}",
+        f"takes     {duration(found.schema.rows / rate)} at {rate:,.0f} {config.kind}s/s with {who}",
         *([bound] if bound else []),
         *(f"skipped   {describe_skipped(one)}" for one in source.skipped),
         *(f"problem   {line(problem)}" for problem in first_lines(source.problems)),
@@ -194,18 +219,16 @@ def _show_forecast(config: CacheConfig, device: str, found: Forecast, clip: Clip
 
 
 def _device(config: CacheConfig) -> str:
-    """The device that is asked for, or there. Raises a DimefmError for what could not be done on it, or not at all."""
-    # A mistyped path is found before a large teacher is loaded.
-    if config.accept_missing:
-        arguments_there(config.out, config.sources)
-    else:
-        for argument in paths_of(config.sources):
-            expand(argument)
+    """The device to encode on: the one that was asked for, else the best one here.
+
+    Raises DimefmError for sources that do not exist, and for options that do not fit the device or each other: before a
+    large teacher is loaded.
+    """
+    _require_sources(config)
     remote = config.ray_address is not None
     if remote and config.workers is None:
-        raise DimefmError(
-            "--ray-address without --workers", remedy="say how many of the cluster's GPUs or cores to use"
-        )
+        what = "--ray-address without --workers"
+        raise DimefmError(what, remedy="give --workers: how many of the cluster's GPUs or cores to use")
     device = config.device if remote and config.device else choose_device(config.device)
     if config.decoder == "nvjpeg":
         if device == "cpu":
@@ -216,8 +239,16 @@ def _device(config: CacheConfig) -> str:
     return device
 
 
+def _require_sources(config: CacheConfig) -> None:
+    if config.accept_missing:
+        arguments_there(config.out, config.sources)
+        return
+    for argument in paths_of(config.sources):
+        expand(argument)
+
+
 def _load(config: CacheConfig, device: str, place: str) -> Clip:
-    """The teacher in this process's memory, on `place`, with the precision that workers on `device` will have."""
+    """The teacher in this process's memory, on `place`, with the precision that workers on `device` will use."""
     begun = _begun(config)
     known = begun.teacher if begun else None
     precision = config.precision or (known.precision if known else teacher_precision(device))
@@ -227,13 +258,13 @@ def _load(config: CacheConfig, device: str, place: str) -> Clip:
 
 
 def _begun(config: CacheConfig) -> EmbeddingStore | None:
-    """The store that is gone on with: on another kind of machine too, it keeps what it was begun with."""
+    """The store that an earlier run began, if there is one. It keeps its precision and batch size on any machine."""
     return Store(config.out).schema if is_planned(config.out) else None
 
 
 def _workers(config: CacheConfig, device: str, rows: int, weight_bytes: int) -> int:
-    """How many there are to be: on a CPU one a core, each with a teacher of its own as far as there is memory for it,
-    and none for so few rows that it would take longer to start than to encode them."""
+    """The number of workers. On a CPU: one per core, as far as there is memory for a teacher in each, and as there are
+    enough rows to be worth the start of another worker. On GPUs: one per GPU."""
     if config.workers:
         return config.workers
     if device == "cpu":
@@ -244,17 +275,18 @@ def _workers(config: CacheConfig, device: str, rows: int, weight_bytes: int) -> 
 
 
 def _request(config: CacheConfig, device: str, clip: Clip) -> PlanRequest:
-    scale, begun = (config.view_scale, 1.0), _begun(config)
+    begun = _begun(config)
     batch_size = begun.batch_size if begun else BATCH_SIZE[device.partition(":")[0]]
+    views = None
+    if config.views:
+        views = ViewPlan(count=config.views, seed=config.view_seed, crop_scale=(config.view_scale, 1.0), flip=True)
     return PlanRequest(
         kind=config.kind,
         arguments=config.sources,
         column=config.column,
         sentences=SentenceRules(min_words=config.min_words, max_words=config.max_words, shuffle=config.shuffle),
         canonical=canonical(clip.tokenizer),
-        views=ViewPlan(count=config.views, seed=config.view_seed, crop_scale=scale, flip=True)
-        if config.views
-        else None,
+        views=views,
         pixels=config.pixels,
         decoder=config.decoder,
         shard_rows=config.shard_rows,

@@ -1,17 +1,20 @@
-"""`dimefm evaluate`, `sets`, `compare` and `submission`: parsing, and one library call each."""
+"""`dimefm evaluate`, `sets`, `compare` and `submission`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import click
-from click.core import ParameterSource
 
+from cache_schemas.embedding_store import CpuDecoder
+from cache_schemas.evaluation import EvaluationTask, ProbeSelection, Solver, Suite
+from cache_schemas.identity import Precision
+from cache_schemas.run import Weights
+from dimefm.commands.options import DEVICES, options_of, was_given
 from dimefm.commands.weights_options import weights_options
 from dimefm.system.inert_text import say
 
-_SUITES = ["imagenet", "robustness", "elevater", "retrieval", "all"]
-_TASKS = ["zero-shot", "linear-probe", "few-shot"]
+_option = options_of("dimefm.evaluation.config", "EvaluationConfig")
 
 
 class _Names(click.ParamType[tuple[str, ...]]):
@@ -38,42 +41,39 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 @click.command()
 @click.argument("model")
 @click.argument("folders", nargs=-1, metavar="[SET]...")
-@click.option("--suite", type=click.Choice(_SUITES), help="Sets that dimefm knows (see dimefm sets), below --data.")
-@click.option("--data", metavar="ROOT", help="The folder or URL that holds a folder for each set.")
-@click.option("--sets", type=_Names(), default=(), metavar="A,B", help="Only these of the suite, or of --data.")
+@_option("--suite", type=click.Choice([*get_args(Suite), "all"]))
+@_option("--data", metavar="ROOT")
+@_option("--sets", type=_Names(), metavar="A,B")
 @weights_options
-@click.option("--checkpoint", default="last", show_default=True, metavar="last|best|STEP", help="Of a run.")
-@click.option("--weights", type=click.Choice(["model", "ema"]), default="model", show_default=True,
-              help="Of a run: the weights, or their moving average.")  # fmt: skip
-@click.option("--task", "tasks", type=click.Choice(_TASKS), multiple=True, default=("zero-shot",), show_default=True,
-              help="May be repeated. Probes need a train split.")  # fmt: skip
-@click.option("--selection", type=click.Choice(["honest", "elevater"]), default="honest", show_default=True,
-              help="What chooses a probe: validation images alone; or, as ELEVATER's code, the best epoch on test "
-              "images too, and the result is called test-selected.")  # fmt: skip
-@click.option("--solver", type=click.Choice(["sgd", "lbfgs"]), default="sgd", show_default=True,
-              help="Of a probe: ELEVATER's, or CLIP's logistic regression.")  # fmt: skip
-@click.option("--shots", type=_Numbers(), default="5,20,50", show_default=True, help="Of few-shot: images a class.")
-@click.option("--seeds", type=_Numbers(), default="0,1,2", show_default=True, help="Of few-shot: which ones.")
-@click.option("--decoder", type=click.Choice(["pillow", "fast"]), default="pillow", show_default=True,
-              help="Exactly open_clip's pixels; or within 2 of 255 of them, decoded three times as fast.")  # fmt: skip
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is one.")
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="That decode. Default: one a CPU core.")
-@click.option("--out", default="evaluations", show_default=True, help="The folder of all evaluations.")
-@click.option("--name", help="Of this model's folder in it. Default: the model's own.")
-@click.option("--skip-existing", is_flag=True, help="Keep results of the same model, images and settings.")
-@click.option("--predictions", is_flag=True, help="Keep every image's prediction and scores, with a summary.")
+@_option("--checkpoint", metavar="last|best|STEP")
+@_option("--weights", type=click.Choice(get_args(Weights)))
+@_option("--task", "tasks", type=click.Choice(get_args(EvaluationTask)), multiple=True)
+@_option("--selection", type=click.Choice(get_args(ProbeSelection)))
+@_option("--solver", type=click.Choice(get_args(Solver)))
+@_option("--shots", type=_Numbers(), metavar="N,...")
+@_option("--seeds", type=_Numbers(), metavar="SEED,...")
+@_option("--decoder", type=click.Choice(get_args(CpuDecoder)))
+@_option("--precision", type=click.Choice(get_args(Precision)))
+@_option("--device", type=DEVICES)
+@_option("--batch-size", type=click.IntRange(1))
+@_option("--threads", type=click.IntRange(1))
+@_option("--out")
+@_option("--name")
+@_option("--skip-existing", is_flag=True)
+@_option("--predictions", is_flag=True)
 def evaluate(model: str, **options: Any) -> None:
-    """Measure MODEL on labelled sets: zero-shot, retrieval, linear probe, few-shot.
+    """Measure MODEL on labelled sets.
+
+    It measures zero-shot classification, retrieval, linear probes and few-shot probes.
 
     MODEL: a run folder, an exported open_clip folder, or an open_clip name (also hf-hub:, local-dir:).
 
     SET: a folder of your own with classnames.txt, templates.txt and images: tars of key.jpg and key.cls, Parquet files,
-    or one folder a class; below test/ and train/, or the test images alone. Of key.jpg and key.txt, a caption a line,
-    retrieval is measured.
+    or one folder per class. They lie below test/ and train/, or are the test images alone. From tars of key.jpg and
+    key.txt, with one caption per line, retrieval is measured.
 
-    Images go through the model once; results are appended to OUT/NAME/results.jsonl. Stopped, the same command goes on.
+    Each image goes through the model once; results are appended to OUT/NAME/results.jsonl. If it is stopped, run the
+    same command again: it goes on.
     """
     from dimefm.evaluation.config import EvaluationConfig
     from dimefm.evaluation.evaluate import evaluate as run
@@ -87,33 +87,32 @@ def evaluate(model: str, **options: Any) -> None:
 
 
 def _require_sense(options: dict[str, Any]) -> None:
-    """Refuses options that contradict each other, or have no effect without another."""
+    """Raises UsageError for options that contradict each other, or have no effect without another."""
     if options["solver"] == "lbfgs" and options["selection"] == "elevater":
         raise click.UsageError("--selection elevater chooses among SGD's epochs, and --solver lbfgs has none")
     known = options["suite"] or options["sets"]
     if not options["folders"] and not known:
         raise click.UsageError("name a SET, or give --suite or --sets with --data ROOT")
     if bool(known) != bool(options["data"]):
-        raise click.UsageError("--data ROOT goes with --suite or --sets, and they with it")
+        raise click.UsageError("--data ROOT goes with --suite or --sets, and they go with it")
     tasks = options["tasks"]
     for names, wanted in (
         (("selection", "solver"), ("linear-probe", "few-shot")),
         (("shots", "seeds"), ("few-shot",)),
     ):
         for name in names:
-            if _was_given(name) and not set(wanted) & set(tasks):
+            if was_given(name) and not set(wanted) & set(tasks):
                 raise click.UsageError(f"--{name} has no effect without --task {' or --task '.join(wanted)}")
-
-
-def _was_given(name: str) -> bool:
-    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--data", metavar="ROOT", help="Also say which of them are there, and where.")
+@click.option("--data", metavar="ROOT", help="Also say which of them are found below this folder or URL, and where.")
 def sets(names: tuple[str, ...], data: str | None) -> None:
-    """List the evaluation sets that dimefm knows; of one NAME, everything, with where to get it."""
+    """List the labelled sets that dimefm knows.
+
+    With a single NAME: all that is known about the set, and where to get it.
+    """
     from dimefm.datasets.describe_sets import describe_sets
     from dimefm.datasets.known_sets import find_sets
 
@@ -123,10 +122,14 @@ def sets(names: tuple[str, ...], data: str | None) -> None:
 
 @click.command()
 @click.argument("folders", nargs=-1, required=True, metavar="NAME...")
-@click.option("--out", multiple=True, help="Also write the table; .md, .csv or .tex. May be repeated.")
-@click.option("--no-published", is_flag=True, help="Without the rows that the paper published.")
+@click.option(
+    "--out", multiple=True, metavar="FILE", help="Also write the table to a .md, .csv or .tex file. May be repeated."
+)
+@click.option("--no-published", is_flag=True, help="Leave out the results that the paper published.")
 def compare(folders: tuple[str, ...], out: tuple[str, ...], no_published: bool) -> None:
-    """Models side by side, beside the published rows, as a Markdown table.
+    """Print models side by side, with published results.
+
+    The table is in Markdown.
 
     NAME: a folder that evaluate wrote, such as evaluations/STUDENT.
     """
@@ -141,12 +144,19 @@ def compare(folders: tuple[str, ...], out: tuple[str, ...], no_published: bool) 
 
 @click.command()
 @click.argument("folder", metavar="NAME")
-@click.option("--out", required=True, help="The .zip to write.")
+@click.option("--out", required=True, help="The .zip file to write.")
 @click.option("--protocol", default="zero-shot", show_default=True,
-              help="Such as linear-probe/honest, or few-shot-5/honest for all its seeds.")  # fmt: skip
-@click.option("--order", metavar="FOLDER", help="The toolkit's lists of test images, DATASET.txt: the order of rows.")
+              help="Which results: also linear-probe/honest, or few-shot-5/honest for all its seeds.")  # fmt: skip
+@click.option(
+    "--order",
+    metavar="FOLDER",
+    help="Folder of the toolkit's lists of test images, DATASET.txt, which give the order of rows.",
+)
 def submission(folder: str, **options: Any) -> None:
-    """Write the file that ELEVATER's leaderboard takes, of predictions that evaluate --predictions kept."""
+    """Write the file that ELEVATER's leaderboard takes.
+
+    NAME: a folder that evaluate --predictions wrote, such as evaluations/STUDENT.
+    """
     from dimefm.evaluation.submission import write_submission
 
     found = write_submission(folder, **options)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import click
 
-from dimefm.commands.options import require_with
+from dimefm.commands.options import options_of, require_with
 from dimefm.system.inert_text import say
+
+_option = options_of("dimefm.inspection.verify", "VerifyConfig")
 
 
 @click.command()
 def doctor() -> None:
-    """Look at this machine: what would stop the work, what would slow it, and which defaults follow.
+    """Look for what would stop or slow the work here.
 
-    Paste what it prints into a report of a problem. Exits with 1 if something would stop the work.
+    It also says which defaults follow from this machine. Paste the output into a report of a problem. Exits with 1 if
+    something would stop the work.
     """
     from dimefm.inspection.doctor import diagnose
 
@@ -24,9 +27,9 @@ def doctor() -> None:
 
 @click.command()
 @click.argument("path")
-@click.option("--failures", is_flag=True, help="List every row of a store that has no embedding, tab-separated.")
+@click.option("--failures", is_flag=True, help="List every row of a store that has no embedding, separated by tabs.")
 def info(path: str, failures: bool) -> None:
-    """Describe a store, an index, a selection or a run."""
+    """Describe a store, index, selection or run."""
     from dimefm.inspection.info import describe, list_failures
 
     if not failures:
@@ -38,12 +41,15 @@ def info(path: str, failures: bool) -> None:
 
 @click.command()
 @click.argument("store")
-@click.option("--sample", type=click.IntRange(1), metavar="N", help="Encode N rows again and compare.")
-@click.option("--teacher", help="For --sample: where the teacher is now. Default: where it was.")
-@click.option("--pretrained", help="Its tag or file, with a plain NAME.")
-@click.option("--repair", is_flag=True, help="Mark bad shards, so that the command that wrote them does them again.")
+@_option("--sample", type=click.IntRange(1), metavar="ROWS")
+@_option("--teacher")
+@_option("--pretrained")
+@_option("--repair", is_flag=True)
 def verify(store: str, sample: int | None, teacher: str | None, pretrained: str | None, repair: bool) -> None:
-    """Read every byte of a store and say whether it can be trusted; exits with 1 if not."""
+    """Check whether a store can be trusted.
+
+    It reads every byte, and exits with 1 if the store cannot be trusted.
+    """
     from dimefm.inspection.verify import VerifyConfig
     from dimefm.inspection.verify import verify as check
 

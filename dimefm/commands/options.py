@@ -1,13 +1,90 @@
-"""Kinds of options, and rules for them, that several commands share."""
+"""Options whose help is the line below a config's field, and kinds of options that several commands share."""
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import re
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+DEVICES = click.Choice(["cpu", "cuda"])
 _UNITS = {None: 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+class Field(NamedTuple):
+    """A field of a config: the line below it, "" without one, and its default where that is a plain value."""
+
+    words: str
+    default: Any
+
+
+@lru_cache
+def fields_of(module: str, config: str) -> dict[str, Field]:
+    """The fields of the dataclass `config`, read from the source of its module. Neither the module nor its package is
+    imported: they may import torch, and help must be quick."""
+    package, *rest = module.split(".")
+    spec = importlib.util.find_spec(package)  # of a dotted name it would import the package
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    source = Path(spec.submodule_search_locations[0], *rest).with_suffix(".py").read_text(encoding="utf-8")
+    found = re.search(rf"^class {config}\b.*?(?=^\S|\Z)", source, re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise LookupError(f"{module} has no class {config}")
+    body = cast(ast.ClassDef, ast.parse(found[0]).body[0]).body  # the rest of the module need not be parsed
+    return {
+        node.target.id: Field(_words(below), _plain(node.value))
+        for node, below in zip(body, [*body[1:], ast.Pass()], strict=True)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not _is_class_variable(node)
+    }
+
+
+def _words(node: ast.stmt) -> str:
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        return " ".join(node.value.value.split())
+    return ""
+
+
+def _plain(node: ast.expr | None) -> Any:
+    try:
+        return None if node is None else ast.literal_eval(node)
+    except ValueError:  # a name or a call
+        return None
+
+
+def _is_class_variable(node: ast.AnnAssign) -> bool:
+    return ast.unparse(node.annotation).startswith("ClassVar")
+
+
+def options_of(module: str, config: str, *, defaults: bool = True) -> Callable[..., Callable[[_Command], _Command]]:
+    """A `click.option` for the fields of a config. The name of the option, or its name in Python where that is another,
+    is the field's; its help is the line below the field, with `other_field` shown as --other-field.
+
+    With `defaults` it has the field's default too. Raises LookupError where the option is made, for a field that does
+    not exist or has no line.
+    """
+    fields = fields_of(module, config)
+
+    def option(*names: str, **settings: Any) -> Callable[[_Command], _Command]:
+        name = next((name for name in names if not name.startswith("-")), names[0].lstrip("-").replace("-", "_"))
+        if name not in fields or not fields[name].words:
+            raise LookupError(f"{module}.{config} has no field {name!r} with a line below it")
+        words, default = fields[name]
+        help_ = re.sub(r"`(\w+)`", lambda found: f"--{found[1].replace('_', '-')}", words)
+        if settings.get("multiple"):
+            help_ += " May be repeated."
+        if defaults and default is not None:
+            settings = {"default": default, "show_default": True, **settings}
+        return click.option(*names, help=help_, **settings)
+
+    return option
 
 
 def parse_bytes(text: str) -> int:
@@ -19,8 +96,13 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def was_given(name: str) -> bool:
+    """Whether the user gave the option with this name in Python, be it with the value of its default."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
 def require_with(option: str, value: object, needed: str, given: object) -> None:
-    """Refuses an option that has no effect without another."""
+    """Raises UsageError for an option that has no effect without another."""
     if value is not None and given is None:
         raise click.UsageError(f"{option} has no effect without {needed}")
 
@@ -31,8 +113,6 @@ class Bytes(click.ParamType[int]):
     name = "bytes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from dimefm.commands.options import parse_bytes
-
         try:
             return value if isinstance(value, int) else parse_bytes(value)
         except ValueError:

@@ -1,15 +1,18 @@
-"""The options of a teacher's weights, the same for every command that takes them."""
+"""The options that say what a model's weights are, the same for every command that takes a model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-_FIELDS = ("mean", "std", "interpolation", "resize_mode", "activation", "assume_openai")
+from cache_schemas.identity import Activation, Interpolation, ResizeMode
+from dimefm.commands.options import fields_of, options_of
+
+_TRAINED = ("dimefm.models.pretraining", "Trained")
 
 
 class _Colours(click.ParamType[tuple[float, float, float]]):
@@ -28,33 +31,29 @@ class _Colours(click.ParamType[tuple[float, float, float]]):
 
 
 def weights_options(command: Callable[..., None]) -> Callable[..., None]:
-    """--pretrained, and what has to be said where it is a file that says too little: the command is given `pretrained`
-    and `trained`, a dimefm.models.pretraining.Trained."""
+    """Adds --pretrained, and the options for what weights in a file do not say of themselves. The command gets
+    `pretrained` and `trained`, a models.pretraining.Trained."""
 
     @wraps(command)
     def with_trained(**options: Any) -> None:
         from dimefm.models.pretraining import Trained
 
+        given = {name: options.pop(name) for name in fields_of(*_TRAINED)}
         model = options.get("teacher") or options["model"]
         if options["pretrained"] and (model.startswith(("hf-hub:", "local-dir:")) or Path(model).is_dir()):
             raise click.UsageError(f"--pretrained has no effect with {model}, which has weights of its own")
-        said = {name: options.pop(name) for name in _FIELDS}
-        command(**options, trained=Trained(**said))
+        command(**options, trained=Trained(**given))
 
-    resize_modes = click.Choice(["shortest", "longest", "squash"])
+    option = options_of(*_TRAINED)
     options: list[Callable[[Any], Any]] = [
-        click.option("--pretrained", help="Tag or file of its weights, with a plain NAME."),
-        click.option("--mean", type=_Colours(),
-                     help="Mean colour, from 0 to 1, with which the weights in a FILE were trained. Needed where no "
-                          "known tag of NAME says it."),
-        click.option("--std", type=_Colours(), help="Their standard deviation; needed as --mean is."),
-        click.option("--interpolation", type=click.Choice(["bicubic", "bilinear"]),
-                     help="How their images were resized; needed as --mean is."),
-        click.option("--resize-mode", type=resize_modes, help="To what they were resized; needed as --mean is."),
-        click.option("--activation", type=click.Choice(["gelu", "quick_gelu"]),
-                     help="Activation of the weights in a FILE; needed where known tags differ."),
-        click.option("--assume-openai", is_flag=True, help="Take OpenAI's preprocessing for the weights in a FILE."),
-    ]  # fmt: skip
+        options_of("pipeline.cache", "CacheConfig")("--pretrained"),
+        option("--mean", type=_Colours()),
+        option("--std", type=_Colours()),
+        option("--interpolation", type=click.Choice(get_args(Interpolation))),
+        option("--resize-mode", type=click.Choice(get_args(ResizeMode))),
+        option("--activation", type=click.Choice(get_args(Activation))),
+        option("--assume-openai", is_flag=True),
+    ]
     decorated: Callable[..., None] = with_trained
     for option in reversed(options):
         decorated = option(decorated)

@@ -19,37 +19,57 @@ from dimefm.system import storage
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What to evaluate on what, and how.
-
-    `folders` are sets of a user's own; `suite` takes those of the package's definitions that are below `data`, or the
-    ones named in `sets`, which may be other folders below `data` too. `selection` says what chooses a probe's
-    hyperparameters: ``honest`` the validation part of the training images, ``elevater`` that and, as ELEVATER's code
-    does, the best epoch on the test images. Results go to `out`/`name`.
-    """
+    """What to evaluate, on what, and how. Results go to `out`/`name`."""
 
     model: str
+    """Model to measure: a run folder, an exported open_clip folder, or an open_clip name (also hf-hub:, local-dir:)."""
     folders: tuple[str, ...] = ()
+    """Labelled sets of your own, a folder each."""
     suite: Literal[Suite, "all"] | None = None
+    """Measure the sets of this suite that are found below `data`. all: every set that
+    dimefm knows (see dimefm sets)."""
     data: str | None = None
+    """Folder or URL that has a folder for each set."""
     sets: tuple[str, ...] = ()
+    """Measure only these sets of the suite; or, without one, these sets or folders below `data`."""
     pretrained: str | None = None
+    """Weights of a plain NAME: an open_clip tag or a file."""
     trained: Trained | None = None
+    """What weights in a file do not say of themselves: their preprocessing and activation."""
     checkpoint: str = "last"
+    """Checkpoint of a run: last, best or the number of a step."""
     weights: Weights = "model"
+    """Weights of a run: those that were trained (model), or their moving average (ema)."""
     precision: Precision = "fp32"
+    """Number format of the model's weights and matrix products."""
     device: str | None = None
+    """Where the model runs. Default: cuda if there is a GPU, else cpu."""
     tasks: tuple[EvaluationTask, ...] = ("zero-shot",)
+    """What to measure. linear-probe and few-shot train a probe, and need a train split."""
     selection: ProbeSelection = "honest"
+    """What chooses a probe: honest takes validation images alone; elevater, as ELEVATER's code, the best epoch on the
+    test images too, and its results are called test-selected."""
     solver: Solver = "sgd"
+    """What trains a probe: sgd as ELEVATER does, or lbfgs, the logistic regression of CLIP's paper."""
     shots: tuple[int, ...] = (5, 20, 50)
+    """Training images per class for few-shot."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds by which few-shot draws its images; each is measured."""
     decoder: CpuDecoder = "pillow"
+    """How images are decoded. pillow: exactly open_clip's pixels; fast: within 2 of 255 of them, three
+    times as fast."""
     batch_size: int = 64
+    """Images per batch."""
     threads: int | None = None
+    """Decoding threads. Default: one per CPU core."""
     out: str = "evaluations"
+    """Folder of all evaluations."""
     name: str | None = None
+    """Name of this model's folder below `out`. Default: the model's own name."""
     skip_existing: bool = False
+    """Keep results of the same model, images and settings, instead of measuring again."""
     predictions: bool = False
+    """Also keep each image's prediction and scores, with a summary."""
 
 
 def default_name(config: EvaluationConfig) -> str:
@@ -109,5 +129,6 @@ def choose_sets(config: EvaluationConfig) -> list[ChosenSet]:
     if repeated is not None:
         raise SourceError(f"two sets are called {repeated!r}", remedy="give folders with different names")
     if not chosen:
-        raise SourceError("no set is chosen", remedy="name a folder, or give --suite or --sets with --data")
+        what = f"no known set has the suite {config.suite}" if config.suite else "no set is chosen"
+        raise SourceError(what, remedy="name a folder, or give another --suite, or --sets, with --data")
     return chosen

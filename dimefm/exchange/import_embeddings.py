@@ -47,23 +47,33 @@ _NOT_COMPARED = "not compared with the teacher: only the command line says that 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """One import. `sources` are the images that the embeddings were made from, named as for cache-images; `precision`
-    is the teacher's when it made them; `check` rows are encoded again and compared, and with `accept` the embeddings
-    are taken whatever comes out. A row's image is that whose key or path is the same, else has the most last parts in
-    common with the row's, `match_parts` or more."""
+    """One import. A row's image is the one with the same key or path; else the one whose path has the most last parts
+    in common with the row's, `match_parts` or more."""
 
     folder: str
+    """Folder to import: img_emb/ or text_emb/, beside metadata/."""
     out: str
+    """Store to write: a folder or URL ending in .zarr."""
     kind: Kind
+    """What to import: image reads img_emb/, text reads text_emb/."""
     teacher: str
+    """Teacher that made the embeddings, an open_clip model: NAME, hf-hub:ORG/MODEL or local-dir:FOLDER."""
     pretrained: str | None = None
+    """Weights of a plain NAME: an open_clip tag or a file."""
     trained: Trained | None = None
+    """What weights in a file do not say of themselves: their preprocessing and activation."""
     precision: Precision = "fp32"
+    """Number format of the teacher's matrix products when it made the embeddings."""
     sources: tuple[str, ...] = ()
+    """Images that the embeddings were made from, as for cache-images."""
     shard_rows: int | None = None
+    """Rows per shard. Default: about 64 shards or more, by the number of rows."""
     check: int = 8
+    """Number of rows that are encoded again and compared."""
     accept: bool = False
+    """Import embeddings even if the teacher gives others."""
     match_parts: int = 1
+    """How many last parts a row's path must share with an image's path, unless key or path are the same."""
 
 
 def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lambda line: None) -> Store:

@@ -43,14 +43,18 @@ _SHOWN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """`sample` rows are encoded again by the teacher, from `teacher` where it is elsewhere now; `repair` removes the
-    commits of bad shards."""
+    """What to verify, and whether to mark what is bad."""
 
     store: str
+    """Store to verify."""
     sample: int | None = None
+    """Number of rows to encode again with the teacher and compare. Default: none."""
     teacher: str | None = None
+    """Where the teacher is now, for `sample`. Default: where it was."""
     pretrained: str | None = None
+    """Weights of a plain NAME given as `teacher`: an open_clip tag or a file."""
     repair: bool = False
+    """Mark bad shards as not done, so that the command that wrote them does them again."""
 
 
 @dataclass

@@ -31,15 +31,20 @@ _QUICK = "-quickgelu"
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What the user says of weights that do not say it themselves; None: nothing. `mean` and `std` are of [0, 1] RGB.
-    `assume_openai` takes OpenAI's preprocessing for what else is not said of it."""
+    """What the user says about weights in a file that do not say it themselves. None: nothing."""
 
     mean: tuple[float, float, float] | None = None
+    """Mean colour, from 0 to 1, that weights in a file were trained with; needed where no known tag says it."""
     std: tuple[float, float, float] | None = None
+    """Standard deviation of colours that weights in a file were trained with; needed as `mean` is."""
     interpolation: Interpolation | None = None
+    """How images were resized when weights in a file were trained; needed as `mean` is."""
     resize_mode: ResizeMode | None = None
+    """Which side of images was resized when weights in a file were trained (squash: both); needed as `mean` is."""
     activation: Activation | None = None
+    """Activation of weights in a file; needed where the known tags differ."""
     assume_openai: bool = False
+    """Take OpenAI's preprocessing for weights in a file, as far as nothing else says it."""
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):

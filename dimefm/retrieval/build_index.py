@@ -41,19 +41,27 @@ from dimefm.system.versions import versions
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
-    """How to build an index. None means: chosen by the rows and the memory (factory), half of the machine's (memory,
-    bytes for each process), or that there is none. `queries` is an image store whose embeddings the recall is tuned and
-    measured with, beside rows of the store itself; `partial` indexes what an unfinished store has so far."""
+    """How to build an index."""
 
     store: str
+    """Store to index."""
     out: str
+    """Index to write: a local folder ending in .index."""
     factory: str | None = None
+    """FAISS factory string, such as IVF4096,Flat. Default: by the number of rows and the memory."""
     recall_target: float = 0.95
+    """Recall@10 to reach, against exact search: a share from 0 to 1."""
     accept: bool = False
+    """Keep an index that does not reach the recall."""
     queries: str | None = None
+    """Image store whose embeddings are queries to tune and measure the recall with, as retrieve asks them. Default:
+    only rows of the store itself."""
     memory: int | None = None
+    """Memory that each process may use, in bytes; on the command line also as 12GB. Default: half of the machine's."""
     partial: bool = False
+    """Index what an unfinished store has so far; run again to add the rest."""
     seed: int = 0
+    """Seed of the training rows, of k-means and of the queries."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.recall_target <= 1:

@@ -46,43 +46,54 @@ _DATA = ("images_data", "texts_data")  # not compared with what was made before 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionConfig:
-    """How to select sentences, and what from: `pairs`, which name their image and text stores.
+    """How to select sentences, and from what.
 
     The sentences are ranked, `by`
-      hits        how many images have it among their top k, equals by the best cosine of these; without any: left out.
-                  The default, without more: the union over images, which trained the best students of all that were
-                  tried (benchmarks/RESULTS.md);
+      hits        how many images have them among their top k; of equals, the one with the best cosine first. Sentences
+                  without a hit are left out. Without other conditions this is the union over images, which trained the
+                  best students of all that were tried (benchmarks/RESULTS.md);
       similarity  how far the images nearest to a sentence stand out from all others (selection.grounding.Grounding),
-      over
-                  a random sample of `images_sample` images (default 16,384);
-      random      the draw of `seed` (default 0).
-    Then come, each if asked for and in this order: `min_hits` images or more that have it among their top k;
-    `min_score` or more, by similarity of that score, else of the best cosine; the best `pool` of the ranking;
-    `dedup`: no sentence whose cosine to a better one, kept itself, is that or more; `balance`: the same cap on every
-    cluster of similar sentences, the smallest that fills `size`; the best `size` of the ranking. From which cosine on
-    two sentences are alike is the teacher's affair: where all of its sentences lie in a narrow cone, 0.98 may join
-    strangers. The report shows some that were left out, each with its better one.
+                  over a random sample of images;
+      random      a random draw.
+    Then these apply, each if it is given, and in this order: `min_hits`, `min_score`, `pool`, `dedup`, `balance`,
+    `size`. From which cosine on two sentences are alike depends on the teacher: where all of its sentences lie in a
+    narrow cone, a `dedup` of 0.98 may join sentences that have nothing in common. The report shows some that were left
+    out, each with its better one.
 
-    `images` and `texts` say where the stores are now, if they were moved; `scores` is another selection over the same
-    stores whose scores by similarity are taken. `device` is that of the products. Raises SelectionError for settings
-    without effect.
+    Raises SelectionError for settings without effect.
     """
 
     pairs: str
+    """Pseudo-text store, from retrieve; it names its image store and its text store."""
     out: str
+    """Selection to write: a folder ending in .selection."""
     by: Ranking = "hits"
+    """How sentences are ranked: by the number of images that retrieved them, by how far the images nearest to them
+    stand out, or at random."""
     min_hits: int | None = None
+    """Keep only sentences that are among the top k of this many images or more."""
     min_score: float | None = None
+    """Keep only sentences with this score or more: the similarity if it ranks them, else their best cosine."""
     pool: int | None = None
+    """Only this many best sentences go on to `dedup` and `balance`."""
     dedup: float | None = None
+    """Leave out a sentence whose cosine to a better one, kept itself, is this or more."""
     balance: bool = False
+    """Set the same cap on every cluster of similar sentences: the smallest that fills `size`."""
     size: int | None = None
+    """Keep this many of the best sentences."""
     images_sample: int | None = None
+    """Number of random images that the similarity compares with. Default: 16,384."""
     seed: int | None = None
+    """Seed of the random ranking, the samples and the clusters. Default: 0."""
     images: str | None = None
+    """Where the image store is now, if it was moved. Default: where retrieve read it."""
     texts: str | None = None
+    """Where the text store is now, if it was moved. Default: where retrieve read it."""
     scores: str | None = None
+    """Take the similarity scores of this other selection over the same stores."""
     device: str | None = None
+    """Where the products are computed. Default: cuda if there is a GPU, else cpu."""
 
     def __post_init__(self) -> None:
         given = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if value is not None}

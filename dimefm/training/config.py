@@ -1,4 +1,7 @@
-"""The config of a training run. Written into the run folder as it is, and read back from there."""
+"""The config of a training run. It is written into run.json as it is, and read back from there.
+
+The line below a field says what it is; the options of `dimefm train-student` take their help from it.
+"""
 
 from __future__ import annotations
 
@@ -14,43 +17,51 @@ MAX_SCALE = 100.0
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights, temperatures and switches; the defaults are the paper's released recipe.
+    """Weights, temperatures and switches of the losses (training.losses); the defaults are the paper's released recipe.
 
-    Weights: `vl`, `pvl`, `udist` are the paper's; `cosine` is plain regression of the cached embedding, `centred` the
-    same after the mean of the teacher's image embeddings is taken off both sides; `contrastive` is CLIP's own loss with
-    each image's best retrieved sentence, and needs pairs.
-
-    Switches, off by default:
-    `logit_scale`: "fixed" is `scale` for teacher and student; "teacher" is the scale that the teacher was trained with;
-    "learned" is a parameter for the student's logits beside a fixed teacher, begun at `scale` and held within
-    [1, 100] as CLIP's (Radford et al. 2021).
-    `square_temperature` multiplies vl, pvl and udist by T^2, so that their gradients do not shrink with the temperature
-    (Hinton et al. 2015, arXiv:1503.02531).
-    `mask_diagonal` takes an image's own embedding out of pvl and udist. At T = 3 and a mean cosine of 0.5 it has
-    0.99996 of the target's mass.
-    `queue` rows of earlier steps, teacher's and student's, stand beside the batch in vl, pvl and udist (He et al. 2020,
-    arXiv:1911.05722): as many more images to tell apart, at the price of students a few steps old.
+    `logit_scale`: a learned scale stands beside a fixed one of the teacher (Radford et al. 2021).
+    `square_temperature` is from Hinton et al. 2015, `queue` from He et al. 2020: as many more images to tell apart, at
+    the price of students that are a few steps old.
+    `mask_diagonal`: at T = 3 and a mean cosine of 0.5 an image's own embedding has 0.99996 of the target's mass.
     """
 
     WEIGHTS: ClassVar[tuple[str, ...]] = ("vl", "pvl", "udist", "cosine", "centred", "contrastive")
 
     vl: float = 0.7
+    """Weight of the paper's vision-language loss: KL of the teacher's and the student's scores, over texts for each
+    image and over images for each text."""
     pvl: float = 0.3
+    """Weight of the paper's pseudo vision-language loss: as vl, with the teacher's image embeddings as texts."""
     udist: float = 0.0
+    """Weight of the paper's uni-modal loss: KL of the teacher's and the student's scores between images."""
     cosine: float = 0.0
+    """Weight of plain regression of the cached embedding, 1 - cosine."""
     centred: float = 0.0
+    """Weight of the same regression after the mean of the teacher's image embeddings is taken off both sides."""
     contrastive: float = 0.0
+    """Weight of CLIP's own loss between each image and its best retrieved sentence; needs `pairs`."""
     vl_temperature: float = 1.0
+    """Temperature of both softmaxes in vl."""
     pvl_temperature: float = 3.0
+    """Temperature of both softmaxes in pvl."""
     udist_temperature: float = 7.0
+    """Temperature of both softmaxes in udist."""
     scale: float = 100.0
+    """Factor between cosines and logits, for teacher and student."""
     logit_scale: Literal["fixed", "teacher", "learned"] = "fixed"
+    """Scale of the logits. fixed: `scale`; teacher: the scale that the teacher was trained with; learned: a parameter
+    for the student's logits, begun at `scale` and held within [1, 100] as CLIP's."""
     square_temperature: bool = False
+    """Multiply vl, pvl and udist by T^2, so that a higher temperature does not shrink their gradients
+    (arXiv:1503.02531)."""
     mask_diagonal: bool = False
+    """Take an image's own embedding out of pvl and udist, where it has nearly all of the target's mass."""
     queue: int = 0
+    """Rows of earlier steps, teacher's and student's, that stand beside the batch in vl, pvl and udist
+    (arXiv:1911.05722)."""
 
     def problems(self) -> list[str]:
-        """What makes no sense, in words."""
+        """Settings that make no sense, in words."""
         wrong = [f"loss.scale must be {MAX_SCALE:g} at most to be learned, found {self.scale:g}"] * (
             self.logit_scale == "learned" and not 1 <= self.scale <= MAX_SCALE
         )
@@ -72,14 +83,16 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextMix:
-    """Shares of a text batch: any sentence, a visually grounded one (of the selection, or retrieved by some image), one
-    that was retrieved for an image of the same batch. They add up to 1."""
+    """Shares of the sentences of a step, by where they are drawn from. They add up to 1."""
 
     WEIGHTS: ClassVar[tuple[str, ...]] = ("random", "selected", "retrieved")
 
     random: float = 1.0
+    """Share drawn from all sentences of the text store."""
     selected: float = 0.0
+    """Share drawn from the visually grounded ones: those of `selection`, else those retrieved for some image."""
     retrieved: float = 0.0
+    """Share drawn from sentences that were retrieved for an image of the same batch."""
 
     def counts(self, total: int) -> tuple[int, int, int]:
         """How many of `total` texts come from each; the random ones take up what rounding leaves."""
@@ -89,15 +102,15 @@ class TextMix:
 
 MAY_DIFFER = ("images", "texts", "pairs", "selection", "out", "val", "val_texts", "workers", "log_every", "device",
               "checkpoint_every", "keep", "accept_slow")  # fmt: skip
-"""Fields in which a resumed run may differ from its start: where things are, how fast and how often, not what is
-computed."""
+"""Fields in which a resumed run may differ from its start: they say where things are, how fast and how often, not what
+is computed."""
 
 NEVER_DIFFER = ("student", "image_size", "text_student", "init", "init_mean", "init_std", "init_activation",
                 "batch_size", "text_batch_size")  # fmt: skip
 """Fields that --allow-changes cannot name: a checkpoint has these towers' weights and counts in these batches."""
 
 NEVER_DIFFER_IN_LOSS = ("queue", "logit_scale")
-"""The same of `loss` and `text_loss`: a checkpoint has this state."""
+"""The same within `loss` and `text_loss`: a checkpoint has this state."""
 
 
 _TEXT_LOSS, _TEXT_BATCH = LossConfig(vl=0.0, pvl=0.0, cosine=1.0), 256
@@ -105,74 +118,106 @@ _TEXT_LOSS, _TEXT_BATCH = LossConfig(vl=0.0, pvl=0.0, cosine=1.0), 256
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides a student. Paths are those of the stores; sizes in images, texts, pixels, epochs.
+    """Everything that decides a student. A store of views brings its own crops and flips.
 
-    `batch_size` is of all processes together, and so is `text_batch_size`. `val` lists labelled sets, whose prompts
-    must all be in the text store `val_texts` (default: `texts`). Selected texts of the mix are drawn from `selection`,
-    without one from those that `pairs` has for an image or more; a text tower learns from the selection too.
-    `crop_scale` and `flip` are for images cached whole: a store of views brings its own crops and flips.
-
-    `init` is where the image tower's first weights come from, see models.first_weights; `init_mean`, `init_std` and
-    `init_activation` are what they were trained with, where they do not say it. `accumulate` splits each step into so
-    many passes, with the loss and gradient of the whole batch (training.tower_trainer). `clip_grad` is the largest norm
-    of the whole gradient. `ema` is the decay of the moving average of the weights (training.moving_average).
-    `checkpoint_every` is in steps, None for every ten minutes.
-
-    What is left to the machine (training.machine_settings) is decided when a run begins, and kept by it: `precision`
-    "auto"; `threads`, those that torch computes with on a CPU, on which sums depend to the last bit. `workers` are the
-    processes of each training process that read images, None for as many as it has use for. `accept_slow` trains from
-    Parquet files without pixels in the store all the same (dimefm.training.feed).
-
-    `text_student` is the open_clip model whose text tower is distilled too, from `text_batch_size` sentences a step and
-    their cached embeddings, by `text_loss`, in which images and texts change places; None keeps the teacher's text
-    tower.
+    `text_loss` and `text_batch_size` are for a `text_student`. What is left to the machine, precision "auto" and
+    `threads` None, is decided when a run begins and kept by it (training.machine_settings).
     """
 
     images: str
+    """Image store: embeddings of the images to train on."""
     texts: str
+    """Text store: embeddings of the sentences to train with."""
     out: str
+    """Run folder to write."""
     student: str
+    """Image tower: an open_clip model such as ViT-B-32, or a timm model such as resnet18."""
     epochs: float
+    """Length of the run in passes over the images; may be a fraction."""
     batch_size: int
+    """Images per step, of all processes together."""
     texts_per_step: int
+    """Sentences per step that the vl loss compares images with; may be far more than the images."""
     lr: float
+    """Learning rate at its peak, after the warm-up."""
     min_lr: float
+    """Learning rate that the cosine ends with."""
     warmup_lr: float
+    """Learning rate that the warm-up begins with."""
     warmup_epochs: float
+    """Epochs in which the learning rate rises to its peak."""
     weight_decay: float
+    """Weight decay of AdamW; vectors, biases and embeddings of positions and tokens have none."""
     loss: LossConfig
+    """Weights of the losses vl, pvl, udist, cosine, centred and contrastive, such as vl=0.7,pvl=0.3; others are 0."""
     text_mix: TextMix
+    """Shares of the sentences of a step that are random, selected and retrieved, such as random=0.5,selected=0.5; they
+    add up to 1."""
     crop_scale: tuple[float, float]
+    """Smallest and largest share of an image's area in a random crop; for images that were cached whole."""
     precision: Literal["auto", Precision] = "auto"
+    """Number format of matrix products. auto: bf16 on CPUs with AMX and on recent GPUs; else fp32 on a CPU, fp16 on a
+    GPU."""
     threads: int | None = None
+    """Threads of torch in each process; on a CPU sums depend on them to the last bit. Default: its cores, or
+    OMP_NUM_THREADS."""
     pairs: str | None = None
+    """Pseudo-text store, from retrieve; for retrieved sentences, for selected ones without `selection`, and for the
+    contrastive loss."""
     selection: str | None = None
+    """Selection, from select-texts; for selected sentences and for `text_student`."""
     init: str | None = None
+    """First weights of the image tower: an open_clip tag, timm, a file, or an open_clip folder. Default: random."""
     init_mean: tuple[float, float, float] | None = None
+    """Mean colour, from 0 to 1, that the first weights were trained with, where they do not say it."""
     init_std: tuple[float, float, float] | None = None
+    """Standard deviation of colours that the first weights were trained with, where they do not say it."""
     init_activation: Activation | None = None
+    """Activation that the first weights were trained with, where they do not say it."""
     text_student: str | None = None
+    """Distil the text tower of this open_clip model too. Default: the student keeps the teacher's text tower."""
     text_batch_size: int = _TEXT_BATCH
+    """Sentences per step for the text tower, of all processes together."""
     text_loss: LossConfig = _TEXT_LOSS
+    """Losses of the text tower, with the fields of loss; images and texts are in each other's place."""
     val: tuple[str, ...] = ()
+    """Labelled set to validate on."""
     val_texts: str | None = None
+    """Text store that has all prompts of the `val` sets. Default: the one of `texts`."""
     val_every: float = 1.0
+    """Epochs between validations; may be a fraction."""
     image_size: int | None = None
+    """Side of the images that the student sees, in pixels. Default: the model's own."""
     flip: bool = True
+    """Flip half of the images from left to right; for images that were cached whole."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's two moving averages."""
     eps: float = 1e-8
+    """Epsilon of AdamW."""
     accumulate: int = 1
+    """Passes that each step is split into, to save memory; loss and gradient stay those of the whole batch."""
     clip_grad: float | None = None
+    """Largest norm of the whole gradient; a larger one is scaled down. Default: no limit."""
     ema: float | None = None
+    """Decay per step of a moving average of the weights, such as 0.9998. Default: no average."""
     compile: bool = False
+    """Compile the towers with torch.compile."""
     seed: int = 0
+    """Seed of every random choice: first weights, order of rows, crops, sentences."""
     max_steps: int | None = None
+    """Length of the run in steps, if `epochs` would be longer."""
     checkpoint_every: int | None = None
+    """Steps between checkpoints. Default: one every ten minutes."""
     keep: int = 2
+    """Number of latest checkpoints to keep, beside the best."""
     log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
     workers: int | None = None
+    """Processes per training process that decode images; 0: it decodes them itself. Default: by cores and memory."""
     device: str | None = None
+    """Where the student trains. Default: cuda if there is a GPU, else cpu."""
     accept_slow: bool = False
+    """Train from Parquet files without pixels in the store, although that is slow."""
 
     def __post_init__(self) -> None:
         wrong = [
@@ -193,9 +238,9 @@ class TrainConfig:
             wrong.append("val_texts has no effect " + ("with a text_student" if self.text_student else "without val"))
         if self.ema is not None and not 0 < self.ema < 1:
             wrong.append(f"ema must lie between 0 and 1, found {self.ema}")
-        said = [name for name in ("init_mean", "init_std", "init_activation") if getattr(self, name) is not None]
-        if said and not self.init:
-            wrong.append(f"{', '.join(said)}: no effect without init")
+        given = [name for name in ("init_mean", "init_std", "init_activation") if getattr(self, name) is not None]
+        if given and not self.init:
+            wrong.append(f"{', '.join(given)}: no effect without init")
         wrong += self.loss.problems() + self._text_problems()
         drawn = self.text_mix.retrieved or (self.text_mix.selected and not self.selection) or self.loss.contrastive
         if self.pairs and not drawn:
@@ -224,7 +269,7 @@ class TrainConfig:
         return parse_dataclass(TrainConfig, raw, where)
 
     def differences(self, other: TrainConfig) -> dict[str, str]:
-        """The fields that decide the result and in which `other` differs, with what: ``mine != theirs``."""
+        """The fields that decide the result and that differ in `other`, each with ``mine != theirs``."""
         mine, theirs = self.to_json(), other.to_json()
         unknown = {"threads"} if self.threads is None else set()  # a run from before they were recorded
         names = [name for name in mine if name not in {*MAY_DIFFER, *unknown} and mine[name] != theirs[name]]

@@ -247,9 +247,13 @@ def test_other_errors_of_torch_are_traced(monkeypatch: pytest.MonkeyPatch) -> No
         ("--loss", "vl", "'vl' is not NAME=NUMBER"),
         ("--loss", "scale=1", "'scale' is not one of"),
         ("--text-mix", "pretty=1", "'pretty' is not one of random, selected, retrieved"),
-        ("--set", "loss.quue=8", "'loss.quue=8': not FIELD=VALUE of a field that there is; those: images,"),
-        ("--set", "warmup_epochs", "'warmup_epochs': not FIELD=VALUE"),
-        ("--set", "epochs.x=1", "'epochs.x=1': not FIELD=VALUE"),
+        (
+            "--set",
+            "loss.quue=8",
+            "'loss.quue=8' is not FIELD=VALUE with a field of the config (--fields explains them): images,",
+        ),
+        ("--set", "warmup_epochs", "'warmup_epochs' is not FIELD=VALUE"),
+        ("--set", "epochs.x=1", "'epochs.x=1' is not FIELD=VALUE"),
         ("--set", "loss.queue=many", "--set"),
     ],
 )

@@ -208,7 +208,7 @@ def test_the_first_of_a_classs_synonyms_is_its_name() -> None:
     [
         ({"class_count": 11}, "classes: has 10 entries, but class_count is 11"),
         ({"templates": ["a photo"]}, "templates: 'a photo' has no {c}"),
-        ({"templates": []}, "templates: give them, or where they are from"),
+        ({"templates": []}, "templates: give either templates or templates_from"),
         ({"splits": {"train": 1}}, "splits: has no test split"),
         ({"metric": "top1"}, "metric: expected one of"),
         ({"colour": "red"}, "colour: unknown field"),

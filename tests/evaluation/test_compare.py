@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,11 @@ from typing import Any
 import pytest
 
 from cache_schemas.evaluation import EvaluationResult
+from dimefm.datasets.definitions import load_definitions
+from dimefm.errors import SourceError
+from dimefm.evaluation import config
 from dimefm.evaluation.compare import compare
+from dimefm.evaluation.config import EvaluationConfig, choose_sets
 from dimefm.evaluation.summary import suite_means
 
 
@@ -88,3 +93,25 @@ def test_robustness_of_partial_sets_is_said(tmp_path: Path) -> None:
     sets[-1] = result("imagenet1k", "imagenet", partial=part)
     shown = {name: text for name, text in suite_means(sets) if name.startswith("effective")}
     assert shown["effective robustness, imagenet_a"].endswith("points, of a part of imagenet1k")
+
+
+def test_a_set_of_no_published_table_has_its_line_but_is_in_no_mean(tmp_path: Path) -> None:
+    sets = [result("dtd"), result("birds", "more", metrics={"top1": 1.0}, intervals={"top1": (1.0, 1.0)})]
+    ((name, text),) = suite_means(sets)
+    assert name == "elevater zero-shot"
+    assert text.startswith(" 50.0%")
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "results.jsonl").write_text("".join(json.dumps(one.to_json()) + "\n" for one in sets))
+    (model,) = compare([str(folder)], published=False).models
+    assert list(model.cells) == ["dtd zero-shot", "birds zero-shot", "elevater zero-shot"]
+
+
+def test_the_suite_more_is_of_its_own_and_part_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = load_definitions()
+    with pytest.raises(SourceError, match="no known set has the suite more"):
+        choose_sets(EvaluationConfig(model="m", suite="more", data="sets"))
+    added = dataclasses.replace(known["dtd"], name="birds", suite="more", elevater=None)
+    monkeypatch.setattr(config, "load_definitions", lambda: {**known, "birds": added})
+    assert [one.name for one in choose_sets(EvaluationConfig(model="m", suite="more", data="sets"))] == ["birds"]
+    assert {one.name for one in choose_sets(EvaluationConfig(model="m", suite="all", data="sets"))} == {*known, "birds"}

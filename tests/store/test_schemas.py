@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import itertools
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -586,3 +590,22 @@ def test_missing_and_mistyped_columns_are_reported_at_once() -> None:
 
 def test_a_plan_of_the_other_kind_is_refused() -> None:
     assert plan_problems(image_plan(0, 4), "text", 0, 4) == {"text": "missing column"}
+
+
+def test_each_status_says_where_it_is_decided() -> None:
+    """Below each code stands a line, and the functions that it names exist: room, file, function or class."""
+    root = Path(__file__).parents[2]
+    source = (root / "cache_schemas" / "embedding_store.py").read_text(encoding="utf-8")
+    (body,) = (n.body for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Status")
+    lines = {
+        node.targets[0].id: ast.unparse(below)
+        for node, below in itertools.pairwise(body)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(below, ast.Expr)
+    }
+    assert list(lines) == [status.name for status in Status]
+    for name, line in lines.items():
+        places = re.findall(r"`(\w+)\.(\w+)\.(\w+)`", line)
+        assert places or name == "PENDING"
+        for room, file, function in places:
+            text = (root / "dimefm" / room / f"{file}.py").read_text(encoding="utf-8")
+            assert re.search(rf"^(def|class) {function}\b", text, re.MULTILINE), f"{name}: {room}.{file}.{function}"
