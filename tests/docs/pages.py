@@ -34,7 +34,7 @@ PLAIN = ("text", "json", "bibtex", "mermaid")
 
 TEACHER = ["--teacher", "ViT-L-14-quickgelu", "--pretrained", "openai"]
 STAND_INS = {
-    "train-student": "--student test_resnet --image-size 32 --batch-size 16 --texts-per-step 64 --max-steps 4 "
+    "train-student": "--student test_resnet --image-size 32 --batch-size 64 --texts-per-step 64 --max-steps 4 "
     "--workers 0 --precision fp32 --checkpoint-every 2"
 }
 """What is added to a command when it is run. The teacher of the pages, TEACHER, becomes a tiny one."""

@@ -49,7 +49,7 @@ class _inside:
 
 
 def _tiny(config: TrainConfig) -> TrainConfig:
-    sizes = {"image_size": 32, "batch_size": 16, "texts_per_step": 64, "max_steps": 4, "workers": 0}
+    sizes = {"image_size": 32, "batch_size": 64, "texts_per_step": 64, "max_steps": 4, "workers": 0}
     return replace(config, student="test_resnet", precision="fp32", **sizes)
 
 
