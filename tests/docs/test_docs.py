@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from dataclasses import replace
 from pathlib import Path
 from pkgutil import iter_modules
@@ -17,12 +18,17 @@ import dimefm
 from cache_schemas import Document
 from dimefm import TrainConfig
 from dimefm.cli import cli
-from tests.docs.pages import ROOT, Block, blocks, broken, check_commands, check_python, links, run_python, to_run
+from dimefm.reproduce.stages import main as reproduce
+from tests.docs.pages import MODES, ROOT, Block, blocks, broken, check_commands, check_python, links, run_python, to_run
 
 QUICKSTART = ROOT / "docs" / "quickstart.md"
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
-_NOT_OURS = {".venv", "runs", ".git", ".pytest_cache", ".hypothesis", "node_modules"}
-MARKDOWN = [path for path in sorted(ROOT.rglob("*.md")) if not _NOT_OURS & {*path.relative_to(ROOT).parts}]
+OURS = ("benchmarks", "cache_schemas", "dimefm", "docs", "examples", "pipeline", "tests")
+MARKDOWN = [*sorted(ROOT.glob("*.md")), *(path for folder in OURS for path in sorted((ROOT / folder).rglob("*.md")))]
+
+OTHERS = {"--address", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--head", "--generate",
+          "--constraint", "--editable"}  # fmt: skip
+"""Options of ray, torchrun and pip."""
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +81,14 @@ def test_every_block_of_a_page_runs_or_parses(page: Path, after_quickstart: Path
         _follow(blocks(page) if page != QUICKSTART else [], teacher_name)
 
 
-def test_every_block_of_commands_is_run_or_parsed() -> None:
-    """And how many of each: a page that stopped to run its commands would show here."""
+def test_no_block_of_commands_is_passed_over() -> None:
+    """Each is run or parsed; and how many of each there are at least, so that a page cannot stop to run its commands."""
     found = [block for page in PAGES for block in blocks(page) if block.language in ("sh", "python")]
-    runs = [block for block in found if block.mode == "runs"]
-    commands = sum(len(list(to_run(block, ""))) for block in runs if block.language == "sh")
-    parsed = sum(check_commands(block) for block in found if block.language == "sh" and block.mode == "parsed")
-    assert len(runs) + sum(block.mode == "parsed" for block in found) == len(found)
-    assert (len(runs) >= 15, commands >= 25, parsed >= 25) == (True, True, True), (len(runs), commands, parsed)
+    runs, parsed = ([block for block in found if block.mode == mode] for mode in MODES)
+    assert len(runs) + len(parsed) == len(found)
+    assert len(runs) >= 35
+    assert sum(len(list(to_run(block, ""))) for block in runs if block.language == "sh") >= 55
+    assert sum(check_commands(block) for block in parsed if block.language == "sh") >= 20
 
 
 @pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -123,3 +129,44 @@ def _fields(kind: Any) -> set[str]:
             if dataclasses.is_dataclass(part):
                 found |= _fields(part)
     return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_that_a_page_names_exists(page: Path) -> None:
+    """In its sentences and tables too, not in its commands alone."""
+    commands = [*cli.commands.values(), reproduce]
+    known = {name for command in commands for option in command.params for name in option.opts}
+    found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8")))
+    assert found <= known | OTHERS | {"--help", "--version"}
+
+
+WRONG = {
+    "sh parsed\ndimefm cache-images a --out b --teacher c --no-such-option": "no such option",
+    "sh parsed\ndimefm no-such-command": "No such command",
+    "sh parsed\ndimefm cache-images a --teacher c": "lacks a required option",
+    "sh parsed\ntorchrun --nproc-per-node 8 -m dimefm train-student --images a": "lacks a required option",
+    "sh parsed\nmake no-such-target": "no target",
+    "sh parsed\npython examples/no_such_script.py": "no script",
+    'sh parsed\npip install "dimefm[nothing]"': "no extra",
+    "sh parsed\nno-such-program": "no program",
+    "sh runs\nmake test": "is not run",
+    "sh\ndimefm doctor": "write ```sh runs",
+    "python parsed\nfrom dimefm import nothing": "has no nothing",
+}
+
+
+@pytest.mark.parametrize("block", WRONG)
+def test_what_is_wrong_in_a_block_is_found(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"```{block}\n```\n")
+    monkeypatch.setattr(Block, "where", "page.md:1")
+    with pytest.raises(AssertionError, match=f"(?i){WRONG[block]}"):
+        _follow(blocks(page), "a teacher")
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A `word`\n[a](nothing.md) [b](#a-word) [c](#other) [d](http://x) [`x[1]`](none.md) `[no](link)`\n"
+    )
+    assert [text.partition(":")[0] for text in broken(page)] == ["nothing.md", "#other", "http", "none.md"]
