@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from pkgutil import iter_modules
@@ -39,19 +41,14 @@ def after_quickstart(place: Path, teacher_name: str) -> Path:
     return place
 
 
-class _inside:
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
     """Work in a folder, with a recipe whose students are tiny."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._patch = folder, pytest.MonkeyPatch()
-
-    def __enter__(self) -> None:
-        self._patch.chdir(self._folder)
-        recipe = dimefm.paper
-        self._patch.setattr(dimefm, "paper", lambda *stores: _tiny(recipe(*stores)))
-
-    def __exit__(self, *_: object) -> None:
-        self._patch.undo()
+    recipe = dimefm.paper
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(dimefm, "paper", lambda *stores: _tiny(recipe(*stores)))
+        yield
 
 
 def _tiny(config: TrainConfig) -> TrainConfig:
@@ -82,7 +79,7 @@ def test_every_block_of_a_page_runs_or_parses(page: Path, after_quickstart: Path
 
 
 def test_no_block_of_commands_is_passed_over() -> None:
-    """Each is run or parsed; and how many of each there are at least, so that a page cannot stop to run its commands."""
+    """Each is run or parsed. The least number of each, so that a page cannot stop to run its commands unseen."""
     found = [block for page in PAGES for block in blocks(page) if block.language in ("sh", "python")]
     runs, parsed = ([block for block in found if block.mode == mode] for mode in MODES)
     assert len(runs) + len(parsed) == len(found)
