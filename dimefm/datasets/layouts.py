@@ -23,6 +23,7 @@ from dimefm.datasets.unused_files import CLIP_BENCHMARK_TEMPLATES, SPLIT_FOLDERS
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.prompts import CLASSNAMES, TEMPLATES, read_classnames, read_templates
+from dimefm.sources.walk_folder import files_in
 from dimefm.system import storage
 
 Reader = Callable[[str, str, SetDefinition | None], Records | None]
