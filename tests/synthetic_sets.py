@@ -111,7 +111,7 @@ def layout_of(form: str) -> str:
 
 
 def write_set(name: str, form: str, folder: Path, images: int = IMAGES) -> Items:
-    """Write a set into `folder`, which is torchvision's root if the form is torchvision's. Return the items by split."""
+    """Write a set into `folder` (torchvision's root if the form is torchvision's). Return its items by split."""
     definition = load_definitions()[name]
     splits = SPLITS.get(name, tuple(definition.splits)) if form == "torchvision" else tuple(definition.splits)
     items = {split: _items(definition, split, form, images) for split in splits}

@@ -41,7 +41,7 @@ SPECIAL = ("torchvision", "original", "karpathy")  # forms that have a reader fo
 
 
 def few(cases: list[tuple[str, str]]) -> list[Any]:
-    """All cases. Those marked slow differ from another case only in the set, not in the form, the task or the reader."""
+    """All cases. One that differs from another only in the set, not in form, task or reader, is marked slow."""
     seen: set[tuple[str, str]] = set()
     found = []
     for name, form in cases:
