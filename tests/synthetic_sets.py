@@ -1,7 +1,7 @@
-"""Tiny copies of the known evaluation sets, in every layout that a definition names.
+"""Tiny copies of the known sets, in every layout that a definition names.
 
-What is on disk is as the publishers of a set write it, with a dozen small images, each another one, so that an image
-that is read can be told from all others by its pixels. Layouts have variants, here called forms: see `forms_of`.
+The files are as the publishers of a set write them, with a dozen small images. No two are alike, so that an image that
+was read can be recognised by its pixels. Layouts have variants, here called forms: see `forms_of`.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ SPLITS = {  # of what torchvision unpacks, where those are not the splits of the
 
 @dataclass(frozen=True)
 class Item:
-    """One image: its file, and its label, its labels, or its captions."""
+    """One image: its file, and its label, its labels, or its captions (`said`)."""
 
     data: bytes
     said: Any
 
     def pixels(self) -> bytes:
-        """What it looks like, whatever kind of file it is in."""
+        """Its pixels, which do not depend on the kind of file."""
         return pixels(self.data)
 
     def array(self) -> np.ndarray[Any, Any]:
@@ -76,7 +76,7 @@ def pixels(data: bytes) -> bytes:
 
 
 def as_read(images: ImageSet, missing: bool = False) -> dict[bytes, Any]:
-    """What is said of each image, by its pixels; where some may be `missing`, of the others."""
+    """The label, labels or captions of each image, by its pixels; with `missing`, of the images that exist."""
     there = [not missing or Path(sample.file).is_file() for sample in images.samples]
     samples = [sample for sample, kept in zip(images.samples, there, strict=True) if kept]
     seen = [pixels(read_encoded(sample)) for sample in samples]
@@ -111,8 +111,7 @@ def layout_of(form: str) -> str:
 
 
 def write_set(name: str, form: str, folder: Path, images: int = IMAGES) -> Items:
-    """Write a set into `folder`, which is torchvision's root where the form is torchvision's; what it says of each
-    image, by split."""
+    """Write a set into `folder` (torchvision's root if the form is torchvision's). Return its items by split."""
     definition = load_definitions()[name]
     splits = SPLITS.get(name, tuple(definition.splits)) if form == "torchvision" else tuple(definition.splits)
     items = {split: _items(definition, split, form, images) for split in splits}
@@ -130,7 +129,7 @@ def missing_images(definition: SetDefinition, split: str = "test") -> list[str]:
 
 
 def labels_of(definition: SetDefinition, split: str, images: int = IMAGES) -> list[Any]:
-    """Labels that reach from the first class to the last, in no order; some of several, one image with none."""
+    """Labels from the first class to the last, in random order. Where an image may have several, one has none."""
     rng = np.random.default_rng(zlib.crc32(f"{definition.name} {split}".encode()))
     if definition.task == "retrieval":
         return [tuple(f"{split} {i}, a “caption” no. {k}" for k in range(1 + i % 3)) for i in range(images)]
@@ -158,7 +157,7 @@ def _items(definition: SetDefinition, split: str, form: str, images: int) -> lis
 
 
 def other_order(definition: SetDefinition) -> list[int]:
-    """For each place in a list of class names, the label in the definition; as it is where a name means two classes."""
+    """A list of labels in another order than the definition's; in its order if a name stands for two classes."""
     order = np.arange(definition.class_count)
     return (order if definition.name in AMBIGUOUS else np.random.default_rng(1).permutation(order)).tolist()
 

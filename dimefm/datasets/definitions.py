@@ -11,7 +11,7 @@ from cache_schemas.document import parse_dataclass
 from cache_schemas.evaluation import SetDefinition
 from cache_schemas.problems import Problem, SchemaError
 
-PLACE = "{c}"
+PLACEHOLDER = "{c}"
 """What stands for the class name in a template."""
 
 
@@ -60,7 +60,7 @@ def templates(definition: SetDefinition) -> list[str]:
         return list(definition.templates)
     from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
-    return [template(PLACE) for template in OPENAI_IMAGENET_TEMPLATES]
+    return [template(PLACEHOLDER) for template in OPENAI_IMAGENET_TEMPLATES]
 
 
 @functools.cache

@@ -88,7 +88,7 @@ def map_labels(records: Records, counted: list[str], names: list[str], aliases: 
         if aliases is not None:
             return False
         name = next((name for name in counted if label_of(name) is None), counted[0])
-        what = f"{records.where}: {name!r} is not in {CLASSNAMES}, or is there twice"
+        what = f"{records.where}: {name!r} is not in {CLASSNAMES}, or is in it twice"
         raise SourceError(what, remedy=f"name every class in {CLASSNAMES} as the labels do")
     label_array(records, len(counted), _has_several(records))  # raises SourceError for a label that counts no name
     old: list[Any] = records.labels or []

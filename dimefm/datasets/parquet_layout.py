@@ -108,7 +108,8 @@ def _set_labels(records: Records, values: list[Any], column: str) -> None:
     if flat and all(isinstance(one, str) for one in flat):
         records.names = sorted(set(flat), key=natural_order)
         label = {name: place for place, name in enumerate(records.names)}
-        records.labels = [[label[n] for n in cell] if isinstance(cell, list) else label[cell] for cell in values]  # type: ignore[assignment]
+        numbers: list[Any] = [[label[n] for n in cell] if isinstance(cell, list) else label[cell] for cell in values]
+        records.labels = numbers
     elif others := [one for one in flat if not isinstance(one, int)]:
         what = f"{records.where}: column {column!r} holds {type(others[0]).__name__}, such as {others[0]!r}"
         raise SourceError(what, remedy="labels are integers or names, or lists of either")

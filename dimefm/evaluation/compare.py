@@ -11,7 +11,6 @@ from importlib import resources
 from pathlib import Path
 
 from dimefm.errors import DimefmError, StoreError
-from dimefm.evaluation import metrics
 from dimefm.evaluation.results import Pooled, pool, read_results
 from dimefm.evaluation.summary import measured_suites
 from dimefm.system import inert_text, storage
@@ -78,11 +77,11 @@ def compare(folders: Sequence[str], *, published: bool = True) -> Comparison:
     for folder, pooled in zip(folders, models, strict=True):
         if not pooled:
             raise StoreError(f"{folder} has no result", remedy="dimefm evaluate MODEL SET... writes them")
-    columns = [_measured(folder, pooled) for folder, pooled in zip(folders, models, strict=True)]
+    columns = [_measured_column(folder, pooled) for folder, pooled in zip(folders, models, strict=True)]
     _require_common(folders, columns)
     if published:
         text = (resources.files("dimefm.evaluation") / "published.json").read_text(encoding="utf-8")
-        columns += [_published(one) for one in json.loads(text)]
+        columns += [_published_column(row) for row in json.loads(text)]
     return Comparison(columns, _notes(models))
 
 
@@ -105,13 +104,13 @@ def write_comparison(table: Comparison, path: str) -> None:
     storage.write_atomic(storage.absolute(path), kinds[kind]().encode())
 
 
-def _measured(folder: str, pooled: list[Pooled]) -> Column:
-    cells = {_column(one): _cell(one) for one in pooled}
-    for suite, protocol, those, total in measured_suites(pooled):
-        mean, (low, high) = metrics.mean_of([r.value for r in those], [r.interval for r in those])
-        share = "" if len(those) == total else f" ({len(those)} of {total})"
-        mark = "*" if any(r.partial for r in those) else ""
-        cells[f"{suite} {_short(protocol)}"] = f"{100 * mean:.1f} ± {50 * (high - low):.1f}{mark}{share}"
+def _measured_column(folder: str, pooled: list[Pooled]) -> Column:
+    cells = {_line_name(one): _cell(one) for one in pooled}
+    for one in measured_suites(pooled):
+        low, high = one.interval
+        share = "" if len(one.sets) == one.total else f" ({len(one.sets)} of {one.total})"
+        mark = "*" if one.partial else ""
+        cells[f"{one.suite} {_short(one.protocol)}"] = f"{100 * one.mean:.1f} ± {50 * (high - low):.1f}{mark}{share}"
     name = Path(folder).parent.name if folder.endswith(".jsonl") else Path(folder).name
     return Column(name, "measured", cells)
 
@@ -121,7 +120,7 @@ def _cell(one: Pooled) -> str:
     return f"{100 * one.value:.1f}{deviation}{'*' if one.partial else ''}"
 
 
-def _column(one: Pooled) -> str:
+def _line_name(one: Pooled) -> str:
     return f"{one.title} {_short(one.protocol)}"
 
 
@@ -131,14 +130,14 @@ def _notes(models: list[list[Pooled]]) -> list[str]:
     notes += ["*: not the whole published set, see results.jsonl"] if any(o.partial for m in models for o in m) else []
     seen: dict[str, Pooled] = {}
     for one in (one for model in models for one in model):
-        first = seen.setdefault(_column(one), one)
+        first = seen.setdefault(_line_name(one), one)
         if differing := _differing(first.digests, one.digests):
-            notes.append(f"{_column(one)}: the models were not measured on the same {differing}")
+            notes.append(f"{_line_name(one)}: the models were not measured on the same {differing}")
         if differing := _differing(first.conditions, one.conditions):
-            notes.append(f"{_column(one)}: the models were not measured with the same {differing}")
+            notes.append(f"{_line_name(one)}: the models were not measured with the same {differing}")
     sets: dict[str, list[str]] = {}
-    for suite, protocol, those, _ in (found for model in models for found in measured_suites(model)):
-        name, titles = f"{suite} {_short(protocol)}", sorted(one.title for one in those)
+    for mean in (mean for model in models for mean in measured_suites(model)):
+        name, titles = f"{mean.suite} {_short(mean.protocol)}", sorted(one.title for one in mean.sets)
         if sets.setdefault(name, titles) != titles:
             notes.append(f"{name}: the means are not over the same sets")
     return list(dict.fromkeys(notes))
@@ -148,18 +147,18 @@ def _differing(first: Mapping[str, object], other: Mapping[str, object]) -> str:
     return " and ".join(name for name in first if first[name] != other.get(name))
 
 
-def _published(one: dict[str, object]) -> Column:
-    values = one["values"]
+def _published_column(row: dict[str, object]) -> Column:
+    values = row["values"]
     assert isinstance(values, dict)
-    columns = {
+    lines = {
         "imagenet1k": "imagenet1k zero-shot",
         "elevater": "elevater zero-shot",
         "elevater_linear_probe": f"elevater {_short('linear-probe/elevater, test-selected')}",
         "robustness": "robustness zero-shot",
     }
-    cells = {columns[name]: f"{100 * value:.1f}" for name, value in values.items() if value is not None}
-    corpus = f" ({one['text_corpus']})" if one["text_corpus"] else ""
-    return Column(f"{one['model']}{corpus}", f"{PUBLISHED}: {one['source']}", cells)
+    cells = {lines[name]: f"{100 * value:.1f}" for name, value in values.items() if value is not None}
+    corpus = f" ({row['text_corpus']})" if row["text_corpus"] else ""
+    return Column(f"{row['model']}{corpus}", f"{PUBLISHED}: {row['source']}", cells)
 
 
 def _short(protocol: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import resources
 
 from cache_schemas.evaluation import EvaluationResult
@@ -49,11 +50,12 @@ def summary_text(done: Evaluation) -> str:
 def suite_means(results: Sequence[EvaluationResult]) -> list[tuple[str, str]]:
     """A name and a text for the mean of each suite under each protocol, and for effective robustness."""
     found = []
-    for suite, protocol, those, total in measured_suites(pool(results)):
-        mean, (low, high) = metrics.mean_of([r.value for r in those], [r.interval for r in those])
-        partial = sum(bool(r.partial) for r in those)
-        text = f"{mean:6.1%} [{low:.1%}, {high:.1%}]  mean of {len(those)} of {total} sets"
-        found.append((f"{suite} {protocol}", text + (f", {partial} of them partial" if partial else "")))
+    for one in measured_suites(pool(results)):
+        low, high = one.interval
+        text = f"{one.mean:6.1%} [{low:.1%}, {high:.1%}]  mean of {len(one.sets)} of {one.total} sets"
+        found.append(
+            (f"{one.suite} {one.protocol}", text + (f", {one.partial} of them partial" if one.partial else ""))
+        )
     partial_sets = {r.title for r in results if r.partial and r.protocol == "zero-shot"}
     for name, value in robustness(results).items():
         used = partial_sets if name == "mean" else partial_sets & {name, "imagenet1k"}
@@ -64,14 +66,29 @@ def suite_means(results: Sequence[EvaluationResult]) -> list[tuple[str, str]]:
     return found
 
 
-def measured_suites(pooled: Sequence[Pooled]) -> Iterator[tuple[str, str, list[Pooled], int]]:
-    """For each suite that has a mean, and each protocol: their names, the sets that were measured, and the number of
-    sets in the suite."""
+@dataclass(frozen=True)
+class SuiteMean:
+    """The mean of a suite under a protocol, over the `sets` that were measured; the suite has `total` sets, and
+    `partial` of those measured are not the whole published set."""
+
+    suite: str
+    protocol: str
+    sets: list[Pooled]
+    total: int
+    partial: int
+    mean: float
+    interval: tuple[float, float]
+
+
+def measured_suites(pooled: Sequence[Pooled]) -> Iterator[SuiteMean]:
+    """The mean of each suite under each protocol, for the suites of which means are published."""
     for suite in ("elevater", "robustness"):
         total = sum(d.suite == suite for d in load_definitions().values())
         for protocol in dict.fromkeys(one.protocol for one in pooled):
-            if those := [one for one in pooled if (one.suite, one.protocol) == (suite, protocol)]:
-                yield suite, protocol, those, total
+            if sets := [one for one in pooled if (one.suite, one.protocol) == (suite, protocol)]:
+                mean, interval = metrics.mean_of([one.value for one in sets], [one.interval for one in sets])
+                partial = sum(bool(one.partial) for one in sets)
+                yield SuiteMean(suite, protocol, sets, total, partial, mean, interval)
 
 
 def robustness(results: Sequence[EvaluationResult]) -> dict[str, float]:

@@ -74,7 +74,7 @@ def paper_cost_table(images: tuple[str, ...], texts: tuple[str, ...], rates: Mea
     if not all(cost.measured for cost in costs):
         what = "other GPU hours" if any(cost.measured for cost in costs) else "GPU hours"
         lines += [
-            f"{what} are floors, by arithmetic at 788 TFLOP/s in bf16 and 4.3 TB/s (one H200-class card), not",
+            f"{what} are floors by arithmetic at 788 TFLOP/s in bf16 and 4.3 TB/s (one H200-class card), not",
             "measurements; a well-fed card reaches a third to two thirds of that.",
         ]
     return "\n".join(lines)

@@ -37,17 +37,16 @@ pytest_plugins = ["tests.s3"]
 KNOWN = load_definitions()
 LOCAL = ("folders", "torchvision", "original", "karpathy")
 CASES = [(name, form) for name, definition in KNOWN.items() for form in forms_of(definition)]
-OWN = ("torchvision", "original", "karpathy")  # forms that are read by code for one set, where others are for all
+SPECIAL = ("torchvision", "original", "karpathy")  # forms that have a reader for one set alone
 
 
 def few(cases: list[tuple[str, str]]) -> list[Any]:
-    """All cases, of which those are slow that differ from another in the set alone: not in the form, which every kind
-    of set has here once, nor in the reader, which every set has that is read by one of its own."""
+    """All cases. One that differs from another only in the set, not in form, task or reader, is marked slow."""
     seen: set[tuple[str, str]] = set()
     found = []
     for name, form in cases:
         kind = (KNOWN[name].task, form)
-        odd = form in OWN or (name, form) == ("objectnet", "folders")
+        odd = form in SPECIAL or (name, form) == ("objectnet", "folders")
         found.append(pytest.param(name, form, marks=() if odd or kind not in seen else pytest.mark.slow))
         seen.add(kind)
     return found
@@ -60,8 +59,8 @@ def opened(root: Path | str, name: str, split: str = "test", unpacked: Path | st
     return images
 
 
-def only_first(said: dict[bytes, Any]) -> dict[bytes, Any]:
-    return {key: captions[:1] for key, captions in said.items()}
+def only_first(captions_of: dict[bytes, Any]) -> dict[bytes, Any]:
+    return {key: captions[:1] for key, captions in captions_of.items()}
 
 
 # -- every set in every form ------------------------------------------------------------------------------------------
