@@ -38,7 +38,7 @@ def cluster(
 ) -> np.ndarray[Any, Any]:
     """The cluster of each of these rows, int32 (C,), by ten rounds of spherical k-means over a random sample of them.
 
-    SemDeDup does the same (Abbas et al. 2023, arXiv 2303.09540). The rows are read in the given order.
+    SemDeDup does the same (Abbas et al. 2023, arXiv 2303.09540). Rows are read in the order in which they are given.
     """
     count = cluster_count(len(rows_C))
     sample = min(len(rows_C), max(count, min(_SAMPLE, count * _SAMPLE_PER_CLUSTER)))
