@@ -1,4 +1,4 @@
-"""Ray places and supervises: one actor per device, one shard at a time each, lost shards done again."""
+"""Encodes the shards of a store on Ray: actors that take shards, and a supervisor that replaces those that are lost."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from dimefm.system import storage
 from dimefm.system.machine import cpus
 from dimefm.system.progress import Progress
 
-_LOST = (RayActorError, OutOfMemoryError)  # the second where Ray ended a worker because the node's memory was full
+_LOST = (RayActorError, OutOfMemoryError)  # the second: Ray ended a worker because the node's memory was full
 _TRIES = 3
-_PATIENCE = 60.0  # seconds without any worker before that is said
+_PATIENCE = 60.0  # seconds without any worker until a note says so
 _OBJECT_STORE_BYTES = 100 * 1024**2  # only shard numbers and commits pass through it
 _AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # what asks for no GPU sees none, whatever the default of this Ray
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # who asks for no GPU sees none, whatever the default of this Ray
     "RAY_worker_niceness": "0",  # the default of 15 starves workers on a loaded machine
     "RAY_DEDUP_LOGS": "0",
 }
 
 
 def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
-    """Encode every shard of the store that has no commit (or, to retry, that has failed rows) on `workers` actors, on
-    a cluster or a local Ray.
+    """Encode every shard of the store that has no commit (or, to retry, that has failed rows) with `workers` actors, on
+    a cluster or on a local Ray.
 
-    A worker that cannot read the source, as on a machine without the mount, is put aside while others can. Raises
-    DimefmError where there are not that many GPUs or cores, StoreError when a shard loses its worker three times, and
-    what a worker raised.
+    A worker that cannot read the source, such as one on a machine without the mount, is put aside as long as others
+    can. Raises DimefmError where Ray has too few GPUs or cores, StoreError where a shard loses its worker three times,
+    and whatever a worker raised.
     """
     store = Store(job.store)
     pending = pending_shards(store, retry=job.retry)
@@ -56,14 +56,14 @@ def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
     with cluster(address, workers, job.device), Progress(kind + "s", total, kind, done) as progress:
         check = bool(store.committed())
         workers = min(workers, len(pending))
-        cores = _require_room(workers, job.device)
-        cores = cores if address else cpus()  # a local Ray is told of one core a worker, whatever there are
+        cores = _require_cores(workers, job.device)
+        cores = cores if address else cpus()  # a local Ray knows of one core per worker, however many there are
         threads = job.threads or max(1, cores // workers)
         _Supervisor(job, workers, threads, pending, check=check).run(progress, done)
 
 
-def _require_room(workers: int, device: str) -> int:
-    """CPU cores of the Ray that is running. Raises DimefmError where it could never place so many workers."""
+def _require_cores(workers: int, device: str) -> int:
+    """The CPU cores of the running Ray. Raises DimefmError where it could never place so many workers."""
     resources = ray.cluster_resources()
     cores, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     if device.startswith("cuda") and gpus == 0:
@@ -76,117 +76,128 @@ def _require_room(workers: int, device: str) -> int:
 
 
 def _machines() -> int:
-    """Machines of the Ray that is running."""
+    """How many machines the running Ray has."""
     return sum(node["Alive"] for node in ray.nodes())
 
 
 def gpu_share(workers: int, device: str) -> float:
-    """GPUs of one worker: one, or a share where there are more workers than GPUs (several then feed one)."""
+    """The GPUs of one worker: one, or a share of one where there are more workers than GPUs, 0 where there is none."""
     gpus = ray.cluster_resources().get("GPU", 0) if device.startswith("cuda") else 0
     return 1 if gpus >= workers else 1 / math.ceil(workers / gpus) if gpus else 0
 
 
 class _Supervisor:
-    """Hands out shards, one or two in flight per actor (SHARDS_AT_ONCE), and replaces actors that are lost.
+    """Hands out shards, one or two at a time to each actor (SHARDS_AT_ONCE), and replaces actors that are lost.
 
-    A replacement that Ray cannot place yet, as after a node is lost, is not waited for: the others go on. A shard that
-    lost its worker is done again with care: an image may have crashed it (see caching.crashing_images). Actors that
-    cannot read the source are put aside and not replaced, until none is left, or a shard could not be read on two
-    machines. With `check`, one actor goes through the canary before there are others.
+    It does not wait for a replacement that Ray cannot place yet, as after a node is lost: the other actors go on. A
+    shard that lost its worker is done again carefully, because an image may have crashed it
+    (caching.crashing_images). Actors that cannot read the source are put aside and not replaced, until none is left,
+    or a shard could not be read on two machines. With `check` one actor first shows that it encodes as the store was
+    encoded; only then the others are started.
     """
 
     def __init__(self, job: Job, workers: int, threads: int, pending: dict[int, int], *, check: bool) -> None:
-        # Threads of an actor: one for each shard that is under way, and one that answers how far they are.
+        # An actor has a thread for each shard that is under way, and one that answers how far they are.
         self._at_once = SHARDS_AT_ONCE[job.device.partition(":")[0]]
         actor: Any = ray.remote(Worker)
         actor = actor.options(num_cpus=1, num_gpus=gpu_share(workers, job.device), max_concurrency=self._at_once + 1)
-        self._new: Callable[[], Any] = lambda: actor.remote(job)
+        self._new_actor: Callable[[], Any] = lambda: actor.remote(job)
         self._workers, self._threads, self._check = workers, threads, check
         self._rows, self._pending = dict(pending), sorted(pending, reverse=True)
         self._tries: dict[int | None, int] = {}
-        self._flying: dict[Any, tuple[Any, int | None]] = {}  # reference: actor, its shard; None while it starts
-        self._running: dict[Any, int] = {}  # actors that have started: how many shards each has
-        self._counted: dict[int, int] = {}  # rows of shards in flight
-        self._told, self._told_of_none = set[str](), False
-        self._aside = 0  # actors that could not read
-        self._unread: dict[int, str] = {}  # shards that could not be read, and where
+        self._in_flight: dict[Any, tuple[Any, int | None]] = {}  # by reference: actor, its shard; None while it starts
+        self._running: dict[Any, int] = {}  # by actor that has started: how many shards it has
+        self._counted: dict[int, int] = {}  # by shard in flight: how many rows are done
+        self._noted, self._noted_none_usable = set[str](), False
+        self._aside = 0  # actors that could not read the source
+        self._unread: dict[int, str] = {}  # by shard that could not be read: the machine
 
     def run(self, progress: Progress, finished: int) -> None:
-        """Until every shard is committed; `finished` rows are already."""
+        """Go on until every shard is committed; `finished` rows are done already."""
         for _ in range(1 if self._check else self._workers):
-            self._place()
+            self._start_actor()
         heard = time.monotonic()
-        while self._pending or any(shard is not None for _, shard in self._flying.values()):
-            while (actor := self._free()) is not None:
+        while self._pending or any(shard is not None for _, shard in self._in_flight.values()):
+            while (actor := self._free_actor()) is not None:
                 shard = self._pending.pop()
                 self._running[actor] += 1
-                self._flying[actor.encode.remote(shard, careful=shard in self._tries)] = (actor, shard)
-            ready, _ = ray.wait(list(self._flying), timeout=1.0)
+                self._in_flight[actor.encode.remote(shard, careful=shard in self._tries)] = (actor, shard)
+            ready, _ = ray.wait(list(self._in_flight), timeout=1.0)
             for reference in ready:
-                finished += self._landed(reference, progress)
-            busy = any(shard is not None for _, shard in self._flying.values())
+                finished += self._settle(reference, progress)
+            busy = any(shard is not None for _, shard in self._in_flight.values())
             heard = time.monotonic() if busy or ready else heard
             if time.monotonic() - heard > _PATIENCE:
                 heard = time.monotonic()
                 progress.note("no worker runs: Ray has no node with room for one, or it is still loading the teacher")
-            self._poll()
+            self._count_rows()
             progress.at(finished + sum(self._counted.values()))
 
-    def _free(self) -> Any | None:
-        """An actor to give the next shard to. A second one only while there are more shards than workers, or one worker
-        would keep two at the end and another none."""
+    def _free_actor(self) -> Any | None:
+        """An actor to give the next shard to. One that has a shard gets a second only while there are more shards than
+        workers: otherwise one worker could have two shards at the end, and another none."""
         if not self._pending:
             return None
         at_once = self._at_once if len(self._pending) > self._workers else 1
         actor = min(self._running, key=lambda actor: self._running[actor], default=None)
         return actor if actor is not None and self._running[actor] < at_once else None
 
-    def _place(self) -> None:
-        actor = self._new()
+    def _start_actor(self) -> None:
+        actor = self._new_actor()
         shard = self._pending[-1] if self._pending else 0
         started = actor.start.remote(self._threads, shard, self._check, careful=bool(self._tries))
-        self._flying[started] = (actor, None)
+        self._in_flight[started] = (actor, None)
 
-    def _landed(self, reference: Any, progress: Progress) -> int:
-        """An actor has started, finished its shard, or is lost; the rows that are done with that."""
-        actor, shard = self._flying.pop(reference)
+    def _settle(self, reference: Any, progress: Progress) -> int:
+        """Handle what an actor came back with: it has started, has finished a shard, cannot read, or is lost. Returns
+        the rows that are done with that."""
+        actor, shard = self._in_flight.pop(reference)
         if shard is not None:
             self._counted.pop(shard, None)
         try:
-            told = fetch(reference)
+            result = fetch(reference)
         except _LOST as error:
-            if "never ran" not in str(error):  # Ray sent it to a node that was lost already, and did not know yet
-                self._count_loss(shard, error)
-                if shard is not None:
-                    progress.note(f"shard {shard} lost its worker: once more, with a search for images that crash")
-            if shard is not None:
-                self._pending.append(shard)
-            if shard is None or self._running.pop(actor, None) is not None:  # once for all of its shards
-                self._place()
+            self._replace(actor, shard, error, progress)
             return 0
         except UnreadableError as error:
             self._put_aside(actor, shard, error, progress)
             return 0
-        if shard is not None:
-            if actor in self._running:  # not lost since
-                self._running[actor] -= 1
-            if self._pending and not self._told_of_none and (said := none_usable(told)):
-                self._told_of_none = True
-                progress.note(said)
-            return self._rows[shard]
+        if shard is None:
+            self._started(actor, result, progress)
+            return 0
+        if actor in self._running:  # not lost since
+            self._running[actor] -= 1
+        if self._pending and not self._noted_none_usable and (note := none_usable(result)):
+            self._noted_none_usable = True
+            progress.note(note)
+        return self._rows[shard]
+
+    def _started(self, actor: Any, note: str, progress: Progress) -> None:
+        """An actor can take shards; after a first one that was checked, the others are started."""
         self._running[actor] = 0
         self._tries.pop(None, None)
-        if told and told not in self._told:
-            self._told.add(told)
-            progress.note(told)
+        if note and note not in self._noted:
+            self._noted.add(note)
+            progress.note(note)
         if self._check:
             self._check = False
             for _ in range(self._workers - self._aside - 1):
-                self._place()
-        return 0
+                self._start_actor()
+
+    def _replace(self, actor: Any, shard: int | None, error: Exception, progress: Progress) -> None:
+        """Start another actor in place of a lost one, whose shard goes back to those that are pending."""
+        if "never ran" not in str(error):  # that is: Ray sent it to a node that was lost already, and did not know yet
+            self._count_loss(shard, error)
+            if shard is not None:
+                progress.note(f"shard {shard} lost its worker: once more, with a search for images that crash")
+        if shard is not None:
+            self._pending.append(shard)
+        if shard is None or self._running.pop(actor, None) is not None:  # once for all of its shards
+            self._start_actor()
 
     def _put_aside(self, actor: Any, shard: int | None, error: UnreadableError, progress: Progress) -> None:
-        """Raises `error` where it is not of one machine: no other can read the shard, or there is none."""
+        """Take an actor that could not read the source out of service. Raises `error` where no other could do better:
+        another machine could not read the shard either, or there is no other."""
         elsewhere = shard is not None and self._unread.setdefault(shard, error.host) != error.host
         if shard is not None:
             self._pending.append(shard)
@@ -196,23 +207,24 @@ class _Supervisor:
         if elsewhere or self._aside >= self._workers or _machines() == 1:
             raise error
         if self._check:
-            self._place()
+            self._start_actor()
 
-    def _poll(self) -> None:
+    def _count_rows(self) -> None:
+        """Ask the actors how many rows of their shards are done."""
         asked = [actor.rows.remote() for actor, shards in self._running.items() if shards]
         ready, _ = ray.wait(asked, num_returns=len(asked), timeout=0.5) if asked else ([], [])
-        flying = {shard for _, shard in self._flying.values()}
+        flying = {shard for _, shard in self._in_flight.values()}
         for reference in ready:
             try:
                 rows = ray.get(reference)
             except _LOST:
-                continue  # its shards come back with the same error, which is handled there
+                continue  # its shards come back with the same error, which `_settle` handles
             self._counted |= {shard: count for shard, count in rows.items() if shard in flying}
 
     def _count_loss(self, shard: int | None, error: Exception) -> None:
         self._tries[shard] = self._tries.get(shard, 0) + 1
         if self._tries[shard] >= _TRIES:
-            lines = str(error).strip().split("\n")  # of an error in its own code, what was raised comes last
+            lines = str(error).strip().split("\n")  # where its own code failed, what it raised comes last
             reason = lines[-1] if "creation task" in lines[0] else lines[0]
             lost = f"shard {shard} lost its worker" if shard is not None else "a worker was lost while it started"
             remedy = "see the worker's log, mend the cause (often memory), and run again"
@@ -220,7 +232,7 @@ class _Supervisor:
 
 
 def fetch(reference: Any) -> Any:
-    """ray.get, with an error that the user can mend raised as it was rather than wrapped in Ray's."""
+    """ray.get, which raises an error that the user can mend as it was, rather than wrapped in Ray's."""
     try:
         return ray.get(reference)
     except RayTaskError as error:
@@ -248,10 +260,10 @@ def cluster(address: str | None, workers: int, device: str) -> Iterator[None]:
 @contextmanager
 def _closed_to_others() -> Iterator[None]:
     """For the block, a Ray that this process starts listens on 127.0.0.1 alone, and answers only to a token that is
-    made here and kept in the environment of its processes: whoever may talk to a Ray can run code as its user.
+    made here and kept in the environment of its processes. Whoever can talk to a Ray can run code as its user.
 
-    Left to itself, Ray listens on all interfaces, takes 127.0.0.1 for the machine's other address, and keeps its token
-    in the home folder, for all to read. It has no public setting for the first, and reads the others once.
+    By default Ray listens on all interfaces, takes 127.0.0.1 for the machine's other address, and keeps its token in
+    the home folder, for all to read. It has no public setting for the first, and reads the others only once.
     """
     before = {name: os.environ.get(name) for name in _AUTHENTICATION}
     clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
@@ -264,7 +276,7 @@ def _closed_to_others() -> Iterator[None]:
 
 
 def _authenticate(environment: Mapping[str, str | None]) -> None:
-    """Set, or with None unset, what Ray reads of authentication, and have it read anew."""
+    """Set the variables that Ray reads for authentication (None: unset them), and have it read them anew."""
     for name, value in environment.items():
         if value is None:
             os.environ.pop(name, None)
@@ -276,7 +288,7 @@ def _authenticate(environment: Mapping[str, str | None]) -> None:
 
 
 def _join(address: str) -> None:
-    """The cluster at `address`. Raises DimefmError where none answers."""
+    """Join the cluster at `address`. Raises DimefmError where none answers."""
     try:
         _require_answer(address)
         ray.init(address=address, log_to_driver=False)
@@ -286,7 +298,7 @@ def _join(address: str) -> None:
 
 
 def _start(cpus: int, gpus: int) -> None:
-    """A small local Ray. Raises DimefmError where it does not start, as when it has no folder of its own."""
+    """Start a small local Ray. Raises DimefmError where it does not start, such as without a folder of its own."""
     try:
         ray.init(
             address="local",
@@ -312,7 +324,7 @@ def _start(cpus: int, gpus: int) -> None:
 
 
 def _require_answer(address: str) -> None:
-    """Raises OSError where nothing listens at HOST:PORT. Ray alone would try for minutes."""
+    """Raises OSError where nothing listens at HOST:PORT; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

@@ -179,7 +179,7 @@ def test_a_worker_that_ray_ends_for_memory_is_a_lost_worker(monkeypatch: pytest.
         start = SimpleNamespace(remote=lambda *words, **more: asked.append(more) or "started")
 
     actor = Actor()
-    monkeypatch.setattr(supervisor, "_new", lambda: actor)
+    monkeypatch.setattr(supervisor, "_new_actor", lambda: actor)
 
     def lost(reference: Any) -> Any:
         raise OutOfMemoryError("the node's memory is full")
@@ -188,13 +188,13 @@ def test_a_worker_that_ray_ends_for_memory_is_a_lost_worker(monkeypatch: pytest.
     for tries in (1, 2):
         supervisor._pending.clear()
         supervisor._running[actor] = 1
-        supervisor._flying["encoded"] = (actor, 7)
-        assert supervisor._landed("encoded", Progress("images", 4, "image")) == 0
+        supervisor._in_flight["encoded"] = (actor, 7)
+        assert supervisor._settle("encoded", Progress("images", 4, "image")) == 0
         assert (supervisor._pending, supervisor._tries) == ([7], {7: tries})
     assert asked == [{"careful": True}] * 2
-    supervisor._flying["encoded"] = (actor, 7)
+    supervisor._in_flight["encoded"] = (actor, 7)
     with pytest.raises(StoreError, match="shard 7 lost its worker 3 times: the node's memory is full"):
-        supervisor._landed("encoded", Progress("images", 4, "image"))
+        supervisor._settle("encoded", Progress("images", 4, "image"))
 
 
 def test_a_run_that_ends_by_an_error_leaves_no_mark(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def supervisor(monkeypatch: pytest.MonkeyPatch, message: str) -> _Supervisor:
     monkeypatch.setattr("pipeline.ray_workers.fetch", lost)
     job = Job(store="s.zarr", teacher="t", pretrained=None, precision="fp32", device="cpu", threads=1)
     found = _Supervisor(job, 1, 1, {0: 4}, check=False)
-    found._place()
+    found._start_actor()
     return found
 
 
@@ -193,28 +193,28 @@ def test_actors_that_never_ran_are_placed_again_without_end(monkeypatch: pytest.
     found = supervisor(monkeypatch, "The actor never ran - it was cancelled before it started running.")
     progress = Progress("images", 4, "image")
     for _ in range(20):
-        found._landed(next(iter(found._flying)), progress)
+        found._settle(next(iter(found._in_flight)), progress)
 
 
 def test_actors_that_are_lost_while_they_start_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     found, progress = supervisor(monkeypatch, "The actor died unexpectedly."), Progress("images", 4, "image")
     for _ in range(2):
-        found._landed(next(iter(found._flying)), progress)
+        found._settle(next(iter(found._in_flight)), progress)
     with pytest.raises(StoreError, match="a worker was lost while it started 3 times: The actor died unexpectedly"):
-        found._landed(next(iter(found._flying)), progress)
+        found._settle(next(iter(found._in_flight)), progress)
 
 
 def test_an_actor_that_is_lost_with_two_shards_is_replaced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found, progress = supervisor(monkeypatch, "The actor died unexpectedly."), Progress("images", 4, "image")
-    found._flying.clear()
+    found._in_flight.clear()
     found._pending.clear()
     found._rows = {0: 4, 1: 4}
-    actor = found._new()
+    actor = found._new_actor()
     found._running[actor] = 2
-    found._flying = {"one": (actor, 0), "other": (actor, 1)}
-    assert [found._landed(name, progress) for name in ("one", "other")] == [0, 0]
+    found._in_flight = {"one": (actor, 0), "other": (actor, 1)}
+    assert [found._settle(name, progress) for name in ("one", "other")] == [0, 0]
     assert found._pending == [0, 1]
-    assert [shard for _, shard in found._flying.values()] == [None]
+    assert [shard for _, shard in found._in_flight.values()] == [None]
     assert not found._running
 
 
@@ -222,12 +222,12 @@ def test_a_second_shard_is_for_an_actor_only_while_there_are_more_than_workers(m
     found = supervisor(monkeypatch, "")
     found._workers, found._at_once = 2, 2
     found._running, found._pending = {"a": 1, "b": 0}, [5, 4, 3]
-    assert found._free() == "b"
+    assert found._free_actor() == "b"
     found._running["b"] = 1
-    assert found._free() in ("a", "b")
+    assert found._free_actor() in ("a", "b")
     found._pending.pop()
-    assert found._free() is None  # the two that are left are for whichever is done first
+    assert found._free_actor() is None  # the two that are left are for whichever is done first
     found._running["a"] = 0
-    assert found._free() == "a"
+    assert found._free_actor() == "a"
     found._pending.clear()
-    assert found._free() is None
+    assert found._free_actor() is None

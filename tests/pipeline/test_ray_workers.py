@@ -321,7 +321,7 @@ def test_what_runs_on_ray_sees_the_gpu_that_it_has_and_no_other(one_ray: None, m
     monkeypatch.setattr(ray_index_parts, "build_part", seen)
     job = Job(store="s", teacher="t", pretrained=None, precision="fp32", device="cpu", threads=1)
     part = PartTask("t.zarr", "t.index", "part.faiss", "s", ((0, 1),))
-    actor = ray_workers._Supervisor(job, 1, 1, {}, check=False)._new()
+    actor = ray_workers._Supervisor(job, 1, 1, {}, check=False)._new_actor()
     assert ray_workers.fetch(actor.see.remote()) == "", "a worker of --device cpu"
     assert list(ray_index_parts.on_ray(1)([part])) in ([("0", True)], [("1", True)]), "a part of an index"
     monkeypatch.setattr(ray_index_parts, "gpu_share", lambda *_: 0)
