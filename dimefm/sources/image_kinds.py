@@ -8,9 +8,9 @@ from functools import lru_cache
 from cache_schemas.plan import SourceFile
 from dimefm.errors import SourceError
 from dimefm.images.decode import sniff
+from dimefm.sources import parquet, tsv_images
 from dimefm.sources.account import Account
 from dimefm.sources.file_names import extension_of, why_member_not_read, why_not_read
-from dimefm.sources.tsv_images import INDEX_SUFFIX
 from dimefm.sources.walk_folder import cannot_read
 from dimefm.system import storage
 from dimefm.system.first_bytes import HEAD_BYTES, describe
@@ -23,9 +23,8 @@ IMAGE_EXTENSIONS = frozenset({
 })  # fmt: skip
 """Extensions of images, also of those that need a further library: a row that cannot be decoded for it says so."""
 
-TAR, PARQUET, TSV, IMAGE = ".tar", ".parquet", ".tsv", "image"
+TAR, PARQUET, TSV, IMAGE = ".tar", parquet.SUFFIX, tsv_images.SUFFIX, "image"
 CONTAINERS = (TAR, PARQUET, TSV)
-_COLUMN_MARK = f"{PARQUET}#"
 
 _DOTTED = "members whose extension has more than one part (a key ends at the first dot)"
 
@@ -37,13 +36,14 @@ def by_kind(files: Sequence[SourceFile], account: Account | None) -> dict[str, l
     extensions = [extension_of(file.path) for file in files]
     bare = [file for file, extension in zip(files, extensions, strict=True) if not extension]
     heads = reading_ahead(_read_head, bare, bare[0].path) if bare else iter(())
-    tables = {file.path for file in files if file.path.endswith(TSV)}
+    tables = (file.path for file in files if file.path.endswith(TSV))
+    line_indexes = {path.removesuffix(TSV) + tsv_images.INDEX_SUFFIX for path in tables}
     for file, extension in zip(files, extensions, strict=True):
-        if file.path.endswith(INDEX_SUFFIX) and file.path.removesuffix(INDEX_SUFFIX) + TSV in tables:
+        if file.path in line_indexes:
             continue  # it is read with its table
         kind, reason = _by_name(file.path, extension) if extension else _by_head(next(heads))
-        if _COLUMN_MARK in file.path:
-            kind, reason = "", f"names with {_COLUMN_MARK} in them, which stands before a column (rename them)"
+        if parquet.COLUMN_MARK in file.path:
+            kind, reason = "", f"names with {parquet.COLUMN_MARK} in them, which stands before a column (rename them)"
         if kind:
             kinds.setdefault(kind, []).append(file)
         elif account is not None:
