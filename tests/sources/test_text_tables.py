@@ -87,7 +87,7 @@ def test_keys_are_the_file_and_the_line_or_row(tmp_path: Path, kind: str) -> Non
 
 def test_a_column_without_tables_is_refused(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.txt", ["one"])
-    with pytest.raises(SourceError, match="--column text: there is no table"):
+    with pytest.raises(SourceError, match="--column text: the sentences are in no table"):
         open_text_source([str(path)], "text")
     assert texts(path, write(tmp_path, "jsonl", [{"text": "two"}]), column="text") == ["one", "two"]
 
