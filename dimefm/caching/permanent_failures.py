@@ -16,8 +16,7 @@ from cache_schemas.plan import PlannedImage, SourceFile, planned_rows
 from dimefm.errors import RUN_AGAIN, SourceError, UnreadableError
 from dimefm.images.decode import MAX_BYTES, DecodeError
 from dimefm.sources.files import describe_change, stat_files
-from dimefm.sources.parquet import SUFFIX as PARQUET
-from dimefm.sources.parquet import forget_cells
+from dimefm.sources.parquet import forget_cells, split_column
 from dimefm.sources.read_image import read_encoded
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
@@ -94,8 +93,7 @@ def _require_unchanged(store: Store, images: Images) -> None:
         return
     before: dict[str, SourceFile] = {}
     for image in images:
-        path, column, _ = image.file.partition(f"{PARQUET}#")
-        path += PARQUET if column else ""
+        path, _ = split_column(image.file)
         before[path] = SourceFile(path, image.size, 0)
     try:
         if storage.is_url(images[0].file):

@@ -81,7 +81,7 @@ def _last(path: str) -> str:
 
 
 def _folder_names(place: str) -> list[str]:
-    """The names of the folders in a local folder, without hidden ones, which are counted elsewhere; none at a URL."""
+    """The names of the folders in a local folder, without hidden ones, which `files_in` counts; none at a URL."""
     if storage.is_url(place):
         return []
     return sorted(

@@ -1,4 +1,4 @@
-"""Views: random crops and flips as numbers, drawn once, cached by stage 1 and replayed by the trainer.
+"""Views: random crops and flips as numbers, which stage 1 draws once and caches, and the trainer replays.
 
 Shapes: H, W height and width of an image, V views.
 """
@@ -21,8 +21,8 @@ _CROP_TRIES = 10
 def random_crop(
     height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random crop, by the rule of torchvision's RandomResizedCrop: an area drawn
-    from `scale`, a log-uniform aspect ratio from 3/4 to 4/3, and after ten misses the largest central crop."""
+    """Top, left, height and width of a random crop, by the rule of torchvision's RandomResizedCrop: an area whose share
+    is drawn from `scale`, a log-uniform aspect ratio from 3/4 to 4/3, and after ten misses the largest central crop."""
     for _ in range(_CROP_TRIES):
         area = height * width * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
@@ -35,7 +35,7 @@ def random_crop(
 
 
 def draw_boxes(plan: ViewPlan, row: int, height: int, width: int) -> np.ndarray[Any, Any]:
-    """The views of a row, int32 (V, 5): top, left, height, width in pixels, and 1 where flipped."""
+    """The views of a row, int32 (V, 5): top, left, height and width in pixels, and 1 if flipped, else 0."""
     boxes_V5 = np.zeros((plan.count, 5), np.int32)
     for view in range(plan.count):
         rng = np.random.default_rng((plan.seed, row, view))
@@ -47,7 +47,7 @@ def draw_boxes(plan: ViewPlan, row: int, height: int, width: int) -> np.ndarray[
 def replay(
     image_3HW: torch.Tensor, box: np.ndarray[Any, Any], size: tuple[int, int], facts: Preprocessing
 ) -> torch.Tensor:
-    """A view as pixels, uint8 (3, *size): what the teacher saw, and what the student sees at the same size."""
+    """The pixels of a view, uint8 (3, *size): what the teacher saw, and what the student sees at that size."""
     top, left, height, width, flipped = box.tolist()
     view = resize(image_3HW[:, top : top + height, left : left + width], size, interpolation_mode(facts))
     return view.flip(-1) if flipped else view

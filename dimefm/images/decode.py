@@ -1,7 +1,7 @@
 """From encoded image bytes to pixels, or to the status and reason why not.
 
-JPEG goes through simplejpeg (libjpeg-turbo, no intermediate copies); everything else, JPEG in CMYK, and JPEG in which
-simplejpeg finds fault, through Pillow. Both give the same pixels for the same JPEG.
+simplejpeg (libjpeg-turbo, without intermediate copies) decodes JPEGs. Pillow decodes everything else, JPEGs in CMYK,
+and JPEGs in which simplejpeg finds a fault. Both give the same pixels for the same JPEG.
 
 Shapes: C channels, H height, W width.
 """
@@ -29,26 +29,25 @@ MAX_PIXELS = 89_478_485
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000", "TGA", "ICO",
            "PCX", "SGI", "QOI")  # fmt: skip
-"""What Pillow may decode, whatever a file is called; HEIF by pillow-heif, where that is installed. Of the rest, EPS
-would start Ghostscript, IPTC open any format within it, and WMF ask the operating system."""
-HEAD_BYTES = 32
-"""How many of the first bytes of a file `sniff` looks at."""
+"""What Pillow may decode, whatever a file is called; HEIF needs pillow-heif. Pillow's other formats are refused: EPS
+would start Ghostscript, IPTC would open any format within it, and WMF would ask the operating system."""
 MAX_BYTES = 1 << 30
-"""Largest file of one image that is read: more than MAX_PIXELS of four channels of 16 bits are, uncompressed, also as
-base64. A larger size is that of a damaged header."""
+"""Largest file of one image that is read. MAX_PIXELS with four channels of 16 bits are smaller, uncompressed and even
+in base64, so a larger size is that of a damaged header."""
 
-_ADDRESS = re.compile(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>")  # another in every run
-_FAULTS = (ValueError, KeyError)  # of simplejpeg; the second for ways of storing colour that it has no name for
+_SNIFFED_BYTES = 32
+_ADDRESS = re.compile(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>")  # in Pillow's messages, different in every run
+_FAULTS = (ValueError, KeyError)  # what simplejpeg raises; KeyError for colour spaces that it has no name for
 _END = b"\xff\xd9"  # the mark that a JPEG ends with
 _BEGINNINGS = {
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n\x1a\n",
     "WEBP": rb"RIFF....WEBP",
     "GIF": rb"GIF8[79]a",
-    "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",  # with the size of its second header
+    "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",  # the last bytes are the size of its second header
     "TIFF": rb"II[*+]\0|MM\0[*+]",
     "AVIF": rb".{4}ftyp(avi[fs]|(mif1|msf1).{4}(.{4})*avi[fs])",
-    "HEIF": rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)",  # after AVIF, which may share its brand
+    "HEIF": rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)",  # after AVIF, which may have the brand mif1 or msf1 too
     "JPEG2000": rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n",
     "PPM": rb"P[1-6f]\s+[-\d#]",
     "QOI": rb"qoif",
@@ -56,7 +55,7 @@ _BEGINNINGS = {
     "PCX": rb"\x0a[\0\x02-\x05][\0\x01][\x01\x02\x04\x08]",
     "SGI": rb"\x01\xda[\0\x01][\x01\x02]",
 }
-_FEATURES = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # which Pillow may have been built without
+_FEATURES = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # what Pillow may have been built without
 _NEEDED = {
     "HEIF": "pip install pillow-heif",
     "AVIF": "Pillow 11.3 or newer",
@@ -74,9 +73,9 @@ class DecodeError(Exception):
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image with only its header read, and its size checked before any pixel is allocated.
+    """The image with only its header read: its size is checked before memory is taken for pixels.
 
-    Raises DecodeError for no bytes, for what is not an image of FORMATS, and above `max_pixels`.
+    Raises DecodeError for no bytes, for anything but an image of FORMATS, and for more than `max_pixels`.
     """
     if not data:
         raise DecodeError(Status.EMPTY, "no bytes")
@@ -89,8 +88,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
-        refused = isinstance(error, UnidentifiedImageError) and _refused(data)
-        raise DecodeError(Status.UNDECODABLE, refused or _reason(error)) from None
+        why = _why_unidentified(data) if isinstance(error, UnidentifiedImageError) else ""
+        raise DecodeError(Status.UNDECODABLE, why or _reason(error)) from None
     width, height = image.size
     if width * height > max_pixels:
         reason = f"{width} x {height} is {width * height:,} pixels; the limit is {max_pixels:,}"
@@ -99,15 +98,15 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def sniff(head: bytes) -> str | None:
-    """The format, as FORMATS calls it, of a file that begins with `head`, HEAD_BYTES or more; None for what is no
-    image, or is of another format. Whether this installation decodes it is another question. TGA has no signature.
+    """The format, as FORMATS calls it, of a file that begins with `head`, 32 bytes or more; None for another. This
+    installation need not be able to decode it. TGA has no signature, and is not recognised.
     """
-    return next((name for name, beginning in _SNIFFED.items() if beginning.match(head[:HEAD_BYTES])), None)
+    return next((name for name, beginning in _SNIFFED.items() if beginning.match(head[:_SNIFFED_BYTES])), None)
 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this installation can decode."""
+    """The formats of FORMATS that this installation can decode."""
     Image.init()
     with suppress(ImportError):
         import_module("pillow_heif").register_heif_opener()
@@ -115,9 +114,9 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in known if name not in _FEATURES or features.check(_FEATURES[name]))
 
 
-def _refused(data: bytes) -> str:
-    """What to say of an image that is of another format, or of one that is not decoded here, by its first bytes: it is
-    not opened to find out."""
+def _why_unidentified(data: bytes) -> str:
+    """Why Pillow did not identify an image, by its first bytes alone: it is of a format that is refused, or that this
+    installation cannot decode, or no image. Empty where they do not show it."""
     name = sniff(data)
     if name in _NEEDED and name not in _formats():
         return f"{name} needs {_NEEDED[name]}"
@@ -130,9 +129,9 @@ def _refused(data: bytes) -> str:
 
 
 def decode_fast(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor | Image.Image:
-    """Pixels of an encoded image: a uint8 RGB tensor (3, H, W) for JPEG, else a loaded Pillow image in its own mode.
+    """Pixels of an encoded image: a uint8 RGB tensor (3, H, W) for a JPEG, else a loaded Pillow image in its own mode.
 
-    The first frame of an animation; EXIF orientation is left alone, as open_clip does. Raises DecodeError.
+    Of an animation it is the first frame. EXIF orientation is ignored, as open_clip does. Raises DecodeError.
     """
     fault = ""
     if jpeg_size(data, max_pixels):
@@ -147,7 +146,7 @@ def decode_fast(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor | Ima
 
 
 def decode_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A loaded Pillow image in its own mode, whatever the format: what open_clip's own steps begin with. Raises
+    """A loaded Pillow image in its own mode, whatever the format: the input of open_clip's own steps. Raises
     DecodeError."""
     return _load_pixels(open_image(data, max_pixels))
 
@@ -161,7 +160,8 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
 
 
 def jpeg_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int] | None:
-    """Height and width of a JPEG in grey or colour, from its header; None for anything else, and above `max_pixels`."""
+    """Height and width of a JPEG in grey or colour, from its header; None for anything else, and for more than
+    `max_pixels`."""
     if data[:2] != b"\xff\xd8":
         return None
     try:
@@ -172,9 +172,9 @@ def jpeg_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int] | No
 
 
 def decode_scaled(data: bytes, whole: tuple[int, int], scale: float) -> torch.Tensor:
-    """A JPEG of that height and width as a uint8 RGB tensor (3, H, W), decoded at the smallest n/8 of its size that is
-    `scale` of it or more: the rest of the inverse transform is not computed. At 1 as `decode_rgb`, which is asked where
-    the strict decoder finds fault. Raises DecodeError.
+    """A JPEG whose height and width are `whole` as a uint8 RGB tensor (3, H, W), decoded at the smallest n/8 of its
+    size that is `scale` of it or more: the rest of the inverse transform is not computed. With a scale of 1, or where
+    the strict decoder finds a fault, the same as `decode_rgb`. Raises DecodeError.
     """
     height, width = (math.ceil(side * scale) for side in whole)
     try:
@@ -184,13 +184,13 @@ def decode_scaled(data: bytes, whole: tuple[int, int], scale: float) -> torch.Te
 
 
 def _decode_strictly(data: bytes, **least: int) -> torch.Tensor:
-    """By simplejpeg, which raises for what libjpeg would only warn of."""
+    """A JPEG by simplejpeg, which raises one of _FAULTS where libjpeg would only warn."""
     return torch.from_numpy(decode_jpeg(data, **least)).permute(2, 0, 1)
 
 
 def _decode_leniently(data: bytes, image: Image.Image, fault: str) -> torch.Tensor:
-    """A JPEG in which simplejpeg has found `fault`. Damage within is decoded all the same. A file that is cut short is
-    not, although Pillow would do without the mark at its end."""
+    """A JPEG in which simplejpeg has found `fault`, by Pillow. Damage inside is decoded all the same; a file that is
+    cut short is refused, although Pillow would do without the mark at its end."""
     if fault.startswith("Premature end of JPEG file") or _END not in data:
         raise DecodeError(Status.UNDECODABLE, "Image is incomplete or truncated")
     try:
@@ -207,6 +207,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def _load_pixels(image: Image.Image) -> Image.Image:
+    """An opened image with its pixels, of eight bits per channel. Raises DecodeError."""
     try:
         image.load()
         return eight_bit(image)

@@ -1,8 +1,9 @@
-"""Images of whatever mode as ones that can be resized and made RGB without harm: eight bits a channel.
+"""Images of any mode as images with eight bits per channel, which can be resized and made RGB without harm.
 
-Numbers of 16 bits go from black at 0 to white at 65,535. Of floats, and of TIFF's integers with 32 bits or a sign, a
-file does not say which is white: from 0 to 1 they are read as black to white, and from 0 to 255 too where the largest
-is 16 or more, so that neither is taken for the other. All else is refused; a wrong picture would not be noticed.
+Values of 16 bits go from black at 0 to white at 65,535. For floats, and for TIFF's integers with 32 bits or a sign, a
+file does not say which value is white. Values from 0 to 1 are read as black to white; values from 0 to 255 too, if the
+largest is 16 or more, so that one range is not mistaken for the other. All else is refused: a wrong picture would go
+unnoticed.
 """
 
 from __future__ import annotations
@@ -13,32 +14,33 @@ import numpy as np
 from PIL import Image
 
 _INSTEAD = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA", "LAB": "RGB"}
-"""Modes that Pillow cannot make RGB (La), or resizes by the numbers of its palette (PA), or needs a library for."""
+"""The modes to convert to, for modes that Pillow cannot make RGB (La), resizes by the numbers of the palette (PA), or
+needs a library for."""
 _BITS, _COMPRESSION, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 259, 262, 0  # tags of TIFF, and a value of the last
-_LEAST_WHITE = 16  # of what goes to 255: above any float from 0 to 1 that a filter has overshot
+_LEAST_WHITE = 16  # the least maximum of values from 0 to 255: above floats from 0 to 1 that a filter overshot
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """A loaded image, itself where nothing is in the way. Raises ValueError, with the reason, for numbers that nothing
-    says the white of."""
+    """A loaded image with eight bits per channel; the image itself where it has them. Raises ValueError, with the
+    reason, for values whose white is not known."""
     tags: Any = getattr(image, "tag_v2", {})
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         if tags and tags.prefix == b"MM" and tags.get(_COMPRESSION, 1) != 1:
-            raise ValueError("it is big-endian and compressed, of which Pillow misreads such numbers: save it plainly")
+            raise ValueError("Pillow misreads such values where they are big-endian and compressed: save it plainly")
         grey_HW = _scaled(np.asarray(image))
     elif image.mode == "I" or image.mode.startswith("I;16"):
         bits = 12 if image.format == "TIFF" and tags.get(_BITS) == (12,) else 16
         grey_HW = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
     else:
         if image.mode == "P":
-            image.info.pop("transparency", None)  # which convert would warn of; RGB has none
+            image.info.pop("transparency", None)  # `convert` would warn of it; RGB has none
         return image.convert(_INSTEAD[image.mode]) if image.mode in _INSTEAD else image
-    # Of eight bits and fewer Pillow turns it around itself.
+    # In images of eight bits and fewer Pillow has inverted it.
     return Image.fromarray(255 - grey_HW if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else grey_HW)
 
 
 def _scaled(values_HW: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """uint8, by the rule above."""
+    """Floats or integers as uint8, by the rule at the top of this file."""
     strange = values_HW.size - int(np.isfinite(values_HW).sum())
     if strange:
         raise ValueError(f"{strange:,} of its {values_HW.size:,} values are NaN or infinite")

@@ -1,7 +1,7 @@
-"""A CLIP model's evaluation preprocessing: open_clip's own geometry, on uint8, up to where normalisation starts.
+"""A CLIP model's evaluation preprocessing: open_clip's own geometry, on uint8, up to normalisation.
 
-Normalisation is left to the device that runs the model, in one batch: a quarter of the bytes travel, and the
-floating-point work is not done image by image. Shapes: B images, H height, W width.
+The device that runs the model normalises whole batches: that moves a quarter of the bytes, and needs no floating-point
+work per image. Shapes: B images, H height, W width.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ NORMS = {
     "Inception's (0.5)": (INCEPTION_MEAN, INCEPTION_STD),
     "ImageNet's": (IMAGENET_MEAN, IMAGENET_STD),
 }
-"""The means and standard deviations of channels that models are trained with, and whose they are."""
+"""The means and standard deviations of channels that models are trained with, by whose they are."""
 _PILLOW = int(PIL.__version__.partition(".")[0])
 
 
 class Preprocess:
     """Encoded bytes to a uint8 tensor (3, H, W) of the model's input size. Raises DecodeError. Safe in threads.
 
-    A decoded JPEG stays a tensor: it is resized here and agrees with Pillow to within 2 of 255. All else, and with
-    `exact` JPEGs too, takes open_clip's own steps on the Pillow image.
+    A JPEG is decoded to a tensor and resized here, which agrees with Pillow to within 2 of 255. All else, and with
+    `exact` JPEGs too, goes through open_clip's own steps as a Pillow image.
     """
 
     def __init__(self, facts: Preprocessing, *, exact: bool = False) -> None:
@@ -89,12 +89,13 @@ class Preprocess:
 
 
 def interpolation_mode(facts: Preprocessing) -> str:
-    """torch's name of the interpolation: open_clip's evaluation takes bicubic for what is not bilinear."""
+    """torch's name of the interpolation: open_clip's evaluation uses bicubic for anything but bilinear."""
     return "bilinear" if facts.interpolation == "bilinear" else "bicubic"
 
 
 def shortest_side(image_3HW: torch.Tensor, side: int) -> tuple[int, int]:
-    """Height and width with the shorter one at `side` pixels, the longer rounded down, as torchvision's Resize."""
+    """Height and width with the shorter side `side` pixels long, and the longer rounded down, as torchvision's
+    Resize."""
     height, width = image_3HW.shape[-2:]
     if height <= width:
         return side, int(side * width / height)
@@ -104,9 +105,9 @@ def shortest_side(image_3HW: torch.Tensor, side: int) -> tuple[int, int]:
 def resize(image_3HW: torch.Tensor, size: tuple[int, int], mode: str = "bicubic") -> torch.Tensor:
     """Antialiased resize of a uint8 image, one axis after the other, rounding to uint8 in between.
 
-    That is how Pillow does it; in Pillow's order the result stays within 2 of 255 of its own. In the other order, or
-    without the rounding, the overshoot of the first pass is clipped elsewhere: up to 30 away at sharp edges. In one
-    call on a CPU, torch does the same, width first.
+    Pillow does the same, and in Pillow's order of the axes the result is within 2 of 255 of Pillow's. In the other
+    order, or without the rounding, the overshoot of the first pass is clipped in other places, and sharp edges differ
+    by up to 30. On a CPU, one call of torch's resize does the width first.
     """
     height, width = size
     image = image_3HW[None]
@@ -118,7 +119,7 @@ def resize(image_3HW: torch.Tensor, size: tuple[int, int], mode: str = "bicubic"
 
 
 def _interpolate(image_13HW: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
-    """For uint8 torch has kernels on the CPU alone."""
+    """torch's antialiased interpolation; on a GPU by way of float, since only the CPU has kernels for uint8."""
     if image_13HW.shape[-2:] == size:
         return image_13HW
     if image_13HW.device.type == "cpu":
@@ -128,13 +129,13 @@ def _interpolate(image_13HW: torch.Tensor, size: tuple[int, int], mode: str) -> 
 
 
 def _height_first(fewer_rows: int, fewer_columns: int) -> bool:
-    """Whether Pillow begins with the height: from 13.0 on, where that takes away far more than the width does. The
-    order shows only where a pass overshoots, as bicubic does."""
+    """Whether Pillow resizes the height first: from 13.0 on, where that removes far more pixels than the width does.
+    The order shows only where a pass overshoots, as bicubic does."""
     return _PILLOW >= 13 and fewer_rows > max(0, 2 * fewer_columns)
 
 
 def _open_clip_steps(facts: Preprocessing) -> list[Callable[[Any], Any]]:
-    """open_clip's resize and crop. Its last three steps make a normalised float tensor, which is done elsewhere."""
+    """open_clip's resize and crop, without its last three steps, which make a normalised float tensor."""
     steps = image_transform_v2(PreprocessCfg(**asdict(facts)), is_train=False).transforms
     assert isinstance(steps[-1], Normalize), "open_clip's preprocessing no longer ends with Normalize"
     return list(steps[:-3])
@@ -143,8 +144,8 @@ def _open_clip_steps(facts: Preprocessing) -> list[Callable[[Any], Any]]:
 def normalise(pixels_B3HW: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """uint8 (B, 3, H, W) to float32: (pixels / 255 - mean) / std by channel, on the device of `pixels`.
 
-    On a CPU two steps in place: a third of the time of one step that makes another tensor. On a GPU one kernel, and
-    nothing that it would have to be waited for.
+    On a CPU this is two steps in place, which take a third of the time of one step that makes another tensor. On a GPU
+    it is one kernel, and the CPU does not wait for it.
     """
     scale = _by_channel([1 / (255 * s) for s in std], pixels_B3HW.device)
     shift = _by_channel([-m / s for m, s in zip(mean, std, strict=True)], pixels_B3HW.device)
@@ -154,5 +155,5 @@ def normalise(pixels_B3HW: torch.Tensor, mean: tuple[float, ...], std: tuple[flo
 
 
 def _by_channel(values: list[float], device: torch.device) -> torch.Tensor:
-    """float32 (1, C, 1, 1), filled where it is: a copy from memory would wait for all that the device has to do."""
+    """float32 (1, C, 1, 1), filled on the device: a copy from the CPU's memory would wait for the device's queue."""
     return torch.stack([torch.full((), value, device=device) for value in values]).view(1, -1, 1, 1)

@@ -1,4 +1,4 @@
-"""Images as small JPEGs, for a trainer that then needs the originals no more."""
+"""Images as small JPEGs, so that the trainer does not need the originals."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ from dimefm.images.decode import DecodeError
 from dimefm.images.preprocess import resize, shortest_side
 
 _QUALITY = 90
-
-
-_LONGEST = 65_500  # pixels a side that libjpeg writes
+_LONGEST = 65_500  # pixels of a side that libjpeg can write
 
 
 def small_jpeg(data: bytes, image: torch.Tensor | Image.Image, side: int) -> bytes:
-    """`image`, decoded from `data`, as a JPEG whose short side is `side` at most.
+    """`image`, decoded from `data`, as a JPEG whose shorter side has at most `side` pixels.
 
-    A JPEG that is no larger stays as it is: nothing is lost to a second compression. Nothing is enlarged. Raises
-    DecodeError where the long side is more than a JPEG can have.
+    Nothing is enlarged, and a JPEG that is small enough is returned as it is: nothing is lost to a second compression.
+    Raises DecodeError where the longer side has more pixels than a JPEG can have.
     """
     if isinstance(image, torch.Tensor):
         if min(image.shape[-2:]) <= side:
@@ -36,7 +34,7 @@ def small_jpeg(data: bytes, image: torch.Tensor | Image.Image, side: int) -> byt
     else:
         small = image.convert("RGB")
     if max(small.size) > _LONGEST:
-        what = f"{small.width} x {small.height} is more than the {_LONGEST:,} pixels a side of a JPEG"
+        what = f"{small.width} x {small.height} is more than the {_LONGEST:,} pixels that a side of a JPEG can have"
         raise DecodeError(Status.TOO_LARGE, what)
     sink = io.BytesIO()
     small.save(sink, "JPEG", quality=_QUALITY)

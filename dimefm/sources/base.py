@@ -53,11 +53,12 @@ class Source(Protocol[_Sample]):
                     else:
                         account.skip("files that are not JPEGs", file.path)
 
-    It is handed to `pipeline.cache.cache(config, ListedImages("list.txt"))`, in place of the sources that
-    `config.sources` would open. Planning goes through the samples once and writes them down: sample r becomes row r of
-    the store. What encodes a row, in this or another process or on another machine, reads the bytes that the sample
-    names, so these must lie in a file that is there as long as the job takes. The same command goes on with a store
-    only if `files` gives the same files as before.
+    It is handed in as `CacheConfig(sources=(ListedImages("list.txt"),), ...)`, alone or beside paths; the store's
+    attributes then name its class. examples/custom_image_source.py is a whole script.
+
+    Planning goes through the samples once and writes them down: sample r becomes row r of the store. Later the bytes
+    that a sample names are read, also in other processes and on other machines, so its file must stay where it is. The
+    same command goes on with a store only if `files` gives the same files as before, unchanged.
     """
 
     def files(self) -> list[SourceFile]:

@@ -1,4 +1,4 @@
-"""What the names of files, and of members of tars, say of them; and why those that are not used are not."""
+"""What the name of a file, or of a member of a tar, says about it, and the reason why one is not used."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _HIDDEN = re.compile(r"(^|/)(\.[^./]|\.\.[^/]|__MACOSX/)")
 
 
 def extension_of(path: str) -> str:
-    """The extension of a file, in lower case and without the dot; nothing where it has none, or none that says
-    anything, as in `photo.2019` or `a.jpg?w=200`."""
+    """The extension of a file, in lower case and without the dot; empty where it has none, or none that means a kind of
+    file, as in `photo.2019` or `a.jpg?w=200`."""
     match = _EXTENSION.search(path.rpartition("/")[2].lower())
     return match[1] if match else ""
 
 
 def why_not_read(path: str) -> str:
-    """Why a file whose name says that it is of no kind that is read is not used."""
+    """The reason for a file whose name is not that of a kind that is read, as Account.skip takes it."""
     if _COMPRESSED.search(path.lower()):
         return "compressed tars, of which no member can be read alone (decompress them)"
     extension = extension_of(path)
@@ -36,12 +36,12 @@ def why_not_read(path: str) -> str:
 
 
 def why_member_not_read(extension: str) -> str:
-    """Why a member of a tar is not used, by its extension as images.split_key gives it."""
+    """The reason for a member of a tar, by its extension as base.split_key gives it."""
     if _OF_MEMBERS.fullmatch(extension):
         return f"members of tars that end in .{extension}"
     return "members of tars without an extension, or with none that is known (call them KEY.jpg, KEY.txt, ...)"
 
 
 def is_hidden_member(name: str, key: str) -> bool:
-    """Whether a member of a tar, of that key, is hidden, or in a hidden folder, as programs for desktops leave them."""
+    """Whether a member of a tar, with this key, is hidden or in a hidden folder, as desktop programs leave them."""
     return not key or ("/" in name and (key[-1] == "/" or _HIDDEN.search(name) is not None))

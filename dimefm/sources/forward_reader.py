@@ -10,17 +10,17 @@ from dimefm.system import storage
 from dimefm.system.read_ahead import URL_BLOCK
 
 URL_LEAP = 1 << 20
-"""Bytes that are passed over at a URL rather than read. A request costs a core 2 ms by s3fs, in which it reads 1.2 MB;
-and a round trip of 30 ms carries 1 MB at 35 MB/s, which is what each of 32 connections has of 10 Gb/s."""
+"""At a URL, so many bytes and more are passed over rather than read. By s3fs a request costs a core 2 ms, in which it
+reads 1.2 MB; and a round trip takes 30 ms, in which each of 32 connections that share 10 Gb/s carries 1 MB."""
 
 _GROWTH = 4
 
 
 class Window:
-    """The part of a file that was read last.
+    """The part of a file that was read last, which slides forward.
 
-    `read(offset, size)` gives bytes, fewer only at the end of the file. Reads grow from `least` to `most` bytes as long
-    as what is asked for lies near the end of the last, and are `least` again after a leap of more than `leap`.
+    `read(offset, size)` must give these bytes, fewer only at the end of the file. Reads grow from `least` to `most`
+    bytes while the wanted bytes follow closely, and are `least` again after a leap of more than `leap` bytes.
     """
 
     def __init__(self, read: Callable[[int, int], bytes], least: int, most: int, leap: int) -> None:
@@ -41,7 +41,8 @@ class Window:
 
 @contextmanager
 def open_window(path: str) -> Iterator[Window]:
-    """A window over a local file, in reads of 4 to 128 KB, or over one at a URL, of 16 KB to 8 MB. Raises OSError."""
+    """A window over a local file, with reads of 4 to 128 KB, or over a file at a URL, with reads of 16 KB to 8 MB.
+    Raises OSError."""
     if storage.is_url(path):
         yield Window(lambda offset, size: storage.read_bytes(path, offset, size), 1 << 14, URL_BLOCK, URL_LEAP)
         return
@@ -50,7 +51,7 @@ def open_window(path: str) -> Iterator[Window]:
 
 
 def _read(file: int, offset: int, size: int) -> bytes:
-    """Bytes of an open file, fewer only at its end: some file systems give what they have at hand."""
+    """Bytes of an open file, fewer only at its end: some file systems give fewer than were asked for."""
     data = os.pread(file, size, offset)
     while len(data) < size and (more := os.pread(file, size - len(data), offset + len(data))):
         data += more

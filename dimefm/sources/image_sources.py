@@ -1,4 +1,4 @@
-"""Images from WebDataset tars and from folders."""
+"""Images from tars, tables, files and folders: what the arguments of cache-images name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FURTHER = "further images of the same key (one is used: the first of jpg, png, 
 
 
 class WebDataset:
-    """Tar files with one image a sample (key.jpg, key.png, ...); other members of a sample are counted."""
+    """Tars with one image per sample: KEY.jpg, KEY.png, ... Other members of a sample are counted."""
 
     def __init__(self, files: Sequence[SourceFile]) -> None:
         self._files = files
@@ -39,8 +39,8 @@ class WebDataset:
         return list(self._files)
 
     def samples(self, account: Account) -> Iterator[ImageSample]:
-        """Images by tar and by place in it. Only headers are read; of tars at URLs, several at a time, and where there
-        is a side file that fits, it instead of them."""
+        """Images by tar and by place in it. Only headers are read. At URLs several tars are read at a time, and a side
+        file in place of the headers where there is one that fits."""
         if not self._files or not storage.is_url(self._files[0].path):
             for file in self._files:
                 yield from _images(file.path, tar_members(file.path, account), account)
@@ -48,26 +48,26 @@ class WebDataset:
             yield from self._at_urls(account)
 
     def _at_urls(self, account: Account) -> Iterator[ImageSample]:
-        sides = find_side_files(self._files)
-        asked = [(file, sides.get(file.path)) for file in self._files]
-        walked = [file.size for file, side in asked if not side]
+        side_files = find_side_files(self._files)
+        tars = [(file, side_files.get(file.path)) for file in self._files]
+        walked = [file.size for file, side_file in tars if not side_file]
         blocks = sum(-(-size // URL_BLOCK) for size in walked)
-        with Progress("planning", len(asked), "tar") as progress:
+        with Progress("planning", len(tars), "tar") as progress:
             progress.note(
-                f"{len(asked) - len(walked):,} tars by their side files, {len(walked):,} by their headers: at most "
+                f"{len(tars) - len(walked):,} tars by their side files, {len(walked):,} by their headers: at most "
                 f"{amount(sum(walked))} in {blocks:,} requests, less where members are larger than {amount(URL_LEAP)}"
             )
-            for done, (images, own) in enumerate(in_order(_listed, asked), 1):
+            for done, (images, own) in enumerate(in_order(_list_at_url, tars), 1):
                 account.add(own)
                 yield from images
                 progress.at(done)
 
 
 def _images(path: str, members: Iterable[TarMember], account: Account) -> Iterator[ImageSample]:
-    """The images of a tar. Of those that follow each other with the same key one is used: as in open_clip the first
-    of _PREFERRED, then the first in the tar."""
-    waiting: ImageSample | None = None
-    kind = last = ""
+    """The images of a tar. Of several that follow each other with the same key one is used, as in open_clip: the one
+    whose extension comes first in _PREFERRED, else the first in the tar."""
+    waiting: ImageSample | None = None  # the best image of the last key
+    kind = last = ""  # its extension and its key
     for name, offset, size in members:
         key, extension = split_key(name)
         if is_hidden_member(name, key):
@@ -91,18 +91,18 @@ def _rank(extension: str) -> int:
     return _PREFERRED.index(extension) if extension in _PREFERRED else len(_PREFERRED)
 
 
-def _listed(asked: tuple[SourceFile, SourceFile | None]) -> tuple[list[ImageSample], Account]:
-    """The images of a tar, by its side file where that fits."""
-    tar, side = asked
+def _list_at_url(tar_and_side_file: tuple[SourceFile, SourceFile | None]) -> tuple[list[ImageSample], Account]:
+    """The images of a tar, by its side file if it has one that fits, else by its headers."""
+    tar, side_file = tar_and_side_file
     account = Account()
-    members = read_side_file(tar, side, account) if side else None
+    members = read_side_file(tar, side_file, account) if side_file else None
     found = members if members is not None else tar_members(tar.path, account)
     return list(_images(tar.path, found, account)), account
 
 
 class ImageFiles:
-    """Image files, one a sample; the key of one is its path within `root`, without the extension. Those that are
-    `taken` when their turn comes are counted."""
+    """Image files, one per sample; the key is the path below `root` without the extension. Files that are in `taken`
+    when their turn comes are counted."""
 
     def __init__(self, root: str, files: Sequence[SourceFile], taken: Container[str] = ()) -> None:
         self._root, self._files, self._taken = root.rstrip("/"), files, taken
@@ -112,7 +112,7 @@ class ImageFiles:
         return list(self._files)
 
     def samples(self, account: Account) -> Iterator[ImageSample]:
-        """One sample a file."""
+        """One sample per file."""
         for file in self._files:
             if file.path in self._taken:
                 account.skip("images that are rows of a Parquet file, too (each is used once, as a row)", file.path)
@@ -121,7 +121,7 @@ class ImageFiles:
 
 
 class ImageFolder(ImageFiles):
-    """The image files of a folder tree, by path. Whatever else is in it is counted in `account`."""
+    """The image files in a folder and those below it, by path. Whatever else is there is counted in `account`."""
 
     def __init__(self, root: str, account: Account) -> None:
         root = storage.absolute(root)
@@ -135,16 +135,15 @@ class ImageFolder(ImageFiles):
 def open_image_source(
     arguments: Sequence[str | Source[ImageSample]], column: str | None = None, account: Account | None = None
 ) -> Source[ImageSample]:
-    """The source that the arguments name: .tar, .parquet, .tsv and image files (globs and {000..009} ranges too), and
-    folders, which stand for all of these in them, at any depth: tars, tables and images in this order. From Python, an
-    argument may also be a Source, which is taken as it is.
+    """The source that the arguments name: .tar, .parquet, .tsv and image files, also by globs and ranges such as
+    {000..009}, and folders, each of which stands for all of these files in it, at any depth: first tars, then tables,
+    then images. From Python, an argument may also be a Source, which is taken as it is.
 
-    What is in a folder or matches a glob, and is not used, is counted in `account`. A .parquet beside a .tar of the
-    same name is not looked into: downloaders write captions there. `column` is the one with the images in Parquet
-    files.
+    What is in a folder or matches a glob and is not used is counted in `account`. A .parquet beside a .tar of the same
+    name is counted unread: downloaders write captions there. `column` is the column of images in Parquet files.
 
     Raises SourceError where an argument does not exist, holds no image or is of another kind, where a file is given
-    twice, and where no file has the column.
+    twice, and where no Parquet file is given to have the column.
     """
     account = Account() if account is None else account
     parts: list[Source[ImageSample]] = []
@@ -162,23 +161,27 @@ def open_image_source(
             what = f"{argument} holds no {', '.join(CONTAINERS)} and no image{found_instead(account.lines())}"
             raise SourceError(what, remedy=f"images end in: {', '.join(sorted(IMAGE_EXTENSIONS))}")
         parts += found
-    counts = Counter(file.path for part in parts for file in part.files())
-    repeated = [path for path, count in counts.items() if count > 1]
-    if repeated:
-        raise SourceError(f"{min(repeated)} is given more than once", remedy="name each file or folder once")
+    _require_each_once(parts)
     tables = [part for part in parts if isinstance(part, ParquetImages)]
     if column is not None and not tables:
-        what = f"--column {column}: there is no .parquet among the images, and only those have columns to choose from"
+        what = f"--column {column}: the images are in no .parquet file, and only those have columns to choose from"
         raise SourceError(what, remedy="leave it out")
     if tables:
         tables[0].check()
     return Joined(parts)
 
 
+def _require_each_once(parts: Sequence[Source[ImageSample]]) -> None:
+    counts = Counter(file.path for part in parts for file in part.files())
+    repeated = [path for path, count in counts.items() if count > 1]
+    if repeated:
+        raise SourceError(f"{min(repeated)} is given more than once", remedy="name each file or folder once")
+
+
 def _sources(
     files: Sequence[SourceFile], root: str, column: str | None, account: Account, *, found: bool
 ) -> Iterator[Source[ImageSample]]:
-    """The sources in files of any kind. Those that were `found`, in a folder or by a glob, may hold no images."""
+    """The sources that files of any kind are. Files that were `found` in a folder or by a glob may hold no images."""
     kinds = by_kind(files, account if found else None)
     tars, tables = kinds.get(TAR, []), kinds.get(PARQUET, [])
     if found:
@@ -198,7 +201,7 @@ def _sources(
 
 
 def _root(argument: str, places: Sequence[FileOrFolder]) -> str:
-    """Where the keys of image files begin: the last folder that the argument names without a pattern."""
+    """The folder below which the keys of image files begin: the last that the argument names without a pattern."""
     path = storage.absolute(argument)
     if [place.path for place in places] != [path]:
         path = re.split(r"[*?[{]", path, maxsplit=1)[0]

@@ -80,7 +80,9 @@ def choose_column(names: list[str], column: str | None, path: str, or_else: str 
     for name in wanted:
         if name in names:
             return name
-    there = ", ".join([*names[:_MOST_SHOWN], *(["..."] if len(names) > _MOST_SHOWN else [])]) or "no column of strings"
-    what = f"{path} has no column {' or '.join(map(repr, wanted))}; there is: {there}"
+    shown = ", ".join([*names[:_MOST_SHOWN], *(["..."] if len(names) > _MOST_SHOWN else [])])
+    what = (
+        f"{path} has no column {' or '.join(map(repr, wanted))}, {f'only {shown}' if names else 'and none of strings'}"
+    )
     remedy = f"name the column with the sentences: --column NAME{or_else}"
-    raise NoColumnError(what, f"{path}, which has {there}", remedy=remedy)
+    raise NoColumnError(what, f"{path}, which has {shown or 'no column of strings'}", remedy=remedy)

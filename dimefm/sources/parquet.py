@@ -22,6 +22,8 @@ from dimefm.system import storage
 from dimefm.system.first_bytes import HEAD_BYTES, describe
 
 SUFFIX = ".parquet"
+COLUMN_MARK = f"{SUFFIX}#"
+"""What stands before the column in the name of a Parquet file with images, PATH.parquet#COLUMN."""
 BLOCK_BYTES, _BLOCK_ROWS = 32 << 20, 8192
 """The most that is read of a row group at a time, in bytes and rows."""
 
@@ -55,6 +57,12 @@ class Column(NamedTuple):
     """What is read of the file for it, as Parquet names it."""
     in_list: bool = False
     """Whether the structs are in a list, so that a row may have several of them or none."""
+
+
+def split_column(file: str) -> tuple[str, str | None]:
+    """Path and column of an image that a plan names as PATH.parquet#COLUMN; no column for any other file."""
+    path, mark, column = file.partition(COLUMN_MARK)
+    return (path + SUFFIX, column) if mark else (file, None)
 
 
 def open_parquet(path: str) -> pq.ParquetFile:

@@ -13,13 +13,11 @@ from dimefm.sources.text_lines import encoding_by_mark
 from dimefm.system import storage
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "templates.txt"
-
-
 _NEEDED = f"a labelled set needs {CLASSNAMES} and {TEMPLATES}"
 
 
 class PromptSet:
-    """The prompts of a labelled set: a folder with classnames.txt and templates.txt ({c} stands for the class)."""
+    """The prompts of a labelled set: a folder with classnames.txt and with templates.txt, where {c} is the class."""
 
     def __init__(self, root: str) -> None:
         self._root = storage.absolute(root)
@@ -32,7 +30,7 @@ class PromptSet:
             raise SourceError(error.what, remedy=f"{_NEEDED}; sentences are in files of other names") from None
 
     def samples(self, account: Account) -> Iterator[TextSample]:
-        """Every class under every template; the key is set/class/template."""
+        """The prompts of each class, in every template; the key is set/class/template, with numbers counted from 0."""
         name = self._root.rstrip("/").rpartition("/")[2]
         templates = read_templates(self._root)
         for class_id, class_name in enumerate(read_classnames(self._root)):
@@ -41,19 +39,19 @@ class PromptSet:
 
 
 def prompt(template: str, class_name: str) -> str:
-    """`class_name` put in place of {c}, or of {} as open_clip and CLIP write it."""
+    """The template with `class_name` in place of {c}, or of {}, as open_clip and CLIP write it."""
     return " ".join(template.replace("{c}", class_name).replace("{}", class_name).split())
 
 
 def read_classnames(root: str) -> list[str]:
-    """Class names, one a line, in the order of the labels."""
-    return _lines(storage.join(root, CLASSNAMES))
+    """Class names, one per line, in the order of the labels."""
+    return _read_lines(storage.join(root, CLASSNAMES))
 
 
 def read_templates(root: str, name: str = TEMPLATES) -> list[str]:
-    """Prompt templates, one a line. Raises SourceError where one has no place for the class."""
+    """Prompt templates, one per line. Raises SourceError where one has no place for the class."""
     path = storage.join(root, name)
-    templates = _lines(path)
+    templates = _read_lines(path)
     for number, template in enumerate(templates, 1):
         if "{c}" not in template and "{}" not in template:
             what = f"{path}, line {number}: {template!r} has no {{c}}"
@@ -61,7 +59,8 @@ def read_templates(root: str, name: str = TEMPLATES) -> list[str]:
     return templates
 
 
-def _lines(path: str) -> list[str]:
+def _read_lines(path: str) -> list[str]:
+    """The lines of a file without those that are blank at its end. Raises SourceError for another blank line."""
     try:
         data = storage.read_bytes(path)
         lines = data.decode(encoding_by_mark(data)).splitlines()
@@ -73,7 +72,7 @@ def _lines(path: str) -> list[str]:
     while found and not found[-1]:
         found.pop()
     if not found:
-        raise SourceError(f"{path} is empty", remedy="write one entry a line")
+        raise SourceError(f"{path} is empty", remedy="write one entry per line")
     if "" in found:
         what = f"{path}, line {found.index('') + 1} is blank"
         raise SourceError(what, remedy="delete it: lines are counted, and those after it would shift")

@@ -15,7 +15,7 @@ from cache_schemas.plan import PlannedImage
 from dimefm.errors import RUN_AGAIN, UnreadableError
 from dimefm.images.decode import MAX_BYTES, DecodeError
 from dimefm.sources.base import ImageSample
-from dimefm.sources.parquet import SUFFIX, DamagedParquetError, read_cell
+from dimefm.sources.parquet import DamagedParquetError, read_cell, split_column
 from dimefm.system import storage
 from dimefm.system.named_paths import named
 
@@ -73,12 +73,12 @@ def read_encoded(image: EncodedImage) -> bytes:
     StoreError for a file that a document may not name (system.named_paths).
     """
     file, offset, size = image.file, image.offset, image.size
-    path, mark, column = file.partition(f"{SUFFIX}#")
-    named(path + SUFFIX if mark else path, "the plan")
+    path, column = split_column(file)
+    named(path, "the plan")
     if size > MAX_BYTES:
         raise DecodeError(Status.TOO_LARGE, f"{size:,} bytes, as {file} says; the limit is {MAX_BYTES:,}")
-    if mark:
-        return _from_parquet(path + SUFFIX, column, offset)
+    if column is not None:
+        return _from_parquet(path, column, offset)
     data = storage.read_bytes(file, offset, size)
     if not file.endswith(".tsv"):
         return data

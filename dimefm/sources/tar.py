@@ -155,7 +155,7 @@ def _walk(window: Window, listing: _Listing, position: int = 0) -> Iterator[TarM
         if kind in _EXTENSIONS:
             given = records_of_all if kind == _PAX_OF_ALL else records
             given.update(_read_extension(window, kind, data, size))
-            position = _end_of_data(data, size)
+            position = end_of_data(data, size)
             continue
 
         name = records.get(b"path") or records_of_all.get(b"path") or _name_in(header)
@@ -169,7 +169,7 @@ def _walk(window: Window, listing: _Listing, position: int = 0) -> Iterator[TarM
             size = 0
         elif kind == _SPARSE and header[482]:
             data = _after_sparse_map(window, data)
-        position = _end_of_data(data, size)
+        position = end_of_data(data, size)
 
         if kind in _FILES and not sparse:
             listing.count += 1
@@ -206,7 +206,7 @@ def _read_extension(window: Window, kind: bytes, data: int, size: int) -> dict[b
     return _pax_records(content)
 
 
-def _end_of_data(data: int, size: int) -> int:
+def end_of_data(data: int, size: int) -> int:
     """Where the next header is: data are filled up to whole blocks."""
     return data + (size + BLOCK - 1 & -BLOCK)
 

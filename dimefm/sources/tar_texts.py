@@ -1,4 +1,4 @@
-"""Sentences in the members of tars of samples, as WebDataset and img2dataset write them."""
+"""Sentences in the members of tars, one sample per key, as WebDataset and img2dataset write them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MOST_BYTES = 64 << 20
 
 
 class TarTexts:
-    """A tar of samples: the lines of its .txt members are sentences, or with `column` that field of its .json members.
+    """A tar whose sentences are the lines of its .txt members, or with `column` that field of its .json members.
 
-    The key of a sentence is that of its member: the name up to the first dot after the last slash. Where the member has
-    several, :LINE follows, or the places in lists as :N.
+    The key of a sentence is that of its member: its name up to the first dot after the last slash. In a member with
+    several sentences, :LINE follows, or :N for the place in each list.
     """
 
     def __init__(self, file: SourceFile, column: str | None = None) -> None:
@@ -34,7 +34,7 @@ class TarTexts:
         return [self._file]
 
     def samples(self, account: Account) -> Iterator[TextSample]:
-        """Every sentence, by member. Other members, and values that are no sentence, are counted."""
+        """Every sentence, by member. Other members, and values that are not sentences, are counted."""
         wanted = "txt" if self._column is None else "json"
         replaced = 0
         try:
@@ -45,7 +45,7 @@ class TarTexts:
                     if is_hidden_member(name, key):
                         account.skip(HIDDEN_MEMBERS, place)
                     elif extension != wanted:
-                        account.skip(_other(extension), place)
+                        account.skip(_why_not_used(extension), place)
                     elif size > _MOST_BYTES:
                         account.skip(f"members of tars with more than {_MOST_BYTES >> 20} MB of text", place)
                     elif len(data := window.get(offset, size)) < size:
@@ -83,6 +83,6 @@ class TarTexts:
                     account.skip(f"{what} {why_nothing_left(value)}", place)
 
 
-def _other(extension: str) -> str:
+def _why_not_used(extension: str) -> str:
     how = " (--column NAME reads a field of them)" if extension == "json" else ""
     return why_member_not_read(extension) + how

@@ -1,4 +1,4 @@
-"""Text files as lines of str, whatever their encoding, and what a sentence is of them."""
+"""Text files as lines of str, whatever their encoding; and how the text of a sentence is cleaned."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from dimefm.system.first_bytes import describe
 
 
 class NotTextError(Exception):
-    """Why a file holds no text at all."""
+    """A file is not text at all; the message says what it is."""
 
 
 class DamagedTextError(Exception):
-    """Where and how what a file holds breaks off, or is not what its name says."""
+    """The content of a file breaks off, or is not what the name says; the message says where and how."""
 
 
 READ_ERRORS = (EOFError, zlib.error, OSError, MemoryError, csv.Error, DamagedTextError)
 """What reading a text file or table raises where it is damaged, or cannot be read."""
 
-_HEAD = 1 << 16  # bytes by which the encoding and the line ends are told
-_MARKS = {  # the longer ones first: that of UTF-32 begins as that of UTF-16
+_HEAD = 1 << 16  # bytes by which the encoding and the line ends are recognised
+_MARKS = {  # the longer ones first: the mark of UTF-32 begins like that of UTF-16
     "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
     "utf-8-sig": (codecs.BOM_UTF8,),
 }
 _CONTROL = bytes({*range(32), 127} - {*b"\t\n\v\f\r\x1b"})
-_FEWEST, _SHARE = 4, 0.02  # control characters of a file that is no text: at least so many, and such a share
+_FEWEST, _SHARE = 4, 0.02  # a file with so many control characters, and such a share of them, is not text
 _UNUSABLE = re.compile("[\x01-\x1f\x7f-\x9f\ufeff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _INVISIBLE = re.compile(
@@ -87,8 +87,8 @@ def report_replaced(path: str, units: str, count: int, account: Account, encodin
 
 @contextmanager
 def open_text(path: str) -> Iterator[TextIO]:
-    """A text file to be read by lines, decompressed if its name ends in .gz; else as `as_text`. Raises NotTextError for
-    what is something else, OSError, and while it is read the errors in BROKEN."""
+    """A text file as lines of str, as `as_text` gives them, decompressed if its name ends in .gz. Raises NotTextError
+    for a file that is something else, OSError, and while it is read one of READ_ERRORS."""
     with open_seekable(path) as file:
         if path.lower().endswith(".gz"):
             head = _peek(file)
@@ -102,11 +102,11 @@ def open_text(path: str) -> Iterator[TextIO]:
 
 
 def as_text(file: Any) -> TextIO:
-    """A binary file with `peek`, from its beginning, as lines of str.
+    """A binary file with `peek`, read from its beginning, as lines of str.
 
-    UTF-16 and UTF-32 are known by their byte order mark; all else is UTF-8, and bytes that are not become U+FFFD. Lines
-    end in \\n or \\r\\n; in \\r too where the first block that is read holds no \\n, as on old Macs. Neither U+2028 nor
-    U+0085 ends a line. Raises NotTextError for what is something else by its first bytes.
+    UTF-16 and UTF-32 are recognised by their byte order mark; everything else is UTF-8, and bytes that are not UTF-8
+    become U+FFFD. Lines end in \\n or \\r\\n, and also in \\r if the first block holds no \\n, as on old Macs. Neither
+    U+2028 nor U+0085 ends a line. Raises NotTextError for a file that is something else by its first bytes.
     """
     head = _peek(file)
     encoding = encoding_by_mark(head)
@@ -123,17 +123,17 @@ def encoding_by_mark(head: bytes) -> str:
 
 
 def encoding_of(file: TextIO) -> str:
-    """`UTF-8`, for a message."""
+    """The encoding of a text file as a message names it, such as `UTF-8`."""
     return file.encoding.removesuffix("-sig").upper()
 
 
 def _peek(file: Any) -> bytes:
-    """The first bytes, which will be read again."""
+    """The first bytes, which stay to be read."""
     return bytes(file.peek(_HEAD)[:_HEAD])
 
 
 def _what_instead(head: bytes) -> str | None:
-    """What a file is that is no text in UTF-8; None where it may be."""
+    """What a file is, if its first bytes are not text in UTF-8; None if they may be."""
     if what := describe(head):
         return f"it is {what}"
     control = len(head) - len(head.translate(None, _CONTROL))
@@ -147,22 +147,19 @@ def _what_instead(head: bytes) -> str | None:
 
 
 def clean(text: str) -> str:
-    """White space as single spaces, and none at the ends. Nothing is left of a text with NUL in it, or in which no
-    character shows. Control characters and byte order marks, which files that were put together have inside, count as
-    white space; half a surrogate pair, which JSON can write and UTF-8 cannot, becomes U+FFFD."""
+    """The text with single spaces as its only white space and none at its ends; empty for a text with NUL in it, or in
+    which no character shows. Control characters count as white space, and so do byte order marks, which joined files
+    have inside. Half a surrogate pair, which JSON can write and UTF-8 cannot, becomes U+FFFD."""
     text = " ".join(text.split())
     if text.isprintable():
         return text if text.isascii() or not _INVISIBLE.fullmatch(text) else ""
-    return "" if "\0" in text or _INVISIBLE.fullmatch(text) else _cleaned(text)
-
-
-def _cleaned(text: str) -> str:
-    text = _SURROGATE.sub("\ufffd", text)
-    return " ".join(_UNUSABLE.sub(" ", text).split())
+    if "\0" in text or _INVISIBLE.fullmatch(text):
+        return ""
+    return " ".join(_UNUSABLE.sub(" ", _SURROGATE.sub("\ufffd", text)).split())
 
 
 def why_nothing_left(text: str) -> str:
-    """Why nothing is left of a text after `clean`, as what follows `lines`."""
+    """Why `clean` leaves nothing of a text, in words that follow a noun such as `lines`."""
     if "\0" in text:
         return "with NUL bytes in them, which is damage"
     return "that are blank" if not text.strip() else "in which no character shows, such as zero-width spaces"

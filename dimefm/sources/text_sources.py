@@ -1,4 +1,4 @@
-"""Sentences from text files, and the prompts of a labelled set."""
+"""Sentences from text files, tables, tars and labelled sets: what the arguments of cache-texts name."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from dimefm.system.inert_text import line
 
 
 class TextFile:
-    """A .txt or .txt.gz file, one sentence a line, in UTF-8, or UTF-16 or UTF-32 with a byte order mark. The key of a
-    sentence is file:line."""
+    """A .txt or .txt.gz file with a sentence per line, in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. The key
+    of a sentence is file:line."""
 
     def __init__(self, file: SourceFile) -> None:
         self._file, self._path = file, file.path
@@ -34,8 +34,8 @@ class TextFile:
         return [self._file]
 
     def samples(self, account: Account) -> Iterator[TextSample]:
-        """Every line in which something shows; others are counted. Bytes that are not UTF-8 become U+FFFD, and the file
-        is reported once; so is one that is no text."""
+        """Every line in which a character shows; others are counted. Bytes that are not UTF-8 become U+FFFD, which is
+        reported once per file. So are a file that is not text, and one that is likely a table."""
         name = self._path.rpartition("/")[2]
         number = tabs = 0
         with reporting(self._path, "line", account) as reading, open_text(self._path) as file:
@@ -56,7 +56,7 @@ class TextFile:
 
 
 class _FoundTable:
-    """A table that was found in a folder or by a glob: it is counted where it has no such column."""
+    """A table that was found in a folder or by a glob: it is counted, not refused, if it lacks the column."""
 
     def __init__(self, table: Source[TextSample], column: str | None) -> None:
         self._table, self._column = table, column
@@ -66,7 +66,7 @@ class _FoundTable:
         return self._table.files()
 
     def samples(self, account: Account) -> Iterator[TextSample]:
-        """As of the table."""
+        """The samples of the table; none where it lacks the column."""
         try:
             yield from self._table.samples(account)
         except NoColumnError as error:
@@ -86,26 +86,26 @@ _KINDS = {
 }
 _NEVER_GZ = (".parquet", ".tar")
 _BESIDE = (".json", ".tar")
-"""What is read in a folder only where nothing else is, tars before JSON: beside other kinds, .json files say something
-of the dataset, and tars hold the images, with captions that the tables have too."""
+"""Kinds that are not read in a folder that holds other kinds too; of just these two, tars are read. Beside other kinds,
+.json files describe the dataset, and tars hold the images, with captions that the tables have too."""
 
 
 def open_text_source(
     arguments: Sequence[str | Source[TextSample]], column: str | None = None, account: Account | None = None
 ) -> Source[TextSample]:
-    """The source that the arguments name: text files, tables and tars (globs and {000..009} ranges too), folders of
-    these, or folders of a labelled set, which stand for its prompts. From Python, an argument may also be a Source,
-    which is taken as it is.
+    """The source that the arguments name: text files, tables and tars, also by globs and ranges such as {000..009},
+    folders of these, or folders of a labelled set, which stand for its prompts. From Python, an argument may also be a
+    Source, which is taken as it is.
 
-    Text files are .txt, tables .jsonl, .json, .csv, .tsv and .parquet; all but the last may end in .gz. Of .tar files
-    the .txt members are read, or with `column` a field of the .json members. The files of a folder, at any depth, must
-    be of one kind, beside which .json and .tar files are not read; what else is in it, or matches a glob, is counted in
-    `account`. `column` is the column or field of tables, by default the first of text, caption, sentence and TEXT; a
-    number for .csv and .tsv without a header.
+    Text files are .txt; tables are .jsonl, .ndjson, .json, .csv, .tsv and .parquet; all but .parquet may end in .gz.
+    In a .tar the .txt members are read, or with `column` a field of the .json members. The files of a folder, at any
+    depth, must be of one kind; .json and .tar files beside them are not read. What else is in a folder, or matches a
+    glob and is not used, is counted in `account`. `column` is the column or field of tables, by default the first of
+    text, caption, sentence and TEXT; a number means a column of a .csv or .tsv without a header.
 
     Raises SourceError where an argument does not exist, holds no sentences or is of another kind, and where the first
-    table that is named has no such column. Later tables are looked at when their turn comes; those in folders and of
-    globs are counted where they have none.
+    table does not have the column. Later tables are opened when their turn comes; a table that was found in a folder or
+    by a glob is counted then if it lacks the column.
     """
     account = Account() if account is None else account
     parts: list[Source[TextSample]] = []
@@ -116,17 +116,17 @@ def open_text_source(
         places = expand(argument, account)
         files = [place.file for place in places if place.file]
         if is_glob(argument, places):
-            files = _of_a_kind(files, account)
-        found = [_file(file, column, found=is_glob(argument, places)) for file in files]
+            files = _of_known_kind(files, account)
+        found = [_open_file(file, column, found=is_glob(argument, places)) for file in files]
         for place in places:
             if place.file is None:
-                found += _folder(argument, place.path, column, account)
+                found += _open_folder(argument, place.path, column, account)
         if not found:
             what = f"{argument} holds no {', '.join(_KINDS)} file{found_instead(account.lines())}"
-            raise SourceError(what, remedy="give files with one sentence a line, or tables with a column of them")
+            raise SourceError(what, remedy="give files with a sentence per line, or tables with a column of sentences")
         parts += found
     if column is not None and all(isinstance(part, TextFile | PromptSet) for part in parts):
-        what = f"--column {column}: there is no table among the sentences, and only those have columns"
+        what = f"--column {column}: the sentences are in no table, and only tables have columns"
         raise SourceError(what, remedy=f"leave it out; tables are {', '.join([*_KINDS][1:])}")
     tables = [part for part in parts if isinstance(part, (Table, ParquetTexts))]
     if tables:
@@ -134,12 +134,11 @@ def open_text_source(
     return Joined(parts)
 
 
-def _file(file: SourceFile, column: str | None, *, found: bool) -> Source[TextSample]:
+def _open_file(file: SourceFile, column: str | None, *, found: bool) -> Source[TextSample]:
     kind = _kind(file.path)
     if kind is None:
-        what = (
-            f"{line(file.path)} is neither a {', '.join(_KINDS)} nor a folder, but one of the {why_not_read(file.path)}"
-        )
+        kinds = ", ".join(_KINDS)
+        what = f"{line(file.path)} is neither a {kinds} nor a folder, but one of the {why_not_read(file.path)}"
         raise SourceError(what, remedy="give text files or tables; all but .parquet and .tar may be .gz")
     if kind == ".txt":
         return TextFile(file)
@@ -147,13 +146,15 @@ def _file(file: SourceFile, column: str | None, *, found: bool) -> Source[TextSa
     return _FoundTable(table, column) if found else table
 
 
-def _folder(argument: str, path: str, column: str | None, account: Account) -> list[Source[TextSample]]:
+def _open_folder(argument: str, path: str, column: str | None, account: Account) -> list[Source[TextSample]]:
+    """The sources in a folder at `path`, which `argument` names in the user's words. Raises SourceError where it holds
+    files of several kinds."""
     if storage.exists(storage.join(path, CLASSNAMES)):
         for file in files_in(path, lambda name: name not in (CLASSNAMES, TEMPLATES), account):
             account.skip("files of a labelled set beside its class names and templates", file.path)
         return [PromptSet(path)]
     kinds: dict[str | None, list[SourceFile]] = {}
-    for file in _of_a_kind(files_below(path, account), account):
+    for file in _of_known_kind(files_below(path, account), account):
         kinds.setdefault(_kind(file.path), []).append(file)
     for kind in _BESIDE:
         for file in kinds.pop(kind, ()) if len(kinds) > 1 else ():
@@ -162,11 +163,11 @@ def _folder(argument: str, path: str, column: str | None, account: Account) -> l
         what = " and ".join(f"{len(kinds[kind]):,} {kind}" for kind in _KINDS if kind in kinds)
         each = [f"'{storage.join(argument, f'**/*{kind}')}'" for kind in _KINDS if kind in kinds]
         raise SourceError(f"{argument} holds {what} files", remedy=f"name those you mean: {' or '.join(each)}")
-    return [_file(file, column, found=True) for files in kinds.values() for file in files]
+    return [_open_file(file, column, found=True) for files in kinds.values() for file in files]
 
 
-def _of_a_kind(files: list[SourceFile], account: Account) -> list[SourceFile]:
-    """Those whose kind is known by their name; the others are counted."""
+def _of_known_kind(files: list[SourceFile], account: Account) -> list[SourceFile]:
+    """The files of one of _KINDS; the others are counted."""
     for file in files:
         if _kind(file.path) is None:
             account.skip(why_not_read(file.path), file.path)
@@ -174,8 +175,7 @@ def _of_a_kind(files: list[SourceFile], account: Account) -> list[SourceFile]:
 
 
 def _kind(path: str) -> str | None:
-    """Which of _KINDS a file is, with .gz or without."""
+    """Which of _KINDS a file is, by its name without .gz; None for another."""
     name = path.lower().removesuffix(".gz")
-    return next(
-        (kind for kind in _KINDS if name.endswith(kind) and (name == path.lower() or kind not in _NEVER_GZ)), None
-    )
+    kinds = [kind for kind in _KINDS if name == path.lower() or kind not in _NEVER_GZ]
+    return next((kind for kind in kinds if name.endswith(kind)), None)

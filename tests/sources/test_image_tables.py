@@ -106,7 +106,7 @@ def test_a_later_file_without_the_column_is_refused_by_name(tmp_path: Path) -> N
 
 def test_a_column_without_parquet_files_is_refused(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", {"a.jpg": b"x"})
-    with pytest.raises(SourceError, match=r"--column image: there is no \.parquet"):
+    with pytest.raises(SourceError, match=r"--column image: the images are in no \.parquet"):
         open_image_source([str(tar)], "image")
     path = write_parquet(tmp_path / "a.parquet", [{"image": b"x"}])
     assert [s.key for s in samples(tar, path, column="image")] == ["a", "a.parquet:0"]

@@ -303,7 +303,7 @@ def test_elements_without_a_sentence_are_counted_by_reason(tmp_path: Path) -> No
 def test_json_without_the_field_is_refused_with_what_is_there(tmp_path: Path) -> None:
     for document in ([{"url": "u", "of": {"alt": "a"}}], {"data": [{"url": "u", "of": {"alt": "a"}}], "version": 1}):
         source = JsonArray(*stat_files([str(write_text(tmp_path / "a.json", [json.dumps(document)]))]))
-        with pytest.raises(SourceError, match=r"a\.json has no column .*; there is: (data\.)?url, (data\.)?of\.alt"):
+        with pytest.raises(SourceError, match=r"a\.json has no column .*, only (data\.)?url, (data\.)?of\.alt"):
             source.check()
 
 

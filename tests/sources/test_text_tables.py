@@ -67,9 +67,7 @@ def test_the_column_is_the_one_named_or_the_first_known(tmp_path: Path, kind: st
 @pytest.mark.parametrize("column", [None, "title"])
 def test_a_missing_column_is_refused_with_those_that_are_there(tmp_path: Path, kind: str, column: str | None) -> None:
     path = write(tmp_path, kind, [{"url": "u", "alt": "a"}])
-    with pytest.raises(
-        SourceError, match=rf"a\.{kind} has no column .*; there is: url, alt\n  remedy: .*--column NAME"
-    ):
+    with pytest.raises(SourceError, match=rf"a\.{kind} has no column .*, only url, alt\n  remedy: .*--column NAME"):
         open_text_source([str(path)], column)
 
 
@@ -89,7 +87,7 @@ def test_keys_are_the_file_and_the_line_or_row(tmp_path: Path, kind: str) -> Non
 
 def test_a_column_without_tables_is_refused(tmp_path: Path) -> None:
     path = write_text(tmp_path / "a.txt", ["one"])
-    with pytest.raises(SourceError, match="--column text: there is no table"):
+    with pytest.raises(SourceError, match="--column text: the sentences are in no table"):
         open_text_source([str(path)], "text")
     assert texts(path, write(tmp_path, "jsonl", [{"text": "two"}]), column="text") == ["one", "two"]
 
@@ -229,7 +227,7 @@ def test_what_stands_between_the_columns_of_a_csv_is_told(tmp_path: Path, mark: 
     path.write_bytes(f'{hint.replace("X", mark)}id{mark} caption\r\n1{mark}"a, b; c"\r\n2{mark}d\r\n'.encode())
     first = 3 if hint else 2
     assert read(path) == ([(f"a.csv:{first}", "a, b; c"), (f"a.csv:{first + 1}", "d")], [])
-    with pytest.raises(SourceError, match="has no column 'title'; there is: id, caption\n"):
+    with pytest.raises(SourceError, match="has no column 'title', only id, caption\n"):
         open_text_source([str(path)], "title")
 
 
