@@ -23,9 +23,8 @@ def open_group(path: str) -> zarr.Group:
     """The Zarr group at `path`, for reading and writing. Raises StoreError where there is none, OSError where the
     storage does not answer."""
     if storage.is_url(path):
-        storage.exists(
-            storage.join(path, "zarr.json")
-        )  # zarr asks for several files at once, and each would log an error
+        # zarr asks for several files at once, and would log an error for each.
+        storage.exists(storage.join(path, "zarr.json"))
     try:
         with reading_zarr(path):
             return zarr.open_group(zarr_place(path), mode="r+")
