@@ -84,8 +84,8 @@ class Pairs:
         return self._arrays[SCORE].read(slice(start, stop))
 
     def hits(self) -> np.ndarray[Any, Any]:
-        """For each sentence, how many images have it in their top k, uint32 (T,). Raises StoreError for pairs that are
-        unfinished or damaged."""
+        """By sentence, how many images have it among their top k, uint32 (T,). Raises StoreError if unfinished, or
+        damaged."""
         expected = self.selection().digest
         try:
             with reading_zarr(storage.join(self.path, HITS)):
