@@ -1,8 +1,8 @@
-"""Images decoded and preprocessed on a GPU by nvJPEG, for machines with too few cores for their GPU.
+"""Decode and preprocess images on a GPU by nvJPEG, for machines with too few cores for their GPU.
 
-The pixels are near those of the CPU's decoder but not the same: nvJPEG repeats the colours that a JPEG stores at half
-the size, where libjpeg interpolates them. So what is decoded by one must not be mixed with what is decoded by the
-other. Shapes: H height, W width.
+The pixels are close to those of the CPU's decoder but not the same: a JPEG stores its colours at half the size, which
+nvJPEG repeats and libjpeg interpolates. Images decoded by one must not be mixed with images decoded by the other.
+Shapes: B images in a batch, H height, W width.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _AHEAD = 2  # batches whose bytes are read before they are needed
 
 
 class GpuLoader:
-    """What dimefm.caching.image_loader.Loader is, with the images decoded on a GPU, where their pixels stay."""
+    """As caching.image_loader.Loader, with the images decoded on a GPU, where their pixels stay."""
 
     def __init__(self, schema: EmbeddingStore, device: torch.device, *, accept_missing: bool = False) -> None:
         """`accept_missing`: see sources.read_image. Raises StoreError where `device` is no GPU, or no nvJPEG is
@@ -48,8 +48,8 @@ class GpuLoader:
     def batches(
         self, images: list[PlannedImage], size: int, threads: int, *, pin: bool = False
     ) -> Iterator[tuple[list[Loaded | DecodeError], torch.Tensor]]:
-        """As Loader.batches; bytes are read on threads ahead of need, and decoded on a stream of its own, beside what
-        the teacher computes. There is nothing to `pin`."""
+        """As Loader.batches. Bytes are read on threads ahead of need, and decoded on a separate CUDA stream while the
+        teacher computes. There is nothing to `pin`."""
         parts = [images[at : at + size] for at in range(0, len(images), size)]
         waiting: deque[list[Future[bytes | DecodeError]]] = deque()
         pool = ThreadPoolExecutor(threads)
@@ -79,9 +79,9 @@ class GpuLoader:
 class GpuPreprocess:
     """A batch of encoded images to uint8 tensors (3, H, W) of the model's input size on `device`.
 
-    Baseline JPEGs that seem whole go through nvJPEG and are resized on the device, with the geometry of Preprocess.
-    All else goes through Preprocess on the CPU, as ever, and so does a batch that nvJPEG fails at: it does not say at
-    which image. Not safe in threads: the device's current stream is waited for.
+    Baseline JPEGs that seem whole are decoded by nvJPEG and resized on the device, with the geometry of Preprocess. All
+    other images go through Preprocess on the CPU, and so do all of a batch in which nvJPEG fails: it does not report at
+    which image. Not safe in threads, as it waits for the device's current stream.
     """
 
     def __init__(self, facts: Preprocessing, device: torch.device | str) -> None:
@@ -94,7 +94,7 @@ class GpuPreprocess:
         images: dict[int, torch.Tensor] = {}
         if chosen:
             if self._device.type == "cuda":
-                # nvJPEG writes on a stream of its own, into memory that kernels on this one may still be reading.
+                # nvJPEG writes on another stream, into memory that kernels on this one may still be reading.
                 torch.cuda.current_stream(self._device).synchronize()
             try:
                 decoded = self._decode([_without_exif(datas[place]) for place in chosen], self._device)
@@ -102,7 +102,7 @@ class GpuPreprocess:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
-                pass  # of nvJPEG: an image is damaged, or is of a kind that it does not know
+                pass  # nvJPEG found an image that is damaged, or of a kind that it does not know
         return [or_reason(partial(self._one, data, images.get(place))) for place, data in enumerate(datas)]
 
     def _one(self, data: bytes, decoded: torch.Tensor | None) -> torch.Tensor:
@@ -132,8 +132,8 @@ def nvjpeg() -> Callable[[list[torch.Tensor], torch.device], list[torch.Tensor]]
 
 
 def is_baseline(data: bytes) -> bool:
-    """Whether these are the bytes of a baseline JPEG in grey or colour, with the mark at its end. What a GPU's JPEG
-    engine decodes is that; nvJPEG would decode a progressive one too, one by one and slower than a CPU."""
+    """Whether these are the bytes of a baseline JPEG in grey or colour, with the mark at its end: the kind that a GPU's
+    JPEG engine decodes. nvJPEG decodes progressive ones too, but one by one and slower than a CPU."""
     if jpeg_size(data) is None or not data.endswith(_END):
         return False
     at = 2
@@ -146,5 +146,5 @@ def is_baseline(data: bytes) -> bool:
 
 
 def _without_exif(data: bytes) -> torch.Tensor:
-    """torchcodec would turn the image by its EXIF orientation, which open_clip leaves alone."""
+    """The bytes without their EXIF mark: torchcodec would turn the image by its orientation; open_clip does not."""
     return torch.frombuffer(bytearray(data.replace(_EXIF, bytes(len(_EXIF)), 1)), dtype=torch.uint8)

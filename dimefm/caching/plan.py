@@ -1,4 +1,4 @@
-"""Planning: fix which sample is row r before any work, or find that an earlier run of the same command did."""
+"""Planning: decide which sample is which row before any work, or open the plan that an earlier run has made."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _BYTES_PER_ROW = {"image": 16_000, "text": 40}  # a guess that only sets the ord
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What to plan: the arguments that name the source, what to take of it, and how the store is to be cut. With the
-    teacher's `canonical`, sentences that it cannot tell from others are left out of a new plan, unless a labelled set's
-    prompts are among them."""
+    """What to plan: the arguments that name the source, what to take from it, and how to cut the store into shards.
+    With the teacher's `canonical`, a new plan leaves out sentences that become equal to others for the teacher, unless
+    the source holds the prompts of a labelled set."""
 
     kind: Kind
     arguments: tuple[str | Source[Any], ...]
@@ -58,14 +58,14 @@ class PlanRequest:
     batch_size: int = 64
 
     def settings(self) -> dict[str, object]:
-        """What decides the rows beside the files."""
+        """The settings that, with the files, decide the rows."""
         column: dict[str, object] = {"column": self.column} if self.column else {}
         return {**column, **self.sentences.settings()} if self.kind == "text" else column
 
 
 @dataclass
 class _Tally:
-    """What planning finds out beside the rows."""
+    """What planning finds out besides the rows."""
 
     bytes: int = 0
     account: Account = field(default_factory=Account)
@@ -77,7 +77,7 @@ class _Tally:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a plan would hold, without writing it: the store's attributes, its arrays' bytes, a few entries."""
+    """What a plan would hold, without writing it: the store's attributes, the bytes of its arrays, its first rows."""
 
     schema: EmbeddingStore
     bytes_out: int
@@ -86,10 +86,10 @@ class Forecast:
 
 def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity, *, accept_missing: bool = False) -> Store:
     """The store at `out`: opened if the same command made it, planned if there is none. With `accept_missing` it is
-    opened although files of its source are gone, those that the arguments name too.
+    opened although files of its source are gone, even files that the arguments name.
 
-    Raises SourceError for an empty source, OutputExistsError where something else is at `out`, MismatchError where a
-    store is there that another source, teacher or setting made, or whose source has changed since.
+    Raises SourceError for an empty source, OutputExistsError where `out` holds something else, MismatchError where it
+    holds a store of another source, teacher or setting, or one whose source has changed since.
     """
     out = storage.absolute(out)
     arguments = arguments_there(out, request.arguments) if accept_missing else request.arguments
@@ -114,7 +114,7 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity, *, ac
         )
         require_same_command(store, files, teacher, asked)
         return store
-    storage.remove_folder(storage.join(out, ROWS))  # of a run that was stopped while it planned
+    storage.remove_folder(storage.join(out, ROWS))  # left by a run that was stopped while it planned
     rows, digests = 0, []
     for shard, table in enumerate(_tables(request, source, shard_rows, tally)):
         digests.append(write_plan(out, shard, table))
@@ -123,7 +123,7 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity, *, ac
 
 
 def forecast(request: PlanRequest, teacher: TeacherIdentity, keep: int = 0) -> Forecast:
-    """Go through the source as planning would, and write nothing. Keeps the first `keep` entries."""
+    """Go through the source as planning would, and write nothing. Keeps the first `keep` rows."""
     tally = _Tally()
     source = _open(request, tally)
     files = source.files()
@@ -138,7 +138,7 @@ def forecast(request: PlanRequest, teacher: TeacherIdentity, keep: int = 0) -> F
 
 
 def count_rows(request: PlanRequest) -> int:
-    """The rows of a plan, without writing it."""
+    """The number of rows that a plan would have; writes nothing."""
     tally = _Tally()
     return sum(table.num_rows for table in _tables(request, _open(request, tally), _MOST_SHARD, tally))
 
@@ -179,7 +179,7 @@ def _schema(
 
 
 def choose_shard_rows(source_bytes: int, kind: str) -> int:
-    """Rows of a shard, a power of two from 512 to 65,536, for about 64 shards or more; by the source's bytes alone."""
+    """Rows per shard, a power of two from 512 to 65,536, for about 64 shards or more; by the source's bytes alone."""
     return shard_size(source_bytes // _BYTES_PER_ROW[kind] // 64)
 
 
@@ -189,7 +189,7 @@ def shard_size(rows: int) -> int:
 
 
 def chunk_rows(shard_rows: int) -> int:
-    """Rows of a chunk, of which a shard has one or many."""
+    """Rows per chunk; a shard is one chunk or more."""
     return min(_CHUNK, shard_rows)
 
 
@@ -208,14 +208,14 @@ def _open(request: PlanRequest, tally: _Tally) -> Any:
 
 def _samples(request: PlanRequest, source: Any, tally: _Tally) -> Iterator[Any]:
     if request.kind == "text":
-        # Prompts are looked up by their words: of two that the tokenizer cannot tell apart, both are there.
+        # Prompts are looked up by their words, so both of two that are equal for the tokenizer must be kept.
         prompts = any(isinstance(part, PromptSet) for part in source.parts)
         return tidy(source, request.sentences, tally.account, None if prompts else request.canonical)
     return iter(source.samples(tally.account))
 
 
 def _tables(request: PlanRequest, source: Any, size: int, tally: _Tally) -> Iterator[pa.Table]:
-    """The plan in tables of `size` rows."""
+    """The plan, in tables of `size` rows each."""
     samples, schema, rows = _samples(request, source, tally), PLANS[request.kind], 0
     while batch := list(islice(samples, size)):
         columns = dict(zip(batch[0]._fields, zip(*batch, strict=True), strict=True))

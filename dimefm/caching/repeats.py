@@ -1,4 +1,4 @@
-"""Which of millions of values came before, by their 64-bit hashes, in little memory beside the hashes themselves."""
+"""Find repeats in millions of values, by their 64-bit hashes, with little memory besides the hashes themselves."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _PARTS = 16
 
 
 def repeats(
-    hashes_N: np.ndarray[Any, Any], among_N: np.ndarray[Any, Any] | None = None
+    hashes_N: np.ndarray[Any, Any], only_N: np.ndarray[Any, Any] | None = None
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """Places whose value is at an earlier place too, of those `among_N` (bool) if given; a sixteenth of all values at
-    a time, since sorting needs three times the memory of what is sorted."""
+    """The places whose value is at an earlier place too; with `only_N` (bool), no others are looked at. A sixteenth of
+    all values at a time, since sorting takes three times the memory of what is sorted."""
     for part in range(_PARTS):
         mine_N = (hashes_N & (_PARTS - 1)) == part
-        places = np.flatnonzero(mine_N if among_N is None else mine_N & among_N)
+        places = np.flatnonzero(mine_N if only_N is None else mine_N & only_N)
         values = hashes_N[places]
         order = np.argsort(values, kind="stable")
         values = values[order]

@@ -1,5 +1,5 @@
-"""Sentence hygiene at plan time: repeats and sentences that are too short or too long are left out, the order is
-shuffled where asked. The sentences themselves are never all in memory: 9 to 36 bytes of each are.
+"""Clean sentences when they are planned: leave out repeats and those that are too short or too long, and shuffle them
+if asked. The sentences are never all in memory, only 9 to 36 bytes for each.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ _EAST_LETTERS, _SOUTH_LETTERS = 2, 4  # of a word, about
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceRules:
-    """Which sentences to keep, by their number of words, and the seed of their order; None: any, as they come."""
+    """Which sentences to keep, by their number of words, and the seed that shuffles them; None for no limit and for
+    the order of the source."""
 
     min_words: int | None = None
     max_words: int | None = None
     shuffle: int | None = None
 
     def settings(self) -> dict[str, object]:
-        """Those that are set."""
+        """The rules that are set, by name."""
         names = ("min_words", "max_words", "shuffle")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
@@ -65,9 +66,9 @@ def tidy(
 ) -> Iterator[TextSample]:
     """The sentences to keep; those that are left out are counted in `account`.
 
-    Reads the source twice: once to know the repeats by a 64-bit hash, once for the sentences. With `canonical`, as
-    tokenizer.canonical gives it, sentences of which nothing is left are left out, as are those that become the same as
-    another: their embeddings say nothing, or nothing more.
+    Reads the source twice: once to find the repeats by a 64-bit hash, once for the sentences. With `canonical` (see
+    models.tokenizer), also leaves out sentences of which nothing remains for the teacher, and those that become equal
+    to an earlier one: they would add no new embedding.
     """
     why = _reasons(source, rules, canonical)
     chosen = _kept(source.samples(account), why, account)
@@ -75,7 +76,8 @@ def tidy(
 
 
 def _kept(samples: Iterator[TextSample], why: np.ndarray[Any, Any], account: Account) -> Iterator[TextSample]:
-    """Those to keep; the others are counted. Raises SourceError where there are not as many samples as there were."""
+    """The samples to keep; the others are counted. Raises SourceError where the second reading gives another number of
+    samples than the first."""
     for sample, reason in zip_longest(samples, _each(why)):
         if sample is None or reason is None:
             what = f"the sentences have changed while they were read: there are no longer {len(why):,}"
@@ -89,13 +91,13 @@ def _kept(samples: Iterator[TextSample], why: np.ndarray[Any, Any], account: Acc
 def _reasons(
     source: Source[TextSample], rules: SentenceRules, canonical: Callable[[str], str] | None
 ) -> np.ndarray[Any, Any]:
-    """Why each sentence is left out, as uint8; _KEPT where it is not. Of those that are equal, the first is kept."""
-    hashes, told, counts = array("q"), array("q"), array("I")
+    """Why each sentence is left out, as uint8; _KEPT where it is not. The first of equal sentences is kept."""
+    hashes, canonical_hashes, counts = array("q"), array("q"), array("I")
     limited = bool(rules.min_words or rules.max_words)
     for _, text in source.samples(Account()):
         hashes.append(hash(text))
         if canonical is not None:
-            told.append(hash(canonical(text)))
+            canonical_hashes.append(hash(canonical(text)))
         if limited:
             counts.append(text.count(" ") + 1 if text.isascii() else words(text))
     why = np.full(len(hashes), _KEPT, np.uint8)
@@ -104,8 +106,8 @@ def _reasons(
         why[words_N > (rules.max_words or np.inf)] = _LONG
         why[words_N < (rules.min_words or 0)] = _SHORT
     if canonical is not None:
-        why[(why == _KEPT) & (as_array(told) == hash(""))] = _NOTHING
-    for reason, values in ((_REPEATED, hashes), (_SAME, told)):
+        why[(why == _KEPT) & (as_array(canonical_hashes) == hash(""))] = _NOTHING
+    for reason, values in ((_REPEATED, hashes), (_SAME, canonical_hashes)):
         if len(values):
             for places in repeats(as_array(values), why == _KEPT):
                 why[places] = reason
@@ -113,9 +115,9 @@ def _reasons(
 
 
 def words(text: str) -> int:
-    """The words of a sentence: what spaces separate. Of Chinese and Japanese, which are written without, two letters
-    are counted as a word, and of Thai, Lao, Khmer and Burmese four, each kind rounded up; numbers and words of other
-    scripts between them are words, and marks are none."""
+    """The number of words in a sentence, as separated by spaces. Chinese and Japanese are written without spaces: there
+    two letters count as a word, and in Thai, Lao, Khmer and Burmese four, each kind rounded up. Numbers and words of
+    other scripts between them count as words; punctuation does not."""
     if not _UNSPACED.search(text):
         return text.count(" ") + 1
     east, south = len(_EAST.findall(text)), len(_SOUTH.findall(text))
@@ -124,7 +126,7 @@ def words(text: str) -> int:
 
 
 def _shuffled(samples: Iterator[TextSample], count: int, seed: int) -> Iterator[TextSample]:
-    """A random order by `seed`: each sentence is written to the bucket of its new place, then each bucket is sorted."""
+    """The samples in a random order: each is written to the bucket of its new place, then each bucket is sorted."""
     place = np.random.default_rng(seed).permutation(count)
     with tempfile.TemporaryDirectory(prefix="dimefm-shuffle-") as folder:
         buckets = min(_BUCKETS, count, max(1, open_files() // 2))  # the order is the same for any number of them
@@ -147,5 +149,5 @@ def _shuffled(samples: Iterator[TextSample], count: int, seed: int) -> Iterator[
 
 
 def _each(place: np.ndarray[Any, Any]) -> Iterator[int]:
-    """Its numbers one by one: all at once, as objects, they would take five times the memory."""
+    """The numbers one by one; all of them as Python objects would take five times the memory."""
     return chain.from_iterable(place[at : at + _BLOCK].tolist() for at in range(0, len(place), _BLOCK))

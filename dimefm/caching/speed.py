@@ -25,8 +25,8 @@ _HEADROOM = 1.25
 
 @dataclass(frozen=True)
 class Rates:
-    """Rows a second: `load` of one decoding thread (infinite for sentences), `teacher` of one device. `jpeg_bytes` is
-    the mean size of a kept JPEG, 0 without. `failed` says how many of the rows have no image, and why; else empty."""
+    """Rows per second: `load` by one decoding thread (infinite for sentences), `teacher` on one device. `jpeg_bytes` is
+    the mean size of a kept JPEG, 0 without. `failed` says how many rows have no image, and why; empty if none."""
 
     load: float
     teacher: float
@@ -34,15 +34,15 @@ class Rates:
     failed: str = ""
 
     def wanted(self) -> int:
-        """Decoding threads that keep one device busy, with some to spare."""
+        """The decoding threads that keep one device busy, with a reserve of a quarter."""
         return max(1, math.ceil(_HEADROOM * self.teacher / self.load))
 
     def threads(self, most: int) -> int:
-        """Those, of `most` that there are."""
+        """The decoding threads to use, where there are at most `most`."""
         return min(most, self.wanted())
 
     def bound(self, threads: int) -> str | None:
-        """What to say where that many threads cannot feed a GPU, else None."""
+        """A message where that many threads cannot feed a GPU, else None."""
         if threads * self.load >= self.teacher:
             return None
         return (
@@ -51,13 +51,13 @@ class Rates:
         )
 
     def worker(self, threads: int, *, shared: bool) -> float:
-        """Rows a second of a worker; `shared`: the teacher runs on the cores that decode."""
+        """Rows per second of a worker; `shared`: the teacher runs on the same cores that decode."""
         return 1 / (1 / self.load + 1 / self.teacher) if shared else min(threads * self.load, self.teacher)
 
 
 def measure(rows: list[Any], schema: EmbeddingStore, clip: Clip, *, accept_missing: bool = False) -> Rates:
-    """The rates over some rows of a plan. Raises SourceError where none of them is an image, and unless
-    `accept_missing` UnreadableError where their files are not there."""
+    """Measure the rates on some rows of a plan. Raises SourceError where none of them is an image, and UnreadableError
+    where their files are missing, unless `accept_missing`."""
     if schema.kind == "text":
         batch = [row.text for row in rows]
         return Rates(math.inf, _rate(len(batch), lambda: clip.encode_texts(batch)))
@@ -77,7 +77,7 @@ def measure(rows: list[Any], schema: EmbeddingStore, clip: Clip, *, accept_missi
         raise SourceError(what, remedy="look at the files: is this what you mean to cache?")
     views = len(pixels_N3HW) // len(good)
     images = max(1, schema.batch_size // views)
-    if not clip.compiled:  # which is given whole batches, and computes them whole
+    if not clip.compiled:  # a compiled tower computes whole batches only
         images = min(images, len(good))
     batch_B3HW = pixels_N3HW[torch.arange(images * views) % len(pixels_N3HW)]
     jpeg_bytes = sum(len(one.jpeg) for one in good if one.jpeg) / len(good)
@@ -90,7 +90,7 @@ def _example(image: PlannedImage, error: DecodeError) -> str:
 
 
 def _rate(count: int, call: Any) -> float:
-    """Rows a second of the second call: the first also sets up."""
+    """Rows per second of the second call; the first also sets things up."""
     call().cpu()
     began = time.perf_counter()
     call().cpu()

@@ -1,7 +1,7 @@
-"""One worker of stage 1: a teacher on a device, a shard at a time. Without Ray, which makes actors of it.
+"""One worker of stage 1: a teacher on a device, which encodes one shard after the other. Ray makes actors of it.
 
-A job of one worker runs in the process of the command: Ray and a second start of the libraries would take longer than
-many such jobs.
+A job with one worker runs in the command's own process, without Ray: to start Ray, and the libraries a second time,
+takes longer than many such jobs.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ from dimefm.system.named_paths import allow
 from dimefm.system.progress import Progress
 
 SHARDS_AT_ONCE = {"cpu": 1, "cuda": 2}
-"""Shards that a worker has under way, by kind of device: a GPU need not wait while one is begun and another written."""
+"""Shards that a worker has in progress, by kind of device: a GPU need not wait while one begins and another is
+written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every worker needs to know: the planned store and how to load its teacher. `retry`: encode only the rows
-    of finished shards that have no embedding. `accept_missing`: leave out images whose file is gone or refused.
-    `lease`: the command's, of a store at a URL. `schemes`: what the user allows the plan to name, besides object stores
-    (see dimefm.system.named_paths)."""
+    """What every worker needs to know: the planned store, and how to load its teacher. `retry`: encode only the rows of
+    finished shards that have no embedding. `accept_missing`: leave out images whose file is gone or may not be read.
+    `lease`: the command's, for a store at a URL. `schemes`: URL schemes that the user allows the plan to name, besides
+    those of object stores (see system.named_paths)."""
 
     store: str
     teacher: str
@@ -56,12 +57,12 @@ class Job:
     schemes: str = ""
 
 
-def _nobody(rows: int) -> None:
+def _silent(rows: int) -> None:
     pass
 
 
 class Worker:
-    """One teacher on one device. Plain Python: Ray makes actors of it, tests and benchmarks call it as it is."""
+    """One teacher on one device. A plain class: Ray makes actors of it, tests and benchmarks use it directly."""
 
     def __init__(self, job: Job, clip: Clip | None = None) -> None:
         """`clip` is the teacher if it is loaded already, on the job's device."""
@@ -69,13 +70,13 @@ class Worker:
         self._turn, self._rows = threading.Lock(), dict[int, int]()
 
     def start(self, threads: int, shard: int, check: bool = False, careful: bool = False) -> str | None:
-        """Load the teacher, and decode on up to `threads`: as many as its speed needs, measured on rows of `shard`;
-        what to say where a GPU needs more than there are. With `check`, go through the canary (see
-        caching.canary.check_canary). With `careful`, nothing is decoded in this process to be measured, as after
-        another died. Not in __init__, whose errors Ray would not hand on as they are.
+        """Load the teacher, and set the number of decoding threads, at most `threads`: as many as its speed needs,
+        measured on rows of `shard`. Returns a message where a GPU needs more than that. With `check`, rows are encoded
+        again first (see caching.canary). With `careful`, as after another process died, nothing is decoded for a
+        measurement. This is not in __init__, because Ray would wrap the errors of that.
 
         Raises UnreadableError where none of these rows can be read here, as on a machine without the mount, or the
-        teacher is not to be had here.
+        teacher cannot be loaded here.
 
         The teacher itself computes on one thread on a CPU: sums come out differently on more, and a run that goes on
         with other workers must write the same bytes. Several workers of one thread are faster than one of several.
@@ -105,13 +106,13 @@ class Worker:
                 check_canary(self._store, clip, accept_missing=job.accept_missing)
         return note
 
-    def encode(self, shard: int, done: Callable[[int], None] = _nobody, careful: bool = False) -> Commit:
-        """Encode and commit one shard; `done` is told how many of its rows are. On another thread a second one may be
-        under way: while one has the teacher, the other reads and decodes its first rows, or writes its results. For
-        `careful` see dimefm.caching.encode_shard.encode_shard.
+    def encode(self, shard: int, done: Callable[[int], None] = _silent, careful: bool = False) -> Commit:
+        """Encode and commit one shard; `done` is called with the number of its rows that are done. Another thread may
+        encode a second shard: while one has the teacher, the other reads and decodes its first rows, or writes its
+        results. `careful`: see caching.encode_shard.
 
-        Raises StoreError, with the shard kept, where all that the teacher gave so far is NaN or infinite: more of it
-        would cost hours and be worth nothing.
+        Raises StoreError, with the shard kept, where every embedding so far is NaN or infinite: more of them would cost
+        hours and be useless.
         """
         assert self._clip is not None, "start comes first"
         self._rows[shard] = 0
@@ -140,13 +141,13 @@ class Worker:
         return commit
 
     def rows(self) -> dict[int, int]:
-        """Of each shard that is under way, the rows that are encoded."""
+        """By shard in progress, how many of its rows are encoded."""
         return dict(self._rows)
 
 
 def _load(job: Job, schema: EmbeddingStore) -> Clip:
-    """The teacher, which the command has loaded before: from this machine, if it is there. Raises UnreadableError where
-    it is not to be had here, as on a machine that the Hub does not answer: the others have it."""
+    """The teacher, from this machine's cache if it is there. Raises UnreadableError where it cannot be loaded here, as
+    on a machine that cannot reach the Hub: the command has loaded it, so other machines can."""
     load = partial(load_clip, known=schema.teacher, precision=job.precision, device=job.device)
     try:
         return cached_first(partial(load, job.teacher, job.pretrained))
@@ -156,7 +157,7 @@ def _load(job: Job, schema: EmbeddingStore) -> Clip:
 
 @contextmanager
 def _named_memory(schema: EmbeddingStore) -> Iterator[None]:
-    """Within the block, a GPU whose memory is full is an error that says what to do."""
+    """Around work on a GPU: full memory becomes an error with a remedy."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -166,7 +167,7 @@ def _named_memory(schema: EmbeddingStore) -> Iterator[None]:
 
 
 def pending_shards(store: Store, *, retry: bool) -> dict[int, int]:
-    """The shards to do, and how many rows of each."""
+    """The shards to do, and how many rows each has to do."""
     schema = store.schema
     if retry:
         failed = {c.shard: c.stop - c.start - c.counts.get(Status.OK.name, 0) for c in store.commits()}
@@ -177,10 +178,8 @@ def pending_shards(store: Store, *, retry: bool) -> dict[int, int]:
 
 
 def run_here(job: Job, clip: Clip) -> None:
-    """`pipeline.ray_workers.run_shards` with one worker, in this process, with a teacher that is loaded already.
-
-    Raises what the worker raises; shards that were committed stay.
-    """
+    """Do what `pipeline.ray_workers.run_shards` does with one worker, in this process, with a teacher that is loaded
+    already. Raises what the worker raises; shards that were committed stay."""
     store = Store(job.store)
     pending = pending_shards(store, retry=job.retry)
     if not pending:
@@ -188,13 +187,13 @@ def run_here(job: Job, clip: Clip) -> None:
     storage.remove_leftovers(store.path)
     total, done = progress_of(store, pending, retry=job.retry)
     worker, order = Worker(job, clip.on(job.device)), sorted(pending)
-    encoded, stopped, told = dict[int, int](), threading.Event(), list[str]()
+    encoded, stopped, noted = dict[int, int](), threading.Event(), list[str]()
 
     def encode(shard: int) -> None:
         commit = worker.encode(shard, partial(show, shard))
-        if shard != order[-1] and not told and (said := none_usable(commit)):
-            told.append(said)
-            progress.note(said)
+        if shard != order[-1] and not noted and (note := none_usable(commit)):
+            noted.append(note)
+            progress.note(note)
 
     def show(shard: int, rows: int) -> None:
         if stopped.is_set():
@@ -221,7 +220,7 @@ def run_here(job: Job, clip: Clip) -> None:
 
 
 def none_usable(commit: Commit) -> str | None:
-    """What to say of a shard of which every row failed."""
+    """A message for a shard in which every row failed, else None."""
     if Status.OK.name in commit.counts:
         return None
     counts = ", ".join(f"{status} {count:,}" for status, count in failed_counts(commit).items())
@@ -229,11 +228,11 @@ def none_usable(commit: Commit) -> str | None:
 
 
 class _StoppedError(Exception):
-    """Ends a shard that is under way on another thread."""
+    """Ends a shard that another thread is encoding."""
 
 
 def progress_of(store: Store, pending: dict[int, int], *, retry: bool) -> tuple[int, int]:
-    """How many rows the job is about, and how many of them are done."""
+    """The number of rows in the job, and how many of them are done."""
     rows = sum(pending.values())
     return (rows, 0) if retry else (store.schema.rows, store.schema.rows - rows)
 

@@ -1,1 +1,1 @@
-"""Other people's caches: embeddings imported from a folder of clip-retrieval, and exported to one."""
+"""Other people's caches: import their embeddings into a store, and export a store for their tools."""

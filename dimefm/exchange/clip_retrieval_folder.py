@@ -1,10 +1,10 @@
-"""The layout that clip-retrieval writes embeddings in, and reads them in; a folder of it read, a store written to one.
+"""Read and write folders of embeddings in the layout of clip-retrieval.
 
 FOLDER/
   img_emb/img_emb_<n>.npy        float16 or float32 (rows, D); for texts text_emb/text_emb_<n>.npy
   metadata/metadata_<n>.parquet  as many rows as the .npy of the same number: image_path, caption, and more
 
-Numbers may be padded with zeros and may leave gaps; what counts is their order. Shapes: N rows, D embedding width.
+Numbers may be padded with zeros and may leave gaps; only their order counts. Shapes: N rows, D embedding width.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from dimefm.system.progress import Progress
 _NAMES = {"image": "img_emb", "text": "text_emb"}
 _CAPTION, _IMAGE_KEYS = "caption", ("image_path", "key")
 _BLOCK = 4096  # rows that are normalised, or read from a metadata file, at a time
-_UNIT = 1e-3  # how far from 1 a norm may be for its vector to be kept as it is
+_UNIT = 1e-3  # a vector whose norm is this close to 1 is not normalised again
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class _Part:
 
 
 class Folder:
-    """A folder in clip-retrieval's layout, with every file's header checked and nothing else read. Other files
-    are counted in `account`."""
+    """A folder in clip-retrieval's layout. Opening it checks the header of every file and reads nothing else; other
+    files are counted in `account`."""
 
     def __init__(self, root: str, kind: Kind, account: Account | None = None) -> None:
         account = Account() if account is None else account
@@ -92,7 +92,7 @@ class Folder:
         return stat_files([p.vectors for p in self.parts] + [p.metadata for p in self.parts])
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Rows start..stop-1, normalised: float16 (N, D), zero where there is none; and which ones are good (N,)."""
+        """Rows start..stop-1, normalised, float16 (N, D), zero where a vector cannot be; and which can be (N,)."""
         embedding_ND = np.zeros((stop - start, self.dim), np.float16)
         good_N = np.zeros(stop - start, bool)
         for part in self.parts:
@@ -107,12 +107,12 @@ class Folder:
         return embedding_ND, good_N
 
     def records(self) -> Iterator[tuple[str, str | None]]:
-        """Key and caption of every row; a text's caption is None where it has none, an image's always."""
+        """Key and caption of every row. The caption is None for a text without one, and for every image."""
         for part in self.parts:
             yield from self._records(part)
 
     def lookup(self, rows: list[int]) -> dict[int, tuple[str, str | None]]:
-        """`records` of a few rows. Reads no further than the last of each file."""
+        """`records` for a few rows. Reads each file only up to the last of them."""
         found = {}
         for part in self.parts:
             wanted = {row - part.start for row in rows if part.start <= row < part.stop}
@@ -142,7 +142,7 @@ class Folder:
 
 
 def _numbered(folder: str, stem: str, ending: str, account: Account) -> dict[int, str]:
-    """The files stem_<n>ending of a folder by number. Raises SourceError for others with that ending."""
+    """By number, the files stem_<n>ending of a folder. Raises SourceError for other names with that ending."""
     found: dict[int, str] = {}
     for name in storage.listing(folder):
         if not name.endswith(ending):
@@ -162,7 +162,7 @@ def _numbered(folder: str, stem: str, ending: str, account: Account) -> dict[int
 
 
 def _map(path: str) -> np.ndarray[Any, Any]:
-    """A .npy as a memory map (N, D). Nothing is unpickled: an array of objects is refused."""
+    """A .npy as a memory map (N, D). Nothing is unpickled; an array of objects is refused."""
     try:
         mapped: np.ndarray[Any, Any] = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OSError) as error:
@@ -174,13 +174,13 @@ def _map(path: str) -> np.ndarray[Any, Any]:
         raise SourceError(what, remedy=remedy) from None
     if mapped.ndim != 2 or mapped.dtype.kind != "f" or mapped.dtype.itemsize not in (2, 4):
         what = f"{path} is {mapped.dtype} {mapped.shape}, where float16 or float32 (rows, width) belongs"
-        raise SourceError(what, remedy="write one embedding a row, as float16 or float32")
+        raise SourceError(what, remedy="write one embedding per row, as float16 or float32")
     return mapped
 
 
 @contextmanager
 def _open_parquet(path: str) -> Iterator[Any]:
-    """A ParquetFile, closed at the end. Raises SourceError for what goes wrong with it."""
+    """A ParquetFile, closed after the block. Raises SourceError where it cannot be read."""
     try:
         with pq.ParquetFile(path) as file:
             yield file
@@ -191,7 +191,7 @@ def _open_parquet(path: str) -> Iterator[Any]:
 
 
 def _instead(path: str) -> str | None:
-    """What a file is by its first bytes, if that is known and no Parquet."""
+    """What a file is by its first bytes, if it is of a known kind other than Parquet."""
     try:
         head = storage.read_bytes(path, 0, HEAD_BYTES)
     except OSError:
@@ -200,10 +200,8 @@ def _instead(path: str) -> str | None:
 
 
 def unit(vectors_ND: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Vectors with their norm set to 1, float16 (N, D), and which of them can be (N,); the others become zero.
-
-    One whose norm is within 0.001 of 1 is only rounded: a float16 unit vector stays what it is.
-    """
+    """Normalised vectors, float16 (N, D), and which of them can be normalised (N,); the others become zero. A vector
+    whose norm is within 0.001 of 1 is only rounded, so that a float16 unit vector does not change."""
     values_ND = np.asarray(vectors_ND, np.float32)
     norm_N = np.linalg.norm(values_ND.astype(np.float64), axis=1)
     good_N = np.isfinite(norm_N) & (norm_N > 0)
@@ -213,12 +211,12 @@ def unit(vectors_ND: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.nda
 
 
 def export_embeddings(store_path: str, out: str, *, rows_per_file: int | None = None) -> str:
-    """Write a finished store as a folder in clip-retrieval's layout, in the store's type; the folder.
+    """Write a finished store as a folder in clip-retrieval's layout, in the store's type; returns the folder's path.
 
-    One .npy and one metadata file for every `rows_per_file` rows of the store, by default those of a shard; rows
+    There is one .npy and one metadata file per `rows_per_file` rows of the store, by default those of a shard; rows
     without an embedding are left out. The metadata has `row` (in the store), `key`, for texts `caption`, and for
     images `image_path` (the key again) and `file`. The folder appears whole or not at all. Raises StoreError for a
-    store that is unfinished or has no embedding, OutputExistsError where `out` holds something.
+    store that is unfinished or has no embedding, OutputExistsError where `out` is not empty.
     """
     store = Store(store_path)
     store.require_complete()
@@ -249,7 +247,7 @@ def _write(path: Path, data: io.BytesIO, out: str) -> None:
 
 
 def _metadata(store: Store, start: int, stop: int) -> pa.Table:
-    """The metadata of rows start..stop-1, from the plans of the shards that they are in."""
+    """The metadata of rows start..stop-1, from the plans of their shards."""
     size = store.schema.shard_rows
     first, last = start // size, (stop - 1) // size
     plan = pa.concat_tables([store.plan(shard) for shard in range(first, last + 1)])

@@ -32,9 +32,9 @@ def compare_with_teacher(
     accept: bool,
     report: Callable[[str], None],
 ) -> list[str]:
-    """Encode these rows again with `clip`, which the user calls `teacher`, and compare; what is to be noted in the
-    store. Raises MismatchError below a mean cosine of 0.99, unless `accept`: the same teacher in another precision
-    gives 0.999, another teacher or another image far less."""
+    """Encode these rows again with `clip`, which the user calls `teacher`, and compare; returns notes for the store.
+    Raises MismatchError below a mean cosine of 0.99, unless `accept`: the same teacher in another precision gives
+    0.999, another teacher or another image far less."""
     keys = folder.lookup(rows_N.tolist())
     cosines, misfits = _cosines(folder, keys, matches, clip)
     if not cosines and not accept:

@@ -1,4 +1,4 @@
-"""`import-embeddings` as one call: a store of a folder of embeddings that others made.
+"""`import-embeddings` as one call: make a store from a folder of embeddings that others made.
 
 Shapes: N rows, D embedding width.
 """
@@ -37,7 +37,7 @@ from dimefm.system import lock, storage
 from dimefm.system.named_paths import allowing
 from dimefm.system.progress import Progress
 
-_BATCH_SIZE = 1  # in the store; the teacher's own is not known
+_BATCH_SIZE = 1  # recorded in the store; that of the teacher is not known
 _BAD_VECTOR = "the imported embedding is NaN, infinite or zero"
 _NO_IMAGE = "no image of the sources has this key, or it is not known which of several"
 _SHOWN = 3
@@ -77,14 +77,14 @@ class ImportConfig:
 
 
 def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lambda line: None) -> Store:
-    """Make a finished store of a folder of embeddings, in its order of rows; go on where an earlier run stopped.
+    """Make a finished store from a folder of embeddings, in its order of rows; go on where an earlier run stopped.
 
-    Vectors are normalised; one whose norm is within 0.001 of 1 is kept as it is, so that float16 ones stay the same
-    to the last bit. NaN, infinite and zero ones keep their row, with NOT_FINITE. With `sources`, rows are matched to
-    images (see `dimefm.exchange.match_names.match`), and those without one get MISSING: train-student could not read
-    them. Without, an image store has no pixels; it serves retrieve, but not train-student. `batch_size` in the store is
-    1: it is not known. `report` is told in lines what was matched and compared; rows with the weakest match are
-    compared first.
+    Vectors are normalised, except those whose norm is within 0.001 of 1, so that float16 ones stay the same to the last
+    bit. NaN, infinite and zero vectors keep their row, with NOT_FINITE. With `sources`, rows are matched to images (see
+    exchange.match_names), and those without one get MISSING: train-student could not read them. Without `sources`, an
+    image store has no pixels; it serves retrieve, but not train-student. `batch_size` in the store is 1, as it is not
+    known. `report` is called with lines about what was matched and compared; rows with the weakest match are compared
+    first.
 
     Raises SourceError for a folder in another layout, or sources with none of its images; MismatchError for another
     teacher, or a store at `out` of another folder, teacher or setting; StoreError where no row has an embedding;
@@ -190,15 +190,13 @@ def _plan(
 
 
 def _settings(config: ImportConfig) -> dict[str, object]:
-    """What decides the rows' images beside the files."""
+    """The settings that, with the files, decide which image a row has."""
     return {"match_parts": config.match_parts} if config.match_parts > 1 else {}
 
 
 def _tell(matches: Matches, folder: Folder, report: Callable[[str], None]) -> list[str]:
-    """Report how many rows have an image, by how they were matched; what is to be noted in the store.
-
-    Raises SourceError where none has.
-    """
+    """Report how many rows have an image, by kind of match; returns the notes for the store. Raises SourceError where
+    no row has one."""
     kinds, ambiguous = matches.kinds(), matches.ambiguous()
     if not kinds:
         examples = "the first row has the key {!r}, the first image {!r}".format(*matches.first)
@@ -223,7 +221,7 @@ def _tell(matches: Matches, folder: Folder, report: Callable[[str], None]) -> li
 
 
 def _table(batch: list[tuple[str, str | None]], matches: Matches | None, start: int) -> pa.Table:
-    """The plan of the rows of `batch`, which begin at `start`: of images, if they were matched, or of texts."""
+    """The plan of the rows of `batch`, from row `start` on: an image plan with `matches`, else a text plan."""
     rows = range(start, start + len(batch))
     columns: dict[str, Any] = {"row": list(rows), "key": [key for key, _ in batch]}
     if matches is None:
@@ -236,7 +234,7 @@ def _table(batch: list[tuple[str, str | None]], matches: Matches | None, start: 
 
 
 def _write(store: Store, folder: Folder, *, unmatched_fail: bool) -> None:
-    """Every shard without a commit. With `unmatched_fail`, a row whose plan names no file is left without embedding."""
+    """Write every shard without a commit. With `unmatched_fail`, a row whose plan names no file gets no embedding."""
     schema, committed = store.schema, store.committed()
     if len(committed) == schema.shards:
         return

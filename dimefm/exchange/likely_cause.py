@@ -1,4 +1,4 @@
-"""Why embeddings of others differ from the teacher's: what else may have been done to their images, tried out.
+"""Why embeddings of others differ from the teacher's: tries other ways to preprocess their images.
 
 Shapes: N images, D embedding width, H height, W width.
 """
@@ -30,8 +30,8 @@ _KERNELS: tuple[Interpolation, ...] = ("bicubic", "bilinear")
 
 
 def likely_cause(clip: Clip, images: Sequence[bytes], embedding_ND: np.ndarray[Any, Any], least: float) -> str:
-    """How these images were preprocessed, if one of the ways that are tried gives their embeddings to a mean cosine of
-    `least`; else how many of them have an EXIF orientation. Empty where there is nothing to say."""
+    """How these images were preprocessed, if one of the ways tried reproduces their embeddings to a mean cosine of
+    `least`; else how many of them have an EXIF orientation. Empty where neither is known."""
     try:
         opened = [decode_pillow(data) for data in images]
     except DecodeError:
@@ -54,7 +54,7 @@ def likely_cause(clip: Clip, images: Sequence[bytes], embedding_ND: np.ndarray[A
 
 
 def _guesses(facts: Preprocessing) -> Iterator[tuple[str, Preprocessing]]:
-    """Each with one thing changed."""
+    """Other ways to preprocess, each with one setting changed, after words for it."""
     for mode, what in _MODES.items():
         if mode != facts.resize_mode:
             yield what, replace(facts, resize_mode=mode)

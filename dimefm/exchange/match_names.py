@@ -1,8 +1,9 @@
-"""Which image of a source a name means: the one whose path ends in the same parts, the more of them the better.
+"""Find the image of a source that a name means: the one whose path ends in the same parts, as many as possible.
 
-What is compared are hashes of 8 bytes of the last 1, 2, ... parts of every name, in temporary files, a sixteenth of one
-at a time. In memory are 24 bytes for each image and 17 for each name, and for a moment as much again, so that tens of
-millions fit; on disk, 16 for each length of each name. Shapes: N names asked for, M images, K entries of a file.
+It compares 8-byte hashes of the last 1, 2, ... parts of every name. They are kept in temporary files and compared a
+sixteenth of a file at a time. Memory holds 24 bytes per image and 17 per name, and for a moment twice that, so that
+tens of millions fit; the disk holds 16 bytes per number of parts per name. Shapes: N names, M images, K entries of a
+file.
 """
 
 from __future__ import annotations
@@ -26,23 +27,24 @@ from dimefm.sources.read_image import ImagePlace
 
 Array = np.ndarray[Any, Any]
 Entries = tuple[Array, Array]
-"""Hashes of names and whose they are, each int64 (K,)."""
+"""Hashes of names, and the row or image that each belongs to, each int64 (K,)."""
 Level = tuple[int, bool]
-"""How many parts are equal, and whether the extension of an image is one of what is equal."""
+"""How many parts are equal, and whether the image's extension is equal too."""
 
 Form = tuple[Level, int]
-"""A level, and the hash of what a name has at it."""
+"""A level, and the hash of a name at that level."""
 
-WHOLE = 100  # parts: all of the name, and all of an image's key or path
+WHOLE = 100  # stands for all parts, of the name and of the image's key or path
 _NONE, _SEVERAL = -1, -2
-_MOST = 16  # parts that are told apart
+_MOST = 16  # parts that are compared
 _FILE_PARTS, _PENDING = 16, 65536
 
 
 @dataclass(frozen=True)
 class Matches:
-    """The image of each name, int64 (N,), negative where it has none or it is not known which; and how many last parts
-    of both are equal, uint8 (N,): WHOLE for all, 0 without an image. `repeated` names came before."""
+    """The image of each name, int64 (N,), negative where it has none or several; and how many of their last parts are
+    equal, uint8 (N,): WHOLE for all, 0 without an image. `first` are the first name and the first key, for messages;
+    `repeated` names are equal to an earlier one."""
 
     image_N: Array
     parts_N: Array
@@ -55,23 +57,23 @@ class Matches:
         return self.images.place(int(self.image_N[row]))
 
     def ambiguous(self) -> Array:
-        """The names whose longest match is with several images, or that several names have, int64 (n,)."""
+        """The names whose longest match is several images, or an image that matches several names, int64 (n,)."""
         return np.flatnonzero(self.image_N == _SEVERAL)
 
     def spare(self) -> Array:
-        """The images that no name has, int64 (m,)."""
+        """The images that no name means, int64 (m,)."""
         spare_M = np.ones(len(self.images), bool)
         spare_M[self.image_N[self.image_N >= 0]] = False
         return np.flatnonzero(spare_M)
 
     def kinds(self) -> list[tuple[int, str, int]]:
-        """Equal parts, what that is called, and how many names were matched so; the strongest first."""
+        """For each number of equal parts: the number, its description, the names that matched so; strongest first."""
         counts = np.bincount(self.parts_N, minlength=2)
         found = [parts for parts in np.flatnonzero(counts).tolist() if parts][::-1]
         return [(parts, kind(parts), int(counts[parts])) for parts in found]
 
     def sample(self, count: int) -> Array:
-        """At most `count` names with an image, of the weakest kind of match first, and spread over each kind."""
+        """At most `count` names with an image, those with the weakest match first, spread over each kind of match."""
         chosen: list[Array] = []
         for parts, _, _ in reversed(self.kinds()):
             chosen.append(spread(np.flatnonzero(self.parts_N == parts), count - sum(map(len, chosen))))
@@ -79,7 +81,7 @@ class Matches:
 
 
 def kind(parts: int) -> str:
-    """What so many equal parts are called."""
+    """The description of a match by so many equal parts."""
     return {WHOLE: "the whole key or path", 1: "the last part alone"}.get(parts, f"the last {parts} parts")
 
 
@@ -99,7 +101,7 @@ class Images:
         return len(self._file)
 
     def add(self, sample: ImageSample) -> None:
-        """One more. Those of a file come together."""
+        """Add an image. The images of a file must be added one after the other."""
         if not self._files or self._files[-1] != sample.file:
             self._files.append(sample.file)
         self._file.append(len(self._files) - 1)
@@ -114,11 +116,11 @@ class Images:
 
 
 def match(names: Iterable[str], samples: Iterable[ImageSample], *, least: int = 1) -> Matches:
-    """The image of each name, by its key or the path of its own file: the whole of it, else the most last parts that a
-    name and any image have in common, `least` or more; with the extension of an image or without.
+    """Find the image of each name, by the image's key or the path of its own file: the whole of it, else the image that
+    has the most last parts in common with the name, `least` or more; with or without the image's extension.
 
-    A name has no image where its longest match is with several images, where several names match one as well, or where
-    another matches it better. Raises StoreError where the temporary files cannot be written.
+    A name gets no image where its longest match is several images, or an image that another name matches as well or
+    better. Raises StoreError where the temporary files cannot be written.
     """
     images, hashes, first = Images(), array("q"), ["", ""]
     with TemporaryDirectory(prefix="dimefm-match-") as folder:
@@ -150,7 +152,8 @@ def match(names: Iterable[str], samples: Iterable[ImageSample], *, least: int = 
 
 
 def _settle(ours: Entries, theirs: Entries, level: Level, image_N: Array, level_N: Array) -> None:
-    """The names that have no image yet and share a hash of this level with one image, or with several."""
+    """Give an image to each name that has none yet and shares a hash of this level with one image; mark a name that
+    shares it with several."""
     open_K = image_N[ours[1]] == _NONE
     (hash_K, row_K), (values, place_K) = (array[open_K] for array in ours), theirs
     if not len(hash_K) or not len(values):
@@ -164,7 +167,7 @@ def _settle(ours: Entries, theirs: Entries, level: Level, image_N: Array, level_
 
 
 def _one_name_each(image_N: Array, level_N: Array, images: int) -> None:
-    """Leave an image to the name that matches it best, or to none of several that match it as well."""
+    """Leave each image to the name that matches it best, or to none if several match it equally well."""
     row_K = np.flatnonzero(image_N >= 0)
     image_K, level_K = image_N[row_K], level_N[row_K]
     best_M = np.zeros(images, np.uint8)
@@ -176,7 +179,7 @@ def _one_name_each(image_N: Array, level_N: Array, images: int) -> None:
 
 
 class _Suffixes:
-    """Hashes of the last parts of names and whose they are, int64 (K, 2), a file for each level."""
+    """Hashes of the last parts of names, each with its row or image, int64 (K, 2), in a file per level."""
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
@@ -184,7 +187,7 @@ class _Suffixes:
         self._pending: defaultdict[Level, array[int]] = defaultdict(lambda: array("q"))
 
     def add(self, place: int, forms: Iterable[Form]) -> None:
-        """Those of one image, or row."""
+        """Add the forms of one image, or of one row's name."""
         for level, value in forms:
             pending = self._pending[level]
             pending.append(value)
@@ -193,11 +196,11 @@ class _Suffixes:
                 self._write(level)
 
     def levels(self) -> set[Level]:
-        """Those that there are."""
+        """The levels at which there are hashes."""
         return set(self._pending)
 
     def read(self, level: Level, part: int) -> Entries:
-        """Hashes and places of one of the parts of a level."""
+        """The entries of one sixteenth of a level."""
         if self._pending[level]:
             self._write(level)
         table_K2 = np.memmap(self._path(level), np.int64, mode="r").reshape(-1, 2)
@@ -220,8 +223,8 @@ class _Suffixes:
 
 
 def _forms(name: str, least: int, most: int = _MOST, extensions: bool = True) -> list[Form]:
-    """The hashes that a name is found by: of its last parts, `least` to `most`, and of its whole; without the extension
-    of an image and, where it has one and `extensions` matter, with it."""
+    """The hashes by which a name is found: of its last `least` to `most` parts, and of all of it; without the extension
+    of an image, and also with it, if it has one and `extensions` matter."""
     parts = [part for part in name.split("/") if part not in ("", ".")] or [name]
     bare = stem(parts[-1])
     found = []
@@ -243,5 +246,5 @@ def stem(name: str) -> str:
 
 
 def _is_image(path: str) -> bool:
-    """Whether a file is an image of its own, not an archive of many."""
+    """Whether a file is a single image, not an archive of many."""
     return stem(path) != path.rpartition("/")[2]

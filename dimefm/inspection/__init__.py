@@ -1,1 +1,1 @@
-"""`info`, `verify` and `doctor`: what is on disk, whether it can be trusted, and what this machine is."""
+"""Look at what is on disk and at this machine: `dimefm info`, `dimefm verify` and `dimefm doctor`."""

@@ -21,13 +21,13 @@ _NEEDED = {"torch": "torch", "torchvision": "torchvision", "open_clip": "open_cl
            "zarr": "zarr", "pyarrow": "pyarrow"}  # fmt: skip
 _SMALL_SHM, _FEW_FILES, _LITTLE_DISK, _LITTLE_MEMORY = 1_000_000_000, 1024, 10_000_000_000, 4_000_000_000
 _LEAST_FILES = 128  # below it not even two loader processes work
-_MOSTLY_FREE = 0.8  # of a GPU's memory; its own context takes half a gigabyte
+_MOSTLY_FREE = 0.8  # of a GPU's memory; torch's own context takes half a gigabyte
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A line: what it is about, what was found, and whether that is fine, wants a look, or stops the work; then
-    `remedy` says what to do."""
+    """A line of the diagnosis: its subject, what was found, and whether that is fine, deserves a look, or stops the
+    work; in the last two cases `remedy` says what to do."""
 
     name: str
     value: str
@@ -37,7 +37,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings, in the order in which they are shown, and the defaults of the commands on this machine."""
+    """All findings, in the order in which they are shown, and the commands' defaults on this machine."""
 
     findings: list[Finding]
     defaults: list[tuple[str, str]]
@@ -61,7 +61,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at everything. Imports torch and faiss, has each GPU add two numbers; writes nothing that stays."""
+    """Look at everything. Imports torch and faiss, and lets each GPU add two numbers; leaves no file behind."""
     findings = [Finding("dimefm", f"{version('dimefm')}, Python {platform.python_version()}, {platform.platform()}")]
     missing = list(_missing())
     findings += missing
@@ -151,7 +151,7 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _gpu(index: int) -> Finding:
-    """torch sees GPUs that it has no kernels for, too."""
+    """Try the GPU: torch also lists GPUs that it has no kernels for."""
     import torch
 
     name = f"gpu {index}"

@@ -1,4 +1,4 @@
-"""`dimefm info`: any of our artefacts in a screenful."""
+"""`dimefm info`: describe a store, index, pairs, selection or run on one screen."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ _FAILURES, _EXAMPLES, _SHOWN = 10, 5, 12
 
 
 def describe(path: str) -> str:
-    """A few lines about the store, index, pseudo-text store, selection or run at `path`. Raises StoreError for anything
-    else."""
+    """A few lines about the store, index, pairs, selection or run at `path`. Raises StoreError for anything else."""
     if storage.exists(storage.join(path, RUN_FILE)):
         return _run(path)
     if storage.exists(storage.join(path, SIDECAR_FILE)):
@@ -63,7 +62,7 @@ def describe(path: str) -> str:
 
 
 def list_failures(path: str) -> Iterator[str]:
-    """A line for each row of a store without an embedding, after one with the names of the columns; tab-separated."""
+    """A tab-separated line for each row of a store without an embedding, after one with the names of the columns."""
     yield "row\tkey\tstatus\tfile\treason"
     store = Store(path)
     for commit in store.commits():
@@ -108,7 +107,7 @@ def _store(store: Store) -> str:
     ]
     if schema.views:
         low, high = schema.views.crop_scale
-        rows.append(("views", f"{schema.views.count} an image, crops of {low:g} to {high:g} of its area"))
+        rows.append(("views", f"{schema.views.count} per image, crops of {low:g} to {high:g} of its area"))
     if schema.pixels:
         rows.append(("pixels", f"JPEGs of short side {schema.pixels}, which train-student reads"))
     rows += [(name.replace("_", " "), str(value)) for name, value in source.settings.items()]
@@ -121,7 +120,7 @@ def _store(store: Store) -> str:
     if failed > len(failures):
         rows.append(("", f"and {failed - len(failures):,} more"))
     if seconds:
-        rows.append(("worker time", f"{seconds:,.0f} s, {sum(counts.values()) / seconds:,.1f} rows/s a worker"))
+        rows.append(("worker time", f"{seconds:,.0f} s, {sum(counts.values()) / seconds:,.1f} rows/s per worker"))
     return _table(f"{store.path}: {schema.kind} embeddings", rows)
 
 
@@ -142,7 +141,7 @@ def _index(path: str, sidecar: IndexSidecar) -> str:
             ("recall", f"@{r.k} {r.value:.4f} over {r.queries:,} {r.source} queries (target {sidecar.recall_target})")
             for r in sidecar.recall
         ),
-        ("size", f"{amount(sidecar.bytes)}, {sidecar.bytes_per_vector:,.0f} bytes a vector"),
+        ("size", f"{amount(sidecar.bytes)}, {sidecar.bytes_per_vector:,.0f} bytes per vector"),
         ("store", f"{sidecar.store} ({sidecar.store_identity[:16]})"),
         *_teacher(sidecar.teacher),
         ("speed", f"{sidecar.queries_per_second:,.0f} queries/s when it was tuned"),
@@ -178,7 +177,7 @@ def _pairs(pairs: Pairs) -> str:
 
 
 def _beside(path: str, other: str) -> bool:
-    """Whether `other`, which the document at `path` names, is looked into: a local folder, or one of the same bucket as
+    """Whether info opens `other`, which the document at `path` names: a local folder, or a place in the same bucket as
     `path`, which the user typed."""
     if storage.is_url(other):
         bucket = "/".join(path.split("/", 3)[:3])
@@ -221,13 +220,13 @@ def _run(path: str) -> str:
     run, checkpoints = read_run(path), Checkpoints(path)
     config, usual = TrainConfig.parse(run.config, str(Path(path) / RUN_FILE)), LossConfig()
     loss = vars(config.loss).items()
-    told = {k: v for k, v in loss if (v if k in LossConfig.WEIGHTS else v != getattr(usual, k))}
+    changed = {k: v for k, v in loss if (v if k in LossConfig.WEIGHTS else v != getattr(usual, k))}
     train = [line for line in read_metrics(path) if line["event"] == "train"]
     rows = [
         ("student", f"{run.student.name} at {run.student.image_size} px, {run.student.embed_dim} wide"),
         *([("text student", run.text_student.name)] if run.text_student else []),
         ("steps", f"{checkpoints.step() or 0:,} of {run.steps:,}, batches of {config.batch_size:,}"),
-        ("loss", ", ".join(f"{k} {v}" for k, v in told.items())),
+        ("loss", ", ".join(f"{k} {v}" for k, v in changed.items())),
         *([("machine", f"{run.machine}, {config.precision}, torch threads {config.threads}")] if run.machine else []),
         *_teacher(run.teacher),
         ("images", config.images),

@@ -1,5 +1,5 @@
-"""`dimefm verify`: every byte of a store against its checksums, its plan against its commits, its rows against what an
-embedding must be; and, where asked, rows encoded again by the live teacher."""
+"""`dimefm verify`: check every byte of a store against its checksums, its plan against its commits, and its embeddings
+for their norm; and, if asked, encode rows again with the teacher."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from dimefm.store.zarr_arrays import digest_arrays
 from dimefm.system import inert_text, storage
 from dimefm.system.lock import writing
 
-_NORM_OFF = 2e-3  # float16 of a unit vector
-_SAME = 0.999
-_SHOWN = 20
+_NORM_OFF = 2e-3  # how far rounding to float16 may move the norm of a unit vector
+_SAME = 0.999  # the least cosine of a row that is encoded again
+_SHOWN = 20  # faults that are listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ class VerifyConfig:
 
 
 @dataclass
-class Report:
-    """What was found. `bad` are the shards that must be written again; `faults` are those of the store as a whole,
-    which cannot be mended that way. `empty` says why no row has an embedding, where none has."""
+class Verification:
+    """What was found. `bad`: what is wrong with each shard that must be written again. `faults`: what is wrong with the
+    store as a whole, which writing shards again does not mend. `empty`: why no row has an embedding, if none has."""
 
     store: str
     rows: int
@@ -74,7 +74,7 @@ class Report:
 
     @property
     def trusted(self) -> bool:
-        """Whether everything that is there is as it was written, everything is there, and there is an embedding."""
+        """Whether the store is complete, exactly as it was written, and has at least one embedding."""
         return not self.bad and not self.faults and self.done == self.shards and not self.empty
 
     def show(self) -> str:
@@ -99,15 +99,15 @@ class Report:
         if self.faults:
             return "the store must not be trusted"
         if self.done < self.shards:
-            return "the store is unfinished: run the command that writes it again; what is there can be trusted"
+            return "the store is unfinished: run the command that writes it again; the finished part can be trusted"
         if self.empty:
             return "the store is as it was written, but no row has an embedding: mend the source, and write it again"
         return "the store can be trusted"
 
 
-def verify(config: VerifyConfig) -> Report:
-    """Read a whole store. Raises StoreError, SchemaError where it cannot even be opened, and UnreadableError where its
-    storage does not answer: nothing is known of what cannot be asked about, and nothing is marked."""
+def verify(config: VerifyConfig) -> Verification:
+    """Read and check a whole store. Raises StoreError or SchemaError where it cannot even be opened; UnreadableError
+    where its storage does not answer: then nothing is known about its data, and no shard is marked."""
     store = Store(config.store)
     with writing(store.path) if config.repair else nullcontext():
         try:
@@ -125,9 +125,9 @@ def verify(config: VerifyConfig) -> Report:
     return report
 
 
-def _check(store: Store) -> Report:
+def _check(store: Store) -> Verification:
     schema = store.schema
-    report = Report(store.path, schema.rows, len(store.committed()), schema.shards)
+    report = Verification(store.path, schema.rows, len(store.committed()), schema.shards)
     keys = _Keys()
     for shard in range(schema.shards):
         _check_plan(store, shard, keys, report)
@@ -147,7 +147,7 @@ def _check(store: Store) -> Report:
 
 
 class _Keys:
-    """Counts keys that come twice, by 64-bit hashes."""
+    """Counts repeated keys, by 64-bit hashes."""
 
     def __init__(self) -> None:
         self._hashes = array("q")
@@ -159,8 +159,8 @@ class _Keys:
         return sum(len(places) for places in repeats(as_array(self._hashes)))
 
 
-def _check_plan(store: Store, shard: int, keys: _Keys, report: Report) -> None:
-    """What is wrong with a plan is no fault of the embeddings: writing the shard again would not mend it."""
+def _check_plan(store: Store, shard: int, keys: _Keys, report: Verification) -> None:
+    """A damaged plan is a fault of the store, and not of the shard: writing the shard again would not mend it."""
     try:
         keys.add(store.plan(shard)["key"].to_pylist())
     except (OSError, StoreError, SchemaError) as error:
@@ -215,8 +215,9 @@ def _check_pixels(store: Store, commit: Commit) -> Iterator[str]:
         yield f"{path} is damaged: it is not the tar of JPEGs that was committed"
 
 
-def _check_documents(store: Store, report: Report) -> None:
-    """Every byte of the attributes, and the table of files; the arrays' zarr.json were compared when it was opened."""
+def _check_documents(store: Store, report: Verification) -> None:
+    """Check every byte of the attributes, and the table of files. The zarr.json of the arrays were compared when the
+    store was opened."""
     path = storage.join(store.path, "zarr.json")
     attributes = store.group.attrs.asdict()
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
@@ -229,12 +230,12 @@ def _check_documents(store: Store, report: Report) -> None:
 
 
 def _is_normal(path: str) -> bool:
-    """Whether a JSON file is byte for byte as we write what is in it: other digits may parse to the same number."""
+    """Whether a JSON file is byte for byte as we would write its content: other digits can parse to the same number."""
     data = storage.read_bytes(path)
     return storage.json_bytes(json.loads(data)) == data
 
 
-def _check_foreign(store: Store, report: Report) -> None:
+def _check_foreign(store: Store, report: Verification) -> None:
     schema, shards = store.schema, range(store.schema.shards)
     expected = {"zarr.json", FILES_TABLE}
     expected |= {path(shard) for shard in shards for path in (rows_path, commit_path, failures_path)}
@@ -248,8 +249,8 @@ def _check_foreign(store: Store, report: Report) -> None:
 
 
 def _damage(store: Store, error: Exception) -> str:
-    """`_line` of what is wrong with a file. Raises the error again where it only says that the storage did not answer,
-    or refused: the file may be as good as ever. A local disk that cannot read a sector back has lost it."""
+    """`_line` for an error about a file. Raises the error again where it only means that the storage did not answer, or
+    refused: the file itself may be fine. A sector that a local disk cannot read back is lost."""
     if isinstance(error, OSError) and not isinstance(error, storage.GONE):
         lost = error.errno in (None, errno.EIO)  # Arrow and codecs give no number to what they cannot decode
         if storage.is_url(store.path) or not lost:
@@ -258,7 +259,7 @@ def _damage(store: Store, error: Exception) -> str:
 
 
 def _line(error: Exception) -> str:
-    """What is wrong, in one line and without the remedy: the report has its own."""
+    """An error's message in one line, without its remedy; `Verification` has its own."""
     if isinstance(error, SchemaError):
         return f"{error.where}: {'; '.join(map(str, error.problems))}"
     if isinstance(error, DimefmError):
@@ -268,8 +269,8 @@ def _line(error: Exception) -> str:
     return str(error)
 
 
-def _check_teacher(store: Store, config: VerifyConfig, report: Report) -> None:
-    """Rows spread over the good shards, encoded again by the teacher: the least cosine must be near 1."""
+def _check_teacher(store: Store, config: VerifyConfig, report: Verification) -> None:
+    """Encode rows again, spread over the good shards: the cosine of each to what is stored must be near 1."""
     assert config.sample is not None
     shards = [shard for shard in sorted(store.committed()) if shard not in report.bad]
     ranges = [np.arange(*store.schema.shard_range(shard)) for shard in shards]

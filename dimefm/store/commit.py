@@ -1,4 +1,4 @@
-"""The commit of a shard: made from what was written, written after it, read with its failures."""
+"""The commit of a shard: a small document, written after its arrays, that makes the shard count as done."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def make_commit(
 
 
 def write_commit(store: str, commit: Commit) -> Commit:
-    """Write a commit, after the table of its failures where they are many; as it was written. Raises OSError,
-    and StoreError where the store has come under another's lease."""
+    """Write a commit; where there are many failures, first the table of them. Returns the commit as written. Raises
+    OSError, and StoreError where another command has taken the lease of the store."""
     if len(commit.failures) > MOST_FAILURES:
         columns = {name: [getattr(failure, name) for failure in commit.failures] for name in FAILURES.names}
         table = pa.table(columns, schema=FAILURES)
@@ -67,15 +67,16 @@ def write_commit(store: str, commit: Commit) -> Commit:
 
 
 def remove_commit(store: str, shard: int) -> None:
-    """Remove the commit of a shard that is to be written again. Raises OSError, and StoreError as `write_commit` does:
-    under another's lease the commit is the other's."""
+    """Remove the commit of a shard that is to be written again. Raises OSError; and StoreError as `write_commit` does,
+    since the commit is then the other command's."""
     require_held(store)
     for path in (commit_path(shard), failures_path(shard)):
         storage.remove_file(storage.join(store, path))
 
 
 def read_failures(store: str, commit: Commit) -> Iterator[Failure]:
-    """The rows of a shard that have no embedding, with why. Raises StoreError where their table is missing, damaged."""
+    """The rows of a shard that have no embedding, each with the reason. Raises StoreError where their table is missing
+    or damaged."""
     if commit.table is None:
         yield from commit.failures
         return

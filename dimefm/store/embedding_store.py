@@ -54,22 +54,24 @@ _PART_ROWS = 512  # that are looked at for infinity at once
 
 @dataclass(frozen=True)
 class Contents:
-    """What is in a store: the digest of each committed shard by its number, and how many rows have an embedding."""
+    """What is in a store: the digest of each committed shard, by its number, and how many rows have an embedding."""
 
     shards: dict[str, str]
     good: int
 
     @property
     def digest(self) -> str:
-        """Of all embeddings: what was made from a store keeps it, to be told from what belongs to the store now."""
+        """The digest of all embeddings. What is made from a store records it, and so is recognised as out of date when
+        rows are encoded again."""
         return digest_of(self.shards)
 
 
 class Store:
-    """A store on disk. Cheap to open, whatever its size: nothing but its attributes is read."""
+    """An embedding store on disk. Cheap to open, whatever its size: only its attributes are read."""
 
     def __init__(self, path: str) -> None:
-        """Open a store. Raises StoreError where there is none, SchemaError where its attributes are not valid."""
+        """Open the store at `path`. Raises StoreError where there is none, SchemaError for attributes that are not
+        valid."""
         self.path = storage.absolute(path)
         self.group = open_group(self.path)
         attributes = group_attributes(self.group, self.path)
@@ -84,16 +86,14 @@ class Store:
         self._plans = PlanReader(self.path, self.schema)
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
-        return Store, (self.path,)  # another process opens it anew
+        return Store, (self.path,)  # another process opens it again
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def create(path: str, schema: EmbeddingStore) -> Store:
-        """Make the arrays, and last the attributes: until they are there the store counts as not planned.
-
-        Raises StoreError where they cannot be written.
-        """
+        """Make the arrays, then the attributes: until these exist, the store counts as not planned. Raises StoreError
+        where they cannot be written."""
         with storage.writing_to(path):
             group = zarr.open_group(zarr_place(storage.absolute(path)), mode="a")
             if ATTRIBUTES_KEY in group.attrs:
@@ -119,15 +119,15 @@ class Store:
         seconds: float,
         pixels: str | None = None,
     ) -> Commit:
-        """Write one whole shard, then its commit. Until the commit is there, the shard counts as not done.
+        """Write one whole shard, then its commit. Until the commit exists, the shard counts as not done.
 
-        `arrays` are all that the store has, by name, (N, ...); `pixels` is the digest of the shard's tar. Raises
-        StoreError where it cannot be written, as on a full disk: the shards that were committed before are not touched.
+        `arrays` are all arrays of the store, by name, (N, ...); `pixels` is the digest of the shard's tar. Raises
+        StoreError where it cannot be written, as on a full disk; shards that were committed before are not touched.
         """
         start = self.schema.shard_range(shard)[0]
         self.__dict__.pop("contents", None)
         with storage.writing_to(self.path):
-            remove_commit(self.path, shard)  # of a shard that is written again
+            remove_commit(self.path, shard)  # the shard may be written again
             for name, array in self._arrays.items():
                 array.write(shard, arrays[name])
             commit = make_commit(
@@ -168,7 +168,7 @@ class Store:
 
     @cached_property
     def contents(self) -> Contents:
-        """What the commits say, as they were when it was first asked for. Raises as `commit` does."""
+        """What the commits say; read once, when it is first asked for. Raises as `commit` does."""
         shards, good = {}, 0
         for commit in self.commits():
             shards[str(commit.shard)] = commit.digest
@@ -191,21 +191,21 @@ class Store:
             raise StoreError(f"{self.path} is unfinished: {done} of {shards} shards are done", remedy=remedy)
 
     def require_kind(self, kind: str) -> None:
-        """Raises MismatchError for a store of the other kind: images where texts belong, or the reverse."""
+        """Raises MismatchError for a store of the other kind: images in place of texts, or the reverse."""
         if self.schema.kind != kind:
             what = f"{self.path} holds {self.schema.kind} embeddings where {kind} embeddings belong"
-            raise MismatchError(what, remedy="look whether two stores were swapped")
+            raise MismatchError(what, remedy="check whether two stores were swapped")
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Embeddings of rows start..stop-1, in the store's type (N, D); of a store of views, their normalised mean.
-        Rows without an embedding are zero. Raises StoreError for rows that were never written, or are damaged."""
+        """Embeddings of rows start..stop-1, in the store's type (N, D); in a store of views, the normalised mean of the
+        views. Rows without an embedding are zero. Raises StoreError for rows that are damaged or not written."""
         return self._one_view(self._arrays[EMBEDDING].read(slice(start, stop)))
 
     def valid_rows(self, start: int, stop: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """The rows among start..stop-1 whose embedding is finite and not zero, as that of a failed row is: their
-        numbers int64 (N,) and their embeddings in the store's type (N, D)."""
+        """The rows of start..stop-1 that have an embedding, finite and not zero: their numbers int64 (N,), and their
+        embeddings in the store's type (N, D)."""
         embedding_ND = self.read(start, stop)
         good_N = _finite_and_not_zero(embedding_ND)
         if good_N.all():
@@ -213,7 +213,7 @@ class Store:
         return np.flatnonzero(good_N) + start, embedding_ND[good_N]
 
     def gather(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Embeddings of any rows in any order, as `read` gives them."""
+        """Embeddings of any rows in any order, as `read` returns them."""
         return self._one_view(self._arrays[EMBEDDING].read(rows_N))
 
     def _one_view(self, embedding: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -222,12 +222,12 @@ class Store:
     def gather_view(
         self, rows_N: np.ndarray[Any, Any], view_N: np.ndarray[Any, Any]
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Of a store of views: the embedding (N, D) and box int32 (N, 5) of one view of each row."""
+        """In a store of views: the embedding (N, D) and the box int32 (N, 5) of one view of each row."""
         places = np.arange(len(rows_N))
         return self._arrays[EMBEDDING].read(rows_N)[places, view_N], self._arrays[VIEW].read(rows_N)[places, view_N]
 
     def embeddings(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Embeddings as they are stored, (N, D) or with views (N, V, D)."""
+        """Embeddings as stored, (N, D), or with views (N, V, D)."""
         return self._arrays[EMBEDDING].read(rows_N)
 
     def shard_arrays(self, shard: int) -> dict[str, np.ndarray[Any, Any]]:
@@ -237,10 +237,8 @@ class Store:
         }
 
     def pixels(self, rows_N: np.ndarray[Any, Any]) -> Iterator[bytes]:
-        """The JPEGs of any rows in any order, of a store with pixels; where they are is looked up for all at once.
-
-        Raises StoreError for one that is missing or damaged, OSError where the storage does not answer.
-        """
+        """In a store with pixels: the JPEGs of any rows in any order; their places are looked up for all at once.
+        Raises StoreError for one that is missing or damaged, OSError where the storage does not answer."""
         index_N3 = self._arrays[PIXEL_INDEX].read(rows_N)
         return reading_ahead(self._jpeg, list(zip(rows_N.tolist(), index_N3.tolist(), strict=True)), self.path)
 
@@ -291,7 +289,8 @@ class Store:
 
 
 def create_store(out: str, schema: EmbeddingStore, digests: Sequence[str], files: Sequence[SourceFile]) -> Store:
-    """The store of plans that are written, one a digest: the table of its source's files, and last its attributes."""
+    """Make the store of plans that are written already, of which these are the digests: write the table of its source's
+    files, then create the arrays and the attributes."""
     columns = {name: [getattr(file, name) for file in files] for name in FILES.names}
     write_table(storage.join(out, FILES_TABLE), pa.table(columns, schema=FILES))
     plans = {rows_path(shard): digest for shard, digest in enumerate(digests)}
@@ -308,15 +307,15 @@ def require_same_teacher(one: Store, other: Store) -> None:
 
 
 def require_same_data(what: str, made_from: str | None, store: Store, *, remedy: str) -> None:
-    """Raises MismatchError unless `what` was made from the embeddings that the store has now, by their digest; None, of
-    what was made before it was kept, is not compared."""
+    """Raises MismatchError unless `what` was made from the embeddings that the store has now. `made_from` is the digest
+    that it recorded; None, in files of older releases, is not compared."""
     if made_from is not None and made_from != store.contents.digest:
         what += f" from other embeddings of {store.path} than it has now: rows of it were encoded again since then"
         raise MismatchError(what, remedy=remedy)
 
 
 def _mean_view(embedding_NVD: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The mean over views with its norm set to 1 again, in their type (N, D); zero stays zero."""
+    """The mean over views, normalised again, in their type (N, D); zero stays zero."""
     mean_ND: np.ndarray[Any, Any] = embedding_NVD.astype(np.float32).mean(axis=1)
     norm_N1 = np.linalg.norm(mean_ND, axis=1, keepdims=True)
     return (mean_ND / np.where(norm_N1 > 0, norm_N1, 1)).astype(embedding_NVD.dtype)

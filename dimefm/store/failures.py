@@ -1,4 +1,4 @@
-"""Whether there is anything to work on in a store, and what to say where every row of it failed."""
+"""The rows of a store that failed, by status, for messages; and the error where every row failed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dimefm.errors import StoreError
 from dimefm.store.embedding_store import Store
 from dimefm.system.inert_text import line
 
-_REASON = 200  # characters of one that are shown
+_REASON = 200  # characters of a reason that are shown
 
 
 def failures_by_status(store: Store) -> list[str]:
@@ -26,12 +26,12 @@ def failures_by_status(store: Store) -> list[str]:
 
 
 def failed_counts(commit: Commit) -> dict[str, int]:
-    """By status, the rows of a shard that have no embedding."""
+    """By status, how many rows of a shard have no embedding."""
     return {status: count for status, count in commit.counts.items() if status != Status.OK.name}
 
 
 def require_embeddings(store: Store, remedy: str = "mend the cause, and write the store again") -> None:
-    """Raises StoreError where rows were done, and not one of them has an embedding. Reads every commit."""
+    """Raises StoreError where shards are done and not one row of them has an embedding. Reads every commit."""
     found = store.contents
     if found.good or not found.shards:
         return
@@ -41,12 +41,12 @@ def require_embeddings(store: Store, remedy: str = "mend the cause, and write th
 
 
 def listed(store: Store) -> str:
-    """The end of a remedy: where all failures are, and that they are kept."""
+    """The end of a remedy: how to list all failures, and that they are kept."""
     return f"dimefm info {store.path} --failures lists all, and what was written is kept"
 
 
 def as_list(store: Store) -> str:
-    """`failures_by_status` as the end of what an error says."""
+    """`failures_by_status` as the end of an error's message."""
     return "".join(f"\n  - {text}" for text in failures_by_status(store))
 
 

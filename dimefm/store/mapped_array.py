@@ -1,8 +1,8 @@
-"""Reading a local, uncompressed, sharded Zarr array through memory maps of its shard files.
+"""Read a local, uncompressed, sharded Zarr array through memory maps of its shard files.
 
-zarr-python decodes whole chunks: thousands of random rows a second. A map reads only the rows asked for: millions.
-Ranges of rows are read straight into place, without a map. The checksum of a chunk is compared when the first row of it
-is asked for, once by a process and those that it forks, and with each whole read. Shapes: N rows.
+zarr-python decodes whole chunks: thousands of random rows per second. A map reads only the rows asked for: millions.
+Ranges of rows are read straight into place, without a map. The checksum of a chunk is compared whenever it is read as a
+whole, else when a row of it is first asked for, once for a process and those that it forks. Shapes: N rows.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _Array = np.ndarray[Any, Any]
 
 
 class _Maps:
-    """The maps of shard files that were used last, of all arrays of this process: each holds a file descriptor, and the
-    paper's stores have more files than a process may usually have open."""
+    """The memory maps used last, for all arrays of this process. Each holds a file descriptor, and the paper's stores
+    have more files than a process may usually have open."""
 
     def __init__(self) -> None:
         self._maps: OrderedDict[Path, _Array] = OrderedDict()
@@ -55,7 +55,7 @@ class _Maps:
             return data
 
     def forget(self, folder: Path) -> None:
-        """Let go of the maps of files below a folder."""
+        """Release the maps of files below a folder."""
         with self._lock:
             for path in [path for path in self._maps if folder in path.parents]:
                 del self._maps[path]
@@ -65,8 +65,8 @@ _maps = _Maps()
 
 
 def holds_raw_rows(array: Any) -> bool:
-    """Whether the chunks of a Zarr array are whole rows as they are, each with a crc32c, and its shards end in their
-    index."""
+    """Whether the chunks of a Zarr array hold whole rows, uncompressed, each with a crc32c, and the index of a shard is
+    at its end."""
     codecs = array.metadata.codecs
     if len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
         return False
@@ -127,7 +127,7 @@ class MappedArray:
         return out
 
     def forget(self) -> None:
-        """Map the files anew: one of them has been written again."""
+        """Map the files again: one of them has been written again."""
         _maps.forget(self._folder)
         self._shard.cache_clear()
         self._checked[:] = False
@@ -161,7 +161,7 @@ class MappedArray:
             data = _maps.get(self._path(shard))
         except FileNotFoundError:
             raise StoreError(f"{self._path(shard)} is missing", remedy=DAMAGED) from None
-        # To read a map beyond the end that its file has now is a SIGBUS. To ask for that end takes a microsecond.
+        # Reading a map beyond the present end of its file is a SIGBUS. Asking for that end takes a microsecond.
         mapping: Any = data.base
         there = min(len(data), mapping.size())
         if there < file.bytes:
@@ -221,7 +221,7 @@ class MappedArray:
 
 
 class _ShardIndex:
-    """The size of a shard file, where each chunk begins, and which were found whole."""
+    """The size of a shard file, where each chunk begins, and which chunks were checked."""
 
     def __init__(self, length: int, offsets: _Array, checked: _Array, step: int) -> None:
         self.bytes, self.offsets, self.checked = length, offsets, checked

@@ -1,6 +1,6 @@
-"""Pseudo texts: for every image its nearest sentences, and from them the visually grounded part of a corpus.
+"""Pairs, also called pseudo texts: the nearest sentences of every image, and how often each sentence was found.
 
-Shapes: N image rows of a shard, D width, K sentences an image, T sentences.
+Shapes: N image rows of a shard, D width, K sentences per image, T sentences.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dimefm.system.lease import require_held
 from dimefm.system.read_ahead import reading_ahead
 
 _DAMAGED = "delete the folder and retrieve again"
-AGAIN = "run the same dimefm retrieve again: it does the shards whose images have changed, and counts anew"
+AGAIN = "run the same dimefm retrieve again: it does the shards whose images have changed, and counts the hits again"
 AGAIN_TEXTS = "retrieve into another --out, with an index that was brought up to date if there is one"
 
 
@@ -40,7 +40,8 @@ class Pairs:
     """A pseudo-text store on disk."""
 
     def __init__(self, path: str) -> None:
-        """Open one. Raises StoreError where there is none, SchemaError where its attributes are not valid."""
+        """Open the pairs at `path`. Raises StoreError where there are none, SchemaError for attributes that are not
+        valid."""
         self.path = storage.absolute(path)
         self.group: Any = open_group(self.path)
         self.schema = PairsStore.parse(group_attributes(self.group, self.path), storage.join(self.path, "zarr.json"))
@@ -50,11 +51,11 @@ class Pairs:
         }
 
     def __reduce__(self) -> tuple[type[Pairs], tuple[str]]:
-        return Pairs, (self.path,)  # another process opens it anew
+        return Pairs, (self.path,)  # another process opens it again
 
     @staticmethod
     def create(path: str, schema: PairsStore) -> Pairs:
-        """Make the arrays, and last the attributes."""
+        """Make the arrays, then the attributes."""
         path = storage.absolute(path)
         group = zarr.open_group(zarr_place(path), mode="a")
         shape, chunk = (schema.rows, schema.top_k), (min(schema.shard_rows, 1024), schema.top_k)
@@ -66,7 +67,7 @@ class Pairs:
         return Pairs(path)
 
     def text_rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Rows of the text store by image, best first, int32 (N, K); -1 where the image has none."""
+        """For each image the rows of its sentences in the text store, best first, int32 (N, K); -1 for none."""
         return self._arrays[TEXT_ROW].read(slice(start, stop))
 
     def gather(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -101,8 +102,8 @@ class Pairs:
         return {int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdigit()}
 
     def images_data(self) -> dict[str, str | None]:
-        """By finished shard, the digest of the images' shard that it was retrieved for, None where it was not kept.
-        Shards whose commit is damaged are left out, as not done."""
+        """By finished shard, the digest of the images' shard that it was retrieved for; None where it was not recorded.
+        A shard whose commit is damaged counts as not done, and is left out."""
 
         def read(path: str) -> Commit | None:
             with suppress(StoreError, SchemaError):

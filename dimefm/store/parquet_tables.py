@@ -16,12 +16,12 @@ PLAN_DAMAGED = "put the file back from a copy, or cache again into another --out
 
 
 def write_plan(path: str, shard: int, table: pa.Table) -> str:
-    """Write the plan of one shard; its sha256."""
+    """Write the plan of one shard; returns its sha256."""
     return write_table(storage.join(path, rows_path(shard)), table)
 
 
 def write_table(path: str, table: pa.Table) -> str:
-    """A table as a Parquet file; its sha256. Raises StoreError where it cannot be written."""
+    """Write a table as a Parquet file; returns its sha256. Raises StoreError where it cannot be written."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     data = sink.getvalue()
@@ -33,10 +33,10 @@ def write_table(path: str, table: pa.Table) -> str:
 def read_table(
     path: str, digest: str | None, columns: tuple[str, ...] = (), repeated: tuple[str, ...] = ()
 ) -> pa.Table:
-    """A Parquet file that has this sha256; only `columns` of it, where given and there. Columns in `repeated`, which
-    have few values many times, come as dictionaries, which is several times as fast.
+    """Read a Parquet file that must have this sha256; if `columns` are given, only those. Columns in `repeated`, which
+    have few values many times, come as Arrow dictionaries, which is several times as fast.
 
-    Raises StoreError where it is missing or damaged.
+    Raises StoreError where the file is missing or damaged.
     """
     data = require_digest(path, digest, PLAN_DAMAGED)
     try:
@@ -48,7 +48,7 @@ def read_table(
 
 
 def require_digest(path: str, digest: str | None, remedy: str) -> bytes:
-    """The content of a file. Raises StoreError unless it is what it was when the store was planned."""
+    """The content of a file. Raises StoreError unless it has this sha256, as when the store was planned."""
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError:
@@ -59,5 +59,5 @@ def require_digest(path: str, digest: str | None, remedy: str) -> bytes:
 
 
 def sha256(data: bytes) -> str:
-    """As hex."""
+    """The sha256 of some bytes, as hex."""
     return hashlib.sha256(data).hexdigest()

@@ -1,4 +1,4 @@
-"""Training pixels: every decoded image as a small JPEG, one WebDataset tar a shard, in order of row."""
+"""Training pixels: every decoded image as a small JPEG, in one WebDataset tar per shard, in order of row."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PixelTar:
         self._file, self._sha256, self._offset = file, hashlib.sha256(), 0
 
     def add(self, row: int, jpeg: bytes) -> tuple[int, int, int]:
-        """Append the JPEG of a row; where in the tar it begins and ends, and its crc32c."""
+        """Append the JPEG of a row; returns where in the tar it begins and ends, and its crc32c."""
         member = tarfile.TarInfo(f"{row:09d}.jpg")
         member.size, member.mode = len(jpeg), 0o644
         start = self._offset + tarfile.BLOCKSIZE
@@ -29,7 +29,7 @@ class PixelTar:
         return start, start + len(jpeg), google_crc32c.value(jpeg)
 
     def finish(self) -> str:
-        """Write the end mark; the sha256 of the whole tar."""
+        """Write the end mark; returns the sha256 of the whole tar."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         return self._sha256.hexdigest()
 
@@ -41,6 +41,6 @@ class PixelTar:
 
 @contextmanager
 def pixel_tar(path: str) -> Iterator[PixelTar]:
-    """A tar at `path`, there only once the block has ended without an error."""
+    """A tar to write, which appears at `path` once the block has ended without an error."""
     with storage.writing_atomically(path) as file:
         yield PixelTar(file)

@@ -1,8 +1,9 @@
-"""Reading an uncompressed, sharded Zarr array at a URL by byte ranges, many requests at a time.
+"""Read an uncompressed, sharded Zarr array at a URL by byte ranges, with many requests at a time.
 
 zarr-python would fetch and decode whole chunks, 1.5 MB of embeddings for one row, and keep none. Here a chunk is
-fetched whole, its checksum compared, where much of it is wanted, and kept, within a bound, where the rest is likely to
-be. Few rows of a large chunk are fetched alone: without its checksum, which covers all of it. Shapes: N rows.
+fetched whole, and its checksum compared, where much of it is wanted; it is kept, up to a limit, where the rest is
+likely to be wanted too. A few rows of a large chunk are fetched alone, without the checksum, which covers the whole
+chunk. Shapes: N rows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dimefm.system import storage
 from dimefm.system.read_ahead import URL_BLOCK, in_order
 
 KEPT_BYTES = 256 * 2**20
-"""Bytes of chunks that a process keeps of an array: two windows of 64 chunks of embeddings 768 wide, and some."""
+"""Bytes of chunks that a process keeps per array: two windows of 64 chunks of embeddings 768 wide, and some more."""
 
 _SMALL = 64 * 1024  # bytes: fetching a chunk of no more takes hardly longer than fetching one row of it
 _MANY = 8  # rows of a chunk: as many requests cost a core 16 ms, the 1.5 MB of all of it 9 ms (benchmarks/urls.py)
@@ -46,7 +47,7 @@ class RangedArray:
         self._row_bytes = math.prod(self._row_shape) * self._dtype.itemsize
         self._chunk_bytes = self._chunk_rows * self._row_bytes
         self.fits = self._rows * self._row_bytes <= KEPT_BYTES
-        """Whether all of it is kept once it was fetched."""
+        """Whether the whole array is kept once it was fetched."""
         self._always_whole = self._chunk_bytes <= _SMALL or self.fits
         self._indices: dict[int, _Array] = {}
         self._kept: OrderedDict[int, _Array] = OrderedDict()
@@ -96,7 +97,7 @@ class RangedArray:
         return out
 
     def forget(self) -> None:
-        """Fetch anew: a shard has been written again."""
+        """Fetch everything again: a shard has been written again."""
         with self._lock:
             self._kept.clear()
             self._indices.clear()
@@ -174,7 +175,7 @@ class RangedArray:
     def _offset(self, chunk: int) -> int:
         shard, number = divmod(chunk, self._in_shard)
         index = self._indices.get(shard)
-        if index is None:  # another thread has written a shard in the meantime, and let all be read anew
+        if index is None:  # another thread has written a shard in the meantime, and called `forget`
             index = self._indices[shard] = self._read_index(shard)
         offset = index[number]
         if offset == _ABSENT:
@@ -186,8 +187,8 @@ class RangedArray:
         self._indices.update(zip(unread, in_order(self._read_index, unread), strict=True))
 
     def _read_index(self, shard: int) -> _Array:
-        """Where each chunk of a shard file begins. It is looked for where a file of chunks one after the other has it,
-        and only if it is not there by the size of the file."""
+        """Where each chunk of a shard file begins. The index is looked for where a file of chunks without gaps has it,
+        and only then at the end, which takes another request for the size."""
         chunks = -(-self._rows // self._chunk_rows) - shard * self._in_shard
         end = min(chunks, self._in_shard) * (self._chunk_bytes + _CRC)
         index = self._index_at(shard, end)
@@ -213,7 +214,7 @@ class RangedArray:
         return data
 
     def _within(self, shard: int, ask: Callable[[str], _Answer]) -> _Answer:
-        """What is asked of a shard file. Raises StoreError where it is missing, or the storage does not answer."""
+        """The answer of `ask` for a shard file. Raises StoreError if it is missing, or the storage does not answer."""
         path = self._path(shard)
         try:
             return ask(path)

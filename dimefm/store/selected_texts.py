@@ -22,7 +22,8 @@ class SelectedTexts:
     """A selection on disk."""
 
     def __init__(self, path: str) -> None:
-        """Open one. Raises StoreError where there is none or it is unfinished, SchemaError where it is not valid."""
+        """Open the selection at `path`. Raises StoreError where there is none or it is unfinished, SchemaError for a
+        document that is not valid."""
         self.path = storage.absolute(path)
         where = storage.join(self.path, SELECTION_FILE)
         if not storage.exists(where):
@@ -39,8 +40,8 @@ class SelectedTexts:
         return table["row"].to_numpy().astype(np.int32)  # type: ignore[no-any-return]
 
     def require_stores(self, images: Store, texts: Store) -> None:
-        """Raises MismatchError unless the selection was made over these texts and the embeddings that they have now; if
-        it was made by the same images, over theirs too."""
+        """Raises MismatchError unless the selection was made from these texts with the embeddings that they have now;
+        and, if it was made by these images, with the embeddings that they have now."""
         plan = self.document.plan
         if plan.texts_identity != texts.schema.identity:
             what = f"{self.path} was selected from {plan.texts}, other sentences than those of {texts.path}"

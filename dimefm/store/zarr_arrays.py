@@ -1,4 +1,4 @@
-"""Zarr groups and arrays as this project writes them: how they are made, opened and digested."""
+"""Zarr groups and arrays as this project stores them: create, open, write, and digest."""
 
 from __future__ import annotations
 
@@ -23,27 +23,28 @@ def open_group(path: str) -> zarr.Group:
     """The Zarr group at `path`, for reading and writing. Raises StoreError where there is none, OSError where the
     storage does not answer."""
     if storage.is_url(path):
-        storage.exists(storage.join(path, "zarr.json"))  # zarr asks for several files at once, and all would complain
+        # zarr asks for several files at once, and would log an error for each.
+        storage.exists(storage.join(path, "zarr.json"))
     try:
         with reading_zarr(path):
             return zarr.open_group(zarr_place(path), mode="r+")
     except (FileNotFoundError, zarr.errors.GroupNotFoundError):
         pass
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # what zarr makes of a damaged one
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # raised by zarr for a damaged one
         raise StoreError(f"{path}/zarr.json is damaged: {error}", remedy="write the store again") from None
     remedy = "check the path" if not storage.exists(path) else "it is unfinished or something else; cache again"
     raise StoreError(f"{path} is not a dimefm store", remedy=remedy)
 
 
 def zarr_place(path: str) -> str | Path:
-    """What zarr takes for `path`: a local one as Path, for in a string it takes :: for a chain of file systems."""
+    """`path` as zarr takes it: a local one as a Path, since in a string zarr reads :: as a chain of file systems."""
     return path if storage.is_url(path) else Path(path)
 
 
 @contextmanager
 def reading_zarr(path: str) -> Iterator[None]:
-    """For a block in which zarr reads what is at `path`: what the client of an object store raises of its own becomes
-    an OSError, and each OSError names a file. What zarr makes of damage stays: errors of Python's own kinds."""
+    """Around a block in which zarr reads at `path`: errors of an object store's own client become an OSError, and each
+    OSError names a file. Errors of Python's own kinds, which zarr raises for damaged files, stay."""
     try:
         with storage.naming(path):
             yield
@@ -55,7 +56,7 @@ def reading_zarr(path: str) -> Iterator[None]:
 
 
 def group_attributes(group: zarr.Group, path: str) -> Any:
-    """The document that a group of ours carries. Raises StoreError where it has none."""
+    """The document in a group's attributes, under our key. Raises StoreError where there is none."""
     if ATTRIBUTES_KEY not in group.attrs:
         remedy = "it is another Zarr group, or was stopped while it was planned: run the same command again"
         raise StoreError(f"{path} is not a dimefm store", remedy=remedy)
@@ -72,7 +73,7 @@ def create_array(
     *,
     fill: float = 0,
 ) -> None:
-    """An uncompressed array in whole-row chunks with crc32c, sharded by `shard_rows`."""
+    """Create an uncompressed array in chunks of whole rows, each with a crc32c, in shards of `shard_rows`."""
     group.create_array(
         name,
         shape=shape,
@@ -89,8 +90,8 @@ def create_array(
 
 
 def write_attributes(path: str, names: Iterable[str], document: Mapping[str, object]) -> None:
-    """Make a group one of ours, once the arrays of these names, new ones, are on the disk. Written as our other
-    documents are, so that `dimefm verify` knows each byte, whatever zarr's release."""
+    """Write the attributes of a group, after its new arrays have been flushed to the disk. They are written by us and
+    not by zarr, so that `dimefm verify` knows every byte, whatever the release of zarr."""
     for name in names:
         storage.flush_tree(storage.join(path, name))
     content = {"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTES_KEY: document}}
@@ -98,8 +99,8 @@ def write_attributes(path: str, names: Iterable[str], document: Mapping[str, obj
 
 
 def write_rows(path: str, file: str, array: Any, start: int, values: np.ndarray[Any, Any]) -> None:
-    """Write a whole shard of an array, whose data are in `file` within the group at `path`, and see it through to the
-    disk. Raises OSError."""
+    """Write a whole shard of an array, which is in `file` within the group at `path`, and flush it to the disk. Raises
+    OSError."""
     place = storage.join(path, file)
     if not storage.is_url(place):
         storage.make_folder(place.rpartition("/")[0])
@@ -119,7 +120,8 @@ def array_of(group: zarr.Group, path: str, name: str) -> Any:
 
 
 def open_array(group: zarr.Group, path: str, name: str, spec: ArraySpec) -> Any:
-    """`array_of`, ready to be written with chunks of fill values too: an absent chunk is then always a loss."""
+    """`array_of`, checked against its spec, and set to write chunks of fill values too, so that a chunk that is absent
+    was always lost."""
     where, array = storage.join(path, name), array_of(group, path, name)
     shape, dtype, chunks = array.shape, str(array.dtype), array.chunks
     expected = spec.shape, spec.dtype, (spec.chunk_rows, *spec.shape[1:])

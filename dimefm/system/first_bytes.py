@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, where it is not what its name says: for the error, or the count, about it."""
+"""What a file is by its first bytes, for messages about files that are not what their names say."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _COMPILED = {what: re.compile(beginning, re.IGNORECASE) for what, beginning in _
 
 
 def describe(head: bytes) -> str | None:
-    """What a file is that begins with `head`, with what to do; None where that is not known."""
+    """What a file is that begins with `head`, with what to do about it; None where that is not known."""
     return next((what for what, beginning in _COMPILED.items() if beginning.match(head)), None)
 
 
 def is_pointer(head: bytes) -> bool:
-    """Whether a file is what Git keeps in place of one that is in Git LFS and was not fetched."""
+    """Whether a file is a Git LFS pointer: what Git keeps in place of a file that was not fetched."""
     return head.startswith(_LFS)

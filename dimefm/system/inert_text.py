@@ -1,7 +1,7 @@
-"""Text that others wrote (names of files, keys, classes, sentences, reasons), made inert where it is shown.
+"""Make text that others wrote harmless where it is shown: names of files, keys, classes, sentences, reasons.
 
-A file's name may hold an escape sequence that rewrites the terminal, a line end that makes up a line of a report, HTML,
-or the beginning of a formula. What is stored stays as it is; what is shown goes through one of these.
+The name of a file may hold an escape sequence that rewrites the terminal, a line end that forges a line of a report,
+HTML, or the beginning of a formula. Stored text is not changed; shown text goes through one of these functions.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def text(value: object) -> str:
-    """For a terminal: line ends and tabs stay, other control characters become what Python would write, as \\x1b."""
+    """For a terminal: line ends and tabs stay; other control characters are written as Python does, such as \\x1b."""
     return _CONTROL.sub(_escape, str(value))
 
 
 def line(value: object) -> str:
-    """For a place within a line: as `text`, and so are line ends and tabs."""
+    """For a place within a line: as `text`, with line ends and tabs written so as well."""
     return _BREAK.sub(_escape, text(value))
 
 
 def markdown(value: object) -> str:
-    """For Markdown, in a cell of a table too: no HTML, link, code or cell begins or ends in it."""
+    """For Markdown, also within a cell of a table: no HTML, link, code or cell begins or ends in it."""
     return line(value).translate(_MARKDOWN)
 
 
 def csv_cell(value: object) -> str:
-    """For a spreadsheet: what it would take for a formula gets an apostrophe before it; numbers are left alone."""
+    """For a spreadsheet: text that would be taken for a formula gets an apostrophe before it; numbers stay."""
     cell = line(value)
     return f"'{cell}" if cell.startswith(_FORMULA) and not _is_number(cell) else cell
 
@@ -47,7 +47,7 @@ def latex(value: object) -> str:
 
 
 def say(value: object, **options: Any) -> None:
-    """click.echo of `text`: what every command prints with."""
+    """click.echo of `text`; every command prints with this."""
     click.echo(text(value), **options)
 
 

@@ -1,10 +1,10 @@
-"""One writer at a time at a URL: a file beside the data, which its owner renews and which others watch.
+"""One writer at a time at a URL: a lease, which is a file beside the data that its owner renews.
 
-    STORE/.lease   who writes, a token of its own, and how often it was renewed
+    STORE/.lease   who writes, a random token, and how often it was renewed
 
-Whoever finds one watches it for a while: where it changes, its owner lives; where it does not, it is taken over. Clocks
-of different machines are never compared. An owner that was silent for too long finds another's token before it commits
-anything more, and ends.
+A command that finds a lease watches it for a while. If it changes, its owner lives, and the command ends; if not, the
+command takes the lease over. Clocks of different machines are never compared. An owner that was silent for too long
+finds another token before it commits anything more, and ends.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from contextlib import contextmanager, suppress
 
 from dimefm.errors import StoreError
 from dimefm.system import storage
-from dimefm.system.lock_owner import owner, show_owner
+from dimefm.system.lock_owner import show_owner, this_process
 
 _LEASE = ".lease"
-_BEAT, _PATIENCE, _LOOK = 10.0, 45.0, 1.0  # seconds: between renewals, of silence until another takes over, of looks
+_BEAT, _PATIENCE, _LOOK = 10.0, 45.0, 1.0  # seconds between renewals, without one until a takeover, between looks
 _held: dict[str, str] = {}  # by the URL of a store: the token under which this process writes to it
 
 
 @contextmanager
 def leasing(store: str) -> Iterator[str]:
-    """Hold the store at this URL for the block; its token, for `writes_under` in other processes.
+    """Hold the store at this URL for the block; gives the token, for `writes_under` in other processes.
 
-    Raises StoreError with the owner's name where another command writes to it, and at the end where one has taken over.
+    Raises StoreError with the owner's name where another command writes to it, and at the end of the block where
+    another has taken over.
     """
     token, done = uuid.uuid4().hex, threading.Event()
     _acquire(store, token)
@@ -50,15 +51,15 @@ def leasing(store: str) -> Iterator[str]:
 
 
 def writes_under(store: str, token: str | None) -> None:
-    """This process writes under a lease, its own or that of the command that it works for; None is one that a local
-    store does not need."""
+    """Declare that this process writes under a lease, its own or that of the command that it works for. None for a
+    local store, which needs none."""
     if token is not None:
         _held[store] = token
 
 
 def require_held(store: str) -> None:
-    """Raises StoreError where this process writes to a store under a lease that is another's now. To be called before
-    any document that says that work is done."""
+    """Raises StoreError where this process writes to a store under a lease that another command has by now. Called
+    before any document is written that marks work as done."""
     if store not in _held:
         return
     found = _read(store)
@@ -69,7 +70,7 @@ def require_held(store: str) -> None:
 
 
 def _acquire(store: str, token: str) -> None:
-    content = owner(token=token, renewed=0)
+    content = this_process(token=token, renewed=0)
     while not storage.create(_place(store), content):
         before = _read(store)
         if before is None:
@@ -80,7 +81,7 @@ def _acquire(store: str, token: str) -> None:
             time.sleep(_LOOK)
         if now == before:
             storage.write_atomic(_place(store), content)
-            time.sleep(2 * _LOOK)  # of two that take over at once, the one that wrote first must see it
+            time.sleep(2 * _LOOK)  # if two take over at once, the one that wrote first must see the other's token
             now = _read(store)
             if _token(now) == token:
                 return
@@ -90,7 +91,7 @@ def _acquire(store: str, token: str) -> None:
 
 
 def _renew(store: str, token: str, done: threading.Event) -> None:
-    """Until `done`, or until the lease is another's; a store that does not answer for a moment is asked again."""
+    """Renew the lease until `done`, or until another command has it; storage that does not answer is asked again."""
     while not done.wait(_BEAT):
         with suppress(OSError, StoreError):
             content = _read(store)

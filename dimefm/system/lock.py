@@ -14,7 +14,7 @@ from typing import BinaryIO
 from dimefm.errors import StoreError
 from dimefm.system import storage
 from dimefm.system.lease import leasing
-from dimefm.system.lock_owner import owner, show_owner
+from dimefm.system.lock_owner import show_owner, this_process
 
 _LOCK = ".lock"
 _held: set[BinaryIO] = set()
@@ -26,9 +26,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what some network 
 def writing(store: str) -> Iterator[str | None]:
     """Hold the store for the block. Raises StoreError with the owner's name where another process writes to it.
 
-    The kernel lets go of the lock when the process ends, however it ends. A block that leaves nothing but the lock
-    leaves no folder either. On local file systems that cannot lock, two runs on one store are only harmless in that
-    both write the same bytes. At a URL it is a lease (see dimefm.system.lease), whose token the block is given.
+    The kernel releases the lock when the process ends, however it ends. If the folder was made for the lock and the
+    block writes nothing, it is removed again. On local file systems without locks, two runs on one store do no harm
+    only because both write the same bytes. At a URL it is a lease (see system.lease), whose token the block gets.
     """
     path = storage.absolute(store)
     if storage.is_url(path):
@@ -52,7 +52,7 @@ def writing(store: str) -> Iterator[str | None]:
 
 
 def _locked(folder: Path) -> BinaryIO:
-    """The lock file of a folder, made if need be, and locked until it is closed."""
+    """The lock file of a folder, which is made if necessary; locked until it is closed."""
     while True:
         try:
             storage.make_folder(str(folder))
@@ -60,7 +60,7 @@ def _locked(folder: Path) -> BinaryIO:
             raise StoreError(f"{folder} exists and is a file", remedy="give another --out") from None
         except OSError as error:
             raise storage.cannot_write(str(folder), error) from error
-        with suppress(FileNotFoundError):  # another process has just removed its lock, or a folder that it left empty
+        with suppress(FileNotFoundError):  # another process has just removed its lock, or the folder that it had made
             file = _open(folder)
             if os.path.samestat(os.fstat(file.fileno()), (folder / _LOCK).stat()):
                 return file
@@ -69,19 +69,19 @@ def _locked(folder: Path) -> BinaryIO:
 
 def _open(folder: Path) -> BinaryIO:
     try:
-        # Not through a link, which a folder of others could lead anywhere with: the lock is overwritten.
+        # Never through a link: it could lead anywhere, and the lock file is overwritten.
         descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except FileNotFoundError:
         raise
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise _strange(folder) from None
+            raise _not_ours(folder) from None
         raise storage.cannot_write(str(folder), error) from error
     file = os.fdopen(descriptor, "r+b", buffering=0)
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         file.close()
-        raise _strange(folder)
+        raise _not_ours(folder)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -95,12 +95,13 @@ def _open(folder: Path) -> BinaryIO:
     return file
 
 
-def _strange(folder: Path) -> StoreError:
+def _not_ours(folder: Path) -> StoreError:
     return StoreError(f"{folder / _LOCK} is a link, or no plain file", remedy="it is not dimefm's: delete it")
 
 
 def _keep_from_forks(file: BinaryIO) -> None:
-    """A forked child shares its parent's lock, and would hold it for a while after the parent was killed."""
+    """Make forked children close the lock file: they share the parent's lock, and would still hold it after the parent
+    was killed."""
     global _forks_let_go
     if not _forks_let_go:
         os.register_at_fork(after_in_child=lambda: [held.close() for held in _held])
@@ -111,6 +112,6 @@ def _keep_from_forks(file: BinaryIO) -> None:
 def _sign(file: BinaryIO, folder: Path) -> None:
     try:
         file.truncate(0)
-        file.write(owner())
+        file.write(this_process())
     except OSError as error:
         raise storage.cannot_write(str(folder), error) from error

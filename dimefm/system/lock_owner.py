@@ -1,4 +1,4 @@
-"""Who writes to a store: the few facts that another command is told, and nothing that may be a secret."""
+"""Who writes to a store: the few facts that another command may show, and nothing that may be secret."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 
 
-def owner(**more: object) -> bytes:
-    """This process, as JSON. Of its command line only which command it is: the rest may hold keys."""
+def this_process(**more: object) -> bytes:
+    """This process, as JSON. Only the name of its command is given: the rest of the command line may hold keys."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
@@ -31,11 +31,12 @@ def owner(**more: object) -> bytes:
 
 
 def show_owner(content: bytes) -> str:
-    """What `owner` gave, in words; a file of others may hold anything, and a terminal obeys some of it."""
+    """What `this_process` returned, in words. Anyone may have written the file, so characters that could control a
+    terminal become a question mark."""
     try:
         facts = json.loads(content)
         place = f"process {facts['process']} of {facts['user']} on {facts['host']}"
         words = f"{place} since {facts['since']}: {facts['command']}"
         return "".join(letter if letter.isprintable() else "?" for letter in words)
-    except (ValueError, KeyError, TypeError):  # it is just writing who it is
+    except (ValueError, KeyError, TypeError):  # it is just being written
         return "another process"

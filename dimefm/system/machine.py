@@ -1,7 +1,7 @@
-"""What this machine is and what it allows: the device, its precision, cores, memory, shared memory, open files.
+"""This machine and its limits: the device and its precision, cores, memory, shared memory, open files.
 
 Defaults that depend on the machine are decided here, by what it can do and never by a timing: a machine that happens to
-be busy must not give another student.
+be busy must not produce another student.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from dimefm.errors import DimefmError
 
 SHARED_MEMORY = Path("/dev/shm")
 _PROCESS = Path("/proc/self")
-_MOST_FILES = 65536  # some libraries go through all descriptors that could be open: no more than are of use
+_MOST_FILES = 65536  # more are of no use, and some libraries loop over all descriptors that could be open
 
 
 def choose_device(asked: str | None) -> str:
-    """`asked`, or cuda where there is one and cpu elsewhere. Raises DimefmError for a GPU that is not there."""
+    """`asked`, or by default cuda where torch sees a GPU, else cpu. Raises DimefmError if cuda is asked for without a
+    GPU."""
     import torch
 
     if asked is not None and asked.startswith("cuda") and not torch.cuda.is_available():
@@ -47,7 +48,8 @@ def choose_precision(device: str) -> Precision:
 
 
 def emulates(precision: Precision, device: str) -> bool:
-    """Whether products of that precision are a slow imitation here. For a GPU only `choose_precision` knows."""
+    """Whether matrix products of that precision are only emulated here, which is slow. For a GPU this follows from
+    `choose_precision`."""
     if device.startswith("cuda"):
         return precision == "bf16" and choose_precision(device) != "bf16"
     import torch
@@ -57,8 +59,8 @@ def emulates(precision: Precision, device: str) -> bool:
 
 
 def _has_amx() -> bool:
-    """Whether bf16 products run in AMX tiles: the processor has them, and ATEN_CPU_CAPABILITY does not forbid the
-    instructions of such a processor, as one sets it to see what a lesser one does."""
+    """Whether bf16 products run in AMX tiles: the processor has them, and ATEN_CPU_CAPABILITY, by which one imitates an
+    older processor, does not forbid them."""
     import torch
 
     return cpu_kind() == "AVX512" and bool(torch.cpu._is_amx_tile_supported())
@@ -72,7 +74,7 @@ def cpu_kind() -> str:
 
 
 def describe(device: str) -> str:
-    """What decides how numbers are rounded on a device of this machine: `x86_64 AVX512 AMX`, or the name of the GPU."""
+    """The facts of a device that decide how numbers are rounded: `x86_64 AVX512 AMX`, or the name of the GPU."""
     import torch
 
     if device.startswith("cuda"):
@@ -81,19 +83,19 @@ def describe(device: str) -> str:
 
 
 def wait_briefly() -> None:
-    """Let torch's idle threads sleep after microseconds instead of milliseconds. To be called by a program before torch
-    is loaded.
+    """Let torch's idle threads sleep after microseconds instead of milliseconds. Must be called before torch is loaded.
 
-    A thread that waits in a loop takes a core from whoever has work to do. With one busy neighbour on two cores, a
-    training run falls to a third of its speed by default and to half of it so; undisturbed it is no slower (`python -m
-    benchmarks cpu`). It is a variable of the OpenMP that torch brings on Linux; what the user has set stays.
+    A thread that waits in a loop takes a core from threads that have work to do. With one busy neighbour on two cores,
+    a training run falls to a third of its speed by default, and only to half with this; undisturbed it is no slower
+    (`python -m benchmarks cpu`). It sets a variable of the OpenMP library that torch brings on Linux, unless the user
+    has set one.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def cpus() -> int:
-    """CPU cores that this process may use, at least one: by its affinity, and by the quotas of its control groups."""
+    """CPU cores that this process may use, by its affinity and the quotas of its control groups; at least one."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [int(quota) / int(period) for quota, period in _cpu_quotas() if quota.isdigit() and period.isdigit()]
     return max(1, int(min([allowed, *quotas])))
@@ -113,8 +115,8 @@ def _cpu_quotas() -> Iterator[tuple[str, str]]:
 
 
 def available_memory() -> int:
-    """Bytes that this process may use: of the machine, or the least that `ulimit -v` or one of its nested control
-    groups allows. What is beyond memory.high is slowed down until nothing moves, and does not count."""
+    """Bytes of memory that this process may use: those of the machine, or less where `ulimit -v` or one of its nested
+    control groups allows less. Memory above memory.high does not count: its use is slowed down to a standstill."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
@@ -124,14 +126,14 @@ def available_memory() -> int:
         *_settings("", "memory.high"),
         *_settings("memory", "memory.limit_in_bytes"),
     ]
-    for statistics in _settings("memory", "memory.stat"):  # of groups too that are not to be seen in a container
+    for statistics in _settings("memory", "memory.stat"):  # includes groups that cannot be seen from within a container
         limits += [line.split()[-1] for line in statistics.splitlines() if line.startswith("hierarchical_memory_limit")]
     return min(found + [int(text) for text in limits if text.isdigit()])
 
 
 def _settings(controller: str, name: str) -> list[str]:
-    """A file's content in the control group of this process and in each that it is nested in, as far as they are
-    mounted here; of version 2 for the controller ""."""
+    """The contents of a settings file, in the control group of this process and in each group around it, as far as they
+    are mounted here. The controller "" stands for control groups of version 2."""
     own, mounts = _PROCESS / "cgroup", _PROCESS / "mountinfo"
     if not own.exists() or not mounts.exists():
         return []
@@ -140,7 +142,7 @@ def _settings(controller: str, name: str) -> list[str]:
     found: dict[Path, None] = {}
     for path in paths:
         for root, mount in _mounts(mounts.read_text(), controller):
-            # In a container the group that is mounted may be its own, by whatever name it has outside.
+            # In a container the mounted group may be the container's own, which has another name outside.
             inside = path.is_relative_to(root) and ".." not in path.parts
             folder = mount / path.relative_to(root) if inside else mount
             found |= dict.fromkeys(p / name for p in (folder, *folder.parents) if p == mount or mount in p.parents)
@@ -148,7 +150,8 @@ def _settings(controller: str, name: str) -> list[str]:
 
 
 def _mounts(mountinfo: str, controller: str) -> Iterator[tuple[PurePosixPath, Path]]:
-    """Where groups of a controller are mounted, and which one is the root there; see proc_pid_mountinfo(5)."""
+    """Where the groups of a controller are mounted, each after the group that is the root there; see
+    proc_pid_mountinfo(5)."""
     for line in mountinfo.splitlines():
         fields, _, rest = line.partition(" - ")
         kind, _, options = (*rest.split(" "), "", "")[:3]
@@ -158,7 +161,7 @@ def _mounts(mountinfo: str, controller: str) -> Iterator[tuple[PurePosixPath, Pa
 
 
 def free_shared_memory() -> int | None:
-    """Bytes free in /dev/shm, through which loader processes hand over their batches; None where there is no such."""
+    """Bytes free in /dev/shm, through which loader processes hand over batches; None where it does not exist."""
     if not SHARED_MEMORY.is_dir():
         return None
     found = os.statvfs(SHARED_MEMORY)
@@ -167,7 +170,7 @@ def free_shared_memory() -> int | None:
 
 @cache
 def open_files() -> int:
-    """How many files this process may have open, after its soft limit was raised to the hard one."""
+    """How many files this process may have open; raises its soft limit to the hard one first."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:

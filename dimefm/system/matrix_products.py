@@ -1,7 +1,8 @@
-"""Matrix products of embeddings. On a GPU they are TF32 ones: inputs with 10 bits of mantissa, sums in float32.
+"""Matrix products of embeddings. On a GPU they use TF32: inputs with 10 bits of mantissa, sums in float32.
 
 A float16 is a TF32 number, so products of cached embeddings lose nothing, at seven times the rate of float32 on an
-H100. A factor belongs on the product or on the side that is not cached: times 100, an embedding no longer fits.
+H100. A factor must be applied to the product, or to the side that is not cached: an embedding times 100 is no longer a
+TF32 number.
 
 Shapes: A and B rows, D width.
 """
@@ -21,10 +22,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @contextmanager
 def tf32(device: torch.device) -> Iterator[None]:
-    """float32 products on a GPU are TF32 within the block, for all threads; on other devices nothing changes.
-
-    Not those of a backward pass, which follows after the block.
-    """
+    """Within the block, float32 products on a GPU use TF32, in all threads; on other devices nothing changes. Products
+    of a backward pass do not, since it runs after the block."""
     if device.type != "cuda":
         yield
         return
@@ -40,7 +39,7 @@ def tf32(device: torch.device) -> Iterator[None]:
 
 
 def similarities(one_AD: torch.Tensor, other_BD: torch.Tensor) -> torch.Tensor:
-    """one @ other.T, (A, B), with a gradient that is made of TF32 products on a GPU, too."""
+    """one @ other.T, (A, B); on a GPU its gradient uses TF32 products as well."""
     product_AB: torch.Tensor = _Similarities.apply(one_AD, other_BD)
     return product_AB
 

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then in a log file; both with rate and time left."""
+"""Progress of long work: a bar on a terminal, a plain line every ten seconds in a log; with the rate and time left."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LINE_EVERY = 10.0  # seconds
 
 
 class Progress:
-    """`with Progress("images", total, "image") as p: p.at(n)`; `done` is where a resumed job starts."""
+    """`with Progress("images", total, "image") as p: p.at(n)`. `done` is the number at which a resumed job starts."""
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
         self._what, self._total, self._unit = what, total, unit
@@ -35,7 +35,7 @@ class Progress:
             self._line()
 
     def at(self, done: int) -> None:
-        """`done` of the total are done now."""
+        """Show that `done` of the total are done."""
         if self._bar is not None:
             self._bar.update(done - self._now)
         self._now = done
@@ -43,7 +43,7 @@ class Progress:
             self._line()
 
     def note(self, text: str) -> None:
-        """A line of text that stays, beside the progress."""
+        """Print a line that stays, above the progress."""
         line = inert_text.text(f"{self._what}: {self._now:,} of {self._total:,}: {text}")
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
@@ -71,7 +71,7 @@ def duration(seconds: float) -> str:
 
 
 def amount(count: float) -> str:
-    """Bytes as a person reads them: `1.5 MB`."""
+    """Bytes for people: `1.5 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Reading ahead of need: many requests at once where each takes long, as at a URL."""
+"""Read ahead of need, by many requests at a time, where each takes long, as at a URL."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from typing import TypeVar
 from dimefm.system import storage
 
 URL_BLOCK = 8 << 20
-"""Bytes of one request where a file is read from its beginning to its end."""
+"""Bytes per request where a file is read from beginning to end."""
 
 
 _In = TypeVar("_In")
-
-
 _Out = TypeVar("_Out")
 
 
 def in_order(work: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_Out]:
-    """`work` of each item, in the order of the items, on storage.CONNECTIONS threads; no more results than that are
-    held."""
+    """The result of `work` for each item, in the order of the items, on storage.CONNECTIONS threads; no more results
+    than that are held."""
     pool = ThreadPoolExecutor(storage.CONNECTIONS)
     try:
         ahead = iter(items)
@@ -36,6 +34,6 @@ def in_order(work: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_Out
 
 
 def reading_ahead(work: Callable[[_In], _Out], items: Sequence[_In], path: str) -> Iterator[_Out]:
-    """`work` of each item, in order, where it reads what is at `path`: several at a time at a URL, where one would wait
-    for another's answer; one after the other on a disk."""
+    """The result of `work`, which reads at `path`, for each item in order: many at a time at a URL, where each waits
+    for an answer; one after the other on a disk."""
     return in_order(work, items) if storage.is_url(path) else map(work, items)

@@ -1,4 +1,4 @@
-"""Copies between memory and a GPU that go on beside its computing. On a CPU there is nothing to copy or to wait for."""
+"""Copies between memory and a GPU while the GPU computes. On a CPU there is nothing to copy or to wait for."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 
 class Transfer:
-    """Copies of one process to one device, on a stream of their own."""
+    """Copies from this process to one device, on a separate CUDA stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` on the device, for whatever is enqueued there after this call.
+        """`tensor` on the device, for work that is enqueued there after this call.
 
-        Page-locked memory is copied while earlier work still computes, and must stay as it is until a result of later
+        Page-locked memory is copied while earlier work still computes, and must not be changed until a result of later
         work has arrived; other memory is copied before this returns.
         """
         if self._stream is None or tensor.is_cuda:
@@ -32,20 +32,20 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Arriving:
-    """Tensors on their way to memory: `wait` before they are read."""
+    """Tensors on their way to memory; call `wait` before reading them."""
 
     tensors: tuple[torch.Tensor, ...]
     _event: torch.cuda.Event | None
 
     def wait(self) -> tuple[torch.Tensor, ...]:
-        """The tensors, once they are there; what was enqueued on the device after `fetch` is not waited for."""
+        """Wait until the tensors have arrived; not for work that was enqueued on the device after `fetch`."""
         if self._event is not None:
             self._event.synchronize()
         return self.tensors
 
 
 def fetch(*tensors: torch.Tensor) -> Arriving:
-    """Begin to copy tensors to memory, behind what their device has been given to do until now."""
+    """Begin to copy tensors to memory, after the work that their device has been given until now."""
     if not tensors[0].is_cuda:
         return Arriving(tensors, None)
     arriving = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)  # into page-locked memory

@@ -1,4 +1,4 @@
-"""The versions of the libraries that decide what is written."""
+"""The versions of the libraries that decide the numbers in our files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dimefm.version import __version__
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers that are written."""
+    """By name, the version of each library that decides the numbers in our files, of Python, and of dimefm."""
     packages = ("torch", "open_clip_torch", "zarr", "numpy")
-    # dimefm's own is asked of the package: it runs from a checkout too, without being installed.
+    # dimefm's own comes from the package itself, which also runs from a checkout without being installed.
     own = {"python": platform.python_version(), "dimefm": __version__}
     return {**own, **{name: version(name) for name in packages}}

@@ -27,7 +27,7 @@ from dimefm.caching.encode_shard import encode_shard
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.cli import cli
 from dimefm.errors import StoreError, UnreadableError
-from dimefm.inspection.verify import Report, VerifyConfig, verify
+from dimefm.inspection.verify import Verification, VerifyConfig, verify
 from dimefm.models.clip import Clip
 from dimefm.store.embedding_store import Store
 from dimefm.store.parquet_tables import sha256, write_table
@@ -100,7 +100,7 @@ def found(store: Path) -> str:
     return result.output
 
 
-def check(store: Path, **options: Any) -> Report:
+def check(store: Path, **options: Any) -> Verification:
     return verify(VerifyConfig(store=str(store), **options))
 
 
@@ -168,7 +168,7 @@ def test_an_unfinished_store_is_called_so(copy: Callable[[str], Path]) -> None:
     result = run(store)
     assert result.exit_code == 1
     assert "1 of 2 shards done" in result.output
-    assert "the store is unfinished: run the command that writes it again; what is there can be" in result.output
+    assert "the store is unfinished: run the command that writes it again; the finished part can be" in result.output
 
 
 def test_a_store_that_is_verified_needs_no_lock_and_is_not_written_to(copy: Callable[[str], Path]) -> None:
