@@ -46,14 +46,10 @@ from tests.processes import FORKING, result_of
 from tests.tiny_training import STUDENT, tiny_config
 
 IMAGES, TEXTS, WIDTH = 8, 12, 6
+NO_LOSS = dict.fromkeys(LossConfig.WEIGHTS, 0.0)
 OBJECTIVES = {
-    "vl": LossConfig(vl=1, pvl=0),
-    "pvl": LossConfig(vl=0, pvl=1),
-    "udist": LossConfig(vl=0, pvl=0, udist=1),
+    **{name: LossConfig(**{**NO_LOSS, name: 1.0}) for name in LossConfig.WEIGHTS},
     "pvl, udist without the diagonal": LossConfig(vl=0, pvl=0.5, udist=0.5, mask_diagonal=True),
-    "cosine": LossConfig(vl=0, pvl=0, cosine=1),
-    "centred": LossConfig(vl=0, pvl=0, centred=1),
-    "contrastive": LossConfig(vl=0, pvl=0, contrastive=1),
     "scores with a queue": LossConfig(vl=0.7, pvl=0.3, udist=0.1, mask_diagonal=True, queue=11),
     "all with a queue and a learned scale": LossConfig(
         vl=0.7, pvl=0.3, udist=0.1, cosine=0.5, centred=0.5, contrastive=0.2, queue=5, logit_scale="learned", scale=20.0
