@@ -26,6 +26,7 @@ from dimefm.system.lock import writing
 from dimefm.system.machine import describe
 from dimefm.system.named_paths import allowing
 from dimefm.system.transfer import Arriving, Transfer, fetch
+from dimefm.training.batch_loader import explain_reader_death
 from dimefm.training.checkpoints import Checkpoints, CheckpointWriter
 from dimefm.training.config import LossConfig, TrainConfig
 from dimefm.training.distributed import (
@@ -38,7 +39,7 @@ from dimefm.training.distributed import (
     wait_for_all,
 )
 from dimefm.training.feed import TEXT_STREAM, Feed, notes_on_remote_data, open_feed
-from dimefm.training.image_batches import Batch, explain_reader_death
+from dimefm.training.image_batches import Batch
 from dimefm.training.machine_settings import decide_settings
 from dimefm.training.mean_embedding import mean_embedding
 from dimefm.training.not_finite import explain_out_of_memory, not_finite_error
