@@ -42,8 +42,8 @@ _IMAGES_AHEAD = 2**18  # ten seconds of a GPU and a small student: the plans of 
 
 @dataclass(frozen=True)
 class Request:
-    """What one batch is made of. `places_B` says where each image is, if they are read from their own files. `window_N` are the rows of all batches of a window, in its first request, for a dataset that reads plans
-    itself.
+    """What one batch is made of. `places_B` says where each image is, if they are read from their own files.
+    `window_N` are the rows of all batches of a window, in its first request, for a dataset that reads plans itself.
     """
 
     step: int
