@@ -18,8 +18,9 @@ from benchmarks.simulated import simulate
 from dimefm.sample import sample_dir
 from dimefm.store.embedding_store import Store
 from dimefm.training import image_batches
+from dimefm.training.batch_loader import Requests, training_loader
 from dimefm.training.config import TextMix
-from dimefm.training.image_batches import Augmentation, Batch, Requests, TrainingImages, training_loader
+from dimefm.training.image_batches import Augmentation, Batch, TrainingImages
 from dimefm.training.row_order import Order
 from dimefm.training.text_bank import TextBank
 

@@ -25,7 +25,8 @@ from dimefm.store.embedding_store import Store, create_store
 from dimefm.store.parquet_tables import write_plan
 from dimefm.store.pixel_tar import pixel_tar
 from dimefm.training import row_order
-from dimefm.training.image_batches import Augmentation, Requests, TrainingImages, training_loader
+from dimefm.training.batch_loader import Requests, training_loader
+from dimefm.training.image_batches import Augmentation, TrainingImages
 from dimefm.training.row_order import Order
 
 _SHARD, _BATCH = 8192, 1024

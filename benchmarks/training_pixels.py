@@ -17,7 +17,8 @@ from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.images.decode import decode_pillow, open_image
 from dimefm.models.clip import load_clip
 from dimefm.store.embedding_store import Store
-from dimefm.training.image_batches import Augmentation, Requests, TrainingImages, training_loader
+from dimefm.training.batch_loader import Requests, training_loader
+from dimefm.training.image_batches import Augmentation, TrainingImages
 from dimefm.training.row_order import Order
 
 

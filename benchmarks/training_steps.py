@@ -75,16 +75,16 @@ def by_texts(
 
     objective = Objective(LossConfig(vl=0.7, pvl=0.3), teacher_scale=100.0, dim=spec.embed_dim, mean_D=None)
     place = Place(0, 1, device)
-    learner = TowerTrainer(bare.module, objective, place, prepare=lambda images: images, precision=precision)
+    trainer = TowerTrainer(bare.module, objective, place, prepare=lambda images: images, precision=precision)
     optimizer = adamw([bare.module], lr=1e-5, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
     teacher, scaler = unit(len(bare.images)), torch.amp.GradScaler(device.type, enabled=False)
 
     def step(text_TD: torch.Tensor) -> Callable[[], None]:
         def run() -> None:
             optimizer.zero_grad(set_to_none=True)
-            values = learner.learn(bare.images, teacher, text_TD, None, seed=(0, 0), scaler=scaler)
+            learned = trainer.learn(bare.images, teacher, text_TD, None, seed=(0, 0), scaler=scaler)
             optimizer.step()
-            values["loss"].item()
+            learned.values["loss"].item()
 
         return run
 

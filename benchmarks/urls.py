@@ -32,7 +32,8 @@ from dimefm.store import ranged_array
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.read_ahead import in_order
-from dimefm.training.image_batches import Augmentation, Request, TrainingImages
+from dimefm.training.batch_loader import Request
+from dimefm.training.image_batches import Augmentation, TrainingImages
 from dimefm.training.row_order import Order
 
 _DIM, _BATCH, _MOTO_REQUESTS = 768, 1024, 500

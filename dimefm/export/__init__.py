@@ -1,1 +1,1 @@
-"""What a student leaves as."""
+"""Trained students written for use elsewhere: so far as open_clip folders."""

@@ -1,4 +1,4 @@
-"""A trained student as an open_clip folder: its image tower beside the teacher's text tower."""
+"""Writes a trained student as an open_clip folder: its image tower with its own text tower, or with the teacher's."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ def export(
 ) -> str:
     """Write the student of `run` to `out`, for ``open_clip.create_model_and_transforms("local-dir:OUT")``.
 
-    `checkpoint` is "last", "best" or the number of a step; `weights` "model", or "ema" for their moving average.
-    `teacher` and `pretrained` say where the teacher is now, if not where the run recorded it; its weights must be the
-    same; a student with a text tower of its own needs none. The folder appears whole or not at all; one with the same
-    bytes already there is left as it is. Raises StoreError for a run without a checkpoint, MismatchError for another
-    teacher, OutputExistsError.
+    `checkpoint` is "last", "best" or the number of a step; `weights` is "model", or "ema" for their moving average.
+    `teacher` and `pretrained` say where the teacher is now, if it is not where the run recorded it; its weights must be
+    the same. A student with a text tower of its own needs no teacher.
+
+    The folder appears whole or not at all; if one with the same bytes is there, it is left as it is. Raises StoreError
+    for a run without a checkpoint, MismatchError for another teacher, OutputExistsError.
     """
     out = storage.local(out, "an export")
     document = read_run(run)
@@ -66,7 +67,7 @@ def export(
 
 
 def _chosen(run: str, tower: dict[str, Any], weights: str) -> dict[str, Any]:
-    """The weights of a tower that are asked for."""
+    """The weights of a tower, or their moving average."""
     if weights == "model":
         return tower["model"]  # type: ignore[no-any-return]
     if tower["ema"] is None:
@@ -77,7 +78,7 @@ def _chosen(run: str, tower: dict[str, Any], weights: str) -> dict[str, Any]:
 
 
 def _own_config(document: Run) -> dict[str, Any]:
-    """The model of a student with both towers of its own, as open_clip describes one."""
+    """open_clip's config of a student with two towers of its own."""
     assert document.text_student
     return {
         "embed_dim": document.student.embed_dim,
@@ -89,6 +90,6 @@ def _own_config(document: Run) -> dict[str, Any]:
 
 
 def _logit_scale(document: Run, image: dict[str, Any]) -> float:
-    """What the student learned, else that of its teacher."""
+    """The logit scale that the student learned, else its teacher's."""
     learned = image["objective"].get("log_scale")
     return math.exp(float(learned)) if learned is not None else document.teacher.logit_scale

@@ -1,6 +1,6 @@
-"""A checkpoint of the authors of DIME-FM as an open_clip folder: its image tower beside the teacher's text tower.
+"""Converts a checkpoint of the authors of DIME-FM to an open_clip folder, with the teacher's text tower.
 
-Two forms are read. Their training code saves OpenAI's image tower, ``visual.*`` with the projection ``visual.proj``.
+It may have two forms. Their training code saves OpenAI's image tower, ``visual.*`` with the projection ``visual.proj``.
 Their evaluation code reads a tower of its own, ``image_encoder.*`` or ``visual.*``, with the projection beside it
 (``image_projection`` or ``vision_projection``) and another epsilon in every LayerNorm. Both have QuickGELU.
 """
@@ -29,12 +29,12 @@ from dimefm.system import storage
 _STATES = ("image_state_dict", "model")
 _PREFIXES = (("module.", ""), ("image_encoder.", "visual."), ("image_projection", "vision_projection"))
 _UNUSED = "visual.head."
-"""Classes of a supervised pretraining, which features do not pass through."""
+"""The classifier of a supervised pretraining, which the features do not pass through."""
 
-_EPSILON = 1e-12  # of the form with the projection beside the tower; OpenAI's is the default of PyTorch and open_clip
+_EPSILON = 1e-12  # in the form with the projection beside the tower; OpenAI's form has the default of PyTorch
 _HEAD_WIDTH = 64
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_RELATIVE, _ABSOLUTE = 1e-2, 1e-4  # above the rounding of weights that were bfloat16 once
+_RELATIVE, _ABSOLUTE = 1e-2, 1e-4  # above the rounding of weights that once were bfloat16
 _SHOWN = 3
 _REMEDY = (
     "give a checkpoint of the authors' ViT: visual.* with visual.proj, or image_encoder.* (visual.*) with "
@@ -45,8 +45,8 @@ _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What was converted. `left_out` are the checkpoint's tensors that were not taken, `foreign` those of them that the
-    teacher's text tower has with other values."""
+    """The result. `left_out` are the checkpoint's tensors that were not taken; `foreign` are those of them that the
+    teacher's text tower also has, with other values."""
 
     out: str
     image: StudentSpec
@@ -62,7 +62,7 @@ class Converted:
             f"{self.out}: load it with open_clip as local-dir:{self.out}",
             f"  image tower  ViT of {cfg['layers']} layers, width {cfg['width']}, patches of {cfg['patch_size']} px, "
             f"images of {cfg['image_size']} px, projected to {self.image.embed_dim}; LayerNorm epsilon {epsilon:g}",
-            f"  text tower   that of {self.teacher}; none is taken from the checkpoint",
+            f"  text tower   that of {self.teacher}; nothing of it is taken from the checkpoint",
         ]
         if self.left_out:
             lines.append(f"  left out     {len(self.left_out)} of the checkpoint's tensors: {_first(self.left_out)}")
@@ -77,8 +77,8 @@ def convert(
 ) -> Converted:
     """Write the image tower of `checkpoint` with the text tower of `teacher` to `out`, as ``dimefm export`` would.
 
-    The folder appears whole or not at all; one with the same bytes already there is left as it is. Raises SourceError
-    for a file that is no such checkpoint, MismatchError for a teacher of another width or activation, TeacherError,
+    The folder appears whole or not at all; if one with the same bytes is there, it is left as it is. Raises SourceError
+    for a file that is not such a checkpoint, MismatchError for a teacher of another width or activation, TeacherError,
     OutputExistsError.
     """
     out = storage.local(out, "a converted checkpoint")
@@ -94,17 +94,17 @@ def convert(
         raise MismatchError(what, remedy="the authors' teacher is --teacher ViT-L-14-quickgelu --pretrained openai")
     config, text = beside_text_tower(clip, spec)
     publish_folder(Path(out), config, {**text, **image}, clip.tokenizer)
-    left_out = {name: value for name, value in state.items() if not _of_the_tower(name)}
+    left_out = {name: value for name, value in state.items() if not _is_of_tower(name)}
     foreign = _foreign(left_out, text)
     return Converted(out=out, image=spec, teacher=named, left_out=tuple(left_out), foreign=tuple(foreign))
 
 
 def image_tower(checkpoint: str, state: dict[str, torch.Tensor]) -> tuple[StudentSpec, dict[str, torch.Tensor]]:
-    """The tower that these tensors are, and those of them that are its weights: under open_clip's names, in float32.
+    """The description of the image tower that these tensors make, and its weights: under open_clip's names, in float32.
 
-    Raises SourceError where they are no whole ViT of one of the two forms.
+    Raises SourceError if they are not a whole ViT in one of the two forms.
     """
-    tower = {_inner(name): value for name, value in state.items() if _of_the_tower(name)}
+    tower = {_inner(name): value for name, value in state.items() if _is_of_tower(name)}
     if any(name.startswith("layers.") for name in tower):
         what = f"{checkpoint} holds a Swin student ({_listed(_visual(tower))})"
         raise SourceError(f"{what}, a tower that open_clip does not have", remedy=_REMEDY)
@@ -120,23 +120,23 @@ def image_tower(checkpoint: str, state: dict[str, torch.Tensor]) -> tuple[Studen
     }
     if any(problems.values()):
         found = "; ".join(f"{kind} {_listed(_visual(sorted(names)))}" for kind, names in problems.items() if names)
-        raise SourceError(f"{checkpoint} is no whole ViT of {len(wanted)} tensors: {found}", remedy=_REMEDY)
+        raise SourceError(f"{checkpoint} is not a whole ViT of {len(wanted)} tensors: {found}", remedy=_REMEDY)
     return spec, {f"visual.{name}": tower[name].float() for name in wanted}
 
 
 def _spec(checkpoint: str, tower: dict[str, torch.Tensor], epsilon: float | None) -> StudentSpec:
-    """The tower that has these shapes."""
+    """The description of the tower that has these shapes."""
     sizes = {"conv1.weight": 4, "positional_embedding": 2, "transformer.resblocks.0.ln_1.weight": 1, "proj": 2}
     bad = [f"visual.{name}" for name, ndim in sizes.items() if name not in tower or tower[name].ndim != ndim]
     if bad:
         what = f"{', '.join(bad)} missing or of another shape; it holds {_listed(_visual(tower))}"
-        raise SourceError(f"{checkpoint} is no ViT of CLIP's form: {what}", remedy=_REMEDY)
+        raise SourceError(f"{checkpoint} is not a ViT of CLIP's form: {what}", remedy=_REMEDY)
     width, _, patch, _ = tower["conv1.weight"].shape
     patches = len(tower["positional_embedding"]) - 1
     grid = math.isqrt(max(patches, 0))
     if width % _HEAD_WIDTH or not grid or grid**2 != patches:
         what = f"width {width} and {patches} patches, not a multiple of {_HEAD_WIDTH} and the patches of a square"
-        raise SourceError(f"{checkpoint} is no ViT of CLIP's form: {what}", remedy=_REMEDY)
+        raise SourceError(f"{checkpoint} is not a ViT of CLIP's form: {what}", remedy=_REMEDY)
     vision_cfg: dict[str, object] = {
         "image_size": grid * patch,
         "layers": 1 + max(int(block[1]) for name in tower if (block := _BLOCK.match(name))),
@@ -154,7 +154,7 @@ def _spec(checkpoint: str, tower: dict[str, torch.Tensor], epsilon: float | None
     )
 
 
-def _of_the_tower(name: str) -> bool:
+def _is_of_tower(name: str) -> bool:
     return name == "vision_projection" or (name.startswith("visual.") and not name.startswith(_UNUSED))
 
 
@@ -164,7 +164,7 @@ def _inner(name: str) -> str:
 
 
 def _foreign(left_out: dict[str, torch.Tensor], text: dict[str, torch.Tensor]) -> list[str]:
-    """Those that the teacher's text tower has too, but with other values."""
+    """The names of tensors that the teacher's text tower also has, with other values."""
     mine = {name.removeprefix("text."): value for name, value in text.items() if not name.startswith("logit_")}
     pairs = {name: (value, mine.get(name.removeprefix("text."))) for name, value in left_out.items()}
     return [name for name, (value, other) in pairs.items() if other is not None and not _alike(value, other)]
@@ -175,7 +175,7 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _read(checkpoint: str) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, with the names of both forms made alike."""
+    """The tensors of a checkpoint. Their names are made the same for both forms."""
     content = _load(checkpoint)
     for key in _STATES:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -187,14 +187,14 @@ def _read(checkpoint: str) -> dict[str, torch.Tensor]:
             for old, new in _PREFIXES:
                 name = new + name[len(old) :] if name.startswith(old) else name
             state[name] = value
-    if not any(map(_of_the_tower, state)):
+    if not any(map(_is_of_tower, state)):
         held = f"its tensors are {_listed(list(state))}" if state else "it holds no tensors by name"
         raise SourceError(f"{checkpoint} holds no image tower: {held}", remedy=_REMEDY)
     return state
 
 
 def _load(checkpoint: str) -> Any:
-    """The content of a file of torch.save, if it is of tensors and plain values: nothing else is ever unpickled."""
+    """The content of a file of torch.save. Only tensors and plain values are ever unpickled."""
     path = Path(checkpoint).expanduser()
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -202,21 +202,21 @@ def _load(checkpoint: str) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of torch's reader: of a dozen kinds
+    except Exception as error:  # torch's reader raises a dozen kinds
         raise _unreadable(checkpoint, path, error) from None
 
 
 def _unreadable(checkpoint: str, path: Path, error: Exception) -> SourceError:
-    """Why torch did not read a file, in other words than its own, which advise to unpickle whatever it is."""
+    """Why torch could not read a file. Its own words are not shown: they advise to unpickle anything."""
     with path.open("rb") as file:
         start = file.read(2)
-    if start[:1] != b"\x80" and start != b"PK":  # of the old and the new files of torch.save
-        return SourceError(f"{checkpoint} is no file of torch.save", remedy=_REMEDY)
+    if start[:1] != b"\x80" and start != b"PK":  # how old and new files of torch.save begin
+        return SourceError(f"{checkpoint} is not a file of torch.save", remedy=_REMEDY)
     if type(error).__name__ == "UnpicklingError":
         name = re.search(r"GLOBAL (\S+)", str(error))
         what = f"{checkpoint} holds more than tensors ({name[1] if name else 'objects of Python'})"
         remedy = "if you trust it, load it yourself with weights_only=False and torch.save its state dict alone"
-        return SourceError(f"{what}: to read it could run any code, and is not done", remedy=remedy)
+        return SourceError(f"{what}: reading it could run any code, so it is not read", remedy=remedy)
     reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
     return SourceError(f"{checkpoint} cannot be read: {reason}", remedy="give the file as torch.save wrote it, whole")
 

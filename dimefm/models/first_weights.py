@@ -20,7 +20,8 @@ from dimefm.models.pretraining import agreeing_fields, tags_of
 from dimefm.models.towers import has_activation
 
 _PROJECTION = ("proj", "head.", "trunk.head.weight", "trunk.head.bias", "trunk.head.fc.")
-"""What may stay random: of the width of another teacher, or missing in a tower that was not a CLIP's."""
+"""Names of the projection's tensors, which may stay random: they have the width of another teacher, or are missing in a
+tower that did not belong to a CLIP."""
 
 
 def fit_to_first_weights(
@@ -35,25 +36,25 @@ def fit_to_first_weights(
 
     `init` is as for `load_first_weights`; `mean`, `std` and `activation` are what the user says of a file.
 
-    Raises TrainingError where the weights were trained with another activation than the teacher's, which the student
-    has to have; and where something of this is neither said nor follows from known weights that fit the tower.
+    Raises TrainingError if the weights were trained with another activation than the teacher's, which the student must
+    have; and if one of these facts is neither given nor follows from the known weights that fit the tower.
     """
     found, is_file = _trained_with(spec.name, init)
     if found is None:
-        return spec  # whoever loads them says that they are not there
-    given = {"mean": mean, "std": std, "activation": activation}
-    said = {name: value for name, value in given.items() if value is not None}
+        return spec  # load_first_weights then says that they are not there
+    facts = {"mean": mean, "std": std, "activation": activation}
+    given = {name: value for name, value in facts.items() if value is not None}
     wanted = ("mean", "std", *(["activation"] if has_activation(spec) else []))
-    idle = [f"init_{name}" for name in said if name not in wanted or (not is_file and name in found)]
+    idle = [f"init_{name}" for name in given if name not in wanted or (not is_file and name in found)]
     if idle:
         what = f"{', '.join(idle)}: no effect, as {init} says that itself or {spec.name} has none"
         raise TrainingError(what, remedy="leave it out")
-    found |= said
+    found |= given
     lacking = [name for name in wanted if name not in found]
     if lacking:
         what = f"{init} does not say with which {' and '.join(lacking)} it was trained, nor do known weights"
         words = {"mean": "[R,G,B]", "std": "[R,G,B]", "activation": "gelu or quick_gelu"}
-        remedy = "say it: " + " ".join(f"--set init_{name}={words[name]}" for name in lacking)
+        remedy = "say it with " + " ".join(f"--set init_{name}={words[name]}" for name in lacking)
         raise TrainingError(f"{what} of {spec.name} agree", remedy=remedy)
     if has_activation(spec) and found["activation"] != spec.activation:
         what = f"{init} was trained with {found['activation']}, and the student has the activation of its teacher"
@@ -64,17 +65,17 @@ def fit_to_first_weights(
 
 
 def _trained_with(name: str, init: str) -> tuple[dict[str, Any] | None, bool]:
-    """What is known of mean, std and activation of first weights, None if they are not there; and whether they are a
-    file, of which that is what all known weights that fit have in common."""
+    """The mean, std and activation of first weights, as far as they are known (None if there are no such weights); and
+    whether the weights are a file. A file does not say: known is what all known weights of the architecture share."""
     path, cfgs, is_file = Path(init.removeprefix("local-dir:")), list[dict[str, Any]](), False
     if path.is_dir():
-        cfgs = _of_folder(f"local-dir:{path}")
+        cfgs = _facts_of_folder(f"local-dir:{path}")
     elif path.exists():
         is_file = True
-        cfgs = [*tags_of(name).values(), *map(_of_timm, timm.models.get_arch_pretrained_cfgs(name).values())]
+        cfgs = [*tags_of(name).values(), *map(_facts_of_timm, timm.models.get_arch_pretrained_cfgs(name).values())]
     elif init == "timm":
         cfg = timm.get_pretrained_cfg(name)
-        cfgs = [_of_timm(cfg)] if cfg else []
+        cfgs = [_facts_of_timm(cfg)] if cfg else []
     elif init in tags_of(name):
         cfgs = [tags_of(name)[init]]
     else:
@@ -88,7 +89,7 @@ def _activation(cfg: Mapping[str, Any]) -> str:
     return "quick_gelu" if cfg.get("quick_gelu", False) else "gelu"
 
 
-def _of_folder(name: str) -> list[dict[str, Any]]:
+def _facts_of_folder(name: str) -> list[dict[str, Any]]:
     try:
         activation = open_clip.get_model_config(name).get("quick_gelu", False)
         return [{**preprocess_config(name), "quick_gelu": activation}]
@@ -96,17 +97,17 @@ def _of_folder(name: str) -> list[dict[str, Any]]:
         return []
 
 
-def _of_timm(cfg: Any) -> dict[str, Any]:
+def _facts_of_timm(cfg: Any) -> dict[str, Any]:
     return {"mean": cfg.mean, "std": cfg.std}
 
 
 def load_first_weights(module: Any, spec: StudentSpec, init: str) -> list[str]:
-    """Load weights into the image tower; the names of the tensors that stay random, all of the projection.
+    """Load weights into the image tower. Returns the names of the tensors that stay random, all of the projection.
 
     `init` is a tag of open_clip for the student's model, ``timm`` for timm's pretrained weights of it, a .safetensors
     or .pt file, or a folder that open_clip or `dimefm export` wrote. Names may have the prefix ``visual.`` of a whole
-    CLIP, or lack the ``trunk.`` of a timm tower in one. Raises TrainingError where a tensor besides the
-    projection is missing or of another shape.
+    CLIP, or lack the ``trunk.`` of a timm tower in one. Raises TrainingError if a tensor besides the projection is
+    missing or has another shape.
     """
     wanted = module.state_dict()
     found = _matching(_read(spec, init), wanted)
@@ -118,13 +119,13 @@ def load_first_weights(module: Any, spec: StudentSpec, init: str) -> list[str]:
         mine = tuple(wanted[name].shape)
         theirs = f"of shape {tuple(found[name].shape)}" if name in found else "missing"
         what = f"{init} does not fit {spec.name}: {name} {mine} is {theirs} there, as are {len(missing) - 1} more"
-        raise TrainingError(what, remedy="give weights of this very tower, at this --image-size")
+        raise TrainingError(what, remedy="give weights of the same tower, at the same --image-size")
     module.load_state_dict({**wanted, **loaded})
     return random
 
 
 def _matching(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors under the tower's own names, whichever prefix fits best."""
+    """The tensors of `state` under the tower's own names, by the spelling of names that fits best."""
     spellings = [
         {name.removeprefix("module."): value for name, value in state.items()},
         {name.removeprefix("module.").removeprefix("visual."): value for name, value in state.items()},
@@ -147,10 +148,10 @@ def _read(spec: StudentSpec, init: str) -> dict[str, torch.Tensor]:
         if init == "timm":
             return timm.create_model(spec.name, pretrained=True).state_dict()
         if init in open_clip.list_pretrained_tags_by_model(spec.name):
-            with warnings.catch_warnings(action="ignore"):  # of the activation, which is looked at before
+            with warnings.catch_warnings(action="ignore"):  # about the activation, which was checked before
                 return open_clip.create_model(spec.name, pretrained=init).visual.state_dict()  # type: ignore[no-any-return]
-    except Exception as error:  # of the hub, of torch's reader and of safetensors: all say why
+    except Exception as error:  # the hub, torch and safetensors raise many kinds; all say why
         raise TrainingError(f"{init} cannot be read: {str(error).splitlines()[0]}", remedy="see --init") from error
     tags = ", ".join(open_clip.list_pretrained_tags_by_model(spec.name)) or "none"
-    what = f"{init!r} is no file, no folder and no tag of open_clip for {spec.name} (those: {tags})"
+    what = f"{init!r} is no file, no folder and no tag of open_clip for {spec.name} (its tags: {tags})"
     raise TrainingError(what, remedy="give one of them, or timm for timm's own weights")

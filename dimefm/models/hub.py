@@ -1,4 +1,4 @@
-"""What loading a model may fetch or run, where not the user but a document has named it."""
+"""The Hub of Hugging Face: what may be fetched or run when a document, and not the user, names a model."""
 
 from __future__ import annotations
 
@@ -28,25 +28,27 @@ _TOKENIZER = frozenset(
 
 
 def require_cached(name: str, where: str) -> None:
-    """Raises TeacherError if to load `name`, which the document `where` names, would fetch a model from a hub for the
-    first time: hf-hub: names, and what the config of a folder names, must be in the cache of huggingface_hub. The names
-    and tags of open_clip's own list lead to where open_clip says, and are not asked about."""
+    """Raises TeacherError if loading `name`, which the document `where` names, would fetch a model from the Hub for the
+    first time: an hf-hub: name, and the models that a folder's config names, must be in the cache of huggingface_hub.
+
+    Names and tags from open_clip's own list are not checked: open_clip decides where these come from.
+    """
     if name.startswith(_HUB[0]):
         repository = name.removeprefix(_HUB[0])
         weights = (WEIGHTS_FILE, *_OTHER_WEIGHTS)
         if not (_cached(repository, CONFIG_FILE) and any(_cached(repository, file) for file in weights)):
-            raise _not_here(name, name, where)
+            raise _would_be_fetched(name, name, where)
     if name.startswith(("hf-hub:", "local-dir:")):
         try:
             config = open_clip.get_model_config(name)
-        except (OSError, ValueError):  # a folder that is not there: whoever loads it says so
+        except (OSError, ValueError):  # a folder that is not there: loading it will say so
             return
         _require_towers_here(config, name, where)
 
 
 def require_plain_tokenizer(name: str, model_cfg: Mapping[str, Any]) -> None:
-    """Raises TeacherError where the config of a model hands its tokenizer more than how to cut text: open_clip passes
-    all of it on, and trust_remote_code would run what lies in the folder. Nobody's word opens that."""
+    """Raises TeacherError if the config of a model hands its tokenizer more than options for cutting text. open_clip
+    passes all of them on, and trust_remote_code would run code from the folder. No option of dimefm allows that."""
     unknown = sorted(model_cfg.get("text_cfg", {}).get("tokenizer_kwargs", {}).keys() - _TOKENIZER)
     if unknown:
         what = f"the config of {name} hands its tokenizer {', '.join(unknown)}, which could fetch or run something"
@@ -55,7 +57,7 @@ def require_plain_tokenizer(name: str, model_cfg: Mapping[str, Any]) -> None:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Within the block nothing is asked of the Hub: what it has given before comes from its cache on this machine."""
+    """Within the block nothing is asked of the Hub: files come from its cache on this machine."""
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
@@ -64,26 +66,26 @@ def offline() -> Iterator[None]:
 
 
 def cached_first(load: Callable[[], _T]) -> _T:
-    """What `load` gives without asking the Hub; or, if that lacks something, with.
+    """What `load` returns without asking the Hub; if that fails, what it returns when it may ask.
 
-    So many processes do not ask what one before them has asked: the Hub soon refuses more (429), and weights that it
-    changes in between are not mixed. Where it has to be asked, its client waits for as long as a 429 says.
+    So many processes do not ask for what one of them has fetched: the Hub soon refuses requests (429), and weights that
+    change on the Hub in between are not mixed. If it must be asked, its client waits for as long as a 429 says.
     """
     try:
         with offline():
             return load()
-    except (TeacherError, OSError):  # the second, of a tokenizer or a config
+    except (TeacherError, OSError):  # OSError: from a tokenizer or a config
         return load()
 
 
 def fetch_weights(name: str) -> None:
-    """The weights of ``hf-hub:ORG/MODEL``, if they are not here: open_clip would only log why they do not come. Raises
-    FileNotFoundError."""
+    """Fetch the weights of ``hf-hub:ORG/MODEL``, if they are not in the cache. Raises FileNotFoundError if that fails,
+    where open_clip would only log why."""
     factory.download_pretrained_from_hf(name.removeprefix(_HUB[0]))
 
 
 def preprocess_config(name: str) -> dict[str, Any]:
-    """What the config of ``hf-hub:ORG/MODEL`` or ``local-dir:FOLDER``, which open_clip has read, says of images."""
+    """The part on images of the config of ``hf-hub:ORG/MODEL`` or ``local-dir:FOLDER``, which open_clip has read."""
     where, _, model = name.partition(":")
     path = Path(model, CONFIG_FILE)
     if where == "hf-hub":
@@ -92,13 +94,13 @@ def preprocess_config(name: str) -> dict[str, Any]:
 
 
 def _require_towers_here(config: Mapping[str, Any], name: str, where: str) -> None:
-    """The models of timm and transformers that a config names."""
+    """Raises TeacherError if a model of timm or transformers that a config names is not in the cache."""
     tower = config.get("vision_cfg", {}).get("timm_model_name") or ""
     text = config.get("text_cfg", {}).get("hf_model_name") or ""
     if tower.startswith(_HUB) and not _cached(tower[len(_HUB[0]) :], "config.json"):
-        raise _not_here(tower, name, where)
+        raise _would_be_fetched(tower, name, where)
     if text and not _cached(text, "config.json"):
-        raise _not_here(text, name, where)
+        raise _would_be_fetched(text, name, where)
 
 
 def _cached(repository: str, file: str) -> bool:
@@ -106,11 +108,11 @@ def _cached(repository: str, file: str) -> bool:
 
     try:
         return isinstance(try_to_load_from_cache(repository, file), str)
-    except ValueError:  # no name of a repository
+    except ValueError:  # it is not the name of a repository
         return False
 
 
-def _not_here(model: str, name: str, where: str) -> TeacherError:
+def _would_be_fetched(model: str, name: str, where: str) -> TeacherError:
     what = f"{where} names the teacher {name}, and {model} is not on this machine: it would be fetched"
-    remedy = f"if you want that, name it yourself: --teacher {name}; for evaluate, give that to dimefm export first"
+    remedy = f"to allow that, name it yourself: --teacher {name}; for evaluate, give that to dimefm export first"
     return TeacherError(what, remedy=remedy)

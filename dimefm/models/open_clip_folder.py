@@ -24,19 +24,20 @@ from dimefm.system import storage
 
 
 def beside_text_tower(clip: Clip, spec: StudentSpec) -> tuple[dict[str, Any], dict[str, Any]]:
-    """open_clip's config of a model with this image tower and the text tower of `clip`, and the latter's weights."""
+    """A model with this image tower and the text tower of `clip`: its open_clip config, and the weights of all but the
+    image tower."""
     model_cfg = {**copy.deepcopy(clip.model_cfg), "vision_cfg": spec.vision_cfg}
     text = {name: value for name, value in clip.model.state_dict().items() if not name.startswith("visual.")}
     return {"model_cfg": model_cfg, "preprocess_cfg": asdict(student_preprocessing(spec))}, text
 
 
 def publish_folder(out: Path, config: dict[str, Any], weights: dict[str, Any], tokenizer: Any) -> None:
-    """Write an open_clip folder, whole or not at all; one with the same bytes already there is left as it is. Raises
-    OutputExistsError for anything else at `out`, StoreError where it cannot be written."""
+    """Write an open_clip folder, whole or not at all. If one with the same bytes is there, it is left as it is. Raises
+    OutputExistsError if anything else is at `out`, StoreError if it cannot be written."""
     with storage.publishing(str(out)) as temporary:
-        with storage.writing_to(str(out)), _named_cause():
+        with storage.writing_to(str(out)), _os_errors():
             (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-            if hasattr(tokenizer, "save_pretrained"):  # one of Hugging Face: open_clip looks for its files there
+            if hasattr(tokenizer, "save_pretrained"):  # one of Hugging Face: open_clip looks for its files here
                 tokenizer.save_pretrained(str(temporary))
             whole = {name: value.contiguous().clone() for name, value in weights.items()}
             save_file(whole, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -52,8 +53,9 @@ def publish_folder(out: Path, config: dict[str, Any], weights: dict[str, Any], t
 
 
 @contextmanager
-def _named_cause() -> Iterator[None]:
-    """For the block, an error of the system that a library in Rust has put into words is an OSError."""
+def _os_errors() -> Iterator[None]:
+    """Within the block, raise an OSError for an error of the operating system that safetensors, a library in Rust, only
+    has in its text."""
     try:
         yield
     except Exception as error:

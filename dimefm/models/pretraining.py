@@ -1,8 +1,9 @@
-"""What weights do not say of themselves: how images were prepared when they were trained, and their activation.
+"""Facts about how weights were trained that a file of weights does not contain: the preprocessing of images, and the
+activation.
 
-open_clip takes OpenAI's preprocessing and the activation of the architecture for a file of weights, and says nothing.
-Here they come from the user, from a document that has them, or from the tags that open_clip knows for the architecture,
-where these agree; else they are asked for. A wrong mean, or GELU for QuickGELU, costs accuracy and raises nothing.
+For a file, open_clip silently takes OpenAI's preprocessing and the activation of the architecture. Here the facts come
+from the user, from a document that has them, or from the tags that open_clip knows for the architecture, if these
+agree; else the user is asked. A wrong mean, or GELU for QuickGELU, costs accuracy and raises nothing.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from cache_schemas.identity import Activation, Interpolation, ResizeMode
 from dimefm.errors import TeacherError
 from dimefm.models.hub import preprocess_config
 
-PREPARING = ("mean", "std", "interpolation", "resize_mode")
-"""What decides an image's pixels beside the size, which is the architecture's."""
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+"""What decides the pixels of an image, besides the size, which belongs to the architecture."""
 
-_OPENAI = {field: getattr(PreprocessCfg(), field) for field in PREPARING}
-_IN_CONFIGS = ("mean", "std")  # the rest is open_clip's default where a config leaves it out, as many do
+_OPENAI = {field: getattr(PreprocessCfg(), field) for field in PREPROCESSING}
+_REQUIRED_OF_CONFIGS = ("mean", "std")  # many configs leave out the rest, for which open_clip has defaults
 _ACTIVATIONS = {"gelu": "GELU", "quick_gelu": "QuickGELU"}
 _QUICK = "-quickgelu"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What the user says about weights in a file that do not say it themselves. None: nothing."""
+    """How weights in a file were trained, as the user says it if the file does not. None: nothing is said."""
 
     mean: tuple[float, float, float] | None = None
     """Mean colour, from 0 to 1, that weights in a file were trained with; needed where no known tag says it."""
@@ -50,38 +51,38 @@ class Trained:
         for name in ("mean", "std"):
             values = getattr(self, name) or ()
             if not all(0 <= value <= 1 for value in values) or (name == "std" and 0 in values):
-                what = f"{_option(name)} {_shown(values)} is not of colours from 0 to 1"
-                raise TeacherError(what, remedy="divide what is of colours from 0 to 255 by 255")
+                what = f"{_option(name)} {_shown(values)} is not for colours from 0 to 1"
+                raise TeacherError(what, remedy="divide values for colours from 0 to 255 by 255")
 
     def fields(self) -> dict[str, Any]:
-        """What is said, by name."""
+        """The facts that are given, by name."""
         return {name: value for name, value in asdict(self).items() if value not in (None, False)}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What holds for weights where open_clip would guess, `preprocessing` without the size; and in words, where it is
-    from."""
+    """What to use where open_clip would guess: the fields of `preprocessing` that it would not know; and their
+    `origin`, in words."""
 
     preprocessing: dict[str, Any]
     origin: str | None
 
 
 def facts_of_weights(name: str, pretrained: str, said: Trained, known: TeacherIdentity | None = None) -> Facts:
-    """What the weights `pretrained`, a tag or a file, of the architecture `name` were trained with. `known` is a
-    document's identity of a file, for what the user does not say.
+    """The facts about the weights `pretrained`, a tag or a file, of the architecture `name`. What the user has not
+    `said` comes from `known`, a document's identity of the same file.
 
-    Raises TeacherError where the tags of `name` do not agree, or there are none, and nobody has said it; for an
-    activation that the architecture does not have; and for what is said of a tag.
+    Raises TeacherError for a fact that neither of them gives if the tags of `name` do not agree on it, or there are
+    none; for an activation that the architecture does not have; and for a tag of which the user says anything.
     """
     if open_clip.get_pretrained_cfg(name, pretrained):
-        _require_silence(said.fields(), f"the tag {pretrained} of {name}")
+        _require_nothing_said(said.fields(), f"the tag {pretrained} of {name}")
         return Facts({}, f"the tag {pretrained}")
     if open_clip.get_model_config(name) is None or not Path(pretrained).is_file():
-        return Facts({}, None)  # it cannot be loaded either
+        return Facts({}, None)  # loading it will fail, and say why
     tags = tags_of(name)
-    values, origin = _fill({}, said, known, agreeing_fields(tags.values()), f"{_count(tags)} of {name}")
-    lacking = [field for field in PREPARING if field not in values]
+    values, origin = _first_known({}, said, known, agreeing_fields(tags.values()), f"{_count(tags)} of {name}")
+    lacking = [field for field in PREPROCESSING if field not in values]
     unsaid = [_preparing_unsaid(lacking, _why(name, tags, lacking))] if lacking else []
     unsaid += _activation_unsaid(name, pretrained, said.activation or (known.activation if known else None), tags)
     if unsaid:
@@ -90,16 +91,16 @@ def facts_of_weights(name: str, pretrained: str, said: Trained, known: TeacherId
 
 
 def facts_of_config(name: str, said: Trained, known: TeacherIdentity | None = None) -> Facts:
-    """The same of a folder (``local-dir:``) or a repository (``hf-hub:``), whose config should say it."""
-    raw = {field: value for field, value in preprocess_config(name).items() if field in PREPARING and value}
+    """The same for a folder (``local-dir:``) or a repository (``hf-hub:``), whose config should have the facts."""
+    raw = {field: value for field, value in preprocess_config(name).items() if field in PREPROCESSING and value}
     config = {field: tuple(value) if isinstance(value, list) else value for field, value in raw.items()}
-    lacking = [field for field in _IN_CONFIGS if field not in config]
-    allowed = {*(set(PREPARING) - config.keys()), *(["assume_openai"] if lacking else [])}
-    _require_silence({name: value for name, value in said.fields().items() if name not in allowed}, "its config")
+    lacking = [field for field in _REQUIRED_OF_CONFIGS if field not in config]
+    allowed = {*(set(PREPROCESSING) - config.keys()), *(["assume_openai"] if lacking else [])}
+    _require_nothing_said({name: value for name, value in said.fields().items() if name not in allowed}, "its config")
     if not lacking and not said.fields():
         return Facts({}, "its config")
-    values, origin = _fill(
-        config, said, known, {field: _OPENAI[field] for field in PREPARING[2:]}, "open_clip's default"
+    values, origin = _first_known(
+        config, said, known, {field: _OPENAI[field] for field in PREPROCESSING[2:]}, "open_clip's default"
     )
     lacking = [field for field in lacking if field not in values]
     if lacking:
@@ -114,8 +115,8 @@ def other_activation(name: str) -> str | None:
 
 
 def tags_of(name: str) -> dict[str, dict[str, Any]]:
-    """What open_clip knows of each of its weights of an architecture, by tag. If there is none for the activation that
-    it has of them, they were trained with the architecture's own."""
+    """What open_clip knows about the weights that it has for an architecture, by tag. If no architecture has the
+    activation that it names for them, they were trained with that of this architecture."""
     cfgs = {tag: open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)}
     if cfgs and not other_activation(name):
         own = (open_clip.get_model_config(name) or {}).get("quick_gelu", False)
@@ -124,16 +125,16 @@ def tags_of(name: str) -> dict[str, dict[str, Any]]:
 
 
 def agreeing_fields(cfgs: Collection[Mapping[str, Any]]) -> dict[str, Any]:
-    """Each field of PREPARING that all of one or more have the same value of."""
+    """The fields of PREPROCESSING that have the same value in all of one or more configs."""
     first, *others = cfgs or [{}]
-    same = [f for f in PREPARING if f in first and all(cfg.get(f) == first[f] for cfg in others)]
+    same = [f for f in PREPROCESSING if f in first and all(cfg.get(f) == first[f] for cfg in others)]
     return {field: first[field] for field in same}
 
 
-def _fill(
+def _first_known(
     config: dict[str, Any], said: Trained, known: TeacherIdentity | None, rest: dict[str, Any], rest_from: str
 ) -> tuple[dict[str, Any], str | None]:
-    """Each field from the first that has it, and who has which."""
+    """Each field from the first source that has it, and which source that was."""
     sources: list[tuple[str | None, dict[str, Any]]] = [
         ("its config", config),
         ("the user", said.fields()),
@@ -144,7 +145,7 @@ def _fill(
     found: dict[str, Any] = {}
     origins: list[tuple[str | None, list[str]]] = []
     for who, values in sources:
-        mine = {field: values[field] for field in PREPARING if field in values and field not in found}
+        mine = {field: values[field] for field in PREPROCESSING if field in values and field not in found}
         found |= mine
         origins += [(who, list(mine))] if mine else []
     if len(origins) == 1:
@@ -152,8 +153,8 @@ def _fill(
     return found, "; ".join(f"{who or 'not recorded'} ({', '.join(fields)})" for who, fields in origins)
 
 
-def _require_silence(said: dict[str, Any], where: str) -> None:
-    """Raises TeacherError for what is said though the weights bring it."""
+def _require_nothing_said(said: dict[str, Any], where: str) -> None:
+    """Raises TeacherError if the user says anything that is known already."""
     if said:
         what = f"{', '.join(map(_option, said))}: {where} says that itself"
         raise TeacherError(what, remedy="leave it out; it is for weights that are given as a file")
@@ -162,10 +163,10 @@ def _require_silence(said: dict[str, Any], where: str) -> None:
 def _activation_unsaid(
     name: str, file: str, said: str | None, tags: dict[str, dict[str, Any]]
 ) -> list[tuple[str, str]]:
-    """What is not said and how to say it, where weights that fit the architecture have been trained with another
-    activation than it has, for which there is another architecture.
+    """What is missing, and how to give it, if known weights for the architecture were trained with another activation
+    than it has, and another architecture has that one. Empty otherwise.
 
-    Raises TeacherError where the architecture has not the one that is said.
+    Raises TeacherError if the user names an activation that the architecture does not have.
     """
     has = "quick_gelu" if open_clip.get_model_config(name).get("quick_gelu", False) else "gelu"
     other = other_activation(name)
@@ -183,9 +184,9 @@ def _activation_unsaid(
 
 
 def _preparing_unsaid(fields: list[str], why: str) -> tuple[str, str]:
-    """That these fields are not said, and how to say them."""
-    options = " ".join(f"{_option(field)} {'R,G,B' if field in _IN_CONFIGS else 'NAME'}" for field in fields)
-    openai = ", ".join(f"{field} {_shown(_OPENAI[field])}" for field in PREPARING)
+    """That these fields are missing, and how to give them."""
+    options = " ".join(f"{_option(field)} {'R,G,B' if field in _REQUIRED_OF_CONFIGS else 'NAME'}" for field in fields)
+    openai = ", ".join(f"{field} {_shown(_OPENAI[field])}" for field in PREPROCESSING)
     return f"how images were prepared when it was trained{why}", f"{options}, or --assume-openai ({openai})"
 
 
@@ -195,7 +196,7 @@ def _unsaid(weights: str, unsaid: list[tuple[str, str]]) -> TeacherError:
 
 
 def _why(name: str, tags: dict[str, dict[str, Any]], fields: list[str]) -> str:
-    """Why these fields do not follow from the tags: which of them has which value."""
+    """Why these fields do not follow from the tags: which tag has which value."""
     if not tags:
         return f", and open_clip has no weights of {name} to compare with"
     differences = []

@@ -1,13 +1,14 @@
-"""Sentences to tokens: those of open_clip's SimpleTokenizer, at many times its speed.
+"""Sentences to tokens: the same as open_clip's SimpleTokenizer gives, many times faster.
 
 SimpleTokenizer mends every sentence with ftfy, unescapes HTML, collapses white space, lowers the case, cuts words into
 pieces by a pattern and joins the letters of each piece by byte-pair encoding (BPE). Three facts save nearly all of it:
 
-- No piece crosses white space. So a word always has the same tokens: they are kept, and a sentence is its words'.
-- Each word has one token or more. So no more words than the context has places need be looked at.
+- No piece crosses white space. So a word always has the same tokens: these are kept, and those of a sentence are those
+  of its words.
+- Each word has at least one token. So no more words than the context has places need to be looked at.
 - On printable ASCII without "&", ftfy and the unescaping do nothing.
 
-What is not such plain text is cleaned by open_clip's own function. Shapes: B sentences, L tokens of the context.
+Any other text is cleaned by open_clip's own function. Shapes: B sentences, L tokens of the context.
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ from open_clip.tokenizer import SimpleTokenizer, canonicalize_text, get_clean_fn
 
 from dimefm.errors import TeacherError
 
-_MOST_CLEANED = 4096  # characters; cleaning takes quadratic time of some texts, and fails at numbers of 4,300 digits
-_MOST_WORDS, _LONGEST_WORD = 2**18, 64  # that are kept: some 50 MB
+_MOST_CLEANED = 4096  # characters; cleaning some texts takes quadratic time, and numbers of 4,300 digits fail
+_MOST_WORDS, _LONGEST_WORD = 2**18, 64  # that are kept: about 50 MB
 _END = "</w>"  # follows the last letter of a piece; a letter is a byte of its UTF-8
 
 
 def open_tokenizer(name: str) -> Any:
-    """The tokenizer of a model by open_clip's name for that. Raises TeacherError where it is one of Hugging Face's, as
-    SigLIP has, and cannot be had."""
+    """The tokenizer of a model, by open_clip's name of the model. Raises TeacherError if it is a tokenizer of Hugging
+    Face, as SigLIP has, and cannot be loaded."""
     try:
         return open_clip.get_tokenizer(name)
     except ImportError as error:
         what = f"{name} has a tokenizer of Hugging Face: {error}"
         raise TeacherError(what, remedy='pip install "dimefm[hf]"') from error
-    except (OSError, ValueError) as error:  # of the hub, which is not reached or does not know it, and of its files
-        what = f"the tokenizer of {name} cannot be had: {str(error).strip().splitlines()[0]}"
+    except (OSError, ValueError) as error:  # the Hub is not reached or does not know it, or its files are broken
+        what = f"the tokenizer of {name} cannot be loaded: {str(error).strip().splitlines()[0]}"
         raise TeacherError(
             what, remedy="it is fetched from the Hub once: run this where that can be reached"
         ) from error
 
 
 def fast_tokenizer(tokenizer: Any) -> Callable[[list[str]], torch.Tensor]:
-    """Sentences to int64 (B, L) as `tokenizer`, one of open_clip's, does it: a FastTokenizer where that gives the same,
-    else the tokenizer itself. (Those of Hugging Face are not written in Python.)"""
+    """A function from sentences to int64 (B, L) that does what `tokenizer`, one of open_clip's, does: a FastTokenizer
+    if that gives the same, else the tokenizer itself. (Those of Hugging Face are not written in Python.)"""
     if (
         type(tokenizer) is not SimpleTokenizer
         or tokenizer.reduction_fn
@@ -57,11 +58,11 @@ def fast_tokenizer(tokenizer: Any) -> Callable[[list[str]], torch.Tensor]:
 
 
 def canonical(tokenizer: Any) -> Callable[[str], str] | None:
-    """What one of open_clip's tokenizers makes tokens of, in place of a text: two texts with the same have the same
-    tokens, and one with nothing has none. None where that is not known.
+    """A function from a text to its canonical form for one of open_clip's tokenizers: texts of the same form have the
+    same tokens, and a text of an empty form has none. None if it is not known what the tokenizer does.
 
-    It is exact for ASCII, and tells which texts have nothing left. Others are given back as they are, since ftfy takes
-    20 to 40 microseconds of each: so not every two texts with the same tokens have the same.
+    The form is exact for ASCII, and for texts of which nothing is left. Other texts are returned as they are, since
+    ftfy takes 20 to 40 microseconds for each: so two of these may have the same tokens and different forms.
     """
     clean = getattr(tokenizer, "clean_fn", None)
     if clean is None:
@@ -82,12 +83,12 @@ def canonical(tokenizer: Any) -> Callable[[str], str] | None:
 
 
 class FastTokenizer:
-    """The tokens of a SimpleTokenizer that lowers the case and cuts off what is too long. Safe in threads.
+    """Gives the tokens of a SimpleTokenizer that lowers the case and cuts off what is too long. Safe in threads.
 
-    They are the same for every text of up to 4,096 characters, and for plain text of any length. Of a longer text that
-    is not plain, only the words within its first 4,096 characters are looked at, so that it takes milliseconds. So what
-    comes later does not tell ftfy how to mend what is before; and where those characters are nearly all white space or
-    escapes, there are fewer tokens than the context has places.
+    The tokens are the same for every text of up to 4,096 characters, and for plain text of any length. In a longer text
+    that is not plain, only the words within the first 4,096 characters are looked at, so that it takes milliseconds.
+    The tokens may then differ: ftfy cannot use what follows to mend what is before, and if those characters are nearly
+    all white space or escapes, there are fewer tokens than the context has places.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -124,7 +125,7 @@ def _packed(tokens: list[int]) -> bytes:
 
 
 class _Words(dict[str, bytes]):
-    """The first `room` tokens of every word that was asked for, as the bytes of int64; new ones are computed."""
+    """Word to its first `room` tokens, as the bytes of int64. Those of a new word are computed, and kept."""
 
     def __init__(self, tokenizer: Any, room: int) -> None:
         super().__init__()
@@ -143,7 +144,7 @@ class _Words(dict[str, bytes]):
         return packed
 
     def _of_pieces(self, word: str) -> bytes:
-        """Each piece has the tokens that it would have as a word."""
+        """The tokens of a word of several pieces: each piece has those that it would have as a word of its own."""
         packed, most = b"", self._room * len(_packed([0]))
         for match in self._pattern.finditer(word):
             packed += self[match.group()]
@@ -165,12 +166,13 @@ class _Words(dict[str, bytes]):
         return [self._ids[token] for token in tokens[: self._room]]
 
     def _first_tokens(self, letters: list[str]) -> list[str] | None:
-        """The first `room` tokens of every piece that begins with `letters` and goes on, if that is all they depend on.
+        """The first `room` tokens of a long piece that begins with `letters`, if they do not depend on what follows.
 
-        Where a piece has an end of a token, the tokens before are those of the letters before alone, since nothing was
-        joined across. And the tokens of two rows of letters stay as they are in one row if the two do that meet, since
-        what is joined across is a part of each. A piece has an end among any `longest` letters. So `first` begins it,
-        if it stays what it is before the letters up to each of the ends that are possible there.
+        Where a token ends in a piece, the tokens before that place are those of the letters before it alone, since
+        nothing was joined across it. And two rows of tokens stay as they are when they are put together, if their two
+        tokens that then meet are not changed by each other. Among any `longest` neighbouring letters a token ends. So
+        the piece begins with `first`, if `first` stays the same before the token that follows it, whichever of the
+        possible places the next letters end at.
         """
         first = join_pairs(letters, self._ranks)[: self._room]
         at = sum(map(len, first))
@@ -181,8 +183,8 @@ class _Words(dict[str, bytes]):
 
 
 def join_pairs(letters: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """The tokens of a row of letters by byte-pair encoding: again and again all pairs of the least rank are joined,
-    from left to right. In n log n: SimpleTokenizer looks through the whole row each time."""
+    """The tokens of a row of letters by byte-pair encoding: again and again, all pairs of the least rank are joined,
+    from left to right. It takes n log n steps: SimpleTokenizer looks through the whole row each time."""
     tokens, count = list(letters), len(letters)
     before, after = list(range(-1, count - 1)), list(range(1, count + 1))
 
@@ -195,7 +197,7 @@ def join_pairs(letters: list[str], ranks: dict[tuple[str, str], int]) -> list[st
         least, joined = heap[0][0], []
         while heap and heap[0][0] == least:
             place = heappop(heap)[1]
-            if rank_at(place) != least:  # one of the two was joined to another
+            if rank_at(place) != least:  # one of the two has been joined to another
                 continue
             taken = after[place]
             tokens[place], tokens[taken], after[place] = tokens[place] + tokens[taken], "", after[taken]

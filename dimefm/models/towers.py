@@ -21,14 +21,14 @@ from dimefm.models.tokenizer import fast_tokenizer, open_tokenizer
 
 
 def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = None) -> StudentSpec:
-    """The tower that `name` means: an open_clip model (``ViT-B-32``), or a timm model (``resnet18``).
+    """The image tower of the open_clip model (``ViT-B-32``) or timm model (``resnet18``) called `name`.
 
     `image_size` in pixels replaces the model's own. Raises TrainingError for a name that neither library knows, and
     for a size that the tower cannot take.
     """
     cfg = _config_of(name, teacher)
     if cfg is not None:
-        vision_cfg: dict[str, Any] = _alone(cfg["vision_cfg"])
+        vision_cfg: dict[str, Any] = _without_captions(cfg["vision_cfg"])
         if "timm_model_name" in vision_cfg:
             vision_cfg["timm_model_pretrained"] = False
     elif timm.is_model(name):
@@ -51,26 +51,27 @@ def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = N
     )
 
 
-def _alone(tower_cfg: dict[str, Any]) -> dict[str, Any]:
-    """The config of a tower that gives its embedding alone, not a CoCa's tokens for its decoder beside it."""
+def _without_captions(tower_cfg: dict[str, Any]) -> dict[str, Any]:
+    """The config of a tower that returns its embedding only, and not also tokens for the decoder of a CoCa."""
     return {name: value for name, value in tower_cfg.items() if name != "output_tokens"}
 
 
 def notes_on_preparation(spec: StudentSpec, teacher: TeacherIdentity) -> list[str]:
-    """What to say where a student's images are not prepared as its teacher's are."""
+    """Notes for the user if a student's images are not prepared as its teacher's are."""
     theirs, notes = teacher.preprocessing, []
     for field in ("mean", "std"):
         if getattr(spec, field) != getattr(theirs, field):
-            notes.append(f"the student's {field} is {getattr(spec, field)}, of its first weights; the teacher's is not")
+            value = getattr(spec, field)
+            notes.append(f"the student's {field} is {value}, that of its first weights and not its teacher's")
     if spec.resize_mode != theirs.resize_mode:
-        what = f"is evaluated on images resized by {spec.resize_mode}, though its teacher's are by {theirs.resize_mode}"
+        what = f"is evaluated on images resized by {spec.resize_mode}, its teacher's by {theirs.resize_mode}"
         why = "crops have no borders" if theirs.resize_mode == "longest" else "the run was begun so"
         notes.append(f"the student {what}: {why}")
     return notes
 
 
 def has_activation(spec: StudentSpec) -> bool:
-    """Whether the image tower's is open_clip's to choose: timm's towers and ResNets have their own."""
+    """Whether open_clip can choose the activation of the image tower: towers of timm, and ResNets, have their own."""
     return "timm_model_name" not in spec.vision_cfg and not isinstance(spec.vision_cfg.get("layers"), (list, tuple))
 
 
@@ -78,7 +79,7 @@ def _timm_config(name: str, image_size: int | None) -> dict[str, Any]:
     facts = timm.get_pretrained_cfg(name)
     size = facts.input_size[-1] if facts is not None else 224
     if facts is not None and facts.fixed_input_size and image_size not in (None, size):
-        what = f"{name} takes images of {size} px alone: open_clip builds timm towers at their own size"
+        what = f"{name} takes only images of {size} px: open_clip builds timm towers at their own size"
         raise TrainingError(what, remedy=f"give --image-size {size}, a convolutional timm model, or an open_clip ViT")
     return {
         "timm_model_name": name,
@@ -90,8 +91,8 @@ def _timm_config(name: str, image_size: int | None) -> dict[str, Any]:
 
 
 def _config_of(name: str, teacher: TeacherIdentity) -> dict[str, Any] | None:
-    """open_clip's config of a model, None for an unknown name. Towers that end without a projection, as SigLIP's do,
-    have one to the teacher's width, where theirs is another."""
+    """open_clip's config of a model, None for an unknown name. A tower without a projection, as SigLIP has, is given
+    one if its width is not the teacher's."""
     cfg: dict[str, Any] | None = open_clip.get_model_config(name)
     if cfg is not None and cfg["embed_dim"] != teacher.embed_dim:
         for tower, field in (("vision_cfg", "timm_proj"), ("text_cfg", "proj_type")):
@@ -103,14 +104,14 @@ def _config_of(name: str, teacher: TeacherIdentity) -> dict[str, Any] | None:
 def build_student(spec: StudentSpec) -> Any:
     """The tower with random weights, images float32 (B, 3, size, size) to features (B, D), not normalised.
 
-    Built by open_clip's own function, so that an exported folder gives the same module.
+    It is built by open_clip's own function, so that an exported folder gives the same module.
     """
     try:
         tower = _build_vision_tower(spec.embed_dim, dict(spec.vision_cfg), spec.activation == "quick_gelu").eval()
-        with torch.no_grad():  # some towers of timm have another width than open_clip's projection expects
+        with torch.no_grad():  # for some towers of timm, open_clip's projection expects another width
             features_1D = tower(torch.zeros(1, 3, spec.image_size, spec.image_size))
         if not isinstance(features_1D, torch.Tensor) or features_1D.shape != (1, spec.embed_dim):
-            raise ValueError(f"it does not give one embedding of width {spec.embed_dim} for each image")
+            raise ValueError(f"it does not give one embedding of width {spec.embed_dim} per image")
         return tower.train()
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -123,7 +124,10 @@ def text_spec(name: str, teacher: TeacherIdentity) -> TextSpec:
     if cfg is None:
         raise TrainingError(f"no model of open_clip is called {name!r}", remedy="see open_clip.list_models()")
     return TextSpec(
-        name=name, text_cfg=_alone(cfg["text_cfg"]), embed_dim=teacher.embed_dim, activation=teacher.activation
+        name=name,
+        text_cfg=_without_captions(cfg["text_cfg"]),
+        embed_dim=teacher.embed_dim,
+        activation=teacher.activation,
     )
 
 
@@ -137,13 +141,13 @@ def build_text_student(spec: TextSpec) -> Any:
 
 
 def tokenizer_of(spec: TextSpec) -> Any:
-    """Sentences to tokens int64 (B, L), as the exported student will have them."""
+    """The tokenizer of the exported student: sentences to tokens int64 (B, L)."""
     require_plain_tokenizer(spec.name, open_clip.get_model_config(spec.name) or {})
     return fast_tokenizer(open_tokenizer(spec.name))
 
 
 def has_convolutions(tower: torch.nn.Module) -> bool:
-    """Whether a tower has more than a patch embedding's one convolution: where channels-last pays."""
+    """Whether a tower has more convolutions than the one of a patch embedding: then channels-last is faster."""
     return sum(isinstance(m, torch.nn.Conv2d) for m in tower.modules()) > 1
 
 

@@ -1,7 +1,8 @@
 """Checkpoints of a run: written whole or not at all, the last few and the best kept.
 
 RUN/checkpoints/step-00001200.pt   tensors and plain values only (read with weights_only=True)
-RUN/checkpoints/last.json          {"step": 1200, "crc32c": {...}}, of each file by step; best.json: step and score
+RUN/checkpoints/last.json          {"step": 1200, "crc32c": {...}}, with the checksum of each file by its step
+RUN/checkpoints/best.json          {"step": 900, "score": 0.61}
 """
 
 from __future__ import annotations
@@ -27,37 +28,39 @@ _BLOCK = 2**20
 
 
 class Checkpoints:
-    """The checkpoints of the run in folder `run`, of which the last `keep` stay, and the best."""
+    """The checkpoints of the run in the folder `run`. The last `keep` of them are kept, and the best."""
 
     def __init__(self, run: str, keep: int = 2) -> None:
         self._folder, self._keep = Path(run) / CHECKPOINTS, keep
 
     def save(self, step: int, state: dict[str, Any], score: float | None = None) -> None:
-        """Write the state after `step` steps; a `score` above all before makes it the best. Older ones go.
+        """Write the state after `step` steps and delete older ones. A `score` above all before makes it the best.
 
-        Raises StoreError where it cannot be written, as on a full disk: those before are not touched.
+        Raises StoreError if it cannot be written, as on a full disk; earlier checkpoints are not touched then.
         """
         path = self._path(step)
         with storage.writing_to(str(path)):
-            storage.remove_leftovers(str(self._folder))  # of a kill: it may be what fills the disk
+            storage.remove_leftovers(str(self._folder))  # left by a kill: they may be what fills the disk
             try:
                 with storage.writing_atomically(str(path)) as file:
-                    summing = _Summing(file)
-                    torch.save(state, summing)  # type: ignore[arg-type]
+                    checksummed = _ChecksummedFile(file)
+                    torch.save(state, checksummed)  # type: ignore[arg-type]
             except RuntimeError as error:  # torch's writer hides why it could not write
-                raise _cause(error) from error
-            checksums = {**self._checksums(), str(step): summing.checksum}
+                raise _os_error_behind(error) from error
+            checksums = {**self._checksums(), str(step): checksummed.checksum}
             if score is not None and score > self._best_score():
                 storage.write_json(str(self._folder / "best.json"), {"step": step, "score": score})
             kept = {*[s for s in self.steps() if s <= step][-self._keep :], step, self.step("best")}
             checksums = {s: c for s, c in checksums.items() if int(s) in kept}
-            storage.write_json(str(self._folder / "last.json"), {"step": step, "crc32c": checksums})  # now it is done
+            storage.write_json(
+                str(self._folder / "last.json"), {"step": step, "crc32c": checksums}
+            )  # from here on it counts
             for old in set(self.steps()) - kept:
                 self._path(old).unlink()
 
     def load(self, which: str = "last") -> dict[str, Any] | None:
-        """The state of "last", "best" or a step by its number; None where there is none. Raises StoreError for a
-        damaged file."""
+        """The state of "last", "best" or the number of a step; None if there is no such checkpoint. Raises StoreError
+        for a damaged file."""
         step = self.step(which)
         if step is None:
             return None
@@ -66,7 +69,7 @@ class Checkpoints:
             if expected is not None and _checksum(path) != expected:
                 raise ValueError("its checksum does not fit")
             return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-        except Exception as error:  # of torch's reader: of a dozen kinds
+        except Exception as error:  # torch's reader raises a dozen kinds
             reason = str(error).strip().split("\n")[0]
             others = [s for s in self.steps() if s < step]
             remedy = "delete the run folder: there is no other checkpoint"
@@ -75,12 +78,12 @@ class Checkpoints:
             raise StoreError(f"{path} cannot be read: {reason}", remedy=remedy) from None
 
     def step(self, which: str = "last") -> int | None:
-        """The step of "last" or "best", None where there is none; the one before where the last was deleted. A number
-        is itself, if it is there."""
+        """The step of the checkpoint that is meant by "last", "best" or a number; None if there is none. If the file of
+        the last one was deleted, "last" is the one before."""
         if which.isdigit():
             return int(which) if self._path(int(which)).exists() else None
         path = self._folder / f"{which}.json"
-        if not path.exists():  # the newest that there is, where the file that names it was lost
+        if not path.exists():  # last.json was lost: take the newest file
             return max(self.steps(), default=None) if which == "last" else None
         step = int(storage.read_json(str(path))["step"])
         if which == "last" and not self._path(step).exists():
@@ -106,7 +109,7 @@ class Checkpoints:
 
 
 class CheckpointWriter:
-    """Checkpoints that a thread writes while training goes on. The end of a `with` waits for the last of them.
+    """Writes checkpoints in a thread while training goes on. The end of a `with` waits for the last of them.
 
     A StoreError in the thread is raised by whichever method is called next.
     """
@@ -123,29 +126,30 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._thread.shutdown()
-        with suppress(Exception) if kind else nullcontext():  # or it would hide what ended the run
+        with suppress(Exception) if kind else nullcontext():  # or it would hide the error that ended the run
             self.wait()
 
     def begin(self, step: int, state: dict[str, Any], score: float | None = None) -> None:
-        """Checkpoints.save of the state as it is now, once the one before is written."""
+        """Begin Checkpoints.save with the state as it is now, once the checkpoint before is written."""
         self.wait()
         arrived = _snapshot(state)
         self._writing = self._thread.submit(lambda: self._checkpoints.save(step, arrived(), score))
 
     def check(self) -> None:
-        """Raise what has gone wrong until now."""
+        """Raise the error of a checkpoint that could not be written, if there is one by now."""
         if self._writing and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until all is written."""
+        """Wait until all is written."""
         writing, self._writing = self._writing, None
         if writing:
             writing.result()
 
 
 def _snapshot(state: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """The state in memory as it is now. The call that gives it waits until what is on a GPU has arrived."""
+    """Copy the state as it is now, without waiting for a GPU. The function that is returned waits for the copy, and
+    gives it in memory."""
     on_gpu: list[torch.Tensor] = []
 
     def taken(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,39 +158,39 @@ def _snapshot(state: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         on_gpu.append(tensor)
         return tensor
 
-    copied = _changed(state, taken)
+    copied = _map_tensors(state, taken)
     arriving = fetch(*on_gpu) if on_gpu else None
 
     def arrived() -> dict[str, Any]:
         in_memory = iter(arriving.wait() if arriving else ())
-        return _changed(copied, lambda tensor: next(in_memory) if tensor.is_cuda else tensor)  # type: ignore[no-any-return]
+        return _map_tensors(copied, lambda tensor: next(in_memory) if tensor.is_cuda else tensor)  # type: ignore[no-any-return]
 
     return arrived
 
 
-def _changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Nested values with every tensor changed, always in the same order."""
+def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Nested values with `change` applied to every tensor, always in the same order."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {name: _changed(part, change) for name, part in value.items()}
-    return [_changed(part, change) for part in value] if isinstance(value, list) else value
+        return {name: _map_tensors(part, change) for name, part in value.items()}
+    return [_map_tensors(part, change) for part in value] if isinstance(value, list) else value
 
 
-class _Summing:
-    """A file to write to, and the crc32c of what was written."""
+class _ChecksummedFile:
+    """A file to write to, and the crc32c of what was written to it."""
 
     def __init__(self, file: Any) -> None:
         self._file, self.checksum = file, 0
 
     def write(self, data: memoryview) -> int:
-        """All of `data`."""
+        """Write all of `data`."""
         for at in range(0, len(data), _BLOCK):
             self.checksum = google_crc32c.extend(self.checksum, bytes(data[at : at + _BLOCK]))
         return int(self._file.write(data))
 
     def flush(self) -> None:
-        """What the file does."""
+        """Flush the file."""
         self._file.flush()
 
 
@@ -199,7 +203,7 @@ def _checksum(path: Path) -> int:
     return value
 
 
-def _cause(error: BaseException) -> BaseException:
+def _os_error_behind(error: BaseException) -> BaseException:
     """The OSError behind an error, or the error itself."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):

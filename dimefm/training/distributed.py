@@ -1,4 +1,4 @@
-"""What the trainer needs of torch.distributed under torchrun; with one process, nothing is set up.
+"""The part of torch.distributed that the trainer needs under torchrun. With one process nothing is set up.
 
 Shapes: B images of this process, G images of all processes, D width.
 """
@@ -23,7 +23,7 @@ _MEMORY = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Place:
-    """This process among all: rank 0 writes the run folder."""
+    """Which of all processes this one is. The first, rank 0, writes the run folder."""
 
     rank: int
     world: int
@@ -35,19 +35,19 @@ class Place:
 
     @property
     def rows(self) -> slice:
-        """Which rows of a global batch are this process's: every world-th."""
+        """The rows of a global batch that this process has: every world-th, from its rank on."""
         return slice(self.rank, None, self.world)
 
 
 ALONE = Place(0, 1, torch.device("cpu"))
-"""One process, for what asks a place for its rows alone and not for the device."""
+"""A single process, for code that asks a place for its rows and not for its device."""
 
 
 def find_place(device: str | None) -> Place:
-    """Where torchrun has put this process, as the environment says it. One device a process: cuda:LOCAL_RANK, or the
-    CPU. Nothing is begun on a GPU, since processes are still to be forked.
+    """Where torchrun has put this process, by the environment. Each process has one device: cuda:LOCAL_RANK, or the
+    CPU. The GPU is not used yet, since processes are still to be forked.
 
-    Raises TrainingError where there is no such GPU.
+    Raises TrainingError if there is no such GPU.
     """
     kind = choose_device(device)
     if kind == "cuda":
@@ -63,9 +63,9 @@ def find_place(device: str | None) -> Place:
 
 
 def join_group(device: str | None) -> Place:
-    """Begin with the device of `find_place`, and join the processes that torchrun started, if it did.
+    """Begin to use the device of `find_place`, and meet the other processes, if torchrun started several.
 
-    Raises TrainingError where they do not meet.
+    Raises TrainingError if they do not meet.
     """
     place = find_place(device)
     if place.device.type == "cuda":
@@ -76,11 +76,11 @@ def join_group(device: str | None) -> Place:
 
 
 def _meet(device: torch.device) -> None:
-    """Tensors in memory go through gloo, those on GPUs through NCCL."""
+    """Form a process group: tensors in memory go through gloo, those on GPUs through NCCL."""
     gpu: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     place = f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')}"
     try:
-        # Others wait while the first validates, for longer than torch's ten minutes if need be.
+        # Others wait while the first writes, which may take longer than torch's default of ten minutes
         distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=6), **gpu)
     except (distributed.DistError, ValueError) as error:
         remedy = "start it with torchrun, which sets all of this, with --master-port for another port"
@@ -90,17 +90,18 @@ def _meet(device: torch.device) -> None:
 
 
 def leave_group(place: Place) -> None:
-    """End what `join_group` began. Not after an error: with NCCL it would wait for the others, who wait too."""
+    """End what `join_group` began. Not to be called after an error: with NCCL it would wait for the other processes,
+    and they for this one."""
     if place.world > 1:
         distributed.destroy_process_group()
 
 
 def gather_batch(rows_BD: torch.Tensor, place: Place) -> torch.Tensor:
-    """The rows of all processes in the order of the global batch, (G, D), with gradients to where each came from.
+    """The rows of all processes in the order of the global batch, (G, D). Gradients go back to where a row came from.
 
-    The gradient of a row is the sum of what all processes hand back for it. Where the loss is the mean of those of all
-    processes, and parameter gradients are averaged over processes, that is the gradient of one process with the
-    whole batch. Batch norm is the exception: its statistics are those of each process.
+    The gradient of a row is the sum of what all processes hand back for it. If the loss is the mean of those of all
+    processes, and parameter gradients are averaged over processes, the result is the gradient of one process with the
+    whole batch. Batch norm is the exception: each process has its own statistics.
     """
     if place.world == 1:
         return rows_BD
@@ -125,7 +126,7 @@ class _Gathered(torch.autograd.Function):
 
 
 def logsumexp_over_all(value: torch.Tensor, place: Place) -> torch.Tensor:
-    """log(sum(exp(value))) over processes, each element by itself; without a gradient."""
+    """log(sum(exp(value))) over processes, for each element by itself; without a gradient."""
     if place.world == 1:
         return value
     largest = value.clone()
@@ -136,7 +137,7 @@ def logsumexp_over_all(value: torch.Tensor, place: Place) -> torch.Tensor:
 
 
 def require_same_step(step: int, place: Place) -> int:
-    """`step`, if all processes go on from the same one. Raises TrainingError otherwise: they see different folders."""
+    """`step`, if it is the same in all processes. Raises TrainingError otherwise: they see different folders."""
     if place.world == 1:
         return step
     steps: list[Any] = [None] * place.world
@@ -148,7 +149,7 @@ def require_same_step(step: int, place: Place) -> int:
 
 
 def from_first(value: _T, place: Place) -> _T:
-    """Rank 0's `value`, in all processes."""
+    """The `value` of rank 0, in all processes."""
     values = [value]
     if place.world > 1:
         distributed.broadcast_object_list(values, src=0, device=_MEMORY)
@@ -156,7 +157,7 @@ def from_first(value: _T, place: Place) -> _T:
 
 
 def add_up(counts: list[int], place: Place) -> list[int]:
-    """The sums over all processes of their counts."""
+    """The sum of each count over all processes."""
     found = torch.tensor(counts)
     if place.world > 1:
         distributed.all_reduce(found)
@@ -164,10 +165,10 @@ def add_up(counts: list[int], place: Place) -> list[int]:
 
 
 class Vote:
-    """What all processes must know in the same step, such as that one of them was asked to stop.
+    """Lets all processes learn of a number in the same step: of the signal by which one of them was asked to stop.
 
-    It goes through memory, beside the GPU's work, and nobody waits for an answer within a step: the numbers of one step
-    are known in the next.
+    It goes through memory, beside the GPU's work, and no process waits for the others within a step: the numbers of one
+    step are known in the next.
     """
 
     def __init__(self, place: Place) -> None:
@@ -175,15 +176,12 @@ class Vote:
         self._before: tuple[torch.Tensor, Any] | None = None
 
     def cast(self, number: int) -> int:
-        """Give this step's number; the largest that any process gave in the step before. A process alone is told its
-        own at once."""
+        """Give this step's number, and get the largest that any process gave in the step before. A single process gets
+        its own number at once."""
         if self._place.world == 1:
             return number
-        found = torch.tensor(number)
-        before, self._before = (
-            self._before,
-            (found, distributed.all_reduce(found, distributed.ReduceOp.MAX, async_op=True)),
-        )
+        found, before = torch.tensor(number), self._before
+        self._before = found, distributed.all_reduce(found, distributed.ReduceOp.MAX, async_op=True)
         if before is None:
             return 0
         before[1].wait()
@@ -198,12 +196,12 @@ def mean_over_processes_(value: torch.Tensor, place: Place) -> None:
 
 
 def same_buffers(module: torch.nn.Module, place: Place) -> None:
-    """Give all processes rank 0's buffers, such as the statistics of batch norm, which each has of its own images."""
+    """Give all processes the buffers of rank 0. Each has statistics of batch norm from its own images."""
     if place.world > 1:
         for buffer in module.buffers():
             distributed.broadcast(buffer, 0)
 
 
 def wait_for_all(place: Place) -> None:
-    """Let rank 0 finish writing before the others read, or end."""
+    """Wait until all processes are here, so that rank 0 finishes writing before others read or end."""
     add_up([0], place)

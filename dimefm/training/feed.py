@@ -23,10 +23,11 @@ from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
 from dimefm.system.progress import amount
 from dimefm.system.storage import is_url
+from dimefm.training.batch_loader import Requests, take_ahead, training_loader
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import TrainConfig
 from dimefm.training.distributed import Place
-from dimefm.training.image_batches import Augmentation, Batch, Requests, TrainingImages, read_ahead, training_loader
+from dimefm.training.image_batches import Augmentation, Batch, TrainingImages
 from dimefm.training.machine_settings import choose_loaders
 from dimefm.training.row_order import Order
 from dimefm.training.run_folder import Inputs, choose_order, open_inputs
@@ -37,19 +38,20 @@ Pair = tuple[Batch, TextBatch | None]
 """A step's images, and its sentences for a text tower."""
 
 TEXT_STREAM = 1
-"""Tells the random numbers of a text tower from those of the images."""
+"""Added to the seeds of a text tower, so that its random numbers differ from those of the images."""
 
-REQUESTS_A_SECOND = 500
-"""Of an object store, by one core: what s3fs takes for each (python -m benchmarks urls)."""
+REQUESTS_PER_SECOND = 500
+"""To an object store, by one core: the time is spent in s3fs (python -m benchmarks urls)."""
 
 _PAGE_LOCKED_AHEAD = 2  # batches
 
 
 @dataclass(frozen=True)
 class Feed:
-    """The inputs of a run and the order of their rows; how many steps it has, and an epoch; the step that it goes on
-    from, and what is read for that one and those that follow, in page-locked memory where they go to a GPU, which must
-    then be in use.
+    """What a run reads, and how long it is.
+
+    `batches` begin with the step `first_step`, from which the run goes on. For a GPU they are in page-locked memory; it
+    must be in use before the first is taken.
     """
 
     inputs: Inputs
@@ -62,39 +64,41 @@ class Feed:
 
 
 def notes_on_remote_data(inputs: Inputs, bank: TextBank | None, order: Literal["chunks", "blocks"]) -> list[str]:
-    """What to know of what is read over the network at every step of a run: what it costs, and the remedy. Embeddings
-    cost little: all of a small store is kept, and of a large one the chunks that a window of rows is drawn from."""
+    """Notes on data that is read over the network at every step: what this costs, and the remedy.
+
+    Embeddings cost little: a small store is kept whole, and of a large one the chunks that a window of rows comes from.
+    """
     images, texts, schema, notes = inputs.images, inputs.texts, inputs.images.schema, list[str]()
     if is_url(images.path) if schema.pixels else any(map(is_url, schema.source.arguments)):
         what = f"a copy of {images.path} on a local disk" if schema.pixels else "--pixels in a store on a local disk"
         notes.append(
-            f"each image is a request over the network, and a core that reads does some {REQUESTS_A_SECOND} of those a "
-            f"second: faster with {what}"
+            f"each image is a request over the network, and each core that reads makes about {REQUESTS_PER_SECOND} of "
+            f"them per second: faster with {what}"
         )
     stores: list[Store | Pairs] = [images, *([inputs.pairs] if inputs.pairs else [])]
     far = [store.path for store in stores if store.by_chunks] or ([texts.path] if texts.by_chunks else [])
     if order == "chunks" and far:
         notes.append(
-            f"rows are drawn from whole chunks of neighbours, since {' and '.join(far)} is at a URL: of a copy on a "
+            f"rows are drawn from whole chunks of neighbours, since {' and '.join(far)} is at a URL: with a copy on a "
             "local disk they are mixed better"
         )
     elif images.by_chunks:
         notes.append(
-            f"rows are drawn from all over {images.path}, as when the run began, and each is a request over the "
+            f"rows are drawn from all over {images.path}, as when the run began, and each row is a request over the "
             "network: copy it to a local disk"
         )
     if bank and bank.kept_in == "disk" and is_url(texts.path):
         size = texts.schema.rows * texts.schema.dim * texts.schema.item_bytes
         notes.append(
-            f"{texts.path} does not fit into memory: each sentence of a step is a request over the network, some "
-            f"{REQUESTS_A_SECOND} a second for each core that reads: copy it ({amount(size)}) to a local disk"
+            f"{texts.path} does not fit into memory: each sentence of a step is a request over the network, about "
+            f"{REQUESTS_PER_SECOND} per second for each core that reads: copy it ({amount(size)}) to a local disk"
         )
     return notes
 
 
 @contextmanager
 def open_feed(config: TrainConfig, place: Place) -> Iterator[Feed]:
-    """Open what a run reads, and start the processes that read it; they end with the block.
+    """Open what a run reads, and start the processes that read it. They end with the block.
 
     Raises TrainingError, MismatchError or StoreError for what the user can mend.
     """
@@ -108,7 +112,7 @@ def open_feed(config: TrainConfig, place: Place) -> Iterator[Feed]:
     first = Checkpoints(config.out).step() or 0
     if not (first or config.accept_slow):
         _require_fast(inputs.images)
-    bank = _bank(config, inputs, place)
+    bank = _text_bank(config, inputs, place)
     with ExitStack() as stack:
         batches: Iterator[Pair] = iter(())
         if first < steps:
@@ -118,7 +122,7 @@ def open_feed(config: TrainConfig, place: Place) -> Iterator[Feed]:
 
 
 def _require_fast(images: Store) -> None:
-    """Raises TrainingError where images would be read by row from large Parquet files: to read one, much of its row
+    """Raises TrainingError if images would be read one by one from large Parquet files: for each of them, much of a row
     group is decoded."""
     if images.schema.pixels or FILES_TABLE not in images.schema.digests:
         return
@@ -146,7 +150,7 @@ def _start(
     handed_over += bank.bytes_of_step(config.batch_size) if bank else 0
     workers, ahead = choose_loaders(config.workers, place.device.type, handed_over)
     texts: Iterator[TextBatch | None] = repeat(None)
-    if config.text_student and text_requests:  # before images, whose requests are made in a thread
+    if config.text_student and text_requests:  # before the loader of images starts a thread: this one forks
         sentences = TrainingTexts(inputs.texts.path, text_spec(config.text_student, teacher))
         loader = training_loader(sentences, text_requests, min(1, workers), ahead)
         texts = stack.enter_context(closing(loader))
@@ -157,7 +161,7 @@ def _start(
     if place.device.type != "cuda":
         return pairs
     begin = partial(_begin_page_locking, place.device)
-    return stack.enter_context(closing(read_ahead(map(_page_locked, pairs), _PAGE_LOCKED_AHEAD, begin)))
+    return stack.enter_context(closing(take_ahead(map(_page_locked, pairs), _PAGE_LOCKED_AHEAD, begin)))
 
 
 def _page_locked(pair: Pair) -> Pair:
@@ -170,7 +174,7 @@ def _begin_page_locking(device: torch.device) -> None:
     torch.cuda.set_device(device)  # or another GPU's memory would be taken for it
 
 
-def _bank(config: TrainConfig, inputs: Inputs, place: Place) -> TextBank | None:
+def _text_bank(config: TrainConfig, inputs: Inputs, place: Place) -> TextBank | None:
     if not (config.loss.vl or config.loss.contrastive):
         return None
     return TextBank(
@@ -182,24 +186,29 @@ def _bank(config: TrainConfig, inputs: Inputs, place: Place) -> TextBank | None:
 def _orders(
     config: TrainConfig, inputs: Inputs, place: Place, kind: Literal["chunks", "blocks"]
 ) -> tuple[Order, Order | None]:
-    """The orders of images and, for a text tower, of sentences. Raises TrainingError for a batch that cannot be."""
+    """The orders of images and, for a text tower, of sentences. Raises TrainingError for a batch size that is not
+    possible."""
     images = Order(store=inputs.images, seed=config.seed, batch_size=config.batch_size, kind=kind)
     texts = None
     if config.text_student:
         only = inputs.selection.rows() if inputs.selection else None
         size = config.text_batch_size
         texts = Order(store=inputs.texts, seed=config.seed, batch_size=size, only=only, stream=TEXT_STREAM, kind=kind)
-    named = ((images, "a batch", "images", "--batch-size"), (texts, "a text batch", "sentences", "text_batch_size"))
-    for order, what, of, option in named:
-        if order is None:
-            continue
-        if order.batch_size % place.world:
-            what = f"{what} of {order.batch_size} does not divide over {place.world} processes"
-            raise TrainingError(what, remedy=f"give a {option} that does")
-        if order.batch_size // place.world < config.accumulate:
-            what = f"{what} of {order.batch_size} over {place.world} processes is less than one for each of its passes"
-            raise TrainingError(what, remedy="give a smaller --accumulate")
-        if order.steps_per_epoch == 0:
-            what = f"{what} of {order.batch_size} is more than the {of} with an embedding in {order.store.path}"
-            raise TrainingError(what, remedy=f"give a smaller {option}")
+    _require_batches(images, place, config, "a batch", "images", "--batch-size")
+    if texts:
+        _require_batches(texts, place, config, "a text batch", "sentences", "text_batch_size")
     return images, texts
+
+
+def _require_batches(order: Order, place: Place, config: TrainConfig, batch: str, items: str, option: str) -> None:
+    """Raises TrainingError for a batch size that is not possible."""
+    size = order.batch_size
+    if size % place.world:
+        what = f"{batch} of {size} cannot be divided over {place.world} processes"
+        raise TrainingError(what, remedy=f"give a {option} that can")
+    if size // place.world < config.accumulate:
+        what = f"{batch} of {size} over {place.world} processes is less than one for each of its passes"
+        raise TrainingError(what, remedy="give a smaller --accumulate")
+    if order.steps_per_epoch == 0:
+        what = f"{batch} of {size} is more than the {items} with an embedding in {order.store.path}"
+        raise TrainingError(what, remedy=f"give a smaller {option}")

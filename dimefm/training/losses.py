@@ -2,28 +2,29 @@
 
 All embeddings are unit-norm. S(a, b) = scale * a @ b.T; KL_t(P, Q) is the mean over rows of
 KL(softmax(P / t) || softmax(Q / t)), without the factor t^2 of other distillation work. Student logits have a scale of
-their own, `student_scale`, which may be a tensor that is learned; where it is None it is that of the teacher.
+their own, `student_scale`, which may be a learned tensor; None means the teacher's.
 
-Of several processes, each has the student's rows of its own images: rank, rank + world, ... of the global batch. With
-`place` a loss is this process's part of the global one: its mean over processes is the loss, and the mean of the
-gradients that they find, which is what DistributedDataParallel makes of them, is the gradient of one process with
-the whole batch. All processes must have equally many images.
+With several processes, each has the student's rows of its own images: rank, rank + world, ... of the global batch. With
+`place` a loss is this process's part of the global one: the mean of the parts over processes is the loss, and the mean
+of their gradients, which DistributedDataParallel computes, is the gradient that one process would find with the whole
+batch. All processes must have equally many images.
 
 On a GPU the products are TF32 (see system.matrix_products): exact in the teacher's embeddings, which are float16
 numbers, and with the student's rounded to 10 bits of mantissa. A student logit, the sum of D products of about scale /
-D, is off by about scale * 2^-12 / sqrt(D). Measured by rounding so on a CPU, at scale 100, D = 768, 256 images and
-4,096 texts: 8e-4 a logit (root mean square; 4e-3 at worst) and 7e-4 of vl's gradient, with bits cut off instead of
-rounded 3e-3 (1e-2) and 1e-3. What a tower computes in bf16 is off by 6e-3 (3e-2) and 5e-3 already. pvl's gradient at T
-= 3, where an image's own embedding leaves 1e-5 to others, is off by 3e-3 in float32 as in TF32, by 8e-3 with bits cut
-off. Nothing waits for the GPU.
+D each, is off by about scale * 2^-12 / sqrt(D). The error was measured by rounding in this way on a CPU, at scale 100,
+D = 768, 256 images and 4,096 texts: 8e-4 per logit (root mean square; 4e-3 at worst) and 7e-4 of vl's gradient; if
+bits are cut off instead of rounded, 3e-3 (1e-2) and 1e-3. What a tower computes in bf16 is already off by 6e-3 (3e-2)
+and 5e-3. pvl's gradient at T = 3, where an image's own embedding leaves 1e-5 to others, is off by 3e-3 in float32 as in
+TF32, and by 8e-3 with bits cut off. Nothing waits for the GPU.
 
-Shapes: B images of this process, G of all processes, Q images of a queue, T texts, D embedding width. R rows, K keys
-that they are compared with, C keys of a chunk. Teacher tensors and queues carry no gradient.
+Shapes: B images of this process, G of all processes, Q images of a queue, T texts, D embedding width; R rows, K keys
+that they are compared with, C keys of a chunk; 2 is teacher and student. Teacher tensors and queues carry no gradient.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ Queue = tuple[torch.Tensor, torch.Tensor]
 _Both = tuple[torch.Tensor, torch.Tensor]  # the teacher's and the student's
 
 CHUNK_LOGITS, CUDA_CHUNK_LOGITS, KEPT_LOGITS = 2**23, 2**26, 2**26
-"""Logits (rows x keys) that vl, pvl and udist work on at once, a handful of matrices of 32 MiB in float32, on a GPU of
-256 MiB; and up to how many they keep those of teacher and student from the first pass over the keys to the second."""
+"""The logits (rows x keys) that vl, pvl and udist work on at once: a handful of matrices of 32 MiB in float32, on a GPU
+of 256 MiB. And the most that they keep, of teacher and student each, from the first pass over the keys to the second,
+which else computes them again."""
 
 
 def vl_loss(
@@ -79,7 +81,7 @@ def pvl_loss(
 ) -> torch.Tensor:
     """Pseudo vision-language, the teacher's images in place of texts: 2 KL(S(ti, ti), S(si, ti)).
 
-    `mask_diagonal` leaves each image's own embedding out, which otherwise has nearly all of the target's mass; a
+    `mask_diagonal` leaves out each image's own embedding, which otherwise has nearly all of the target's mass; a
     `queue` adds the teacher's embeddings of earlier steps.
     """
     key_KD = teacher_GD if queue is None else torch.cat([teacher_GD, queue[0]])
@@ -116,7 +118,7 @@ def cosine_loss(teacher_image_BD: torch.Tensor, student_image_BD: torch.Tensor) 
 
 
 def centred_loss(teacher_image_BD: torch.Tensor, student_image_BD: torch.Tensor, mean_D: torch.Tensor) -> torch.Tensor:
-    """Regression of what tells images apart: the mean of 1 - cos(si - m, ti - m), m the mean teacher embedding.
+    """Regression of what tells images apart: the mean of 1 - cos(si - m, ti - m), m the teacher's mean embedding.
 
     CLIP's image embeddings share a large common direction (a mean cosine of about 0.5); 1 - cos is small once a student
     has learned that direction alone.
@@ -130,8 +132,9 @@ def contrastive_loss(
     """The task loss of CLIP (Radford et al. 2021) between each image and its own sentence: the mean of both
     directions' cross-entropies over the batch.
 
-    `text_row_G` tells sentences apart: one that several images share is not a negative of any of them; -1 stands for
-    an image without a sentence, which is left out. Every process computes it whole, on a handful of G x G matrices.
+    `text_row_G` tells sentences apart: one that several images share is not a negative of any of them. -1 stands for
+    an image without a sentence, which is left out. Every process computes the whole loss, on a handful of G x G
+    matrices.
     """
     none_G = text_row_G < 0
     left_out_GG = (text_row_G[:, None] == text_row_G) | none_G[:, None] | none_G
@@ -155,11 +158,11 @@ def _softmax_kl(
     without_own: bool = False,
     place: Place,
 ) -> torch.Tensor:
-    """KL of the student's softmaxes over keys from the teacher's, the mean over rows; `teacher` and `student` are the
-    rows and keys of each.
+    """The mean over rows of the KL of the student's softmax over keys from the teacher's; `teacher` and `student` are
+    the rows and keys of each.
 
-    With `by_key` that of the softmaxes over the rows of all processes is added, the mean over keys; the student's
-    `queued_QD` are rows in these alone. `without_own` leaves a row's own image, which is one of the keys, out.
+    `by_key` adds the mean over keys of the KL of softmaxes over the rows of all processes; the student's `queued_QD`
+    are rows of these softmaxes alone. `without_own` leaves out a row's own image, which is one of the keys.
     """
     factor = (scale if student_scale is None else student_scale) / temperature
     with tf32(student[0].device):
@@ -172,8 +175,9 @@ def _softmax_kl(
 class _SoftmaxKL(torch.autograd.Function):
     """_softmax_kl, with its gradient computed beside its value.
 
-    The gradient is written out, (q - p) / rows for each softmax, and keys are taken in chunks: memory is bounded, and
-    no logits are kept for a backward pass.
+    The gradient of each softmax is written out, (q - p) / rows, and keys are taken in chunks: memory is bounded, and
+    no logits are kept for a backward pass. A softmax may reach over several chunks, or over several processes; then a
+    first pass over the chunks finds its sum, and a second one its value and gradient.
     """
 
     @staticmethod
@@ -192,41 +196,37 @@ class _SoftmaxKL(torch.autograd.Function):
     ) -> torch.Tensor:
         images, rows, keys = len(student_BD), len(teacher_RD), len(teacher_KD)
         student_RD = student_BD if queued_QD is None else torch.cat([student_BD, queued_QD])
-        scaled_RD, nothing = factor * student_RD, teacher_RD.new_zeros(())
+        scaled_RD, zero = factor * student_RD, teacher_RD.new_zeros(())
         width = max(1, (CUDA_CHUNK_LOGITS if student_BD.is_cuda else CHUNK_LOGITS) // rows)
         chunks = [slice(at, min(at + width, keys)) for at in range(0, keys, width)]
 
         def logits(chunk: slice) -> _Both:
-            teacher_RC = torch.addmm(nothing, teacher_RD, teacher_KD[chunk].T, beta=0, alpha=teacher_factor)
+            teacher_RC = torch.addmm(zero, teacher_RD, teacher_KD[chunk].T, beta=0, alpha=teacher_factor)
             student_RC = scaled_RD @ student_KD[chunk].T
             if without_own:
                 _leave_out_own(teacher_RC, chunk.start, place)
                 _leave_out_own(student_RC, chunk.start, place)
             return teacher_RC, student_RC
 
-        # First the sums of softmaxes that no chunk holds whole: a row's over all keys, a key's over all processes
-        many, apart = len(chunks) > 1, by_key and place.world > 1
-        kept, of_rows, of_keys = None, [], []
-        if many or apart:
-            kept = list(map(logits, chunks)) if rows * keys <= KEPT_LOGITS else None
-            for both in kept or map(logits, chunks):
-                if many:
-                    of_rows.append(_log_sums((both[0][:images], both[1][:images]), 1))
-                if apart:
-                    of_keys.append(_log_sums(both, 0))
-            del both  # or the second pass would need two matrices more
-        sum_2B = torch.stack(of_rows).logsumexp(dim=0) if many else None
-        sum_2K = logsumexp_over_all(torch.cat(of_keys, dim=1), place) if apart else None
+        over_chunks, over_processes = len(chunks) > 1, by_key and place.world > 1
+        pass_one: Iterable[_Both] = map(logits, chunks)
+        pass_two: Iterable[_Both] = map(logits, chunks)
+        if (over_chunks or over_processes) and rows * keys <= KEPT_LOGITS:
+            pass_one = pass_two = list(pass_one)
+        log_sum_2B = log_sum_2K = None
+        if over_chunks or over_processes:
+            log_sum_2B, log_sum_2K = _whole_log_sums(pass_one, images, over_chunks, over_processes, place)
 
-        value, weight = torch.zeros_like(nothing), place.world / keys if by_key else 1 / images
+        # All gradients have the factor `weight`: it is applied once, to their sums
+        value, weight = torch.zeros_like(zero), place.world / keys if by_key else 1 / images
         grad_RD = torch.zeros_like(student_RD if ctx.needs_input_grad[2] else student_BD)
         grad_KD = torch.empty_like(student_KD) if ctx.needs_input_grad[1] else None
-        for chunk, both in zip(chunks, kept or map(logits, chunks), strict=True):
-            part, grad_RC = _kl_and_gradient((both[0][:images], both[1][:images]), 1, sum_2B)
+        for chunk, both in zip(chunks, pass_two, strict=True):
+            part, grad_RC = _kl_and_gradient(_of_images(both, images), 1, log_sum_2B)
             value += part / images
             if by_key:
                 grad_BC = grad_RC
-                part, grad_RC = _kl_and_gradient(both, 0, None if sum_2K is None else sum_2K[:, chunk])
+                part, grad_RC = _kl_and_gradient(both, 0, None if log_sum_2K is None else log_sum_2K[:, chunk])
                 value += part * weight
                 grad_RC[:images].add_(grad_BC, alpha=1 / (images * weight))
             grad_RD.addmm_(grad_RC[: len(grad_RD)], student_KD[chunk])
@@ -242,8 +242,32 @@ class _SoftmaxKL(torch.autograd.Function):
         return *(None if found is None else grad * found for found in ctx.saved_tensors), *[None] * 7
 
 
+def _whole_log_sums(
+    logits: Iterable[_Both], images: int, over_chunks: bool, over_processes: bool, place: Place
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Pass one: the logsumexp of each image over all keys (2, B), wanted where these are in several chunks, and of each
+    key over the rows of all processes (2, K), wanted where these are several."""
+    by_row: list[torch.Tensor] = []
+    by_key: list[torch.Tensor] = []
+    for both in logits:
+        if over_chunks:
+            by_row.append(_log_sums(_of_images(both, images), 1))
+        if over_processes:
+            by_key.append(_log_sums(both, 0))
+    return (
+        torch.stack(by_row).logsumexp(dim=0) if over_chunks else None,
+        logsumexp_over_all(torch.cat(by_key, dim=1), place) if over_processes else None,
+    )
+
+
+def _of_images(both: _Both, images: int) -> _Both:
+    """The rows of this process's images, without those of a queue."""
+    return both[0][:images], both[1][:images]
+
+
 def _leave_out_own(logits_BC: torch.Tensor, start: int, place: Place) -> None:
-    """Row b is image rank + b * world of all, and so is its own key; the chunk begins at key `start`."""
+    """Take away, in place, all mass from each row's own key: row b is image rank + b * world, and key of that number.
+    The chunk begins at key `start`."""
     first = max(0, math.ceil((start - place.rank) / place.world))
     own = logits_BC[first:, place.rank + first * place.world - start :: place.world].diagonal()
     own.fill_(torch.finfo(own.dtype).min / 4)  # not -inf: 0 * (inf - inf) is not 0
@@ -259,9 +283,10 @@ def _log_sums(both: _Both, dim: int) -> torch.Tensor:
 
 
 def _log_softmax(logits_RC: torch.Tensor, dim: int, log_sum: torch.Tensor | None) -> torch.Tensor:
-    """With the float64 `log_sum` of all logits where these are a part of them.
+    """log_softmax along `dim`. Where these logits are a part of all, `log_sum` is the float64 logsumexp of all.
 
-    What a probability of nearly 1 lacks to 1, of pvl's own embedding 1e-5, is below the rounding of a float32 log_sum.
+    Float64, since what a probability near 1 lacks to 1 (1e-5 for an image's own embedding in pvl) would be lost in the
+    rounding of a float32.
     """
     if log_sum is None:
         return logits_RC.log_softmax(dim)
@@ -271,7 +296,7 @@ def _log_softmax(logits_RC: torch.Tensor, dim: int, log_sum: torch.Tensor | None
 
 
 def _kl_and_gradient(both: _Both, dim: int, log_sum: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL of the student's softmaxes from the teacher's, summed, and its gradient by the student's logits."""
+    """The sum of the KLs of the student's softmaxes from the teacher's, and its gradient by the student's logits."""
     log_p, log_q = (_log_softmax(m, dim, None if log_sum is None else log_sum[i]) for i, m in enumerate(both))
     p = log_p.exp()
     value = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())

@@ -1,6 +1,7 @@
-"""What a training run leaves to the machine: precision, torch threads, loader processes.
+"""Settings of a run that depend on the machine: precision, torch threads, loader processes.
 
-Rank 0 decides the first two once, run.json keeps them, and a run that goes on elsewhere takes them from there.
+Rank 0 decides the first two when a run begins, run.json keeps them, and a run that goes on elsewhere takes them from
+there.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from dimefm.training.distributed import Place, from_first
 from dimefm.training.run_folder import run_to_resume
 
 _AHEAD = 4  # batches that each loader process reads ahead
-_ENOUGH_AHEAD = 4 * 2**30  # bytes; where batches are so large, two of each process are ahead enough
+_ENOUGH_AHEAD = 4 * 2**30  # bytes that all loader processes read ahead at most; but two batches each at least
 _CORES_PER_LOADER, _MOST_LOADERS = 8, 16
-_MEMORY_SHARE = 4  # of all memory, the part that batches read ahead may take
-_FILES_OF_BATCH, _FILES_SHARE = 8, 4  # a descriptor for each tensor of it; the part of all that batches may take
+_MEMORY_SHARE = 4  # batches that are read ahead may take one part in so many of the memory
+_FILES_OF_BATCH = 8  # file descriptors: one for each tensor of a batch
+_FILES_SHARE = 4  # batches may take one part in so many of the descriptors
 
 
 def decide_settings(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -> tuple[TrainConfig, list[str]]:
-    """`config` with precision and threads decided, the same in all processes, and what its user should know of it.
+    """`config` with precision and threads decided, the same in all processes; and notes for the user.
 
     A run that goes on keeps what it began with; a field in `allow_changes` is decided anew.
     """
@@ -56,8 +58,8 @@ def _decide(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -
             precision = before.precision
         if precision != best:
             notes.append(
-                f"precision stays {precision}, with which this run began; {best} is faster on this machine: "
-                "--allow-changes precision goes on with that"
+                f"precision stays {precision}, with which this run began; {best} is faster on this machine, and "
+                "--allow-changes precision goes on with it"
             )
     elif emulates(precision, device):
         notes.append(f"{precision} is emulated on this machine and far slower than {best} (--precision auto)")
@@ -68,32 +70,34 @@ def _decide(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -
             notes.append(f"torch computes with {threads} threads, as when this run began, on {cpus()} cores")
     if run and run.machine and run.machine != describe(device):
         notes.append(
-            f"this run began on {run.machine} and goes on on {describe(device)}, which rounds in another way: "
-            "it is not bit for bit what either alone would give"
+            f"this run began on {run.machine} and continues on {describe(device)}, which rounds in another way: "
+            "the student is not bit for bit what either of them alone would give"
         )
     if run and run.processes and run.processes != place.world:
         notes.append(
-            f"this run began with {run.processes} processes and goes on with {place.world}: batches and losses are the "
-            "same but for rounding; statistics of batch norm and drop-path are of each process's own images"
+            f"this run began with {run.processes} processes and continues with {place.world}: batches and losses are "
+            "the same but for rounding; batch norm and drop-path differ, which see each process's own images"
         )
     return precision, threads or choose_threads(), notes
 
 
 def choose_threads() -> int:
-    """Torch threads of a training process: all of its cores, or fewer where torch was told so (OMP_NUM_THREADS).
+    """Torch threads of a training process: all of its cores, or fewer if OMP_NUM_THREADS says so.
 
-    None is left for the loader: it decodes an image in a fiftieth of the time that a CPU trains on it, and threads that
-    wait only briefly (dimefm.system.machine.wait_briefly) let it have that.
+    No core is left for the loader: a CPU trains on an image for fifty times as long as it takes to decode it, and
+    threads that wait only briefly (`wait_briefly` in system/machine.py) let the loader have that.
     """
     return max(1, min(torch.get_num_threads(), cpus() // processes_here()))
 
 
 def choose_loaders(asked: int | None, device: str, batch_bytes: int) -> tuple[int, int]:
-    """Loader processes of a training process, and how many batches each reads ahead; `asked`, or by cores and memory.
+    """The number of loader processes of a training process, and how many batches each reads ahead. The number is
+    `asked`, or follows from cores and memory.
 
-    A GPU eats more than one process decodes: all cores but one of each rank, up to 16. A CPU does not: one process for
-    each eight cores. Batches are handed over through /dev/shm, each tensor by a file descriptor. Raises TrainingError
-    where there is too little of either: torch would die of the first and wait for ever after the second.
+    A GPU needs more images than one process decodes: it gets all cores of its rank but one, up to 16. A CPU does not:
+    it gets one process for each eight cores. Batches are handed over through /dev/shm, each tensor by a file
+    descriptor. Raises TrainingError if there are too few of either: without memory torch would die, and without
+    descriptors it would wait for ever.
     """
     cores = max(1, cpus() // processes_here())
     wanted = min(_MOST_LOADERS, max(1, cores - 1) if device.startswith("cuda") else max(1, cores // _CORES_PER_LOADER))
@@ -104,7 +108,7 @@ def choose_loaders(asked: int | None, device: str, batch_bytes: int) -> tuple[in
     room = min(shared, available_memory() // _MEMORY_SHARE) // processes_here() // batch_bytes
     if asked is None:
         workers = max(1, min(workers, room // 2))
-    if room < 2 * workers:  # one batch that is ready and one that is being made
+    if room < 2 * workers:  # each has one batch that is ready and one that it makes
         what = f"/dev/shm has {amount(shared)} left, and {workers} loader processes"
         what += f" need {amount(2 * workers * batch_bytes * processes_here())} of it for their batches"
         remedy = "make it larger (docker run --shm-size=8g), or give a smaller --workers; 0 reads without it"

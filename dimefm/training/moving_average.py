@@ -9,11 +9,10 @@ import torch
 
 
 class MovingAverage:
-    """A copy of a module whose every weight w is d w + (1 - d) x after a step that made it x.
+    """A copy of a module. After each step every weight w of the copy becomes d w + (1 - d) x, where x is the module's.
 
     d is min(decay, (1 + n) / (10 + n)) in step n, as in TensorFlow's ExponentialMovingAverage: the random weights of
-    the start are forgotten as soon as there is something better. Buffers, such as batch norm's, are averaged too;
-    counters are copied.
+    the start are soon forgotten. Buffers, such as those of batch norm, are averaged too; counters are copied.
     """
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
@@ -36,6 +35,6 @@ class MovingAverage:
         return {"weights": self.module.state_dict(), "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave."""
+        """Take what `state_dict` gave."""
         self.module.load_state_dict(state["weights"])
         self._steps = state["steps"]

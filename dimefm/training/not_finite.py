@@ -1,4 +1,4 @@
-"""What is told of a step whose loss or gradient is not finite, or that a GPU has too little memory for."""
+"""Errors for a step that fails: its loss or gradient is not finite, or the GPU has too little memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from dimefm.errors import TrainingError
 from dimefm.system import storage
 
-REPORT = "stopped-at.json"
+REPORT_FILE = "stopped-at.json"
 
 
 def not_finite_error(
@@ -24,14 +24,15 @@ def not_finite_error(
     *,
     write: bool,
 ) -> TrainingError:
-    """The error for `step`, once all that led to it is in the run folder `out`, if `write`.
+    """The error for a `step` whose loss or gradient is not finite. With `write`, all that led to it is written into the
+    run folder `out` first, as stopped-at.json.
 
-    `values` are the losses and the rest, `cached` the embeddings that went in, `gradients` the norm of each parameter's
-    one, `rows` those of the images.
+    `values` are the losses and what else is logged, `cached` the embeddings that went in, `gradients` the norm of the
+    gradient of each parameter, `rows` the rows of the images.
     """
     bad = [name for name, value in cached.items() if value is not None and not value.isfinite().all()]
     broken = [name for name, norm in gradients.items() if not math.isfinite(norm)]
-    path = storage.join(out, REPORT)
+    path = storage.join(out, REPORT_FILE)
     if write:
         facts = {
             "step": step,
@@ -47,24 +48,22 @@ def not_finite_error(
     what += f" ({', '.join(broken[:3])})" if broken else ""
     if bad:
         what += f"; cached embeddings of {' and '.join(bad)} are not finite"
-        return TrainingError(f"{what}; all of it is in {path}", remedy="look at the store with dimefm verify")
+        return TrainingError(f"{what}; details are in {path}", remedy="look at the store with dimefm verify")
     remedy = "go on from the last checkpoint with a lower --lr (and --allow-changes lr), --clip-grad or another "
     remedy += "--precision; if it fails there again, delete that checkpoint: the one before is used then"
-    return TrainingError(f"{what}; all of it is in {path}", remedy=remedy)
+    return TrainingError(f"{what}; details are in {path}", remedy=remedy)
 
 
 @contextmanager
 def explain_out_of_memory(batch_size: int, passes: int, image_size: int) -> Iterator[None]:
-    """Around steps of `batch_size` images a process, in so many passes: where a GPU has too little memory for one, the
-    error is a TrainingError with what to do."""
+    """Around steps of `batch_size` images per process, in so many passes: if the GPU has too little memory, raise a
+    TrainingError that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         reason = ". ".join(str(error).split(". ")[:3])
-        what = (
-            f"a step of {batch_size} images of {image_size} px a process, in {passes} pass{'es' * (passes > 1)}, needs"
-        )
-        what += f" more memory than this GPU has: {reason}"
+        what = f"a step of {batch_size} images of {image_size} px per process, in {passes} pass{'es' * (passes > 1)},"
+        what += f" needs more memory than this GPU has: {reason}"
         remedy = "a smaller --batch-size in another --out"
         if 2 * passes <= batch_size:
             more = f"--accumulate {2 * passes} (to go on from a checkpoint: --allow-changes accumulate)"

@@ -1,25 +1,126 @@
 """What a student minimises: the weighted sum of losses, with the state that some of them have.
 
+To add a loss: write the function in training/losses.py; give it a line in LOSSES below; and give LossConfig
+(training/config.py) a field of its name, which is its weight and 0 by default, and the name in LossConfig.WEIGHTS. All
+else follows from these: --loss takes it, the tests of the table call it, and it is logged under its name in
+metrics.jsonl and TensorBoard, as every part that `Objective` returns is. If it draws on texts, on the sentence of each
+image or on the mean embedding, say so where these are made ready: `_text_bank` in training/feed.py, `_image_tower` in
+training/train.py.
+
 Shapes: B images of this process, G of all processes, T texts, Q images of the queue, D embedding width.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dimefm.training.config import MAX_SCALE, LossConfig
 from dimefm.training.distributed import ALONE, Place, gather_batch
-from dimefm.training.losses import centred_loss, contrastive_loss, cosine_loss, pvl_loss, udist_loss, vl_loss
+from dimefm.training.losses import (
+    Queue,
+    Scale,
+    centred_loss,
+    contrastive_loss,
+    cosine_loss,
+    pvl_loss,
+    udist_loss,
+    vl_loss,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """All that a loss may be computed from in a step. Embeddings are unit-norm, float32 or wider.
+
+    `text_TD` are the step's texts, `pair` the embedding (G, D) and row (G,) of each image's own sentence, `mean_D` is
+    the teacher's mean embedding; each is None where nothing needs it.
+    """
+
+    config: LossConfig
+    teacher_GD: torch.Tensor
+    student_BD: torch.Tensor
+    text_TD: torch.Tensor | None = None
+    pair: tuple[torch.Tensor, torch.Tensor] | None = None
+    mean_D: torch.Tensor | None = None
+    scale: float = 100.0
+    student_scale: Scale = 100.0
+    queue: Queue | None = None
+    place: Place = ALONE
+
+    @property
+    def teacher_BD(self) -> torch.Tensor:
+        """The teacher's embeddings of this process's images."""
+        return self.teacher_GD[self.place.rows]
+
+    def of_scores(self, temperature: float) -> dict[str, Any]:
+        """The keywords of the losses that compare softmaxes of scores."""
+        return {
+            "scale": self.scale, "student_scale": self.student_scale, "temperature": temperature, "queue": self.queue,
+            "place": self.place,
+        }  # fmt: skip
+
+    def squared(self, temperature: float) -> float:
+        """The factor of such a loss: T^2 with `square_temperature`."""
+        return temperature**2 if self.config.square_temperature else 1.0
+
+
+def _vl(inputs: LossInputs) -> torch.Tensor:
+    if inputs.text_TD is None:
+        raise ValueError("the vl loss needs text embeddings")
+    temperature = inputs.config.vl_temperature
+    value = vl_loss(inputs.teacher_BD, inputs.text_TD, inputs.student_BD, **inputs.of_scores(temperature))
+    return value * inputs.squared(temperature)
+
+
+def _pvl(inputs: LossInputs) -> torch.Tensor:
+    temperature, mask = inputs.config.pvl_temperature, inputs.config.mask_diagonal
+    value = pvl_loss(inputs.teacher_GD, inputs.student_BD, mask_diagonal=mask, **inputs.of_scores(temperature))
+    return value * inputs.squared(temperature)
+
+
+def _udist(inputs: LossInputs) -> torch.Tensor:
+    temperature, mask = inputs.config.udist_temperature, inputs.config.mask_diagonal
+    value = udist_loss(inputs.teacher_GD, inputs.student_BD, mask_diagonal=mask, **inputs.of_scores(temperature))
+    return value * inputs.squared(temperature)
+
+
+def _cosine(inputs: LossInputs) -> torch.Tensor:
+    return cosine_loss(inputs.teacher_BD, inputs.student_BD)
+
+
+def _centred(inputs: LossInputs) -> torch.Tensor:
+    if inputs.mean_D is None:
+        raise ValueError("the centred loss needs the mean embedding")
+    return centred_loss(inputs.teacher_BD, inputs.student_BD, inputs.mean_D)
+
+
+def _contrastive(inputs: LossInputs) -> torch.Tensor:
+    if inputs.pair is None:
+        raise ValueError("the contrastive loss needs pairs")
+    return contrastive_loss(inputs.student_BD, *inputs.pair, scale=inputs.student_scale, place=inputs.place)
+
+
+LOSSES: dict[str, Callable[[LossInputs], torch.Tensor]] = {
+    "vl": _vl,
+    "pvl": _pvl,
+    "udist": _udist,
+    "cosine": _cosine,
+    "centred": _centred,
+    "contrastive": _contrastive,
+}
+"""How each loss is computed, by its name in LossConfig.WEIGHTS. They raise ValueError for a lacking input."""
 
 
 class Objective(torch.nn.Module):
     """The weighted sum of all losses with a weight. Its state is a learned logit scale and the queue."""
 
     def __init__(self, config: LossConfig, *, teacher_scale: float, dim: int, mean_D: torch.Tensor | None) -> None:
-        """`mean_D` is the mean teacher embedding, wanted where `centred` has a weight."""
+        """`mean_D` is the teacher's mean embedding, needed where `centred` has a weight."""
         super().__init__()
         self.config = config
         self.mean_D: torch.Tensor | None
@@ -28,7 +129,7 @@ class Objective(torch.nn.Module):
         self.log_scale: torch.nn.Parameter | None = None
         if config.logit_scale == "learned":
             self.log_scale = torch.nn.Parameter(torch.tensor(math.log(config.scale)))
-        self._queued = 0  # rows that the queue has been given until now
+        self._queued = 0  # rows that have gone into the queue until now
         self.teacher_QD: torch.Tensor
         self.student_QD: torch.Tensor
         if config.queue:
@@ -43,43 +144,21 @@ class Objective(torch.nn.Module):
         pair: tuple[torch.Tensor, torch.Tensor] | None = None,
         place: Place = ALONE,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss, and each part unweighted and detached: this process's part of them, see dimefm.training.losses. All
-        embeddings unit-norm, float32 or wider.
+        """The loss, and each of its parts unweighted and detached. Both are this process's part of those of all
+        processes, see training/losses.py. All parts are logged under these names.
 
-        `text_TD` is wanted by vl, and `pair`, the embedding (G, D) and row (G,) of each image's own sentence, by
-        contrastive. Raises ValueError where one is missing.
+        For `text_TD` and `pair` see LossInputs. Raises ValueError where a loss lacks one of them.
         """
-        config, teacher_BD = self.config, teacher_GD[place.rows]
         student_scale = self.scale if self.log_scale is None else self.log_scale.exp()
-        shared: dict[str, Any] = {
-            "scale": self.scale, "student_scale": student_scale, "queue": self._queue(), "place": place
-        }  # fmt: skip
-        masked: dict[str, Any] = {"mask_diagonal": config.mask_diagonal}
-        parts: dict[str, torch.Tensor] = {}
-        if config.vl:
-            if text_TD is None:
-                raise ValueError("the vl loss needs text embeddings")
-            value = vl_loss(teacher_BD, text_TD, student_BD, temperature=config.vl_temperature, **shared)
-            parts["vl"] = value * self._factor(config.vl_temperature)
-        if config.pvl:
-            value = pvl_loss(teacher_GD, student_BD, temperature=config.pvl_temperature, **shared, **masked)
-            parts["pvl"] = value * self._factor(config.pvl_temperature)
-        if config.udist:
-            value = udist_loss(teacher_GD, student_BD, temperature=config.udist_temperature, **shared, **masked)
-            parts["udist"] = value * self._factor(config.udist_temperature)
-        if config.cosine:
-            parts["cosine"] = cosine_loss(teacher_BD, student_BD)
-        if config.centred:
-            if self.mean_D is None:
-                raise ValueError("the centred loss needs the mean embedding")
-            parts["centred"] = centred_loss(teacher_BD, student_BD, self.mean_D)
-        if config.contrastive:
-            if pair is None:
-                raise ValueError("the contrastive loss needs pairs")
-            parts["contrastive"] = contrastive_loss(student_BD, *pair, scale=student_scale, place=place)
+        inputs = LossInputs(
+            config=self.config, teacher_GD=teacher_GD, student_BD=student_BD, text_TD=text_TD, pair=pair,
+            mean_D=self.mean_D, scale=self.scale, student_scale=student_scale, queue=self._queue(), place=place,
+        )  # fmt: skip
+        weights = {name: getattr(self.config, name) for name in LossConfig.WEIGHTS}
+        parts = {name: LOSSES[name](inputs) for name, weight in weights.items() if weight}
         if not parts:
             raise ValueError("every loss has weight 0")
-        total = torch.stack([getattr(config, name) * value for name, value in parts.items()]).sum()
+        total = torch.stack([weights[name] * value for name, value in parts.items()]).sum()
         shown = {name: value.detach() for name, value in parts.items()}
         if self.log_scale is not None:
             shown["logit_scale"] = self.log_scale.detach().exp()
@@ -100,18 +179,15 @@ class Objective(torch.nn.Module):
         self._queued += size
 
     def get_extra_state(self) -> int:
-        """What beside tensors belongs to the state."""
+        """The part of the state that is not a tensor."""
         return self._queued
 
     def set_extra_state(self, state: int) -> None:
-        """What `get_extra_state` gave."""
+        """Take what `get_extra_state` gave."""
         self._queued = state
 
-    def _queue(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _queue(self) -> Queue | None:
         if not self.config.queue:
             return None
         filled = min(self._queued, self.config.queue)
         return self.teacher_QD[:filled], self.student_QD[:filled]
-
-    def _factor(self, temperature: float) -> float:
-        return temperature**2 if self.config.square_temperature else 1.0

@@ -1,4 +1,4 @@
-"""The recipe's optimiser: AdamW, without decay where it does harm; linear warm-up, cosine to a floor, by step."""
+"""The optimiser and its schedule: AdamW without decay where decay does harm; linear warm-up, then a cosine, by step."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any, Literal
 import torch
 
 _UNDECAYED = ("positional_embedding", "pos_embed", "token_embedding", "relative_position_bias_table")
-"""Of "listed": in the name of a parameter, as in the authors' code."""
+"""With "listed", a parameter with one of these in its name is not decayed, as in the authors' code."""
 
 
 def parameter_groups(
     modules: Sequence[Any], weight_decay: float, undecayed: Literal["named", "listed"] = "listed"
 ) -> list[dict[str, Any]]:
-    """Parameters in two groups: decayed, and not.
+    """Parameters in two groups: with weight decay, and without.
 
-    Not decayed with "listed": vectors and biases, embeddings of tokens and positions, and what any part of a tower
-    lists as no_weight_decay, as a timm trunk within an open_clip tower does (names and wildcards, as timm takes them).
-    "named" is the rule of older runs, whose optimiser's state has these groups: vectors, positional embeddings, and the
-    list of the tower as a whole.
+    With "listed", these are not decayed: vectors and biases, embeddings of tokens and positions, and what any part of a
+    tower lists as no_weight_decay, as a timm trunk within an open_clip tower does (names and wildcards, as in timm).
+    "named" is the rule of older runs, whose saved optimiser has these groups: vectors, positional embeddings, and what
+    the tower as a whole lists.
     """
     decayed: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []

@@ -9,20 +9,20 @@ from dimefm.training.config import LossConfig, TextMix, TrainConfig
 
 
 def paper(images: str, texts: str, out: str) -> TrainConfig:
-    """ViT-B/32 from scratch, 100 epochs, vl and pvl, with the numbers of the authors' released code. It differs from
-    that code in these:
+    """ViT-B/32 from scratch, 100 epochs, vl and pvl, with the numbers of the authors' released code. The differences
+    from that code:
 
-    - The batch is 5,120 images and texts, 640 for each of 8 GPUs. The released code has 640 in all, which DataParallel
-      spreads over the GPUs there are: `--batch-size 640 --texts-per-step 640` is that.
-    - Softmaxes are over the whole batch. So they are there, with its 640; were it extended to several processes, as its
-      README suggests, they would be over each process's own.
-    - The cosine begins where the warm-up ends. Theirs is timm's, which counts the warm-up as part of it: rates here are
-      higher by up to 2.8e-5, 3.5 % of the peak, in mid-run, and less towards either end. Theirs are set after each
-      step, to what the schedule has for that step: all are a step late.
-    - Crops are taken from the image as it is, not from one first resized to 256 pixels, which sees the same areas.
-    - Texts are drawn at random in each step, theirs go through a shuffled list; images are shuffled in blocks
-      (dimefm.training.row_order), theirs one by one.
-    - Logits and losses are float32, theirs half precision under autocast.
+    - The batch is 5,120 images and texts, 640 for each of 8 GPUs. Theirs is 640 in all, which DataParallel spreads over
+      all GPUs: `--batch-size 640 --texts-per-step 640` does the same.
+    - Softmaxes are over the whole batch. So are theirs, over 640; but with several processes, as their README suggests,
+      they would be over the part of each process.
+    - The cosine begins where the warm-up ends. Theirs is timm's, which counts the warm-up as part of the cosine: rates
+      here are higher by up to 2.8e-5, 3.5 % of the peak, in the middle of a run, and by less towards either end. Theirs
+      are also set after the step that they are for, so that each is a step late.
+    - Crops are taken from the image as it is. Theirs are taken after a resize to 256 pixels, and see the same areas.
+    - Texts are drawn at random in each step; theirs go through a shuffled list. Images are shuffled in blocks
+      (training/row_order.py); theirs one by one.
+    - Logits and losses are float32; theirs are half precision, under autocast.
     """
     return TrainConfig(
         images=images,
@@ -44,12 +44,12 @@ def paper(images: str, texts: str, out: str) -> TrainConfig:
 
 
 def sample(images: str, texts: str, out: str) -> TrainConfig:
-    """The best student of those tried from the shipped sample in two minutes on two CPU cores, without AMX too.
+    """The best student of those tried that trains on the shipped sample in two minutes on two CPU cores, even without
+    AMX.
 
-    It is timm's smallest ResNet at 48 px, which sees four times the images that a ResNet-10 sees in that time, and it
-    regresses the cached embeddings: at this budget that beats the paper's losses (benchmarks/RESULTS.md). One torch
-    thread, since a step of so small a student has too little to share: with two it is no faster, and far slower beside
-    a busy neighbour.
+    It is timm's smallest ResNet at 48 px, which sees four times as many images in that time as a ResNet-10. It
+    regresses the cached embeddings, which beats the paper's losses at this budget (benchmarks/RESULTS.md). It uses one
+    torch thread: the step of so small a student is no faster with two, and far slower beside a busy neighbour.
     """
     return TrainConfig(
         images=images,
@@ -75,8 +75,8 @@ def sample(images: str, texts: str, out: str) -> TrainConfig:
 
 
 def sample_paper(images: str, texts: str, out: str) -> TrainConfig:
-    """The paper's objective on the shipped sample: vl and pvl as released, over many texts a step, drawn from the
-    visually grounded selection (which `selection` must name). Two minutes on two CPU cores."""
+    """The paper's objective on the shipped sample: vl and pvl as released, over many texts per step, which are drawn
+    from the visually grounded selection (`selection` must name it). It takes two minutes on two CPU cores."""
     return replace(
         sample(images, texts, out),
         epochs=10,

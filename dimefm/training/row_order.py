@@ -1,10 +1,10 @@
 """The order of training rows: a pure function of the seed and the epoch.
 
-"blocks", the order of new runs: eight rows that lie together are a block, and a window of a million rows is made of
-blocks from all over the store. Its batches are nearly as mixed as if each row had been drawn by itself, on sources that
-are sorted by class too. "chunks", the order of older runs and of large stores at URLs, where one request a chunk is as
-many as can be afforded: a window is 65,536 rows in whole chunks. In both the rows of a window are shuffled, and memory
-stays bounded.
+"blocks" is the order of new runs: eight neighbouring rows are a block, and a window of a million rows is made of blocks
+from all over the store. Batches are nearly as well mixed as if each row had been drawn by itself, even if the source is
+sorted by class. "chunks" is the order of older runs, and of large stores at URLs, where more than one request per chunk
+costs too much: a window is 65,536 rows in whole chunks. In both the rows of a window are shuffled, and memory stays
+bounded.
 
 Shapes: G rows of a global batch, S steps, N any rows.
 """
@@ -22,17 +22,18 @@ from cache_schemas import Status
 from dimefm.store.embedding_store import Store
 
 WINDOW_ROWS, WINDOW_BATCHES, BLOCK_ROWS = 2**20, 256, 8
-"""Of "blocks": the least size of a window in rows and in batches, whichever is more, so that few rows of a batch are of
-the same block, however large it is."""
+"""For "blocks": a window has at least so many rows and so many batches. So even in a large batch few rows are of the
+same block."""
 
 CHUNKS_WINDOW_ROWS = 65536
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Global batches of `batch_size` rows of a store, epoch after epoch; an epoch's incomplete last one is left out.
+    """Global batches of `batch_size` rows of a store, epoch after epoch; the incomplete last one of an epoch is left
+    out.
 
-    Rows without an embedding never appear; where `only`, row numbers in ascending order, is given, no others do.
+    Rows without an embedding never appear. If `only` is given, row numbers in ascending order, just these rows appear.
     `stream` tells the orders of one run apart.
     """
 
@@ -45,7 +46,7 @@ class Order:
 
     @cached_property
     def rows(self) -> int:
-        """Rows of an epoch. Found once: the status of every row is read for it, or of "chunks" every commit."""
+        """Rows of an epoch. Found once: for "blocks" the status of every row is read, for "chunks" every commit."""
         if self.only is not None:
             return len(self.only)
         if self.kind == "chunks":
@@ -58,13 +59,13 @@ class Order:
         return self.rows // self.batch_size
 
     def steps(self, first: int, stop: int) -> Iterator[tuple[int, int, np.ndarray[Any, Any]]]:
-        """Step, epoch and rows int64 (G,) of the steps first..stop-1, through as many epochs as they take."""
+        """Step, epoch and rows int64 (G,) of each of the steps first..stop-1, which may go through several epochs."""
         for step, epoch, rows_SG in self.windows(first, stop):
             for number, rows_G in enumerate(rows_SG):
                 yield step + number, epoch, rows_G
 
     def windows(self, first: int, stop: int) -> Iterator[tuple[int, int, np.ndarray[Any, Any]]]:
-        """The same steps a window at a time: the first of its steps, their epoch, and rows int64 (S, G)."""
+        """The same steps, a window at a time: the first step of the window, the epoch, and rows int64 (S, G)."""
         step = first
         while step < stop:
             epoch, skip = divmod(step, self.steps_per_epoch)
@@ -73,20 +74,20 @@ class Order:
                 if len(rows_SG):
                     yield step, epoch, rows_SG
                 step += len(rows_SG)
-                if step == stop:  # the rest of the epoch need not be made
+                if step == stop:  # the rest of the epoch is not needed
                     return
 
     def _blocks(self, epoch: int, skip: int) -> Iterator[np.ndarray[Any, Any]]:
-        """The windows of an epoch from its batch `skip` on. Those before it are not made.
+        """The windows of an epoch, int64 (S, G), from its batch `skip` on. Earlier ones are not made.
 
-        Blocks of the rows that count are put in a random order; where the first begins is another in each epoch.
+        The rows that count are cut into blocks, which are put in a random order. Where the first block begins differs
+        from epoch to epoch.
         """
         key = (self.seed, epoch, self.stream, 0xB10C)
         rng = np.random.default_rng(key)
         whole, shift = self.rows // BLOCK_ROWS, int(rng.integers(self.rows))
-        block_N = np.append(
-            rng.permutation(np.arange(whole, dtype=np.uint32)), np.uint32(whole)
-        )  # the last may not be full
+        shuffled_N = rng.permutation(np.arange(whole, dtype=np.uint32))
+        block_N = np.append(shuffled_N, np.uint32(whole))  # the last block may not be full
         steps = self.steps_per_epoch
         windows = max(1, steps // max(WINDOW_BATCHES, WINDOW_ROWS // self.batch_size))
         for window in range(windows):
@@ -100,7 +101,7 @@ class Order:
             yield rows_SG[max(0, skip - first) :]
 
     def _rows(self, number_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Row numbers int64 (N,) of the rows that count, by their number among these."""
+        """Row numbers int64 (N,) of rows that count, from their numbers if only rows that count are numbered."""
         if self.only is not None:
             row_N: np.ndarray[Any, Any] = self.only[number_N].astype(np.int64)
             return row_N
@@ -115,7 +116,7 @@ class Order:
         return np.concatenate(found)
 
     def _chunks(self, epoch: int, skip: int) -> Iterator[np.ndarray[Any, Any]]:
-        """The same in the order of older runs, which must not change. A batch may be of two windows."""
+        """The same for the order of older runs, which must not change. A batch may reach into the next window."""
         rng = np.random.default_rng((self.seed, epoch, self.stream) if self.stream else (self.seed, epoch))
         size = self.store.schema.chunk_rows
         blocks = rng.permutation(-(-self.store.schema.rows // size))
@@ -130,6 +131,7 @@ class Order:
             waiting = waiting[whole * self.batch_size :]
 
     def _chunk(self, start: int, size: int) -> np.ndarray[Any, Any]:
+        """The rows of one chunk that count, int64 (N,)."""
         stop = min(start + size, self.store.schema.rows)
         if self.only is not None:
             return self.only[slice(*np.searchsorted(self.only, (start, stop)))].astype(np.int64)

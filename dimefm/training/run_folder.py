@@ -22,7 +22,8 @@ from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import NEVER_DIFFER, NEVER_DIFFER_IN_LOSS, TrainConfig
 
 _FOLLOWS = {"images_data": "images", "texts_data": "texts", "pairs_digest": "pairs", "selection_digest": "selection"}
-"""What is in the stores of a run, by the field of its config that names them: it may change where that may."""
+"""Facts about the content of a run's inputs, with the config field that names the input: if the field may change, the
+content may."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Inputs:
 
 
 def open_inputs(config: TrainConfig) -> Inputs:
-    """Open what a config names. Raises StoreError for one that is unfinished or empty, MismatchError where they do
-    not fit."""
+    """Open the inputs that a config names. Raises StoreError for one that is unfinished or empty, MismatchError if they
+    do not belong together."""
     images, texts = Store(config.images), Store(config.texts)
     for store, kind in ((images, "image"), (texts, "text")):
         store.require_kind(kind)
@@ -56,7 +57,7 @@ def open_inputs(config: TrainConfig) -> Inputs:
 
 
 def read_run(path: str) -> Run:
-    """The run.json of a run folder. Raises StoreError where there is none, SchemaError where it is not valid."""
+    """The run.json of a run folder. Raises StoreError if there is none, SchemaError if it is not valid."""
     where = str(Path(path) / RUN_FILE)
     if not Path(where).exists():
         raise StoreError(f"{path} is not a run folder: it has no {RUN_FILE}", remedy="give the --out of train-student")
@@ -64,13 +65,13 @@ def read_run(path: str) -> Run:
 
 
 def run_to_resume(out: str) -> Run | None:
-    """The document of the run in `out` if it has a checkpoint to go on from."""
+    """The document of the run in `out`, if it has a checkpoint to go on from."""
     return read_run(out) if Checkpoints(out, 1).step() else None
 
 
 def choose_order(config: TrainConfig, inputs: Inputs) -> Literal["chunks", "blocks"]:
-    """The order of a run's rows: that which it began with, else "blocks", but "chunks" where large stores are read at
-    URLs: a chunk is one request, and few rows of each would be one for every row (dimefm.store.ranged_array)."""
+    """The order of a run's rows: the one that it began with; a new run has "blocks", or "chunks" if large stores are
+    read at URLs. A chunk is one request there, and "blocks" would need one for every row (store/ranged_array.py)."""
     before = run_to_resume(config.out)
     if before:
         return before.order
@@ -90,12 +91,12 @@ def plan_run(
     allow_changes: tuple[str, ...],
     done: int,
 ) -> Run:
-    """The run document of `config`, which `write_run` writes once all that it names has been found good.
+    """The run document of `config`. `write_run` writes it, after everything else has been checked.
 
-    Raises MismatchError where the folder holds a run with another config, other stores or other embeddings in them, and
-    names the fields: all but those in `allow_changes`, whose change after `done` steps is recorded, as another
-    `machine` or number of `processes` is; before the first checkpoint there is nothing to differ from. Raises
-    OutputExistsError where the folder holds something else.
+    Raises MismatchError, which names the fields, if the folder holds a run with another config, other stores or other
+    embeddings in them. Fields in `allow_changes` may differ: their change after `done` steps is recorded, as is another
+    `machine` or number of `processes`. Before the first checkpoint anything may differ. Raises OutputExistsError if the
+    folder holds something else.
     """
     _require_names(allow_changes)
     images, pairs, selection = inputs.images, inputs.pairs, inputs.selection
@@ -133,7 +134,7 @@ def plan_run(
 
 
 def _student(config: TrainConfig, teacher: TeacherIdentity, done: int) -> StudentSpec:
-    """The image tower; before the first checkpoint, as its first weights want it."""
+    """The image tower. Before the first checkpoint it takes the preprocessing of its first weights."""
     spec = student_spec(config.student, teacher, config.image_size)
     if not config.init or done:
         return spec
@@ -143,7 +144,7 @@ def _student(config: TrainConfig, teacher: TeacherIdentity, done: int) -> Studen
 
 
 def write_run(out: str, run: Run) -> None:
-    """Write the document, if it is not there as it is."""
+    """Write the document, unless the same one is there."""
     path = str(Path(out) / RUN_FILE)
     if not storage.exists(path) or storage.read_json(path) != run.to_json():
         with storage.writing_to(path):
@@ -151,7 +152,7 @@ def write_run(out: str, run: Run) -> None:
 
 
 def _changes(config: TrainConfig, old: Run, new: Run, allowed: tuple[str, ...], done: int) -> list[Change]:
-    """What differs and may. Raises MismatchError for what may not."""
+    """The differences between the document `old` and the `new` one that may be. Raises MismatchError for all others."""
     before = TrainConfig.parse(old.config, f"{config.out}/{RUN_FILE}")
     differences = before.differences(config)
     differences |= differing(_parts_of_losses(before), _parts_of_losses(config))
@@ -163,14 +164,7 @@ def _changes(config: TrainConfig, old: Run, new: Run, allowed: tuple[str, ...], 
     follow |= {"steps"} if {"epochs", "max_steps", "images"} & set(allowed) else set()
     refused = {name: values for name, values in differences.items() if name not in {*allowed, *follow}}
     if refused:
-        what = f"{config.out} was begun by another command {OWN_AND_NEW}:{in_lines(refused)}"
-        remedy = f"{ANOTHER_OUT}, or repeat the command that began it"
-        if refused.keys() & _FOLLOWS.keys():
-            what += "\n  rows were encoded, retrieved or selected again since"
-        named = {*allowed, *(_FOLLOWS.get(name, name) for name in refused)} - {"steps"}  # which follows from others
-        if named <= _may_change():
-            remedy += f"; to go on with the change: --allow-changes {','.join(sorted(named))}"
-        raise MismatchError(what, remedy=remedy)
+        raise _refusal(config.out, refused, allowed)
     recorded = [name for name in ("machine", "processes") if getattr(old, name)]
     differences |= differing(*({name: getattr(run, name) for name in recorded} for run in (old, new)))
     return [Change(step=done, field=name, values=values) for name, values in differences.items()]
@@ -180,6 +174,18 @@ def _parts_of_losses(config: TrainConfig) -> dict[str, object]:
     """The parts of both losses that must never differ, by name, such as "text_loss.queue"."""
     names = ((loss, part) for loss in ("loss", "text_loss") for part in NEVER_DIFFER_IN_LOSS)
     return {f"{loss}.{part}": getattr(getattr(config, loss), part) for loss, part in names}
+
+
+def _refusal(out: str, refused: dict[str, str], allowed: tuple[str, ...]) -> MismatchError:
+    """The error for differences that are not allowed, with the option that would allow them if there is one."""
+    what = f"{out} was begun by another command {OWN_AND_NEW}:{in_lines(refused)}"
+    remedy = f"{ANOTHER_OUT}, or repeat the command that began it"
+    if refused.keys() & _FOLLOWS.keys():
+        what += "\n  rows were encoded, retrieved or selected again since"
+    named = {*allowed, *(_FOLLOWS.get(name, name) for name in refused)} - {"steps"}  # steps follow from other fields
+    if named <= _may_change():
+        remedy += f"; to go on with the change: --allow-changes {','.join(sorted(named))}"
+    return MismatchError(what, remedy=remedy)
 
 
 def _require_names(allowed: tuple[str, ...]) -> None:

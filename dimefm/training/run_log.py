@@ -1,4 +1,8 @@
-"""What a run tells: metrics.jsonl and TensorBoard events in its folder, progress on the terminal."""
+"""The log of a run: metrics.jsonl and TensorBoard events in its folder, progress on the terminal.
+
+A training line has every value that the trainer names: the loss and each of its parts (training/objective.py), the
+gradient's norm, the learning rate. A new loss appears here without a change.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ from dimefm.system.progress import Progress
 
 
 class RunLog:
-    """The log of one process; of those beside rank 0 nothing is written or shown (`enabled` False).
+    """The log of one process. Only that of rank 0 is `enabled`: others write and show nothing.
 
     A resumed run goes on after `first` steps: lines of later steps, written before it was stopped, are dropped.
     """
@@ -49,17 +53,17 @@ class RunLog:
     ) -> None:
         if self._enabled:
             for file in (self._file, self._events):
-                with suppress(OSError) if kind else nullcontext():  # or it would hide what ended the run
+                with suppress(OSError) if kind else nullcontext():  # or it would hide the error that ended the run
                     file.close()
             self._progress.__exit__(kind, error, trace)
 
     def note(self, text: str) -> None:
-        """A line for the terminal alone."""
+        """Show a line on the terminal only."""
         if self._enabled:
             self._progress.note(text)
 
     def step(self, done: int, *, images: int, waited: float, at: float) -> None:
-        """A step is done, which the device had been given by the time `at`: `images` of all processes, after `waited`
+        """Count a step that is done: `images` of all processes, given to the device at the time `at` after `waited`
         seconds for data."""
         if self._enabled:
             self._now = at
@@ -68,7 +72,8 @@ class RunLog:
             self._progress.at(done)
 
     def train(self, done: int, values: dict[str, float]) -> None:
-        """A line of losses and learning rate, with images/s and the share of time waited for data since the last."""
+        """Log the values of a step, and since the line before: images per second, the share of time spent on waiting
+        for data."""
         if not self._enabled:
             return
         seconds = max(self._now - self._began, 1e-9)
@@ -79,14 +84,14 @@ class RunLog:
         self._progress.note(f"loss {values['loss']:.4f}, {rate:,.0f} images/s, {share:.0%} of it waiting for data")
 
     def validation(self, done: int, scores: dict[str, float], seconds: float) -> None:
-        """A line with the top-1 of every validation set. Its time does not count as training."""
+        """Log the top-1 of every validation set. The time of the validation does not count as training."""
         if self._enabled:
             self._began += seconds
             self._write("validation", done, scores)
             self._progress.note(", ".join(f"{name} top-1 {score:.3f}" for name, score in scores.items()))
 
     def flush(self) -> None:
-        """See all lines through to the disk, before a checkpoint says that their steps are done."""
+        """Wait until all lines are on the disk, before a checkpoint says that their steps are done."""
         if self._enabled:
             with storage.writing_to(str(self._path)):
                 storage.flush(str(self._path))
@@ -100,10 +105,12 @@ class RunLog:
 
 
 class _Events:
-    """A file of TensorBoard events. Its own writer has a thread, from which a full disk is a traceback and no error."""
+    """A file of TensorBoard events. TensorBoard's own writer has a thread, in which a full disk only shows a traceback:
+    the run would not end."""
 
     def __init__(self, out: str, first: int) -> None:
-        """With a mark that events after step `first`, of an earlier start, no longer count. Raises OSError."""
+        """Begin the file with a mark: events of an earlier start after the step `first` no longer count. Raises
+        OSError."""
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self._file = (Path(out) / name).open("ab")
         self._records = RecordWriter(self._file)
@@ -112,12 +119,12 @@ class _Events:
             self._write(step=first + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """Numbers by name. Raises OSError."""
+        """Add numbers by name. Raises OSError."""
         numbers = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write(step=step, summary=Summary(value=numbers))
 
     def close(self) -> None:
-        """Raises OSError."""
+        """Close the file. Raises OSError."""
         self._file.close()
 
     def _write(self, **facts: Any) -> None:
@@ -126,7 +133,7 @@ class _Events:
 
 
 def read_metrics(out: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, none where there is no file; a line cut off by a kill is left out."""
+    """The lines of a run's metrics.jsonl; none if there is no file. A line that a kill cut off is left out."""
     path = Path(out) / METRICS_FILE
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -138,6 +145,6 @@ def read_metrics(out: str) -> list[dict[str, Any]]:
 
 
 def last_validation(out: str) -> dict[str, float]:
-    """The scores of the last validation of a run, empty where there was none."""
+    """The scores of a run's last validation; empty if there was none."""
     lines = [line for line in read_metrics(out) if line["event"] == "validation"]
     return {k: v for k, v in lines[-1].items() if k not in ("event", "step")} if lines else {}

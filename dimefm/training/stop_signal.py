@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop, granted at the end of the step."""
+"""SIGINT and SIGTERM as a request to stop, which the trainer grants at the end of the step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Self
 
 
 class StopSignal:
-    """`with StopSignal() as stop:` and then `stop.received` is the signal, once one has arrived.
+    """Within ``with StopSignal() as stop:``, `stop.received` is the first signal that has arrived, None before.
 
     A second signal has its usual effect at once. Outside the main thread nothing is caught: Python has no handlers
     there.
@@ -22,7 +22,7 @@ class StopSignal:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
+                self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(
@@ -30,7 +30,7 @@ class StopSignal:
     ) -> None:
         self._restore()
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self._restore()
 

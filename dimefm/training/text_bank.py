@@ -1,6 +1,6 @@
 """The text batch of a step: teacher embeddings of sentences, drawn apart from the images.
 
-Shapes: T texts, G images of the global batch, D width, K sentences retrieved for an image.
+Shapes: T texts, G images of the global batch, D width, K sentences retrieved for an image, N any rows.
 """
 
 from __future__ import annotations
@@ -22,14 +22,19 @@ from dimefm.system.machine import available_memory, processes_here
 from dimefm.training.config import TextMix
 
 CPU = torch.device("cpu")
-_SHARE = 4  # of the memory, the part of it that sentences may take
+_SHARE = 4  # sentences may take one part in so many of the memory
 _BLOCK = 2**18  # rows
+_Rows = np.ndarray[Any, Any]
+_NO_ROWS: _Rows = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
 class DrawnTexts:
-    """The texts of a step: rows int64 (T,) of the text store with embeddings as stored (T, D), None where those are on
-    the device already; and of each image of the global batch its best retrieved sentence (G,), -1 without one."""
+    """The texts of a step: rows int64 (T,) of the text store, and their embeddings as stored (T, D). If each image's
+    own sentence is wanted, also the row of its best retrieved one (G,), -1 where it has none, and their embeddings.
+
+    Embeddings that are on the device already are None here.
+    """
 
     rows_T: torch.Tensor
     embedding_TD: torch.Tensor | None
@@ -37,17 +42,17 @@ class DrawnTexts:
     pair_GD: torch.Tensor | None
 
     def pin_memory(self) -> DrawnTexts:
-        """See dimefm.training.image_batches.Batch."""
+        """The same in page-locked memory, see Batch in training/image_batches.py."""
         found = {name: value.pin_memory() for name, value in vars(self).items() if value is not None}
         return replace(self, **found)
 
 
 class TextBank:
-    """Draws `total` texts a step. Their embeddings are held on the device, or in memory, where they take a quarter of
-    it at most; else they are read from the store's maps by the processes that read images.
+    """Draws `total` texts per step from a text store.
 
-    `place` says which of the three: "device", "memory" or "disk". It is decided here, before those processes are
-    forked; `upload` follows where the device is in use.
+    `kept_in` says where all embeddings are: on the "device", or in "memory", if they take a quarter of it at most; else
+    on "disk", from where the processes that read images read them too. It is decided here, before those processes are
+    forked; `upload` must be called once the device is in use.
     """
 
     def __init__(
@@ -62,36 +67,21 @@ class TextBank:
         paired: bool = False,
         device: torch.device = CPU,
     ) -> None:
-        """`total` may be 0 where nothing but each image's own sentence is wanted, which `paired` asks for. Raises
+        """`paired` asks for each image's own sentence too; `total` may be 0 where nothing else is needed. Raises
         TrainingError for a mix that cannot be drawn."""
-        shares = (mix.random, mix.selected, mix.retrieved)
-        if abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
-            raise TrainingError(f"the text mix {mix} does not add up to 1", remedy="give shares from 0 to 1")
-        if pairs is None and (mix.retrieved or paired):
-            what = "retrieved texts need" if mix.retrieved else "the contrastive loss needs"
-            raise TrainingError(f"{what} --pairs", remedy="run dimefm retrieve first")
-        if mix.selected and pairs is None and selection is None:
-            remedy = "run dimefm retrieve first, and select-texts for a selection"
-            raise TrainingError("selected texts need --selection or --pairs", remedy=remedy)
-        self._store, self._mix, self._pairs, self._seed, self._total = store, mix, pairs, seed, total
-        self._paired = paired
-        self._valid = np.flatnonzero(store.status() == Status.OK).astype(np.int32) if mix.random else None
-        self._selected: np.ndarray[Any, Any] | None = None
-        if mix.selected and selection is not None:
-            self._selected = selection.rows()
-        elif mix.selected and pairs is not None:
-            self._selected = np.flatnonzero(pairs.hits()).astype(np.int32)
-        if self._selected is not None and not len(self._selected):
-            raise TrainingError("no sentence is selected", remedy="select others, or change --text-mix")
-        rows = store.schema.rows
-        size = rows * store.schema.dim * store.schema.item_bytes
+        _require_sources(mix, pairs, selection, paired)
+        self._store, self._mix, self._pairs, self._paired = store, mix, pairs, paired
+        self._seed, self._total = seed, total
+        self._good = np.flatnonzero(store.status() == Status.OK).astype(np.int32) if mix.random else _NO_ROWS
+        self._selected = _selected_rows(pairs, selection) if mix.selected else _NO_ROWS
+        size = store.schema.rows * store.schema.dim * store.schema.item_bytes
         self.kept_in = "device" if size <= _room_on(device) else "memory" if size <= _room_in_memory() else "disk"
-        self._resident = store.read(0, rows) if self.kept_in == "memory" else None
+        self._in_memory = store.read(0, store.schema.rows) if self.kept_in == "memory" else None
         self._on_device: torch.Tensor | None = None
         self._process = os.getpid()
 
     def upload(self, device: torch.device) -> None:
-        """Put all embeddings on the device, if that is their place."""
+        """Put all embeddings on the device, if that is where they are kept."""
         if self.kept_in != "device":
             return
         rows, dim, dtype = self._store.schema.rows, self._store.schema.dim, self._store.schema.dtype
@@ -100,49 +90,48 @@ class TextBank:
             self._on_device[at : at + _BLOCK] = torch.from_numpy(self._store.read(at, min(at + _BLOCK, rows)))
 
     def bytes_of_step(self, batch_size: int) -> int:
-        """Bytes of embeddings that are handed over with each batch, for so many images of all processes."""
+        """Bytes of embeddings that are handed over with each batch of so many images of all processes."""
         texts = self._total + (batch_size if self._paired else 0)
         return 0 if self.kept_in == "device" else texts * self._store.schema.dim * self._store.schema.item_bytes
 
-    def draw(self, step: int, rows_G: np.ndarray[Any, Any]) -> DrawnTexts:
-        """The texts of `step`: a function of seed, step and the global batch's image rows alone. Raises TrainingError
-        where the batch has no retrieved sentence to draw from."""
-        if self._process != os.getpid():  # a forked process: connections cannot be shared
+    def draw(self, step: int, rows_G: _Rows) -> DrawnTexts:
+        """The texts of `step`: a function of the seed, the step and the image rows of the global batch alone. Raises
+        TrainingError where no sentence was retrieved for any image of the batch, and the mix wants some."""
+        if self._process != os.getpid():  # in a forked process: connections cannot be shared
             self._store, self._process = Store(self._store.path), os.getpid()
             self._pairs = Pairs(self._pairs.path) if self._pairs else None
         rows_T = self.rows(step, rows_G)
         pair_row_G = self._pairs.gather(rows_G)[:, 0].astype(np.int64) if self._paired and self._pairs else None
         return DrawnTexts(
             rows_T=torch.from_numpy(rows_T),
-            embedding_TD=self._gather(rows_T),
+            embedding_TD=self._read(rows_T),
             pair_row_G=None if pair_row_G is None else torch.from_numpy(pair_row_G),
-            pair_GD=None if pair_row_G is None else self._gather(np.maximum(pair_row_G, 0)),
+            pair_GD=None if pair_row_G is None else self._read(np.maximum(pair_row_G, 0)),
         )
 
     def embeddings(self, drawn: DrawnTexts, send: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """The embeddings of drawn texts, float32 (T, D), on the device that `send` takes tensors to."""
         read_TD = drawn.embedding_TD
-        return self._kept(send(drawn.rows_T)) if read_TD is None else send(read_TD).float()
+        return self._look_up(send(drawn.rows_T)) if read_TD is None else send(read_TD).float()
 
     def pair(
         self, drawn: DrawnTexts, send: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Each image's own sentence, where it was asked for: embedding float32 (G, D) and row (G,), on the device."""
+        """Each image's own sentence, if they were asked for: embedding float32 (G, D) and row (G,), on the device."""
         if drawn.pair_row_G is None:
             return None
         row_G, read_GD = send(drawn.pair_row_G), drawn.pair_GD
-        embedding_GD = self._kept(row_G.clamp(min=0)) if read_GD is None else send(read_GD).float()
+        embedding_GD = self._look_up(row_G.clamp(min=0)) if read_GD is None else send(read_GD).float()
         return embedding_GD, row_G
 
-    def rows(self, step: int, rows_G: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def rows(self, step: int, rows_G: _Rows) -> _Rows:
         """The rows of the text store that are drawn for `step`, int64 (T,)."""
         rng = np.random.default_rng((self._seed, 0x7E87, step))
         random, selected, retrieved = self._mix.counts(self._total)
-        parts = []
-        if random and self._valid is not None:
-            parts.append(self._valid[rng.integers(len(self._valid), size=random)])
-        if selected and self._selected is not None:
-            parts.append(self._selected[rng.integers(len(self._selected), size=selected)])
+        parts: list[_Rows] = [np.empty(0, np.int64)]
+        for count, rows in ((random, self._good), (selected, self._selected)):
+            if count and len(rows):
+                parts.append(rows[rng.integers(len(rows), size=count)])
         if retrieved and self._pairs is not None:
             found = self._pairs.gather(rows_G)
             found = found[found >= 0]
@@ -150,25 +139,51 @@ class TextBank:
                 what = f"step {step + 1}: no sentence was retrieved for any image of the batch"
                 raise TrainingError(what, remedy="give a larger --batch-size, or another --text-mix")
             parts.append(rng.choice(found, size=retrieved))
-        return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
+        return np.concatenate(parts).astype(np.int64)
 
-    def _gather(self, rows_N: np.ndarray[Any, Any]) -> torch.Tensor | None:
+    def _read(self, rows_N: _Rows) -> torch.Tensor | None:
+        """Embeddings of rows as stored (N, D), from memory or disk; None if they are kept on the device."""
         if self.kept_in == "device":
             return None
-        return torch.from_numpy(self._store.gather(rows_N) if self._resident is None else self._resident[rows_N])
+        return torch.from_numpy(self._store.gather(rows_N) if self._in_memory is None else self._in_memory[rows_N])
 
-    def _kept(self, rows_N: torch.Tensor) -> torch.Tensor:
-        """The embeddings of rows, float32 (N, D), of those that are on the device."""
+    def _look_up(self, rows_N: torch.Tensor) -> torch.Tensor:
+        """Embeddings of rows, float32 (N, D), from those that are kept on the device."""
         assert self._on_device is not None, "upload was not called"
         return self._on_device[rows_N].float()
 
 
+def _require_sources(mix: TextMix, pairs: Pairs | None, selection: SelectedTexts | None, paired: bool) -> None:
+    """Raises TrainingError for a mix whose shares make no sense, or that draws from what was not given."""
+    shares = (mix.random, mix.selected, mix.retrieved)
+    if abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
+        raise TrainingError(f"the text mix {mix} does not add up to 1", remedy="give shares from 0 to 1")
+    if pairs is None and (mix.retrieved or paired):
+        what = "retrieved texts need" if mix.retrieved else "the contrastive loss needs"
+        raise TrainingError(f"{what} --pairs", remedy="run dimefm retrieve first")
+    if mix.selected and pairs is None and selection is None:
+        remedy = "run dimefm retrieve first, and select-texts for a selection"
+        raise TrainingError("selected texts need --selection or --pairs", remedy=remedy)
+
+
+def _selected_rows(pairs: Pairs | None, selection: SelectedTexts | None) -> _Rows:
+    """The rows of the selection; without one, of all sentences that were retrieved for some image."""
+    rows = _NO_ROWS
+    if selection is not None:
+        rows = selection.rows()
+    elif pairs is not None:
+        rows = np.flatnonzero(pairs.hits()).astype(np.int32)
+    if not len(rows):
+        raise TrainingError("no sentence is selected", remedy="select others, or change --text-mix")
+    return rows
+
+
 def _room_on(device: torch.device) -> int:
-    """Bytes that sentences may take on a GPU; none on the CPU. To ask what is free there would make a context on it,
-    before the processes that read are forked; to ask for its size does not."""
+    """Bytes that sentences may take on a GPU; 0 on the CPU. The GPU's size is asked for, and not its free memory: that
+    would begin a context on it, before the processes that read are forked."""
     return torch.cuda.get_device_properties(device).total_memory // _SHARE if device.type == "cuda" else 0
 
 
 def _room_in_memory() -> int:
-    """Bytes that sentences may take in this machine's memory, by each process that trains on it."""
+    """Bytes that the sentences of each training process may take in this machine's memory."""
     return available_memory() // processes_here() // _SHARE

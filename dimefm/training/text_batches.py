@@ -18,7 +18,7 @@ from cache_schemas.run import TextSpec
 from dimefm.errors import DimefmError, TrainingError
 from dimefm.models.towers import tokenizer_of
 from dimefm.store.embedding_store import Store
-from dimefm.training.image_batches import Request, training_error
+from dimefm.training.batch_loader import Request, training_error
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,21 @@ class TextBatch:
     teacher_BD: torch.Tensor
 
     def pin_memory(self) -> TextBatch:
-        """See dimefm.training.image_batches.Batch."""
+        """The same in page-locked memory, see Batch in training/image_batches.py."""
         return TextBatch(self.tokens_BL.pin_memory(), self.teacher_BD.pin_memory())
 
 
 class TrainingTexts(Dataset["TextBatch | TrainingError"]):
     """Indexed by Request: tokenises the sentences of a batch and gathers their embeddings.
 
-    The sentences of a window are read from the plans with its first request: requests must come in order, to one
-    process.
+    The first request of a window reads all sentences of the window from the plans. So requests must come in order, and
+    to one process.
     """
 
     def __init__(self, store: str, spec: TextSpec) -> None:
         self._path, self._spec = store, spec
         self._opened: tuple[Store, Any] | None = None
-        self._rows_N, self._texts = np.empty(0, np.int64), pa.array([], pa.string())  # of the window that is read
+        self._rows_N, self._texts = np.empty(0, np.int64), pa.array([], pa.string())  # of the window that was read last
 
     def __getitem__(self, request: Request) -> TextBatch | TrainingError:
         try:

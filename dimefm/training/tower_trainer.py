@@ -5,8 +5,9 @@ Shapes: B inputs of this process, G of all processes, T embeddings of the other 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,24 @@ from dimefm.training.moving_average import MovingAverage
 from dimefm.training.objective import Objective
 
 
+@dataclass(frozen=True)
+class Learned:
+    """A step of one tower: the loss and its parts by name, over all processes, and the embeddings that they were
+    computed from. All are detached."""
+
+    values: dict[str, torch.Tensor]
+    teacher_GD: torch.Tensor
+    student_BD: torch.Tensor
+
+
 class TowerTrainer:
     """A tower with its objective and, with `ema`, the moving average of its weights.
 
-    `prepare` takes inputs to what the tower takes, on its device. With `accumulate` parts a step needs the memory of
-    one: features of all are computed without a graph, the loss and its gradient by them over the whole batch, and then
-    part by part they are computed again with a graph, to which that gradient is handed (Gao et al. 2021,
-    arXiv:2101.06983). The result is that of the whole batch, at the price of one more forward pass; batch norm, whose
-    statistics are those of a part, is the exception.
+    `prepare` turns inputs into what the tower takes, on its device. With `accumulate` parts a step needs the memory of
+    one part only: the features of all parts are computed without a graph, then the loss over the whole batch and its
+    gradient by the features, and then each part again with a graph, to which its slice of that gradient is handed (Gao
+    et al. 2021, arXiv:2101.06983). The result is that of the whole batch, at the price of one more forward pass. Batch
+    norm is the exception: its statistics are those of one part.
     """
 
     def __init__(
@@ -49,7 +60,7 @@ class TowerTrainer:
         self.moving_average = MovingAverage(self.module, ema) if ema else None
         self._parallel = DistributedDataParallel(self.module) if place.world > 1 else None
         called: Any = self.module if self._parallel is None else self._parallel
-        # Around DDP, whose buckets then cut the graph: gradients travel while those of earlier layers are computed.
+        # Compiled around DDP, whose buckets cut the graph: gradients travel while those of earlier layers are computed
         self._tower: Any = torch.compile(called) if compile else called
         self._place, self._prepare, self.dtype, self._parts = place, prepare, DTYPES[precision], accumulate
 
@@ -62,45 +73,47 @@ class TowerTrainer:
         *,
         seed: tuple[int, ...],
         scaler: torch.amp.GradScaler,
-    ) -> dict[str, torch.Tensor]:
-        """Add the gradients of one step to the parameters; the loss and its parts over all processes, detached.
-        Whatever goes in is on the tower's device.
+    ) -> Learned:
+        """Add the gradients of one step to the parameters. All arguments are on the tower's device.
 
         Random numbers that the tower draws come from `seed`.
         """
         teacher_GD = gather_batch(teacher_BD, self._place).float()
         parts = inputs_B.tensor_split(self._parts)
-        if len(parts) == 1:
-            features_BD = self._features(inputs_B, seed, 0)
-        else:
-            buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
-            with torch.no_grad():
-                features_BD = torch.cat([self._features(part, seed, i) for i, part in enumerate(parts)])
-            for buffer, before in buffers:  # or batch norm would count every part twice
-                buffer.copy_(before)
-            features_BD.requires_grad_()
+        features_BD = self._features(inputs_B, seed, 0) if len(parts) == 1 else self._without_graph(parts, seed)
         student_BD = F.normalize(features_BD, dim=-1)
         loss, shown = self.objective(teacher_GD, student_BD, other_TD, pair, self._place)
         scaler.scale(loss).backward()
         if len(parts) > 1:
             assert features_BD.grad is not None
-            gradients = features_BD.grad.tensor_split(self._parts)
-            for i, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
-                with nullcontext() if i == len(parts) - 1 else self._no_sync():
-                    self._features(part, seed, i).backward(gradient)
+            self._backward(parts, features_BD.grad, seed)
         scale = self.objective.log_scale
-        if scale is not None and scale.grad is not None:  # which is no parameter of the tower's DistributedDataParallel
+        if scale is not None and scale.grad is not None:  # DistributedDataParallel has only the tower's parameters
             mean_over_processes_(scale.grad, self._place)
-        self.teacher_GD, self._student_BD = teacher_GD, student_BD.detach()
         values = torch.stack([loss.detach(), *shown.values()])
         mean_over_processes_(values, self._place)
-        return dict(zip(("loss", *shown), values, strict=True))
+        return Learned(dict(zip(("loss", *shown), values, strict=True)), teacher_GD, student_BD.detach())
 
-    def after_step(self) -> None:
-        """What follows the optimiser's step."""
-        self.objective.after_step(self.teacher_GD, self._student_BD, self._place)
+    def after_step(self, learned: Learned) -> None:
+        """Bring the objective and the moving average up to date, once the optimiser has taken its step."""
+        self.objective.after_step(learned.teacher_GD, learned.student_BD, self._place)
         if self.moving_average:
             self.moving_average.update(self.module)
+
+    def _without_graph(self, parts: Sequence[torch.Tensor], seed: tuple[int, ...]) -> torch.Tensor:
+        """The features of all parts, as a leaf that gets a gradient."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        with torch.no_grad():
+            features_BD = torch.cat([self._features(part, seed, i) for i, part in enumerate(parts)])
+        for buffer, before in buffers:  # else batch norm would count every part twice
+            buffer.copy_(before)
+        return features_BD.requires_grad_()
+
+    def _backward(self, parts: Sequence[torch.Tensor], grad_BD: torch.Tensor, seed: tuple[int, ...]) -> None:
+        """Compute each part again, with a graph, and hand it its slice of the gradient."""
+        for i, (part, gradient) in enumerate(zip(parts, grad_BD.tensor_split(self._parts), strict=True)):
+            with nullcontext() if i == len(parts) - 1 else self._no_sync():
+                self._features(part, seed, i).backward(gradient)
 
     def _features(self, inputs_B: torch.Tensor, seed: tuple[int, ...], part: int) -> torch.Tensor:
         torch.manual_seed(int(np.random.SeedSequence((*seed, self._place.rank, part)).generate_state(1, np.uint64)[0]))
@@ -115,15 +128,15 @@ class TowerTrainer:
         return nullcontext() if self._parallel is None else self._parallel.no_sync()
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, the objective's state and the moving average."""
+        """Weights, the objective's state and the moving average, as a checkpoint keeps them."""
         ema = self.moving_average.state_dict() if self.moving_average else None
         return {"model": self.module.state_dict(), "objective": self.objective.state_dict(), "ema": ema}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave."""
+        """Take what `state_dict` gave."""
         self.module.load_state_dict(state["model"])
         self.objective.load_state_dict(state["objective"])
         if self.moving_average and state["ema"]:
             self.moving_average.load_state_dict(state["ema"])
-        elif self.moving_average:  # asked for since: it begins with the weights as they are
+        elif self.moving_average:  # --ema was added since: the average begins with the weights as they are
             self.moving_average.module.load_state_dict(state["model"])

@@ -1,4 +1,4 @@
-"""Stage 2: train a student from cached teacher embeddings. No teacher, no Ray and no FAISS in this process.
+"""Stage 2: train a student from cached teacher embeddings. This process has no teacher, no Ray and no FAISS.
 
 Shapes: B images of this process, G images of all, T texts, D embedding width, H height, W width; P parameters.
 """
@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from dimefm.errors import StoppedError, TrainingError
@@ -27,8 +26,9 @@ from dimefm.system.lock import writing
 from dimefm.system.machine import describe
 from dimefm.system.named_paths import allowing
 from dimefm.system.transfer import Arriving, Transfer, fetch
+from dimefm.training.batch_loader import explain_reader_death
 from dimefm.training.checkpoints import Checkpoints, CheckpointWriter
-from dimefm.training.config import TrainConfig
+from dimefm.training.config import LossConfig, TrainConfig
 from dimefm.training.distributed import (
     Place,
     Vote,
@@ -39,8 +39,9 @@ from dimefm.training.distributed import (
     wait_for_all,
 )
 from dimefm.training.feed import TEXT_STREAM, Feed, notes_on_remote_data, open_feed
-from dimefm.training.image_batches import Batch, explain_reader_death
+from dimefm.training.image_batches import Batch
 from dimefm.training.machine_settings import decide_settings
+from dimefm.training.mean_embedding import mean_embedding
 from dimefm.training.not_finite import explain_out_of_memory, not_finite_error
 from dimefm.training.objective import Objective
 from dimefm.training.optimizer import adamw, learning_rate
@@ -48,10 +49,9 @@ from dimefm.training.run_folder import plan_run, write_run
 from dimefm.training.run_log import RunLog, last_validation
 from dimefm.training.stop_signal import StopSignal
 from dimefm.training.text_batches import TextBatch
-from dimefm.training.tower_trainer import TowerTrainer
+from dimefm.training.tower_trainer import Learned, TowerTrainer
 from dimefm.training.validation import Validation
 
-_MEAN_ROWS = 65536
 _SECONDS_BETWEEN_CHECKPOINTS = 600.0
 
 
@@ -67,9 +67,9 @@ class Result:
 def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
     """Train to the end, or go on from the last checkpoint of the same run in `config.out`.
 
-    A run that goes on may differ from its start in the fields named by `allow_changes`; run.json keeps a record. Raises
-    TrainingError, MismatchError or StoreError for what the user can mend, and StoppedError after SIGINT or SIGTERM;
-    checkpoints stay.
+    A run that goes on may differ from its start in the fields that `allow_changes` names; run.json records the changes.
+    Raises TrainingError, MismatchError or StoreError for what the user can mend, and StoppedError after SIGINT or
+    SIGTERM. Checkpoints stay in every case.
     """
     config = replace(config, out=storage.local(config.out, "a run folder"))
     place = find_place(config.device)
@@ -86,7 +86,7 @@ def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
 
 @contextmanager
 def _threads(number: int | None) -> Iterator[None]:
-    """That many torch threads within the block."""
+    """Compute with that many torch threads within the block; None leaves the number as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
@@ -96,10 +96,12 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Taken:
-    """A step that the device has been given by the time `at`, whose values are on their way; and what is told of it if
-    they are not finite: `cached` embeddings that went in, and `parameters`, the norms of whose gradients are on their
-    way too."""
+class _PendingStep:
+    """A step that the device was given at the time `at`, after `waited` seconds for its batch. Its values are on their
+    way to memory: those called `names`, the norms of the gradients of `parameters`, and the scaler's scale.
+
+    `cached` are the cached embeddings that went into it, for the report on a step that is not finite.
+    """
 
     step: int
     epoch: int
@@ -122,13 +124,13 @@ class _Trainer:
         )  # fmt: skip
         self.spec, self.text_spec = self.document.student, self.document.text_student
         self.checkpoints = Checkpoints(config.out, config.keep)
-        self.saving = CheckpointWriter(self.checkpoints)
+        self.checkpoint_writer = CheckpointWriter(self.checkpoints)
         self.saved_at = time.monotonic()
 
         torch.manual_seed(config.seed)
-        self.image, self.text = self._image_learner(), self._text_learner()
-        self.learners = {"image": self.image} | ({"text": self.text} if self.text else {})
-        modules = [m for learner in self.learners.values() for m in (learner.module, learner.objective)]
+        self.image, self.text = self._image_tower(), self._text_tower()
+        self.towers = {"image": self.image} | ({"text": self.text} if self.text else {})
+        modules = [module for tower in self.towers.values() for module in (tower.module, tower.objective)]
         self.optimizer = adamw(
             modules, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps,
             undecayed=self.document.undecayed,
@@ -139,13 +141,8 @@ class _Trainer:
         self.validation = self._validation() if config.val else None
 
     def run(self, notes: list[str]) -> Result:
-        """The loop: a batch arrives, the device is given a step, and what is due after it is done. `notes` are shown at
-        its start.
-
-        The values of a step are read when the device has been given the next one, so that it always has work; or at
-        once where anything is to follow from them, so that nothing is kept of a step that is not finite.
-        """
-        config, feed, first, steps = self.config, self.feed, self.feed.first_step, self.feed.steps
+        """Go on from the last checkpoint, if any, to the last step. `notes` are shown first."""
+        config, first, steps = self.config, self.feed.first_step, self.feed.steps
         if require_same_step(self._restore(), self.place) > steps:
             what = f"{config.out} has done {first:,} steps already, more than {steps:,}"
             raise TrainingError(what, remedy="give more --epochs or --max-steps, or another --out")
@@ -153,93 +150,103 @@ class _Trainer:
             write_run(config.out, self.document)
         if first == steps:
             return Result(config.out, steps, last_validation(config.out))
-        scores: dict[str, float] = {}
-        validate_every = max(1, round(config.val_every * feed.steps_per_epoch))
-        log, vote = RunLog(config.out, first=first, steps=steps, enabled=self.place.first), Vote(self.place)
-        said = self.validation.take_notes() if self.validation else []
-        for note in [*notes, *notes_on_preparation(self.spec, self.inputs.images.schema.teacher), *said]:
+        log = RunLog(config.out, first=first, steps=steps, enabled=self.place.first)
+        notes = notes + notes_on_preparation(self.spec, self.inputs.images.schema.teacher)
+        for note in notes + (self.validation.take_notes() if self.validation else []):
             log.note(note)
         memory = explain_out_of_memory(config.batch_size // self.place.world, config.accumulate, self.spec.image_size)
-        with log, self.saving, StopSignal() as stop, self._reading(stop), memory:
-            if feed.bank:
-                feed.bank.upload(self.place.device)
-            asked, before = time.monotonic(), None
-            for batch, texts in feed.batches:
-                taken = self._step(batch, texts, waited=time.monotonic() - asked)
-                if before:
-                    self._finish(before, log)
-                done, last = batch.step + 1, batch.step + 1 == steps
-                number = 0 if last else vote.cast(stop.received or 0)
-                validated = bool(config.val) and (last or done % validate_every == 0)
-                save = last or validated or number > 0 or self._checkpoint_is_due(done)
-                if save:
-                    self._finish(taken, log, show=last or number > 0)
-                if self.validation and validated:
-                    began = time.monotonic()
-                    scores = self._validate()
-                    log.validation(done, scores, time.monotonic() - began)
-                    for note in self.validation.take_notes():
-                        log.note(note)
-                self.saving.check()
-                if save:
-                    log.flush()
-                    self._save(done, scores if validated else {})
-                if last or number:
-                    self.saving.wait()
-                    wait_for_all(self.place)
-                if number:
-                    raise self._stopped(number, f"after step {done:,} of {steps:,}, which is kept")
-                asked, before = time.monotonic(), None if save else taken
-        return Result(config.out, steps, scores)
+        with log, self.checkpoint_writer, StopSignal() as stop, self._explain_reader_death(stop), memory:
+            if self.feed.bank:
+                self.feed.bank.upload(self.place.device)
+            return Result(config.out, steps, self._loop(log, stop))
 
-    def _step(self, batch: Batch, texts: TextBatch | None, *, waited: float) -> _Taken:
+    def _loop(self, log: RunLog, stop: StopSignal) -> dict[str, float]:
+        """For each batch: a step, and what is due after it. Returns the scores of the last validation.
+
+        The device is given a step before the values of the step before are read, so that it always has work. They are
+        read at once where a validation, a checkpoint or the end follows: nothing is kept of a step that is not finite.
+        """
+        steps, vote, scores = self.feed.steps, Vote(self.place), dict[str, float]()
+        validate_every = max(1, round(self.config.val_every * self.feed.steps_per_epoch))
+        asked_at, previous = time.monotonic(), None
+        for batch, texts in self.feed.batches:
+            pending = self._step(batch, texts, waited=time.monotonic() - asked_at)
+            if previous:
+                self._finish(previous, log)
+            done, last = batch.step + 1, batch.step + 1 == steps
+            signal_number = 0 if last else vote.cast(stop.received or 0)
+            validate = self.validation is not None and (last or done % validate_every == 0)
+            save = last or validate or signal_number > 0 or self._checkpoint_is_due(done)
+            if save:
+                self._finish(pending, log, show=last or signal_number > 0)
+            if validate:
+                scores = self._validate_and_log(done, log)
+            self.checkpoint_writer.check()
+            if save:
+                log.flush()
+                self._save(done, scores if validate else {})
+            if last or signal_number:
+                self.checkpoint_writer.wait()
+                wait_for_all(self.place)
+            if signal_number:
+                raise self._stopped(signal_number, f"after step {done:,} of {steps:,}, which is kept")
+            asked_at, previous = time.monotonic(), None if save else pending
+        return scores
+
+    def _step(self, batch: Batch, texts: TextBatch | None, *, waited: float) -> _PendingStep:
         """Give the device a step: each tower's gradients, then the optimiser. Nothing here waits for it."""
-        config, send, bank = self.config, self.transfer.send, self.feed.bank
-        lr = learning_rate(
-            batch.step,
-            steps=self.feed.steps,
-            warmup_steps=round(config.warmup_epochs * self.feed.steps_per_epoch),
-            peak=config.lr,
-            warmup_start=config.warmup_lr,
-            floor=config.min_lr,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = self._set_learning_rate(batch.step)
         self.optimizer.zero_grad(set_to_none=True)
-        text_TD = bank.embeddings(batch.texts, send) if bank and batch.texts and config.loss.vl else None
-        pair = bank.pair(batch.texts, send) if bank and batch.texts else None
-        seed = (config.seed, batch.step)
-        values = self.image.learn(
-            send(batch.pixels_B3HW), send(batch.teacher_BD), text_TD, pair, seed=seed, scaler=self.scaler
-        )  # fmt: skip
-        cached: dict[str, torch.Tensor | None] = {"images": self.image.teacher_GD, "texts": text_TD}
+        image, text_TD = self._learn_images(batch)
+        learned, values = {"image": image}, dict(image.values)
+        cached: dict[str, torch.Tensor | None] = {"images": image.teacher_GD, "texts": text_TD}
         if self.text and texts:
-            images_GD = self.image.teacher_GD
-            found = self.text.learn(
-                send(texts.tokens_BL),
-                send(texts.teacher_BD),
-                images_GD,
-                None,
-                seed=(*seed, TEXT_STREAM),
-                scaler=self.scaler,
-            )
-            values |= {f"text_{name}": value for name, value in found.items()}
-            cached["sentences"] = self.text.teacher_GD
+            text = learned["text"] = self._learn_sentences(self.text, texts, image.teacher_GD, batch.step)
+            values |= {f"text_{name}": value for name, value in text.values.items()}
+            cached["sentences"] = text.teacher_GD
         self.scaler.unscale_(self.optimizer)
         parameters, norm_P, values["grad_norm"] = self._clip()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        for learner in self.learners.values():
-            learner.after_step()
+        for name, tower in self.towers.items():
+            tower.after_step(learned[name])
         arriving = fetch(torch.stack([v.float() for v in values.values()]), norm_P, self.scaler.scale(self.one))
-        return _Taken(
-            batch.step, batch.epoch, waited, time.monotonic(), lr, list(values), arriving, batch.all_rows_G, cached,
-            parameters,
+        return _PendingStep(
+            step=batch.step, epoch=batch.epoch, waited=waited, at=time.monotonic(), lr=lr, names=list(values),
+            arriving=arriving, rows_G=batch.all_rows_G, cached=cached, parameters=parameters,
         )  # fmt: skip
 
+    def _set_learning_rate(self, step: int) -> float:
+        config, per_epoch = self.config, self.feed.steps_per_epoch
+        lr = learning_rate(
+            step, steps=self.feed.steps, warmup_steps=round(config.warmup_epochs * per_epoch), peak=config.lr,
+            warmup_start=config.warmup_lr, floor=config.min_lr,
+        )  # fmt: skip
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _learn_images(self, batch: Batch) -> tuple[Learned, torch.Tensor | None]:
+        """The image tower's gradients; and the texts (T, D) that it learned from, if any."""
+        send, bank, text_TD, pair = self.transfer.send, self.feed.bank, None, None
+        if bank and batch.texts:
+            text_TD = bank.embeddings(batch.texts, send) if self.config.loss.vl else None
+            pair = bank.pair(batch.texts, send)
+        learned = self.image.learn(
+            send(batch.pixels_B3HW), send(batch.teacher_BD), text_TD, pair,
+            seed=(self.config.seed, batch.step), scaler=self.scaler,
+        )  # fmt: skip
+        return learned, text_TD
+
+    def _learn_sentences(self, tower: TowerTrainer, texts: TextBatch, images_GD: torch.Tensor, step: int) -> Learned:
+        """The text tower's gradients. For its losses the images of the step are what texts are for the image tower."""
+        tokens_BL, teacher_BD = self.transfer.send(texts.tokens_BL), self.transfer.send(texts.teacher_BD)
+        seed = (self.config.seed, step, TEXT_STREAM)
+        return tower.learn(tokens_BL, teacher_BD, images_GD, None, seed=seed, scaler=self.scaler)
+
     def _clip(self) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Cut the whole gradient down to `clip_grad`. The parameters that have one, and the norms of theirs (P,) and of
-        all of it before that."""
+        """Scale the whole gradient down to the norm `clip_grad`, if it is larger. Returns the parameters that have a
+        gradient, the norm of each gradient before that (P,), and of all together."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm_P = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
         norm = torch.linalg.vector_norm(norm_P)
@@ -247,35 +254,38 @@ class _Trainer:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
         return parameters, norm_P, norm
 
-    def _finish(self, taken: _Taken, log: RunLog, *, show: bool = False) -> None:
-        """Wait for the values of a step; log them, where they are due or are to be shown.
+    def _finish(self, pending: _PendingStep, log: RunLog, *, show: bool = False) -> None:
+        """Wait for the values of a step, and log all of them if a line is due or `show` asks for one.
 
-        Raises TrainingError, with all that led to it, for the first step whose loss or gradient is not finite. In fp16
-        a gradient may be: the scaler leaves such a step out and halves its scale, until that is hopeless.
+        Raises TrainingError, with a report of all that led to it, for the first step whose loss or gradient is not
+        finite. In fp16 a gradient may overflow: the scaler leaves such a step out and halves its scale, and only a
+        scale below 1 is an error.
         """
-        value_V, norm_P, scale = taken.arriving.wait()
-        values = {**dict(zip(taken.names, value_V.tolist(), strict=True)), "lr": taken.lr}
-        scaling = self.scaler.is_enabled() and scale.item() >= 1
-        if not all(math.isfinite(value) for name, value in values.items() if name != "grad_norm" or not scaling):
-            names = {id(p): f"{tower}.{name}" for tower, name, p in self._parameters()}
-            gradients = dict(zip([names[id(p)] for p in taken.parameters], norm_P.tolist(), strict=True))
+        value_V, norm_P, scale = pending.arriving.wait()
+        values = {**dict(zip(pending.names, value_V.tolist(), strict=True)), "lr": pending.lr}
+        may_overflow = self.scaler.is_enabled() and scale.item() >= 1
+        if not all(math.isfinite(value) for name, value in values.items() if name != "grad_norm" or not may_overflow):
+            names = {id(p): name for name, p in self._parameters()}
+            gradients = dict(zip([names[id(p)] for p in pending.parameters], norm_P.tolist(), strict=True))
             raise not_finite_error(
-                taken.step + 1, values, taken.cached, gradients, taken.rows_G.tolist(), self.config.out,
+                pending.step + 1, values, pending.cached, gradients, pending.rows_G.tolist(), self.config.out,
                 write=self.place.first,
             )  # fmt: skip
-        log.step(taken.step + 1, images=self.config.batch_size, waited=taken.waited, at=taken.at)
-        if show or (taken.step + 1) % self.config.log_every == 0:
-            log.train(taken.step + 1, {**values, "epoch": taken.epoch})
+        log.step(pending.step + 1, images=self.config.batch_size, waited=pending.waited, at=pending.at)
+        if show or (pending.step + 1) % self.config.log_every == 0:
+            log.train(pending.step + 1, {**values, "epoch": pending.epoch})
 
-    def _parameters(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        for tower, learner in self.learners.items():
-            for module in (learner.module, learner.objective):
+    def _parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All parameters by name, as ``image.conv1.weight``."""
+        for side, tower in self.towers.items():
+            for module in (tower.module, tower.objective):
                 for name, parameter in module.named_parameters():
-                    yield tower, name, parameter
+                    yield f"{side}.{name}", parameter
 
     @contextmanager
-    def _reading(self, stop: StopSignal) -> Iterator[None]:
-        """Around the loop: what the death of a process that reads images is, told apart from a signal to all."""
+    def _explain_reader_death(self, stop: StopSignal) -> Iterator[None]:
+        """Around the loop: turn the death of a process that reads images into a TrainingError; or, where a signal was
+        sent to the whole job, into the StoppedError that it means."""
         try:
             with explain_reader_death():
                 yield
@@ -288,21 +298,21 @@ class _Trainer:
         what = f"{self.config.out} was stopped by {signal.Signals(number).name} {when}"
         return StoppedError(what, signal=number, remedy="the same command goes on from there")
 
-    def _image_learner(self) -> TowerTrainer:
+    def _image_tower(self) -> TowerTrainer:
         config, spec = self.config, self.spec
         module = build_student(spec)
         if config.init and not self.feed.first_step:
             load_first_weights(module, spec, config.init)
         mean_D = mean_embedding(self.inputs.images) if config.loss.centred else None
-        return self._learner(module, config.loss, mean_D, partial(normalise, mean=spec.mean, std=spec.std))
+        return self._tower(module, config.loss, mean_D, partial(normalise, mean=spec.mean, std=spec.std))
 
-    def _text_learner(self) -> TowerTrainer | None:
+    def _text_tower(self) -> TowerTrainer | None:
         if self.text_spec is None:
             return None
         mean_D = mean_embedding(self.inputs.texts) if self.config.text_loss.centred else None
-        return self._learner(build_text_student(self.text_spec), self.config.text_loss, mean_D, lambda tokens: tokens)
+        return self._tower(build_text_student(self.text_spec), self.config.text_loss, mean_D, lambda tokens: tokens)
 
-    def _learner(self, module: Any, loss: Any, mean_D: torch.Tensor | None, prepare: Any) -> TowerTrainer:
+    def _tower(self, module: Any, loss: LossConfig, mean_D: torch.Tensor | None, prepare: Any) -> TowerTrainer:
         config, teacher = self.config, self.inputs.images.schema.teacher
         objective = Objective(loss, teacher_scale=teacher.logit_scale, dim=teacher.embed_dim, mean_D=mean_D)
         return TowerTrainer(
@@ -316,20 +326,27 @@ class _Trainer:
             return Validation(config.val, None, *shared, tokenizer_of(self.text_spec))
         return Validation(config.val, Store(config.val_texts) if config.val_texts else self.inputs.texts, *shared)
 
+    def _validate_and_log(self, done: int, log: RunLog) -> dict[str, float]:
+        assert self.validation
+        began = time.monotonic()
+        scores = self._validate()
+        log.validation(done, scores, time.monotonic() - began)
+        for note in self.validation.take_notes():
+            log.note(note)
+        return scores
+
     def _validate(self) -> dict[str, float]:
-        """Top-1 by set; of the moving average, too, as ``SET_ema``."""
+        """Top-1 by set; that of the moving average too, as ``SET_ema``."""
         assert self.validation
         image, text = self.image, self.text
         towers = {"": (image.module, text and text.module)}
         if image.moving_average:
-            towers["_ema"] = (
-                image.moving_average.module,
-                text.moving_average.module if text and text.moving_average else None,
-            )
+            ema = text.moving_average.module if text and text.moving_average else None
+            towers["_ema"] = (image.moving_average.module, ema)
         return self.validation.run(towers)
 
     def _checkpoint_is_due(self, done: int) -> bool:
-        """By steps or by time; rank 0, which alone writes, decides."""
+        """Whether a checkpoint is due, by steps or by time. Only rank 0 writes, and so only rank 0 decides."""
         if not self.place.first:
             return False
         if self.config.checkpoint_every:
@@ -347,11 +364,11 @@ class _Trainer:
             "scaler": self.scaler.state_dict(),
         }
         ranked = [score for name, score in scores.items() if name.endswith("_ema") or not self.config.ema]
-        self.saving.begin(done, state, sum(ranked) / len(ranked) if ranked else None)
+        self.checkpoint_writer.begin(done, state, sum(ranked) / len(ranked) if ranked else None)
         self.saved_at = time.monotonic()
 
     def _restore(self) -> int:
-        """Load the last checkpoint, if any; the number of steps that are done."""
+        """Load the last checkpoint, if any. Returns the number of steps that are done."""
         state = self.checkpoints.load()
         if state is None:
             return 0
@@ -361,20 +378,7 @@ class _Trainer:
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, mine in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(mine)  # those of the config, which --allow-changes may have changed
+            group.update(mine)  # the config's settings, which --allow-changes may have changed
         if state["scaler"]:  # empty where the run began in another precision
             self.scaler.load_state_dict(state["scaler"])
         return int(state["step"])
-
-
-def mean_embedding(store: Store) -> torch.Tensor:
-    """The mean teacher embedding (D,), float32: of all rows, or of 65,536 in whole chunks spread evenly over the store,
-    since a chunk is read as a whole to be checked."""
-    rows, size = store.schema.rows, store.schema.chunk_rows
-    chunks = np.arange(-(-rows // size))
-    if rows > _MEAN_ROWS:
-        chunks = np.linspace(0, len(chunks) - 1, max(1, _MEAN_ROWS // size)).astype(np.int64)
-    spans = [store.read(at, min(at + size, rows)) for at in (chunks * size).tolist()]
-    embedding_ND = torch.from_numpy(np.concatenate(spans)).double()
-    good_N = embedding_ND.any(dim=1) & embedding_ND.isfinite().all(dim=1)
-    return embedding_ND[good_N].mean(dim=0).float()

@@ -1,5 +1,8 @@
 """Validation while training: zero-shot on labelled sets. Class embeddings are looked up in a cached text store, or come
-from the student's own text tower where it has one.
+from the student's own text tower if it has one.
+
+This is a quick measure: a plain argmax, for several towers at once and without files. `dimefm evaluate` measures
+exactly, with intervals, and breaks ties as CLIP_benchmark does (evaluation/metrics.py).
 
 Shapes: N images of a set, B of a batch, C classes, D width.
 """
@@ -38,10 +41,10 @@ class Validation:
         dtype: torch.dtype,
         tokenizer: Any = None,
     ) -> None:
-        """`texts` has the prompts' embeddings; None for a student with a text tower, whose `tokenizer` is then wanted.
-        Towers compute in `dtype`.
+        """`texts` has the embeddings of the prompts. It is None for a student with a text tower, whose `tokenizer` is
+        then needed. Towers compute in `dtype`.
 
-        Raises MismatchError where a prompt of a set is not in `texts`, SourceError for a set of which no image can be
+        Raises MismatchError if a prompt of a set is not in `texts`, SourceError for a set of which no image can be
         read.
         """
         self._spec, self._tokenizer, self._place, self._dtype = spec, tokenizer, place, dtype
@@ -56,12 +59,12 @@ class Validation:
             self._classes = from_first(self._look_up_classes(texts) if place.first else [], place)
 
     def run(self, towers: dict[str, tuple[Any, Any]]) -> dict[str, float]:
-        """Top-1 by set, for each image tower and its text tower (None without one) under the set's name with that of
-        the towers after it. Images are decoded once for all. The towers are left in the mode that they are in."""
+        """Top-1 by set and pair of towers: an image tower, and its text tower or None. The name of a score is that of
+        the set followed by that of the pair. Images are decoded once for all pairs. All towers keep their mode."""
         modules = [tower for pair in towers.values() for tower in pair if tower is not None]
         training = [tower.training for tower in modules]
         for tower in modules:
-            tower.train()  # LeViT's kind keeps what it computed of its weights until then, an average's for ever
+            tower.train()  # LeViT's kind caches what it computed from its weights until then; an average would for ever
             tower.eval()
             same_buffers(tower, self._place)
         classes = [self._classes if text is None else self._embed_classes(text) for _, text in towers.values()]
@@ -84,7 +87,7 @@ class Validation:
         return {f"{images.name}{name}": n / len(images.samples) for (images, name), n in found if name is not None}
 
     def take_notes(self) -> list[str]:
-        """What is to be said of the sets, and was not before: what of them is not used, and what cannot be read."""
+        """Notes on the sets that were not taken before: what is not used, and what cannot be read."""
         notes, self._notes = self._notes, []
         return notes
 
@@ -128,12 +131,12 @@ class Validation:
     def _require_classes(self) -> None:
         for images in self._sets:
             if images.labels is None or images.labels.ndim == 2:
-                what = f"--val {images.where} does not have one label an image"
+                what = f"--val {images.where} does not have one label per image"
                 raise SourceError(what, remedy="give sets with classnames.txt and a label in each KEY.cls")
 
 
 def class_embeddings(prompts: list[list[str]], embed: Callable[[list[str]], torch.Tensor]) -> torch.Tensor:
-    """Unit-norm (C, D): the mean over templates of each class's unit-norm prompt embeddings, normalised again.
+    """For each class the mean of its prompts' unit-norm embeddings, normalised again: (C, D).
 
     `embed` gives unit-norm embeddings (P, D) of the P prompts of one class.
     """
@@ -146,8 +149,8 @@ def count_correct(
     preprocess: Callable[[bytes], torch.Tensor],
     batch_size: int,
 ) -> tuple[list[int], int]:
-    """How many images each of `answers`, from uint8 (B, 3, H, W) to classes (B,), gives the right class; none gives it
-    to an image that cannot be read. And how many can be."""
+    """For each of `answers`, functions from images uint8 (B, 3, H, W) to classes (B,): how many images it gives the
+    right class. And how many images can be read; others count as wrong."""
     labels_N, counts, readable = torch.from_numpy(images.class_labels), [0] * len(answers), 0
     for pixels_B3HW, places_B in images.batches(preprocess, batch_size, max(2, cpus() // processes_here())):
         readable += len(places_B)
@@ -157,7 +160,7 @@ def count_correct(
 
 
 def _look_up(wanted: set[str], store: Store) -> dict[str, torch.Tensor]:
-    """The embeddings of these sentences, found by their text in the store's plan."""
+    """The embeddings of these sentences, which are found by their text in the store's plan."""
     found: dict[str, torch.Tensor] = {}
     for shard in range(store.schema.shards):
         start, stop = store.schema.shard_range(shard)

@@ -25,8 +25,7 @@ from dimefm.retrieval.exact_search import ExactSearch
 from dimefm.store.embedding_store import Store
 from dimefm.system.transfer import Transfer
 from dimefm.training.config import LossConfig, TextMix
-from dimefm.training.losses import centred_loss, contrastive_loss, cosine_loss, pvl_loss, udist_loss, vl_loss
-from dimefm.training.objective import Objective
+from dimefm.training.objective import LOSSES, LossInputs, Objective
 from dimefm.training.text_bank import TextBank
 from tests.stores import teacher_identity
 from tests.tiny_training import STUDENT
@@ -96,22 +95,19 @@ def units(rows: int, device: torch.device = CUDA, requires_grad: bool = False) -
 
 
 def loss_of(name: str, device: torch.device, *, masked: bool, queued: bool, learned: bool) -> torch.Tensor:
-    """The loss, whose student is on a GPU and whose other arguments are on `device`."""
-    teacher, student = units(IMAGES, device), units(IMAGES, requires_grad=True)
-    queue = (units(5, device), units(5, device)) if queued else None
+    """The loss, whose student is on a GPU and whose other inputs are on `device`."""
     scale: Any = torch.full((), 20.0, device=device, requires_grad=True) if learned else 20.0
-    words: dict[str, Any] = {"scale": 100.0, "temperature": 3.0, "student_scale": scale, "queue": queue}
-    match name:
-        case "vl":
-            return vl_loss(teacher, units(TEXTS, device), student, **words)
-        case "pvl" | "udist":
-            return {"pvl": pvl_loss, "udist": udist_loss}[name](teacher, student, mask_diagonal=masked, **words)
-        case "contrastive":
-            return contrastive_loss(student, teacher, torch.arange(IMAGES, device=device), scale=scale)
-        case "centred":
-            return centred_loss(teacher, student, units(1, device)[0])
-        case _:
-            return cosine_loss(teacher, student)
+    inputs = LossInputs(
+        config=LossConfig(vl_temperature=3.0, pvl_temperature=3.0, udist_temperature=3.0, mask_diagonal=masked),
+        teacher_GD=units(IMAGES, device),
+        student_BD=units(IMAGES, requires_grad=True),
+        text_TD=units(TEXTS, device),
+        pair=(units(IMAGES, device), torch.arange(IMAGES, device=device)),
+        mean_D=units(1, device)[0],
+        student_scale=scale,
+        queue=(units(5, device), units(5, device)) if queued else None,
+    )
+    return LOSSES[name](inputs)
 
 
 @pytest.mark.parametrize("switches", [{}, {"masked": True, "queued": True, "learned": True}], ids=["plain", "all"])
@@ -134,7 +130,7 @@ def test_a_loss_stays_on_the_gpu(name: str, switches: dict[str, bool], monkeypat
 @pytest.mark.parametrize("logit_scale", ["fixed", "teacher", "learned"])
 def test_the_objective_stays_on_the_gpu(logit_scale: Any, queue: int, masked: bool, square: bool) -> None:
     config = LossConfig(
-        vl=1, pvl=1, udist=1, cosine=1, centred=1, contrastive=1,
+        **dict.fromkeys(LossConfig.WEIGHTS, 1.0),
         logit_scale=logit_scale, queue=queue, mask_diagonal=masked, square_temperature=square,
     )  # fmt: skip
     with fake_cuda(waiting=True):

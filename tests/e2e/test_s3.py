@@ -33,9 +33,10 @@ from dimefm.store.zarr_arrays import array_of, open_group
 from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.progress import amount
+from dimefm.training.batch_loader import Requests
 from dimefm.training.config import TextMix
 from dimefm.training.feed import notes_on_remote_data
-from dimefm.training.image_batches import Augmentation, Batch, Requests, TrainingImages
+from dimefm.training.image_batches import Augmentation, Batch, TrainingImages
 from dimefm.training.row_order import Order
 from dimefm.training.run_folder import Inputs
 from dimefm.training.text_bank import TextBank
@@ -341,7 +342,7 @@ def test_what_is_read_over_the_network_is_said_with_a_remedy(
     assert notes_on_remote_data(Inputs(here, text_store, None, None), None, "blocks") == []
     (image,) = notes_on_remote_data(Inputs(there, text_store, None, None), None, "blocks")
     assert image == (
-        "each image is a request over the network, and a core that reads does some 500 of those a second: "
+        "each image is a request over the network, and each core that reads makes about 500 of them per second: "
         f"faster with a copy of {prepared} on a local disk"
     )
     monkeypatch.setattr("dimefm.store.ranged_array.KEPT_BYTES", 1000)
@@ -349,7 +350,9 @@ def test_what_is_read_over_the_network_is_said_with_a_remedy(
     _, order = notes_on_remote_data(far, None, "chunks")
     assert order.startswith(f"rows are drawn from whole chunks of neighbours, since {prepared} is at a URL: ")
     _, order = notes_on_remote_data(far, None, "blocks")  # of a run that began over a local copy
-    assert order.startswith(f"rows are drawn from all over {prepared}, as when the run began, and each is a request ")
+    assert order.startswith(
+        f"rows are drawn from all over {prepared}, as when the run began, and each row is a request "
+    )
     monkeypatch.setattr("dimefm.training.text_bank._room_in_memory", lambda: 0)
     texts = Store(upload(Path(text_store.path), f"{s3}/texts.zarr"))
     bank = TextBank(texts, TextMix(), None, seed=0, total=4)

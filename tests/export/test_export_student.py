@@ -162,7 +162,7 @@ def test_a_student_shares_the_teachers_activation() -> None:
 def test_students_that_do_not_exist_are_refused() -> None:
     with pytest.raises(TrainingError, match="no image tower is called 'resnet9000'"):
         student_spec("resnet9000", teacher_identity())
-    with pytest.raises(TrainingError, match="takes images of 224 px alone"):
+    with pytest.raises(TrainingError, match="takes only images of 224 px"):
         student_spec("vit_tiny_patch16_224", teacher_identity(), image_size=96)
     with pytest.raises(TrainingError, match="cannot build"):
         build_student(replace(student_spec("ViT-B-32", teacher_identity()), vision_cfg={"layers": 1, "width": -1}))

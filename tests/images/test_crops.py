@@ -19,7 +19,8 @@ from dimefm.images.crops import draw_boxes, random_crop
 from dimefm.images.decode import decode_rgb
 from dimefm.models.clip import Clip
 from dimefm.store.embedding_store import Store
-from dimefm.training.image_batches import Augmentation, Batch, Request, TrainingImages
+from dimefm.training.batch_loader import Request
+from dimefm.training.image_batches import Augmentation, Batch, TrainingImages
 from dimefm.training.train import train
 from tests.conftest import cached
 from tests.making import encoded, make_jpeg, picture, read_tar, write_tar

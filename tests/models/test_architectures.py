@@ -146,7 +146,10 @@ def test_a_projection_within_a_tower_of_timm_may_be_of_another_width(
             ModuleNotFoundError("No module named 'transformers'"),
             r'tokenizer of Hugging Face[^@]*pip install "dimefm\[hf\]"',
         ),
-        (OSError("We couldn't connect\nto anything"), r"tokenizer of any cannot be had: We couldn't connect\n[^@]*Hub"),
+        (
+            OSError("We couldn't connect\nto anything"),
+            r"any cannot be loaded: We couldn't connect\n[^@]*Hub",
+        ),
     ],
 )
 def test_a_tokenizer_that_is_not_here_says_what_it_needs(

@@ -316,7 +316,7 @@ def test_the_command_says_what_it_took_and_what_it_left(teacher: Path, tmp_path:
         f"{tmp_path}/out: load it with open_clip as local-dir:{tmp_path}/out",
         "  image tower  ViT of 2 layers, width 128, patches of 16 px, images of 32 px, projected to 64; "
         "LayerNorm epsilon 1e-12",
-        f"  text tower   that of local-dir:{teacher}; none is taken from the checkpoint",
+        f"  text tower   that of local-dir:{teacher}; nothing of it is taken from the checkpoint",
         f"  left out     {len(text_side(teacher)) + 2} of the checkpoint's tensors: "
         "ln_final.bias, ln_final.weight, logit_scale, ...",
     ]
@@ -367,7 +367,7 @@ def test_a_tower_without_what_tells_its_size(name: str, teacher: Path, tmp_path:
     content = released()
     del content["model"][f"image_encoder.{name}"]
     what = refused(content, teacher, tmp_path)
-    assert f" is no ViT of CLIP's form: visual.{name} missing or of another shape; it holds " in what
+    assert f" is not a ViT of CLIP's form: visual.{name} missing or of another shape; it holds " in what
 
 
 def test_a_tower_without_a_projection(teacher: Path, tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named(teacher: Path, t
     content["model"]["image_encoder.ln_mid.bias"] = torch.ones(7)
     place = "visual.transformer.resblocks.0"
     assert refused(content, teacher, tmp_path) == (
-        f" is no whole ViT of 32 tensors: missing 4 ({place}.attn.in_proj_bias, {place}.attn.in_proj_weight, "
+        f" is not a whole ViT of 32 tensors: missing 4 ({place}.attn.in_proj_bias, {place}.attn.in_proj_weight, "
         f"{place}.ln_2.bias, ...); unexpected 1 (visual.ln_mid.bias); of another shape 1 ({place}.mlp.c_fc.bias)"
     )
 
@@ -404,7 +404,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named(teacher: Path, t
 def test_sizes_that_no_tower_has(name: str, shape: tuple[int, ...], what: str, teacher: Path, tmp_path: Path) -> None:
     content = released()
     content["model"][f"image_encoder.{name}"] = torch.ones(shape)
-    assert f" is no ViT of CLIP's form: {what}" in refused(content, teacher, tmp_path)
+    assert f" is not a ViT of CLIP's form: {what}" in refused(content, teacher, tmp_path)
 
 
 def test_a_teacher_of_another_width(tmp_path: Path) -> None:
@@ -421,7 +421,7 @@ def test_a_teacher_with_another_activation(tmp_path: Path) -> None:
 def test_what_is_no_checkpoint(teacher: Path, tmp_path: Path) -> None:
     for text in ("hello there", "<!doctype html>", ""):
         (tmp_path / "text").write_text(text)
-        assert refused(tmp_path / "text", teacher, tmp_path) == " is no file of torch.save"
+        assert refused(tmp_path / "text", teacher, tmp_path) == " is not a file of torch.save"
     assert refused(tmp_path / "nowhere", teacher, tmp_path) == " does not exist"
     assert refused(teacher, teacher, tmp_path) == " is a folder"
     whole = Path(save(released(), tmp_path)).read_bytes()
@@ -439,7 +439,7 @@ def test_objects_are_never_unpickled(teacher: Path, tmp_path: Path) -> None:
     for trap in (Trap(), argparse.Namespace(epochs=3)):
         what = refused({**released(), "args": trap}, teacher, tmp_path)
         assert what.startswith(" holds more than tensors (")
-        assert what.endswith("): to read it could run any code, and is not done")
+        assert what.endswith("): reading it could run any code, so it is not read")
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         arrays = {"model": {name: value.numpy() for name, value in released()["model"].items()}, "best": np.float64(1)}
         (tmp_path / "model.pkl").write_bytes(pickle.dumps([arrays, Trap()], protocol))

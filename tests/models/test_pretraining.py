@@ -19,7 +19,7 @@ from dimefm.cli import cli
 from dimefm.errors import MismatchError, SourceError, TeacherError, TrainingError
 from dimefm.evaluation.open_model import open_model
 from dimefm.inspection.verify import VerifyConfig, verify
-from dimefm.models import clip
+from dimefm.models import strict_open_clip
 from dimefm.models.authors_checkpoint import convert
 from dimefm.models.clip import load_clip
 from dimefm.models.first_weights import fit_to_first_weights
@@ -106,12 +106,12 @@ def test_the_word_of_the_user_comes_before_the_tags(weights: str) -> None:
 
 @pytest.mark.parametrize("values", [{"mean": (123.7, 116.3, 103.5)}, {"std": (0.2, 0.0, 0.2)}])
 def test_colours_go_from_0_to_1(values: dict[str, Any]) -> None:
-    with pytest.raises(TeacherError, match="is not of colours from 0 to 1"):
+    with pytest.raises(TeacherError, match="is not for colours from 0 to 1"):
         Trained(**values)
 
 
 def test_a_tag_is_not_refused_for_want_of_another_architecture() -> None:
-    clip._check_activation("roberta-ViT-B-32", "laion2b_s12b_b32k")
+    strict_open_clip._check_activation("roberta-ViT-B-32", "laion2b_s12b_b32k")
     with pytest.raises(TeacherError, match="use --teacher ViT-B-32-quickgelu"):
         load_clip("ViT-B/32", "openai", device="cpu")  # as OpenAI writes it
 
@@ -236,7 +236,7 @@ def test_a_student_keeps_the_colours_of_its_first_weights() -> None:
     spec = student("resnet18")
     found = fit_to_first_weights(spec, "timm")
     assert (found.mean, found.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert "mean is (0.485, 0.456, 0.406), of its first weights" in notes_on_preparation(found, teacher_identity())[0]
+    assert "mean is (0.485, 0.456, 0.406), that of its first" in notes_on_preparation(found, teacher_identity())[0]
     found = fit_to_first_weights(
         student("ViT-B-16-SigLIP"), "webli"
     )  # whose tower is timm's, without open_clip's activation

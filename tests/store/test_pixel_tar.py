@@ -23,7 +23,8 @@ from dimefm.images.decode import DecodeError, decode_fast, decode_rgb
 from dimefm.images.small_jpeg import small_jpeg
 from dimefm.models.clip import Clip
 from dimefm.store.embedding_store import Store
-from dimefm.training.image_batches import Augmentation, Batch, Request, TrainingImages
+from dimefm.training.batch_loader import Request
+from dimefm.training.image_batches import Augmentation, Batch, TrainingImages
 from dimefm.training.train import train
 from tests.conftest import cached
 from tests.making import encoded, make_jpeg, picture, read_tar, write_tar

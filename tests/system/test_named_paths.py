@@ -38,7 +38,8 @@ from dimefm.sources.files import expand
 from dimefm.sources.read_image import ImagePlace, read_encoded, read_image
 from dimefm.store.embedding_store import Store
 from dimefm.system.named_paths import VARIABLE, allow, allowed, allowing, named
-from dimefm.training.image_batches import Augmentation, Request, TrainingImages
+from dimefm.training.batch_loader import Request
+from dimefm.training.image_batches import Augmentation, TrainingImages
 from dimefm.training.train import train
 from tests.making import make_jpeg, upload, write_tar
 from tests.stores import random_store

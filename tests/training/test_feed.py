@@ -20,9 +20,10 @@ from dimefm.errors import MismatchError, TrainingError
 from dimefm.models.clip import Clip
 from dimefm.store.embedding_store import Store
 from dimefm.training import train as train_module
+from dimefm.training.batch_loader import THREAD, Requests, take_ahead
 from dimefm.training.distributed import Place
 from dimefm.training.feed import open_feed
-from dimefm.training.image_batches import THREAD, Batch, Requests, read_ahead
+from dimefm.training.image_batches import Batch
 from dimefm.training.row_order import Order
 from dimefm.training.train import train
 from tests.conftest import cached
@@ -187,7 +188,7 @@ def test_items_are_taken_ahead_in_one_thread_and_no_further() -> None:
             yield number
 
     begun: list[int] = []
-    items = read_ahead(numbers(), 3, lambda: begun.append(threading.get_ident()))
+    items = take_ahead(numbers(), 3, lambda: begun.append(threading.get_ident()))
     assert not taken, "begun before the first was asked for"
     assert [next(items) for _ in range(2)] == [1, 2]
     for _ in range(200):
@@ -208,11 +209,11 @@ def test_an_error_comes_where_its_item_would_have() -> None:
         yield 2
         raise TrainingError("the third")
 
-    items = read_ahead(numbers(), 8)
+    items = take_ahead(numbers(), 8)
     assert [next(items), next(items)] == [1, 2]
     with pytest.raises(TrainingError, match="the third"):
         next(items)
-    assert list(read_ahead(iter(np.arange(1, 6).tolist()), 2)) == [1, 2, 3, 4, 5]
+    assert list(take_ahead(iter(np.arange(1, 6).tolist()), 2)) == [1, 2, 3, 4, 5]
 
 
 def test_training_from_large_parquet_files_is_refused_with_its_price(

@@ -179,7 +179,7 @@ def test_too_little_memory_on_a_gpu_has_a_remedy_and_costs_nothing(
     monkeypatch.setattr(train_module.TowerTrainer, "learn", failing)
     config = tiny_config(image_store, text_store, tmp_path / "run", checkpoint_every=1)
     with pytest.raises(
-        TrainingError, match=r"16 images of 32 px a process, in 1 pass, .*: CUDA out.*GPU 0 has"
+        TrainingError, match=r"16 images of 32 px per process, in 1 pass, .*: CUDA out.*GPU 0 has"
     ) as caught:
         train(config)
     assert "give --accumulate 2 (" in str(caught.value)

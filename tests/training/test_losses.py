@@ -1,6 +1,7 @@
 """The losses against the values and gradients of the authors' own code, and against their own definition."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from dimefm.training import losses
 from dimefm.training.config import LossConfig
 from dimefm.training.losses import centred_loss, contrastive_loss, cosine_loss, pvl_loss, udist_loss, vl_loss
-from dimefm.training.objective import Objective
+from dimefm.training.objective import LOSSES, Objective
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "loss_reference.npz")
 CASES = ("case0", "case1", "case2")
@@ -297,6 +298,22 @@ def test_no_loss_without_its_input() -> None:
         objective(LossConfig(vl=0, pvl=0, contrastive=1))(image, image)
     with pytest.raises(ValueError, match="every loss has weight 0"):
         objective(LossConfig(vl=0, pvl=0))(image, image)
+
+
+def test_every_loss_is_in_every_place() -> None:
+    places = {
+        "a function NAME_loss in training/losses.py": {
+            name.removesuffix("_loss") for name in vars(losses) if name.endswith("_loss") and not name.startswith("_")
+        },
+        "a line in LOSSES of training/objective.py": set(LOSSES),
+        "its name in LossConfig.WEIGHTS of training/config.py": set(LossConfig.WEIGHTS),
+        "a field of LossConfig in training/config.py": {field.name for field in fields(LossConfig)},
+    }
+    names = sorted({name for known in list(places.values())[:3] for name in known})
+    missing = [
+        f"{name} needs {place}" for name in sorted(names) for place, known in places.items() if name not in known
+    ]
+    assert not missing
 
 
 def test_switches_without_effect_are_named() -> None:

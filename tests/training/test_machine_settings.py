@@ -14,7 +14,7 @@ from dimefm.errors import MismatchError, TrainingError
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.training import machine_settings
-from dimefm.training.image_batches import explain_reader_death
+from dimefm.training.batch_loader import explain_reader_death
 from dimefm.training.machine_settings import choose_loaders
 from dimefm.training.run_folder import read_run
 from dimefm.training.train import train
@@ -47,7 +47,7 @@ def test_a_run_that_goes_on_elsewhere_keeps_what_it_began_with(
     said = capfd.readouterr().err
     assert "precision stays bf16" in said
     assert "--allow-changes precision" in said
-    assert "began on one kind and goes on on another kind" in said
+    assert "began on one kind and continues on another kind" in said
     changes = {change.field: change.values for change in read_run(config.out).changes}
     assert changes["machine"] == "one kind != another kind"
     assert read_run(config.out).config["precision"] == "bf16"

@@ -36,7 +36,7 @@ def tower(dropout: float = 0.0, norm: bool = False) -> torch.nn.Module:
     return torch.nn.Sequential(*layers, torch.nn.Dropout(dropout), torch.nn.Linear(16, WIDTH))
 
 
-def learner(place: Place = ALONE, module: torch.nn.Module | None = None, **changes: Any) -> TowerTrainer:
+def trainer(place: Place = ALONE, module: torch.nn.Module | None = None, **changes: Any) -> TowerTrainer:
     objective = Objective(LOSS, teacher_scale=100.0, dim=WIDTH, mean_D=None)
     prepare = lambda inputs: inputs  # noqa: E731
     return TowerTrainer(module or tower(), objective, place, prepare=prepare, precision="fp32", **changes)
@@ -57,19 +57,19 @@ def two_steps(found: TowerTrainer, rank: int = 0, world: int = 1) -> list[torch.
             units(TEXTS, 9),
             (units(IMAGES, 8), torch.arange(IMAGES)),
         )
-        values = found.learn(batch, teacher, text, pair, seed=(0, step), scaler=scaler)
-        found.after_step()
-    return [*[p.grad for p in parameters if p.grad is not None], *values.values()]
+        learned = found.learn(batch, teacher, text, pair, seed=(0, step), scaler=scaler)
+        found.after_step(learned)
+    return [*[p.grad for p in parameters if p.grad is not None], *learned.values.values()]
 
 
 @pytest.mark.parametrize("parts", [2, 3, 8])
 @pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["plain", "dropout"])
 def test_passes_add_up_to_the_gradient_of_the_whole_batch(parts: int, dropout: float) -> None:
-    whole, split = (learner(module=tower(dropout), accumulate=n) for n in (1, parts))
+    whole, split = (trainer(module=tower(dropout), accumulate=n) for n in (1, parts))
     gradients = [two_steps(whole), two_steps(split)]
     assert len(gradients[0]) == 5 + 7
     if dropout:  # other masks than those of one pass: but the same in both passes over a part
-        again = two_steps(learner(module=tower(dropout), accumulate=parts))
+        again = two_steps(trainer(module=tower(dropout), accumulate=parts))
         assert all(torch.equal(one, other) for one, other in zip(gradients[1], again, strict=True))
         return
     for one, other in zip(*gradients, strict=True):
@@ -78,7 +78,7 @@ def test_passes_add_up_to_the_gradient_of_the_whole_batch(parts: int, dropout: f
 
 def test_the_second_pass_draws_what_the_first_drew(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
-    found = learner(module=tower(0.5), accumulate=2)
+    found = trainer(module=tower(0.5), accumulate=2)
     features = found._features
 
     def watching(*args: Any) -> torch.Tensor:
@@ -94,7 +94,7 @@ def test_the_second_pass_draws_what_the_first_drew(monkeypatch: pytest.MonkeyPat
 
 
 def test_batch_norm_counts_each_part_once() -> None:
-    found = learner(module=tower(norm=True), accumulate=2)
+    found = trainer(module=tower(norm=True), accumulate=2)
     two_steps(found)
     assert int(found.module[1].num_batches_tracked) == 4
 
@@ -104,7 +104,7 @@ def one_of_many(rank: int, world: int, port: int, out: str) -> None:
     torch.set_num_threads(1)
     place = join_group("cpu")
     for accumulate in (1, 2):
-        gradients = two_steps(learner(place, accumulate=accumulate), rank, world)
+        gradients = two_steps(trainer(place, accumulate=accumulate), rank, world)
         torch.save(gradients, f"{out}/{rank}-{accumulate}.pt")
     leave_group(place)
 
@@ -115,7 +115,7 @@ def compiled_one_of_two(rank: int, world: int, port: int, out: str, cache: str) 
     torch.set_num_threads(1)
     place = join_group("cpu")
     for accumulate in (1, 2):
-        gradients = two_steps(learner(place, accumulate=accumulate, compile=True), rank, world)
+        gradients = two_steps(trainer(place, accumulate=accumulate, compile=True), rank, world)
         torch.save(gradients, f"{out}/{rank}-{accumulate}.pt")
     leave_group(place)
 
@@ -128,7 +128,7 @@ def test_compiled_processes_and_passes_have_the_gradient_of_one(tmp_path: Path) 
     multiprocessing.start_processes(
         compiled_one_of_two, arguments, nprocs=2, start_method=FORKING.get_start_method()
     )  # fmt: skip
-    expected, found = two_steps(learner()), sorted((tmp_path / "gradients").iterdir())
+    expected, found = two_steps(trainer()), sorted((tmp_path / "gradients").iterdir())
     assert len(found) == 4
     for path in found:
         for mine, whole in zip(torch.load(path, weights_only=True), expected, strict=True):
@@ -140,7 +140,7 @@ def test_processes_and_passes_have_the_gradient_of_one(world: int, tmp_path: Pat
     """With the queue and a learned scale: every switch that looks at the whole batch."""
     arguments = (world, free_port(), str(tmp_path))
     multiprocessing.start_processes(one_of_many, arguments, nprocs=world, start_method=FORKING.get_start_method())
-    expected = two_steps(learner())
+    expected = two_steps(trainer())
     for path in sorted(tmp_path.iterdir()):
         for mine, whole in zip(torch.load(path, weights_only=True), expected, strict=True):
             torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5, msg=path.name)
@@ -172,7 +172,7 @@ def test_the_average_follows_its_formula() -> None:
 @pytest.mark.usefixtures("new_compiler")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_tower_computes_the_same() -> None:
-    towers = learner(), learner(compile=True)
+    towers = trainer(), trainer(compile=True)
     assert towers[0].state_dict()["model"].keys() == towers[1].state_dict()["model"].keys(), "saved under other names"
     plain, compiled = map(two_steps, towers)
     for one, other in zip(plain, compiled, strict=True):

@@ -21,15 +21,17 @@ from dimefm.models.towers import student_spec
 from dimefm.store.embedding_store import Store
 from dimefm.system.lock import writing
 from dimefm.training import train as train_module
+from dimefm.training.batch_loader import Requests, explain_reader_death, training_loader
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig, TrainConfig
 from dimefm.training.distributed import Place
-from dimefm.training.image_batches import Augmentation, Requests, TrainingImages, explain_reader_death, training_loader
+from dimefm.training.image_batches import Augmentation, TrainingImages
 from dimefm.training.machine_settings import decide_settings
+from dimefm.training.mean_embedding import mean_embedding
 from dimefm.training.row_order import Order
 from dimefm.training.run_folder import read_run, write_run
 from dimefm.training.run_log import last_validation, read_metrics
-from dimefm.training.train import mean_embedding, train
+from dimefm.training.train import train
 from dimefm.training.validation import Validation
 from tests.making import read_tar, write_tar
 from tests.stores import random_store
@@ -141,7 +143,7 @@ def test_another_number_of_processes_is_recorded_and_said(
     assert read_run(config.out).processes == 1
     write_run(config.out, replace(read_run(config.out), processes=4))
     _, notes = decide_settings(config, Place(0, 1, torch.device("cpu")), ())
-    assert any("began with 4 processes and goes on with 1: batches and losses are the same" in note for note in notes)
+    assert any("began with 4 processes and continues with 1: batches and losses are the same" in note for note in notes)
     train(config)
     run = read_run(config.out)
     assert [(change.step, change.field, change.values) for change in run.changes] == [(3, "processes", "4 != 1")]
@@ -442,7 +444,7 @@ def test_mean_embedding_leaves_out_rows_that_have_none(tmp_path: Path) -> None:
 def test_mean_embedding_of_a_large_store_reads_some_chunks_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "_MEAN_ROWS", 48)
+    monkeypatch.setattr("dimefm.training.mean_embedding._MOST_ROWS", 48)
     store, values = random_store(tmp_path / "s.zarr", rows=200, shard_rows=32)  # 13 chunks of 16 rows
     chosen = np.concatenate([values[:16], values[96:112], values[192:]]).astype(np.float64)
     np.testing.assert_allclose(mean_embedding(store).numpy(), chosen.mean(axis=0), atol=1e-6)

@@ -19,10 +19,11 @@ from cache_schemas.run import TextSpec
 from dimefm.cli import cli
 from dimefm.errors import StoreError, TrainingError
 from dimefm.store.embedding_store import Store
-from dimefm.training import image_batches
+from dimefm.training import batch_loader
+from dimefm.training.batch_loader import Request
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig
-from dimefm.training.image_batches import Augmentation, Request, TrainingImages
+from dimefm.training.image_batches import Augmentation, TrainingImages
 from dimefm.training.run_folder import read_run
 from dimefm.training.run_log import RunLog, read_metrics
 from dimefm.training.text_batches import TrainingTexts
@@ -271,15 +272,15 @@ def test_fp16_that_never_has_a_finite_gradient_ends_the_run(
 def held_from_the_fifth() -> None:
     """In the process of the command: its readers do not come to the end of the fifth batch or later ones, and those
     that are left end at once."""
-    image_batches._GRACE = 0.1
-    read = image_batches.TrainingImages._batch
+    batch_loader._GRACE = 0.1
+    read = TrainingImages._batch
 
-    def reading(self: image_batches.TrainingImages, request: image_batches.Request) -> Any:
+    def reading(self: TrainingImages, request: Request) -> Any:
         while request.step >= 4:
             time.sleep(0.1)
         return read(self, request)
 
-    image_batches.TrainingImages._batch = reading  # type: ignore[method-assign]
+    TrainingImages._batch = reading  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("to_all", [True, False], ids=["SIGTERM to all", "a reader killed"])
