@@ -61,7 +61,7 @@ class Status(IntEnum):
     """The file or archive ends before the image does: `sources.read_image.read_image`."""
     UNDECODABLE = 5
     """The bytes are not an image that is supported, or a broken one: `images.decode.open_image`,
-    `images.decode.decode`; or a cell of a table cannot be read: `sources.read_image.read_encoded`."""
+    `images.decode.decode_fast`; or a cell of a table cannot be read: `sources.read_image.read_encoded`."""
     TOO_LARGE = 6
     """More pixels than the limit (`images.decode.open_image`), more bytes (`sources.read_image.read_encoded`) or more
     memory than there is (`caching.image_loader.too_little_memory`); or so long and thin that it cannot be resized
