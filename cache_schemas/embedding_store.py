@@ -44,14 +44,14 @@ class Status(IntEnum):
     """What became of a row. With any status but PENDING and OK the row has no embedding, but it keeps its place.
 
     Below each status stands what it means, and the functions that decide it. An image gets it as the `status` of a
-    DecodeError (`images.decode.DecodeError`), which `caching.encode_shard.encode_rows` writes down with the reason.
-    `caching.lasting_failures.require_lasting` refuses to commit a shard whose failures may be those of the storage.
+    DecodeError (`images.decode.DecodeError`), which `caching.encode_rows.encode_rows` writes down with the reason.
+    `caching.permanent_failures.require_permanent` refuses to commit a shard whose failures may be those of the storage.
     """
 
     PENDING = 0
     """Not done yet: the shard has no commit."""
     OK = 1
-    """The row has an embedding: `caching.encode_shard.encode_rows`."""
+    """The row has an embedding: `caching.encode_rows.encode_rows`."""
     MISSING = 2
     """The file is gone, or with --accept-missing refused: `sources.read_image.read_image`. In an import, no image
     belongs to the row: `exchange.import_embeddings.import_embeddings`."""
@@ -61,14 +61,14 @@ class Status(IntEnum):
     """The file or archive ends before the image does: `sources.read_image.read_image`."""
     UNDECODABLE = 5
     """The bytes are not an image that is supported, or a broken one: `images.decode.open_image`,
-    `images.decode.decode`; or a cell of a table cannot be read: `sources.read_image.read_encoded`."""
+    `images.decode.decode_fast`; or a cell of a table cannot be read: `sources.read_image.read_encoded`."""
     TOO_LARGE = 6
     """More pixels than the limit (`images.decode.open_image`), more bytes (`sources.read_image.read_encoded`) or more
-    memory than there is (`caching.image_loader.too_little_memory`); or so long and thin that it cannot be resized
+    memory than there is (`caching.image_loader.or_reason`); or so long and thin that it cannot be resized
     (`images.preprocess.Preprocess`) or kept (`images.small_jpeg.small_jpeg`). Such are decompression bombs, scans and
     damaged headers."""
     NOT_FINITE = 7
-    """The teacher gave NaN, infinity or a zero vector: `caching.encode_shard.encode_rows`; or the imported embedding is
+    """The teacher gave NaN, infinity or a zero vector: `caching.encode_rows.encode_rows`; or the imported embedding is
     one: `exchange.import_embeddings.import_embeddings`."""
     CRASHED = 8
     """The decoder ends its process, or takes all memory, also when it decodes this image alone:

@@ -117,8 +117,8 @@ def choose_sets(config: EvaluationConfig) -> list[ChosenSet]:
         aliases = {alias: d.name for d in known.values() for alias in d.aliases}
         definition = known.get(name) or known.get(aliases.get(name, ""))
         if definition is None and not storage.listing(storage.join(config.data or "", name)):
-            what = f"{name} is none of the sets and no folder of {config.data}"
-            raise SourceError(what, remedy="dimefm sets lists the known ones")
+            what = f"{name} is neither a known set nor a folder of {config.data}"
+            raise SourceError(what, remedy="give a folder there, or a name that dimefm sets lists")
         if definition is not None and config.suite not in (None, "all", definition.suite):
             what = f"{name} is a set of the suite {definition.suite}, not of {config.suite}"
             raise SourceError(what, remedy="leave --suite out, or give --suite all")

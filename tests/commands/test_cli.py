@@ -719,7 +719,7 @@ def test_evaluate_of_known_sets_needs_to_be_told_where_they_are(tmp_path: Path) 
     words = ["evaluate", "model", "--data", tmp_path, "--suite", "elevater", "--sets", "dtd,imagenet_a"]
     assert "imagenet_a is a set of the suite robustness, not of elevater" in refused(*words)
     words = ["evaluate", "model", "--data", tmp_path, "--sets", "imagenet1k,imagenet_z"]
-    assert f"imagenet_z is none of the sets and no folder of {tmp_path}" in refused(*words)
+    assert f"imagenet_z is neither a known set nor a folder of {tmp_path}" in refused(*words)
 
 
 @pytest.mark.parametrize(

@@ -406,7 +406,7 @@ def test_two_sets_of_one_name_are_refused(model: str, tmp_path: Path) -> None:
 
 
 def test_a_set_that_is_none_of_the_known_ones_is_named(model: str, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=f"cifar11 is none of the sets and no folder of {tmp_path}"):
+    with pytest.raises(SourceError, match=f"cifar11 is neither a known set nor a folder of {tmp_path}"):
         measured(model, tmp_path, "cifar11")
 
 
