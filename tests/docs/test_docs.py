@@ -43,11 +43,11 @@ def after_quickstart(place: Path, teacher_name: str) -> Path:
 
 @contextmanager
 def _inside(folder: Path) -> Iterator[None]:
-    """Work in a folder, with a recipe whose students are tiny."""
-    recipe = dimefm.paper
+    """Work in a folder, where `from dimefm import train` trains a tiny student, whatever it is given."""
+    train = dimefm.train
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(dimefm, "paper", lambda *stores: _tiny(recipe(*stores)))
+        patch.setattr(dimefm, "train", lambda config: train(_tiny(config)))
         yield
 
 
