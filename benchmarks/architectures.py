@@ -33,8 +33,8 @@ batch of two. Written by `python -m benchmarks architectures`; nothing is downlo
 - **teacher**: `--teacher NAME --pretrained TAG` for `cache-images` and `cache-texts`; `open_clip.list_pretrained()` has
   the tags. **student**: `--student NAME`. **text student**: `--text-student NAME`. Students are tried at their own
   width and at another one, as if for a teacher of another kind.
-- **tokenizer X**: the tokenizer is fetched from the Hub once, as X, which needs `pip install "dimefm[hf]"`. **text tower
-  X**: the config of the text tower is fetched from the Hub too; such towers have not been tried here.
+- **tokenizer X**: the tokenizer is fetched from the Hub once, as X, which needs `pip install "dimefm[hf]"`.
+  **text tower X**: the config of the text tower is fetched from the Hub too; such towers have not been tried here.
 
 {rows}
 """
