@@ -147,7 +147,9 @@ WRONG = {
     'sh parsed\npip install "dimefm[nothing]"': "no extra",
     "sh parsed\nno-such-program": "no program",
     "sh runs\nmake test": "is not run",
-    "sh\ndimefm doctor": "write ```sh runs",
+    "sh skipped\ndimefm doctor": "write ```sh runs",
+    "bash\ndimefm doctor": "write ```sh runs",
+    "sh\ndimefm doctor --no-such-option": "no such option",
     "python parsed\nfrom dimefm import nothing": "has no nothing",
 }
 
