@@ -33,9 +33,9 @@ batch of two. Written by `python -m benchmarks architectures`; nothing is downlo
 - **width**: of the embeddings. **image tower**, **text tower**: parameters in millions.
 - **teacher**: `--teacher NAME --pretrained TAG` for `cache-images` and `cache-texts`; `open_clip.list_pretrained()` has
   the tags. **student**: `--student NAME`. **text student**: `--text-student NAME`. Students are tried at their own
-  width and at another one, that of a teacher of another kind.
-- **tokenizer X**: it is fetched from the Hub once, as X, and needs `pip install "dimefm[hf]"`. **text tower X**: so is
-  the config of the text tower; what is behind it has not been tried here.
+  width and at another one, as if for a teacher of another kind.
+- **tokenizer X**: the tokenizer is fetched from the Hub once, as X, which needs `pip install "dimefm[hf]"`.
+  **text tower X**: the config of the text tower is fetched from the Hub too; such towers have not been tried here.
 
 {rows}
 """

@@ -3,7 +3,8 @@
 The first word after the fence is the language; a second word says what a test does with the block:
 
     ```sh runs        every line is a `dimefm` command, and all are run, in the folder that the pages share
-    ```sh parsed      every `dimefm` command line is parsed by the real command; other programs must be known
+    ```sh parsed      every `dimefm` command line is parsed by the real command; other programs must be known.
+                      A block that says nothing is parsed, too
     ```python runs    is executed; the blocks of a page share their names
     ```python parsed  is compiled, and what it imports must be there
 
@@ -62,13 +63,15 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """The fenced blocks of a page. A block of sh or python must say what is done with it."""
+    """The fenced blocks of a page. Of another language than those that are known here there must be none."""
     text = page.read_text(encoding="utf-8")
     found = []
     for match in _FENCE.finditer(text):
         language, _, mode = match["info"].strip().partition(" ")
+        commands = language in ("sh", "python")
+        mode = mode or "parsed" * commands
         block = Block(page, text.count("\n", 0, match.start()) + 1, language, mode, match["body"])
-        known = mode in MODES if language in ("sh", "python") else language in PLAIN and not mode
+        known = mode in MODES if commands else language in PLAIN and not mode
         assert known, f"{block.where}: write ```sh runs, ```sh parsed, or python so, or one of {', '.join(PLAIN)}"
         found.append(block)
     return found

@@ -43,11 +43,11 @@ def after_quickstart(place: Path, teacher_name: str) -> Path:
 
 @contextmanager
 def _inside(folder: Path) -> Iterator[None]:
-    """Work in a folder, with a recipe whose students are tiny."""
-    recipe = dimefm.paper
+    """Work in a folder, where `from dimefm import train` trains a tiny student, whatever it is given."""
+    train = dimefm.train
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(dimefm, "paper", lambda *stores: _tiny(recipe(*stores)))
+        patch.setattr(dimefm, "train", lambda config: train(_tiny(config)))
         yield
 
 
@@ -147,7 +147,9 @@ WRONG = {
     'sh parsed\npip install "dimefm[nothing]"': "no extra",
     "sh parsed\nno-such-program": "no program",
     "sh runs\nmake test": "is not run",
-    "sh\ndimefm doctor": "write ```sh runs",
+    "sh skipped\ndimefm doctor": "write ```sh runs",
+    "bash\ndimefm doctor": "write ```sh runs",
+    "sh\ndimefm doctor --no-such-option": "no such option",
     "python parsed\nfrom dimefm import nothing": "has no nothing",
 }
 
