@@ -18,6 +18,7 @@ from dimefm.errors import MismatchError
 from dimefm.images.crops import draw_boxes, random_crop
 from dimefm.images.decode import decode_rgb
 from dimefm.models.clip import Clip
+from dimefm.sources.read_image import ImagePlace
 from dimefm.store.embedding_store import Store
 from dimefm.training.batch_loader import Request
 from dimefm.training.image_batches import Augmentation, Batch, TrainingImages
@@ -84,7 +85,7 @@ def batch_of(store: Store, epoch: int, size: int) -> Batch:
     augmentation = Augmentation(size=size, crop_scale=(0.1, 0.2), flip=True, seed=epoch)
     rows = np.arange(ROWS)
     found = store.samples(rows)
-    places = None if store.schema.pixels else [(one["file"], one["offset"], one["size"]) for one in found]
+    places = None if store.schema.pixels else [ImagePlace(one["file"], one["offset"], one["size"]) for one in found]
     item = TrainingImages(store.path, augmentation)[Request(0, epoch, rows, rows, places)]
     assert isinstance(item, Batch)
     return item

@@ -180,7 +180,7 @@ def test_training_does_not_follow_a_plan(tmp_path: Path, spy: type[Spy]) -> None
     store, _ = random_store(tmp_path / "i.zarr", rows=32, shard_rows=32)
     images = TrainingImages(store.path, Augmentation(size=32, crop_scale=(0.5, 1.0), flip=True, seed=0))
     rows_B = np.array([3])
-    request = Request(0, 0, rows_B, rows_B, [("spy://x/a.jpg", 0, 10)])
+    request = Request(0, 0, rows_B, rows_B, [ImagePlace("spy://x/a.jpg", 0, 10)])
     found = images[request]
     assert isinstance(found, TrainingError)
     assert "the plan names spy://x/a.jpg" in str(found)
