@@ -1,5 +1,6 @@
 """The losses against the values and gradients of the authors' own code, and against their own definition."""
 
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -9,11 +10,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dimefm.commands.options import fields_of
 from dimefm.training import losses
 from dimefm.training.config import LossConfig
 from dimefm.training.losses import centred_loss, contrastive_loss, cosine_loss, pvl_loss, udist_loss, vl_loss
 from dimefm.training.objective import LOSSES, Objective
 
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "loss_reference.npz")
 CASES = ("case0", "case1", "case2")
 
@@ -308,6 +311,10 @@ def test_every_loss_is_in_every_place() -> None:
         "a line in LOSSES of training/objective.py": set(LOSSES),
         "its name in LossConfig.WEIGHTS of training/config.py": set(LossConfig.WEIGHTS),
         "a field of LossConfig in training/config.py": {field.name for field in fields(LossConfig)},
+        "a word in the line below TrainConfig.loss": set(
+            re.findall(r"\w+", fields_of("dimefm.training.config", "TrainConfig")["loss"].words)
+        ),
+        "a row in the table of losses of docs/training.md": set(re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), re.M)),
     }
     names = sorted({name for known in list(places.values())[:3] for name in known})
     missing = [

@@ -30,7 +30,7 @@ VALUE, GRADIENT, OWN_GRADIENT, SCALE = 1e-3, 3e-3, 2.5e-2, 1e-1
 
 IMAGES, TEXTS, WIDTH = 48, 160, 768
 SWITCHES: dict[str, Any] = {"mask_diagonal": True, "queue": 20, "logit_scale": "learned", "scale": 60.0}
-ALL = LossConfig(vl=1, pvl=1, udist=1, cosine=1, centred=1, contrastive=1, **SWITCHES)
+ALL = LossConfig(**dict.fromkeys(LossConfig.WEIGHTS, 1.0), **SWITCHES)
 
 
 def units(rows: int, seed: int) -> torch.Tensor:
