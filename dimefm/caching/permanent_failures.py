@@ -16,7 +16,8 @@ from cache_schemas.plan import PlannedImage, SourceFile, planned_rows
 from dimefm.errors import RUN_AGAIN, SourceError, UnreadableError
 from dimefm.images.decode import MAX_BYTES, DecodeError
 from dimefm.sources.files import describe_change, stat_files
-from dimefm.sources.parquet import forget_cells, split_column
+from dimefm.sources.parquet import split_column
+from dimefm.sources.parquet_cells import forget_cells
 from dimefm.sources.read_image import read_encoded
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage

@@ -18,7 +18,8 @@ import torch
 from cache_schemas.plan import FILES_TABLE
 from dimefm.errors import TrainingError
 from dimefm.models.towers import student_spec, text_spec
-from dimefm.sources.parquet import BLOCK_BYTES, KEPT_BYTES, SUFFIX
+from dimefm.sources.parquet import BLOCK_BYTES, SUFFIX
+from dimefm.sources.parquet_cells import KEPT_BYTES
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
 from dimefm.system.progress import amount
