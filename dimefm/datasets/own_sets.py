@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dimefm.datasets.folder_layout import read_folders
-from dimefm.datasets.image_set import ImageSet, Records, label_array
+from dimefm.datasets.image_set import ImageSet, Records, label_array, relabel
 from dimefm.datasets.layouts import Reader, name_lookup, read_first
 from dimefm.datasets.parquet_layout import read_parquet
 from dimefm.datasets.unused_files import count_unused, note_empty_classes
@@ -91,8 +91,7 @@ def map_labels(records: Records, counted: list[str], names: list[str], aliases: 
         what = f"{records.where}: {name!r} is not in {CLASSNAMES}, or is in it twice"
         raise SourceError(what, remedy=f"name every class in {CLASSNAMES} as the labels do")
     label_array(records, len(counted), _has_several(records))  # raises SourceError for a label that counts no name
-    old: list[Any] = records.labels or []
-    records.labels = [[labels[one] for one in row] if isinstance(row, list) else labels[row] for row in old]
+    records.labels = relabel(records.labels or [], labels)
     return True
 
 
