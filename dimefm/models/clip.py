@@ -208,7 +208,7 @@ def load_clip(
     (models/pretraining.py). `precision` is that of the matrix products, by default `teacher_precision`.
 
     Raises TeacherError for an unknown name, missing weights, weights trained with another activation, weights whose
-    preprocessing nothing tells, a model without a text tower, or one that could run code of its own (models/hub.py).
+    preprocessing is not known, a model without a text tower, or one that could run code of its own (models/hub.py).
     """
     device = choose_device(device)
     precision = precision or teacher_precision(device)
