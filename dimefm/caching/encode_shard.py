@@ -29,7 +29,7 @@ from dimefm.system import storage
 
 
 class How(TypedDict, total=False):
-    """How rows are encoded; all that is left out is as `encode_rows` has it.
+    """How rows are encoded; the defaults are those of `encode_rows`.
 
     `threads` read and decode. `progress` is called with the number of further rows that are done. `turn` is held while
     the teacher works: with two shards on two threads, one reads and decodes its first rows, or writes its results,

@@ -1,4 +1,7 @@
-"""Find repeats in millions of values, by their 64-bit hashes, with little memory besides the hashes themselves."""
+"""Find repeats in millions of values, by their 64-bit hashes, with little memory besides the hashes themselves.
+
+Shapes: N values.
+"""
 
 from __future__ import annotations
 

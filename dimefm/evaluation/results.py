@@ -1,4 +1,4 @@
-"""results.jsonl: the results of a model, a line per set and protocol. Of several such lines, the last one counts."""
+"""results.jsonl: the results of a model, a line per set and protocol. Where there are several, the last one counts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """From features to the numbers of a set: cosines, metrics and their intervals.
 
-Shapes: N images, C classes, M captions, D embedding width.
+Shapes: N images, B of a block, C classes, M captions, D embedding width.
 """
 
 from __future__ import annotations

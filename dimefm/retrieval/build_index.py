@@ -2,6 +2,8 @@
 
 The trained index and every part (`retrieval.index_parts`) are kept below build/ until the index is published: a build
 that was stopped goes on where it stopped.
+
+Shapes: N rows, D embedding width.
 """
 
 from __future__ import annotations

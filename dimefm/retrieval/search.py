@@ -1,4 +1,7 @@
-"""`search`: what one's own image or sentence is nearest to. It is the fastest way to see that a cache is sane."""
+"""`search`: what one's own image or sentence is nearest to. It is the fastest way to see that a cache is sane.
+
+Shapes: Q queries, D embedding width, K neighbours.
+"""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def repetitions(
 def _repetitions_in_cluster(
     texts: Store, rows_N: np.ndarray[Any, Any], limit: float, device: str
 ) -> np.ndarray[Any, Any]:
-    """`repetitions` among the candidates of one cluster, best first, int32 (N,).
+    """`repetitions` for the candidates of one cluster, best first, int32 (N,).
 
     Each block is compared with the kept candidates of all blocks before it, then with itself.
     """

@@ -1,4 +1,7 @@
-"""Read columns of Parquet files forward and in bounded memory, to list what they hold. parquet_cells reads by row."""
+"""Read columns of Parquet files forward and in bounded memory, to list what they hold. parquet_cells reads by row.
+
+Shapes: N values of a block.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,7 @@ def open_parquet(path: str) -> pq.ParquetFile:
         file = pq.ParquetFile(source if is_url else path, buffer_size=_BUFFER, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         found = _storage_or_damage(error)
-        if isinstance(found, DamagedParquetError) and (what := _other_kind(path)):
+        if isinstance(found, DamagedParquetError) and (what := other_kind(path)):
             found = DamagedParquetError(f"it is {what}")
         raise found from error
     if footer_bytes - file.metadata.serialized_size == _SIGNATURE_BYTES:  # Arrow aborts at an encrypted column
@@ -107,7 +110,9 @@ def hugging_face_features(schema: pa.Schema) -> dict[str, Any]:
         found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError, RecursionError):
         return {}
-    return {name: one for name, one in found.items() if isinstance(one, dict)} if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: one for name, one in found.items() if isinstance(one, dict)}
 
 
 def describe_damage(path: str, rows: int, error: Exception) -> str:
@@ -150,7 +155,7 @@ def flat_values(batch: pa.RecordBatch, column: Column) -> tuple[pa.Array, np.nda
 
 
 def places_in_lists(rows: Sequence[int]) -> Iterator[int]:
-    """For values in lists, by the row of each: its place among those of the same row, counted from 0."""
+    """For values in lists, given the row of each: the place of each in its list, counted from 0."""
     place, previous = 0, -1
     for row in rows:
         place, previous = (place + 1 if row == previous else 0), row
@@ -210,7 +215,8 @@ def _footer_bytes(source: BinaryIO) -> int:
     return int.from_bytes(source.read()[-8:-4], "little")
 
 
-def _other_kind(path: str) -> str | None:
+def other_kind(path: str) -> str | None:
+    """What a file is by its first bytes, if it is of a known kind other than Parquet."""
     try:
         head = storage.read_bytes(path, 0, HEAD_BYTES)
     except OSError:

@@ -67,8 +67,8 @@ class RangedArray:
         out = np.empty((stop - start, *self._row_shape), self._dtype)
         size = self._chunk_rows
         chunks = range(start // size, -(-stop // size))
-        # The rest of a chunk of which a part is wanted will be next.
-        parts = {chunk for chunk in (*chunks[:1], *chunks[-1:]) if not start <= chunk * size <= stop - size}
+        # At either end, only a part of a chunk may be wanted: its rest is likely to be wanted next.
+        parts = {chunk for chunk in chunks if chunk * size < start or chunk * size + size > stop}
         for chunk, data in self._chunks(list(chunks), keep=parts):
             first, last = max(start, chunk * size), min(stop, chunk * size + size)
             out[first - start : last - start] = data[first - chunk * size : last - chunk * size]
@@ -91,8 +91,9 @@ class RangedArray:
         wanted = chunks[whole].tolist()
         order_N = np.argsort(chunk_N, kind="stable")
         for chunk, data in self._chunks(wanted, keep=set(wanted)):
-            mine = order_N[slice(*np.searchsorted(chunk_N, (chunk, chunk + 1), sorter=order_N))]
-            out[mine] = data[within_N[mine]]
+            first, last = np.searchsorted(chunk_N, (chunk, chunk + 1), sorter=order_N)
+            of_chunk = order_N[first:last]
+            out[of_chunk] = data[within_N[of_chunk]]
         self._gather_alone(rows_N, np.flatnonzero(~whole[place_N]), out)
         return out
 
@@ -103,7 +104,7 @@ class RangedArray:
             self._indices.clear()
 
     def _chunks(self, chunks: list[int], keep: set[int]) -> Iterator[tuple[int, _Array]]:
-        """Whole chunks, in order, those in `keep` kept as far as there is room."""
+        """Whole chunks by number, first those that were kept. Those in `keep` are kept, as far as there is room."""
         with self._lock:
             found = {chunk: self._kept[chunk] for chunk in chunks if chunk in self._kept}
             for chunk in found:
