@@ -100,7 +100,7 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A sentence and what became of it; `like` is the better sentence that it repeats."""
+    """A sentence, as an example of a group; `like` is the better sentence that it repeats."""
 
     group: str
     row: int

@@ -47,7 +47,7 @@ def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
 
 
 def _require_cores(workers: int, device: str) -> int:
-    """The CPU cores of the running Ray. Raises DimefmError where it could never place so many workers."""
+    """The CPU cores of the running Ray. Raises DimefmError where it could never place that many workers."""
     resources = ray.cluster_resources()
     cores, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     if device.startswith("cuda") and gpus == 0:
@@ -174,7 +174,7 @@ class _Supervisor:
             self._start_actor()
 
     def _put_aside(self, actor: Any, shard: int | None, error: UnreadableError, progress: Progress) -> None:
-        """Take an actor that could not read the source out of service. Raises `error` where no other could do better:
+        """Stop using an actor that could not read the source. Raises `error` where no other could do better:
         another machine could not read the shard either, or there is no other."""
         elsewhere = shard is not None and self._unread.setdefault(shard, error.host) != error.host
         if shard is not None:

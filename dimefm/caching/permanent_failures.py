@@ -26,8 +26,8 @@ from dimefm.system import storage
 from dimefm.system.read_ahead import in_order
 
 _ASKED, _NEIGHBOURS = 64, 8  # missing images, and images of other files, that are asked for again
-_LEAST = 32  # with so many images in a shard, and not one readable, it is the storage; fewer may all be bad
-_OF_STORAGE = (Status.TRUNCATED, Status.UNDECODABLE)  # what a file that was changed since gives, too
+_LEAST = 32  # if a shard has this many images and none can be read, it is the storage; fewer may all be bad
+_OF_STORAGE = (Status.TRUNCATED, Status.UNDECODABLE)  # as also for a file that was changed since
 
 Images = list[PlannedImage]
 

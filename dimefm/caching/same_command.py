@@ -136,7 +136,7 @@ def arguments_there(out: str, arguments: Sequence[str | Source[Any]]) -> tuple[s
         return tuple(found)
     for path in paths_of(arguments):
         expand(path)  # raises AbsentError
-    return tuple(arguments)  # it is back by now, and a plan without it would stay so
+    return tuple(arguments)  # it is back by now: a plan without it would never get it
 
 
 def with_gone(store: Store, files: Sequence[SourceFile]) -> list[SourceFile]:

@@ -39,7 +39,7 @@ def open_folder(path: str, split: str = "test") -> ImageSet:
 
 
 def find_folder(path: str, split: str) -> ImageSet | None:
-    """As `open_folder`, but None where the folder has no such split."""
+    """Like `open_folder`, but gives None where the folder has no such split."""
     folder, name = storage.absolute(path), set_name(path)
     if not storage.is_url(folder) and not Path(folder).is_dir():
         raise SourceError(f"{path} is no folder", remedy="name a folder with classnames.txt and templates.txt")

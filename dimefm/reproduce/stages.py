@@ -192,8 +192,8 @@ def _dimefm(words: list[str]) -> None:
 
 @contextmanager
 def _signals_passed_to(process: BaseProcess) -> Iterator[None]:
-    """Let a stage end in its own way, and this process after it. Ctrl-C reaches all processes in a terminal by itself;
-    SIGTERM is passed on."""
+    """For the block, let a stage end in its own way, and this process after it. Ctrl-C reaches all processes in a
+    terminal by itself; SIGTERM is passed on."""
     handlers = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: lambda *_: process.terminate()}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}  # type: ignore[arg-type]
     try:

@@ -23,8 +23,8 @@ _BLOCK = 2048
 
 
 def cluster_count(candidates: int) -> int:
-    """How many clusters so many candidates get: the square root. Then finding the cluster of a candidate costs as much
-    as comparing it with all candidates of that cluster."""
+    """The number of clusters for a number of candidates: its square root. Then finding the cluster of a candidate costs
+    as much as comparing it with all candidates of that cluster."""
     return max(1, round(math.sqrt(candidates)))
 
 

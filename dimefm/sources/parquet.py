@@ -34,7 +34,7 @@ _LISTS = {pa.list_(pa.null(), 1).id} | {
     kind(pa.null()).id for kind in (pa.list_, pa.large_list, pa.list_view, pa.large_list_view)
 }
 _MAGIC = b"PAR1"
-_TAIL_BYTES = 1 << 16  # Arrow reads so many first; they end with the length of the footer and _MAGIC
+_TAIL_BYTES = 1 << 16  # Arrow reads this many first; they end with the length of the footer and _MAGIC
 _SIGNATURE_BYTES = 28  # at the end of a footer that is plain although columns are encrypted
 
 
@@ -206,7 +206,7 @@ def is_list(type_: pa.DataType) -> bool:
 
 
 def element_type(type_: pa.DataType) -> pa.DataType:
-    """The type of the elements of lists, and of lists of lists; of any other type, the type itself."""
+    """The type of the elements if these are lists, or lists of lists; else the type itself."""
     return element_type(type_.value_type) if is_list(type_) else type_
 
 

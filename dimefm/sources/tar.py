@@ -237,8 +237,8 @@ def _linked_files(window: Window, listing: _Listing) -> Iterator[TarMember]:
 
 
 def _resolve(link: _Link, links: dict[str, _Link], files: dict[str, list[TarMember]]) -> TarMember | None:
-    """The file that a link leads to, through other links if need be. Of several files of one name a hard link means the
-    last that comes before it, if one does, as when they are extracted."""
+    """The file that a link leads to, through other links if need be. If several files have its name, a hard link means
+    the last of them before the link, if there is one, as when they are extracted."""
     for _ in range(_MOST_LINKS):
         target = _target_path(link)
         if candidates := files.get(target):

@@ -6,7 +6,7 @@ from zlib import adler32
 
 BLOCK = 512
 
-# What kind of member a header is of: one of these bytes of it.
+# The kind of a member is one byte of its header.
 FILES = {b"0", b"\0", b"7"}  # 7 was for contiguous files, and is laid out as any other
 HARD_LINK, SYMBOLIC_LINK = b"1", b"2"
 DEVICES = {b"3", b"4", b"6"}

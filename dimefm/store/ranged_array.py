@@ -27,7 +27,7 @@ from dimefm.system.read_ahead import URL_BLOCK, in_order
 KEPT_BYTES = 256 * 2**20
 """Bytes of chunks that a process keeps per array: two windows of 64 chunks of embeddings 768 wide, and some more."""
 
-_SMALL = 64 * 1024  # bytes: fetching a chunk of no more takes hardly longer than fetching one row of it
+_SMALL = 64 * 1024  # bytes: fetching a chunk of this size or less takes hardly longer than fetching one row of it
 _MANY = 8  # rows of a chunk: as many requests cost a core 16 ms, the 1.5 MB of all of it 9 ms (benchmarks/urls.py)
 _NEAR = 16 * 1024  # bytes between rows that are fetched with them: less than another request costs
 _ABSENT = np.uint64(2**64 - 1)

@@ -30,9 +30,9 @@ from dimefm.training.run_folder import run_to_resume
 _AHEAD = 4  # batches that each loader process reads ahead
 _ENOUGH_AHEAD = 4 * 2**30  # bytes that all loader processes read ahead at most; but two batches each at least
 _CORES_PER_LOADER, _MOST_LOADERS = 8, 16
-_MEMORY_SHARE = 4  # batches that are read ahead may take one part in so many of the memory
+_MEMORY_SHARE = 4  # batches that are read ahead may take a quarter of the memory
 _FILES_OF_BATCH = 8  # file descriptors: one for each tensor of a batch
-_FILES_SHARE = 4  # batches may take one part in so many of the descriptors
+_FILES_SHARE = 4  # batches may take a quarter of the descriptors
 
 
 def decide_settings(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -> tuple[TrainConfig, list[str]]:

@@ -22,7 +22,7 @@ from dimefm.system.machine import available_memory, processes_here
 from dimefm.training.config import TextMix
 
 CPU = torch.device("cpu")
-_SHARE = 4  # sentences may take one part in so many of the memory
+_SHARE = 4  # sentences may take a quarter of the memory
 _BLOCK = 2**18  # rows
 _Rows = np.ndarray[Any, Any]
 _NO_ROWS: _Rows = np.empty(0, np.int32)
@@ -94,7 +94,7 @@ class TextBank:
             self._on_device[at : at + _BLOCK] = torch.from_numpy(self._store.read(at, min(at + _BLOCK, rows)))
 
     def bytes_of_step(self, batch_size: int) -> int:
-        """Bytes of embeddings that are handed over with each batch of so many images of all processes."""
+        """Bytes of embeddings that are handed over with each batch of `batch_size` images, those of all processes."""
         if self.kept_in == "device":
             return 0
         texts = self._total + (batch_size if self._paired else 0)
