@@ -75,6 +75,13 @@ class _Listing:
     """Regular files until now."""
     links: list[_Link] = field(default_factory=list)
 
+    def note_other(self, kind: bytes, name: str, target: str, position: int, sparse: bool) -> None:
+        """Note a member that is no regular file: a link to `target`, a folder, or something that is not used."""
+        if kind in (HARD_LINK, SYMBOLIC_LINK):
+            self.links.append(_Link(name, target, kind == HARD_LINK, position))
+        elif kind not in FOLDERS:
+            self.account.skip(_why_not_used(kind, sparse), f"{self.path}: {name}")
+
 
 class _TrailingBytesError(DamagedTarError):
     """The end mark is followed, at this place, by something that is no tar."""
@@ -160,9 +167,7 @@ def _walk(window: Window, listing: _Listing, position: int = 0) -> Iterator[TarM
         name = records.get(b"path") or records_of_all.get(b"path") or name_in(header)
         sparse = kind == SPARSE
         if records:
-            if b"size" in records:
-                size = number_in(records[b"size"], 10)
-            sparse = sparse or any(key.startswith(b"GNU.sparse.") for key in records)
+            size, sparse = _by_records(records, size, sparse)
         if kind == b"\0" and name.endswith(b"/"):  # a folder, from before there was a letter for those
             kind = b"5"
         if kind in WITHOUT_DATA:
@@ -174,12 +179,17 @@ def _walk(window: Window, listing: _Listing, position: int = 0) -> Iterator[TarM
         if kind in FILES and not sparse:
             listing.count += 1
             yield TarMember(decode_name(name), data, size)
-        elif kind in (HARD_LINK, SYMBOLIC_LINK):
+        else:
             target = records.get(b"linkpath") or records_of_all.get(b"linkpath") or until_nul(header[157:257])
-            listing.links.append(_Link(decode_name(name), decode_name(target), kind == HARD_LINK, data))
-        elif kind not in FOLDERS:
-            listing.account.skip(_why_not_used(kind, sparse), f"{listing.path}: {decode_name(name)}")
+            listing.note_other(kind, decode_name(name), decode_name(target), data, sparse)
         records = {}
+
+
+def _by_records(records: dict[bytes, bytes], size: int, sparse: bool) -> tuple[int, bool]:
+    """The size of a member, and whether it is sparse, by the records before its header."""
+    if b"size" in records:
+        size = number_in(records[b"size"], 10)
+    return size, sparse or any(key.startswith(b"GNU.sparse.") for key in records)
 
 
 def _next_tar(window: Window, listing: _Listing, position: int) -> int | None:
