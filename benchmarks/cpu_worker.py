@@ -7,7 +7,6 @@ import timm
 import torch
 
 STUDENT, SIDE, BATCH = "resnet10t", 64, 64
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(precision: str, threads: int, seconds: float) -> None:

@@ -84,8 +84,8 @@ def _step(step: str, kind: str, folder: Path, shuffle: bool) -> None:
     """One step, then its seconds and the peak memory of this process in bytes."""
     from dimefm.caching.plan import PlanRequest, open_or_plan
     from dimefm.caching.sentences import SentenceRules
+    from dimefm.caching.worker import pending_shards
     from dimefm.inspection.info import describe
-    from pipeline.ray_workers import _pending
 
     rules = SentenceRules(min_words=3, shuffle=0 if shuffle else None)
     began = time.perf_counter()
@@ -96,7 +96,7 @@ def _step(step: str, kind: str, folder: Path, shuffle: bool) -> None:
         source = (str(folder / "source"),)
         request = PlanRequest(kind=kind, arguments=source, sentences=rules, shard_rows=65536)  # type: ignore[arg-type]
         store = open_or_plan(request, str(folder / "out.zarr"), TEACHER)
-        assert step == "plan" or len(_pending(store, retry=False)) == store.schema.shards
+        assert step == "plan" or len(pending_shards(store, retry=False)) == store.schema.shards
     seconds = time.perf_counter() - began
     status = Path("/proc/self/status").read_text().split("VmHWM:")[1]  # getrusage's peak is the parent's too
     print(seconds, int(status.split()[0]) * 1024)

@@ -8,10 +8,11 @@ import open_clip
 import torch
 
 from benchmarks.measure import machine, median, ratio, rounds, table
-from benchmarks.training_steps import DTYPES, BareStep, by_texts, loop_lines, target_seconds, with_teacher
+from benchmarks.training_steps import BareStep, by_texts, loop_lines, target_seconds, with_teacher
 from dimefm.models.towers import student_spec
 from dimefm.store.embedding_store import Store
 from dimefm.system.machine import choose_device, choose_precision
+from dimefm.system.matrix_products import DTYPES
 from dimefm.training.recipes import paper
 
 

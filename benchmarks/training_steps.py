@@ -12,6 +12,7 @@ import torch
 from cache_schemas import StudentSpec
 from dimefm.models.towers import build_student, has_convolutions
 from dimefm.store.embedding_store import Store
+from dimefm.system.matrix_products import DTYPES
 from dimefm.training.config import LossConfig, TextMix, TrainConfig
 from dimefm.training.distributed import Place
 from dimefm.training.objective import Objective
@@ -21,8 +22,6 @@ from dimefm.training.run_log import read_metrics
 from dimefm.training.text_bank import TextBank
 from dimefm.training.tower_trainer import TowerTrainer
 from dimefm.training.train import train
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class BareStep:

@@ -86,9 +86,9 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSummary:
-    """What was planned. `digest` covers every file's path and size and the `settings` (column, length limits, seed of
-    the order). `problems` are files that could not be read to their end; `skipped` is what was not used. `dropped`
-    counts sentences in stores of older releases, which kept no examples.
+    """What the rows were planned from. `digest` covers every file's path and size and the `settings` (column, length
+    limits, seed of the order). `problems` are files that could not be read to their end; `skipped` is what was not
+    used. `dropped` counts sentences in stores of older releases, which kept no examples.
     """
 
     arguments: tuple[str, ...]

@@ -29,12 +29,12 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherIdentity:
-    """Two stores have the same teacher if these fields agree, but for those that are not compared.
+    """A teacher by its facts. Two stores have the same teacher if all fields agree that are compared.
 
     `name` and `pretrained` say where it was loaded from; they are not compared, since a folder may move and the digest
     of the weights says more. `weights` is the digest of the weights as they were loaded; `precision` is the number
     format in which they are held and products are computed. `preprocessing_from` says in words where the preprocessing
-    is known from; it is not compared either, and is None in older documents.
+    was taken from; it is not compared either, and is None in older documents.
     """
 
     name: str

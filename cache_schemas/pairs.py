@@ -55,7 +55,7 @@ class PairsStore(Document):
 
 @dataclass(frozen=True, kw_only=True)
 class HitCounts(Document):
-    """commits/hits.json: how many sentences are visually grounded, that is, retrieved for an image or more.
+    """commits/hits.json: how many sentences are visually grounded, that is, retrieved for at least one image.
 
     `selected` sentences of `text_rows` are; `skipped` images have no usable embedding; `mean_score` is over all
     retrieved sentences; `digest` is that of the array hits/. `images_data` is the digest of the embeddings of all

@@ -39,7 +39,7 @@ SELECTED_ROWS = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionSettings:
-    """How sentences are chosen. None: the condition does not apply. `among` is the digest of the only rows that could
+    """How sentences are chosen. None: the condition does not apply. `among` is the digest of the rows that alone could
     be chosen; `seed` is that of the random draw, of the samples that scores are made from, and of the clusters."""
 
     by: Ranking
@@ -100,7 +100,7 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A sentence and what became of it; `like` is the better sentence that it repeats."""
+    """A sentence, as an example of a group; `like` is the better sentence that it repeats."""
 
     group: str
     row: int

@@ -38,16 +38,7 @@ class _Group(click.Group):
         except (DimefmError, SchemaError) as error:
             raise click.ClickException(text(error)) from error
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # raised by a write, which names no file
-                where = f"{error.filename}: " if error.filename else ""
-                remedy = "make room, or mend the permissions, then run the same command again"
-                raise click.ClickException(f"{text(where)}{error.strerror}\n  remedy: {remedy}") from error
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                remedy = "raise the limit (ulimit -n 4096), then run the same command again"
-                raise click.ClickException(f"too many open files\n  remedy: {remedy}") from error
-            where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-            remedy = "check the path, its permissions and that the storage answers, then run the same command again"
-            raise click.ClickException(text(f"{where}{error.strerror or error}\n  remedy: {remedy}")) from error
+            raise click.ClickException(_message_for(error)) from error
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's own error; torch may not have been imported
                 raise
@@ -57,6 +48,17 @@ class _Group(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of the work, not of the alphabet
+
+
+def _message_for(error: OSError) -> str:
+    what, remedy = str(error.strerror or error), "check the path, its permissions and that the storage answers"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        remedy = "make room, or mend the permissions"
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many open files\n  remedy: raise the limit (ulimit -n 4096), then run the same command again"
+    if error.filename:  # a write names none
+        what = f"{os.fsdecode(error.filename)}: {what}"
+    return text(f"{what}\n  remedy: {remedy}, then run the same command again")
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

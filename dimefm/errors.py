@@ -39,7 +39,7 @@ class SourceError(DimefmError):
 
 
 class AbsentError(SourceError):
-    """A file, folder or glob that an argument names does not exist: the storage answered, and said so."""
+    """A file, folder or glob that an argument names does not exist: this is what the storage answered."""
 
 
 class OutputExistsError(DimefmError):

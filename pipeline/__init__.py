@@ -1,1 +1,1 @@
-"""Stage 1: the teacher runs once over every image and sentence. The only package that imports ray."""
+"""What runs on Ray: stage 1, and the parts of an index. No other package imports ray."""

@@ -148,16 +148,17 @@ def _cache(config: CacheConfig) -> Store:
         with running(store.path) as died:
             # An image may have crashed the last run. On Ray it ends only a worker, and another one goes on.
             may_run_here = config.ray_address is None and not (died and config.kind == "image")
-            for one in [job, replace(job, retry=True)] if config.retry_failed else [job]:
-                shards = len(pending_shards(store, retry=one.retry))
+            jobs = [job, replace(job, retry=True)] if config.retry_failed else [job]
+            for each in jobs:
+                shards = len(pending_shards(store, retry=each.retry))
                 if may_run_here and min(workers, shards) <= 1:
                     clip = clip or _load(config, device, device)
-                    run_here(one, clip)
+                    run_here(each, clip)
                 else:
                     from pipeline.ray_workers import run_shards  # imports Ray
 
                     clip = None  # the workers need the memory for their own
-                    run_shards(one, workers=workers, address=config.ray_address)
+                    run_shards(each, workers=workers, address=config.ray_address)
         require_embeddings(store)
         if failed and not config.accept_missing and failed == sum(pending_shards(store, retry=True).values()):
             what = f"{store.path}: none of the {failed:,} rows that had failed could be mended{as_list(store)}"
@@ -196,24 +197,29 @@ def _show_forecast(config: CacheConfig, device: str, found: Forecast, clip: Clip
     source, workers = found.schema.source, _workers(config, device, found.schema.rows, clip.weight_bytes())
     on_cpu = device == "cpu"
     threads = config.threads or rates.threads(max(1, cpus() // workers))
-    rate = workers * rates.worker(threads, shared=on_cpu)
+    rate = workers * rates.of_worker(threads, shared=on_cpu)
     decodes = config.kind == "image" and config.decoder != "nvjpeg"
-    bound = rates.bound(threads) if decodes and not on_cpu else None
+    bound = rates.bottleneck(threads) if decodes and not on_cpu else None
     jpegs = f" and {amount(found.schema.rows * rates.jpeg_bytes)} of JPEGs" if rates.jpeg_bytes else ""
-    loading = f"{rates.load:,.0f} images/s read and decoded by a thread, " if config.kind == "image" else ""
-    who = f"{workers} workers of {threads} decoding threads" if config.kind == "image" else f"{workers} workers"
+    measured = f"{rates.teacher:,.0f} {config.kind}s/s by the teacher on one {'core' if on_cpu else 'GPU'}"
+    who = f"{workers} workers"
+    if config.kind == "image":
+        measured = f"{rates.load:,.0f} images/s read and decoded by a thread, {measured}"
+        who += f" of {threads} decoding threads"
     lines = [
         f"rows      {found.schema.rows:,} from {source.files:,} files, {amount(source.bytes)} to read",
         f"shards    {found.schema.shards:,}",
         f"writes    {amount(found.bytes_out)} of embeddings and status{jpegs}",
-        f"measured  {loading}{rates.teacher:,.0f} {config.kind}s/s by the teacher on one {'core' if on_cpu else 'GPU'}",
+        f"measured  {measured}",
         f"takes     {duration(found.schema.rows / rate)} at {rate:,.0f} {config.kind}s/s with {who}",
-        *([bound] if bound else []),
-        *(f"skipped   {describe_skipped(one)}" for one in source.skipped),
-        *(f"problem   {line(problem)}" for problem in first_lines(source.problems)),
-        *([f"failed    {rates.failed}"] if rates.failed else []),
-        "teacher",
     ]
+    if bound:
+        lines.append(bound)
+    lines += [f"skipped   {describe_skipped(one)}" for one in source.skipped]
+    lines += [f"problem   {line(problem)}" for problem in first_lines(source.problems)]
+    if rates.failed:
+        lines.append(f"failed    {rates.failed}")
+    lines.append("teacher")
     lines += [f"  {name:<15} {value}" for name, value in to_plain(clip.identity).items()]
     return "\n".join(lines)
 
@@ -249,7 +255,7 @@ def _require_sources(config: CacheConfig) -> None:
 
 def _load(config: CacheConfig, device: str, place: str) -> Clip:
     """The teacher in this process's memory, on `place`, with the precision that workers on `device` will use."""
-    begun = _begun(config)
+    begun = _earlier_schema(config)
     known = begun.teacher if begun else None
     precision = config.precision or (known.precision if known else teacher_precision(device))
     return load_clip(
@@ -257,8 +263,9 @@ def _load(config: CacheConfig, device: str, place: str) -> Clip:
     )
 
 
-def _begun(config: CacheConfig) -> EmbeddingStore | None:
-    """The store that an earlier run began, if there is one. It keeps its precision and batch size on any machine."""
+def _earlier_schema(config: CacheConfig) -> EmbeddingStore | None:
+    """The schema of the store that an earlier run began, if there is one: the store keeps its precision and batch size
+    on any machine."""
     return Store(config.out).schema if is_planned(config.out) else None
 
 
@@ -275,7 +282,7 @@ def _workers(config: CacheConfig, device: str, rows: int, weight_bytes: int) -> 
 
 
 def _request(config: CacheConfig, device: str, clip: Clip) -> PlanRequest:
-    begun = _begun(config)
+    begun = _earlier_schema(config)
     batch_size = begun.batch_size if begun else BATCH_SIZE[device.partition(":")[0]]
     views = None
     if config.views:

@@ -11,7 +11,7 @@ from ray.exceptions import WorkerCrashedError
 from dimefm.errors import StoreError
 from dimefm.retrieval.index_parts import PartRunner, PartTask, build_part
 from dimefm.system.machine import choose_device, cpus
-from pipeline.ray_workers import cluster, fetch, gpu_share
+from pipeline.ray_cluster import cluster, fetch, gpu_share
 
 _TRIES = 3
 

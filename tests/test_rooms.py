@@ -43,7 +43,7 @@ ROOMS = {
 
 # A heavy library has few homes. What is listed may import it, nothing else.
 HOMES = {
-    "ray": {"pipeline/ray_workers.py", "pipeline/ray_index_parts.py"},
+    "ray": {"pipeline/ray_cluster.py", "pipeline/ray_workers.py", "pipeline/ray_index_parts.py"},
     "faiss": {"dimefm/retrieval/faiss_index.py"},
     "zarr": {"dimefm/store/"},
     "open_clip": {"dimefm/models/", "dimefm/images/preprocess.py", "dimefm/datasets/definitions.py", "dimefm/sample/"},

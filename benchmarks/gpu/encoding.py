@@ -30,8 +30,8 @@ from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.models.clip import Clip, teacher_precision
 from dimefm.store.embedding_store import Store
 from dimefm.system.machine import cpus
+from dimefm.system.matrix_products import DTYPES
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CPU = torch.device("cpu")
 _TASK = 8  # images that a decoding thread takes at once, as in stage 1
 _SHORT = 4  # of the two runs whose difference is the steady state, the short one is a fourth of the long one
@@ -116,7 +116,7 @@ class Tower:
     def rate(self, precision: str, batch: int, repeats: int = 3) -> float:
         """Images/s on normalised images that are on the device; under autocast, unless its weights are of that
         precision."""
-        wanted, held = _DTYPES[precision], self.dtype
+        wanted, held = DTYPES[precision], self.dtype
         sets = [torch.randn(batch, 3, *self.size, device=self.kit.device, dtype=held) for _ in range(2)]
 
         def forward(images: torch.Tensor) -> None:
@@ -194,7 +194,7 @@ def _other_weights(kit: Kit, clip: Clip, tower: Tower) -> None:
     ways: tuple[tuple[Precision, bool], ...] = (("bf16", False), ("fp16", False), ("bf16", True), ("fp16", True))
     whole = copy.deepcopy(clip.model.visual).float()
     for precision, held in ways:
-        module = copy.deepcopy(whole).to(_DTYPES[precision]) if held else whole
+        module = copy.deepcopy(whole).to(DTYPES[precision]) if held else whole
         rate = Tower(kit, module, tower.size).rate(precision, kit.sizes.batch)
         name = f"{precision} weights" if held else f"float32 weights under autocast to {precision}"
         at = f"batch {kit.sizes.batch}: {tower.share(rate, precision):.0%} of the peak in {precision}"

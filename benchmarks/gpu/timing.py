@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.measure import rounds
-from dimefm.system.matrix_products import tf32
+from dimefm.system.matrix_products import DTYPES, tf32
 
 if TYPE_CHECKING:
     from benchmarks.gpu.kit import Kit
 
 _TF32 = "tf32"
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, _TF32: torch.float32}
+_DTYPES = {**DTYPES, _TF32: torch.float32}
 
 
 def seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = 5) -> float:

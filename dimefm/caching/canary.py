@@ -1,4 +1,7 @@
-"""Encode finished rows of a store again: whether its files, the libraries and the device still give what is stored."""
+"""Encode finished rows of a store again: whether its files, the libraries and the device still give what is stored.
+
+Shapes: N rows.
+"""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ Images = list[PlannedImage]
 
 @contextmanager
 def running(store: str) -> Iterator[bool]:
-    """Around a run that decodes in its own process: whether an earlier run over this store was ended by a crash or a
-    kill. A hidden file in the store stands for a run; one that ends with an error or by Ctrl-C removes it."""
+    """A block around a run that decodes in its own process. It gets whether an earlier run over this store was ended by
+    a crash or a kill: a hidden file in the store stands for a run, which removes it if it ends in any other way."""
     path = storage.join(store, _RUNNING)
     died = storage.exists(path)
     with storage.writing_to(store):

@@ -61,8 +61,7 @@ class ShardData:
         self.arrays[STATUS][place], self.reasons[place] = status, reason
 
     def replace(self, places: np.ndarray[Any, Any], again: ShardData) -> None:
-        """Put what was found `again` for the rows at these places in place of what is here; no other row may have
-        failed."""
+        """Take the rows at these places from `again`, which has them encoded again; no other row may have failed."""
         for name, values in again.arrays.items():
             self.arrays[name] = self.arrays[name].copy()
             self.arrays[name][places] = values
@@ -93,11 +92,11 @@ def encode_rows(
         first, asked = list(islice(batches, 1)), monotonic()
         with turn:
             data.waited = monotonic() - asked
-            for batch, arriving in _one_behind(chain(first, batches), schema, clip):
-                left = _write(data, batch, arriving)
+            for batch, arriving in _send_ahead(chain(first, batches), schema, clip):
+                left = _write_results(data, batch, arriving)
                 if left.places and schema.teacher.precision == "fp16":
                     wide = wide or clip.in_float32()
-                    left = _write(data, left, _send(left, schema, wide))
+                    left = _write_results(data, left, _send(left, schema, wide))
                 for place in left.places:
                     data.fail(place, Status.NOT_FINITE, "the teacher's embedding is NaN, infinite or zero")
                 progress(len(batch.places))
@@ -114,8 +113,8 @@ class _Batch:
     inputs: torch.Tensor
 
 
-def _one_behind(batches: Iterator[_Batch], schema: EmbeddingStore, clip: Clip) -> Iterator[tuple[_Batch, Arriving]]:
-    """Each batch with its results on their way, once the next one was sent to the teacher: a GPU computes while results
+def _send_ahead(batches: Iterator[_Batch], schema: EmbeddingStore, clip: Clip) -> Iterator[tuple[_Batch, Arriving]]:
+    """Send each batch to the teacher before the results of the batch before it are yielded: a GPU computes while they
     are fetched and written. A batch without rows counts as well, so that the loader's buffers are reused in time."""
     before: tuple[_Batch, Arriving] | None = None
     for batch in batches:
@@ -135,7 +134,7 @@ def _send(batch: _Batch, schema: EmbeddingStore, clip: Clip) -> Arriving:
     return fetch(features_ND.to(torch.float16 if schema.dtype == "float16" else torch.float32), good_N)
 
 
-def _write(data: ShardData, batch: _Batch, arriving: Arriving) -> _Batch:
+def _write_results(data: ShardData, batch: _Batch, arriving: Arriving) -> _Batch:
     """Put the results of a batch into `data`; returns the rest of the batch: the rows without a valid embedding."""
     values_ND, good_N = (tensor.numpy() for tensor in arriving.wait())
     good_BV = good_N.reshape(len(batch.places), -1)

@@ -29,7 +29,7 @@ from dimefm.system import storage
 
 
 class How(TypedDict, total=False):
-    """How rows are encoded; all that is left out is as `encode_rows` has it.
+    """How rows are encoded; the defaults are those of `encode_rows`.
 
     `threads` read and decode. `progress` is called with the number of further rows that are done. `turn` is held while
     the teacher works: with two shards on two threads, one reads and decodes its first rows, or writes its results,
@@ -119,8 +119,8 @@ def _pixel_tar(store: Store, shard: int) -> Iterator[PixelTar]:
 
 
 def _merge_pixels(store: Store, shard: int, data: ShardData, retried: np.ndarray[Any, Any], spool: IO[bytes]) -> str:
-    """Write the shard's tar again, in order of row; its digest. The JPEGs of `retried` rows come from `spool`, all
-    others from the tar as it was."""
+    """Write the shard's tar again, in order of row; returns its digest. The JPEGs of `retried` rows come from `spool`,
+    all others from the tar as it was."""
     index_N3, first = data.arrays[PIXEL_INDEX], store.schema.shard_range(shard)[0]
     has_jpeg = np.flatnonzero(index_N3[:, 1] > 0)
     new = set(retried.tolist())

@@ -30,7 +30,7 @@ _AHEAD = 2  # batches whose bytes are read before they are needed
 
 
 class GpuLoader:
-    """As caching.image_loader.Loader, with the images decoded on a GPU, where their pixels stay."""
+    """Like caching.image_loader.Loader, but images are decoded on a GPU, where their pixels stay."""
 
     def __init__(self, schema: EmbeddingStore, device: torch.device, *, accept_missing: bool = False) -> None:
         """`accept_missing`: see sources.read_image. Raises StoreError where `device` is no GPU, or no nvJPEG is

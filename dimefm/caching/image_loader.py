@@ -1,6 +1,6 @@
 """From a planned image to what the teacher sees and what is stored beside its embedding.
 
-Shapes: V views (1 without), H height, W width.
+Shapes: B images in a batch, V views (1 without), H height, W width.
 """
 
 from __future__ import annotations

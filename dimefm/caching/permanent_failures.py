@@ -1,6 +1,8 @@
 """Whether the rows of a shard that failed have failed for good; asked before the shard is committed.
 
 A status is permanent, so it must be a fact about the image, and never about the storage at that moment.
+
+Shapes: N rows of the shard, or of the store.
 """
 
 from __future__ import annotations
@@ -16,15 +18,16 @@ from cache_schemas.plan import PlannedImage, SourceFile, planned_rows
 from dimefm.errors import RUN_AGAIN, SourceError, UnreadableError
 from dimefm.images.decode import MAX_BYTES, DecodeError
 from dimefm.sources.files import describe_change, stat_files
-from dimefm.sources.parquet import forget_cells, split_column
+from dimefm.sources.parquet import split_column
+from dimefm.sources.parquet_cells import forget_cells
 from dimefm.sources.read_image import read_encoded
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.read_ahead import in_order
 
 _ASKED, _NEIGHBOURS = 64, 8  # missing images, and images of other files, that are asked for again
-_LEAST = 32  # with so many images in a shard, and not one readable, it is the storage; fewer may all be bad
-_OF_STORAGE = (Status.TRUNCATED, Status.UNDECODABLE)  # what a file that was changed since gives, too
+_LEAST = 32  # if a shard has this many images and none can be read, it is the storage; fewer may all be bad
+_OF_STORAGE = (Status.TRUNCATED, Status.UNDECODABLE)  # as also for a file that was changed since
 
 Images = list[PlannedImage]
 
@@ -70,10 +73,10 @@ def _require_gone(missing: Images, what: str) -> None:
 
 def _require_others(store: Store, others: Images, what: str) -> None:
     """Raises UnreadableError unless one of `others`, or else of the images of other shards, can be read now."""
-    others = _that_are_opened(others)
+    others = _read_from_a_file(others)
     if not others:
         rows_N = np.linspace(0, store.schema.rows - 1, min(_ASKED, store.schema.rows)).astype(np.int64)
-        others = _that_are_opened(planned_rows(store.entries(rows_N)))
+        others = _read_from_a_file(planned_rows(store.entries(rows_N)))
     forget_cells()
     asked = _spread(others, _NEIGHBOURS)
     if not any(in_order(_can_be_read, asked)):
@@ -82,8 +85,8 @@ def _require_others(store: Store, others: Images, what: str) -> None:
         raise UnreadableError(f"{what}, and no other file can be read either{such}", remedy=remedy)
 
 
-def _that_are_opened(images: Images) -> Images:
-    """Those whose file is opened to read them: not the empty ones, nor those above the limit."""
+def _read_from_a_file(images: Images) -> Images:
+    """The images for which a file is opened: not the empty ones, nor those above the limit."""
     return [image for image in images if 0 < image.size <= MAX_BYTES]
 
 

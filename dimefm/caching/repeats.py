@@ -1,4 +1,7 @@
-"""Find repeats in millions of values, by their 64-bit hashes, with little memory besides the hashes themselves."""
+"""Find repeats in millions of values, by their 64-bit hashes, with little memory besides the hashes themselves.
+
+Shapes: N values.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ _PARTS = 16
 def repeats(
     hashes_N: np.ndarray[Any, Any], only_N: np.ndarray[Any, Any] | None = None
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """The places whose value is at an earlier place too; with `only_N` (bool), no others are looked at. A sixteenth of
-    all values at a time, since sorting takes three times the memory of what is sorted."""
+    """The places whose value is at an earlier place too; with `only_N` (bool), no other places are looked at. They are
+    found for a sixteenth of all values at a time, since sorting takes three times the memory of what is sorted."""
     for part in range(_PARTS):
         mine_N = (hashes_N & (_PARTS - 1)) == part
         places = np.flatnonzero(mine_N if only_N is None else mine_N & only_N)

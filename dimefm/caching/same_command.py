@@ -129,13 +129,14 @@ def _changes(store: Store, files: Sequence[SourceFile]) -> list[str]:
 def arguments_there(out: str, arguments: Sequence[str | Source[Any]]) -> tuple[str | Source[Any], ...]:
     """The arguments without those whose files are gone, if the store at `out` was planned from these arguments. Raises
     AbsentError if it was not: then a path may be mistyped."""
-    found = tuple(one for each in arguments for one in (existing_names(each) if isinstance(each, str) else [each]))
-    names = names_of(arguments)
-    if found != tuple(arguments) and not (is_planned(out) and Store(out).schema.source.arguments == names):
-        for argument in paths_of(arguments):
-            expand(argument)
-        return tuple(arguments)  # it is back by now, and a plan without it would stay so
-    return found
+    found: list[str | Source[Any]] = []
+    for argument in arguments:
+        found += existing_names(argument) if isinstance(argument, str) else [argument]
+    if found == list(arguments) or (is_planned(out) and Store(out).schema.source.arguments == names_of(arguments)):
+        return tuple(found)
+    for path in paths_of(arguments):
+        expand(path)  # raises AbsentError
+    return tuple(arguments)  # it is back by now: a plan without it would never get it
 
 
 def with_gone(store: Store, files: Sequence[SourceFile]) -> list[SourceFile]:

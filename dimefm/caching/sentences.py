@@ -1,5 +1,7 @@
 """Clean sentences when they are planned: leave out repeats and those that are too short or too long, and shuffle them
 if asked. The sentences are never all in memory, only 9 to 36 bytes for each.
+
+Shapes: N sentences of the source.
 """
 
 from __future__ import annotations

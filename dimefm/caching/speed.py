@@ -1,5 +1,8 @@
 """How fast this machine reads, decodes and encodes: measured on a few rows, for --dry-run and for the number of
-decoding threads that keep a GPU busy."""
+decoding threads that keep a GPU busy.
+
+Shapes: N views of all images that could be read, B views in a batch, H height, W width.
+"""
 
 from __future__ import annotations
 
@@ -33,26 +36,28 @@ class Rates:
     jpeg_bytes: float = 0.0
     failed: str = ""
 
-    def wanted(self) -> int:
+    def threads_wanted(self) -> int:
         """The decoding threads that keep one device busy, with a reserve of a quarter."""
         return max(1, math.ceil(_HEADROOM * self.teacher / self.load))
 
     def threads(self, most: int) -> int:
         """The decoding threads to use, where there are at most `most`."""
-        return min(most, self.wanted())
+        return min(most, self.threads_wanted())
 
-    def bound(self, threads: int) -> str | None:
-        """A message where that many threads cannot feed a GPU, else None."""
+    def bottleneck(self, threads: int) -> str | None:
+        """A message if that many threads cannot feed a GPU, else None."""
         if threads * self.load >= self.teacher:
             return None
         return (
             f"bound by decoding: {threads} threads decode about {threads * self.load:,.0f} of the {self.teacher:,.0f} "
-            f"images/s that the teacher takes; {self.wanted()} cores for each GPU would keep it busy"
+            f"images/s that the teacher takes; {self.threads_wanted()} cores for each GPU would keep it busy"
         )
 
-    def worker(self, threads: int, *, shared: bool) -> float:
-        """Rows per second of a worker; `shared`: the teacher runs on the same cores that decode."""
-        return 1 / (1 / self.load + 1 / self.teacher) if shared else min(threads * self.load, self.teacher)
+    def of_worker(self, threads: int, *, shared: bool) -> float:
+        """Rows per second of a worker. With `shared`, the teacher runs on the core that decodes."""
+        if shared:
+            return 1 / (1 / self.load + 1 / self.teacher)
+        return min(threads * self.load, self.teacher)
 
 
 def measure(rows: list[Any], schema: EmbeddingStore, clip: Clip, *, accept_missing: bool = False) -> Rates:

@@ -101,7 +101,7 @@ class Worker:
                 with suppress(SourceError):  # none of them is an image: there is no speed to go by
                     rates = measure(rows, schema, clip, accept_missing=job.accept_missing)
                     self._threads = job.threads or rates.threads(threads)
-                    note = rates.bound(self._threads) if on_gpu else None
+                    note = rates.bottleneck(self._threads) if on_gpu else None
             if check:
                 check_canary(self._store, clip, accept_missing=job.accept_missing)
         return note
@@ -205,18 +205,23 @@ def run_here(job: Job, clip: Clip) -> None:
         note = worker.start(job.threads or cpus(), order[0], check=bool(store.committed()))
         if note:
             progress.note(note)
-        at_once = SHARDS_AT_ONCE[job.device.partition(":")[0]]
-        if at_once == 1:
-            for shard in order:
-                encode(shard)
-            return
-        with ThreadPoolExecutor(at_once) as pool:
-            try:
-                for _ in pool.map(encode, order):
-                    pass
-            except BaseException:
-                stopped.set()  # the shard beside the one that failed
-                raise
+        _encode_each(encode, order, SHARDS_AT_ONCE[job.device.partition(":")[0]], stopped)
+
+
+def _encode_each(encode: Callable[[int], None], shards: list[int], at_once: int, stopped: threading.Event) -> None:
+    """Call `encode` for the shards in order, `at_once` at a time. After an error `stopped` is set, so that the shard
+    beside the one that failed ends too."""
+    if at_once == 1:
+        for shard in shards:
+            encode(shard)
+        return
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            for _ in pool.map(encode, shards):
+                pass
+        except BaseException:
+            stopped.set()
+            raise
 
 
 def none_usable(commit: Commit) -> str | None:

@@ -89,7 +89,7 @@ def evaluate(model: str, **options: Any) -> None:
 def _require_sense(options: dict[str, Any]) -> None:
     """Raises UsageError for options that contradict each other, or have no effect without another."""
     if options["solver"] == "lbfgs" and options["selection"] == "elevater":
-        raise click.UsageError("--selection elevater chooses among SGD's epochs, and --solver lbfgs has none")
+        raise click.UsageError("--selection elevater chooses one of SGD's epochs, and --solver lbfgs has none")
     known = options["suite"] or options["sets"]
     if not options["folders"] and not known:
         raise click.UsageError("name a SET, or give --suite or --sets with --data ROOT")

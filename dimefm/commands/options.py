@@ -97,7 +97,7 @@ def parse_bytes(text: str) -> int:
 
 
 def was_given(name: str) -> bool:
-    """Whether the user gave the option with this name in Python, be it with the value of its default."""
+    """Whether the user gave the option that has this name in Python, even if its value is the default."""
     return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 

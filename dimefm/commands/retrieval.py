@@ -64,7 +64,7 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **o
 def retrieve(images: str, **options: Any) -> None:
     """Find the nearest sentences of each image.
 
-    They are its pseudo texts; sentences that an image or more has are visually grounded. Exact search suits a GPU, or
+    They are its pseudo texts; sentences that at least one image has are visually grounded. Exact search suits a GPU, or
     up to a hundred thousand sentences; build-index --dry-run says which is cheaper.
     """
     from dimefm.inspection.info import describe
@@ -132,8 +132,8 @@ def select_texts(**options: Any) -> None:
     --by similarity  by how far their nearest images stand out from all others
     --by random      at random
 
-    Then the options that are given apply in this order: --min-hits, --min-score, --pool, --dedup, --balance, --size. By
-    hits, all sentences that an image or more has are kept if none is given.
+    Then the options that are given apply in this order: --min-hits, --min-score, --pool, --dedup, --balance, --size.
+    With --by hits and none of them, every sentence that at least one image has is kept.
     """
     from dimefm.inspection.info import describe
     from dimefm.selection.select_texts import SelectionConfig

@@ -31,8 +31,8 @@ class _Colours(click.ParamType[tuple[float, float, float]]):
 
 
 def weights_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds --pretrained, and the options for what weights in a file do not say of themselves. The command gets
-    `pretrained` and `trained`, a models.pretraining.Trained."""
+    """Add --pretrained, and the options for what a file of weights does not contain. The command gets `pretrained` and
+    `trained`, a models.pretraining.Trained."""
 
     @wraps(command)
     def with_trained(**options: Any) -> None:

@@ -53,8 +53,8 @@ def read_folders(folder: str, split: str, definition: SetDefinition | None) -> R
 
 
 def _folder_of_classes(folder: str, split: str, definition: SetDefinition | None) -> str | None:
-    """The folder that holds the class folders of a split; None if there is none. The set's own folder may be it for the
-    test split, if it has no folder of any split."""
+    """The folder that holds the class folders of a split; None if there is none. For the test split it may be
+    the set's own folder, if that has no folder of any split."""
     if storage.is_url(folder):
         return None
     for name in split_folder_names(split, definition):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -170,11 +170,21 @@ def parse_label(data: bytes, where: str) -> int:
         raise SourceError(f"{where} holds {data[:20]!r}", remedy="write one integer, the label") from None
 
 
+def labels_of(row: Any) -> list[Any]:
+    """The labels of one image, which are a list if it may have several."""
+    return row if isinstance(row, list) else [row]
+
+
+def relabel(labels: Sequence[Any], new: Mapping[Any, int] | Sequence[int]) -> list[Any]:
+    """The labels of images, each label replaced by `new[label]`."""
+    return [[new[one] for one in row] if isinstance(row, list) else new[row] for row in labels]
+
+
 def label_array(records: Records, classes: int, multilabel: bool) -> np.ndarray[Any, Any]:
     """The labels of `records` as int64 (N,), or bool (N, classes). Raises SourceError for a label without a class."""
     labels: list[Any] = records.labels or []
     for sample, row in zip(records.samples, labels, strict=True):
-        for label in row if isinstance(row, list) else (row,):
+        for label in labels_of(row):
             if not 0 <= label < classes:
                 what = f"{sample.file}: {sample.key} has label {label}, but there are {classes} classes"
                 raise SourceError(what, remedy="labels count from 0 in the order of the class names")

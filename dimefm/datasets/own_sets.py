@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dimefm.datasets.folder_layout import read_folders
-from dimefm.datasets.image_set import ImageSet, Records, label_array
+from dimefm.datasets.image_set import ImageSet, Records, label_array, relabel
 from dimefm.datasets.layouts import Reader, name_lookup, read_first
 from dimefm.datasets.parquet_layout import read_parquet
 from dimefm.datasets.unused_files import count_unused, note_empty_classes
@@ -39,7 +39,7 @@ def open_folder(path: str, split: str = "test") -> ImageSet:
 
 
 def find_folder(path: str, split: str) -> ImageSet | None:
-    """As `open_folder`, but None where the folder has no such split."""
+    """Like `open_folder`, but gives None where the folder has no such split."""
     folder, name = storage.absolute(path), set_name(path)
     if not storage.is_url(folder) and not Path(folder).is_dir():
         raise SourceError(f"{path} is no folder", remedy="name a folder with classnames.txt and templates.txt")
@@ -91,8 +91,7 @@ def map_labels(records: Records, counted: list[str], names: list[str], aliases: 
         what = f"{records.where}: {name!r} is not in {CLASSNAMES}, or is in it twice"
         raise SourceError(what, remedy=f"name every class in {CLASSNAMES} as the labels do")
     label_array(records, len(counted), _has_several(records))  # raises SourceError for a label that counts no name
-    old: list[Any] = records.labels or []
-    records.labels = [[labels[one] for one in row] if isinstance(row, list) else labels[row] for row in old]
+    records.labels = relabel(records.labels or [], labels)
     return True
 
 

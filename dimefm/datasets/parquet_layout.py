@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from cache_schemas.evaluation import SetDefinition
-from dimefm.datasets.image_set import Records
+from dimefm.datasets.image_set import Records, labels_of, relabel
 from dimefm.datasets.layouts import UnlabelledError, add_class_texts, natural_order, split_files
 from dimefm.datasets.unused_files import count_unused
 from dimefm.errors import SourceError
@@ -65,10 +65,11 @@ def _column_values(path: str, column: str) -> list[Any]:
         if column not in file.schema_arrow.names:
             what = f"{path} has no column {column!r}, only {', '.join(file.schema_arrow.names)}"
             raise SourceError(what, remedy="keep only files with the same columns in a folder")
-        groups = range(file.num_row_groups)
-        return [
-            value for group in groups for block in read_blocks(file, [column], group) for value in block[0].to_pylist()
-        ]
+        values = []
+        for group in range(file.num_row_groups):
+            for block in read_blocks(file, [column], group):
+                values += block[0].to_pylist()
+        return values
 
 
 def _annotation_column(path: str, definition: SetDefinition | None) -> tuple[str, list[str] | None]:
@@ -104,12 +105,10 @@ def _set_labels(records: Records, values: list[Any], column: str) -> None:
     empty = next((s.key for s, one in zip(records.samples, values, strict=True) if one is None), None)
     if empty is not None:
         raise SourceError(f"{records.where}: {empty} has no {column}", remedy="give every image one")
-    flat = [one for cell in values for one in (cell if isinstance(cell, list) else [cell])]
+    flat = [one for cell in values for one in labels_of(cell)]
     if flat and all(isinstance(one, str) for one in flat):
         records.names = sorted(set(flat), key=natural_order)
-        label = {name: place for place, name in enumerate(records.names)}
-        numbers: list[Any] = [[label[n] for n in cell] if isinstance(cell, list) else label[cell] for cell in values]
-        records.labels = numbers
+        records.labels = relabel(values, {name: label for label, name in enumerate(records.names)})
     elif others := [one for one in flat if not isinstance(one, int)]:
         what = f"{records.where}: column {column!r} holds {type(others[0]).__name__}, such as {others[0]!r}"
         raise SourceError(what, remedy="labels are integers or names, or lists of either")

@@ -49,7 +49,7 @@ def read_raw(
     if storage.is_url(folder):
         return None
     places = (Path(folder, inner) for inner in ("", *_INNER[name]))
-    files = next((found for place in places if (found := _array_files(name, place, split))), None)
+    files = next(filter(None, (_array_files(name, place, split) for place in places)), None)
     if files is None:
         return None
     facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -87,15 +87,12 @@ def _write_tar(path: Path, images: Iterator[tuple[bytes, int]]) -> None:
 
 def _array_files(name: str, place: Path, split: str) -> list[Path] | None:
     """The files of a split in this folder; None unless it has all of them."""
-    for group in _FILES[name](split):
-        found = [next((p for p in (place / n, place / f"{n}.gz") if p.is_file()), None) for n in group]
-        if found and None not in found:
-            return [path for path in found if path is not None]
+    for names in _FILES[name].get(split, ()):
+        plain = [place / name for name in names]
+        found = [path if path.is_file() else path.with_name(f"{path.name}.gz") for path in plain]
+        if all(path.is_file() for path in found):
+            return found
     return None
-
-
-def _cifar_files(split: str) -> list[list[str]]:
-    return [[f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]] if split != "val" else []
 
 
 def _read_cifar(published: type[CIFAR10], files: list[Path], split: str) -> _Pixels:
@@ -145,23 +142,19 @@ def _read_pcam(files: list[Path], split: str) -> _Pixels:
             yield from zip(*block, strict=True)
 
 
-def _pcam_files(split: str) -> list[list[str]]:
-    name = {"val": "valid"}.get(split, split)
-    return [[f"camelyonpatch_level_2_split_{name}_{array}.h5" for array in "xy"]]
-
-
-def _mnist_files(split: str) -> list[list[str]]:
-    prefix = {"train": "train", "test": "t10k"}.get(split)
-    return [[f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]] if prefix else []
-
-
-# By set: the groups of files that may hold a split, the first complete group is read;
-_FILES = {
-    "cifar10": _cifar_files,
-    "cifar100": lambda split: [[split]] if split != "val" else [],
-    "fer2013": lambda split: [["icml_face_data.csv"], ["fer2013.csv"]],
-    "mnist": _mnist_files,
-    "patch_camelyon": _pcam_files,
+# By set and split: the groups of files that may hold the split, the first complete group is read;
+_FILES: dict[str, dict[str, list[list[str]]]] = {
+    "cifar10": {"train": [[f"data_batch_{i}" for i in range(1, 6)]], "test": [["test_batch"]]},
+    "cifar100": {"train": [["train"]], "test": [["test"]]},
+    "fer2013": {split: [["icml_face_data.csv"], ["fer2013.csv"]] for split in ("train", "val", "test")},
+    "mnist": {
+        split: [[f"{word}-images-idx3-ubyte", f"{word}-labels-idx1-ubyte"]]
+        for split, word in (("train", "train"), ("test", "t10k"))
+    },
+    "patch_camelyon": {
+        split: [[f"camelyonpatch_level_2_split_{word}_{array}.h5" for array in "xy"]]
+        for split, word in (("train", "train"), ("val", "valid"), ("test", "test"))
+    },
 }
 # the folders that may hold them, within the folder of the set;
 _INNER = {

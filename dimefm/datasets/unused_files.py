@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from dimefm.datasets.image_set import Records
+from dimefm.datasets.image_set import Records, labels_of
 from dimefm.sources.account import Account
 from dimefm.sources.image_kinds import IMAGE, by_kind
 from dimefm.sources.prompts import CLASSNAMES, TEMPLATES
@@ -39,20 +39,23 @@ def count_unused(records: Records, folder: str, place: str, split: str, *, own: 
     beside = f" beside the {_USED[records.layout]}" if records.layout in _USED else ""
     for where in dict.fromkeys((folder, place)):
         files = [f for f in files_in(where, lambda name: name not in _TEXTS, account) if f.path not in used]
-        class_folders = where == place and records.layout == "folders"  # the reader has looked at each of them
-        folders = [] if class_folders else [storage.join(where, name) for name in _folder_names(where)]
-        if where == folder or _last(where) not in SPLIT_NAMES:  # where files of several splits may lie together
-            names = [_last(path) for path in (*(file.path for file in files), *folders)]
+        folders: list[str] = []
+        if where != place or records.layout != "folders":  # else these are class folders, which were all looked at
+            folders = [storage.join(where, name) for name in _folder_names(where)]
+        if where == folder or _last_part(where) not in SPLIT_NAMES:  # where files of several splits may lie together
+            names = [_last_part(path) for path in (*(file.path for file in files), *folders)]
             never_read = account if own else Account()
-            files = [file for file in files if not _is_of_a_split(file.path, names, split, never_read)]
-            read = storage.join(where, place[len(where) :].lstrip("/").partition("/")[0]) if where == folder else ""
-            others = (path for path in folders if path != read)
-            folders = [path for path in others if not _is_of_a_split(path, names, split, never_read)]
+            if where == folder:  # of its folders, the one that is `place` or leads to it is read
+                read = storage.join(where, place[len(where) :].lstrip("/").partition("/")[0])
+                folders = [path for path in folders if path != read]
+            files = [file for file in files if not _is_of_other_split(file.path, names, split, never_read)]
+            folders = [path for path in folders if not _is_of_other_split(path, names, split, never_read)]
         for path in folders:
             account.skip(f"folders{beside}", path)
         for kind, those in by_kind(files, account).items():
+            what = "images" if kind == IMAGE else f"{kind} files"
             for file in those:
-                account.skip(f"{'images' if kind == IMAGE else f'{kind} files'}{beside}", file.path)
+                account.skip(f"{what}{beside}", file.path)
 
 
 def class_folders_in(base: str, account: Account) -> list[str]:
@@ -69,14 +72,14 @@ def class_folders_in(base: str, account: Account) -> list[str]:
 
 def note_empty_classes(records: Records, names: Sequence[str]) -> None:
     """Note in `records.account` how many of the classes `names` have no image."""
-    occurring = {label for row in records.labels or [] for label in (row if isinstance(row, list) else (row,))}
+    occurring = {label for row in records.labels or [] for label in labels_of(row)}
     empty = [name for place, name in enumerate(names) if place not in occurring]
     if empty:
         such_as = f"{len(empty):,} of {len(names):,} classes have no image, such as {empty[0]}"
         records.account.problem(f"{such_as}: means per class are over the others")
 
 
-def _last(path: str) -> str:
+def _last_part(path: str) -> str:
     return path.rpartition("/")[2]
 
 
@@ -91,7 +94,7 @@ def _folder_names(place: str) -> list[str]:
     )
 
 
-def _is_of_a_split(path: str, names: Sequence[str], split: str, never_read: Account) -> bool:
+def _is_of_other_split(path: str, names: Sequence[str], split: str, never_read: Account) -> bool:
     """Whether a file or folder, one of `names` in its folder, is of another split than `split`, which is read.
 
     It is counted in `never_read` if no command reads it. Commands read test and, for a probe, train, each under the
@@ -102,12 +105,15 @@ def _is_of_a_split(path: str, names: Sequence[str], split: str, never_read: Acco
     def split_word(name: str) -> str | None:
         return next((word for word in SPLIT_NAMES if re.match(rf"{word}($|[-_.])", name)), None)
 
-    name = _last(path)
+    name = _last_part(path)
     word = split_word(name)
     kind = next((kind for kind, words in SPLIT_FOLDERS.items() if word in words), None)
-    if word is None or kind is None or (kind == split and name != word):  # the last: of the very split that is read
+    if word is None or kind is None:
         return False
-    first = next(one for one in SPLIT_FOLDERS[kind] if one in map(split_word, names))
+    if kind == split and name != word:  # a file of the split that is read, such as test-0.tar
+        return False
+    words_there = {split_word(one) for one in names}
+    first = next(one for one in SPLIT_FOLDERS[kind] if one in words_there)
     if kind == split or (split == "test" and kind == "val") or word != first:
         never_read.skip("splits that are not used", path)
     return True

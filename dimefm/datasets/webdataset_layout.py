@@ -34,7 +34,7 @@ class _Annotation(NamedTuple):
 
 
 def read_webdataset(folder: str, split: str, definition: SetDefinition | None) -> Records | None:
-    """Tars of images with labels or captions. Of an image with both, the label is used."""
+    """Tars of images with labels or captions. An image with both is read with its label."""
     tars = split_files(folder, split, ".tar", definition)
     if not tars:
         return None

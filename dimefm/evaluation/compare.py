@@ -127,7 +127,8 @@ def _line_name(one: Pooled) -> str:
 def _notes(models: list[list[Pooled]]) -> list[str]:
     """What a reader must know: what the marks mean, and which lines compare numbers that are not comparable."""
     notes = ["±: half of the 95% interval of a mean; for few-shot, the standard deviation over seeds"]
-    notes += ["*: not the whole published set, see results.jsonl"] if any(o.partial for m in models for o in m) else []
+    if any(result.partial for model in models for result in model):
+        notes.append("*: not the whole published set, see results.jsonl")
     seen: dict[str, Pooled] = {}
     for one in (one for model in models for one in model):
         first = seen.setdefault(_line_name(one), one)

@@ -1,4 +1,7 @@
-"""`dimefm evaluate`: measure a model on sets, by one task or several. Each result is on disk as soon as it is known."""
+"""`dimefm evaluate`: measure a model on sets, by one task or several. Each result is on disk as soon as it is known.
+
+Shapes: N images, C classes, M captions, D embedding width.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +53,11 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
     config = replace(config, out=storage.local(config.out, "the folder of all evaluations"))
     folder = str(Path(config.out, config.name or default_name(config)))
     typed = [*config.folders, *filter(None, [config.data])]
-    with allowing(typed), writing(folder), _opened(config) as clip:
+    with allowing(typed), writing(folder), _load_model(config) as clip:
         return _Evaluator(config, clip, folder, report or (lambda result: None)).run(chosen)
 
 
-def _opened(config: EvaluationConfig) -> AbstractContextManager[Clip]:
+def _load_model(config: EvaluationConfig) -> AbstractContextManager[Clip]:
     return open_model(
         config.model,
         config.pretrained,

@@ -99,7 +99,7 @@ def train_heads(
     )
     rate_K1 = torch.tensor(rates, device=device).repeat_interleave(len(initial_CD))[:, None]
     decay_K1 = torch.tensor(decays, device=device).repeat_interleave(len(initial_CD))[:, None]
-    moving_W, moving_b = torch.zeros_like(heads.weight), torch.zeros_like(heads.bias)
+    moving_weight, moving_bias = torch.zeros_like(heads.weight), torch.zeros_like(heads.bias)
     generator = torch.Generator().manual_seed(seed)
     targets = targets.to(device)
     for _ in range(epochs):
@@ -112,10 +112,10 @@ def train_heads(
                 continue
             normal_BD = _normalise(heads, data.take(places_B))
             slope_BKC = _slope(heads.of_normal(normal_BD), targets_B).flatten(1)
-            moving_W.mul_(MOMENTUM).addmm_(slope_BKC.T, normal_BD).addcmul_(decay_K1, heads.weight)
-            moving_b.mul_(MOMENTUM).add_(slope_BKC.sum(dim=0)).addcmul_(decay_K1[:, 0], heads.bias)
-            heads.weight.addcmul_(rate_K1, moving_W, value=-1)
-            heads.bias.addcmul_(rate_K1[:, 0], moving_b, value=-1)
+            moving_weight.mul_(MOMENTUM).addmm_(slope_BKC.T, normal_BD).addcmul_(decay_K1, heads.weight)
+            moving_bias.mul_(MOMENTUM).add_(slope_BKC.sum(dim=0)).addcmul_(decay_K1[:, 0], heads.bias)
+            heads.weight.addcmul_(rate_K1, moving_weight, value=-1)
+            heads.bias.addcmul_(rate_K1[:, 0], moving_bias, value=-1)
         yield heads
 
 

@@ -1,20 +1,8 @@
-"""The metrics of evaluation and their 95% intervals: functions of arrays, which read and write no files.
+"""The metrics of evaluation: functions of arrays, which read and write no files. Their intervals are in intervals.py.
 
 Shapes: N images, C classes, M texts, D width, R resamples, Q queries, S candidates, K best of them, G groups of images
-with equal scores, V recalls. A higher score means more likely. An image that could not be read has NaN for all its
-scores; it stays in every metric, as a wrong answer or with the lowest scores of all. Values are in [0, 1].
-
-Intervals treat images as independent, and the classes, images and texts that are searched as fixed. Shares (accuracies,
-their means per class, and recalls) have score intervals (Wilson 1927; Brown, Cai and DasGupta 2001, Statistical
-Science 16), which also hold for few images and are not a single point if all are right. For what is not a plain share,
-they are the intervals of as many independent images as would have its standard error (Franco et al. 2019, Journal of
-Survey Statistics and Methodology 7). The captions of an image tend to be right or wrong together: the standard error of
-recalls is that of a bootstrap over images, each with all its captions and in both directions (a cluster bootstrap:
-Davison and Hinkley 1997, section 3.8; Field and Welsh 2007, Journal of the Royal Statistical Society B 69).
-
-The area under the ROC curve and mAP have the percentile bootstrap over images (Efron 1981): a resample draws N of the N
-images with replacement, and one in which the metric is undefined is left out. With fewer than about 50 images, or if
-nearly all are right, it is too narrow.
+with equal scores. A higher score means more likely. An image that could not be read has NaN for all its scores; it
+stays in every metric, as a wrong answer or with the lowest scores of all. Values are in [0, 1].
 
 Every function raises ValueError for arrays that are empty or of different lengths, and for an image with NaN for only
 some of its scores.
@@ -22,26 +10,22 @@ some of its scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.special import expit, logit
-from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
 Array = np.ndarray[Any, Any]
-Interval = tuple[float, float]
-Ranking = tuple[Array, Array, Array]
+_Ranking = tuple[Array, Array, Array]
 
-TAILS = (0.025, 0.975)
 RECALLS_11 = np.linspace(1, 0, 11)  # in the order and with the rounding of vision_evaluation
 _QUERIES = 1024  # with 31,000 candidates, 128 MB of scores
-_RESAMPLES = 64  # at a time, with 5,000 images 1.3 MB of counts
 
 
-def _images(*arrays: Array) -> int:
+def count_images(*arrays: Array) -> int:
     """The length that all arrays have. Raises ValueError if they differ, or are empty."""
     lengths = {len(array) for array in arrays}
     if len(lengths) > 1 or 0 in lengths:
@@ -60,7 +44,7 @@ def _unreadable(scores: Array) -> Array:
     return none_N
 
 
-def _ranked(scores: Array) -> Array:
+def lowest_if_unreadable(scores: Array) -> Array:
     """The scores as float64, with -inf for unreadable images."""
     scores = np.array(scores, np.float64)
     scores[_unreadable(scores)] = -np.inf
@@ -79,7 +63,7 @@ def topk_correct(scores_NC: Array, labels_N: Array, k: int, among: int = 1) -> A
     many count: CLIP_benchmark takes as top-1 the first of the five best, which is not always argmax if two classes have
     the same name. Raises ValueError if k is not positive or a label is no class.
     """
-    _images(scores_NC, labels_N)
+    count_images(scores_NC, labels_N)
     classes = scores_NC.shape[1]
     if k < 1:
         raise ValueError(f"the k best of {classes} classes: k is {k}")
@@ -96,13 +80,13 @@ def topk_correct(scores_NC: Array, labels_N: Array, k: int, among: int = 1) -> A
 def mean_per_class(correct_N: Array, labels_N: Array, weights: Array | None = None) -> float:
     """The share of correct images per class, as a mean over the classes that occur: scikit-learn's balanced accuracy.
     An image counts `weights` times (N,), or once."""
-    weight_N = np.ones(_images(correct_N, labels_N)) if weights is None else weights
+    weight_N = np.ones(count_images(correct_N, labels_N)) if weights is None else weights
     count_C = np.bincount(labels_N, weight_N)
     correct_C = np.bincount(labels_N, weight_N * correct_N)
     return float((correct_C[count_C > 0] / count_C[count_C > 0]).mean())
 
 
-def _require_two_classes(labels_N: Array) -> None:
+def require_two_classes(labels_N: Array) -> None:
     found = np.unique(labels_N).tolist()
     if found != [0, 1]:
         raise ValueError(f"the area under the ROC curve needs images of both class 0 and class 1, not of {found}")
@@ -112,13 +96,13 @@ def roc_auc(scores_N: Array, labels_N: Array) -> float:
     """The area under the ROC curve: the probability that an image with label 1 has a higher score than one with label
     0, with equal scores counted as half. `scores_N` are those of class 1. Raises ValueError if only one class
     occurs."""
-    _images(scores_N, labels_N)
-    _require_two_classes(labels_N)
-    ranks_N = np.unique(_ranked(scores_N), return_inverse=True)[1]  # scikit-learn accepts no infinite scores
+    count_images(scores_N, labels_N)
+    require_two_classes(labels_N)
+    ranks_N = np.unique(lowest_if_unreadable(scores_N), return_inverse=True)[1]  # scikit-learn takes no infinities
     return float(roc_auc_score(labels_N, ranks_N))
 
 
-def _rank(scores_N: Array, positive_N: Array) -> Ranking:
+def rank(scores_N: Array, positive_N: Array) -> _Ranking:
     """The images from the highest score down int64 (N,), which of these are positive bool (N,), and where in this order
     groups of equal scores end int64 (G,). Groups without a positive are left out: precision is largest where recall
     rises."""
@@ -128,7 +112,7 @@ def _rank(scores_N: Array, positive_N: Array) -> Ranking:
     return order_N, hits_N, ends_G[np.diff(np.cumsum(hits_N)[ends_G], prepend=0) > 0]
 
 
-def _average_precision(weights_RN: Array, ranking: Ranking) -> Array:
+def average_precisions(weights_RN: Array, ranking: _Ranking) -> Array:
     """The 11-point average precision (R,) of a class, with images counted `weights_RN` times; NaN without a
     positive."""
     order_N, hits_N, ends_G = ranking
@@ -153,18 +137,18 @@ def average_precision_11_point(scores_N: Array, positive_N: Array) -> float:
     images with equal scores enter together. In the devkit of VOC2007 the curve begins at the first image, and equal
     scores have an order. Raises ValueError if no image is positive.
     """
-    images = _images(scores_N, positive_N)
+    images = count_images(scores_N, positive_N)
     if not positive_N.any():
         raise ValueError(f"average precision needs a positive; none of {images} images is one")
-    ranking = _rank(_ranked(scores_N), positive_N.astype(bool))
-    return float(_average_precision(np.ones((1, images), np.int64), ranking)[0])
+    ranking = rank(lowest_if_unreadable(scores_N), positive_N.astype(bool))
+    return float(average_precisions(np.ones((1, images), np.int64), ranking)[0])
 
 
 def map_11_point(scores_NC: Array, positives_NC: Array) -> float:
     """The mean of `average_precision_11_point` over the classes with a positive; 0 if there is none, as in
     vision_evaluation."""
-    _images(scores_NC, positives_NC)
-    scores_NC = _ranked(scores_NC)
+    count_images(scores_NC, positives_NC)
+    scores_NC = lowest_if_unreadable(scores_NC)
     classes = np.flatnonzero(positives_NC.any(axis=0))
     each = [average_precision_11_point(scores_NC[:, c], positives_NC[:, c]) for c in classes]
     return float(np.mean(each)) if each else 0.0
@@ -175,12 +159,12 @@ def retrieval_recall(images_ND: Array, texts_MD: Array, image_of_text_M: Array, 
 
     ``text_retrieval_recall@k`` is bool (N,): is a text of the image one of the k nearest texts?
     ``image_retrieval_recall@k`` is bool (M,): is the image of the text one of the k nearest images? Embeddings have
-    unit norm and are compared in float32. An image of NaN is never the nearest, and is a miss in both directions. Ties
-    are as in torch.topk. A k above the number of candidates takes all. Raises ValueError if an image has no text, a
-    text is NaN or belongs to no image, or a k is not positive.
+    unit norm and are compared in float32. An image that could not be read (NaN) is never the nearest, and is a miss in
+    both directions. Ties are as in torch.topk. A k above the number of candidates takes all. Raises ValueError if an
+    image has no text, a text is NaN or belongs to no image, or a k is not positive.
     """
-    _images(texts_MD, image_of_text_M)
-    images = _images(images_ND)
+    count_images(texts_MD, image_of_text_M)
+    images = count_images(images_ND)
     if min(ks) < 1:
         raise ValueError(f"the k nearest: k is {min(ks)}")
     if image_of_text_M.min() < 0 or image_of_text_M.max() >= images:
@@ -217,134 +201,6 @@ def _hits(
     return list((hits_KQ & ~lost_N[image_Q]).numpy())
 
 
-def _resamples(n: int, resamples: int, seed: int) -> Iterator[Array]:
-    """For each resample, how many times it has each image, int64 (N,)."""
-    rng = np.random.default_rng(seed)
-    for _ in range(resamples):
-        yield np.bincount(rng.integers(0, n, n), minlength=n)
-
-
-def _percentiles(values_R: Array) -> Interval:
-    defined = values_R[~np.isnan(values_R)]
-    if not len(defined):
-        raise ValueError("the metric is undefined in every resample")
-    low, high = np.quantile(defined, TAILS)
-    return float(low), float(high)
-
-
-def bootstrap_interval(statistic: Callable[[Array], float], n: int, resamples: int = 1000, seed: int = 0) -> Interval:
-    """The 95% interval of any metric of `n` images. `statistic` is the metric of a resample, given how many times it
-    has each image, int64 (N,); NaN if it is undefined. Raises ValueError if it is undefined in every resample."""
-    return _percentiles(np.array([statistic(counts_N) for counts_N in _resamples(n, resamples, seed)]))
-
-
-def _score_interval(share: float, variance: float, images: int) -> Interval:
-    """Wilson's interval for as many independent images as would give a share this variance; `images` if that is 0."""
-    count = share * (1 - share) / variance if variance > 0 else images
-    square = norm.ppf(TAILS[1]) ** 2
-    middle = (share + square / (2 * count)) / (1 + square / count)
-    half = np.sqrt(square * (share * (1 - share) / count + square / (4 * count**2))) / (1 + square / count)
-    return float(max(0.0, min(share, middle - half))), float(min(1.0, max(share, middle + half)))
-
-
-def mean_interval(correct_N: Array) -> Interval:
-    """The interval of the mean of bool (N,)."""
-    images, share = _images(correct_N), float(correct_N.mean())
-    return _score_interval(share, share * (1 - share) / images, images)
-
-
-def mean_per_class_interval(correct_N: Array, labels_N: Array) -> Interval:
-    """The interval of `mean_per_class`, from the variance of a mean of independent shares. The variance of a class with
-    a single image is taken from all classes, as if they were alike."""
-    images = _images(correct_N, labels_N)
-    _, class_N, count_C = np.unique(labels_N, return_inverse=True, return_counts=True)
-    share_C = np.bincount(class_N, correct_N) / count_C
-    mean = float(share_C.mean())
-    variance_C = np.where(count_C > 1, share_C * (1 - share_C) / np.maximum(count_C - 1, 1), mean * (1 - mean))
-    return _score_interval(mean, float(variance_C.sum()) / len(count_C) ** 2, images)
-
-
-def retrieval_intervals(
-    hits: Mapping[str, Array],
-    image_of_text_M: Array,
-    means: Mapping[str, Sequence[str]],
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Interval]:
-    """The interval of every recall, from the hits of `retrieval_recall`, and of `means`, each the mean of some of them.
-
-    An image is drawn with all its texts, and for both directions at once, because their hits are not independent.
-    """
-    texts_N = np.bincount(image_of_text_M)
-    images = len(texts_N)
-    right: list[Array] = []  # for each recall, how many queries of an image hit
-    asked: list[Array] = []  # and how many queries it has
-    for name, hit in hits.items():
-        by_image = name.startswith("text_")  # texts are retrieved for an image
-        _images(hit, texts_N if by_image else image_of_text_M)
-        right.append(hit.astype(np.float64) if by_image else np.bincount(image_of_text_M, hit))
-        asked.append(np.ones(images) if by_image else texts_N.astype(np.float64))
-    right_NV, asked_NV = np.stack(right, axis=1), np.stack(asked, axis=1)
-    resampled = (counts_N.astype(np.float64) for counts_N in _resamples(images, resamples, seed))
-    drawn_RV = np.stack([(counts_N @ right_NV) / (counts_N @ asked_NV) for counts_N in resampled])
-    drawn = {name: drawn_RV[:, place] for place, name in enumerate(hits)}
-    values = {name: float(hit.mean()) for name, hit in hits.items()}
-    for name, those in means.items():
-        drawn[name] = np.mean([drawn[one] for one in those], axis=0)
-        values[name] = float(np.mean([values[one] for one in those]))
-    scale = images / max(1, images - 1)
-    return {
-        name: _score_interval(values[name], float(drawn_R.var()) * scale, images) for name, drawn_R in drawn.items()
-    }
-
-
-def roc_auc_interval(scores_N: Array, labels_N: Array, resamples: int = 1000, seed: int = 0) -> Interval:
-    """The interval of `roc_auc`; raises ValueError as it does. A resample with only one class is left out."""
-    images = _images(scores_N, labels_N)
-    _require_two_classes(labels_N)
-    ranks_N = np.unique(_ranked(scores_N), return_inverse=True)[1]
-    place_N, size = 2 * ranks_N + labels_N.astype(np.int64), 2 * (int(ranks_N.max()) + 1)
-
-    def area(counts_N: Array) -> float:
-        negative_G, positive_G = np.bincount(place_N, counts_N, size).reshape(-1, 2).T
-        pairs = negative_G.sum() * positive_G.sum()
-        # A positive wins against the negatives of lower groups, and half of those in its own.
-        won = (positive_G * (np.cumsum(negative_G) - negative_G / 2)).sum()
-        return float(won / pairs) if pairs else np.nan
-
-    return bootstrap_interval(area, images, resamples, seed)
-
-
-def map_11_point_interval(scores_NC: Array, positives_NC: Array, resamples: int = 1000, seed: int = 0) -> Interval:
-    """The interval of `map_11_point`. A class without a positive in a resample is left out of its mean."""
-    images = _images(scores_NC, positives_NC)
-    scores_NC, positives_NC = _ranked(scores_NC), positives_NC.astype(bool)
-    rankings = [_rank(scores_NC[:, c], positives_NC[:, c]) for c in np.flatnonzero(positives_NC.any(axis=0))]
-    if not rankings:
-        return 0.0, 0.0
-    counts, means = _resamples(images, resamples, seed), np.full(resamples, np.nan)
-    for start in range(0, resamples, _RESAMPLES):
-        size = min(_RESAMPLES, resamples - start)
-        counts_RN = np.stack([next(counts) for _ in range(size)]).astype(np.int32)
-        each_RC = np.stack([_average_precision(counts_RN, ranking) for ranking in rankings], axis=1)
-        defined_RC = ~np.isnan(each_RC)
-        sums_R = np.where(defined_RC, each_RC, 0).sum(axis=1)
-        with np.errstate(invalid="ignore"):
-            means[start : start + size] = sums_R / defined_RC.sum(axis=1)
-    return _percentiles(means)
-
-
-def mean_of(values: Sequence[float], intervals: Sequence[Interval]) -> tuple[float, Interval]:
-    """The mean of the scores of several sets, and its interval, cut to [0, 1]. The sets are taken as independent and
-    normal: the half width of the mean's interval is the root of the sum of the squared half widths, divided by their
-    number. Raises ValueError if there is no value, not one interval for each, or a value outside [0, 1]."""
-    if not values or len(values) != len(intervals) or not all(0 <= value <= 1 for value in values):
-        raise ValueError(f"a mean of values in [0, 1] with an interval each: {values}, {len(intervals)} intervals")
-    mean = float(np.mean(values))
-    half = float(np.linalg.norm([(high - low) / 2 for low, high in intervals])) / len(values)
-    return mean, (max(0.0, mean - half), min(1.0, mean + half))
-
-
 def effective_robustness(accuracy: float, imagenet_accuracy: float, slope: float, intercept: float) -> float:
     """The accuracy under a shift, minus what is expected of a model with this ImageNet accuracy, in [-1, 1]. The line
     of Taori et al. (2020) is fitted to logits of accuracies; an ImageNet accuracy of 0 or 1 is moved by 1e-6."""
@@ -355,7 +211,7 @@ def effective_robustness(accuracy: float, imagenet_accuracy: float, slope: float
 def confusion(labels_N: Array, predictions_N: Array, classes: int) -> Array:
     """The number of images by label and prediction, int64 (C, C), without images that could not be read, whose
     prediction is -1. Raises ValueError for any other label or prediction that is no class."""
-    _images(labels_N, predictions_N)
+    count_images(labels_N, predictions_N)
     both = np.stack([labels_N, predictions_N])[:, predictions_N != -1]
     if ((both < 0) | (both >= classes)).any() or not ((labels_N >= 0) & (labels_N < classes)).all():
         raise ValueError(f"a label or prediction that is none of {classes} classes")

@@ -57,7 +57,7 @@ def write_predictions(
     """Write PATH.parquet and PATH.md.
 
     PATH.parquet has key, file, label, prediction, correct and scores of every image, in the order of the set. PATH.md
-    lists the classes that are recognised least, and which class is most often taken for which.
+    lists the classes that are recognised least, and which class is most often mistaken for which.
     """
     labels, readable = images.class_labels, ~np.isnan(scores_NC).all(axis=1)
     filled_NC = np.nan_to_num(scores_NC).astype(np.float32)
@@ -110,7 +110,7 @@ def _least_recognised(names: list[str], confused_CC: np.ndarray[Any, Any], total
 
 
 def _most_confused(names: list[str], confused_CC: np.ndarray[Any, Any]) -> list[str]:
-    """A table of the pairs of classes of which one is most often taken for the other."""
+    """A table of the pairs of classes of which one is most often mistaken for the other."""
     wrong_CC = confused_CC - np.diag(np.diag(confused_CC))
     pairs = np.argsort(-wrong_CC, axis=None, kind="stable")[:_SHOWN]
     rows = [("is", "taken for", "times")]

@@ -10,7 +10,9 @@ by the set's own metric on the rest; the best is trained for 50 epochs on all of
     honest      the last epoch, both times: test images are looked at once, when everything is decided
 
 Few-shot takes some images of each class first. The solver lbfgs is CLIP's logistic regression (scikit-learn's), with
-the same walk over its regularisation; its rule is always honest. Shapes: N images, K classifiers, C classes, D width.
+the same walk over its regularisation; its rule is always honest.
+
+Shapes: N images, B of a block, K classifiers, C classes, D embedding width.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def probe(
     classifier starts from the class embeddings `heads_CD`. Raises SourceError for too few training images."""
     readable = rows[train.readable[rows]]
     if solver == "lbfgs" and selection == "elevater":
-        raise SourceError("the rule elevater chooses among SGD's epochs, and lbfgs has none", remedy="take honest")
+        raise SourceError("the rule elevater chooses one of SGD's epochs, and lbfgs has none", remedy="take honest")
     held_out = validation_part(labels[readable])
     if held_out.all() or not held_out.any():
         what = f"{len(readable)} training images are too few to keep some for validation"
@@ -251,7 +253,7 @@ def _metric(scores_NC: Array, labels: Array, metric: Metric) -> float:
 
 
 def _share(correct_N: Array, labels_N: Array, metric: Metric) -> float:
-    """The share of right answers among all images, or its mean over classes."""
+    """The share of right answers over all images, or its mean over classes."""
     return metrics.mean_per_class(correct_N, labels_N) if metric == "mean_per_class" else float(correct_N.mean())
 
 

@@ -1,4 +1,7 @@
-"""Results on disk: write one for each measurement, and find the earlier one that still holds (`--skip-existing`)."""
+"""Results on disk: write one for each measurement, and find the earlier one that still holds (`--skip-existing`).
+
+Shapes: N images, C classes.
+"""
 
 from __future__ import annotations
 
@@ -152,7 +155,7 @@ def _digests(images: ImageSet) -> dict[str, str]:
 
 
 def _describe(clip: Clip, name: str) -> dict[str, object]:
-    """What a result says of the model."""
+    """The facts about the model that a result records."""
     identity, model = clip.identity, clip.model
     return {
         "name": name,

@@ -1,4 +1,4 @@
-"""results.jsonl: the results of a model, a line per set and protocol. Of several such lines, the last one counts."""
+"""results.jsonl: the results of a model, a line per set and protocol. Where there are several, the last one counts."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def _pooled(protocol: str, group: list[EvaluationResult]) -> Pooled:
 
 
 def read_results(folder: str) -> list[EvaluationResult]:
-    """The last result of each set and protocol in a folder (or a results.jsonl), in the order of the first ones. Raises
-    StoreError for a file that does not exist or is damaged, SchemaError for a line that is no result."""
+    """The last result of each set and protocol in a folder (or a results.jsonl), in the order of their first lines.
+    Raises StoreError for a file that does not exist or is damaged, SchemaError for a line that is no result."""
     path = Path(folder) if folder.endswith(".jsonl") else Path(folder, RESULTS_FILE)
     if not path.exists():
         raise StoreError(f"{path} does not exist", remedy="dimefm evaluate MODEL writes it; name its folder")

@@ -1,6 +1,6 @@
 """From features to the numbers of a set: cosines, metrics and their intervals.
 
-Shapes: N images, C classes, M captions, D embedding width.
+Shapes: N images, B of a block, C classes, M captions, D embedding width.
 """
 
 from __future__ import annotations
@@ -17,6 +17,14 @@ from dimefm.datasets.image_set import ImageSet
 from dimefm.errors import SourceError
 from dimefm.evaluation import metrics
 from dimefm.evaluation.features import Features
+from dimefm.evaluation.intervals import (
+    Interval,
+    map_11_point_interval,
+    mean_interval,
+    mean_per_class_interval,
+    retrieval_intervals,
+    roc_auc_interval,
+)
 
 KS = (1, 5, 10)
 REPORTED: dict[Metric, str] = {
@@ -26,7 +34,7 @@ REPORTED: dict[Metric, str] = {
     "map_11_point": "map_11_point",
     "recall": "mean_recall@1",
 }
-"""The name, among a result's metrics, of the one that a definition asks for."""
+"""By the metric that a definition asks for, the name that it has in a result."""
 
 _SCALE = 100.0  # of CLIP's logits; it turns cosines into the probabilities that ELEVATER ranks by
 
@@ -36,7 +44,7 @@ class Measurement:
     """Metrics in [0, 1] and their 95% intervals, by name."""
 
     values: dict[str, float]
-    intervals: dict[str, metrics.Interval]
+    intervals: dict[str, Interval]
 
 
 def cosines(features: Features, classes_CD: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -59,12 +67,12 @@ def measure(scores_NC: np.ndarray[Any, Any], images: ImageSet, metric: Metric) -
     that is reported, is not defined."""
     labels = images.class_labels
     values: dict[str, float] = {}
-    intervals: dict[str, metrics.Interval] = {}
+    intervals: dict[str, Interval] = {}
     if labels.ndim == 2:
         if not labels.any():
             raise SourceError(f"{images.where}: no image has a label", remedy="write 1 for each class of an image")
         values["map_11_point"] = metrics.map_11_point(scores_NC, labels)
-        intervals["map_11_point"] = metrics.map_11_point_interval(scores_NC, labels)
+        intervals["map_11_point"] = map_11_point_interval(scores_NC, labels)
         return Measurement(values, intervals)
     correct_N = metrics.topk_correct(scores_NC, labels, 1)
     hits = {"top1": correct_N}
@@ -73,21 +81,21 @@ def measure(scores_NC: np.ndarray[Any, Any], images: ImageSet, metric: Metric) -
     if scores_NC.shape[1] > 5:
         hits["top5"] = metrics.topk_correct(scores_NC, labels, 5)
     for name, hit_N in hits.items():
-        values[name], intervals[name] = float(hit_N.mean()), metrics.mean_interval(hit_N)
+        values[name], intervals[name] = float(hit_N.mean()), mean_interval(hit_N)
     values["mean_per_class"] = metrics.mean_per_class(correct_N, labels)
-    intervals["mean_per_class"] = metrics.mean_per_class_interval(correct_N, labels)
+    intervals["mean_per_class"] = mean_per_class_interval(correct_N, labels)
     if metric == "roc_auc":
         try:
             values["roc_auc"] = metrics.roc_auc(scores_NC[:, 1], labels)
-            intervals["roc_auc"] = metrics.roc_auc_interval(scores_NC[:, 1], labels)
+            intervals["roc_auc"] = roc_auc_interval(scores_NC[:, 1], labels)
         except ValueError as error:
             raise SourceError(f"{images.where}: {error}", remedy="give images of both classes") from None
     return Measurement(values, intervals)
 
 
 def measure_retrieval(features: Features, texts_MD: torch.Tensor, images: ImageSet) -> Measurement:
-    """R@1, R@5 and R@10 from images to captions and back: the share of queries that find one of their own among the k
-    nearest. Names are those of CLIP_benchmark; ``mean_recall@1`` is the mean of both directions."""
+    """R@1, R@5 and R@10 from images to captions and back: the share of queries for which one of the k nearest is right.
+    Names are those of CLIP_benchmark; ``mean_recall@1`` is the mean of both directions."""
     assert images.captions is not None
     image_ND = features.all()
     image_ND[~features.readable] = np.nan
@@ -95,5 +103,5 @@ def measure_retrieval(features: Features, texts_MD: torch.Tensor, images: ImageS
     hits = metrics.retrieval_recall(image_ND, texts_MD.numpy(), image_of_text_M, KS)
     values = {name: float(hit.mean()) for name, hit in hits.items()}
     both = [f"{way}_retrieval_recall@1" for way in ("text", "image")]
-    intervals = metrics.retrieval_intervals(hits, image_of_text_M, {"mean_recall@1": both})
+    intervals = retrieval_intervals(hits, image_of_text_M, {"mean_recall@1": both})
     return Measurement(values | {"mean_recall@1": float(np.mean([values[name] for name in both]))}, intervals)

@@ -5,6 +5,8 @@ Its format is described in the toolkit's submission_file_readme.md: {"data": [{"
 "predictions"}]}, where predictions have the shape (seeds, test images, classes) and six digits. The file in the zip is
 all_predictions.json. Classes are in the leaderboard's order. Images are in the order of your copy of the set, unless
 lists of images give the leaderboard's.
+
+Shapes: N images, C classes.
 """
 
 from __future__ import annotations
@@ -127,9 +129,8 @@ def _rows(order: str | None, name: str, predictions: str) -> Any:
         places.setdefault(key.rpartition("/")[2], []).append(place)
     found = [_match(line.rpartition(".")[0] or line, keys, places) for line in lines]
     if None in found or len(found) != len(keys) or len(set(found)) != len(keys):
-        which = next(
-            (line for line, row in zip(lines, found, strict=True) if row is None), lines[0] if lines else "none"
-        )
+        unmatched = [line for line, row in zip(lines, found, strict=True) if row is None]
+        which = next(iter(unmatched or lines), "none")
         what = f"{path} does not name the {len(keys):,} images of {predictions}, such as {which}"
         raise StoreError(what, remedy="evaluate the copy of the set that the list describes")
     return np.array(found)

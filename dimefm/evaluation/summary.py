@@ -9,7 +9,7 @@ from importlib import resources
 
 from cache_schemas.evaluation import EvaluationResult
 from dimefm.datasets.definitions import load_definitions
-from dimefm.evaluation import metrics
+from dimefm.evaluation import intervals, metrics
 from dimefm.evaluation.evaluate import Evaluation
 from dimefm.evaluation.results import Pooled, pool
 from dimefm.system.inert_text import line
@@ -86,7 +86,7 @@ def measured_suites(pooled: Sequence[Pooled]) -> Iterator[SuiteMean]:
         total = sum(d.suite == suite for d in load_definitions().values())
         for protocol in dict.fromkeys(one.protocol for one in pooled):
             if sets := [one for one in pooled if (one.suite, one.protocol) == (suite, protocol)]:
-                mean, interval = metrics.mean_of([one.value for one in sets], [one.interval for one in sets])
+                mean, interval = intervals.mean_of([one.value for one in sets], [one.interval for one in sets])
                 partial = sum(bool(one.partial) for one in sets)
                 yield SuiteMean(suite, protocol, sets, total, partial, mean, interval)
 

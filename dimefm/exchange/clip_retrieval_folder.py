@@ -28,10 +28,10 @@ from cache_schemas.plan import SourceFile
 from dimefm.errors import OutputExistsError, SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.files import stat_files
+from dimefm.sources.parquet import other_kind
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import require_embeddings
 from dimefm.system import storage
-from dimefm.system.first_bytes import HEAD_BYTES, describe
 from dimefm.system.progress import Progress
 
 _NAMES = {"image": "img_emb", "text": "text_emb"}
@@ -131,8 +131,8 @@ class Folder:
 
     def _column(self, part: _Part) -> Iterator[str | None]:
         with _open_parquet(part.metadata) as file:
-            names = file.schema_arrow.names
-            column = _CAPTION if self.kind == "text" else next((name for name in _IMAGE_KEYS if name in names), None)
+            wanted = (_CAPTION,) if self.kind == "text" else _IMAGE_KEYS
+            column = next((name for name in wanted if name in file.schema_arrow.names), None)
             if column is None:
                 yield from [None] * (part.stop - part.start)
                 return
@@ -166,7 +166,7 @@ def _map(path: str) -> np.ndarray[Any, Any]:
     try:
         mapped: np.ndarray[Any, Any] = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, OSError) as error:
-        instead = _instead(path)
+        instead = other_kind(path)
         what = f"{path} cannot be read as a plain .npy: {f'it is {instead}' if instead else error}"
         remedy = (
             "fetch or make it again" if instead else "write it again with numpy.save, as a float16 or float32 array"
@@ -185,18 +185,9 @@ def _open_parquet(path: str) -> Iterator[Any]:
         with pq.ParquetFile(path) as file:
             yield file
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        instead = _instead(path)
+        instead = other_kind(path)
         what = f"{path} cannot be read: {f'it is {instead}' if instead else error}"
         raise SourceError(what, remedy="fetch or make it again" if instead else "write it again as Parquet") from None
-
-
-def _instead(path: str) -> str | None:
-    """What a file is by its first bytes, if it is of a known kind other than Parquet."""
-    try:
-        head = storage.read_bytes(path, 0, HEAD_BYTES)
-    except OSError:
-        return None
-    return None if head.startswith(b"PAR1") else describe(head)
 
 
 def unit(vectors_ND: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -57,7 +57,8 @@ def compare_with_teacher(
     if cosines and matches:
         row = min(cosines, key=lambda one: cosines[one])
         what += f"; least {cosines[row]:.4f}, row {row} ({keys[row][0]!r}) and its image in {matches.place(row).file}"
-        if cause := likely_cause(clip, [data for data, _ in misfits], np.stack([e for _, e in misfits]), _LEAST_COSINE):
+        images, embeddings = zip(*misfits, strict=True)
+        if cause := likely_cause(clip, list(images), np.stack(embeddings), _LEAST_COSINE):
             what += f"; of the {len(misfits)} rows below {_LEAST_COSINE}, {cause}"
     remedy = "name the teacher that made them; --accept takes them as they are"
     if 0 < weakest < WHOLE:

@@ -1,6 +1,6 @@
 """`import-embeddings` as one call: make a store from a folder of embeddings that others made.
 
-Shapes: N rows, D embedding width.
+Shapes: N rows, F of them failed, D embedding width.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _plan(
         samples = source.samples(account) if source else ()
         matches = match((key for key, _ in folder.records()), samples, least=config.match_parts)
         checked_N = matches.sample(config.check)
-        account.problems += _tell(matches, folder, report) if source else [_NO_PIXELS]
+        account.problems += _report_matches(matches, folder, report) if source else [_NO_PIXELS]
         if count := len(spare_N := matches.spare()):
             reason = "images of the sources without an embedding"
             account.skip(reason, matches.images.place(int(spare_N[0]))[0], count)
@@ -194,7 +194,7 @@ def _settings(config: ImportConfig) -> dict[str, object]:
     return {"match_parts": config.match_parts} if config.match_parts > 1 else {}
 
 
-def _tell(matches: Matches, folder: Folder, report: Callable[[str], None]) -> list[str]:
+def _report_matches(matches: Matches, folder: Folder, report: Callable[[str], None]) -> list[str]:
     """Report how many rows have an image, by kind of match; returns the notes for the store. Raises SourceError where
     no row has one."""
     kinds, ambiguous = matches.kinds(), matches.ambiguous()

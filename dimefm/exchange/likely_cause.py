@@ -1,6 +1,6 @@
 """Why embeddings of others differ from the teacher's: tries other ways to preprocess their images.
 
-Shapes: N images, D embedding width, H height, W width.
+Shapes: N images, D embedding width.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Matches:
 
 
 def kind(parts: int) -> str:
-    """The description of a match by so many equal parts."""
+    """The description of a match by this number of equal parts."""
     return {WHOLE: "the whole key or path", 1: "the last part alone"}.get(parts, f"the last {parts} parts")
 
 
@@ -116,8 +116,8 @@ class Images:
 
 
 def match(names: Iterable[str], samples: Iterable[ImageSample], *, least: int = 1) -> Matches:
-    """Find the image of each name, by the image's key or the path of its own file: the whole of it, else the image that
-    has the most last parts in common with the name, `least` or more; with or without the image's extension.
+    """Find the image of each name, by the image's key or the path of its own file: the image that is equal as a whole,
+    or else has the most last parts in common with the name, at least `least`; with or without the image's extension.
 
     A name gets no image where its longest match is several images, or an image that another name matches as well or
     better. Raises StoreError where the temporary files cannot be written.
@@ -223,8 +223,8 @@ class _Suffixes:
 
 
 def _forms(name: str, least: int, most: int = _MOST, extensions: bool = True) -> list[Form]:
-    """The hashes by which a name is found: of its last `least` to `most` parts, and of all of it; without the extension
-    of an image, and also with it, if it has one and `extensions` matter."""
+    """The hashes by which a name is found: of its last `least` to `most` parts, and of the whole name; without the
+    extension of an image, and also with it, if there is one and `extensions` matter."""
     parts = [part for part in name.split("/") if part not in ("", ".")] or [name]
     bare = stem(parts[-1])
     found = []

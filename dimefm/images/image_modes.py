@@ -4,6 +4,8 @@ Values of 16 bits go from black at 0 to white at 65,535. For floats, and for TIF
 file does not say which value is white. Values from 0 to 1 are read as black to white; values from 0 to 255 too, if the
 largest is 16 or more, so that one range is not mistaken for the other. All else is refused: a wrong picture would go
 unnoticed.
+
+Shapes: H height, W width.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _gpu(index: int) -> Finding:
-    """Try the GPU: torch also lists GPUs that it has no kernels for."""
+    """Try the GPU, since torch also lists GPUs that it has no kernels for."""
     import torch
 
     name = f"gpu {index}"

@@ -161,7 +161,7 @@ def _pairs(pairs: Pairs) -> str:
     rows = [
         ("images", f"{counts.images:,} of {schema.rows:,}, the nearest {schema.top_k} sentences each"),
         ("skipped", f"{counts.skipped:,} images without a usable embedding"),
-        ("selected", f"{counts.selected:,} of {counts.text_rows:,} sentences, {share:.1%}, by an image or more"),
+        ("selected", f"{counts.selected:,} of {counts.text_rows:,} sentences, {share:.1%}, by at least one image"),
         ("mean score", f"{counts.mean_score:.4f}"),
         ("images store", schema.images),
         ("texts store", schema.texts),
@@ -218,9 +218,10 @@ def _selection(path: str) -> str:
 
 def _run(path: str) -> str:
     run, checkpoints = read_run(path), Checkpoints(path)
-    config, usual = TrainConfig.parse(run.config, str(Path(path) / RUN_FILE)), LossConfig()
-    loss = vars(config.loss).items()
-    changed = {k: v for k, v in loss if (v if k in LossConfig.WEIGHTS else v != getattr(usual, k))}
+    config = TrainConfig.parse(run.config, str(Path(path) / RUN_FILE))
+    loss = vars(config.loss)
+    usual = {**vars(LossConfig()), **dict.fromkeys(LossConfig.WEIGHTS, 0)}  # a weight is shown unless it is 0
+    changed = {name: value for name, value in loss.items() if value != usual[name]}
     train = [line for line in read_metrics(path) if line["event"] == "train"]
     rows = [
         ("student", f"{run.student.name} at {run.student.image_size} px, {run.student.embed_dim} wide"),

@@ -1,5 +1,8 @@
 """`dimefm verify`: check every byte of a store against its checksums, its plan against its commits, and its embeddings
-for their norm; and, if asked, encode rows again with the teacher."""
+for their norm; and, if asked, encode rows again with the teacher.
+
+Shapes: N rows of a shard.
+"""
 
 from __future__ import annotations
 
@@ -164,7 +167,7 @@ def _check_plan(store: Store, shard: int, keys: _Keys, report: Verification) -> 
     try:
         keys.add(store.plan(shard)["key"].to_pylist())
     except (OSError, StoreError, SchemaError) as error:
-        report.faults.append(_damage(store, error))
+        report.faults.append(_describe_damage(store, error))
 
 
 def _check_shard(store: Store, shard: int) -> list[str]:
@@ -179,7 +182,7 @@ def _check_shard(store: Store, shard: int) -> list[str]:
             problems.append("it was written from another plan")
         return [*problems, *_check_data(store, commit), *_check_pixels(store, commit)]
     except (OSError, StoreError, SchemaError) as error:
-        return [_damage(store, error)]
+        return [_describe_damage(store, error)]
 
 
 def _check_data(store: Store, commit: Commit) -> Iterator[str]:
@@ -226,7 +229,7 @@ def _check_documents(store: Store, report: Verification) -> None:
     try:
         store.source_files()
     except StoreError as error:
-        report.faults.append(_line(error))
+        report.faults.append(_in_one_line(error))
 
 
 def _is_normal(path: str) -> bool:
@@ -248,17 +251,17 @@ def _check_foreign(store: Store, report: Verification) -> None:
     ]
 
 
-def _damage(store: Store, error: Exception) -> str:
-    """`_line` for an error about a file. Raises the error again where it only means that the storage did not answer, or
-    refused: the file itself may be fine. A sector that a local disk cannot read back is lost."""
+def _describe_damage(store: Store, error: Exception) -> str:
+    """The message of an error about a file. Raises the error again where it only means that the storage did not answer,
+    or refused: the file itself may be fine. A sector that a local disk cannot read back is lost."""
     if isinstance(error, OSError) and not isinstance(error, storage.GONE):
         lost = error.errno in (None, errno.EIO)  # Arrow and codecs give no number to what they cannot decode
         if storage.is_url(store.path) or not lost:
             raise error
-    return _line(error)
+    return _in_one_line(error)
 
 
-def _line(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     """An error's message in one line, without its remedy; `Verification` has its own."""
     if isinstance(error, SchemaError):
         return f"{error.where}: {'; '.join(map(str, error.problems))}"
@@ -290,13 +293,14 @@ def _check_teacher(store: Store, config: VerifyConfig, report: Verification) -> 
         return
     found = compare_again(store, clip, chosen)
     gone = [one for one in found if math.isnan(one[2])]
+    read = [one for one in found if not math.isnan(one[2])]
     if gone:
         row, key, _ = gone[0]
         report.notes.append(f"{len(gone):,} of {len(found):,} rows can no longer be read, such as row {row} ({key})")
-    if len(gone) < len(found):
-        row, key, cosine = min((one for one in found if not math.isnan(one[2])), key=lambda one: one[2])
+    if read:
+        row, key, cosine = min(read, key=lambda one: one[2])
         least = f"least cosine to what is stored {cosine:.6f}, row {row} ({key})"
-        report.notes.append(f"{len(found) - len(gone):,} rows encoded again: {least}")
+        report.notes.append(f"{len(read):,} rows encoded again: {least}")
     for row, key, cosine in found:
         if cosine < _SAME:
             problem = f"row {row} ({key}) encoded again has cosine {cosine:.4f} to what is stored"

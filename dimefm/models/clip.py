@@ -174,8 +174,8 @@ class _Text(nn.Module):
 
 
 def token_counts(tokens_BL: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The number of tokens of each sentence, int64 (B,). Of the equal tokens at its end, which are padding, one is
-    counted: the end token may be the padding token too."""
+    """The number of tokens of each sentence, int64 (B,). The equal tokens at its end are padding, and count
+    as one: the end token may be the padding token too."""
     differs_BL = tokens_BL != tokens_BL[:, -1:]
     places_L = torch.arange(1, tokens_BL.shape[1] + 1)
     count_B: np.ndarray[Any, Any] = (differs_BL * places_L).amax(dim=1).numpy()
@@ -208,7 +208,7 @@ def load_clip(
     (models/pretraining.py). `precision` is that of the matrix products, by default `teacher_precision`.
 
     Raises TeacherError for an unknown name, missing weights, weights trained with another activation, weights whose
-    preprocessing nothing tells, a model without a text tower, or one that could run code of its own (models/hub.py).
+    preprocessing is not known, a model without a text tower, or one that could run code of its own (models/hub.py).
     """
     device = choose_device(device)
     precision = precision or teacher_precision(device)

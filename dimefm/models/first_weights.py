@@ -34,7 +34,7 @@ def fit_to_first_weights(
 ) -> StudentSpec:
     """The student with the mean and std that its first weights were trained with, in place of its teacher's.
 
-    `init` is as for `load_first_weights`; `mean`, `std` and `activation` are what the user says of a file.
+    `init` is as for `load_first_weights`; `mean`, `std` and `activation` are what the user gives for a file.
 
     Raises TrainingError if the weights were trained with another activation than the teacher's, which the student must
     have; and if one of these facts is neither given nor follows from the known weights that fit the tower.
@@ -45,7 +45,8 @@ def fit_to_first_weights(
     facts = {"mean": mean, "std": std, "activation": activation}
     given = {name: value for name, value in facts.items() if value is not None}
     wanted = ("mean", "std", *(["activation"] if has_activation(spec) else []))
-    idle = [f"init_{name}" for name in given if name not in wanted or (not is_file and name in found)]
+    known = [] if is_file else list(found)  # of a file, the user may know better than the tags
+    idle = [f"init_{name}" for name in given if name not in wanted or name in known]
     if idle:
         what = f"{', '.join(idle)}: no effect, as {init} says that itself or {spec.name} has none"
         raise TrainingError(what, remedy="leave it out")
@@ -66,7 +67,8 @@ def fit_to_first_weights(
 
 def _trained_with(name: str, init: str) -> tuple[dict[str, Any] | None, bool]:
     """The mean, std and activation of first weights, as far as they are known (None if there are no such weights); and
-    whether the weights are a file. A file does not say: known is what all known weights of the architecture share."""
+    whether the weights are a file. A file does not contain these facts: what all known weights of the architecture
+    share stands for them."""
     path, cfgs, is_file = Path(init.removeprefix("local-dir:")), list[dict[str, Any]](), False
     if path.is_dir():
         cfgs = _facts_of_folder(f"local-dir:{path}")
@@ -82,7 +84,9 @@ def _trained_with(name: str, init: str) -> tuple[dict[str, Any] | None, bool]:
         return None, False
     found = {field: value for field, value in agreeing_fields(cfgs).items() if field in ("mean", "std")}
     activations = {_activation(cfg) for cfg in cfgs}
-    return found | ({"activation": activations.pop()} if len(activations) == 1 else {}), is_file
+    if len(activations) == 1:
+        found["activation"] = activations.pop()
+    return found, is_file
 
 
 def _activation(cfg: Mapping[str, Any]) -> str:

@@ -32,10 +32,10 @@ _QUICK = "-quickgelu"
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """How weights in a file were trained, as the user says it if the file does not. None: nothing is said."""
+    """How the weights in a file were trained, as the user gives it where the file does not. None: not given."""
 
     mean: tuple[float, float, float] | None = None
-    """Mean colour, from 0 to 1, that weights in a file were trained with; needed where no known tag says it."""
+    """Mean colour, from 0 to 1, that weights in a file were trained with; needed where no known tag has it."""
     std: tuple[float, float, float] | None = None
     """Standard deviation of colours that weights in a file were trained with; needed as `mean` is."""
     interpolation: Interpolation | None = None
@@ -45,7 +45,7 @@ class Trained:
     activation: Activation | None = None
     """Activation of weights in a file; needed where the known tags differ."""
     assume_openai: bool = False
-    """Take OpenAI's preprocessing for weights in a file, as far as nothing else says it."""
+    """Take OpenAI's preprocessing for weights in a file, as far as nothing else gives it."""
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -68,43 +68,43 @@ class Facts:
     origin: str | None
 
 
-def facts_of_weights(name: str, pretrained: str, said: Trained, known: TeacherIdentity | None = None) -> Facts:
+def facts_of_weights(name: str, pretrained: str, given: Trained, known: TeacherIdentity | None = None) -> Facts:
     """The facts about the weights `pretrained`, a tag or a file, of the architecture `name`. What the user has not
-    `said` comes from `known`, a document's identity of the same file.
+    `given` comes from `known`, a document's identity of the same file.
 
     Raises TeacherError for a fact that neither of them gives if the tags of `name` do not agree on it, or there are
-    none; for an activation that the architecture does not have; and for a tag of which the user says anything.
+    none; for an activation that the architecture does not have; and for anything that the user gives beside a tag.
     """
     if open_clip.get_pretrained_cfg(name, pretrained):
-        _require_nothing_said(said.fields(), f"the tag {pretrained} of {name}")
+        _require_none_given(given.fields(), f"the tag {pretrained} of {name}")
         return Facts({}, f"the tag {pretrained}")
     if open_clip.get_model_config(name) is None or not Path(pretrained).is_file():
         return Facts({}, None)  # loading it will fail, and say why
     tags = tags_of(name)
-    values, origin = _first_known({}, said, known, agreeing_fields(tags.values()), f"{_count(tags)} of {name}")
+    values, origin = _first_known({}, given, known, agreeing_fields(tags.values()), f"{_count(tags)} of {name}")
     lacking = [field for field in PREPROCESSING if field not in values]
-    unsaid = [_preparing_unsaid(lacking, _why(name, tags, lacking))] if lacking else []
-    unsaid += _activation_unsaid(name, pretrained, said.activation or (known.activation if known else None), tags)
-    if unsaid:
-        raise _unsaid(pretrained, unsaid)
+    missing = [_missing_preprocessing(lacking, _why(name, tags, lacking))] if lacking else []
+    missing += _missing_activation(name, pretrained, given.activation or (known.activation if known else None), tags)
+    if missing:
+        raise _missing_error(pretrained, missing)
     return Facts(values, origin)
 
 
-def facts_of_config(name: str, said: Trained, known: TeacherIdentity | None = None) -> Facts:
+def facts_of_config(name: str, given: Trained, known: TeacherIdentity | None = None) -> Facts:
     """The same for a folder (``local-dir:``) or a repository (``hf-hub:``), whose config should have the facts."""
     raw = {field: value for field, value in preprocess_config(name).items() if field in PREPROCESSING and value}
     config = {field: tuple(value) if isinstance(value, list) else value for field, value in raw.items()}
     lacking = [field for field in _REQUIRED_OF_CONFIGS if field not in config]
     allowed = {*(set(PREPROCESSING) - config.keys()), *(["assume_openai"] if lacking else [])}
-    _require_nothing_said({name: value for name, value in said.fields().items() if name not in allowed}, "its config")
-    if not lacking and not said.fields():
+    _require_none_given({name: value for name, value in given.fields().items() if name not in allowed}, "its config")
+    if not lacking and not given.fields():
         return Facts({}, "its config")
     values, origin = _first_known(
-        config, said, known, {field: _OPENAI[field] for field in PREPROCESSING[2:]}, "open_clip's default"
+        config, given, known, {field: _OPENAI[field] for field in PREPROCESSING[2:]}, "open_clip's default"
     )
     lacking = [field for field in lacking if field not in values]
     if lacking:
-        raise _unsaid(name, [_preparing_unsaid(lacking, f": its config has no {' and no '.join(lacking)}")])
+        raise _missing_error(name, [_missing_preprocessing(lacking, f": its config has no {' and no '.join(lacking)}")])
     return Facts(values, origin)
 
 
@@ -132,13 +132,13 @@ def agreeing_fields(cfgs: Collection[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _first_known(
-    config: dict[str, Any], said: Trained, known: TeacherIdentity | None, rest: dict[str, Any], rest_from: str
+    config: dict[str, Any], given: Trained, known: TeacherIdentity | None, rest: dict[str, Any], rest_from: str
 ) -> tuple[dict[str, Any], str | None]:
     """Each field from the first source that has it, and which source that was."""
     sources: list[tuple[str | None, dict[str, Any]]] = [
         ("its config", config),
-        ("the user", said.fields()),
-        ("assumed to be OpenAI's", _OPENAI if said.assume_openai else {}),
+        ("the user", given.fields()),
+        ("assumed to be OpenAI's", _OPENAI if given.assume_openai else {}),
         (known.preprocessing_from, asdict(known.preprocessing)) if known else (None, {}),
         (rest_from, rest),
     ]
@@ -153,15 +153,15 @@ def _first_known(
     return found, "; ".join(f"{who or 'not recorded'} ({', '.join(fields)})" for who, fields in origins)
 
 
-def _require_nothing_said(said: dict[str, Any], where: str) -> None:
-    """Raises TeacherError if the user says anything that is known already."""
-    if said:
-        what = f"{', '.join(map(_option, said))}: {where} says that itself"
+def _require_none_given(given: dict[str, Any], where: str) -> None:
+    """Raises TeacherError if the user gives anything that is known already."""
+    if given:
+        what = f"{', '.join(map(_option, given))}: {where} says that itself"
         raise TeacherError(what, remedy="leave it out; it is for weights that are given as a file")
 
 
-def _activation_unsaid(
-    name: str, file: str, said: str | None, tags: dict[str, dict[str, Any]]
+def _missing_activation(
+    name: str, file: str, given: str | None, tags: dict[str, dict[str, Any]]
 ) -> list[tuple[str, str]]:
     """What is missing, and how to give it, if known weights for the architecture were trained with another activation
     than it has, and another architecture has that one. Empty otherwise.
@@ -170,12 +170,12 @@ def _activation_unsaid(
     """
     has = "quick_gelu" if open_clip.get_model_config(name).get("quick_gelu", False) else "gelu"
     other = other_activation(name)
-    if said and said != has:
-        what = f"{file} was trained with {_ACTIVATIONS[said]}, which {name} does not use"
+    if given and given != has:
+        what = f"{file} was trained with {_ACTIVATIONS[given]}, which {name} does not use"
         raise TeacherError(what, remedy=f"name {other}" if other else "name an architecture that does")
     theirs = "gelu" if has == "quick_gelu" else "quick_gelu"
     differ = [tag for tag, cfg in tags.items() if bool(cfg.get("quick_gelu", False)) == (theirs == "quick_gelu")]
-    if said or not differ:
+    if given or not differ:
         return []
     what = (
         f"its activation: {name} has {_ACTIVATIONS[has]}, known weights also {_ACTIVATIONS[theirs]} ({_some(differ)})"
@@ -183,15 +183,15 @@ def _activation_unsaid(
     return [(what, f"--activation {has} if that is right, or name {other}")]
 
 
-def _preparing_unsaid(fields: list[str], why: str) -> tuple[str, str]:
+def _missing_preprocessing(fields: list[str], why: str) -> tuple[str, str]:
     """That these fields are missing, and how to give them."""
     options = " ".join(f"{_option(field)} {'R,G,B' if field in _REQUIRED_OF_CONFIGS else 'NAME'}" for field in fields)
     openai = ", ".join(f"{field} {_shown(_OPENAI[field])}" for field in PREPROCESSING)
     return f"how images were prepared when it was trained{why}", f"{options}, or --assume-openai ({openai})"
 
 
-def _unsaid(weights: str, unsaid: list[tuple[str, str]]) -> TeacherError:
-    what, remedies = zip(*unsaid, strict=True)
+def _missing_error(weights: str, missing: list[tuple[str, str]]) -> TeacherError:
+    what, remedies = zip(*missing, strict=True)
     return TeacherError(f"{weights} does not say {'; nor '.join(what)}", remedy=f"give {'; and '.join(remedies)}")
 
 

@@ -77,7 +77,7 @@ def _check_activation(name: str, pretrained: str | None) -> None:
 
 
 def _quiet(record: logging.LogRecord) -> bool:
-    """Drop what open_clip logs to the root logger: what matters of it is raised here."""
+    """Drop what open_clip logs to the root logger: this module raises what matters."""
     return "open_clip" not in record.pathname
 
 

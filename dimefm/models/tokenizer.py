@@ -135,8 +135,9 @@ class _Words(dict[str, bytes]):
         self._longest = max(len(token.removesuffix(_END)) for token in self._ids)
 
     def __missing__(self, word: str) -> bytes:
-        whole = self._pattern.match(word)
-        packed = _packed(self._tokens(word)) if whole and whole.group() == word else self._of_pieces(word)
+        match = self._pattern.match(word)
+        is_one_piece = match is not None and match.group() == word
+        packed = _packed(self._tokens(word)) if is_one_piece else self._of_pieces(word)
         if len(word) <= _LONGEST_WORD:
             if len(self) >= _MOST_WORDS:
                 self.clear()
@@ -168,30 +169,35 @@ class _Words(dict[str, bytes]):
     def _first_tokens(self, letters: list[str]) -> list[str] | None:
         """The first `room` tokens of a long piece that begins with `letters`, if they do not depend on what follows.
 
-        Where a token ends in a piece, the tokens before that place are those of the letters before it alone, since
-        nothing was joined across it. And two rows of tokens stay as they are when they are put together, if their two
-        tokens that then meet are not changed by each other. Among any `longest` neighbouring letters a token ends. So
-        the piece begins with `first`, if `first` stays the same before the token that follows it, whichever of the
-        possible places the next letters end at.
+        If a token ends at some place in a piece, the tokens up to there are those of the letters up to there alone,
+        since nothing was joined across that place. And two rows of tokens can be put together as they are, if joining
+        does not change the last token of one and the first of the other when these two meet. A token ends within any
+        `longest` neighbouring letters. So the piece begins with `first`, if `first` stays the same before every token
+        that may follow it, whichever of the possible places the next letters end at.
         """
         first = join_pairs(letters, self._ranks)[: self._room]
         at = sum(map(len, first))
         ends = range(at + 3 * self._longest + 1, at + 4 * self._longest + 1)
         following = {join_pairs(letters[at:end], self._ranks)[0] for end in ends}
         last = first[-1]
-        return first if all(join_pairs([*last, *token], self._ranks) == [last, token] for token in following) else None
+        for token in following:
+            if join_pairs([*last, *token], self._ranks) != [last, token]:
+                return None
+        return first
 
 
 def join_pairs(letters: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """The tokens of a row of letters by byte-pair encoding: again and again, all pairs of the least rank are joined,
     from left to right. It takes n log n steps: SimpleTokenizer looks through the whole row each time."""
+    # A linked list: the token at a place is empty once it was joined to the one before it.
     tokens, count = list(letters), len(letters)
     before, after = list(range(-1, count - 1)), list(range(1, count + 1))
 
     def rank_at(place: int) -> int | None:
         return ranks.get((tokens[place], tokens[after[place]])) if after[place] < count else None
 
-    heap = [(rank, place) for place, pair in enumerate(pairwise(letters)) if (rank := ranks.get(pair)) is not None]
+    found = ((ranks.get(pair), place) for place, pair in enumerate(pairwise(letters)))
+    heap = [(rank, place) for rank, place in found if rank is not None]
     heapify(heap)
     while heap:
         least, joined = heap[0][0], []

@@ -57,7 +57,7 @@ def _without_captions(tower_cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def notes_on_preparation(spec: StudentSpec, teacher: TeacherIdentity) -> list[str]:
-    """Notes for the user if a student's images are not prepared as its teacher's are."""
+    """Notes for the user where a student's images are prepared in another way than its teacher's."""
     theirs, notes = teacher.preprocessing, []
     for field in ("mean", "std"):
         if getattr(spec, field) != getattr(theirs, field):

@@ -192,8 +192,8 @@ def _dimefm(words: list[str]) -> None:
 
 @contextmanager
 def _signals_passed_to(process: BaseProcess) -> Iterator[None]:
-    """Let a stage end in its own way, and this process after it. Ctrl-C reaches all processes in a terminal by itself;
-    SIGTERM is passed on."""
+    """For the block, let a stage end in its own way, and this process after it. Ctrl-C reaches all processes in a
+    terminal by itself; SIGTERM is passed on."""
     handlers = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: lambda *_: process.terminate()}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}  # type: ignore[arg-type]
     try:
@@ -224,11 +224,15 @@ def main(
 ) -> None:
     """Run the whole DIME-FM job. If it is stopped, run the same command again: it goes on where it was."""
     if name == "paper":
-        named = ("--teacher", teacher, "--pretrained", pretrained)
         if not dry_run and not (images and texts and val):
             raise click.UsageError("scale paper needs --images, --texts and --val (or --dry-run)")
-        places = (images or ("IMAGES",), texts or ("TEXTS",), val or ("VAL",))
-        scale = Scale(teacher=named, images=places[0], texts=places[1], val=places[2], students=(PAPER_STUDENT,))
+        scale = Scale(
+            teacher=("--teacher", teacher, "--pretrained", pretrained),
+            images=images or ("IMAGES",),
+            texts=texts or ("TEXTS",),
+            val=val or ("VAL",),
+            students=(PAPER_STUDENT,),
+        )
     else:
         scale = smoke_scale() if name == "smoke" else sample_scale()
     try:

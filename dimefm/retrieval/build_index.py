@@ -2,6 +2,8 @@
 
 The trained index and every part (`retrieval.index_parts`) are kept below build/ until the index is published: a build
 that was stopped goes on where it stopped.
+
+Shapes: N rows, D embedding width.
 """
 
 from __future__ import annotations
@@ -110,7 +112,7 @@ def build_index(
 
 
 class _IndexBuild:
-    """The steps of one build: of an index where there is none, or of what a published one lacks."""
+    """The steps of one build: of a new index, or of the rows that a published one lacks."""
 
     def __init__(self, config: IndexConfig, store: Store, images: Store | None) -> None:
         self.config, self.store, self.images = config, store, images
@@ -213,7 +215,7 @@ class _IndexBuild:
                 self._require_memory(part, total)
 
     def _require_memory(self, part: PartTask, total: int) -> None:
-        """Raises StoreError where so many rows, as large as those of the part, are more than the memory holds."""
+        """Raises StoreError where `total` rows, each as large as those of the part, do not fit into memory."""
         needed = part.path.stat().st_size / part.rows * total
         if needed > self.memory:
             what = f"{self.plan.factory} over {total:,} rows takes {amount(needed)}, --memory is {amount(self.memory)}"

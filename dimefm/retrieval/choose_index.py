@@ -37,7 +37,7 @@ class IndexPlan:
 
 
 def plan_index(rows: int, dim: int, memory: int, factory: str | None = None) -> IndexPlan:
-    """The index for so many rows, within `memory` bytes for the whole process; or `factory`, if one is given.
+    """The index for this number of rows, within `memory` bytes for the whole process; or `factory`, if one is given.
 
     Raises DimefmError where no choice fits, saying how much memory would do.
     """

@@ -52,7 +52,7 @@ class ExactSearch:
     exact too and twice as fast as TF32; before torch 2.8 as TF32, which holds every float16 exactly.
     """
 
-    batch = 65536  # for so many queries each row is read once
+    batch = 65536  # queries for which each row is read only once
 
     def __init__(self, store: Store, *, device: str = "cpu", ranges: Sequence[tuple[int, int]] | None = None) -> None:
         """Search all rows of the store, or those of `ranges`, each a start and a stop."""

@@ -252,7 +252,7 @@ def gpus() -> int:
 
 
 def use_threads(count: int) -> None:
-    """Have FAISS compute on so many threads."""
+    """Have FAISS compute on this number of threads."""
     faiss.omp_set_num_threads(count)
 
 

@@ -80,8 +80,9 @@ class IndexSearch:
         lists = self._index.lists
         if not lists:
             return (0,)
-        steps = {n for p in range(int(math.log2(lists)) + 1) for n in (1 << p, 3 << p >> 1) if n <= lists}
-        return sorted(steps | {lists})
+        powers = [1 << power for power in range(int(math.log2(lists)) + 1)]
+        halfway = [3 * power // 2 for power in powers]
+        return sorted({lists, *(count for count in (*powers, *halfway) if count <= lists)})
 
     def search_with(
         self, parameters: SearchParameters, queries_QD: np.ndarray[Any, Any], k: int
@@ -92,9 +93,13 @@ class IndexSearch:
         scores_QC, rows_QC = self._candidates(queries_QD, count, parameters.probes)
         if parameters.rescore == 1:
             return scores_QC, rows_QC
+
+        def rescore(part: slice) -> tuple[Any, Any]:
+            return _rescored(self._store, queries_QD[part], rows_QC[part], k)
+
         parts = [slice(at, at + _RESCORE_QUERIES) for at in range(0, len(rows_QC), _RESCORE_QUERIES)]
         with ThreadPoolExecutor(min(_RESCORE_JOBS, torch.get_num_threads())) as pool:
-            return _joined(pool.map(lambda part: _rescored(self._store, queries_QD[part], rows_QC[part], k), parts))
+            return _joined(pool.map(rescore, parts))
 
     def _candidates(self, queries_QD: np.ndarray[Any, Any], count: int, probes: int) -> tuple[Any, Any]:
         """The best rows of each query by the index's own scores: scores and rows (Q, C)."""

@@ -11,7 +11,7 @@ EXACT = "exact search"
 
 
 def open_search(store: Store, index: str | None, device: str | None = None) -> tuple[Search, str, str]:
-    """A search over `store`, and what PAIRS.zarr writes of it: the path and the digest of the index, or EXACT twice.
+    """A search over `store`, and how PAIRS.zarr names it: by the path and the digest of the index, or by EXACT twice.
 
     Raises as `retrieval.index_search.IndexSearch.open` does.
     """

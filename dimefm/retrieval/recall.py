@@ -1,6 +1,6 @@
 """How well an index searches, against exact search, and the cheapest parameters that reach a target.
 
-Shapes: Q queries, D width, K neighbours, C candidates.
+Shapes: Q queries, D width, K neighbours.
 """
 
 from __future__ import annotations
@@ -87,11 +87,13 @@ def _draw(store: Store, ranges: Sequence[tuple[int, int]], rng: np.random.Genera
     StoreError where no row has one."""
     every = np.concatenate([start + np.flatnonzero(store.status(start, stop) == Status.OK) for start, stop in ranges])
     chosen = np.sort(rng.choice(every, min(len(every), QUERIES), replace=False))
-    parts = [part for row in chosen.tolist() if len((part := store.valid_rows(row, row + 1))[0])]
+    read = [store.valid_rows(row, row + 1) for row in chosen.tolist()]
+    parts = [(rows, vectors) for rows, vectors in read if len(rows)]
     if not parts:
         what = f"{store.path} has no embedding to measure the recall with"
         raise StoreError(what, remedy="see dimefm info for what failed")
-    return np.concatenate([rows for rows, _ in parts]), np.concatenate([v for _, v in parts]).astype(np.float32)
+    rows_Q, vectors_QD = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return rows_Q, vectors_QD.astype(np.float32)
 
 
 @dataclass(frozen=True)

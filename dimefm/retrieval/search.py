@@ -1,4 +1,7 @@
-"""`search`: what one's own image or sentence is nearest to. It is the fastest way to see that a cache is sane."""
+"""`search`: what one's own image or sentence is nearest to. It is the fastest way to see that a cache is sane.
+
+Shapes: Q queries, D embedding width, K neighbours.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from dimefm.system.inert_text import line
 
 @dataclass(frozen=True)
 class Hit:
-    """A row of the store with its cosine similarity to the query. `entry` is what the store's plan has of it: for a
+    """A row of the store with its cosine similarity to the query. `entry` is its entry in the store's plan: for a
     sentence its key and text, for an image its key, file and place in the file."""
 
     score: float

@@ -1,6 +1,8 @@
 """A plain zero-shot check that uses only open_clip, so that the teacher's numbers do not depend on dimefm's evaluation.
 
-One prompt per class, "a photo of a X.", open_clip's own preprocessing, float32. Shapes: B images, C classes.
+One prompt per class, "a photo of a X.", open_clip's own preprocessing, float32.
+
+Shapes: B images, C classes, D embedding width.
 """
 
 from __future__ import annotations

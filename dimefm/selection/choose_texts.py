@@ -96,7 +96,8 @@ def choose_texts(
     if settings.pool is not None:
         outcome_T[order_C[settings.pool :]] = Outcome.POOL
         order_C = order_C[: settings.pool]
-    repeated, clusters, cap = (order_C[:0], order_C[:0]), None, None
+    none_C = order_C[:0]
+    repeated, clusters, cap = (none_C, none_C), None, None
     if (settings.dedup is not None or settings.balance) and len(order_C):
         label_C = _labels(settings, texts, order_C, device)
         clusters = cluster_count(len(order_C))

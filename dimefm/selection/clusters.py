@@ -23,8 +23,8 @@ _BLOCK = 2048
 
 
 def cluster_count(candidates: int) -> int:
-    """How many clusters so many candidates get: the square root. Then finding the cluster of a candidate costs as much
-    as comparing it with all candidates of that cluster."""
+    """The number of clusters for a number of candidates: its square root. Then finding the cluster of a candidate costs
+    as much as comparing it with all candidates of that cluster."""
     return max(1, round(math.sqrt(candidates)))
 
 
@@ -105,7 +105,7 @@ def repetitions(
 def _repetitions_in_cluster(
     texts: Store, rows_N: np.ndarray[Any, Any], limit: float, device: str
 ) -> np.ndarray[Any, Any]:
-    """`repetitions` among the candidates of one cluster, best first, int32 (N,).
+    """`repetitions` for the candidates of one cluster, best first, int32 (N,).
 
     Each block is compared with the kept candidates of all blocks before it, then with itself.
     """

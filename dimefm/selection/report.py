@@ -1,6 +1,6 @@
 """What a selection leaves for its readers: the kept sentences, counts by source file, examples, a report in Markdown.
 
-Shapes: T sentences of the store, K kept sentences of a shard.
+Shapes: T sentences of the store, N of them with an embedding, K kept sentences of a shard.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`select-texts`: which sentences of a text store are worth training on, judged by images.
 
-Shapes: T sentences of the store, N image rows of a shard, K sentences an image.
+Shapes: T sentences of the store, N image rows of a shard, K sentences per image.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class SelectionConfig:
     """How to select sentences, and from what.
 
     The sentences are ranked, `by`
-      hits        how many images have them among their top k; of equals, the one with the best cosine first. Sentences
+      hits        how many images have them among their top k; if equal, the one with the best cosine first. Sentences
                   without a hit are left out. Without other conditions this is the union over images, which trained the
                   best students of all that were tried (benchmarks/RESULTS.md);
       similarity  how far the images nearest to a sentence stand out from all others (selection.grounding.Grounding),

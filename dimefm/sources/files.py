@@ -51,7 +51,9 @@ def existing_names(argument: str) -> list[str]:
         expand(argument)
     except AbsentError:
         names = _expand_ranges(argument)
-        return [] if names == [argument] else [one for name in names for one in existing_names(name)]
+        if names == [argument]:
+            return []
+        return [one for name in names for one in existing_names(name)]
     return [argument]
 
 

@@ -10,7 +10,7 @@ from dimefm.system import storage
 from dimefm.system.read_ahead import URL_BLOCK
 
 URL_LEAP = 1 << 20
-"""At a URL, so many bytes and more are passed over rather than read. By s3fs a request costs a core 2 ms, in which it
+"""At a URL, this many bytes or more are passed over rather than read. By s3fs a request costs a core 2 ms, in which it
 reads 1.2 MB; and a round trip takes 30 ms, in which each of 32 connections that share 10 Gb/s carries 1 MB."""
 
 _GROWTH = 4

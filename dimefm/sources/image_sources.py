@@ -64,8 +64,8 @@ class WebDataset:
 
 
 def _images(path: str, members: Iterable[TarMember], account: Account) -> Iterator[ImageSample]:
-    """The images of a tar. Of several that follow each other with the same key one is used, as in open_clip: the one
-    whose extension comes first in _PREFERRED, else the first in the tar."""
+    """The images of a tar. If several with the same key follow each other, one is used, as in open_clip: the one whose
+    extension comes first in _PREFERRED, else the first in the tar."""
     waiting: ImageSample | None = None  # the best image of the last key
     kind = last = ""  # its extension and its key
     for name, offset, size in members:

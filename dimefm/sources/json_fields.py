@@ -75,14 +75,13 @@ def _collect(value: Any, name: str, names: dict[str, None], depth: int) -> None:
 
 
 def choose_column(names: list[str], column: str | None, path: str, or_else: str = "") -> str:
-    """`column`, or the first of DEFAULTS that is there. Raises NoColumnError with what is there."""
+    """`column`, or the first of DEFAULT_COLUMNS, if `names` has it. Raises NoColumnError, which shows the names."""
     wanted = DEFAULT_COLUMNS if column is None else (column,)
     for name in wanted:
         if name in names:
             return name
-    shown = ", ".join([*names[:_MOST_SHOWN], *(["..."] if len(names) > _MOST_SHOWN else [])])
-    what = (
-        f"{path} has no column {' or '.join(map(repr, wanted))}, {f'only {shown}' if names else 'and none of strings'}"
-    )
+    shown = ", ".join(names[:_MOST_SHOWN]) + (", ..." if len(names) > _MOST_SHOWN else "")
+    others = f"only {shown}" if names else "and none of strings"
+    what = f"{path} has no column {' or '.join(map(repr, wanted))}, {others}"
     remedy = f"name the column with the sentences: --column NAME{or_else}"
     raise NoColumnError(what, f"{path}, which has {shown or 'no column of strings'}", remedy=remedy)

@@ -1,15 +1,14 @@
-"""Parquet files, a column at a time and in bounded memory: forward to list what they hold, by row to read a sample."""
+"""Read columns of Parquet files forward and in bounded memory, to list what they hold. parquet_cells reads by row.
+
+Shapes: N values of a block.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import threading
-from bisect import bisect_right
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -28,9 +27,6 @@ BLOCK_BYTES, _BLOCK_ROWS = 32 << 20, 8192
 """The most that is read of a row group at a time, in bytes and rows."""
 
 _BUFFER = 1 << 20  # bytes of a column chunk that are read ahead; without a buffer the chunk is read whole
-_FILES, _BLOCKS = 8, 4  # files kept open, and blocks kept decoded, in a process
-KEPT_BYTES = _BLOCKS * BLOCK_BYTES
-"""Files that together are no larger than this are read by row equally fast in any order."""
 
 _STRINGS = {kind().id for kind in (pa.string, pa.large_string, pa.string_view)}
 _BYTES = {pa.binary(1).id, *(kind().id for kind in (pa.binary, pa.large_binary, pa.binary_view))}
@@ -38,9 +34,8 @@ _LISTS = {pa.list_(pa.null(), 1).id} | {
     kind(pa.null()).id for kind in (pa.list_, pa.large_list, pa.list_view, pa.large_list_view)
 }
 _MAGIC = b"PAR1"
-_TAIL_BYTES = 1 << 16  # Arrow reads so many first; they end with the length of the footer and _MAGIC
+_TAIL_BYTES = 1 << 16  # Arrow reads this many first; they end with the length of the footer and _MAGIC
 _SIGNATURE_BYTES = 28  # at the end of a footer that is plain although columns are encrypted
-_COLUMN_AND_PLACE = re.compile(r"(.*)\[(\d+)\]", re.DOTALL)
 
 
 class DamagedParquetError(Exception):
@@ -75,7 +70,7 @@ def open_parquet(path: str) -> pq.ParquetFile:
         file = pq.ParquetFile(source if is_url else path, buffer_size=_BUFFER, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         found = _storage_or_damage(error)
-        if isinstance(found, DamagedParquetError) and (what := _other_kind(path)):
+        if isinstance(found, DamagedParquetError) and (what := other_kind(path)):
             found = DamagedParquetError(f"it is {what}")
         raise found from error
     if footer_bytes - file.metadata.serialized_size == _SIGNATURE_BYTES:  # Arrow aborts at an encrypted column
@@ -115,7 +110,9 @@ def hugging_face_features(schema: pa.Schema) -> dict[str, Any]:
         found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError, RecursionError):
         return {}
-    return {name: one for name, one in found.items() if isinstance(one, dict)} if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: one for name, one in found.items() if isinstance(one, dict)}
 
 
 def describe_damage(path: str, rows: int, error: Exception) -> str:
@@ -158,7 +155,7 @@ def flat_values(batch: pa.RecordBatch, column: Column) -> tuple[pa.Array, np.nda
 
 
 def places_in_lists(rows: Sequence[int]) -> Iterator[int]:
-    """For values in lists, by the row of each: its place among those of the same row, counted from 0."""
+    """For values in lists, given the row of each: the place of each in its list, counted from 0."""
     place, previous = 0, -1
     for row in rows:
         place, previous = (place + 1 if row == previous else 0), row
@@ -189,22 +186,6 @@ def byte_lengths(values: pa.Array) -> list[int | None]:
     return found
 
 
-def read_cell(path: str, column: str, row: int) -> bytes | None:
-    """The bytes in a row of a binary column, or of the field `bytes` of a struct column; None for null. COLUMN[N] is
-    element N in a column of lists of either. Safe in threads and in forked processes.
-
-    Raises IndexError where the file has no such row or the list no such element, KeyError where the file has no such
-    column, OSError, MemoryError, and DamagedParquetError.
-    """
-    return _cells.read(path, column, row)
-
-
-def forget_cells() -> None:
-    """Make the next `read_cell` ask the storage: the blocks that this process kept would hide that a file is gone."""
-    global _cells
-    _cells = _Cells()
-
-
 def is_string(type_: pa.DataType) -> bool:
     """Whether values of this type are read as str."""
     if pa.types.is_dictionary(type_):
@@ -225,89 +206,8 @@ def is_list(type_: pa.DataType) -> bool:
 
 
 def element_type(type_: pa.DataType) -> pa.DataType:
-    """The type of the elements of lists, and of lists of lists; of any other type, the type itself."""
+    """The type of the elements if these are lists, or lists of lists; else the type itself."""
     return element_type(type_.value_type) if is_list(type_) else type_
-
-
-class _Cells:
-    """The files and blocks that this process read last: rows mostly come in order, so the next is likely in one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._files: OrderedDict[tuple[str, int, int], tuple[pq.ParquetFile, list[int], dict[str, Column]]]
-        self._files = OrderedDict()
-        self._blocks: OrderedDict[tuple[Any, ...], pa.RecordBatch] = OrderedDict()
-        # The row group that is being read, and the number of its next block.
-        self._reading: tuple[tuple[Any, ...], Iterator[pa.RecordBatch]] | None = None
-        self._next = 0
-
-    def read(self, path: str, column: str, row: int) -> bytes | None:
-        with self._lock:
-            key, file, stops, columns = self._open(path)
-            group = bisect_right(stops, row)
-            if group == len(stops):
-                raise IndexError(row)
-            row_in_group = row - (stops[group - 1] if group else 0)
-            found, place_in_list = _find_column(columns, column)
-            is_struct = place_in_list is None and pa.types.is_struct(found.type)
-            leaf = f"{found.leaf}.bytes" if is_struct else found.leaf
-            number, row_in_block = divmod(row_in_group, rows_per_block(file, [leaf], group))
-            block = self._block(file, leaf, (*key, leaf, group), number)
-            values, _ = flat_values(block.slice(row_in_block, 1), found)
-        if pa.types.is_struct(values.type):
-            values = pc.struct_field(values, "bytes")
-        value: bytes | None = values[place_in_list or 0].as_py()
-        return value
-
-    def _open(self, path: str) -> tuple[tuple[str, int, int], pq.ParquetFile, list[int], dict[str, Column]]:
-        """A key that a later file of the same name does not have, the file, the row at which each of its row groups
-        stops, and its columns."""
-        status = None if storage.is_url(path) else os.stat(path)  # noqa: PTH116
-        key = (path, status.st_mtime_ns, status.st_size) if status else (path, 0, 0)
-        if key not in self._files:
-            file = open_parquet(path)
-            groups = range(file.metadata.num_row_groups)
-            stops = list(accumulate(file.metadata.row_group(group).num_rows for group in groups))
-            self._files[key] = file, stops, columns_of(file.schema_arrow)
-        self._files.move_to_end(key)
-        if len(self._files) > _FILES:
-            self._files.popitem(last=False)[1][0].close()
-            self._reading = None  # it may be of that file
-        return key, *self._files[key]
-
-    def _block(self, file: pq.ParquetFile, leaf: str, key: tuple[Any, ...], number: int) -> pa.RecordBatch:
-        """Block `number` of the row group that ends `key`: one that is kept, or the one that the reading comes to next,
-        or else by reading the group again from its beginning."""
-        block = self._blocks.pop((key, number), None)
-        if block is None:
-            if self._reading is None or self._reading[0] != key or self._next > number:
-                self._reading, self._next = (key, read_blocks(file, [leaf], key[-1])), 0
-            batches = self._reading[1]
-            try:
-                while self._next <= number:
-                    block = next(batches)
-                    self._next += 1
-            except BaseException:
-                self._reading = None
-                raise
-        self._blocks[key, number] = block
-        if len(self._blocks) > _BLOCKS:
-            self._blocks.popitem(last=False)
-        return block
-
-
-_cells = _Cells()
-
-
-if hasattr(os, "register_at_fork"):
-    # A child shares the position in open files with its parent, and a lock that was held at the fork is never released.
-    os.register_at_fork(after_in_child=forget_cells)
-
-
-def _find_column(columns: dict[str, Column], name: str) -> tuple[Column, int | None]:
-    """The column NAME and None, or for NAME[N] that column and N. Raises KeyError."""
-    match = None if name in columns else _COLUMN_AND_PLACE.fullmatch(name)
-    return (columns[match[1]], int(match[2])) if match else (columns[name], None)
 
 
 def _footer_bytes(source: BinaryIO) -> int:
@@ -315,7 +215,8 @@ def _footer_bytes(source: BinaryIO) -> int:
     return int.from_bytes(source.read()[-8:-4], "little")
 
 
-def _other_kind(path: str) -> str | None:
+def other_kind(path: str) -> str | None:
+    """What a file is by its first bytes, if it is of a known kind other than Parquet."""
     try:
         head = storage.read_bytes(path, 0, HEAD_BYTES)
     except OSError:

@@ -1,4 +1,7 @@
-"""Images in a column of Parquet files."""
+"""Images in a column of Parquet files.
+
+Shapes: N images of a block.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +150,8 @@ def _usable(schema: pa.Schema, column: str | None) -> list[str]:
     likely = {name: one for name, one in found.items() if not _is_digest(one.type)}
     top = [name for name, one in likely.items() if len(one.fields) == 1]
     fields = [name for name, one in likely.items() if ".".join(one.fields[:-1]) not in likely]
-    return [name for name in top if not is_list(likely[name].type)] or top or fields
+    images = [name for name in top if not is_list(likely[name].type)]
+    return images or top or fields
 
 
 def _holds_images(type_: pa.DataType) -> bool:
@@ -155,7 +159,10 @@ def _holds_images(type_: pa.DataType) -> bool:
     if not pa.types.is_struct(one):
         return is_bytes(one)
     index = one.get_field_index("bytes")
-    return index >= 0 and (is_bytes(kind := one.field(index).type) or (pa.types.is_null(kind) and _has_path(one)))
+    if index < 0:
+        return False
+    kind = one.field(index).type
+    return is_bytes(kind) or (pa.types.is_null(kind) and _has_path(one))
 
 
 def _is_digest(type_: pa.DataType) -> bool:
@@ -195,7 +202,7 @@ def _batches(file: pq.ParquetFile, name: str) -> Iterator[pa.RecordBatch]:
 
 
 def _images(path: str, before: int, batch: pa.RecordBatch, name: str, account: Account) -> Iterator[ImageSample]:
-    """The images of a batch that has `before` rows before it in its file. Shapes: N images."""
+    """The images of a batch that has `before` rows before it in its file."""
     key_column = _key_column(batch.schema)
     keys = as_strings(batch.column(key_column)) if key_column else None
     values, rows_N = flat_values(batch, columns_of(batch.schema)[name])

@@ -1,4 +1,7 @@
-"""Sentences in a column of Parquet files."""
+"""Sentences in a column of Parquet files.
+
+Shapes: N values of a block.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ class ParquetTexts:
         report_replaced(self._path, "sentences", replaced, account)
 
     def _sentences(self, batch: pa.RecordBatch, column: Column, before: int, account: Account) -> Iterator[TextSample]:
-        """The sentences of a batch that has `before` rows before it in the file. Shapes: N values."""
+        """The sentences of a batch that has `before` rows before it in the file."""
         name = self._path.rpartition("/")[2]
         values, rows_N = flat_values(batch, column)
         in_lists = rows_N is not None

@@ -66,7 +66,7 @@ def tsv_rows(lines: Iterator[str], *, header: bool) -> Iterator[Row]:
         return
     ahead = deque([first] if first else [])  # lines that were read and do not belong to a row yet
     number, width = 1, 0  # of the next row; cells of the first row that is not blank
-    while line := ahead.popleft() if ahead else next(lines, ""):
+    while line := (ahead.popleft() if ahead else next(lines, "")):
         cells, taken = None, 1
         if '"' in line and (line[0] == '"' or '\t"' in line):
             following = _lines_until_closed(line, ahead, lines)
@@ -78,7 +78,9 @@ def tsv_rows(lines: Iterator[str], *, header: bool) -> Iterator[Row]:
         if cells is None:
             cells = _without_end(line).split("\t")
         yield number, taken, cells
-        width, number = width or (len(cells) if any(cells) else 0), number + taken
+        number += taken
+        if not width and any(cells):
+            width = len(cells)
 
 
 def _lines_until_closed(line: str, ahead: deque[str], lines: Iterator[str]) -> list[str]:

@@ -15,7 +15,8 @@ from cache_schemas.plan import PlannedImage
 from dimefm.errors import RUN_AGAIN, UnreadableError
 from dimefm.images.decode import MAX_BYTES, DecodeError
 from dimefm.sources.base import ImageSample
-from dimefm.sources.parquet import DamagedParquetError, read_cell, split_column
+from dimefm.sources.parquet import DamagedParquetError, split_column
+from dimefm.sources.parquet_cells import read_cell
 from dimefm.system import storage
 from dimefm.system.named_paths import named
 

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from cache_schemas.plan import SourceFile
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account
-from dimefm.sources.tar import BLOCK, TarMember, end_of_data, first_member_between
+from dimefm.sources.tar import TarMember, first_member_between
+from dimefm.sources.tar_headers import BLOCK, end_of_data
 from dimefm.sources.walk_folder import files_in
 from dimefm.system import storage
 

@@ -1,6 +1,6 @@
 """The members of a tar, by its headers alone.
 
-The standard library's tarfile takes nine times as long a member, and plans have 40 million of them. This reads what
+The standard library's tarfile takes nine times as long per member, and plans have 40 million of them. This reads what
 tar, GNU tar and Python write: v7, ustar, GNU and pax headers. Nothing is ever extracted, so a member's name is only a
 name, whatever it holds.
 """
@@ -12,31 +12,39 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
-from zlib import adler32
 
 from dimefm.sources.account import Account
 from dimefm.sources.forward_reader import Window, open_window
+from dimefm.sources.tar_headers import (
+    BLOCK,
+    DEVICES,
+    EXTENSIONS,
+    FILES,
+    FOLDERS,
+    HARD_LINK,
+    LONG_NAME,
+    LONG_TARGET,
+    PAX_OF_ALL,
+    SPARSE,
+    SYMBOLIC_LINK,
+    WITHOUT_DATA,
+    DamagedTarError,
+    decode_name,
+    end_of_data,
+    is_header,
+    name_in,
+    number_in,
+    pax_records,
+    until_nul,
+)
 from dimefm.sources.walk_folder import cannot_read
 from dimefm.system import storage
 from dimefm.system.first_bytes import HEAD_BYTES, describe
 
-BLOCK = 512
 _ZEROS = bytes(BLOCK)
-
-# What kind of member a header is of: one of these bytes of it.
-_FILES = {b"0", b"\0", b"7"}  # 7 was for contiguous files, and is laid out as any other
-_HARD_LINK, _SYMBOLIC_LINK = b"1", b"2"
-_DEVICES = {b"3", b"4", b"6"}
-_FOLDERS = {b"5", b"D", b"V"}  # and GNU's listing of one, and the label of an archive
-_WITHOUT_DATA = {_HARD_LINK, _SYMBOLIC_LINK, *_DEVICES, b"5"}  # whatever their size field says, nothing follows
-_SPARSE = b"S"
-_LONG_NAME, _LONG_TARGET, _PAX_OF_ALL = b"L", b"K", b"g"
-_EXTENSIONS = {_LONG_NAME, _LONG_TARGET, b"x", b"X", _PAX_OF_ALL}  # x and X: pax records of the next member
-
 _MOST_LINKS = 40  # that lead to one another, as in Linux
 _ZEROS_READ = 1 << 16  # bytes that are looked through at a time for what follows the end mark
 _MOST_EXTENSION = 1 << 22  # bytes of a long name or of pax records; more than that is damage
-_ADLER = 65521
 
 
 class TarMember(NamedTuple):
@@ -67,15 +75,15 @@ class _Listing:
     """Regular files until now."""
     links: list[_Link] = field(default_factory=list)
 
+    def note_other(self, kind: bytes, name: str, target: str, position: int, sparse: bool) -> None:
+        """Note a member that is no regular file: a link to `target`, a folder, or something that is not used."""
+        if kind in (HARD_LINK, SYMBOLIC_LINK):
+            self.links.append(_Link(name, target, kind == HARD_LINK, position))
+        elif kind not in FOLDERS:
+            self.account.skip(_why_not_used(kind, sparse), f"{self.path}: {name}")
 
-class _DamagedError(Exception):
-    """What stands where a header should be cannot be one."""
 
-    def __init__(self, why: str = "a damaged header") -> None:
-        super().__init__(why)
-
-
-class _TrailingBytesError(_DamagedError):
+class _TrailingBytesError(DamagedTarError):
     """The end mark is followed, at this place, by something that is no tar."""
 
     def __init__(self, position: int) -> None:
@@ -98,7 +106,7 @@ def tar_members(path: str, account: Account) -> Iterator[TarMember]:
         with open_window(path) as window:
             try:
                 yield from _walk(window, listing)
-            except _DamagedError as error:
+            except DamagedTarError as error:
                 account.problem(f"{path}: {_describe_damage(window, listing, error)}")
             if listing.links:
                 yield from _linked_files(window, listing)
@@ -114,12 +122,12 @@ def first_member_between(path: str, start: int, stop: int) -> TarMember | None:
     listing = _Listing(path)
     try:
         member = next(_walk(window, listing, start), None)
-    except _DamagedError:
+    except DamagedTarError:
         return None
     return None if listing.links or listing.account.skipped() else member
 
 
-def _describe_damage(window: Window, listing: _Listing, error: _DamagedError) -> str:
+def _describe_damage(window: Window, listing: _Listing, error: DamagedTarError) -> str:
     if isinstance(error, _TrailingBytesError):
         size = storage.size(listing.path) - error.position
         return f"the {size:,} bytes after its end, from byte {error.position:,}, are no tar"
@@ -137,99 +145,84 @@ def _walk(window: Window, listing: _Listing, position: int = 0) -> Iterator[TarM
     A member is a header of one block and its data in whole blocks; before it there may be extension headers, each with
     records as its data, such as a name too long for the header. Blocks of zeros end the tar; another may follow.
     """
-    records: dict[bytes, bytes] = {}  # of the member that comes next
-    records_of_all: dict[bytes, bytes] = {}  # and of all that come
+    records: dict[bytes, bytes] = {}  # of extension headers, for the next member
+    records_of_all: dict[bytes, bytes] = {}  # and for all members that follow
     while True:
         header = window.get(position, BLOCK)
         if header == _ZEROS:
-            following = _next_tar(window, position)
+            following = _next_tar(window, listing, position)
             if following is None:
-                if position == 0:
-                    listing.account.skip("empty tars", listing.path)
                 return
             position, records, records_of_all = following, {}, {}
             continue
-        if not _is_header(header):
-            raise _DamagedError if header else _DamagedError("no end mark: it was cut short")
-        kind, size, data = header[156:157], _number(header[124:136]), position + BLOCK
-        if kind in _EXTENSIONS:
-            given = records_of_all if kind == _PAX_OF_ALL else records
-            given.update(_read_extension(window, kind, data, size))
+        if not is_header(header):
+            raise DamagedTarError if header else DamagedTarError("no end mark: it was cut short")
+        kind, size, data = header[156:157], number_in(header[124:136]), position + BLOCK
+        if kind in EXTENSIONS:
+            extended = records_of_all if kind == PAX_OF_ALL else records
+            extended.update(_read_extension(window, kind, data, size))
             position = end_of_data(data, size)
             continue
 
-        name = records.get(b"path") or records_of_all.get(b"path") or _name_in(header)
-        sparse = kind == _SPARSE
+        name = records.get(b"path") or records_of_all.get(b"path") or name_in(header)
+        sparse = kind == SPARSE
         if records:
-            size = _number(records[b"size"], 10) if b"size" in records else size
-            sparse = sparse or any(key.startswith(b"GNU.sparse.") for key in records)
+            size, sparse = _by_records(records, size, sparse)
         if kind == b"\0" and name.endswith(b"/"):  # a folder, from before there was a letter for those
             kind = b"5"
-        if kind in _WITHOUT_DATA:
+        if kind in WITHOUT_DATA:
             size = 0
-        elif kind == _SPARSE and header[482]:
+        elif kind == SPARSE and header[482]:
             data = _after_sparse_map(window, data)
         position = end_of_data(data, size)
 
-        if kind in _FILES and not sparse:
+        if kind in FILES and not sparse:
             listing.count += 1
-            yield TarMember(_text(name), data, size)
-        elif kind in (_HARD_LINK, _SYMBOLIC_LINK):
-            target = records.get(b"linkpath") or records_of_all.get(b"linkpath") or _until_nul(header[157:257])
-            listing.links.append(_Link(_text(name), _text(target), kind == _HARD_LINK, data))
-        elif kind not in _FOLDERS:
-            listing.account.skip(_why_not_used(kind, sparse), f"{listing.path}: {_text(name)}")
+            yield TarMember(decode_name(name), data, size)
+        else:
+            target = records.get(b"linkpath") or records_of_all.get(b"linkpath") or until_nul(header[157:257])
+            listing.note_other(kind, decode_name(name), decode_name(target), data, sparse)
         records = {}
 
 
-def _next_tar(window: Window, position: int) -> int | None:
-    """Where another tar begins after the zeros at `position`; None where nothing follows them. Raises
-    _TrailingBytesError for something else."""
+def _by_records(records: dict[bytes, bytes], size: int, sparse: bool) -> tuple[int, bool]:
+    """The size of a member, and whether it is sparse, by the records before its header."""
+    if b"size" in records:
+        size = number_in(records[b"size"], 10)
+    return size, sparse or any(key.startswith(b"GNU.sparse.") for key in records)
+
+
+def _next_tar(window: Window, listing: _Listing, position: int) -> int | None:
+    """Where another tar begins after the zeros at `position`; None where nothing follows them, and a file of nothing
+    but zeros is counted as an empty tar. Raises _TrailingBytesError for something else."""
+    began = position
     while data := window.get(position, _ZEROS_READ):
         if rest := data.lstrip(b"\0"):
             start = position + (len(data) - len(rest)) // BLOCK * BLOCK
-            if not _is_header(window.get(start, BLOCK)):
+            if not is_header(window.get(start, BLOCK)):
                 raise _TrailingBytesError(start)
             return start
         position += len(data)
+    if began == 0:
+        listing.account.skip("empty tars", listing.path)
     return None
 
 
 def _read_extension(window: Window, kind: bytes, data: int, size: int) -> dict[bytes, bytes]:
     """The records of an extension header; GNU's long names as pax would call them."""
     if size > _MOST_EXTENSION or len(content := window.get(data, size)) < size:
-        raise _DamagedError
-    if kind == _LONG_NAME:
-        return {b"path": _until_nul(content)}
-    if kind == _LONG_TARGET:
-        return {b"linkpath": _until_nul(content)}
-    return _pax_records(content)
-
-
-def end_of_data(data: int, size: int) -> int:
-    """Where the next header is: data are filled up to whole blocks."""
-    return data + (size + BLOCK - 1 & -BLOCK)
-
-
-def _name_in(header: bytes) -> bytes:
-    name = header[:100].partition(b"\0")[0]
-    if header[345] and header[257:263] == b"ustar\0":  # GNU's magic differs, and keeps times in this place
-        return _until_nul(header[345:500]) + b"/" + name
-    return name
-
-
-def _until_nul(field: bytes) -> bytes:
-    return field.partition(b"\0")[0]
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "backslashreplace")
+        raise DamagedTarError
+    if kind == LONG_NAME:
+        return {b"path": until_nul(content)}
+    if kind == LONG_TARGET:
+        return {b"linkpath": until_nul(content)}
+    return pax_records(content)
 
 
 def _why_not_used(kind: bytes, sparse: bool) -> str:
     if sparse:
         return "sparse files in tars, which are not laid out as they read (write them without --sparse)"
-    if kind in _DEVICES:
+    if kind in DEVICES:
         return "devices and pipes in tars"
     return f"members of tars of the unknown type {chr(kind[0])!r}"
 
@@ -239,7 +232,7 @@ def _linked_files(window: Window, listing: _Listing) -> Iterator[TarMember]:
     links = {_path_in_tar(link.name): link for link in listing.links}
     wanted = {_target_path(link) for link in listing.links}
     files: dict[str, list[TarMember]] = {}
-    with suppress(_DamagedError):  # which was reported
+    with suppress(DamagedTarError):  # which was reported
         for member in _walk(window, _Listing(listing.path)):
             if (path := _path_in_tar(member.name)) in wanted:
                 files.setdefault(path, []).append(member)
@@ -254,8 +247,8 @@ def _linked_files(window: Window, listing: _Listing) -> Iterator[TarMember]:
 
 
 def _resolve(link: _Link, links: dict[str, _Link], files: dict[str, list[TarMember]]) -> TarMember | None:
-    """The file that a link leads to, through other links if need be. Of several files of one name a hard link means the
-    last that comes before it, if one does, as when they are extracted."""
+    """The file that a link leads to, through other links if need be. If several files have its name, a hard link means
+    the last of them before the link, if there is one, as when they are extracted."""
     for _ in range(_MOST_LINKS):
         target = _target_path(link)
         if candidates := files.get(target):
@@ -278,61 +271,10 @@ def _target_path(link: _Link) -> str:
     return posixpath.normpath(posixpath.join(posixpath.dirname(_path_in_tar(link.name)), link.target))
 
 
-def _is_header(block: bytes) -> bool:
-    """Whether a block is whole and has the checksum of a header."""
-    if len(block) < BLOCK:
-        return False
-    try:
-        written = _number(block[148:156])
-    except _DamagedError:
-        return False
-    # Adler-32 begins with 1 plus the sum of the bytes, modulo a prime: at a twentieth of the cost of sum().
-    total = adler32(block[156:], adler32(block[:148])) & 0xFFFF
-    return not (total + 8 * 32 - 1 - written) % _ADLER or written == _signed_sum(block)
-
-
 def _after_sparse_map(window: Window, position: int) -> int:
     """Where the data of one of GNU's sparse files begins, after the blocks that say where its pieces go."""
     while len(block := window.get(position, BLOCK)) == BLOCK:
         position += BLOCK
         if not block[504]:
             return position
-    raise _DamagedError
-
-
-def _number(field: bytes, base: int = 8) -> int:
-    """A number of a header: octal digits with spaces and NULs around them, or GNU's base 256 after a first \\x80."""
-    try:
-        number = int(field.rstrip(b"\0 "), base)
-    except ValueError:
-        digits = field.partition(b"\0")[0].strip()
-        if field[:1] == b"\x80":
-            number = int.from_bytes(field[1:], "big")
-        elif digits:
-            raise _DamagedError from None
-        else:
-            number = 0
-    if not 0 <= number < 1 << 62:
-        raise _DamagedError
-    return number
-
-
-def _signed_sum(header: bytes) -> int:
-    """The checksum as some tars of old made it, of bytes with a sign."""
-    field = header[:148] + b" " * 8 + header[156:]
-    return sum(field) - 256 * sum(byte > 127 for byte in field)
-
-
-def _pax_records(content: bytes) -> dict[bytes, bytes]:
-    """The records of a pax header, each b"LENGTH KEY=VALUE\\n" where LENGTH counts all of it."""
-    records = {}
-    place = 0
-    while place < len(content) and content[place]:
-        digits, space, _ = content[place : place + 20].partition(b" ")
-        end = place + int(digits) if digits.isdigit() else 0
-        key, equals, value = content[place + len(digits) + 1 : end - 1].partition(b"=")
-        if not space or not equals or not key or content[end - 1 : end] != b"\n":
-            raise _DamagedError
-        records[key] = value.rstrip(b"/") if key == b"path" else value
-        place = end
-    return records
+    raise DamagedTarError

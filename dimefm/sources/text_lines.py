@@ -38,7 +38,7 @@ _MARKS = {  # the longer ones first: the mark of UTF-32 begins like that of UTF-
     "utf-8-sig": (codecs.BOM_UTF8,),
 }
 _CONTROL = bytes({*range(32), 127} - {*b"\t\n\v\f\r\x1b"})
-_FEWEST, _SHARE = 4, 0.02  # a file with so many control characters, and such a share of them, is not text
+_FEWEST, _SHARE = 4, 0.02  # a file with this number and share of control characters is not text
 _UNUSABLE = re.compile("[\x01-\x1f\x7f-\x9f\ufeff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _INVISIBLE = re.compile(

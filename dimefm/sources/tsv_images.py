@@ -32,7 +32,7 @@ _Line = tuple[int, int, Callable[[int], bytes]]
 
 
 class TsvImages:
-    """Tables with a line per image: KEY, tab and the image in base64; of several columns the image is in the last.
+    """Tables with a line per image: KEY, tab and the image in base64. With more columns, the image is in the last.
 
     All lines have as many columns as the first. Where NAME.lineidx, with the offset of every line, lies beside
     NAME.tsv, only the beginnings of lines are read, else the whole file; the samples are the same. Files that were

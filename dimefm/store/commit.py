@@ -1,4 +1,7 @@
-"""The commit of a shard: a small document, written after its arrays, that makes the shard count as done."""
+"""The commit of a shard: a small document, written after its arrays, that makes the shard count as done.
+
+Shapes: N rows of the shard.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The embedding store: one Zarr v3 group per cached source, written a shard at a time, read by row.
 
-Shapes: N rows asked for, V views, D embedding width.
+Shapes: N rows asked for, M of them without repeats, V views, D embedding width.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 zarr-python decodes whole chunks: thousands of random rows per second. A map reads only the rows asked for: millions.
 Ranges of rows are read straight into place, without a map. The checksum of a chunk is compared whenever it is read as a
-whole, else when a row of it is first asked for, once for a process and those that it forks. Shapes: N rows.
+whole; else when one of its rows is first asked for, once for a process and those that it forks. Shapes: N rows.
 """
 
 from __future__ import annotations

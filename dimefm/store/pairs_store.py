@@ -1,6 +1,6 @@
 """Pairs, also called pseudo texts: the nearest sentences of every image, and how often each sentence was found.
 
-Shapes: N image rows of a shard, D width, K sentences per image, T sentences.
+Shapes: N image rows of a shard, K sentences per image, T sentences.
 """
 
 from __future__ import annotations

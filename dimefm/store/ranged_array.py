@@ -27,7 +27,7 @@ from dimefm.system.read_ahead import URL_BLOCK, in_order
 KEPT_BYTES = 256 * 2**20
 """Bytes of chunks that a process keeps per array: two windows of 64 chunks of embeddings 768 wide, and some more."""
 
-_SMALL = 64 * 1024  # bytes: fetching a chunk of no more takes hardly longer than fetching one row of it
+_SMALL = 64 * 1024  # bytes: fetching a chunk of this size or less takes hardly longer than fetching one row of it
 _MANY = 8  # rows of a chunk: as many requests cost a core 16 ms, the 1.5 MB of all of it 9 ms (benchmarks/urls.py)
 _NEAR = 16 * 1024  # bytes between rows that are fetched with them: less than another request costs
 _ABSENT = np.uint64(2**64 - 1)
@@ -67,8 +67,8 @@ class RangedArray:
         out = np.empty((stop - start, *self._row_shape), self._dtype)
         size = self._chunk_rows
         chunks = range(start // size, -(-stop // size))
-        # The rest of a chunk of which a part is wanted will be next.
-        parts = {chunk for chunk in (*chunks[:1], *chunks[-1:]) if not start <= chunk * size <= stop - size}
+        # At either end, only a part of a chunk may be wanted: its rest is likely to be wanted next.
+        parts = {chunk for chunk in chunks if chunk * size < start or chunk * size + size > stop}
         for chunk, data in self._chunks(list(chunks), keep=parts):
             first, last = max(start, chunk * size), min(stop, chunk * size + size)
             out[first - start : last - start] = data[first - chunk * size : last - chunk * size]
@@ -91,8 +91,9 @@ class RangedArray:
         wanted = chunks[whole].tolist()
         order_N = np.argsort(chunk_N, kind="stable")
         for chunk, data in self._chunks(wanted, keep=set(wanted)):
-            mine = order_N[slice(*np.searchsorted(chunk_N, (chunk, chunk + 1), sorter=order_N))]
-            out[mine] = data[within_N[mine]]
+            first, last = np.searchsorted(chunk_N, (chunk, chunk + 1), sorter=order_N)
+            of_chunk = order_N[first:last]
+            out[of_chunk] = data[within_N[of_chunk]]
         self._gather_alone(rows_N, np.flatnonzero(~whole[place_N]), out)
         return out
 
@@ -103,7 +104,7 @@ class RangedArray:
             self._indices.clear()
 
     def _chunks(self, chunks: list[int], keep: set[int]) -> Iterator[tuple[int, _Array]]:
-        """Whole chunks, in order, those in `keep` kept as far as there is room."""
+        """Whole chunks by number, first those that were kept. Those in `keep` are kept, as far as there is room."""
         with self._lock:
             found = {chunk: self._kept[chunk] for chunk in chunks if chunk in self._kept}
             for chunk in found:

@@ -58,7 +58,7 @@ def writes_under(store: str, token: str | None) -> None:
 
 
 def require_held(store: str) -> None:
-    """Raises StoreError where this process writes to a store under a lease that another command has by now. Called
+    """Raises StoreError where this process writes to a store under a lease that another command has taken over. Called
     before any document is written that marks work as done."""
     if store not in _held:
         return

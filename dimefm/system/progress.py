@@ -61,7 +61,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """`75` as `1m15s`, `7300` as `2h02m`."""
+    """Seconds for people: `75` as `1m15s`, `7300` as `2h02m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -19,8 +19,8 @@ _Out = TypeVar("_Out")
 
 
 def in_order(work: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_Out]:
-    """The result of `work` for each item, in the order of the items, on storage.CONNECTIONS threads; no more results
-    than that are held."""
+    """The result of `work` for each item, in the order of the items, on storage.CONNECTIONS threads; at most that many
+    results are held."""
     pool = ThreadPoolExecutor(storage.CONNECTIONS)
     try:
         ahead = iter(items)

@@ -220,6 +220,12 @@ class TrainConfig:
     """Train from Parquet files without pixels in the store, although that is slow."""
 
     def __post_init__(self) -> None:
+        wrong = self._values_out_of_range() + self.loss.problems() + self._text_problems()
+        wrong += self._options_without_effect()
+        if wrong:
+            raise TrainingError("; ".join(wrong), remedy="change the named options")
+
+    def _values_out_of_range(self) -> list[str]:
         wrong = [
             f"{name} must be above 0, found {getattr(self, name)}"
             for name in ("epochs", "batch_size", "texts_per_step", "text_batch_size", "lr", "accumulate", "keep",
@@ -234,21 +240,26 @@ class TrainConfig:
             wrong.append(f"betas must be 0 <= beta < 1, found {self.betas}")
         if self.workers is not None and self.workers < 0:
             wrong.append(f"workers must not be below 0, found {self.workers}")
-        if self.val_texts and (self.text_student or not self.val):
-            wrong.append("val_texts has no effect " + ("with a text_student" if self.text_student else "without val"))
         if self.ema is not None and not 0 < self.ema < 1:
             wrong.append(f"ema must lie between 0 and 1, found {self.ema}")
+        return wrong
+
+    def _options_without_effect(self) -> list[str]:
+        idle = []
+        if self.val_texts and self.text_student:
+            idle.append("val_texts has no effect with a text_student")
+        elif self.val_texts and not self.val:
+            idle.append("val_texts has no effect without val")
         given = [name for name in ("init_mean", "init_std", "init_activation") if getattr(self, name) is not None]
         if given and not self.init:
-            wrong.append(f"{', '.join(given)}: no effect without init")
-        wrong += self.loss.problems() + self._text_problems()
-        drawn = self.text_mix.retrieved or (self.text_mix.selected and not self.selection) or self.loss.contrastive
-        if self.pairs and not drawn:
-            wrong.append("pairs are given, but neither the text mix nor the loss draws from them")
-        if self.selection and not (self.text_mix.selected or self.text_student):
-            wrong.append("a selection is given, but the text mix draws nothing from it")
-        if wrong:
-            raise TrainingError("; ".join(wrong), remedy="change the named options")
+            idle.append(f"{', '.join(given)}: no effect without init")
+        mix = self.text_mix
+        selected_by_pairs = mix.selected and not self.selection  # then all that were retrieved are the selected ones
+        if self.pairs and not (mix.retrieved or selected_by_pairs or self.loss.contrastive):
+            idle.append("pairs are given, but neither the text mix nor the loss draws from them")
+        if self.selection and not (mix.selected or self.text_student):
+            idle.append("a selection is given, but the text mix draws nothing from it")
+        return idle
 
     def _text_problems(self) -> list[str]:
         if self.text_student is None:

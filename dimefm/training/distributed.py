@@ -90,7 +90,7 @@ def _meet(device: torch.device) -> None:
 
 
 def leave_group(place: Place) -> None:
-    """End what `join_group` began. Not to be called after an error: with NCCL it would wait for the other processes,
+    """End what `join_group` began. Do not call it after an error: with NCCL it would wait for the other processes,
     and they for this one."""
     if place.world > 1:
         distributed.destroy_process_group()

@@ -18,7 +18,8 @@ import torch
 from cache_schemas.plan import FILES_TABLE
 from dimefm.errors import TrainingError
 from dimefm.models.towers import student_spec, text_spec
-from dimefm.sources.parquet import BLOCK_BYTES, KEPT_BYTES, SUFFIX
+from dimefm.sources.parquet import BLOCK_BYTES, SUFFIX
+from dimefm.sources.parquet_cells import KEPT_BYTES
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
 from dimefm.system.progress import amount
@@ -69,14 +70,17 @@ def notes_on_remote_data(inputs: Inputs, bank: TextBank | None, order: Literal["
     Embeddings cost little: a small store is kept whole, and of a large one the chunks that a window of rows comes from.
     """
     images, texts, schema, notes = inputs.images, inputs.texts, inputs.images.schema, list[str]()
-    if is_url(images.path) if schema.pixels else any(map(is_url, schema.source.arguments)):
+    places = [images.path] if schema.pixels else schema.source.arguments
+    if any(map(is_url, places)):
         what = f"a copy of {images.path} on a local disk" if schema.pixels else "--pixels in a store on a local disk"
         notes.append(
             f"each image is a request over the network, and each core that reads makes about {REQUESTS_PER_SECOND} of "
             f"them per second: faster with {what}"
         )
-    stores: list[Store | Pairs] = [images, *([inputs.pairs] if inputs.pairs else [])]
-    far = [store.path for store in stores if store.by_chunks] or ([texts.path] if texts.by_chunks else [])
+    stores: list[Store | Pairs] = [images, inputs.pairs] if inputs.pairs else [images]
+    far = [store.path for store in stores if store.by_chunks]
+    if not far and texts.by_chunks:
+        far = [texts.path]
     if order == "chunks" and far:
         notes.append(
             f"rows are drawn from whole chunks of neighbours, since {' and '.join(far)} is at a URL: with a copy on a "

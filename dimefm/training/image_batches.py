@@ -3,7 +3,7 @@
 Every random choice about an image is drawn from (seed, epoch, row), so that it depends neither on the process that
 decodes it nor on where a run was resumed.
 
-Shapes: B images of this process, G images of all, T texts, D embedding width, H height, W width.
+Shapes: B images of this process, G images of all, D embedding width, H height, W width.
 """
 
 from __future__ import annotations

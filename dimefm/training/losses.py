@@ -209,10 +209,10 @@ class _SoftmaxKL(torch.autograd.Function):
             return teacher_RC, student_RC
 
         over_chunks, over_processes = len(chunks) > 1, by_key and place.world > 1
-        pass_one: Iterable[_Both] = map(logits, chunks)
+        pass_one: Iterable[_Both] = map(logits, chunks)  # computed as they are asked for
         pass_two: Iterable[_Both] = map(logits, chunks)
         if (over_chunks or over_processes) and rows * keys <= KEPT_LOGITS:
-            pass_one = pass_two = list(pass_one)
+            pass_one = pass_two = list(pass_one)  # or computed once, and kept for both passes
         log_sum_2B = log_sum_2K = None
         if over_chunks or over_processes:
             log_sum_2B, log_sum_2K = _whole_log_sums(pass_one, images, over_chunks, over_processes, place)
@@ -239,7 +239,8 @@ class _SoftmaxKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *(None if found is None else grad * found for found in ctx.saved_tensors), *[None] * 7
+        grads = [None if found is None else grad * found for found in ctx.saved_tensors]
+        return (*grads, *[None] * 7)  # the inputs after the first three get none
 
 
 def _whole_log_sums(
@@ -297,7 +298,8 @@ def _log_softmax(logits_RC: torch.Tensor, dim: int, log_sum: torch.Tensor | None
 
 def _kl_and_gradient(both: _Both, dim: int, log_sum: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of the KLs of the student's softmaxes from the teacher's, and its gradient by the student's logits."""
-    log_p, log_q = (_log_softmax(m, dim, None if log_sum is None else log_sum[i]) for i, m in enumerate(both))
+    of_teacher, of_student = (None, None) if log_sum is None else log_sum
+    log_p, log_q = _log_softmax(both[0], dim, of_teacher), _log_softmax(both[1], dim, of_student)
     p = log_p.exp()
     value = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
     return value, log_q.exp_().sub_(p)

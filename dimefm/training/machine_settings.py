@@ -30,9 +30,9 @@ from dimefm.training.run_folder import run_to_resume
 _AHEAD = 4  # batches that each loader process reads ahead
 _ENOUGH_AHEAD = 4 * 2**30  # bytes that all loader processes read ahead at most; but two batches each at least
 _CORES_PER_LOADER, _MOST_LOADERS = 8, 16
-_MEMORY_SHARE = 4  # batches that are read ahead may take one part in so many of the memory
+_MEMORY_SHARE = 4  # batches that are read ahead may take a quarter of the memory
 _FILES_OF_BATCH = 8  # file descriptors: one for each tensor of a batch
-_FILES_SHARE = 4  # batches may take one part in so many of the descriptors
+_FILES_SHARE = 4  # batches may take a quarter of the descriptors
 
 
 def decide_settings(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -> tuple[TrainConfig, list[str]]:
@@ -47,30 +47,14 @@ def decide_settings(config: TrainConfig, place: Place, allow_changes: tuple[str,
 
 
 def _decide(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -> tuple[Precision, int, list[str]]:
-    device, notes = str(place.device), list[str]()
-    run = run_to_resume(config.out)
+    run, notes = run_to_resume(config.out), list[str]()
     before = TrainConfig.parse(run.config, config.out) if run else None
-    best = choose_precision(device)
-    precision = config.precision
-    if precision == "auto":
-        precision = best
-        if before and before.precision != "auto" and "precision" not in allow_changes:
-            precision = before.precision
-        if precision != best:
-            notes.append(
-                f"precision stays {precision}, with which this run began; {best} is faster on this machine, and "
-                "--allow-changes precision goes on with it"
-            )
-    elif emulates(precision, device):
-        notes.append(f"{precision} is emulated on this machine and far slower than {best} (--precision auto)")
-    threads = config.threads
-    if threads is None and before and "threads" not in allow_changes:
-        threads = before.threads
-        if threads and device == "cpu" and threads > cpus():
-            notes.append(f"torch computes with {threads} threads, as when this run began, on {cpus()} cores")
-    if run and run.machine and run.machine != describe(device):
+    device, here = str(place.device), describe(str(place.device))
+    precision = _decide_precision(config, None if "precision" in allow_changes else before, device, notes)
+    threads = _decide_threads(config, None if "threads" in allow_changes else before, device, notes)
+    if run and run.machine and run.machine != here:
         notes.append(
-            f"this run began on {run.machine} and continues on {describe(device)}, which rounds in another way: "
+            f"this run began on {run.machine} and continues on {here}, which rounds in another way: "
             "the student is not bit for bit what either of them alone would give"
         )
     if run and run.processes and run.processes != place.world:
@@ -78,7 +62,36 @@ def _decide(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -
             f"this run began with {run.processes} processes and continues with {place.world}: batches and losses are "
             "the same but for rounding; batch norm and drop-path differ, which see each process's own images"
         )
-    return precision, threads or choose_threads(), notes
+    return precision, threads, notes
+
+
+def _decide_precision(config: TrainConfig, before: TrainConfig | None, device: str, notes: list[str]) -> Precision:
+    """The precision that the user gave, else that of the config `before`, else the best here; and notes on it."""
+    best = choose_precision(device)
+    if config.precision != "auto":
+        if emulates(config.precision, device):
+            slow = f"{config.precision} is emulated on this machine and far slower than {best}"
+            notes.append(f"{slow} (--precision auto)")
+        return config.precision
+    if before is None or before.precision == "auto":
+        return best
+    if before.precision != best:
+        notes.append(
+            f"precision stays {before.precision}, with which this run began; {best} is faster on this machine, and "
+            "--allow-changes precision goes on with it"
+        )
+    return before.precision
+
+
+def _decide_threads(config: TrainConfig, before: TrainConfig | None, device: str, notes: list[str]) -> int:
+    """The number of torch threads that the user gave, else that of the config `before`, else all that fit here."""
+    if config.threads is not None:
+        return config.threads
+    if before is None or not before.threads:
+        return choose_threads()
+    if device == "cpu" and before.threads > cpus():
+        notes.append(f"torch computes with {before.threads} threads, as when this run began, on {cpus()} cores")
+    return before.threads
 
 
 def choose_threads() -> int:

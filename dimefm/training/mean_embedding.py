@@ -14,7 +14,7 @@ _MOST_ROWS = 65536
 
 
 def mean_embedding(store: Store) -> torch.Tensor:
-    """The mean of a store's embeddings, float32 (D,). Of a store of more than 65,536 rows it is taken over that many,
+    """The mean of a store's embeddings, float32 (D,). In a store of more than 65,536 rows it is taken over that many,
     in chunks spread evenly over the store: a chunk is read as a whole to be checked."""
     rows, size = store.schema.rows, store.schema.chunk_rows
     chunks = np.arange(-(-rows // size))

@@ -21,7 +21,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module) -> None:
-        """Take in the weights after one more step."""
+        """Add the weights after one more step to the average."""
         decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
         self._steps += 1
         mine, theirs = self.module.state_dict(), module.state_dict()

@@ -56,7 +56,7 @@ def not_finite_error(
 
 @contextmanager
 def explain_out_of_memory(batch_size: int, passes: int, image_size: int) -> Iterator[None]:
-    """Around steps of `batch_size` images per process, in so many passes: if the GPU has too little memory, raise a
+    """Around steps of `batch_size` images per process, in `passes` passes: if the GPU has too little memory, raise a
     TrainingError that says what to do."""
     try:
         yield

@@ -4,8 +4,8 @@ To add a loss: write the function in training/losses.py; give it a line in LOSSE
 (training/config.py) a field of its name, which is its weight and 0 by default, and the name in LossConfig.WEIGHTS. All
 else follows from these: --loss takes it, the tests of the table call it, and it is logged under its name in
 metrics.jsonl and TensorBoard, as every part that `Objective` returns is. If it draws on texts, on the sentence of each
-image or on the mean embedding, say so where these are made ready: `_text_bank` in training/feed.py, `_image_tower` in
-training/train.py.
+image or on the mean embedding, say so where these are made ready: `_text_bank` in training/feed.py, and
+training/build_towers.py.
 
 Shapes: B images of this process, G of all processes, T texts, Q images of the queue, D embedding width.
 """

@@ -9,8 +9,8 @@ from dimefm.training.config import LossConfig, TextMix, TrainConfig
 
 
 def paper(images: str, texts: str, out: str) -> TrainConfig:
-    """ViT-B/32 from scratch, 100 epochs, vl and pvl, with the numbers of the authors' released code. The differences
-    from that code:
+    """ViT-B/32 from scratch, 100 epochs, vl and pvl, with the numbers of the authors' released code. It differs from
+    that code in these points:
 
     - The batch is 5,120 images and texts, 640 for each of 8 GPUs. Theirs is 640 in all, which DataParallel spreads over
       all GPUs: `--batch-size 640 --texts-per-step 640` does the same.

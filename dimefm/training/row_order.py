@@ -22,7 +22,7 @@ from cache_schemas import Status
 from dimefm.store.embedding_store import Store
 
 WINDOW_ROWS, WINDOW_BATCHES, BLOCK_ROWS = 2**20, 256, 8
-"""For "blocks": a window has at least so many rows and so many batches. So even in a large batch few rows are of the
+"""For "blocks": a window has at least this many rows, and batches. So even in a large batch few rows are of the
 same block."""
 
 CHUNKS_WINDOW_ROWS = 65536

@@ -159,15 +159,20 @@ def _changes(config: TrainConfig, old: Run, new: Run, allowed: tuple[str, ...], 
     names = ["images_identity", "images_chunk_rows", "texts_identity", "pairs_digest", "selection_digest", "steps"]
     # Older runs did not record what is in their stores.
     names += [name for name in ("images_data", "texts_data") if getattr(old, name) is not None]
-    differences |= differing(*({name: getattr(run, name) for name in names} for run in (old, new)))
+    differences |= differing(_named(old, names), _named(new, names))
     follow = {name for name, field in _FOLLOWS.items() if field in allowed}
-    follow |= {"steps"} if {"epochs", "max_steps", "images"} & set(allowed) else set()
+    if {"epochs", "max_steps", "images"} & set(allowed):
+        follow.add("steps")
     refused = {name: values for name, values in differences.items() if name not in {*allowed, *follow}}
     if refused:
         raise _refusal(config.out, refused, allowed)
     recorded = [name for name in ("machine", "processes") if getattr(old, name)]
-    differences |= differing(*({name: getattr(run, name) for name in recorded} for run in (old, new)))
+    differences |= differing(_named(old, recorded), _named(new, recorded))
     return [Change(step=done, field=name, values=values) for name, values in differences.items()]
+
+
+def _named(run: Run, names: list[str]) -> dict[str, object]:
+    return {name: getattr(run, name) for name in names}
 
 
 def _parts_of_losses(config: TrainConfig) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """The text batch of a step: teacher embeddings of sentences, drawn apart from the images.
 
-Shapes: T texts, G images of the global batch, D width, K sentences retrieved for an image, N any rows.
+Shapes: T texts, G images of the global batch, D width, N any rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dimefm.system.machine import available_memory, processes_here
 from dimefm.training.config import TextMix
 
 CPU = torch.device("cpu")
-_SHARE = 4  # sentences may take one part in so many of the memory
+_SHARE = 4  # sentences may take a quarter of the memory
 _BLOCK = 2**18  # rows
 _Rows = np.ndarray[Any, Any]
 _NO_ROWS: _Rows = np.empty(0, np.int32)
@@ -75,7 +75,11 @@ class TextBank:
         self._good = np.flatnonzero(store.status() == Status.OK).astype(np.int32) if mix.random else _NO_ROWS
         self._selected = _selected_rows(pairs, selection) if mix.selected else _NO_ROWS
         size = store.schema.rows * store.schema.dim * store.schema.item_bytes
-        self.kept_in = "device" if size <= _room_on(device) else "memory" if size <= _room_in_memory() else "disk"
+        self.kept_in = "disk"
+        if size <= _room_on(device):
+            self.kept_in = "device"
+        elif size <= _room_in_memory():
+            self.kept_in = "memory"
         self._in_memory = store.read(0, store.schema.rows) if self.kept_in == "memory" else None
         self._on_device: torch.Tensor | None = None
         self._process = os.getpid()
@@ -90,9 +94,11 @@ class TextBank:
             self._on_device[at : at + _BLOCK] = torch.from_numpy(self._store.read(at, min(at + _BLOCK, rows)))
 
     def bytes_of_step(self, batch_size: int) -> int:
-        """Bytes of embeddings that are handed over with each batch of so many images of all processes."""
+        """Bytes of embeddings that are handed over with each batch of `batch_size` images, those of all processes."""
+        if self.kept_in == "device":
+            return 0
         texts = self._total + (batch_size if self._paired else 0)
-        return 0 if self.kept_in == "device" else texts * self._store.schema.dim * self._store.schema.item_bytes
+        return texts * self._store.schema.dim * self._store.schema.item_bytes
 
     def draw(self, step: int, rows_G: _Rows) -> DrawnTexts:
         """The texts of `step`: a function of the seed, the step and the image rows of the global batch alone. Raises

@@ -1,6 +1,6 @@
 """Batches for a student's text tower: tokens beside the cached teacher embeddings of their sentences.
 
-Shapes: B sentences of this process, L tokens, D embedding width.
+Shapes: B sentences of this process, N sentences of a window, L tokens, D embedding width.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ class TrainingTexts(Dataset["TextBatch | TrainingError"]):
 
     def __init__(self, store: str, spec: TextSpec) -> None:
         self._path, self._spec = store, spec
-        self._opened: tuple[Store, Any] | None = None
+        self._opened: tuple[Store, Any] | None = None  # by the process that reads, at its first request
         self._rows_N, self._texts = np.empty(0, np.int64), pa.array([], pa.string())  # of the window that was read last
 
     def __getitem__(self, request: Request) -> TextBatch | TrainingError:
         try:
-            store, tokenizer = self._opened = self._opened or (Store(self._path), tokenizer_of(self._spec))
+            if self._opened is None:
+                self._opened = Store(self._path), tokenizer_of(self._spec)
+            store, tokenizer = self._opened
             if request.window_N is not None:
                 self._rows_N = np.sort(request.window_N)
                 self._texts = store.entries(self._rows_N, ("text",))["text"]
-            return TextBatch(
-                tokens_BL=tokenizer(self._texts.take(np.searchsorted(self._rows_N, request.rows_B)).to_pylist()),
-                teacher_BD=torch.from_numpy(store.gather(request.rows_B)),
-            )
+            texts = self._texts.take(np.searchsorted(self._rows_N, request.rows_B)).to_pylist()
+            return TextBatch(tokens_BL=tokenizer(texts), teacher_BD=torch.from_numpy(store.gather(request.rows_B)))
         except (DimefmError, SchemaError, OSError) as error:
             return training_error(error)

@@ -1,6 +1,7 @@
 """Stage 2: train a student from cached teacher embeddings. This process has no teacher, no Ray and no FAISS.
 
-Shapes: B images of this process, G images of all, T texts, D embedding width, H height, W width; P parameters.
+Shapes: B images or sentences of this process, G images of all, T texts, L tokens, D embedding width, H height, W width;
+P parameters, V values of a step.
 """
 
 from __future__ import annotations
@@ -11,15 +12,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
 
 from dimefm.errors import StoppedError, TrainingError
-from dimefm.images.preprocess import normalise
-from dimefm.models.first_weights import load_first_weights
-from dimefm.models.towers import build_student, build_text_student, notes_on_preparation, tokenizer_of
+from dimefm.models.towers import notes_on_preparation, tokenizer_of
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.lock import writing
@@ -27,8 +24,9 @@ from dimefm.system.machine import describe
 from dimefm.system.named_paths import allowing
 from dimefm.system.transfer import Arriving, Transfer, fetch
 from dimefm.training.batch_loader import explain_reader_death
+from dimefm.training.build_towers import build_towers
 from dimefm.training.checkpoints import Checkpoints, CheckpointWriter
-from dimefm.training.config import LossConfig, TrainConfig
+from dimefm.training.config import TrainConfig
 from dimefm.training.distributed import (
     Place,
     Vote,
@@ -41,9 +39,7 @@ from dimefm.training.distributed import (
 from dimefm.training.feed import TEXT_STREAM, Feed, notes_on_remote_data, open_feed
 from dimefm.training.image_batches import Batch
 from dimefm.training.machine_settings import decide_settings
-from dimefm.training.mean_embedding import mean_embedding
 from dimefm.training.not_finite import explain_out_of_memory, not_finite_error
-from dimefm.training.objective import Objective
 from dimefm.training.optimizer import adamw, learning_rate
 from dimefm.training.run_folder import plan_run, write_run
 from dimefm.training.run_log import RunLog, last_validation
@@ -128,8 +124,8 @@ class _Trainer:
         self.saved_at = time.monotonic()
 
         torch.manual_seed(config.seed)
-        self.image, self.text = self._image_tower(), self._text_tower()
-        self.towers = {"image": self.image} | ({"text": self.text} if self.text else {})
+        self.towers = build_towers(config, self.document, feed.inputs, place, resumed=feed.first_step > 0)
+        self.image, self.text = self.towers["image"], self.towers.get("text")
         modules = [module for tower in self.towers.values() for module in (tower.module, tower.objective)]
         self.optimizer = adamw(
             modules, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps,
@@ -264,7 +260,8 @@ class _Trainer:
         value_V, norm_P, scale = pending.arriving.wait()
         values = {**dict(zip(pending.names, value_V.tolist(), strict=True)), "lr": pending.lr}
         may_overflow = self.scaler.is_enabled() and scale.item() >= 1
-        if not all(math.isfinite(value) for name, value in values.items() if name != "grad_norm" or not may_overflow):
+        must_be_finite = [value for name, value in values.items() if not (name == "grad_norm" and may_overflow)]
+        if not all(map(math.isfinite, must_be_finite)):
             names = {id(p): name for name, p in self._parameters()}
             gradients = dict(zip([names[id(p)] for p in pending.parameters], norm_P.tolist(), strict=True))
             raise not_finite_error(
@@ -298,33 +295,12 @@ class _Trainer:
         what = f"{self.config.out} was stopped by {signal.Signals(number).name} {when}"
         return StoppedError(what, signal=number, remedy="the same command goes on from there")
 
-    def _image_tower(self) -> TowerTrainer:
-        config, spec = self.config, self.spec
-        module = build_student(spec)
-        if config.init and not self.feed.first_step:
-            load_first_weights(module, spec, config.init)
-        mean_D = mean_embedding(self.inputs.images) if config.loss.centred else None
-        return self._tower(module, config.loss, mean_D, partial(normalise, mean=spec.mean, std=spec.std))
-
-    def _text_tower(self) -> TowerTrainer | None:
-        if self.text_spec is None:
-            return None
-        mean_D = mean_embedding(self.inputs.texts) if self.config.text_loss.centred else None
-        return self._tower(build_text_student(self.text_spec), self.config.text_loss, mean_D, lambda tokens: tokens)
-
-    def _tower(self, module: Any, loss: LossConfig, mean_D: torch.Tensor | None, prepare: Any) -> TowerTrainer:
-        config, teacher = self.config, self.inputs.images.schema.teacher
-        objective = Objective(loss, teacher_scale=teacher.logit_scale, dim=teacher.embed_dim, mean_D=mean_D)
-        return TowerTrainer(
-            module, objective, self.place, prepare=prepare, precision=config.precision,
-            accumulate=config.accumulate, ema=config.ema, compile=config.compile,
-        )  # fmt: skip
-
     def _validation(self) -> Validation:
         config, shared = self.config, (self.spec, self.place, self.image.dtype)
         if self.text_spec:
             return Validation(config.val, None, *shared, tokenizer_of(self.text_spec))
-        return Validation(config.val, Store(config.val_texts) if config.val_texts else self.inputs.texts, *shared)
+        texts = Store(config.val_texts) if config.val_texts else self.inputs.texts
+        return Validation(config.val, texts, *shared)
 
     def _validate_and_log(self, done: int, log: RunLog) -> dict[str, float]:
         assert self.validation
@@ -364,7 +340,8 @@ class _Trainer:
             "scaler": self.scaler.state_dict(),
         }
         ranked = [score for name, score in scores.items() if name.endswith("_ema") or not self.config.ema]
-        self.checkpoint_writer.begin(done, state, sum(ranked) / len(ranked) if ranked else None)
+        mean = sum(ranked) / len(ranked) if ranked else None
+        self.checkpoint_writer.begin(done, state, mean)
         self.saved_at = time.monotonic()
 
     def _restore(self) -> int:
@@ -377,8 +354,8 @@ class _Trainer:
             self.text.load_state_dict(state["text"])
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, mine in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(mine)  # the config's settings, which --allow-changes may have changed
+        for group, of_config in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(of_config)  # which --allow-changes may have changed since the checkpoint
         if state["scaler"]:  # empty where the run began in another precision
             self.scaler.load_state_dict(state["scaler"])
         return int(state["step"])

@@ -4,7 +4,7 @@ from the student's own text tower if it has one.
 This is a quick measure: a plain argmax, for several towers at once and without files. `dimefm evaluate` measures
 exactly, with intervals, and breaks ties as CLIP_benchmark does (evaluation/metrics.py).
 
-Shapes: N images of a set, B of a batch, C classes, D width.
+Shapes: N images of a set, B of a batch, C classes, D embedding width, H height, W width.
 """
 
 from __future__ import annotations
@@ -121,12 +121,15 @@ class Validation:
 
     def _look_up_classes(self, texts: Store) -> list[torch.Tensor]:
         texts.require_kind("text")
-        wanted = {text for labelled in self._sets for class_prompts in labelled.prompts() for text in class_prompts}
+        wanted = set[str]()
+        for labelled in self._sets:
+            wanted.update(*labelled.prompts())
         vectors = _look_up(wanted, texts)
-        return [
-            class_embeddings(labelled.prompts(), lambda prompts: torch.stack([vectors[text] for text in prompts]))
-            for labelled in self._sets
-        ]
+
+        def embed(prompts: Sequence[str]) -> torch.Tensor:
+            return torch.stack([vectors[text] for text in prompts])
+
+        return [class_embeddings(labelled.prompts(), embed) for labelled in self._sets]
 
     def _require_classes(self) -> None:
         for images in self._sets:

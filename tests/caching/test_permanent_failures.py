@@ -24,7 +24,7 @@ from dimefm.errors import MismatchError, SourceError, UnreadableError
 from dimefm.evaluation.evaluate import EvaluationConfig, evaluate
 from dimefm.images.decode import MAX_BYTES, DecodeError
 from dimefm.models.clip import Clip
-from dimefm.sources import parquet
+from dimefm.sources import parquet, parquet_cells
 from dimefm.sources.read_image import ImagePlace, read_encoded
 from dimefm.store.commit import remove_commit
 from dimefm.store.embedding_store import Store
@@ -199,7 +199,7 @@ def test_blocks_of_parquet_that_were_kept_do_not_answer_for_the_storage(
             raise PermissionError(13, "The token has expired", path)
         return read(path, offset, size)
 
-    parquet.forget_cells()
+    parquet_cells.forget_cells()
     assert all(read_encoded(ImagePlace(f"{url}#image", row, 1)) for row in range(8))
     monkeypatch.setattr(storage, "read_bytes", expiring)
     monkeypatch.setattr("dimefm.sources.read_image._WAITS", ())

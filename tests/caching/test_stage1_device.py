@@ -173,9 +173,9 @@ def test_every_thread_count_and_batch_gives_each_image_its_own_pixels(image_stor
 
 def test_a_gpu_that_decoding_cannot_feed_is_said_with_the_cores_it_needs() -> None:
     rates = Rates(load=500, teacher=4000)
-    assert (rates.wanted(), rates.threads(16), rates.threads(4)) == (10, 10, 4)
-    assert rates.bound(10) is None
-    said = rates.bound(4)
+    assert (rates.threads_wanted(), rates.threads(16), rates.threads(4)) == (10, 10, 4)
+    assert rates.bottleneck(10) is None
+    said = rates.bottleneck(4)
     assert said
     assert "4 threads decode about 2,000 of the 4,000 images/s" in said
     assert "10 cores" in said

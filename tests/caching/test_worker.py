@@ -102,7 +102,7 @@ def test_workers_on_cpus_are_bounded_by_rows_cores_and_memory(
 
 def started(folder: str) -> str:
     """Why Ray does not start in a folder."""
-    from pipeline.ray_workers import cluster
+    from pipeline.ray_cluster import cluster
 
     os.environ["RAY_TMPDIR"] = folder
     try:
@@ -164,7 +164,7 @@ def _a_local_ray(home: str) -> tuple[set[str], tuple[str, str], bool]:
     import ray
     from ray._private import ray_constants
 
-    from pipeline.ray_workers import cluster
+    from pipeline.ray_cluster import cluster
 
     os.environ["HOME"], before = home, _token()
     with cluster(None, 1, "cpu"):

@@ -14,21 +14,23 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
-from dimefm.evaluation.metrics import (
-    average_precision_11_point,
+from dimefm.evaluation.intervals import (
     bootstrap_interval,
-    confusion,
-    effective_robustness,
-    map_11_point,
     map_11_point_interval,
     mean_interval,
     mean_of,
-    mean_per_class,
     mean_per_class_interval,
     retrieval_intervals,
+    roc_auc_interval,
+)
+from dimefm.evaluation.metrics import (
+    average_precision_11_point,
+    confusion,
+    effective_robustness,
+    map_11_point,
+    mean_per_class,
     retrieval_recall,
     roc_auc,
-    roc_auc_interval,
     topk_correct,
 )
 

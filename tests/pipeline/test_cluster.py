@@ -26,7 +26,8 @@ from dimefm.errors import StoreError
 from dimefm.models.clip import Clip
 from dimefm.store.embedding_store import Store
 from dimefm.system.progress import Progress
-from pipeline.ray_workers import _ENVIRONMENT, Job, _closed_to_others, _Supervisor
+from pipeline.ray_cluster import _ENVIRONMENT, _closed_to_others
+from pipeline.ray_workers import Job, _Supervisor
 from tests.making import make_jpeg
 from tests.processes import MARK, Command, Gate, processes
 

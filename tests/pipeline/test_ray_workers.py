@@ -24,7 +24,7 @@ from dimefm.models.clip import Clip
 from dimefm.retrieval.index_parts import PartTask
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
-from pipeline import ray_index_parts, ray_workers
+from pipeline import ray_cluster, ray_index_parts, ray_workers
 from pipeline.cache import CacheConfig, cache, dry_run
 from pipeline.ray_workers import Job, Worker, run_shards
 from tests.making import make_jpeg
@@ -38,7 +38,7 @@ def one_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # or Ray would find that there are none
         patch.setattr("torch.cuda.device_count", lambda: 2)
-        with ray_workers.cluster(None, 2, "cuda"):
+        with ray_cluster.cluster(None, 2, "cuda"):
             patch.undo()
             patch.setattr(ray_workers, "cluster", lambda *_: nullcontext())
             patch.setattr(ray_index_parts, "cluster", lambda *_: nullcontext())
@@ -322,7 +322,7 @@ def test_what_runs_on_ray_sees_the_gpu_that_it_has_and_no_other(one_ray: None, m
     job = Job(store="s", teacher="t", pretrained=None, precision="fp32", device="cpu", threads=1)
     part = PartTask("t.zarr", "t.index", "part.faiss", "s", ((0, 1),))
     actor = ray_workers._Supervisor(job, 1, 1, {}, check=False)._new_actor()
-    assert ray_workers.fetch(actor.see.remote()) == "", "a worker of --device cpu"
+    assert ray_cluster.fetch(actor.see.remote()) == "", "a worker of --device cpu"
     assert list(ray_index_parts.on_ray(1)([part])) in ([("0", True)], [("1", True)]), "a part of an index"
     monkeypatch.setattr(ray_index_parts, "gpu_share", lambda *_: 0)
     assert list(ray_index_parts.on_ray(1)([part])) == [("", False)], "a part where Ray has no GPU"
@@ -332,6 +332,6 @@ def test_what_runs_on_ray_sees_the_gpu_that_it_has_and_no_other(one_ray: None, m
 def test_more_workers_than_gpus_share_them(
     monkeypatch: pytest.MonkeyPatch, workers: int, gpus: int, share: float
 ) -> None:
-    monkeypatch.setattr(ray_workers.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
-    assert ray_workers.gpu_share(workers, "cuda") == share
-    assert ray_workers.gpu_share(workers, "cpu") == 0
+    monkeypatch.setattr(ray_cluster.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
+    assert ray_cluster.gpu_share(workers, "cuda") == share
+    assert ray_cluster.gpu_share(workers, "cpu") == 0

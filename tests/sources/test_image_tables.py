@@ -16,7 +16,7 @@ import pytest
 from cache_schemas import Status
 from dimefm.errors import SourceError
 from dimefm.images.decode import DecodeError
-from dimefm.sources import forward_reader, parquet
+from dimefm.sources import forward_reader, parquet, parquet_cells
 from dimefm.sources.base import ImageSample
 from dimefm.sources.files import stat_files
 from dimefm.sources.image_sources import open_image_source
@@ -141,10 +141,10 @@ def test_files_and_columns_may_be_read_in_turns(tmp_path: Path, monkeypatch: pyt
 
 def test_few_blocks_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet, "BLOCK_BYTES", 5_000)
-    monkeypatch.setattr(parquet, "_cells", parquet._Cells())
+    monkeypatch.setattr(parquet_cells, "_cells", parquet_cells._Cells())
     rows = [{"image": os.urandom(1000)} for _ in range(200)]
     contents(samples(write_parquet(tmp_path / "a.parquet", rows, row_group_size=100)))
-    held = parquet._cells._blocks.values()
+    held = parquet_cells._cells._blocks.values()
     assert 0 < len(held) <= 4
     assert sum(block.nbytes for block in held) < 30_000
 
@@ -154,7 +154,7 @@ def test_blocks_in_order_are_each_read_once(tmp_path: Path, monkeypatch: pytest.
     found = samples(path)
     monkeypatch.setattr(parquet, "BLOCK_BYTES", 5_000)
     begun, read_blocks = [], parquet.read_blocks
-    monkeypatch.setattr(parquet, "read_blocks", lambda *a: begun.append(a[-1]) or read_blocks(*a))
+    monkeypatch.setattr(parquet_cells, "read_blocks", lambda *a: begun.append(a[-1]) or read_blocks(*a))
     contents(found)
     assert begun == [0, 1, 2]
 
@@ -191,7 +191,7 @@ def test_a_forked_process_reads_while_its_parent_holds_the_lock(tmp_path: Path) 
     values = [os.urandom(500) for _ in range(100)]
     found = samples(write_parquet(tmp_path / "a.parquet", [{"image": v} for v in values], row_group_size=10))
     assert read_encoded(found[0]) == values[0]
-    with parquet._cells._lock:
+    with parquet_cells._cells._lock:
         child = os.fork()
         if child == 0:
             threading.Timer(20, lambda: os._exit(2)).start()  # instead of hanging for ever

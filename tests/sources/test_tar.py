@@ -20,7 +20,8 @@ from dimefm.sources.files import stat_files
 from dimefm.sources.forward_reader import Window, open_window
 from dimefm.sources.image_sources import WebDataset
 from dimefm.sources.read_image import read_encoded
-from dimefm.sources.tar import BLOCK, TarMember, tar_members
+from dimefm.sources.tar import TarMember, tar_members
+from dimefm.sources.tar_headers import BLOCK
 from tests.contracts.source_contract import accounted
 from tests.store.test_schemas import TEACHER
 

@@ -16,6 +16,7 @@ from cache_schemas import StudentSpec
 from dimefm.errors import TrainingError
 from dimefm.retrieval.retrieve import retrieve
 from dimefm.store.embedding_store import Store
+from dimefm.training import build_towers
 from dimefm.training import train as train_module
 from dimefm.training.checkpoints import Checkpoints, CheckpointWriter
 from dimefm.training.config import LossConfig, TextMix, TrainConfig
@@ -124,7 +125,7 @@ def tower(spec: StudentSpec) -> torch.nn.Module:
 def test_a_compiled_run_keeps_the_weights_and_names_of_one_that_is_not(
     image_store: Store, text_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "build_student", tower)
+    monkeypatch.setattr(build_towers, "build_student", tower)
     config = on_gpu(
         image_store, text_store, tmp_path / "plain", precision="fp32", accumulate=2, ema=0.5, max_steps=3, loss=LOSS
     )  # fmt: skip

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cache_schemas import StudentSpec
 from dimefm.errors import TrainingError
 from dimefm.store.embedding_store import Store
+from dimefm.training import build_towers
 from dimefm.training import train as train_module
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig
@@ -208,7 +209,7 @@ def test_a_compiled_run_keeps_the_weights_and_names_of_one_that_is_not(
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, spec.embed_dim), torch.nn.GELU())
 
-    monkeypatch.setattr(train_module, "build_student", tower)
+    monkeypatch.setattr(build_towers, "build_student", tower)
     config = tiny_config(image_store, text_store, tmp_path / "plain", accumulate=2, ema=0.5, max_steps=3)
     train(config)
     compiled = replace(config, out=str(tmp_path / "compiled"), compile=True)

@@ -20,6 +20,7 @@ from dimefm.images.preprocess import Preprocess
 from dimefm.models.towers import student_spec
 from dimefm.store.embedding_store import Store
 from dimefm.system.lock import writing
+from dimefm.training import build_towers
 from dimefm.training import train as train_module
 from dimefm.training.batch_loader import Requests, explain_reader_death, training_loader
 from dimefm.training.checkpoints import Checkpoints
@@ -367,12 +368,12 @@ def test_resume_is_exact_for_a_tower_that_draws_random_numbers(
     image_store: Store, text_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stochastic depth draws from torch's global generator at every step."""
-    build = train_module.build_student
+    build = build_towers.build_student
 
     def with_dropout(spec: StudentSpec) -> torch.nn.Module:
         return torch.nn.Sequential(build(spec), torch.nn.Dropout(0.3))
 
-    monkeypatch.setattr(train_module, "build_student", with_dropout)
+    monkeypatch.setattr(build_towers, "build_student", with_dropout)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(tiny_config(image_store, text_store, whole, checkpoint_every=1, max_steps=4))
     monkeypatch.setattr(Checkpoints, "save", interrupted_at(2))

@@ -1,0 +1,48 @@
+"""The towers that a run trains, each with its objective: the image tower, and the text tower of a student that has one.
+
+Shapes: D embedding width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from cache_schemas import Run
+from dimefm.images.preprocess import normalise
+from dimefm.models.first_weights import load_first_weights
+from dimefm.models.towers import build_student, build_text_student
+from dimefm.training.config import LossConfig, TrainConfig
+from dimefm.training.distributed import Place
+from dimefm.training.mean_embedding import mean_embedding
+from dimefm.training.objective import Objective
+from dimefm.training.run_folder import Inputs
+from dimefm.training.tower_trainer import TowerTrainer
+
+
+def build_towers(
+    config: TrainConfig, run: Run, inputs: Inputs, place: Place, *, resumed: bool
+) -> dict[str, TowerTrainer]:
+    """The towers of `run`, "image" and perhaps "text". Their weights are random, or for the image tower those of
+    `config.init`, unless the run is `resumed`: then a checkpoint has them."""
+
+    def trainer(module: Any, loss: LossConfig, mean_D: torch.Tensor | None, prepare: Any) -> TowerTrainer:
+        teacher = inputs.images.schema.teacher
+        objective = Objective(loss, teacher_scale=teacher.logit_scale, dim=teacher.embed_dim, mean_D=mean_D)
+        return TowerTrainer(
+            module, objective, place, prepare=prepare, precision=config.precision,
+            accumulate=config.accumulate, ema=config.ema, compile=config.compile,
+        )  # fmt: skip
+
+    image, spec = build_student(run.student), run.student
+    if config.init and not resumed:
+        load_first_weights(image, spec, config.init)
+    mean_D = mean_embedding(inputs.images) if config.loss.centred else None
+    towers = {"image": trainer(image, config.loss, mean_D, partial(normalise, mean=spec.mean, std=spec.std))}
+    if run.text_student:
+        mean_D = mean_embedding(inputs.texts) if config.text_loss.centred else None
+        text = build_text_student(run.text_student)
+        towers["text"] = trainer(text, config.text_loss, mean_D, lambda tokens: tokens)
+    return towers
