@@ -7,9 +7,8 @@ import re
 HEAD_BYTES = 128
 """How many of the first bytes are enough."""
 
-_LFS = b"version https://git-lfs.github.com/spec/"
 _BEGINNINGS = {
-    "a Git LFS pointer, not the file itself (git lfs pull fetches it)": re.escape(_LFS),
+    "a Git LFS pointer, not the file itself (git lfs pull fetches it)": rb"version https://git-lfs\.github\.com/spec/",
     "gzip-compressed (decompress it: gzip -dc)": rb"\x1f\x8b",
     "zstd-compressed (decompress it: zstd -dc)": rb"\x28\xb5\x2f\xfd",
     "bzip2-compressed (decompress it: bzip2 -dc)": rb"BZh[1-9]",
@@ -29,8 +28,3 @@ _COMPILED = {what: re.compile(beginning, re.IGNORECASE) for what, beginning in _
 def describe(head: bytes) -> str | None:
     """What a file is that begins with `head`, with what to do about it; None where that is not known."""
     return next((what for what, beginning in _COMPILED.items() if beginning.match(head)), None)
-
-
-def is_pointer(head: bytes) -> bool:
-    """Whether a file is a Git LFS pointer: what Git keeps in place of a file that was not fetched."""
-    return head.startswith(_LFS)
