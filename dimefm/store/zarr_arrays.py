@@ -34,7 +34,8 @@ def open_group(path: str) -> zarr.Group:
         raise StoreError(f"{path}/zarr.json is damaged: {error}", remedy="write the store again") from None
     if not storage.exists(path):
         raise StoreError(f"{path} is not a dimefm store: it does not exist", remedy="check the path")
-    raise StoreError(f"{path} is not a dimefm store", remedy="it is unfinished or something else; cache again")
+    remedy = "name a store; if this one is unfinished, run the command that makes it again"
+    raise StoreError(f"{path} is not a dimefm store", remedy=remedy)
 
 
 def zarr_place(path: str) -> str | Path:
