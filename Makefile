@@ -5,11 +5,11 @@ BIN := .venv/bin
 
 .PHONY: reproduce test test-all test-gpu lint bench clean
 
-# SCALE=smoke: under three minutes. SCALE=paper ARGS="--images ... --texts ... --val ...": the paper's job; --dry-run: its cost.
+# SCALE=smoke: one minute. SCALE=paper ARGS="--images ... --texts ... --val ...": the paper's job; --dry-run: its cost.
 reproduce: .venv/ready
 	$(BIN)/python -m dimefm.reproduce --scale $(SCALE) $(ARGS)
 
-# Every kind of promise in its cheapest real form: seven minutes at most on two cores.
+# At least one quick test of everything that is promised: six minutes on two cores.
 test: CHOSEN = -m "not slow and not gpu"
 
 # Every test that there is, but for those of a GPU, which skip themselves: both hide it (tests/conftest.py).

@@ -51,7 +51,7 @@ class CacheConfig:
     """Files, globs of them, ranges such as {000..009}.tar, and folders, as local paths or URLs; or objects that follow
     the protocol `sources.base.Source`."""
     out: str
-    """Store to write: a folder or URL ending in .zarr."""
+    """Store to write: a folder or URL, such as IMAGES.zarr or TEXTS.zarr."""
     teacher: str
     """Teacher, an open_clip model: NAME, hf-hub:ORG/MODEL or local-dir:FOLDER."""
     pretrained: str | None = None

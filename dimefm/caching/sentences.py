@@ -54,6 +54,11 @@ class SentenceRules:
     max_words: int | None = None
     shuffle: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.min_words and self.max_words and self.min_words > self.max_words:
+            what = f"--min-words {self.min_words} is more than --max-words {self.max_words}: no sentence has both"
+            raise SourceError(what, remedy="change one of them")
+
     def settings(self) -> dict[str, object]:
         """The rules that are set, by name."""
         names = ("min_words", "max_words", "shuffle")

@@ -59,7 +59,7 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **o
 @click.option("--texts", required=True, help="Text store to search.")
 @click.option("--index", help="Index over the text store, from build-index. Default: exact search.")
 @click.option("--top-k", type=click.IntRange(1), default=16, show_default=True, help="Sentences per image.")
-@click.option("--out", required=True, help="Pseudo-text store to write, ending in .zarr.")
+@click.option("--out", required=True, help="Pseudo-text store to write: a folder or URL, such as PAIRS.zarr.")
 @click.option("--device", type=DEVICES, help=_DEVICE)
 def retrieve(images: str, **options: Any) -> None:
     """Find the nearest sentences of each image.

@@ -42,7 +42,8 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @_option("--pairs")
 @_option("--selection")
 @click.option("--recipe", type=click.Choice(["paper", "sample-paper", "sample"]), default="paper", show_default=True,
-              help="Recipe that decides every option below that is not given.")  # fmt: skip
+              help="Recipe that decides every option below that is not given. paper: the authors' settings; "
+                   "sample-paper, sample: small students for the shipped sample.")  # fmt: skip
 @_option("--student")
 @_option("--init", metavar="WEIGHTS")
 @_option("--text-student", metavar="NAME")

@@ -53,7 +53,7 @@ class ImportConfig:
     folder: str
     """Folder to import: img_emb/ or text_emb/, beside metadata/."""
     out: str
-    """Store to write: a folder or URL ending in .zarr."""
+    """Store to write: a folder or URL, such as IMAGES.zarr."""
     kind: Kind
     """What to import: image reads img_emb/, text reads text_emb/."""
     teacher: str

@@ -42,7 +42,7 @@ def export(
     document = read_run(run)
     state = Checkpoints(run).load(checkpoint)
     if state is None:
-        raise StoreError(f"{run} has no {checkpoint} checkpoint", remedy="dimefm info RUN lists them")
+        raise StoreError(f"{run} has no checkpoint {checkpoint}", remedy="dimefm info RUN lists them")
     image = {f"visual.{name}": value for name, value in _chosen(run, state["image"], weights).items()}
     if document.text_student:
         require_cached(document.text_student.name, run)

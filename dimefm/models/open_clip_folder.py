@@ -48,7 +48,8 @@ def publish_folder(out: Path, config: dict[str, Any], weights: dict[str, Any], t
             )
             if not same:
                 what = f"{out} exists and holds something else"
-                raise OutputExistsError(what, remedy="give another --out, or delete it")
+                or_delete = ", or delete it" if (out / CONFIG_FILE).exists() else ""  # never a folder of another kind
+                raise OutputExistsError(what, remedy=f"give another --out{or_delete}")
             shutil.rmtree(temporary)
 
 

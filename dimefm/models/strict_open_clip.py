@@ -4,6 +4,7 @@ activation than the weights were trained with), these raise TeacherError.
 
 from __future__ import annotations
 
+import difflib
 import logging
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,29 @@ def full_name(name: str, pretrained: str | None) -> tuple[str, str | None]:
         raise TeacherError(f"{name} is a folder", remedy=f"name it local-dir:{name}")
     name = name.replace("/", "-")  # OpenAI writes ViT-B/32, and open_clip takes that
     if not pretrained:
+        if name not in open_clip.list_models():
+            raise TeacherError(f"{name} is neither a folder nor an architecture of open_clip", remedy=_remedy(name))
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none known for this name"
         raise TeacherError(f"no weights named for {name}", remedy=f"give --pretrained TAG or FILE (tags: {tags})")
     is_file = not open_clip.get_pretrained_cfg(name, pretrained) and Path(pretrained).is_file()
     return name, storage.absolute(pretrained) if is_file else pretrained
+
+
+def _remedy(name: str) -> str:
+    """What to do about a model that cannot be loaded."""
+    if name.startswith("local-dir:"):
+        return "check that the folder exists and holds an open_clip_config.json with its weights"
+    if name.startswith("hf-hub:"):
+        return "check the name, the network and, for a private model, your token"
+    known = open_clip.list_models()
+    if name in known:
+        return f"check the weights; known tags: {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}"
+    near = difflib.get_close_matches(name, known, n=5)
+    return (
+        f"did you mean {', '.join(near)}?"
+        if near
+        else "check the path or the name; docs/architectures.md lists all names"
+    )
 
 
 def create_model(name: str, pretrained: str | None) -> Any:
@@ -51,8 +71,8 @@ def create_model(name: str, pretrained: str | None) -> Any:
             fetch_weights(name)
         model, _, _ = open_clip.create_model_and_transforms(name, pretrained=pretrained, require_pretrained=True)
     except Exception as error:  # open_clip and the hub raise many kinds; all mean that the model cannot be had
-        reason = str(error).strip().split("\n")[0]
-        raise TeacherError(f"cannot load {name}: {reason}", remedy="see open_clip.list_pretrained()") from error
+        reason = str(error).strip().split("\n")[0].split(" Available: ")[0]  # open_clip lists all of its names
+        raise TeacherError(f"cannot load {name}: {reason}", remedy=_remedy(name)) from error
     finally:
         logging.getLogger().removeFilter(_quiet)
     return model

@@ -48,7 +48,7 @@ class IndexConfig:
     store: str
     """Store to index."""
     out: str
-    """Index to write: a local folder ending in .index."""
+    """Index to write: a local folder, such as TEXTS.index."""
     factory: str | None = None
     """FAISS factory string, such as IVF4096,Flat. Default: by the number of rows and the memory."""
     recall_target: float = 0.95

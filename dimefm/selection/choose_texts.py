@@ -34,7 +34,7 @@ class Outcome(IntEnum):
 REASON_TEXTS = {
     Outcome.NO_EMBEDDING: "without an embedding",
     Outcome.ELSEWHERE: "not among the rows given",
-    Outcome.FEW_HITS: "of fewer images than --min-hits",
+    Outcome.FEW_HITS: "with fewer hits than --min-hits",
     Outcome.LOW_SCORE: "below --min-score",
     Outcome.POOL: "beyond --pool",
     Outcome.REPEATED: "repeated, by --dedup",

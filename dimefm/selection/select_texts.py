@@ -66,7 +66,7 @@ class SelectionConfig:
     pairs: str
     """Pseudo-text store, from retrieve; it names its image store and its text store."""
     out: str
-    """Selection to write: a folder ending in .selection."""
+    """Selection to write: a local folder, such as TEXTS.selection."""
     by: Ranking = "hits"
     """How sentences are ranked: by the number of images that retrieved them, by how far the images nearest to them
     stand out, or at random."""

@@ -32,7 +32,9 @@ def open_group(path: str) -> zarr.Group:
         pass
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # raised by zarr for a damaged one
         raise StoreError(f"{path}/zarr.json is damaged: {error}", remedy="write the store again") from None
-    remedy = "check the path" if not storage.exists(path) else "it is unfinished or something else; cache again"
+    if not storage.exists(path):
+        raise StoreError(f"{path} is not a dimefm store: it does not exist", remedy="check the path")
+    remedy = "name a store; if this one is unfinished, run the command that makes it again"
     raise StoreError(f"{path} is not a dimefm store", remedy=remedy)
 
 

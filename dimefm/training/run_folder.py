@@ -185,7 +185,7 @@ def _refusal(out: str, refused: dict[str, str], allowed: tuple[str, ...]) -> Mis
     """The error for differences that are not allowed, with the option that would allow them if there is one."""
     what = f"{out} was begun by another command {OWN_AND_NEW}:{in_lines(refused)}"
     remedy = f"{ANOTHER_OUT}, or repeat the command that began it"
-    if refused.keys() & _FOLLOWS.keys():
+    if any("None" not in refused[name].split(" != ") for name in refused.keys() & _FOLLOWS.keys()):
         what += "\n  rows were encoded, retrieved or selected again since"
     named = {*allowed, *(_FOLLOWS.get(name, name) for name in refused)} - {"steps"}  # steps follow from other fields
     if named <= _may_change():

@@ -163,7 +163,11 @@ def _require_sources(mix: TextMix, pairs: Pairs | None, selection: SelectedTexts
     """Raises TrainingError for a mix whose shares make no sense, or that draws from what was not given."""
     shares = (mix.random, mix.selected, mix.retrieved)
     if abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
-        raise TrainingError(f"the text mix {mix} does not add up to 1", remedy="give shares from 0 to 1")
+        typed = ",".join(f"{kind}={share:g}" for kind, share in vars(mix).items() if share)
+        raise TrainingError(
+            f"the text mix {typed} does not add up to 1",
+            remedy="give shares from 0 to 1, such as random=0.5,selected=0.5",
+        )
     if pairs is None and (mix.retrieved or paired):
         what = "retrieved texts need" if mix.retrieved else "the contrastive loss needs"
         raise TrainingError(f"{what} --pairs", remedy="run dimefm retrieve first")

@@ -312,7 +312,7 @@ def test_a_labelled_set_without_templates(tmp_path: Path, teacher_name: str) -> 
     ("teacher", "what"),
     [
         (["."], "name it local-dir:."),
-        (["ViT-Z-99"], "no weights named for ViT-Z-99"),
+        (["ViT-Z-99"], "ViT-Z-99 is neither a folder nor an architecture"),
         (["ViT-Z-99", "--pretrained", "openai"], "cannot load ViT-Z-99"),
         (["ViT-B-32"], "no weights named for ViT-B-32"),
         (["ViT-L-14", "--pretrained", "openai"], "trained with QuickGELU"),
@@ -690,7 +690,9 @@ def test_evaluate_with_a_label_that_has_no_class(tmp_path: Path, teacher_name: s
 def test_evaluate_a_model_or_a_set_that_is_not_there(tmp_path: Path, teacher_name: str, sample: Path) -> None:
     out = ["--device", "cpu", "--out", tmp_path / "out"]
     assert f"{tmp_path}/nowhere is no folder" in failed("evaluate", teacher_name, tmp_path / "nowhere", *out)
-    assert "no weights named for nowhere" in refused("evaluate", "nowhere", sample / "eval" / "cifar10", *out)
+    assert "nowhere is neither a folder nor an architecture" in refused(
+        "evaluate", "nowhere", sample / "eval" / "cifar10", *out
+    )
 
 
 def test_evaluate_does_the_sets_that_it_can_and_says_which_not(tmp_path: Path, teacher_name: str) -> None:

@@ -234,7 +234,7 @@ def test_every_condition_counts_what_it_leaves_out(world: World, scored: Path, t
     assert found.clusters == cluster_count(200)
     few = world.select(tmp_path / "f", by="hits", min_hits=3, device=None)
     assert few.rows().tolist() == np.flatnonzero(hits_T >= 3).tolist()
-    assert few.document.dropped["of fewer images than --min-hits"] == TEXTS - 3 - len(few.rows())
+    assert few.document.dropped["with fewer hits than --min-hits"] == TEXTS - 3 - len(few.rows())
 
 
 def test_a_sentence_with_the_same_embedding_is_left_out_and_shown_with_its_twin(

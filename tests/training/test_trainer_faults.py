@@ -323,5 +323,5 @@ def test_a_checkpoint_of_a_step_can_be_exported(undisturbed: Path, tmp_path: Pat
     assert done.exit_code == 0, done.output
     none = CliRunner().invoke(cli, ["export", str(undisturbed), "--out", str(tmp_path / "t"), "--checkpoint", "5"])
     assert none.exit_code == 1
-    assert "has no 5 checkpoint" in none.output
+    assert "has no checkpoint 5" in none.output
     assert torch.load(undisturbed / "checkpoints" / "step-00000006.pt", weights_only=True)["step"] == 6
