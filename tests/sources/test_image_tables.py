@@ -240,7 +240,7 @@ def test_storage_that_does_not_answer_is_an_oserror(tmp_path: Path, monkeypatch:
     def fail(path: str) -> Any:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(parquet, "open_parquet", fail)
+    monkeypatch.setattr(parquet_cells, "open_parquet", fail)
     path = write_parquet(tmp_path / "a.parquet", [{"image": b"x"}])
     with pytest.raises(OSError, match="Input/output error"):
         read_encoded(ImagePlace(f"{path}#image", 0, 1))
