@@ -21,13 +21,13 @@ OWN_AND_NEW = "(its own != this one's)"
 
 def require_only(out: str, what: str, ours: Collection[str] | Callable[[str], bool]) -> None:
     """Raises OutputExistsError where `out` is a file, or a folder with a name that is not `ours`; `what` is what it
-    would be otherwise, such as "an index". What a killed writer of zarr has left, NAME.partial, is no stranger."""
+    would be otherwise, such as "an index"."""
     out = storage.absolute(out)
     names = storage.listing(out)
     if not names and not storage.is_url(out) and Path(out).is_file():
         raise OutputExistsError(f"{out} exists and is a file", remedy=ANOTHER_OUT)
     is_ours = ours if callable(ours) else ours.__contains__
-    stranger = next((name for name in names if not (is_ours(name) or name.endswith(".partial"))), None)
+    stranger = next((name for name in names if not is_ours(name)), None)
     if stranger is not None:
         raise OutputExistsError(f"{out} exists and is not {what} (it holds {stranger!r})", remedy=ANOTHER_OUT)
 

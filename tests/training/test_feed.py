@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from dimefm.errors import MismatchError, TrainingError
 from dimefm.models.clip import Clip
 from dimefm.store.embedding_store import Store
+from dimefm.training import build_towers
 from dimefm.training import train as train_module
 from dimefm.training.batch_loader import THREAD, Requests, take_ahead
 from dimefm.training.distributed import Place
@@ -49,8 +51,8 @@ def test_readers_are_at_work_before_the_group_and_the_models_and_gone_after(
 ) -> None:
     seen, before = [], set(multiprocessing.active_children())
 
-    def spied(name: str) -> Any:
-        original = getattr(train_module, name)
+    def spied(module: ModuleType, name: str) -> Any:
+        original = getattr(module, name)
 
         def spy(*args: Any) -> Any:
             readers = set(multiprocessing.active_children()) - before
@@ -59,8 +61,8 @@ def test_readers_are_at_work_before_the_group_and_the_models_and_gone_after(
 
         return spy
 
-    for name in ("join_group", "build_student"):
-        monkeypatch.setattr(train_module, name, spied(name))
+    for module, name in ((train_module, "join_group"), (build_towers, "build_student")):
+        monkeypatch.setattr(module, name, spied(module, name))
     config = tiny_config(image_store, text_store, tmp_path / "run", workers=2, max_steps=2)
     if both:
         config = replace(config, student=small_clip, text_student=small_clip, text_batch_size=16)
@@ -105,7 +107,7 @@ def test_no_reader_is_left_by_an_error(
             config = replace(config, student=small_clip, text_student=small_clip, text_batch_size=16)
             monkeypatch.setattr("dimefm.training.feed.TrainingImages", broken)
         else:
-            monkeypatch.setattr(train_module, where, broken)
+            monkeypatch.setattr(train_module if where == "join_group" else build_towers, where, broken)
         with pytest.raises(TrainingError, match="broken on purpose"):
             train(config)
     assert set(multiprocessing.active_children()) == before
