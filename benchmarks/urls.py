@@ -28,6 +28,7 @@ from benchmarks.simulated import simulate
 from dimefm.sample import sample_dir
 from dimefm.sources.account import Account
 from dimefm.sources.image_sources import open_image_source
+from dimefm.sources.read_image import ImagePlace
 from dimefm.store import ranged_array
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
@@ -148,7 +149,7 @@ def _images(folder: Path, batches: int) -> list[tuple[str, ...]]:
     for path in _sample_tars():
         fsspec.filesystem("s3").pipe_file(f"images/{path.name}", path.read_bytes())
     samples = list(open_image_source(["s3://images"]).samples(Account()))[: batches * 64]
-    places = [(sample.file, sample.offset, sample.size) for sample in samples]
+    places = [ImagePlace(sample.file, sample.offset, sample.size) for sample in samples]
     dataset = TrainingImages("s3://s.zarr", Augmentation(size=64, crop_scale=(0.4, 1.0), flip=True, seed=0))
     rows_B = np.arange(len(places))
     request = Request(0, 0, rows_B, rows_B, places)

@@ -23,7 +23,8 @@ from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.timing import peak, seconds
 from cache_schemas import EmbeddingStore
 from cache_schemas.identity import Precision
-from cache_schemas.plan import planned_rows
+from cache_schemas.plan import PlannedImage, planned_rows
+from dimefm.caching import image_loader
 from dimefm.caching.encode_rows import encode_rows
 from dimefm.caching.image_loader import Loader
 from dimefm.caching.plan import PlanRequest, open_or_plan
@@ -35,7 +36,7 @@ from dimefm.system.matrix_products import DTYPES
 _CPU = torch.device("cpu")
 _TASK = 8  # images that a decoding thread takes at once, as in stage 1
 _SHORT = 4  # of the two runs whose difference is the steady state, the short one is a fourth of the long one
-Rows = list[dict[str, Any]]
+Rows = list[PlannedImage]
 
 
 def images(kit: Kit) -> None:
@@ -157,15 +158,16 @@ def undecoded(rows: Rows, schema: EmbeddingStore) -> Iterator[None]:
     kept = [loader.load(row) for row in rows[:64]]
     calls = 0
 
-    def loaded(self: Loader, row: dict[str, Any], data: Any) -> Any:
+    def decoded(self: Loader, image: PlannedImage, data: Any) -> Any:
         nonlocal calls
         calls += 1
-        return kept[row.row % len(kept)]
+        return kept[image.row % len(kept)]
 
-    with mock.patch.multiple(Loader, _read=lambda self, row: b"", _loaded=loaded):
+    nothing_read = mock.patch.object(image_loader, "read_planned_image", return_value=b"")
+    with nothing_read, mock.patch.object(Loader, "_decoded", decoded):
         yield
     if not calls:
-        raise RuntimeError("stage 1 no longer takes its images from Loader._loaded: they were decoded")
+        raise RuntimeError("stage 1 no longer takes its images from Loader._decoded: they were decoded")
 
 
 def _decoding(kit: Kit, rows: Rows, schema: EmbeddingStore, wanted: float) -> None:
