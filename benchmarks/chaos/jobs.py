@@ -65,12 +65,12 @@ JOBS = (
 )  # fmt: skip
 
 
-def make_inputs(folder: Path) -> None:
+def make_inputs(folder: Path, *, images: int = IMAGES, sentences: int = SENTENCES, labelled: int = LABELLED) -> None:
     """Two tars of images, a file of sentences and a labelled set, from the sample."""
     sample = sample_dir()
     (folder / "images").mkdir(parents=True)
     with tarfile.open(sample / "images" / "train-00005.tar") as source:
-        members = [member for member in source if member.isfile() and member.name.endswith(".jpg")][:IMAGES]
+        members = [member for member in source if member.isfile() and member.name.endswith(".jpg")][:images]
         for number in range(2):
             with tarfile.open(folder / "images" / f"{number}.tar", "w") as tar:
                 for member in members[number::2]:
@@ -78,11 +78,11 @@ def make_inputs(folder: Path) -> None:
     import gzip
 
     with gzip.open(sample / "texts" / "visual_gcc_validation.txt.gz", "rt", encoding="utf-8") as file:
-        lines = [line for line, _ in zip(file, range(SENTENCES), strict=False)]
+        lines = [line for line, _ in zip(file, range(sentences), strict=False)]
     (folder / "texts.txt").write_text("".join(lines), encoding="utf-8")
     shutil.copytree(sample / "eval" / "cifar10", folder / "eval", ignore=shutil.ignore_patterns("*.tar"))
     with tarfile.open(sample / "eval" / "cifar10" / "test-00000.tar") as source:
-        members = [member for member in source if member.isfile()][: 2 * LABELLED]
+        members = [member for member in source if member.isfile()][: 2 * labelled]
         with tarfile.open(folder / "eval" / "test-00000.tar", "w") as tar:
             for member in members:
                 tar.addfile(member, source.extractfile(member))
