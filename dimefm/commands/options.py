@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
@@ -16,6 +17,7 @@ from click.core import ParameterSource
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 DEVICES = click.Choice(["cpu", "cuda"])
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead, for programs.")
 _UNITS = {None: 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -105,6 +107,11 @@ def require_with(option: str, value: object, needed: str, given: object) -> None
     """Raises UsageError for an option that has no effect without another."""
     if value is not None and given is None:
         raise click.UsageError(f"{option} has no effect without {needed}")
+
+
+def say_json(document: Any) -> None:
+    """Print a document as JSON, in which no control character is left as it is."""
+    click.echo(json.dumps(document, indent=2).replace("\x7f", "\\u007f"))
 
 
 class Bytes(click.ParamType[int]):

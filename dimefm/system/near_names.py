@@ -1,0 +1,28 @@
+"""What a mistyped name was probably meant to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def near_names(word: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """The known names that are most like `word`, nearest first; capitals, hyphens and underscores do not count."""
+    by_plain: dict[str, list[str]] = {}
+    for name in known:
+        by_plain.setdefault(_plain(name), []).append(name)
+    near = get_close_matches(_plain(word), by_plain, n=most)
+    return [name for plain in near for name in by_plain[plain]][:most]
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A remedy for an unknown name: `did you mean 'ViT-B-32' or 'ViT-B-16'?`, or `otherwise` where none is near."""
+    near = [repr(name) for name in near_names(word, known)]
+    if not near:
+        return otherwise
+    *first, last = near
+    return f"did you mean {', '.join(first)} or {last}?" if first else f"did you mean {last}?"
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")

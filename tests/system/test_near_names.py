@@ -1,0 +1,21 @@
+"""What a mistyped name was probably meant to be."""
+
+from dimefm.system.near_names import did_you_mean, near_names
+
+KNOWN = ["ViT-B-32", "ViT-B-16", "ViT-L-14", "RN50", "RN101"]
+
+
+def test_the_nearest_comes_first_whatever_its_capitals_and_hyphens() -> None:
+    assert near_names("vit_b_32", KNOWN)[0] == "ViT-B-32"
+    assert near_names("ViT-B32", KNOWN)[0] == "ViT-B-32"
+
+
+def test_a_remedy_names_them_or_says_something_else() -> None:
+    assert did_you_mean("RN5O", ["RN50"]) == "did you mean 'RN50'?"
+    assert did_you_mean("vit-b-3", ["ViT-B-32", "ViT-B-16"]).startswith("did you mean 'ViT-B-32'")
+    assert " or " in did_you_mean("vit-b-3", ["ViT-B-32", "ViT-B-16"])
+    assert did_you_mean("elephant", KNOWN, "dimefm sets lists all") == "dimefm sets lists all"
+
+
+def test_names_that_differ_in_capitals_alone_are_both_offered() -> None:
+    assert near_names("abc", ["ABC", "Abc"]) == ["ABC", "Abc"]
