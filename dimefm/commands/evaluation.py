@@ -10,7 +10,7 @@ from cache_schemas.embedding_store import CpuDecoder
 from cache_schemas.evaluation import EvaluationTask, ProbeSelection, Solver, Suite
 from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
-from dimefm.commands.options import DEVICES, options_of, was_given
+from dimefm.commands.options import DEVICES, options_of, quiet_option, was_given
 from dimefm.commands.weights_options import weights_options
 from dimefm.system.inert_text import say
 
@@ -61,6 +61,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 @_option("--name")
 @_option("--skip-existing", is_flag=True)
 @_option("--predictions", is_flag=True)
+@quiet_option
 def evaluate(model: str, **options: Any) -> None:
     """Measure MODEL on labelled sets.
 

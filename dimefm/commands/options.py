@@ -15,10 +15,24 @@ from typing import Any, NamedTuple, TypeVar, cast
 import click
 from click.core import ParameterSource
 
+from dimefm.system import notes
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 DEVICES = click.Choice(["cpu", "cuda"])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead, for programs.")
+
+
+def _mute(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        notes.mute()
+        ctx.call_on_close(lambda: notes.mute(False))  # another command may run in this process
+
+
+quiet_option = click.option(
+    "--quiet", "-q", is_flag=True, is_eager=True, expose_value=False, callback=_mute,
+    help="Show no progress and no notes, only results, problems and errors.",
+)  # fmt: skip
 _UNITS = {None: 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 

@@ -12,7 +12,7 @@ import click
 from cache_schemas import SchemaError
 from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
-from dimefm.commands.options import DEVICES, fields_of, options_of
+from dimefm.commands.options import DEVICES, fields_of, options_of, quiet_option
 from dimefm.commands.weights_options import weights_options
 from dimefm.system.inert_text import say
 
@@ -79,6 +79,7 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @click.option("--allow-changes", metavar="FIELD,...", default="",
               help="Go on with a run although these fields, such as lr,epochs, have other values than it began with; "
               "images: the image store has other rows.")  # fmt: skip
+@quiet_option
 def train_student(
     images: str, texts: str, out: str, recipe: str, settings: tuple[str, ...], allow_changes: str, **options: Any
 ) -> None:
@@ -160,6 +161,7 @@ def _fields(raw: dict[str, Any], prefix: str = "") -> list[str]:
 @_run_option("--weights", type=click.Choice(get_args(Weights)))
 @click.option("--teacher", help="Where the teacher is now. Default: where it was when the images were cached.")
 @options_of("dimefm.inspection.verify", "VerifyConfig")("--pretrained")
+@quiet_option
 def export(run: str, **options: Any) -> None:
     """Write the student of a run as an open_clip folder.
 
@@ -178,6 +180,7 @@ def export(run: str, **options: Any) -> None:
               help="Teacher that has the text tower, an open_clip model: NAME, hf-hub:ORG/MODEL or "
               "local-dir:FOLDER.")  # fmt: skip
 @weights_options
+@quiet_option
 def convert_checkpoint(checkpoint: str, **options: Any) -> None:
     """Convert a checkpoint of DIME-FM's authors.
 

@@ -9,7 +9,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from dimefm.system import inert_text
+from dimefm.system import inert_text, notes
 
 _LINE_EVERY = 10.0  # seconds
 
@@ -21,7 +21,8 @@ class Progress:
         self._what, self._total, self._unit = what, total, unit
         self._first = self._now = done
         self._started = self._printed = time.monotonic()
-        self._bar = tqdm(total=total, initial=done, desc=what, unit=unit) if sys.stderr.isatty() else None
+        shown = sys.stderr.isatty() and not notes.are_muted()
+        self._bar = tqdm(total=total, initial=done, desc=what, unit=unit) if shown else None
 
     def __enter__(self) -> Self:
         return self
@@ -48,7 +49,7 @@ class Progress:
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         else:
-            print(line, file=sys.stderr, flush=True)
+            notes.note(line)
 
     def _line(self) -> None:
         self._printed = time.monotonic()
@@ -57,7 +58,7 @@ class Progress:
         left = f", {duration((self._total - self._now) / rate)} left" if 0 < self._now < self._total and rate else ""
         percent = 100 * self._now / max(1, self._total)
         text = f"{self._what}: {self._now:,} of {self._total:,} {self._unit}s ({percent:.0f}%), "
-        print(f"{text}{rate:,.1f} {self._unit}/s{left}", file=sys.stderr, flush=True)
+        notes.note(f"{text}{rate:,.1f} {self._unit}/s{left}")
 
 
 def duration(seconds: float) -> str:
