@@ -8,7 +8,7 @@ from typing import Literal
 
 from cache_schemas import Run, StudentSpec, TeacherIdentity
 from cache_schemas.run import RUN_FILE, Change
-from dimefm.errors import MismatchError, StoreError, TrainingError
+from dimefm.errors import MismatchError, StoreError
 from dimefm.models.first_weights import fit_to_first_weights
 from dimefm.models.towers import student_spec, text_spec
 from dimefm.store.embedding_store import Store, require_same_teacher
@@ -18,6 +18,7 @@ from dimefm.store.pairs_store import Pairs, require_pairs_match
 from dimefm.store.selected_texts import SelectedTexts
 from dimefm.system import storage
 from dimefm.system.versions import versions
+from dimefm.training.before_training import require_changeable
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import NEVER_DIFFER, NEVER_DIFFER_IN_LOSS, TrainConfig
 
@@ -98,7 +99,7 @@ def plan_run(
     `machine` or number of `processes`. Before the first checkpoint anything may differ. Raises OutputExistsError if the
     folder holds something else.
     """
-    _require_names(allow_changes)
+    require_changeable(allow_changes)
     images, pairs, selection = inputs.images, inputs.pairs, inputs.selection
     teacher = images.schema.teacher
     run = Run(
@@ -191,14 +192,6 @@ def _refusal(out: str, refused: dict[str, str], allowed: tuple[str, ...]) -> Mis
     if named <= _may_change():
         remedy += f"; to go on with the change: --allow-changes {','.join(sorted(named))}"
     return MismatchError(what, remedy=remedy)
-
-
-def _require_names(allowed: tuple[str, ...]) -> None:
-    names = _may_change()
-    unknown = sorted(set(allowed) - names)
-    if unknown:
-        what = f"--allow-changes: {', '.join(unknown)} cannot change within a run"
-        raise TrainingError(what, remedy=f"those that can: {', '.join(sorted(names))}")
 
 
 def _may_change() -> set[str]:
