@@ -302,10 +302,10 @@ def test_a_tar_without_an_image(tmp_path: Path, teacher_name: str) -> None:
     assert not (tmp_path / "s.zarr").exists()
 
 
-def test_a_labelled_set_without_templates(tmp_path: Path, teacher_name: str) -> None:
-    (tmp_path / "classnames.txt").write_text("cat\n")
+def test_a_labelled_set_without_a_class(tmp_path: Path, teacher_name: str) -> None:
+    (tmp_path / "classnames.txt").write_text("")
     message = refused("cache-texts", tmp_path, "--out", tmp_path / "s.zarr", "--teacher", teacher_name)
-    assert "templates.txt does not exist" in message
+    assert "classnames.txt is empty" in message
 
 
 @pytest.mark.parametrize(
