@@ -19,3 +19,12 @@ def test_a_remedy_names_them_or_says_something_else() -> None:
 
 def test_names_that_differ_in_capitals_alone_are_both_offered() -> None:
     assert near_names("abc", ["ABC", "Abc"]) == ["ABC", "Abc"]
+
+
+def test_a_part_of_a_name_finds_it() -> None:
+    commands = ["cache-images", "cache-texts", "build-index", "train-student", "evaluate"]
+    assert near_names("train", commands) == ["train-student"]
+    assert near_names("cache", commands) == ["cache-images", "cache-texts"]
+    assert near_names("Index", commands) == ["build-index"]
+    assert near_names("eval", commands) == ["evaluate"]
+    assert near_names("e", commands) == []
