@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Callable
 from functools import lru_cache
@@ -124,8 +125,17 @@ def require_with(option: str, value: object, needed: str, given: object) -> None
 
 
 def say_json(document: Any) -> None:
-    """Print a document as JSON, in which no control character is left as it is."""
-    click.echo(json.dumps(document, indent=2).replace("\x7f", "\\u007f"))
+    """Print a document as JSON, in which no control character is left as it is. NaN and infinity, which JSON does not
+    have, become null."""
+    click.echo(json.dumps(_finite(document), indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Bytes(click.ParamType[int]):

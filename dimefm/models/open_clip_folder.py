@@ -41,6 +41,8 @@ def publish_folder(out: Path, config: dict[str, Any], weights: dict[str, Any], t
                 tokenizer.save_pretrained(str(temporary))
             whole = {name: value.contiguous().clone() for name, value in weights.items()}
             save_file(whole, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+            # safetensors makes files that their owner alone can read, whatever the umask says.
+            (temporary / WEIGHTS_FILE).chmod((temporary / CONFIG_FILE).stat().st_mode)
         if out.exists():
             same = all(
                 (out / name).exists() and (out / name).read_bytes() == (temporary / name).read_bytes()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from typing import Any
 
 import click
@@ -10,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from dimefm.cli import cli
-from dimefm.commands.options import fields_of, options_of
+from dimefm.commands.options import fields_of, options_of, say_json
 from dimefm.evaluation.config import EvaluationConfig
 from dimefm.exchange.import_embeddings import ImportConfig
 from dimefm.inspection.verify import VerifyConfig
@@ -139,3 +141,12 @@ def test_what_a_line_becomes_as_help() -> None:
     assert "Labelled set to validate on. May be repeated." in text
     assert "if --epochs would be longer." in text
     assert "[default: 2]" in text
+
+
+def test_a_json_document_holds_text_and_numbers_as_json_has_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """JSON has no NaN, and no control character reaches the terminal as it is."""
+    say_json({"a": [math.nan, -math.inf, 0.5], "b": {"c": ("\x1b[2K\x7f", "Löwe 狮子")}})
+    shown = capsys.readouterr().out
+    assert json.loads(shown) == {"a": [None, None, 0.5], "b": {"c": ["\x1b[2K\x7f", "Löwe 狮子"]}}
+    assert shown.isascii()
+    assert shown.replace("\n", " ").isprintable()
