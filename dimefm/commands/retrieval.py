@@ -7,6 +7,7 @@ from typing import Any, get_args
 import click
 
 from cache_schemas.text_selection import Ranking
+from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, Bytes, options_of, quiet_option, require_with
 from dimefm.system.inert_text import say
 from dimefm.system.notes import note
@@ -16,7 +17,7 @@ _selection_option = options_of("dimefm.selection.select_texts", "SelectionConfig
 _DEVICE = "Where exact search computes. Default: cuda if there is a GPU, else cpu."
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("store", metavar="STORE.zarr")
 @_index_option("--out", required=True)
 @_index_option("--queries")
@@ -56,7 +57,7 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **o
     say(describe(options["out"]))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("images", metavar="IMAGES.zarr")
 @click.option("--texts", required=True, help="Text store to search.")
 @click.option("--index", help="Index over the text store, from build-index. Default: exact search.")
@@ -79,7 +80,7 @@ def retrieve(images: str, **options: Any) -> None:
     say(describe(options["out"]))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("path", metavar="STORE.zarr|STORE.index")
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Image to search with. May be repeated.")
 @click.option("--text", "texts", multiple=True, metavar="SENTENCE", help="Sentence to search with. May be repeated.")
@@ -106,7 +107,7 @@ def search(path: str, **options: Any) -> None:
     say("\n\n".join(map(show, queries, run(path, **options))))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("pairs", metavar="PAIRS.zarr")
 @_selection_option("--out", required=True)
 @_selection_option("--by", type=click.Choice(get_args(Ranking)))
