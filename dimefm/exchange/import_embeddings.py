@@ -240,7 +240,7 @@ def _write(store: Store, folder: Folder, *, unmatched_fail: bool) -> None:
         return
     storage.remove_leftovers(store.path)
     done = sum(stop - start for start, stop in map(schema.shard_range, committed))
-    with Progress("import", schema.rows, "row", done) as progress:
+    with Progress("importing", schema.rows, "row", done) as progress:
         for shard in sorted(set(range(schema.shards)) - committed):
             began = time.monotonic()
             start, stop = schema.shard_range(shard)
