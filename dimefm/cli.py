@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -74,6 +76,9 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `dimefm` command."""
+    atexit.register(
+        gc.freeze
+    )  # the last thing at exit: else all of torch's objects are searched for cycles, for a second
     wait_briefly()
     if sys.stderr is not None:
         faulthandler.enable()  # a crash, of a decoder or as a mapped file is cut short, then says where it was

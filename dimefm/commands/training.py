@@ -16,6 +16,7 @@ from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, fields_of, options_of, quiet_option
 from dimefm.commands.weights_options import weights_options
 from dimefm.system.inert_text import say
+from dimefm.system.notes import note
 
 _CONFIG = "dimefm.training.config"
 _option = options_of(_CONFIG, "TrainConfig", defaults=False)  # they are the recipe's
@@ -191,6 +192,10 @@ def convert_checkpoint(checkpoint: str, **options: Any) -> None:
     The result is an open_clip folder as export writes it, with the teacher's text tower. Load it with evaluate or with
     open_clip.create_model_and_transforms("local-dir:FOLDER").
     """
-    from dimefm.models.authors_checkpoint import convert
+    from dimefm.models.trained import checkpoint_file
+
+    checkpoint_file(checkpoint)
+    note(f"{checkpoint}: loading the teacher, for its text tower ...")
+    from dimefm.models.authors_checkpoint import convert  # imports torch and open_clip
 
     say(convert(checkpoint, **options).show())

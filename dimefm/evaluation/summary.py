@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from importlib import resources
 
 from cache_schemas.evaluation import EvaluationResult
-from dimefm.evaluation import metrics
 from dimefm.evaluation.evaluate import Evaluation
 from dimefm.evaluation.results import pool
 from dimefm.evaluation.suite_means import measured_suites
@@ -71,10 +70,12 @@ def robustness(results: Sequence[EvaluationResult]) -> dict[str, float]:
     top1 = {r.title: r.metrics["top1"] for r in results if r.protocol == "zero-shot" and "top1" in r.metrics}
     if "imagenet1k" not in top1:
         return {}
+    from dimefm.evaluation.metrics import effective_robustness  # imports torch and scipy
+
     text = (resources.files("dimefm.evaluation") / "baseline.json").read_text(encoding="utf-8")
     lines: dict[str, dict[str, float]] = json.loads(text)["fit"]
     found = {
-        name: metrics.effective_robustness(top1[name], top1["imagenet1k"], line["slope"], line["intercept"])
+        name: effective_robustness(top1[name], top1["imagenet1k"], line["slope"], line["intercept"])
         for name, line in lines.items()
         if name in top1
     }
