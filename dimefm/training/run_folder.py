@@ -8,7 +8,7 @@ from typing import Literal
 
 from cache_schemas import Run, StudentSpec, TeacherIdentity
 from cache_schemas.run import RUN_FILE, Change
-from dimefm.errors import MismatchError, StoreError, TrainingError
+from dimefm.errors import MismatchError, StoreError
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
 from dimefm.store.output_folder import ANOTHER_OUT, OWN_AND_NEW, differing, in_lines, require_only
@@ -16,6 +16,7 @@ from dimefm.store.pairs_store import Pairs, require_pairs_match
 from dimefm.store.selected_texts import SelectedTexts
 from dimefm.system import storage
 from dimefm.system.versions import versions
+from dimefm.training.before_training import require_changeable
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import NEVER_DIFFER, NEVER_DIFFER_IN_LOSS, TrainConfig
 
@@ -98,7 +99,7 @@ def plan_run(
     """
     from dimefm.models.towers import text_spec  # imports open_clip: a run is read without it
 
-    _require_names(allow_changes)
+    require_changeable(allow_changes)
     images, pairs, selection = inputs.images, inputs.pairs, inputs.selection
     teacher = images.schema.teacher
     run = Run(
@@ -194,14 +195,6 @@ def _refusal(out: str, refused: dict[str, str], allowed: tuple[str, ...]) -> Mis
     if named <= _may_change():
         remedy += f"; to go on with the change: --allow-changes {','.join(sorted(named))}"
     return MismatchError(what, remedy=remedy)
-
-
-def _require_names(allowed: tuple[str, ...]) -> None:
-    names = _may_change()
-    unknown = sorted(set(allowed) - names)
-    if unknown:
-        what = f"--allow-changes: {', '.join(unknown)} cannot change within a run"
-        raise TrainingError(what, remedy=f"those that can: {', '.join(sorted(names))}")
 
 
 def _may_change() -> set[str]:

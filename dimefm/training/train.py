@@ -37,7 +37,7 @@ from dimefm.training.distributed import (
     require_same_step,
     wait_for_all,
 )
-from dimefm.training.feed import TEXT_STREAM, Feed, notes_on_remote_data, open_feed
+from dimefm.training.feed import TEXT_STREAM, Feed, notes_on_feed, open_feed
 from dimefm.training.image_batches import Batch
 from dimefm.training.machine_settings import decide_settings
 from dimefm.training.not_finite import explain_out_of_memory, not_finite_error
@@ -75,7 +75,7 @@ def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
     with allowing(config.val), lock, open_feed(config, place) as feed, explain_reader_death():
         join_group(config.device)  # from here on nothing is forked
         config, notes = decide_settings(config, place, allow_changes)
-        notes += notes_on_remote_data(feed.inputs, feed.bank, feed.order)
+        notes += notes_on_feed(config, feed)
         with _threads(config.threads):
             result = _Trainer(config, place, feed, allow_changes).run(notes)
     leave_group(place)
@@ -165,7 +165,7 @@ class _Trainer:
         read at once where a validation, a checkpoint or the end follows: nothing is kept of a step that is not finite.
         """
         steps, vote, scores = self.feed.steps, Vote(self.place), dict[str, float]()
-        validate_every = max(1, round(self.config.val_every * self.feed.steps_per_epoch))
+        validate_every = self.config.validation_steps(self.feed.steps_per_epoch)
         asked_at, previous = time.monotonic(), None
         for batch, texts in self.feed.batches:
             pending = self._step(batch, texts, waited=time.monotonic() - asked_at)
@@ -217,7 +217,7 @@ class _Trainer:
     def _set_learning_rate(self, step: int) -> float:
         config, per_epoch = self.config, self.feed.steps_per_epoch
         lr = learning_rate(
-            step, steps=self.feed.steps, warmup_steps=round(config.warmup_epochs * per_epoch), peak=config.lr,
+            step, steps=self.feed.steps, warmup_steps=config.warmup_steps(per_epoch), peak=config.lr,
             warmup_start=config.warmup_lr, floor=config.min_lr,
         )  # fmt: skip
         for group in self.optimizer.param_groups:

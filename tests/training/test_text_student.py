@@ -129,7 +129,7 @@ def test_an_average_that_was_not_kept_cannot_be_exported(image_store: Store, tex
 def test_a_text_tower_that_does_not_exist_is_refused(image_store: Store, text_store: Store, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no model of open_clip is called 'small-clap'"):
         train(tiny_config(image_store, text_store, tmp_path / "run", text_student="small-clap", text_batch_size=8))
-    with pytest.raises(TrainingError, match="a text batch of 5000 is more than the sentences"):
+    with pytest.raises(TrainingError, match="a text batch of 5,000 sentences is more than the 200"):
         train(tiny_config(
             image_store, text_store, tmp_path / "run", text_student="small-clip", text_batch_size=5000
         ))  # fmt: skip
