@@ -6,11 +6,11 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cache_schemas import EmbeddingStore, SourceSummary, ViewPlan
+from cache_schemas import EmbeddingStore, ViewPlan
 from cache_schemas.embedding_store import Decoder, Kind
 from cache_schemas.identity import Precision
 from dimefm.caching.crashing_images import running
-from dimefm.caching.plan import PlanRequest, forecast, open_or_plan
+from dimefm.caching.plan import PlanRequest, forecast, open_or_plan, what_limit_left
 from dimefm.caching.same_command import arguments_there, require_no_stranger
 from dimefm.caching.sentences import SentenceRules
 from dimefm.caching.speed import PROBE_ROWS, measure, one_thread, teacher_seconds
@@ -55,11 +55,14 @@ class CacheConfig:
     trained: Trained | None = None
     """What weights in a file do not say of themselves: their preprocessing and activation."""
     column: str | None = None
-    """Column of the tables, or field of the tars, to read. Default: the one that fits."""
+    """Column of the tables, or field of the tars, to read. Default: the one that fits; of sentences the first of text,
+    caption, sentence, TEXT and title."""
     min_words: int | None = None
     """Leave out sentences with fewer words. In languages without spaces a few letters count as one word."""
     max_words: int | None = None
     """Leave out sentences with more words."""
+    limit: int | None = None
+    """Use only the first this many rows, in the order of the sources, and read no further. Shuffling comes after."""
     shuffle: int | None = None
     """Shuffle rows once with this seed, so that sequential reads are random samples. Default: no shuffling."""
     views: int | None = None
@@ -120,7 +123,7 @@ def _cache(config: CacheConfig) -> Store:
         planned = is_planned(config.out)
         store = open_or_plan(request, config.out, teacher, accept_missing=config.accept_missing)
         if not planned:
-            _report_unused(store.schema.source)
+            _report_unused(store.schema)
         job = Job(
             store=store.path,
             teacher=teacher.name,
@@ -174,8 +177,11 @@ def _worth_starting(store: Store, device: str, clip: Clip) -> int:
     )
 
 
-def _report_unused(source: SourceSummary) -> None:
+def _report_unused(schema: EmbeddingStore) -> None:
     """Print what is not used, before the rest is encoded for hours."""
+    source = schema.source
+    if unread := what_limit_left(schema):
+        note(unread)
     for one in source.skipped:
         note(f"skipped: {describe_skipped(one)}")  # the result says it again
     for problem in first_lines(source.problems):
@@ -271,4 +277,5 @@ def _request(config: CacheConfig, device: str, clip: Clip) -> PlanRequest:
         decoder=config.decoder,
         shard_rows=config.shard_rows,
         batch_size=config.batch_size or batch_size,
+        limit=config.limit,
     )

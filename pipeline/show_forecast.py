@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cache_schemas import to_plain
-from dimefm.caching.plan import Forecast
+from dimefm.caching.plan import Forecast, what_limit_left
 from dimefm.caching.speed import Rates
 from dimefm.models.teacher_rows import teacher_rows
 from dimefm.sources.account import describe_skipped, first_lines
@@ -49,6 +49,8 @@ def show_forecast(
     decodes = kind == "image" and schema.decoder != "nvjpeg"
     if decodes and not on_cpu and (bound := rates.bottleneck(threads)):
         rows.append(("", bound))
+    if unread := what_limit_left(schema):
+        rows.append(("limit", unread.removeprefix("limit: ")))
     rows += [("skipped", describe_skipped(one)) for one in source.skipped]
     rows += [("problem", problem) for problem in first_lines(source.problems)]
     if rates.failed:
