@@ -15,6 +15,7 @@ from cache_schemas import SchemaError
 from dimefm.commands.caching import cache_images, cache_texts, export_embeddings, import_embeddings
 from dimefm.commands.evaluation import compare, evaluate, sets, submission
 from dimefm.commands.inspection import doctor, info, verify
+from dimefm.commands.recipes import recipes
 from dimefm.commands.retrieval import build_index, retrieve, search, select_texts
 from dimefm.commands.training import convert_checkpoint, export, train_student
 from dimefm.errors import DimefmError, StoppedError
@@ -83,7 +84,17 @@ def main() -> None:
 
 
 _IN_ORDER_OF_WORK = (
-    *(cache_images, cache_texts, import_embeddings, build_index, retrieve, search, select_texts, train_student),
+    *(
+        cache_images,
+        cache_texts,
+        import_embeddings,
+        build_index,
+        retrieve,
+        search,
+        select_texts,
+        recipes,
+        train_student,
+    ),
     *(evaluate, sets, compare, submission, export, convert_checkpoint, export_embeddings, doctor, info, verify),
 )
 for _command in _IN_ORDER_OF_WORK:

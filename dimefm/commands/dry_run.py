@@ -11,23 +11,25 @@ from dimefm.system.progress import amount, duration
 if TYPE_CHECKING:
     from dimefm.training.dry_run import Foresight
 
-_MACHINE = {
-    "precision": "auto", "threads": None, "workers": None, "device": None, "checkpoint_every": None, "image_size": None,
+_LATER = {
+    "precision": "auto", "threads": None, "workers": None, "device": None,
+    "checkpoint_every": None, "image_size": None,
 }  # fmt: skip
-"""Fields that the machine or the student decides where they have this value."""
+"""Fields that are decided when the run begins, where they have this value: by the machine, if nothing else is named."""
 _DECIDED_BY = {"checkpoint_every": "the clock", "image_size": "the student"}
+
+
+def origins(given: Given) -> dict[str, str]:
+    """Where the value of each field comes from, also where it is decided later."""
+    later = {name for name, value in _LATER.items() if given.values[name] == value}
+    return {name: _DECIDED_BY.get(name, "the machine") if name in later else by for name, by in given.origins.items()}
 
 
 def field_lines(given: Given) -> list[str]:
     """Every field with where its value comes from, and the value; those of a text tower's losses if there is one."""
-    rows = []
-    for name, value in given.values.items():
-        if name.startswith("text_loss.") and not given.config.text_student:
-            continue
-        left = name in _MACHINE and value == _MACHINE[name]
-        origin = _DECIDED_BY.get(name, "the machine") if left else given.origins[name]
-        rows.append((name, origin, "ten minutes" if left and name == "checkpoint_every" else shown(value)))
-    return _columns(rows)
+    names = [name for name in given.values if given.config.text_student or not name.startswith("text_loss.")]
+    by = origins(given)
+    return _columns([(name, by[name], shown(given.values[name])) for name in names])
 
 
 def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:

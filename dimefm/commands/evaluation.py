@@ -10,7 +10,7 @@ from cache_schemas.embedding_store import CpuDecoder
 from cache_schemas.evaluation import EvaluationTask, ProbeSelection, Solver, Suite
 from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
-from dimefm.commands.options import DEVICES, options_of, was_given
+from dimefm.commands.options import DEVICES, options_of, quiet_option, was_given
 from dimefm.commands.weights_options import weights_options
 from dimefm.system.inert_text import say
 
@@ -61,6 +61,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 @_option("--name")
 @_option("--skip-existing", is_flag=True)
 @_option("--predictions", is_flag=True)
+@quiet_option
 def evaluate(model: str, **options: Any) -> None:
     """Measure MODEL on labelled sets.
 
@@ -68,9 +69,10 @@ def evaluate(model: str, **options: Any) -> None:
 
     MODEL: a run folder, an exported open_clip folder, or an open_clip name (also hf-hub:, local-dir:).
 
-    SET: a folder of your own with classnames.txt, templates.txt and images: tars of key.jpg and key.cls, Parquet files,
-    or one folder per class. They lie below test/ and train/, or are the test images alone. From tars of key.jpg and
-    key.txt, with one caption per line, retrieval is measured.
+    SET: a folder of your own with images: one folder per class, or tars of key.jpg and key.cls, or Parquet files. They
+    lie below test/ and train/, or are the test images alone. classnames.txt and templates.txt have class names and
+    prompts; class folders do without. From tars of key.jpg and key.txt, with one caption per line, retrieval is
+    measured.
 
     Each image goes through the model once; results are appended to OUT/NAME/results.jsonl. If it is stopped, run the
     same command again: it goes on.

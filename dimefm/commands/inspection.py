@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dimefm.commands.options import options_of, require_with
+from dimefm.commands.options import options_of, quiet_option, require_with
 from dimefm.system.inert_text import say
 
 _option = options_of("dimefm.inspection.verify", "VerifyConfig")
@@ -45,6 +45,7 @@ def info(path: str, failures: bool) -> None:
 @_option("--teacher")
 @_option("--pretrained")
 @_option("--repair", is_flag=True)
+@quiet_option
 def verify(store: str, sample: int | None, teacher: str | None, pretrained: str | None, repair: bool) -> None:
     """Check whether a store can be trusted.
 

@@ -43,7 +43,9 @@ def _wrapped(text: str) -> str:
     blocks = re.split(r"\n\n|\n(?=- )", text)
     return "\n".join(
         ("" if number == 0 or block.startswith("- ") else "\n")
-        + textwrap.fill(" ".join(block.split()), _WIDTH, subsequent_indent="  " * block.startswith("- "))
+        + textwrap.fill(
+            " ".join(block.split()), _WIDTH, subsequent_indent="  " * block.startswith("- "), break_on_hyphens=False
+        )
         for number, block in enumerate(blocks)
     )
 

@@ -7,8 +7,9 @@ from typing import Any, get_args
 import click
 
 from cache_schemas.text_selection import Ranking
-from dimefm.commands.options import DEVICES, Bytes, options_of, require_with
+from dimefm.commands.options import DEVICES, Bytes, options_of, quiet_option, require_with
 from dimefm.system.inert_text import say
+from dimefm.system.notes import note
 
 _index_option = options_of("dimefm.retrieval.build_index", "IndexConfig")
 _selection_option = options_of("dimefm.selection.select_texts", "SelectionConfig")
@@ -30,6 +31,7 @@ _DEVICE = "Where exact search computes. Default: cuda if there is a GPU, else cp
 @click.option(
     "--dry-run", is_flag=True, help="Print what would be built, and when exact search is cheaper; build nothing."
 )
+@quiet_option
 def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **options: Any) -> None:
     """Build a FAISS index over a store, tuned to a recall.
 
@@ -50,7 +52,7 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **o
         from pipeline.ray_index_parts import on_ray
 
         run = on_ray(workers, ray_address)
-    build(config, run, lambda line: say(line, err=True))
+    build(config, run, note)
     say(describe(options["out"]))
 
 
@@ -61,6 +63,7 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **o
 @click.option("--top-k", type=click.IntRange(1), default=16, show_default=True, help="Sentences per image.")
 @click.option("--out", required=True, help="Pseudo-text store to write: a folder or URL, such as PAIRS.zarr.")
 @click.option("--device", type=DEVICES, help=_DEVICE)
+@quiet_option
 def retrieve(images: str, **options: Any) -> None:
     """Find the nearest sentences of each image.
 
@@ -86,6 +89,7 @@ def retrieve(images: str, **options: Any) -> None:
 @click.option(
     "--device", type=DEVICES, help="Where the teacher and the search run. Default: cuda if there is a GPU, else cpu."
 )
+@quiet_option
 def search(path: str, **options: Any) -> None:
     """Print what is nearest to an image or a sentence.
 
@@ -118,6 +122,7 @@ def search(path: str, **options: Any) -> None:
 @_selection_option("--texts")
 @_selection_option("--scores", metavar="OTHER.selection")
 @_selection_option("--device", type=DEVICES)
+@quiet_option
 def select_texts(**options: Any) -> None:
     """Select the sentences that are worth training on.
 

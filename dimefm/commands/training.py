@@ -9,13 +9,15 @@ import click
 
 from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
-from dimefm.commands.options import DEVICES, fields_of, json_option, options_of, require_with, say_json
+from dimefm.commands.options import DEVICES, fields_of, json_option, options_of, quiet_option, require_with, say_json
 from dimefm.commands.weights_options import weights_options
 from dimefm.system.inert_text import say
 from dimefm.system.near_names import did_you_mean
+from dimefm.system.notes import note
 
 if TYPE_CHECKING:
     from dimefm.commands.train_config import Given
+
 
 class _Recipes(click.Choice[str]):
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
@@ -52,8 +54,8 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
               help="Recipe that decides every option below that is not given; dimefm recipes explains them. paper: the "
                    "authors' settings; sample-paper, sample: small students for the shipped sample.")  # fmt: skip
 @click.option("--config", "config_file", metavar="FILE",
-              help="YAML or JSON file with fields of the config, as a run.json has them. It goes before --recipe; "
-                   "options given here go before it.")  # fmt: skip
+              help="YAML or JSON file with fields of the config, or a run.json. It wins over --recipe, and options "
+                   "given beside it win over it.")  # fmt: skip
 @_option("--student")
 @_option("--init", metavar="WEIGHTS")
 @_option("--text-student", metavar="NAME")
@@ -92,6 +94,7 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @click.option("--allow-changes", metavar="FIELD,...", default="",
               help="Go on with a run although these fields, such as lr,epochs, have other values than it began with; "
               "images: the image store has other rows.")  # fmt: skip
+@quiet_option
 def train_student(
     recipe: str, config_file: str | None, settings: tuple[str, ...], allow_changes: str, dry_run: bool, as_json: bool,
     **options: Any,
@@ -129,20 +132,21 @@ def train_student(
 
 
 def _dry_run(given: Given, changes: tuple[str, ...], as_json: bool) -> None:
-    from dimefm.commands.dry_run import field_lines, foresight_lines
+    from dimefm.commands.dry_run import field_lines, foresight_lines, origins
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise click.UsageError("--dry-run looks at one process: run it without torchrun")
-    fields = {name: {"value": value, "from": given.origins[name]} for name, value in given.values.items()}
     if not as_json:
         say("\n".join([f"{given.config.out}: nothing is written", *field_lines(given), ""]))
-        say("looking at the stores, and measuring a few steps on random data ...", err=True)
+        note("looking at the stores, and measuring a few steps on random data ...")
     from dimefm.training.dry_run import foresee
 
     found = foresee(given.config, changes)
-    for note in found.notes:
-        say(f"note: {note}", err=True)
+    for line in found.notes:
+        note(f"note: {line}")
     if as_json:
+        by = origins(given)
+        fields = {name: {"value": value, "from": by[name]} for name, value in given.values.items()}
         say_json({"fields": fields, **found.to_json()})
     else:
         say("\n".join(foresight_lines(found)))
@@ -155,6 +159,7 @@ def _dry_run(given: Given, changes: tuple[str, ...], as_json: bool) -> None:
 @_run_option("--weights", type=click.Choice(get_args(Weights)))
 @click.option("--teacher", help="Where the teacher is now. Default: where it was when the images were cached.")
 @options_of("dimefm.inspection.verify", "VerifyConfig")("--pretrained")
+@quiet_option
 def export(run: str, **options: Any) -> None:
     """Write the student of a run as an open_clip folder.
 
@@ -173,6 +178,7 @@ def export(run: str, **options: Any) -> None:
               help="Teacher that has the text tower, an open_clip model: NAME, hf-hub:ORG/MODEL or "
               "local-dir:FOLDER.")  # fmt: skip
 @weights_options
+@quiet_option
 def convert_checkpoint(checkpoint: str, **options: Any) -> None:
     """Convert a checkpoint of DIME-FM's authors.
 

@@ -16,9 +16,9 @@ from typing import Any
 from safetensors.torch import save_file
 
 from cache_schemas import StudentSpec
+from cache_schemas.run import CONFIG_FILE, WEIGHTS_FILE
 from dimefm.errors import OutputExistsError
 from dimefm.models.clip import Clip
-from dimefm.models.hub import CONFIG_FILE, WEIGHTS_FILE
 from dimefm.models.towers import student_preprocessing
 from dimefm.system import storage
 
@@ -41,6 +41,8 @@ def publish_folder(out: Path, config: dict[str, Any], weights: dict[str, Any], t
                 tokenizer.save_pretrained(str(temporary))
             whole = {name: value.contiguous().clone() for name, value in weights.items()}
             save_file(whole, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+            # safetensors makes files that their owner alone can read, whatever the umask says.
+            (temporary / WEIGHTS_FILE).chmod((temporary / CONFIG_FILE).stat().st_mode)
         if out.exists():
             same = all(
                 (out / name).exists() and (out / name).read_bytes() == (temporary / name).read_bytes()

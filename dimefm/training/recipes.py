@@ -21,8 +21,9 @@ class Recipe(Protocol):
 
 
 def paper(images: str, texts: str, out: str, **changes: Any) -> TrainConfig:
-    """The authors' settings: ViT-B/32 from scratch for 100 epochs, by the losses vl and pvl. It has the numbers of their
-    released code, and differs from that code in these points:
+    """The authors' settings: ViT-B/32 from scratch for 100 epochs, by the losses vl and pvl.
+
+    It has the numbers of their released code, and differs from that code in these points:
 
     - The batch is 5,120 images and texts, 640 for each of 8 GPUs. Theirs is 640 in all, which DataParallel spreads over
       all GPUs: `--batch-size 640 --texts-per-step 640` does the same.

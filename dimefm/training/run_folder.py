@@ -9,8 +9,6 @@ from typing import Literal
 from cache_schemas import Run, StudentSpec, TeacherIdentity
 from cache_schemas.run import RUN_FILE, Change
 from dimefm.errors import MismatchError, StoreError
-from dimefm.models.first_weights import fit_to_first_weights
-from dimefm.models.towers import student_spec, text_spec
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
 from dimefm.store.output_folder import ANOTHER_OUT, OWN_AND_NEW, differing, in_lines, require_only
@@ -99,6 +97,8 @@ def plan_run(
     `machine` or number of `processes`. Before the first checkpoint anything may differ. Raises OutputExistsError if the
     folder holds something else.
     """
+    from dimefm.models.towers import text_spec  # imports open_clip: a run is read without it
+
     require_changeable(allow_changes)
     images, pairs, selection = inputs.images, inputs.pairs, inputs.selection
     teacher = images.schema.teacher
@@ -136,6 +136,9 @@ def plan_run(
 
 def _student(config: TrainConfig, teacher: TeacherIdentity, done: int) -> StudentSpec:
     """The image tower. Before the first checkpoint it takes the preprocessing of its first weights."""
+    from dimefm.models.first_weights import fit_to_first_weights
+    from dimefm.models.towers import student_spec
+
     spec = student_spec(config.student, teacher, config.image_size)
     if not config.init or done:
         return spec

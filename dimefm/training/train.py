@@ -25,7 +25,8 @@ from dimefm.system.named_paths import allowing
 from dimefm.system.transfer import Arriving, Transfer, fetch
 from dimefm.training.batch_loader import explain_reader_death
 from dimefm.training.build_towers import build_towers
-from dimefm.training.checkpoints import Checkpoints, CheckpointWriter
+from dimefm.training.checkpoint_writer import CheckpointWriter
+from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import TrainConfig
 from dimefm.training.distributed import (
     Place,
@@ -41,8 +42,9 @@ from dimefm.training.image_batches import Batch
 from dimefm.training.machine_settings import decide_settings
 from dimefm.training.not_finite import explain_out_of_memory, not_finite_error
 from dimefm.training.optimizer import adamw, learning_rate
+from dimefm.training.read_metrics import last_validation
 from dimefm.training.run_folder import plan_run, write_run
-from dimefm.training.run_log import RunLog, last_validation
+from dimefm.training.run_log import RunLog
 from dimefm.training.stop_signal import StopSignal
 from dimefm.training.text_batches import TextBatch
 from dimefm.training.tower_trainer import Learned, TowerTrainer

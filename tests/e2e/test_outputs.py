@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,18 @@ def test_what_may_be_anywhere_is_written_to_a_url_as_to_a_disk(
         assert storage.exists(f"{s3}/{name}")
     else:
         assert storage.tree(f"{s3}/{name}") == storage.tree(str(tmp_path / name))
+
+
+def test_the_umask_decides_who_may_read_what_is_written(words: dict[str, list[str]], tmp_path: Path) -> None:
+    mask = os.umask(0o027)
+    try:
+        for command in ("build-index", "train-student", "export", "export-embeddings", "evaluate"):
+            assert run(*words[command], "--out", LOCAL[command]).exit_code == 0
+    finally:
+        os.umask(mask)
+    made = list(tmp_path.rglob("*"))
+    assert {path.stat().st_mode & 0o777 for path in made if path.is_dir()} == {0o750}
+    assert {path.stat().st_mode & 0o777 for path in made if path.is_file()} == {0o640}
 
 
 @pytest.mark.parametrize("command", LOCAL)

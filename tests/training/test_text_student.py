@@ -20,8 +20,8 @@ from dimefm.models.towers import build_student, build_text_student, student_spec
 from dimefm.store.embedding_store import Store
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig
+from dimefm.training.read_metrics import read_metrics
 from dimefm.training.run_folder import read_run
-from dimefm.training.run_log import read_metrics
 from dimefm.training.train import train
 from tests.e2e.test_kill import equal, flat
 from tests.stores import teacher_identity

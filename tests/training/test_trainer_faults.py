@@ -24,8 +24,9 @@ from dimefm.training.batch_loader import Request
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig
 from dimefm.training.image_batches import Augmentation, TrainingImages
+from dimefm.training.read_metrics import read_metrics
 from dimefm.training.run_folder import read_run
-from dimefm.training.run_log import RunLog, read_metrics
+from dimefm.training.run_log import RunLog
 from dimefm.training.text_batches import TrainingTexts
 from dimefm.training.train import train
 from tests.e2e.test_faults import Disk
