@@ -10,6 +10,7 @@ from cache_schemas.embedding_store import CpuDecoder
 from cache_schemas.evaluation import EvaluationTask, ProbeSelection, Solver, Suite
 from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
+from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, options_of, quiet_option, was_given
 from dimefm.commands.weights_options import weights_options
 from dimefm.system.inert_text import say
@@ -38,7 +39,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} is not a list of whole numbers such as 5,20,50", param, ctx)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model")
 @click.argument("folders", nargs=-1, metavar="[SET]...")
 @_option("--suite", type=click.Choice([*get_args(Suite), "all"]))
@@ -107,7 +108,7 @@ def _require_sense(options: dict[str, Any]) -> None:
                 raise click.UsageError(f"--{name} has no effect without --task {' or --task '.join(wanted)}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--data", metavar="ROOT", help="Also say which of them are found below this folder or URL, and where.")
 def sets(names: tuple[str, ...], data: str | None) -> None:
@@ -122,7 +123,7 @@ def sets(names: tuple[str, ...], data: str | None) -> None:
     say(describe_sets(definitions, found))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("folders", nargs=-1, required=True, metavar="NAME...")
 @click.option(
     "--out", multiple=True, metavar="FILE", help="Also write the table to a .md, .csv or .tex file. May be repeated."
@@ -144,7 +145,7 @@ def compare(folders: tuple[str, ...], out: tuple[str, ...], no_published: bool) 
     say(table.markdown(), nl=False)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("folder", metavar="NAME")
 @click.option("--out", required=True, help="The .zip file to write.")
 @click.option("--protocol", default="zero-shot", show_default=True,

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dimefm.commands.help import Command
 from dimefm.commands.options import fields_of
 from dimefm.system.inert_text import say
 from dimefm.system.near_names import did_you_mean
@@ -17,7 +18,7 @@ _CONFIG = "dimefm.training.config"
 _WIDTH = 80
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("name", required=False)
 def recipes(name: str | None) -> None:
     """List the recipes of train-student.

@@ -9,6 +9,7 @@ import click
 
 from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
+from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, fields_of, json_option, options_of, quiet_option, require_with, say_json
 from dimefm.commands.weights_options import weights_options
 from dimefm.system.inert_text import say
@@ -44,7 +45,7 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
     ctx.exit()
 
 
-@click.command()
+@click.command(cls=Command)
 @_option("--images", metavar="IMAGES.zarr")
 @_option("--texts", metavar="TEXTS.zarr")
 @_option("--out", metavar="RUN")
@@ -152,7 +153,7 @@ def _dry_run(given: Given, changes: tuple[str, ...], as_json: bool) -> None:
         say("\n".join(foresight_lines(found)))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("run")
 @click.option("--out", required=True, help="Folder to write.")
 @_run_option("--checkpoint", metavar="last|best|STEP")
@@ -171,7 +172,7 @@ def export(run: str, **options: Any) -> None:
     say(f"{write(run, **options)}: load it with open_clip as local-dir:{options['out']}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("checkpoint")
 @click.option("--out", required=True, help="Folder to write.")
 @click.option("--teacher", required=True,
