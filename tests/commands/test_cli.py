@@ -48,7 +48,9 @@ COMMANDS = {
     "search": ["STORE.zarr|STORE.index", "--image", "--text", "--top-k", "--teacher", "--pretrained", "--device"],
     "select-texts": ["PAIRS.zarr", "--out", "--by", "--size", "--min-hits", "--min-score", "--pool", "--dedup",
                      "--balance", "--images-sample", "--seed", "--images", "--texts", "--scores", "--device"],
-    "train-student": ["--images", "--texts", "--pairs", "--out", "--recipe", "--student", "--loss", "--text-mix"],
+    "train-student": ["--images", "--texts", "--pairs", "--out", "--recipe", "--config", "--student", "--loss",
+                      "--text-mix", "--dry-run", "--json"],
+    "recipes": ["[NAME]"],
     "evaluate": ["MODEL", "[SET]...", "--suite", "--data", "--sets", "--pretrained", "--checkpoint", "--weights",
                  "--task", "--selection", "--solver", "--shots", "--seeds", "--decoder", "--precision", "--device",
                  "--out", "--name", "--skip-existing", "--predictions"],
@@ -242,22 +244,23 @@ def test_other_errors_of_torch_are_traced(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("option", "value", "what"),
     [
-        ("--loss", "banana=1", "'banana' is not one of vl, pvl, udist"),
+        ("--loss", "banana=1", "'banana' is not known: there are vl, pvl, udist, cosine, centred, contrastive; dimefm"),
+        ("--loss", "pvll=1", "'pvll' is not known: did you mean 'pvl'"),
         ("--loss", "vl=much", "'vl=much' is not NAME=NUMBER"),
         ("--loss", "vl", "'vl' is not NAME=NUMBER"),
-        ("--loss", "scale=1", "'scale' is not one of"),
-        ("--text-mix", "pretty=1", "'pretty' is not one of random, selected, retrieved"),
-        (
-            "--set",
-            "loss.quue=8",
-            "'loss.quue=8' is not FIELD=VALUE with a field of the config (--fields explains them): images,",
-        ),
+        ("--loss", "scale=1", "'scale' is not known: "),
+        ("--text-mix", "pretty=1", "'pretty' is not known: there are random, selected, retrieved"),
+        ("--text-mix", "retreived=1", "'retreived' is not known: did you mean 'retrieved'?"),
+        ("--set", "loss.quue=8", "no field is called 'loss.quue': did you mean 'loss.queue'"),
+        ("--set", "weight-decay=8", "no field is called 'weight-decay': did you mean 'weight_decay'?"),
+        ("--set", "banana=8", "no field is called 'banana': dimefm train-student --fields lists all"),
         ("--set", "warmup_epochs", "'warmup_epochs' is not FIELD=VALUE"),
-        ("--set", "epochs.x=1", "'epochs.x=1' is not FIELD=VALUE"),
-        ("--set", "loss.queue=many", "--set"),
+        ("--set", "epochs.x=1", "no field is called 'epochs.x': did you mean 'epochs'"),
+        ("--set", "loss.queue=many", "loss.queue: expected an integer, found 'many'"),
+        ("--set", "betas=[1]", "betas: expected 2 items, found 1"),
     ],
 )
-def test_a_bad_list_of_weights_says_what_is_known(option: str, value: str, what: str) -> None:
+def test_a_bad_list_of_weights_or_a_bad_field_says_what_was_meant(option: str, value: str, what: str) -> None:
     message = refused("train-student", "--images", "i", "--texts", "t", "--out", "o", option, value, code=2)
     assert f"Invalid value for {option}: {what}" in message
 
