@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,7 @@ from dimefm.store.failures import failures_by_status
 from dimefm.store.zarr_arrays import digest_arrays
 from dimefm.system import inert_text, storage
 from dimefm.system.lock import writing
+from dimefm.system.wording import counted, hanging
 
 _NORM_OFF = 2e-3  # how far rounding to float16 may move the norm of a unit vector
 _SAME = 0.999  # the least cosine of a row that is encoded again
@@ -80,9 +82,25 @@ class Verification:
         """Whether the store is complete, exactly as it was written, and has at least one embedding."""
         return not self.bad and not self.faults and self.done == self.shards and not self.empty
 
+    def facts(self) -> dict[str, Any]:
+        """The report for a program."""
+        return {
+            "store": self.store,
+            "trusted": self.trusted,
+            "rows": self.rows,
+            "shards": self.shards,
+            "shards_done": self.done,
+            "bad_shards": [{"shard": shard, "problems": what} for shard, what in sorted(self.bad.items())],
+            "faults": self.faults,
+            "notes": self.notes,
+            "no_embedding": self.empty,
+            "repaired": self.repaired,
+            "verdict": self._verdict(),
+        }
+
     def show(self) -> str:
         """The report in lines."""
-        lines = [f"{self.store}: {self.rows:,} rows, {self.done:,} of {self.shards:,} shards done"]
+        lines = [f"{self.store}: {counted(self.rows, 'row')}, {self.done:,} of {self.shards:,} shards done"]
         found = [f"shard {shard}: {what}" for shard, problems in sorted(self.bad.items()) for what in problems]
         found += self.faults
         lines += [f"  bad   {inert_text.line(one)}" for one in found[:_SHOWN]]
@@ -90,10 +108,10 @@ class Verification:
             lines.append(f"  bad   and {len(found) - _SHOWN:,} more")
         lines += [f"  note  {inert_text.line(note)}" for note in self.notes]
         lines += [f"  failed  {inert_text.line(one)}" for one in self.empty]
-        return "\n".join([*lines, f"  {self._verdict()}"])
+        return "\n".join([*lines, hanging("  ", self._verdict())])
 
     def _verdict(self) -> str:
-        shards = f"{len(self.bad):,} bad shard{'s' if len(self.bad) > 1 else ''}"
+        shards = counted(len(self.bad), "bad shard")
         if self.repaired:
             return f"{shards} marked: run the command that wrote the store again, then verify again"
         if self.bad:

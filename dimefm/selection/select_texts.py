@@ -25,7 +25,7 @@ from cache_schemas.text_selection import (
     TextSelection,
 )
 from dimefm.errors import MismatchError, SelectionError
-from dimefm.selection.choose_texts import REASON_TEXTS, Outcome, choose_texts
+from dimefm.selection.choose_texts import REASON_TEXTS, Outcome, choose_texts, in_words
 from dimefm.selection.grounding import score_texts
 from dimefm.selection.report import examples, histogram, markdown_report, write_kept
 from dimefm.store.embedding_store import Store, require_same_data, require_same_teacher
@@ -185,8 +185,8 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
         counts = np.bincount(chosen.outcome_T, minlength=len(Outcome)).tolist()
         dropped = {text: counts[outcome] for outcome, text in REASON_TEXTS.items() if counts[outcome]}
         if not counts[Outcome.KEPT]:
-            reasons = ", ".join(f"{count:,} {text}" for text, count in dropped.items())
-            raise SelectionError(f"no sentence is left: {reasons}", remedy="loosen these conditions")
+            why = in_lines(f"{n:,}: {in_words(reason, plan.settings, chosen.cap)}" for reason, n in dropped.items())
+            raise SelectionError(f"no sentence is left:{why}", remedy="loosen these conditions")
         sources, digest = write_kept(out, texts, chosen.outcome_T, hits_T, score_T)
         selection = TextSelection(
             plan=plan,
