@@ -19,8 +19,8 @@ from dimefm.caching.speed import PROBE_ROWS, Rates, measure
 from dimefm.caching.worker import Job, pending_shards, run_here
 from dimefm.errors import DimefmError, StoreError
 from dimefm.models.clip import Clip, load_clip, teacher_precision
-from dimefm.models.pretraining import Trained
 from dimefm.models.tokenizer import canonical
+from dimefm.models.trained import Trained
 from dimefm.sources.account import describe_skipped, first_lines
 from dimefm.sources.base import Source, paths_of
 from dimefm.sources.files import expand
@@ -31,6 +31,7 @@ from dimefm.system.inert_text import line, say
 from dimefm.system.lock import writing
 from dimefm.system.machine import available_memory, choose_device, cpus
 from dimefm.system.named_paths import allowed, allowing
+from dimefm.system.notes import note
 from dimefm.system.progress import amount, duration
 
 BATCH_SIZE = {"cpu": 32, "cuda": 512}
@@ -169,7 +170,7 @@ def _cache(config: CacheConfig) -> Store:
 def _report_unused(source: SourceSummary) -> None:
     """Print what is not used, before the rest is encoded for hours."""
     for one in source.skipped:
-        say(f"skipped: {describe_skipped(one)}", err=True)
+        note(f"skipped: {describe_skipped(one)}")  # the result says it again
     for problem in first_lines(source.problems):
         say(f"problem: {line(problem)}", err=True)
 
@@ -177,6 +178,7 @@ def _report_unused(source: SourceSummary) -> None:
 def dry_run(config: CacheConfig) -> str:
     """What `cache` would do, as text: rows, shards and bytes, the teacher's identity, and the hours that it would take
     by the speed that was measured on the first rows. Writes nothing."""
+    require_no_stranger(config.out)
     device = _device(config)
     clip = _load(config, device, device)
     request = _request(config, device, clip)

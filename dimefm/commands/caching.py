@@ -9,9 +9,11 @@ import click
 
 from cache_schemas.embedding_store import Decoder, Kind
 from cache_schemas.identity import Precision
-from dimefm.commands.options import DEVICES, options_of, require_with, was_given
+from dimefm.commands.help import Command
+from dimefm.commands.options import DEVICES, options_of, quiet_option, require_with, was_given
 from dimefm.commands.weights_options import weights_options
 from dimefm.system.inert_text import say
+from dimefm.system.notes import note
 
 _option = options_of("pipeline.cache", "CacheConfig")
 _import_option = options_of("dimefm.exchange.import_embeddings", "ImportConfig")
@@ -32,13 +34,14 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
         _option("--workers", type=click.IntRange(1)),
         _option("--ray-address"),
         click.option("--dry-run", is_flag=True, help="Print rows, bytes, hours and the teacher, and write nothing."),
+        quiet_option,
     ]
     for option in reversed(options):
         command = option(command)
     return command
 
 
-@click.command()
+@click.command(cls=Command)
 @_cache_options
 @_option("--threads", type=click.IntRange(1))
 @_option("--compile", is_flag=True)
@@ -63,7 +66,7 @@ def cache_images(**options: Any) -> None:
     _cache("image", options)
 
 
-@click.command()
+@click.command(cls=Command)
 @_cache_options
 @_option("--min-words", type=click.IntRange(1))
 @_option("--max-words", type=click.IntRange(1))
@@ -89,7 +92,7 @@ def _cache(kind: Kind, options: dict[str, Any]) -> None:
     say(dry_run(config) if dry else describe(cache(config).path))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("folder")
 @_import_option("--out", required=True)
 @_import_option("--kind", type=click.Choice(get_args(Kind)), required=True)
@@ -100,6 +103,7 @@ def _cache(kind: Kind, options: dict[str, Any]) -> None:
 @_import_option("--check", type=click.IntRange(0), metavar="ROWS")
 @_import_option("--match-parts", type=click.IntRange(1, 16))
 @_import_option("--accept", is_flag=True)
+@quiet_option
 def import_embeddings(folder: str, **options: Any) -> None:
     """Make a store of embeddings from clip-retrieval.
 
@@ -110,14 +114,15 @@ def import_embeddings(folder: str, **options: Any) -> None:
     from dimefm.exchange.import_embeddings import import_embeddings as run
     from dimefm.inspection.info import describe
 
-    store = run(ImportConfig(folder=folder, **options), lambda line: say(line, err=True))
+    store = run(ImportConfig(folder=folder, **options), note)
     say(describe(store.path))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("store", metavar="STORE.zarr")
 @click.option("--out", required=True, help="Folder to write.")
 @click.option("--rows-per-file", type=click.IntRange(1), help="Rows per file. Default: the rows of a shard.")
+@quiet_option
 def export_embeddings(store: str, out: str, rows_per_file: int | None) -> None:
     """Write embeddings as clip-retrieval writes them.
 

@@ -10,7 +10,8 @@ from cache_schemas.embedding_store import CpuDecoder
 from cache_schemas.evaluation import EvaluationTask, ProbeSelection, Solver, Suite
 from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
-from dimefm.commands.options import DEVICES, options_of, was_given
+from dimefm.commands.help import Command
+from dimefm.commands.options import DEVICES, options_of, quiet_option, was_given
 from dimefm.commands.weights_options import weights_options
 from dimefm.system.inert_text import say
 
@@ -38,7 +39,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} is not a list of whole numbers such as 5,20,50", param, ctx)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model")
 @click.argument("folders", nargs=-1, metavar="[SET]...")
 @_option("--suite", type=click.Choice([*get_args(Suite), "all"]))
@@ -61,6 +62,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 @_option("--name")
 @_option("--skip-existing", is_flag=True)
 @_option("--predictions", is_flag=True)
+@quiet_option
 def evaluate(model: str, **options: Any) -> None:
     """Measure MODEL on labelled sets.
 
@@ -68,9 +70,10 @@ def evaluate(model: str, **options: Any) -> None:
 
     MODEL: a run folder, an exported open_clip folder, or an open_clip name (also hf-hub:, local-dir:).
 
-    SET: a folder of your own with classnames.txt, templates.txt and images: tars of key.jpg and key.cls, Parquet files,
-    or one folder per class. They lie below test/ and train/, or are the test images alone. From tars of key.jpg and
-    key.txt, with one caption per line, retrieval is measured.
+    SET: a folder of your own with images: one folder per class, or tars of key.jpg and key.cls, or Parquet files. They
+    lie below test/ and train/, or are the test images alone. classnames.txt and templates.txt have class names and
+    prompts; class folders do without. From tars of key.jpg and key.txt, with one caption per line, retrieval is
+    measured.
 
     Each image goes through the model once; results are appended to OUT/NAME/results.jsonl. If it is stopped, run the
     same command again: it goes on.
@@ -105,7 +108,7 @@ def _require_sense(options: dict[str, Any]) -> None:
                 raise click.UsageError(f"--{name} has no effect without --task {' or --task '.join(wanted)}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--data", metavar="ROOT", help="Also say which of them are found below this folder or URL, and where.")
 def sets(names: tuple[str, ...], data: str | None) -> None:
@@ -120,7 +123,7 @@ def sets(names: tuple[str, ...], data: str | None) -> None:
     say(describe_sets(definitions, found))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("folders", nargs=-1, required=True, metavar="NAME...")
 @click.option(
     "--out", multiple=True, metavar="FILE", help="Also write the table to a .md, .csv or .tex file. May be repeated."
@@ -142,7 +145,7 @@ def compare(folders: tuple[str, ...], out: tuple[str, ...], no_published: bool) 
     say(table.markdown(), nl=False)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("folder", metavar="NAME")
 @click.option("--out", required=True, help="The .zip file to write.")
 @click.option("--protocol", default="zero-shot", show_default=True,

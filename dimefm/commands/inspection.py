@@ -7,14 +7,15 @@ from typing import Any
 
 import click
 
-from dimefm.commands.options import json_option, options_of, require_with, say_json
+from dimefm.commands.help import Command
+from dimefm.commands.options import json_option, options_of, quiet_option, require_with, say_json
 from dimefm.system.inert_text import say
 
 _option = options_of("dimefm.inspection.verify", "VerifyConfig")
 _COLUMNS = ("row", "key", "status", "file", "reason")
 
 
-@click.command()
+@click.command(cls=Command)
 def doctor() -> None:
     """Look for what would stop or slow the work here.
 
@@ -29,7 +30,7 @@ def doctor() -> None:
         raise click.exceptions.Exit(1)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("path")
 @click.option("--failures", is_flag=True, help="List every row of a store that has no embedding, separated by tabs.")
 @json_option
@@ -58,12 +59,13 @@ def _say_failures(failures: Iterator[dict[str, Any]], as_json: bool) -> None:
         say("\t".join(" ".join(str(one[name]).split()) for name in _COLUMNS))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("store")
 @_option("--sample", type=click.IntRange(1), metavar="ROWS")
 @_option("--teacher")
 @_option("--pretrained")
 @_option("--repair", is_flag=True)
+@quiet_option
 @json_option
 def verify(
     store: str, sample: int | None, teacher: str | None, pretrained: str | None, repair: bool, as_json: bool

@@ -15,10 +15,25 @@ from typing import Any, NamedTuple, TypeVar, cast
 import click
 from click.core import ParameterSource
 
+from dimefm.system import notes
+from dimefm.system.inert_text import say
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 DEVICES = click.Choice(["cpu", "cuda"])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead, for programs.")
+
+
+def _mute(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        notes.mute()
+        ctx.call_on_close(lambda: notes.mute(False))  # another command may run in this process
+
+
+quiet_option = click.option(
+    "--quiet", "-q", is_flag=True, is_eager=True, expose_value=False, callback=_mute,
+    help="Show no progress and no notes, only results, problems and errors.",
+)  # fmt: skip
 _UNITS = {None: 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -113,7 +128,7 @@ def require_with(option: str, value: object, needed: str, given: object) -> None
 def say_json(document: Any) -> None:
     """Print a document as JSON, in which no control character is left as it is. NaN and infinity, which JSON does not
     have, become null."""
-    click.echo(json.dumps(_finite(document), indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
+    say(json.dumps(_finite(document), indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
 def _finite(value: Any) -> Any:

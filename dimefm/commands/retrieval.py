@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from cache_schemas.text_selection import Ranking
-from dimefm.commands.options import DEVICES, Bytes, json_option, options_of, require_with, say_json
+from dimefm.commands.help import Command
+from dimefm.commands.options import DEVICES, Bytes, json_option, options_of, quiet_option, require_with, say_json
 from dimefm.system.inert_text import say
+from dimefm.system.notes import note
+
+if TYPE_CHECKING:
+    from dimefm.retrieval.index_parts import PartRunner, PartTask
 
 _index_option = options_of("dimefm.retrieval.build_index", "IndexConfig")
 _selection_option = options_of("dimefm.selection.select_texts", "SelectionConfig")
@@ -25,7 +31,7 @@ def _say_made(out: str, as_json: bool) -> None:
 _DEVICE = "Where exact search computes. Default: cuda if there is a GPU, else cpu."
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("store", metavar="STORE.zarr")
 @_index_option("--out", required=True)
 @_index_option("--queries")
@@ -40,6 +46,7 @@ _DEVICE = "Where exact search computes. Default: cuda if there is a GPU, else cp
 @click.option(
     "--dry-run", is_flag=True, help="Print what would be built, and when exact search is cheaper; build nothing."
 )
+@quiet_option
 @json_option
 def build_index(dry_run: bool, workers: int | None, ray_address: str | None, as_json: bool, **options: Any) -> None:
     """Build a FAISS index over a store, tuned to a recall.
@@ -56,28 +63,33 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, as_
         preview = preview_build(config)
         say_json(preview.facts()) if as_json else say(preview.show())
         return
-    run = None
+    run: PartRunner | None = None
     if workers and (workers > 1 or ray_address):
-        from pipeline.ray_index_parts import on_ray
 
-        run = on_ray(workers, ray_address)
-    build(config, run, lambda line: say(line, err=True))
+        def run(parts: Sequence[PartTask]) -> Iterable[PartTask]:
+            from pipeline.ray_index_parts import on_ray  # imports Ray
+
+            return on_ray(workers, ray_address)(parts)
+
+    build(config, run, note)
     _say_made(config.out, as_json)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("images", metavar="IMAGES.zarr")
 @click.option("--texts", required=True, help="Text store to search.")
 @click.option("--index", help="Index over the text store, from build-index. Default: exact search.")
 @click.option("--top-k", type=click.IntRange(1), default=16, show_default=True, help="Sentences per image.")
-@click.option("--out", required=True, help="Pseudo-text store to write: a folder or URL, such as PAIRS.zarr.")
+@click.option("--out", required=True, help="Store of pairs to write: a folder or URL, such as PAIRS.zarr.")
 @click.option("--device", type=DEVICES, help=_DEVICE)
+@quiet_option
 @json_option
 def retrieve(images: str, as_json: bool, **options: Any) -> None:
     """Find the nearest sentences of each image.
 
-    They are its pseudo texts; sentences that at least one image has are visually grounded. Exact search suits a GPU, or
-    up to a hundred thousand sentences; build-index --dry-run says which is cheaper.
+    They are its pseudo texts, though nobody wrote them for it. Sentences that at least one image has are visually
+    grounded. Exact search suits a GPU, or up to a hundred thousand sentences; build-index --dry-run says which is
+    cheaper.
     """
     from dimefm.retrieval.retrieve import retrieve as run
 
@@ -87,7 +99,7 @@ def retrieve(images: str, as_json: bool, **options: Any) -> None:
     _say_made(options["out"], as_json)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("path", metavar="STORE.zarr|STORE.index")
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Image to search with. May be repeated.")
 @click.option("--text", "texts", multiple=True, metavar="SENTENCE", help="Sentence to search with. May be repeated.")
@@ -97,6 +109,7 @@ def retrieve(images: str, as_json: bool, **options: Any) -> None:
 @click.option(
     "--device", type=DEVICES, help="Where the teacher and the search run. Default: cuda if there is a GPU, else cpu."
 )
+@quiet_option
 @json_option
 def search(path: str, as_json: bool, **options: Any) -> None:
     """Print what is nearest to an image or a sentence.
@@ -115,7 +128,7 @@ def search(path: str, as_json: bool, **options: Any) -> None:
     say_json(list(map(facts, queries, found))) if as_json else say("\n\n".join(map(show, queries, found)))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("pairs", metavar="PAIRS.zarr")
 @_selection_option("--out", required=True)
 @_selection_option("--by", type=click.Choice(get_args(Ranking)))
@@ -131,13 +144,14 @@ def search(path: str, as_json: bool, **options: Any) -> None:
 @_selection_option("--texts")
 @_selection_option("--scores", metavar="OTHER.selection")
 @_selection_option("--device", type=DEVICES)
+@quiet_option
 @json_option
 def select_texts(as_json: bool, **options: Any) -> None:
     """Select the sentences that are worth training on.
 
     They are visually grounded sentences of a text store, for train-student --selection.
 
-    PAIRS.zarr: pseudo texts from retrieve, which name their image store and text store.
+    PAIRS.zarr: the nearest sentences of images, from retrieve. They name their image store and text store.
 
     The sentences are ranked, by default by hits:
 

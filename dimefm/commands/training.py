@@ -12,7 +12,8 @@ import click
 from cache_schemas import SchemaError
 from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
-from dimefm.commands.options import DEVICES, fields_of, options_of
+from dimefm.commands.help import Command
+from dimefm.commands.options import DEVICES, fields_of, options_of, quiet_option
 from dimefm.commands.weights_options import weights_options
 from dimefm.system.inert_text import say
 
@@ -35,7 +36,7 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
     ctx.exit()
 
 
-@click.command()
+@click.command(cls=Command)
 @_option("--images", required=True)
 @_option("--texts", required=True)
 @_option("--out", required=True)
@@ -79,6 +80,7 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @click.option("--allow-changes", metavar="FIELD,...", default="",
               help="Go on with a run although these fields, such as lr,epochs, have other values than it began with; "
               "images: the image store has other rows.")  # fmt: skip
+@quiet_option
 def train_student(
     images: str, texts: str, out: str, recipe: str, settings: tuple[str, ...], allow_changes: str, **options: Any
 ) -> None:
@@ -153,13 +155,14 @@ def _fields(raw: dict[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("run")
 @click.option("--out", required=True, help="Folder to write.")
 @_run_option("--checkpoint", metavar="last|best|STEP")
 @_run_option("--weights", type=click.Choice(get_args(Weights)))
 @click.option("--teacher", help="Where the teacher is now. Default: where it was when the images were cached.")
 @options_of("dimefm.inspection.verify", "VerifyConfig")("--pretrained")
+@quiet_option
 def export(run: str, **options: Any) -> None:
     """Write the student of a run as an open_clip folder.
 
@@ -171,13 +174,14 @@ def export(run: str, **options: Any) -> None:
     say(f"{write(run, **options)}: load it with open_clip as local-dir:{options['out']}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("checkpoint")
 @click.option("--out", required=True, help="Folder to write.")
 @click.option("--teacher", required=True,
               help="Teacher that has the text tower, an open_clip model: NAME, hf-hub:ORG/MODEL or "
               "local-dir:FOLDER.")  # fmt: skip
 @weights_options
+@quiet_option
 def convert_checkpoint(checkpoint: str, **options: Any) -> None:
     """Convert a checkpoint of DIME-FM's authors.
 

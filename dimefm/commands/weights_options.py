@@ -12,7 +12,7 @@ import click
 from cache_schemas.identity import Activation, Interpolation, ResizeMode
 from dimefm.commands.options import fields_of, options_of
 
-_TRAINED = ("dimefm.models.pretraining", "Trained")
+_TRAINED = ("dimefm.models.trained", "Trained")
 
 
 class _Colours(click.ParamType[tuple[float, float, float]]):
@@ -32,11 +32,11 @@ class _Colours(click.ParamType[tuple[float, float, float]]):
 
 def weights_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add --pretrained, and the options for what a file of weights does not contain. The command gets `pretrained` and
-    `trained`, a models.pretraining.Trained."""
+    `trained`, a models.trained.Trained."""
 
     @wraps(command)
     def with_trained(**options: Any) -> None:
-        from dimefm.models.pretraining import Trained
+        from dimefm.models.trained import Trained
 
         given = {name: options.pop(name) for name in fields_of(*_TRAINED)}
         model = options.get("teacher") or options["model"]

@@ -31,6 +31,7 @@ from dimefm.store.failures import as_list
 from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.named_paths import allowing
+from dimefm.system.output_names import require_name
 
 
 @dataclass
@@ -51,6 +52,7 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
     """
     chosen = choose_sets(config)
     config = replace(config, out=storage.local(config.out, "the folder of all evaluations"))
+    require_name(config.out, "a folder of evaluations")
     folder = str(Path(config.out, config.name or default_name(config)))
     typed = [*config.folders, *filter(None, [config.data])]
     with allowing(typed), writing(folder), _load_model(config) as clip:
@@ -206,7 +208,7 @@ class _Evaluator:
         )
         self._recorder.keep_predictions(job, protocol, probed.scores_NC, test_features)
         measurement = measure(probed.scores_NC, job.test, job.metric)
-        notes = [f"training images: {note}" for note in train.notes]
+        notes = [f"training images: {note}" for note in train.notes if note not in job.test.notes]
         if lost := probed.settings["unreadable"]:
             notes.append(f"{lost} of {len(rows)} training images could not be read and are left out")
         settings |= probed.settings

@@ -12,7 +12,7 @@ from cache_schemas.run import CONFIG_FILE, RUN_FILE
 from dimefm.export.export_student import export
 from dimefm.models.clip import Clip, load_clip
 from dimefm.models.hub import require_cached
-from dimefm.models.pretraining import Trained
+from dimefm.models.trained import Trained
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from dimefm.sources.parquet import other_kind
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import require_embeddings
 from dimefm.system import storage
+from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
 
 FOLDERS: dict[Kind, str] = {"image": "img_emb", "text": "text_emb"}
@@ -215,11 +216,12 @@ def export_embeddings(store_path: str, out: str, *, rows_per_file: int | None = 
     store.require_complete()
     require_embeddings(store)
     target = Path(storage.local(out, "an export"))
+    require_name(out, "a folder of embeddings")
     if target.is_file() or storage.listing(str(target)):
         raise OutputExistsError(f"{target} exists and is not empty", remedy="give another --out, or delete it")
     rows, step, name = store.schema.rows, rows_per_file or store.schema.shard_rows, FOLDERS[store.schema.kind]
     digits = len(str((rows - 1) // step))
-    with storage.publishing(str(target)) as temporary, Progress("export", rows, "row") as progress:
+    with storage.publishing(str(target)) as temporary, Progress("exporting", rows, "row") as progress:
         for number, start in enumerate(range(0, rows, step)):
             stop = min(start + step, rows)
             good_N = np.flatnonzero(store.status(start, stop) == Status.OK)

@@ -25,7 +25,7 @@ from dimefm.exchange.clip_retrieval_folder import Folder
 from dimefm.exchange.compare_with_teacher import compare_with_teacher
 from dimefm.exchange.match_names import Matches, match, spread
 from dimefm.models.clip import Clip, load_clip
-from dimefm.models.pretraining import Trained
+from dimefm.models.trained import Trained
 from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample, Source
 from dimefm.sources.image_sources import open_image_source
@@ -166,7 +166,7 @@ def _plan(
         silent += sum(caption is None for _, caption in batch)
         digests.append(write_plan(out, shard, _table(batch, matches, start)))
     if silent and config.kind == "text":
-        account.problem(f"{silent:,} rows have no caption; their sentence is empty")
+        account.problem(f"rows without a caption, whose sentence is empty: {silent:,}")
     schema = EmbeddingStore(
         kind=config.kind,
         rows=folder.rows,
@@ -211,11 +211,13 @@ def _report_matches(matches: Matches, folder: Folder, report: Callable[[str], No
     by = ", ".join(f"{count:,} by {name}" for _, name, count in kinds)
     known = sum(count for _, _, count in kinds)
     report(f"{known:,} of {len(matches.image_N):,} rows have an image in the sources: {by}")
-    notes = [f"{count:,} rows have the image that shares {name} with their key" for n, name, count in kinds if n == 1]
+    notes = [f"rows whose image shares only {name} with their key: {count:,}" for n, name, count in kinds if n == 1]
     if len(ambiguous):
         found = folder.lookup(ambiguous[:_SHOWN].tolist())
         keys = ", ".join(repr(key) for key, _ in found.values())
-        notes.append(f"{len(ambiguous):,} rows have no image, as several match as well as each other, such as {keys}")
+        notes.append(
+            f"rows without an image, as several match as well as each other: {len(ambiguous):,}, such as {keys}"
+        )
         report(notes[-1])
     return notes
 
@@ -240,7 +242,7 @@ def _write(store: Store, folder: Folder, *, unmatched_fail: bool) -> None:
         return
     storage.remove_leftovers(store.path)
     done = sum(stop - start for start, stop in map(schema.shard_range, committed))
-    with Progress("import", schema.rows, "row", done) as progress:
+    with Progress("importing", schema.rows, "row", done) as progress:
         for shard in sorted(set(range(schema.shards)) - committed):
             began = time.monotonic()
             start, stop = schema.shard_range(shard)

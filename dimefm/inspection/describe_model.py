@@ -16,8 +16,8 @@ from dimefm.system.progress import amount
 from dimefm.system.wording import rate
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig, TrainConfig
+from dimefm.training.read_metrics import last_validation, read_metrics
 from dimefm.training.run_folder import read_run
-from dimefm.training.run_log import last_validation, read_metrics
 
 _HEADER = 100_000_000  # the most bytes of a safetensors header, by its format
 _COUNTS = ("running_mean", "running_var", "num_batches_tracked")  # of a batch norm: not parameters

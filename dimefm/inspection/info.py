@@ -15,7 +15,7 @@ from cache_schemas import EmbeddingStore, PairsStore
 from cache_schemas.embedding_store import ATTRIBUTES_KEY
 from cache_schemas.evaluation import RESULTS_FILE
 from cache_schemas.index import BUILD, SIDECAR_FILE
-from cache_schemas.run import CHECKPOINTS, CONFIG_FILE, RUN_FILE
+from cache_schemas.run import CONFIG_FILE, RUN_FILE
 from cache_schemas.text_selection import PLAN_FILE
 from dimefm.errors import StoreError
 from dimefm.inspection.description import Description
@@ -97,7 +97,7 @@ def _nothing(path: str) -> StoreError:
         return _no_folder(path)
     shown = ", ".join(map(repr, names[:_NAMED])) + (f" and {len(names) - _NAMED:,} more" if names[_NAMED:] else "")
     inside = [one for name in names[:_LOOKED_AT] if _description_of(one := storage.join(path, name))]
-    remedy = " or ".join(f"dimefm info {one}" for one in inside[:_NAMED]) or _ELSE
+    remedy = " or ".join(f"dimefm info {one}" for one in inside[:_NAMED]) or _around(path)
     return StoreError(f"{path} is nothing that dimefm wrote: it holds {shown}", remedy=remedy)
 
 
@@ -105,6 +105,10 @@ def _no_folder(path: str) -> StoreError:
     """The error for an empty folder, or a file: of a run, an index and so on its folder is described."""
     if storage.is_url(path) or Path(path).is_dir():
         return StoreError(f"{path} is empty", remedy=_ELSE)
-    folder = str(Path(path).parent).removesuffix(f"/{CHECKPOINTS}")
-    remedy = f"dimefm info {folder}" if _description_of(folder) else _ELSE
-    return StoreError(f"{path} is a file, and info describes folders", remedy=remedy)
+    return StoreError(f"{path} is a file, and info describes folders", remedy=_around(path))
+
+
+def _around(path: str) -> str:
+    """A remedy for a part of a run, an index or the like: to describe the whole."""
+    folders = [] if storage.is_url(path) else [str(folder) for folder in Path(path).parents[:2]]
+    return next((f"dimefm info {folder}" for folder in folders if _description_of(folder)), _ELSE)

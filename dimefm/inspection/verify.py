@@ -28,11 +28,8 @@ from cache_schemas.embedding_store import (
     rows_path,
 )
 from cache_schemas.plan import FILES_TABLE
-from dimefm.caching.canary import compare_again
 from dimefm.caching.repeats import as_array, repeats
 from dimefm.errors import DimefmError, MismatchError, StoreError, UnreadableError
-from dimefm.models.clip import load_clip, require_teacher
-from dimefm.models.hub import require_cached
 from dimefm.store.commit import remove_commit
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import failures_by_status
@@ -161,9 +158,9 @@ def _check(store: Store) -> Verification:
         report.empty = failures_by_status(store)
     repeated = keys.repeated()
     if schema.kind == "image" and repeated != schema.source.repeated_keys:
-        report.faults.append(f"{repeated:,} keys are repeated, where the source had {schema.source.repeated_keys:,}")
+        report.faults.append(f"repeated keys: {repeated:,}, where the source had {schema.source.repeated_keys:,}")
     elif schema.kind == "image" and repeated:
-        report.notes.append(f"{repeated:,} keys are repeated, as they were in the source; each has its own row")
+        report.notes.append(f"repeated keys: {repeated:,}, as in the source; each has its own row")
     return report
 
 
@@ -221,7 +218,7 @@ def _check_data(store: Store, commit: Commit) -> Iterator[str]:
     good = status_N == Status.OK
     odd = int((~(np.abs(norm[good] - 1) < _NORM_OFF)).any(axis=1).sum())
     if odd:
-        yield f"{odd:,} embeddings are NaN or not of norm 1"
+        yield f"embeddings that are NaN or not of norm 1: {odd:,}"
     if norm[~good].any():
         yield "there are embeddings in rows that failed"
 
@@ -292,6 +289,10 @@ def _in_one_line(error: Exception) -> str:
 
 def _check_teacher(store: Store, config: VerifyConfig, report: Verification) -> None:
     """Encode rows again, spread over the good shards: the cosine of each to what is stored must be near 1."""
+    from dimefm.caching.canary import compare_again  # these import torch
+    from dimefm.models.clip import load_clip, require_teacher
+    from dimefm.models.hub import require_cached
+
     assert config.sample is not None
     shards = [shard for shard in sorted(store.committed()) if shard not in report.bad]
     ranges = [np.arange(*store.schema.shard_range(shard)) for shard in shards]
@@ -314,11 +315,13 @@ def _check_teacher(store: Store, config: VerifyConfig, report: Verification) -> 
     read = [one for one in found if not math.isnan(one[2])]
     if gone:
         row, key, _ = gone[0]
-        report.notes.append(f"{len(gone):,} of {len(found):,} rows can no longer be read, such as row {row} ({key})")
+        report.notes.append(
+            f"{len(gone):,} of {counted(len(found), 'row')} can no longer be read, such as row {row} ({key})"
+        )
     if read:
         row, key, cosine = min(read, key=lambda one: one[2])
         least = f"least cosine to what is stored {cosine:.6f}, row {row} ({key})"
-        report.notes.append(f"{len(read):,} rows encoded again: {least}")
+        report.notes.append(f"{counted(len(read), 'row')} encoded again: {least}")
     for row, key, cosine in found:
         if cosine < _SAME:
             problem = f"row {row} ({key}) encoded again has cosine {cosine:.4f} to what is stored"

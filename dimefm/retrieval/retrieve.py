@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,8 +15,7 @@ from cache_schemas import Failure, HitCounts, PairsStore, Status, digest_of
 from cache_schemas.embedding_store import COMMITS
 from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
 from dimefm.errors import OutputExistsError, StoreError
-from dimefm.retrieval.exact_search import Search
-from dimefm.retrieval.open_search import open_search
+from dimefm.retrieval.open_search import open_search, require_search
 from dimefm.store.commit import make_commit, remove_commit, write_commit
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
@@ -33,7 +32,12 @@ from dimefm.store.zarr_arrays import digest_arrays, write_rows
 from dimefm.system import storage
 from dimefm.system.lease import require_held
 from dimefm.system.lock import writing
+from dimefm.system.notes import note
+from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
+
+if TYPE_CHECKING:
+    from dimefm.retrieval.exact_search import Search
 
 
 def retrieve(
@@ -45,12 +49,16 @@ def retrieve(
     over another store, StoreError where a store is unfinished or has no embedding at all, or where no sentence is found
     for any image, and what `write_pairs` raises.
     """
+    require_name(out, "pairs", ".zarr")
     image_store, text_store = Store(images), Store(texts)
     for store, kind in ((image_store, "image"), (text_store, "text")):
         store.require_kind(kind)
         store.require_complete()
         require_embeddings(store)
     require_same_teacher(image_store, text_store)
+    require_search(text_store, index)
+    _require_ours(storage.absolute(out))
+    note(f"{image_store.schema.rows:,} images, {text_store.schema.rows:,} sentences: opening the search ...")
     search, name, digest = open_search(text_store, index, device)
     with Progress("retrieving", image_store.schema.rows, "image") as progress:
         found = write_pairs(
@@ -127,13 +135,17 @@ def _pending(pairs: Pairs, images: Store) -> set[int]:
 def _open_or_create(out: str, schema: PairsStore) -> Pairs:
     """The pairs that an earlier run of this command began in `out`, or new ones. Raises OutputExistsError where `out`
     holds something else."""
-    require_only(out, "a pseudo-text store", {"zarr.json", TEXT_ROW, SCORE, HITS, COMMITS})
+    _require_ours(out)
     if is_planned(out):
         pairs = Pairs(out)
         _require_same_search(pairs, schema)
         return pairs
     with storage.writing_to(out):
         return Pairs.create(out, schema)
+
+
+def _require_ours(out: str) -> None:
+    require_only(out, "a store of pairs", {"zarr.json", TEXT_ROW, SCORE, HITS, COMMITS})
 
 
 def _require_same_search(pairs: Pairs, schema: PairsStore) -> None:
@@ -143,11 +155,19 @@ def _require_same_search(pairs: Pairs, schema: PairsStore) -> None:
         names.append("texts_data")
     own, new = ({name: getattr(one, name) for name in names} for one in (pairs.schema, schema))
     differences = differing(own, new)
+    if differences.pop("index_digest", None):
+        differences["--index"] = f"{_search_of(pairs.schema)} != {_search_of(schema)}"
     if "texts_data" in differences:
         what = f"{pairs.path} was retrieved from other embeddings of {schema.texts} than it has now:"
         what += in_lines(differences)
         raise OutputExistsError(what, remedy=f"{ANOTHER_OUT}, or delete it: all images must be searched again")
     require_same(pairs.path, differences)
+
+
+def _search_of(schema: PairsStore) -> str:
+    """The index that pairs are by, with its digest, for an index may be built again; or that there was none."""
+    exact = schema.index == schema.index_digest
+    return f"none ({schema.index})" if exact else f"{schema.index} ({schema.index_digest[:12]})"
 
 
 def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> None:

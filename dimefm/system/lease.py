@@ -10,7 +10,6 @@ finds another token before it commits anything more, and ends.
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 import uuid
@@ -20,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dimefm.errors import StoreError
 from dimefm.system import storage
 from dimefm.system.lock_owner import show_owner, this_process
+from dimefm.system.notes import note
 
 _LEASE = ".lease"
 _BEAT, _PATIENCE, _LOOK = 10.0, 45.0, 1.0  # seconds between renewals, without one until a takeover, between looks
@@ -75,7 +75,7 @@ def _acquire(store: str, token: str) -> None:
         before = _read(store)
         if before is None:
             continue
-        print(f"{store} has the lease of {show_owner(before)}: watched for a sign of life", file=sys.stderr, flush=True)
+        note(f"{store} has the lease of {show_owner(before)}: watched for a sign of life")
         end = time.monotonic() + _PATIENCE
         while (now := _read(store)) == before and time.monotonic() < end:
             time.sleep(_LOOK)

@@ -302,10 +302,10 @@ def test_a_tar_without_an_image(tmp_path: Path, teacher_name: str) -> None:
     assert not (tmp_path / "s.zarr").exists()
 
 
-def test_a_labelled_set_without_templates(tmp_path: Path, teacher_name: str) -> None:
-    (tmp_path / "classnames.txt").write_text("cat\n")
+def test_a_labelled_set_without_a_class(tmp_path: Path, teacher_name: str) -> None:
+    (tmp_path / "classnames.txt").write_text("")
     message = refused("cache-texts", tmp_path, "--out", tmp_path / "s.zarr", "--teacher", teacher_name)
-    assert "templates.txt does not exist" in message
+    assert "classnames.txt is empty" in message
 
 
 @pytest.mark.parametrize(
@@ -611,7 +611,7 @@ def test_training_from_a_store_that_is_unfinished_or_not_there(
     [
         (["--loss", "vl=0"], "every loss has weight 0"),
         (["--student", "resnet9000"], "no image tower is called 'resnet9000'"),
-        (["--batch-size", "1000"], "a batch of 1000 is more than the images"),
+        (["--batch-size", "1000"], "a batch of 1,000 images is more than the 96 with an embedding"),
         (["--lr", "0", "--epochs", "-1"], "epochs must be above 0, found -1.0; lr must be above 0, found 0.0"),
         (["--text-mix", "selected=1"], "--pairs"),
         (["--text-mix", "random=0.5"], "add up to"),

@@ -24,8 +24,9 @@ from dimefm.models import strict_open_clip
 from dimefm.models.authors_checkpoint import convert
 from dimefm.models.clip import load_clip
 from dimefm.models.first_weights import fit_to_first_weights
-from dimefm.models.pretraining import Trained, facts_of_weights
+from dimefm.models.pretraining import facts_of_weights
 from dimefm.models.towers import notes_on_preparation, student_preprocessing, student_spec
+from dimefm.models.trained import Trained
 from dimefm.retrieval.search import search
 from dimefm.store.embedding_store import Store
 from dimefm.training.config import LossConfig

@@ -123,14 +123,14 @@ def test_images_come_before_sentences_each_with_cosine_row_and_what_it_is(
 ) -> None:
     result = run(image_store.path, "--text", "a dog", "--image", image[0], "--text", "a cat", "--top-k", 2)
     assert result.exit_code == 0, result.output
-    blocks = [block.splitlines() for block in result.output.rstrip("\n").split("\n\n")]
+    blocks = [block.splitlines() for block in result.stdout.rstrip("\n").split("\n\n")]
     assert [block[0] for block in blocks] == [image[0], "a dog", "a cat"]
     assert blocks[0][1:3] == [f"   1.000  row 70  {image[1]}", f"{' ' * 18}({image_tar})"]
 
 
 def test_of_a_sentence_its_text_and_key_are_printed(text_store: Store, text_file: Path, sentences: list[str]) -> None:
     result = run(text_store.path, "--text", sentences[1], "--top-k", 1)
-    lines = [line.strip() for line in result.output.splitlines()]
+    lines = [line.strip() for line in result.stdout.splitlines()]
     assert lines[0] == sentences[1]
     assert " ".join(lines[1:]) == f"1.000  row 41  {sentences[1]}  ({text_file.name}:42)"
     assert max(map(len, lines)) <= 80
@@ -151,7 +151,7 @@ def test_what_is_no_image_is_refused_before_the_teacher_is_loaded(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("dimefm.retrieval.search.load_clip", load)
+    monkeypatch.setattr("dimefm.models.clip.load_clip", load)
     (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "half.jpg").write_bytes(make_jpeg()[:200])
