@@ -191,6 +191,7 @@ def _report_unused(schema: EmbeddingStore) -> None:
 def dry_run(config: CacheConfig) -> str:
     """What `cache` would do, as text: rows, shards and bytes, the teacher's identity, and the hours that it would take
     by the speed that was measured on the first rows. Writes nothing."""
+    require_no_stranger(config.out)
     device = _device(config)
     began = time.monotonic()
     clip = _load(config, device, device)

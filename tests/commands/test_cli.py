@@ -60,9 +60,9 @@ COMMANDS = {
     "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained"],
     "convert-checkpoint": ["CHECKPOINT", "--out", "--teacher", "--pretrained"],
     "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file"],
-    "info": ["PATH", "--failures"],
-    "verify": ["STORE", "--sample", "--teacher", "--pretrained", "--repair"],
     "doctor": [],
+    "info": ["PATH", "--failures", "--json"],
+    "verify": ["STORE", "--sample", "--teacher", "--pretrained", "--repair", "--json"],
 }  # fmt: skip
 
 
@@ -208,7 +208,7 @@ def test_a_full_disk_is_one_message_whatever_was_being_written(monkeypatch: pyte
     def full(path: str) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("dimefm.inspection.info.describe", full)
+    monkeypatch.setattr("dimefm.inspection.info.examine", full)
     assert "No space left on device" in refused("info", "anything")
 
 
@@ -216,7 +216,7 @@ def test_storage_that_fails_is_one_message_and_no_traceback(monkeypatch: pytest.
     def fails(path: str) -> str:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("dimefm.inspection.info.describe", fails)
+    monkeypatch.setattr("dimefm.inspection.info.examine", fails)
     assert "Error: Input/output error\n  remedy: check the path" in refused("info", "anything")
 
 
@@ -226,7 +226,7 @@ def test_a_full_gpu_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: str) -> str:
         raise torch.OutOfMemoryError(f"{said} free. See documentation for Memory Management")
 
-    monkeypatch.setattr("dimefm.inspection.info.describe", full)
+    monkeypatch.setattr("dimefm.inspection.info.examine", full)
     message = refused("info", "anything")
     assert "a GPU has too little memory: CUDA out of memory. Tried to allocate 2.00 GiB.\n  remedy:" in message
     assert "documentation" not in message
@@ -236,7 +236,7 @@ def test_other_errors_of_torch_are_traced(monkeypatch: pytest.MonkeyPatch) -> No
     def broken(path: str) -> str:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("dimefm.inspection.info.describe", broken)
+    monkeypatch.setattr("dimefm.inspection.info.examine", broken)
     result = CliRunner().invoke(cli, ["info", "anything"])
     assert isinstance(result.exception, RuntimeError)
 
@@ -492,7 +492,7 @@ def test_an_index_that_falls_short_is_refused_and_kept_with_accept(tmp_path: Pat
     result = run(*words, "--accept")
     assert result.exit_code == 0, result.output
     assert run("info", out).output in result.output
-    assert "  factory        PQ1x4, " in result.output
+    assert "  factory        PQ1x4\n" in result.output
 
 
 def test_an_index_into_what_is_there_already(text_store: Store, tmp_path: Path) -> None:
@@ -800,7 +800,7 @@ def test_export_of_what_is_no_run(tmp_path: Path, image_store: Store) -> None:
 def test_info_on_a_stranger(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path, tmp_path / "file", tmp_path / "nowhere"):
-        assert f"{path} is no store, index, selection or run of dimefm" in refused("info", path)
+        assert f"Error: {path} " in refused("info", path)
 
 
 def test_info_on_a_damaged_store_reports_every_problem(image_store: Store, tmp_path: Path) -> None:
@@ -831,7 +831,7 @@ def test_info_of_no_failures_is_the_head_of_a_table(image_store: Store) -> None:
 def test_info_on_a_store_says_rows_shards_status_and_teacher(image_store: Store, tmp_path: Path) -> None:
     lines = [" ".join(line.split()) for line in run("info", image_store.path).output.splitlines()]
     assert lines[0] == f"{image_store.path}: image embeddings"
-    assert any(line.startswith("rows 96 of 1 files") for line in lines)
+    assert any(line.startswith("rows 96, from 1 file of ") for line in lines)
     assert "shards 3 of 3 done, 32 rows each" in lines
     assert "status OK 96" in lines
     half = run("info", unfinished(image_store, tmp_path / "half.zarr")).output

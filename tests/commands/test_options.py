@@ -69,7 +69,7 @@ def test_the_help_of_an_option_is_the_line_of_its_field(command: str) -> None:
     lines = {**words(Trained), **words(CONFIGS[command])}
     for option in options(command):
         assert option.name is not None
-        if option.name not in {"quiet", *OF_NO_CONFIG.get(command, set())}:
+        if option.name not in {"quiet", "as_json", *OF_NO_CONFIG.get(command, set())}:
             shown = (option.help or "").removesuffix(" May be repeated.")
             for other in options(command):
                 shown = shown.replace(other.opts[0], str(other.name))
