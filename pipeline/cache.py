@@ -33,6 +33,7 @@ from dimefm.system.machine import available_memory, choose_device, cpus
 from dimefm.system.named_paths import allowed, allowing
 from dimefm.system.notes import note
 from dimefm.system.progress import amount, duration
+from dimefm.system.stopping import GOES_ON, holding
 
 BATCH_SIZE = {"cpu": 32, "cuda": 512}
 _LEAST_WORK = {"image": 22e9, "text": 1.4e12}
@@ -123,7 +124,7 @@ def _cache(config: CacheConfig) -> Store:
     teacher, weight_bytes = loaded.identity, loaded.weight_bytes()
     clip: Clip | None = loaded
     del loaded
-    with writing(config.out) as lease:
+    with writing(config.out, of_use=lambda files: is_planned(config.out)) as lease:
         planned = is_planned(config.out)
         store = open_or_plan(request, config.out, teacher, accept_missing=config.accept_missing)
         if not planned:
@@ -146,7 +147,7 @@ def _cache(config: CacheConfig) -> Store:
             require_embeddings(store)
             return store
         failed = sum(pending_shards(store, retry=True).values()) if finished else 0
-        with running(store.path) as died:
+        with holding(lambda: _kept(store, config.out)), running(store.path) as died:
             # An image may have crashed the last run. On Ray it ends only a worker, and another one goes on.
             may_run_here = config.ray_address is None and not (died and config.kind == "image")
             jobs = [job, replace(job, retry=True)] if config.retry_failed else [job]
@@ -165,6 +166,10 @@ def _cache(config: CacheConfig) -> Store:
             what = f"{store.path}: none of the {failed:,} rows that had failed could be mended{as_list(store)}"
             raise StoreError(what, remedy=f"mend the files first; {listed(store)}")
     return store
+
+
+def _kept(store: Store, out: str) -> str:
+    return f"{len(store.committed())} of {store.schema.shards} shards are kept in {out}; {GOES_ON}"
 
 
 def _report_unused(source: SourceSummary) -> None:
