@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cache_schemas.evaluation import EvaluationResult, SetDefinition
+from cache_schemas.embedding_store import COMMITS
+from cache_schemas.evaluation import RESULTS_FILE, EvaluationResult, SetDefinition
 from cache_schemas.run import RUN_FILE
 from dimefm.datasets.image_set import ImageSet
 from dimefm.datasets.known_sets import find_sets
@@ -19,6 +20,7 @@ from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.named_paths import allowing
 from dimefm.system.notes import note
+from dimefm.system.output_names import require_name
 
 
 @dataclass
@@ -39,10 +41,11 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
     """
     chosen = choose_sets(config)
     config = replace(config, out=storage.local(config.out, "the folder of all evaluations"))
+    require_name(config.out, "a folder of evaluations")
     folder = str(Path(config.out, config.name or default_name(config)))
     typed = [*config.folders, *filter(None, [config.data])]
     done = Evaluation(folder)
-    with allowing(typed), writing(folder):
+    with allowing(typed), writing(folder, of_use=_has_results):
         opened = _look_at_sets(config, chosen, done)
         if len(done.failed) == len(chosen):
             return done
@@ -62,6 +65,11 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
             device=config.device,
         ) as clip:
             return Evaluator(config, clip, done, report or (lambda result: None)).run(chosen, opened)
+
+
+def _has_results(files: set[str]) -> bool:
+    """Whether a folder has a result, or features of a shard of images."""
+    return RESULTS_FILE in files or any(f"/{COMMITS}/" in name for name in files)
 
 
 def _look_at_sets(config: EvaluationConfig, chosen: list[ChosenSet], done: Evaluation) -> dict[str, ImageSet]:
