@@ -108,7 +108,10 @@ def train_student(
     from the last checkpoint. On several GPUs: torchrun -m dimefm train-student ...
     """
     from dimefm.commands.train_config import config_of
-    from dimefm.training.before_training import require_changeable, require_startable
+    from dimefm.datasets.own_sets import require_folders
+    from dimefm.training.before_training import require_changeable
+    from dimefm.training.feed_plan import plan_feed
+    from dimefm.training.run_folder import require_run_folder
 
     require_with("--json", as_json or None, "--dry-run", dry_run or None)
     options = {name: value for name, value in options.items() if value not in (None, ())}
@@ -119,10 +122,14 @@ def train_student(
         option = f"--{min(unused).replace('_', '-')}"
         raise click.UsageError(f"{option} has no effect: the vl loss has weight 0. Give --loss vl=..., or leave it out")
     require_changeable(changes)
-    require_startable(config)
+    rows = plan_feed(config, int(os.environ.get("WORLD_SIZE", "1"))).inputs.images.schema.rows
+    require_run_folder(config.out)
+    require_folders(config.val)
     if dry_run:
         _dry_run(given, changes, as_json)
         return
+    if not int(os.environ.get("RANK", "0")):
+        note(f"{rows:,} images: loading torch and the student ...")
     from dimefm.training.train import train
 
     result = train(config, changes)
