@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -60,10 +61,12 @@ def listen(output: Callable[[], str | None] = lambda: None) -> None:
             signal.signal(number, _take)
     reading, _state.to_watcher = os.pipe()
     os.set_blocking(_state.to_watcher, False)
-    signal.set_wakeup_fd(_state.to_watcher, warn_on_full_buffer=False)
+    _watched(True)
     threading.Thread(target=_watch, args=(reading,), daemon=True).start()
     sys.unraisablehook = _send_again_if_lost
-    os.register_at_fork(after_in_child=_leave_to_parent)
+    # Not while it forks: until it has let go, the new process would write of its own signals too.
+    before, after = partial(_watched, False), partial(_watched, True)
+    os.register_at_fork(before=before, after_in_parent=after, after_in_child=_leave_to_parent)
 
 
 @contextmanager
@@ -144,6 +147,12 @@ def _send_again_if_lost(lost: Any) -> None:
         _send_again()
     else:
         sys.__unraisablehook__(lost)
+
+
+def _watched(watched: bool) -> None:
+    """Whether Python writes to the watcher which signals arrive."""
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(_state.to_watcher if watched else -1, warn_on_full_buffer=False)
 
 
 def _watch(reading: int) -> None:

@@ -97,11 +97,18 @@ def test_what_is_ignored_stays_ignored() -> None:
     assert result_of(_ignored)
 
 
+def _says_and_sleeps(running: Any) -> None:
+    running.set()
+    time.sleep(60)
+
+
 def _fork() -> tuple[int | None, Any, str]:
     listen()
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    running = multiprocessing.get_context("fork").Event()
+    child = multiprocessing.get_context("fork").Process(target=_says_and_sleeps, args=(running,))
     with holding():
         child.start()
+        running.wait(30)
         child.terminate()
         child.join(30)
         time.sleep(0.2)  # nothing comes to this process
