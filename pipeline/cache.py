@@ -32,6 +32,7 @@ from dimefm.system.lock import writing
 from dimefm.system.machine import available_memory, choose_device, cpus
 from dimefm.system.named_paths import allowed, allowing
 from dimefm.system.notes import note
+from dimefm.system.output_names import require_name
 from dimefm.system.progress import amount, duration
 
 BATCH_SIZE = {"cpu": 32, "cuda": 512}
@@ -178,7 +179,6 @@ def _report_unused(source: SourceSummary) -> None:
 def dry_run(config: CacheConfig) -> str:
     """What `cache` would do, as text: rows, shards and bytes, the teacher's identity, and the hours that it would take
     by the speed that was measured on the first rows. Writes nothing."""
-    require_no_stranger(config.out)
     device = _device(config)
     clip = _load(config, device, device)
     request = _request(config, device, clip)
@@ -232,6 +232,7 @@ def _device(config: CacheConfig) -> str:
     Raises DimefmError for sources that do not exist, and for options that do not fit the device or each other: before a
     large teacher is loaded.
     """
+    require_name(config.out, "a store", ".zarr")
     _require_sources(config)
     remote = config.ray_address is not None
     if remote and config.workers is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import PurePosixPath
 
 from dimefm.errors import DimefmError
@@ -18,8 +19,11 @@ def require_name(out: str, what: str, usual: str = "") -> None:
     """Raises DimefmError for a new output whose name ends as that of another kind does, before any work. `what` is what
     is written, such as "an index", and `usual` how its name usually ends. Any other ending is fine, and so is none."""
     suffix = PurePosixPath(out.rstrip("/")).suffix.lower()
-    if suffix == usual or not (suffix in _WRITTEN or suffix in _FILES) or storage.exists(storage.absolute(out)):
-        return  # what is there already is looked at by its content
+    if suffix == usual or not (suffix in _WRITTEN or suffix in _FILES):
+        return
+    with suppress(OSError):  # of storage that does not answer
+        if storage.exists(storage.absolute(out)):
+            return  # what is there already is looked at by its content
     kind = _WRITTEN.get(suffix, "a file")
     remedy = f"give a name that ends with {usual}, or without a suffix" if usual else "leave the suffix out"
     raise DimefmError(f"{out} would be {what}, but {suffix} is the suffix of {kind}", remedy=remedy)
