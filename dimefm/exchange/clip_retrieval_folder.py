@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,10 @@ class _Part:
 
 
 class Folder:
-    """A folder in clip-retrieval's layout. Opening it checks the header of every file and reads nothing else; other
-    files are counted in `account`."""
+    """A folder in clip-retrieval's layout, or the first `limit` rows of one. Opening it checks the header of every file
+    and reads nothing else; other files and rows are counted in `account`."""
 
-    def __init__(self, root: str, kind: Kind, account: Account | None = None) -> None:
+    def __init__(self, root: str, kind: Kind, account: Account | None = None, limit: int | None = None) -> None:
         account = Account() if account is None else account
         self.root = storage.local(root, "a folder of embeddings")
         self.kind = kind
@@ -73,6 +73,9 @@ class Folder:
             self._add(vectors[number], metadata[number])
         if not self.rows:
             raise SourceError(f"{self.root} holds no embedding", remedy="check the folder and --kind")
+        if limit and limit < self.rows:
+            account.skip("rows behind --limit", f"row {limit}", self.rows - limit)
+            self.rows = limit
 
     def _add(self, vectors: str, metadata: str) -> None:
         rows, dim = _map(vectors).shape
@@ -111,8 +114,7 @@ class Folder:
 
     def records(self) -> Iterator[tuple[str, str | None]]:
         """Key and caption of every row. The caption is None for a text without one, and for every image."""
-        for part in self.parts:
-            yield from self._records(part)
+        yield from islice(chain.from_iterable(map(self._records, self.parts)), self.rows)
 
     def lookup(self, rows: list[int]) -> dict[int, tuple[str, str | None]]:
         """`records` for a few rows. Reads each file only up to the last of them."""

@@ -67,6 +67,8 @@ class ImportConfig:
     """Number format of the teacher's matrix products when it made the embeddings."""
     sources: tuple[str, ...] = ()
     """Images that the embeddings were made from, as for cache-images."""
+    limit: int | None = None
+    """Import only the first this many rows."""
     shard_rows: int | None = None
     """Rows per shard. Default: about 64 shards or more, by the number of rows."""
     check: int = 8
@@ -98,7 +100,7 @@ def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lamb
 def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
     require_name(config.out, "a store", ".zarr")
     account = Account()
-    folder = Folder(config.folder, config.kind, account)
+    folder = Folder(config.folder, config.kind, account, config.limit)
     if config.sources and config.kind == "text":
         raise SourceError("images are given for text embeddings", remedy="give --kind image, or no --images")
     if config.match_parts > 1 and not config.sources:
@@ -151,7 +153,7 @@ def _plan(
         checked_N = matches.sample(config.check)
         account.problems += _report_matches(matches, folder, report) if source else [_NO_PIXELS]
         if count := len(spare_N := matches.spare()):
-            reason = "images of the sources without an embedding"
+            reason = "images of the sources without an embedding" + (" before --limit" if config.limit else "")
             account.skip(reason, matches.images.place(int(spare_N[0]))[0], count)
             report(f"{reason}: {count:,}")
     notes = [_NOT_COMPARED]
@@ -192,8 +194,9 @@ def _plan(
 
 
 def _settings(config: ImportConfig) -> dict[str, object]:
-    """The settings that, with the files, decide which image a row has."""
-    return {"match_parts": config.match_parts} if config.match_parts > 1 else {}
+    """The settings that, with the files, decide the rows and which image each has."""
+    parts: dict[str, object] = {"match_parts": config.match_parts} if config.match_parts > 1 else {}
+    return {**parts, "limit": config.limit} if config.limit else parts
 
 
 def _report_matches(matches: Matches, folder: Folder, report: Callable[[str], None]) -> list[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
-from dimefm.errors import DimefmError
+from dimefm.errors import DimefmError, OutputExistsError
 from dimefm.system import storage
 
 _WRITTEN = {".zarr": "a store or pairs", ".index": "an index", ".selection": "a selection"}
@@ -16,8 +16,11 @@ _FILES = frozenset(
 
 
 def require_name(out: str, what: str, usual: str = "") -> None:
-    """Raises DimefmError for a new output whose name ends as that of another kind does, before any work. `what` is what
+    """Raises OutputExistsError where a file is at `out`, and DimefmError for a new output whose name ends as that of
+    another kind does: before any work. `what` is what
     is written, such as "an index", and `usual` how its name usually ends. Any other ending is fine, and so is none."""
+    if not storage.is_url(out) and Path(storage.absolute(out)).is_file():
+        raise OutputExistsError(f"{out} exists and is a file", remedy="give another --out")
     suffix = PurePosixPath(out.rstrip("/")).suffix.lower()
     if suffix == usual or not (suffix in _WRITTEN or suffix in _FILES):
         return
