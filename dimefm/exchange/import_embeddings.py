@@ -115,7 +115,7 @@ def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
     if folder.dim != clip.identity.embed_dim:
         what = f"{folder.root} holds embeddings {folder.dim} wide; {config.teacher} gives {clip.identity.embed_dim}"
         raise MismatchError(what, remedy="name the teacher that made them")
-    with lock.writing(config.out):
+    with lock.writing(config.out, of_use=lambda files: is_planned(config.out)):
         if is_planned(config.out):
             store = Store(config.out)
             asked = Asked(
