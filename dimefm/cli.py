@@ -14,6 +14,7 @@ import click
 from cache_schemas import SchemaError
 from dimefm.commands.caching import cache_images, cache_texts, export_embeddings, import_embeddings
 from dimefm.commands.evaluation import compare, evaluate, sets, submission
+from dimefm.commands.help import Commands
 from dimefm.commands.inspection import doctor, info, verify
 from dimefm.commands.retrieval import build_index, retrieve, search, select_texts
 from dimefm.commands.training import convert_checkpoint, export, train_student
@@ -23,7 +24,7 @@ from dimefm.system.machine import wait_briefly
 from dimefm.version import __version__
 
 
-class _Group(click.Group):
+class _Group(Commands):
     """Shows an error that a user can mend as one message and exits with 1. Any other error is a bug and is traced."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -45,9 +46,6 @@ class _Group(click.Group):
             what = str(error).partition(" GPU ")[0].strip()  # then come numbers of torch's allocator
             remedy = "give a smaller --batch-size, or --device cpu; nvidia-smi says whether others use the GPU"
             raise click.ClickException(f"a GPU has too little memory: {what}\n  remedy: {remedy}") from error
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of the work, not of the alphabet
 
 
 def _message_for(error: OSError) -> str:
@@ -82,9 +80,9 @@ def main() -> None:
     cli(prog_name="dimefm")
 
 
-_IN_ORDER_OF_WORK = (
-    *(cache_images, cache_texts, import_embeddings, build_index, retrieve, search, select_texts, train_student),
-    *(evaluate, sets, compare, submission, export, convert_checkpoint, export_embeddings, doctor, info, verify),
-)
-for _command in _IN_ORDER_OF_WORK:
-    cli.add_command(_command)
+cli.add_section("Stage 1: cache the teacher's embeddings", cache_images, cache_texts, import_embeddings)
+cli.add_section("Find the sentences that fit", build_index, retrieve, search, select_texts)
+cli.add_section("Stage 2: train a student", train_student)
+cli.add_section("Measure", evaluate, sets, compare, submission)
+cli.add_section("Export and convert", export, convert_checkpoint, export_embeddings)
+cli.add_section("Look and check", info, verify, doctor)

@@ -9,6 +9,7 @@ import click
 
 from cache_schemas.embedding_store import Decoder, Kind
 from cache_schemas.identity import Precision
+from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, options_of, quiet_option, require_with, was_given
 from dimefm.commands.weights_options import weights_options
 from dimefm.system.inert_text import say
@@ -40,7 +41,7 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command()
+@click.command(cls=Command)
 @_cache_options
 @_option("--threads", type=click.IntRange(1))
 @_option("--compile", is_flag=True)
@@ -65,7 +66,7 @@ def cache_images(**options: Any) -> None:
     _cache("image", options)
 
 
-@click.command()
+@click.command(cls=Command)
 @_cache_options
 @_option("--min-words", type=click.IntRange(1))
 @_option("--max-words", type=click.IntRange(1))
@@ -91,7 +92,7 @@ def _cache(kind: Kind, options: dict[str, Any]) -> None:
     say(dry_run(config) if dry else describe(cache(config).path))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("folder")
 @_import_option("--out", required=True)
 @_import_option("--kind", type=click.Choice(get_args(Kind)), required=True)
@@ -117,7 +118,7 @@ def import_embeddings(folder: str, **options: Any) -> None:
     say(describe(store.path))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("store", metavar="STORE.zarr")
 @click.option("--out", required=True, help="Folder to write.")
 @click.option("--rows-per-file", type=click.IntRange(1), help="Rows per file. Default: the rows of a shard.")

@@ -13,6 +13,7 @@ from cache_schemas.evaluation import EvaluationTask, ProbeSelection, Solver, Sui
 from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
 from dimefm.commands.config_file import read_config
+from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, fields_of, json_option, options_of, quiet_option, say_json, was_given
 from dimefm.commands.weights_options import weights_options
 from dimefm.system.inert_text import say
@@ -66,7 +67,7 @@ def _lay_below(ctx: click.Context, param: click.Parameter, path: str | None) -> 
     ctx.default_map = {n: [v] if n in several and isinstance(v, str) else v for n, v in fields.items()}
 
 
-class _Evaluate(click.Command):
+class _Evaluate(Command):
     """Takes --selection, too, as --probe-selection was called before."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -116,14 +117,17 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     Each image goes through the model once; results are appended to OUT/NAME/results.jsonl. If it is stopped, run the
     same command again: it goes on.
     """
-    from dimefm.evaluation.config import EvaluationConfig
-    from dimefm.evaluation.evaluate import evaluate as run
-    from dimefm.evaluation.summary import as_document, result_text, summary_text
+    from dimefm.evaluation.config import EvaluationConfig, choose_sets
 
     options["folders"] = options["folders"] or tuple((click.get_current_context().default_map or {}).get("folders", ()))
     _require_sense(options)
+    config = EvaluationConfig(model=model, **options)
+    choose_sets(config)  # refuses what does not exist before torch is imported and the model is loaded
+    from dimefm.evaluation.evaluate import evaluate as run
+    from dimefm.evaluation.summary import as_document, result_text, summary_text
+
     show = (lambda result: None) if as_json else (lambda result: say(result_text(result)))
-    done = run(EvaluationConfig(model=model, **options), show)
+    done = run(config, show)
     if as_json:
         say_json(as_document(done))
     else:
@@ -152,7 +156,7 @@ def _require_sense(options: dict[str, Any]) -> None:
                 raise click.UsageError(f"{option} has no effect without --task {' or --task '.join(wanted)}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--data", metavar="ROOT", help="Also say which of them are found below this folder or URL, and where.")
 def sets(names: tuple[str, ...], data: str | None) -> None:
@@ -167,7 +171,7 @@ def sets(names: tuple[str, ...], data: str | None) -> None:
     say(describe_sets(definitions, found))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("folders", nargs=-1, required=True, metavar="NAME...")
 @click.option(
     "--out", multiple=True, metavar="FILE", help="Also write the table to a .md, .csv or .tex file. May be repeated."
@@ -193,7 +197,7 @@ def compare(folders: tuple[str, ...], out: tuple[str, ...], no_published: bool, 
         say(table.shown(shutil.get_terminal_size().columns), nl=False)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("folder", metavar="NAME")
 @click.option("--out", required=True, help="The .zip file to write.")
 @click.option("--protocol", default="zero-shot", show_default=True,

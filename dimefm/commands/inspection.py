@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import click
 
+from dimefm.commands.help import Command
 from dimefm.commands.options import options_of, quiet_option, require_with
 from dimefm.system.inert_text import say
 
 _option = options_of("dimefm.inspection.verify", "VerifyConfig")
 
 
-@click.command()
+@click.command(cls=Command)
 def doctor() -> None:
     """Look for what would stop or slow the work here.
 
@@ -25,7 +26,7 @@ def doctor() -> None:
         raise click.exceptions.Exit(1)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("path")
 @click.option("--failures", is_flag=True, help="List every row of a store that has no embedding, separated by tabs.")
 def info(path: str, failures: bool) -> None:
@@ -39,7 +40,7 @@ def info(path: str, failures: bool) -> None:
         say(line)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("store")
 @_option("--sample", type=click.IntRange(1), metavar="ROWS")
 @_option("--teacher")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from cache_schemas.text_selection import Ranking
+from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, Bytes, options_of, quiet_option, require_with
 from dimefm.system.inert_text import say
 from dimefm.system.notes import note
+
+if TYPE_CHECKING:
+    from dimefm.retrieval.index_parts import PartRunner, PartTask
 
 _index_option = options_of("dimefm.retrieval.build_index", "IndexConfig")
 _selection_option = options_of("dimefm.selection.select_texts", "SelectionConfig")
 _DEVICE = "Where exact search computes. Default: cuda if there is a GPU, else cpu."
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("store", metavar="STORE.zarr")
 @_index_option("--out", required=True)
 @_index_option("--queries")
@@ -47,16 +52,19 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **o
     if dry_run:
         say(preview_build(config).show())
         return
-    run = None
+    run: PartRunner | None = None
     if workers and (workers > 1 or ray_address):
-        from pipeline.ray_index_parts import on_ray
 
-        run = on_ray(workers, ray_address)
+        def run(parts: Sequence[PartTask]) -> Iterable[PartTask]:
+            from pipeline.ray_index_parts import on_ray  # imports Ray
+
+            return on_ray(workers, ray_address)(parts)
+
     build(config, run, note)
     say(describe(options["out"]))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("images", metavar="IMAGES.zarr")
 @click.option("--texts", required=True, help="Text store to search.")
 @click.option("--index", help="Index over the text store, from build-index. Default: exact search.")
@@ -79,7 +87,7 @@ def retrieve(images: str, **options: Any) -> None:
     say(describe(options["out"]))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("path", metavar="STORE.zarr|STORE.index")
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Image to search with. May be repeated.")
 @click.option("--text", "texts", multiple=True, metavar="SENTENCE", help="Sentence to search with. May be repeated.")
@@ -106,7 +114,7 @@ def search(path: str, **options: Any) -> None:
     say("\n\n".join(map(show, queries, run(path, **options))))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("pairs", metavar="PAIRS.zarr")
 @_selection_option("--out", required=True)
 @_selection_option("--by", type=click.Choice(get_args(Ranking)))

@@ -12,6 +12,7 @@ import click
 from cache_schemas import SchemaError
 from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
+from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, fields_of, options_of, quiet_option
 from dimefm.commands.weights_options import weights_options
 from dimefm.system.inert_text import say
@@ -35,7 +36,7 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
     ctx.exit()
 
 
-@click.command()
+@click.command(cls=Command)
 @_option("--images", required=True)
 @_option("--texts", required=True)
 @_option("--out", required=True)
@@ -154,7 +155,7 @@ def _fields(raw: dict[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("run")
 @click.option("--out", required=True, help="Folder to write.")
 @_run_option("--checkpoint", metavar="last|best|STEP")
@@ -173,7 +174,7 @@ def export(run: str, **options: Any) -> None:
     say(f"{write(run, **options)}: load it with open_clip as local-dir:{options['out']}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("checkpoint")
 @click.option("--out", required=True, help="Folder to write.")
 @click.option("--teacher", required=True,

@@ -120,7 +120,7 @@ def choose_sets(config: EvaluationConfig) -> list[ChosenSet]:
         definition = known.get(name) or known.get(aliases.get(name, ""))
         if definition is None and not storage.listing(storage.join(config.data or "", name)):
             what = f"{name} is neither a known set nor a folder of {config.data}"
-            names = [*known, *storage.listing(config.data or "")]
+            names = [*known, *(one for one in storage.listing(config.data or "") if "." not in one)]
             raise SourceError(what, remedy=did_you_mean(name, names, "dimefm sets lists the known ones"))
         if definition is not None and config.suite not in (None, "all", definition.suite):
             what = f"{name} is a set of the suite {definition.suite}, not of {config.suite}"

@@ -12,12 +12,10 @@ import open_clip
 from huggingface_hub import constants
 from open_clip import factory
 
+from cache_schemas.run import CONFIG_FILE, WEIGHTS_FILE
 from dimefm.errors import TeacherError
 
 _T = TypeVar("_T")
-
-CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
-"""What an open_clip model consists of, in a repository of the Hub as in a folder."""
 
 _OTHER_WEIGHTS = ("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")  # of older repositories
 _HUB = ("hf-hub:", "hf_hub:")

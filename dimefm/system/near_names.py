@@ -6,14 +6,19 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+_LEAST = 3  # letters that say something about a name
+
 
 def near_names(word: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """The known names that are most like `word`, nearest first; capitals, hyphens and underscores do not count."""
+    """The known names that `word` begins or is a part of (`train` of `train-student`), then those that are most like
+    it, nearest first; capitals, hyphens and underscores do not count."""
     by_plain: dict[str, list[str]] = {}
     for name in known:
         by_plain.setdefault(_plain(name), []).append(name)
-    near = get_close_matches(_plain(word), by_plain, n=most)
-    return [name for plain in near for name in by_plain[plain]][:most]
+    wanted = _plain(word)
+    parts = [name for name in by_plain if name.startswith(wanted) or wanted in name.split("-")]
+    near = [*(parts if len(wanted) >= _LEAST else []), *get_close_matches(wanted, by_plain, n=most)]
+    return [name for plain in dict.fromkeys(near) for name in by_plain[plain]][:most]
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -58,9 +58,9 @@ COMMANDS = {
     "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained"],
     "convert-checkpoint": ["CHECKPOINT", "--out", "--teacher", "--pretrained"],
     "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file"],
-    "doctor": [],
     "info": ["PATH", "--failures"],
     "verify": ["STORE", "--sample", "--teacher", "--pretrained", "--repair"],
+    "doctor": [],
 }  # fmt: skip
 
 

@@ -28,6 +28,9 @@ def test_a_config_file_lies_below_the_command_line(tmp_path: Path, monkeypatch: 
     asked: list[EvaluationConfig] = []
     done = Evaluation(str(tmp_path / "out"))
     monkeypatch.setattr("dimefm.evaluation.evaluate.evaluate", lambda config, report: asked.append(config) or done)
+    monkeypatch.chdir(tmp_path)
+    for name in ("pets", "zoo"):
+        (tmp_path / name).mkdir()
     (tmp_path / "a.yaml").write_text(
         "model: hf-hub:a/b\nfolders: pets\ntasks: few-shot\nshots: [1, 2]\nbatch_size: 8\n"
         "skip_existing: true\ntrained: {mean: [0.5, 0.5, 0.5]}\nname: null\n"
@@ -50,7 +53,7 @@ def test_the_older_name_of_probe_selection_still_works(tmp_path: Path, monkeypat
     done = Evaluation(str(tmp_path / "out"))
     monkeypatch.setattr("dimefm.evaluation.evaluate.evaluate", lambda config, report: asked.append(config) or done)
     for option in (["--selection", "elevater"], ["--selection=elevater"], ["--probe-selection", "elevater"]):
-        assert run("evaluate", "hf-hub:a/b", "s", "--task", "linear-probe", *option).exit_code == 0
+        assert run("evaluate", "hf-hub:a/b", tmp_path, "--task", "linear-probe", *option).exit_code == 0
         assert asked[-1].selection == "elevater"
     assert "--selection" not in run("evaluate", "--help").stdout.replace("--probe-selection", "")
 
