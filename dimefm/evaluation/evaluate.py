@@ -31,6 +31,7 @@ from dimefm.store.failures import as_list
 from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.named_paths import allowing
+from dimefm.system.output_names import require_name
 
 
 @dataclass
@@ -51,6 +52,7 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
     """
     chosen = choose_sets(config)
     config = replace(config, out=storage.local(config.out, "the folder of all evaluations"))
+    require_name(config.out, "a folder of evaluations")
     folder = str(Path(config.out, config.name or default_name(config)))
     typed = [*config.folders, *filter(None, [config.data])]
     with allowing(typed), _load_model(config) as clip, writing(folder):

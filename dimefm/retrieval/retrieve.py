@@ -33,6 +33,7 @@ from dimefm.system import storage
 from dimefm.system.lease import require_held
 from dimefm.system.lock import writing
 from dimefm.system.notes import note
+from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def retrieve(
     over another store, StoreError where a store is unfinished or has no embedding at all, or where no sentence is found
     for any image, and what `write_pairs` raises.
     """
+    require_name(out, "pairs", ".zarr")
     image_store, text_store = Store(images), Store(texts)
     for store, kind in ((image_store, "image"), (text_store, "text")):
         store.require_kind(kind)
@@ -143,7 +145,7 @@ def _open_or_create(out: str, schema: PairsStore) -> Pairs:
 
 
 def _require_ours(out: str) -> None:
-    require_only(out, "a pseudo-text store", {"zarr.json", TEXT_ROW, SCORE, HITS, COMMITS})
+    require_only(out, "a store of pairs", {"zarr.json", TEXT_ROW, SCORE, HITS, COMMITS})
 
 
 def _require_same_search(pairs: Pairs, schema: PairsStore) -> None:
@@ -153,11 +155,19 @@ def _require_same_search(pairs: Pairs, schema: PairsStore) -> None:
         names.append("texts_data")
     own, new = ({name: getattr(one, name) for name in names} for one in (pairs.schema, schema))
     differences = differing(own, new)
+    if differences.pop("index_digest", None):
+        differences["--index"] = f"{_search_of(pairs.schema)} != {_search_of(schema)}"
     if "texts_data" in differences:
         what = f"{pairs.path} was retrieved from other embeddings of {schema.texts} than it has now:"
         what += in_lines(differences)
         raise OutputExistsError(what, remedy=f"{ANOTHER_OUT}, or delete it: all images must be searched again")
     require_same(pairs.path, differences)
+
+
+def _search_of(schema: PairsStore) -> str:
+    """The index that pairs are by, with its digest, for an index may be built again; or that there was none."""
+    exact = schema.index == schema.index_digest
+    return f"none ({schema.index})" if exact else f"{schema.index} ({schema.index_digest[:12]})"
 
 
 def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> None:

@@ -22,6 +22,7 @@ from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.machine import describe
 from dimefm.system.named_paths import allowing
+from dimefm.system.output_names import require_name
 from dimefm.system.transfer import Arriving, Transfer, fetch
 from dimefm.training.batch_loader import explain_reader_death
 from dimefm.training.build_towers import build_towers
@@ -70,6 +71,7 @@ def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
     SIGTERM. Checkpoints stay in every case.
     """
     config = replace(config, out=storage.local(config.out, "a run folder"))
+    require_name(config.out, "a run folder")
     place = find_place(config.device)
     lock = writing(config.out) if place.first else nullcontext()
     with allowing(config.val), lock, open_feed(config, place) as feed, explain_reader_death():
