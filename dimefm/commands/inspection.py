@@ -6,6 +6,7 @@ import click
 
 from dimefm.commands.help import Command
 from dimefm.commands.options import options_of, quiet_option, require_with
+from dimefm.models.names import require_model
 from dimefm.system.inert_text import say
 
 _option = options_of("dimefm.inspection.verify", "VerifyConfig")
@@ -52,11 +53,13 @@ def verify(store: str, sample: int | None, teacher: str | None, pretrained: str 
 
     It reads every byte, and exits with 1 if the store cannot be trusted.
     """
+    require_with("--teacher", teacher, "--sample", sample)
+    require_with("--pretrained", pretrained, "--teacher", teacher)
+    if teacher:
+        require_model(teacher, pretrained)
     from dimefm.inspection.verify import VerifyConfig
     from dimefm.inspection.verify import verify as check
 
-    require_with("--teacher", teacher, "--sample", sample)
-    require_with("--pretrained", pretrained, "--teacher", teacher)
     report = check(VerifyConfig(store=store, sample=sample, teacher=teacher, pretrained=pretrained, repair=repair))
     say(report.show())
     if not report.trusted:

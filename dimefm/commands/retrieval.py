@@ -9,6 +9,7 @@ import click
 from cache_schemas.text_selection import Ranking
 from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, Bytes, options_of, quiet_option, require_with
+from dimefm.models.names import require_model
 from dimefm.system.inert_text import say
 from dimefm.system.notes import note
 
@@ -97,13 +98,15 @@ def search(path: str, **options: Any) -> None:
     The results come with cosine similarities. A store or index of sentences gives sentences, one of images gives
     images: the fastest way to see that a cache is sane. A store is searched exactly, an index as retrieve searches it.
     """
-    from dimefm.retrieval.search import search as run
-    from dimefm.retrieval.search import show
-
     queries = [*options["images"], *options["texts"]]
     if not queries:
         raise click.UsageError("give --image FILE or --text SENTENCE")
     require_with("--pretrained", options["pretrained"], "--teacher", options["teacher"])
+    if options["teacher"]:
+        require_model(options["teacher"], options["pretrained"])
+    from dimefm.retrieval.search import search as run
+    from dimefm.retrieval.search import show
+
     say("\n\n".join(map(show, queries, run(path, **options))))
 
 

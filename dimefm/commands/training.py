@@ -15,6 +15,7 @@ from cache_schemas.run import Weights
 from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, fields_of, options_of, quiet_option
 from dimefm.commands.weights_options import weights_options
+from dimefm.models.names import require_model, require_student
 from dimefm.system.inert_text import say
 
 _CONFIG = "dimefm.training.config"
@@ -89,6 +90,7 @@ def train_student(
     No teacher runs. Ctrl-C or SIGTERM makes it write a checkpoint and stop; however it ended, the same command goes on
     from the last checkpoint. On several GPUs: torchrun -m dimefm train-student ...
     """
+    require_student(options["student"], options["text_student"])
     from dimefm.training.config import LossConfig, TextMix
     from dimefm.training.recipes import RECIPES
     from dimefm.training.train import train
@@ -169,6 +171,8 @@ def export(run: str, **options: Any) -> None:
     It has its own text tower, or else the teacher's. Load it with
     open_clip.create_model_and_transforms("local-dir:FOLDER").
     """
+    if options["teacher"]:
+        require_model(options["teacher"], options["pretrained"])
     from dimefm.export.export_student import export as write
 
     say(f"{write(run, **options)}: load it with open_clip as local-dir:{options['out']}")

@@ -11,7 +11,8 @@ from cache_schemas.identity import Precision
 from cache_schemas.run import RUN_FILE
 from dimefm.export.export_student import export
 from dimefm.models.clip import Clip, load_clip
-from dimefm.models.hub import CONFIG_FILE, require_cached
+from dimefm.models.hub import require_cached
+from dimefm.models.names import CONFIG_FILE
 from dimefm.models.pretraining import Trained
 
 

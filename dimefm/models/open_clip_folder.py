@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from cache_schemas import StudentSpec
 from dimefm.errors import OutputExistsError
 from dimefm.models.clip import Clip
-from dimefm.models.hub import CONFIG_FILE, WEIGHTS_FILE
+from dimefm.models.hub import WEIGHTS_FILE
+from dimefm.models.names import CONFIG_FILE
 from dimefm.models.towers import student_preprocessing
 from dimefm.system import storage
 

@@ -313,7 +313,7 @@ def test_a_labelled_set_without_templates(tmp_path: Path, teacher_name: str) -> 
     [
         (["."], "name it local-dir:."),
         (["ViT-Z-99"], "ViT-Z-99 is neither a folder nor an architecture"),
-        (["ViT-Z-99", "--pretrained", "openai"], "cannot load ViT-Z-99"),
+        (["ViT-Z-99", "--pretrained", "openai"], "ViT-Z-99 is neither a folder nor an architecture"),
         (["ViT-B-32"], "no weights named for ViT-B-32"),
         (["ViT-L-14", "--pretrained", "openai"], "trained with QuickGELU"),
         (["ViT-B-32-quickgelu", "--pretrained", "laion2b_s34b_b79k"], "cannot load ViT-B-32-quickgelu"),

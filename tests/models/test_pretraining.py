@@ -23,7 +23,7 @@ from dimefm.models import strict_open_clip
 from dimefm.models.authors_checkpoint import convert
 from dimefm.models.clip import load_clip
 from dimefm.models.first_weights import fit_to_first_weights
-from dimefm.models.hub import CONFIG_FILE
+from dimefm.models.names import CONFIG_FILE
 from dimefm.models.pretraining import Trained, facts_of_weights
 from dimefm.models.towers import notes_on_preparation, student_preprocessing, student_spec
 from dimefm.retrieval.search import search
