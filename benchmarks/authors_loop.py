@@ -29,8 +29,8 @@ from dimefm.sources.read_image import ImagePlace, read_encoded
 from dimefm.store.embedding_store import Store
 from dimefm.system.machine import choose_precision
 from dimefm.training.config import TrainConfig
+from dimefm.training.read_metrics import read_metrics
 from dimefm.training.recipes import paper
-from dimefm.training.run_log import read_metrics
 from dimefm.training.train import train
 
 _WORKER = str(Path(__file__).parent / "authors_worker.py")

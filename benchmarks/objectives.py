@@ -14,7 +14,7 @@ from benchmarks.measure import machine, table
 from benchmarks.small_student import resnet10
 from dimefm.sample import sample_dir
 from dimefm.training.config import LossConfig
-from dimefm.training.run_log import read_metrics
+from dimefm.training.read_metrics import read_metrics
 from dimefm.training.train import train
 
 PAPER, CENTRED = LossConfig(vl=0.7, pvl=0.3), LossConfig(vl=0, pvl=0, centred=1)

@@ -15,8 +15,8 @@ from benchmarks.measure import machine, table
 from dimefm.sample import sample_dir
 from dimefm.system.machine import describe
 from dimefm.training.config import LossConfig, TextMix, TrainConfig
+from dimefm.training.read_metrics import read_metrics
 from dimefm.training.recipes import sample, sample_paper
-from dimefm.training.run_log import read_metrics
 from dimefm.training.train import train
 
 _Recipe = Callable[[str, str, str], TrainConfig]

@@ -17,8 +17,8 @@ from dimefm.training.config import LossConfig, TextMix, TrainConfig
 from dimefm.training.distributed import Place
 from dimefm.training.objective import Objective
 from dimefm.training.optimizer import adamw
+from dimefm.training.read_metrics import read_metrics
 from dimefm.training.row_order import Order
-from dimefm.training.run_log import read_metrics
 from dimefm.training.text_bank import TextBank
 from dimefm.training.tower_trainer import TowerTrainer
 from dimefm.training.train import train

@@ -20,6 +20,9 @@ Weights = Literal["model", "ema"]  # of a checkpoint: those that were trained, o
 
 RUN_FILE, METRICS_FILE, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
 
+CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+"""What an export consists of, as any open_clip model: in a folder, or in a repository of the Hub."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudentSpec:

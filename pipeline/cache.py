@@ -19,8 +19,8 @@ from dimefm.caching.speed import PROBE_ROWS, Rates, measure
 from dimefm.caching.worker import Job, pending_shards, run_here
 from dimefm.errors import DimefmError, StoreError
 from dimefm.models.clip import Clip, load_clip, teacher_precision
-from dimefm.models.pretraining import Trained
 from dimefm.models.tokenizer import canonical
+from dimefm.models.trained import Trained
 from dimefm.sources.account import describe_skipped, first_lines
 from dimefm.sources.base import Source, paths_of
 from dimefm.sources.files import expand

@@ -37,7 +37,7 @@ def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
     storage.remove_leftovers(store.path)
     total, done = progress_of(store, pending, retry=job.retry)
     kind = store.schema.kind
-    with cluster(address, workers, job.device), Progress(kind + "s", total, kind, done) as progress:
+    with cluster(address, workers, job.device), Progress("encoding", total, kind, done) as progress:
         check = bool(store.committed())
         workers = min(workers, len(pending))
         cores = _require_cores(workers, job.device)

@@ -18,8 +18,8 @@ from dimefm.retrieval.retrieve import retrieve
 from dimefm.sample import sample_dir
 from dimefm.store.embedding_store import Store
 from dimefm.training.config import TrainConfig
+from dimefm.training.read_metrics import read_metrics
 from dimefm.training.recipes import sample, sample_paper
-from dimefm.training.run_log import read_metrics
 from dimefm.training.train import train
 
 _CLASSES = {"cifar10": 10, "caltech101": 100}

@@ -23,8 +23,8 @@ from dimefm.models.clip import load_clip, teacher_precision
 from dimefm.system.machine import cpus
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig, TrainConfig
+from dimefm.training.read_metrics import read_metrics
 from dimefm.training.recipes import paper
-from dimefm.training.run_log import read_metrics
 from dimefm.training.train import train
 
 _STEPS = 8

@@ -201,7 +201,7 @@ def run_here(job: Job, clip: Clip) -> None:
         encoded[shard] = rows
         progress.at(done + sum(encoded.values()))
 
-    with _one_thread(), Progress(store.schema.kind + "s", total, store.schema.kind, done) as progress:
+    with _one_thread(), Progress("encoding", total, store.schema.kind, done) as progress:
         note = worker.start(job.threads or cpus(), order[0], check=bool(store.committed()))
         if note:
             progress.note(note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -13,6 +14,7 @@ from cache_schemas.run import Weights
 from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, options_of, quiet_option, was_given
 from dimefm.commands.weights_options import weights_options
+from dimefm.models.names import require_model
 from dimefm.system.inert_text import say
 
 _option = options_of("dimefm.evaluation.config", "EvaluationConfig")
@@ -70,18 +72,21 @@ def evaluate(model: str, **options: Any) -> None:
 
     MODEL: a run folder, an exported open_clip folder, or an open_clip name (also hf-hub:, local-dir:).
 
-    SET: a folder of your own with classnames.txt, templates.txt and images: tars of key.jpg and key.cls, Parquet files,
-    or one folder per class. They lie below test/ and train/, or are the test images alone. From tars of key.jpg and
-    key.txt, with one caption per line, retrieval is measured.
+    SET: a folder of your own with images: one folder per class, or tars of key.jpg and key.cls, or Parquet files. They
+    lie below test/ and train/, or are the test images alone. classnames.txt and templates.txt have class names and
+    prompts; class folders do without. From tars of key.jpg and key.txt, with one caption per line, retrieval is
+    measured.
 
     Each image goes through the model once; results are appended to OUT/NAME/results.jsonl. If it is stopped, run the
     same command again: it goes on.
     """
+    _require_sense(options)
+    if not Path(model).exists():
+        require_model(model, options["pretrained"], folder="")
     from dimefm.evaluation.config import EvaluationConfig
     from dimefm.evaluation.evaluate import evaluate as run
     from dimefm.evaluation.summary import result_line, summary_text
 
-    _require_sense(options)
     done = run(EvaluationConfig(model=model, **options), lambda result: say(result_line(result)))
     say(summary_text(done))
     if done.failed:

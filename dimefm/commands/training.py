@@ -195,6 +195,7 @@ def convert_checkpoint(checkpoint: str, **options: Any) -> None:
     The result is an open_clip folder as export writes it, with the teacher's text tower. Load it with evaluate or with
     open_clip.create_model_and_transforms("local-dir:FOLDER").
     """
+    require_model(options["teacher"], options["pretrained"])
     from dimefm.models.authors_checkpoint import convert
 
     say(convert(checkpoint, **options).show())

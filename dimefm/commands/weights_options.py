@@ -11,9 +11,8 @@ import click
 
 from cache_schemas.identity import Activation, Interpolation, ResizeMode
 from dimefm.commands.options import fields_of, options_of
-from dimefm.models.names import FOLDER, require_model
 
-_TRAINED = ("dimefm.models.pretraining", "Trained")
+_TRAINED = ("dimefm.models.trained", "Trained")
 
 
 class _Colours(click.ParamType[tuple[float, float, float]]):
@@ -33,18 +32,16 @@ class _Colours(click.ParamType[tuple[float, float, float]]):
 
 def weights_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add --pretrained, and the options for what a file of weights does not contain. The command gets `pretrained` and
-    `trained`, a models.pretraining.Trained."""
+    `trained`, a models.trained.Trained."""
 
     @wraps(command)
     def with_trained(**options: Any) -> None:
+        from dimefm.models.trained import Trained
+
         given = {name: options.pop(name) for name in fields_of(*_TRAINED)}
         model = options.get("teacher") or options["model"]
         if options["pretrained"] and (model.startswith(("hf-hub:", "local-dir:")) or Path(model).is_dir()):
             raise click.UsageError(f"--pretrained has no effect with {model}, which has weights of its own")
-        if "teacher" in options or not Path(model).exists():  # evaluate takes folders, also of runs
-            require_model(model, options["pretrained"], folder=FOLDER if "teacher" in options else "")
-        from dimefm.models.pretraining import Trained  # takes seconds
-
         command(**options, trained=Trained(**given))
 
     option = options_of(*_TRAINED)

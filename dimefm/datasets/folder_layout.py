@@ -8,12 +8,13 @@ from cache_schemas.evaluation import SetDefinition
 from dimefm.datasets.definitions import class_folders, class_names
 from dimefm.datasets.image_set import Records
 from dimefm.datasets.layouts import add_class_texts, name_lookup, split_folder_names
-from dimefm.datasets.unused_files import SPLIT_NAMES, class_folders_in, count_unused
+from dimefm.datasets.unused_files import count_unused
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample, file_key
+from dimefm.sources.class_folders import SPLIT_NAMES, class_folders_in, folders_of_classes
 from dimefm.sources.image_sources import ImageFolder
-from dimefm.sources.prompts import CLASSNAMES, read_classnames
+from dimefm.sources.prompts import CLASSNAMES, has_classnames, read_classnames
 from dimefm.system import storage
 
 _WITHOUT_SPLITS = ("objectnet-1.0/images",)
@@ -68,7 +69,7 @@ def _folder_of_classes(folder: str, split: str, definition: SetDefinition | None
 def _labels_of_folders(names: list[str], folder: str, definition: SetDefinition | None) -> dict[str, int]:
     """The label of each folder that is a class. Folders are called as the classes, or all by their labels."""
     if definition is None:
-        spellings = [*enumerate(read_classnames(folder))]
+        spellings = [*enumerate(read_classnames(folder) if has_classnames(folder) else folders_of_classes(folder))]
     else:
         spellings = [*enumerate(class_names(definition)), *enumerate(class_folders(definition))]
     look_up = name_lookup(spellings)

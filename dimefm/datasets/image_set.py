@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from cache_schemas import Status
 from cache_schemas.plan import SourceFile
@@ -27,6 +26,9 @@ from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import ImageSample, file_key
 from dimefm.sources.prompts import prompt
 from dimefm.sources.read_image import read_image
+
+if TYPE_CHECKING:  # the lists of sets are read without it
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +86,14 @@ class ImageSet:
         Images that are broken, or were missing when the set was opened, are left out. Raises UnreadableError for an
         image that has gone missing since.
         """
+        import torch
+
         places, load = iter(range(len(self.samples))), _Loader(self.samples, preprocess)
         with ThreadPoolExecutor(threads) as pool:
             ahead = pool.map(load, list(islice(places, batch_size)))
             while loaded := list(ahead):
                 ahead = pool.map(load, list(islice(places, batch_size)))
-                good = [(place, image) for place, image in loaded if isinstance(image, torch.Tensor)]
+                good = [(place, image) for place, image in loaded if not isinstance(image, DecodeError)]
                 if good:
                     yield torch.stack([image for _, image in good]), torch.tensor([place for place, _ in good])
 
@@ -99,7 +103,7 @@ class ImageSet:
         load, reasons = _Loader(self.samples, preprocess), Counter[str]()
         for place in range(len(self.samples)):
             _, image = load(place)
-            if isinstance(image, torch.Tensor):
+            if not isinstance(image, DecodeError):
                 return
             reasons[str(image)] += 1
         why = found_instead([f"{count:,} images: {reason}" for reason, count in reasons.most_common()])

@@ -19,10 +19,10 @@ from pathlib import Path
 from cache_schemas.evaluation import SetDefinition
 from cache_schemas.plan import SourceFile
 from dimefm.datasets.image_set import Records
-from dimefm.datasets.unused_files import CLIP_BENCHMARK_TEMPLATES, SPLIT_FOLDERS
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account
-from dimefm.sources.prompts import CLASSNAMES, TEMPLATES, read_classnames, read_templates
+from dimefm.sources.class_folders import SPLIT_FOLDERS
+from dimefm.sources.prompts import CLASSNAMES, CLIP_BENCHMARK_TEMPLATES, TEMPLATES, read_classnames, read_templates
 from dimefm.sources.walk_folder import files_in
 from dimefm.system import storage
 

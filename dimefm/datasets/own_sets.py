@@ -1,4 +1,5 @@
-"""Own sets: folders of the user's, described only by classnames.txt and templates.txt beside the images.
+"""Own sets: folders of the user's, described by classnames.txt and templates.txt beside the images, or by no more than
+the names of class folders.
 
 Also what own sets share with known ones (`known_sets`): making an ImageSet of what the reader of a layout found.
 """
@@ -16,16 +17,18 @@ from dimefm.datasets.unused_files import count_unused, note_empty_classes
 from dimefm.datasets.webdataset_layout import read_webdataset
 from dimefm.errors import SourceError
 from dimefm.sources.account import describe_skipped, first_lines
-from dimefm.sources.prompts import CLASSNAMES, TEMPLATES
+from dimefm.sources.prompts import CLASSNAMES, NEEDED, class_texts
 from dimefm.system import storage
+from dimefm.system.near_names import did_you_mean_path
 
 GENERAL_LAYOUTS: tuple[tuple[str, Reader], ...] = (("webdataset", read_webdataset), ("parquet", read_parquet))
 """The layouts that any set may have, in the order in which they are tried."""
 
 
 def open_folder(path: str, split: str = "test") -> ImageSet:
-    """Open an own set: a folder with classnames.txt, templates.txt and images (see datasets.layouts), or one of tars or
-    Parquet files of images with captions. Raises SourceError."""
+    """Open an own set: a folder of images with classnames.txt and templates.txt, of class folders alone, or of tars or
+    Parquet files of images with captions (see datasets.layouts). What was made up in place of the two files stands in
+    the notes. Raises SourceError."""
     images = find_folder(path, split)
     if images is None and storage.is_url(path):
         what = f"{path} holds no .tar and no .parquet of the {split} split"
@@ -42,7 +45,7 @@ def find_folder(path: str, split: str) -> ImageSet | None:
     """Like `open_folder`, but gives None where the folder has no such split."""
     folder, name = storage.absolute(path), set_name(path)
     if not storage.is_url(folder) and not Path(folder).is_dir():
-        raise SourceError(f"{path} is no folder", remedy="name a folder with classnames.txt and templates.txt")
+        raise SourceError(f"{path} is no folder", remedy=did_you_mean_path(path, "check the path"))
     found = read_first((*GENERAL_LAYOUTS, ("folders", read_folders)), folder, split, None)
     if found is None:
         return None
@@ -50,15 +53,15 @@ def find_folder(path: str, split: str) -> ImageSet | None:
     records.require()
     if records.captions is not None:
         return with_captions(records, name, split, ())
-    for texts, file in ((records.classnames, CLASSNAMES), (records.templates, TEMPLATES)):
-        if texts is None:
-            remedy = f"a labelled set needs {CLASSNAMES} and {TEMPLATES}"
-            raise SourceError(f"{storage.join(folder, file)} does not exist", remedy=remedy)
-    names = records.classnames or []
+    if records.classnames is None and records.layout != "folders":
+        raise SourceError(f"{storage.join(folder, CLASSNAMES)} does not exist", remedy=NEEDED)
+    names, prompts, made_up = class_texts(folder)
+    for note in made_up:
+        records.account.problem(note)
     if records.names is not None:
         map_labels(records, records.names, names)
     note_empty_classes(records, names)
-    return with_classes(records, name, split, names, records.templates or [], _has_several(records), ())
+    return with_classes(records, name, split, names, prompts, _has_several(records), ())
 
 
 def set_name(path: str) -> str:

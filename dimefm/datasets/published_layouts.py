@@ -14,9 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
-
 from cache_schemas.evaluation import SetDefinition
 from cache_schemas.plan import SourceFile
 from dimefm.datasets.definitions import class_folders, class_names
@@ -31,7 +28,7 @@ _Listed = Iterable[tuple[Path, Any]]
 """Image files, each with a label, the name of a class folder, several labels, or captions."""
 
 _DAMAGED = (
-    *(OSError, LookupError, ValueError, TypeError, AttributeError, csv.Error, zlib.error, MatReadError),
+    *(OSError, LookupError, ValueError, TypeError, AttributeError, csv.Error, zlib.error),
     MemoryError,  # for an array whose header claims petabytes
 )
 """What reading a list raises if files are missing, cut short, or something else."""
@@ -121,6 +118,17 @@ def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+def _load_mat(path: Path) -> Any:
+    """The arrays of a .mat file by name. Raises ValueError for a damaged one."""
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        return loadmat(path, squeeze_me=True)
+    except MatReadError as error:
+        raise ValueError(str(error)) from error
+
+
 def _dtd(base: Path, split: str) -> _Listed | None:
     path = base / "labels" / f"{split}1.txt"
     return [(base / "images" / x, x.partition("/")[0]) for x in _lines(path)] if path.exists() else None
@@ -158,8 +166,8 @@ def _flowers102(base: Path, split: str) -> _Listed | None:
     path = base / "setid.mat"
     if not path.exists():
         return None
-    ids = loadmat(path, squeeze_me=True)[{"train": "trnid", "val": "valid", "test": "tstid"}[split]]
-    labels = loadmat(base / "imagelabels.mat", squeeze_me=True)["labels"]
+    ids = _load_mat(path)[{"train": "trnid", "val": "valid", "test": "tstid"}[split]]
+    labels = _load_mat(base / "imagelabels.mat")["labels"]
     return [(base / "jpg" / f"image_{i:05d}.jpg", int(labels[i - 1]) - 1) for i in _integers(ids)]
 
 
@@ -176,7 +184,7 @@ def _stanford_cars(base: Path, split: str) -> _Listed | None:
     path = base / lists.get(split, "")
     if not path.is_file():
         return None
-    rows = loadmat(path, squeeze_me=True)["annotations"]
+    rows = _load_mat(path)["annotations"]
     pairs = zip(_names(rows["fname"]), _integers(rows["class"]), strict=True)
     return [(base / f"cars_{split}" / name, label - 1) for name, label in pairs]
 

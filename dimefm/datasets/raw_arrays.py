@@ -16,10 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from cache_schemas import digest_of
 from cache_schemas.evaluation import SetDefinition
@@ -95,10 +93,12 @@ def _array_files(name: str, place: Path, split: str) -> list[Path] | None:
     return None
 
 
-def _read_cifar(published: type[CIFAR10], files: list[Path], split: str) -> _Pixels:
+def _read_cifar(name: str, files: list[Path], split: str) -> _Pixels:
     """Read by torchvision, which compares each file's md5 with the published one before it unpickles it."""
+    from torchvision import datasets
+
     folder = files[0].parent
-    in_folder = type(published.__name__, (published,), {"base_folder": folder.name})
+    in_folder: Any = type(name, (getattr(datasets, name),), {"base_folder": folder.name})
     dataset = in_folder(str(folder.parent), train=split == "train", download=False)
     yield from zip(dataset.data, dataset.targets, strict=True)
 
@@ -133,6 +133,8 @@ _FER2013 = (0, 1, 2, 3, 5, 6, 4)
 
 
 def _read_pcam(files: list[Path], split: str) -> _Pixels:
+    import h5py
+
     with h5py.File(files[0]) as images, h5py.File(files[1]) as labels:
         rows, *shape = images["x"].shape
         if rows > _MOST_PATCHES or math.prod(shape) > _MOST_VALUES or len(labels["y"]) != rows:
@@ -158,16 +160,16 @@ _FILES: dict[str, dict[str, list[list[str]]]] = {
 }
 # the folders that may hold them, within the folder of the set;
 _INNER = {
-    "cifar10": (CIFAR10.base_folder,),
-    "cifar100": (CIFAR100.base_folder,),
+    "cifar10": ("cifar-10-batches-py",),
+    "cifar100": ("cifar-100-python",),
     "fer2013": ("fer2013",),
     "mnist": ("MNIST/raw", "raw"),
     "patch_camelyon": ("pcam",),
 }
 # and the function that reads them.
 _READ: dict[str, Callable[[list[Path], str], _Pixels]] = {
-    "cifar10": partial(_read_cifar, CIFAR10),
-    "cifar100": partial(_read_cifar, CIFAR100),
+    "cifar10": partial(_read_cifar, "CIFAR10"),
+    "cifar100": partial(_read_cifar, "CIFAR100"),
     "fer2013": _read_fer2013,
     "mnist": _read_mnist,
     "patch_camelyon": _read_pcam,

@@ -5,25 +5,16 @@ Only the folder of the set and that of the split are listed, not the folders bel
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from dimefm.datasets.image_set import Records, labels_of
 from dimefm.sources.account import Account
+from dimefm.sources.class_folders import SPLIT_FOLDERS, SPLIT_NAMES, folder_names
 from dimefm.sources.image_kinds import IMAGE, by_kind
-from dimefm.sources.prompts import CLASSNAMES, TEMPLATES
-from dimefm.sources.walk_folder import files_in, is_utf8, why_passed_over
+from dimefm.sources.prompts import CLASSNAMES, CLIP_BENCHMARK_TEMPLATES, TEMPLATES
+from dimefm.sources.walk_folder import files_in
 from dimefm.system import storage
-
-CLIP_BENCHMARK_TEMPLATES = "zeroshot_classification_templates.txt"
-SPLIT_FOLDERS = {  # what the folder or the files of a split may be called
-    "train": ("train", "training", "Train", "Training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing", "Test", "Final_Test"),
-}
-SPLIT_NAMES = frozenset(name for names in SPLIT_FOLDERS.values() for name in names)
 
 _TEXTS = frozenset({
     *(CLASSNAMES, TEMPLATES),
@@ -41,7 +32,7 @@ def count_unused(records: Records, folder: str, place: str, split: str, *, own: 
         files = [f for f in files_in(where, lambda name: name not in _TEXTS, account) if f.path not in used]
         folders: list[str] = []
         if where != place or records.layout != "folders":  # else these are class folders, which were all looked at
-            folders = [storage.join(where, name) for name in _folder_names(where)]
+            folders = [storage.join(where, name) for name in folder_names(where)]
         if where == folder or _last_part(where) not in SPLIT_NAMES:  # where files of several splits may lie together
             names = [_last_part(path) for path in (*(file.path for file in files), *folders)]
             never_read = account if own else Account()
@@ -58,18 +49,6 @@ def count_unused(records: Records, folder: str, place: str, split: str, *, own: 
                 account.skip(f"{what}{beside}", file.path)
 
 
-def class_folders_in(base: str, account: Account) -> list[str]:
-    """The names of the class folders in a local folder. A link to a folder that it is in is counted in `account`."""
-    above = {os.path.realpath(base), *map(str, Path(os.path.realpath(base)).parents)}
-    found = []
-    for name in _folder_names(base):
-        if os.path.realpath(f"{base}/{name}") in above:
-            account.skip("links back to a folder that they are in", f"{base}/{name}")
-        else:
-            found.append(name)
-    return found
-
-
 def note_empty_classes(records: Records, names: Sequence[str]) -> None:
     """Note in `records.account` how many of the classes `names` have no image."""
     occurring = {label for row in records.labels or [] for label in labels_of(row)}
@@ -81,17 +60,6 @@ def note_empty_classes(records: Records, names: Sequence[str]) -> None:
 
 def _last_part(path: str) -> str:
     return path.rpartition("/")[2]
-
-
-def _folder_names(place: str) -> list[str]:
-    """The names of the folders in a local folder, without hidden ones, which `files_in` counts; none at a URL."""
-    if storage.is_url(place):
-        return []
-    return sorted(
-        p.name
-        for p in Path(place).iterdir()
-        if p.is_dir() and not why_passed_over(p.name, folder=True) and is_utf8(p.name)
-    )
 
 
 def _is_of_other_split(path: str, names: Sequence[str], split: str, never_read: Account) -> bool:

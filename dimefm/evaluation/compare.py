@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dimefm.errors import DimefmError, StoreError
 from dimefm.evaluation.results import Pooled, pool, read_results
-from dimefm.evaluation.summary import measured_suites
+from dimefm.evaluation.suite_means import measured_suites
 from dimefm.system import inert_text, storage
 from dimefm.system.markdown_table import markdown_table
 

@@ -13,7 +13,7 @@ from cache_schemas.run import Weights
 from dimefm.datasets.definitions import load_definitions
 from dimefm.datasets.own_sets import set_name
 from dimefm.errors import SourceError
-from dimefm.models.pretraining import Trained
+from dimefm.models.trained import Trained
 from dimefm.system import storage
 
 

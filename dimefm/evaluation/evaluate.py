@@ -206,7 +206,7 @@ class _Evaluator:
         )
         self._recorder.keep_predictions(job, protocol, probed.scores_NC, test_features)
         measurement = measure(probed.scores_NC, job.test, job.metric)
-        notes = [f"training images: {note}" for note in train.notes]
+        notes = [f"training images: {note}" for note in train.notes if note not in job.test.notes]
         if lost := probed.settings["unreadable"]:
             notes.append(f"{lost} of {len(rows)} training images could not be read and are left out")
         settings |= probed.settings

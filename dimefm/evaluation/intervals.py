@@ -1,4 +1,4 @@
-"""The 95% intervals of the metrics (evaluation.metrics), and the mean of several sets with its interval.
+"""The 95% intervals of the metrics (evaluation.metrics); those of a mean of several sets are in suite_means.
 
 They treat images as independent, and the classes, images and texts that are searched as fixed. Shares (accuracies,
 their means per class, and recalls) have score intervals (Wilson 1927; Brown, Cai and DasGupta 2001, Statistical
@@ -152,14 +152,3 @@ def map_11_point_interval(scores_NC: Array, positives_NC: Array, resamples: int 
         with np.errstate(invalid="ignore"):
             means[start : start + size] = sums_R / defined_RC.sum(axis=1)
     return _percentiles(means)
-
-
-def mean_of(values: Sequence[float], intervals: Sequence[Interval]) -> tuple[float, Interval]:
-    """The mean of the scores of several sets, and its interval, cut to [0, 1]. The sets are taken as independent and
-    normal: the half width of the mean's interval is the root of the sum of the squared half widths, divided by their
-    number. Raises ValueError if there is no value, not one interval for each, or a value outside [0, 1]."""
-    if not values or len(values) != len(intervals) or not all(0 <= value <= 1 for value in values):
-        raise ValueError(f"a mean of values in [0, 1] with an interval each: {values}, {len(intervals)} intervals")
-    mean = float(np.mean(values))
-    half = float(np.linalg.norm([(high - low) / 2 for low, high in intervals])) / len(values)
-    return mean, (max(0.0, mean - half), min(1.0, mean + half))

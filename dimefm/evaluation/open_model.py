@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cache_schemas.identity import Precision
-from cache_schemas.run import RUN_FILE
+from cache_schemas.run import CONFIG_FILE, RUN_FILE
 from dimefm.export.export_student import export
 from dimefm.models.clip import Clip, load_clip
 from dimefm.models.hub import require_cached
-from dimefm.models.names import CONFIG_FILE
-from dimefm.models.pretraining import Trained
+from dimefm.models.trained import Trained
 
 
 @contextmanager

@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 from cache_schemas import Failure
 from cache_schemas.evaluation import PREDICTIONS, EvaluationResult
 from dimefm.datasets.image_set import ImageSet
-from dimefm.evaluation import metrics
 from dimefm.store.parquet_tables import write_table
 from dimefm.system import storage
 from dimefm.system.inert_text import markdown
@@ -83,6 +82,8 @@ def _summary(
     correct_N: np.ndarray[Any, Any],
     failures: Sequence[Failure],
 ) -> str:
+    from dimefm.evaluation.metrics import confusion  # imports torch: predictions are read without it
+
     lines = [f"# {markdown(images.name)}: what is taken for what", ""]
     lines += [f"{len(images.samples):,} images, {correct_N.mean():.1%} right, {len(failures)} could not be read.", ""]
     lines += [f"- {markdown(failure.key)}: {markdown(failure.reason)}" for failure in failures[:_SHOWN]]
@@ -90,7 +91,7 @@ def _summary(
         several = "An image may have several labels here: it counts as right if the class with the best score is one."
         return "\n".join([*lines, several, ""])
     names = [markdown(name) for name in images.classnames]
-    confused_CC = metrics.confusion(images.class_labels, prediction_N, len(names))
+    confused_CC = confusion(images.class_labels, prediction_N, len(names))
     total_C = np.bincount(images.class_labels, minlength=len(names))
     lines += ["", *_least_recognised(names, confused_CC, total_C), "", *_most_confused(names, confused_CC), ""]
     return "\n".join(lines)

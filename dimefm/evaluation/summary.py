@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib import resources
 
 from cache_schemas.evaluation import EvaluationResult
-from dimefm.datasets.definitions import load_definitions
-from dimefm.evaluation import intervals, metrics
+from dimefm.evaluation import metrics
 from dimefm.evaluation.evaluate import Evaluation
-from dimefm.evaluation.results import Pooled, pool
+from dimefm.evaluation.results import pool
+from dimefm.evaluation.suite_means import measured_suites
 from dimefm.system.inert_text import line
 
 _OTHERS = {"top1": "top-1", "top5": "top-5", "mean_per_class": "per class", "roc_auc": "ROC AUC"}
@@ -64,31 +63,6 @@ def suite_means(results: Sequence[EvaluationResult]) -> list[tuple[str, str]]:
             note = ", of partial sets"
         found.append((f"effective robustness, {name}", f"{round(100 * value, 1) + 0.0:+5.1f} points{note}"))
     return found
-
-
-@dataclass(frozen=True)
-class SuiteMean:
-    """The mean of a suite under a protocol, over the `sets` that were measured; the suite has `total` sets, and
-    `partial` of those measured are not the whole published set."""
-
-    suite: str
-    protocol: str
-    sets: list[Pooled]
-    total: int
-    partial: int
-    mean: float
-    interval: tuple[float, float]
-
-
-def measured_suites(pooled: Sequence[Pooled]) -> Iterator[SuiteMean]:
-    """The mean of each suite under each protocol, for the suites of which means are published."""
-    for suite in ("elevater", "robustness"):
-        total = sum(d.suite == suite for d in load_definitions().values())
-        for protocol in dict.fromkeys(one.protocol for one in pooled):
-            if sets := [one for one in pooled if (one.suite, one.protocol) == (suite, protocol)]:
-                mean, interval = intervals.mean_of([one.value for one in sets], [one.interval for one in sets])
-                partial = sum(bool(one.partial) for one in sets)
-                yield SuiteMean(suite, protocol, sets, total, partial, mean, interval)
 
 
 def robustness(results: Sequence[EvaluationResult]) -> dict[str, float]:

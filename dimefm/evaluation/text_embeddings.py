@@ -56,7 +56,7 @@ class TextEmbeddings:
 
     def _embedded(self, texts: list[str]) -> Iterator[torch.Tensor]:
         """float32 (M, D) for each block of texts in turn. Within a block, texts of similar length share a batch."""
-        with Progress("texts", len(texts), "text") as progress:
+        with Progress("encoding", len(texts), "text") as progress:
             for start in range(0, len(texts), _BLOCK):
                 tokens_ML = self._clip.tokenize(texts[start : start + _BLOCK])
                 order = torch.from_numpy(np.argsort(token_counts(tokens_ML), kind="stable"))

@@ -217,7 +217,7 @@ def export_embeddings(store_path: str, out: str, *, rows_per_file: int | None = 
         raise OutputExistsError(f"{target} exists and is not empty", remedy="give another --out, or delete it")
     rows, step, name = store.schema.rows, rows_per_file or store.schema.shard_rows, _NAMES[store.schema.kind]
     digits = len(str((rows - 1) // step))
-    with storage.publishing(str(target)) as temporary, Progress("export", rows, "row") as progress:
+    with storage.publishing(str(target)) as temporary, Progress("exporting", rows, "row") as progress:
         for number, start in enumerate(range(0, rows, step)):
             stop = min(start + step, rows)
             good_N = np.flatnonzero(store.status(start, stop) == Status.OK)

@@ -25,7 +25,7 @@ from dimefm.exchange.clip_retrieval_folder import Folder
 from dimefm.exchange.compare_with_teacher import compare_with_teacher
 from dimefm.exchange.match_names import Matches, match, spread
 from dimefm.models.clip import Clip, load_clip
-from dimefm.models.pretraining import Trained
+from dimefm.models.trained import Trained
 from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample, Source
 from dimefm.sources.image_sources import open_image_source
@@ -240,7 +240,7 @@ def _write(store: Store, folder: Folder, *, unmatched_fail: bool) -> None:
         return
     storage.remove_leftovers(store.path)
     done = sum(stop - start for start, stop in map(schema.shard_range, committed))
-    with Progress("import", schema.rows, "row", done) as progress:
+    with Progress("importing", schema.rows, "row", done) as progress:
         for shard in sorted(set(range(schema.shards)) - committed):
             began = time.monotonic()
             start, stop = schema.shard_range(shard)

@@ -15,14 +15,17 @@ import warnings
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image, UnidentifiedImageError, features
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
 from cache_schemas import Status
 from dimefm.images.image_modes import eight_bit
 from dimefm.system.first_bytes import describe
+
+if TYPE_CHECKING:  # sources use `sniff` and DecodeError, and must open before torch is imported
+    import torch
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded: Pillow's own threshold for a decompression bomb (a 256 MiB RGB image)."""
@@ -154,9 +157,7 @@ def decode_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """Pixels as a uint8 RGB tensor (3, H, W), whatever the format. Raises DecodeError."""
     image = decode_fast(data, max_pixels)
-    if isinstance(image, torch.Tensor):
-        return image
-    return to_tensor(image)
+    return to_tensor(image) if isinstance(image, Image.Image) else image
 
 
 def jpeg_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int] | None:
@@ -185,6 +186,8 @@ def decode_scaled(data: bytes, whole: tuple[int, int], scale: float) -> torch.Te
 
 def _decode_strictly(data: bytes, **least: int) -> torch.Tensor:
     """A JPEG by simplejpeg, which raises one of _FAULTS where libjpeg would only warn."""
+    import torch
+
     return torch.from_numpy(decode_jpeg(data, **least)).permute(2, 0, 1)
 
 
@@ -201,6 +204,8 @@ def _decode_leniently(data: bytes, image: Image.Image, fault: str) -> torch.Tens
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """A Pillow image as a uint8 RGB tensor (3, H, W)."""
+    import torch
+
     rgb = image.convert("RGB")
     flat = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return flat.view(rgb.height, rgb.width, 3).permute(2, 0, 1).contiguous()

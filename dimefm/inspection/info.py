@@ -28,8 +28,8 @@ from dimefm.system.named_paths import named
 from dimefm.system.progress import amount
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig, TrainConfig
+from dimefm.training.read_metrics import last_validation, read_metrics
 from dimefm.training.run_folder import read_run
-from dimefm.training.run_log import last_validation, read_metrics
 
 _FAILURES, _EXAMPLES, _SHOWN = 10, 5, 12
 

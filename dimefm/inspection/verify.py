@@ -27,11 +27,8 @@ from cache_schemas.embedding_store import (
     rows_path,
 )
 from cache_schemas.plan import FILES_TABLE
-from dimefm.caching.canary import compare_again
 from dimefm.caching.repeats import as_array, repeats
 from dimefm.errors import DimefmError, MismatchError, StoreError, UnreadableError
-from dimefm.models.clip import load_clip, require_teacher
-from dimefm.models.hub import require_cached
 from dimefm.store.commit import remove_commit
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import failures_by_status
@@ -274,6 +271,10 @@ def _in_one_line(error: Exception) -> str:
 
 def _check_teacher(store: Store, config: VerifyConfig, report: Verification) -> None:
     """Encode rows again, spread over the good shards: the cosine of each to what is stored must be near 1."""
+    from dimefm.caching.canary import compare_again  # these import torch
+    from dimefm.models.clip import load_clip, require_teacher
+    from dimefm.models.hub import require_cached
+
     assert config.sample is not None
     shards = [shard for shard in sorted(store.committed()) if shard not in report.bad]
     ranges = [np.arange(*store.schema.shard_range(shard)) for shard in shards]

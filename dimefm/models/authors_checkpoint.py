@@ -22,8 +22,8 @@ from cache_schemas import StudentSpec
 from dimefm.errors import MismatchError, SourceError
 from dimefm.models.clip import load_clip
 from dimefm.models.open_clip_folder import beside_text_tower, publish_folder
-from dimefm.models.pretraining import Trained
 from dimefm.models.towers import build_student
+from dimefm.models.trained import Trained
 from dimefm.system import storage
 
 _STATES = ("image_state_dict", "model")

@@ -25,7 +25,7 @@ from dimefm.errors import MismatchError, TeacherError
 from dimefm.images.preprocess import normalise
 from dimefm.models.hub import require_plain_tokenizer
 from dimefm.models.names import CONFIGURED
-from dimefm.models.pretraining import Trained, facts_of_config, facts_of_weights
+from dimefm.models.pretraining import facts_of_config, facts_of_weights
 from dimefm.models.strict_open_clip import (
     DECODER,
     create_model,
@@ -35,6 +35,7 @@ from dimefm.models.strict_open_clip import (
 )
 from dimefm.models.tokenizer import fast_tokenizer, open_tokenizer
 from dimefm.models.towers import has_convolutions
+from dimefm.models.trained import Trained
 from dimefm.system.machine import choose_device
 from dimefm.system.matrix_products import DTYPES
 from dimefm.system.transfer import Transfer

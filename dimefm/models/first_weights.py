@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from cache_schemas import StudentSpec
+from cache_schemas.run import WEIGHTS_FILE
 from dimefm.errors import TrainingError
-from dimefm.models.hub import WEIGHTS_FILE, preprocess_config
+from dimefm.models.hub import preprocess_config
 from dimefm.models.names import unknown_tag
 from dimefm.models.pretraining import agreeing_fields, tags_of
 from dimefm.models.towers import has_activation

@@ -12,13 +12,10 @@ import open_clip
 from huggingface_hub import constants
 from open_clip import factory
 
+from cache_schemas.run import CONFIG_FILE, WEIGHTS_FILE
 from dimefm.errors import TeacherError
-from dimefm.models.names import CONFIG_FILE
 
 _T = TypeVar("_T")
-
-WEIGHTS_FILE = "open_clip_model.safetensors"
-"""The weights of an open_clip model, in a repository of the Hub as in a folder, beside CONFIG_FILE."""
 
 _OTHER_WEIGHTS = ("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")  # of older repositories
 _HUB = ("hf-hub:", "hf_hub:")

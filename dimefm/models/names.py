@@ -12,6 +12,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+from cache_schemas.run import CONFIG_FILE, RUN_FILE
 from dimefm.errors import TeacherError, TrainingError
 from dimefm.system.near_names import did_you_mean, near_names
 
@@ -19,8 +20,6 @@ FOLDER, HUB = "local-dir:", "hf-hub:"
 CONFIGURED = (FOLDER, HUB)
 """How names begin that bring a config with them: a folder, a repository of the Hub."""
 
-CONFIG_FILE = "open_clip_config.json"
-_RUN_FILE = "run.json"
 _WEIGHTS = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 _ALL = "docs/architectures.md lists all names"
 
@@ -33,10 +32,9 @@ def require_model(name: str, pretrained: str | None, *, folder: str = FOLDER) ->
         _require_config(name.removeprefix(FOLDER))
     elif not name.startswith(HUB):
         if not pretrained and Path(name).is_dir():
-            is_model = Path(name, CONFIG_FILE).is_file()
-            raise TeacherError(
-                f"{name} is a folder", remedy=f"name it {FOLDER}{name}" if is_model else _instead_of(name)
-            )
+            if Path(name, CONFIG_FILE).is_file():
+                raise TeacherError(f"{name} is a folder", remedy=f"name it {FOLDER}{name}")
+            raise TeacherError(f"{name} is a folder without an {CONFIG_FILE}", remedy=_instead_of(name))
         plain = name.replace("/", "-")  # OpenAI writes ViT-B/32, and open_clip takes that
         if plain not in architectures():
             what = f"{name} is neither a folder nor an architecture of open_clip"
@@ -150,9 +148,9 @@ def _require_weights(name: str, pretrained: str | None) -> None:
 
 def _instead_of(folder: str) -> str:
     """A remedy for a folder that holds no model."""
-    if Path(folder, _RUN_FILE).is_file():
+    if Path(folder, RUN_FILE).is_file():
         return f"it is a run: dimefm export {folder} --out STUDENT makes a model of it"
-    return f"give a folder that open_clip or dimefm export wrote, with an {CONFIG_FILE}"
+    return "give a folder that open_clip or dimefm export wrote"
 
 
 def _meant(name: str, folder: str) -> str:

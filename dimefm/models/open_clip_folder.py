@@ -16,10 +16,9 @@ from typing import Any
 from safetensors.torch import save_file
 
 from cache_schemas import StudentSpec
+from cache_schemas.run import CONFIG_FILE, WEIGHTS_FILE
 from dimefm.errors import OutputExistsError
 from dimefm.models.clip import Clip
-from dimefm.models.hub import WEIGHTS_FILE
-from dimefm.models.names import CONFIG_FILE
 from dimefm.models.towers import student_preprocessing
 from dimefm.system import storage
 

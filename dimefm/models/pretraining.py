@@ -17,9 +17,9 @@ import open_clip
 from open_clip.transform import PreprocessCfg
 
 from cache_schemas import TeacherIdentity
-from cache_schemas.identity import Activation, Interpolation, ResizeMode
 from dimefm.errors import TeacherError
 from dimefm.models.hub import preprocess_config
+from dimefm.models.trained import Trained, option_of, shown
 
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 """What decides the pixels of an image, besides the size, which belongs to the architecture."""
@@ -28,35 +28,6 @@ _OPENAI = {field: getattr(PreprocessCfg(), field) for field in PREPROCESSING}
 _REQUIRED_OF_CONFIGS = ("mean", "std")  # many configs leave out the rest, for which open_clip has defaults
 _ACTIVATIONS = {"gelu": "GELU", "quick_gelu": "QuickGELU"}
 _QUICK = "-quickgelu"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """How the weights in a file were trained, as the user gives it where the file does not. None: not given."""
-
-    mean: tuple[float, float, float] | None = None
-    """Mean colour, from 0 to 1, that weights in a file were trained with; needed where no known tag has it."""
-    std: tuple[float, float, float] | None = None
-    """Standard deviation of colours that weights in a file were trained with; needed as `mean` is."""
-    interpolation: Interpolation | None = None
-    """How images were resized when weights in a file were trained; needed as `mean` is."""
-    resize_mode: ResizeMode | None = None
-    """Which side of images was resized when weights in a file were trained (squash: both); needed as `mean` is."""
-    activation: Activation | None = None
-    """Activation of weights in a file; needed where the known tags differ."""
-    assume_openai: bool = False
-    """Take OpenAI's preprocessing for weights in a file, as far as nothing else gives it."""
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            values = getattr(self, name) or ()
-            if not all(0 <= value <= 1 for value in values) or (name == "std" and 0 in values):
-                what = f"{_option(name)} {_shown(values)} is not for colours from 0 to 1"
-                raise TeacherError(what, remedy="divide values for colours from 0 to 255 by 255")
-
-    def fields(self) -> dict[str, Any]:
-        """The facts that are given, by name."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, False)}
 
 
 @dataclass(frozen=True)
@@ -156,7 +127,7 @@ def _first_known(
 def _require_none_given(given: dict[str, Any], where: str) -> None:
     """Raises TeacherError if the user gives anything that is known already."""
     if given:
-        what = f"{', '.join(map(_option, given))}: {where} says that itself"
+        what = f"{', '.join(map(option_of, given))}: {where} says that itself"
         raise TeacherError(what, remedy="leave it out; it is for weights that are given as a file")
 
 
@@ -185,8 +156,8 @@ def _missing_activation(
 
 def _missing_preprocessing(fields: list[str], why: str) -> tuple[str, str]:
     """That these fields are missing, and how to give them."""
-    options = " ".join(f"{_option(field)} {'R,G,B' if field in _REQUIRED_OF_CONFIGS else 'NAME'}" for field in fields)
-    openai = ", ".join(f"{field} {_shown(_OPENAI[field])}" for field in PREPROCESSING)
+    options = " ".join(f"{option_of(field)} {'R,G,B' if field in _REQUIRED_OF_CONFIGS else 'NAME'}" for field in fields)
+    openai = ", ".join(f"{field} {shown(_OPENAI[field])}" for field in PREPROCESSING)
     return f"how images were prepared when it was trained{why}", f"{options}, or --assume-openai ({openai})"
 
 
@@ -203,7 +174,7 @@ def _why(name: str, tags: dict[str, dict[str, Any]], fields: list[str]) -> str:
     for field in fields:
         values: dict[str, list[str]] = {}
         for tag, cfg in tags.items():
-            values.setdefault(_shown(cfg[field]), []).append(tag)
+            values.setdefault(shown(cfg[field]), []).append(tag)
         differences.append(f"{field} " + " or ".join(f"{value} ({_some(names)})" for value, names in values.items()))
     return f", and known weights differ: {', '.join(differences)}"
 
@@ -214,11 +185,3 @@ def _count(tags: dict[str, Any]) -> str:
 
 def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-def _option(field: str) -> str:
-    return f"--{field.replace('_', '-')}"
-
-
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

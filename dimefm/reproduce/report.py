@@ -21,8 +21,8 @@ from dimefm.system.inert_text import markdown
 from dimefm.system.machine import cpus, describe
 from dimefm.system.markdown_table import markdown_table
 from dimefm.system.versions import versions
+from dimefm.training.read_metrics import read_metrics
 from dimefm.training.run_folder import read_run
-from dimefm.training.run_log import read_metrics
 
 EVALUATIONS = "evaluations"
 REPORT_FILE, PLOT_FILE = "report.md", "report.png"

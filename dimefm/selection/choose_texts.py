@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from cache_schemas.text_selection import SelectionSettings
-from dimefm.selection.clusters import capped, cluster, cluster_count, repetitions
 from dimefm.store.embedding_store import Store
 from dimefm.system.progress import Progress
 
@@ -99,6 +98,8 @@ def choose_texts(
     none_C = order_C[:0]
     repeated, clusters, cap = (none_C, none_C), None, None
     if (settings.dedup is not None or settings.balance) and len(order_C):
+        from dimefm.selection.clusters import capped, cluster_count, repetitions  # imports torch
+
         label_C = _labels(settings, texts, order_C, device)
         clusters = cluster_count(len(order_C))
         if settings.dedup is not None:
@@ -121,6 +122,8 @@ def _labels(
     settings: SelectionSettings, texts: Store, order_C: np.ndarray[Any, Any], device: str
 ) -> np.ndarray[Any, Any]:
     """The cluster of each candidate, int32 (C,). The store is read in the order of its rows."""
+    from dimefm.selection.clusters import cluster
+
     rows_C = np.sort(order_C)
     with Progress("clustering", len(rows_C), "text") as progress:
         label_C = cluster(texts, rows_C, seed=settings.seed, device=device, progress=progress.at)

@@ -26,7 +26,6 @@ from cache_schemas.text_selection import (
 )
 from dimefm.errors import MismatchError, SelectionError
 from dimefm.selection.choose_texts import REASON_TEXTS, Outcome, choose_texts
-from dimefm.selection.grounding import score_texts
 from dimefm.selection.report import examples, histogram, markdown_report, write_kept
 from dimefm.store.embedding_store import Store, require_same_data, require_same_teacher
 from dimefm.store.output_folder import OWN_AND_NEW, differing, in_lines, require_only, require_same
@@ -153,12 +152,14 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
     else or was made with other settings, MismatchError where the stores are not those of the pairs, StoreError where
     one of them is unfinished, SelectionError where no sentence is left.
     """
-    out, device = storage.absolute(config.out), choose_device(config.device)
+    out = storage.absolute(config.out)
     pairs = Pairs(config.pairs)
     hits_T = pairs.hits()
     texts = Store(config.texts or named(pairs.schema.texts, pairs.path))
     images = Store(config.images or named(pairs.schema.images, pairs.path)) if config.by == "similarity" else None
     _require_stores(pairs, images, texts)
+    computes = images is not None or config.dedup is not None or config.balance
+    device = choose_device(config.device) if computes else "cpu"  # it imports torch
     among = None if rows is None else digest_arrays(np.unique(rows).astype(np.int64))
     plan = SelectionPlan(
         images=images.path if images else pairs.schema.images,
@@ -269,6 +270,8 @@ def _scores_by_similarity(
         if differences:
             what = f"the scores of {other.path} are not those asked for {OWN_AND_NEW}:{in_lines(differences)}"
             raise MismatchError(what, remedy="leave --scores out, or select with those settings")
+    from dimefm.selection.grounding import score_texts  # imports torch
+
     with Progress("scoring", texts.schema.rows, "text") as progress:
         return score_texts(
             images,

@@ -8,34 +8,71 @@ from cache_schemas.plan import SourceFile
 from dimefm.errors import AbsentError, SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.base import TextSample
+from dimefm.sources.class_folders import folders_of_classes, names_of_folders
 from dimefm.sources.files import stat_files
 from dimefm.sources.text_lines import encoding_by_mark
 from dimefm.system import storage
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "templates.txt"
-_NEEDED = f"a labelled set needs {CLASSNAMES} and {TEMPLATES}"
+CLIP_BENCHMARK_TEMPLATES = "zeroshot_classification_templates.txt"
+DEFAULT_TEMPLATE = "a photo of a {c}."
+NEEDED = f"give {CLASSNAMES}, one class name per line, or a folder of images for each class"
 
 
 class PromptSet:
-    """The prompts of a labelled set: a folder with classnames.txt and with templates.txt, where {c} is the class."""
+    """The prompts of a labelled set: a folder with classnames.txt and with templates.txt, where {c} is the class. Class
+    folders stand for a missing classnames.txt, and DEFAULT_TEMPLATE for missing templates; the account then says so."""
 
     def __init__(self, root: str) -> None:
         self._root = storage.absolute(root)
 
     def files(self) -> list[SourceFile]:
-        """classnames.txt and templates.txt."""
+        """classnames.txt, or the class folders, and templates.txt if there is one."""
+        root, template_file = self._root, template_file_in(self._root)
+        classes = [storage.join(root, CLASSNAMES)] if has_classnames(root) else [*folders_of_classes(root).values()]
         try:
-            return stat_files([storage.join(self._root, name) for name in (CLASSNAMES, TEMPLATES)])
-        except AbsentError as error:
-            raise SourceError(error.what, remedy=f"{_NEEDED}; sentences are in files of other names") from None
+            return stat_files([*classes, *([storage.join(root, template_file)] if template_file else [])])
+        except AbsentError as error:  # deleted since
+            raise SourceError(error.what, remedy=NEEDED) from None
 
     def samples(self, account: Account) -> Iterator[TextSample]:
         """The prompts of each class, in every template; the key is set/class/template, with numbers counted from 0."""
         name = self._root.rstrip("/").rpartition("/")[2]
-        templates = read_templates(self._root)
-        for class_id, class_name in enumerate(read_classnames(self._root)):
+        names, templates, notes = class_texts(self._root)
+        for note in notes:
+            account.problem(f"{self._root}: {note}")
+        for class_id, class_name in enumerate(names):
             for template_id, template in enumerate(templates):
                 yield TextSample(f"{name}/{class_id}/{template_id}", prompt(template, class_name))
+
+
+def class_texts(root: str) -> tuple[list[str], list[str], list[str]]:
+    """The class names and the templates of a labelled set, and a line for each of the two that is not in a file of its
+    own and was made up. Raises SourceError for a set that has neither class names nor class folders."""
+    notes = []
+    if has_classnames(root):
+        names = read_classnames(root)
+    else:
+        folders = [*folders_of_classes(root)]
+        if not folders:
+            raise SourceError(f"{storage.join(root, CLASSNAMES)} does not exist", remedy=NEEDED)
+        names = names_of_folders(root, folders)
+        such_as = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        notes.append(f"no {CLASSNAMES}: class names are those of the folders, with spaces for _ and - ({such_as})")
+    if template_file := template_file_in(root):
+        return names, read_templates(root, template_file), notes
+    return names, [DEFAULT_TEMPLATE], [*notes, f'no {TEMPLATES}: the only prompt is "{DEFAULT_TEMPLATE}"']
+
+
+def has_classnames(root: str) -> bool:
+    """Whether a labelled set lists its class names."""
+    return storage.exists(storage.join(root, CLASSNAMES))
+
+
+def template_file_in(root: str) -> str | None:
+    """The name of the file that has the templates of a labelled set, its own or CLIP_benchmark's; None without one."""
+    names = (TEMPLATES, CLIP_BENCHMARK_TEMPLATES)
+    return next((name for name in names if storage.exists(storage.join(root, name))), None)
 
 
 def prompt(template: str, class_name: str) -> str:
@@ -65,7 +102,7 @@ def _read_lines(path: str) -> list[str]:
         data = storage.read_bytes(path)
         lines = data.decode(encoding_by_mark(data)).splitlines()
     except FileNotFoundError:
-        raise SourceError(f"{path} does not exist", remedy=_NEEDED) from None
+        raise SourceError(f"{path} does not exist", remedy=NEEDED) from None
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8: {error}", remedy="write it again as UTF-8 (iconv does)") from None
     found = [line.strip() for line in lines]

@@ -8,6 +8,7 @@ from cache_schemas.plan import SourceFile
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import Joined, Source, TextSample
+from dimefm.sources.class_folders import is_image_folder
 from dimefm.sources.file_names import why_not_read
 from dimefm.sources.files import expand, is_glob
 from dimefm.sources.json_fields import NoColumnError
@@ -154,7 +155,11 @@ def _open_folder(argument: str, path: str, column: str | None, account: Account)
             account.skip("files of a labelled set beside its class names and templates", file.path)
         return [PromptSet(path)]
     kinds: dict[str | None, list[SourceFile]] = {}
-    for file in _of_known_kind(files_below(path, account), account):
+    below = files_below(path, account)
+    sentences = [file for file in below if _kind(file.path) and file.path != storage.join(path, TEMPLATES)]
+    if not sentences and is_image_folder(path, below):
+        return [PromptSet(path)]
+    for file in _of_known_kind(below, account):
         kinds.setdefault(_kind(file.path), []).append(file)
     for kind in _BESIDE:
         for file in kinds.pop(kind, ()) if len(kinds) > 1 else ():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 _LEAST = 3  # letters that say something about a name
 
@@ -27,6 +28,22 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
         return otherwise
     *first, last = near
     return f"did you mean {', '.join(first)} or {last}?" if first else f"did you mean {last}?"
+
+
+def did_you_mean_path(path: str, otherwise: str = "") -> str:
+    """A remedy for a local path that leads nowhere: `did you mean 'sets/pets'?`, with what has a name like the first
+    part of the path that does not exist, if the rest of the path exists there; else `otherwise`."""
+    parts = Path(path).parts
+    wrong = next((i for i in range(len(parts)) if not Path(*parts[: i + 1]).exists()), None)
+    if wrong is None:
+        return otherwise
+    parent, rest = Path(*parts[:wrong]), parts[wrong + 1 :]
+    try:
+        beside = sorted(one.name for one in parent.iterdir())
+    except OSError:
+        return otherwise
+    near = [parent.joinpath(name, *rest) for name in near_names(parts[wrong], beside)]
+    return did_you_mean(path, [str(one) for one in near if one.exists()], otherwise)
 
 
 def _plain(name: str) -> str:

@@ -8,20 +8,14 @@ RUN/checkpoints/best.json          {"step": 900, "score": 0.61}
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import google_crc32c
-import torch
 
 from cache_schemas.run import CHECKPOINTS
 from dimefm.errors import StoreError
 from dimefm.system import storage
-from dimefm.system.transfer import fetch
 
 _NAME = re.compile(r"step-(\d{8})\.pt")
 _BLOCK = 2**20
@@ -38,6 +32,8 @@ class Checkpoints:
 
         Raises StoreError if it cannot be written, as on a full disk; earlier checkpoints are not touched then.
         """
+        import torch
+
         path = self._path(step)
         with storage.writing_to(str(path)):
             storage.remove_leftovers(str(self._folder))  # left by a kill: they may be what fills the disk
@@ -61,6 +57,8 @@ class Checkpoints:
     def load(self, which: str = "last") -> dict[str, Any] | None:
         """The state of "last", "best" or the number of a step; None if there is no such checkpoint. Raises StoreError
         for a damaged file."""
+        import torch
+
         step = self.step(which)
         if step is None:
             return None
@@ -106,75 +104,6 @@ class Checkpoints:
         """The steps that have a checkpoint, ascending."""
         names = self._folder.iterdir() if self._folder.is_dir() else ()
         return sorted(int(m[1]) for p in names if (m := _NAME.fullmatch(p.name)))
-
-
-class CheckpointWriter:
-    """Writes checkpoints in a thread while training goes on. The end of a `with` waits for the last of them.
-
-    A StoreError in the thread is raised by whichever method is called next.
-    """
-
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self._checkpoints = checkpoints
-        self._thread = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._thread.shutdown()
-        with suppress(Exception) if kind else nullcontext():  # or it would hide the error that ended the run
-            self.wait()
-
-    def begin(self, step: int, state: dict[str, Any], score: float | None = None) -> None:
-        """Begin Checkpoints.save with the state as it is now, once the checkpoint before is written."""
-        self.wait()
-        arrived = _snapshot(state)
-        self._writing = self._thread.submit(lambda: self._checkpoints.save(step, arrived(), score))
-
-    def check(self) -> None:
-        """Raise the error of a checkpoint that could not be written, if there is one by now."""
-        if self._writing and self._writing.done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Wait until all is written."""
-        writing, self._writing = self._writing, None
-        if writing:
-            writing.result()
-
-
-def _snapshot(state: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """Copy the state as it is now, without waiting for a GPU. The function that is returned waits for the copy, and
-    gives it in memory."""
-    on_gpu: list[torch.Tensor] = []
-
-    def taken(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_cuda:
-            return tensor.clone()
-        on_gpu.append(tensor)
-        return tensor
-
-    copied = _map_tensors(state, taken)
-    arriving = fetch(*on_gpu) if on_gpu else None
-
-    def arrived() -> dict[str, Any]:
-        in_memory = iter(arriving.wait() if arriving else ())
-        return _map_tensors(copied, lambda tensor: next(in_memory) if tensor.is_cuda else tensor)  # type: ignore[no-any-return]
-
-    return arrived
-
-
-def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Nested values with `change` applied to every tensor, always in the same order."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {name: _map_tensors(part, change) for name, part in value.items()}
-    return [_map_tensors(part, change) for part in value] if isinstance(value, list) else value
 
 
 class _ChecksummedFile:

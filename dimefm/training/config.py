@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from cache_schemas import parse_dataclass, to_plain
 from cache_schemas.identity import Activation, Precision
 from dimefm.errors import TrainingError
+from dimefm.training.ranges import out_of_range
 
 MAX_SCALE = 100.0
 
@@ -62,13 +63,11 @@ class LossConfig:
 
     def problems(self) -> list[str]:
         """Settings that make no sense, in words."""
-        wrong = [f"loss.scale must be {MAX_SCALE:g} at most to be learned, found {self.scale:g}"] * (
-            self.logit_scale == "learned" and not 1 <= self.scale <= MAX_SCALE
-        )
-        wrong += [f"loss.{name} must not be below 0" for name in (*self.WEIGHTS, "queue") if getattr(self, name) < 0]
-        for name in ("vl_temperature", "pvl_temperature", "udist_temperature", "scale"):
-            if getattr(self, name) <= 0:
-                wrong.append(f"loss.{name} must be above 0, found {getattr(self, name)}")
+        temperatures = ("vl_temperature", "pvl_temperature", "udist_temperature", "scale")
+        numbers = out_of_range(self, above_0=temperatures, not_below_0=(*self.WEIGHTS, "queue"))
+        wrong = [f"loss.{problem}" for problem in numbers]
+        if self.logit_scale == "learned" and not 1 <= self.scale <= MAX_SCALE:
+            wrong.append(f"loss.scale must be from 1 to {MAX_SCALE:g} to be learned, found {self.scale:g}")
         if not any(getattr(self, name) for name in self.WEIGHTS):
             wrong.append("every loss has weight 0")
         scores = self.vl or self.pvl or self.udist
@@ -93,6 +92,14 @@ class TextMix:
     """Share drawn from the visually grounded ones: those of `selection`, else those retrieved for some image."""
     retrieved: float = 0.0
     """Share drawn from sentences that were retrieved for an image of the same batch."""
+
+    def problems(self) -> list[str]:
+        """Shares that make no sense, in words."""
+        wrong = [f"text_mix.{problem}" for problem in out_of_range(self, above_0=(), not_below_0=self.WEIGHTS)]
+        if not wrong and abs(self.random + self.selected + self.retrieved - 1) > 1e-6:
+            typed = ",".join(f"{kind}={share:g}" for kind, share in vars(self).items() if share) or "of no share"
+            wrong.append(f"the text mix {typed} does not add up to 1")
+        return wrong
 
     def counts(self, total: int) -> tuple[int, int, int]:
         """How many of `total` texts come from each; the random ones take up what rounding leaves."""
@@ -220,28 +227,35 @@ class TrainConfig:
     """Train from Parquet files without pixels in the store, although that is slow."""
 
     def __post_init__(self) -> None:
-        wrong = self._values_out_of_range() + self.loss.problems() + self._text_problems()
+        wrong = self._values_out_of_range() + self.loss.problems() + self.text_mix.problems() + self._text_problems()
         wrong += self._options_without_effect()
         if wrong:
-            raise TrainingError("; ".join(wrong), remedy="change the named options")
+            raise TrainingError("; ".join(wrong), remedy="change the named options; train-student --fields lists all")
 
     def _values_out_of_range(self) -> list[str]:
-        wrong = [
-            f"{name} must be above 0, found {getattr(self, name)}"
-            for name in ("epochs", "batch_size", "texts_per_step", "text_batch_size", "lr", "accumulate", "keep",
-                         "checkpoint_every", "log_every", "val_every", "image_size", "clip_grad", "max_steps", "eps",
-                         "threads")
-            if getattr(self, name) is not None and getattr(self, name) <= 0
-        ]  # fmt: skip
+        wrong = out_of_range(
+            self,
+            above_0=("epochs", "batch_size", "texts_per_step", "text_batch_size", "lr", "accumulate", "keep",
+                     "checkpoint_every", "log_every", "val_every", "image_size", "clip_grad", "max_steps", "eps",
+                     "threads", "init_std"),
+            not_below_0=("min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "workers", "seed", "init_mean"),
+        )  # fmt: skip
+        if wrong:
+            return wrong
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             wrong.append(f"crop_scale must be 0 < low <= high <= 1, found {self.crop_scale}")
         if not all(0 <= beta < 1 for beta in self.betas):
             wrong.append(f"betas must be 0 <= beta < 1, found {self.betas}")
-        if self.workers is not None and self.workers < 0:
-            wrong.append(f"workers must not be below 0, found {self.workers}")
         if self.ema is not None and not 0 < self.ema < 1:
             wrong.append(f"ema must lie between 0 and 1, found {self.ema}")
+        if self.seed >= 2**63:
+            wrong.append(f"seed must be below 2^63, found {self.seed}")
+        wrong += [
+            f"{name} is in parts of 1, found {value}: divide by 255"
+            for name, value in (("init_mean", self.init_mean), ("init_std", self.init_std))
+            if value and max(value) > 1
+        ]
         return wrong
 
     def _options_without_effect(self) -> list[str]:
@@ -256,9 +270,11 @@ class TrainConfig:
         mix = self.text_mix
         selected_by_pairs = mix.selected and not self.selection  # then all that were retrieved are the selected ones
         if self.pairs and not (mix.retrieved or selected_by_pairs or self.loss.contrastive):
-            idle.append("pairs are given, but neither the text mix nor the loss draws from them")
+            uses = "--text-mix retrieved=..., --text-mix selected=... without a selection, or --loss contrastive=..."
+            idle.append(f"pairs are given, but neither the text mix nor the loss draws from them; {uses} would")
         if self.selection and not (mix.selected or self.text_student):
-            idle.append("a selection is given, but the text mix draws nothing from it")
+            uses = "--text-mix selected=... or --text-student"
+            idle.append(f"a selection is given, but the text mix draws nothing from it; {uses} would")
         return idle
 
     def _text_problems(self) -> list[str]:
@@ -269,6 +285,18 @@ class TrainConfig:
         if self.text_loss.contrastive:
             wrong.append("text_loss.contrastive: a text tower has no pairs to learn from")
         return wrong
+
+    def steps(self, per_epoch: int) -> int:
+        """Length of the run, with so many steps in an epoch."""
+        return min(round(self.epochs * per_epoch), self.max_steps or 2**62)
+
+    def warmup_steps(self, per_epoch: int) -> int:
+        """Steps of the warm-up."""
+        return round(self.warmup_epochs * per_epoch)
+
+    def validation_steps(self, per_epoch: int) -> int:
+        """Steps between validations."""
+        return max(1, round(self.val_every * per_epoch))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as in run.json."""

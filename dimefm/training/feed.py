@@ -25,6 +25,7 @@ from dimefm.store.pairs_store import Pairs
 from dimefm.system.progress import amount
 from dimefm.system.storage import is_url
 from dimefm.training.batch_loader import Requests, take_ahead, training_loader
+from dimefm.training.before_training import notes_on_inputs, notes_on_length, require_startable
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import TrainConfig
 from dimefm.training.distributed import Place
@@ -62,6 +63,42 @@ class Feed:
     steps: int
     first_step: int
     batches: Iterator[Pair]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would read, in which order, and how long it is. `texts` is the order of a text tower's sentences."""
+
+    inputs: Inputs
+    order: Literal["chunks", "blocks"]
+    images: Order
+    texts: Order | None
+    steps_per_epoch: int
+    steps: int
+    first_step: int
+
+
+def plan_feed(config: TrainConfig, place: Place) -> Plan:
+    """Open the stores that a run reads, and count its steps. Raises TrainingError, MismatchError or StoreError for what
+    the user can mend."""
+    require_startable(config)
+    inputs = open_inputs(config)
+    kind = choose_order(config, inputs)
+    images, texts = _orders(config, inputs, place, kind)
+    per_epoch = images.steps_per_epoch
+    steps = config.steps(per_epoch)
+    if steps < 1:
+        raise TrainingError(f"{config.epochs:g} epochs of {per_epoch} steps are none", remedy="give more --epochs")
+    first = Checkpoints(config.out).step() or 0
+    if not (first or config.accept_slow):
+        _require_fast(inputs.images)
+    return Plan(inputs, kind, images, texts, per_epoch, steps, first)
+
+
+def notes_on_feed(config: TrainConfig, feed: Feed) -> list[str]:
+    """Notes for the user on what a run reads, and for how long."""
+    notes = notes_on_inputs(config) + notes_on_length(config, feed.steps, feed.steps_per_epoch)
+    return notes + notes_on_remote_data(feed.inputs, feed.bank, feed.order)
 
 
 def notes_on_remote_data(inputs: Inputs, bank: TextBank | None, order: Literal["chunks", "blocks"]) -> list[str]:
@@ -106,23 +143,16 @@ def open_feed(config: TrainConfig, place: Place) -> Iterator[Feed]:
 
     Raises TrainingError, MismatchError or StoreError for what the user can mend.
     """
-    inputs = open_inputs(config)
-    kind = choose_order(config, inputs)
-    images, texts = _orders(config, inputs, place, kind)
-    per_epoch = images.steps_per_epoch
-    steps = min(round(config.epochs * per_epoch), config.max_steps or 2**62)
-    if steps < 1:
-        raise TrainingError(f"{config.epochs:g} epochs of {per_epoch} steps are none", remedy="give more --epochs")
-    first = Checkpoints(config.out).step() or 0
-    if not (first or config.accept_slow):
-        _require_fast(inputs.images)
+    plan = plan_feed(config, place)
+    inputs, first, steps = plan.inputs, plan.first_step, plan.steps
     bank = _text_bank(config, inputs, place)
     with ExitStack() as stack:
         batches: Iterator[Pair] = iter(())
         if first < steps:
             requests = partial(Requests, first=first, steps=steps, rank=place.rank, world=place.world)
-            batches = _start(config, place, inputs, bank, requests(images), requests(texts) if texts else None, stack)
-        yield Feed(inputs, kind, bank, per_epoch, steps, first, batches)
+            texts = requests(plan.texts) if plan.texts else None
+            batches = _start(config, place, inputs, bank, requests(plan.images), texts, stack)
+        yield Feed(inputs, plan.order, bank, plan.steps_per_epoch, steps, first, batches)
 
 
 def _require_fast(images: Store) -> None:
@@ -200,7 +230,7 @@ def _orders(
         texts = Order(store=inputs.texts, seed=config.seed, batch_size=size, only=only, stream=TEXT_STREAM, kind=kind)
     _require_batches(images, place, config, "a batch", "images", "--batch-size")
     if texts:
-        _require_batches(texts, place, config, "a text batch", "sentences", "text_batch_size")
+        _require_batches(texts, place, config, "a text batch", "sentences", "--set text_batch_size=N")
     return images, texts
 
 
@@ -214,5 +244,6 @@ def _require_batches(order: Order, place: Place, config: TrainConfig, batch: str
         what = f"{batch} of {size} over {place.world} processes is less than one for each of its passes"
         raise TrainingError(what, remedy="give a smaller --accumulate")
     if order.steps_per_epoch == 0:
-        what = f"{batch} of {size} is more than the {items} with an embedding in {order.store.path}"
-        raise TrainingError(what, remedy=f"give a smaller {option}")
+        which = " and in the selection" if order.only is not None else ""
+        what = f"{batch} of {size:,} {items} is more than the {order.rows:,} with an embedding in {order.store.path}"
+        raise TrainingError(what + which, remedy=f"give a smaller {option}, {order.rows} at most")

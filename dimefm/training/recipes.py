@@ -1,14 +1,26 @@
-"""Recipes: functions that return a training config. `paper` is the authors'; the others are for the shipped sample."""
+"""Recipes: functions that return a training config. `paper` is the authors'; the others are for the shipped sample.
+
+Each takes any field of TrainConfig by name, to change it: ``paper(images, texts, out, student="resnet18", lr=1e-3)``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, Protocol
 
+from dimefm.errors import TrainingError
+from dimefm.system.near_names import did_you_mean
 from dimefm.training.config import LossConfig, TextMix, TrainConfig
 
 
-def paper(images: str, texts: str, out: str) -> TrainConfig:
+class Recipe(Protocol):
+    """A config of three paths, in which `changes` are laid over the fields that the recipe sets. Raises TrainingError
+    for a field that does not exist, and for values that make no sense."""
+
+    def __call__(self, images: str, texts: str, out: str, **changes: Any) -> TrainConfig: ...
+
+
+def paper(images: str, texts: str, out: str, **changes: Any) -> TrainConfig:
     """ViT-B/32 from scratch, 100 epochs, vl and pvl, with the numbers of the authors' released code. It differs from
     that code in these points:
 
@@ -24,7 +36,7 @@ def paper(images: str, texts: str, out: str) -> TrainConfig:
       (training/row_order.py); theirs one by one.
     - Logits and losses are float32; theirs are half precision, under autocast.
     """
-    return TrainConfig(
+    recipe = TrainConfig(
         images=images,
         texts=texts,
         out=out,
@@ -41,9 +53,10 @@ def paper(images: str, texts: str, out: str) -> TrainConfig:
         text_mix=TextMix(),
         crop_scale=(0.08, 1.0),
     )
+    return _changed(recipe, changes)
 
 
-def sample(images: str, texts: str, out: str) -> TrainConfig:
+def sample(images: str, texts: str, out: str, **changes: Any) -> TrainConfig:
     """The best student of those tried that trains on the shipped sample in two minutes on two CPU cores, even without
     AMX.
 
@@ -51,7 +64,7 @@ def sample(images: str, texts: str, out: str) -> TrainConfig:
     regresses the cached embeddings, which beats the paper's losses at this budget (benchmarks/RESULTS.md). It uses one
     torch thread: the step of so small a student is no faster with two, and far slower beside a busy neighbour.
     """
-    return TrainConfig(
+    recipe = TrainConfig(
         images=images,
         texts=texts,
         out=out,
@@ -72,20 +85,31 @@ def sample(images: str, texts: str, out: str) -> TrainConfig:
         threads=1,
         checkpoint_every=500,
     )
+    return _changed(recipe, changes)
 
 
-def sample_paper(images: str, texts: str, out: str) -> TrainConfig:
+def sample_paper(images: str, texts: str, out: str, **changes: Any) -> TrainConfig:
     """The paper's objective on the shipped sample: vl and pvl as released, over many texts per step, which are drawn
     from the visually grounded selection (`selection` must name it). It takes two minutes on two CPU cores."""
-    return replace(
-        sample(images, texts, out),
+    recipe = sample(
+        images,
+        texts,
+        out,
         epochs=10,
         warmup_epochs=0.5,
         loss=LossConfig(vl=0.7, pvl=0.3),
         text_mix=TextMix(selected=1.0, random=0.0),
     )
+    return _changed(recipe, changes)
 
 
-RECIPES: dict[str, Callable[[str, str, str], TrainConfig]] = {
+def _changed(recipe: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+    for name in changes.keys() - TrainConfig.__dataclass_fields__.keys():
+        near = did_you_mean(name, TrainConfig.__dataclass_fields__, "dimefm train-student --fields lists all")
+        raise TrainingError(f"no field of TrainConfig is called {name!r}", remedy=near)
+    return replace(recipe, **changes)
+
+
+RECIPES: dict[str, Recipe] = {
     "paper": paper, "sample-paper": sample_paper, "sample": sample,
 }  # fmt: skip

@@ -8,9 +8,7 @@ from typing import Literal
 
 from cache_schemas import Run, StudentSpec, TeacherIdentity
 from cache_schemas.run import RUN_FILE, Change
-from dimefm.errors import MismatchError, StoreError, TrainingError
-from dimefm.models.first_weights import fit_to_first_weights
-from dimefm.models.towers import student_spec, text_spec
+from dimefm.errors import MismatchError, StoreError
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
 from dimefm.store.output_folder import ANOTHER_OUT, OWN_AND_NEW, differing, in_lines, require_only
@@ -18,6 +16,7 @@ from dimefm.store.pairs_store import Pairs, require_pairs_match
 from dimefm.store.selected_texts import SelectedTexts
 from dimefm.system import storage
 from dimefm.system.versions import versions
+from dimefm.training.before_training import require_changeable
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import NEVER_DIFFER, NEVER_DIFFER_IN_LOSS, TrainConfig
 
@@ -98,7 +97,9 @@ def plan_run(
     `machine` or number of `processes`. Before the first checkpoint anything may differ. Raises OutputExistsError if the
     folder holds something else.
     """
-    _require_names(allow_changes)
+    from dimefm.models.towers import text_spec  # imports open_clip: a run is read without it
+
+    require_changeable(allow_changes)
     images, pairs, selection = inputs.images, inputs.pairs, inputs.selection
     teacher = images.schema.teacher
     run = Run(
@@ -135,6 +136,9 @@ def plan_run(
 
 def _student(config: TrainConfig, teacher: TeacherIdentity, done: int) -> StudentSpec:
     """The image tower. Before the first checkpoint it takes the preprocessing of its first weights."""
+    from dimefm.models.first_weights import fit_to_first_weights
+    from dimefm.models.towers import student_spec
+
     spec = student_spec(config.student, teacher, config.image_size)
     if not config.init or done:
         return spec
@@ -191,14 +195,6 @@ def _refusal(out: str, refused: dict[str, str], allowed: tuple[str, ...]) -> Mis
     if named <= _may_change():
         remedy += f"; to go on with the change: --allow-changes {','.join(sorted(named))}"
     return MismatchError(what, remedy=remedy)
-
-
-def _require_names(allowed: tuple[str, ...]) -> None:
-    names = _may_change()
-    unknown = sorted(set(allowed) - names)
-    if unknown:
-        what = f"--allow-changes: {', '.join(unknown)} cannot change within a run"
-        raise TrainingError(what, remedy=f"those that can: {', '.join(sorted(names))}")
 
 
 def _may_change() -> set[str]:

@@ -23,6 +23,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from cache_schemas.run import METRICS_FILE
 from dimefm.system import storage
 from dimefm.system.progress import Progress
+from dimefm.training.read_metrics import read_metrics
 
 
 class RunLog:
@@ -130,21 +131,3 @@ class _Events:
     def _write(self, **facts: Any) -> None:
         self._records.write(Event(wall_time=time.time(), **facts).SerializeToString())
         self._file.flush()
-
-
-def read_metrics(out: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none if there is no file. A line that a kill cut off is left out."""
-    path = Path(out) / METRICS_FILE
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
-
-
-def last_validation(out: str) -> dict[str, float]:
-    """The scores of a run's last validation; empty if there was none."""
-    lines = [line for line in read_metrics(out) if line["event"] == "validation"]
-    return {k: v for k, v in lines[-1].items() if k not in ("event", "step")} if lines else {}

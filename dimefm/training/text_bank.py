@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
 from dimefm.store.selected_texts import SelectedTexts
 from dimefm.system.machine import available_memory, processes_here
+from dimefm.training.before_training import require_sources
 from dimefm.training.config import TextMix
 
 CPU = torch.device("cpu")
@@ -69,17 +70,12 @@ class TextBank:
     ) -> None:
         """`paired` asks for each image's own sentence too; `total` may be 0 where nothing else is needed. Raises
         TrainingError for a mix that cannot be drawn."""
-        _require_sources(mix, pairs, selection, paired)
+        require_sources(mix, pairs, selection, paired=paired)
         self._store, self._mix, self._pairs, self._paired = store, mix, pairs, paired
         self._seed, self._total = seed, total
         self._good = np.flatnonzero(store.status() == Status.OK).astype(np.int32) if mix.random else _NO_ROWS
         self._selected = _selected_rows(pairs, selection) if mix.selected else _NO_ROWS
-        size = store.schema.rows * store.schema.dim * store.schema.item_bytes
-        self.kept_in = "disk"
-        if size <= _room_on(device):
-            self.kept_in = "device"
-        elif size <= _room_in_memory():
-            self.kept_in = "memory"
+        self.kept_in = place_of(store, device)
         self._in_memory = store.read(0, store.schema.rows) if self.kept_in == "memory" else None
         self._on_device: torch.Tensor | None = None
         self._process = os.getpid()
@@ -159,21 +155,12 @@ class TextBank:
         return self._on_device[rows_N].float()
 
 
-def _require_sources(mix: TextMix, pairs: Pairs | None, selection: SelectedTexts | None, paired: bool) -> None:
-    """Raises TrainingError for a mix whose shares make no sense, or that draws from what was not given."""
-    shares = (mix.random, mix.selected, mix.retrieved)
-    if abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
-        typed = ",".join(f"{kind}={share:g}" for kind, share in vars(mix).items() if share)
-        raise TrainingError(
-            f"the text mix {typed} does not add up to 1",
-            remedy="give shares from 0 to 1, such as random=0.5,selected=0.5",
-        )
-    if pairs is None and (mix.retrieved or paired):
-        what = "retrieved texts need" if mix.retrieved else "the contrastive loss needs"
-        raise TrainingError(f"{what} --pairs", remedy="run dimefm retrieve first")
-    if mix.selected and pairs is None and selection is None:
-        remedy = "run dimefm retrieve first, and select-texts for a selection"
-        raise TrainingError("selected texts need --selection or --pairs", remedy=remedy)
+def place_of(store: Store, device: torch.device) -> Literal["device", "memory", "disk"]:
+    """Where the embeddings of a text store are kept during a run."""
+    size = store.schema.rows * store.schema.dim * store.schema.item_bytes
+    if size <= _room_on(device):
+        return "device"
+    return "memory" if size <= _room_in_memory() else "disk"
 
 
 def _selected_rows(pairs: Pairs | None, selection: SelectedTexts | None) -> _Rows:

@@ -25,7 +25,8 @@ from dimefm.system.named_paths import allowing
 from dimefm.system.transfer import Arriving, Transfer, fetch
 from dimefm.training.batch_loader import explain_reader_death
 from dimefm.training.build_towers import build_towers
-from dimefm.training.checkpoints import Checkpoints, CheckpointWriter
+from dimefm.training.checkpoint_writer import CheckpointWriter
+from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import TrainConfig
 from dimefm.training.distributed import (
     Place,
@@ -36,13 +37,14 @@ from dimefm.training.distributed import (
     require_same_step,
     wait_for_all,
 )
-from dimefm.training.feed import TEXT_STREAM, Feed, notes_on_remote_data, open_feed
+from dimefm.training.feed import TEXT_STREAM, Feed, notes_on_feed, open_feed
 from dimefm.training.image_batches import Batch
 from dimefm.training.machine_settings import decide_settings
 from dimefm.training.not_finite import explain_out_of_memory, not_finite_error
 from dimefm.training.optimizer import adamw, learning_rate
+from dimefm.training.read_metrics import last_validation
 from dimefm.training.run_folder import plan_run, write_run
-from dimefm.training.run_log import RunLog, last_validation
+from dimefm.training.run_log import RunLog
 from dimefm.training.stop_signal import StopSignal
 from dimefm.training.text_batches import TextBatch
 from dimefm.training.tower_trainer import Learned, TowerTrainer
@@ -73,7 +75,7 @@ def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
     with allowing(config.val), lock, open_feed(config, place) as feed, explain_reader_death():
         join_group(config.device)  # from here on nothing is forked
         config, notes = decide_settings(config, place, allow_changes)
-        notes += notes_on_remote_data(feed.inputs, feed.bank, feed.order)
+        notes += notes_on_feed(config, feed)
         with _threads(config.threads):
             result = _Trainer(config, place, feed, allow_changes).run(notes)
     leave_group(place)
@@ -163,7 +165,7 @@ class _Trainer:
         read at once where a validation, a checkpoint or the end follows: nothing is kept of a step that is not finite.
         """
         steps, vote, scores = self.feed.steps, Vote(self.place), dict[str, float]()
-        validate_every = max(1, round(self.config.val_every * self.feed.steps_per_epoch))
+        validate_every = self.config.validation_steps(self.feed.steps_per_epoch)
         asked_at, previous = time.monotonic(), None
         for batch, texts in self.feed.batches:
             pending = self._step(batch, texts, waited=time.monotonic() - asked_at)
@@ -215,7 +217,7 @@ class _Trainer:
     def _set_learning_rate(self, step: int) -> float:
         config, per_epoch = self.config, self.feed.steps_per_epoch
         lr = learning_rate(
-            step, steps=self.feed.steps, warmup_steps=round(config.warmup_epochs * per_epoch), peak=config.lr,
+            step, steps=self.feed.steps, warmup_steps=config.warmup_steps(per_epoch), peak=config.lr,
             warmup_start=config.warmup_lr, floor=config.min_lr,
         )  # fmt: skip
         for group in self.optimizer.param_groups:

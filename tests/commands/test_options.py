@@ -16,7 +16,7 @@ from dimefm.commands.options import fields_of, options_of, say_json
 from dimefm.evaluation.config import EvaluationConfig
 from dimefm.exchange.import_embeddings import ImportConfig
 from dimefm.inspection.verify import VerifyConfig
-from dimefm.models.pretraining import Trained
+from dimefm.models.trained import Trained
 from dimefm.retrieval.build_index import IndexConfig
 from dimefm.selection.select_texts import SelectionConfig
 from dimefm.training.config import LossConfig, TextMix, TrainConfig

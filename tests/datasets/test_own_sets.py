@@ -173,13 +173,73 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert f"{tmp_path}/nowhere is no folder" in refused(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["classnames.txt", "templates.txt"])
+@pytest.mark.parametrize("made", [in_tars, in_parquet])
+def test_a_set_in_files_without_class_names_is_refused(made: Callable[[Path], Path], tmp_path: Path) -> None:
+    (made(tmp_path) / "classnames.txt").unlink()
+    assert f"{tmp_path}/classnames.txt does not exist" in refused(tmp_path)
+
+
+# -- class folders alone ----------------------------------------------------------------------------------------------
+
+NO_TEMPLATES = 'no templates.txt: the only prompt is "a photo of a {c}."'
+
+
 @pytest.mark.parametrize("made", [in_tars, in_parquet, in_folders])
-def test_a_set_without_class_names_or_templates_is_refused(
-    made: Callable[[Path], Path], name: str, tmp_path: Path
-) -> None:
-    (made(tmp_path) / name).unlink()
-    assert f"{tmp_path}/{name} does not exist" in refused(tmp_path)
+def test_a_set_without_templates_has_the_usual_one_and_says_so(made: Callable[[Path], Path], tmp_path: Path) -> None:
+    (made(tmp_path) / "templates.txt").unlink()
+    images = open_folder(str(tmp_path))
+    assert (images.classnames, images.templates) == (tuple(CLASSES), ("a photo of a {c}.",))
+    assert images.notes == (NO_TEMPLATES,)
+
+
+def plain(folder: Path, *classes: str) -> Path:
+    """Class folders with an image each, and nothing else."""
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "0.jpg").write_bytes(IMAGES[number])
+    return folder
+
+
+def test_class_folders_alone_are_a_set_whose_classes_are_the_names_of_the_folders(tmp_path: Path) -> None:
+    images = open_folder(str(plain(tmp_path, "red_bus", "Golden-Retriever", "cat", "собака")))
+    assert images.classnames == ("Golden Retriever", "cat", "red bus", "собака")
+    assert images.prompts()[0] == ["a photo of a Golden Retriever."]
+    assert [(s.key, int(c)) for s, c in zip(images.samples, images.class_labels, strict=True)] == [
+        *(("Golden-Retriever/0", 0), ("cat/0", 1), ("red_bus/0", 2), ("собака/0", 3)),
+    ]
+    names = "class names are those of the folders, with spaces for _ and - (Golden Retriever, cat, red bus, ...)"
+    assert images.notes == (f"no classnames.txt: {names}", NO_TEMPLATES)
+    (tmp_path / "templates.txt").write_text("the {c}\n")
+    assert open_folder(str(tmp_path)).templates == ("the {c}",)
+
+
+@pytest.mark.parametrize("test", ["test", "val"])
+def test_the_classes_of_both_splits_count_as_torchvision_has_them(test: str, tmp_path: Path) -> None:
+    plain(tmp_path / test, "bus", "dog")
+    plain(tmp_path / "train", "ant", "bus", "dog")
+    (tmp_path / "val").mkdir(exist_ok=True)
+    tested, trained = open_folder(str(tmp_path)), open_folder(str(tmp_path), "train")
+    assert tested.classnames == trained.classnames == ("ant", "bus", "dog")
+    assert (tested.class_labels.tolist(), trained.class_labels.tolist()) == ([1, 2], [0, 1, 2])
+    assert "1 of 3 classes have no image, such as ant: means per class are over the others" in tested.notes
+
+
+@pytest.mark.parametrize(
+    ("folders", "what"),
+    [
+        (("0", "1"), "has no classnames.txt, and its class folders are numbers, such as 0"),
+        (("n01440764", "n01443537"), "numbers, such as n01440764"),
+        (("red_bus", "red-bus"), "the class folders red-bus and red_bus would have one class name, 'red bus'"),
+        (("cat",), "has one class, 'cat'"),
+    ],
+)
+def test_class_folders_that_name_no_classes_are_refused(folders: tuple[str, ...], what: str, tmp_path: Path) -> None:
+    assert what in refused(plain(tmp_path, *folders))
+
+
+def test_a_mistyped_folder_is_answered_with_one_that_is_like_it(tmp_path: Path) -> None:
+    in_tars(tmp_path / "pets")
+    assert f"did you mean '{tmp_path}/pets'?" in refused(tmp_path / "pest")
 
 
 def test_a_single_class_is_refused_since_any_model_would_be_right(tmp_path: Path) -> None:

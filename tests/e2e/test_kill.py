@@ -29,7 +29,7 @@ from dimefm.store.pairs_store import Pairs
 from dimefm.system import storage
 from dimefm.system.storage import durable, files, folders
 from dimefm.training.checkpoints import Checkpoints
-from dimefm.training.run_log import read_metrics
+from dimefm.training.read_metrics import read_metrics
 from tests.making import make_jpeg
 from tests.processes import FORKING, Command, Gate, processes
 from tests.stores import random_store

@@ -18,7 +18,6 @@ from dimefm.evaluation.intervals import (
     bootstrap_interval,
     map_11_point_interval,
     mean_interval,
-    mean_of,
     mean_per_class_interval,
     retrieval_intervals,
     roc_auc_interval,
@@ -33,6 +32,7 @@ from dimefm.evaluation.metrics import (
     roc_auc,
     topk_correct,
 )
+from dimefm.evaluation.suite_means import mean_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "map_11_point.json"
 SEEDS = st.integers(0, 2**32 - 1)

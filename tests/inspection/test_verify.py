@@ -460,7 +460,7 @@ def test_another_teacher_is_named(stores: dict[str, Path]) -> None:
     # a model of open_clip without weights, which need no download; it is another one all the same
     with pytest.MonkeyPatch.context() as patch:
         other = replace(store.schema.teacher, name="RN50", weights="other")
-        patch.setattr("dimefm.inspection.verify.load_clip", lambda *_, **__: type("Other", (), {"identity": other}))
+        patch.setattr("dimefm.models.clip.load_clip", lambda *_, **__: type("Other", (), {"identity": other}))
         result = run(Path(store.path), *words)
     assert result.exit_code == 1
     assert "RN50 is not the teacher of the store: weights: " in result.output

@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from cache_schemas.run import CONFIG_FILE, WEIGHTS_FILE
 from dimefm.models.clip import load_clip
-from dimefm.models.hub import WEIGHTS_FILE
-from dimefm.models.names import CONFIG_FILE
 from dimefm.models.open_clip_folder import beside_text_tower, publish_folder
 from dimefm.models.towers import build_student, build_text_student, student_spec, text_spec
 

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
-from cache_schemas.run import RUN_FILE
+from cache_schemas.run import CONFIG_FILE, RUN_FILE, WEIGHTS_FILE
 from dimefm.errors import TeacherError
 from dimefm.export.export_student import export
 from dimefm.inspection.verify import VerifyConfig, verify
 from dimefm.models.clip import load_clip
-from dimefm.models.hub import WEIGHTS_FILE, require_cached
-from dimefm.models.names import CONFIG_FILE
+from dimefm.models.hub import require_cached
 from dimefm.models.towers import TextSpec, tokenizer_of
 from dimefm.retrieval.search import search
 from tests.stores import random_store

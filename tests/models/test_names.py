@@ -12,8 +12,8 @@ import pytest
 import timm
 from timm.models._registry import _model_entrypoints
 
+from cache_schemas.run import CONFIG_FILE
 from dimefm.errors import TeacherError, TrainingError
-from dimefm.models import names
 from dimefm.models.names import require_model, require_student, timm_names
 
 _READ = """
@@ -39,7 +39,7 @@ def test_names_read_from_sources_are_those_of_the_libraries() -> None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, with a model, a run and a file of weights."""
-    for name, file in (("student", names.CONFIG_FILE), ("run", "run.json"), ("other", "x.txt")):
+    for name, file in (("student", CONFIG_FILE), ("run", "run.json"), ("other", "x.txt")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text("{}")
     (tmp_path / "weights.pt").write_text("")

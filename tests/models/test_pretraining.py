@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
 from cache_schemas import EmbeddingStore
+from cache_schemas.run import CONFIG_FILE
 from dimefm.caching.worker import Job, Worker
 from dimefm.cli import cli
 from dimefm.errors import MismatchError, SourceError, TeacherError, TrainingError
@@ -23,9 +24,9 @@ from dimefm.models import strict_open_clip
 from dimefm.models.authors_checkpoint import convert
 from dimefm.models.clip import load_clip
 from dimefm.models.first_weights import fit_to_first_weights
-from dimefm.models.names import CONFIG_FILE
-from dimefm.models.pretraining import Trained, facts_of_weights
+from dimefm.models.pretraining import facts_of_weights
 from dimefm.models.towers import notes_on_preparation, student_preprocessing, student_spec
+from dimefm.models.trained import Trained
 from dimefm.retrieval.search import search
 from dimefm.store.embedding_store import Store
 from dimefm.training.config import LossConfig

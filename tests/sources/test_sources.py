@@ -440,12 +440,52 @@ def test_a_template_without_a_place_for_the_class_is_refused_by_line(tmp_path: P
         read_templates(str(tmp_path))
 
 
-def test_a_set_without_templates_names_what_is_missing(tmp_path: Path) -> None:
-    (tmp_path / "classnames.txt").write_text("cat\n")
-    with pytest.raises(SourceError, match=r"templates\.txt does not exist"):
-        listed(PromptSet(str(tmp_path)))
-    with pytest.raises(SourceError, match=r"templates\.txt does not exist"):
-        open_text_source([str(tmp_path)]).files()
+def test_a_set_without_templates_has_one_prompt_per_class_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "classnames.txt").write_text("cat\nbus\n")
+    account = Account()
+    found = [one.text for one in open_text_source([str(tmp_path)]).samples(account)]
+    assert found == ["a photo of a cat.", "a photo of a bus."]
+    assert account.problems == [f'{tmp_path}: no templates.txt: the only prompt is "a photo of a {{c}}."']
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("the {c}\n")
+    assert [one.text for one in PromptSet(str(tmp_path)).samples(Account())] == ["the cat", "the bus"]
+
+
+def test_class_folders_given_as_sentences_are_the_prompts_of_their_names(tmp_path: Path) -> None:
+    for name in ("train/red_bus", "train/cat", "test/cat"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.jpg").write_bytes(b"x")
+    account = Account()
+    source = open_text_source([str(tmp_path)], account=account)
+    assert [one.text for one in source.samples(account)] == ["a photo of a cat.", "a photo of a red bus."]
+    assert [file.path for file in source.files()] == [f"{tmp_path}/test/cat", f"{tmp_path}/train/red_bus"]
+    assert "no classnames.txt: class names are those of the folders" in account.problems[0]
+    (tmp_path / "templates.txt").write_text("the {}\n")
+    assert [one.text for one in open_text_source([str(tmp_path)]).samples(Account())] == ["the cat", "the red bus"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("cat/0.jpg", "dog/0.jpg", "1.jpg"),  # an image beside them
+        ("cat/0.jpg", "notes/0.md"),  # a folder without an image
+        ("00000/0.jpg", "00001/0.jpg"),
+        ("cat/0.jpg",),
+    ],
+)
+def test_other_folders_of_images_are_not_taken_for_sentences(files: tuple[str, ...], tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"holds no \.txt, .* file\n"):
+        open_text_source([str(tmp_path)])
+
+
+def test_sentences_in_class_folders_stay_sentences(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jpg").write_bytes(b"x")
+        (tmp_path / name / "0.txt").write_text(f"my {name}\n")
+    assert [one.text for one in open_text_source([str(tmp_path)]).samples(Account())] == ["my cat", "my dog"]
 
 
 @pytest.mark.parametrize(("content", "what"), [(b"\n  \n", "is empty"), (b"caf\xe9\n", "is not UTF-8")])

@@ -1,6 +1,8 @@
 """What a mistyped name was probably meant to be."""
 
-from dimefm.system.near_names import did_you_mean, near_names
+from pathlib import Path
+
+from dimefm.system.near_names import did_you_mean, did_you_mean_path, near_names
 
 KNOWN = ["ViT-B-32", "ViT-B-16", "ViT-L-14", "RN50", "RN101"]
 
@@ -28,3 +30,13 @@ def test_a_part_of_a_name_finds_it() -> None:
     assert near_names("Index", commands) == ["build-index"]
     assert near_names("eval", commands) == ["evaluate"]
     assert near_names("e", commands) == []
+
+
+def test_a_path_is_mended_at_the_part_that_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "evaluations" / "student").mkdir(parents=True)
+    right = f"did you mean '{tmp_path}/evaluations/student'?"
+    assert did_you_mean_path(f"{tmp_path}/evaluations/studnet") == right
+    assert did_you_mean_path(f"{tmp_path}/evalations/student/") == right
+    assert did_you_mean_path(f"{tmp_path}/evalations/studnet", "look there") == "look there"
+    assert did_you_mean_path(f"{tmp_path}/evaluations", "look there") == "look there"
+    assert did_you_mean_path(f"{tmp_path}/elephant", "look there") == "look there"

@@ -15,7 +15,8 @@ import torch
 
 from dimefm.errors import StoreError, TrainingError
 from dimefm.system import storage
-from dimefm.training.checkpoints import Checkpoints, CheckpointWriter
+from dimefm.training.checkpoint_writer import CheckpointWriter
+from dimefm.training.checkpoints import Checkpoints
 
 
 def state(value: float = 1.0) -> dict[str, Any]:

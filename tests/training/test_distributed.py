@@ -38,7 +38,7 @@ from dimefm.training.distributed import (
     wait_for_all,
 )
 from dimefm.training.objective import Objective
-from dimefm.training.run_log import read_metrics
+from dimefm.training.read_metrics import read_metrics
 from dimefm.training.tower_trainer import TowerTrainer
 from dimefm.training.train import train
 from dimefm.training.validation import Validation

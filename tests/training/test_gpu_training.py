@@ -18,10 +18,11 @@ from dimefm.retrieval.retrieve import retrieve
 from dimefm.store.embedding_store import Store
 from dimefm.training import build_towers
 from dimefm.training import train as train_module
-from dimefm.training.checkpoints import Checkpoints, CheckpointWriter
+from dimefm.training.checkpoint_writer import CheckpointWriter
+from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig, TextMix, TrainConfig
 from dimefm.training.distributed import Place, Vote, _meet, add_up, from_first, wait_for_all
-from dimefm.training.run_log import last_validation, read_metrics
+from dimefm.training.read_metrics import last_validation, read_metrics
 from dimefm.training.text_bank import TextBank
 from dimefm.training.train import train
 from tests.processes import FORKING, result_of

@@ -23,7 +23,7 @@ from dimefm.training import train as train_module
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig
 from dimefm.training.not_finite import explain_out_of_memory
-from dimefm.training.run_log import read_metrics
+from dimefm.training.read_metrics import read_metrics
 from dimefm.training.train import train
 from tests.e2e.test_kill import flat
 from tests.tiny_training import STEPS, tiny_config

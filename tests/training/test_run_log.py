@@ -11,7 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dimefm.errors import StoreError
-from dimefm.training.run_log import RunLog, read_metrics
+from dimefm.training.read_metrics import read_metrics
+from dimefm.training.run_log import RunLog
 
 
 def log(out: Path, first: int, stop: int, loss: float) -> None:

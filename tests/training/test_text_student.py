@@ -20,8 +20,8 @@ from dimefm.models.towers import build_student, build_text_student, student_spec
 from dimefm.store.embedding_store import Store
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig
+from dimefm.training.read_metrics import read_metrics
 from dimefm.training.run_folder import read_run
-from dimefm.training.run_log import read_metrics
 from dimefm.training.train import train
 from tests.e2e.test_kill import equal, flat
 from tests.stores import teacher_identity
@@ -129,7 +129,7 @@ def test_an_average_that_was_not_kept_cannot_be_exported(image_store: Store, tex
 def test_a_text_tower_that_does_not_exist_is_refused(image_store: Store, text_store: Store, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no model of open_clip is called 'small-clap'"):
         train(tiny_config(image_store, text_store, tmp_path / "run", text_student="small-clap", text_batch_size=8))
-    with pytest.raises(TrainingError, match="a text batch of 5000 is more than the sentences"):
+    with pytest.raises(TrainingError, match="a text batch of 5,000 sentences is more than the 200"):
         train(tiny_config(
             image_store, text_store, tmp_path / "run", text_student="small-clip", text_batch_size=5000
         ))  # fmt: skip

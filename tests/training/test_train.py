@@ -29,9 +29,9 @@ from dimefm.training.distributed import Place
 from dimefm.training.image_batches import Augmentation, TrainingImages
 from dimefm.training.machine_settings import decide_settings
 from dimefm.training.mean_embedding import mean_embedding
+from dimefm.training.read_metrics import last_validation, read_metrics
 from dimefm.training.row_order import Order
 from dimefm.training.run_folder import read_run, write_run
-from dimefm.training.run_log import last_validation, read_metrics
 from dimefm.training.train import train
 from dimefm.training.validation import Validation
 from tests.making import read_tar, write_tar

@@ -1,0 +1,88 @@
+"""What can be said of a run from its config alone: what it lacks, and what its user may not have meant. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cache_schemas.run import RUN_FILE
+from dimefm.errors import TrainingError
+from dimefm.system.near_names import did_you_mean
+from dimefm.training.config import NEVER_DIFFER, TextMix, TrainConfig
+
+_FIELDS = "dimefm train-student --fields lists all"
+
+
+def require_startable(config: TrainConfig) -> None:
+    """Raises TrainingError for a config that lacks an input that it draws from, or whose learning rate would not rise
+    to its peak and fall. A run of an older release, which did not look at the latter, goes on."""
+    mix = config.text_mix if config.loss.vl else TextMix()
+    require_sources(mix, config.pairs, config.selection, paired=config.loss.contrastive > 0)
+    if (Path(config.out) / RUN_FILE).exists():
+        return
+    rates = ("min_lr", "warmup_lr") if config.warmup_epochs else ("min_lr",)
+    higher = [name for name in rates if getattr(config, name) > config.lr]
+    if higher:
+        what = ", ".join(f"{name} ({getattr(config, name):g})" for name in higher)
+        settings = " ".join(f"--set {name}={config.lr / 20:g}" for name in higher)
+        raise TrainingError(f"{what} must not be above lr ({config.lr:g}), its peak", remedy=f"give {settings}")
+
+
+def require_sources(mix: TextMix, pairs: object, selection: object, *, paired: bool) -> None:
+    """Raises TrainingError for a mix that draws from `pairs` or a `selection` that is None. `paired`: a loss needs each
+    image's own sentence."""
+    if pairs is None and (mix.retrieved or paired):
+        what = "retrieved texts need" if mix.retrieved else "the contrastive loss needs"
+        raise TrainingError(f"{what} --pairs", remedy="run dimefm retrieve first")
+    if mix.selected and pairs is None and selection is None:
+        remedy = "run dimefm retrieve first, and select-texts for a selection"
+        raise TrainingError("selected texts need --selection or --pairs", remedy=remedy)
+
+
+def require_changeable(names: tuple[str, ...]) -> None:
+    """Raises TrainingError for names in --allow-changes that are no fields, or fields that never change."""
+    fields = TrainConfig.__dataclass_fields__.keys()
+    for name in names:
+        if name not in fields:
+            near = did_you_mean(name, fields - set(NEVER_DIFFER), _FIELDS)
+            raise TrainingError(f"--allow-changes: no field is called {name!r}", remedy=near)
+    fixed = [name for name in names if name in NEVER_DIFFER]
+    if fixed:
+        why = "a checkpoint has the weights of its towers, and counts in its batches"
+        what = f"--allow-changes: {', '.join(fixed)} cannot change within a run: {why}"
+        raise TrainingError(what, remedy="train a new run, with another --out")
+
+
+def notes_on_inputs(config: TrainConfig) -> list[str]:
+    """Notes on inputs that are given, and that no loss uses."""
+    if config.loss.vl:
+        return []
+    mix = ",".join(f"{kind}={share:g}" for kind, share in vars(config.text_mix).items() if share)
+    idle = [f"the text mix {mix}"] if config.text_mix != TextMix() else []
+    if config.selection and not config.text_student:
+        idle.append(f"the selection {config.selection}")
+    if config.pairs and not config.loss.contrastive:
+        idle.append(f"the pairs {config.pairs}")
+    if not (config.loss.contrastive or config.text_student or (config.val and not config.val_texts)):
+        idle.append(f"the sentences of {config.texts}")
+    if not idle:
+        return []
+    return [f"not used: {', '.join(idle)}: the vl loss, of images and sentences, has weight 0 (--loss vl=...)"]
+
+
+def notes_on_length(config: TrainConfig, steps: int, steps_per_epoch: int) -> list[str]:
+    """Notes on a run that ends within its warm-up, or before its first validation is due."""
+    notes, warmup = [], config.warmup_steps(steps_per_epoch)
+    if warmup >= steps:
+        reached = config.warmup_lr + (config.lr - config.warmup_lr) * (steps - 1) / warmup
+        notes.append(
+            f"the run ends within its warm-up, which takes {warmup:,} steps (warmup_epochs={config.warmup_epochs:g}): "
+            f"after {steps:,} steps the learning rate is {reached:.2g}, not {config.lr:g}: give a shorter one, such as "
+            f"--set warmup_epochs={steps / steps_per_epoch / 20:.2g}, or a longer run"
+        )
+    every = config.validation_steps(steps_per_epoch)
+    if config.val and every > steps:
+        notes.append(
+            f"the student is validated once, at the end: a validation is due every {every:,} steps "
+            f"(--val-every {config.val_every:g}), and the run has {steps:,}"
+        )
+    return notes
