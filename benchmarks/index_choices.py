@@ -5,10 +5,10 @@ import faiss
 
 from benchmarks.measure import machine, table
 from benchmarks.retrieval import draw, recall
-from dimefm.retrieval.build_index import sample_rows
 from dimefm.retrieval.choose_index import TRAIN_PER_CENTROID
 from dimefm.retrieval.exact_search import ExactSearch
 from dimefm.retrieval.faiss_index import FaissIndex
+from dimefm.retrieval.index_build import sample_rows
 from dimefm.retrieval.index_search import IndexSearch, SearchParameters
 from dimefm.retrieval.recall import RECALL_K
 from dimefm.store.embedding_store import Store

@@ -15,7 +15,8 @@ import numpy as np
 from benchmarks.measure import machine, median, ratio, rounds, table
 from benchmarks.processes import Usage, run
 from dimefm.retrieval.exact_search import ExactSearch
-from dimefm.retrieval.index_search import IndexSearch, read_sidecar
+from dimefm.retrieval.index_search import IndexSearch
+from dimefm.retrieval.index_sidecar import read_sidecar
 from dimefm.store.embedding_store import Store
 from dimefm.system.progress import amount
 

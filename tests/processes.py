@@ -23,7 +23,7 @@ FORKING.set_forkserver_preload(
     [
         "dimefm.training.train",
         "dimefm.training.recipes",
-        "dimefm.retrieval.build_index",
+        "dimefm.retrieval.index_build",
         "dimefm.retrieval.retrieve",
         "dimefm.selection.select_texts",
         "dimefm.export.export_student",

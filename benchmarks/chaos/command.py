@@ -24,7 +24,7 @@ _FORKING = multiprocessing.get_context("forkserver")
 _LIBRARIES = [
     "dimefm.training.train",
     "dimefm.training.recipes",
-    "dimefm.retrieval.build_index",
+    "dimefm.retrieval.index_build",
     "dimefm.retrieval.retrieve",
     "dimefm.selection.select_texts",
     "dimefm.export.export_student",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -12,6 +13,9 @@ from dimefm.commands.options import DEVICES, Bytes, options_of, quiet_option, re
 from dimefm.models.names import require_model
 from dimefm.system.inert_text import say
 from dimefm.system.notes import note
+
+if TYPE_CHECKING:
+    from dimefm.retrieval.index_parts import PartRunner, PartTask
 
 _index_option = options_of("dimefm.retrieval.build_index", "IndexConfig")
 _selection_option = options_of("dimefm.selection.select_texts", "SelectionConfig")
@@ -49,11 +53,14 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **o
     if dry_run:
         say(preview_build(config).show())
         return
-    run = None
+    run: PartRunner | None = None
     if workers and (workers > 1 or ray_address):
-        from pipeline.ray_index_parts import on_ray
 
-        run = on_ray(workers, ray_address)
+        def run(parts: Sequence[PartTask]) -> Iterable[PartTask]:
+            from pipeline.ray_index_parts import on_ray  # imports Ray
+
+            return on_ray(workers, ray_address)(parts)
+
     build(config, run, note)
     say(describe(options["out"]))
 

@@ -7,15 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cache_schemas import Run
 from dimefm.errors import StoreError
-from dimefm.models.clip import load_clip, require_teacher
-from dimefm.models.hub import require_cached
-from dimefm.models.open_clip_folder import beside_text_tower, publish_folder
-from dimefm.models.towers import student_preprocessing, tokenizer_of
 from dimefm.system import storage
+from dimefm.system.notes import note
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.run_folder import read_run
 
@@ -40,9 +35,30 @@ def export(
     """
     out = storage.local(out, "an export")
     document = read_run(run)
-    state = Checkpoints(run).load(checkpoint)
-    if state is None:
+    step = require_checkpoint(run, checkpoint)
+    own = document.text_student is not None
+    note(f"{run}, step {step:,}: loading the student{'' if own else ' and the text tower of its teacher'} ...")
+    return _export(run, out, document, Checkpoints(run).load(checkpoint), weights, teacher, pretrained)
+
+
+def require_checkpoint(run: str, checkpoint: str) -> int:
+    """The step of a checkpoint. Raises StoreError for a run without it."""
+    step = Checkpoints(run).step(checkpoint)
+    if step is None:
         raise StoreError(f"{run} has no checkpoint {checkpoint}", remedy="dimefm info RUN lists them")
+    return step
+
+
+def _export(
+    run: str, out: str, document: Run, state: Any, weights: str, teacher: str | None, pretrained: str | None
+) -> str:
+    import torch
+
+    from dimefm.models.clip import load_clip, require_teacher
+    from dimefm.models.hub import require_cached
+    from dimefm.models.open_clip_folder import beside_text_tower, publish_folder
+    from dimefm.models.towers import student_preprocessing, tokenizer_of
+
     image = {f"visual.{name}": value for name, value in _chosen(run, state["image"], weights).items()}
     if document.text_student:
         require_cached(document.text_student.name, run)

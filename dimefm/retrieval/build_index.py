@@ -1,44 +1,27 @@
-"""`build-index`: train on a random sample, add the rows in parts, merge, tune, measure, publish.
-
-The trained index and every part (`retrieval.index_parts`) are kept below build/ until the index is published: a build
-that was stopped goes on where it stopped.
-
-Shapes: N rows, D embedding width.
-"""
+"""`build-index`: what is asked for and what is there, checked before FAISS and torch are imported. The build itself is
+retrieval.index_build."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from cache_schemas import IndexSidecar, digest_of
-from cache_schemas.index import BUILD, SIDECAR_FILE
-from dimefm.errors import RecallError, StoreError
-from dimefm.retrieval.choose_index import RESCORE, BuildPreview, breakeven_queries, has_coarse_codes, plan_index
-from dimefm.retrieval.faiss_index import REBUILD, FaissIndex, faiss_version
-from dimefm.retrieval.index_parts import (
-    TRAINED_FILE,
-    PartRunner,
-    PartTask,
-    finished_part,
-    run_one_by_one,
-    write_part,
-)
-from dimefm.retrieval.index_search import IndexSearch, SearchParameters, read_index, read_sidecar
-from dimefm.retrieval.recall import TuningResult, draw_recall_queries, tune
+from cache_schemas import IndexSidecar
+from cache_schemas.index import SIDECAR_FILE
+from dimefm.errors import RecallError
+from dimefm.retrieval.choose_index import BuildPreview, breakeven_queries, plan_index
+from dimefm.retrieval.index_sidecar import is_ours, read_sidecar
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
 from dimefm.store.output_folder import differing, require_only, require_same
 from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.machine import available_memory
-from dimefm.system.progress import Progress, amount
-from dimefm.system.versions import versions
+
+if TYPE_CHECKING:
+    from dimefm.retrieval.index_parts import PartRunner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,198 +88,16 @@ def build_index(
         require_embeddings(images)
         require_same_teacher(images, store)
     with writing(config.out):
-        build = _IndexBuild(config, store, images)
-        if build.published is None and (preview := preview_build(config)).exact_is_cheaper:
-            say(preview.advice())
-        return build.run(run_parts or run_one_by_one)
+        published = _published(Path(config.out), config, store, images)
+        if published is None:
+            require_only(config.out, "an index", is_ours)
+            if (preview := preview_build(config)).exact_is_cheaper:
+                say(preview.advice())
+        say(f"{store.schema.rows:,} {store.schema.kind}s: opening FAISS ...")
+        from dimefm.retrieval.index_build import IndexBuild  # imports torch too
+        from dimefm.retrieval.index_parts import run_one_by_one
 
-
-class _IndexBuild:
-    """The steps of one build: of a new index, or of the rows that a published one lacks."""
-
-    def __init__(self, config: IndexConfig, store: Store, images: Store | None) -> None:
-        self.config, self.store, self.images = config, store, images
-        self.folder = Path(config.out)
-        self.published = _published(self.folder, config, store, images)
-        self.shards = store.contents.shards
-        if not self._rows():
-            raise StoreError(f"{store.path} has no rows yet", remedy="run the command that writes it")
-        factory = config.factory or (self.published.factory if self.published else None)
-        self.memory = _memory(config)
-        self.plan = plan_index(self._rows(), store.schema.dim, self.memory, factory)
-        self.train_rows = self.published.train_rows if self.published else self.plan.train_rows
-        self.settings = digest_of([store.schema.identity, self.plan.factory, config.seed, self.train_rows])
-        self.build = self.folder / BUILD
-        self.trained = self.build / TRAINED_FILE
-
-    def _ranges(self) -> list[tuple[int, int]]:
-        """The rows of the shards that are done."""
-        return [self.store.schema.shard_range(shard) for shard in sorted(map(int, self.shards))]
-
-    def _rows(self) -> int:
-        return sum(stop - start for start, stop in self._ranges())
-
-    def run(self, run_parts: PartRunner) -> IndexSidecar:
-        """Every step, or those that are left."""
-        indexed = self.published.shards if self.published else {}
-        pending = sorted(int(shard) for shard, digest in self.shards.items() if indexed.get(shard) != digest)
-        if self.published and not pending:
-            self._remove_stale_files(self.published)
-            return self.published
-        require_only(str(self.folder), "an index", _is_ours)
-        storage.remove_leftovers(str(self.folder))
-        began = time.monotonic()
-        spread = self._train()
-        index = self._start(spread, changed=[shard for shard in pending if str(shard) in indexed])
-        parts = self._parts(pending, index)
-        self._build_parts(parts, run_parts)
-        for part in parts:
-            index.merge(FaissIndex.read(part.path))
-        if not index.rows:
-            raise StoreError(f"{self.store.path} has no embedding at all", remedy="see dimefm info for what failed")
-        return self._publish(index, self._tune(index), time.monotonic() - began)
-
-    # -- steps --------------------------------------------------------------------------------------------------------
-
-    def _train(self) -> str:
-        """Write the trained index, without rows, that every part starts from, unless it is there; its spread.
-
-        Where an index is published it is that one without its rows, so that its parts can be merged into it.
-        """
-        if document := finished_part(self.trained, self.settings):
-            return document.spread
-        began = time.monotonic()
-        if self.published:
-            index = read_index(str(self.folder), self.published)
-            index.remove_all_rows()
-        else:
-            index = FaissIndex.from_factory(self.plan.factory, self.store.schema.dim)
-            if index.needs_training:
-                index.train(sample_rows(self.store, self.train_rows, self.config.seed), self.config.seed)
-        return write_part(index, self.trained, self.settings, seconds=time.monotonic() - began).spread
-
-    def _start(self, spread: str, changed: list[int]) -> FaissIndex:
-        """What the parts are merged into: the published index without the rows of shards that have changed, or the
-        trained one."""
-        if not self.published:
-            return FaissIndex.read(self.trained, spread)
-        index = read_index(str(self.folder), self.published)
-        for shard in changed:
-            index.remove_rows(*self.store.schema.shard_range(shard))
-        return index
-
-    def _parts(self, shards: list[int], index: FaissIndex) -> list[PartTask]:
-        """The pending shards in parts of about `plan.part_rows` rows; in one part where parts cannot be merged."""
-        if self.published and not index.can_merge:
-            what = f"{self.folder} is a {self.plan.factory}, to which nothing can be added"
-            raise StoreError(what, remedy=REBUILD)
-        schema = self.store.schema
-        size = max(1, self.plan.part_rows // schema.shard_rows) if index.can_merge else len(shards)
-        parts = []
-        for at in range(0, len(shards), size):
-            chosen = shards[at : at + size]
-            name = digest_of([self.settings, {str(shard): self.shards[str(shard)] for shard in chosen}])[:16]
-            ranges = tuple(schema.shard_range(shard) for shard in chosen)
-            parts.append(PartTask(self.store.path, str(self.build), f"part-{name}.faiss", self.settings, ranges))
-        return parts
-
-    def _build_parts(self, parts: list[PartTask], run_parts: PartRunner) -> None:
-        """Build the parts that are missing.
-
-        Raises StoreError, and keeps the parts, where the whole would not fit into memory.
-        """
-        total = sum(part.rows for part in parts)
-        pending = [part for part in parts if finished_part(part.path, self.settings) is None]
-        done = total - sum(part.rows for part in pending)
-        with Progress("indexing", total, self.store.schema.kind, done) as progress:
-            for part in run_parts(pending):
-                done += part.rows
-                progress.at(done)
-                self._require_memory(part, total)
-
-    def _require_memory(self, part: PartTask, total: int) -> None:
-        """Raises StoreError where `total` rows, each as large as those of the part, do not fit into memory."""
-        needed = part.path.stat().st_size / part.rows * total
-        if needed > self.memory:
-            what = f"{self.plan.factory} over {total:,} rows takes {amount(needed)}, --memory is {amount(self.memory)}"
-            raise StoreError(what, remedy="give more --memory or a factory with smaller codes; the parts are kept")
-
-    def _tune(self, index: FaissIndex) -> TuningResult:
-        """Raises RecallError where no parameters reach the recall, unless that is accepted."""
-        depths = RESCORE if has_coarse_codes(self.plan.factory) else (1,)
-        queries = draw_recall_queries(self.store, self._ranges(), self.images, self.config.seed)
-        result = tune(
-            IndexSearch(index, self.store, SearchParameters(0, 1)), depths, queries, self.config.recall_target
-        )
-        reached = result.recall[0]
-        if reached.value < self.config.recall_target and not self.config.accept:
-            found = f"{self.plan.factory} reaches recall@{reached.k} {reached.value:.3f} for {reached.source} queries"
-            short = self.config.recall_target - reached.value
-            what = f"{found}, {short:.3f} below {self.config.recall_target}"
-            raise RecallError(what, remedy="give another --factory, a lower --recall, or --accept; the parts are kept")
-        return result
-
-    def _publish(self, index: FaissIndex, tuning: TuningResult, seconds: float) -> IndexSidecar:
-        """Write the index, then the sidecar that names it: until then the one before is in force."""
-        written = self.build / "merged.faiss"
-        index.write(written)
-        digest = storage.digest_file(str(written))
-        file = self.folder / f"index-{digest[:12]}.faiss"
-        written.replace(file)
-        storage.flush(str(file))
-        probes = tuning.parameters.probes
-        sidecar = IndexSidecar(
-            store=self.store.path,
-            store_identity=self.store.schema.identity,
-            kind=self.store.schema.kind,
-            shards=self.shards,
-            rows=index.rows,
-            skipped=self._rows() - index.rows,
-            dim=self.store.schema.dim,
-            teacher=self.store.schema.teacher,
-            factory=self.plan.factory,
-            search_parameters={"nprobe": probes} if probes else {},
-            rescore=tuning.parameters.rescore,
-            spread=index.spread,
-            recall=tuning.recall,
-            recall_target=self.config.recall_target,
-            queries_per_second=tuning.queries_per_second,
-            file=file.name,
-            bytes=file.stat().st_size,
-            digest=digest,
-            train_rows=self.train_rows,
-            seconds=round(seconds, 3),
-            seed=self.config.seed,
-            versions={**versions(), "faiss": faiss_version()},
-        )
-        with storage.writing_to(str(self.folder)):
-            storage.write_json(str(self.folder / SIDECAR_FILE), sidecar.to_json())
-        self._remove_stale_files(sidecar)
-        return sidecar
-
-    def _remove_stale_files(self, sidecar: IndexSidecar) -> None:
-        """Remove what the index was built from, and the file of the index before it."""
-        for stale in self.folder.glob("index-*.faiss"):
-            if stale.name != sidecar.file:
-                stale.unlink()
-        storage.remove_folder(str(self.build))
-
-
-def sample_rows(store: Store, rows: int, seed: int) -> np.ndarray[Any, Any]:
-    """Embeddings of `rows` rows drawn at random from the shards that are done, float32 (N, D); fewer by those rows that
-    have none. Drawn, because the first rows are all from one source file; read in the order of their rows."""
-    ranges = [store.schema.shard_range(shard) for shard in sorted(store.committed())]
-    every = np.concatenate([np.arange(start, stop) for start, stop in ranges])
-    drawn = np.sort(np.random.default_rng(seed).choice(every, min(rows, len(every)), replace=False))
-    sample_ND = np.empty((len(drawn), store.schema.dim), np.float32)
-    found = 0
-    for start, stop in ranges:
-        rows_N, embedding_ND = store.valid_rows(start, stop)
-        first, last = np.searchsorted(drawn, (start, stop))
-        here_ND = embedding_ND[np.isin(rows_N, drawn[first:last], assume_unique=True)]
-        sample_ND[found : found + len(here_ND)] = here_ND
-        found += len(here_ND)
-    return sample_ND[:found]
+        return IndexBuild(config, _memory(config), store, images, published).run(run_parts or run_one_by_one)
 
 
 def _published(folder: Path, config: IndexConfig, store: Store, images: Store | None) -> IndexSidecar | None:
@@ -321,7 +122,3 @@ def _published(folder: Path, config: IndexConfig, store: Store, images: Store | 
     }
     require_same(str(folder), differing(own, asked))
     return old
-
-
-def _is_ours(name: str) -> bool:
-    return name in (BUILD, SIDECAR_FILE) or name.startswith("index-")

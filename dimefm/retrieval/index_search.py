@@ -17,12 +17,11 @@ import numpy as np
 import torch
 
 from cache_schemas import IndexSidecar
-from cache_schemas.index import SIDECAR_FILE
-from dimefm.errors import MismatchError, StoreError
+from dimefm.errors import StoreError
 from dimefm.retrieval.faiss_index import REBUILD, FaissIndex, inner_products
+from dimefm.retrieval.index_sidecar import read_sidecar, require_index_of, store_of
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
-from dimefm.system.named_paths import named
 
 _CHOICE_QUERIES = 1024  # whose products with all centroids are in memory at once
 _RESCORE_QUERIES, _RESCORE_JOBS = 1024, 4  # queries share candidates, each of which is read once
@@ -58,13 +57,7 @@ class IndexSearch:
         folder = storage.local(path, "an index")
         sidecar = read_sidecar(folder)
         store = store or store_of(folder, sidecar)
-        if sidecar.store_identity != store.schema.identity:
-            what = f"{path} was built over {sidecar.store}, not over {store.path}"
-            raise MismatchError(what, remedy="build an index over this store")
-        lacking = {shard for shard, digest in store.contents.shards.items() if sidecar.shards.get(shard) != digest}
-        if lacking:
-            what = f"{path} lacks {len(lacking)} shards of {store.path} that were written since it was built"
-            raise StoreError(what, remedy="run the same dimefm build-index again: it adds them")
+        require_index_of(path, sidecar, store)
         parameters = SearchParameters(sidecar.search_parameters.get("nprobe", 0), sidecar.rescore)
         return IndexSearch(read_index(folder, sidecar), store, parameters)
 
@@ -162,22 +155,6 @@ def _joined(
     """Scores and rows of parts of the queries, put together."""
     scores, rows = zip(*parts, strict=True)
     return np.concatenate(scores), np.concatenate(rows)
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def read_sidecar(folder: str) -> IndexSidecar:
-    """The sidecar, index.json. Raises StoreError where there is none, SchemaError where it is not valid."""
-    where = storage.join(folder, SIDECAR_FILE)
-    if not storage.exists(where):
-        raise StoreError(f"{folder} is not a dimefm index", remedy="make it with dimefm build-index")
-    return IndexSidecar.parse(storage.read_json(where), where)
-
-
-def store_of(folder: str, sidecar: IndexSidecar) -> Store:
-    """The store that an index is over, where its sidecar names it."""
-    return Store(named(sidecar.store, storage.join(folder, SIDECAR_FILE)))
 
 
 def read_index(folder: str, sidecar: IndexSidecar) -> FaissIndex:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from dimefm.retrieval.exact_search import ExactSearch, Search
+from typing import TYPE_CHECKING
+
+from dimefm.retrieval.index_sidecar import read_sidecar, require_index_of
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.machine import choose_device
 
+if TYPE_CHECKING:
+    from dimefm.retrieval.exact_search import Search
+
 EXACT = "exact search"
+
+
+def require_search(store: Store, index: str | None) -> None:
+    """Raises what `open_search` would raise of the index's own document, before FAISS and torch are imported."""
+    if index is not None:
+        require_index_of(index, read_sidecar(storage.local(index, "an index")), store)
 
 
 def open_search(store: Store, index: str | None, device: str | None = None) -> tuple[Search, str, str]:
@@ -16,8 +27,10 @@ def open_search(store: Store, index: str | None, device: str | None = None) -> t
     Raises as `retrieval.index_search.IndexSearch.open` does.
     """
     if index is None:
+        from dimefm.retrieval.exact_search import ExactSearch
+
         return ExactSearch(store, device=choose_device(device)), EXACT, EXACT
-    from dimefm.retrieval.index_search import IndexSearch, read_sidecar
+    from dimefm.retrieval.index_search import IndexSearch
 
     path = storage.absolute(index)
     return IndexSearch.open(path, store), path, read_sidecar(path).digest

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,8 +15,7 @@ from cache_schemas import Failure, HitCounts, PairsStore, Status, digest_of
 from cache_schemas.embedding_store import COMMITS
 from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
 from dimefm.errors import OutputExistsError, StoreError
-from dimefm.retrieval.exact_search import Search
-from dimefm.retrieval.open_search import open_search
+from dimefm.retrieval.open_search import open_search, require_search
 from dimefm.store.commit import make_commit, remove_commit, write_commit
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
@@ -33,7 +32,11 @@ from dimefm.store.zarr_arrays import digest_arrays, write_rows
 from dimefm.system import storage
 from dimefm.system.lease import require_held
 from dimefm.system.lock import writing
+from dimefm.system.notes import note
 from dimefm.system.progress import Progress
+
+if TYPE_CHECKING:
+    from dimefm.retrieval.exact_search import Search
 
 
 def retrieve(
@@ -51,6 +54,9 @@ def retrieve(
         store.require_complete()
         require_embeddings(store)
     require_same_teacher(image_store, text_store)
+    require_search(text_store, index)
+    _require_ours(storage.absolute(out))
+    note(f"{image_store.schema.rows:,} images, {text_store.schema.rows:,} sentences: opening the search ...")
     search, name, digest = open_search(text_store, index, device)
     with Progress("retrieving", image_store.schema.rows, "image") as progress:
         found = write_pairs(
@@ -127,13 +133,17 @@ def _pending(pairs: Pairs, images: Store) -> set[int]:
 def _open_or_create(out: str, schema: PairsStore) -> Pairs:
     """The pairs that an earlier run of this command began in `out`, or new ones. Raises OutputExistsError where `out`
     holds something else."""
-    require_only(out, "a pseudo-text store", {"zarr.json", TEXT_ROW, SCORE, HITS, COMMITS})
+    _require_ours(out)
     if is_planned(out):
         pairs = Pairs(out)
         _require_same_search(pairs, schema)
         return pairs
     with storage.writing_to(out):
         return Pairs.create(out, schema)
+
+
+def _require_ours(out: str) -> None:
+    require_only(out, "a pseudo-text store", {"zarr.json", TEXT_ROW, SCORE, HITS, COMMITS})
 
 
 def _require_same_search(pairs: Pairs, schema: PairsStore) -> None:

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from cache_schemas.index import SIDECAR_FILE
 from dimefm.errors import SourceError, StoreError, TeacherError
 from dimefm.images.decode import DecodeError
-from dimefm.images.preprocess import Preprocess
-from dimefm.models.clip import Clip, load_clip, require_teacher
-from dimefm.models.hub import require_cached
-from dimefm.retrieval.open_search import open_search
+from dimefm.retrieval.index_sidecar import read_sidecar, store_of
+from dimefm.retrieval.open_search import open_search, require_search
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import require_embeddings
 from dimefm.system import storage
 from dimefm.system.inert_text import line
+from dimefm.system.notes import note
+
+if TYPE_CHECKING:
+    import torch
+
+    from dimefm.models.clip import Clip
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,13 @@ def search(
     """
     index = path if storage.exists(storage.join(path, SIDECAR_FILE)) else None
     store = _store_of_index(index) if index else _open_store(path)
-    # Mistakes that are found cheaply are found before the teacher is loaded, which may take a minute.
-    pixels = [_read_image(store, image) for image in images]
+    # Mistakes that are found cheaply are found before torch is imported and the teacher is loaded.
+    require_search(store, index)
+    encoded = [_read_image(image) for image in images]
+    note(f"{store.schema.rows:,} rows: loading the teacher ...")
+    import torch
+
+    pixels = [_decoded(store, *both) for both in zip(images, encoded, strict=True)]
     nearest, _, _ = open_search(store, index, device)
     clip = _teacher(store, teacher, pretrained, device)
     queries = [clip.encode_images(image[None]) for image in pixels] + [clip.encode_texts([text]) for text in texts]
@@ -85,8 +93,6 @@ def _what(entry: dict[str, Any]) -> str:
 
 
 def _store_of_index(path: str) -> Store:
-    from dimefm.retrieval.index_search import read_sidecar, store_of
-
     folder = storage.absolute(path)
     return store_of(folder, read_sidecar(folder))
 
@@ -99,6 +105,9 @@ def _open_store(path: str) -> Store:
 
 
 def _teacher(store: Store, teacher: str | None, pretrained: str | None, device: str | None) -> Clip:
+    from dimefm.models.clip import load_clip, require_teacher
+    from dimefm.models.hub import require_cached
+
     known, remedy = store.schema.teacher, "give --teacher, where the store's teacher is now"
     if not teacher:
         require_cached(known.name, store.path)
@@ -113,15 +122,22 @@ def _teacher(store: Store, teacher: str | None, pretrained: str | None, device: 
     return clip
 
 
-def _read_image(store: Store, path: str) -> torch.Tensor:
-    """The image as the store's teacher takes it."""
+def _read_image(path: str) -> bytes:
+    """The file of an image."""
     try:
-        return Preprocess(store.schema.teacher.preprocessing)(storage.read_bytes(path))
+        return storage.read_bytes(path)
     except OSError as error:
-        reason = error.strerror or str(error)
+        raise SourceError(f"{path}: {error.strerror or error}", remedy="give an image file") from None
+
+
+def _decoded(store: Store, path: str, data: bytes) -> torch.Tensor:
+    """The image as the store's teacher takes it."""
+    from dimefm.images.preprocess import Preprocess
+
+    try:
+        return Preprocess(store.schema.teacher.preprocessing)(data)
     except DecodeError as error:
-        reason = str(error)
-    raise SourceError(f"{path}: {reason}", remedy="give an image file")
+        raise SourceError(f"{path}: {error}", remedy="give an image file") from None
 
 
 def _hits(store: Store, scores_K: np.ndarray[Any, Any], rows_K: np.ndarray[Any, Any]) -> list[Hit]:

@@ -15,11 +15,13 @@ import pytest
 from cache_schemas import Status
 from dimefm.commands.options import parse_bytes
 from dimefm.errors import DimefmError, MismatchError, OutputExistsError, RecallError, StoreError
-from dimefm.retrieval.build_index import IndexConfig, build_index, preview_build, sample_rows
+from dimefm.retrieval.build_index import IndexConfig, build_index, preview_build
 from dimefm.retrieval.choose_index import breakeven_queries, plan_index
 from dimefm.retrieval.faiss_index import FaissIndex, _lent_to_gpus
+from dimefm.retrieval.index_build import sample_rows
 from dimefm.retrieval.index_parts import PartTask, build_part
-from dimefm.retrieval.index_search import IndexSearch, SearchParameters, read_sidecar
+from dimefm.retrieval.index_search import IndexSearch, SearchParameters
+from dimefm.retrieval.index_sidecar import read_sidecar
 from dimefm.retrieval.recall import RecallQueries, tune
 from dimefm.store.embedding_store import Store
 from dimefm.system.machine import available_memory
@@ -390,7 +392,7 @@ def test_a_build_goes_on_where_it_was_stopped(
     place = {"training": "train", "merging": "merge", "publishing": "write"}.get(stop)
     with monkeypatch.context() as patch:
         if stop == "publishing":
-            patch.setattr("dimefm.retrieval.build_index.storage.write_json", _but_the_sidecar)
+            patch.setattr("dimefm.retrieval.index_build.storage.write_json", _but_the_sidecar)
         elif place:
             patch.setattr(FaissIndex, place, interrupted)
         with pytest.raises(KeyboardInterrupt):

@@ -149,7 +149,7 @@ def test_what_is_no_image_is_refused_before_the_teacher_is_loaded(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("dimefm.retrieval.search.load_clip", load)
+    monkeypatch.setattr("dimefm.models.clip.load_clip", load)
     (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "half.jpg").write_bytes(make_jpeg()[:200])

@@ -23,15 +23,6 @@ def test_names_that_differ_in_capitals_alone_are_both_offered() -> None:
     assert near_names("abc", ["ABC", "Abc"]) == ["ABC", "Abc"]
 
 
-def test_a_part_of_a_name_finds_it() -> None:
-    commands = ["cache-images", "cache-texts", "build-index", "train-student", "evaluate"]
-    assert near_names("train", commands) == ["train-student"]
-    assert near_names("cache", commands) == ["cache-images", "cache-texts"]
-    assert near_names("Index", commands) == ["build-index"]
-    assert near_names("eval", commands) == ["evaluate"]
-    assert near_names("e", commands) == []
-
-
 def test_a_path_is_mended_at_the_part_that_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "evaluations" / "student").mkdir(parents=True)
     right = f"did you mean '{tmp_path}/evaluations/student'?"
@@ -40,3 +31,12 @@ def test_a_path_is_mended_at_the_part_that_is_wrong(tmp_path: Path) -> None:
     assert did_you_mean_path(f"{tmp_path}/evalations/studnet", "look there") == "look there"
     assert did_you_mean_path(f"{tmp_path}/evaluations", "look there") == "look there"
     assert did_you_mean_path(f"{tmp_path}/elephant", "look there") == "look there"
+
+
+def test_a_part_of_a_name_finds_it() -> None:
+    commands = ["cache-images", "cache-texts", "build-index", "train-student", "evaluate"]
+    assert near_names("train", commands) == ["train-student"]
+    assert near_names("cache", commands) == ["cache-images", "cache-texts"]
+    assert near_names("Index", commands) == ["build-index"]
+    assert near_names("eval", commands) == ["evaluate"]
+    assert near_names("e", commands) == []

@@ -1,0 +1,39 @@
+"""What an index says of itself, read and compared with its store without FAISS and torch."""
+
+from __future__ import annotations
+
+from cache_schemas import IndexSidecar
+from cache_schemas.index import BUILD, SIDECAR_FILE
+from dimefm.errors import MismatchError, StoreError
+from dimefm.store.embedding_store import Store
+from dimefm.system import storage
+from dimefm.system.named_paths import named
+
+
+def read_sidecar(folder: str) -> IndexSidecar:
+    """The sidecar, index.json. Raises StoreError where there is none, SchemaError where it is not valid."""
+    where = storage.join(folder, SIDECAR_FILE)
+    if not storage.exists(where):
+        raise StoreError(f"{folder} is not a dimefm index", remedy="make it with dimefm build-index")
+    return IndexSidecar.parse(storage.read_json(where), where)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file or folder of this name belongs to an index."""
+    return name in (BUILD, SIDECAR_FILE) or name.startswith("index-")
+
+
+def store_of(folder: str, sidecar: IndexSidecar) -> Store:
+    """The store that an index is over, where its sidecar names it."""
+    return Store(named(sidecar.store, storage.join(folder, SIDECAR_FILE)))
+
+
+def require_index_of(path: str, sidecar: IndexSidecar, store: Store) -> None:
+    """Raises MismatchError unless the index at `path` is over `store`, StoreError where it lacks rows of it."""
+    if sidecar.store_identity != store.schema.identity:
+        what = f"{path} was built over {sidecar.store}, not over {store.path}"
+        raise MismatchError(what, remedy="build an index over this store")
+    lacking = {shard for shard, digest in store.contents.shards.items() if sidecar.shards.get(shard) != digest}
+    if lacking:
+        what = f"{path} lacks {len(lacking)} shards of {store.path} that were written since it was built"
+        raise StoreError(what, remedy="run the same dimefm build-index again: it adds them")
