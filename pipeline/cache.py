@@ -18,6 +18,7 @@ from dimefm.store.embedding_store import Store
 from dimefm.store.output_folder import is_planned
 from dimefm.system.named_paths import allowing
 from dimefm.system.notes import note
+from dimefm.system.output_names import require_name
 from pipeline.workers import require_cores
 
 
@@ -96,7 +97,7 @@ def cache(config: CacheConfig) -> Store:
     >>> cache(CacheConfig(kind="text", sources=("captions.txt",), out="texts.zarr", teacher="local-dir:teacher"))
     """
     with allowing(paths_of(config.sources)):
-        _require_possible(config)
+        _require_possible(config, writes=True)
         from pipeline.cache_job import run_job  # imports torch and open_clip
 
         return run_job(config)
@@ -111,11 +112,13 @@ def dry_run(config: CacheConfig) -> str:
     return foresee(config)
 
 
-def _require_possible(config: CacheConfig) -> None:
+def _require_possible(config: CacheConfig, *, writes: bool = False) -> None:
     """Raises DimefmError for sources that do not exist, an output that is something else, and options that do not go
     with each other. Then says what begins."""
+    require_name(config.out, "a store", ".zarr")
     _require_sources(config)
-    require_no_stranger(config.out)  # before the lock is written into it
+    if writes:
+        require_no_stranger(config.out)  # before the lock is written into it
     if config.ray_address is None:
         require_cores(config.workers)
     elif config.workers is None:

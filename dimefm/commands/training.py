@@ -12,6 +12,7 @@ from cache_schemas.run import Weights
 from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, fields_of, json_option, options_of, quiet_option, require_with, say_json
 from dimefm.commands.weights_options import weights_options
+from dimefm.models.names import require_model, require_student
 from dimefm.system.inert_text import say
 from dimefm.system.near_names import did_you_mean
 from dimefm.system.notes import note
@@ -108,7 +109,7 @@ def train_student(
     from the last checkpoint. On several GPUs: torchrun -m dimefm train-student ...
     """
     from dimefm.commands.train_config import config_of
-    from dimefm.datasets.own_sets import require_folders
+    from dimefm.datasets.own_sets import require_folder
     from dimefm.training.before_training import require_changeable
     from dimefm.training.feed_plan import plan_feed
     from dimefm.training.run_folder import require_run_folder
@@ -116,6 +117,7 @@ def train_student(
     require_with("--json", as_json or None, "--dry-run", dry_run or None)
     options = {name: value for name, value in options.items() if value not in (None, ())}
     given = config_of(recipe, config_file, options, settings)
+    require_student(given.config.student, given.config.text_student)
     config, changes = given.config, tuple(name.strip() for name in allow_changes.split(",") if name.strip())
     unused = {"texts_per_step", "text_mix"} & options.keys()
     if unused and not config.loss.vl:
@@ -124,7 +126,8 @@ def train_student(
     require_changeable(changes)
     rows = plan_feed(config, int(os.environ.get("WORLD_SIZE", "1"))).inputs.images.schema.rows
     require_run_folder(config.out)
-    require_folders(config.val)
+    for folder in config.val:
+        require_folder(folder)
     if dry_run:
         _dry_run(given, changes, as_json)
         return
@@ -174,6 +177,8 @@ def export(run: str, **options: Any) -> None:
     It has its own text tower, or else the teacher's. Load it with
     open_clip.create_model_and_transforms("local-dir:FOLDER").
     """
+    if options["teacher"]:
+        require_model(options["teacher"], options["pretrained"])
     from dimefm.export.export_student import export as write
 
     say(f"{write(run, **options)}: load it with open_clip as local-dir:{options['out']}")
@@ -199,6 +204,7 @@ def convert_checkpoint(checkpoint: str, **options: Any) -> None:
     from dimefm.models.trained import checkpoint_file
 
     checkpoint_file(checkpoint)
+    require_model(options["teacher"], options["pretrained"])
     note(f"{checkpoint}: loading the teacher, for its text tower ...")
     from dimefm.models.authors_checkpoint import convert  # imports torch and open_clip
 

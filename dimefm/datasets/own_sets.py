@@ -43,8 +43,8 @@ def open_folder(path: str, split: str = "test") -> ImageSet:
 
 def find_folder(path: str, split: str) -> ImageSet | None:
     """Like `open_folder`, but gives None where the folder has no such split."""
-    require_folders((path,))
     folder, name = storage.absolute(path), set_name(path)
+    require_folder(path)
     found = read_first((*GENERAL_LAYOUTS, ("folders", read_folders)), folder, split, None)
     if found is None:
         return None
@@ -63,11 +63,11 @@ def find_folder(path: str, split: str) -> ImageSet | None:
     return with_classes(records, name, split, names, prompts, _has_several(records), ())
 
 
-def require_folders(paths: tuple[str, ...]) -> None:
-    """Raises SourceError for a path that is no folder; those at URLs are not asked."""
-    for path in paths:
-        if not storage.is_url(path) and not Path(storage.absolute(path)).is_dir():
-            raise SourceError(f"{path} is no folder", remedy=did_you_mean_path(path, "check the path"))
+def require_folder(path: str) -> None:
+    """Raises SourceError for a local path that is no folder."""
+    folder = storage.absolute(path)
+    if not storage.is_url(folder) and not Path(folder).is_dir():
+        raise SourceError(f"{path} is no folder", remedy=did_you_mean_path(path, "check the path"))
 
 
 def set_name(path: str) -> str:

@@ -150,11 +150,14 @@ class Evaluator:
     def _probe(
         self, job: Job, train: ImageSet, protocol: str, rows: np.ndarray[Any, Any], seed: int | None
     ) -> EvaluationResult:
+        from dimefm.evaluation.probe import SEARCH_EPOCHS, note_on_few, probe, search_epochs  # imports scikit-learn
+
         settings: dict[str, object] = {"train": train.digest(), "seed": seed, "train_images": len(rows)}
+        epochs = search_epochs(train.class_labels[rows], self._config.selection, self._config.solver)
+        if epochs != SEARCH_EPOCHS:  # as earlier versions had for all: their results are measured again
+            settings["search_epochs"] = epochs
         if found := self._recorder.find(job, protocol, settings):
             return found
-        from dimefm.evaluation.probe import probe
-
         began = time.monotonic()
         train_features, test_features = self._features(job.chosen, train), self._features(job.chosen, job.test)
         probed = probe(
@@ -167,6 +170,7 @@ class Evaluator:
             heads_CD=self._texts.of_classes(train.classnames, train.prompts()),
             selection=self._config.selection,
             solver=self._config.solver,
+            epochs=epochs,
             device=str(self._clip.device),
         )
         self._recorder.keep_predictions(job, protocol, probed.scores_NC, test_features)
@@ -174,6 +178,7 @@ class Evaluator:
         notes = [f"training images: {note}" for note in train.notes if note not in job.test.notes]
         if lost := probed.settings["unreadable"]:
             notes.append(f"{lost} of {len(rows)} training images could not be read and are left out")
+        notes += note_on_few(probed.settings, job.metric)
         settings |= probed.settings
         return self._recorder.add(job, protocol, measurement, settings, test_features, began, notes)
 

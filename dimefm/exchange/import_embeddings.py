@@ -34,6 +34,7 @@ from dimefm.store.parquet_tables import write_plan
 from dimefm.system import lock, storage
 from dimefm.system.named_paths import allowing
 from dimefm.system.notes import note
+from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lamb
 
 
 def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
+    require_name(config.out, "a store", ".zarr")
     account = Account()
     folder = Folder(config.folder, config.kind, account, config.limit)
     if config.sources and config.kind == "text":
