@@ -109,7 +109,10 @@ def train_student(
     from the last checkpoint. On several GPUs: torchrun -m dimefm train-student ...
     """
     from dimefm.commands.train_config import config_of
-    from dimefm.training.before_training import require_changeable, require_startable
+    from dimefm.datasets.own_sets import require_folder
+    from dimefm.training.before_training import require_changeable
+    from dimefm.training.feed_plan import plan_feed
+    from dimefm.training.run_folder import require_run_folder
 
     require_with("--json", as_json or None, "--dry-run", dry_run or None)
     options = {name: value for name, value in options.items() if value not in (None, ())}
@@ -121,10 +124,15 @@ def train_student(
         option = f"--{min(unused).replace('_', '-')}"
         raise click.UsageError(f"{option} has no effect: the vl loss has weight 0. Give --loss vl=..., or leave it out")
     require_changeable(changes)
-    require_startable(config)
+    rows = plan_feed(config, int(os.environ.get("WORLD_SIZE", "1"))).inputs.images.schema.rows
+    require_run_folder(config.out)
+    for folder in config.val:
+        require_folder(folder)
     if dry_run:
         _dry_run(given, changes, as_json)
         return
+    if not int(os.environ.get("RANK", "0")):
+        note(f"{rows:,} images: loading torch and the student ...")
     from dimefm.training.train import train
 
     result = train(config, changes)
@@ -193,7 +201,11 @@ def convert_checkpoint(checkpoint: str, **options: Any) -> None:
     The result is an open_clip folder as export writes it, with the teacher's text tower. Load it with evaluate or with
     open_clip.create_model_and_transforms("local-dir:FOLDER").
     """
+    from dimefm.models.trained import checkpoint_file
+
+    checkpoint_file(checkpoint)
     require_model(options["teacher"], options["pretrained"])
-    from dimefm.models.authors_checkpoint import convert
+    note(f"{checkpoint}: loading the teacher, for its text tower ...")
+    from dimefm.models.authors_checkpoint import convert  # imports torch and open_clip
 
     say(convert(checkpoint, **options).show())

@@ -23,7 +23,7 @@ from dimefm.errors import MismatchError, SourceError
 from dimefm.models.clip import load_clip
 from dimefm.models.open_clip_folder import beside_text_tower, publish_folder
 from dimefm.models.towers import build_student
-from dimefm.models.trained import Trained
+from dimefm.models.trained import Trained, checkpoint_file
 from dimefm.system import storage
 from dimefm.system.output_names import require_name
 
@@ -197,10 +197,7 @@ def _read(checkpoint: str) -> dict[str, torch.Tensor]:
 
 def _load(checkpoint: str) -> Any:
     """The content of a file of torch.save. Only tensors and plain values are ever unpickled."""
-    path = Path(checkpoint).expanduser()
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise SourceError(f"{checkpoint} {what}", remedy="give the checkpoint itself, a file on a local disk")
+    path = checkpoint_file(checkpoint)
     try:
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
