@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import faulthandler
 import os
-import signal
 import sys
 from typing import Any
 
@@ -16,9 +15,11 @@ from dimefm.commands.caching import cache_images, cache_texts, export_embeddings
 from dimefm.commands.evaluation import compare, evaluate, sets, submission
 from dimefm.commands.help import Commands
 from dimefm.commands.inspection import doctor, info, verify
+from dimefm.commands.recipes import recipes
 from dimefm.commands.retrieval import build_index, retrieve, search, select_texts
 from dimefm.commands.training import convert_checkpoint, export, train_student
 from dimefm.errors import DimefmError, StoppedError
+from dimefm.system import stopping
 from dimefm.system.inert_text import say, text
 from dimefm.system.machine import wait_briefly
 from dimefm.version import __version__
@@ -29,13 +30,20 @@ class _Group(Commands):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            return self._invoke(ctx)
+        except BaseException as error:
+            number = stopping.signal_of(error)
+            if number is None:
+                raise
+            say(stopping.message(error, number), err=True)
+            ctx.exit(128 + number)  # as a shell reports it
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        try:
             return super().invoke(ctx)
         except StoppedError as error:
             say(f"Stopped: {error}", err=True)
-            ctx.exit(128 + error.signal)  # as a shell reports it
-        except KeyboardInterrupt:
-            say("Stopped by Ctrl-C", err=True)
-            ctx.exit(128 + signal.SIGINT)
+            ctx.exit(128 + error.signal)
         except (DimefmError, SchemaError) as error:
             raise click.ClickException(text(error)) from error
         except OSError as error:
@@ -46,6 +54,13 @@ class _Group(Commands):
             what = str(error).partition(" GPU ")[0].strip()  # then come numbers of torch's allocator
             remedy = "give a smaller --batch-size, or --device cpu; nvidia-smi says whether others use the GPU"
             raise click.ClickException(f"a GPU has too little memory: {what}\n  remedy: {remedy}") from error
+
+
+def _output() -> str | None:
+    """The --out of the command that is at work."""
+    context = click.get_current_context(silent=True)
+    out = context.params.get("out") if context else None
+    return out if isinstance(out, str) else None
 
 
 def _message_for(error: OSError) -> str:
@@ -74,6 +89,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `dimefm` command."""
+    stopping.listen(_output)
     wait_briefly()
     if sys.stderr is not None:
         faulthandler.enable()  # a crash, of a decoder or as a mapped file is cut short, then says where it was
@@ -82,7 +98,7 @@ def main() -> None:
 
 cli.add_section("Stage 1: cache the teacher's embeddings", cache_images, cache_texts, import_embeddings)
 cli.add_section("Find the sentences that fit", build_index, retrieve, search, select_texts)
-cli.add_section("Stage 2: train a student", train_student)
+cli.add_section("Stage 2: train a student", train_student, recipes)
 cli.add_section("Measure", evaluate, sets, compare, submission)
 cli.add_section("Export and convert", export, convert_checkpoint, export_embeddings)
 cli.add_section("Look and check", info, verify, doctor)

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cache_schemas.evaluation import TEXT_EMBEDDINGS, UNPACKED, EvaluationResult, Metric, SetDefinition
+from cache_schemas.embedding_store import COMMITS
+from cache_schemas.evaluation import RESULTS_FILE, TEXT_EMBEDDINGS, UNPACKED, EvaluationResult, Metric, SetDefinition
 from dimefm.datasets.image_set import ImageSet
 from dimefm.datasets.known_sets import open_set
 from dimefm.datasets.own_sets import find_folder, open_folder
@@ -31,6 +32,7 @@ from dimefm.store.failures import as_list
 from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.named_paths import allowing
+from dimefm.system.output_names import require_name
 
 
 @dataclass
@@ -51,10 +53,16 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
     """
     chosen = choose_sets(config)
     config = replace(config, out=storage.local(config.out, "the folder of all evaluations"))
+    require_name(config.out, "a folder of evaluations")
     folder = str(Path(config.out, config.name or default_name(config)))
     typed = [*config.folders, *filter(None, [config.data])]
-    with allowing(typed), writing(folder), _load_model(config) as clip:
+    with allowing(typed), writing(folder, of_use=_has_results), _load_model(config) as clip:
         return _Evaluator(config, clip, folder, report or (lambda result: None)).run(chosen)
+
+
+def _has_results(files: set[str]) -> bool:
+    """Whether a folder has a result, or features of a shard of images."""
+    return RESULTS_FILE in files or any(f"/{COMMITS}/" in name for name in files)
 
 
 def _load_model(config: EvaluationConfig) -> AbstractContextManager[Clip]:

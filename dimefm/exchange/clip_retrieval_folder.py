@@ -32,9 +32,12 @@ from dimefm.sources.parquet import other_kind
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import require_embeddings
 from dimefm.system import storage
+from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
 
-_NAMES = {"image": "img_emb", "text": "text_emb"}
+FOLDERS: dict[Kind, str] = {"image": "img_emb", "text": "text_emb"}
+"""Where the embeddings of images and of texts are."""
+
 _CAPTION, _IMAGE_KEYS = "caption", ("image_path", "key")
 _BLOCK = 4096  # rows that are normalised, or read from a metadata file, at a time
 _UNIT = 1e-3  # a vector whose norm is this close to 1 is not normalised again
@@ -58,11 +61,11 @@ class Folder:
         account = Account() if account is None else account
         self.root = storage.local(root, "a folder of embeddings")
         self.kind = kind
-        vectors = _numbered(f"{self.root}/{_NAMES[kind]}", _NAMES[kind], ".npy", account)
+        vectors = _numbered(f"{self.root}/{FOLDERS[kind]}", FOLDERS[kind], ".npy", account)
         metadata = _numbered(f"{self.root}/metadata", "metadata", ".parquet", account)
         for number in sorted(vectors.keys() ^ metadata.keys()):
             there = vectors.get(number) or metadata[number]
-            other = "metadata" if number in vectors else _NAMES[kind]
+            other = "metadata" if number in vectors else FOLDERS[kind]
             raise SourceError(f"{there} has no file of its number in {other}/", remedy="complete the folder")
         self.parts: list[_Part] = []
         self.rows, self.dim = 0, 0
@@ -215,9 +218,10 @@ def export_embeddings(store_path: str, out: str, *, rows_per_file: int | None = 
     store.require_complete()
     require_embeddings(store)
     target = Path(storage.local(out, "an export"))
+    require_name(out, "a folder of embeddings")
     if target.is_file() or storage.listing(str(target)):
         raise OutputExistsError(f"{target} exists and is not empty", remedy="give another --out, or delete it")
-    rows, step, name = store.schema.rows, rows_per_file or store.schema.shard_rows, _NAMES[store.schema.kind]
+    rows, step, name = store.schema.rows, rows_per_file or store.schema.shard_rows, FOLDERS[store.schema.kind]
     digits = len(str((rows - 1) // step))
     with storage.publishing(str(target)) as temporary, Progress("exporting", rows, "row") as progress:
         for number, start in enumerate(range(0, rows, step)):

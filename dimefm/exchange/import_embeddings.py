@@ -113,7 +113,7 @@ def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
     if folder.dim != clip.identity.embed_dim:
         what = f"{folder.root} holds embeddings {folder.dim} wide; {config.teacher} gives {clip.identity.embed_dim}"
         raise MismatchError(what, remedy="name the teacher that made them")
-    with lock.writing(config.out):
+    with lock.writing(config.out, of_use=lambda files: is_planned(config.out)):
         if is_planned(config.out):
             store = Store(config.out)
             asked = Asked(
@@ -168,7 +168,7 @@ def _plan(
         silent += sum(caption is None for _, caption in batch)
         digests.append(write_plan(out, shard, _table(batch, matches, start)))
     if silent and config.kind == "text":
-        account.problem(f"{silent:,} rows have no caption; their sentence is empty")
+        account.problem(f"rows without a caption, whose sentence is empty: {silent:,}")
     schema = EmbeddingStore(
         kind=config.kind,
         rows=folder.rows,
@@ -214,11 +214,13 @@ def _report_matches(matches: Matches, folder: Folder, report: Callable[[str], No
     by = ", ".join(f"{count:,} by {name}" for _, name, count in kinds)
     known = sum(count for _, _, count in kinds)
     report(f"{known:,} of {len(matches.image_N):,} rows have an image in the sources: {by}")
-    notes = [f"{count:,} rows have the image that shares {name} with their key" for n, name, count in kinds if n == 1]
+    notes = [f"rows whose image shares only {name} with their key: {count:,}" for n, name, count in kinds if n == 1]
     if len(ambiguous):
         found = folder.lookup(ambiguous[:_SHOWN].tolist())
         keys = ", ".join(repr(key) for key, _ in found.values())
-        notes.append(f"{len(ambiguous):,} rows have no image, as several match as well as each other, such as {keys}")
+        notes.append(
+            f"rows without an image, as several match as well as each other: {len(ambiguous):,}, such as {keys}"
+        )
         report(notes[-1])
     return notes
 

@@ -8,6 +8,7 @@ from dimefm.errors import MismatchError, StoreError
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.named_paths import named
+from dimefm.system.wording import counted
 
 
 def read_sidecar(folder: str) -> IndexSidecar:
@@ -35,5 +36,5 @@ def require_index_of(path: str, sidecar: IndexSidecar, store: Store) -> None:
         raise MismatchError(what, remedy="build an index over this store")
     lacking = {shard for shard, digest in store.contents.shards.items() if sidecar.shards.get(shard) != digest}
     if lacking:
-        what = f"{path} lacks {len(lacking)} shards of {store.path} that were written since it was built"
+        what = f"{path} lacks {counted(len(lacking), 'shard')} of {store.path} that were written since it was built"
         raise StoreError(what, remedy="run the same dimefm build-index again: it adds them")

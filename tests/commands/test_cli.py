@@ -48,7 +48,9 @@ COMMANDS = {
     "search": ["STORE.zarr|STORE.index", "--image", "--text", "--top-k", "--teacher", "--pretrained", "--device"],
     "select-texts": ["PAIRS.zarr", "--out", "--by", "--size", "--min-hits", "--min-score", "--pool", "--dedup",
                      "--balance", "--images-sample", "--seed", "--images", "--texts", "--scores", "--device"],
-    "train-student": ["--images", "--texts", "--pairs", "--out", "--recipe", "--student", "--loss", "--text-mix"],
+    "train-student": ["--images", "--texts", "--pairs", "--out", "--recipe", "--config", "--student", "--loss",
+                      "--text-mix", "--dry-run", "--json"],
+    "recipes": ["[NAME]"],
     "evaluate": ["MODEL", "[SET]...", "--suite", "--data", "--sets", "--pretrained", "--checkpoint", "--weights",
                  "--task", "--selection", "--solver", "--shots", "--seeds", "--decoder", "--precision", "--device",
                  "--out", "--name", "--skip-existing", "--predictions"],
@@ -58,9 +60,9 @@ COMMANDS = {
     "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained"],
     "convert-checkpoint": ["CHECKPOINT", "--out", "--teacher", "--pretrained"],
     "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file"],
-    "info": ["PATH", "--failures"],
-    "verify": ["STORE", "--sample", "--teacher", "--pretrained", "--repair"],
     "doctor": [],
+    "info": ["PATH", "--failures", "--json"],
+    "verify": ["STORE", "--sample", "--teacher", "--pretrained", "--repair", "--json"],
 }  # fmt: skip
 
 
@@ -206,7 +208,7 @@ def test_a_full_disk_is_one_message_whatever_was_being_written(monkeypatch: pyte
     def full(path: str) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("dimefm.inspection.info.describe", full)
+    monkeypatch.setattr("dimefm.inspection.info.examine", full)
     assert "No space left on device" in refused("info", "anything")
 
 
@@ -214,7 +216,7 @@ def test_storage_that_fails_is_one_message_and_no_traceback(monkeypatch: pytest.
     def fails(path: str) -> str:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("dimefm.inspection.info.describe", fails)
+    monkeypatch.setattr("dimefm.inspection.info.examine", fails)
     assert "Error: Input/output error\n  remedy: check the path" in refused("info", "anything")
 
 
@@ -224,7 +226,7 @@ def test_a_full_gpu_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: str) -> str:
         raise torch.OutOfMemoryError(f"{said} free. See documentation for Memory Management")
 
-    monkeypatch.setattr("dimefm.inspection.info.describe", full)
+    monkeypatch.setattr("dimefm.inspection.info.examine", full)
     message = refused("info", "anything")
     assert "a GPU has too little memory: CUDA out of memory. Tried to allocate 2.00 GiB.\n  remedy:" in message
     assert "documentation" not in message
@@ -234,7 +236,7 @@ def test_other_errors_of_torch_are_traced(monkeypatch: pytest.MonkeyPatch) -> No
     def broken(path: str) -> str:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("dimefm.inspection.info.describe", broken)
+    monkeypatch.setattr("dimefm.inspection.info.examine", broken)
     result = CliRunner().invoke(cli, ["info", "anything"])
     assert isinstance(result.exception, RuntimeError)
 
@@ -242,22 +244,23 @@ def test_other_errors_of_torch_are_traced(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("option", "value", "what"),
     [
-        ("--loss", "banana=1", "'banana' is not one of vl, pvl, udist"),
+        ("--loss", "banana=1", "'banana' is not known: there are vl, pvl, udist, cosine, centred, contrastive; dimefm"),
+        ("--loss", "pvll=1", "'pvll' is not known: did you mean 'pvl'"),
         ("--loss", "vl=much", "'vl=much' is not NAME=NUMBER"),
         ("--loss", "vl", "'vl' is not NAME=NUMBER"),
-        ("--loss", "scale=1", "'scale' is not one of"),
-        ("--text-mix", "pretty=1", "'pretty' is not one of random, selected, retrieved"),
-        (
-            "--set",
-            "loss.quue=8",
-            "'loss.quue=8' is not FIELD=VALUE with a field of the config (--fields explains them): images,",
-        ),
+        ("--loss", "scale=1", "'scale' is not known: "),
+        ("--text-mix", "pretty=1", "'pretty' is not known: there are random, selected, retrieved"),
+        ("--text-mix", "retreived=1", "'retreived' is not known: did you mean 'retrieved'?"),
+        ("--set", "loss.quue=8", "no field is called 'loss.quue': did you mean 'loss.queue'"),
+        ("--set", "weight-decay=8", "no field is called 'weight-decay': did you mean 'weight_decay'?"),
+        ("--set", "banana=8", "no field is called 'banana': dimefm train-student --fields lists all"),
         ("--set", "warmup_epochs", "'warmup_epochs' is not FIELD=VALUE"),
-        ("--set", "epochs.x=1", "'epochs.x=1' is not FIELD=VALUE"),
-        ("--set", "loss.queue=many", "--set"),
+        ("--set", "epochs.x=1", "no field is called 'epochs.x': did you mean 'epochs'"),
+        ("--set", "loss.queue=many", "loss.queue: expected an integer, found 'many'"),
+        ("--set", "betas=[1]", "betas: expected 2 items, found 1"),
     ],
 )
-def test_a_bad_list_of_weights_says_what_is_known(option: str, value: str, what: str) -> None:
+def test_a_bad_list_of_weights_or_a_bad_field_says_what_was_meant(option: str, value: str, what: str) -> None:
     message = refused("train-student", "--images", "i", "--texts", "t", "--out", "o", option, value, code=2)
     assert f"Invalid value for {option}: {what}" in message
 
@@ -489,7 +492,7 @@ def test_an_index_that_falls_short_is_refused_and_kept_with_accept(tmp_path: Pat
     result = run(*words, "--accept")
     assert result.exit_code == 0, result.output
     assert run("info", out).output in result.output
-    assert "  factory        PQ1x4, " in result.output
+    assert "  factory        PQ1x4\n" in result.output
 
 
 def test_an_index_into_what_is_there_already(text_store: Store, tmp_path: Path) -> None:
@@ -797,7 +800,7 @@ def test_export_of_what_is_no_run(tmp_path: Path, image_store: Store) -> None:
 def test_info_on_a_stranger(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path, tmp_path / "file", tmp_path / "nowhere"):
-        assert f"{path} is no store, index, selection or run of dimefm" in refused("info", path)
+        assert f"Error: {path} " in refused("info", path)
 
 
 def test_info_on_a_damaged_store_reports_every_problem(image_store: Store, tmp_path: Path) -> None:
@@ -828,7 +831,7 @@ def test_info_of_no_failures_is_the_head_of_a_table(image_store: Store) -> None:
 def test_info_on_a_store_says_rows_shards_status_and_teacher(image_store: Store, tmp_path: Path) -> None:
     lines = [" ".join(line.split()) for line in run("info", image_store.path).output.splitlines()]
     assert lines[0] == f"{image_store.path}: image embeddings"
-    assert any(line.startswith("rows 96 of 1 files") for line in lines)
+    assert any(line.startswith("rows 96, from 1 file of ") for line in lines)
     assert "shards 3 of 3 done, 32 rows each" in lines
     assert "status OK 96" in lines
     half = run("info", unfinished(image_store, tmp_path / "half.zarr")).output

@@ -14,6 +14,17 @@ GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 _NUMBERS = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
 _NOT_THERE = (404, 410)  # of HTTP
+_ELSEWHERE = "no folder can be made there: give another place"
+_REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EACCES: "mend the permissions, or give another place",
+    errno.EPERM: "mend the permissions, or give another place",
+    errno.EROFS: "it is read-only: mend that, or give another place",
+    errno.ENOENT: _ELSEWHERE,
+    errno.ENOTDIR: _ELSEWHERE,
+    errno.ENAMETOOLONG: "give a shorter name",
+}
 _CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google")
 
 
@@ -65,5 +76,10 @@ def writing_to(path: str) -> Iterator[None]:
 
 def cannot_write(path: str, error: OSError) -> StoreError:
     """The error for a full disk, a read-only folder or a lost share."""
-    remedy = "make room, or mend the permissions, and run the same command again; what was finished is kept"
+    remedy = f"{remedy_for(error)}, and run the same command again; what was finished is kept"
     return StoreError(f"{path} cannot be written: {error.strerror or error}", remedy=remedy)
+
+
+def remedy_for(error: OSError) -> str:
+    """What to do about an error of storage, before the same command is run again."""
+    return _REMEDIES.get(error.errno or 0, "check the path, its permissions and that the storage answers")

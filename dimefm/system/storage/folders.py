@@ -13,6 +13,7 @@ from typing import Any
 from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from dimefm.system.stopping import holding
 from dimefm.system.storage.durable import UNFINISHED, flush_tree, make_folder, sync
 from dimefm.system.storage.failures import asking, writing_to
 from dimefm.system.storage.files import exists
@@ -93,19 +94,20 @@ def publishing(path: str) -> Iterator[Path]:
     cannot be written; an OSError of the block stays one."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}{UNFINISHED}")
-    try:
-        with writing_to(path):
-            shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
-            make_folder(str(temporary))
-        yield temporary
-        with writing_to(path):
-            if temporary.exists():
-                flush_tree(str(temporary))
-                temporary.rename(target)
-                sync(str(target.parent))
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with holding():
+        try:
+            with writing_to(path):
+                shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
+                make_folder(str(temporary))
+            yield temporary
+            with writing_to(path):
+                if temporary.exists():
+                    flush_tree(str(temporary))
+                    temporary.rename(target)
+                    sync(str(target.parent))
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def remove_leftovers(folder: str) -> None:
