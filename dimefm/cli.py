@@ -64,10 +64,10 @@ def _output() -> str | None:
 
 
 def _message_for(error: OSError) -> str:
-    what, remedy = str(error.strerror or error), "check the path, its permissions and that the storage answers"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        remedy = "make room, or mend the permissions"
-    elif error.errno in (errno.EMFILE, errno.ENFILE):
+    from dimefm.system.storage import remedy_for
+
+    what, remedy = str(error.strerror or error), remedy_for(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
         return "too many open files\n  remedy: raise the limit (ulimit -n 4096), then run the same command again"
     if error.filename:  # a write names none
         what = f"{os.fsdecode(error.filename)}: {what}"

@@ -30,6 +30,7 @@ from dimefm.system.lock import writing
 from dimefm.system.machine import choose_device
 from dimefm.system.named_paths import allowed, allowing
 from dimefm.system.notes import note
+from dimefm.system.output_names import require_name
 from dimefm.system.stopping import GOES_ON, holding
 from pipeline.show_forecast import show_forecast
 from pipeline.workers import choose_workers, require_cores
@@ -196,7 +197,6 @@ def _report_unused(schema: EmbeddingStore) -> None:
 def dry_run(config: CacheConfig) -> str:
     """What `cache` would do, as text: rows, shards and bytes, the teacher's identity, and the hours that it would take
     by the speed that was measured on the first rows. Writes nothing."""
-    require_no_stranger(config.out)
     device = _device(config)
     began = time.monotonic()
     clip = _load(config, device, device)
@@ -225,6 +225,7 @@ def _device(config: CacheConfig) -> str:
     Raises DimefmError for sources that do not exist, and for options that do not fit the device or each other: before a
     large teacher is loaded.
     """
+    require_name(config.out, "a store", ".zarr")
     _require_sources(config)
     if config.ray_address is None:
         require_cores(config.workers)
