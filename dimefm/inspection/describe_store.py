@@ -11,7 +11,8 @@ from typing import Any
 from cache_schemas import EmbeddingStore, Failure, Skipped, Status
 from cache_schemas.document import to_plain
 from cache_schemas.embedding_store import EMBEDDING
-from dimefm.inspection.description import Description, Rows, teacher_rows
+from dimefm.inspection.description import Description, Rows
+from dimefm.models.teacher_rows import teacher_rows
 from dimefm.sources.account import describe_skipped, first_lines
 from dimefm.store.embedding_store import Store
 from dimefm.system.progress import amount
