@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cache_schemas.evaluation import TEXT_EMBEDDINGS, UNPACKED, EvaluationResult, Metric, SetDefinition
+from cache_schemas.embedding_store import COMMITS
+from cache_schemas.evaluation import RESULTS_FILE, TEXT_EMBEDDINGS, UNPACKED, EvaluationResult, Metric, SetDefinition
 from dimefm.datasets.image_set import ImageSet
 from dimefm.datasets.known_sets import open_set
 from dimefm.datasets.own_sets import find_folder, open_folder
@@ -55,8 +56,13 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
     require_name(config.out, "a folder of evaluations")
     folder = str(Path(config.out, config.name or default_name(config)))
     typed = [*config.folders, *filter(None, [config.data])]
-    with allowing(typed), _load_model(config) as clip, writing(folder):
+    with allowing(typed), writing(folder, of_use=_has_results), _load_model(config) as clip:
         return _Evaluator(config, clip, folder, report or (lambda result: None)).run(chosen)
+
+
+def _has_results(files: set[str]) -> bool:
+    """Whether a folder has a result, or features of a shard of images."""
+    return RESULTS_FILE in files or any(f"/{COMMITS}/" in name for name in files)
 
 
 def _load_model(config: EvaluationConfig) -> AbstractContextManager[Clip]:
