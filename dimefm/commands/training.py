@@ -12,6 +12,7 @@ from cache_schemas.run import Weights
 from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, fields_of, json_option, options_of, quiet_option, require_with, say_json
 from dimefm.commands.weights_options import weights_options
+from dimefm.models.names import require_model, require_student
 from dimefm.system.inert_text import say
 from dimefm.system.near_names import did_you_mean
 from dimefm.system.notes import note
@@ -113,6 +114,7 @@ def train_student(
     require_with("--json", as_json or None, "--dry-run", dry_run or None)
     options = {name: value for name, value in options.items() if value not in (None, ())}
     given = config_of(recipe, config_file, options, settings)
+    require_student(given.config.student, given.config.text_student)
     config, changes = given.config, tuple(name.strip() for name in allow_changes.split(",") if name.strip())
     unused = {"texts_per_step", "text_mix"} & options.keys()
     if unused and not config.loss.vl:
@@ -167,6 +169,8 @@ def export(run: str, **options: Any) -> None:
     It has its own text tower, or else the teacher's. Load it with
     open_clip.create_model_and_transforms("local-dir:FOLDER").
     """
+    if options["teacher"]:
+        require_model(options["teacher"], options["pretrained"])
     from dimefm.export.export_student import export as write
 
     say(f"{write(run, **options)}: load it with open_clip as local-dir:{options['out']}")
@@ -189,6 +193,7 @@ def convert_checkpoint(checkpoint: str, **options: Any) -> None:
     The result is an open_clip folder as export writes it, with the teacher's text tower. Load it with evaluate or with
     open_clip.create_model_and_transforms("local-dir:FOLDER").
     """
+    require_model(options["teacher"], options["pretrained"])
     from dimefm.models.authors_checkpoint import convert
 
     say(convert(checkpoint, **options).show())
