@@ -39,7 +39,7 @@ def writing(store: str, of_use: Callable[[set[str]], object] = bool) -> Iterator
             yield token
         return
     folder = Path(path)
-    absent = [place for place in (folder, *folder.parents) if not place.exists()]
+    made = storage.missing(path)
     with holding(lambda: kept_in(store)), _locked(folder) as file:
         new = {path.name for path in folder.iterdir()} == {_LOCK}
         _keep_from_forks(file)
@@ -57,8 +57,7 @@ def writing(store: str, of_use: Callable[[set[str]], object] = bool) -> Iterator
             with suppress(OSError):
                 file.truncate(0)
                 (folder / _LOCK).unlink()
-                for place in absent:
-                    place.rmdir()  # fails, as it should, where something is in it
+            storage.remove_empty(made)
 
 
 def _empty(folder: Path) -> None:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -34,6 +35,7 @@ class _State:
         self.listens = False
         self.to_watcher = -1  # a pipe, to which Python writes the number of each signal as it arrives
         self.output: Callable[[], str | None] = lambda: None  # says where the command writes
+        self.out: str | None = None  # what it said when the signal came
         self.holding = 0  # blocks of the main thread that hold something
         self.asks = False  # for the first signal: see `ask_for_the_first`
         self.taken = 0  # signals that the main thread has taken
@@ -59,10 +61,12 @@ def listen(output: Callable[[], str | None] = lambda: None) -> None:
             signal.signal(number, _take)
     reading, _state.to_watcher = os.pipe()
     os.set_blocking(_state.to_watcher, False)
-    signal.set_wakeup_fd(_state.to_watcher, warn_on_full_buffer=False)
+    _watched(True)
     threading.Thread(target=_watch, args=(reading,), daemon=True).start()
     sys.unraisablehook = _send_again_if_lost
-    os.register_at_fork(after_in_child=_leave_to_parent)
+    # Not while it forks: until it has let go, the new process would write of its own signals too.
+    before, after = partial(_watched, False), partial(_watched, True)
+    os.register_at_fork(before=before, after_in_parent=after, after_in_child=_leave_to_parent)
 
 
 @contextmanager
@@ -84,8 +88,10 @@ def holding(kept: Callable[[], str] | None = None) -> Iterator[None]:
 
 def kept_in(out: str) -> str:
     """What is in an output after a stop, as far as can be seen at a glance."""
-    there = "://" in out or (os.path.isdir(out) and os.listdir(out)) or os.path.isfile(out)  # noqa: PTH112, PTH113, PTH208
-    return f"what was finished is kept in {out}; {GOES_ON}" if there else "nothing was finished, and nothing is left"
+    names = os.listdir(out) if os.path.isdir(out) else []  # noqa: PTH112, PTH208
+    if "://" in out or os.path.isfile(out) or any(not name.startswith(".") for name in names):  # noqa: PTH113
+        return f"what was finished is kept in {out}; {GOES_ON}"
+    return "nothing was finished; the same command begins again"
 
 
 def ask_for_the_first(asks: bool) -> None:
@@ -109,7 +115,8 @@ def message(error: BaseException, number: signal.Signals) -> str:
     return _message(number, next(iter(getattr(error, "__notes__", [])), None))
 
 
-def _message(number: signal.Signals, kept: str | None) -> str:
+def _message(number: signal.Signals, kept: str | None = None) -> str:
+    kept = kept or (kept_in(_state.out) if _state.out else None)
     below = "\n" if os.isatty(2) else ""  # a terminal shows ^C where the last line ends
     what = f"{below}Stopped by {'Ctrl-C' if number == signal.SIGINT else number.name}"
     return f"{what}: {kept}" if kept else what
@@ -119,9 +126,9 @@ def _take(number: int, frame: FrameType | None) -> None:
     took()
     if _state.number and not _state.again:
         _end(number)
+    _state.out = _state.output()
     if not _state.holding:
-        out = _state.output()
-        _end(number, kept_in(out) if out else None)
+        _end(number)
     _state.number, _state.again = _state.number or signal.Signals(number), False
     if frame and frame.f_globals.get("__name__") == "logging":
         _send_again()  # an error here would leave the lock of all logging taken
@@ -142,6 +149,12 @@ def _send_again_if_lost(lost: Any) -> None:
         sys.__unraisablehook__(lost)
 
 
+def _watched(watched: bool) -> None:
+    """Whether Python writes to the watcher which signals arrive."""
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(_state.to_watcher if watched else -1, warn_on_full_buffer=False)
+
+
 def _watch(reading: int) -> None:
     """Learn of each signal as it arrives, also while the main thread is within a call of a library."""
     arrived = 0
@@ -158,12 +171,12 @@ def _watch(reading: int) -> None:
                 time.sleep(0.02)
 
 
-def _end(number: int, kept: str | None = None) -> NoReturn:
+def _end(number: int) -> NoReturn:
     """End this process as it is, from any thread."""
     first = _state.number or signal.Signals(number)
     if not _state.shown:
         with suppress(OSError):  # nobody reads it any more
-            os.write(2, f"{_message(first, kept)}\n".encode())
+            os.write(2, f"{_message(first)}\n".encode())
     os._exit(128 + first)
 
 
