@@ -326,3 +326,16 @@ def test_a_checkpoint_of_a_step_can_be_exported(undisturbed: Path, tmp_path: Pat
     assert none.exit_code == 1
     assert "has no checkpoint 5" in none.output
     assert torch.load(undisturbed / "checkpoints" / "step-00000006.pt", weights_only=True)["step"] == 6
+
+
+def test_one_image_at_a_time_is_refused_where_batch_norm_has_nothing_to_average(
+    image_store: Store, text_store: Store, tmp_path: Path
+) -> None:
+    """It ended in a traceback of torch."""
+    config = tiny_config(image_store, text_store, tmp_path / "run", max_steps=1)
+    for changes in ({"batch_size": 1}, {"accumulate": 16}):
+        with pytest.raises(
+            TrainingError, match=r"of one image of 32 px cannot be trained on.*\n.*a larger --batch-size"
+        ):
+            train(replace(config, **changes))
+    train(replace(config, batch_size=1, image_size=64))  # of a last map of 2 x 2
