@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import faulthandler
 import os
-import signal
 import sys
 from typing import Any
 
@@ -20,6 +19,7 @@ from dimefm.commands.recipes import recipes
 from dimefm.commands.retrieval import build_index, retrieve, search, select_texts
 from dimefm.commands.training import convert_checkpoint, export, train_student
 from dimefm.errors import DimefmError, StoppedError
+from dimefm.system import stopping
 from dimefm.system.inert_text import say, text
 from dimefm.system.machine import wait_briefly
 from dimefm.version import __version__
@@ -30,13 +30,20 @@ class _Group(Commands):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            return self._invoke(ctx)
+        except BaseException as error:
+            number = stopping.signal_of(error)
+            if number is None:
+                raise
+            say(stopping.message(error, number), err=True)
+            ctx.exit(128 + number)  # as a shell reports it
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        try:
             return super().invoke(ctx)
         except StoppedError as error:
             say(f"Stopped: {error}", err=True)
-            ctx.exit(128 + error.signal)  # as a shell reports it
-        except KeyboardInterrupt:
-            say("Stopped by Ctrl-C", err=True)
-            ctx.exit(128 + signal.SIGINT)
+            ctx.exit(128 + error.signal)
         except (DimefmError, SchemaError) as error:
             raise click.ClickException(text(error)) from error
         except OSError as error:
@@ -49,11 +56,18 @@ class _Group(Commands):
             raise click.ClickException(f"a GPU has too little memory: {what}\n  remedy: {remedy}") from error
 
 
+def _output() -> str | None:
+    """The --out of the command that is at work."""
+    context = click.get_current_context(silent=True)
+    out = context.params.get("out") if context else None
+    return out if isinstance(out, str) else None
+
+
 def _message_for(error: OSError) -> str:
-    what, remedy = str(error.strerror or error), "check the path, its permissions and that the storage answers"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        remedy = "make room, or mend the permissions"
-    elif error.errno in (errno.EMFILE, errno.ENFILE):
+    from dimefm.system.storage import remedy_for
+
+    what, remedy = str(error.strerror or error), remedy_for(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
         return "too many open files\n  remedy: raise the limit (ulimit -n 4096), then run the same command again"
     if error.filename:  # a write names none
         what = f"{os.fsdecode(error.filename)}: {what}"
@@ -75,6 +89,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `dimefm` command."""
+    stopping.listen(_output)
     wait_briefly()
     if sys.stderr is not None:
         faulthandler.enable()  # a crash, of a decoder or as a mapped file is cut short, then says where it was

@@ -30,6 +30,8 @@ from dimefm.system.lock import writing
 from dimefm.system.machine import choose_device
 from dimefm.system.named_paths import allowed, allowing
 from dimefm.system.notes import note
+from dimefm.system.output_names import require_name
+from dimefm.system.stopping import GOES_ON, holding
 from pipeline.show_forecast import show_forecast
 from pipeline.workers import choose_workers, require_cores
 
@@ -119,7 +121,7 @@ def _cache(config: CacheConfig) -> Store:
     require_no_stranger(config.out)  # before the lock is written into it
     loaded = _load(config, device, "cpu")
     request, teacher = _request(config, device, loaded), loaded.identity
-    with writing(config.out) as lease:
+    with writing(config.out, of_use=lambda files: is_planned(config.out)) as lease:
         planned = is_planned(config.out)
         store = open_or_plan(request, config.out, teacher, accept_missing=config.accept_missing)
         if not planned:
@@ -144,7 +146,7 @@ def _cache(config: CacheConfig) -> Store:
         workers = config.workers or _worth_starting(store, device, loaded)
         clip: Clip | None = loaded
         del loaded
-        with running(store.path) as died:
+        with holding(lambda: _kept(store, config.out)), running(store.path) as died:
             # An image may have crashed the last run. On Ray it ends only a worker, and another one goes on.
             may_run_here = config.ray_address is None and not (died and config.kind == "image")
             jobs = [job, replace(job, retry=True)] if config.retry_failed else [job]
@@ -177,6 +179,10 @@ def _worth_starting(store: Store, device: str, clip: Clip) -> int:
     )
 
 
+def _kept(store: Store, out: str) -> str:
+    return f"{len(store.committed())} of {store.schema.shards} shards are kept in {out}; {GOES_ON}"
+
+
 def _report_unused(schema: EmbeddingStore) -> None:
     """Print what is not used, before the rest is encoded for hours."""
     source = schema.source
@@ -191,7 +197,6 @@ def _report_unused(schema: EmbeddingStore) -> None:
 def dry_run(config: CacheConfig) -> str:
     """What `cache` would do, as text: rows, shards and bytes, the teacher's identity, and the hours that it would take
     by the speed that was measured on the first rows. Writes nothing."""
-    require_no_stranger(config.out)
     device = _device(config)
     began = time.monotonic()
     clip = _load(config, device, device)
@@ -220,6 +225,7 @@ def _device(config: CacheConfig) -> str:
     Raises DimefmError for sources that do not exist, and for options that do not fit the device or each other: before a
     large teacher is loaded.
     """
+    require_name(config.out, "a store", ".zarr")
     _require_sources(config)
     if config.ray_address is None:
         require_cores(config.workers)

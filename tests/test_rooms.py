@@ -36,7 +36,7 @@ ROOMS = {
     "pipeline": "caching models retrieval sources store system",
     "dimefm.commands": "*",
     "dimefm.cli": "commands system",
-    "dimefm.__main__": "cli",
+    "dimefm.__main__": "cli system",
     "dimefm.sample": "images sources",
     "dimefm.reproduce": "caching cli evaluation sample store system training",
     "dimefm": "*",  # the public face

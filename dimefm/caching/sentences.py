@@ -25,6 +25,7 @@ from dimefm.errors import SourceError, StoreError
 from dimefm.sources.account import Account
 from dimefm.sources.base import Source, TextSample
 from dimefm.system.machine import open_files
+from dimefm.system.stopping import holding
 
 _BUCKETS = 256
 _BLOCK = 65536
@@ -154,7 +155,7 @@ def words(text: str) -> int:
 def _shuffled(samples: Iterator[TextSample], count: int, seed: int) -> Iterator[TextSample]:
     """The samples in a random order: each is written to the bucket of its new place, then each bucket is sorted."""
     place = np.random.default_rng(seed).permutation(count)
-    with tempfile.TemporaryDirectory(prefix="dimefm-shuffle-") as folder:
+    with holding(), tempfile.TemporaryDirectory(prefix="dimefm-shuffle-") as folder:
         buckets = min(_BUCKETS, count, max(1, open_files() // 2))  # the order is the same for any number of them
         paths = [Path(folder) / f"{bucket}.jsonl" for bucket in range(buckets)]
         try:

@@ -35,6 +35,7 @@ from dimefm.store.output_folder import is_planned
 from dimefm.store.parquet_tables import write_plan
 from dimefm.system import lock, storage
 from dimefm.system.named_paths import allowing
+from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
 
 _BATCH_SIZE = 1  # recorded in the store; that of the teacher is not known
@@ -97,6 +98,7 @@ def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lamb
 
 
 def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
+    require_name(config.out, "a store", ".zarr")
     account = Account()
     folder = Folder(config.folder, config.kind, account, config.limit)
     if config.sources and config.kind == "text":
@@ -113,7 +115,7 @@ def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
     if folder.dim != clip.identity.embed_dim:
         what = f"{folder.root} holds embeddings {folder.dim} wide; {config.teacher} gives {clip.identity.embed_dim}"
         raise MismatchError(what, remedy="name the teacher that made them")
-    with lock.writing(config.out):
+    with lock.writing(config.out, of_use=lambda files: is_planned(config.out)):
         if is_planned(config.out):
             store = Store(config.out)
             asked = Asked(

@@ -63,7 +63,10 @@ def _index(facts: dict[str, Any]) -> Rows:
         ("store", f"{facts['store']} ({facts['store_identity'][:16]})"),
         *teacher_rows(facts["teacher"]),
         ("speed", f"{rate(facts['queries_per_second'], 1, 'query', 'queries')} when it was tuned"),
-        ("built in", f"{facts['seconds']:,.1f} s, trained on {facts['train_rows']:,} rows, seed {facts['seed']}"),
+        (
+            "built in",
+            f"{facts['seconds']:,.1f} s, trained on {counted(facts['train_rows'], 'row')}, seed {facts['seed']}",
+        ),
     ]
 
 

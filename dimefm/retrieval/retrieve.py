@@ -35,6 +35,7 @@ from dimefm.system.lock import writing
 from dimefm.system.notes import note
 from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
+from dimefm.system.stopping import GOES_ON, holding
 
 if TYPE_CHECKING:
     from dimefm.retrieval.exact_search import Search
@@ -110,7 +111,7 @@ def write_pairs(
         shard_rows=images.schema.shard_rows,
         texts_data=texts.contents.digest,
     )
-    with writing(out):
+    with writing(out, of_use=lambda files: any(name.startswith(f"{COMMITS}/") for name in files)):
         pairs = _open_or_create(out, schema)
         pending = _pending(pairs, images)
         hits = storage.join(pairs.path, HITS_COMMIT)
@@ -118,10 +119,11 @@ def write_pairs(
             return pairs.hit_counts()
         storage.remove_leftovers(pairs.path)
         storage.remove_file(hits)  # it counts what changes now
-        for shard in range(schema.shards):
-            if shard in pending:
-                _retrieve_shard(pairs, images, search, shard)
-            progress(schema.shard_range(shard)[1])
+        with holding(lambda: _kept(pairs, images)):
+            for shard in range(schema.shards):
+                if shard in pending:
+                    _retrieve_shard(pairs, images, search, shard)
+                progress(schema.shard_range(shard)[1])
         return _count_hits(pairs)
 
 
@@ -130,6 +132,11 @@ def _pending(pairs: Pairs, images: Store) -> set[int]:
     now = images.contents.shards
     current = {shard for shard, digest in pairs.images_data().items() if digest in (None, now.get(shard))}
     return {shard for shard in range(pairs.schema.shards) if str(shard) not in current}
+
+
+def _kept(pairs: Pairs, images: Store) -> str:
+    shards = pairs.schema.shards
+    return f"{shards - len(_pending(pairs, images))} of {shards} shards are kept in {pairs.path}; {GOES_ON}"
 
 
 def _open_or_create(out: str, schema: PairsStore) -> Pairs:

@@ -174,7 +174,7 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
         images_data=pairs.hit_counts().images_data,
         texts_data=pairs.schema.texts_data,
     )
-    with writing(out):
+    with writing(out, of_use=lambda files: files - {PLAN_FILE}):
         _begin_or_continue(out, plan)
         if storage.exists(storage.join(out, SELECTION_FILE)):
             return SelectedTexts(out).document
