@@ -15,6 +15,7 @@ from dimefm.commands.weights_options import weights_options
 from dimefm.system.inert_text import say
 from dimefm.system.near_names import did_you_mean
 from dimefm.system.notes import note
+from dimefm.system.wording import hanging
 
 if TYPE_CHECKING:
     from dimefm.commands.train_config import Given
@@ -144,7 +145,7 @@ def _dry_run(given: Given, changes: tuple[str, ...], as_json: bool) -> None:
 
     found = foresee(given.config, changes)
     for line in found.notes:
-        note(f"note: {line}")
+        note(hanging("note: ", line))
     if as_json:
         by = origins(given)
         fields = {name: {"value": value, "from": by[name]} for name, value in given.values.items()}

@@ -33,7 +33,7 @@ from dimefm.training.text_bank import bytes_of_texts, place_of
 from dimefm.training.tower_trainer import TowerTrainer
 
 _FIRST_IMAGES, _GROWTH = 4, 4
-_ENOUGH = 1.5  # seconds of a measured step, beyond which no larger one is tried
+_ENOUGH = 3.0  # seconds of a measured step, beyond which no larger one is tried
 _STATE = 4  # numbers of 4 bytes for each weight: itself, its gradient, and AdamW's two averages
 
 
