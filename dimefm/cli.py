@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import faulthandler
+import gc
 import os
 import sys
 from typing import Any
@@ -90,6 +92,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point of the `dimefm` command."""
     stopping.listen(_output)
+    atexit.register(gc.freeze)  # else all objects of torch are searched for cycles at exit, for a second
     wait_briefly()
     if sys.stderr is not None:
         faulthandler.enable()  # a crash, of a decoder or as a mapped file is cut short, then says where it was

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -16,6 +17,7 @@ from dimefm.commands.config_file import read_config
 from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, fields_of, json_option, options_of, quiet_option, say_json, was_given
 from dimefm.commands.weights_options import weights_options
+from dimefm.models.names import require_model
 from dimefm.system.inert_text import say
 from dimefm.system.near_names import did_you_mean
 
@@ -123,6 +125,8 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     _require_sense(options)
     config = EvaluationConfig(model=model, **options)
     choose_sets(config)  # refuses what does not exist before torch is imported and the model is loaded
+    if not Path(model).exists():
+        require_model(model, options["pretrained"], folder="")
     from dimefm.evaluation.evaluate import evaluate as run
     from dimefm.evaluation.summary import as_document, result_text, summary_text
 
@@ -179,9 +183,9 @@ def sets(names: tuple[str, ...], data: str | None) -> None:
 @click.option("--no-published", is_flag=True, help="Leave out the results that the paper published.")
 @json_option
 def compare(folders: tuple[str, ...], out: tuple[str, ...], no_published: bool, as_json: bool) -> None:
-    """Print models side by side, with what was published on the same lines.
+    """Print models side by side.
 
-    The tables are in Markdown, one per protocol, as wide as the terminal allows; the table in a file is one.
+    Beside them stands what was published on the same sets. The tables are in Markdown, one per protocol, as wide as the terminal allows; the table in a file is one.
 
     NAME: a folder that evaluate wrote, such as evaluations/STUDENT.
     """
