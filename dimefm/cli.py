@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import faulthandler
+import gc
 import os
 import sys
 from typing import Any
@@ -67,10 +69,10 @@ def _output() -> str | None:
 
 
 def _message_for(error: OSError) -> str:
-    what, remedy = str(error.strerror or error), "check the path, its permissions and that the storage answers"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        remedy = "make room, or mend the permissions"
-    elif error.errno in (errno.EMFILE, errno.ENFILE):
+    from dimefm.system.storage import remedy_for
+
+    what, remedy = str(error.strerror or error), remedy_for(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
         return "too many open files\n  remedy: raise the limit (ulimit -n 4096), then run the same command again"
     if error.filename:  # a write names none
         what = f"{os.fsdecode(error.filename)}: {what}"
@@ -93,6 +95,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point of the `dimefm` command."""
     stopping.listen(_output)
+    atexit.register(gc.freeze)  # else all objects of torch are searched for cycles at exit, for a second
     wait_briefly()
     if sys.stderr is not None:
         faulthandler.enable()  # a crash, of a decoder or as a mapped file is cut short, then says where it was

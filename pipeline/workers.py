@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from dimefm.errors import DimefmError
 from dimefm.system.machine import available_memory, cpus
 from dimefm.system.wording import counted
@@ -30,6 +28,8 @@ def choose_workers(device: str, *, shards: int, weight_bytes: int, seconds: Call
     shard, as far as there is memory for a teacher in each, and as their work is worth their start. `seconds` says how
     long one worker alone would take; it is asked only where there may be several."""
     if device != "cpu":
+        import torch  # not before what is asked for has been checked
+
         return torch.cuda.device_count()
     fit = int(_MEMORY_SHARE * available_memory()) // (_WORKER_BYTES + weight_bytes)
     most = min(cpus(), fit, shards)

@@ -26,7 +26,6 @@ from dimefm.sources.files import describe_change, existing_names, expand
 from dimefm.store.embedding_store import Store
 from dimefm.store.output_folder import ANOTHER_OUT, OWN_AND_NEW, differing, in_lines, is_planned, require_only
 from dimefm.system import inert_text
-from dimefm.system.output_names import require_name
 
 _SHOWN = 3  # changed files
 _PUT_BACK = f"put the files back as they were, with their times, or {ANOTHER_OUT}"
@@ -34,7 +33,6 @@ _PUT_BACK = f"put the files back as they were, with their times, or {ANOTHER_OUT
 
 def require_no_stranger(out: str) -> None:
     """Raises OutputExistsError where something is at `out` that is not an embedding store, finished or not."""
-    require_name(out, "a store", ".zarr")
     require_only(out, "an embedding store", {"zarr.json", EMBEDDING, STATUS, VIEW, PIXEL_INDEX, ROWS, COMMITS, PIXELS})
 
 

@@ -12,6 +12,7 @@ from cache_schemas.identity import Precision
 from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, options_of, quiet_option, require_with, was_given
 from dimefm.commands.weights_options import weights_options
+from dimefm.models.names import require_model
 from dimefm.system.inert_text import say
 from dimefm.system.notes import note
 
@@ -85,6 +86,7 @@ def cache_texts(**options: Any) -> None:
 
 
 def _cache(kind: Kind, options: dict[str, Any]) -> None:
+    require_model(options["teacher"], options["pretrained"])
     from dimefm.inspection.info import describe
     from pipeline.cache import CacheConfig, cache, dry_run
 
@@ -112,6 +114,7 @@ def import_embeddings(folder: str, **options: Any) -> None:
     FOLDER: img_emb/img_emb_N.npy or text_emb/text_emb_N.npy beside metadata/metadata_N.parquet. train-student reads the
     images too, so an image store serves it only if --images says where they are; retrieve does not need them.
     """
+    require_model(options["teacher"], options["pretrained"])
     from dimefm.exchange.import_embeddings import ImportConfig
     from dimefm.exchange.import_embeddings import import_embeddings as run
     from dimefm.inspection.info import describe

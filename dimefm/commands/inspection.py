@@ -9,6 +9,7 @@ import click
 
 from dimefm.commands.help import Command
 from dimefm.commands.options import json_option, options_of, quiet_option, require_with, say_json
+from dimefm.models.names import require_model
 from dimefm.system.inert_text import say
 
 _option = options_of("dimefm.inspection.verify", "VerifyConfig")
@@ -74,11 +75,13 @@ def verify(
 
     It reads every byte, and exits with 1 if the store cannot be trusted.
     """
+    require_with("--teacher", teacher, "--sample", sample)
+    require_with("--pretrained", pretrained, "--teacher", teacher)
+    if teacher:
+        require_model(teacher, pretrained)
     from dimefm.inspection.verify import VerifyConfig
     from dimefm.inspection.verify import verify as check
 
-    require_with("--teacher", teacher, "--sample", sample)
-    require_with("--pretrained", pretrained, "--teacher", teacher)
     report = check(VerifyConfig(store=store, sample=sample, teacher=teacher, pretrained=pretrained, repair=repair))
     say_json(report.facts()) if as_json else say(report.show())
     if not report.trusted:

@@ -10,6 +10,7 @@ import click
 from cache_schemas.text_selection import Ranking
 from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, Bytes, json_option, options_of, quiet_option, require_with, say_json
+from dimefm.models.names import require_model
 from dimefm.system.inert_text import say
 from dimefm.system.notes import note
 
@@ -117,13 +118,15 @@ def search(path: str, as_json: bool, **options: Any) -> None:
     The results come with cosine similarities. A store or index of sentences gives sentences, one of images gives
     images: the fastest way to see that a cache is sane. A store is searched exactly, an index as retrieve searches it.
     """
-    from dimefm.retrieval.search import facts, show
-    from dimefm.retrieval.search import search as run
-
     queries = [*options["images"], *options["texts"]]
     if not queries:
         raise click.UsageError("give --image FILE or --text SENTENCE")
     require_with("--pretrained", options["pretrained"], "--teacher", options["teacher"])
+    if options["teacher"]:
+        require_model(options["teacher"], options["pretrained"])
+    from dimefm.retrieval.search import facts, show
+    from dimefm.retrieval.search import search as run
+
     found = run(path, **options)
     say_json(list(map(facts, queries, found))) if as_json else say("\n\n".join(map(show, queries, found)))
 

@@ -12,6 +12,7 @@ from cache_schemas.run import Weights
 from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, fields_of, json_option, options_of, quiet_option, require_with, say_json
 from dimefm.commands.weights_options import weights_options
+from dimefm.models.names import require_model, require_student
 from dimefm.system.inert_text import say
 from dimefm.system.near_names import did_you_mean
 from dimefm.system.notes import note
@@ -108,21 +109,30 @@ def train_student(
     from the last checkpoint. On several GPUs: torchrun -m dimefm train-student ...
     """
     from dimefm.commands.train_config import config_of
-    from dimefm.training.before_training import require_changeable, require_startable
+    from dimefm.datasets.own_sets import require_folder
+    from dimefm.training.before_training import require_changeable
+    from dimefm.training.feed_plan import plan_feed
+    from dimefm.training.run_folder import require_run_folder
 
     require_with("--json", as_json or None, "--dry-run", dry_run or None)
     options = {name: value for name, value in options.items() if value not in (None, ())}
     given = config_of(recipe, config_file, options, settings)
+    require_student(given.config.student, given.config.text_student)
     config, changes = given.config, tuple(name.strip() for name in allow_changes.split(",") if name.strip())
     unused = {"texts_per_step", "text_mix"} & options.keys()
     if unused and not config.loss.vl:
         option = f"--{min(unused).replace('_', '-')}"
         raise click.UsageError(f"{option} has no effect: the vl loss has weight 0. Give --loss vl=..., or leave it out")
     require_changeable(changes)
-    require_startable(config)
+    rows = plan_feed(config, int(os.environ.get("WORLD_SIZE", "1"))).inputs.images.schema.rows
+    require_run_folder(config.out)
+    for folder in config.val:
+        require_folder(folder)
     if dry_run:
         _dry_run(given, changes, as_json)
         return
+    if not int(os.environ.get("RANK", "0")):
+        note(f"{rows:,} images: loading torch and the student ...")
     from dimefm.training.train import train
 
     result = train(config, changes)
@@ -167,6 +177,8 @@ def export(run: str, **options: Any) -> None:
     It has its own text tower, or else the teacher's. Load it with
     open_clip.create_model_and_transforms("local-dir:FOLDER").
     """
+    if options["teacher"]:
+        require_model(options["teacher"], options["pretrained"])
     from dimefm.export.export_student import export as write
 
     say(f"{write(run, **options)}: load it with open_clip as local-dir:{options['out']}")
@@ -189,6 +201,11 @@ def convert_checkpoint(checkpoint: str, **options: Any) -> None:
     The result is an open_clip folder as export writes it, with the teacher's text tower. Load it with evaluate or with
     open_clip.create_model_and_transforms("local-dir:FOLDER").
     """
-    from dimefm.models.authors_checkpoint import convert
+    from dimefm.models.trained import checkpoint_file
+
+    checkpoint_file(checkpoint)
+    require_model(options["teacher"], options["pretrained"])
+    note(f"{checkpoint}: loading the teacher, for its text tower ...")
+    from dimefm.models.authors_checkpoint import convert  # imports torch and open_clip
 
     say(convert(checkpoint, **options).show())

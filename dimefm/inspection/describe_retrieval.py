@@ -11,7 +11,8 @@ from cache_schemas.index import SIDECAR_FILE, IndexSidecar
 from cache_schemas.pairs import HITS_COMMIT
 from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, SCORES, SELECTION_FILE, SelectionPlan
 from dimefm.errors import StoreError
-from dimefm.inspection.description import Description, Rows, teacher_rows
+from dimefm.inspection.description import Description, Rows
+from dimefm.models.teacher_rows import teacher_rows
 from dimefm.selection.report import describe_settings, left_out
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
@@ -63,7 +64,10 @@ def _index(facts: dict[str, Any]) -> Rows:
         ("store", f"{facts['store']} ({facts['store_identity'][:16]})"),
         *teacher_rows(facts["teacher"]),
         ("speed", f"{rate(facts['queries_per_second'], 1, 'query', 'queries')} when it was tuned"),
-        ("built in", f"{facts['seconds']:,.1f} s, trained on {facts['train_rows']:,} rows, seed {facts['seed']}"),
+        (
+            "built in",
+            f"{facts['seconds']:,.1f} s, trained on {counted(facts['train_rows'], 'row')}, seed {facts['seed']}",
+        ),
     ]
 
 

@@ -21,7 +21,7 @@ from dimefm.errors import StoreError
 from dimefm.inspection.description import Description
 from dimefm.sources.prompts import CLASSNAMES
 from dimefm.system import storage
-from dimefm.system.near_names import did_you_mean
+from dimefm.system.near_names import did_you_mean_path
 
 _LOOKED_AT, _NAMED = 50, 4
 _BY_FILE = {
@@ -88,10 +88,9 @@ def _call(describes: str, *given: Any) -> Description:
 
 def _nothing(path: str) -> StoreError:
     """The error for a place where nothing can be described: what is there, and what was probably meant."""
-    parent, _, name = path.rstrip("/").rpartition("/")
     if not storage.exists(path):
-        known = storage.listing(parent or ("/" if path.startswith("/") else "."))
-        return StoreError(f"{path} does not exist", remedy=did_you_mean(name, known, _ELSE))
+        remedy = _ELSE if storage.is_url(path) else did_you_mean_path(path, _ELSE)
+        return StoreError(f"{path} does not exist", remedy=remedy)
     names = storage.listing(path)
     if not names:
         return _no_folder(path)

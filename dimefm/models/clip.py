@@ -24,9 +24,9 @@ from cache_schemas.identity import Precision
 from dimefm.errors import MismatchError, TeacherError
 from dimefm.images.preprocess import normalise
 from dimefm.models.hub import require_plain_tokenizer
+from dimefm.models.names import CONFIGURED
 from dimefm.models.pretraining import facts_of_config, facts_of_weights
 from dimefm.models.strict_open_clip import (
-    CONFIGURED,
     DECODER,
     create_model,
     full_name,

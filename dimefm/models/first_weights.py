@@ -17,6 +17,7 @@ from cache_schemas import StudentSpec
 from cache_schemas.run import WEIGHTS_FILE
 from dimefm.errors import TrainingError
 from dimefm.models.hub import preprocess_config
+from dimefm.models.names import unknown_tag
 from dimefm.models.pretraining import agreeing_fields, tags_of
 from dimefm.models.towers import has_activation
 
@@ -157,6 +158,5 @@ def _read(spec: StudentSpec, init: str) -> dict[str, torch.Tensor]:
                 return open_clip.create_model(spec.name, pretrained=init).visual.state_dict()  # type: ignore[no-any-return]
     except Exception as error:  # the hub, torch and safetensors raise many kinds; all say why
         raise TrainingError(f"{init} cannot be read: {str(error).splitlines()[0]}", remedy="see --init") from error
-    tags = ", ".join(open_clip.list_pretrained_tags_by_model(spec.name)) or "none"
-    what = f"{init!r} is no file, no folder and no tag of open_clip for {spec.name} (its tags: {tags})"
-    raise TrainingError(what, remedy="give one of them, or timm for timm's own weights")
+    what = f"{init!r} is no file, no folder and no tag of open_clip for {spec.name}"
+    raise TrainingError(what, remedy=f"{unknown_tag(spec.name, init)}; or timm for timm's own weights")

@@ -4,7 +4,6 @@ activation than the weights were trained with), these raise TeacherError.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,30 +15,22 @@ from torch import nn
 from cache_schemas import Preprocessing
 from dimefm.errors import TeacherError
 from dimefm.models.hub import fetch_weights
+from dimefm.models.names import CONFIGURED, require_model
 from dimefm.models.pretraining import other_activation
 from dimefm.system import storage
-
-CONFIGURED = ("local-dir:", "hf-hub:")
-"""How names begin that bring a config with them: a folder, a repository of the Hub."""
 
 DECODER = "multimodal_cfg"
 """What the config of a CoCa has besides its two towers."""
 
 
 def full_name(name: str, pretrained: str | None) -> tuple[str, str | None]:
-    """Name and weights as they are recorded: with absolute paths. Raises TeacherError if no weights are named."""
+    """Name and weights as they are recorded: with absolute paths. Raises TeacherError where one does not exist."""
+    require_model(name, pretrained)
     if name.startswith("local-dir:"):
         return f"local-dir:{storage.absolute(name.removeprefix('local-dir:'))}", pretrained
-    if name.startswith(CONFIGURED):
+    if name.startswith(CONFIGURED) or pretrained is None:
         return name, pretrained
-    if not pretrained and Path(name).is_dir():
-        raise TeacherError(f"{name} is a folder", remedy=f"name it local-dir:{name}")
-    name = name.replace("/", "-")  # OpenAI writes ViT-B/32, and open_clip takes that
-    if not pretrained:
-        if name not in open_clip.list_models():
-            raise TeacherError(f"{name} is neither a folder nor an architecture of open_clip", remedy=_remedy(name))
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none known for this name"
-        raise TeacherError(f"no weights named for {name}", remedy=f"give --pretrained TAG or FILE (tags: {tags})")
+    name = name.replace("/", "-")
     is_file = not open_clip.get_pretrained_cfg(name, pretrained) and Path(pretrained).is_file()
     return name, storage.absolute(pretrained) if is_file else pretrained
 
@@ -50,15 +41,7 @@ def _remedy(name: str) -> str:
         return "check that the folder exists and holds an open_clip_config.json with its weights"
     if name.startswith("hf-hub:"):
         return "check the name, the network and, for a private model, your token"
-    known = open_clip.list_models()
-    if name in known:
-        return f"check the weights; known tags: {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}"
-    near = difflib.get_close_matches(name, known, n=5)
-    return (
-        f"did you mean {', '.join(near)}?"
-        if near
-        else "check the path or the name; docs/architectures.md lists all names"
-    )
+    return "check that the file is whole or, for a tag, that the network is there"
 
 
 def create_model(name: str, pretrained: str | None) -> Any:

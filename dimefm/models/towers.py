@@ -17,6 +17,7 @@ from cache_schemas import Preprocessing, StudentSpec, TeacherIdentity
 from cache_schemas.run import TextSpec
 from dimefm.errors import TrainingError
 from dimefm.models.hub import require_plain_tokenizer
+from dimefm.models.names import unknown_student, unknown_text_student
 from dimefm.models.tokenizer import fast_tokenizer, open_tokenizer
 
 
@@ -34,8 +35,7 @@ def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = N
     elif timm.is_model(name):
         vision_cfg = _timm_config(name, image_size)
     else:
-        remedy = "see open_clip.list_models() and timm.list_models()"
-        raise TrainingError(f"no image tower is called {name!r} in open_clip or timm", remedy=remedy)
+        raise unknown_student(name)
     if image_size is not None:
         vision_cfg["image_size"] = image_size
     size = vision_cfg.get("image_size", 224)
@@ -122,7 +122,7 @@ def text_spec(name: str, teacher: TeacherIdentity) -> TextSpec:
     """The text tower of the open_clip model `name`. Raises TrainingError for a name that open_clip does not know."""
     cfg = _config_of(name, teacher)
     if cfg is None:
-        raise TrainingError(f"no model of open_clip is called {name!r}", remedy="see open_clip.list_models()")
+        raise unknown_text_student(name)
     return TextSpec(
         name=name,
         text_cfg=_without_captions(cfg["text_cfg"]),

@@ -113,7 +113,7 @@ class BuildPreview:
         return "\n".join(
             [
                 f"rows     {self.rows:,}, {self.dim} wide",
-                f"factory  {plan.factory}, trained on {counted(plan.train_rows, 'row')}",
+                f"factory  {plan.factory}, {_training(plan.train_rows)}",
                 hanging("size     ", f"{size}built in parts of {plan.part_rows:,} rows within {amount(self.memory)}"),
                 hanging("exact    ", self.advice()),
             ]
@@ -128,6 +128,10 @@ class BuildPreview:
             return f"{least}: dimefm retrieve without --index"
         verdict = "exact search is cheaper: dimefm retrieve without --index" if self.exact_is_cheaper else "build it"
         return f"{least}; for the {self.queries:,} of --queries, {verdict}"
+
+
+def _training(rows: int) -> str:
+    return f"trained on {counted(rows, 'row')}" if rows else "which needs no training"
 
 
 def _centroids_of(factory: str) -> int:

@@ -8,6 +8,7 @@ from dimefm.errors import MismatchError, StoreError
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.named_paths import named
+from dimefm.system.near_names import did_you_mean_path
 from dimefm.system.wording import counted
 
 
@@ -15,7 +16,8 @@ def read_sidecar(folder: str) -> IndexSidecar:
     """The sidecar, index.json. Raises StoreError where there is none, SchemaError where it is not valid."""
     where = storage.join(folder, SIDECAR_FILE)
     if not storage.exists(where):
-        raise StoreError(f"{folder} is not a dimefm index", remedy="make it with dimefm build-index")
+        remedy = did_you_mean_path(folder, "make it with dimefm build-index")
+        raise StoreError(f"{folder} is not a dimefm index", remedy=remedy)
     return IndexSidecar.parse(storage.read_json(where), where)
 
 

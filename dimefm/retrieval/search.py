@@ -20,6 +20,7 @@ from dimefm.store.embedding_store import Store
 from dimefm.store.failures import require_embeddings
 from dimefm.system import storage
 from dimefm.system.inert_text import line
+from dimefm.system.near_names import did_you_mean_path
 from dimefm.system.notes import note
 from dimefm.system.wording import hanging
 
@@ -111,7 +112,8 @@ def _store_of_index(path: str) -> Store:
 def _open_store(path: str) -> Store:
     if not storage.exists(storage.join(path, "zarr.json")):
         what = f"{path} is neither a dimefm store nor an index"
-        raise StoreError(what, remedy="give the --out of cache-images, cache-texts or build-index")
+        remedy = "give the --out of cache-images, cache-texts or build-index"
+        raise StoreError(what, remedy=remedy if storage.is_url(path) else did_you_mean_path(path, remedy))
     return Store(path)
 
 

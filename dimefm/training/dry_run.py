@@ -24,7 +24,8 @@ from dimefm.training.before_training import notes_on_inputs, notes_on_length
 from dimefm.training.build_towers import build_towers
 from dimefm.training.config import TrainConfig
 from dimefm.training.distributed import Place, find_place
-from dimefm.training.feed import Plan, loaders_of, plan_feed
+from dimefm.training.feed import loaders_of
+from dimefm.training.feed_plan import Plan, plan_feed
 from dimefm.training.machine_settings import decide_settings
 from dimefm.training.optimizer import adamw
 from dimefm.training.run_folder import plan_run
@@ -77,7 +78,7 @@ class Foresight:
 def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresight:
     """Look ahead. Raises as `train` does for what would keep the run from beginning."""
     place = find_place(config.device)
-    plan = plan_feed(config, place)
+    plan = plan_feed(config, place.world)
     config, notes = decide_settings(config, place, allow_changes)
     document = plan_run(
         config, plan.inputs, plan.steps, machine=describe(str(place.device)), processes=place.world,

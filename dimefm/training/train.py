@@ -39,7 +39,8 @@ from dimefm.training.distributed import (
     require_same_step,
     wait_for_all,
 )
-from dimefm.training.feed import TEXT_STREAM, Feed, notes_on_feed, open_feed
+from dimefm.training.feed import Feed, notes_on_feed, open_feed
+from dimefm.training.feed_plan import TEXT_STREAM
 from dimefm.training.image_batches import Batch
 from dimefm.training.machine_settings import decide_settings
 from dimefm.training.not_finite import explain_out_of_memory, not_finite_error

@@ -174,7 +174,7 @@ def test_students_that_do_not_exist_are_refused() -> None:
         ("ViT-L-14", "openai", "were trained with QuickGELU, which ViT-L-14 does not use"),
         ("ViT-L-14-quickgelu", "laion2b_s32b_b82k", "cannot load|trained with GELU"),
         ("ViT-L-14", None, "no weights named for ViT-L-14"),
-        ("ViT-nonsense", "x", "cannot load ViT-nonsense"),
+        ("ViT-nonsense", "x", "ViT-nonsense is neither a folder nor an architecture"),
         ("local-dir:/nowhere/at/all", None, "cannot load"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,7 +42,10 @@ def asking(path: str) -> Iterator[None]:
         if type(cause).__module__.startswith("aiohttp") and getattr(cause, "status", 0) not in _NOT_THERE:
             raise OSError(errno.EIO, str(cause), path) from error  # fsspec reports every failure of http as not found
         number = error.errno or next((n for kind, n in _NUMBERS.items() if isinstance(error, kind)), errno.EIO)
-        raise OSError(number, error.strerror or str(error), path) from error
+        words = error.strerror or str(error)
+        if words.strip("/") in path:  # fsspec's own errors are often the path alone, which is shown already
+            words = os.strerror(number)
+        raise OSError(number, words, path) from error
     except DimefmError:
         raise
     except Exception as error:  # of a client's own kind, such as botocore's for a connection that is refused
