@@ -69,6 +69,13 @@ def has_begun(out: str, files: set[str]) -> bool:
     return logged or REPORT_FILE in files or any(name.startswith(f"{CHECKPOINTS}/") for name in files)
 
 
+def require_run_folder(out: str) -> None:
+    """Raises OutputExistsError if the folder holds something else than a run."""
+    out = storage.local(out, "a run folder")
+    if not (Path(out) / RUN_FILE).exists():
+        require_only(out, "a run folder", ())
+
+
 def run_to_resume(out: str) -> Run | None:
     """The document of the run in `out`, if it has a checkpoint to go on from."""
     return read_run(out) if Checkpoints(out, 1).step() else None
@@ -135,8 +142,7 @@ def plan_run(
         if not changes:
             return old
         return replace(run, changes=(*old.changes, *changes))
-    if not path.exists():
-        require_only(config.out, "a run folder", ())
+    require_run_folder(config.out)
     return run
 
 

@@ -113,7 +113,7 @@ def test_an_older_run_goes_on_as_it_began(
     assert (read_run(new.out).order, read_run(new.out).undecayed) == ("blocks", "listed")
     plan = train_module.plan_run
     with monkeypatch.context() as older:
-        older.setattr("dimefm.training.feed.choose_order", lambda *_: "chunks")
+        older.setattr("dimefm.training.feed_plan.choose_order", lambda *_: "chunks")
         older.setattr(train_module, "plan_run", lambda *words, **more: replace(plan(*words, **more), undecayed="named"))
         undisturbed = replace(config, out=str(tmp_path / "undisturbed"))
         train(undisturbed)
