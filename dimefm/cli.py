@@ -37,14 +37,17 @@ class _Group(Commands):
             number = stopping.signal_of(error)
             if number is None:
                 raise
-            say(stopping.message(error, number), err=True)
+            shown = stopping.message(error, number)
+            if stopping.speaks():
+                say(shown, err=True)
             ctx.exit(128 + number)  # as a shell reports it
 
     def _invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except StoppedError as error:
-            say(f"Stopped: {error}", err=True)
+            if stopping.speaks():
+                say(f"Stopped: {error}", err=True)
             ctx.exit(128 + error.signal)
         except (DimefmError, SchemaError) as error:
             raise click.ClickException(text(error)) from error

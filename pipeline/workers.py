@@ -1,4 +1,4 @@
-"""How many workers a job of stage 1 has: as many as were asked for, or as are worth their start."""
+"""How many workers a job has: as many as were asked for, or as are worth their start."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _MEMORY_SHARE = 0.9  # part of the memory that all workers together may use
 
 
 def require_cores(workers: int | None) -> None:
-    """Raises DimefmError for more workers than this machine has cores: each computes on one, and has a teacher of its
-    own in memory."""
+    """Raises DimefmError for more workers than this machine has cores: each computes on one, and needs memory of its
+    own."""
     if workers and workers > cpus():
         what = f"--workers {workers:,}: this machine has {counted(cpus(), 'core')}, and each worker takes one"
         raise DimefmError(what, remedy=f"give --workers {cpus()}, or leave it out")

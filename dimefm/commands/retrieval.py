@@ -55,8 +55,11 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, as_
     """
     from dimefm.retrieval.build_index import IndexConfig, preview_build
     from dimefm.retrieval.build_index import build_index as build
+    from pipeline.workers import require_cores
 
     require_with("--ray-address", ray_address, "--workers", workers)
+    if ray_address is None:
+        require_cores(workers)
     config = IndexConfig(**options)
     if dry_run:
         preview = preview_build(config)

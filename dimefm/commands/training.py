@@ -16,6 +16,7 @@ from dimefm.models.names import require_model, require_student
 from dimefm.system.inert_text import say
 from dimefm.system.near_names import did_you_mean
 from dimefm.system.notes import note
+from dimefm.system.wording import hanging
 
 if TYPE_CHECKING:
     from dimefm.commands.train_config import Given
@@ -108,6 +109,7 @@ def train_student(
     No teacher runs. Ctrl-C or SIGTERM makes it write a checkpoint and stop; however it ended, the same command goes on
     from the last checkpoint. On several GPUs: torchrun -m dimefm train-student ...
     """
+    from dimefm.commands.dry_run import field_lines
     from dimefm.commands.train_config import config_of
     from dimefm.datasets.own_sets import require_folder
     from dimefm.training.before_training import require_changeable
@@ -124,6 +126,8 @@ def train_student(
         option = f"--{min(unused).replace('_', '-')}"
         raise click.UsageError(f"{option} has no effect: the vl loss has weight 0. Give --loss vl=..., or leave it out")
     require_changeable(changes)
+    if dry_run and not as_json:
+        say("\n".join([f"{config.out}: nothing is written", *field_lines(given), ""]))
     rows = plan_feed(config, int(os.environ.get("WORLD_SIZE", "1"))).inputs.images.schema.rows
     require_run_folder(config.out)
     for folder in config.val:
@@ -143,18 +147,16 @@ def train_student(
 
 
 def _dry_run(given: Given, changes: tuple[str, ...], as_json: bool) -> None:
-    from dimefm.commands.dry_run import field_lines, foresight_lines, origins
+    from dimefm.commands.dry_run import foresight_lines, origins
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise click.UsageError("--dry-run looks at one process: run it without torchrun")
-    if not as_json:
-        say("\n".join([f"{given.config.out}: nothing is written", *field_lines(given), ""]))
-        note("looking at the stores, and measuring a few steps on random data ...")
+    note("loading torch, then measuring a few steps on random data ...")
     from dimefm.training.dry_run import foresee
 
     found = foresee(given.config, changes)
     for line in found.notes:
-        note(f"note: {line}")
+        note(hanging("note: ", line))
     if as_json:
         by = origins(given)
         fields = {name: {"value": value, "from": by[name]} for name, value in given.values.items()}

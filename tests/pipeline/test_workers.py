@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from dimefm.caching.speed import Rates, teacher_seconds
+from dimefm.cli import cli
 from dimefm.errors import DimefmError
 from dimefm.models.clip import load_clip
 from dimefm.store.embedding_store import Store
@@ -78,6 +80,12 @@ def test_more_workers_than_cores_are_named_before_any_work(tmp_path: Path, monke
     assert not (tmp_path / "o").exists()
     require_cores(2)
     require_cores(None)
+
+
+def test_an_index_is_not_built_by_more_workers_than_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "cpus", lambda: 2)
+    words = ["build-index", str(tmp_path / "t.zarr"), "--out", str(tmp_path / "o"), "--workers", "3"]
+    assert "--workers 3: this machine has 2 cores" in CliRunner().invoke(cli, words).stderr
 
 
 @pytest.fixture
