@@ -19,6 +19,7 @@ from dimefm.commands.inspection import doctor, info, verify
 from dimefm.commands.retrieval import build_index, retrieve, search, select_texts
 from dimefm.commands.training import convert_checkpoint, export, train_student
 from dimefm.errors import DimefmError, StoppedError
+from dimefm.system import library_warnings
 from dimefm.system.inert_text import say, text
 from dimefm.system.machine import wait_briefly
 from dimefm.version import __version__
@@ -75,6 +76,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point of the `dimefm` command."""
     wait_briefly()
+    library_warnings.silence()
     if sys.stderr is not None:
         faulthandler.enable()  # a crash, of a decoder or as a mapped file is cut short, then says where it was
     cli(prog_name="dimefm")
