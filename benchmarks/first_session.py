@@ -75,8 +75,8 @@ _HEAD = """# A first session
 
 What a person sees who types the commands of the [quickstart](quickstart.md) in a terminal of 80 columns. There are
 {images} images, {sentences} sentences, the shipped sample's teacher, and a labelled set of {labelled} images, so the
-accuracies mean nothing. The seconds of each command are in brackets. `python -m benchmarks first-session` wrote this page;
-{machine}.
+accuracies mean nothing. The seconds of each command are in brackets. `python -m benchmarks first-session` wrote this
+page; {machine}.
 """
 
 

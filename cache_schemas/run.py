@@ -18,6 +18,7 @@ from cache_schemas.identity import Activation, TeacherIdentity
 
 Weights = Literal["model", "ema"]  # of a checkpoint: those that were trained, or their moving average
 
+REPORT_FILE = "stopped-at.json"  # of a step that was not finite
 RUN_FILE, METRICS_FILE, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"

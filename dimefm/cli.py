@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import faulthandler
 import os
-import signal
 import sys
 from typing import Any
 
@@ -16,10 +15,11 @@ from dimefm.commands.caching import cache_images, cache_texts, export_embeddings
 from dimefm.commands.evaluation import compare, evaluate, sets, submission
 from dimefm.commands.help import Commands
 from dimefm.commands.inspection import doctor, info, verify
+from dimefm.commands.recipes import recipes
 from dimefm.commands.retrieval import build_index, retrieve, search, select_texts
 from dimefm.commands.training import convert_checkpoint, export, train_student
 from dimefm.errors import DimefmError, StoppedError
-from dimefm.system import library_warnings
+from dimefm.system import library_warnings, stopping
 from dimefm.system.inert_text import say, text
 from dimefm.system.machine import wait_briefly
 from dimefm.version import __version__
@@ -30,13 +30,20 @@ class _Group(Commands):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            return self._invoke(ctx)
+        except BaseException as error:
+            number = stopping.signal_of(error)
+            if number is None:
+                raise
+            say(stopping.message(error, number), err=True)
+            ctx.exit(128 + number)  # as a shell reports it
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        try:
             return super().invoke(ctx)
         except StoppedError as error:
             say(f"Stopped: {error}", err=True)
-            ctx.exit(128 + error.signal)  # as a shell reports it
-        except KeyboardInterrupt:
-            say("Stopped by Ctrl-C", err=True)
-            ctx.exit(128 + signal.SIGINT)
+            ctx.exit(128 + error.signal)
         except (DimefmError, SchemaError) as error:
             raise click.ClickException(text(error)) from error
         except OSError as error:
@@ -49,11 +56,18 @@ class _Group(Commands):
             raise click.ClickException(f"a GPU has too little memory: {what}\n  remedy: {remedy}") from error
 
 
+def _output() -> str | None:
+    """The --out of the command that is at work."""
+    context = click.get_current_context(silent=True)
+    out = context.params.get("out") if context else None
+    return out if isinstance(out, str) else None
+
+
 def _message_for(error: OSError) -> str:
-    what, remedy = str(error.strerror or error), "check the path, its permissions and that the storage answers"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        remedy = "make room, or mend the permissions"
-    elif error.errno in (errno.EMFILE, errno.ENFILE):
+    from dimefm.system.storage import remedy_for
+
+    what, remedy = str(error.strerror or error), remedy_for(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
         return "too many open files\n  remedy: raise the limit (ulimit -n 4096), then run the same command again"
     if error.filename:  # a write names none
         what = f"{os.fsdecode(error.filename)}: {what}"
@@ -75,6 +89,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `dimefm` command."""
+    stopping.listen(_output)
     wait_briefly()
     library_warnings.silence()
     if sys.stderr is not None:
@@ -84,7 +99,7 @@ def main() -> None:
 
 cli.add_section("Stage 1: cache the teacher's embeddings", cache_images, cache_texts, import_embeddings)
 cli.add_section("Find the sentences that fit", build_index, retrieve, search, select_texts)
-cli.add_section("Stage 2: train a student", train_student)
+cli.add_section("Stage 2: train a student", train_student, recipes)
 cli.add_section("Measure", evaluate, sets, compare, submission)
 cli.add_section("Export and convert", export, convert_checkpoint, export_embeddings)
 cli.add_section("Look and check", info, verify, doctor)

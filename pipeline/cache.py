@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from cache_schemas import EmbeddingStore, SourceSummary, ViewPlan, to_plain
+from cache_schemas import EmbeddingStore, ViewPlan
 from cache_schemas.embedding_store import Decoder, Kind
 from cache_schemas.identity import Precision
 from dimefm.caching.crashing_images import running
-from dimefm.caching.plan import Forecast, PlanRequest, forecast, open_or_plan
+from dimefm.caching.plan import PlanRequest, forecast, open_or_plan, what_limit_left
 from dimefm.caching.same_command import arguments_there, require_no_stranger
 from dimefm.caching.sentences import SentenceRules
-from dimefm.caching.speed import PROBE_ROWS, Rates, measure
+from dimefm.caching.speed import PROBE_ROWS, measure, one_thread, teacher_seconds
 from dimefm.caching.worker import Job, pending_shards, run_here
 from dimefm.errors import DimefmError, StoreError
 from dimefm.models.clip import Clip, load_clip, teacher_precision
@@ -29,16 +27,15 @@ from dimefm.store.failures import as_list, listed, require_embeddings
 from dimefm.store.output_folder import is_planned
 from dimefm.system.inert_text import line, say
 from dimefm.system.lock import writing
-from dimefm.system.machine import available_memory, choose_device, cpus
+from dimefm.system.machine import choose_device
 from dimefm.system.named_paths import allowed, allowing
 from dimefm.system.notes import note
-from dimefm.system.progress import amount, duration
+from dimefm.system.output_names import require_name
+from dimefm.system.stopping import GOES_ON, holding
+from pipeline.show_forecast import show_forecast
+from pipeline.workers import choose_workers, require_cores
 
 BATCH_SIZE = {"cpu": 32, "cuda": 512}
-_LEAST_WORK = {"image": 22e9, "text": 1.4e12}
-"""Rows times bytes of the teacher's weights: about what one worker does in the time that Ray takes to start another."""
-_WORKER_BYTES = 1_000_000_000  # memory of a worker beside the teacher's weights
-_MEMORY_SHARE = 0.9  # part of the memory that all workers together may use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +57,14 @@ class CacheConfig:
     trained: Trained | None = None
     """What weights in a file do not say of themselves: their preprocessing and activation."""
     column: str | None = None
-    """Column of the tables, or field of the tars, to read. Default: the one that fits."""
+    """Column of the tables, or field of the tars, to read. Default: the one that fits; of sentences the first of text,
+    caption, sentence, TEXT and title."""
     min_words: int | None = None
     """Leave out sentences with fewer words. In languages without spaces a few letters count as one word."""
     max_words: int | None = None
     """Leave out sentences with more words."""
+    limit: int | None = None
+    """Use only the first this many rows, in the order of the sources, and read no further. Shuffling comes after."""
     shuffle: int | None = None
     """Shuffle rows once with this seed, so that sequential reads are random samples. Default: no shuffling."""
     views: int | None = None
@@ -90,7 +90,8 @@ class CacheConfig:
     """Rows per shard, the unit of work: what was not finished when a run stopped is done again. Default: by the size of
     the input."""
     workers: int | None = None
-    """Number of teachers that run at once; one alone needs no Ray. Default: by cores or GPUs, memory and rows."""
+    """Number of teachers that run at once, at most one per core; one alone needs no Ray. Default: by cores or GPUs,
+    memory, and whether the work is worth the start."""
     threads: int | None = None
     """Decoding threads per worker. Default: as many as a measurement shows to be of use."""
     ray_address: str | None = None
@@ -119,15 +120,12 @@ def _cache(config: CacheConfig) -> Store:
     device = _device(config)
     require_no_stranger(config.out)  # before the lock is written into it
     loaded = _load(config, device, "cpu")
-    request = _request(config, device, loaded)
-    teacher, weight_bytes = loaded.identity, loaded.weight_bytes()
-    clip: Clip | None = loaded
-    del loaded
-    with writing(config.out) as lease:
+    request, teacher = _request(config, device, loaded), loaded.identity
+    with writing(config.out, of_use=lambda files: is_planned(config.out)) as lease:
         planned = is_planned(config.out)
         store = open_or_plan(request, config.out, teacher, accept_missing=config.accept_missing)
         if not planned:
-            _report_unused(store.schema.source)
+            _report_unused(store.schema)
         job = Job(
             store=store.path,
             teacher=teacher.name,
@@ -140,13 +138,15 @@ def _cache(config: CacheConfig) -> Store:
             lease=lease,
             schemes=allowed(),
         )
-        workers = _workers(config, device, store.schema.rows, weight_bytes)
         finished = len(store.committed()) == store.schema.shards
         if finished and not config.retry_failed:
             require_embeddings(store)
             return store
         failed = sum(pending_shards(store, retry=True).values()) if finished else 0
-        with running(store.path) as died:
+        workers = config.workers or _worth_starting(store, device, loaded)
+        clip: Clip | None = loaded
+        del loaded
+        with holding(lambda: _kept(store, config.out)), running(store.path) as died:
             # An image may have crashed the last run. On Ray it ends only a worker, and another one goes on.
             may_run_here = config.ray_address is None and not (died and config.kind == "image")
             jobs = [job, replace(job, retry=True)] if config.retry_failed else [job]
@@ -167,8 +167,27 @@ def _cache(config: CacheConfig) -> Store:
     return store
 
 
-def _report_unused(source: SourceSummary) -> None:
+def _worth_starting(store: Store, device: str, clip: Clip) -> int:
+    """The number of workers for what is not finished, where none is asked for."""
+    schema, pending = store.schema, pending_shards(store, retry=False) or pending_shards(store, retry=True)
+    images = sum(pending.values()) * (schema.views.count if schema.views else 1)
+    return choose_workers(
+        device,
+        shards=len(pending),
+        weight_bytes=clip.weight_bytes(),
+        seconds=lambda: images * teacher_seconds(schema.kind, clip),
+    )
+
+
+def _kept(store: Store, out: str) -> str:
+    return f"{len(store.committed())} of {store.schema.shards} shards are kept in {out}; {GOES_ON}"
+
+
+def _report_unused(schema: EmbeddingStore) -> None:
     """Print what is not used, before the rest is encoded for hours."""
+    source = schema.source
+    if unread := what_limit_left(schema):
+        note(unread)
     for one in source.skipped:
         note(f"skipped: {describe_skipped(one)}")  # the result says it again
     for problem in first_lines(source.problems):
@@ -179,50 +198,25 @@ def dry_run(config: CacheConfig) -> str:
     """What `cache` would do, as text: rows, shards and bytes, the teacher's identity, and the hours that it would take
     by the speed that was measured on the first rows. Writes nothing."""
     device = _device(config)
+    began = time.monotonic()
     clip = _load(config, device, device)
+    seconds = time.monotonic() - began
     request = _request(config, device, clip)
     if config.compile:
         clip.compile(request.batch_size)
     found = forecast(request, clip.identity, keep=PROBE_ROWS)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker
-    try:
-        with allowing(paths_of(config.sources)):
-            rates = measure(found.first, found.schema, clip, accept_missing=config.accept_missing)
-    finally:
-        torch.set_num_threads(threads)
-    return _show_forecast(config, device, found, clip, rates)
-
-
-def _show_forecast(config: CacheConfig, device: str, found: Forecast, clip: Clip, rates: Rates) -> str:
-    source, workers = found.schema.source, _workers(config, device, found.schema.rows, clip.weight_bytes())
-    on_cpu = device == "cpu"
-    threads = config.threads or rates.threads(max(1, cpus() // workers))
-    rate = workers * rates.of_worker(threads, shared=on_cpu)
-    decodes = config.kind == "image" and config.decoder != "nvjpeg"
-    bound = rates.bottleneck(threads) if decodes and not on_cpu else None
-    jpegs = f" and {amount(found.schema.rows * rates.jpeg_bytes)} of JPEGs" if rates.jpeg_bytes else ""
-    measured = f"{rates.teacher:,.0f} {config.kind}s/s by the teacher on one {'core' if on_cpu else 'GPU'}"
-    who = f"{workers} workers"
-    if config.kind == "image":
-        measured = f"{rates.load:,.0f} images/s read and decoded by a thread, {measured}"
-        who += f" of {threads} decoding threads"
-    lines = [
-        f"rows      {found.schema.rows:,} from {source.files:,} files, {amount(source.bytes)} to read",
-        f"shards    {found.schema.shards:,}",
-        f"writes    {amount(found.bytes_out)} of embeddings and status{jpegs}",
-        f"measured  {measured}",
-        f"takes     {duration(found.schema.rows / rate)} at {rate:,.0f} {config.kind}s/s with {who}",
-    ]
-    if bound:
-        lines.append(bound)
-    lines += [f"skipped   {describe_skipped(one)}" for one in source.skipped]
-    lines += [f"problem   {line(problem)}" for problem in first_lines(source.problems)]
-    if rates.failed:
-        lines.append(f"failed    {rates.failed}")
-    lines.append("teacher")
-    lines += [f"  {name:<15} {value}" for name, value in to_plain(clip.identity).items()]
-    return "\n".join(lines)
+    with one_thread(), allowing(paths_of(config.sources)):
+        rates = measure(found.first, found.schema, clip, accept_missing=config.accept_missing)
+    workers = config.workers or choose_workers(
+        device,
+        shards=found.schema.shards,
+        weight_bytes=clip.weight_bytes(),
+        seconds=lambda: found.schema.rows / rates.of_worker(1, shared=True),
+    )
+    remote = config.ray_address is not None
+    return show_forecast(
+        found, rates, device=device, workers=workers, threads=config.threads, remote=remote, load=seconds
+    )
 
 
 def _device(config: CacheConfig) -> str:
@@ -231,7 +225,10 @@ def _device(config: CacheConfig) -> str:
     Raises DimefmError for sources that do not exist, and for options that do not fit the device or each other: before a
     large teacher is loaded.
     """
+    require_name(config.out, "a store", ".zarr")
     _require_sources(config)
+    if config.ray_address is None:
+        require_cores(config.workers)
     remote = config.ray_address is not None
     if remote and config.workers is None:
         what = "--ray-address without --workers"
@@ -270,18 +267,6 @@ def _earlier_schema(config: CacheConfig) -> EmbeddingStore | None:
     return Store(config.out).schema if is_planned(config.out) else None
 
 
-def _workers(config: CacheConfig, device: str, rows: int, weight_bytes: int) -> int:
-    """The number of workers. On a CPU: one per core, as far as there is memory for a teacher in each, and as there are
-    enough rows to be worth the start of another worker. On GPUs: one per GPU."""
-    if config.workers:
-        return config.workers
-    if device == "cpu":
-        fit = int(_MEMORY_SHARE * available_memory()) // (_WORKER_BYTES + weight_bytes)
-        worth = math.ceil(rows * weight_bytes / _LEAST_WORK[config.kind])
-        return max(1, min(cpus(), fit, worth))
-    return torch.cuda.device_count()
-
-
 def _request(config: CacheConfig, device: str, clip: Clip) -> PlanRequest:
     begun = _earlier_schema(config)
     batch_size = begun.batch_size if begun else BATCH_SIZE[device.partition(":")[0]]
@@ -299,4 +284,5 @@ def _request(config: CacheConfig, device: str, clip: Clip) -> PlanRequest:
         decoder=config.decoder,
         shard_rows=config.shard_rows,
         batch_size=config.batch_size or batch_size,
+        limit=config.limit,
     )

@@ -34,7 +34,7 @@ def cluster(address: str | None, workers: int, device: str) -> Iterator[None]:
     """A Ray to run on: the cluster at `address`, or a small local one that ends with the block."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with nullcontext() if address else _closed_to_others():
+    with nullcontext() if address else _closed_to_others(), _own_signals():
         if address:
             _join(address)
         else:
@@ -43,6 +43,17 @@ def cluster(address: str | None, workers: int, device: str) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """For the block, Ray leaves SIGTERM to this process: its own handler would end it without a word."""
+    utils: Any = ray._private.utils
+    before, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = before
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import sys
 import tempfile
 import time
 import uuid
@@ -75,16 +77,21 @@ def _with_gate() -> str:
 
 class Command:
     """A `dimefm` command at work, on one thread; held at a `gate`, where there is one, or crashing. `prepare` of a
-    test module is called in its process before."""
+    test module is called in its process before. With `apart` it leads a process group, as a command in a terminal."""
 
     def __init__(
-        self, words: list[str], gate: Gate | Crash | None = None, prepare: Callable[[], object] | None = None
+        self,
+        words: list[str],
+        gate: Gate | Crash | None = None,
+        prepare: Callable[[], object] | None = None,
+        *,
+        apart: bool = False,
     ) -> None:
         with tempfile.NamedTemporaryFile(delete=False) as output:
             self._output = Path(output.name)
         weakref.finalize(self, self._output.unlink)
         environment = {**os.environ, **MARK, "OMP_NUM_THREADS": "1", **(gate.environment if gate else {})}
-        self._process = FORKING.Process(target=_dimefm, args=(words, str(self._output), environment, prepare))
+        self._process = FORKING.Process(target=_dimefm, args=(words, str(self._output), environment, prepare, apart))
         self._process.start()
 
     def ended(self) -> bool:
@@ -121,6 +128,10 @@ class Command:
         """A signal to the process alone."""
         os.kill(self.pid, number)
 
+    def send_to_all(self, number: int) -> None:
+        """A signal to the process and to all that it has started, as a terminal sends Ctrl-C; needs `apart`."""
+        os.killpg(self.pid, number)
+
     def finish(self, code: int = 0, seconds: float = 240) -> str:
         """Wait until it ends, with this exit code; what it has printed."""
         self._process.join(seconds)
@@ -128,11 +139,16 @@ class Command:
         return self.output()
 
 
-def _dimefm(words: list[str], output: str, environment: dict[str, str], prepare: Callable[[], object] | None) -> None:
+def _dimefm(
+    words: list[str], output: str, environment: dict[str, str], prepare: Callable[[], object] | None, apart: bool
+) -> None:
     import torch
 
-    from dimefm.cli import cli
+    from dimefm.cli import main
 
+    if apart:
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in the background
     with Path(output).open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -142,7 +158,8 @@ def _dimefm(words: list[str], output: str, environment: dict[str, str], prepare:
     torch.set_num_threads(1)  # OMP_NUM_THREADS comes too late for this process, but not for Ray's
     if prepare:
         prepare()
-    cli(words, prog_name="dimefm")
+    sys.argv = ["dimefm", *words]
+    main()
 
 
 def result_of(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -31,11 +31,12 @@ ROOMS = {
     "dimefm.training": "datasets images models sources store system",
     "dimefm.export": "models system training",
     "dimefm.evaluation": "caching datasets export models store system",
-    "dimefm.inspection": "caching models retrieval selection sources store system training",
+    "dimefm.inspection": "caching datasets evaluation exchange models retrieval selection sources store system "
+    "training",
     "pipeline": "caching models retrieval sources store system",
     "dimefm.commands": "*",
     "dimefm.cli": "commands system",
-    "dimefm.__main__": "cli",
+    "dimefm.__main__": "cli system",
     "dimefm.sample": "images sources",
     "dimefm.reproduce": "caching cli evaluation sample store system training",
     "dimefm": "*",  # the public face

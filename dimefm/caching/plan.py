@@ -44,7 +44,8 @@ _BYTES_PER_ROW = {"image": 16_000, "text": 40}  # a guess that only sets the ord
 class PlanRequest:
     """What to plan: the arguments that name the source, what to take from it, and how to cut the store into shards.
     With the teacher's `canonical`, a new plan leaves out sentences that become equal to others for the teacher, unless
-    the source holds the prompts of a labelled set."""
+    the source holds the prompts of a labelled set. With `limit` a new plan has that many rows at most, and reads no
+    further."""
 
     kind: Kind
     arguments: tuple[str | Source[Any], ...]
@@ -56,11 +57,14 @@ class PlanRequest:
     decoder: Decoder = "fast"
     shard_rows: int | None = None
     batch_size: int = 64
+    limit: int | None = None
 
     def settings(self) -> dict[str, object]:
         """The settings that, with the files, decide the rows."""
-        column: dict[str, object] = {"column": self.column} if self.column else {}
-        return {**column, **self.sentences.settings()} if self.kind == "text" else column
+        found: dict[str, object] = {"column": self.column} if self.column else {}
+        if self.limit:
+            found["limit"] = self.limit
+        return {**found, **self.sentences.settings()} if self.kind == "text" else found
 
 
 @dataclass
@@ -100,7 +104,7 @@ def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity, *, ac
     store = Store(out) if is_planned(out) else None
     if store is not None and accept_missing:
         files = with_gone(store, files)
-    shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind)
+    shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind, request.limit)
     if store is not None:
         asked = Asked(
             kind=request.kind,
@@ -127,7 +131,7 @@ def forecast(request: PlanRequest, teacher: TeacherIdentity, keep: int = 0) -> F
     tally = _Tally()
     source = _open(request, tally)
     files = source.files()
-    shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind)
+    shard_rows = request.shard_rows or choose_shard_rows(sum(f.size for f in files), request.kind, request.limit)
     rows, first = 0, list[Any]()
     for table in _tables(request, source, _MOST_SHARD, tally):
         first += planned_rows(table.slice(0, keep - len(first)))
@@ -141,6 +145,12 @@ def count_rows(request: PlanRequest) -> int:
     """The number of rows that a plan would have; writes nothing."""
     tally = _Tally()
     return sum(table.num_rows for table in _tables(request, _open(request, tally), _MOST_SHARD, tally))
+
+
+def what_limit_left(schema: EmbeddingStore) -> str | None:
+    """A line about what a plan's `limit` kept from being read, if it may have."""
+    limit = schema.source.settings.get("limit")
+    return f"limit: {limit:,} rows; what follows them in the sources was not read" if limit == schema.rows else None
 
 
 def _schema(
@@ -178,9 +188,11 @@ def _schema(
     )
 
 
-def choose_shard_rows(source_bytes: int, kind: str) -> int:
-    """Rows per shard, a power of two from 512 to 65,536, for about 64 shards or more; by the source's bytes alone."""
-    return shard_size(source_bytes // _BYTES_PER_ROW[kind] // 64)
+def choose_shard_rows(source_bytes: int, kind: str, limit: int | None = None) -> int:
+    """Rows per shard, a power of two from 512 to 65,536, for about 64 shards or more; by the source's bytes, and the
+    most rows that there may be."""
+    rows = source_bytes // _BYTES_PER_ROW[kind]
+    return shard_size(min(rows, limit or rows) // 64)
 
 
 def shard_size(rows: int) -> int:
@@ -210,8 +222,9 @@ def _samples(request: PlanRequest, source: Any, tally: _Tally) -> Iterator[Any]:
     if request.kind == "text":
         # Prompts are looked up by their words, so both of two that are equal for the tokenizer must be kept.
         prompts = any(isinstance(part, PromptSet) for part in source.parts)
-        return tidy(source, request.sentences, tally.account, None if prompts else request.canonical)
-    return iter(source.samples(tally.account))
+        canonical = None if prompts else request.canonical
+        return tidy(source, request.sentences, tally.account, canonical, limit=request.limit)
+    return islice(source.samples(tally.account), request.limit)
 
 
 def _tables(request: PlanRequest, source: Any, size: int, tally: _Tally) -> Iterator[pa.Table]:

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from dimefm.errors import SourceError, StoreError
 from dimefm.sources.account import Account
 from dimefm.sources.base import Source, TextSample
 from dimefm.system.machine import open_files
+from dimefm.system.stopping import holding
 
 _BUCKETS = 256
 _BLOCK = 65536
@@ -70,15 +71,17 @@ def tidy(
     rules: SentenceRules,
     account: Account,
     canonical: Callable[[str], str] | None = None,
+    *,
+    limit: int | None = None,
 ) -> Iterator[TextSample]:
-    """The sentences to keep; those that are left out are counted in `account`.
+    """The sentences to keep, with `limit` the first that many; those that are left out are counted in `account`.
 
     Reads the source twice: once to find the repeats by a 64-bit hash, once for the sentences. With `canonical` (see
     models.tokenizer), also leaves out sentences of which nothing remains for the teacher, and those that become equal
     to an earlier one: they would add no new embedding.
     """
-    why = _reasons(source, rules, canonical)
-    chosen = _kept(source.samples(account), why, account)
+    why = _reasons(source, rules, canonical) if limit is None else _first_reasons(source, rules, canonical, limit)
+    chosen = _kept(islice(source.samples(account), None if limit is None else len(why)), why, account)
     return chosen if rules.shuffle is None else _shuffled(chosen, int((why == _KEPT).sum()), rules.shuffle)
 
 
@@ -95,13 +98,30 @@ def _kept(samples: Iterator[TextSample], why: np.ndarray[Any, Any], account: Acc
             account.skip(_REASONS[reason], f"{sample.key}: {sample.text[:80]}")
 
 
-def _reasons(
-    source: Source[TextSample], rules: SentenceRules, canonical: Callable[[str], str] | None
+def _first_reasons(
+    source: Source[TextSample], rules: SentenceRules, canonical: Callable[[str], str] | None, limit: int
 ) -> np.ndarray[Any, Any]:
-    """Why each sentence is left out, as uint8; _KEPT where it is not. The first of equal sentences is kept."""
+    """`_reasons` up to the sentence that is the last of `limit` to be kept. Twice as many are read, and again twice as
+    many while too few of them are kept."""
+    most = limit
+    while True:
+        most *= 2
+        why = _reasons(source, rules, canonical, most)
+        kept = np.flatnonzero(why == _KEPT)[:limit]
+        if len(kept) == limit:
+            return why[: kept[-1] + 1]
+        if len(why) < most:
+            return why
+
+
+def _reasons(
+    source: Source[TextSample], rules: SentenceRules, canonical: Callable[[str], str] | None, most: int | None = None
+) -> np.ndarray[Any, Any]:
+    """Why each of the first `most` sentences is left out, as uint8; _KEPT where it is not. The first of equal sentences
+    is kept."""
     hashes, canonical_hashes, counts = array("q"), array("q"), array("I")
     limited = bool(rules.min_words or rules.max_words)
-    for _, text in source.samples(Account()):
+    for _, text in islice(source.samples(Account()), most):
         hashes.append(hash(text))
         if canonical is not None:
             canonical_hashes.append(hash(canonical(text)))
@@ -135,7 +155,7 @@ def words(text: str) -> int:
 def _shuffled(samples: Iterator[TextSample], count: int, seed: int) -> Iterator[TextSample]:
     """The samples in a random order: each is written to the bucket of its new place, then each bucket is sorted."""
     place = np.random.default_rng(seed).permutation(count)
-    with tempfile.TemporaryDirectory(prefix="dimefm-shuffle-") as folder:
+    with holding(), tempfile.TemporaryDirectory(prefix="dimefm-shuffle-") as folder:
         buckets = min(_BUCKETS, count, max(1, open_files() // 2))  # the order is the same for any number of them
         paths = [Path(folder) / f"{bucket}.jsonl" for bucket in range(buckets)]
         try:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from cache_schemas import EmbeddingStore, Status
+from cache_schemas.embedding_store import Kind
 from cache_schemas.plan import PlannedImage
 from dimefm.caching.gpu_image_loader import open_loader
 from dimefm.caching.image_loader import Loaded
@@ -24,6 +27,8 @@ from dimefm.system.inert_text import line
 
 PROBE_ROWS = 256
 _HEADROOM = 1.25
+_TRIED = {"image": 4, "text": 32}  # rows by which `teacher_seconds` goes
+_SENTENCE = "a photo of two dogs that run along a beach"
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,27 @@ def measure(rows: list[Any], schema: EmbeddingStore, clip: Clip, *, accept_missi
     batch_B3HW = pixels_N3HW[torch.arange(images * views) % len(pixels_N3HW)]
     jpeg_bytes = sum(len(one.jpeg) for one in good if one.jpeg) / len(good)
     return Rates(len(loaded) / seconds, _rate(images, lambda: clip.encode_images(batch_B3HW)), jpeg_bytes, failed)
+
+
+def teacher_seconds(kind: Kind, clip: Clip) -> float:
+    """Seconds that the teacher alone takes for one image or sentence on a core, about. Nothing is read or decoded."""
+    count, (height, width) = _TRIED[kind], clip.identity.preprocessing.size
+    with one_thread():
+        if kind == "text":
+            return 1 / _rate(count, lambda: clip.encode_texts([_SENTENCE] * count))
+        pixels_B3HW = torch.zeros(count, 3, height, width, dtype=torch.uint8)
+        return 1 / _rate(count, lambda: clip.encode_images(pixels_B3HW))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A block in which torch computes on one thread, as workers do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _example(image: PlannedImage, error: DecodeError) -> str:

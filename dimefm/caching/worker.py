@@ -20,7 +20,7 @@ from cache_schemas.identity import Precision
 from cache_schemas.plan import planned_rows
 from dimefm.caching.canary import check_canary
 from dimefm.caching.encode_shard import encode_shard, retry_shard
-from dimefm.caching.speed import PROBE_ROWS, measure
+from dimefm.caching.speed import PROBE_ROWS, measure, one_thread
 from dimefm.errors import SourceError, TeacherError, UnreadableError
 from dimefm.models.clip import Clip, load_clip, require_teacher
 from dimefm.models.hub import cached_first
@@ -201,7 +201,7 @@ def run_here(job: Job, clip: Clip) -> None:
         encoded[shard] = rows
         progress.at(done + sum(encoded.values()))
 
-    with _one_thread(), Progress("encoding", total, store.schema.kind, done) as progress:
+    with one_thread(), Progress("encoding", total, store.schema.kind, done) as progress:
         note = worker.start(job.threads or cpus(), order[0], check=bool(store.committed()))
         if note:
             progress.note(note)
@@ -240,13 +240,3 @@ def progress_of(store: Store, pending: dict[int, int], *, retry: bool) -> tuple[
     """The number of rows in the job, and how many of them are done."""
     rows = sum(pending.values())
     return (rows, 0) if retry else (store.schema.rows, store.schema.rows - rows)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

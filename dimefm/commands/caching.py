@@ -28,6 +28,7 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
         _option("--teacher", required=True),
         weights_options,
         _option("--column"),
+        _option("--limit", type=click.IntRange(1), metavar="ROWS"),
         _option("--precision", type=click.Choice(get_args(Precision))),
         _option("--device", type=DEVICES),
         _option("--batch-size", type=click.IntRange(1)),
@@ -103,6 +104,7 @@ def _cache(kind: Kind, options: dict[str, Any]) -> None:
 @_import_option("--precision", type=click.Choice(get_args(Precision)))
 @_import_option("--images", "sources", multiple=True, metavar="SOURCE")
 @_import_option("--check", type=click.IntRange(0), metavar="ROWS")
+@_import_option("--limit", type=click.IntRange(1), metavar="ROWS")
 @_import_option("--match-parts", type=click.IntRange(1, 16))
 @_import_option("--accept", is_flag=True)
 @quiet_option

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,13 +13,16 @@ from cache_schemas.embedding_store import CpuDecoder
 from cache_schemas.evaluation import EvaluationTask, ProbeSelection, Solver, Suite
 from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
+from dimefm.commands.config_file import read_config
 from dimefm.commands.help import Command
-from dimefm.commands.options import DEVICES, options_of, quiet_option, was_given
+from dimefm.commands.options import DEVICES, fields_of, json_option, options_of, quiet_option, say_json, was_given
 from dimefm.commands.weights_options import weights_options
 from dimefm.models.names import require_model
 from dimefm.system.inert_text import say
+from dimefm.system.near_names import did_you_mean
 
-_option = options_of("dimefm.evaluation.config", "EvaluationConfig")
+_CONFIG, _TRAINED = ("dimefm.evaluation.config", "EvaluationConfig"), ("dimefm.models.trained", "Trained")
+_option = options_of(*_CONFIG)
 
 
 class _Names(click.ParamType[tuple[str, ...]]):
@@ -26,7 +31,7 @@ class _Names(click.ParamType[tuple[str, ...]]):
     name = "names"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        return value if isinstance(value, tuple) else tuple(name for name in value.split(",") if name)
+        return tuple(value) if isinstance(value, (tuple, list)) else tuple(one for one in value.split(",") if one)
 
 
 class _Numbers(click.ParamType[tuple[int, ...]]):
@@ -36,22 +41,55 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         try:
-            return value if isinstance(value, tuple) else tuple(int(number) for number in value.split(","))
-        except ValueError:
+            return tuple(map(int, value if isinstance(value, (tuple, list)) else value.split(",")))
+        except (ValueError, TypeError, AttributeError):
             self.fail(f"{value!r} is not a list of whole numbers such as 5,20,50", param, ctx)
 
 
-@click.command(cls=Command)
+class _Suite(click.Choice[str]):
+    """A suite, or what a mistyped one was meant to be."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.choices and (near := did_you_mean(str(value), self.choices)):
+            self.fail(f"no suite is called {value!r}: {near}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _lay_below(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
+    """Make the fields of a config file the defaults of all arguments and options."""
+    if path is None:
+        return
+    parts = [f"trained.{name}" for name in fields_of(*_TRAINED)]
+    fields = read_config(path, [*fields_of(*_CONFIG), *parts], "dimefm evaluate --help")
+    trained = fields.pop("trained", None) or {}
+    if not isinstance(trained, dict):
+        raise click.BadParameter(f"{path}: trained must hold fields, such as `mean: [0.5, 0.5, 0.5]`", ctx, param)
+    fields = {name.removeprefix("trained."): value for name, value in (fields | trained).items() if value is not None}
+    several = [one.name for one in ctx.command.params if one.multiple or one.nargs == -1]
+    ctx.default_map = {n: [v] if n in several and isinstance(v, str) else v for n, v in fields.items()}
+
+
+class _Evaluate(Command):
+    """Takes --selection, too, as --probe-selection was called before."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [re.sub(r"^--selection(?=$|=)", "--probe-selection", one) for one in args])
+
+
+@click.command(cls=_Evaluate)
 @click.argument("model")
 @click.argument("folders", nargs=-1, metavar="[SET]...")
-@_option("--suite", type=click.Choice([*get_args(Suite), "all"]))
+@click.option("--config", metavar="FILE", is_eager=True, expose_value=False, callback=_lay_below,
+              help="YAML or JSON file with fields of EvaluationConfig, such as tasks and shots; what is given on the "
+                   "command line goes before it.")  # fmt: skip
+@_option("--suite", type=_Suite([*get_args(Suite), "all"]))
 @_option("--data", metavar="ROOT")
 @_option("--sets", type=_Names(), metavar="A,B")
 @weights_options
 @_option("--checkpoint", metavar="last|best|STEP")
 @_option("--weights", type=click.Choice(get_args(Weights)))
 @_option("--task", "tasks", type=click.Choice(get_args(EvaluationTask)), multiple=True)
-@_option("--selection", type=click.Choice(get_args(ProbeSelection)))
+@_option("--probe-selection", "selection", type=click.Choice(get_args(ProbeSelection)))
 @_option("--solver", type=click.Choice(get_args(Solver)))
 @_option("--shots", type=_Numbers(), metavar="N,...")
 @_option("--seeds", type=_Numbers(), metavar="SEED,...")
@@ -64,8 +102,9 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 @_option("--name")
 @_option("--skip-existing", is_flag=True)
 @_option("--predictions", is_flag=True)
+@json_option
 @quiet_option
-def evaluate(model: str, **options: Any) -> None:
+def evaluate(model: str, as_json: bool, **options: Any) -> None:
     """Measure MODEL on labelled sets.
 
     It measures zero-shot classification, retrieval, linear probes and few-shot probes.
@@ -80,15 +119,23 @@ def evaluate(model: str, **options: Any) -> None:
     Each image goes through the model once; results are appended to OUT/NAME/results.jsonl. If it is stopped, run the
     same command again: it goes on.
     """
-    _require_sense(options)
-    if not Path(model).exists():
-        require_model(model, options["pretrained"], folder="")
-    from dimefm.evaluation.config import EvaluationConfig
-    from dimefm.evaluation.evaluate import evaluate as run
-    from dimefm.evaluation.summary import result_line, summary_text
+    from dimefm.evaluation.config import EvaluationConfig, choose_sets
 
-    done = run(EvaluationConfig(model=model, **options), lambda result: say(result_line(result)))
-    say(summary_text(done))
+    options["folders"] = options["folders"] or tuple((click.get_current_context().default_map or {}).get("folders", ()))
+    _require_sense(options)
+    config = EvaluationConfig(model=model, **options)
+    choose_sets(config)  # refuses what does not exist before torch is imported and the model is loaded
+    if not Path(model).exists():
+        require_model(model, config.pretrained, folder="")
+    from dimefm.evaluation.evaluate import evaluate as run
+    from dimefm.evaluation.summary import as_document, result_text, summary_text
+
+    show = (lambda result: None) if as_json else (lambda result: say(result_text(result)))
+    done = run(config, show)
+    if as_json:
+        say_json(as_document(done))
+    else:
+        say(summary_text(done))
     if done.failed:
         raise click.exceptions.Exit(1)
 
@@ -96,7 +143,7 @@ def evaluate(model: str, **options: Any) -> None:
 def _require_sense(options: dict[str, Any]) -> None:
     """Raises UsageError for options that contradict each other, or have no effect without another."""
     if options["solver"] == "lbfgs" and options["selection"] == "elevater":
-        raise click.UsageError("--selection elevater chooses one of SGD's epochs, and --solver lbfgs has none")
+        raise click.UsageError("--probe-selection elevater chooses one of SGD's epochs, and --solver lbfgs has none")
     known = options["suite"] or options["sets"]
     if not options["folders"] and not known:
         raise click.UsageError("name a SET, or give --suite or --sets with --data ROOT")
@@ -109,7 +156,8 @@ def _require_sense(options: dict[str, Any]) -> None:
     ):
         for name in names:
             if was_given(name) and not set(wanted) & set(tasks):
-                raise click.UsageError(f"--{name} has no effect without --task {' or --task '.join(wanted)}")
+                option = "--probe-selection" if name == "selection" else f"--{name}"
+                raise click.UsageError(f"{option} has no effect without --task {' or --task '.join(wanted)}")
 
 
 @click.command(cls=Command)
@@ -133,10 +181,11 @@ def sets(names: tuple[str, ...], data: str | None) -> None:
     "--out", multiple=True, metavar="FILE", help="Also write the table to a .md, .csv or .tex file. May be repeated."
 )
 @click.option("--no-published", is_flag=True, help="Leave out the results that the paper published.")
-def compare(folders: tuple[str, ...], out: tuple[str, ...], no_published: bool) -> None:
-    """Print models side by side, with published results.
+@json_option
+def compare(folders: tuple[str, ...], out: tuple[str, ...], no_published: bool, as_json: bool) -> None:
+    """Print models side by side, with what was published on the same lines.
 
-    The table is in Markdown.
+    The tables are in Markdown, one per protocol, as wide as the terminal allows; the table in a file is one.
 
     NAME: a folder that evaluate wrote, such as evaluations/STUDENT.
     """
@@ -146,14 +195,18 @@ def compare(folders: tuple[str, ...], out: tuple[str, ...], no_published: bool) 
     table = run(folders, published=not no_published)
     for path in out:
         write_comparison(table, path)
-    say(table.markdown(), nl=False)
+    if as_json:
+        say_json(table.plain())
+    else:
+        say(table.shown(shutil.get_terminal_size().columns), nl=False)
 
 
 @click.command(cls=Command)
 @click.argument("folder", metavar="NAME")
 @click.option("--out", required=True, help="The .zip file to write.")
 @click.option("--protocol", default="zero-shot", show_default=True,
-              help="Which results: also linear-probe/honest, or few-shot-5/honest for all its seeds.")  # fmt: skip
+              help="Which results: also linear-probe/honest, or few-shot-5/honest for all its seeds; honest means "
+                   "that validation images alone chose the settings of the probe.")  # fmt: skip
 @click.option(
     "--order",
     metavar="FOLDER",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import click
 
 from dimefm.commands.help import Command
-from dimefm.commands.options import options_of, quiet_option, require_with
+from dimefm.commands.options import json_option, options_of, quiet_option, require_with, say_json
 from dimefm.models.names import require_model
 from dimefm.system.inert_text import say
 
 _option = options_of("dimefm.inspection.verify", "VerifyConfig")
+_COLUMNS = ("row", "key", "status", "file", "reason")
 
 
 @click.command(cls=Command)
@@ -30,15 +34,30 @@ def doctor() -> None:
 @click.command(cls=Command)
 @click.argument("path")
 @click.option("--failures", is_flag=True, help="List every row of a store that has no embedding, separated by tabs.")
-def info(path: str, failures: bool) -> None:
-    """Describe a store, index, selection or run."""
-    from dimefm.inspection.info import describe, list_failures
+@json_option
+def info(path: str, failures: bool, as_json: bool) -> None:
+    """Describe what dimefm wrote, or would read.
 
-    if not failures:
-        say(describe(path))
+    PATH: a store, pairs, an index, a selection, a run, an exported model, results of evaluations, exported embeddings,
+    or a labelled set.
+    """
+    from dimefm.inspection.info import examine, list_failures
+
+    if failures:
+        _say_failures(list_failures(path), as_json)
         return
-    for line in list_failures(path):
-        say(line)
+    found = examine(path)
+    say_json(found.facts) if as_json else say(found.show())
+
+
+def _say_failures(failures: Iterator[dict[str, Any]], as_json: bool) -> None:
+    """As a list of objects, or as a table with tabs between its columns."""
+    if as_json:
+        say_json(list(failures))
+        return
+    say("\t".join(_COLUMNS))
+    for one in failures:
+        say("\t".join(" ".join(str(one[name]).split()) for name in _COLUMNS))
 
 
 @click.command(cls=Command)
@@ -48,7 +67,10 @@ def info(path: str, failures: bool) -> None:
 @_option("--pretrained")
 @_option("--repair", is_flag=True)
 @quiet_option
-def verify(store: str, sample: int | None, teacher: str | None, pretrained: str | None, repair: bool) -> None:
+@json_option
+def verify(
+    store: str, sample: int | None, teacher: str | None, pretrained: str | None, repair: bool, as_json: bool
+) -> None:
     """Check whether a store can be trusted.
 
     It reads every byte, and exits with 1 if the store cannot be trusted.
@@ -61,6 +83,6 @@ def verify(store: str, sample: int | None, teacher: str | None, pretrained: str 
     from dimefm.inspection.verify import verify as check
 
     report = check(VerifyConfig(store=store, sample=sample, teacher=teacher, pretrained=pretrained, repair=repair))
-    say(report.show())
+    say_json(report.facts()) if as_json else say(report.show())
     if not report.trusted:
         raise click.exceptions.Exit(1)

@@ -16,6 +16,7 @@ import click
 from click.core import ParameterSource
 
 from dimefm.system import notes
+from dimefm.system.inert_text import say
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -127,7 +128,7 @@ def require_with(option: str, value: object, needed: str, given: object) -> None
 def say_json(document: Any) -> None:
     """Print a document as JSON, in which no control character is left as it is. NaN and infinity, which JSON does not
     have, become null."""
-    click.echo(json.dumps(_finite(document), indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
+    say(json.dumps(_finite(document), indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
 def _finite(value: Any) -> Any:

@@ -9,7 +9,7 @@ import click
 
 from cache_schemas.text_selection import Ranking
 from dimefm.commands.help import Command
-from dimefm.commands.options import DEVICES, Bytes, options_of, quiet_option, require_with
+from dimefm.commands.options import DEVICES, Bytes, json_option, options_of, quiet_option, require_with, say_json
 from dimefm.models.names import require_model
 from dimefm.system.inert_text import say
 from dimefm.system.notes import note
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 
 _index_option = options_of("dimefm.retrieval.build_index", "IndexConfig")
 _selection_option = options_of("dimefm.selection.select_texts", "SelectionConfig")
+
+
+def _say_made(out: str, as_json: bool) -> None:
+    """What `dimefm info` says of what was written."""
+    from dimefm.inspection.info import examine
+
+    made = examine(out)
+    say_json(made.facts) if as_json else say(made.show())
+
+
 _DEVICE = "Where exact search computes. Default: cuda if there is a GPU, else cpu."
 
 
@@ -38,20 +48,21 @@ _DEVICE = "Where exact search computes. Default: cuda if there is a GPU, else cp
     "--dry-run", is_flag=True, help="Print what would be built, and when exact search is cheaper; build nothing."
 )
 @quiet_option
-def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **options: Any) -> None:
+@json_option
+def build_index(dry_run: bool, workers: int | None, ray_address: str | None, as_json: bool, **options: Any) -> None:
     """Build a FAISS index over a store, tuned to a recall.
 
     The recall is measured against exact search. If rows were added to the store, run the same command again: it adds
     them to the index.
     """
-    from dimefm.inspection.info import describe
     from dimefm.retrieval.build_index import IndexConfig, preview_build
     from dimefm.retrieval.build_index import build_index as build
 
     require_with("--ray-address", ray_address, "--workers", workers)
     config = IndexConfig(**options)
     if dry_run:
-        say(preview_build(config).show())
+        preview = preview_build(config)
+        say_json(preview.facts()) if as_json else say(preview.show())
         return
     run: PartRunner | None = None
     if workers and (workers > 1 or ray_address):
@@ -62,7 +73,7 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **o
             return on_ray(workers, ray_address)(parts)
 
     build(config, run, note)
-    say(describe(options["out"]))
+    _say_made(config.out, as_json)
 
 
 @click.command(cls=Command)
@@ -70,22 +81,23 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, **o
 @click.option("--texts", required=True, help="Text store to search.")
 @click.option("--index", help="Index over the text store, from build-index. Default: exact search.")
 @click.option("--top-k", type=click.IntRange(1), default=16, show_default=True, help="Sentences per image.")
-@click.option("--out", required=True, help="Pseudo-text store to write: a folder or URL, such as PAIRS.zarr.")
+@click.option("--out", required=True, help="Store of pairs to write: a folder or URL, such as PAIRS.zarr.")
 @click.option("--device", type=DEVICES, help=_DEVICE)
 @quiet_option
-def retrieve(images: str, **options: Any) -> None:
+@json_option
+def retrieve(images: str, as_json: bool, **options: Any) -> None:
     """Find the nearest sentences of each image.
 
-    They are its pseudo texts; sentences that at least one image has are visually grounded. Exact search suits a GPU, or
-    up to a hundred thousand sentences; build-index --dry-run says which is cheaper.
+    They are its pseudo texts, though nobody wrote them for it. Sentences that at least one image has are visually
+    grounded. Exact search suits a GPU, or up to a hundred thousand sentences; build-index --dry-run says which is
+    cheaper.
     """
-    from dimefm.inspection.info import describe
     from dimefm.retrieval.retrieve import retrieve as run
 
     if options["index"] and options["device"]:
         raise click.UsageError("--device has no effect with --index: an index searches on the CPU")
     run(images, **options)
-    say(describe(options["out"]))
+    _say_made(options["out"], as_json)
 
 
 @click.command(cls=Command)
@@ -99,7 +111,8 @@ def retrieve(images: str, **options: Any) -> None:
     "--device", type=DEVICES, help="Where the teacher and the search run. Default: cuda if there is a GPU, else cpu."
 )
 @quiet_option
-def search(path: str, **options: Any) -> None:
+@json_option
+def search(path: str, as_json: bool, **options: Any) -> None:
     """Print what is nearest to an image or a sentence.
 
     The results come with cosine similarities. A store or index of sentences gives sentences, one of images gives
@@ -111,10 +124,11 @@ def search(path: str, **options: Any) -> None:
     require_with("--pretrained", options["pretrained"], "--teacher", options["teacher"])
     if options["teacher"]:
         require_model(options["teacher"], options["pretrained"])
+    from dimefm.retrieval.search import facts, show
     from dimefm.retrieval.search import search as run
-    from dimefm.retrieval.search import show
 
-    say("\n\n".join(map(show, queries, run(path, **options))))
+    found = run(path, **options)
+    say_json(list(map(facts, queries, found))) if as_json else say("\n\n".join(map(show, queries, found)))
 
 
 @click.command(cls=Command)
@@ -134,12 +148,13 @@ def search(path: str, **options: Any) -> None:
 @_selection_option("--scores", metavar="OTHER.selection")
 @_selection_option("--device", type=DEVICES)
 @quiet_option
-def select_texts(**options: Any) -> None:
+@json_option
+def select_texts(as_json: bool, **options: Any) -> None:
     """Select the sentences that are worth training on.
 
     They are visually grounded sentences of a text store, for train-student --selection.
 
-    PAIRS.zarr: pseudo texts from retrieve, which name their image store and text store.
+    PAIRS.zarr: the nearest sentences of images, from retrieve. They name their image store and text store.
 
     The sentences are ranked, by default by hits:
 
@@ -151,9 +166,8 @@ def select_texts(**options: Any) -> None:
     Then the options that are given apply in this order: --min-hits, --min-score, --pool, --dedup, --balance, --size.
     With --by hits and none of them, every sentence that at least one image has is kept.
     """
-    from dimefm.inspection.info import describe
     from dimefm.selection.select_texts import SelectionConfig
     from dimefm.selection.select_texts import select_texts as select
 
     select(SelectionConfig(**options))
-    say(describe(options["out"]))
+    _say_made(options["out"], as_json)

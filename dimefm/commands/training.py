@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from cache_schemas import SchemaError
 from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
 from dimefm.commands.help import Command
-from dimefm.commands.options import DEVICES, fields_of, options_of, quiet_option
+from dimefm.commands.options import DEVICES, fields_of, json_option, options_of, quiet_option, require_with, say_json
 from dimefm.commands.weights_options import weights_options
 from dimefm.models.names import require_model, require_student
 from dimefm.system.inert_text import say
+from dimefm.system.near_names import did_you_mean
+from dimefm.system.notes import note
+
+if TYPE_CHECKING:
+    from dimefm.commands.train_config import Given
+
+
+class _Recipes(click.Choice[str]):
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        near = did_you_mean(str(value), self.choices, f"there are {', '.join(self.choices)}")
+        return f"no recipe is called {value!r}: {near}"
+
 
 _CONFIG = "dimefm.training.config"
 _option = options_of(_CONFIG, "TrainConfig", defaults=False)  # they are the recipe's
@@ -38,14 +47,17 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 
 
 @click.command(cls=Command)
-@_option("--images", required=True)
-@_option("--texts", required=True)
-@_option("--out", required=True)
+@_option("--images", metavar="IMAGES.zarr")
+@_option("--texts", metavar="TEXTS.zarr")
+@_option("--out", metavar="RUN")
 @_option("--pairs")
 @_option("--selection")
-@click.option("--recipe", type=click.Choice(["paper", "sample-paper", "sample"]), default="paper", show_default=True,
-              help="Recipe that decides every option below that is not given. paper: the authors' settings; "
-                   "sample-paper, sample: small students for the shipped sample.")  # fmt: skip
+@click.option("--recipe", type=_Recipes(["paper", "sample-paper", "sample"]), default="paper", show_default=True,
+              help="Recipe that decides every option below that is not given; dimefm recipes explains them. paper: the "
+                   "authors' settings; sample-paper, sample: small students for the shipped sample.")  # fmt: skip
+@click.option("--config", "config_file", metavar="FILE",
+              help="YAML or JSON file with fields of the config, or a run.json. It wins over --recipe, and options "
+                   "given beside it win over it.")  # fmt: skip
 @_option("--student")
 @_option("--init", metavar="WEIGHTS")
 @_option("--text-student", metavar="NAME")
@@ -78,83 +90,69 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @_option("--workers", type=click.IntRange(0))
 @_option("--seed", type=click.IntRange(0))
 @_option("--device", type=DEVICES)
+@click.option("--dry-run", is_flag=True, help="Only say what would be done: every field of the config with where its "
+              "value comes from, rows, steps, seconds per step, memory. Nothing is written.")  # fmt: skip
+@json_option
 @click.option("--allow-changes", metavar="FIELD,...", default="",
               help="Go on with a run although these fields, such as lr,epochs, have other values than it began with; "
               "images: the image store has other rows.")  # fmt: skip
 @quiet_option
 def train_student(
-    images: str, texts: str, out: str, recipe: str, settings: tuple[str, ...], allow_changes: str, **options: Any
-) -> None:
+    recipe: str, config_file: str | None, settings: tuple[str, ...], allow_changes: str, dry_run: bool, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Train a student from cached embeddings.
+
+    --images, --texts and --out are needed, as options or in a --config file.
 
     No teacher runs. Ctrl-C or SIGTERM makes it write a checkpoint and stop; however it ended, the same command goes on
     from the last checkpoint. On several GPUs: torchrun -m dimefm train-student ...
     """
-    require_student(options["student"], options["text_student"])
-    from dimefm.training.config import LossConfig, TextMix
-    from dimefm.training.recipes import RECIPES
-    from dimefm.training.train import train
+    from dimefm.commands.train_config import config_of
+    from dimefm.training.before_training import require_changeable, require_startable
 
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    for name, kind in (("loss", LossConfig), ("text_mix", TextMix)):
-        if name in given:
-            given[name] = _weights(f"--{name.replace('_', '-')}", given[name], kind)
-    config = _set(dataclasses.replace(RECIPES[recipe](images, texts, out), **given), settings)
-    unused = {"texts_per_step", "text_mix"} & given.keys()
+    require_with("--json", as_json or None, "--dry-run", dry_run or None)
+    options = {name: value for name, value in options.items() if value not in (None, ())}
+    given = config_of(recipe, config_file, options, settings)
+    config, changes = given.config, tuple(name.strip() for name in allow_changes.split(",") if name.strip())
+    unused = {"texts_per_step", "text_mix"} & options.keys()
     if unused and not config.loss.vl:
         option = f"--{min(unused).replace('_', '-')}"
         raise click.UsageError(f"{option} has no effect: the vl loss has weight 0. Give --loss vl=..., or leave it out")
-    result = train(config, tuple(name.strip() for name in allow_changes.split(",") if name.strip()))
+    require_changeable(changes)
+    require_startable(config)
+    require_student(config.student, config.text_student)
+    if dry_run:
+        _dry_run(given, changes, as_json)
+        return
+    from dimefm.training.train import train
+
+    result = train(config, changes)
     if int(os.environ.get("RANK", "0")):
         return  # under torchrun the first process alone prints
     scores = "".join(f"\n  {name:<14} top-1 {score:.3f}" for name, score in result.validation.items())
     say(f"{result.out}: {result.steps:,} steps done{scores}")
 
 
-def _weights(option: str, text: str, kind: Any) -> Any:
-    """A config of `vl=0.7,pvl=0.3`: weights that are not named are 0."""
-    values = dict.fromkeys(kind.WEIGHTS, 0.0)
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if name not in values:
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(values)}", param_hint=option)
-        try:
-            values[name] = float(value)
-        except ValueError:
-            raise click.BadParameter(f"{part!r} is not NAME=NUMBER", param_hint=option) from None
-    return kind(**values)
+def _dry_run(given: Given, changes: tuple[str, ...], as_json: bool) -> None:
+    from dimefm.commands.dry_run import field_lines, foresight_lines, origins
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise click.UsageError("--dry-run looks at one process: run it without torchrun")
+    if not as_json:
+        say("\n".join([f"{given.config.out}: nothing is written", *field_lines(given), ""]))
+        note("looking at the stores, and measuring a few steps on random data ...")
+    from dimefm.training.dry_run import foresee
 
-def _set(config: Any, settings: tuple[str, ...]) -> Any:
-    """The config with settings such as `loss.queue=4096`. A value is read as JSON, or as a string if it is none."""
-    if not settings:
-        return config
-    raw = config.to_json()
-    for setting in settings:
-        field, equals, text = setting.partition("=")
-        *path, name = field.split(".")
-        place = raw
-        for part in path:
-            place = place.get(part) if isinstance(place, dict) else None
-        if not equals or not isinstance(place, dict) or name not in place:
-            message = f"{setting!r} is not FIELD=VALUE with a field of the config (--fields explains them): "
-            message += ", ".join(_fields(raw))
-            raise click.BadParameter(message, param_hint="--set")
-        try:
-            place[name] = json.loads(text)
-        except ValueError:
-            place[name] = text
-    try:
-        return config.parse(raw, "--set")
-    except SchemaError as error:
-        raise click.BadParameter(str(error), param_hint="--set") from None
-
-
-def _fields(raw: dict[str, Any], prefix: str = "") -> list[str]:
-    found: list[str] = []
-    for name, value in raw.items():
-        found += _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
-    return found
+    found = foresee(given.config, changes)
+    for line in found.notes:
+        note(f"note: {line}")
+    if as_json:
+        by = origins(given)
+        fields = {name: {"value": value, "from": by[name]} for name, value in given.values.items()}
+        say_json({"fields": fields, **found.to_json()})
+    else:
+        say("\n".join(foresight_lines(found)))
 
 
 @click.command(cls=Command)

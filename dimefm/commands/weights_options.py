@@ -24,7 +24,7 @@ class _Colours(click.ParamType[tuple[float, float, float]]):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[float, float, float]:
         try:
-            red, green, blue = value if isinstance(value, tuple) else map(float, value.split(","))
+            red, green, blue = map(float, value if isinstance(value, (tuple, list)) else value.split(","))
         except ValueError:
             self.fail(f"{value!r} is not three numbers such as 0.5,0.5,0.5", param, ctx)
         return red, green, blue

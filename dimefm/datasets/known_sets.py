@@ -20,6 +20,7 @@ from dimefm.datasets.own_sets import GENERAL_LAYOUTS, map_labels, with_captions,
 from dimefm.datasets.published_layouts import reader_of
 from dimefm.errors import SourceError
 from dimefm.system import storage
+from dimefm.system.near_names import did_you_mean, did_you_mean_path
 
 
 def open_set(definition: SetDefinition, root: str, split: str, unpacked: str) -> ImageSet | None:
@@ -48,12 +49,14 @@ def find_sets(names: tuple[str, ...], root: str | None) -> tuple[list[SetDefinit
     aliases = {alias: d for d in known.values() for alias in d.aliases}
     for name in names:
         if name not in known and name not in aliases:
-            raise SourceError(f"no set is called {name!r}", remedy="dimefm sets lists them")
+            remedy = did_you_mean(name, known, "dimefm sets lists them")
+            raise SourceError(f"no set is called {name!r}", remedy=remedy)
     definitions = [known.get(name) or aliases[name] for name in names] or list(known.values())
     if root is None:
         return definitions, {}
     if not storage.is_url(root) and not Path(root).is_dir():
-        raise SourceError(f"{root} is no folder", remedy="give --data the folder that holds a folder for each set")
+        remedy = did_you_mean_path(root, "give --data the folder that holds a folder for each set")
+        raise SourceError(f"{root} is no folder", remedy=remedy)
     folders = {d.name: next(_folders(d, storage.absolute(root)), "") for d in definitions}
     return definitions, {name: folder for name, folder in folders.items() if folder}
 

@@ -44,8 +44,7 @@ def open_folder(path: str, split: str = "test") -> ImageSet:
 def find_folder(path: str, split: str) -> ImageSet | None:
     """Like `open_folder`, but gives None where the folder has no such split."""
     folder, name = storage.absolute(path), set_name(path)
-    if not storage.is_url(folder) and not Path(folder).is_dir():
-        raise SourceError(f"{path} is no folder", remedy=did_you_mean_path(path, "check the path"))
+    require_folder(path)
     found = read_first((*GENERAL_LAYOUTS, ("folders", read_folders)), folder, split, None)
     if found is None:
         return None
@@ -62,6 +61,13 @@ def find_folder(path: str, split: str) -> ImageSet | None:
         map_labels(records, records.names, names)
     note_empty_classes(records, names)
     return with_classes(records, name, split, names, prompts, _has_several(records), ())
+
+
+def require_folder(path: str) -> None:
+    """Raises SourceError for a local path that is no folder."""
+    folder = storage.absolute(path)
+    if not storage.is_url(folder) and not Path(folder).is_dir():
+        raise SourceError(f"{path} is no folder", remedy=did_you_mean_path(path, "check the path"))
 
 
 def set_name(path: str) -> str:

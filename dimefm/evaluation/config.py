@@ -11,10 +11,11 @@ from cache_schemas.evaluation import OWN, EvaluationTask, ProbeSelection, SetDef
 from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
 from dimefm.datasets.definitions import load_definitions
-from dimefm.datasets.own_sets import set_name
+from dimefm.datasets.own_sets import require_folder, set_name
 from dimefm.errors import SourceError
 from dimefm.models.trained import Trained
 from dimefm.system import storage
+from dimefm.system.near_names import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,9 @@ class EvaluationConfig:
     tasks: tuple[EvaluationTask, ...] = ("zero-shot",)
     """What to measure. linear-probe and few-shot train a probe, and need a train split."""
     selection: ProbeSelection = "honest"
-    """What chooses a probe: honest takes validation images alone; elevater, as ELEVATER's code, the best epoch on the
-    test images too, and its results are called test-selected."""
+    """How the settings of a probe are chosen. honest: by validation images alone, so that test images are looked at
+    once. elevater: as the code of ELEVATER (a benchmark of 20 sets) does, by the best epoch on the test images too;
+    its results are called test-selected."""
     solver: Solver = "sgd"
     """What trains a probe: sgd as ELEVATER does, or lbfgs, the logistic regression of CLIP's paper."""
     shots: tuple[int, ...] = (5, 20, 50)
@@ -106,8 +108,8 @@ class ChosenSet:
 
 
 def choose_sets(config: EvaluationConfig) -> list[ChosenSet]:
-    """The sets that the config names. Raises SourceError for a name that is neither a known set nor a folder, for two
-    sets of one name, and if no set is named."""
+    """The sets that the config names. Raises SourceError for what is neither a known set nor a folder, for two sets of
+    one name, and if no set is named."""
     known = load_definitions()
     if (config.suite or config.sets) and not config.data:
         raise SourceError("the folder that holds the sets is not given", remedy="give --data ROOT")
@@ -118,7 +120,8 @@ def choose_sets(config: EvaluationConfig) -> list[ChosenSet]:
         definition = known.get(name) or known.get(aliases.get(name, ""))
         if definition is None and not storage.listing(storage.join(config.data or "", name)):
             what = f"{name} is neither a known set nor a folder of {config.data}"
-            raise SourceError(what, remedy="give a folder there, or a name that dimefm sets lists")
+            names = [*known, *(one for one in storage.listing(config.data or "") if "." not in one)]
+            raise SourceError(what, remedy=did_you_mean(name, names, "dimefm sets lists the known ones"))
         if definition is not None and config.suite not in (None, "all", definition.suite):
             what = f"{name} is a set of the suite {definition.suite}, not of {config.suite}"
             raise SourceError(what, remedy="leave --suite out, or give --suite all")
@@ -131,4 +134,6 @@ def choose_sets(config: EvaluationConfig) -> list[ChosenSet]:
     if not chosen:
         what = f"no known set has the suite {config.suite}" if config.suite else "no set is chosen"
         raise SourceError(what, remedy="name a folder, or give another --suite, or --sets, with --data")
+    for path in (*config.folders, *filter(None, [config.data])):
+        require_folder(path)
     return chosen

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cache_schemas.evaluation import TEXT_EMBEDDINGS, UNPACKED, EvaluationResult, Metric, SetDefinition
+from cache_schemas.embedding_store import COMMITS
+from cache_schemas.evaluation import RESULTS_FILE, TEXT_EMBEDDINGS, UNPACKED, EvaluationResult, Metric, SetDefinition
 from dimefm.datasets.image_set import ImageSet
 from dimefm.datasets.known_sets import open_set
 from dimefm.datasets.own_sets import find_folder, open_folder
@@ -22,7 +23,7 @@ from dimefm.errors import DimefmError, SourceError
 from dimefm.evaluation.config import ChosenSet, EvaluationConfig, choose_sets, default_name
 from dimefm.evaluation.features import Features, compute_features
 from dimefm.evaluation.open_model import open_model
-from dimefm.evaluation.probe import few_shot_rows, probe
+from dimefm.evaluation.probe import SEARCH_EPOCHS, few_shot_rows, note_on_few, probe, search_epochs
 from dimefm.evaluation.recorder import Job, Recorder
 from dimefm.evaluation.scoring import cosines, measure, measure_retrieval, probabilities
 from dimefm.evaluation.text_embeddings import TextEmbeddings
@@ -31,6 +32,7 @@ from dimefm.store.failures import as_list
 from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.named_paths import allowing
+from dimefm.system.output_names import require_name
 
 
 @dataclass
@@ -51,10 +53,16 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
     """
     chosen = choose_sets(config)
     config = replace(config, out=storage.local(config.out, "the folder of all evaluations"))
+    require_name(config.out, "a folder of evaluations")
     folder = str(Path(config.out, config.name or default_name(config)))
     typed = [*config.folders, *filter(None, [config.data])]
-    with allowing(typed), writing(folder), _load_model(config) as clip:
+    with allowing(typed), writing(folder, of_use=_has_results), _load_model(config) as clip:
         return _Evaluator(config, clip, folder, report or (lambda result: None)).run(chosen)
+
+
+def _has_results(files: set[str]) -> bool:
+    """Whether a folder has a result, or features of a shard of images."""
+    return RESULTS_FILE in files or any(f"/{COMMITS}/" in name for name in files)
 
 
 def _load_model(config: EvaluationConfig) -> AbstractContextManager[Clip]:
@@ -188,6 +196,9 @@ class _Evaluator:
         self, job: Job, train: ImageSet, protocol: str, rows: np.ndarray[Any, Any], seed: int | None
     ) -> EvaluationResult:
         settings: dict[str, object] = {"train": train.digest(), "seed": seed, "train_images": len(rows)}
+        epochs = search_epochs(train.class_labels[rows], self._config.selection, self._config.solver)
+        if epochs != SEARCH_EPOCHS:  # as earlier versions had for all: their results are measured again
+            settings["search_epochs"] = epochs
         if found := self._recorder.find(job, protocol, settings):
             return found
         began = time.monotonic()
@@ -202,6 +213,7 @@ class _Evaluator:
             heads_CD=self._texts.of_classes(train.classnames, train.prompts()),
             selection=self._config.selection,
             solver=self._config.solver,
+            epochs=epochs,
             device=str(self._clip.device),
         )
         self._recorder.keep_predictions(job, protocol, probed.scores_NC, test_features)
@@ -209,6 +221,7 @@ class _Evaluator:
         notes = [f"training images: {note}" for note in train.notes if note not in job.test.notes]
         if lost := probed.settings["unreadable"]:
             notes.append(f"{lost} of {len(rows)} training images could not be read and are left out")
+        notes += note_on_few(probed.settings, job.metric)
         settings |= probed.settings
         return self._recorder.add(job, protocol, measurement, settings, test_features, began, notes)
 

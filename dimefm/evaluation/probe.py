@@ -9,6 +9,9 @@ by the set's own metric on the rest; the best is trained for 50 epochs on all of
                 images, as in ELEVATER's code: the result is test-selected, and is called so
     honest      the last epoch, both times: test images are looked at once, when everything is decided
 
+With FEW validation images or less, honest searches for 50 epochs too. 10 epochs are then so few steps that a classifier
+looks good whose weight decay leaves nothing of it after 50: it is one of many that get all validation images right.
+
 Few-shot takes some images of each class first. The solver lbfgs is CLIP's logistic regression (scikit-learn's), with
 the same walk over its regularisation; its rule is always honest.
 
@@ -35,13 +38,16 @@ from dimefm.datasets.image_set import ImageSet
 from dimefm.errors import SourceError
 from dimefm.evaluation import metrics
 from dimefm.evaluation.features import Features
+from dimefm.evaluation.intervals import mean_interval
 from dimefm.evaluation.linear_heads import FeatureRows, Heads, train_heads
+from dimefm.system.wording import counted
 
 Array = np.ndarray[Any, Any]
 
 RATES = np.logspace(-6, -1, 6).tolist()
 DECAYS = np.logspace(-6, 6, 97).tolist()
 SEARCH_EPOCHS, FINAL_EPOCHS, HELD_OUT = 10, 50, 0.2
+FEW = 100  # validation images, of which one is a point or more: too few to tell settings apart that are nearly as good
 _HEAD_BYTES = 512 << 20  # of the classifiers that are trained together
 _LBFGS_BYTES = 8 << 30  # scikit-learn wants all features in memory, in float64 at times
 
@@ -66,10 +72,12 @@ def probe(
     heads_CD: torch.Tensor,
     selection: ProbeSelection = "honest",
     solver: Solver = "sgd",
+    epochs: int = SEARCH_EPOCHS,
     device: str = "cpu",
 ) -> ProbeResult:
     """Train on these rows of `train`, which have `labels`, and score the test `images`, whose features are `test`. The
-    classifier starts from the class embeddings `heads_CD`. Raises SourceError for too few training images."""
+    classifier starts from the class embeddings `heads_CD`; the search trains for `epochs`. Raises SourceError for too
+    few training images."""
     readable = rows[train.readable[rows]]
     if solver == "lbfgs" and selection == "elevater":
         raise SourceError("the rule elevater chooses one of SGD's epochs, and lbfgs has none", remedy="take honest")
@@ -78,16 +86,40 @@ def probe(
         what = f"{len(readable)} training images are too few to keep some for validation"
         raise SourceError(what, remedy="give two images or more of each class")
     settings: dict[str, object] = {"solver": solver, "selection": selection, "unreadable": len(rows) - len(readable)}
+    settings["validation_images"] = int(held_out.sum())
     fit, check = readable[~held_out], readable[held_out]
     if solver == "lbfgs":
         scores_NC, chosen = _lbfgs(train, labels, fit, check, test, metric, len(heads_CD))
     else:
-        sgd = _SgdProbe(train, labels, metric, heads_CD.to(device), selection)
+        sgd = _SgdProbe(train, labels, metric, heads_CD.to(device), selection, epochs)
         rate, decay, score = sgd.search(fit, check)
         scores_NC, epoch = sgd.train_final(readable, rate, decay, test, images.class_labels)
         chosen = {"learning_rate": rate, "weight_decay": decay, "validation": score, "epoch": epoch}
     scores_NC[~test.readable] = np.nan
     return ProbeResult(scores_NC, {**settings, **chosen})
+
+
+def search_epochs(labels: Array, selection: ProbeSelection, solver: Solver) -> int:
+    """How many epochs the search trains each classifier, given the labels of the training images."""
+    few = selection == "honest" and solver == "sgd" and validation_part(labels).sum() <= FEW
+    return FINAL_EPOCHS if few else SEARCH_EPOCHS
+
+
+def note_on_few(settings: dict[str, object], metric: Metric) -> list[str]:
+    """A note on a probe whose settings were chosen by too few validation images; none where they were enough."""
+    count, value = settings["validation_images"], settings["validation"]
+    assert isinstance(count, int)
+    assert isinstance(value, float)
+    if count > FEW:
+        return []
+    right = ""
+    if metric == "accuracy":
+        low, high = mean_interval(np.arange(count) < round(value * count))
+        right = f" ({value:.0%} were right, interval [{low:.0%}, {high:.0%}])"
+    return [
+        f"the settings of the probe were chosen by {counted(count, 'validation image')}{right}: too few to tell good "
+        "settings from bad ones; give more training images"
+    ]
 
 
 def validation_part(labels: Array) -> Array:
@@ -128,8 +160,15 @@ class _SgdProbe:
     """ELEVATER's probe: `search` finds the hyperparameters, `train_final` trains with them and scores test images."""
 
     def __init__(
-        self, train: Features, labels: Array, metric: Metric, heads_CD: torch.Tensor, selection: ProbeSelection
+        self,
+        train: Features,
+        labels: Array,
+        metric: Metric,
+        heads_CD: torch.Tensor,
+        selection: ProbeSelection,
+        epochs: int = SEARCH_EPOCHS,
     ) -> None:
+        self._epochs = epochs
         self._train, self._labels, self._metric = train, labels, metric
         self._heads_CD, self._selection = heads_CD, selection
         self._device = str(heads_CD.device)
@@ -159,9 +198,9 @@ class _SgdProbe:
         for start in range(0, len(pairs), size):
             rates, decays = map(list, zip(*pairs[start : start + size], strict=True))
             best_K = np.zeros(len(rates))
-            trained = train_heads(data, self._targets[fit], self._heads_CD, rates, decays, SEARCH_EPOCHS)
+            trained = train_heads(data, self._targets[fit], self._heads_CD, rates, decays, self._epochs)
             for epoch, heads in enumerate(trained, 1):
-                if self._selection == "elevater" or epoch == SEARCH_EPOCHS:
+                if self._selection == "elevater" or epoch == self._epochs:
                     best_K = np.maximum(best_K, self._score_heads(heads, held_out, self._labels[check]))
             found += best_K.tolist()
         return found
@@ -218,7 +257,7 @@ class _SgdProbe:
 
 class _Walk:
     """A search for the best of `size` places. It looks at every `first`-th place, then on both sides of the best so far
-    at half that stride, and so on down to a stride of 1. The first of equal scores stays.
+    at half that stride, and so on down to a stride of 1. The first of equal scores stays, also where all are 0.
 
     The caller scores `places` and hands the scores to `step`, so that several walks can share the work.
     """
@@ -226,7 +265,7 @@ class _Walk:
     def __init__(self, size: int, first: int = 16) -> None:
         self._size, self._stride = size, first
         self.places = list(range(0, size, first))
-        self.best, self.top = -1, 0.0
+        self.best, self.top = 0, 0.0
 
     def step(self, scores: Iterable[float]) -> None:
         """Take the scores of `places`, and set `places` to the next ones; there are none at the end."""

@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 from cache_schemas.evaluation import RESULTS_FILE, EvaluationResult
 from dimefm.errors import MismatchError, StoreError
 from dimefm.system import storage
+from dimefm.system.near_names import did_you_mean, did_you_mean_path, near_names
 
 
 class Results:
@@ -100,7 +101,7 @@ def read_results(folder: str) -> list[EvaluationResult]:
     Raises StoreError for a file that does not exist or is damaged, SchemaError for a line that is no result."""
     path = Path(folder) if folder.endswith(".jsonl") else Path(folder, RESULTS_FILE)
     if not path.exists():
-        raise StoreError(f"{path} does not exist", remedy="dimefm evaluate MODEL writes it; name its folder")
+        raise StoreError(f"{path} does not exist", remedy=_meant(folder))
     found: dict[tuple[str, str, str], EvaluationResult] = {}
     for number, line in enumerate(path.read_bytes()[: _whole_lines(path)].splitlines(), 1):
         where = f"{path}, line {number}"
@@ -111,6 +112,19 @@ def read_results(folder: str) -> list[EvaluationResult]:
         result = EvaluationResult.parse(raw, where)
         found[result.key] = result
     return list(found.values())
+
+
+def _meant(folder: str) -> str:
+    """A remedy where there are no results: what is called so below evaluations/, or like it beside the folder."""
+    usual = Path("evaluations", folder)
+    if (usual / RESULTS_FILE).exists():
+        return f"did you mean {str(usual)!r}?"
+    remedy = "dimefm evaluate MODEL SET... writes it; name its folder, such as evaluations/STUDENT"
+    if "/" not in folder.rstrip("/"):
+        beside = [path.parent.name for path in sorted(Path("evaluations").glob(f"*/{RESULTS_FILE}"))]
+        if near := near_names(folder, beside):
+            return did_you_mean(str(usual), [f"evaluations/{name}" for name in near])
+    return did_you_mean_path(folder, remedy)
 
 
 def _whole_lines(path: Path) -> int:

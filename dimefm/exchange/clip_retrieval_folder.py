@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,12 @@ from dimefm.sources.parquet import other_kind
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import require_embeddings
 from dimefm.system import storage
+from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
 
-_NAMES = {"image": "img_emb", "text": "text_emb"}
+FOLDERS: dict[Kind, str] = {"image": "img_emb", "text": "text_emb"}
+"""Where the embeddings of images and of texts are."""
+
 _CAPTION, _IMAGE_KEYS = "caption", ("image_path", "key")
 _BLOCK = 4096  # rows that are normalised, or read from a metadata file, at a time
 _UNIT = 1e-3  # a vector whose norm is this close to 1 is not normalised again
@@ -51,18 +54,18 @@ class _Part:
 
 
 class Folder:
-    """A folder in clip-retrieval's layout. Opening it checks the header of every file and reads nothing else; other
-    files are counted in `account`."""
+    """A folder in clip-retrieval's layout, or the first `limit` rows of one. Opening it checks the header of every file
+    and reads nothing else; other files and rows are counted in `account`."""
 
-    def __init__(self, root: str, kind: Kind, account: Account | None = None) -> None:
+    def __init__(self, root: str, kind: Kind, account: Account | None = None, limit: int | None = None) -> None:
         account = Account() if account is None else account
         self.root = storage.local(root, "a folder of embeddings")
         self.kind = kind
-        vectors = _numbered(f"{self.root}/{_NAMES[kind]}", _NAMES[kind], ".npy", account)
+        vectors = _numbered(f"{self.root}/{FOLDERS[kind]}", FOLDERS[kind], ".npy", account)
         metadata = _numbered(f"{self.root}/metadata", "metadata", ".parquet", account)
         for number in sorted(vectors.keys() ^ metadata.keys()):
             there = vectors.get(number) or metadata[number]
-            other = "metadata" if number in vectors else _NAMES[kind]
+            other = "metadata" if number in vectors else FOLDERS[kind]
             raise SourceError(f"{there} has no file of its number in {other}/", remedy="complete the folder")
         self.parts: list[_Part] = []
         self.rows, self.dim = 0, 0
@@ -70,6 +73,9 @@ class Folder:
             self._add(vectors[number], metadata[number])
         if not self.rows:
             raise SourceError(f"{self.root} holds no embedding", remedy="check the folder and --kind")
+        if limit and limit < self.rows:
+            account.skip("rows behind --limit", f"row {limit}", self.rows - limit)
+            self.rows = limit
 
     def _add(self, vectors: str, metadata: str) -> None:
         rows, dim = _map(vectors).shape
@@ -108,8 +114,7 @@ class Folder:
 
     def records(self) -> Iterator[tuple[str, str | None]]:
         """Key and caption of every row. The caption is None for a text without one, and for every image."""
-        for part in self.parts:
-            yield from self._records(part)
+        yield from islice(chain.from_iterable(map(self._records, self.parts)), self.rows)
 
     def lookup(self, rows: list[int]) -> dict[int, tuple[str, str | None]]:
         """`records` for a few rows. Reads each file only up to the last of them."""
@@ -213,9 +218,10 @@ def export_embeddings(store_path: str, out: str, *, rows_per_file: int | None = 
     store.require_complete()
     require_embeddings(store)
     target = Path(storage.local(out, "an export"))
+    require_name(out, "a folder of embeddings")
     if target.is_file() or storage.listing(str(target)):
         raise OutputExistsError(f"{target} exists and is not empty", remedy="give another --out, or delete it")
-    rows, step, name = store.schema.rows, rows_per_file or store.schema.shard_rows, _NAMES[store.schema.kind]
+    rows, step, name = store.schema.rows, rows_per_file or store.schema.shard_rows, FOLDERS[store.schema.kind]
     digits = len(str((rows - 1) // step))
     with storage.publishing(str(target)) as temporary, Progress("exporting", rows, "row") as progress:
         for number, start in enumerate(range(0, rows, step)):

@@ -35,6 +35,7 @@ from dimefm.store.output_folder import is_planned
 from dimefm.store.parquet_tables import write_plan
 from dimefm.system import lock, storage
 from dimefm.system.named_paths import allowing
+from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
 
 _BATCH_SIZE = 1  # recorded in the store; that of the teacher is not known
@@ -66,6 +67,8 @@ class ImportConfig:
     """Number format of the teacher's matrix products when it made the embeddings."""
     sources: tuple[str, ...] = ()
     """Images that the embeddings were made from, as for cache-images."""
+    limit: int | None = None
+    """Import only the first this many rows."""
     shard_rows: int | None = None
     """Rows per shard. Default: about 64 shards or more, by the number of rows."""
     check: int = 8
@@ -95,8 +98,9 @@ def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lamb
 
 
 def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
+    require_name(config.out, "a store", ".zarr")
     account = Account()
-    folder = Folder(config.folder, config.kind, account)
+    folder = Folder(config.folder, config.kind, account, config.limit)
     if config.sources and config.kind == "text":
         raise SourceError("images are given for text embeddings", remedy="give --kind image, or no --images")
     if config.match_parts > 1 and not config.sources:
@@ -111,7 +115,7 @@ def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
     if folder.dim != clip.identity.embed_dim:
         what = f"{folder.root} holds embeddings {folder.dim} wide; {config.teacher} gives {clip.identity.embed_dim}"
         raise MismatchError(what, remedy="name the teacher that made them")
-    with lock.writing(config.out):
+    with lock.writing(config.out, of_use=lambda files: is_planned(config.out)):
         if is_planned(config.out):
             store = Store(config.out)
             asked = Asked(
@@ -149,7 +153,7 @@ def _plan(
         checked_N = matches.sample(config.check)
         account.problems += _report_matches(matches, folder, report) if source else [_NO_PIXELS]
         if count := len(spare_N := matches.spare()):
-            reason = "images of the sources without an embedding"
+            reason = "images of the sources without an embedding" + (" before --limit" if config.limit else "")
             account.skip(reason, matches.images.place(int(spare_N[0]))[0], count)
             report(f"{reason}: {count:,}")
     notes = [_NOT_COMPARED]
@@ -166,7 +170,7 @@ def _plan(
         silent += sum(caption is None for _, caption in batch)
         digests.append(write_plan(out, shard, _table(batch, matches, start)))
     if silent and config.kind == "text":
-        account.problem(f"{silent:,} rows have no caption; their sentence is empty")
+        account.problem(f"rows without a caption, whose sentence is empty: {silent:,}")
     schema = EmbeddingStore(
         kind=config.kind,
         rows=folder.rows,
@@ -190,8 +194,9 @@ def _plan(
 
 
 def _settings(config: ImportConfig) -> dict[str, object]:
-    """The settings that, with the files, decide which image a row has."""
-    return {"match_parts": config.match_parts} if config.match_parts > 1 else {}
+    """The settings that, with the files, decide the rows and which image each has."""
+    parts: dict[str, object] = {"match_parts": config.match_parts} if config.match_parts > 1 else {}
+    return {**parts, "limit": config.limit} if config.limit else parts
 
 
 def _report_matches(matches: Matches, folder: Folder, report: Callable[[str], None]) -> list[str]:
@@ -211,11 +216,13 @@ def _report_matches(matches: Matches, folder: Folder, report: Callable[[str], No
     by = ", ".join(f"{count:,} by {name}" for _, name, count in kinds)
     known = sum(count for _, _, count in kinds)
     report(f"{known:,} of {len(matches.image_N):,} rows have an image in the sources: {by}")
-    notes = [f"{count:,} rows have the image that shares {name} with their key" for n, name, count in kinds if n == 1]
+    notes = [f"rows whose image shares only {name} with their key: {count:,}" for n, name, count in kinds if n == 1]
     if len(ambiguous):
         found = folder.lookup(ambiguous[:_SHOWN].tolist())
         keys = ", ".join(repr(key) for key, _ in found.values())
-        notes.append(f"{len(ambiguous):,} rows have no image, as several match as well as each other, such as {keys}")
+        notes.append(
+            f"rows without an image, as several match as well as each other: {len(ambiguous):,}, such as {keys}"
+        )
         report(notes[-1])
     return notes
 

@@ -11,6 +11,7 @@ from cache_schemas import Run
 from dimefm.errors import StoreError
 from dimefm.system import storage
 from dimefm.system.notes import note
+from dimefm.system.output_names import require_name
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.run_folder import read_run
 
@@ -34,6 +35,7 @@ def export(
     for a run without a checkpoint, MismatchError for another teacher, OutputExistsError.
     """
     out = storage.local(out, "an export")
+    require_name(out, "an open_clip folder")
     document = read_run(run)
     step = require_checkpoint(run, checkpoint)
     own = document.text_student is not None

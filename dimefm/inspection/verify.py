@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from dimefm.store.failures import failures_by_status
 from dimefm.store.zarr_arrays import digest_arrays
 from dimefm.system import inert_text, storage
 from dimefm.system.lock import writing
+from dimefm.system.wording import counted, hanging
 
 _NORM_OFF = 2e-3  # how far rounding to float16 may move the norm of a unit vector
 _SAME = 0.999  # the least cosine of a row that is encoded again
@@ -77,9 +79,25 @@ class Verification:
         """Whether the store is complete, exactly as it was written, and has at least one embedding."""
         return not self.bad and not self.faults and self.done == self.shards and not self.empty
 
+    def facts(self) -> dict[str, Any]:
+        """The report for a program."""
+        return {
+            "store": self.store,
+            "trusted": self.trusted,
+            "rows": self.rows,
+            "shards": self.shards,
+            "shards_done": self.done,
+            "bad_shards": [{"shard": shard, "problems": what} for shard, what in sorted(self.bad.items())],
+            "faults": self.faults,
+            "notes": self.notes,
+            "no_embedding": self.empty,
+            "repaired": self.repaired,
+            "verdict": self._verdict(),
+        }
+
     def show(self) -> str:
         """The report in lines."""
-        lines = [f"{self.store}: {self.rows:,} rows, {self.done:,} of {self.shards:,} shards done"]
+        lines = [f"{self.store}: {counted(self.rows, 'row')}, {self.done:,} of {self.shards:,} shards done"]
         found = [f"shard {shard}: {what}" for shard, problems in sorted(self.bad.items()) for what in problems]
         found += self.faults
         lines += [f"  bad   {inert_text.line(one)}" for one in found[:_SHOWN]]
@@ -87,10 +105,10 @@ class Verification:
             lines.append(f"  bad   and {len(found) - _SHOWN:,} more")
         lines += [f"  note  {inert_text.line(note)}" for note in self.notes]
         lines += [f"  failed  {inert_text.line(one)}" for one in self.empty]
-        return "\n".join([*lines, f"  {self._verdict()}"])
+        return "\n".join([*lines, hanging("  ", self._verdict())])
 
     def _verdict(self) -> str:
-        shards = f"{len(self.bad):,} bad shard{'s' if len(self.bad) > 1 else ''}"
+        shards = counted(len(self.bad), "bad shard")
         if self.repaired:
             return f"{shards} marked: run the command that wrote the store again, then verify again"
         if self.bad:
@@ -140,9 +158,9 @@ def _check(store: Store) -> Verification:
         report.empty = failures_by_status(store)
     repeated = keys.repeated()
     if schema.kind == "image" and repeated != schema.source.repeated_keys:
-        report.faults.append(f"{repeated:,} keys are repeated, where the source had {schema.source.repeated_keys:,}")
+        report.faults.append(f"repeated keys: {repeated:,}, where the source had {schema.source.repeated_keys:,}")
     elif schema.kind == "image" and repeated:
-        report.notes.append(f"{repeated:,} keys are repeated, as they were in the source; each has its own row")
+        report.notes.append(f"repeated keys: {repeated:,}, as in the source; each has its own row")
     return report
 
 
@@ -200,7 +218,7 @@ def _check_data(store: Store, commit: Commit) -> Iterator[str]:
     good = status_N == Status.OK
     odd = int((~(np.abs(norm[good] - 1) < _NORM_OFF)).any(axis=1).sum())
     if odd:
-        yield f"{odd:,} embeddings are NaN or not of norm 1"
+        yield f"embeddings that are NaN or not of norm 1: {odd:,}"
     if norm[~good].any():
         yield "there are embeddings in rows that failed"
 
@@ -297,11 +315,13 @@ def _check_teacher(store: Store, config: VerifyConfig, report: Verification) -> 
     read = [one for one in found if not math.isnan(one[2])]
     if gone:
         row, key, _ = gone[0]
-        report.notes.append(f"{len(gone):,} of {len(found):,} rows can no longer be read, such as row {row} ({key})")
+        report.notes.append(
+            f"{len(gone):,} of {counted(len(found), 'row')} can no longer be read, such as row {row} ({key})"
+        )
     if read:
         row, key, cosine = min(read, key=lambda one: one[2])
         least = f"least cosine to what is stored {cosine:.6f}, row {row} ({key})"
-        report.notes.append(f"{len(read):,} rows encoded again: {least}")
+        report.notes.append(f"{counted(len(read), 'row')} encoded again: {least}")
     for row, key, cosine in found:
         if cosine < _SAME:
             problem = f"row {row} ({key}) encoded again has cosine {cosine:.4f} to what is stored"

@@ -25,6 +25,7 @@ from dimefm.models.open_clip_folder import beside_text_tower, publish_folder
 from dimefm.models.towers import build_student
 from dimefm.models.trained import Trained
 from dimefm.system import storage
+from dimefm.system.output_names import require_name
 
 _STATES = ("image_state_dict", "model")
 _PREFIXES = (("module.", ""), ("image_encoder.", "visual."), ("image_projection", "vision_projection"))
@@ -82,6 +83,7 @@ def convert(
     OutputExistsError.
     """
     out = storage.local(out, "a converted checkpoint")
+    require_name(out, "an open_clip folder")
     state = _read(checkpoint)
     spec, image = image_tower(checkpoint, state)
     clip = load_clip(teacher, pretrained, trained=trained, precision="fp32", device="cpu")

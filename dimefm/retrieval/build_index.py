@@ -19,6 +19,7 @@ from dimefm.store.output_folder import differing, require_only, require_same
 from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.machine import available_memory
+from dimefm.system.output_names import require_name
 
 if TYPE_CHECKING:
     from dimefm.retrieval.index_parts import PartRunner
@@ -55,12 +56,18 @@ class IndexConfig:
 
 def preview_build(config: IndexConfig) -> BuildPreview:
     """What `build_index` would build over the whole store. Builds nothing."""
+    _index_out(config)
     store, memory = Store(config.store), _memory(config)
     require_embeddings(store)
     rows, dim = store.schema.rows, store.schema.dim
     plan = plan_index(rows, dim, memory, config.factory)
     queries = Store(config.queries).schema.rows if config.queries else None
     return BuildPreview(rows, dim, memory, plan, breakeven_queries(rows, plan), queries)
+
+
+def _index_out(config: IndexConfig) -> str:
+    require_name(config.out, "an index", ".index")
+    return storage.local(config.out, "an index")
 
 
 def _memory(config: IndexConfig) -> int:
@@ -77,7 +84,7 @@ def build_index(
     would be cheaper. Raises OutputExistsError where `out` was made with other settings, RecallError where the recall
     stays below the target, unless `accept`; the index that was there before stays.
     """
-    config = replace(config, out=storage.local(config.out, "an index"))
+    config = replace(config, out=_index_out(config))
     store = Store(config.store)
     if not config.partial:
         store.require_complete()

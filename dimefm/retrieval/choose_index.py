@@ -8,10 +8,12 @@ look-ups, whose best candidates are scored again from the store itself. Codes al
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from dimefm.errors import DimefmError
 from dimefm.system.progress import amount
+from dimefm.system.wording import counted, hanging
 
 EXACT_ROWS = 100_000
 RESCORE = (10, 20, 50, 100)
@@ -100,6 +102,10 @@ class BuildPreview:
         """Whether it is for the known number of queries."""
         return self.queries is not None and self.queries <= self.breakeven
 
+    def facts(self) -> dict[str, Any]:
+        """What `build-index --dry-run` prints, for a program."""
+        return {**asdict(self), "exact_is_cheaper": self.exact_is_cheaper, "advice": self.advice()}
+
     def show(self) -> str:
         """What `build-index --dry-run` prints."""
         plan = self.plan
@@ -107,21 +113,25 @@ class BuildPreview:
         return "\n".join(
             [
                 f"rows     {self.rows:,}, {self.dim} wide",
-                f"factory  {plan.factory}, trained on {plan.train_rows:,} rows",
-                f"size     {size}built in parts of {plan.part_rows:,} rows within {amount(self.memory)}",
-                f"exact    {self.advice()}",
+                f"factory  {plan.factory}, {_training(plan.train_rows)}",
+                hanging("size     ", f"{size}built in parts of {plan.part_rows:,} rows within {amount(self.memory)}"),
+                hanging("exact    ", self.advice()),
             ]
         )
 
     def advice(self) -> str:
         """When to do without an index."""
         if not self.breakeven:
-            return "the index holds all rows as they are: it saves reading them, not products"
+            return "the index holds all rows as they are and compares with each: it only saves reading the store"
         least = f"up to {self.breakeven:,} queries take less work than the building"
         if self.queries is None:
             return f"{least}: dimefm retrieve without --index"
         verdict = "exact search is cheaper: dimefm retrieve without --index" if self.exact_is_cheaper else "build it"
         return f"{least}; for the {self.queries:,} of --queries, {verdict}"
+
+
+def _training(rows: int) -> str:
+    return f"trained on {counted(rows, 'row')}" if rows else "which needs no training"
 
 
 def _centroids_of(factory: str) -> int:

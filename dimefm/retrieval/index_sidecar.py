@@ -8,13 +8,16 @@ from dimefm.errors import MismatchError, StoreError
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.named_paths import named
+from dimefm.system.near_names import did_you_mean_path
+from dimefm.system.wording import counted
 
 
 def read_sidecar(folder: str) -> IndexSidecar:
     """The sidecar, index.json. Raises StoreError where there is none, SchemaError where it is not valid."""
     where = storage.join(folder, SIDECAR_FILE)
     if not storage.exists(where):
-        raise StoreError(f"{folder} is not a dimefm index", remedy="make it with dimefm build-index")
+        remedy = did_you_mean_path(folder, "make it with dimefm build-index")
+        raise StoreError(f"{folder} is not a dimefm index", remedy=remedy)
     return IndexSidecar.parse(storage.read_json(where), where)
 
 
@@ -35,5 +38,5 @@ def require_index_of(path: str, sidecar: IndexSidecar, store: Store) -> None:
         raise MismatchError(what, remedy="build an index over this store")
     lacking = {shard for shard, digest in store.contents.shards.items() if sidecar.shards.get(shard) != digest}
     if lacking:
-        what = f"{path} lacks {len(lacking)} shards of {store.path} that were written since it was built"
+        what = f"{path} lacks {counted(len(lacking), 'shard')} of {store.path} that were written since it was built"
         raise StoreError(what, remedy="run the same dimefm build-index again: it adds them")

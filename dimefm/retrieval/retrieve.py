@@ -33,7 +33,9 @@ from dimefm.system import storage
 from dimefm.system.lease import require_held
 from dimefm.system.lock import writing
 from dimefm.system.notes import note
+from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
+from dimefm.system.stopping import GOES_ON, holding
 
 if TYPE_CHECKING:
     from dimefm.retrieval.exact_search import Search
@@ -48,6 +50,7 @@ def retrieve(
     over another store, StoreError where a store is unfinished or has no embedding at all, or where no sentence is found
     for any image, and what `write_pairs` raises.
     """
+    require_name(out, "pairs", ".zarr")
     image_store, text_store = Store(images), Store(texts)
     for store, kind in ((image_store, "image"), (text_store, "text")):
         store.require_kind(kind)
@@ -108,7 +111,7 @@ def write_pairs(
         shard_rows=images.schema.shard_rows,
         texts_data=texts.contents.digest,
     )
-    with writing(out):
+    with writing(out, of_use=lambda files: any(name.startswith(f"{COMMITS}/") for name in files)):
         pairs = _open_or_create(out, schema)
         pending = _pending(pairs, images)
         hits = storage.join(pairs.path, HITS_COMMIT)
@@ -116,10 +119,11 @@ def write_pairs(
             return pairs.hit_counts()
         storage.remove_leftovers(pairs.path)
         storage.remove_file(hits)  # it counts what changes now
-        for shard in range(schema.shards):
-            if shard in pending:
-                _retrieve_shard(pairs, images, search, shard)
-            progress(schema.shard_range(shard)[1])
+        with holding(lambda: _kept(pairs, images)):
+            for shard in range(schema.shards):
+                if shard in pending:
+                    _retrieve_shard(pairs, images, search, shard)
+                progress(schema.shard_range(shard)[1])
         return _count_hits(pairs)
 
 
@@ -128,6 +132,11 @@ def _pending(pairs: Pairs, images: Store) -> set[int]:
     now = images.contents.shards
     current = {shard for shard, digest in pairs.images_data().items() if digest in (None, now.get(shard))}
     return {shard for shard in range(pairs.schema.shards) if str(shard) not in current}
+
+
+def _kept(pairs: Pairs, images: Store) -> str:
+    shards = pairs.schema.shards
+    return f"{shards - len(_pending(pairs, images))} of {shards} shards are kept in {pairs.path}; {GOES_ON}"
 
 
 def _open_or_create(out: str, schema: PairsStore) -> Pairs:
@@ -143,7 +152,7 @@ def _open_or_create(out: str, schema: PairsStore) -> Pairs:
 
 
 def _require_ours(out: str) -> None:
-    require_only(out, "a pseudo-text store", {"zarr.json", TEXT_ROW, SCORE, HITS, COMMITS})
+    require_only(out, "a store of pairs", {"zarr.json", TEXT_ROW, SCORE, HITS, COMMITS})
 
 
 def _require_same_search(pairs: Pairs, schema: PairsStore) -> None:
@@ -153,11 +162,19 @@ def _require_same_search(pairs: Pairs, schema: PairsStore) -> None:
         names.append("texts_data")
     own, new = ({name: getattr(one, name) for name in names} for one in (pairs.schema, schema))
     differences = differing(own, new)
+    if differences.pop("index_digest", None):
+        differences["--index"] = f"{_search_of(pairs.schema)} != {_search_of(schema)}"
     if "texts_data" in differences:
         what = f"{pairs.path} was retrieved from other embeddings of {schema.texts} than it has now:"
         what += in_lines(differences)
         raise OutputExistsError(what, remedy=f"{ANOTHER_OUT}, or delete it: all images must be searched again")
     require_same(pairs.path, differences)
+
+
+def _search_of(schema: PairsStore) -> str:
+    """The index that pairs are by, with its digest, for an index may be built again; or that there was none."""
+    exact = schema.index == schema.index_digest
+    return f"none ({schema.index})" if exact else f"{schema.index} ({schema.index_digest[:12]})"
 
 
 def _retrieve_shard(pairs: Pairs, images: Store, search: Search, shard: int) -> None:

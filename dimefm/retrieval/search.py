@@ -20,7 +20,9 @@ from dimefm.store.embedding_store import Store
 from dimefm.store.failures import require_embeddings
 from dimefm.system import storage
 from dimefm.system.inert_text import line
+from dimefm.system.near_names import did_you_mean_path
 from dimefm.system.notes import note
+from dimefm.system.wording import hanging
 
 if TYPE_CHECKING:
     import torch
@@ -77,13 +79,23 @@ def search(
     return [_hits(store, scores_K, rows_K) for scores_K, rows_K in zip(scores_QK, rows_QK, strict=True)]
 
 
+def facts(query: str, hits: Sequence[Hit]) -> dict[str, Any]:
+    """A query and its hits, for a program. Of a sentence a hit has the `text`, of an image the `file`."""
+    names = ("key", "text", "file")
+    found = [
+        {"score": hit.score, "row": hit.row, **{name: hit.entry[name] for name in names if name in hit.entry}}
+        for hit in hits
+    ]
+    return {"query": query, "hits": found}
+
+
 def show(query: str, hits: Sequence[Hit]) -> str:
-    """A query, and below it one line per hit: cosine, row, sentence or key, and where it is from. Cosines have three
-    digits: with float16 vectors a fourth is noise."""
+    """A query, and below it each hit: cosine, row, sentence or key, and where it is from. Cosines have three digits:
+    with float16 vectors a fourth is noise."""
     if not hits:
         return f"{line(query)}\n  nothing is found"
     width = len(str(max(hit.row for hit in hits)))
-    lines = [f"  {hit.score:6.3f}  row {hit.row:<{width}}  {_what(hit.entry)}" for hit in hits]
+    lines = [hanging(f"  {hit.score:6.3f}  row {hit.row:<{width}}  ", _what(hit.entry)) for hit in hits]
     return "\n".join([line(query), *lines])
 
 
@@ -100,7 +112,8 @@ def _store_of_index(path: str) -> Store:
 def _open_store(path: str) -> Store:
     if not storage.exists(storage.join(path, "zarr.json")):
         what = f"{path} is neither a dimefm store nor an index"
-        raise StoreError(what, remedy="give the --out of cache-images, cache-texts or build-index")
+        remedy = "give the --out of cache-images, cache-texts or build-index"
+        raise StoreError(what, remedy=remedy if storage.is_url(path) else did_you_mean_path(path, remedy))
     return Store(path)
 
 

@@ -40,6 +40,22 @@ REASON_TEXTS = {
     Outcome.CAP: "above the cap of their cluster, by --balance",
     Outcome.SIZE: "beyond --size",
 }
+"""As selection.json has them."""
+
+
+def in_words(reason: str, settings: SelectionSettings, cap: int | None) -> str:
+    """A reason of selection.json for a person: by which setting, and what it was, sentences were left out."""
+    hits = f"fewer than {settings.min_hits} images have them in their top k (--min-hits)"
+    words = {
+        Outcome.FEW_HITS: hits if (settings.min_hits or 0) > 1 else "no image has them in its top k",
+        Outcome.LOW_SCORE: f"a score below {settings.min_score} (--min-score)",
+        Outcome.POOL: f"ranked after the best {settings.pool} (--pool)",
+        Outcome.REPEATED: f"a cosine of {settings.dedup} or more to a better one (--dedup)",
+        Outcome.CAP: f"ranked after the best {cap} of their cluster (--balance)",
+        Outcome.SIZE: f"ranked after the best {settings.size} (--size)",
+    }
+    outcome = next((outcome for outcome, text in REASON_TEXTS.items() if text == reason), Outcome.KEPT)
+    return words.get(outcome, reason)
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from cache_schemas.text_selection import (
     SourceShare,
     TextSelection,
 )
-from dimefm.selection.choose_texts import ChosenTexts, Outcome, ranking
+from dimefm.selection.choose_texts import ChosenTexts, Outcome, in_words, ranking
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.inert_text import markdown
 from dimefm.system.markdown_table import markdown_table
 from dimefm.system.progress import Progress
+from dimefm.system.wording import counted
 
 _BINS, _EXAMPLES, _SOURCES, _BAR, _CUT = 20, 8, 50, 40, 160
 
@@ -154,7 +155,7 @@ def markdown_report(selection: TextSelection) -> str:
         "",
     ]
     parts += _source_table(selection)
-    parts += ["", "## What was left out", "", *(f"- {n:,} {text}" for text, n in selection.dropped.items())]
+    parts += ["", "## What was left out", "", *(f"- {n:,}: {why}" for why, n in left_out(selection))]
     if not selection.dropped:
         parts.append("- nothing")
     if selection.histogram:
@@ -163,6 +164,12 @@ def markdown_report(selection: TextSelection) -> str:
         parts += ["", f"## Examples: {group}", ""]
         parts += [_example(example) for example in selection.examples if example.group == group]
     return "\n".join(parts) + "\n"
+
+
+def left_out(selection: TextSelection) -> list[tuple[str, int]]:
+    """Why sentences were left out, in words, and how many, in the order in which the conditions apply."""
+    settings, cap = selection.plan.settings, selection.cap
+    return [(in_words(reason, settings, cap), count) for reason, count in selection.dropped.items()]
 
 
 def describe_settings(selection: TextSelection) -> str:
@@ -212,7 +219,7 @@ def _bars(found: Histogram) -> list[str]:
 def _example(example: Example) -> str:
     score = "no score" if example.score is None else f"{example.score:.3f}"
     like = f" (like: {_short(example.like)})" if example.like is not None else ""
-    return f"- {score}, {example.hits:,} hits, {markdown(example.file)}: {_short(example.text)}{like}"
+    return f"- {score}, {counted(example.hits, 'hit')}, {markdown(example.file)}: {_short(example.text)}{like}"
 
 
 def _short(text: str) -> str:

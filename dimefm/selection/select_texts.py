@@ -25,7 +25,7 @@ from cache_schemas.text_selection import (
     TextSelection,
 )
 from dimefm.errors import MismatchError, SelectionError
-from dimefm.selection.choose_texts import REASON_TEXTS, Outcome, choose_texts
+from dimefm.selection.choose_texts import REASON_TEXTS, Outcome, choose_texts, in_words
 from dimefm.selection.report import examples, histogram, markdown_report, write_kept
 from dimefm.store.embedding_store import Store, require_same_data, require_same_teacher
 from dimefm.store.output_folder import OWN_AND_NEW, differing, in_lines, require_only, require_same
@@ -37,6 +37,7 @@ from dimefm.system.lease import require_held
 from dimefm.system.lock import writing
 from dimefm.system.machine import choose_device
 from dimefm.system.named_paths import named
+from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
 
 IMAGES_SAMPLE = 16384
@@ -63,7 +64,7 @@ class SelectionConfig:
     """
 
     pairs: str
-    """Pseudo-text store, from retrieve; it names its image store and its text store."""
+    """Pairs to select by, from retrieve; they name their image store and their text store."""
     out: str
     """Selection to write: a local folder, such as TEXTS.selection."""
     by: Ranking = "hits"
@@ -92,7 +93,7 @@ class SelectionConfig:
     scores: str | None = None
     """Take the similarity scores of this other selection over the same stores."""
     device: str | None = None
-    """Where the products are computed. Default: cuda if there is a GPU, else cpu."""
+    """Where similarities are computed. Default: cuda if there is a GPU, else cpu."""
 
     def __post_init__(self) -> None:
         given = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if value is not None}
@@ -152,6 +153,7 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
     else or was made with other settings, MismatchError where the stores are not those of the pairs, StoreError where
     one of them is unfinished, SelectionError where no sentence is left.
     """
+    require_name(config.out, "a selection", ".selection")
     out = storage.absolute(config.out)
     pairs = Pairs(config.pairs)
     hits_T = pairs.hits()
@@ -172,7 +174,7 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
         images_data=pairs.hit_counts().images_data,
         texts_data=pairs.schema.texts_data,
     )
-    with writing(out):
+    with writing(out, of_use=lambda files: files - {PLAN_FILE}):
         _begin_or_continue(out, plan)
         if storage.exists(storage.join(out, SELECTION_FILE)):
             return SelectedTexts(out).document
@@ -186,8 +188,8 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
         counts = np.bincount(chosen.outcome_T, minlength=len(Outcome)).tolist()
         dropped = {text: counts[outcome] for outcome, text in REASON_TEXTS.items() if counts[outcome]}
         if not counts[Outcome.KEPT]:
-            reasons = ", ".join(f"{count:,} {text}" for text, count in dropped.items())
-            raise SelectionError(f"no sentence is left: {reasons}", remedy="loosen these conditions")
+            why = in_lines(f"{n:,}: {in_words(reason, plan.settings, chosen.cap)}" for reason, n in dropped.items())
+            raise SelectionError(f"no sentence is left:{why}", remedy="loosen these conditions")
         sources, digest = write_kept(out, texts, chosen.outcome_T, hits_T, score_T)
         selection = TextSelection(
             plan=plan,

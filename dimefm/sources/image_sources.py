@@ -101,8 +101,8 @@ def _list_at_url(tar_and_side_file: tuple[SourceFile, SourceFile | None]) -> tup
 
 
 class ImageFiles:
-    """Image files, one per sample; the key is the path below `root` without the extension. Files that are in `taken`
-    when their turn comes are counted."""
+    """Image files, one per sample; the key is the path below `root` without the extension, which it keeps where several
+    files of one folder differ only in that. Files that are in `taken` when their turn comes are counted."""
 
     def __init__(self, root: str, files: Sequence[SourceFile], taken: Container[str] = ()) -> None:
         self._root, self._files, self._taken = root.rstrip("/"), files, taken
@@ -113,11 +113,34 @@ class ImageFiles:
 
     def samples(self, account: Account) -> Iterator[ImageSample]:
         """One sample per file."""
+        for alike in _by_stem(self._untaken(account)):
+            keys = [file_key(file.path, self._root) for file in alike]
+            repeated = {key for key, count in Counter(keys).items() if count > 1} if len(keys) > 1 else ()
+            for key, file in zip(keys, alike, strict=True):
+                name = file.path[len(self._root) :].lstrip("/") if key in repeated else key
+                yield ImageSample(name, file.path, 0, file.size)
+
+    def _untaken(self, account: Account) -> Iterator[SourceFile]:
         for file in self._files:
             if file.path in self._taken:
                 account.skip("images that are rows of a Parquet file, too (each is used once, as a row)", file.path)
-                continue
-            yield ImageSample(file_key(file.path, self._root), file.path, 0, file.size)
+            else:
+                yield file
+
+
+def _by_stem(files: Iterable[SourceFile]) -> Iterator[list[SourceFile]]:
+    """Sorted files in runs. All whose path is the same up to the extension are in one run, since those that begin with
+    the same letters follow each other; others may be in it too."""
+    run, stem = list[SourceFile](), ""
+    for file in files:
+        if run and not file.path.startswith(stem):
+            yield run
+            run = []
+        if not run:
+            stem = f"{file.path.rpartition('.')[0]}."
+        run.append(file)
+    if run:
+        yield run
 
 
 class ImageFolder(ImageFiles):

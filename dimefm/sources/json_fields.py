@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dimefm.errors import SourceError
+from dimefm.system.near_names import did_you_mean
 
-DEFAULT_COLUMNS = ("text", "caption", "sentence", "TEXT")
+DEFAULT_COLUMNS = ("text", "caption", "sentence", "TEXT", "title")
 """The columns or fields of which the first that exists is taken where none is named."""
 
 _MOST_NAMES, _DEEPEST = 200, 4  # fields whose names are collected: how many, and down to which depth
@@ -75,13 +76,16 @@ def _collect(value: Any, name: str, names: dict[str, None], depth: int) -> None:
 
 
 def choose_column(names: list[str], column: str | None, path: str, or_else: str = "") -> str:
-    """`column`, or the first of DEFAULT_COLUMNS, if `names` has it. Raises NoColumnError, which shows the names."""
+    """`column`, or the first of DEFAULT_COLUMNS, if `names` has it. Raises NoColumnError, which shows the names that
+    are most like `column`, or else all."""
     wanted = DEFAULT_COLUMNS if column is None else (column,)
     for name in wanted:
         if name in names:
             return name
     shown = ", ".join(names[:_MOST_SHOWN]) + (", ..." if len(names) > _MOST_SHOWN else "")
-    others = f"only {shown}" if names else "and none of strings"
-    what = f"{path} has no column {' or '.join(map(repr, wanted))}, {others}"
-    remedy = f"name the column with the sentences: --column NAME{or_else}"
+    what = f"{path} has no column {' or '.join(map(repr, wanted))}"
+    remedy = did_you_mean(column or "", names)
+    if not remedy:
+        what += f", only {shown}" if names else ", and none of strings"
+        remedy = f"name the column with the sentences: --column NAME{or_else}"
     raise NoColumnError(what, f"{path}, which has {shown or 'no column of strings'}", remedy=remedy)

@@ -36,6 +36,7 @@ from dimefm.sources.parquet import (
 from dimefm.sources.walk_folder import cannot_read
 from dimefm.system import storage
 from dimefm.system.named_paths import named
+from dimefm.system.near_names import did_you_mean
 from dimefm.system.read_ahead import reading_ahead
 
 _KEYS = ("key", "__key__", "id", "path")
@@ -132,7 +133,7 @@ def _no_column_of_images(schema: pa.Schema, path: str, column: str | None, usabl
         what = f"{path} has no column {f'{column!r} ' if column else ''}of images"
     if candidates:
         what += f": {', '.join(candidates)}" if usable else f"; these could hold them: {', '.join(candidates)}"
-        remedy = f"name one with --column NAME; {kinds}"
+        remedy = did_you_mean(column or "", candidates, f"name one with --column NAME; {kinds}")
     else:
         what += f", only {_describe_columns(schema)}"
         remedy = f"leave it out, or write the images into it: {kinds}"

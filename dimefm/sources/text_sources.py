@@ -102,7 +102,7 @@ def open_text_source(
     In a .tar the .txt members are read, or with `column` a field of the .json members. The files of a folder, at any
     depth, must be of one kind; .json and .tar files beside them are not read. What else is in a folder, or matches a
     glob and is not used, is counted in `account`. `column` is the column or field of tables, by default the first of
-    text, caption, sentence and TEXT; a number means a column of a .csv or .tsv without a header.
+    text, caption, sentence, TEXT and title; a number means a column of a .csv or .tsv without a header.
 
     Raises SourceError where an argument does not exist, holds no sentences or is of another kind, and where the first
     table does not have the column. Later tables are opened when their turn comes; a table that was found in a folder or

@@ -37,7 +37,7 @@ AGAIN_TEXTS = "retrieve into another --out, with an index that was brought up to
 
 
 class Pairs:
-    """A pseudo-text store on disk."""
+    """Pairs on disk."""
 
     def __init__(self, path: str) -> None:
         """Open the pairs at `path`. Raises StoreError where there are none, SchemaError for attributes that are not

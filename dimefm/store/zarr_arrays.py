@@ -15,6 +15,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from cache_schemas.embedding_store import ATTRIBUTES_KEY, ArraySpec
 from dimefm.errors import StoreError
 from dimefm.system import storage
+from dimefm.system.near_names import did_you_mean_path
 
 DAMAGED = "dimefm verify STORE --repair marks damaged shards; then run the command that wrote the store again"
 
@@ -33,7 +34,8 @@ def open_group(path: str) -> zarr.Group:
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # raised by zarr for a damaged one
         raise StoreError(f"{path}/zarr.json is damaged: {error}", remedy="write the store again") from None
     if not storage.exists(path):
-        raise StoreError(f"{path} is not a dimefm store: it does not exist", remedy="check the path")
+        near = "check the path" if storage.is_url(path) else did_you_mean_path(path, "check the path")
+        raise StoreError(f"{path} is not a dimefm store: it does not exist", remedy=near)
     remedy = "name a store; if this one is unfinished, run the command that makes it again"
     raise StoreError(f"{path} is not a dimefm store", remedy=remedy)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +16,7 @@ from dimefm.errors import StoreError
 from dimefm.system import storage
 from dimefm.system.lease import leasing
 from dimefm.system.lock_owner import show_owner, this_process
+from dimefm.system.stopping import holding, kept_in
 
 _LOCK = ".lock"
 _held: set[BinaryIO] = set()
@@ -23,32 +25,48 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what some network 
 
 
 @contextmanager
-def writing(store: str) -> Iterator[str | None]:
+def writing(store: str, of_use: Callable[[set[str]], object] = bool) -> Iterator[str | None]:
     """Hold the store for the block. Raises StoreError with the owner's name where another process writes to it.
 
-    The kernel releases the lock when the process ends, however it ends. If the folder was made for the lock and the
-    block writes nothing, it is removed again. On local file systems without locks, two runs on one store do no harm
-    only because both write the same bytes. At a URL it is a lease (see system.lease), whose token the block gets.
+    The kernel releases the lock when the process ends, however it ends. If nothing was there before and an error ends
+    the block, all is removed again unless it is `of_use` to go on: this gets the files, as paths within the folder. On
+    local file systems without locks, two runs on one store do no harm only because both write the same bytes. At a URL
+    it is a lease (see system.lease), whose token the block gets.
     """
     path = storage.absolute(store)
     if storage.is_url(path):
-        with leasing(path) as token:
+        with holding(lambda: kept_in(store)), leasing(path) as token:
             yield token
         return
     folder = Path(path)
-    made = not folder.exists()
-    with _locked(folder) as file:
+    made = storage.missing(path)
+    with holding(lambda: kept_in(store)), _locked(folder) as file:
+        new = {path.name for path in folder.iterdir()} == {_LOCK}
         _keep_from_forks(file)
         try:
             _sign(file, folder)
             yield None
+        except BaseException:
+            if new:
+                with suppress(Exception):  # the error of the block is the one to report
+                    if not of_use(storage.tree(path)):
+                        _empty(folder)
+            raise
         finally:
             _held.discard(file)
             with suppress(OSError):
                 file.truncate(0)
                 (folder / _LOCK).unlink()
-                if made:
-                    folder.rmdir()  # fails, as it should, where something is in it
+            storage.remove_empty(made)
+
+
+def _empty(folder: Path) -> None:
+    """Remove all but the lock from a folder that holds nothing of use."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
 
 
 def _locked(folder: Path) -> BinaryIO:

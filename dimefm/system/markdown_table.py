@@ -12,9 +12,13 @@ def markdown_table(rows: Sequence[Sequence[str]], align: str = "", *, padded: bo
     for a table that is also shown on a terminal. Cells are Markdown: what others wrote (names, keys, classes) must have
     gone through `system.inert_text.markdown`.
     """
-    rule = ["---:" if letter == "r" else "---" for letter in align or "l" * len(rows[0])]
+    align = align or "l" * len(rows[0])
+    rule = ["---:" if letter == "r" else "---" for letter in align]
     if padded:
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        rows = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-        rule = ["-" * width for width in widths]
+        widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+        rows = [
+            [f"{cell:{'>' if a == 'r' else '<'}{w}}" for cell, a, w in zip(row, align, widths, strict=True)]
+            for row in rows
+        ]
+        rule = [one[-1].rjust(width, "-") for one, width in zip(rule, widths, strict=True)]
     return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]

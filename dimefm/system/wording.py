@@ -12,11 +12,11 @@ def counted(count: int, noun: str, plural: str = "") -> str:
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
-def rate(count: float, seconds: float, noun: str) -> str:
+def rate(count: float, seconds: float, noun: str, plural: str = "") -> str:
     """How fast something went: `812 images/s`, `3.4 images/s`, or `one image in 12.5 s` where it was slow."""
     per_second = count / max(seconds, 1e-9)
     if per_second >= 1:
-        return f"{per_second:,.{0 if per_second >= 100 else 1}f} {noun}s/s"
+        return f"{per_second:,.{0 if per_second >= 100 else 1}f} {plural or f'{noun}s'}/s"
     return f"one {noun} in {1 / per_second:,.1f} s" if per_second else f"no {noun}"
 
 

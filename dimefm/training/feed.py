@@ -180,9 +180,7 @@ def _start(
 ) -> Iterator[Pair]:
     teacher = inputs.images.schema.teacher
     size = student_spec(config.student, teacher, config.image_size).image_size
-    handed_over = config.batch_size // place.world * 3 * size**2
-    handed_over += bank.bytes_of_step(config.batch_size) if bank else 0
-    workers, ahead = choose_loaders(config.workers, place.device.type, handed_over)
+    workers, ahead, _ = loaders_of(config, place, size, bank.bytes_of_step(config.batch_size) if bank else 0)
     texts: Iterator[TextBatch | None] = repeat(None)
     if config.text_student and text_requests:  # before the loader of images starts a thread: this one forks
         sentences = TrainingTexts(inputs.texts.path, text_spec(config.text_student, teacher))
@@ -196,6 +194,13 @@ def _start(
         return pairs
     begin = partial(_begin_page_locking, place.device)
     return stack.enter_context(closing(take_ahead(map(_page_locked, pairs), _PAGE_LOCKED_AHEAD, begin)))
+
+
+def loaders_of(config: TrainConfig, place: Place, size: int, embeddings: int) -> tuple[int, int, int]:
+    """How many processes read images of `size` pixels, how many batches each reads ahead, and the bytes of one of them,
+    of which `embeddings` are of sentences. Raises as choose_loaders does."""
+    batch = config.batch_size // place.world * 3 * size**2 + embeddings
+    return *choose_loaders(config.workers, place.device.type, batch), batch
 
 
 def _page_locked(pair: Pair) -> Pair:

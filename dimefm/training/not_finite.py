@@ -8,10 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
+from cache_schemas.run import REPORT_FILE
 from dimefm.errors import TrainingError
 from dimefm.system import storage
-
-REPORT_FILE = "stopped-at.json"
 
 
 def not_finite_error(

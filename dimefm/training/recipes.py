@@ -21,8 +21,9 @@ class Recipe(Protocol):
 
 
 def paper(images: str, texts: str, out: str, **changes: Any) -> TrainConfig:
-    """ViT-B/32 from scratch, 100 epochs, vl and pvl, with the numbers of the authors' released code. It differs from
-    that code in these points:
+    """The authors' settings: ViT-B/32 from scratch for 100 epochs, by the losses vl and pvl.
+
+    It has the numbers of their released code, and differs from that code in these points:
 
     - The batch is 5,120 images and texts, 640 for each of 8 GPUs. Theirs is 640 in all, which DataParallel spreads over
       all GPUs: `--batch-size 640 --texts-per-step 640` does the same.
@@ -57,8 +58,7 @@ def paper(images: str, texts: str, out: str, **changes: Any) -> TrainConfig:
 
 
 def sample(images: str, texts: str, out: str, **changes: Any) -> TrainConfig:
-    """The best student of those tried that trains on the shipped sample in two minutes on two CPU cores, even without
-    AMX.
+    """The best student found for the shipped sample at two minutes on two CPU cores, by regression.
 
     It is timm's smallest ResNet at 48 px, which sees four times as many images in that time as a ResNet-10. It
     regresses the cached embeddings, which beats the paper's losses at this budget (benchmarks/RESULTS.md). It uses one
@@ -89,8 +89,11 @@ def sample(images: str, texts: str, out: str, **changes: Any) -> TrainConfig:
 
 
 def sample_paper(images: str, texts: str, out: str, **changes: Any) -> TrainConfig:
-    """The paper's objective on the shipped sample: vl and pvl as released, over many texts per step, which are drawn
-    from the visually grounded selection (`selection` must name it). It takes two minutes on two CPU cores."""
+    """The paper's losses on the shipped sample, in two minutes on two CPU cores.
+
+    They are vl and pvl as released, over many sentences per step, which are drawn from the visually grounded selection:
+    `selection` must name it. All else is as in the recipe sample.
+    """
     recipe = sample(
         images,
         texts,

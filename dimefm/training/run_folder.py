@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from cache_schemas import Run, StudentSpec, TeacherIdentity
-from cache_schemas.run import RUN_FILE, Change
+from cache_schemas.run import CHECKPOINTS, METRICS_FILE, REPORT_FILE, RUN_FILE, Change
 from dimefm.errors import MismatchError, StoreError
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
@@ -61,6 +61,12 @@ def read_run(path: str) -> Run:
     if not Path(where).exists():
         raise StoreError(f"{path} is not a run folder: it has no {RUN_FILE}", remedy="give the --out of train-student")
     return Run.parse(storage.read_json(where), where)
+
+
+def has_begun(out: str, files: set[str]) -> bool:
+    """Whether the run in `out`, with these files, got anywhere: to a line of its log, or to a step that failed."""
+    logged = METRICS_FILE in files and (Path(out) / METRICS_FILE).stat().st_size > 0
+    return logged or REPORT_FILE in files or any(name.startswith(f"{CHECKPOINTS}/") for name in files)
 
 
 def run_to_resume(out: str) -> Run | None:

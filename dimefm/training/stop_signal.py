@@ -7,6 +7,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Self
 
+from dimefm.system import stopping
+
 
 class StopSignal:
     """Within ``with StopSignal() as stop:``, `stop.received` is the first signal that has arrived, None before.
@@ -23,14 +25,17 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._receive)
+            stopping.ask_for_the_first(True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        stopping.ask_for_the_first(False)
         self._restore()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        stopping.took()
         self.received = signal.Signals(number)
         self._restore()
 

@@ -91,10 +91,7 @@ class TextBank:
 
     def bytes_of_step(self, batch_size: int) -> int:
         """Bytes of embeddings that are handed over with each batch of `batch_size` images, those of all processes."""
-        if self.kept_in == "device":
-            return 0
-        texts = self._total + (batch_size if self._paired else 0)
-        return texts * self._store.schema.dim * self._store.schema.item_bytes
+        return bytes_of_texts(self._store, self.kept_in, self._total + (batch_size if self._paired else 0))
 
     def draw(self, step: int, rows_G: _Rows) -> DrawnTexts:
         """The texts of `step`: a function of the seed, the step and the image rows of the global batch alone. Raises
@@ -161,6 +158,11 @@ def place_of(store: Store, device: torch.device) -> Literal["device", "memory", 
     if size <= _room_on(device):
         return "device"
     return "memory" if size <= _room_in_memory() else "disk"
+
+
+def bytes_of_texts(store: Store, kept_in: str, texts: int) -> int:
+    """Bytes of the embeddings of `texts` sentences that are handed over with a batch of images."""
+    return 0 if kept_in == "device" else texts * store.schema.dim * store.schema.item_bytes
 
 
 def _selected_rows(pairs: Pairs | None, selection: SelectedTexts | None) -> _Rows:

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,8 @@ from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.machine import describe
 from dimefm.system.named_paths import allowing
+from dimefm.system.output_names import require_name
+from dimefm.system.stopping import holding
 from dimefm.system.transfer import Arriving, Transfer, fetch
 from dimefm.training.batch_loader import explain_reader_death
 from dimefm.training.build_towers import build_towers
@@ -43,7 +45,7 @@ from dimefm.training.machine_settings import decide_settings
 from dimefm.training.not_finite import explain_out_of_memory, not_finite_error
 from dimefm.training.optimizer import adamw, learning_rate
 from dimefm.training.read_metrics import last_validation
-from dimefm.training.run_folder import plan_run, write_run
+from dimefm.training.run_folder import has_begun, plan_run, write_run
 from dimefm.training.run_log import RunLog
 from dimefm.training.stop_signal import StopSignal
 from dimefm.training.text_batches import TextBatch
@@ -70,8 +72,9 @@ def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
     SIGTERM. Checkpoints stay in every case.
     """
     config = replace(config, out=storage.local(config.out, "a run folder"))
+    require_name(config.out, "a run folder")
     place = find_place(config.device)
-    lock = writing(config.out) if place.first else nullcontext()
+    lock = writing(config.out, of_use=lambda files: has_begun(config.out, files)) if place.first else holding()
     with allowing(config.val), lock, open_feed(config, place) as feed, explain_reader_death():
         join_group(config.device)  # from here on nothing is forked
         config, notes = decide_settings(config, place, allow_changes)

@@ -26,7 +26,10 @@ from dimefm.images.preprocess import Preprocess, normalise
 from dimefm.models.towers import student_preprocessing
 from dimefm.store.embedding_store import Store
 from dimefm.system.machine import cpus, processes_here
+from dimefm.system.wording import counted
 from dimefm.training.distributed import Place, add_up, from_first, same_buffers
+
+_FEW = 100  # images, of which one is a point of accuracy or more
 
 
 class Validation:
@@ -54,6 +57,9 @@ class Validation:
         for images in self._sets:
             images.require_readable(self._preprocess)
         self._notes = [f"--val {images.name}: {note}" for images in self._sets for note in images.notes]
+        if (total := sum(len(images.samples) for images in self._sets)) <= _FEW:
+            what = f"the best checkpoint is chosen by {counted(total, 'image')}"
+            self._notes.append(f"--val: {what}, too few to tell checkpoints apart that are nearly as good")
         self._counted = False
         if texts is not None:
             self._classes = from_first(self._look_up_classes(texts) if place.first else [], place)

@@ -49,6 +49,23 @@ def all_files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def test_a_store_keeps_the_keys_that_it_was_begun_with(
+    tmp_path: Path, teacher: TeacherIdentity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older releases left the extension out of every key."""
+    for name in ("1.jpg", "1.png", "2.jpg"):
+        (tmp_path / name).write_bytes(make_jpeg())
+    request, out = of_images(tmp_path / "*.*g"), str(tmp_path / "s.zarr")
+    with monkeypatch.context() as patch:
+        patch.setattr("dimefm.sources.image_sources._by_stem", lambda files: ([file] for file in files))
+        begun = open_or_plan(request, out, teacher)
+    assert begun.schema.source.repeated_keys == 1
+    assert [row["key"] for row in rows(open_or_plan(request, out, teacher))] == ["1", "1", "2"]
+    new = open_or_plan(request, str(tmp_path / "new.zarr"), teacher)
+    assert [row["key"] for row in rows(new)] == ["1.jpg", "1.png", "2"]
+    assert new.schema.source.repeated_keys == 0
+
+
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 

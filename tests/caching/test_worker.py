@@ -18,7 +18,6 @@ from dimefm.caching.worker import SHARDS_AT_ONCE, Job, run_here
 from dimefm.errors import DimefmError, StoreError
 from dimefm.models.clip import Clip
 from dimefm.store.embedding_store import Store
-from pipeline import cache as cache_module
 from pipeline.cache import CacheConfig, cache
 from tests.processes import result_of
 
@@ -77,27 +76,6 @@ def test_of_two_shards_at_once_one_is_decoded_while_the_other_has_the_teacher(
         run_here(job, clip)
     assert {0, 1} <= store.committed() <= {0, 1, 2, 4, 5}
     assert not [t for t in set(threading.enumerate()) - threads if t.name.startswith("ThreadPoolExecutor")]
-
-
-@pytest.mark.parametrize(
-    ("kind", "cores", "gigabytes", "rows", "weights", "expected"),
-    [
-        ("image", 2, 24, 5_000, 0.04, 2),
-        ("image", 2, 24, 400, 0.04, 1),  # not worth a second start
-        ("image", 64, 240, 400, 1.7, 31),  # but with a teacher that takes seconds for each
-        ("text", 2, 24, 20_000, 0.04, 1),
-        ("text", 8, 24, 80_000, 0.04, 3),
-        ("image", 96, 64, 40_000_000, 1.7, 21),  # ViT-L/14 ninety-six times would be 260 GB
-        ("image", 4, 1, 5_000, 1.7, 1),
-    ],
-)
-def test_workers_on_cpus_are_bounded_by_rows_cores_and_memory(
-    kind: Any, cores: int, gigabytes: int, rows: int, weights: float, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cache_module, "cpus", lambda: cores)
-    monkeypatch.setattr(cache_module, "available_memory", lambda: gigabytes * 10**9)
-    config = CacheConfig(kind=kind, sources=("s",), out="o.zarr", teacher="t")
-    assert cache_module._workers(config, "cpu", rows, int(weights * 1e9)) == expected
 
 
 def started(folder: str) -> str:

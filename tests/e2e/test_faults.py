@@ -127,7 +127,7 @@ def test_the_command_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
     disk.options("size=128k")
     output = Command(words).finish(code=1)
     assert "Traceback" not in output
-    what = f"Error: {out} cannot be written: No space left on device\n  remedy: make room, or mend the permissions, and"
+    what = f"Error: {out} cannot be written: No space left on device\n  remedy: make room, and"
     assert what in output
     kept = {path: path.stat().st_mtime_ns for path in (out / "commits").iterdir()}
     assert kept
@@ -247,9 +247,7 @@ def test_a_disk_that_is_full_ends_a_command_with_what_to_do_and_costs_nothing(
     result = work.run(command, out)
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1
-    message = (
-        rf"Error: {out}\S* cannot be written: No space left on device\n  remedy: make room, or mend the permissions"
-    )
+    message = rf"Error: {out}\S* cannot be written: No space left on device\n  remedy: make room, and run the same"
     assert len(re.findall(message, result.output)) == result.output.count("Error: ") == 1
     assert not list(out.rglob("*.unfinished"))
     for file in out.rglob("*.faiss"):

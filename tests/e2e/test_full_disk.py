@@ -76,7 +76,7 @@ def test_a_full_disk_ends_a_command_with_what_to_do_and_leaves_nothing_half_writ
     result = run(*commands.words[command], "--out", str(out))
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code == 1
-    message = rf"Error: {out}\S* cannot be written: No space left on device\n  remedy: make room, or mend the perm"
+    message = rf"Error: {out}\S* cannot be written: No space left on device\n  remedy: make room, and run"
     assert len(re.findall(message, result.output)) == result.output.count("Error: ") == 1, result.output
     assert not [path for path in disk.path.rglob("*") if "unfinished" in path.name]
     disk.options("size=64m")

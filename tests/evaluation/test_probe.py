@@ -289,6 +289,35 @@ def test_too_few_training_images_are_refused(data: tuple[Any, ...]) -> None:
         run(data, rows=np.array([7]))
 
 
+def test_with_few_validation_images_the_search_trains_as_long_as_the_final_probe() -> None:
+    """Else a classifier is chosen that is good after a handful of steps and gone after the rest: measured on
+    Caltech-101 (15 classes of 3 images), one with all validation images right had 5% of the test images right."""
+    few, many = np.repeat(np.arange(5), 100), np.repeat(np.arange(5), 105)
+    assert probing.search_epochs(few, "honest", "sgd") == FINAL_EPOCHS
+    assert probing.search_epochs(many, "honest", "sgd") == probing.SEARCH_EPOCHS
+    assert probing.search_epochs(few, "elevater", "sgd") == probing.SEARCH_EPOCHS, "published results are of these"
+    assert probing.search_epochs(few, "honest", "lbfgs") == probing.SEARCH_EPOCHS
+
+
+def test_a_choice_by_few_validation_images_is_noted(data: tuple[Any, ...]) -> None:
+    found = run(data, rows=few_shot_rows(data[1], 5, 0), epochs=FINAL_EPOCHS)
+    count = found.settings["validation_images"]
+    assert count == CLASSES
+    (note,) = probing.note_on_few(found.settings, "accuracy")
+    assert note.startswith(f"the settings of the probe were chosen by {count} validation images (")
+    assert "% were right, interval [" in note
+    assert "too few to tell good settings from bad ones" in note
+    assert "right" not in probing.note_on_few(found.settings, "map_11_point")[0]
+    assert probing.note_on_few({"validation_images": 101, "validation": 0.5}, "accuracy") == []
+
+
+def test_a_search_in_which_nothing_is_right_keeps_the_least_change() -> None:
+    walk = probing._Walk(len(DECAYS))
+    while walk.places:
+        walk.step([0.0 for _ in walk.places])
+    assert walk.best == 0
+
+
 def test_final_scores_of_a_probe_that_diverges_are_no_numbers_of_right_answers(
     data: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

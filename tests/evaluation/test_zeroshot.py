@@ -220,10 +220,12 @@ def test_the_command_prints_a_line_a_set_and_where_it_wrote_all(
     first, second = read_results(str(tmp_path / "out" / "m"))
     lines = done.stdout.splitlines()
     low, high = first.interval
-    assert lines[0].split()[:2] == ["own-small", "zero-shot"]
-    assert f" top-1 {first.value:6.1%} [{low:.1%}, {high:.1%}]  top-5 {first.metrics['top5']:.1%}  " in lines[0]
-    assert lines[0].endswith("60 images, 12 classes")
-    assert f"{second.value:6.1%} [" in lines[1]
-    assert lines[1].endswith("40 images, 9 classes")
-    assert lines[-2].startswith("    3 images could not be read and count as wrong: 7 (")
+    assert lines[0] == f"own-small          zero-shot    top-1 {first.value:6.1%} [{low:.1%}, {high:.1%}]"
+    mean = first.metrics["mean_per_class"]
+    others = f"top-5 {first.metrics['top5']:.1%}; mean of the classes {mean:.1%}"
+    assert lines[1] == f"    {others}; 60 images, 12 classes"
+    assert f"{second.value:6.1%} [" in lines[2]
+    assert lines[3].endswith("40 images, 9 classes")
+    assert lines[5].startswith("    3 images could not be read and count as wrong: 7 (")
+    assert lines[-2] == "[low, high] is the 95% interval"
     assert lines[-1:] == [f"written: {tmp_path}/out/m/results.jsonl"]

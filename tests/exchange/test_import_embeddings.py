@@ -211,7 +211,7 @@ def test_a_row_without_a_caption_is_an_empty_sentence_and_counted(
     columns: Columns = {"caption": [None, *captions[1:]]}
     store = import_embeddings(of(config, write_folder(tmp_path / "in", "text", text_vectors, columns)))
     assert store.samples(np.array([0, 1]))[0]["text"] == ""
-    assert store.schema.source.problems == ("1 rows have no caption; their sentence is empty",)
+    assert store.schema.source.problems == ("rows without a caption, whose sentence is empty: 1",)
 
 
 def test_export_then_import_gives_the_same_bytes(
@@ -351,7 +351,7 @@ def test_the_weakest_matches_are_compared_and_can_be_left_out(
     with pytest.raises(MismatchError, match="match_parts: 2 != None"):
         import_embeddings(mine)
     accepted = import_embeddings(replace(mine, accept=True, out=str(tmp_path / "accepted.zarr")))
-    assert "1 rows have the image that shares the last part alone with their key" in describe(accepted.path)
+    assert "rows whose image shares only the last part with their key: 1" in describe(accepted.path)
 
 
 def test_ambiguous_rows_are_counted_with_examples(
@@ -363,7 +363,7 @@ def test_ambiguous_rows_are_counted_with_examples(
     folder, lines = write_folder(tmp_path / "in", "image", image_vectors[:3], columns, ("0",)), list[str]()
     store = import_embeddings(of(config, folder, kind="image", sources=(str(tar),), check=0), lines.append)
     assert lines[0] == "1 of 3 rows have an image in the sources: 1 by the whole key or path"
-    assert lines[1].startswith("2 rows have no image, as several match as well as each other")
+    assert lines[1].startswith("rows without an image, as several match as well as each other: 2")
     assert lines[1].endswith("such as 'c/1.jpg', 'd/1.jpg'")
     assert lines[1] in store.schema.source.problems
     columns = {"image_path": ["c/1.jpg", "d/1.jpg", "e/1.jpg"]}

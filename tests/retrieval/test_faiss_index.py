@@ -471,7 +471,7 @@ def test_rows_that_a_store_gets_later_are_added(tmp_path: Path, factory: str) ->
 
     values[5] = values[6]
     _write_again(store, 0, values)
-    with pytest.raises(StoreError, match="lacks 1 shards"):
+    with pytest.raises(StoreError, match="lacks 1 shard of"):
         IndexSearch.open(config.out)
     third = build_index(config)
     assert (third.rows, third.skipped) == (3000, 0)

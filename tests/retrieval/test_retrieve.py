@@ -107,6 +107,8 @@ def test_an_index_over_another_store_is_refused(
         retrieve(stranger.path, texts[0].path, index=str(tmp_path / "t.index"), top_k=4, out=str(tmp_path / "q.zarr"))
     with pytest.raises(OutputExistsError, match="top_k: 4 != 5"):
         retrieve(images[0].path, texts[0].path, index=str(tmp_path / "t.index"), top_k=5, out=str(tmp_path / "p.zarr"))
+    with pytest.raises(OutputExistsError, match=r"--index: .*t\.index \([0-9a-f]{12}\) != none \(exact search\)"):
+        retrieve(images[0].path, texts[0].path, top_k=4, out=str(tmp_path / "p.zarr"), device="cpu")
 
 
 def test_images_with_fewer_sentences_than_asked_have_none_in_their_place(tmp_path: Path) -> None:

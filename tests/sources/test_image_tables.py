@@ -94,6 +94,12 @@ def test_a_column_that_holds_no_images_is_refused_with_those_that_could(tmp_path
         open_image_source([str(path)], column)
 
 
+def test_a_mistyped_column_of_images_is_answered_with_the_near_one(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [{"image": b"x", "key": "k"}])
+    with pytest.raises(SourceError, match=r"remedy: did you mean 'image'\?"):
+        open_image_source([str(path)], "imgae")
+
+
 def test_a_later_file_without_the_column_is_refused_by_name(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [{"image": b"x"}])
     write_parquet(tmp_path / "b.parquet", [{"caption": "x"}])

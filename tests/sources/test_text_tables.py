@@ -54,17 +54,21 @@ KINDS = ["jsonl", "jsonl.gz", "csv", "csv.gz", "tsv", "tsv.gz", "parquet"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_column_is_the_one_named_or_the_first_known(tmp_path: Path, kind: str) -> None:
-    path = write(tmp_path, kind, [{"url": "u", "TEXT": "T", "sentence": "s", "caption": "c", "text": "t"}])
+    path = write(
+        tmp_path, kind, [{"title": "l", "TEXT": "T", "url": "u", "sentence": "s", "caption": "c", "text": "t"}]
+    )
     assert texts(path) == ["t"]
     assert texts(path, column="url") == ["u"]
     path = write(tmp_path, kind, [{"url": "u", "TEXT": "T", "sentence": "s", "caption": "c"}])
     assert texts(path) == ["c"]
-    path = write(tmp_path, kind, [{"url": "u", "TEXT": "T"}])
+    path = write(tmp_path, kind, [{"title": "l", "TEXT": "T"}])
     assert texts(path) == ["T"]
+    path = write(tmp_path, kind, [{"filepath": "f", "title": "l"}])  # as open_clip's own tables
+    assert texts(path) == ["l"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("column", [None, "title"])
+@pytest.mark.parametrize("column", [None, "words"])
 def test_a_missing_column_is_refused_with_those_that_are_there(tmp_path: Path, kind: str, column: str | None) -> None:
     path = write(tmp_path, kind, [{"url": "u", "alt": "a"}])
     with pytest.raises(SourceError, match=rf"a\.{kind} has no column .*, only url, alt\n  remedy: .*--column NAME"):
@@ -72,8 +76,15 @@ def test_a_missing_column_is_refused_with_those_that_are_there(tmp_path: Path, k
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_mistyped_column_is_answered_with_those_that_are_near(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, kind, [{f"url{number}": "u" for number in range(30)} | {"Caption_Long": "a"}])
+    with pytest.raises(SourceError, match=r"has no column 'caption-lon'\n  remedy: did you mean 'Caption_Long'\?"):
+        open_text_source([str(path)], "caption-lon")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_later_file_without_the_column_is_refused_by_name(tmp_path: Path, kind: str) -> None:
-    one, two = write(tmp_path / "1", kind, [{"text": "t"}]), write(tmp_path / "2", kind, [{"title": "t"}])
+    one, two = write(tmp_path / "1", kind, [{"text": "t"}]), write(tmp_path / "2", kind, [{"name": "t"}])
     with pytest.raises(SourceError, match=rf"2/a\.{kind} has no column"):
         texts(one, two)
 

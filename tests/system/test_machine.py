@@ -9,7 +9,7 @@ import torch
 from dimefm.retrieval.build_index import IndexConfig, preview_build
 from dimefm.system import machine
 from dimefm.training import text_bank
-from pipeline.cache import CacheConfig, _workers
+from pipeline.workers import choose_workers
 from tests.processes import result_of
 from tests.stores import random_store
 
@@ -126,10 +126,10 @@ def test_defaults_follow_the_memory_that_there_is(tmp_path: Path, monkeypatch: p
     store, _ = random_store(tmp_path / "t.zarr", rows=32, shard_rows=16, kind="text")
     assert preview_build(IndexConfig(store=store.path, out=str(tmp_path / "t.index"))).memory == memory // 2
     assert text_bank._room_in_memory() == memory // text_bank._SHARE
-    config = CacheConfig(kind="text", sources=("s.txt",), out="o", teacher="t")
-    monkeypatch.setattr("pipeline.cache.cpus", lambda: 1000)
+    monkeypatch.setattr("pipeline.workers.cpus", lambda: 1000)
     weights = 1_000_000_000
-    assert _workers(config, "cpu", 10**12, weights) == int(0.9 * memory) // (2 * weights)
+    found = choose_workers("cpu", shards=10**6, weight_bytes=weights, seconds=lambda: 1e9)
+    assert found == int(0.9 * memory) // (2 * weights)
 
 
 def limited() -> int:

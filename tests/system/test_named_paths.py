@@ -105,7 +105,7 @@ def renamed(folder: str, **fields: str) -> str:
 def test_info_opens_nothing_that_a_document_leads_to(pairs: str, spy: type[Spy], texts: str) -> None:
     text = describe(renamed(pairs, texts=texts))
     assert f"texts store   {texts}" in text
-    assert "which info does not open there" in text
+    assert "info does not open that texts store" in text
     assert spy.opened == 0
 
 

@@ -9,8 +9,8 @@
 Use it as `from dimefm.system import storage`, and `storage.read_bytes(...)`.
 """
 
-from dimefm.system.storage.durable import flush, flush_tree, make_folder
-from dimefm.system.storage.failures import GONE, asking, cannot_write, naming, writing_to
+from dimefm.system.storage.durable import flush, flush_tree, make_folder, missing, remove_empty
+from dimefm.system.storage.failures import GONE, asking, cannot_write, naming, remedy_for, writing_to
 from dimefm.system.storage.files import (
     create,
     digest_file,
@@ -37,7 +37,8 @@ from dimefm.system.storage.places import CONNECTIONS, absolute, filesystem, is_u
 
 __all__ = [
     "CONNECTIONS", "GONE", "absolute", "asking", "cannot_write", "create", "digest_file", "exists", "filesystem",
-    "flush", "flush_tree", "is_url", "join", "json_bytes", "listing", "local", "make_folder", "naming", "publishing",
-    "read_bytes", "read_json", "remove_file", "remove_folder", "remove_leftovers", "size", "tree", "walk",
-    "walk_local", "write_atomic", "write_json", "writing_atomically", "writing_to",
+    "flush", "flush_tree", "is_url", "join", "json_bytes", "listing", "local", "make_folder", "missing", "naming",
+    "publishing", "read_bytes", "read_json", "remedy_for", "remove_empty", "remove_file", "remove_folder",
+    "remove_leftovers", "size", "tree", "walk", "walk_local", "write_atomic", "write_json", "writing_atomically",
+    "writing_to",
 ]  # fmt: skip

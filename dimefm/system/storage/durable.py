@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from dimefm.system.storage.places import is_url
@@ -21,6 +22,18 @@ def make_folder(path: str) -> None:
     Path(path).mkdir(parents=True, exist_ok=True)
     for made in new:
         sync(str(made.parent))
+
+
+def missing(path: str) -> list[Path]:
+    """A local folder and those around it, as far as they do not exist, the inner ones first."""
+    return [place for place in (Path(path), *Path(path).parents) if not place.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders up to the first that is not empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def flush(path: str) -> None:

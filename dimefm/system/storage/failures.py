@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,17 @@ GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 _NUMBERS = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
 _NOT_THERE = (404, 410)  # of HTTP
+_ELSEWHERE = "no folder can be made there: give another place"
+_REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EACCES: "mend the permissions, or give another place",
+    errno.EPERM: "mend the permissions, or give another place",
+    errno.EROFS: "it is read-only: mend that, or give another place",
+    errno.ENOENT: _ELSEWHERE,
+    errno.ENOTDIR: _ELSEWHERE,
+    errno.ENAMETOOLONG: "give a shorter name",
+}
 _CLIENTS = ("aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google")
 
 
@@ -30,7 +42,10 @@ def asking(path: str) -> Iterator[None]:
         if type(cause).__module__.startswith("aiohttp") and getattr(cause, "status", 0) not in _NOT_THERE:
             raise OSError(errno.EIO, str(cause), path) from error  # fsspec reports every failure of http as not found
         number = error.errno or next((n for kind, n in _NUMBERS.items() if isinstance(error, kind)), errno.EIO)
-        raise OSError(number, error.strerror or str(error), path) from error
+        words = error.strerror or str(error)
+        if words.strip("/") in path:  # fsspec's own errors are often the path alone, which is shown already
+            words = os.strerror(number)
+        raise OSError(number, words, path) from error
     except DimefmError:
         raise
     except Exception as error:  # of a client's own kind, such as botocore's for a connection that is refused
@@ -65,5 +80,10 @@ def writing_to(path: str) -> Iterator[None]:
 
 def cannot_write(path: str, error: OSError) -> StoreError:
     """The error for a full disk, a read-only folder or a lost share."""
-    remedy = "make room, or mend the permissions, and run the same command again; what was finished is kept"
+    remedy = f"{remedy_for(error)}, and run the same command again; what was finished is kept"
     return StoreError(f"{path} cannot be written: {error.strerror or error}", remedy=remedy)
+
+
+def remedy_for(error: OSError) -> str:
+    """What to do about an error of storage, before the same command is run again."""
+    return _REMEDIES.get(error.errno or 0, "check the path, its permissions and that the storage answers")

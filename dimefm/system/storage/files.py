@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 
 from dimefm.errors import StoreError
+from dimefm.system.stopping import holding
 from dimefm.system.storage.durable import UNFINISHED, make_folder, sync
 from dimefm.system.storage.failures import asking, naming, writing_to
 from dimefm.system.storage.places import filesystem, fresh, is_url
@@ -152,15 +153,16 @@ def writing_atomically(path: str) -> Iterator[Any]:
     target = Path(path)
     make_folder(str(target.parent))
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}{UNFINISHED}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with holding():
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     sync(str(target.parent))
 
 

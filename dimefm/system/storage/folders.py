@@ -13,7 +13,8 @@ from typing import Any
 from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from dimefm.system.storage.durable import UNFINISHED, flush_tree, make_folder, sync
+from dimefm.system.stopping import holding
+from dimefm.system.storage.durable import UNFINISHED, flush_tree, make_folder, missing, remove_empty, sync
 from dimefm.system.storage.failures import asking, writing_to
 from dimefm.system.storage.files import exists
 from dimefm.system.storage.places import fresh, is_url
@@ -91,21 +92,23 @@ def publishing(path: str) -> Iterator[Path]:
     """A local folder to write into, which appears at `path`, flushed to the disk, once the block has ended without an
     error; else nothing is left of it. The block may also remove the folder itself. Raises StoreError where the folder
     cannot be written; an OSError of the block stays one."""
-    target = Path(path)
+    target, made = Path(path), missing(str(Path(path).parent))
     temporary = target.with_name(f".{target.name}{UNFINISHED}")
-    try:
-        with writing_to(path):
-            shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
-            make_folder(str(temporary))
-        yield temporary
-        with writing_to(path):
-            if temporary.exists():
-                flush_tree(str(temporary))
-                temporary.rename(target)
-                sync(str(target.parent))
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with holding():
+        try:
+            with writing_to(path):
+                shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
+                make_folder(str(temporary))
+            yield temporary
+            with writing_to(path):
+                if temporary.exists():
+                    flush_tree(str(temporary))
+                    temporary.rename(target)
+                    sync(str(target.parent))
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            remove_empty(made)
+            raise
 
 
 def remove_leftovers(folder: str) -> None:

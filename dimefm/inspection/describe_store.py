@@ -1,0 +1,107 @@
+"""What `info` knows of an embedding store."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from cache_schemas import EmbeddingStore, Failure, Skipped, Status
+from cache_schemas.document import to_plain
+from cache_schemas.embedding_store import EMBEDDING
+from dimefm.inspection.description import Description, Rows, teacher_rows
+from dimefm.sources.account import describe_skipped, first_lines
+from dimefm.store.embedding_store import Store
+from dimefm.system.progress import amount
+from dimefm.system.wording import counted, rate
+
+_FAILURES = 10
+
+
+def describe_store(path: str) -> Description:
+    """A store, finished or not."""
+    store = Store(path)
+    facts = _facts(store)
+    return Description(f"{store.path}: {facts['kind']} embeddings", facts, [*_counts(facts), *_source(facts)])
+
+
+def _facts(store: Store) -> dict[str, Any]:
+    schema = store.schema
+    counts: Counter[str] = Counter()
+    failures: list[Failure] = []
+    done, seconds = 0, 0.0
+    for commit in store.commits():
+        counts.update(commit.counts)
+        if len(failures) < _FAILURES:
+            failures += islice(store.failures(commit), _FAILURES - len(failures))
+        done, seconds = done + 1, seconds + commit.seconds
+    return {
+        "artefact": "store",
+        "path": store.path,
+        "finished": done == schema.shards,
+        "kind": schema.kind,
+        "rows": schema.rows,
+        "shards": schema.shards,
+        "shards_done": done,
+        "shard_rows": schema.shard_rows,
+        "status": dict(sorted(counts.items())),
+        "embeddings": {"dtype": schema.dtype, "shape": list(schema.arrays()[EMBEDDING].shape), "bytes": _bytes(schema)},
+        "teacher": to_plain(schema.teacher),
+        "identity": schema.identity,
+        "views": to_plain(schema.views),
+        "pixels": schema.pixels,
+        "source": to_plain(schema.source),
+        "failures": to_plain(failures),
+        "worker_seconds": seconds,
+    }
+
+
+def _bytes(schema: EmbeddingStore) -> int:
+    return math.prod(schema.arrays()[EMBEDDING].shape) * schema.item_bytes
+
+
+def _counts(facts: dict[str, Any]) -> Rows:
+    source, embeddings, done = facts["source"], facts["embeddings"], sum(facts["status"].values())
+    shape = ", ".join(f"{n:,}" for n in embeddings["shape"])
+    rows = [
+        ("rows", f"{facts['rows']:,}, from {counted(source['files'], 'file')} of {amount(source['bytes'])}"),
+        ("shards", f"{facts['shards_done']:,} of {facts['shards']:,} done, {facts['shard_rows']:,} rows each"),
+        ("status", ", ".join(f"{name} {count:,}" for name, count in facts["status"].items()) or "nothing done yet"),
+        ("embeddings", f"{embeddings['dtype']} ({shape}), {amount(embeddings['bytes'])}"),
+        *teacher_rows(facts["teacher"]),
+        ("identity", f"{facts['identity'][:16]}, by which indexes, pairs and runs know this store"),
+    ]
+    if facts["views"]:
+        low, high = facts["views"]["crop_scale"]
+        rows.append(("views", f"{facts['views']['count']} per image, crops of {low:g} to {high:g} of its area"))
+    if facts["pixels"]:
+        rows.append(("pixels", f"JPEGs of short side {facts['pixels']}, which train-student reads"))
+    if facts["worker_seconds"]:
+        speed = rate(done, facts["worker_seconds"], "row")
+        rows.append(("worker time", f"{facts['worker_seconds']:,.1f} s, {speed} per worker"))
+    return rows
+
+
+def _source(facts: dict[str, Any]) -> Rows:
+    source, failures = facts["source"], facts["failures"]
+    rows = [(name.replace("_", " "), str(value)) for name, value in source["settings"].items()]
+    if source["repeated_keys"]:
+        rows.append(("repeated keys", f"{source['repeated_keys']:,}; each keeps its own row"))
+    rows += [("skipped", describe_skipped(Skipped(**one))) for one in source["skipped"]]
+    rows += [("skipped", f"{reason}: {count:,}") for reason, count in source["dropped"].items() if count]
+    rows += [("problem", problem) for problem in first_lines(source["problems"])]
+    rows += [("failed", f"row {f['row']}, {f['key']}: {f['status']}, {f['reason']}") for f in failures]
+    failed = sum(count for name, count in facts["status"].items() if name != Status.OK.name)
+    if failed > len(failures):
+        rows.append(("", f"and {failed - len(failures):,} more: dimefm info STORE --failures"))
+    return rows
+
+
+def failures_of(path: str) -> Iterator[dict[str, Any]]:
+    """Each row of a store without an embedding: `row`, `key`, `status`, `file`, `reason`."""
+    store = Store(path)
+    for commit in store.commits():
+        for failure in store.failures(commit):
+            yield {name: getattr(failure, name) for name in ("row", "key", "status", "file", "reason")}

@@ -1,0 +1,180 @@
+"""What a run would do, and what it would take: counted from the stores, and measured in a few steps on random data.
+Nothing is written.
+
+Shapes: B images or sentences of a step, T texts, L tokens, D embedding width, H height, W width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.nn import functional as F
+
+from cache_schemas import to_plain
+from cache_schemas.run import TextSpec
+from dimefm.models.towers import tokenizer_of
+from dimefm.system.machine import describe
+from dimefm.training.before_training import notes_on_inputs, notes_on_length
+from dimefm.training.build_towers import build_towers
+from dimefm.training.config import TrainConfig
+from dimefm.training.distributed import Place, find_place
+from dimefm.training.feed import Plan, loaders_of, plan_feed
+from dimefm.training.machine_settings import decide_settings
+from dimefm.training.optimizer import adamw
+from dimefm.training.run_folder import plan_run
+from dimefm.training.text_bank import bytes_of_texts, place_of
+from dimefm.training.tower_trainer import TowerTrainer
+
+_FIRST_IMAGES, _GROWTH = 4, 4
+_ENOUGH = 1.5  # seconds of a measured step, beyond which no larger one is tried
+_STATE = 4  # numbers of 4 bytes for each weight: itself, its gradient, and AdamW's two averages
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """A run that has not begun. `config` has what the machine decides; sizes are in bytes, times in seconds.
+
+    `images` and `sentences` are the rows with an embedding, those of the selection where sentences come from it alone.
+    `text_bank_in` says where embeddings of sentences are kept; "disk" also where none are drawn.
+    `seconds_per_step` was measured with `measured_images` at once, and leaves out reading of images; it is None where
+    `why_unknown` says why. `shared_memory` is that of the loader processes, `checkpoint` the size of one.
+    """
+
+    config: TrainConfig
+    device: str
+    machine: str
+    image_size: int
+    images: int
+    sentences: int
+    steps_per_epoch: int
+    steps: int
+    first_step: int
+    warmup_steps: int
+    validation_steps: int | None
+    parameters: int
+    training_state: int
+    text_bank: int
+    text_bank_in: Literal["device", "memory", "disk"]
+    loaders: int
+    shared_memory: int
+    seconds_per_step: float | None
+    measured_images: int
+    why_unknown: str | None
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; of the config, what the machine decides."""
+        facts = {name: to_plain(value) for name, value in vars(self).items() if name != "config"}
+        return {"precision": self.config.precision, "threads": self.config.threads, **facts}
+
+
+def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresight:
+    """Look ahead. Raises as `train` does for what would keep the run from beginning."""
+    place = find_place(config.device)
+    plan = plan_feed(config, place)
+    config, notes = decide_settings(config, place, allow_changes)
+    document = plan_run(
+        config, plan.inputs, plan.steps, machine=describe(str(place.device)), processes=place.world,
+        order=plan.order, allow_changes=allow_changes, done=plan.first_step,
+    )  # fmt: skip
+    size, texts = document.student.image_size, plan.inputs.texts
+    drawn = (config.texts_per_step if config.loss.vl else 0) + (config.batch_size if config.loss.contrastive else 0)
+    kept_in = place_of(texts, place.device) if drawn else "disk"
+    loaders, ahead, batch = loaders_of(config, place, size, bytes_of_texts(texts, kept_in, drawn))
+    small = replace(config, compile=False, accumulate=1)
+    with _threads(config.threads):
+        towers = build_towers(small, document, plan.inputs, place, resumed=True)
+        parameters = sum(p.numel() for tower in towers.values() for p in tower.module.parameters())
+        try:
+            measured, seconds, why = *_measure(config, plan, place, towers, size, document.text_student), None
+        except torch.OutOfMemoryError:
+            measured, seconds, why = 0, None, "the GPU has too little memory for a step (--accumulate, --batch-size)"
+    bank = bytes_of_texts(texts, "memory", texts.schema.rows) if kept_in != "disk" else 0
+    return Foresight(
+        config=config, device=str(place.device), machine=describe(str(place.device)), image_size=size,
+        images=plan.images.rows, sentences=_sentences(config, plan), steps_per_epoch=plan.steps_per_epoch,
+        steps=plan.steps, first_step=plan.first_step, warmup_steps=config.warmup_steps(plan.steps_per_epoch),
+        validation_steps=config.validation_steps(plan.steps_per_epoch) if config.val else None,
+        parameters=parameters, training_state=(_STATE + (config.ema is not None)) * 4 * parameters,
+        text_bank=bank, text_bank_in=kept_in, loaders=loaders, shared_memory=loaders * (ahead + 1) * batch,
+        seconds_per_step=seconds, measured_images=measured, why_unknown=why,
+        notes=notes + notes_on_inputs(config) + notes_on_length(config, plan.steps, plan.steps_per_epoch),
+    )  # fmt: skip
+
+
+def _sentences(config: TrainConfig, plan: Plan) -> int:
+    """Sentences that the run may draw from."""
+    selection = plan.inputs.selection
+    alone = config.text_student is not None if not config.loss.vl else config.text_mix.selected == 1
+    return len(selection.rows()) if selection and alone else plan.inputs.texts.contents.good
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(
+    config: TrainConfig, plan: Plan, place: Place, towers: dict[str, TowerTrainer], size: int, text: TextSpec | None
+) -> tuple[int, float]:
+    """How many images were measured at once, as many as a pass has if that is quick, and the seconds of a step."""
+    optimizer = adamw([tower.module for tower in towers.values()], lr=0.0, weight_decay=0.0, betas=(0.9, 0.9), eps=1.0)
+    passes, here = config.accumulate, config.batch_size // place.world
+    most, images = -(-here // passes), _FIRST_IMAGES
+    while True:
+        images = min(images, most)
+        step = partial(_learn, config, plan, place, towers, images, size, text)
+        step()
+        seconds = _seconds(step, place)
+        if images == most or _GROWTH * seconds > _ENOUGH:
+            break
+        images *= _GROWTH
+    advance: Callable[[], Any] = optimizer.step
+    advance()  # the first makes its state
+    again = 4 / 3 if passes > 1 else 1.0  # the features of each pass are computed twice
+    return images, seconds * here / images * again + _seconds(advance, place)
+
+
+def _seconds(work: Callable[[], object], place: Place) -> float:
+    began = _now(place)
+    work()
+    return _now(place) - began
+
+
+def _now(place: Place) -> float:
+    """The time, when all that a GPU was given is done."""
+    if place.device.type == "cuda":
+        torch.cuda.synchronize(place.device)
+    return time.perf_counter()
+
+
+def _learn(
+    config: TrainConfig, plan: Plan, place: Place, towers: dict[str, TowerTrainer], images: int, size: int,
+    text: TextSpec | None,
+) -> None:  # fmt: skip
+    """A step on random data, whose gradients are thrown away. A text tower gets its share of sentences."""
+    device, dim = place.device, plan.inputs.images.schema.teacher.embed_dim
+
+    def embeddings(rows: int) -> torch.Tensor:
+        return F.normalize(torch.randn(rows, dim, device=device), dim=-1)
+
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    teacher_BD, text_TD = embeddings(images), embeddings(config.texts_per_step) if config.loss.vl else None
+    pair = (embeddings(images), torch.arange(images, device=device)) if config.loss.contrastive else None
+    pixels_B3HW = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, device=device)
+    towers["image"].learn(pixels_B3HW, teacher_BD, text_TD, pair, seed=(0,), scaler=scaler)
+    if text:
+        sentences = max(1, config.text_batch_size * images // config.batch_size)
+        tokens_BL = tokenizer_of(text)(["a photo of a cat and a dog"] * sentences).to(device)
+        towers["text"].learn(tokens_BL, embeddings(sentences), teacher_BD, None, seed=(0,), scaler=scaler)
