@@ -114,6 +114,7 @@ def train_student(
     require_with("--json", as_json or None, "--dry-run", dry_run or None)
     options = {name: value for name, value in options.items() if value not in (None, ())}
     given = config_of(recipe, config_file, options, settings)
+    require_student(given.config.student, given.config.text_student)
     config, changes = given.config, tuple(name.strip() for name in allow_changes.split(",") if name.strip())
     unused = {"texts_per_step", "text_mix"} & options.keys()
     if unused and not config.loss.vl:
