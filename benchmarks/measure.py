@@ -43,6 +43,14 @@ def ratio(one: list[float], other: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
+def excess(more: list[float], less: list[float]) -> float | None:
+    """The median over rounds of `more` - `less`, or None where it cannot be told from zero: where the differences are
+    spread by as much as that, it is the machine's other work that was measured."""
+    differences = [a - b for a, b in zip(more, less, strict=True)]
+    found = statistics.median(differences)
+    return found if found > max(differences) - min(differences) else None
+
+
 def machine() -> str:
     """The machine in a line."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -1,7 +1,8 @@
 """cache-images against its floor, and against clip-retrieval's inference, over the same files with the same model.
 
 Rates are of the steady state: each command is run over the images once and over them three times, and the difference
-is what is reported, so that start-up, the same in both, falls out.
+is what is reported, so that start-up, the same in both, falls out. Where the difference is no larger than its own
+spread over the rounds, the machine was too busy, and "not measured" stands in its place.
 """
 
 import io
@@ -13,6 +14,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -20,13 +22,14 @@ import open_clip
 import safetensors.torch
 import torch
 
-from benchmarks.measure import machine, table
+from benchmarks.measure import excess, machine, table
 from benchmarks.processes import Usage, run
 from dimefm.images.decode import open_image
 from dimefm.images.preprocess import Preprocess, normalise
 from dimefm.models.clip import load_clip
 from dimefm.models.towers import has_convolutions
 from dimefm.sample import sample_dir
+from dimefm.system.machine import cpus
 
 _TIMES = 3  # the long run is over the images this many times
 TRIVIAL = {
@@ -67,43 +70,56 @@ def _compare(
     teacher: str, model: Path, data: dict[str, bytes], copies: list[Path], folder: Path, count: int, theirs: str | None
 ) -> list[tuple[str, ...]]:
     """The rows of one teacher."""
-    extra = (_TIMES - 1) * len(data)
-    found: dict[str, list[tuple[float, ...]]] = {"floor": [], "cache-images": [], "clip-retrieval": []}
+    bare: list[tuple[float, float]] = []
+    runs: dict[str, list[tuple[Usage, Usage]]] = {"cache-images": [], "clip-retrieval": []}
     for _ in range(count):
-        forward, decode = _floor(model, list(data.values()))
-        found["floor"].append((forward, decode))
-        short, long = (_cache(model, copies[: 2 * n], folder / "out.zarr") for n in (1, _TIMES))
-        found["cache-images"].append(_marginal(short, long, extra, forward + decode))
+        bare.append(_floor(model, list(data.values())))
+        runs["cache-images"].append(_twice(lambda tars: _cache(model, tars, folder / "out.zarr"), copies))
         if theirs:
-            short, long = (_theirs(theirs, model, copies[: 2 * n], folder / "out") for n in (1, _TIMES))
-            found["clip-retrieval"].append(_marginal(short, long, extra, forward + decode))
-    floor = [statistics.median(column) for column in zip(*found["floor"], strict=True)]
-    rows = [(teacher, "floor: bare forward", "", f"{floor[0] * 1e3:.2f}", "", "")]
-    rows.append((teacher, "floor: bare decode and resize", "", f"{floor[1] * 1e3:.2f}", "", ""))
-    for name in ("cache-images", "clip-retrieval"):
-        if found[name]:
-            wall, cpu, ratio, rest = (statistics.median(column) for column in zip(*found[name], strict=True))
-            share = f"{rest * 1e3:.3f} ms" if name == "cache-images" else ""
-            rows.append((teacher, name, f"{1 / wall:,.0f}", f"{cpu * 1e3:.2f}", f"{ratio:.2f}", share))
-    if found["clip-retrieval"]:
-        pairs = zip(found["cache-images"], found["clip-retrieval"], strict=True)
-        ratios = [(b[0] / a[0], b[1] / a[1]) for a, b in pairs]
-        speed, cpu = (statistics.median(column) for column in zip(*ratios, strict=True))
-        rows.append((teacher, "cache-images is", f"{speed:.2f}x", f"{1 / cpu:.2f}x", "", ""))
+            runs["clip-retrieval"].append(_twice(lambda tars: _theirs(theirs, model, tars, folder / "out"), copies))
+    forward, decode = (statistics.median(column) for column in zip(*bare, strict=True))
+    rows = [(teacher, "floor: bare forward", "", f"{forward * 1e3:.2f}", "", "")]
+    rows.append((teacher, "floor: bare decode and resize", "", f"{decode * 1e3:.2f}", "", ""))
+    found = {name: steady(pairs, (_TIMES - 1) * len(data)) for name, pairs in runs.items() if pairs}
+    for name, (wall, cpu, rest) in found.items():
+        speed = show(wall, lambda seconds: f"{1 / seconds:,.0f}")
+        times = show(cpu, lambda seconds: f"{seconds * 1e3:.2f}")
+        ratio = show(cpu, lambda seconds: f"{seconds / (forward + decode):.2f}")
+        share = show(rest, lambda seconds: f"{seconds * 1e3:.3f} ms") if name == "cache-images" else ""
+        rows.append((teacher, name, speed, times, ratio, share))
+    if theirs:
+        (our_wall, our_cpu, _), (their_wall, their_cpu, _) = found["cache-images"], found["clip-retrieval"]
+        speed = show(our_wall and their_wall and their_wall / our_wall, lambda times: f"{times:.2f}x")
+        times = show(our_cpu and their_cpu and our_cpu / their_cpu, lambda times: f"{times:.2f}x")
+        rows.append((teacher, "cache-images is", speed, times, "", ""))
     return rows
 
 
-def _marginal(short: Usage, long: Usage, images: int, floor: float) -> tuple[float, ...]:
-    """Seconds of wall clock and of CPU an image, the latter by the floor, and CPU seconds outside the workers."""
-    cpu = (long.total_cpu - short.total_cpu) / images
-    rest = (long.cpu.get("rest", 0) - short.cpu.get("rest", 0)) / images
-    return (long.wall - short.wall) / images, cpu, cpu / floor, rest
+def _twice(measured: Callable[[list[Path]], Usage], copies: list[Path]) -> tuple[Usage, Usage]:
+    """A command over the images once, and over all copies of them."""
+    return measured(copies[:2]), measured(copies)
+
+
+def steady(runs: list[tuple[Usage, Usage]], images: int) -> tuple[float | None, float | None, float | None]:
+    """Seconds of wall clock and of CPU an image, and of CPU outside the workers, by the `images` that the second run of
+    each round has more; None for what cannot be told from the machine's other work."""
+
+    def an_image(of: Callable[[Usage], float]) -> float | None:
+        found = excess([of(long) for _, long in runs], [of(short) for short, _ in runs])
+        return None if found is None else found / images
+
+    return an_image(lambda u: u.wall), an_image(lambda u: u.total_cpu), an_image(lambda u: u.cpu.get("rest", 0.0))
+
+
+def show(value: float | None, words: Callable[[float], str]) -> str:
+    """`words` of a value, or that there is none."""
+    return words(value) if value else "not measured"
 
 
 def _cache(model: Path, tars: list[Path], out: Path) -> Usage:
     shutil.rmtree(out, ignore_errors=True)
     words = [sys.executable, "-m", "dimefm", "cache-images", *map(str, tars), "--out", str(out)]
-    return run([*words, "--teacher", f"local-dir:{model}", "--device", "cpu"])
+    return run([*words, "--teacher", f"local-dir:{model}", "--device", "cpu", "--workers", str(cpus())])
 
 
 _RUN_THEIRS = """

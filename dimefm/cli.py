@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import faulthandler
+import gc
 import os
 import sys
 from typing import Any
@@ -35,14 +37,17 @@ class _Group(Commands):
             number = stopping.signal_of(error)
             if number is None:
                 raise
-            say(stopping.message(error, number), err=True)
+            shown = stopping.message(error, number)
+            if stopping.speaks():
+                say(shown, err=True)
             ctx.exit(128 + number)  # as a shell reports it
 
     def _invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except StoppedError as error:
-            say(f"Stopped: {error}", err=True)
+            if stopping.speaks():
+                say(f"Stopped: {error}", err=True)
             ctx.exit(128 + error.signal)
         except (DimefmError, SchemaError) as error:
             raise click.ClickException(text(error)) from error
@@ -90,6 +95,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point of the `dimefm` command."""
     stopping.listen(_output)
+    atexit.register(gc.freeze)  # else all objects of torch are searched for cycles at exit, for a second
     wait_briefly()
     library_warnings.silence()
     if sys.stderr is not None:

@@ -12,7 +12,7 @@ from dimefm.sources.account import describe_skipped, first_lines
 from dimefm.system.inert_text import line
 from dimefm.system.machine import cpus
 from dimefm.system.progress import amount, duration
-from dimefm.system.wording import counted, rate
+from dimefm.system.wording import counted, hanging, rate
 from pipeline.workers import START_SECONDS
 
 _LIBRARIES = 5.0  # seconds that the command's own process takes to import them, about
@@ -21,7 +21,7 @@ _LIBRARIES = 5.0  # seconds that the command's own process takes to import them,
 def show_forecast(
     found: Forecast, rates: Rates, *, device: str, workers: int, threads: int | None, remote: bool, load: float
 ) -> str:
-    """A line for each fact, a name of ten characters and words. `workers` is their number, on a cluster if `remote`,
+    """A line or more for each fact, a name and words. `workers` is their number, on a cluster if `remote`,
     with `threads` decoding threads each, or as many as `rates` show to be of use; `load` is the seconds that the
     teacher took to load."""
     schema, source, kind, on_cpu = found.schema, found.schema.source, found.schema.kind, device == "cpu"
@@ -57,4 +57,4 @@ def show_forecast(
         rows.append(("failed", rates.failed))
     rows += teacher_rows(to_plain(schema.teacher))
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {line(words)}" for name, words in rows)
+    return "\n".join(hanging(f"{name:<{width}}  ", line(words)) for name, words in rows)

@@ -1,10 +1,8 @@
-"""How many workers a job of stage 1 has: as many as were asked for, or as are worth their start."""
+"""How many workers a job has: as many as were asked for, or as are worth their start."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import torch
 
 from dimefm.errors import DimefmError
 from dimefm.system.machine import available_memory, cpus
@@ -18,8 +16,8 @@ _MEMORY_SHARE = 0.9  # part of the memory that all workers together may use
 
 
 def require_cores(workers: int | None) -> None:
-    """Raises DimefmError for more workers than this machine has cores: each computes on one, and has a teacher of its
-    own in memory."""
+    """Raises DimefmError for more workers than this machine has cores: each computes on one, and needs memory of its
+    own."""
     if workers and workers > cpus():
         what = f"--workers {workers:,}: this machine has {counted(cpus(), 'core')}, and each worker takes one"
         raise DimefmError(what, remedy=f"give --workers {cpus()}, or leave it out")
@@ -30,6 +28,8 @@ def choose_workers(device: str, *, shards: int, weight_bytes: int, seconds: Call
     shard, as far as there is memory for a teacher in each, and as their work is worth their start. `seconds` says how
     long one worker alone would take; it is asked only where there may be several."""
     if device != "cpu":
+        import torch  # not before what is asked for has been checked
+
         return torch.cuda.device_count()
     fit = int(_MEMORY_SHARE * available_memory()) // (_WORKER_BYTES + weight_bytes)
     most = min(cpus(), fit, shards)

@@ -29,7 +29,7 @@ FORKING.set_forkserver_preload(
         "dimefm.retrieval.retrieve",
         "dimefm.selection.select_texts",
         "dimefm.export.export_student",
-        "dimefm.evaluation.evaluate",
+        "dimefm.evaluation.evaluator",
         "dimefm.caching.plan",
         "dimefm.inspection.verify",
     ]

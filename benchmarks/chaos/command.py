@@ -28,7 +28,7 @@ _LIBRARIES = [
     "dimefm.retrieval.retrieve",
     "dimefm.selection.select_texts",
     "dimefm.export.export_student",
-    "dimefm.evaluation.evaluate",
+    "dimefm.evaluation.evaluator",
     "dimefm.caching.plan",
     "dimefm.inspection.verify",
     "dimefm.exchange.import_embeddings",

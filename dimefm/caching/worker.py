@@ -32,6 +32,8 @@ from dimefm.system.machine import cpus
 from dimefm.system.named_paths import allow
 from dimefm.system.progress import Progress
 
+_LEAST_TRIED, _SHARE_TRIED = 4, 32
+"""On a CPU decoding is measured on a part of a shard, and on that many rows at least: a small job is done soon."""
 SHARDS_AT_ONCE = {"cpu": 1, "cuda": 2}
 """Shards that a worker has in progress, by kind of device: a GPU need not wait while one begins and another is
 written."""
@@ -97,7 +99,9 @@ class Worker:
         with _named_memory(schema):
             decodes = not careful and schema.kind == "image" and schema.decoder != "nvjpeg"  # else threads only read
             if decodes and not job.retry and (on_gpu or (job.threads is None and threads > 1)):
-                rows = planned_rows(self._store.plan(shard).slice(0, PROBE_ROWS))
+                plan = self._store.plan(shard)
+                tried = PROBE_ROWS if on_gpu else max(_LEAST_TRIED, min(PROBE_ROWS, len(plan) // _SHARE_TRIED))
+                rows = planned_rows(plan.slice(0, tried))
                 with suppress(SourceError):  # none of them is an image: there is no speed to go by
                     rates = measure(rows, schema, clip, accept_missing=job.accept_missing)
                     self._threads = job.threads or rates.threads(threads)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dimefm.commands.train_config import Given, shown
 from dimefm.system.progress import amount, duration
+from dimefm.system.wording import counted
 
 if TYPE_CHECKING:
     from dimefm.training.dry_run import Foresight
@@ -41,18 +42,19 @@ def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
 
 def foresight_lines(found: Foresight) -> list[str]:
     """What was counted and measured."""
-    config, left = found.config, found.steps - found.first_step
+    config = found.config
     every = f"every {config.checkpoint_every:,} steps" if config.checkpoint_every else "every ten minutes"
+    threads = counted(config.threads or 1, "torch thread")
     rows = [
-        ("machine", f"{found.machine}: {found.device}, {config.precision}, {config.threads} torch threads"),
-        ("rows", f"{found.images:,} images and {found.sentences:,} sentences that can be used"),
+        ("machine", f"{found.machine}: {found.device}, {config.precision}, {threads}"),
+        ("rows", f"{counted(found.images, 'image')} and {counted(found.sentences, 'sentence')} that can be used"),
         ("steps", f"{found.steps:,}" + (f", of which {found.first_step:,} are done" if found.first_step else "")),
-        ("an epoch", f"{found.steps_per_epoch:,} steps, {found.steps_per_epoch * config.batch_size:,} images"),
-        ("warm-up", f"{found.warmup_steps:,} steps"),
+        ("an epoch", f"{counted(found.steps_per_epoch, 'step')}, {found.steps_per_epoch * config.batch_size:,} images"),
+        ("warm-up", counted(found.warmup_steps, "step")),
         ("validation", f"every {found.validation_steps:,} steps" if found.validation_steps else "none, without --val"),
         ("checkpoints", every),
         ("a step", _step_time(found)),
-        ("the run", duration(found.seconds_per_step * left) if found.seconds_per_step else "unknown"),
+        ("the run", _run_time(found)),
         ("student", f"{found.parameters / 1e6:,.1f} million weights, images of {found.image_size} px"),
         ("memory", f"{amount(found.training_state)} for weights, gradients, AdamW; activations come on top"),
     ]
@@ -67,6 +69,15 @@ def foresight_lines(found: Foresight) -> list[str]:
 def _step_time(found: Foresight) -> str:
     if found.seconds_per_step is None:
         return f"unknown: {found.why_unknown}"
-    seconds, whole = found.seconds_per_step, found.config.batch_size
-    how = f"with {found.measured_images:,} of {whole:,} images" if found.measured_images < whole else "of random data"
-    return f"about {seconds:.2g} s, measured {how}; reading images comes on top if it is slower"
+    seconds = found.seconds_per_step
+    took = f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+    return (
+        f"{took} for {found.config.batch_size:,} images, measured with {found.measured_images:,}; reading is not in it"
+    )
+
+
+def _run_time(found: Foresight) -> str:
+    left = found.steps - found.first_step
+    if not left:
+        return "it is done"
+    return duration(found.seconds_per_step * left) if found.seconds_per_step else "unknown"

@@ -183,9 +183,10 @@ def sets(names: tuple[str, ...], data: str | None) -> None:
 @click.option("--no-published", is_flag=True, help="Leave out the results that the paper published.")
 @json_option
 def compare(folders: tuple[str, ...], out: tuple[str, ...], no_published: bool, as_json: bool) -> None:
-    """Print models side by side, with what was published on the same lines.
+    """Print models side by side.
 
-    The tables are in Markdown, one per protocol, as wide as the terminal allows; the table in a file is one.
+    Beside them stands what was published on the same sets. The tables are in Markdown, one per protocol, as wide as the
+    terminal allows; the table in a file is one.
 
     NAME: a folder that evaluate wrote, such as evaluations/STUDENT.
     """

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _index_option = options_of("dimefm.retrieval.build_index", "IndexConfig")
 _selection_option = options_of("dimefm.selection.select_texts", "SelectionConfig")
+_DEVICE = "Where exact search computes. Default: cuda if there is a GPU, else cpu."
 
 
 def _say_made(out: str, as_json: bool) -> None:
@@ -27,9 +28,6 @@ def _say_made(out: str, as_json: bool) -> None:
 
     made = examine(out)
     say_json(made.facts) if as_json else say(made.show())
-
-
-_DEVICE = "Where exact search computes. Default: cuda if there is a GPU, else cpu."
 
 
 @click.command(cls=Command)
@@ -57,8 +55,11 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, as_
     """
     from dimefm.retrieval.build_index import IndexConfig, preview_build
     from dimefm.retrieval.build_index import build_index as build
+    from pipeline.workers import require_cores
 
     require_with("--ray-address", ray_address, "--workers", workers)
+    if ray_address is None:
+        require_cores(workers)
     config = IndexConfig(**options)
     if dry_run:
         preview = preview_build(config)
@@ -88,9 +89,8 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, as_
 def retrieve(images: str, as_json: bool, **options: Any) -> None:
     """Find the nearest sentences of each image.
 
-    They are its pseudo texts, though nobody wrote them for it. Sentences that at least one image has are visually
-    grounded. Exact search suits a GPU, or up to a hundred thousand sentences; build-index --dry-run says which is
-    cheaper.
+    These are its pseudo texts: nobody wrote them for it. Sentences that at least one image has are visually grounded.
+    Exact search suits a GPU, or up to a hundred thousand sentences; build-index --dry-run says which is cheaper.
     """
     from dimefm.retrieval.retrieve import retrieve as run
 

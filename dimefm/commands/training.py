@@ -16,6 +16,7 @@ from dimefm.models.names import require_model, require_student
 from dimefm.system.inert_text import say
 from dimefm.system.near_names import did_you_mean
 from dimefm.system.notes import note
+from dimefm.system.wording import hanging
 
 if TYPE_CHECKING:
     from dimefm.commands.train_config import Given
@@ -108,8 +109,12 @@ def train_student(
     No teacher runs. Ctrl-C or SIGTERM makes it write a checkpoint and stop; however it ended, the same command goes on
     from the last checkpoint. On several GPUs: torchrun -m dimefm train-student ...
     """
+    from dimefm.commands.dry_run import field_lines
     from dimefm.commands.train_config import config_of
-    from dimefm.training.before_training import require_changeable, require_startable
+    from dimefm.datasets.own_sets import require_folder
+    from dimefm.training.before_training import require_changeable
+    from dimefm.training.feed_plan import plan_feed
+    from dimefm.training.run_folder import require_run_folder
 
     require_with("--json", as_json or None, "--dry-run", dry_run or None)
     options = {name: value for name, value in options.items() if value not in (None, ())}
@@ -121,11 +126,18 @@ def train_student(
         option = f"--{min(unused).replace('_', '-')}"
         raise click.UsageError(f"{option} has no effect: the vl loss has weight 0. Give --loss vl=..., or leave it out")
     require_changeable(changes)
-    require_startable(config)
     require_student(config.student, config.text_student)
+    if dry_run and not as_json:
+        say("\n".join([f"{config.out}: nothing is written", *field_lines(given), ""]))
+    rows = plan_feed(config, int(os.environ.get("WORLD_SIZE", "1"))).inputs.images.schema.rows
+    require_run_folder(config.out)
+    for folder in config.val:
+        require_folder(folder)
     if dry_run:
         _dry_run(given, changes, as_json)
         return
+    if not int(os.environ.get("RANK", "0")):
+        note(f"{rows:,} images: loading torch and the student ...")
     from dimefm.training.train import train
 
     result = train(config, changes)
@@ -136,18 +148,16 @@ def train_student(
 
 
 def _dry_run(given: Given, changes: tuple[str, ...], as_json: bool) -> None:
-    from dimefm.commands.dry_run import field_lines, foresight_lines, origins
+    from dimefm.commands.dry_run import foresight_lines, origins
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise click.UsageError("--dry-run looks at one process: run it without torchrun")
-    if not as_json:
-        say("\n".join([f"{given.config.out}: nothing is written", *field_lines(given), ""]))
-        note("looking at the stores, and measuring a few steps on random data ...")
+    note("loading torch, then measuring a few steps on random data ...")
     from dimefm.training.dry_run import foresee
 
     found = foresee(given.config, changes)
     for line in found.notes:
-        note(f"note: {line}")
+        note(hanging("note: ", line))
     if as_json:
         by = origins(given)
         fields = {name: {"value": value, "from": by[name]} for name, value in given.values.items()}
@@ -194,7 +204,11 @@ def convert_checkpoint(checkpoint: str, **options: Any) -> None:
     The result is an open_clip folder as export writes it, with the teacher's text tower. Load it with evaluate or with
     open_clip.create_model_and_transforms("local-dir:FOLDER").
     """
+    from dimefm.models.trained import checkpoint_file
+
+    checkpoint_file(checkpoint)
     require_model(options["teacher"], options["pretrained"])
-    from dimefm.models.authors_checkpoint import convert
+    note(f"{checkpoint}: loading the teacher, for its text tower ...")
+    from dimefm.models.authors_checkpoint import convert  # imports torch and open_clip
 
     say(convert(checkpoint, **options).show())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cache_schemas.evaluation import SetDefinition
+from dimefm.system.wording import hanging
 
 
 def describe_sets(definitions: Sequence[SetDefinition], folders: dict[str, str]) -> str:
@@ -37,4 +38,4 @@ def _in_full(definition: SetDefinition, folders: dict[str, str]) -> str:
     }
     if folders:
         facts["found"] = folders.get(d.name, "no")
-    return "\n".join([d.title, *(f"  {name:<20} {text}" for name, text in facts.items() if text)])
+    return "\n".join([d.title, *(hanging(f"  {name:<20} ", text) for name, text in facts.items() if text)])

@@ -20,6 +20,10 @@ from dimefm.system.wording import hanging
 
 PUBLISHED = "published"
 _MEANS = ("elevater", "robustness")
+_RULES = {
+    "honest": "honest: validation images alone chose the settings of the probe",
+    "test-selected": "test-selected: the best epoch on the test images counts, as in the code of ELEVATER",
+}
 _LONGEST_SET, _LONGEST_MODEL = 32, 20  # letters of a name in a table for a terminal
 
 
@@ -229,7 +233,10 @@ def _line(one: Pooled) -> Line:
 
 def _notes(models: list[list[Pooled]]) -> list[str]:
     """What a reader must know: what the marks mean, and which lines compare numbers that are not comparable."""
-    notes = ["±: half of the 95% interval of a mean; for few-shot, the standard deviation over seeds"]
+    protocols = " ".join(result.protocol for model in models for result in model)
+    words = ["±: half of the 95% interval of a mean; for few-shot, the standard deviation over seeds"]
+    words += [text for word, text in _RULES.items() if word in protocols]
+    notes = ["; ".join(words)]
     if any(result.partial for model in models for result in model):
         notes.append("*: not the whole published set, see results.jsonl")
     seen: dict[Line, Pooled] = {}

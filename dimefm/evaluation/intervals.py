@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from dimefm.evaluation.metrics import (
     Array,
@@ -61,7 +61,7 @@ def bootstrap_interval(statistic: Callable[[Array], float], n: int, resamples: i
 def _score_interval(share: float, variance: float, images: int) -> Interval:
     """Wilson's interval for as many independent images as would give a share this variance; `images` if that is 0."""
     count = share * (1 - share) / variance if variance > 0 else images
-    square = norm.ppf(TAILS[1]) ** 2
+    square = ndtri(TAILS[1]) ** 2
     middle = (share + square / (2 * count)) / (1 + square / count)
     half = np.sqrt(square * (share * (1 - share) / count + square / (4 * count**2))) / (1 + square / count)
     return float(max(0.0, min(share, middle - half))), float(min(1.0, max(share, middle + half)))

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.special import expit, logit
-from sklearn.metrics import roc_auc_score
 
 Array = np.ndarray[Any, Any]
 _Ranking = tuple[Array, Array, Array]
@@ -96,6 +95,8 @@ def roc_auc(scores_N: Array, labels_N: Array) -> float:
     """The area under the ROC curve: the probability that an image with label 1 has a higher score than one with label
     0, with equal scores counted as half. `scores_N` are those of class 1. Raises ValueError if only one class
     occurs."""
+    from sklearn.metrics import roc_auc_score  # takes a second
+
     count_images(scores_N, labels_N)
     require_two_classes(labels_N)
     ranks_N = np.unique(lowest_if_unreadable(scores_N), return_inverse=True)[1]  # scikit-learn takes no infinities

@@ -8,7 +8,6 @@ from importlib import resources
 from typing import Any
 
 from cache_schemas.evaluation import RESULTS_FILE, EvaluationResult
-from dimefm.evaluation import metrics
 from dimefm.evaluation.evaluate import Evaluation
 from dimefm.evaluation.results import pool
 from dimefm.evaluation.suite_means import measured_suites
@@ -102,10 +101,12 @@ def robustness(results: Sequence[EvaluationResult]) -> dict[str, float]:
     top1 = {r.title: r.metrics["top1"] for r in results if r.protocol == "zero-shot" and "top1" in r.metrics}
     if "imagenet1k" not in top1:
         return {}
+    from dimefm.evaluation.metrics import effective_robustness  # imports torch and scipy
+
     text = (resources.files("dimefm.evaluation") / "baseline.json").read_text(encoding="utf-8")
     lines: dict[str, dict[str, float]] = json.loads(text)["fit"]
     found = {
-        name: metrics.effective_robustness(top1[name], top1["imagenet1k"], line["slope"], line["intercept"])
+        name: effective_robustness(top1[name], top1["imagenet1k"], line["slope"], line["intercept"])
         for name, line in lines.items()
         if name in top1
     }

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +22,7 @@ from dimefm.caching.plan import chunk_rows, require_whole_chunks, shard_size
 from dimefm.caching.same_command import Asked, require_no_stranger, require_same_command, source_digest
 from dimefm.errors import MismatchError, SourceError
 from dimefm.exchange.clip_retrieval_folder import Folder
-from dimefm.exchange.compare_with_teacher import compare_with_teacher
 from dimefm.exchange.match_names import Matches, match, spread
-from dimefm.models.clip import Clip, load_clip
 from dimefm.models.trained import Trained
 from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample, Source
@@ -35,8 +33,12 @@ from dimefm.store.output_folder import is_planned
 from dimefm.store.parquet_tables import write_plan
 from dimefm.system import lock, storage
 from dimefm.system.named_paths import allowing
+from dimefm.system.notes import note
 from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
+
+if TYPE_CHECKING:
+    from dimefm.models.clip import Clip
 
 _BATCH_SIZE = 1  # recorded in the store; that of the teacher is not known
 _BAD_VECTOR = "the imported embedding is NaN, infinite or zero"
@@ -111,6 +113,9 @@ def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
     shard_rows = config.shard_rows or shard_size(folder.rows // 64 + 1)  # for about 64 shards or more
     require_no_stranger(config.out)  # before the lock is put into it
     begun = Store(config.out).schema.teacher if is_planned(config.out) else None
+    note(f"{folder.rows:,} embeddings: loading the teacher ...")
+    from dimefm.models.clip import load_clip  # imports torch and open_clip
+
     clip = load_clip(config.teacher, config.pretrained, trained=config.trained, known=begun, precision=config.precision)
     if folder.dim != clip.identity.embed_dim:
         what = f"{folder.root} holds embeddings {folder.dim} wide; {config.teacher} gives {clip.identity.embed_dim}"
@@ -158,6 +163,8 @@ def _plan(
             report(f"{reason}: {count:,}")
     notes = [_NOT_COMPARED]
     if len(checked_N):
+        from dimefm.exchange.compare_with_teacher import compare_with_teacher
+
         teacher, accept = config.teacher, config.accept
         notes = compare_with_teacher(folder, checked_N, matches, clip, teacher=teacher, accept=accept, report=report)
     account.problems += notes

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from cache_schemas import Run
+from cache_schemas.run import CONFIG_FILE
 from dimefm.errors import StoreError
 from dimefm.system import storage
 from dimefm.system.notes import note
-from dimefm.system.output_names import require_name
+from dimefm.system.output_names import require_name, require_place
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.run_folder import read_run
 
@@ -36,6 +37,7 @@ def export(
     """
     out = storage.local(out, "an export")
     require_name(out, "an open_clip folder")
+    require_place(out, CONFIG_FILE)
     document = read_run(run)
     step = require_checkpoint(run, checkpoint)
     own = document.text_student is not None

@@ -10,7 +10,8 @@ from typing import Any
 from cache_schemas.document import to_plain
 from cache_schemas.run import CONFIG_FILE, RUN_FILE, WEIGHTS_FILE, Change
 from dimefm.errors import StoreError
-from dimefm.inspection.description import Description, Rows, teacher_rows
+from dimefm.inspection.description import Description, Rows
+from dimefm.models.teacher_rows import teacher_rows
 from dimefm.system import storage
 from dimefm.system.progress import amount
 from dimefm.system.wording import rate

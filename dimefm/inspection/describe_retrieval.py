@@ -11,7 +11,8 @@ from cache_schemas.index import SIDECAR_FILE, IndexSidecar
 from cache_schemas.pairs import HITS_COMMIT
 from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, SCORES, SELECTION_FILE, SelectionPlan
 from dimefm.errors import StoreError
-from dimefm.inspection.description import Description, Rows, teacher_rows
+from dimefm.inspection.description import Description, Rows
+from dimefm.models.teacher_rows import teacher_rows
 from dimefm.selection.report import describe_settings, left_out
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs

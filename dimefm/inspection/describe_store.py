@@ -11,7 +11,8 @@ from typing import Any
 from cache_schemas import EmbeddingStore, Failure, Skipped, Status
 from cache_schemas.document import to_plain
 from cache_schemas.embedding_store import EMBEDDING
-from dimefm.inspection.description import Description, Rows, teacher_rows
+from dimefm.inspection.description import Description, Rows
+from dimefm.models.teacher_rows import teacher_rows
 from dimefm.sources.account import describe_skipped, first_lines
 from dimefm.store.embedding_store import Store
 from dimefm.system.progress import amount
@@ -71,16 +72,16 @@ def _counts(facts: dict[str, Any]) -> Rows:
         ("status", ", ".join(f"{name} {count:,}" for name, count in facts["status"].items()) or "nothing done yet"),
         ("embeddings", f"{embeddings['dtype']} ({shape}), {amount(embeddings['bytes'])}"),
         *teacher_rows(facts["teacher"]),
-        ("identity", f"{facts['identity'][:16]}, by which indexes, pairs and runs know this store"),
+        ("identity", f"{facts['identity'][:16]} (indexes, pairs and runs refer to it)"),
     ]
     if facts["views"]:
         low, high = facts["views"]["crop_scale"]
         rows.append(("views", f"{facts['views']['count']} per image, crops of {low:g} to {high:g} of its area"))
     if facts["pixels"]:
         rows.append(("pixels", f"JPEGs of short side {facts['pixels']}, which train-student reads"))
-    if facts["worker_seconds"]:
-        speed = rate(done, facts["worker_seconds"], "row")
-        rows.append(("worker time", f"{facts['worker_seconds']:,.1f} s, {speed} per worker"))
+    if seconds := facts["worker_seconds"]:
+        shown = f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"
+        rows.append(("worker time", f"{shown} s, {rate(done, seconds, 'row')} per worker"))
     return rows
 
 

@@ -25,20 +25,3 @@ class Description:
         width = max(len(name) for name, _ in self.rows)
         lines = [hanging(f"  {line(name):<{width}}  ", line(words)) for name, words in self.rows]
         return "\n".join([line(self.title), *lines])
-
-
-def teacher_rows(teacher: dict[str, Any]) -> Rows:
-    """The lines about a teacher, of the facts of its identity."""
-    pre = teacher["preprocessing"]
-    tag = f" ({teacher['pretrained']})" if teacher["pretrained"] else ""
-    origin = f"; from {teacher['preprocessing_from']}" if teacher["preprocessing_from"] else ""
-    facts = f"{teacher['embed_dim']} wide, {teacher['activation']}, {teacher['precision']}"
-    return [
-        ("teacher", f"{teacher['name']}{tag}, {facts}"),
-        ("weights", f"sha256 {teacher['weights'][:16]}"),
-        ("preprocessing", f"{_pixels(pre['size'])}, {pre['resize_mode']}, {pre['interpolation']}{origin}"),
-    ]
-
-
-def _pixels(size: list[int]) -> str:
-    return f"{size[0]} x {size[1]} px"

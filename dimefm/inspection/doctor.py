@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from dimefm.system import machine
+from dimefm.system.notes import note
 from dimefm.system.progress import amount
 
 _NEEDED = {"torch": "torch", "torchvision": "torchvision", "open_clip": "open_clip_torch", "timm": "timm",
@@ -62,6 +63,7 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Look at everything. Imports torch and faiss, and lets each GPU add two numbers; leaves no file behind."""
+    note("importing the libraries, and trying each GPU ...")
     findings = [Finding("dimefm", f"{version('dimefm')}, Python {platform.python_version()}, {platform.platform()}")]
     missing = list(_missing())
     findings += missing

@@ -36,6 +36,7 @@ from dimefm.store.failures import failures_by_status
 from dimefm.store.zarr_arrays import digest_arrays
 from dimefm.system import inert_text, storage
 from dimefm.system.lock import writing
+from dimefm.system.progress import Progress
 from dimefm.system.wording import counted, hanging
 
 _NORM_OFF = 2e-3  # how far rounding to float16 may move the norm of a unit vector
@@ -147,11 +148,13 @@ def _check(store: Store) -> Verification:
     schema = store.schema
     report = Verification(store.path, schema.rows, len(store.committed()), schema.shards)
     keys = _Keys()
-    for shard in range(schema.shards):
-        _check_plan(store, shard, keys, report)
-        problems = _check_shard(store, shard)
-        if problems:
-            report.bad[shard] = problems
+    with Progress("checking", schema.shards, "shard") as progress:
+        for shard in range(schema.shards):
+            _check_plan(store, shard, keys, report)
+            problems = _check_shard(store, shard)
+            if problems:
+                report.bad[shard] = problems
+            progress.at(shard + 1)
     _check_documents(store, report)
     _check_foreign(store, report)
     if not report.bad and store.contents.shards and not store.contents.good:

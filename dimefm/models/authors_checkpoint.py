@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from cache_schemas import StudentSpec
+from cache_schemas.run import CONFIG_FILE
 from dimefm.errors import MismatchError, SourceError
 from dimefm.models.clip import load_clip
 from dimefm.models.open_clip_folder import beside_text_tower, publish_folder
 from dimefm.models.towers import build_student
-from dimefm.models.trained import Trained
+from dimefm.models.trained import Trained, checkpoint_file
 from dimefm.system import storage
-from dimefm.system.output_names import require_name
+from dimefm.system.output_names import require_name, require_place
 
 _STATES = ("image_state_dict", "model")
 _PREFIXES = (("module.", ""), ("image_encoder.", "visual."), ("image_projection", "vision_projection"))
@@ -84,6 +85,7 @@ def convert(
     """
     out = storage.local(out, "a converted checkpoint")
     require_name(out, "an open_clip folder")
+    require_place(out, CONFIG_FILE)
     state = _read(checkpoint)
     spec, image = image_tower(checkpoint, state)
     clip = load_clip(teacher, pretrained, trained=trained, precision="fp32", device="cpu")
@@ -197,10 +199,7 @@ def _read(checkpoint: str) -> dict[str, torch.Tensor]:
 
 def _load(checkpoint: str) -> Any:
     """The content of a file of torch.save. Only tensors and plain values are ever unpickled."""
-    path = Path(checkpoint).expanduser()
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise SourceError(f"{checkpoint} {what}", remedy="give the checkpoint itself, a file on a local disk")
+    path = checkpoint_file(checkpoint)
     try:
         with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -113,9 +113,25 @@ def build_student(spec: StudentSpec) -> Any:
         if not isinstance(features_1D, torch.Tensor) or features_1D.shape != (1, spec.embed_dim):
             raise ValueError(f"it does not give one embedding of width {spec.embed_dim} per image")
         return tower.train()
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise TrainingError(f"cannot build {spec.name} at {spec.image_size} px: {reason}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # towers of two libraries, which check their sizes in many ways or not at all
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        remedy = f"give {_fitting_sizes(spec)}another --student, such as ViT-S-32 or resnet18"
+        raise TrainingError(f"cannot build {spec.name} at {spec.image_size} px: {reason}", remedy=remedy) from error
+
+
+def _fitting_sizes(spec: StudentSpec) -> str:
+    """The sizes that a tower can be expected to take, as a remedy; nothing where it is built at its own size."""
+    cfg: dict[str, Any] = (open_clip.get_model_config(spec.name) or {}).get("vision_cfg", {})
+    facts = timm.get_pretrained_cfg(spec.name) if not cfg and timm.is_model(spec.name) else None
+    own = facts.input_size[-1] if facts is not None else cfg.get("image_size", 224)
+    if spec.image_size == own:
+        return ""
+    if isinstance(cfg.get("layers"), int) and "timm_model_name" not in cfg:
+        patch = cfg.get("patch_size", 16)
+        return f"an --image-size that is a multiple of its patch of {patch} px, such as {own}, or "
+    return f"an --image-size nearer to its own, which is {own}, or "
 
 
 def text_spec(name: str, teacher: TeacherIdentity) -> TextSpec:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from cache_schemas.identity import Activation, Interpolation, ResizeMode
-from dimefm.errors import TeacherError
+from dimefm.errors import SourceError, TeacherError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,15 @@ class Trained:
     def fields(self) -> dict[str, Any]:
         """The facts that are given, by name."""
         return {name: value for name, value in asdict(self).items() if value not in (None, False)}
+
+
+def checkpoint_file(checkpoint: str) -> Path:
+    """The path of a checkpoint. Raises SourceError where there is no file."""
+    path = Path(checkpoint).expanduser()
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise SourceError(f"{checkpoint} {what}", remedy="give the checkpoint itself, a file on a local disk")
+    return path
 
 
 def option_of(field: str) -> str:

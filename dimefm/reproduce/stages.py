@@ -31,7 +31,7 @@ from dimefm.system.progress import duration
 
 _STAGES = multiprocessing.get_context("forkserver")
 # These import what takes seconds: torch, open_clip, zarr.
-_LIBRARIES = ["dimefm.training.train", "dimefm.evaluation.evaluate"]
+_LIBRARIES = ["dimefm.training.train", "dimefm.evaluation.evaluator"]
 
 
 @dataclass(frozen=True, kw_only=True)

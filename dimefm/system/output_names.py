@@ -1,4 +1,7 @@
-"""How the name of a new output may end: `.zarr` on an index, or `.json` on a run, would mislead whoever finds it."""
+"""Looks at the place of an output before any work: its name, and whether something else is there.
+
+`.zarr` on an index, or `.json` on a run, would mislead whoever finds it.
+"""
 
 from __future__ import annotations
 
@@ -30,3 +33,11 @@ def require_name(out: str, what: str, usual: str = "") -> None:
     kind = _WRITTEN.get(suffix, "a file")
     remedy = f"give a name that ends with {usual}, or without a suffix" if usual else "leave the suffix out"
     raise DimefmError(f"{out} would be {what}, but {suffix} is the suffix of {kind}", remedy=remedy)
+
+
+def require_place(out: str, mark: str) -> None:
+    """Raises OutputExistsError where a folder is at `out` that holds something, but not the file `mark`, which every
+    folder of the kind that is written holds."""
+    names = storage.listing(out)
+    if names and mark not in names:
+        raise OutputExistsError(f"{out} exists and holds something else, {names[0]!r}", remedy="give another --out")

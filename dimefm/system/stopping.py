@@ -109,6 +109,11 @@ def signal_of(error: BaseException) -> signal.Signals | None:
     return _state.number or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
 
 
+def speaks() -> bool:
+    """Whether this process says how its job ended: of those that torchrun starts, the first does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def message(error: BaseException, number: signal.Signals) -> str:
     """What is shown of an error that comes from a signal."""
     _state.shown = True
@@ -174,7 +179,7 @@ def _watch(reading: int) -> None:
 def _end(number: int) -> NoReturn:
     """End this process as it is, from any thread."""
     first = _state.number or signal.Signals(number)
-    if not _state.shown:
+    if not _state.shown and speaks():
         with suppress(OSError):  # nobody reads it any more
             os.write(2, f"{_message(first)}\n".encode())
     os._exit(128 + first)

@@ -5,12 +5,14 @@ Shapes: D embedding width.
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
 import torch
 
 from cache_schemas import Run
+from dimefm.errors import TrainingError
 from dimefm.images.preprocess import normalise
 from dimefm.models.first_weights import load_first_weights
 from dimefm.models.towers import build_student, build_text_student
@@ -37,6 +39,8 @@ def build_towers(
         )  # fmt: skip
 
     image, spec = build_student(run.student), run.student
+    if config.batch_size // place.world // config.accumulate == 1:
+        _require_more_than_one(image, spec.image_size)
     if config.init and not resumed:
         load_first_weights(image, spec, config.init)
     mean_D = mean_embedding(inputs.images) if config.loss.centred else None
@@ -46,3 +50,15 @@ def build_towers(
         text = build_text_student(run.text_student)
         towers["text"] = trainer(text, config.text_loss, mean_D, lambda tokens: tokens)
     return towers
+
+
+def _require_more_than_one(tower: Any, size: int) -> None:
+    """Raises TrainingError for a tower with batch norm that cannot train on one image at a time: where its last map has
+    one place, one image has no variance."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            copy.deepcopy(tower).train()(torch.zeros(1, 3, size, size))
+        except ValueError as error:
+            what = f"a batch, or a pass of it, of one image of {size} px cannot be trained on, as the student has batch"
+            remedy = "give a larger --batch-size, a smaller --accumulate, or a larger --image-size"
+            raise TrainingError(f"{what} norm: {error}", remedy=remedy) from error

@@ -32,9 +32,10 @@ class LossConfig:
     """Weight of the paper's vision-language loss: KL of the teacher's and the student's scores, over texts for each
     image and over images for each text."""
     pvl: float = 0.3
-    """Weight of the paper's pseudo vision-language loss: as vl, with the teacher's image embeddings as texts."""
+    """Weight of the paper's pseudo vision-language loss: as vl, with the teacher's embeddings of images in place of
+    sentences."""
     udist: float = 0.0
-    """Weight of the paper's uni-modal loss: KL of the teacher's and the student's scores between images."""
+    """Weight of the paper's uni-modal distance loss: KL of the teacher's and the student's scores between images."""
     cosine: float = 0.0
     """Weight of plain regression of the cached embedding, 1 - cosine."""
     centred: float = 0.0
@@ -156,7 +157,9 @@ class TrainConfig:
     weight_decay: float
     """Weight decay of AdamW; vectors, biases and embeddings of positions and tokens have none."""
     loss: LossConfig
-    """Weights of the losses vl, pvl, udist, cosine, centred and contrastive, such as vl=0.7,pvl=0.3; others are 0."""
+    """Weights of the losses, such as vl=0.7,pvl=0.3; others are 0. The student learns its teacher's scores of images
+    with sentences (vl), with the teacher's images (pvl) or with its own (udist); the embeddings themselves (cosine, or
+    centred: less their mean); or each image's best retrieved sentence (contrastive)."""
     text_mix: TextMix
     """Shares of the sentences of a step that are random, selected and retrieved, such as random=0.5,selected=0.5; they
     add up to 1."""
@@ -169,8 +172,8 @@ class TrainConfig:
     """Threads of torch in each process; on a CPU sums depend on them to the last bit. Default: its cores, or
     OMP_NUM_THREADS."""
     pairs: str | None = None
-    """Pseudo-text store, from retrieve; for retrieved sentences, for selected ones without `selection`, and for the
-    contrastive loss."""
+    """Nearest sentences of each image, from retrieve; for retrieved sentences, for selected ones without `selection`,
+    and for the contrastive loss."""
     selection: str | None = None
     """Selection, from select-texts; for selected sentences and for `text_student`."""
     init: str | None = None

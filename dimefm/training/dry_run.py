@@ -7,8 +7,7 @@ Shapes: B images or sentences of a step, T texts, L tokens, D embedding width, H
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -19,20 +18,23 @@ from torch.nn import functional as F
 from cache_schemas import to_plain
 from cache_schemas.run import TextSpec
 from dimefm.models.towers import tokenizer_of
+from dimefm.system import storage
 from dimefm.system.machine import describe
+from dimefm.system.output_names import require_name
 from dimefm.training.before_training import notes_on_inputs, notes_on_length
 from dimefm.training.build_towers import build_towers
 from dimefm.training.config import TrainConfig
 from dimefm.training.distributed import Place, find_place
-from dimefm.training.feed import Plan, loaders_of, plan_feed
-from dimefm.training.machine_settings import decide_settings
+from dimefm.training.feed import loaders_of
+from dimefm.training.feed_plan import Plan, plan_feed
+from dimefm.training.machine_settings import decide_settings, torch_threads
 from dimefm.training.optimizer import adamw
 from dimefm.training.run_folder import plan_run
 from dimefm.training.text_bank import bytes_of_texts, place_of
 from dimefm.training.tower_trainer import TowerTrainer
 
 _FIRST_IMAGES, _GROWTH = 4, 4
-_ENOUGH = 1.5  # seconds of a measured step, beyond which no larger one is tried
+_ENOUGH = 3.0  # seconds of a measured step, beyond which no larger one is tried
 _STATE = 4  # numbers of 4 bytes for each weight: itself, its gradient, and AdamW's two averages
 
 
@@ -76,8 +78,10 @@ class Foresight:
 
 def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresight:
     """Look ahead. Raises as `train` does for what would keep the run from beginning."""
+    config = replace(config, out=storage.local(config.out, "a run folder"))
+    require_name(config.out, "a run folder")
     place = find_place(config.device)
-    plan = plan_feed(config, place)
+    plan = plan_feed(config, place.world)
     config, notes = decide_settings(config, place, allow_changes)
     document = plan_run(
         config, plan.inputs, plan.steps, machine=describe(str(place.device)), processes=place.world,
@@ -87,9 +91,9 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
     drawn = (config.texts_per_step if config.loss.vl else 0) + (config.batch_size if config.loss.contrastive else 0)
     kept_in = place_of(texts, place.device) if drawn else "disk"
     loaders, ahead, batch = loaders_of(config, place, size, bytes_of_texts(texts, kept_in, drawn))
-    small = replace(config, compile=False, accumulate=1)
-    with _threads(config.threads):
-        towers = build_towers(small, document, plan.inputs, place, resumed=True)
+    one_pass = replace(config, compile=False, accumulate=1, batch_size=config.batch_size // config.accumulate)
+    with torch_threads(config.threads):
+        towers = build_towers(one_pass, document, plan.inputs, place, resumed=True)
         parameters = sum(p.numel() for tower in towers.values() for p in tower.module.parameters())
         try:
             measured, seconds, why = *_measure(config, plan, place, towers, size, document.text_student), None
@@ -113,16 +117,6 @@ def _sentences(config: TrainConfig, plan: Plan) -> int:
     selection = plan.inputs.selection
     alone = config.text_student is not None if not config.loss.vl else config.text_mix.selected == 1
     return len(selection.rows()) if selection and alone else plan.inputs.texts.contents.good
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _measure(

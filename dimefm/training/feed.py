@@ -15,32 +15,24 @@ from typing import Literal
 
 import torch
 
-from cache_schemas.plan import FILES_TABLE
-from dimefm.errors import TrainingError
 from dimefm.models.towers import student_spec, text_spec
-from dimefm.sources.parquet import BLOCK_BYTES, SUFFIX
-from dimefm.sources.parquet_cells import KEPT_BYTES
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
 from dimefm.system.progress import amount
 from dimefm.system.storage import is_url
 from dimefm.training.batch_loader import Requests, take_ahead, training_loader
-from dimefm.training.before_training import notes_on_inputs, notes_on_length, require_startable
-from dimefm.training.checkpoints import Checkpoints
+from dimefm.training.before_training import notes_on_inputs, notes_on_length
 from dimefm.training.config import TrainConfig
 from dimefm.training.distributed import Place
+from dimefm.training.feed_plan import plan_feed
 from dimefm.training.image_batches import Augmentation, Batch, TrainingImages
 from dimefm.training.machine_settings import choose_loaders
-from dimefm.training.row_order import Order
-from dimefm.training.run_folder import Inputs, choose_order, open_inputs
+from dimefm.training.run_folder import Inputs
 from dimefm.training.text_bank import TextBank
 from dimefm.training.text_batches import TextBatch, TrainingTexts
 
 Pair = tuple[Batch, TextBatch | None]
 """A step's images, and its sentences for a text tower."""
-
-TEXT_STREAM = 1
-"""Added to the seeds of a text tower, so that its random numbers differ from those of the images."""
 
 REQUESTS_PER_SECOND = 500
 """To an object store, by one core: the time is spent in s3fs (python -m benchmarks urls)."""
@@ -63,36 +55,6 @@ class Feed:
     steps: int
     first_step: int
     batches: Iterator[Pair]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run would read, in which order, and how long it is. `texts` is the order of a text tower's sentences."""
-
-    inputs: Inputs
-    order: Literal["chunks", "blocks"]
-    images: Order
-    texts: Order | None
-    steps_per_epoch: int
-    steps: int
-    first_step: int
-
-
-def plan_feed(config: TrainConfig, place: Place) -> Plan:
-    """Open the stores that a run reads, and count its steps. Raises TrainingError, MismatchError or StoreError for what
-    the user can mend."""
-    require_startable(config)
-    inputs = open_inputs(config)
-    kind = choose_order(config, inputs)
-    images, texts = _orders(config, inputs, place, kind)
-    per_epoch = images.steps_per_epoch
-    steps = config.steps(per_epoch)
-    if steps < 1:
-        raise TrainingError(f"{config.epochs:g} epochs of {per_epoch} steps are none", remedy="give more --epochs")
-    first = Checkpoints(config.out).step() or 0
-    if not (first or config.accept_slow):
-        _require_fast(inputs.images)
-    return Plan(inputs, kind, images, texts, per_epoch, steps, first)
 
 
 def notes_on_feed(config: TrainConfig, feed: Feed) -> list[str]:
@@ -143,7 +105,7 @@ def open_feed(config: TrainConfig, place: Place) -> Iterator[Feed]:
 
     Raises TrainingError, MismatchError or StoreError for what the user can mend.
     """
-    plan = plan_feed(config, place)
+    plan = plan_feed(config, place.world)
     inputs, first, steps = plan.inputs, plan.first_step, plan.steps
     bank = _text_bank(config, inputs, place)
     with ExitStack() as stack:
@@ -153,20 +115,6 @@ def open_feed(config: TrainConfig, place: Place) -> Iterator[Feed]:
             texts = requests(plan.texts) if plan.texts else None
             batches = _start(config, place, inputs, bank, requests(plan.images), texts, stack)
         yield Feed(inputs, plan.order, bank, plan.steps_per_epoch, steps, first, batches)
-
-
-def _require_fast(images: Store) -> None:
-    """Raises TrainingError if images would be read one by one from large Parquet files: for each of them, much of a row
-    group is decoded."""
-    if images.schema.pixels or FILES_TABLE not in images.schema.digests:
-        return
-    files = images.source_files()
-    sizes = zip(files["path"].to_pylist(), files["size"].to_pylist(), strict=True)
-    if sum(size for path, size in sizes if path.endswith(SUFFIX)) > KEPT_BYTES:
-        what = f"{images.path} has no pixels of its own, and its images are in Parquet files, of which up to"
-        what += f" {amount(BLOCK_BYTES)} are decoded for each image that is read out of order: about 25 ms"
-        remedy = "cache them again with cache-images --pixels 256 and another --out; or train as slowly as that with"
-        raise TrainingError(what, remedy=f"{remedy} --set accept_slow=true")
 
 
 def _start(
@@ -220,35 +168,3 @@ def _text_bank(config: TrainConfig, inputs: Inputs, place: Place) -> TextBank | 
         inputs.texts, config.text_mix, inputs.pairs, inputs.selection, seed=config.seed,
         total=config.texts_per_step if config.loss.vl else 0, paired=config.loss.contrastive > 0, device=place.device,
     )  # fmt: skip
-
-
-def _orders(
-    config: TrainConfig, inputs: Inputs, place: Place, kind: Literal["chunks", "blocks"]
-) -> tuple[Order, Order | None]:
-    """The orders of images and, for a text tower, of sentences. Raises TrainingError for a batch size that is not
-    possible."""
-    images = Order(store=inputs.images, seed=config.seed, batch_size=config.batch_size, kind=kind)
-    texts = None
-    if config.text_student:
-        only = inputs.selection.rows() if inputs.selection else None
-        size = config.text_batch_size
-        texts = Order(store=inputs.texts, seed=config.seed, batch_size=size, only=only, stream=TEXT_STREAM, kind=kind)
-    _require_batches(images, place, config, "a batch", "images", "--batch-size")
-    if texts:
-        _require_batches(texts, place, config, "a text batch", "sentences", "--set text_batch_size=N")
-    return images, texts
-
-
-def _require_batches(order: Order, place: Place, config: TrainConfig, batch: str, items: str, option: str) -> None:
-    """Raises TrainingError for a batch size that is not possible."""
-    size = order.batch_size
-    if size % place.world:
-        what = f"{batch} of {size} cannot be divided over {place.world} processes"
-        raise TrainingError(what, remedy=f"give a {option} that can")
-    if size // place.world < config.accumulate:
-        what = f"{batch} of {size} over {place.world} processes is less than one for each of its passes"
-        raise TrainingError(what, remedy="give a smaller --accumulate")
-    if order.steps_per_epoch == 0:
-        which = " and in the selection" if order.only is not None else ""
-        what = f"{batch} of {size:,} {items} is more than the {order.rows:,} with an embedding in {order.store.path}"
-        raise TrainingError(what + which, remedy=f"give a smaller {option}, {order.rows} at most")

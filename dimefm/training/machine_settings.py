@@ -6,6 +6,8 @@ there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -92,6 +94,17 @@ def _decide_threads(config: TrainConfig, before: TrainConfig | None, device: str
     if device == "cpu" and before.threads > cpus():
         notes.append(f"torch computes with {before.threads} threads, as when this run began, on {cpus()} cores")
     return before.threads
+
+
+@contextmanager
+def torch_threads(number: int | None) -> Iterator[None]:
+    """Compute with that many torch threads within the block; None leaves the number as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def choose_threads() -> int:

@@ -39,9 +39,10 @@ from dimefm.training.distributed import (
     require_same_step,
     wait_for_all,
 )
-from dimefm.training.feed import TEXT_STREAM, Feed, notes_on_feed, open_feed
+from dimefm.training.feed import Feed, notes_on_feed, open_feed
+from dimefm.training.feed_plan import TEXT_STREAM
 from dimefm.training.image_batches import Batch
-from dimefm.training.machine_settings import decide_settings
+from dimefm.training.machine_settings import decide_settings, torch_threads
 from dimefm.training.not_finite import explain_out_of_memory, not_finite_error
 from dimefm.training.optimizer import adamw, learning_rate
 from dimefm.training.read_metrics import last_validation
@@ -79,21 +80,10 @@ def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
         join_group(config.device)  # from here on nothing is forked
         config, notes = decide_settings(config, place, allow_changes)
         notes += notes_on_feed(config, feed)
-        with _threads(config.threads):
+        with torch_threads(config.threads):
             result = _Trainer(config, place, feed, allow_changes).run(notes)
     leave_group(place)
     return result
-
-
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """Compute with that many torch threads within the block; None leaves the number as it is."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

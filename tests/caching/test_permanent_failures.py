@@ -95,7 +95,7 @@ def test_a_file_that_goes_while_the_command_runs_is_named_with_how_many_and_what
         gone.unlink(missing_ok=True)
         return store
 
-    monkeypatch.setattr("pipeline.cache.open_or_plan", then_gone)
+    monkeypatch.setattr("pipeline.cache_job.open_or_plan", then_gone)
     result = run(folder, out, teacher_name)
     assert result.exit_code == 1
     what = "Error: 1 of 4 images of a shard were there when they were planned and are gone, the first '1/06': "

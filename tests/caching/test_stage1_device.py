@@ -239,7 +239,7 @@ def test_what_nvjpeg_cannot_do_is_refused_before_anything_is_written(
     more: dict[str, Any], said: str, image_tar: Path, teacher_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dimefm.system.machine.choose_device", lambda asked: asked)
-    monkeypatch.setattr("pipeline.cache.choose_device", lambda asked: asked)
+    monkeypatch.setattr("pipeline.cache_job.choose_device", lambda asked: asked)
     out = tmp_path / "s.zarr"
     words: dict[str, Any] = {"kind": "image", "sources": (str(image_tar),), "teacher": teacher_name, "out": str(out)}
     with pytest.raises(DimefmError, match=said):

@@ -78,6 +78,22 @@ def test_of_two_shards_at_once_one_is_decoded_while_the_other_has_the_teacher(
     assert not [t for t in set(threading.enumerate()) - threads if t.name.startswith("ThreadPoolExecutor")]
 
 
+def test_measuring_is_a_small_part_of_a_small_job(
+    image_tar: Path, teacher_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 96 images on a CPU, the teacher sees a few a second and a third time, to choose the decoding threads."""
+    seen, encode = list[int](), Clip.encode_images
+
+    def counted(self: Clip, pixels: Any) -> Any:
+        seen.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(Clip, "encode_images", counted)
+    words: dict[str, Any] = {"kind": "image", "sources": (str(image_tar),), "teacher": teacher_name, "device": "cpu"}
+    cache(CacheConfig(**words, out=str(tmp_path / "i.zarr"), workers=1))
+    assert 96 <= sum(seen) <= 96 + 8
+
+
 def started(folder: str) -> str:
     """Why Ray does not start in a folder."""
     from pipeline.ray_cluster import cluster

@@ -78,9 +78,9 @@ def refused(*arguments: object, code: int = 1) -> str:
     assert "Traceback" not in result.output
     assert result.output.count("Error: ") == 1
     if code == 1:
-        assert result.output.startswith("Error: ")
+        assert re.search("^Error: ", result.stderr, re.MULTILINE)  # notes on what began may stand before it
         assert result.output.count("remedy: ") == 1
-    return result.output
+    return result.output[result.output.index("Error: ") :] if code == 1 else result.output
 
 
 @pytest.fixture

@@ -61,14 +61,18 @@ def test_the_older_name_of_probe_selection_still_works(tmp_path: Path, monkeypat
 def test_evaluate_and_compare_as_json_are_one_document(tmp_path: Path, teacher_name: str) -> None:
     pets = labelled_set(tmp_path / "pets", {"0.jpg": make_jpeg(), "0.cls": b"1"})
     bad = labelled_set(tmp_path / "zoo", {"0.jpg": make_jpeg()})
+    for name in ("cat", "red_bus"):
+        (tmp_path / "plain" / name).mkdir(parents=True)
+        (tmp_path / "plain" / name / "0.jpg").write_bytes(make_jpeg())
     words = ["--device", "cpu", "--out", tmp_path / "out", "--name", "m", "--json"]
-    result = run("evaluate", teacher_name, pets, bad, *words)
+    result = run("evaluate", teacher_name, pets, tmp_path / "plain", bad, *words)
     assert result.exit_code == 1
     document = json.loads(result.stdout)
-    (found,) = document["results"]
+    found, plain = document["results"]
+    assert any(note.startswith("no classnames.txt: class names are those of the folders") for note in plain["notes"])
     assert found["metrics"] == read_results(str(tmp_path / "out" / "m"))[0].metrics
     assert document["results_file"] == f"{tmp_path}/out/m/results.jsonl"
     assert [one["set"] for one in document["failed"]] == ["zoo"]
     assert document["failed"][0]["remedy"]
-    (line,) = json.loads(run("compare", tmp_path / "out" / "m", "--json").stdout)["lines"]
+    line, _ = json.loads(run("compare", tmp_path / "out" / "m", "--json").stdout)["lines"]
     assert (line["title"], line["values"][0]["value"]) == ("own-pets", found["metrics"]["top1"])

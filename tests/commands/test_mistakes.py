@@ -47,7 +47,7 @@ MISTAKES = [
     (f"{_TRAIN} --text-student ViT-B32", 1, "no model of open_clip is called 'ViT-B32'", "did you mean 'ViT-B-32'"),
     ("evaluate studnet eval", 1, "studnet is neither a folder", "did you mean 'student'?"),
     # paths: not there, or of another kind
-    (f"cache-images imgaes --out x {_TEACHER}", 1, "imgaes does not exist", "remedy"),
+    (f"cache-images imgaes --out x {_TEACHER}", 1, "imgaes does not exist", "did you mean 'images'"),
     (f"cache-images images --out run {_TEACHER}", 1, "is not an embedding store", "give another --out"),
     (f"cache-texts images --out x.zarr {_TEACHER}", 1, "no text in images", "end in .jpg"),
     (f"import-embeddings images --kind image --out x {_TEACHER}", 1, "holds no img_emb_", "look at --kind"),
@@ -57,7 +57,7 @@ MISTAKES = [
     ("retrieve images.zarr --texts texts.zarr --index texts.zarr --out x", 1, "is not a dimefm index", "build-index"),
     ("select-texts images.zarr --out x.selection", 1, "expected 'dimefm.pairs'", "two paths were swapped"),
     ("compare evaluations/studnet", 1, "does not exist", "did you mean 'evaluations/student'?"),
-    ("export rnu --out x", 1, "rnu is not a run folder", "the --out of train-student"),
+    ("export rnu --out x", 1, "rnu is not a run folder", "did you mean 'run'?"),
     ("info imges.zarr", 1, "imges.zarr does not exist", "did you mean 'images.zarr'"),
     ("convert-checkpoint nothing.pt --out x --teacher local-dir:student", 1, "nothing.pt does not exist", "remedy"),
     ("export-embeddings text.zarr --out x", 1, "is not a dimefm store", "texts.zarr'"),

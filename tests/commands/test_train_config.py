@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 from click.testing import CliRunner
 
 from dimefm.cli import cli
-from dimefm.commands.dry_run import field_lines
+from dimefm.commands.dry_run import field_lines, foresight_lines
 from dimefm.commands.train_config import Given, config_of
 from dimefm.training.config import LossConfig, TextMix
+from dimefm.training.dry_run import Foresight
 from dimefm.training.recipes import RECIPES
 
 PATHS = {"images": "i", "texts": "t", "out": "o"}
@@ -166,9 +168,11 @@ def test_a_dry_run_says_all_and_writes_nothing(tmp_path: Path, tiny_run: list[st
     assert lines["image_size"] == "--image-size 32"
     assert lines["eps"] == "default 1e-08"
     assert lines["rows"] == "96 images and 200 sentences that can be used"
-    assert "measured" in lines["a"] or "measured" in done.output
+    assert re.search(r"  a step +[\d.]+ s for 16 images, measured with \d+; reading is not in it", done.stdout)
     assert "million weights" in lines["student"]
-    assert "the run ends within its warm-up" in done.stderr
+    assert "note: the run ends within its warm-up" in done.stderr
+    report = [*done.stderr.splitlines(), *done.stdout.partition("\n\n")[2].splitlines()]
+    assert max(map(len, report)) <= 80
     document = json.loads(CliRunner().invoke(cli, [*words, "--json", "--quiet"]).output)
     assert document["fields"]["max_steps"] == {"value": 1, "from": "--max-steps"}
     assert document["fields"]["log_every"]["from"] == "default"
@@ -176,6 +180,31 @@ def test_a_dry_run_says_all_and_writes_nothing(tmp_path: Path, tiny_run: list[st
     assert document["seconds_per_step"] > 0
     assert document["parameters"] > 1000
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("facts", "shown"),
+    [
+        (
+            {},
+            ["a step  250 s for 5,120 images, measured with 64;", "the run  27h46m", "on the GPU", "7 processes that"],
+        ),
+        ({"seconds_per_step": None, "why_unknown": "no room"}, ["a step  unknown: no room", "the run  unknown"]),
+        ({"first_step": 400}, ["steps  400, of which 400 are done", "the run  it is done"]),
+        ({"text_bank": 0, "loaders": 1, "validation_steps": 9}, ["one process that reads", "every 9 steps"]),
+    ],
+)
+def test_what_was_counted_and_measured_is_shown(facts: dict[str, Any], shown: list[str]) -> None:
+    found = Foresight(
+        config=given().config, device="cuda:0", machine="some GPU", image_size=224, images=9, sentences=1,
+        steps_per_epoch=4, steps=400, first_step=0, warmup_steps=1, validation_steps=None, parameters=10**6,
+        training_state=16 * 10**6, text_bank=10**9, text_bank_in="device", loaders=7, shared_memory=10**9,
+        seconds_per_step=250.0, measured_images=64, why_unknown=None, notes=[],
+    )  # fmt: skip
+    found = replace(found, **facts)
+    text = "\n".join(re.sub(r"  +", "  ", line) for line in foresight_lines(found))
+    for words in (*shown, "9 images and 1 sentence that", "warm-up  1 step\n", "1.0 million weights"):
+        assert words in text
 
 
 def test_a_dry_run_ends_as_the_run_would_where_that_cannot_begin(tmp_path: Path, tiny_run: list[str]) -> None:

@@ -46,6 +46,10 @@ RUN = (
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
+    return unpack_to(tmp_path)
+
+
+def unpack_to(tmp_path: Path) -> Path:
     """The folder that was written, moved to `tmp_path`: documents name each other by absolute paths."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")

@@ -142,6 +142,7 @@ def test_a_terminal_shows_a_table_per_protocol_that_it_does_not_break(tmp_path: 
         ["linear-probe/honest", "student", "model 1", "teacher"],
     ]
     assert "model 1: student-ema-at-step-20000" in shown
+    assert "honest: validation images alone chose the settings of the probe" in " ".join(shown.split())
     assert len({len(line) for line in tables[0]}) == 1
     assert tables[0][1].endswith("-: |"), "Markdown's mark of a column that is aligned right"
     assert tables[0][2].startswith("| imagenet1k ")

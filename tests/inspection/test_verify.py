@@ -88,7 +88,7 @@ def copy(stores: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
 
 
 def run(store: Path, *words: str) -> Result:
-    return CliRunner().invoke(cli, ["verify", str(store), *words])
+    return CliRunner().invoke(cli, ["verify", str(store), "--quiet", *words])
 
 
 def found(store: Path) -> str:
@@ -98,6 +98,12 @@ def found(store: Path) -> str:
     assert result.exit_code == 1, result.output
     assert "can be trusted" not in result.output
     return result.output
+
+
+def test_progress_is_shown(text_store: Store) -> None:
+    shards = text_store.schema.shards
+    shown = CliRunner().invoke(cli, ["verify", text_store.path]).stderr
+    assert shown.startswith(f"checking: {shards} of {shards} shards (100%)")
 
 
 def check(store: Path, **options: Any) -> Verification:

@@ -212,3 +212,26 @@ def test_one_of_each_kind_gives_what_open_clip_gives(name: str) -> None:
         texts_BD = normalize(model.encode_text(open_clip.get_tokenizer(name)(TEXTS)), dim=-1)
     torch.testing.assert_close(clip.encode_images(pixels_B3HW), images_BD, atol=1e-4, rtol=0)
     torch.testing.assert_close(clip.encode_texts(TEXTS), texts_BD, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "remedy"),
+    [
+        ("ViT-S-32", 1, "an --image-size that is a multiple of its patch of 32 px, such as 224, or another --student"),
+        ("test_convnext", 1, "an --image-size nearer to its own, which is 160, or another --student"),
+    ],
+)
+def test_a_size_that_a_tower_cannot_take_is_refused_with_those_that_fit(name: str, size: int, remedy: str) -> None:
+    with pytest.raises(TrainingError) as caught:
+        build_student(student_spec(name, teacher_identity(), size))
+    assert caught.value.what.startswith(f"cannot build {name} at {size} px: ")
+    assert remedy in (caught.value.remedy or "")
+
+
+def test_an_error_of_any_kind_while_a_tower_is_built_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def divide(*arguments: object) -> None:
+        raise ZeroDivisionError("float division by zero")
+
+    monkeypatch.setattr("dimefm.models.towers._build_vision_tower", divide)
+    with pytest.raises(TrainingError, match="cannot build resnet18 at 1 px: float division by zero"):
+        build_student(student_spec("resnet18", teacher_identity(), 1))

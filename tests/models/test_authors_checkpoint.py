@@ -312,7 +312,7 @@ def test_the_command_says_what_it_took_and_what_it_left(teacher: Path, tmp_path:
     words = ["convert-checkpoint", save(content, tmp_path), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(cli, [*words, "--teacher", f"local-dir:{teacher}"])
     assert result.exit_code == 0, result.output
-    assert result.output.splitlines() == [
+    assert result.stdout.splitlines() == [
         f"{tmp_path}/out: load it with open_clip as local-dir:{tmp_path}/out",
         "  image tower  ViT of 2 layers, width 128, patches of 16 px, images of 32 px, projected to 64; "
         "LayerNorm epsilon 1e-12",

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from dimefm.caching.speed import Rates, teacher_seconds
+from dimefm.cli import cli
 from dimefm.errors import DimefmError
 from dimefm.models.clip import load_clip
 from dimefm.store.embedding_store import Store
@@ -80,6 +82,12 @@ def test_more_workers_than_cores_are_named_before_any_work(tmp_path: Path, monke
     require_cores(None)
 
 
+def test_an_index_is_not_built_by_more_workers_than_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "cpus", lambda: 2)
+    words = ["build-index", str(tmp_path / "t.zarr"), "--out", str(tmp_path / "o"), "--workers", "3"]
+    assert "--workers 3: this machine has 2 cores" in CliRunner().invoke(cli, words).stderr
+
+
 @pytest.fixture
 def forecast_of(image_store: Store) -> forecast_module.Forecast:
     return forecast_module.Forecast(image_store.schema, 1000, [])
@@ -113,7 +121,7 @@ def test_a_slow_teacher_is_not_shown_as_no_images_a_second(forecast_of: forecast
     shown = forecast_module.show_forecast(
         forecast_of, Rates(load=500.0, teacher=0.04), device="cpu", workers=1, threads=1, remote=False, load=1
     )
-    assert "one image in 25.0 s by the teacher on one core" in shown
+    assert "one image in 25.0 s by the teacher on one core" in " ".join(shown.split())
     assert "0.0 image" not in shown
 
 

@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from dimefm.cli import cli
-from dimefm.errors import DimefmError
+from dimefm.errors import DimefmError, OutputExistsError
 from dimefm.store.embedding_store import Store
-from dimefm.system.output_names import require_name
+from dimefm.system.output_names import require_name, require_place
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,13 @@ def test_every_command_that_writes_looks_at_the_name_first(
         assert result.exit_code == 1, f"{words}: {result.output}"
         assert f"Error: {tmp_path / name} would be " in result.output, words
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_at_the_place_already(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputExistsError, match="exists and is a file"):
+        require_name(str(tmp_path / "file"), "W")
+    with pytest.raises(OutputExistsError, match="exists and holds something else, 'file'"):
+        require_place(str(tmp_path), "mark.json")
+    require_place(str(tmp_path), "file")
+    require_place(str(tmp_path / "new"), "mark.json")

@@ -226,7 +226,7 @@ def test_training_from_large_parquet_files_is_refused_with_its_price(
     config = tiny_config(images, text_store, tmp_path / "run", batch_size=8, max_steps=2, checkpoint_every=1)
     with open_feed(config, ALONE) as feed:  # so small that it is as fast in any order
         assert len(list(feed.batches)) == 2
-    monkeypatch.setattr("dimefm.training.feed.KEPT_BYTES", 1000)
+    monkeypatch.setattr("dimefm.training.feed_plan.KEPT_BYTES", 1000)
     remedy = r"--pixels 256 and another --out.*--set accept_slow=true"
     with pytest.raises(TrainingError, match=rf"images are in Parquet files(?s:.*){remedy}"), open_feed(config, ALONE):
         pass

@@ -326,3 +326,26 @@ def test_a_checkpoint_of_a_step_can_be_exported(undisturbed: Path, tmp_path: Pat
     assert none.exit_code == 1
     assert "has no checkpoint 5" in none.output
     assert torch.load(undisturbed / "checkpoints" / "step-00000006.pt", weights_only=True)["step"] == 6
+
+
+def test_one_image_at_a_time_is_refused_where_batch_norm_has_nothing_to_average(
+    image_store: Store, text_store: Store, tmp_path: Path
+) -> None:
+    """It ended in a traceback of torch."""
+    config = tiny_config(image_store, text_store, tmp_path / "run", max_steps=1)
+    for changes in ({"batch_size": 1}, {"accumulate": 16}):
+        with pytest.raises(
+            TrainingError, match=r"of one image of 32 px cannot be trained on.*\n.*a larger --batch-size"
+        ):
+            train(replace(config, **changes))
+    train(replace(config, batch_size=1, image_size=64))  # of a last map of 2 x 2
+
+
+def test_what_was_probably_not_meant_is_said_before_the_first_step(
+    image_store: Store, text_store: Store, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loss = LossConfig(vl=0, pvl=1)
+    train(tiny_config(image_store, text_store, tmp_path / "run", max_steps=1, warmup_epochs=1, loss=loss))
+    shown = capfd.readouterr().err
+    assert "0 of 1: the run ends within its warm-up, which takes 6 steps (warmup_epochs=1)" in shown
+    assert f"0 of 1: not used: the sentences of {text_store.path}: the vl loss" in shown

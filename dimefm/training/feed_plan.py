@@ -1,0 +1,100 @@
+"""What a training run would read and how long it is, found out without torch: so mistakes are shown at once.
+
+It holds no batch and starts no process: training.feed does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cache_schemas.plan import FILES_TABLE
+from dimefm.errors import TrainingError
+from dimefm.sources.parquet import BLOCK_BYTES, SUFFIX
+from dimefm.sources.parquet_cells import KEPT_BYTES
+from dimefm.store.embedding_store import Store
+from dimefm.system.progress import amount
+from dimefm.training.before_training import require_startable
+from dimefm.training.checkpoints import Checkpoints
+from dimefm.training.config import TrainConfig
+from dimefm.training.row_order import Order
+from dimefm.training.run_folder import Inputs, choose_order, open_inputs
+
+TEXT_STREAM = 1
+"""Added to the seeds of a text tower, so that its random numbers differ from those of the images."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would read, in which order, and how long it is. `texts` is the order of a text tower's sentences."""
+
+    inputs: Inputs
+    order: Literal["chunks", "blocks"]
+    images: Order
+    texts: Order | None
+    steps_per_epoch: int
+    steps: int
+    first_step: int
+
+
+def plan_feed(config: TrainConfig, world: int) -> Plan:
+    """Open the stores that a run reads, and count its steps. Raises TrainingError, MismatchError or StoreError for what
+    the user can mend."""
+    require_startable(config)
+    inputs = open_inputs(config)
+    kind = choose_order(config, inputs)
+    images, texts = _orders(config, inputs, world, kind)
+    per_epoch = images.steps_per_epoch
+    steps = config.steps(per_epoch)
+    if steps < 1:
+        raise TrainingError(f"{config.epochs:g} epochs of {per_epoch} steps are none", remedy="give more --epochs")
+    first = Checkpoints(config.out).step() or 0
+    if not (first or config.accept_slow):
+        _require_fast(inputs.images)
+    return Plan(inputs, kind, images, texts, per_epoch, steps, first)
+
+
+def _require_fast(images: Store) -> None:
+    """Raises TrainingError if images would be read one by one from large Parquet files: for each of them, much of a row
+    group is decoded."""
+    if images.schema.pixels or FILES_TABLE not in images.schema.digests:
+        return
+    files = images.source_files()
+    sizes = zip(files["path"].to_pylist(), files["size"].to_pylist(), strict=True)
+    if sum(size for path, size in sizes if path.endswith(SUFFIX)) > KEPT_BYTES:
+        what = f"{images.path} has no pixels of its own, and its images are in Parquet files, of which up to"
+        what += f" {amount(BLOCK_BYTES)} are decoded for each image that is read out of order: about 25 ms"
+        remedy = "cache them again with cache-images --pixels 256 and another --out; or train as slowly as that with"
+        raise TrainingError(what, remedy=f"{remedy} --set accept_slow=true")
+
+
+def _orders(
+    config: TrainConfig, inputs: Inputs, world: int, kind: Literal["chunks", "blocks"]
+) -> tuple[Order, Order | None]:
+    """The orders of images and, for a text tower, of sentences. Raises TrainingError for a batch size that is not
+    possible."""
+    images = Order(store=inputs.images, seed=config.seed, batch_size=config.batch_size, kind=kind)
+    texts = None
+    if config.text_student:
+        only = inputs.selection.rows() if inputs.selection else None
+        size = config.text_batch_size
+        texts = Order(store=inputs.texts, seed=config.seed, batch_size=size, only=only, stream=TEXT_STREAM, kind=kind)
+    _require_batches(images, world, config, "a batch", "images", "--batch-size")
+    if texts:
+        _require_batches(texts, world, config, "a text batch", "sentences", "--set text_batch_size=N")
+    return images, texts
+
+
+def _require_batches(order: Order, world: int, config: TrainConfig, batch: str, items: str, option: str) -> None:
+    """Raises TrainingError for a batch size that is not possible."""
+    size = order.batch_size
+    if size % world:
+        what = f"{batch} of {size} cannot be divided over {world} processes"
+        raise TrainingError(what, remedy=f"give a {option} that can")
+    if size // world < config.accumulate:
+        what = f"{batch} of {size} over {world} processes is less than one for each of its passes"
+        raise TrainingError(what, remedy="give a smaller --accumulate")
+    if order.steps_per_epoch == 0:
+        which = " and in the selection" if order.only is not None else ""
+        what = f"{batch} of {size:,} {items} is more than the {order.rows:,} with an embedding in {order.store.path}"
+        raise TrainingError(what + which, remedy=f"give a smaller {option}, {order.rows} at most")
