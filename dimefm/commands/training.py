@@ -124,12 +124,12 @@ def train_student(
         raise click.UsageError(f"{option} has no effect: the vl loss has weight 0. Give --loss vl=..., or leave it out")
     require_changeable(changes)
     require_startable(config)
+    if dry_run and not as_json:
+        say("\n".join([f"{config.out}: nothing is written", *field_lines(given), ""]))
     from dimefm.datasets.own_sets import require_folder
     from dimefm.training.feed_plan import plan_feed
     from dimefm.training.run_folder import require_run_folder
 
-    if dry_run and not as_json:
-        say("\n".join([f"{config.out}: nothing is written", *field_lines(given), ""]))
     rows = plan_feed(config, int(os.environ.get("WORLD_SIZE", "1"))).inputs.images.schema.rows
     require_run_folder(config.out)
     for folder in config.val:
