@@ -21,7 +21,7 @@ from dimefm.commands.recipes import recipes
 from dimefm.commands.retrieval import build_index, retrieve, search, select_texts
 from dimefm.commands.training import convert_checkpoint, export, train_student
 from dimefm.errors import DimefmError, StoppedError
-from dimefm.system import stopping
+from dimefm.system import library_warnings, stopping
 from dimefm.system.inert_text import say, text
 from dimefm.system.machine import wait_briefly
 from dimefm.version import __version__
@@ -97,6 +97,7 @@ def main() -> None:
     stopping.listen(_output)
     atexit.register(gc.freeze)  # else all objects of torch are searched for cycles at exit, for a second
     wait_briefly()
+    library_warnings.silence()
     if sys.stderr is not None:
         faulthandler.enable()  # a crash, of a decoder or as a mapped file is cut short, then says where it was
     cli(prog_name="dimefm")

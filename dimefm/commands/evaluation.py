@@ -126,7 +126,7 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     config = EvaluationConfig(model=model, **options)
     choose_sets(config)  # refuses what does not exist before torch is imported and the model is loaded
     if not Path(model).exists():
-        require_model(model, options["pretrained"], folder="")
+        require_model(model, config.pretrained, folder="")
     from dimefm.evaluation.evaluate import evaluate as run
     from dimefm.evaluation.summary import as_document, result_text, summary_text
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from dimefm.commands.completion import completed
 from dimefm.system.near_names import did_you_mean
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -39,6 +40,7 @@ class Command(click.Command):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         for parameter in self.params:
+            parameter.type = completed(parameter)
             if isinstance(parameter.type, click.IntRange):
                 parameter.metavar, parameter.type.name = parameter.metavar or "N", "whole number"
             elif isinstance(parameter.type, type(click.FLOAT)):

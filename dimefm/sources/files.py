@@ -16,6 +16,7 @@ from dimefm.sources.account import Account
 from dimefm.sources.globs import FileOrFolder, has_marks, match_glob
 from dimefm.sources.walk_folder import cannot_read, escape_bytes, is_utf8
 from dimefm.system import storage
+from dimefm.system.near_names import did_you_mean_path
 from dimefm.system.read_ahead import URL_BLOCK, reading_ahead
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -88,7 +89,7 @@ def _look_up_all(names: list[str]) -> list[FileOrFolder]:
     found = list(reading_ahead(look_up, names, names[0]))
     for name, place in zip(names, found, strict=True):
         if place is None:
-            raise AbsentError(f"{name} does not exist", remedy="check the path")
+            raise AbsentError(f"{name} does not exist", remedy=did_you_mean_path(name, "check the path"))
     return [place for place in found if place is not None]
 
 

@@ -15,6 +15,7 @@ from dimefm.store.output_folder import ANOTHER_OUT, OWN_AND_NEW, differing, in_l
 from dimefm.store.pairs_store import Pairs, require_pairs_match
 from dimefm.store.selected_texts import SelectedTexts
 from dimefm.system import storage
+from dimefm.system.near_names import did_you_mean_path
 from dimefm.system.versions import versions
 from dimefm.training.before_training import require_changeable
 from dimefm.training.checkpoints import Checkpoints
@@ -59,7 +60,8 @@ def read_run(path: str) -> Run:
     """The run.json of a run folder. Raises StoreError if there is none, SchemaError if it is not valid."""
     where = str(Path(path) / RUN_FILE)
     if not Path(where).exists():
-        raise StoreError(f"{path} is not a run folder: it has no {RUN_FILE}", remedy="give the --out of train-student")
+        remedy = did_you_mean_path(path, "give the --out of train-student")
+        raise StoreError(f"{path} is not a run folder: it has no {RUN_FILE}", remedy=remedy)
     return Run.parse(storage.read_json(where), where)
 
 

@@ -727,7 +727,7 @@ def test_evaluate_of_known_sets_needs_to_be_told_where_they_are(tmp_path: Path) 
         assert "--data ROOT goes with --suite or --sets" in run("evaluate", "model", *words).stderr
     words = ["evaluate", tmp_path, "--data", tmp_path, "--suite", "elevater", "--sets", "dtd,imagenet_a"]
     assert "imagenet_a is a set of the suite robustness, not of elevater" in refused(*words)
-    words = ["evaluate", tmp_path, "--data", tmp_path, "--sets", "imagenet1k,imagenet_z"]
+    words = ["evaluate", "model", "--data", tmp_path, "--sets", "imagenet1k,imagenet_z"]
     message = refused(*words)
     assert f"imagenet_z is neither a known set nor a folder of {tmp_path}\n  remedy: did you mean 'imagenet" in message
     words = ["evaluate", "model", "--data", f"{tmp_path}-sets", "--sets", "dtd"]

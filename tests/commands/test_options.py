@@ -37,8 +37,8 @@ OF_NO_CONFIG = {
     "cache-images": {"dry_run"},
     "cache-texts": {"dry_run"},
     "build-index": {"dry_run", "workers", "ray_address"},
-    "train-student": {"recipe", "config_file", "settings", "fields", "dry_run", "as_json", "allow_changes"},
     "evaluate": {"config"},
+    "train-student": {"recipe", "config_file", "settings", "fields", "dry_run", "as_json", "allow_changes"},
 }
 TRAINED = {field.name for field in dataclasses.fields(Trained)}  # options of weights in a file, of every such command
 
