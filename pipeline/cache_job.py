@@ -96,7 +96,9 @@ def _worth_starting(store: Store, device: str, clip: Clip) -> int:
 
 
 def _kept(store: Store, out: str) -> str:
-    return f"{len(store.committed())} of {store.schema.shards} shards are kept in {out}; {GOES_ON}"
+    done = len(store.committed())
+    what = f"{done} of {store.schema.shards} shards are kept" if done else "the plan is kept"
+    return f"{what} in {out}; {GOES_ON}"
 
 
 def _report_unused(schema: EmbeddingStore) -> None:

@@ -111,10 +111,7 @@ def train_student(
     """
     from dimefm.commands.dry_run import field_lines
     from dimefm.commands.train_config import config_of
-    from dimefm.datasets.own_sets import require_folder
-    from dimefm.training.before_training import require_changeable
-    from dimefm.training.feed_plan import plan_feed
-    from dimefm.training.run_folder import require_run_folder
+    from dimefm.training.before_training import require_changeable, require_startable
 
     require_with("--json", as_json or None, "--dry-run", dry_run or None)
     options = {name: value for name, value in options.items() if value not in (None, ())}
@@ -126,9 +123,13 @@ def train_student(
         option = f"--{min(unused).replace('_', '-')}"
         raise click.UsageError(f"{option} has no effect: the vl loss has weight 0. Give --loss vl=..., or leave it out")
     require_changeable(changes)
-    require_student(config.student, config.text_student)
+    require_startable(config)
     if dry_run and not as_json:
         say("\n".join([f"{config.out}: nothing is written", *field_lines(given), ""]))
+    from dimefm.datasets.own_sets import require_folder
+    from dimefm.training.feed_plan import plan_feed
+    from dimefm.training.run_folder import require_run_folder
+
     rows = plan_feed(config, int(os.environ.get("WORLD_SIZE", "1"))).inputs.images.schema.rows
     require_run_folder(config.out)
     for folder in config.val:

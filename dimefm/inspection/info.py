@@ -76,9 +76,14 @@ def _description_of(path: str) -> Callable[[], Description] | None:
         return partial(_call, "describe_retrieval.describe_unfinished_index", path, len(steps))
     if "metadata" in names and {"img_emb", "text_emb"} & set(names):
         return partial(_call, "describe_evaluation.describe_embeddings", path)
-    folders = [path] if RESULTS_FILE in names else [storage.join(path, name) for name in names[:_LOOKED_AT]]
-    folders = [folder for folder in folders if storage.exists(storage.join(folder, RESULTS_FILE))]
+    folders = [path] if RESULTS_FILE in names else _with_results(path, names)
     return partial(_call, "describe_evaluation.describe_evaluations", path, folders) if folders else None
+
+
+def _with_results(path: str, names: list[str]) -> list[str]:
+    """The folders of models in EVALUATIONS, which is local."""
+    folders = [] if storage.is_url(path) else [Path(path, name) for name in names]
+    return [str(folder) for folder in folders if (folder / RESULTS_FILE).is_file()]
 
 
 def _call(describes: str, *given: Any) -> Description:

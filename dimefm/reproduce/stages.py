@@ -25,7 +25,7 @@ from dimefm.errors import DimefmError, StoppedError
 from dimefm.reproduce.paper_cost import measured_rates, paper_cost_table
 from dimefm.reproduce.report import EVALUATIONS, Student, write_report
 from dimefm.sample import sample_dir
-from dimefm.system import storage
+from dimefm.system import stopping, storage
 from dimefm.system.inert_text import say, text
 from dimefm.system.progress import duration
 
@@ -194,7 +194,12 @@ def _dimefm(words: list[str]) -> None:
 def _signals_passed_to(process: BaseProcess) -> Iterator[None]:
     """For the block, let a stage end in its own way, and this process after it. Ctrl-C reaches all processes in a
     terminal by itself; SIGTERM is passed on."""
-    handlers = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: lambda *_: process.terminate()}
+
+    def terminate(*_: object) -> None:
+        stopping.took()
+        process.terminate()
+
+    handlers = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: terminate}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}  # type: ignore[arg-type]
     try:
         yield

@@ -86,6 +86,11 @@ MISTAKES = (
         "export run --out x --checkpoint 77",
         "convert-checkpoint nothing.pt --out x --teacher x",
     ),
+    "evaluate nothing inputs/colours",
+    "cache-texts inputs/sentences.txt --out x.zarr --teacher ViT-B32 --pretrained openai",
+    "cache-texts inputs/sentences.txt --out x.zarr --teacher local-dir:nowhere",
+    "cache-texts inputs/sentences.txt --out x.zarr --teacher ViT-B-32 --pretrained opnai",
+    f"train-student {_STORES} --out x --batch-size 8 --student resnet5",
 )
 
 _FORKS = """
