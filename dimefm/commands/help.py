@@ -98,6 +98,12 @@ def write_sections(formatter: click.HelpFormatter, sections: dict[str, list[tupl
             formatter.write_dl([(name.ljust(width), words) for name, words in rows])
 
 
+def under(words: str, command: _Command) -> _Command:
+    """The command, with the option that it was given last below a heading, wherever the option stands."""
+    vars(command)["__click_params__"][-1].heading = words
+    return command
+
+
 def heading(words: str) -> Callable[[_Command], _Command]:
     """A decorator that shows the options below it under a heading, down to the next heading."""
 

@@ -9,7 +9,7 @@ import click
 
 from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
-from dimefm.commands.help import Command
+from dimefm.commands.help import Command, heading
 from dimefm.commands.options import DEVICES, fields_of, json_option, options_of, quiet_option, require_with, say_json
 from dimefm.commands.weights_options import weights_options
 from dimefm.models.names import require_model, require_student
@@ -59,11 +59,18 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @click.option("--config", "config_file", metavar="FILE",
               help="YAML or JSON file with fields of the config, or a run.json. It wins over --recipe, and options "
                    "given beside it win over it.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Only say what would be done: every field of the config with where its "
+              "value comes from, rows, steps, seconds per step, memory. Nothing is written.")  # fmt: skip
+@json_option
+@quiet_option
+@heading("Student")
 @_option("--student")
 @_option("--init", metavar="WEIGHTS")
 @_option("--text-student", metavar="NAME")
 @_option("--image-size", type=click.IntRange(1), metavar="PIXELS")
+@heading("Steps")
 @_option("--epochs", type=float)
+@_option("--max-steps", type=click.IntRange(1))
 @_option("--batch-size", type=click.IntRange(1))
 @_option("--accumulate", type=click.IntRange(1), metavar="N")
 @_option("--texts-per-step", type=click.IntRange(1))
@@ -71,33 +78,32 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @_option("--weight-decay", type=float)
 @_option("--clip-grad", type=float, metavar="NORM")
 @_option("--ema", type=float, metavar="DECAY")
+@heading("Losses and sentences")
 @_option("--loss", metavar="NAME=WEIGHT,...")
 @_option("--text-mix", metavar="KIND=SHARE,...")
+@heading("Machine")
 @_option("--precision", type=click.Choice(["auto", *get_args(Precision)]))
+@_option("--workers", type=click.IntRange(0))
+@_option("--device", type=DEVICES)
+@_option("--seed", type=click.IntRange(0))
 @_option("--threads", type=click.IntRange(1))
 @_option("--compile", is_flag=True, default=None)
+@heading("Other fields, and changes of a run")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE",
               help="Set any other field of the config, such as loss.vl_temperature=2; --fields lists them. May be "
               "repeated.")  # fmt: skip
 @click.option("--fields", is_flag=True, is_eager=True, expose_value=False, callback=_list_fields,
               help="List every field of the config with what it is, and exit.")  # fmt: skip
+@click.option("--allow-changes", metavar="FIELD,...", default="",
+              help="Go on with a run although these fields, such as lr,epochs, have other values than it began with; "
+              "images: the image store has other rows.")  # fmt: skip
+@heading("Validation, checkpoints, log")
 @_option("--val", multiple=True)
 @_option("--val-texts")
 @_option("--val-every", type=float)
 @_option("--checkpoint-every", type=click.IntRange(1))
 @_option("--keep", type=click.IntRange(1))
 @_option("--log-every", type=click.IntRange(1))
-@_option("--max-steps", type=click.IntRange(1))
-@_option("--workers", type=click.IntRange(0))
-@_option("--seed", type=click.IntRange(0))
-@_option("--device", type=DEVICES)
-@click.option("--dry-run", is_flag=True, help="Only say what would be done: every field of the config with where its "
-              "value comes from, rows, steps, seconds per step, memory. Nothing is written.")  # fmt: skip
-@json_option
-@click.option("--allow-changes", metavar="FIELD,...", default="",
-              help="Go on with a run although these fields, such as lr,epochs, have other values than it began with; "
-              "images: the image store has other rows.")  # fmt: skip
-@quiet_option
 def train_student(
     recipe: str, config_file: str | None, settings: tuple[str, ...], allow_changes: str, dry_run: bool, as_json: bool,
     **options: Any,

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import click
 
 from cache_schemas.identity import Activation, Interpolation, ResizeMode
+from dimefm.commands.help import under
 from dimefm.commands.options import fields_of, options_of
 
 _TRAINED = ("dimefm.models.trained", "Trained")
@@ -55,6 +56,7 @@ def weights_options(command: Callable[..., None]) -> Callable[..., None]:
         option("--assume-openai", is_flag=True),
     ]
     decorated: Callable[..., None] = with_trained
-    for option in reversed(options):
-        decorated = option(decorated)
-    return decorated
+    for option in reversed(options[1:]):
+        decorated = under("Weights in a file", option(decorated))
+    pretrained: Callable[[Callable[..., None]], Callable[..., None]] = options[0]
+    return pretrained(decorated)
