@@ -318,7 +318,7 @@ def test_a_worker_starts_on_a_shard_in_which_no_image_can_be_read_only_if_that_i
     job = Job(store=store.path, teacher=teacher_name, pretrained=None, precision="fp32", device="cpu", threads=None)
     worker = Worker(replace(job, accept_missing=accept_missing))
     if not accept_missing:
-        with pytest.raises(UnreadableError, match=r"none of the first 8 images can be read: .*00\.jpg"):
+        with pytest.raises(UnreadableError, match=r"none of the first 4 images can be read: .*00\.jpg"):
             worker.start(2, 0)
         return
     worker.start(2, 0)
