@@ -122,7 +122,6 @@ def train_student(
     require_with("--json", as_json or None, "--dry-run", dry_run or None)
     options = {name: value for name, value in options.items() if value not in (None, ())}
     given = config_of(recipe, config_file, options, settings)
-    require_student(given.config.student, given.config.text_student)
     config, changes = given.config, tuple(name.strip() for name in allow_changes.split(",") if name.strip())
     unused = {"texts_per_step", "text_mix"} & options.keys()
     if unused and not config.loss.vl:
@@ -130,6 +129,7 @@ def train_student(
         raise click.UsageError(f"{option} has no effect: the vl loss has weight 0. Give --loss vl=..., or leave it out")
     require_changeable(changes)
     require_startable(config)
+    require_student(config.student, config.text_student)
     if dry_run and not as_json:
         say("\n".join([f"{config.out}: nothing is written", *field_lines(given), ""]))
     from dimefm.datasets.own_sets import require_folder

@@ -223,7 +223,7 @@ def _report_matches(matches: Matches, folder: Folder, report: Callable[[str], No
     by = ", ".join(f"{count:,} by {name}" for _, name, count in kinds)
     known = sum(count for _, _, count in kinds)
     report(f"{known:,} of {len(matches.image_N):,} rows have an image in the sources: {by}")
-    notes = [f"rows whose image shares only {name} with their key: {count:,}" for n, name, count in kinds if n == 1]
+    notes = [f"rows whose image shares {name} with their key: {count:,}" for n, name, count in kinds if n == 1]
     if len(ambiguous):
         found = folder.lookup(ambiguous[:_SHOWN].tolist())
         keys = ", ".join(repr(key) for key, _ in found.values())

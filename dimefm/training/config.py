@@ -243,8 +243,8 @@ class TrainConfig:
                      "threads", "init_std"),
             not_below_0=("min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "workers", "seed", "init_mean"),
         )  # fmt: skip
-        if wrong:
-            return wrong
+        if any(" must be a number" in problem for problem in wrong):
+            return wrong  # the rest compares numbers
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             wrong.append(f"crop_scale must be 0 < low <= high <= 1, found {self.crop_scale}")

@@ -23,6 +23,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from cache_schemas.run import METRICS_FILE
 from dimefm.system import storage
 from dimefm.system.progress import Progress
+from dimefm.system.wording import rate
 from dimefm.training.read_metrics import read_metrics
 
 
@@ -78,11 +79,11 @@ class RunLog:
         if not self._enabled:
             return
         seconds = max(self._now - self._began, 1e-9)
-        rate, share = self._images / seconds, self._waited / seconds
+        share, shown = self._waited / seconds, rate(self._images, seconds, "image")
+        speed = {"images_per_second": round(self._images / seconds, 1), "data_wait": round(share, 4)}
         self._began, self._images, self._waited = self._now, 0, 0.0
-        speed = {"images_per_second": round(rate, 1), "data_wait": round(share, 4)}
         self._write("train", done, {**values, **speed})
-        self._progress.note(f"loss {values['loss']:.4f}, {rate:,.0f} images/s, {share:.0%} of it waiting for data")
+        self._progress.note(f"loss {values['loss']:.4f}, {shown}, {share:.0%} of the time waiting for data")
 
     def validation(self, done: int, scores: dict[str, float], seconds: float) -> None:
         """Log the top-1 of every validation set. The time of the validation does not count as training."""

@@ -55,6 +55,11 @@ def write_folder(
     return root
 
 
+def in_one_line(shown: str) -> str:
+    """What is shown, without the ends of its lines."""
+    return " ".join(shown.split())
+
+
 @pytest.fixture(scope="module")
 def captions(text_store: Store) -> list[str]:
     return [entry["text"] for entry in text_store.samples(np.arange(text_store.schema.rows))]
@@ -161,8 +166,8 @@ def test_without_sources_images_serve_retrieve_and_the_store_says_what_they_do_n
     store = import_embeddings(of(config, images, kind="image"))
     places = {(entry["file"], entry["offset"], entry["size"]) for entry in store.samples(np.arange(96))}
     assert places == {("", 0, 0)}
-    assert "serves retrieve, but not train-student" in describe(store.path)
-    assert "not compared with the teacher" in describe(store.path)
+    assert "serves retrieve, but not train-student" in in_one_line(describe(store.path))
+    assert "not compared with the teacher" in in_one_line(describe(store.path))
     with pytest.raises(TrainingError, match=r"imported without the images(?s:.*)--images"):
         train(tiny_config(store, text_store, tmp_path / "run"))
     index, pairs = str(tmp_path / "texts.index"), str(tmp_path / "pairs.zarr")
@@ -351,7 +356,7 @@ def test_the_weakest_matches_are_compared_and_can_be_left_out(
     with pytest.raises(MismatchError, match="match_parts: 2 != None"):
         import_embeddings(mine)
     accepted = import_embeddings(replace(mine, accept=True, out=str(tmp_path / "accepted.zarr")))
-    assert "rows whose image shares only the last part with their key: 1" in describe(accepted.path)
+    assert "rows whose image shares the last part alone with their key: 1" in in_one_line(describe(accepted.path))
 
 
 def test_ambiguous_rows_are_counted_with_examples(
@@ -392,7 +397,7 @@ def test_embeddings_of_another_teacher_are_refused_with_their_cosine(
         import_embeddings(of(config, folder))
     assert not Path(config.out).exists()  # a second try with the right teacher is not in the way of this one
     store = import_embeddings(of(config, folder, accept=True))
-    assert "accepted at a mean cosine" in describe(store.path)
+    assert "accepted at a mean cosine" in in_one_line(describe(store.path))
 
 
 def test_metadata_that_is_shifted_by_a_row_is_refused(
@@ -607,7 +612,7 @@ def test_an_import_that_was_stopped_while_it_planned_plans_again(
         patch.setattr(Store, "create", lambda path, schema: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             import_embeddings(of(config, texts))
-    assert storage.listing(config.out) == ["rows"]
+    assert storage.listing(config.out) == []  # what it had begun is removed
     store = import_embeddings(of(config, texts, shard_rows=64))
     assert store.read(0, 200).tobytes() == text_vectors.tobytes()
     assert verify(VerifyConfig(store=store.path)).trusted  # nothing is left of the first plan
@@ -690,7 +695,7 @@ def test_the_import_command_says_what_images_without_pixels_are_for(
         words = ["import-embeddings", str(images), "--out", str(tmp_path / name), "--kind", "image"]
         result = CliRunner().invoke(cli, [*words, "--teacher", teacher_name, *more])
         assert result.exit_code == 0, result.output
-        return result.output
+        return in_one_line(result.output)
 
     assert "serves retrieve, but not train-student" in run("without.zarr")
     with_pixels = run("with.zarr", "--images", str(image_tar))

@@ -13,7 +13,7 @@ from dimefm.cli import cli
 from dimefm.errors import DimefmError
 from dimefm.models.clip import load_clip
 from dimefm.store.embedding_store import Store
-from pipeline import cache as cache_module
+from pipeline import cache_job
 from pipeline import show_forecast as forecast_module
 from pipeline import workers as workers_module
 from pipeline.cache import CacheConfig, cache, dry_run
@@ -57,7 +57,7 @@ def test_a_small_job_starts_no_ray_and_is_not_measured(
     words = {"kind": "image", "sources": (str(image_tar),), "teacher": teacher_name, "device": "cpu", "shard_rows": 32}
     store = cache(CacheConfig(**words, out=str(tmp_path / "i.zarr")))  # type: ignore[arg-type]
     assert len(store.committed()) == 3
-    monkeypatch.setattr(cache_module, "teacher_seconds", lambda *_: pytest.fail("measured for one shard"))
+    monkeypatch.setattr(cache_job, "teacher_seconds", lambda *_: pytest.fail("measured for one shard"))
     one = cache(CacheConfig(**{**words, "shard_rows": 96}, out=str(tmp_path / "one.zarr")))  # type: ignore[arg-type]
     assert len(one.committed()) == 1
 

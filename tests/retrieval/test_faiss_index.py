@@ -605,11 +605,13 @@ def test_the_forecast_says_when_exact_search_is_cheaper(texts: tuple[Store, np.n
     config = config_for(texts[0], tmp_path, factory="IVF16,Flat", queries=texts[0].path)
     expected = preview_build(config)
     assert (expected.breakeven, expected.exact_is_cheaper) == (176, False)
-    assert "up to 176 queries take less work than the building; for the 3,000 of --queries, build it" in expected.show()
+    assert (
+        "up to 176 queries take less work than the building; for the 3,000 of --queries, build it" in expected.advice()
+    )
     assert not preview_build(dataclasses.replace(config, queries=None)).exact_is_cheaper
     config = dataclasses.replace(config, factory="IVF512,Flat")
     assert preview_build(config).exact_is_cheaper
-    assert "exact search is cheaper: dimefm retrieve without --index" in preview_build(config).show()
+    assert "exact search is cheaper: dimefm retrieve without --index" in preview_build(config).advice()
     assert not (tmp_path / "t.index").exists()
 
 

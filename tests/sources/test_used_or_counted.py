@@ -246,7 +246,7 @@ def test_the_plan_holds_what_is_counted(tmp_path: Path, clip: Clip) -> None:
     schema = open_or_plan(request, str(tmp_path / "s.zarr"), clip.identity).schema
     assert (schema.rows, schema.source.skipped) == (used, account.skipped())
     assert schema.source.problems == tuple(account.problems)
-    shown = describe(str(tmp_path / "s.zarr"))
+    shown = " ".join(describe(str(tmp_path / "s.zarr")).split())
     assert used
     assert account.skipped()
-    assert all(describe_skipped(one) in shown for one in account.skipped())
+    assert all(" ".join(describe_skipped(one).split()) in shown for one in account.skipped())

@@ -197,3 +197,25 @@ def test_the_trainer_needs_no_lock(image_store: Store, text_store: Store, tmp_pa
     texts = Store(str(shutil.copytree(text_store.path, tmp_path / "texts.zarr")))
     with writing(images.path), writing(texts.path):
         assert train(tiny_config(images, texts, tmp_path / "run", max_steps=1)).steps == 1
+
+
+@pytest.mark.parametrize("name", ["plan.json", "shard.json"])
+def test_what_a_failed_start_made_goes_unless_it_is_of_use(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "s"
+
+    def start() -> None:
+        with writing(str(folder), of_use=lambda files: "a/shard.json" in files):
+            (folder / "a").mkdir()
+            (folder / "a" / name).write_text("{}")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        start()
+    assert (tmp_path / "new").exists() == (name == "shard.json")
+
+
+def test_what_was_there_before_stays(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(KeyError), writing(str(tmp_path), of_use=lambda files: False):
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

@@ -53,7 +53,7 @@ def test_every_command_that_writes_looks_at_the_name_first(
         (["select-texts", "no.zarr"], "s.parquet"),
         (tiny_run, "run.zarr"),
         (["export", "no"], "student.safetensors"),
-        (["convert-checkpoint", "no.pt", *teacher], "clip.pt"),
+        (["convert-checkpoint", __file__, *teacher], "clip.pt"),
         (["export-embeddings", image_store.path], "e.npy"),
     ):
         result = CliRunner().invoke(cli, [*words, "--out", str(tmp_path / name)])

@@ -304,7 +304,7 @@ def test_a_folder_of_something_else_is_refused(image_store: Store, text_store: S
 
 
 def test_a_batch_larger_than_the_store_is_refused(image_store: Store, text_store: Store, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="a batch of 1000 is more than the images"):
+    with pytest.raises(TrainingError, match="a batch of 1,000 images is more than the 96 with an embedding"):
         train(tiny_config(image_store, text_store, tmp_path / "run", batch_size=1000))
 
 
