@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 from cache_schemas.document import to_plain
-from cache_schemas.run import CONFIG_FILE, RUN_FILE, WEIGHTS_FILE, Change
+from cache_schemas.run import CONFIG_FILE, WEIGHTS_FILE, Change
 from dimefm.errors import StoreError
 from dimefm.inspection.description import Description, Rows
 from dimefm.models.teacher_rows import teacher_rows
@@ -27,7 +28,7 @@ _COUNTS = ("running_mean", "running_var", "num_batches_tracked")  # of a batch n
 def describe_run(path: str) -> Description:
     """A training run, finished or not."""
     run, checkpoints = read_run(path), Checkpoints(path)
-    config = TrainConfig.parse(run.config, str(Path(path) / RUN_FILE))
+    config = _as_written(run.config)
     usual = {**vars(LossConfig()), **dict.fromkeys(LossConfig.WEIGHTS, 0)}  # a weight is shown unless it is 0
     train = [line for line in read_metrics(path) if line["event"] == "train"]
     last = {name: train[-1].get(name) for name in ("step", "loss", "images_per_second")} if train else None
@@ -39,13 +40,13 @@ def describe_run(path: str) -> Description:
         "text_student": run.text_student.name if run.text_student else None,
         "steps_done": checkpoints.step() or 0,
         "steps": run.steps,
-        "batch_size": config.batch_size,
-        "loss": {name: value for name, value in vars(config.loss).items() if value != usual[name]},
+        "batch_size": config["batch_size"],
+        "loss": {name: value for name, value in config["loss"].items() if value != usual[name]},
         "machine": run.machine,
-        "precision": config.precision,
-        "threads": config.threads,
+        "precision": config["precision"],
+        "threads": config["threads"],
         "teacher": to_plain(run.teacher),
-        **{name: getattr(config, name) for name in ("images", "texts", "pairs", "selection")},
+        **{name: config[name] for name in ("images", "texts", "pairs", "selection")},
         "last": last,
         "validation": last_validation(path),
         "checkpoints": checkpoints.steps(),
@@ -53,6 +54,13 @@ def describe_run(path: str) -> Description:
         "changes": list(map(_change, run.changes)),
     }
     return Description(f"{Path(path)}: training run", facts, _run(facts))
+
+
+def _as_written(config: dict[str, Any]) -> dict[str, Any]:
+    """The config in a run.json, with the defaults of fields that it lacks. Nothing is refused: an older dimefm may have
+    taken what `TrainConfig` does not take."""
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    return {**defaults, **config, "loss": {**vars(LossConfig()), **config.get("loss", {})}}
 
 
 def _change(change: Change) -> dict[str, Any]:
@@ -76,7 +84,7 @@ def _run(facts: dict[str, Any]) -> Rows:
         rows.append(("last", f"loss {last['loss']:.4f}, {rate(last['images_per_second'], 1, 'image')}"))
     rows += [("validation", f"{name} top-1 {score:.3f}") for name, score in facts["validation"].items()]
     steps = ", ".join(f"{step:,}{' (best)' if step == best else ''}" for step in facts["checkpoints"])
-    rows.append(("checkpoints", steps or "none yet"))
+    rows.append(("checkpoints", f"after step {steps}" if steps else "none yet"))
     for change in facts["changes"]:
         values = f"from {change['before']} to {change['after']}"
         rows.append(("allowed", f"{change['field']} changed {values} after step {change['step']:,}"))

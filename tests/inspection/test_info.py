@@ -125,6 +125,18 @@ def test_allowed_changes_of_a_run_are_no_error(session: Path, tmp_path: Path) ->
     assert "checkpoints    none yet" in run("info", tmp_path).output
 
 
+def test_a_run_with_a_setting_that_is_refused_now_is_described(session: Path, tmp_path: Path) -> None:
+    begun = read_run(str(session / "run"))
+    config = {name: value for name, value in begun.config.items() if name != "threads"}  # older runs lack some, too
+    write_run(str(tmp_path), replace(begun, config={**config, "weight_decay": -1.0}))
+    assert "training run" in run("info", tmp_path).output
+    usual, found = document("info", session / "run"), document("info", tmp_path)
+    assert found["threads"] is None
+    assert [found[name] for name in ("loss", "batch_size", "images")] == [
+        usual[name] for name in ("loss", "batch_size", "images")
+    ]
+
+
 def test_what_a_mistyped_path_was_probably_meant_to_be(session: Path) -> None:
     for path, remedy in (
         (session / "imags.zarr", f"did you mean '{session}/images.zarr'"),
