@@ -59,7 +59,7 @@ def probe_search(
 
 
 def _search(clip: Clip, images: ImageSet, folder: Path, count: int) -> None:
-    train, test = _parts(images)
+    train, test = training_and_test_parts(images)
     heads_CD = TextEmbeddings(clip, str(folder)).of_classes(train.classnames, train.prompts())
     began = time.perf_counter()
     embedded = [compute_features(clip, part, str(folder / f"{part.split}.zarr")) for part in (train, test)]
@@ -97,7 +97,7 @@ def _search(clip: Clip, images: ImageSet, folder: Path, count: int) -> None:
     click.echo(f"{machine()}; {facts}; median of {count} epochs of the encoder")
 
 
-def _parts(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+def training_and_test_parts(images: ImageSet) -> tuple[ImageSet, ImageSet]:
     """Training and test images: of each class every fifth is a test image."""
     nth_N = np.zeros(len(images.samples), np.int64)
     for label in np.unique(images.class_labels):
