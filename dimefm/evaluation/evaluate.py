@@ -21,6 +21,7 @@ from dimefm.system.lock import writing
 from dimefm.system.named_paths import allowing
 from dimefm.system.notes import note
 from dimefm.system.output_names import require_name
+from dimefm.system.wording import counted
 
 
 @dataclass
@@ -51,7 +52,7 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
             return done
         if (Path(config.model) / RUN_FILE).exists():
             require_checkpoint(config.model, config.checkpoint)
-        note(f"{config.model}, {len(chosen):,} sets: loading the model ...")
+        note(f"{config.model}, {counted(len(chosen), 'set')}: loading the model ...")
         from dimefm.evaluation.evaluator import Evaluator  # imports torch, and what loads a model open_clip
         from dimefm.evaluation.open_model import open_model
 
