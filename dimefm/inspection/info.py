@@ -108,8 +108,7 @@ def _call(describes: str, *given: Any) -> Description:
 def _nothing(path: str) -> StoreError:
     """The error for a place where nothing can be described: what is there, and what was probably meant."""
     if not storage.exists(path):
-        remedy = _ELSE if storage.is_url(path) else did_you_mean_path(path, _ELSE)
-        return StoreError(f"{path} does not exist", remedy=remedy)
+        return StoreError(f"{path} does not exist", remedy=did_you_mean_path(path, _ELSE))
     names = storage.listing(path)
     if not names:
         return _no_folder(path)

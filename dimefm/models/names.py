@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cache_schemas.run import CONFIG_FILE, RUN_FILE
 from dimefm.errors import TeacherError, TrainingError
-from dimefm.system.near_names import did_you_mean, near_names
+from dimefm.system.near_names import did_you_mean, did_you_mean_path
 
 FOLDER, HUB = "local-dir:", "hf-hub:"
 CONFIGURED = (FOLDER, HUB)
@@ -131,7 +131,7 @@ def _package(name: str) -> Path:
 
 def _require_config(folder: str) -> None:
     if not Path(folder).is_dir():
-        remedy = _near_path(folder, FOLDER) or "check the path"
+        remedy = did_you_mean_path(folder, "check the path", FOLDER)
         raise TeacherError(f"cannot load {FOLDER}{folder}: there is no such folder", remedy=remedy)
     if not Path(folder, CONFIG_FILE).is_file():
         raise TeacherError(f"cannot load {FOLDER}{folder}: it has no {CONFIG_FILE}", remedy=_instead_of(folder))
@@ -142,7 +142,7 @@ def _require_weights(name: str, pretrained: str | None) -> None:
         raise TeacherError(f"no weights named for {name}", remedy=unknown_tag(name, "", "give --pretrained with"))
     if pretrained.lower().replace("-", "_") not in tags(name) and not Path(pretrained).is_file():
         what = f"cannot load {name}: {pretrained} is neither a file nor a tag of its weights"
-        near = _near_path(pretrained) if pretrained.endswith(_WEIGHTS) else ""
+        near = did_you_mean_path(pretrained) if pretrained.endswith(_WEIGHTS) else ""
         raise TeacherError(what, remedy=near or unknown_tag(name, pretrained))
 
 
@@ -157,17 +157,7 @@ def _meant(name: str, folder: str) -> str:
     """A remedy for a name that no architecture has: a near one, a folder, a repository of the Hub."""
     if name.startswith("hf_hub:"):
         return f"name it {HUB}{name.partition(':')[2]}"
-    near = did_you_mean(name, architectures()) or _near_path(name, folder)
+    near = did_you_mean(name, architectures()) or did_you_mean_path(name, begin=folder)
     if not near and name.count("/") == 1 and not Path(name).parent.exists():
         return f"if it is a repository of the Hub, name it {HUB}{name}"
     return near or f"check the name or the path; {_ALL}"
-
-
-def _near_path(path: str, begin: str = "") -> str:
-    """The question whether a path is meant that lies beside this one and has nearly its name, "" where none has."""
-    parent = Path(path).parent
-    try:
-        near = near_names(Path(path).name, sorted(one.name for one in parent.iterdir()))
-    except OSError:
-        return ""
-    return f"did you mean {begin + str(parent / near[0])!r}?" if near else ""

@@ -35,7 +35,7 @@ from dimefm.system.lock import writing
 from dimefm.system.notes import note
 from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
-from dimefm.system.stopping import GOES_ON, holding
+from dimefm.system.stopping import BEGINS_AGAIN, GOES_ON, holding
 from dimefm.system.wording import counted
 
 if TYPE_CHECKING:
@@ -140,7 +140,8 @@ def _pending(pairs: Pairs, images: Store) -> set[int]:
 
 def _kept(pairs: Pairs, images: Store) -> str:
     shards = pairs.schema.shards
-    return f"{shards - len(_pending(pairs, images))} of {shards} shards are kept in {pairs.path}; {GOES_ON}"
+    done = shards - len(_pending(pairs, images))
+    return f"{done} of {shards} shards are kept in {pairs.path}; {GOES_ON}" if done else BEGINS_AGAIN
 
 
 def _open_or_create(out: str, schema: PairsStore) -> Pairs:

@@ -113,7 +113,7 @@ def _open_store(path: str) -> Store:
     if not storage.exists(storage.join(path, "zarr.json")):
         what = f"{path} is neither a dimefm store nor an index"
         remedy = "give the --out of cache-images, cache-texts or build-index"
-        raise StoreError(what, remedy=remedy if storage.is_url(path) else did_you_mean_path(path, remedy))
+        raise StoreError(what, remedy=did_you_mean_path(path, remedy))
     return Store(path)
 
 

@@ -25,7 +25,7 @@ from cache_schemas.text_selection import (
     TextSelection,
 )
 from dimefm.errors import MismatchError, SelectionError
-from dimefm.selection.choose_texts import REASON_TEXTS, Outcome, choose_texts, in_words
+from dimefm.selection.choose_texts import REASON_TEXTS, ChosenTexts, Outcome, choose_texts, in_words
 from dimefm.selection.report import examples, histogram, markdown_report, write_kept
 from dimefm.store.embedding_store import Store, require_same_data, require_same_teacher
 from dimefm.store.output_folder import OWN_AND_NEW, differing, in_lines, require_only, require_same
@@ -185,16 +185,12 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
             score_T = _scores_by_similarity(config, plan, images, texts, device)
             usable_T = ~np.isnan(score_T)
         chosen = choose_texts(plan.settings, texts, usable_T, hits_T, score_T, rows=rows, device=device)
-        counts = np.bincount(chosen.outcome_T, minlength=len(Outcome)).tolist()
-        dropped = {text: counts[outcome] for outcome, text in REASON_TEXTS.items() if counts[outcome]}
-        if not counts[Outcome.KEPT]:
-            why = in_lines(f"{n:,}: {in_words(reason, plan.settings, chosen.cap)}" for reason, n in dropped.items())
-            raise SelectionError(f"no sentence is left:{why}", remedy="loosen these conditions")
+        kept, dropped = _counts(chosen, plan)
         sources, digest = write_kept(out, texts, chosen.outcome_T, hits_T, score_T)
         selection = TextSelection(
             plan=plan,
             rows=texts.schema.rows,
-            kept=counts[Outcome.KEPT],
+            kept=kept,
             dropped=dropped,
             clusters=chosen.clusters,
             cap=chosen.cap,
@@ -208,6 +204,16 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
             require_held(out)
             storage.write_json(storage.join(out, SELECTION_FILE), selection.to_json())
     return selection
+
+
+def _counts(chosen: ChosenTexts, plan: SelectionPlan) -> tuple[int, dict[str, int]]:
+    """How many sentences are kept, and how many are not for each reason. Raises SelectionError if none is kept."""
+    counts = np.bincount(chosen.outcome_T, minlength=len(Outcome)).tolist()
+    dropped = {text: counts[outcome] for outcome, text in REASON_TEXTS.items() if counts[outcome]}
+    if not counts[Outcome.KEPT]:
+        why = in_lines(f"{n:,}: {in_words(reason, plan.settings, chosen.cap)}" for reason, n in dropped.items())
+        raise SelectionError(f"no sentence is left:{why}", remedy="loosen these conditions")
+    return counts[Outcome.KEPT], dropped
 
 
 def _require_stores(pairs: Pairs, images: Store | None, texts: Store) -> None:

@@ -28,8 +28,11 @@ class PromptSet:
 
     def files(self) -> list[SourceFile]:
         """classnames.txt, or the class folders, and templates.txt if there is one."""
-        root, template_file = self._root, template_file_in(self._root)
-        classes = [storage.join(root, CLASSNAMES)] if has_classnames(root) else [*folders_of_classes(root).values()]
+        root, listed = self._root, listed_in(self._root)
+        template_file = template_file_in(root, listed)
+        classes = [storage.join(root, CLASSNAMES)] if CLASSNAMES in listed else [*folders_of_classes(root).values()]
+        if not classes:
+            raise no_classes(root)
         try:
             return stat_files([*classes, *([storage.join(root, template_file)] if template_file else [])])
         except AbsentError as error:  # deleted since
@@ -49,30 +52,40 @@ class PromptSet:
 def class_texts(root: str) -> tuple[list[str], list[str], list[str]]:
     """The class names and the templates of a labelled set, and a line for each of the two that is not in a file of its
     own and was made up. Raises SourceError for a set that has neither class names nor class folders."""
-    notes = []
-    if has_classnames(root):
+    notes, listed = [], listed_in(root)
+    if CLASSNAMES in listed:
         names = read_classnames(root)
     else:
         folders = [*folders_of_classes(root)]
         if not folders:
-            raise SourceError(f"{storage.join(root, CLASSNAMES)} does not exist", remedy=NEEDED)
+            raise no_classes(root)
         names = names_of_folders(root, folders)
         such_as = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         notes.append(f"no {CLASSNAMES}: class names are those of the folders, with spaces for _ and - ({such_as})")
-    if template_file := template_file_in(root):
+    if template_file := template_file_in(root, listed):
         return names, read_templates(root, template_file), notes
     return names, [DEFAULT_TEMPLATE], [*notes, f'no {TEMPLATES}: the only prompt is "{DEFAULT_TEMPLATE}"']
 
 
+def listed_in(root: str) -> frozenset[str]:
+    """What is in the folder of a labelled set, by one look: a mount that goes away between two would look like a set
+    without templates."""
+    return frozenset(storage.listing(root))
+
+
+def no_classes(root: str) -> SourceError:
+    """The error for a set with neither class names nor class folders."""
+    return SourceError(f"{storage.join(root, CLASSNAMES)} does not exist", remedy=NEEDED)
+
+
 def has_classnames(root: str) -> bool:
     """Whether a labelled set lists its class names."""
-    return storage.exists(storage.join(root, CLASSNAMES))
+    return CLASSNAMES in listed_in(root)
 
 
-def template_file_in(root: str) -> str | None:
+def template_file_in(root: str, listed: frozenset[str]) -> str | None:
     """The name of the file that has the templates of a labelled set, its own or CLIP_benchmark's; None without one."""
-    names = (TEMPLATES, CLIP_BENCHMARK_TEMPLATES)
-    return next((name for name in names if storage.exists(storage.join(root, name))), None)
+    return next((name for name in (TEMPLATES, CLIP_BENCHMARK_TEMPLATES) if name in listed), None)
 
 
 def prompt(template: str, class_name: str) -> str:

@@ -34,8 +34,8 @@ def open_group(path: str) -> zarr.Group:
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # raised by zarr for a damaged one
         raise StoreError(f"{path}/zarr.json is damaged: {error}", remedy="write the store again") from None
     if not storage.exists(path):
-        near = "check the path" if storage.is_url(path) else did_you_mean_path(path, "check the path")
-        raise StoreError(f"{path} is not a dimefm store: it does not exist", remedy=near)
+        remedy = did_you_mean_path(path, "check the path")
+        raise StoreError(f"{path} is not a dimefm store: it does not exist", remedy=remedy)
     remedy = "name a store; if this one is unfinished, run the command that makes it again"
     raise StoreError(f"{path} is not a dimefm store", remedy=remedy)
 

@@ -30,12 +30,13 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
     return f"did you mean {', '.join(first)} or {last}?" if first else f"did you mean {last}?"
 
 
-def did_you_mean_path(path: str, otherwise: str = "") -> str:
+def did_you_mean_path(path: str, otherwise: str = "", begin: str = "") -> str:
     """A remedy for a local path that leads nowhere: `did you mean 'sets/pets'?`, with what has a name like the first
-    part of the path that does not exist, if the rest of the path exists there; else `otherwise`."""
+    part of the path that does not exist, if the rest of the path exists there; else `otherwise`, as for a URL. `begin`
+    is put before the paths."""
     parts = Path(path).parts
     wrong = next((i for i in range(len(parts)) if not Path(*parts[: i + 1]).exists()), None)
-    if wrong is None:
+    if wrong is None or "://" in path:
         return otherwise
     parent, rest = Path(*parts[:wrong]), parts[wrong + 1 :]
     try:
@@ -43,7 +44,7 @@ def did_you_mean_path(path: str, otherwise: str = "") -> str:
     except OSError:
         return otherwise
     near = [parent.joinpath(name, *rest) for name in near_names(parts[wrong], beside)]
-    return did_you_mean(path, [str(one) for one in near if one.exists()], otherwise)
+    return did_you_mean(f"{begin}{path}", [f"{begin}{one}" for one in near if one.exists()], otherwise)
 
 
 def _plain(name: str) -> str:

@@ -20,8 +20,8 @@ _FILES = frozenset(
 
 def require_name(out: str, what: str, usual: str = "") -> None:
     """Raises OutputExistsError where a file is at `out`, and DimefmError for a new output whose name ends as that of
-    another kind does: before any work. `what` is what
-    is written, such as "an index", and `usual` how its name usually ends. Any other ending is fine, and so is none."""
+    another kind does. `what` is what is written, such as "an index", and `usual` how its name usually ends. Any other
+    ending is fine, and so is none."""
     if not storage.is_url(out) and Path(storage.absolute(out)).is_file():
         raise OutputExistsError(f"{out} exists and is a file", remedy="give another --out")
     suffix = PurePosixPath(out.rstrip("/")).suffix.lower()

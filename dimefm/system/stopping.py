@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 GOES_ON = "the same command goes on"
+BEGINS_AGAIN = "nothing was finished; the same command begins again"
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AGAIN = b"\0"  # what the main thread writes to the watcher
@@ -91,7 +92,7 @@ def kept_in(out: str) -> str:
     names = os.listdir(out) if os.path.isdir(out) else []  # noqa: PTH112, PTH208
     if "://" in out or os.path.isfile(out) or any(not name.startswith(".") for name in names):  # noqa: PTH113
         return f"what was finished is kept in {out}; {GOES_ON}"
-    return "nothing was finished; the same command begins again"
+    return BEGINS_AGAIN
 
 
 def ask_for_the_first(asks: bool) -> None:

@@ -54,6 +54,8 @@ def _decide(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -
     device, here = str(place.device), describe(str(place.device))
     precision = _decide_precision(config, None if "precision" in allow_changes else before, device, notes)
     threads = _decide_threads(config, None if "threads" in allow_changes else before, device, notes)
+    if config.workers and config.workers > (cores := max(1, cpus() // processes_here())):
+        notes.append(f"--workers {config.workers:,}: more processes that read images than cores here ({cores})")
     if run and run.machine and run.machine != here:
         notes.append(
             f"this run began on {run.machine} and continues on {here}, which rounds in another way: "

@@ -25,7 +25,7 @@ from dimefm.errors import DimefmError, MismatchError, StoreError, TeacherError
 from dimefm.models.clip import Clip, load_clip, teacher_precision
 from dimefm.store.embedding_store import Store
 from dimefm.system.transfer import Arriving
-from pipeline import cache as cache_module
+from pipeline import cache_job
 from pipeline.cache import CacheConfig, cache
 from tests.conftest import cached
 from tests.making import make_jpeg, write_tar
@@ -223,7 +223,7 @@ def test_a_store_that_is_gone_on_with_on_another_kind_of_device_keeps_its_batche
     config = CacheConfig(**words, out=str(tmp_path / "s.zarr"), shard_rows=32)
     began = cache(config)
     (tmp_path / "s.zarr" / "commits" / "000001.json").unlink()
-    monkeypatch.setitem(cache_module.BATCH_SIZE, "cpu", 512)
+    monkeypatch.setitem(cache_job.BATCH_SIZE, "cpu", 512)
     assert cache(config).schema == began.schema
 
 

@@ -175,11 +175,12 @@ def test_damaged_attributes_on_s3_are_refused(prepared: str, data: bytes) -> Non
         Store(prepared)
 
 
-@pytest.mark.parametrize("words", [["info"], ["verify"]])
+@pytest.mark.parametrize("words", [["info", "does not exist"], ["verify", "is no"]])
 def test_commands_say_that_there_is_no_store_at_a_url(s3: str, words: list[str]) -> None:
-    result = CliRunner().invoke(cli, [*words, f"{s3}/none.zarr"])
+    command, what = words
+    result = CliRunner().invoke(cli, [command, f"{s3}/none.zarr"])
     assert result.exit_code == 1
-    assert result.output.startswith(f"Error: {s3}/none.zarr is ")
+    assert result.output.startswith(f"Error: {s3}/none.zarr {what}")
 
 
 def test_a_bucket_that_is_not_there_is_refused_in_one_message(tar: Path, s3: str, clip: Clip) -> None:

@@ -127,6 +127,13 @@ def test_a_command_that_writes(name: str, given: Given, gate: Gate) -> None:
         assert not Path(given.out).parent.exists()
 
 
+def test_pairs_of_which_no_shard_was_finished(given: Given, gate: Gate) -> None:
+    words = ["retrieve", given.images, "--texts", given.texts, "--out", given.out]
+    shown = stopped(words, gate, CTRL_C, at="os.rename */commits/000000.json")
+    assert shown.endswith(f"Stopped by Ctrl-C: {NOTHING}\n")
+    assert not Path(given.out).parent.exists()
+
+
 @pytest.mark.parametrize("everybody", [True, False], ids=["all", "alone"])
 @pytest.mark.parametrize("number", [CTRL_C, TERM])
 def test_a_cache_goes_on_to_the_same_bytes(

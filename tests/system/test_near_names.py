@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from dimefm.system.near_names import did_you_mean, did_you_mean_path, near_names
 
 KNOWN = ["ViT-B-32", "ViT-B-16", "ViT-L-14", "RN50", "RN101"]
@@ -31,6 +33,16 @@ def test_a_path_is_mended_at_the_part_that_is_wrong(tmp_path: Path) -> None:
     assert did_you_mean_path(f"{tmp_path}/evalations/studnet", "look there") == "look there"
     assert did_you_mean_path(f"{tmp_path}/evaluations", "look there") == "look there"
     assert did_you_mean_path(f"{tmp_path}/elephant", "look there") == "look there"
+    assert did_you_mean_path(f"{tmp_path}/evaluatons", begin="local-dir:") == (
+        f"did you mean 'local-dir:{tmp_path}/evaluations'?"
+    )
+
+
+def test_a_url_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "memory:" / "store").mkdir(parents=True)
+    assert did_you_mean_path("memry:/store", "look there") == "did you mean 'memory:/store'?"
+    assert did_you_mean_path("memry://store", "look there") == "look there"
 
 
 def test_a_part_of_a_name_finds_it() -> None:

@@ -19,8 +19,14 @@ from click.testing import CliRunner
 from dimefm.cli import cli
 from dimefm.system import stopping
 from dimefm.system.lock import writing
-from dimefm.system.stopping import holding, listen
+from dimefm.system.stopping import holding
 from tests.processes import FORKING, result_of
+
+
+def listen(output: Any = lambda: None) -> None:
+    """As a command in the foreground does: a shell starts others with Ctrl-C ignored, and so perhaps this test."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    stopping.listen(output)
 
 
 def _exit_code(function: Any, *arguments: Any) -> int | None:
@@ -91,7 +97,7 @@ def test_a_signal_does_not_leave_the_lock_of_logging_taken() -> None:
 
 def _ignored() -> bool:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and a shell in the background do
-    listen()
+    stopping.listen()
     return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 

@@ -15,6 +15,7 @@ from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.training import machine_settings
 from dimefm.training.batch_loader import explain_reader_death
+from dimefm.training.distributed import find_place
 from dimefm.training.machine_settings import choose_loaders
 from dimefm.training.run_folder import read_run
 from dimefm.training.train import train
@@ -58,6 +59,18 @@ def test_a_run_that_goes_on_elsewhere_keeps_what_it_began_with(
         train(replace(config, max_steps=6, precision="bf16"))
     with pytest.raises(MismatchError, match="threads: "):
         train(replace(config, max_steps=6, threads=torch.get_num_threads() + 1))
+
+
+def test_more_loader_processes_than_cores_are_named(
+    image_store: Store, text_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_settings, "cpus", lambda: 2)
+    config = tiny_config(image_store, text_store, tmp_path / "run")
+    place = find_place("cpu")
+    _, few = machine_settings.decide_settings(replace(config, workers=2), place, ())
+    _, many = machine_settings.decide_settings(replace(config, workers=3), place, ())
+    assert not [note for note in few if "--workers" in note]
+    assert "--workers 3: more processes that read images than cores here (2)" in many
 
 
 def test_a_run_from_before_threads_were_recorded_goes_on(image_store: Store, text_store: Store, tmp_path: Path) -> None:
