@@ -40,6 +40,7 @@ class _Group(Commands):
             shown = stopping.message(error, number)
             if stopping.speaks():
                 say(shown, err=True)
+            stopping.leave_no_trace()
             ctx.exit(128 + number)  # as a shell reports it
 
     def _invoke(self, ctx: click.Context) -> Any:

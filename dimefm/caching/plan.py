@@ -35,6 +35,7 @@ from dimefm.store.embedding_store import Store, create_store
 from dimefm.store.output_folder import is_planned
 from dimefm.store.parquet_tables import write_plan
 from dimefm.system import storage
+from dimefm.system.wording import counted
 
 _LEAST_SHARD, _MOST_SHARD, _CHUNK = 512, 65536, 1024
 _BYTES_PER_ROW = {"image": 16_000, "text": 40}  # a guess that only sets the order of magnitude of a shard
@@ -150,7 +151,7 @@ def count_rows(request: PlanRequest) -> int:
 def what_limit_left(schema: EmbeddingStore) -> str | None:
     """A line about what a plan's `limit` kept from being read, if it may have."""
     limit = schema.source.settings.get("limit")
-    return f"limit: {limit:,} rows; what follows them in the sources was not read" if limit == schema.rows else None
+    return f"limit: {counted(limit, 'row')}; what follows in the sources was not read" if limit == schema.rows else None
 
 
 def _schema(

@@ -20,6 +20,7 @@ from dimefm.commands.weights_options import weights_options
 from dimefm.models.names import require_model
 from dimefm.system.inert_text import say
 from dimefm.system.near_names import did_you_mean
+from dimefm.system.wording import counted
 
 _CONFIG, _TRAINED = ("dimefm.evaluation.config", "EvaluationConfig"), ("dimefm.models.trained", "Trained")
 _option = options_of(*_CONFIG)
@@ -222,4 +223,4 @@ def submission(folder: str, **options: Any) -> None:
 
     found = write_submission(folder, **options)
     lines = ["; ".join([name, *partial]) for name, partial in found.items()]
-    say("\n  ".join([f"{options['out']}: {len(found)} sets of 20", *lines]))
+    say("\n  ".join([f"{options['out']}: {counted(len(found), 'set')} of 20", *lines]))

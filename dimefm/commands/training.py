@@ -16,7 +16,7 @@ from dimefm.models.names import require_model, require_student
 from dimefm.system.inert_text import say
 from dimefm.system.near_names import did_you_mean
 from dimefm.system.notes import note
-from dimefm.system.wording import hanging
+from dimefm.system.wording import counted, hanging
 
 if TYPE_CHECKING:
     from dimefm.commands.train_config import Given
@@ -144,14 +144,14 @@ def train_student(
         _dry_run(given, changes, as_json)
         return
     if not int(os.environ.get("RANK", "0")):
-        note(f"{rows:,} images: loading torch and the student ...")
+        note(f"{counted(rows, 'image')}: loading torch and the student ...")
     from dimefm.training.train import train
 
     result = train(config, changes)
     if int(os.environ.get("RANK", "0")):
         return  # under torchrun the first process alone prints
     scores = "".join(f"\n  {name:<14} top-1 {score:.3f}" for name, score in result.validation.items())
-    say(f"{result.out}: {result.steps:,} steps done{scores}")
+    say(f"{result.out}: {counted(result.steps, 'step')} done{scores}")
 
 
 def _dry_run(given: Given, changes: tuple[str, ...], as_json: bool) -> None:

@@ -26,6 +26,7 @@ from dimefm.sources.account import Account, found_instead
 from dimefm.sources.base import ImageSample, file_key
 from dimefm.sources.prompts import prompt
 from dimefm.sources.read_image import read_image
+from dimefm.system.wording import counted
 
 if TYPE_CHECKING:  # the lists of sets are read without it
     import torch
@@ -106,7 +107,7 @@ class ImageSet:
             if not isinstance(image, DecodeError):
                 return
             reasons[str(image)] += 1
-        why = found_instead([f"{count:,} images: {reason}" for reason, count in reasons.most_common()])
+        why = found_instead([f"{counted(count, 'image')}: {reason}" for reason, count in reasons.most_common()])
         what = f"{self.where}: none of the {len(self.samples):,} images can be read{why}"
         raise SourceError(what, remedy="mend them, or name another set")
 

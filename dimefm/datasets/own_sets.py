@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dimefm.datasets.definitions import load_definitions
 from dimefm.datasets.folder_layout import read_folders
 from dimefm.datasets.image_set import ImageSet, Records, label_array, relabel
 from dimefm.datasets.layouts import Reader, name_lookup, read_first
@@ -19,7 +20,7 @@ from dimefm.errors import SourceError
 from dimefm.sources.account import describe_skipped, first_lines
 from dimefm.sources.prompts import CLASSNAMES, NEEDED, class_texts
 from dimefm.system import storage
-from dimefm.system.near_names import did_you_mean_path
+from dimefm.system.near_names import did_you_mean_path, near_names
 
 GENERAL_LAYOUTS: tuple[tuple[str, Reader], ...] = (("webdataset", read_webdataset), ("parquet", read_parquet))
 """The layouts that any set may have, in the order in which they are tried."""
@@ -67,7 +68,17 @@ def require_folder(path: str) -> None:
     """Raises SourceError for a local path that is no folder."""
     folder = storage.absolute(path)
     if not storage.is_url(folder) and not Path(folder).is_dir():
-        raise SourceError(f"{path} is no folder", remedy=did_you_mean_path(path, "check the path"))
+        raise SourceError(f"{path} is no folder", remedy=_meant(path))
+
+
+def _meant(path: str) -> str:
+    """A remedy for a folder that does not exist: the known set of that name, or else one beside it with a like name."""
+    known = load_definitions()
+    if path not in known and (near := did_you_mean_path(path)):
+        return near
+    names = near_names(path, known, 1)
+    of_known = [f"; or, of the known set: dimefm evaluate MODEL --sets {name} --data ROOT" for name in names]
+    return "give the folder that has its images" + "".join(of_known)
 
 
 def set_name(path: str) -> str:

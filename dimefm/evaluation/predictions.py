@@ -20,6 +20,7 @@ from dimefm.store.parquet_tables import write_table
 from dimefm.system import storage
 from dimefm.system.inert_text import markdown
 from dimefm.system.markdown_table import markdown_table
+from dimefm.system.wording import counted
 
 _SHOWN = 20  # rows of a table, and failures
 PREDICTIONS_SUFFIX, SUMMARY_SUFFIX = ".parquet", ".md"
@@ -85,7 +86,10 @@ def _summary(
     from dimefm.evaluation.metrics import confusion  # imports torch: predictions are read without it
 
     lines = [f"# {markdown(images.name)}: what is taken for what", ""]
-    lines += [f"{len(images.samples):,} images, {correct_N.mean():.1%} right, {len(failures)} could not be read.", ""]
+    lines += [
+        f"{counted(len(images.samples), 'image')}, {correct_N.mean():.1%} right, {len(failures)} could not be read.",
+        "",
+    ]
     lines += [f"- {markdown(failure.key)}: {markdown(failure.reason)}" for failure in failures[:_SHOWN]]
     if images.class_labels.ndim == 2:
         several = "An image may have several labels here: it counts as right if the class with the best score is one."

@@ -44,7 +44,7 @@ def _result_lines(results: list[dict[str, Any]], in_full: bool) -> list[str]:
 
 
 def describe_labelled_set(path: str) -> Description:
-    """A labelled set of the user's, with classnames.txt."""
+    """A labelled set of the user's."""
     found = {split: images for split in SPLITS if (images := find_folder(path, split)) is not None}
     first = next(iter(found.values()), None)
     facts: dict[str, Any] = {

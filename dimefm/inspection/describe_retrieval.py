@@ -112,7 +112,7 @@ def _examples(pairs: Pairs) -> list[dict[str, Any]]:
 def _pairs(facts: dict[str, Any]) -> Rows:
     found, sentences = facts["selected"], facts["text_rows"]
     rows = [
-        ("images", f"{facts['images']:,} of {facts['rows']:,}, the nearest {facts['top_k']} sentences each"),
+        ("images", f"{facts['images']:,} of {facts['rows']:,}, the nearest {counted(facts['top_k'], 'sentence')} each"),
         ("skipped", f"{counted(facts['skipped'], 'image')} without a usable embedding"),
         ("found", f"{found:,} of {sentences:,} sentences, {found / sentences:.1%}, by at least one image"),
         ("mean score", f"{facts['mean_score']:.4f}, a cosine"),

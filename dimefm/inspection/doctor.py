@@ -17,6 +17,7 @@ from typing import Literal
 from dimefm.system import machine
 from dimefm.system.notes import note
 from dimefm.system.progress import amount
+from dimefm.system.wording import counted
 
 _NEEDED = {"torch": "torch", "torchvision": "torchvision", "open_clip": "open_clip_torch", "timm": "timm",
            "zarr": "zarr", "pyarrow": "pyarrow"}  # fmt: skip
@@ -217,7 +218,7 @@ def _defaults() -> list[tuple[str, str]]:
     )
     return [
         ("device", device),
-        ("teacher", f"{teacher_precision(device)}; at most {machine.cpus()} workers on CPUs, one a GPU"),
+        ("teacher", f"{teacher_precision(device)}; at most {counted(machine.cpus(), 'worker')} on CPUs, one a GPU"),
         ("student", f"{machine.choose_precision(device)}, {choose_threads()} torch threads"),
         ("readers", f"loader processes of train-student by recipe: {readers}"),
         ("open files", f"{machine.open_files():,}, of which half may be maps of shards"),

@@ -6,6 +6,7 @@ What describes a kind of thing is imported where one is found: a run needs other
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -13,11 +14,11 @@ from typing import Any, cast
 
 from cache_schemas import EmbeddingStore, PairsStore
 from cache_schemas.embedding_store import ATTRIBUTES_KEY
-from cache_schemas.evaluation import RESULTS_FILE
+from cache_schemas.evaluation import RESULTS_FILE, SPLITS
 from cache_schemas.index import BUILD, SIDECAR_FILE
 from cache_schemas.run import CONFIG_FILE, RUN_FILE
 from cache_schemas.text_selection import PLAN_FILE
-from dimefm.errors import StoreError
+from dimefm.errors import SourceError, StoreError
 from dimefm.inspection.description import Description
 from dimefm.sources.prompts import CLASSNAMES
 from dimefm.system import storage
@@ -49,7 +50,7 @@ def describe(path: str) -> str:
 
 def examine(path: str) -> Description:
     """What dimefm wrote at `path`, or a labelled set. Raises StoreError where there is neither."""
-    found = _description_of(path)
+    found = _description_of(path) or _class_folders(path)
     if found is None:
         raise _nothing(path)
     return found()
@@ -69,15 +70,28 @@ def _description_of(path: str) -> Callable[[], Description] | None:
         if name in names:
             return partial(_call, describes, path)
     if "zarr.json" in names:
-        document = storage.read_json(storage.join(path, "zarr.json")).get("attributes", {}).get(ATTRIBUTES_KEY)
-        schema = document.get("schema") if isinstance(document, dict) else None
-        return partial(_call, _BY_SCHEMA[schema], path) if schema in _BY_SCHEMA else None
+        schema: Any = storage.read_json(storage.join(path, "zarr.json"))
+        for key in ("attributes", ATTRIBUTES_KEY, "schema"):
+            schema = schema.get(key) if isinstance(schema, dict) else None
+        return partial(_call, _BY_SCHEMA[schema], path) if str(schema) in _BY_SCHEMA else None
     if BUILD in names and (steps := [n for n in storage.listing(storage.join(path, BUILD)) if n.endswith(".json")]):
         return partial(_call, "describe_retrieval.describe_unfinished_index", path, len(steps))
     if "metadata" in names and {"img_emb", "text_emb"} & set(names):
         return partial(_call, "describe_evaluation.describe_embeddings", path)
     folders = [path] if RESULTS_FILE in names else _with_results(path, names)
     return partial(_call, "describe_evaluation.describe_evaluations", path, folders) if folders else None
+
+
+def _class_folders(path: str) -> Callable[[], Description] | None:
+    """What describes a labelled set without classnames.txt: folders of images, one for each class."""
+    if storage.is_url(path) or not Path(path).is_dir():
+        return None
+    from dimefm.datasets.own_sets import find_folder
+
+    with suppress(SourceError):
+        if any(find_folder(path, split) for split in SPLITS):
+            return partial(_call, _BY_FILE[CLASSNAMES], path)
+    return None
 
 
 def _with_results(path: str, names: list[str]) -> list[str]:

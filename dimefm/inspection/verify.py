@@ -11,7 +11,7 @@ import json
 import math
 from array import array
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from cache_schemas.embedding_store import (
 from cache_schemas.plan import FILES_TABLE
 from dimefm.caching.repeats import as_array, repeats
 from dimefm.errors import DimefmError, MismatchError, StoreError, UnreadableError
+from dimefm.inspection.info import examine
 from dimefm.store.commit import remove_commit
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import failures_by_status
@@ -127,7 +128,7 @@ class Verification:
 def verify(config: VerifyConfig) -> Verification:
     """Read and check a whole store. Raises StoreError or SchemaError where it cannot even be opened; UnreadableError
     where its storage does not answer: then nothing is known about its data, and no shard is marked."""
-    store = Store(config.store)
+    store = _open(config.store)
     with writing(store.path) if config.repair else nullcontext():
         try:
             report = _check(store)
@@ -142,6 +143,20 @@ def verify(config: VerifyConfig) -> Verification:
                 remove_commit(store.path, shard)
             report.repaired = True
     return report
+
+
+def _open(path: str) -> Store:
+    """Open the store. Raises StoreError where something else lies there, and says what."""
+    try:
+        return Store(path)
+    except (SchemaError, StoreError):
+        found = None
+        with suppress(DimefmError, OSError, SchemaError):
+            found = examine(path)
+        if found is None or found.facts["artefact"] == "store":
+            raise
+        what = f"{found.title}; verify checks stores of embeddings alone"
+        raise StoreError(what, remedy=f"dimefm info {path} describes it") from None
 
 
 def _check(store: Store) -> Verification:

@@ -36,6 +36,7 @@ from dimefm.system.notes import note
 from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
 from dimefm.system.stopping import BEGINS_AGAIN, GOES_ON, holding
+from dimefm.system.wording import counted
 
 if TYPE_CHECKING:
     from dimefm.retrieval.exact_search import Search
@@ -59,7 +60,10 @@ def retrieve(
     require_same_teacher(image_store, text_store)
     require_search(text_store, index)
     _require_ours(storage.absolute(out))
-    note(f"{image_store.schema.rows:,} images, {text_store.schema.rows:,} sentences: opening the search ...")
+    note(
+        f"{counted(image_store.schema.rows, 'image')}, {counted(text_store.schema.rows, 'sentence')}: "
+        "opening the search ..."
+    )
     search, name, digest = open_search(text_store, index, device)
     with Progress("retrieving", image_store.schema.rows, "image") as progress:
         found = write_pairs(

@@ -22,7 +22,7 @@ from dimefm.system import storage
 from dimefm.system.inert_text import line
 from dimefm.system.near_names import did_you_mean_path
 from dimefm.system.notes import note
-from dimefm.system.wording import hanging
+from dimefm.system.wording import counted, hanging
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def search(
     # Mistakes that are found cheaply are found before torch is imported and the teacher is loaded.
     require_search(store, index)
     encoded = [_read_image(image) for image in images]
-    note(f"{store.schema.rows:,} rows: loading the teacher ...")
+    note(f"{counted(store.schema.rows, 'row')}: loading the teacher ...")
     import torch
 
     pixels = [_decoded(store, *both) for both in zip(images, encoded, strict=True)]

@@ -121,6 +121,13 @@ def message(error: BaseException, number: signal.Signals) -> str:
     return _message(number, next(iter(getattr(error, "__notes__", [])), None))
 
 
+def leave_no_trace() -> None:
+    """Let the exit code of a stopped command be its own. `python -m` remembers a KeyboardInterrupt that leaves code
+    made from a string, such as a dataclass's, even if it was caught further up, and then ends by SIGINT, whatever the
+    signal was. It forgets it when other code from a string runs."""
+    exec("")
+
+
 def _message(number: signal.Signals, kept: str | None = None) -> str:
     kept = kept or (kept_in(_state.out) if _state.out else None)
     below = "\n" if os.isatty(2) else ""  # a terminal shows ^C where the last line ends

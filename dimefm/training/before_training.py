@@ -7,6 +7,7 @@ from pathlib import Path
 from cache_schemas.run import RUN_FILE
 from dimefm.errors import TrainingError
 from dimefm.system.near_names import did_you_mean
+from dimefm.system.wording import counted
 from dimefm.training.config import NEVER_DIFFER, TextMix, TrainConfig
 
 _FIELDS = "dimefm train-student --fields lists all"
@@ -75,14 +76,15 @@ def notes_on_length(config: TrainConfig, steps: int, steps_per_epoch: int) -> li
     if warmup >= steps:
         reached = config.warmup_lr + (config.lr - config.warmup_lr) * (steps - 1) / warmup
         notes.append(
-            f"the run ends within its warm-up, which takes {warmup:,} steps (warmup_epochs={config.warmup_epochs:g}): "
-            f"after {steps:,} steps the learning rate is {reached:.2g}, not {config.lr:g}: give a shorter one, such as "
-            f"--set warmup_epochs={steps / steps_per_epoch / 20:.2g}, or a longer run"
+            f"the run ends within its warm-up, which takes {counted(warmup, 'step')} "
+            f"(warmup_epochs={config.warmup_epochs:g}): after {counted(steps, 'step')} the learning rate is "
+            f"{reached:.2g}, not {config.lr:g}: give a shorter one, such as --set "
+            f"warmup_epochs={steps / steps_per_epoch / 20:.2g}, or a longer run"
         )
     every = config.validation_steps(steps_per_epoch)
     if config.val and every > steps:
         notes.append(
-            f"the student is validated once, at the end: a validation is due every {every:,} steps "
+            f"the student is validated once, at the end: a validation is due every {counted(every, 'step')} "
             f"(--val-every {config.val_every:g}), and the run has {steps:,}"
         )
     return notes

@@ -315,4 +315,13 @@ class TrainConfig:
         mine, theirs = self.to_json(), other.to_json()
         unknown = {"threads"} if self.threads is None else set()  # a run from before they were recorded
         names = [name for name in mine if name not in {*MAY_DIFFER, *unknown} and mine[name] != theirs[name]]
-        return {name: f"{mine[name]} != {theirs[name]}" for name in names}
+        return {name: " != ".join(_what_differs(mine[name], theirs[name])) for name in names}
+
+
+def _what_differs(mine: Any, theirs: Any) -> tuple[str, str]:
+    """Two values of a field in words; of a loss, or the mix, its parts that differ: `vl=0.7,pvl=0.3`."""
+    if not (isinstance(mine, dict) and isinstance(theirs, dict)):
+        return str(mine), str(theirs)
+    names = [name for name in mine if mine[name] != theirs[name]]
+    first, second = (",".join(f"{name}={values[name]}" for name in names) for values in (mine, theirs))
+    return first, second

@@ -32,6 +32,7 @@ from dimefm.training.optimizer import adamw
 from dimefm.training.run_folder import plan_run
 from dimefm.training.text_bank import bytes_of_texts, place_of
 from dimefm.training.tower_trainer import TowerTrainer
+from dimefm.training.validation import open_validation
 
 _FIRST_IMAGES, _GROWTH = 4, 4
 _ENOUGH = 3.0  # seconds of a measured step, beyond which no larger one is tried
@@ -94,6 +95,7 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
     one_pass = replace(config, compile=False, accumulate=1, batch_size=config.batch_size // config.accumulate)
     with torch_threads(config.threads):
         towers = build_towers(one_pass, document, plan.inputs, place, resumed=True)
+        validation = open_validation(config, document, plan.inputs, place, towers["image"].dtype)
         parameters = sum(p.numel() for tower in towers.values() for p in tower.module.parameters())
         try:
             measured, seconds, why = *_measure(config, plan, place, towers, size, document.text_student), None
@@ -108,7 +110,10 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
         parameters=parameters, training_state=(_STATE + (config.ema is not None)) * 4 * parameters,
         text_bank=bank, text_bank_in=kept_in, loaders=loaders, shared_memory=loaders * (ahead + 1) * batch,
         seconds_per_step=seconds, measured_images=measured, why_unknown=why,
-        notes=notes + notes_on_inputs(config) + notes_on_length(config, plan.steps, plan.steps_per_epoch),
+        notes=[
+            *notes, *notes_on_inputs(config), *notes_on_length(config, plan.steps, plan.steps_per_epoch),
+            *(validation.take_notes() if validation else ()),
+        ],
     )  # fmt: skip
 
 

@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dimefm.errors import StoppedError, TrainingError
-from dimefm.models.towers import notes_on_preparation, tokenizer_of
-from dimefm.store.embedding_store import Store
+from dimefm.models.towers import notes_on_preparation
 from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.machine import describe
@@ -51,7 +50,7 @@ from dimefm.training.run_log import RunLog
 from dimefm.training.stop_signal import StopSignal
 from dimefm.training.text_batches import TextBatch
 from dimefm.training.tower_trainer import Learned, TowerTrainer
-from dimefm.training.validation import Validation
+from dimefm.training.validation import open_validation
 
 _SECONDS_BETWEEN_CHECKPOINTS = 600.0
 
@@ -129,7 +128,7 @@ class _Trainer:
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.precision == "fp16")
         self.one = torch.ones((), device=place.device)
         self.transfer = Transfer(place.device)
-        self.validation = self._validation() if config.val else None
+        self.validation = open_validation(config, self.document, self.inputs, self.place, self.image.dtype)
 
     def run(self, notes: list[str]) -> Result:
         """Go on from the last checkpoint, if any, to the last step. `notes` are shown first."""
@@ -289,13 +288,6 @@ class _Trainer:
     def _stopped(self, number: int, when: str) -> StoppedError:
         what = f"{self.config.out} was stopped by {signal.Signals(number).name} {when}"
         return StoppedError(what, signal=number, remedy="the same command goes on from there")
-
-    def _validation(self) -> Validation:
-        config, shared = self.config, (self.spec, self.place, self.image.dtype)
-        if self.text_spec:
-            return Validation(config.val, None, *shared, tokenizer_of(self.text_spec))
-        texts = Store(config.val_texts) if config.val_texts else self.inputs.texts
-        return Validation(config.val, texts, *shared)
 
     def _validate_and_log(self, done: int, log: RunLog) -> dict[str, float]:
         assert self.validation

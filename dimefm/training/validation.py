@@ -19,15 +19,18 @@ import torch
 from torch.nn import functional as F
 
 from cache_schemas import Status, StudentSpec
+from cache_schemas.run import Run
 from dimefm.datasets.image_set import ImageSet
 from dimefm.datasets.own_sets import open_folders
 from dimefm.errors import MismatchError, SourceError
 from dimefm.images.preprocess import Preprocess, normalise
-from dimefm.models.towers import student_preprocessing
+from dimefm.models.towers import student_preprocessing, tokenizer_of
 from dimefm.store.embedding_store import Store
 from dimefm.system.machine import cpus, processes_here
 from dimefm.system.wording import counted
+from dimefm.training.config import TrainConfig
 from dimefm.training.distributed import Place, add_up, from_first, same_buffers
+from dimefm.training.run_folder import Inputs
 
 _FEW = 100  # images, of which one is a point of accuracy or more
 
@@ -166,6 +169,18 @@ def count_correct(
         for i, answer in enumerate(answers):
             counts[i] += int((answer(pixels_B3HW).cpu() == labels_N[places_B]).sum())
     return counts, readable
+
+
+def open_validation(
+    config: TrainConfig, run: Run, inputs: Inputs, place: Place, dtype: torch.dtype
+) -> Validation | None:
+    """The validation of a run, if its config names a set. Raises as `Validation` does."""
+    if not config.val:
+        return None
+    if run.text_student:
+        return Validation(config.val, None, run.student, place, dtype, tokenizer_of(run.text_student))
+    texts = Store(config.val_texts) if config.val_texts else inputs.texts
+    return Validation(config.val, texts, run.student, place, dtype)
 
 
 def _look_up(wanted: set[str], store: Store) -> dict[str, torch.Tensor]:

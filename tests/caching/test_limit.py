@@ -117,7 +117,7 @@ def test_the_command_says_what_it_left_and_info_shows_the_limit(
     words = ["cache-images", image_tar, "--teacher", teacher_name, "--device", "cpu", "--limit", 5]
     result = run(*words, "--out", tmp_path / "s.zarr")
     assert result.exit_code == 0, result.output
-    left = "5 rows; what follows them in the sources was not read"
+    left = "5 rows; what follows in the sources was not read"
     assert f"limit: {left}\n" in result.stderr
     assert "OK 5" in result.stdout
     assert "  limit " in result.stdout

@@ -62,6 +62,8 @@ MISTAKES = [
     ("convert-checkpoint nothing.pt --out x --teacher local-dir:student", 1, "nothing.pt does not exist", "remedy"),
     ("export-embeddings text.zarr --out x", 1, "is not a dimefm store", "texts.zarr'"),
     ("evaluate student evl", 1, "evl is no folder", "did you mean 'eval'?"),
+    ("evaluate student cifar10", 1, "cifar10 is no folder", "dimefm evaluate MODEL --sets cifar10 --data ROOT"),
+    ("verify pairs.zarr", 1, "verify checks stores of embeddings alone", "dimefm info pairs.zarr describes it"),
     # sets, and settings of training
     ("sets cifar1", 1, "no set is called 'cifar1'", "did you mean 'cifar10' or 'cifar100'?"),
     ("submission evaluations/student --out x.zip", 1, "evaluations/student", "remedy"),

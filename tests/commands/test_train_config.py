@@ -20,6 +20,7 @@ from dimefm.commands.train_config import Given, config_of
 from dimefm.training.config import LossConfig, TextMix
 from dimefm.training.dry_run import Foresight
 from dimefm.training.recipes import RECIPES
+from tests.making import make_jpeg
 
 PATHS = {"images": "i", "texts": "t", "out": "o"}
 
@@ -213,6 +214,16 @@ def test_a_dry_run_ends_as_the_run_would_where_that_cannot_begin(tmp_path: Path,
     assert done.exit_code == 1
     assert re.search(r"batch_size +--batch-size +1000\n", done.stdout)
     assert "a batch of 1,000 images is more than the 96 with an embedding" in done.stderr
+
+
+def test_a_dry_run_misses_the_prompts_of_a_validation_as_the_run_would(tmp_path: Path, tiny_run: list[str]) -> None:
+    for name in ("aardvarks", "zebras"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "one.jpg").write_bytes(make_jpeg())
+    words = [*tiny_run, "--out", str(tmp_path / "run"), "--device", "cpu", "--val", str(tmp_path / "set")]
+    refusals = [CliRunner().invoke(cli, [*words, *more]) for more in (["--dry-run"], [])]
+    assert [done.exit_code for done in refusals] == [1, 1]
+    assert all("lacks 2 of 2 prompts of the --val sets" in done.stderr for done in refusals)
 
 
 def test_json_needs_a_dry_run() -> None:

@@ -25,6 +25,7 @@ from dimefm.selection.select_texts import SelectionConfig, select_texts
 from dimefm.store.embedding_store import Store
 from dimefm.training.run_folder import read_run, write_run
 from dimefm.training.train import train
+from tests.making import make_jpeg
 from tests.tiny_training import tiny_config
 
 
@@ -135,6 +136,21 @@ def test_a_run_with_a_setting_that_is_refused_now_is_described(session: Path, tm
     assert [found[name] for name in ("loss", "batch_size", "images")] == [
         usual[name] for name in ("loss", "batch_size", "images")
     ]
+
+
+@pytest.mark.parametrize("damaged", ["[]", "null", '{"attributes": []}', '{"attributes": {"dimefm": {"schema": []}}}'])
+def test_a_damaged_zarr_group_is_nothing_that_is_known(damaged: str, tmp_path: Path) -> None:
+    (tmp_path / "zarr.json").write_text(damaged)
+    with pytest.raises(StoreError, match="is nothing that dimefm wrote"):
+        examine(str(tmp_path))
+
+
+def test_class_folders_without_class_names(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "one.jpg").write_bytes(make_jpeg())
+    found = document("info", tmp_path)
+    assert (found["artefact"], found["classes"]) == ("labelled-set", ["cats", "dogs"])
 
 
 def test_what_a_mistyped_path_was_probably_meant_to_be(session: Path) -> None:

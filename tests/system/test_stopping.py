@@ -7,6 +7,8 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,23 @@ def _twice() -> None:
 
 def test_a_second_signal_ends_the_clean_up_with_the_code_of_the_first() -> None:
     assert _exit_code(_twice) == 128 + signal.SIGINT
+
+
+def test_a_stop_within_code_from_a_string_keeps_the_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "stopped.py").write_text(
+        "import os, signal, sys\n"
+        "from dimefm.system import stopping\n"
+        "stopping.listen()\n"
+        "try:\n"
+        "    with stopping.holding():\n"
+        "        exec('os.kill(os.getpid(), signal.SIGTERM); [None for _ in range(10**7)]')\n"
+        "except KeyboardInterrupt:\n"
+        "    stopping.leave_no_trace()\n"
+        "    sys.exit(143)\n"
+    )
+    path = os.pathsep.join([str(Path(stopping.__file__).parents[2]), str(tmp_path)])
+    command = [sys.executable, "-m", "stopped"]
+    assert subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode == 143
 
 
 def _nothing_held() -> None:

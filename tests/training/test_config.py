@@ -154,3 +154,13 @@ def test_a_field_that_cannot_change_is_told_from_one_that_does_not_exist() -> No
         require_changeable(("banana",))
     with pytest.raises(TrainingError, match="student, batch_size cannot change within a run"):
         require_changeable(("lr", "student", "batch_size"))
+
+
+def test_of_a_loss_only_the_parts_that_differ_are_named() -> None:
+    before, after = config(), config(loss=LossConfig(vl=1.0, pvl=0.0), lr=1.0)
+    assert before.differences(after) == {"loss": "vl=0.7,pvl=0.3 != vl=1.0,pvl=0.0", "lr": "0.0008 != 1.0"}
+    assert before.differences(before) == {}
+
+
+def test_one_step_is_a_step() -> None:
+    assert "after 1 step the learning rate is" in notes_on_length(config(), steps=1, steps_per_epoch=10)[0]
