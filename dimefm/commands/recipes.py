@@ -39,6 +39,15 @@ def recipes(name: str | None) -> None:
         say(f"{_wrapped(words[name])}\n\n{_fields(RECIPES[name]('', '', ''))}", nl=False)
 
 
+def training_fields() -> dict[str, str]:
+    """Every field of the training config, as --set takes it, with the line that says what it is."""
+    parts = {"loss": "LossConfig", "text_mix": "TextMix"}
+    fields = {name: field for name, field in fields_of(_CONFIG, "TrainConfig").items() if name not in parts}
+    for part, config in parts.items():
+        fields |= {f"{part}.{name}": field for name, field in fields_of(_CONFIG, config).items()}
+    return {name: field.words.replace("`", "") for name, field in fields.items()}
+
+
 def _wrapped(text: str) -> str:
     """A docstring in lines of 80 columns, with its paragraphs and points."""
     blocks = re.split(r"\n\n|\n(?=- )", text)
@@ -55,11 +64,9 @@ def _fields(recipe: Any) -> str:
     """The fields that a recipe sets, with their values and the line below each."""
     from dimefm.commands.train_config import set_by, shown
 
-    lines = {name: field.words for name, field in fields_of(_CONFIG, "TrainConfig").items()}
-    for part, kind in (("loss", "LossConfig"), ("text_mix", "TextMix")):
-        lines |= {f"{part}.{name}": field.words for name, field in fields_of(_CONFIG, kind).items()}
+    lines = training_fields()
     rows = [
-        (f"{name}={shown(value)}", lines[name].replace("`", ""))
+        (f"{name}={shown(value)}", lines[name])
         for name, (value, by_recipe) in set_by(recipe).items()
         if by_recipe and name not in ("images", "texts", "out") and not (value == 0 and "." in name)
     ]

@@ -10,7 +10,8 @@ import click
 from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
 from dimefm.commands.help import Command, heading
-from dimefm.commands.options import DEVICES, fields_of, json_option, options_of, quiet_option, require_with, say_json
+from dimefm.commands.options import DEVICES, json_option, options_of, quiet_option, require_with, say_json
+from dimefm.commands.recipes import training_fields
 from dimefm.commands.weights_options import weights_options
 from dimefm.models.names import require_model, require_student
 from dimefm.system.inert_text import say
@@ -38,11 +39,7 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
     if not value or ctx.resilient_parsing:
         return
     formatter = click.HelpFormatter(width=ctx.terminal_width, max_width=ctx.max_content_width)
-    parts = {"loss": "LossConfig", "text_mix": "TextMix"}
-    rows = [(name, field.words) for name, field in fields_of(_CONFIG, "TrainConfig").items() if name not in parts]
-    for part, config in parts.items():
-        rows += [(f"{part}.{name}", field.words) for name, field in fields_of(_CONFIG, config).items()]
-    formatter.write_dl([(name, words.replace("`", "")) for name, words in rows])
+    formatter.write_dl([*training_fields().items()])
     say(formatter.getvalue(), nl=False)
     ctx.exit()
 

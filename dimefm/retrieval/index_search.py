@@ -1,4 +1,4 @@
-"""Search in an index that `retrieval.build_index` published: FAISS finds candidates, the store scores them again.
+"""Search in an index that `retrieval.index_build` published: FAISS finds candidates, the store scores them again.
 
 Shapes: Q queries, N distinct candidates, D width, L lists, P lists probed, C candidates, K neighbours.
 """

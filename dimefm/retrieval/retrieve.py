@@ -120,6 +120,7 @@ def write_pairs(
         pending = _pending(pairs, images)
         hits = storage.join(pairs.path, HITS_COMMIT)
         if not pending and storage.exists(hits):
+            progress(schema.rows)
             return pairs.hit_counts()
         storage.remove_leftovers(pairs.path)
         storage.remove_file(hits)  # it counts what changes now

@@ -114,11 +114,8 @@ class ImageFiles:
     def samples(self, account: Account) -> Iterator[ImageSample]:
         """One sample per file."""
         for alike in _by_stem(self._untaken(account)):
-            keys = [file_key(file.path, self._root) for file in alike]
-            repeated = {key for key, count in Counter(keys).items() if count > 1} if len(keys) > 1 else ()
-            for key, file in zip(keys, alike, strict=True):
-                name = file.path[len(self._root) :].lstrip("/") if key in repeated else key
-                yield ImageSample(name, file.path, 0, file.size)
+            for key, file in zip(_keys(alike, self._root), alike, strict=True):
+                yield ImageSample(key, file.path, 0, file.size)
 
     def _untaken(self, account: Account) -> Iterator[SourceFile]:
         for file in self._files:
@@ -141,6 +138,18 @@ def _by_stem(files: Iterable[SourceFile]) -> Iterator[list[SourceFile]]:
         run.append(file)
     if run:
         yield run
+
+
+def _keys(files: list[SourceFile], root: str) -> list[str]:
+    """The keys of files below `root`: those that would be the same keep their extensions. Beside cat.jpg and cat.png
+    that is cat.jpg.png too."""
+    keys = [file_key(file.path, root) for file in files]
+    while len(keys) > 1 and (repeated := {key for key, count in Counter(keys).items() if count > 1}):
+        names = [file.path[len(root) :].lstrip("/") for file in files]
+        before, keys = keys, [name if key in repeated else key for key, name in zip(keys, names, strict=True)]
+        if keys == before:  # a file is there twice
+            break
+    return keys
 
 
 class ImageFolder(ImageFiles):

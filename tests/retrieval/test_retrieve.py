@@ -95,6 +95,17 @@ def test_retrieve_goes_on_where_it_was_stopped(
     assert again.hit_counts() == whole.hit_counts()
 
 
+def test_finished_pairs_are_shown_as_done(
+    texts: tuple[Store, np.ndarray],
+    images: tuple[Store, np.ndarray],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for _ in range(2):
+        retrieved(images[0], texts[0], tmp_path, exact=True)
+        assert "retrieving: 90 of 90 images (100%)" in capsys.readouterr().err
+
+
 def test_an_index_over_another_store_is_refused(
     texts: tuple[Store, np.ndarray], images: tuple[Store, np.ndarray], tmp_path: Path
 ) -> None:

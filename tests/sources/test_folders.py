@@ -42,9 +42,11 @@ def opened(*arguments: object) -> tuple[list[str], dict[str, tuple[int, str]]]:
 
 def test_images_that_differ_only_in_their_extension_keep_it_and_no_others(tmp_path: Path) -> None:
     names = ("a/1.jpg", "a/1.png", "a/2.jpg", "a/1.k.jpg", "a/1-x.jpg", "a/1/1.jpg", "b/1.jpg", "b/3.JPG", "b/3.jpg")
+    names += ("c/1.jpg", "c/1.jpg.png", "c/1.png", "d/1.jpg.png")
     for name in names:
         write(tmp_path / "in" / name)
     expected = ["a/1-x", "a/1.jpg", "a/1.k", "a/1.png", "a/1/1", "a/2", "b/1", "b/3.JPG", "b/3.jpg"]
+    expected += ["c/1.jpg", "c/1.jpg.png", "c/1.png", "d/1.jpg"]
     for argument in ("in", "in/**/*.[jJp][pPn][gG]"):
         assert opened(tmp_path / argument) == (expected, {}), argument
 
