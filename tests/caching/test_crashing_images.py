@@ -110,6 +110,7 @@ def test_a_mark_that_cannot_be_removed_does_not_hide_what_ended_the_run(
         pass
 
 
+@pytest.mark.slow
 def test_storage_that_does_not_answer_shows_no_traceback_of_the_search(
     images: Path, tmp_path: Path, clip: Clip, capfd: pytest.CaptureFixture[str]
 ) -> None:

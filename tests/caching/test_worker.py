@@ -167,6 +167,7 @@ def _a_local_ray(home: str) -> tuple[set[str], tuple[str, str], bool]:
     return where, token, _token() == before and ray_constants.ENABLE_RAY_CLUSTER
 
 
+@pytest.mark.slow
 def test_a_local_ray_is_closed_to_others(tmp_path: Path) -> None:
     """On a shared machine or network, whoever reaches it could run code as this user."""
     where, (mode, token), nothing_left = result_of(_a_local_ray, str(tmp_path))

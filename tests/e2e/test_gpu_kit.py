@@ -51,6 +51,7 @@ def whats(step: dict[str, Any]) -> set[str]:
     return {line["what"] for line in step["lines"]}
 
 
+@pytest.mark.slow
 def test_a_step_runs_without_ray_and_faiss(tmp_path: Path, without_ray_and_faiss: dict[str, str]) -> None:
     found, printed = kit(tmp_path / "out", without_ray_and_faiss, "--minutes", "4", "--only", "g")
     (step,) = found["steps"]

@@ -388,6 +388,7 @@ def test_a_student_is_trained_from_s3_to_the_same_weights(
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_caches_on_ray_from_s3_to_s3(
     s3: str, images: str, local: dict[str, Store], teacher_name: str
 ) -> None:

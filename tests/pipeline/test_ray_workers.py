@@ -105,6 +105,7 @@ def test_a_finished_store_needs_no_ray(
     assert cache(config(Path(image_store.path), image_tar, teacher_name)).path == image_store.path
 
 
+@pytest.mark.slow
 def test_what_a_worker_refuses_arrives_as_one_line(
     one_ray: None, image_tar: Path, teacher_name: str, tmp_path: Path
 ) -> None:

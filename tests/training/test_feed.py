@@ -218,6 +218,7 @@ def test_an_error_comes_where_its_item_would_have() -> None:
     assert list(take_ahead(iter(np.arange(1, 6).tolist()), 2)) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_training_from_large_parquet_files_is_refused_with_its_price(
     text_store: Store, clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,7 +92,7 @@ def test_threads_are_what_the_config_says_and_only_for_the_run(
     monkeypatch.setattr(
         "dimefm.training.train._Trainer._validate", lambda self: seen.append(torch.get_num_threads()) or {}
     )
-    monkeypatch.setattr("dimefm.training.train._Trainer._validation", lambda self: SimpleNamespace(take_notes=list))
+    monkeypatch.setattr("dimefm.training.train.open_validation", lambda *_: SimpleNamespace(take_notes=list))
     train(tiny_config(image_store, text_store, tmp_path / "run", threads=before + 1, max_steps=1, val=("any",)))
     assert seen == [before + 1]
     assert torch.get_num_threads() == before
