@@ -108,7 +108,7 @@ def _in_terminal(words: list[str], folder: Path, *, stopped: bool) -> tuple[str,
         except OSError:  # the terminal has no other end any more
             break
         shown += read
-        if stopped and b"loss" in shown:
+        if stopped and b": loss " in shown:
             os.killpg(process.pid, signal.SIGINT)
             stopped = False
     os.close(master)
