@@ -195,7 +195,7 @@ def compare(folders: Sequence[str], *, published: bool = True) -> Comparison:
         text = (resources.files("dimefm.evaluation") / "published.json").read_text(encoding="utf-8")
         shared = {name for column in columns for name in column.cells}
         columns += [column for row in json.loads(text) if (column := _published_column(row, shared)).cells]
-    return Comparison(columns, _notes(models))
+    return Comparison(columns, _notes(models, columns))
 
 
 def _require_common(folders: Sequence[str], columns: list[Column]) -> None:
@@ -231,12 +231,13 @@ def _line(one: Pooled) -> Line:
     return Line(one.title, _short(one.protocol))
 
 
-def _notes(models: list[list[Pooled]]) -> list[str]:
+def _notes(models: list[list[Pooled]], columns: list[Column]) -> list[str]:
     """What a reader must know: what the marks mean, and which lines compare numbers that are not comparable."""
     protocols = " ".join(result.protocol for model in models for result in model)
-    words = ["±: half of the 95% interval of a mean; for few-shot, the standard deviation over seeds"]
+    spread = any("±" in str(cell) for column in columns for cell in column.cells.values())
+    words = ["±: half of the 95% interval of a mean; for few-shot, the standard deviation over seeds"] if spread else []
     words += [text for word, text in _RULES.items() if word in protocols]
-    notes = ["; ".join(words)]
+    notes = ["; ".join(words)] if words else []
     if any(result.partial for model in models for result in model):
         notes.append("*: not the whole published set, see results.jsonl")
     seen: dict[Line, Pooled] = {}

@@ -37,8 +37,10 @@ from dimefm.system.lease import require_held
 from dimefm.system.lock import writing
 from dimefm.system.machine import choose_device
 from dimefm.system.named_paths import named
+from dimefm.system.notes import note
 from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
+from dimefm.system.wording import counted
 
 IMAGES_SAMPLE = 16384
 _DATA = ("images_data", "texts_data")  # not compared with what was made before they were kept
@@ -161,7 +163,7 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
     images = Store(config.images or named(pairs.schema.images, pairs.path)) if config.by == "similarity" else None
     _require_stores(pairs, images, texts)
     computes = images is not None or config.dedup is not None or config.balance
-    device = choose_device(config.device) if computes else "cpu"  # it imports torch
+    device = _find_device(config, texts.schema.rows) if computes else "cpu"
     among = None if rows is None else digest_arrays(np.unique(rows).astype(np.int64))
     plan = SelectionPlan(
         images=images.path if images else pairs.schema.images,
@@ -204,6 +206,11 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
             require_held(out)
             storage.write_json(storage.join(out, SELECTION_FILE), selection.to_json())
     return selection
+
+
+def _find_device(config: SelectionConfig, rows: int) -> str:
+    note(f"{counted(rows, 'sentence')}: loading torch ...")
+    return choose_device(config.device)
 
 
 def _counts(chosen: ChosenTexts, plan: SelectionPlan) -> tuple[int, dict[str, int]]:

@@ -50,7 +50,16 @@ def written(folder: Path, results: list[EvaluationResult]) -> str:
 
 def notes(tmp_path: Path, *models: list[EvaluationResult]) -> list[str]:
     folders = [written(tmp_path / str(number), results) for number, results in enumerate(models)]
-    return compare(folders, published=False).notes[1:]
+    return [note for note in compare(folders, published=False).notes if not note.startswith("±")]
+
+
+def test_a_mark_is_explained_where_it_is_shown(tmp_path: Path) -> None:
+    own = compare([written(tmp_path / "own", [result("own-pets", suite="own")])], published=False)
+    assert "±" not in own.shown(80)
+    assert own.notes == []
+    mean = compare([written(tmp_path / "mean", [result("dtd")])], published=False)
+    assert mean.shown(80).count("±") > 1
+    assert mean.notes[0].startswith("±: half")
 
 
 def test_the_same_conditions_need_no_note(tmp_path: Path) -> None:

@@ -95,6 +95,15 @@ def files(folder: Path | str) -> dict[str, bytes]:
             and p.is_file()}  # fmt: skip
 
 
+def test_only_a_selection_that_computes_loads_torch_and_says_so(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.select(tmp_path / "a.selection", size=100)
+    assert capsys.readouterr().err.startswith(f"{TEXTS:,} sentences: loading torch ...\n")
+    world.select(tmp_path / "b.selection", by="hits", device=None)
+    assert "loading torch" not in capsys.readouterr().err
+
+
 def formula(world: World) -> np.ndarray:
     """Grounding's docstring in float64 over all images and sentences."""
     images = np.delete(world.image_values, 3, axis=0).astype(np.float64)
