@@ -15,11 +15,12 @@ import click
 from cache_schemas import SchemaError
 from dimefm.commands.caching import cache_images, cache_texts, export_embeddings, import_embeddings
 from dimefm.commands.evaluation import compare, evaluate, sets, submission
+from dimefm.commands.export import export
 from dimefm.commands.help import Commands
 from dimefm.commands.inspection import doctor, info, verify
 from dimefm.commands.recipes import recipes
 from dimefm.commands.retrieval import build_index, retrieve, search, select_texts
-from dimefm.commands.training import convert_checkpoint, export, train_student
+from dimefm.commands.training import convert_checkpoint, train_student
 from dimefm.errors import DimefmError, StoppedError
 from dimefm.system import library_warnings, stopping
 from dimefm.system.inert_text import say, text

@@ -29,8 +29,8 @@ ROOMS = {
     "dimefm.datasets": "images sources system",
     "dimefm.exchange": "caching images models sources store system",
     "dimefm.training": "datasets images models sources store system",
+    "dimefm.evaluation": "caching datasets models store system training",
     "dimefm.export": "models system training",
-    "dimefm.evaluation": "caching datasets export models store system",
     "dimefm.inspection": "caching datasets evaluation exchange models retrieval selection sources store system "
     "training",
     "pipeline": "caching models retrieval sources store system",

@@ -57,7 +57,7 @@ MISTAKES = [
     ("retrieve images.zarr --texts texts.zarr --index texts.zarr --out x", 1, "is not a dimefm index", "build-index"),
     ("select-texts images.zarr --out x.selection", 1, "expected 'dimefm.pairs'", "two paths were swapped"),
     ("compare evaluations/studnet", 1, "does not exist", "did you mean 'evaluations/student'?"),
-    ("export rnu --out x", 1, "rnu is not a run folder", "did you mean 'run'?"),
+    ("export rnu --out x", 1, "rnu is neither a run folder nor a model", "did you mean 'run'?"),
     ("info imges.zarr", 1, "imges.zarr does not exist", "did you mean 'images.zarr'"),
     ("convert-checkpoint nothing.pt --out x --teacher local-dir:student", 1, "nothing.pt does not exist", "remedy"),
     ("export-embeddings text.zarr --out x", 1, "is not a dimefm store", "texts.zarr'"),
