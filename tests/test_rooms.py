@@ -31,6 +31,7 @@ ROOMS = {
     "dimefm.training": "datasets images models sources store system",
     "dimefm.evaluation": "caching datasets models store system training",
     "dimefm.export": "models system training",
+    "dimefm.prediction": "evaluation images models sources system",
     "dimefm.inspection": "caching datasets evaluation exchange models retrieval selection sources store system "
     "training",
     "pipeline": "caching models retrieval sources store system",

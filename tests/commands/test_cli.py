@@ -60,6 +60,8 @@ COMMANDS = {
     "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained"],
     "convert-checkpoint": ["CHECKPOINT", "--out", "--teacher", "--pretrained"],
     "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file"],
+    "predict": ["MODEL", "IMAGE...", "--classes", "--classes-from", "--templates", "--top-k", "--images-from",
+                "--pretrained", "--checkpoint", "--weights", "--device", "--json"],
     "info": ["PATH", "--failures", "--json"],
     "verify": ["STORE", "--sample", "--teacher", "--pretrained", "--repair", "--json"],
     "doctor": [],
