@@ -30,10 +30,10 @@ ROOMS = {
     "dimefm.exchange": "caching images models sources store system",
     "dimefm.training": "datasets images models sources store system",
     "dimefm.evaluation": "caching datasets models store system training",
-    "dimefm.export": "models system training",
-    "dimefm.prediction": "evaluation images models sources system",
+    "dimefm.export": "models store system training",
     "dimefm.inspection": "caching datasets evaluation exchange models retrieval selection sources store system "
     "training",
+    "dimefm.prediction": "evaluation images models sources system",
     "pipeline": "caching models retrieval sources store system",
     "dimefm.commands": "*",
     "dimefm.cli": "commands system",

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache_schemas.export import EXPORT_FILE, Export
+from cache_schemas.export import EXPORT_FILE, Export, ExportOrigin
 from cache_schemas.run import RUN_FILE
 from dimefm.errors import DimefmError, OutputExistsError, StoreError
 from dimefm.export.config import ExportConfig
 from dimefm.export.formats import FORMATS, Format, Written
-from dimefm.models.exported import format_of
+from dimefm.export.origin import origin_of
+from dimefm.models.exported import format_of, read_export
 from dimefm.system import storage
 from dimefm.system.near_names import did_you_mean_path
 from dimefm.system.notes import note
@@ -38,6 +39,7 @@ def export(source: str, out: str, **options: Any) -> str:
     _require_free(config.out, form)
     if (Path(source) / RUN_FILE).exists():
         step = require_checkpoint(source, config.checkpoint)
+        config = replace(config, checkpoint=str(step))  # a run that goes on may have another last one soon
         note(f"{source}, step {step:,}: loading the student ...")
     else:
         _require_folder(source)
@@ -70,7 +72,10 @@ def _write(config: ExportConfig, form: Format, scratch: Path, folder: Path) -> N
 
 
 def _document(clip: Clip, config: ExportConfig, written: Written) -> Export:
+    from dimefm.models.flops import count_flops
+
     parameters, image_parameters = clip.parameter_counts()
+    image_flops, text_flops = count_flops(clip)
     model = replace(
         clip.identity,
         name=Path(config.out).name,
@@ -85,12 +90,23 @@ def _document(clip: Clip, config: ExportConfig, written: Written) -> Export:
         text_tower=written.text_tower,
         parameters=parameters,
         image_parameters=image_parameters,
-        image_flops=None,
-        text_flops=None,
+        image_flops=image_flops,
+        text_flops=text_flops,
         versions=versions(),
+        origin=_origin(config, clip.identity.weights),
         onnx=written.onnx,
         checks=written.checks,
     )
+
+
+def _origin(config: ExportConfig, weights: str) -> ExportOrigin | None:
+    """Where the model comes from: its run, or what an earlier export recorded beside the same `weights`."""
+    if Path(config.source, RUN_FILE).exists():
+        return origin_of(config.source, int(config.checkpoint), config.weights)
+    if not Path(config.source, EXPORT_FILE).exists():
+        return None
+    before = read_export(config.source)
+    return before.origin if before.model.weights == weights else None
 
 
 def _require_folder(source: str) -> None:
