@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from open_clip.tokenizer import SimpleTokenizer
 
 from cache_schemas import Preprocessing
-from cache_schemas.export import EXPORT_FILE, IMAGE_ONNX, TEXT_ONNX, Export, OnnxFacts
+from cache_schemas.export import EXPORT_FILE, IMAGE_ONNX, TEXT_ONNX, Export, ExportOrigin, ExportSource, OnnxFacts
 from dimefm.models.tokenizer_file import write_tokenizer
 from dimefm.system import storage
 from tests.stores import teacher_identity
@@ -20,8 +20,9 @@ from tests.stores import teacher_identity
 SIDE, WIDTH, LENGTH = 32, 16, 32
 
 
-def write_onnx(folder: Path, **changes: Any) -> str:
-    """The folder of an export; its path. `changes` are fields of its identity."""
+def write_onnx(folder: Path, teacher: str | None = None, **changes: Any) -> str:
+    """The folder of an export; its path. It says that it was distilled from a teacher whose weights have the digest
+    `teacher`. `changes` are fields of its identity."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     image = [
@@ -47,10 +48,18 @@ def write_onnx(folder: Path, **changes: Any) -> str:
     document = Export(
         format="onnx", model=identity, text_tower="t", parameters=49_456 * WIDTH, image_parameters=48 * WIDTH,
         image_flops=None, text_flops=None, versions={},
-        onnx=OnnxFacts(opset=17, image_input="float32", quantized={}),
+        onnx=OnnxFacts(opset=17, image_input="float32", quantized={}), origin=_origin(teacher) if teacher else None,
     )  # fmt: skip
     storage.write_json(str(folder / EXPORT_FILE), document.to_json())
     return str(folder)
+
+
+def _origin(teacher: str) -> ExportOrigin:
+    return ExportOrigin(
+        student="tiny", teacher="a teacher", teacher_weights=teacher, step=2, steps=2, weights="model", images_seen=64,
+        seed=0, config={}, versions={},
+        sources=(ExportSource(kind="image", store="images.zarr", names=("0.tar",), rows=32, digest="d" * 64),),
+    )  # fmt: skip
 
 
 def _write(path: Path, nodes: list[Any], given: Any, output: str, weight: np.ndarray[Any, Any]) -> None:

@@ -73,6 +73,7 @@ MISTAKES = (
     *("retrieve images.zarr --texts images.zarr --out x.zarr", "retrieve images.zarr --texts texts.zarr --out run"),
     "retrieve images.zarr --texts texts.zarr --index nothing.index --out x.zarr",
     *("search texts.zarr", "search nothing --text x", "search texts.zarr --image nothing.jpg"),
+    "search texts.zarr --text x --model onnx",
     *("select-texts nothing.zarr --out x.selection", "select-texts pairs.zarr --out run"),
     "select-texts pairs.zarr --out x.selection --by similarity",
     "train-student --images nothing.zarr --texts texts.zarr --out x",
