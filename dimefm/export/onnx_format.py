@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cache_schemas.export import IMAGE_ONNX, TEXT_ONNX, OnnxFacts
+from cache_schemas import Preprocessing
+from cache_schemas.export import IMAGE_ONNX, TEXT_ONNX, ImageInput, OnnxFacts
 from dimefm.errors import DimefmError
 from dimefm.export.config import ExportConfig
 from dimefm.export.formats import Written
@@ -34,13 +35,13 @@ def write(clip: Clip, source: Path, folder: Path, config: ExportConfig) -> Writt
     tokens = clip.tokenize(["a photo", "of a cat"])
     towers: dict[str, tuple[nn.Module, torch.Tensor, tuple[str, str], str, dict[str, str]]] = {
         "image": (
-            _Image(clip, config.image_input == "uint8"),
+            ImageGraph(clip.model, facts.preprocessing, config.image_input),
             pixels,
             ("pixel_values", "image_embeds"),
             IMAGE_ONNX,
             _image_facts(clip, config),
         ),
-        "text": (_Text(clip), tokens, ("input_ids", "text_embeds"), TEXT_ONNX, _text_facts(clip)),
+        "text": (TextGraph(clip.model), tokens, ("input_ids", "text_embeds"), TEXT_ONNX, _text_facts(clip)),
     }
     for kind, (module, example, names, file, own) in towers.items():
         try:
@@ -86,30 +87,29 @@ def _text_facts(clip: Clip) -> dict[str, str]:
     return {"input_ids": tokens, "context_length": str(facts.context_length), "tokenizer": facts.tokenizer}
 
 
-class _Image(nn.Module):
+class ImageGraph(nn.Module):
     """Pixels (B, 3, H, W) to unit-norm embeddings (B, D); uint8 pixels are normalised first."""
 
-    def __init__(self, clip: Clip, from_bytes: bool) -> None:
+    def __init__(self, model: Any, preprocessing: Preprocessing, image_input: ImageInput) -> None:
         super().__init__()
         self.mean: torch.Tensor
         self.std: torch.Tensor
-        self._model, self._from_bytes = clip.model, from_bytes
-        facts = clip.identity.preprocessing
-        self.register_buffer("mean", torch.tensor(facts.mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(facts.std)[:, None, None])
+        self._model, self._image_input = model, image_input
+        self.register_buffer("mean", torch.tensor(preprocessing.mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(preprocessing.std)[:, None, None])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if self._from_bytes:
+        if self._image_input == "uint8":
             pixel_values = (pixel_values.float() / 255 - self.mean) / self.std
         return F.normalize(self._model.encode_image(pixel_values), dim=-1)
 
 
-class _Text(nn.Module):
+class TextGraph(nn.Module):
     """Tokens (B, L) to unit-norm embeddings (B, D)."""
 
-    def __init__(self, clip: Clip) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self._model = clip.model
+        self._model = model
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return F.normalize(self._model.encode_text(input_ids), dim=-1)
