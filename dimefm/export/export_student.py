@@ -53,10 +53,13 @@ def export(source: str, out: str, **options: Any) -> str:
 
 def _write(config: ExportConfig, form: Format, scratch: Path, folder: Path) -> None:
     """The whole of a folder."""
+    from dimefm.export.check import check
+    from dimefm.export.check_material import find_material
     from dimefm.models.clip import load_clip
     from dimefm.models.tokenizer_file import write_tokenizer
     from dimefm.training.student import write_student
 
+    material = find_material(config) if _changes_weights(config) else None
     source = Path(config.source)
     if (source / RUN_FILE).exists():
         source = scratch / "student"
@@ -69,6 +72,14 @@ def _write(config: ExportConfig, form: Format, scratch: Path, folder: Path) -> N
         write_tokenizer(clip.tokenizer, folder, clip.identity.context_length)
         document = _document(clip, config, written)
         storage.write_json(str(folder / EXPORT_FILE), document.to_json())
+    if material:
+        document = replace(document, checks=check(clip, folder, material, config))
+        storage.write_json(str(folder / EXPORT_FILE), document.to_json())
+
+
+def _changes_weights(config: ExportConfig) -> bool:
+    """Whether the exported model is another than that of training, byte for byte."""
+    return config.format != "open_clip" or config.precision != "fp32" or bool(config.check_on)
 
 
 def _document(clip: Clip, config: ExportConfig, written: Written) -> Export:
