@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 from cache_schemas.document import Document
 from cache_schemas.identity import TeacherIdentity
-from cache_schemas.run import Weights
+from cache_schemas.run import Change, Weights
 
 ExportFormat = Literal["open_clip", "onnx", "transformers"]
 ImageInput = Literal["float32", "uint8"]
@@ -41,24 +41,30 @@ class OnnxFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSource:
-    """Images or sentences that a student was trained on: the names of what was cached (no paths), the number of rows
-    with an embedding, and the digest of the source by which another machine can tell that it has the same."""
+    """Images or sentences that a student was trained on: the base name of the store, the base names of what was cached
+    into it, the rows with an embedding, and the digest of these embeddings, by which another machine can tell that it
+    has the same. Where the store could not be read any more, `unknown` says why, and names and rows are left out; an
+    older run has no digest."""
 
     kind: Literal["image", "text"]
-    names: tuple[str, ...]
-    rows: int
-    digest: str
+    store: str
+    names: tuple[str, ...] = ()
+    rows: int | None = None
+    digest: str | None = None
+    unknown: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOrigin:
-    """The training run that a model comes from, after `step` steps. It holds names and no paths, since the folder may
-    be published. `config` is the training config. None of it is known of a model that dimefm did not train."""
+    """The training run that a model comes from, after `step` of its `steps`. It holds base names and no paths, since
+    the folder may be published. `pretrained` is the tag of the teacher's weights; `config` is the training config, and
+    `changes` are those that the user made during the run. None of it is known of a model that dimefm did not train."""
 
     student: str
     teacher: str
     teacher_weights: str
     step: int
+    steps: int
     weights: Weights
     images_seen: int
     seed: int
@@ -66,6 +72,8 @@ class ExportOrigin:
     sources: tuple[ExportSource, ...]
     versions: dict[str, str]
     machine: str | None = None
+    pretrained: str | None = None
+    changes: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache_schemas.export import EXPORT_FILE, TOKENIZER_FILE, Export
+from cache_schemas.export import EXPORT_FILE, TOKENIZER_FILE, Export, ExportOrigin
 from cache_schemas.run import RUN_FILE
 from dimefm.errors import DimefmError, OutputExistsError, StoreError
 from dimefm.export.config import ExportConfig
 from dimefm.export.formats import FORMATS, Format, Written
-from dimefm.models.exported import format_of, require_packages
+from dimefm.export.origin import origin_of
+from dimefm.models.exported import format_of, read_export, require_packages
 from dimefm.system import storage
 from dimefm.system.near_names import did_you_mean_path
 from dimefm.system.notes import note
@@ -43,6 +44,7 @@ def export(source: str, out: str, **options: Any) -> str:
         step, steps = require_checkpoint(source, config.checkpoint), read_run(source).steps
         if config.checkpoint == "last" and step < steps:
             note(f"{source} is unfinished: it has done {step:,} of {steps:,} steps")
+        config = replace(config, checkpoint=str(step))  # a run that goes on may have another last one soon
         note(f"{source}, step {step:,}: loading the student ...")
     else:
         _require_folder(source)
@@ -75,7 +77,7 @@ def _write(config: ExportConfig, form: Format, scratch: Path, folder: Path) -> N
         document = _document(clip, config, written)
         storage.write_json(str(folder / EXPORT_FILE), document.to_json())
     if material:
-        document = replace(document, checks=check(clip, folder, material, config))
+        document = replace(document, checks=(document.checks or {}) | check(clip, folder, material, config))
         storage.write_json(str(folder / EXPORT_FILE), document.to_json())
 
 
@@ -99,7 +101,10 @@ def _changes_weights(config: ExportConfig) -> bool:
 
 
 def _document(clip: Clip, config: ExportConfig, written: Written) -> Export:
+    from dimefm.models.flops import count_flops
+
     parameters, image_parameters = clip.parameter_counts()
+    image_flops, text_flops = count_flops(clip)
     model = replace(
         clip.identity,
         name=Path(config.out).name,
@@ -114,12 +119,23 @@ def _document(clip: Clip, config: ExportConfig, written: Written) -> Export:
         text_tower=written.text_tower,
         parameters=parameters,
         image_parameters=image_parameters,
-        image_flops=None,
-        text_flops=None,
+        image_flops=image_flops,
+        text_flops=text_flops,
         versions=versions(),
+        origin=_origin(config, clip.identity.weights),
         onnx=written.onnx,
         checks=written.checks,
     )
+
+
+def _origin(config: ExportConfig, weights: str) -> ExportOrigin | None:
+    """Where the model comes from: its run, or what an earlier export recorded beside the same `weights`."""
+    if Path(config.source, RUN_FILE).exists():
+        return origin_of(config.source, int(config.checkpoint), config.weights)
+    if not Path(config.source, EXPORT_FILE).exists():
+        return None
+    before = read_export(config.source)
+    return before.origin if before.model.weights == weights else None
 
 
 def _require_folder(source: str) -> None:
