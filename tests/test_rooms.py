@@ -30,7 +30,7 @@ ROOMS = {
     "dimefm.exchange": "caching images models sources store system",
     "dimefm.training": "datasets images models sources store system",
     "dimefm.evaluation": "caching datasets models store system training",
-    "dimefm.export": "models store system training",
+    "dimefm.export": "evaluation models store system training",
     "dimefm.inspection": "caching datasets evaluation exchange models retrieval selection sources store system "
     "training",
     "pipeline": "caching models retrieval sources store system",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cache_schemas.export import EXPORT_FILE, Export, ExportOrigin
 from cache_schemas.run import RUN_FILE
 from dimefm.errors import DimefmError, OutputExistsError, StoreError
+from dimefm.export.card import CardConfig, write_card
 from dimefm.export.config import ExportConfig
 from dimefm.export.formats import FORMATS, Format, Written
 from dimefm.export.origin import origin_of
@@ -35,6 +36,7 @@ def export(source: str, out: str, **options: Any) -> str:
     """
     config = ExportConfig(source=source, out=storage.local(out, "an export"), **options)
     form = FORMATS[config.format]
+    card = CardConfig(evaluation=config.evaluation, license=config.license, data_license=config.data_license)
     form.require()
     _require_free(config.out, form)
     if (Path(source) / RUN_FILE).exists():
@@ -46,8 +48,11 @@ def export(source: str, out: str, **options: Any) -> str:
         note(f"{source}: loading the model ...")
     with tempfile.TemporaryDirectory() as scratch, storage.publishing(config.out) as folder:
         _write(config, form, Path(scratch), folder)
+        write_card(str(folder), card)
         if Path(config.out).exists():
             _keep(Path(config.out), folder, form)
+            if card != CardConfig():
+                write_card(config.out, card)
     return config.out
 
 
