@@ -77,7 +77,10 @@ def _write(config: ExportConfig, form: Format, scratch: Path, folder: Path) -> N
 
 
 def _document(clip: Clip, config: ExportConfig, written: Written) -> Export:
+    from dimefm.models.flops import count_flops
+
     parameters, image_parameters = clip.parameter_counts()
+    image_flops, text_flops = count_flops(clip)
     model = replace(
         clip.identity,
         name=Path(config.out).name,
@@ -92,8 +95,8 @@ def _document(clip: Clip, config: ExportConfig, written: Written) -> Export:
         text_tower=written.text_tower,
         parameters=parameters,
         image_parameters=image_parameters,
-        image_flops=None,
-        text_flops=None,
+        image_flops=image_flops,
+        text_flops=text_flops,
         versions=versions(),
         origin=_origin(config, clip.identity.weights),
         onnx=written.onnx,
