@@ -72,7 +72,8 @@ def _write(config: ExportConfig, form: Format, scratch: Path, folder: Path) -> N
     with storage.writing_to(config.out):
         written = form.writer()(clip, source, folder, config)
         write_tokenizer(clip.tokenizer, folder, clip.identity.context_length)
-        document = _document(clip, config, written)
+        files = {file.name: storage.digest_file(str(file)) for file in sorted(folder.iterdir())}
+        document = replace(_document(clip, config, written), files=files)
         storage.write_json(str(folder / EXPORT_FILE), document.to_json())
 
 

@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from cache_schemas.export import EXPORT_FILE
+from cache_schemas.export import CARD_FILE, EXPORT_FILE
 from dimefm.export.export_student import export
 from dimefm.export.origin import origin_of, public
 from dimefm.models.exported import read_export
@@ -23,6 +24,12 @@ def test_an_export_says_what_its_student_was_distilled_from_and_on(finished_run:
     images, texts = origin.sources
     assert (images.names, images.rows, images.digest) == (("images-00000.tar",), 96, document.images_data)
     assert (texts.store, texts.names, texts.rows) == ("texts.zarr", ("sentences.txt",), 200)
+
+
+def test_the_document_has_the_digest_of_every_file_beside_it(exported: Path) -> None:
+    files = {file.name: sha256(file.read_bytes()).hexdigest() for file in exported.iterdir()}
+    files = {name: digest for name, digest in files.items() if name not in (EXPORT_FILE, CARD_FILE)}
+    assert read_export(str(exported)).files == files
 
 
 def test_an_export_holds_no_path_of_this_machine(exported: Path, finished_run: Path, teacher_name: str) -> None:
