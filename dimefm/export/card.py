@@ -105,6 +105,11 @@ def read_metadata(path: Path) -> tuple[dict[str, Any], str]:
     return head or {}, text[found.end() :] if found else text
 
 
+def own_words(text: str) -> str:
+    """The text below the metadata without what dimefm wrote."""
+    return _OURS.sub("", text)
+
+
 def _existing(path: Path, overwrite: bool) -> tuple[dict[str, Any], str, str]:
     """Of the card that is there: its metadata, and the user's text before and after ours."""
     if not path.exists():

@@ -61,6 +61,8 @@ MISTAKES = [
     ("card studnet", 1, "studnet is no exported model", "did you mean 'student'?"),
     ("card student", 1, "student is no exported model", "dimefm export student --out STUDENT"),
     ("card student --license gpl3", 1, "no licence 'gpl3'", "'lgpl' or 'gpl-3.0'"),
+    ("push student me", 1, "'me' is no name of a repository", "give ORG/NAME"),
+    ("push studnet org/name", 1, "studnet is no exported model", "did you mean 'student'?"),
     ("info imges.zarr", 1, "imges.zarr does not exist", "did you mean 'images.zarr'"),
     ("convert-checkpoint nothing.pt --out x --teacher local-dir:student", 1, "nothing.pt does not exist", "remedy"),
     ("export-embeddings text.zarr --out x", 1, "is not a dimefm store", "texts.zarr'"),
