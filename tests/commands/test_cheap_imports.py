@@ -87,6 +87,7 @@ MISTAKES = (
         "export run --out x --checkpoint 77",
         "convert-checkpoint nothing.pt --out x --teacher x",
     ),
+    *("card nothing", "card run", "card run --license nothing", "push nothing org/name", "push run x"),
     "evaluate nothing inputs/colours",
     "cache-texts inputs/sentences.txt --out x.zarr --teacher ViT-B32 --pretrained openai",
     "cache-texts inputs/sentences.txt --out x.zarr --teacher local-dir:nowhere",
