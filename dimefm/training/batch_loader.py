@@ -67,7 +67,8 @@ class Requests(Sampler[Request]):
         self._placed, self._is_text = schema.kind == "image" and not schema.pixels, schema.kind == "text"
 
     def __iter__(self) -> Iterator[Request]:
-        ahead = max(16, _IMAGES_AHEAD * self._world // self._order.batch_size)
+        left = self._steps - self._first + 1  # with the end of them: the first batch does not wait for more
+        ahead = min(left, max(16, _IMAGES_AHEAD * self._world // self._order.batch_size))
         return take_ahead(self._made(), ahead) if self._placed else self._made()
 
     def _made(self) -> Iterator[Request]:

@@ -57,7 +57,9 @@ COMMANDS = {
     "sets": ["[NAME]...", "--data"],
     "compare": ["NAME...", "--out", "--no-published", "--json"],
     "submission": ["NAME", "--out", "--protocol", "--order"],
-    "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained"],
+    "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained", "--license"],
+    "card": ["FOLDER", "--evaluation", "--license", "--data-license", "--overwrite"],
+    "push": ["FOLDER", "ORG/NAME", "--private", "--revision", "--message"],
     "convert-checkpoint": ["CHECKPOINT", "--out", "--teacher", "--pretrained"],
     "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file"],
     "info": ["PATH", "--failures", "--json"],
@@ -314,7 +316,7 @@ def test_a_labelled_set_without_a_class(tmp_path: Path, teacher_name: str) -> No
 @pytest.mark.parametrize(
     ("teacher", "what"),
     [
-        (["."], ". is a folder without an open_clip_config.json"),
+        (["."], ". is a folder without a model"),
         (["ViT-Z-99"], "ViT-Z-99 is neither a folder nor an architecture"),
         (["ViT-Z-99", "--pretrained", "openai"], "ViT-Z-99 is neither a folder nor an architecture"),
         (["ViT-B-32"], "no weights named for ViT-B-32"),
@@ -799,7 +801,7 @@ def test_compare_and_submission_of_what_was_not_evaluated(tmp_path: Path) -> Non
 
 def test_export_of_what_is_no_run(tmp_path: Path, image_store: Store) -> None:
     for path in (tmp_path / "nowhere", image_store.path):
-        assert "is not a run folder" in refused("export", path, "--out", tmp_path / "out")
+        assert "is neither a run folder nor a model" in refused("export", path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -20,7 +20,7 @@ import torch
 from dimefm.errors import MismatchError, TrainingError
 from dimefm.models.clip import Clip
 from dimefm.store.embedding_store import Store
-from dimefm.training import build_towers
+from dimefm.training import batch_loader, build_towers
 from dimefm.training import train as train_module
 from dimefm.training.batch_loader import THREAD, Requests, take_ahead
 from dimefm.training.distributed import Place
@@ -178,6 +178,20 @@ def test_requests_say_where_each_image_is_in_the_order_of_its_rows(image_store: 
         assert request.rows_B.tolist() == request.all_rows_G[1::2].tolist()
         entries = image_store.samples(request.rows_B)
         assert request.places_B == [(entry["file"], entry["offset"], entry["size"]) for entry in entries]
+
+
+def test_no_more_requests_are_made_ahead_than_there_are_steps(
+    image_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of a million, of one image each, took seconds before the first batch."""
+    asked: list[int] = []
+    monkeypatch.setattr(
+        batch_loader, "take_ahead", lambda items, ahead: asked.append(ahead) or take_ahead(items, ahead)
+    )
+    for first, steps in ((0, 3), (2, 3), (3, 3)):
+        requests = Requests(Order(store=image_store, seed=0, batch_size=1), first=first, steps=steps)
+        assert [request.step for request in requests] == list(range(first, steps))
+    assert asked == [4, 2, 1]
 
 
 def test_items_are_taken_ahead_in_one_thread_and_no_further() -> None:

@@ -1,0 +1,40 @@
+"""Folders of exported models: which format one has, its document, and what loading it needs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from cache_schemas.export import EXPORT_FILE, Export, ExportFormat
+from cache_schemas.run import CONFIG_FILE
+from dimefm.errors import DimefmError
+
+NEEDS: dict[ExportFormat, tuple[str, ...]] = {
+    "open_clip": (),
+    "onnx": ("onnxruntime", "tokenizers"),
+    "transformers": ("transformers",),
+}
+"""The packages that loading a format needs, beside those of dimefm itself."""
+
+
+def format_of(folder: str) -> ExportFormat | None:
+    """The format of a folder with a model, None for a folder without one."""
+    if Path(folder, EXPORT_FILE).is_file():
+        return read_export(folder).format
+    if Path(folder, CONFIG_FILE).is_file():
+        return "open_clip"
+    return None
+
+
+def read_export(folder: str) -> Export:
+    """The document of an exported model. Raises StoreError where there is none, SchemaError for a damaged one."""
+    from dimefm.system import storage  # it imports fsspec, and help must be quick
+
+    where = storage.join(folder, EXPORT_FILE)
+    return Export.parse(storage.read_json(where), where)
+
+
+def require_packages(packages: tuple[str, ...], what: str) -> None:
+    """Raises DimefmError unless all `packages`, which `what` needs, are installed."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise DimefmError(f"{what} needs {', '.join(missing)}", remedy='pip install "dimefm[export]"')
