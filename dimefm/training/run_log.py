@@ -47,7 +47,9 @@ class RunLog:
             self._file = self._path.open("a", encoding="utf-8")
             self._events = _Events(out, first)
         self._progress = Progress("training", steps, "step", first)
-        self._tracker = Tracker(config, kept, self._progress.note) if config.log_to else None
+        self._tracker = None
+        if config.log_to:
+            self._tracker = Tracker(config, self._progress.note, resumed=first > 0, kept=kept)
         self._began, self._images, self._waited = time.monotonic(), 0, 0.0
         self._now = self._began
 

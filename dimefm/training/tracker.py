@@ -42,22 +42,24 @@ class _Run:
 
 
 class Tracker:
-    """Rows on their way to `config.log_to`. `kept` are the lines of metrics.jsonl that the run goes on from; those that
-    it has not had are logged first. `note` shows a line to the user."""
+    """Rows on their way to `config.log_to`. A run that is `resumed` goes on in its history, and a line of metrics.jsonl
+    that is `kept` and not there is logged first. `note` shows a line to the user."""
 
-    def __init__(self, config: TrainConfig, kept: list[dict[str, Any]], note: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: TrainConfig, note: Callable[[str], None], *, resumed: bool, kept: list[dict[str, Any]]
+    ) -> None:
         self._to, self._note = config.log_to, note
         self._row, self._step, self._last = dict[str, float](), 0, 0
         self._run: _Run | None = None
         self._path = Path(config.out) / LOGGED_TO_FILE
         with self._surviving():
-            self._open(config, resumed=bool(kept))
+            self._open(config, resumed)
         if self._run:
             self._note(f"logged to {self._to} too: {self._run.shown}")
         for line in kept:
             self.add(line["event"], line["step"], {k: v for k, v in line.items() if k not in ("event", "step")})
 
-    def _open(self, config: TrainConfig, *, resumed: bool) -> None:
+    def _open(self, config: TrainConfig, resumed: bool) -> None:
         project = config.log_project or _PROJECT
         marks = {(mark["to"], mark["project"]): mark for mark in read_lines(self._path)}
         mark = marks.get((self._to, project)) if resumed else None

@@ -111,6 +111,8 @@ def test_every_step_is_logged_once_in_one_run(tmp_path: Path, home: Path, to: st
     (name,) = {name for name, _, _ in rows}
     assert name.startswith("a-run-")
     log(out, to, 0, 1)  # nothing was kept: another run
+    (out / "metrics.jsonl").unlink()  # as if no line had been due before the checkpoint
+    log(out, to, 1, 2)
     rows = wandb_rows(out) if to == "wandb" else trackio_rows(home)
     assert len({name for name, _, _ in rows}) == 2
 
