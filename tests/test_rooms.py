@@ -30,6 +30,7 @@ ROOMS = {
     "dimefm.exchange": "caching images models sources store system",
     "dimefm.training": "datasets images models sources store system",
     "dimefm.evaluation": "caching datasets models store system training",
+    "dimefm.latency": "evaluation models system training",
     "dimefm.export": "models store system training",
     "dimefm.inspection": "caching datasets evaluation exchange models retrieval selection sources store system "
     "training",
@@ -48,7 +49,7 @@ HOMES = {
     "faiss": {"dimefm/retrieval/faiss_index.py"},
     "zarr": {"dimefm/store/"},
     "open_clip": {"dimefm/models/", "dimefm/images/preprocess.py", "dimefm/datasets/definitions.py", "dimefm/sample/"},
-    "matplotlib": {"dimefm/reproduce/report.py"},
+    "matplotlib": {"dimefm/latency/plot.py", "dimefm/reproduce/report.py"},
     "tensorboard": {"dimefm/training/run_log.py"},
     "sklearn": {"dimefm/evaluation/metrics.py", "dimefm/evaluation/probe.py"},
     "scipy": {"dimefm/evaluation/", "dimefm/datasets/published_layouts.py"},

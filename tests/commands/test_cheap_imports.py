@@ -87,6 +87,8 @@ MISTAKES = (
         "convert-checkpoint nothing.pt --out x --teacher x",
     ),
     "evaluate nothing inputs/colours",
+    *("latency nothing", "latency ViT-B-32", "latency run nothing --with-teacher", "latency run --batch 0"),
+    *("compare evaluations/student --latency nothing.json", "compare evaluations/student --plot x.png"),
     "cache-texts inputs/sentences.txt --out x.zarr --teacher ViT-B32 --pretrained openai",
     "cache-texts inputs/sentences.txt --out x.zarr --teacher local-dir:nowhere",
     "cache-texts inputs/sentences.txt --out x.zarr --teacher ViT-B-32 --pretrained opnai",
