@@ -39,7 +39,7 @@ ROOMS = {
     "dimefm.cli": "commands system",
     "dimefm.__main__": "cli system",
     "dimefm.sample": "images sources",
-    "dimefm.reproduce": "caching cli evaluation sample store system training",
+    "dimefm.reproduce": "caching cli evaluation latency sample store system training",
     "dimefm": "*",  # the public face
 }
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SPEED = "speed"
 """The protocol of these lines."""
 _WAYS = ("onnx", "int8", "pytorch", "compiled")  # of one digest of weights there are the first two, or the others
-_MS = "ms per image"
+MS = "ms per image"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def quantities(one: ModelLatency) -> Iterator[tuple[str, Quantity]]:
     if one.image_flops is not None:
         yield "GFLOP per image", Quantity(one.image_flops / 1e9, three_digits(one.image_flops / 1e9))
     yield "MB on disk", Quantity(one.bytes / 1e6, f"{one.bytes / 1e6:,.1f}")
-    yield f"{_MS}, batch {first.batch}", Quantity(first.median_ms, three_digits(first.median_ms))
+    yield f"{MS}, batch {first.batch}", Quantity(first.median_ms, three_digits(first.median_ms))
     yield f"images/s, batch {largest.batch}", Quantity(largest.per_second, three_digits(largest.per_second))
 
 
@@ -90,7 +90,7 @@ def points(table: Comparison, latency: Latency) -> Points:
     """Accuracy is top-1 on ImageNet, or else the mean of the sets on which all of the models were measured. Raises
     DimefmError where there is no such set, or no model with a speed."""
     timed = {
-        column.name: (column, line) for column in table.models for line in column.cells if line.title.startswith(_MS)
+        column.name: (column, line) for column in table.models for line in column.cells if line.title.startswith(MS)
     }
     lines = [
         line

@@ -72,7 +72,7 @@ def _measure(config: LatencyConfig, chosen: Sequence[Subject], threads: int, don
     """All models with one number of threads."""
     busy = load()
     with ExitStack() as stack:
-        workers = [stack.enter_context(closing(Worker(one, threads, config.batch))) for one in chosen]
+        workers = [stack.enter_context(closing(Worker(one, threads, config.batch, config.seconds))) for one in chosen]
         models = [model for worker in workers for model in _ready(worker, done)]
         order = tuple(str(model.worker.subject) for model in models)
         calls = [(tower, batch) for tower in _TOWERS for batch in config.batch]

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 COLOURS = ("#1f4e79", "#2e8b57", "#a65e2e")
 """Of the students, in all plots."""
-TEACHER_COLOUR = "#9db4c8"
 _WIDE = 5.0  # from the quickest to the slowest, beyond which the axis is logarithmic
 _PLACES = (((8, 0), "left", "center"), ((-8, 0), "right", "center"), ((0, 8), "center", "bottom"),
            ((0, -8), "center", "top"), ((8, 14), "left", "center"), ((8, -14), "left", "center"))  # fmt: skip
@@ -25,17 +24,18 @@ _PLACES = (((8, 0), "left", "center"), ((-8, 0), "right", "center"), ((0, 8), "c
 
 def write_plot(path: str, plot: Points) -> None:
     """Write a PNG."""
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.5, 4.2))
+    figure.subplots_adjust(left=0.1, right=0.97, top=0.92, bottom=0.12)
     draw(figure.subplots(), plot)
     with storage.writing_to(path), storage.writing_atomically(path) as file:
         figure.savefig(file, dpi=130, format="png")
 
 
-def draw(axes: Axes, plot: Points) -> None:
-    """Draw it into a part of a figure."""
+def draw(axes: Axes, plot: Points, colours: Sequence[str] = COLOURS) -> None:
+    """Draw it into a part of a figure, with a colour for each point."""
     points = plot.points
     for number, one in enumerate(points):
-        axes.scatter(one.ms, 100 * one.accuracy, s=45, color=COLOURS[number % len(COLOURS)], zorder=3)
+        axes.scatter(one.ms, 100 * one.accuracy, s=45, color=colours[number % len(colours)], zorder=3)
     low, high = min(one.ms for one in points), max(one.ms for one in points)
     axes.set(title="Accuracy against latency", xlabel=plot.across, ylabel=plot.along)
     if high > _WIDE * low:
@@ -54,7 +54,7 @@ def draw(axes: Axes, plot: Points) -> None:
 
 def _label(axes: Axes, points: Sequence[Point]) -> None:
     """The name of each model beside its point, where it covers neither another name nor another point."""
-    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    axes.get_ylim()  # chooses the limits
     whole, taken = axes.get_window_extent(), list[Any]()
     marks = [axes.transData.transform((one.ms, 100 * one.accuracy)) for one in points]
     for one in points:

@@ -41,10 +41,11 @@ class Asked:
 class Worker:
     """The process of a subject, as its parent sees it."""
 
-    def __init__(self, subject: Subject, threads: int, batches: Sequence[int]) -> None:
+    def __init__(self, subject: Subject, threads: int, batches: Sequence[int], seconds: float) -> None:
+        """It warms up for no longer than `seconds` with each batch."""
         self.subject = subject
         self._pipe, end = _PROCESSES.Pipe()
-        self._process = _PROCESSES.Process(target=_work, args=(end, subject, threads, batches), daemon=True)
+        self._process = _PROCESSES.Process(target=_work, args=(end, subject, threads, batches, seconds), daemon=True)
         self._process.start()
         end.close()
 
@@ -91,7 +92,7 @@ def prepare(subjects: Sequence[Subject]) -> None:
     _PROCESSES.set_forkserver_preload(sorted({name for one in subjects for name in one.libraries}))
 
 
-def _work(pipe: Any, subject: Subject, threads: int, batches: Sequence[int]) -> None:
+def _work(pipe: Any, subject: Subject, threads: int, batches: Sequence[int], seconds: float) -> None:
     """What the process does. `pipe` is a Connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     library_warnings.silence()
@@ -101,7 +102,7 @@ def _work(pipe: Any, subject: Subject, threads: int, batches: Sequence[int]) -> 
         with loading(subject, threads) as loaded:
             held = {(tower, batch): loaded.inputs(tower, batch) for tower in loaded.calls for batch in batches}
             for (tower, batch), values in held.items():
-                _timed(loaded, Asked(tower, batch, _WARM), values, _WARM_CALLS)
+                _timed(loaded, Asked(tower, batch, min(_WARM, seconds)), values, _WARM_CALLS)
             _forget_peak(loaded)
             gc.collect()
             gc.disable()
