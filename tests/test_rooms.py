@@ -25,20 +25,20 @@ ROOMS = {
     "dimefm.models": "images system",
     "dimefm.caching": "images models sources store system",
     "dimefm.retrieval": "images models store system",
+    "dimefm.sample": "images sources",
     "dimefm.selection": "store system",
     "dimefm.datasets": "images sources system",
     "dimefm.exchange": "caching images models sources store system",
     "dimefm.training": "datasets images models sources store system",
     "dimefm.evaluation": "caching datasets models store system training",
     "dimefm.latency": "evaluation models system training",
-    "dimefm.export": "models store system training",
+    "dimefm.export": "datasets evaluation images models sample sources store system training",
     "dimefm.inspection": "caching datasets evaluation exchange models retrieval selection sources store system "
     "training",
     "pipeline": "caching models retrieval sources store system",
     "dimefm.commands": "*",
     "dimefm.cli": "commands system",
     "dimefm.__main__": "cli system",
-    "dimefm.sample": "images sources",
     "dimefm.reproduce": "caching cli evaluation latency sample store system training",
     "dimefm": "*",  # the public face
 }

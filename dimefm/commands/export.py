@@ -39,6 +39,8 @@ def export(run: str, **options: Any) -> None:
     """
     if options["teacher"]:
         require_model(options["teacher"], options["pretrained"])
+    from dimefm.export.describe_export import describe_export
     from dimefm.export.export_student import export as write
 
-    say(f"{write(run, **options)}: load it with open_clip as local-dir:{options['out']}")
+    for line in describe_export(write(run, **options), options["out"]):
+        say(line)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 import tempfile
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache_schemas.export import EXPORT_FILE, Export, ExportOrigin
+from cache_schemas.export import EXPORT_FILE, TOKENIZER_FILE, Export, ExportOrigin
 from cache_schemas.run import RUN_FILE
 from dimefm.errors import DimefmError, OutputExistsError, StoreError
 from dimefm.export.config import ExportConfig
 from dimefm.export.formats import FORMATS, Format, Written
 from dimefm.export.origin import origin_of
-from dimefm.models.exported import format_of, read_export
+from dimefm.models.exported import format_of, read_export, require_packages
 from dimefm.system import storage
 from dimefm.system.near_names import did_you_mean_path
 from dimefm.system.notes import note
 from dimefm.system.output_names import require_place
 from dimefm.system.versions import versions
+from dimefm.training.run_folder import read_run
 from dimefm.training.student import require_checkpoint
 
 if TYPE_CHECKING:
@@ -38,7 +41,9 @@ def export(source: str, out: str, **options: Any) -> str:
     form.require()
     _require_free(config.out, form)
     if (Path(source) / RUN_FILE).exists():
-        step = require_checkpoint(source, config.checkpoint)
+        step, steps = require_checkpoint(source, config.checkpoint), read_run(source).steps
+        if config.checkpoint == "last" and step < steps:
+            note(f"{source} is unfinished: it has done {step:,} of {steps:,} steps")
         config = replace(config, checkpoint=str(step))  # a run that goes on may have another last one soon
         note(f"{source}, step {step:,}: loading the student ...")
     else:
@@ -53,10 +58,12 @@ def export(source: str, out: str, **options: Any) -> str:
 
 def _write(config: ExportConfig, form: Format, scratch: Path, folder: Path) -> None:
     """The whole of a folder."""
+    from dimefm.export.check import check
+    from dimefm.export.check_material import find_material
     from dimefm.models.clip import load_clip
-    from dimefm.models.tokenizer_file import write_tokenizer
     from dimefm.training.student import write_student
 
+    material = find_material(config) if _changes_weights(config) else None
     source = Path(config.source)
     if (source / RUN_FILE).exists():
         source = scratch / "student"
@@ -66,9 +73,31 @@ def _write(config: ExportConfig, form: Format, scratch: Path, folder: Path) -> N
     _require_finite(clip, config.source)
     with storage.writing_to(config.out):
         written = form.writer()(clip, source, folder, config)
-        write_tokenizer(clip.tokenizer, folder, clip.identity.context_length)
+        _write_tokenizer(clip, folder, config)
         document = _document(clip, config, written)
         storage.write_json(str(folder / EXPORT_FILE), document.to_json())
+    if material:
+        document = replace(document, checks=check(clip, folder, material, config))
+        storage.write_json(str(folder / EXPORT_FILE), document.to_json())
+
+
+def _write_tokenizer(clip: Clip, folder: Path, config: ExportConfig) -> None:
+    """Write tokenizer.json. An open_clip folder does without it where it must: open_clip has the tokenizer too."""
+    from dimefm.models.tokenizer_file import write_tokenizer
+
+    try:
+        require_packages(("tokenizers",), TOKENIZER_FILE)
+        write_tokenizer(clip.tokenizer, folder, clip.identity.context_length)
+    except DimefmError as error:
+        if config.format != "open_clip":
+            raise
+        install = f": {error.remedy}" if find_spec("tokenizers") is None else ""
+        note(f"{TOKENIZER_FILE} is left out: {error.what}{install}")
+
+
+def _changes_weights(config: ExportConfig) -> bool:
+    """Whether the exported model is another than that of training, byte for byte."""
+    return config.format != "open_clip" or config.precision != "fp32" or bool(config.check_on)
 
 
 def _document(clip: Clip, config: ExportConfig, written: Written) -> Export:
@@ -137,9 +166,8 @@ def _require_free(out: str, form: Format) -> None:
 def _keep(out: Path, folder: Path, form: Format) -> None:
     """Leave the folder that is there, if its model has the same bytes, and add the files that it lacks. Raises
     OutputExistsError for another model."""
-    if any(
-        not (out / name).exists() or (out / name).read_bytes() != (folder / name).read_bytes() for name in form.files
-    ):
+    names = [file.name for file in folder.iterdir() if file.name.startswith(form.files)]
+    if any(not (out / name).exists() or not filecmp.cmp(out / name, folder / name, shallow=False) for name in names):
         raise OutputExistsError(f"{out} exists and holds another model", remedy="give another --out, or delete it")
     for file in folder.iterdir():
         if not (out / file.name).exists():
