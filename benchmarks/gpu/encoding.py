@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -54,9 +54,7 @@ def images(kit: Kit) -> None:
     for size, rate in bare.items():
         at = f"{what}, batch {size}: {tower.share(rate, precision):.0%} of the peak"
         kit.line("bare forward", rate, "images/s", at)
-    kit.line(
-        "latency of one image", 1000 / tower.rate(precision, 1, _ALONE), "ms", f"{what}, from pixels on the device"
-    )
+    kit.line("latency of one image", tower.latency(precision), "ms", f"{what}, from pixels on the device")
     best, product = max(bare.values()), f"{peak(kit, precision) / 1e12:,.0f} TFLOP/s"
     at = f"{what}, at the best batch; products reach {product}"
     kit.bar("bare forward against the measured peak", tower.share(best, precision), "", at, least=0.5)
@@ -115,14 +113,21 @@ class Tower:
     def rate(self, precision: str, batch: int, repeats: int = 3) -> float:
         """Images/s on normalised images that are on the device; under autocast, unless its weights are of that
         precision."""
-        wanted, held = DTYPES[precision], self.dtype
-        sets = [torch.randn(batch, 3, *self.size, device=self.kit.device, dtype=held) for _ in range(2)]
+        return batch / seconds([self._forward(precision, batch) for _ in range(2)], self.kit.device, repeats)
 
-        def forward(images: torch.Tensor) -> None:
+    def latency(self, precision: str) -> float:
+        """Milliseconds of one image alone, likewise."""
+        return 1000 * seconds([self._forward(precision, 1)], self.kit.device, _ALONE)
+
+    def _forward(self, precision: str, batch: int) -> Callable[[], None]:
+        wanted, held = DTYPES[precision], self.dtype
+        images = torch.randn(batch, 3, *self.size, device=self.kit.device, dtype=held)
+
+        def forward() -> None:
             with torch.inference_mode(), torch.autocast(self.kit.device.type, wanted, enabled=held != wanted):
                 self.module(images)
 
-        return batch / seconds([lambda x=x: forward(x) for x in sets], self.kit.device, repeats)
+        return forward
 
     def share(self, rate: float, precision: str) -> float:
         """What so many images/s are of the peak of products in that precision."""

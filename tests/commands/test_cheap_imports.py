@@ -87,6 +87,7 @@ MISTAKES = (
         "export run --out x --checkpoint 77",
         "convert-checkpoint nothing.pt --out x --teacher x",
     ),
+    *("card nothing", "card run", "card run --license nothing", "push nothing org/name", "push run x"),
     "evaluate nothing inputs/colours",
     *("latency nothing", "latency ViT-B-32", "latency run nothing --with-teacher", "latency run --batch 0"),
     *("compare evaluations/student --latency nothing.json", "compare evaluations/student --plot x.png"),

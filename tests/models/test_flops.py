@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dimefm.models.clip import Clip
-from dimefm.models.flops import flops_of, count_flops
+from dimefm.models.flops import count_flops, flops_of
 from tests.tiny_clip import CONFIG
 
 
