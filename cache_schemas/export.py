@@ -7,6 +7,7 @@ OUT/
   tokenizer.json              the tokenizer, in the format of Hugging Face's tokenizers
   dimefm_export.json          this document
   README.md                   the model card
+  results.jsonl               the results that the card shows, of evaluations of these weights, without paths
 """
 
 from __future__ import annotations
