@@ -35,6 +35,7 @@ ROOMS = {
     "dimefm.export": "datasets evaluation images models sample sources store system training",
     "dimefm.inspection": "caching datasets evaluation exchange models retrieval selection sources store system "
     "training",
+    "dimefm.prediction": "evaluation images models sources system",
     "pipeline": "caching models retrieval sources store system",
     "dimefm.commands": "*",
     "dimefm.cli": "commands system",
