@@ -89,6 +89,8 @@ MISTAKES = (
     ),
     *("card nothing", "card run", "card run --license nothing", "push nothing org/name", "push run x"),
     "evaluate nothing inputs/colours",
+    *("latency nothing", "latency ViT-B-32", "latency run nothing --with-teacher", "latency run --batch 0"),
+    *("compare evaluations/student --latency nothing.json", "compare evaluations/student --plot x.png"),
     "cache-texts inputs/sentences.txt --out x.zarr --teacher ViT-B32 --pretrained openai",
     "cache-texts inputs/sentences.txt --out x.zarr --teacher local-dir:nowhere",
     "cache-texts inputs/sentences.txt --out x.zarr --teacher ViT-B-32 --pretrained opnai",

@@ -46,6 +46,13 @@ MISTAKES = [
     (f"{_TRAIN} --student resnet-18", 1, "no image tower is called 'resnet-18'", "did you mean 'resnet18'"),
     (f"{_TRAIN} --text-student ViT-B32", 1, "no model of open_clip is called 'ViT-B32'", "did you mean 'ViT-B-32'"),
     ("evaluate studnet eval", 1, "studnet is neither a folder", "did you mean 'student'?"),
+    ("latency studnet", 1, "studnet is neither a folder", "did you mean 'student'?"),
+    ("latency ViT-B-32", 1, "no weights named for ViT-B-32", "a tag such as ViT-B-32:openai"),
+    ("latency ViT-B-32:openia", 1, "openia is neither a file", "'openai'?"),
+    ("latency student --batch 1,x", 2, "'1,x' is not a list of whole numbers", "such as"),
+    ("latency student --threads 0", 1, "--threads takes numbers from 1 on", "remedy"),
+    ("latency student --out run", 1, "run is a folder", "latency.json"),
+    ("compare evaluations/student --plot x.png", 2, "--plot has no effect without --latency", ""),
     # paths: not there, or of another kind
     (f"cache-images imgaes --out x {_TEACHER}", 1, "imgaes does not exist", "did you mean 'images'"),
     (f"cache-images images --out run {_TEACHER}", 1, "is not an embedding store", "give another --out"),
