@@ -54,6 +54,8 @@ HOMES = {
     "sklearn": {"dimefm/evaluation/metrics.py", "dimefm/evaluation/probe.py"},
     "scipy": {"dimefm/evaluation/", "dimefm/datasets/published_layouts.py"},
     "h5py": {"dimefm/datasets/raw_arrays.py"},
+    "trackio": {"dimefm/training/tracker.py"},
+    "wandb": {"dimefm/training/tracker.py"},
 }
 
 

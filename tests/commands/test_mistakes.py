@@ -85,6 +85,7 @@ MISTAKES = [
     (f"{_TRAIN} --set lr_=1", 2, "no field is called 'lr_'", "did you mean 'lr'?"),
     (f"{_TRAIN} --set epochs=many", 2, "epochs: expected a number", "found 'many'"),
     (f"{_TRAIN} --loss vl2=1", 2, "'vl2' is not known", "did you mean 'vl'"),
+    (f"{_TRAIN} --log-to wandbs", 2, "'wandbs' is not one of", "'wandb'"),
     (f"{_TRAIN} --allow-changes lrr", 1, "no field is called 'lrr'", "did you mean 'lr'?"),
     (f"{_TRAIN} --weight-decay -1", 1, "weight_decay must not be below 0", "remedy"),
     (f"{_TRAIN} --batch-size 5000", 1, "a batch of 5,000 images is more than", "give a smaller --batch-size"),
