@@ -7,6 +7,7 @@ OUT/
   tokenizer.json              the tokenizer, in the format of Hugging Face's tokenizers
   dimefm_export.json          this document
   README.md                   the model card
+  results.jsonl               the results that the card shows, of evaluations of these weights, without paths
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ ImageInput = Literal["float32", "uint8"]
 Quantization = Literal["dynamic int8", "static int8"]
 
 EXPORT_FILE, TOKENIZER_FILE, CARD_FILE = "dimefm_export.json", "tokenizer.json", "README.md"
+TRANSFORMERS_CONFIG, TRANSFORMERS_WEIGHTS = "config.json", "model.safetensors"
+TRANSFORMERS_IMAGES = "preprocessor_config.json"
 IMAGE_ONNX, TEXT_ONNX = "vision_model.onnx", "text_model.onnx"
 """The two towers of an ONNX export. The first takes `pixel_values` (B, 3, H, W) and gives `image_embeds` (B, D); the
 second takes `input_ids` int64 (B, L) and gives `text_embeds` (B, D). Both outputs are float32 of unit norm."""

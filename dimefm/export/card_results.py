@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cache_schemas.evaluation import RESULTS_FILE, EvaluationResult
+from cache_schemas.evaluation import OWN, RESULTS_FILE, EvaluationResult
 from cache_schemas.export import Export
 from dimefm.errors import MismatchError
-from dimefm.evaluation.results import pool, read_results
+from dimefm.evaluation.results import Pooled, pool, read_results
 from dimefm.evaluation.summary import METRIC_NAMES
 from dimefm.export.card_words import code, points, words
 from dimefm.export.origin import public
@@ -49,15 +49,20 @@ def results_section(document: Export, results: Sequence[EvaluationResult]) -> li
         metric, deviation = METRIC_NAMES[metrics[one.title, one.protocol]], one.deviation
         value = points(one.value) + (f" (standard deviation over seeds {points(deviation)})" if deviation else "")
         interval = f"{points(one.interval[0])} to {points(one.interval[1])}"
-        rows.append([code(one.title), words(one.protocol), metric, value, interval, f"{images[one.title]:,}"])
+        rows.append([_title(one), words(one.protocol), metric, value, interval, f"{images[one.title]:,}"])
     about = f"Measured with dimefm on exactly these weights (sha256 {code(document.model.weights[:16])}); "
     about += f"[{RESULTS_FILE}]({RESULTS_FILE}) has every number, and the digests of images, classes and prompts."
     notes = [note for result in results for note in _notes(result)]
     return ["## Results", "", *markdown_table(rows, "lllrrr"), "", about, "", *dict.fromkeys(notes)]
 
 
+def _title(one: EvaluationResult | Pooled) -> str:
+    """A set of dimefm's by its name; a user's own without the prefix that tells it from one of these."""
+    return f"{code(one.title.removeprefix(f'{OWN}-'))} (own set)" if one.suite == OWN else code(one.title)
+
+
 def _notes(result: EvaluationResult) -> list[str]:
-    head = f"- {code(result.title)}, {words(result.protocol.partition('/seed-')[0])}: "
+    head = f"- {_title(result)}, {words(result.protocol.partition('/seed-')[0])}: "
     notes = [f"partial: {one}" for one in result.partial]
     if result.unreadable:
         notes.append(f"{counted(result.unreadable, 'image')} without features, counted as wrong")

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from cache_schemas.export import Export, ExportOrigin, ExportSource
 from dimefm.export.card_words import code, repository, words
+from dimefm.export.describe_export import checked
 from dimefm.system.markdown_table import markdown_table
 from dimefm.system.progress import amount
 from dimefm.training.config import LossConfig
@@ -87,7 +88,7 @@ def format_section(document: Export, folder: Path) -> list[str]:
     flops = {"image": document.image_flops, "sentence": document.text_flops}
     known = [f"{count / 1e9:.2f} GFLOPs per {item}" for item, count in flops.items() if count is not None]
     rows += [("work", ", ".join(known))] if known else []
-    rows += [(f"check: {words(name)}", f"{value:.6g}") for name, value in (document.checks or {}).items()]
+    rows += [("check", words(line)) for line in checked(document.checks)] if document.checks else []
     return ["## Format", "", *markdown_table([("", ""), *rows])]
 
 

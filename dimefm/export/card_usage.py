@@ -10,6 +10,11 @@ _INSTALL = {
     "onnx": "pip install numpy onnxruntime pillow tokenizers",
     "transformers": "pip install transformers torch torchvision pillow",
 }
+_ELSEWHERE = {
+    "open_clip": """From the Hub, give `"hf-hub:"` and the name of this repository in place of `"local-dir:."`.""",
+    "onnx": "From the Hub, `huggingface_hub.snapshot_download` fetches the folder.",
+    "transformers": """From the Hub, give the name of this repository in place of `"."`.""",
+}
 _PROMPTS = 'classes = ["cat", "dog", "boat"]'
 
 
@@ -19,15 +24,14 @@ def usage(document: Export) -> list[str]:
     return [
         "## How to use it",
         "",
-        f"In a folder with these files (`hf download ORG/NAME --local-dir .` fetches them from the Hub), and with "
-        f"`{_INSTALL[document.format]}`:",
+        f"In the folder with these files, after `{_INSTALL[document.format]}`:",
         "",
         "```python",
         *code(document),
         "```",
         "",
-        "With dimefm, `dimefm predict . image.jpg --classes cat,dog,boat` does the same, and `dimefm evaluate . SET` "
-        "measures the model on a labelled set.",
+        f"{_ELSEWHERE[document.format]} With dimefm, `dimefm predict . image.jpg --classes cat,dog,boat` does the "
+        "same, and `dimefm evaluate . SET` measures the model on a labelled set.",
     ]
 
 
@@ -71,7 +75,7 @@ def _onnx(document: Export) -> list[str]:
     return [
         "import numpy as np",
         "import onnxruntime",
-        "from PIL import Image, ImageOps",
+        "from PIL import Image" + ", ImageOps" * any("ImageOps" in line for line in _resize(facts)),
         "from tokenizers import Tokenizer",
         "",
         f'vision, text = (onnxruntime.InferenceSession(name) for name in ("{IMAGE_ONNX}", "{TEXT_ONNX}"))',
@@ -83,9 +87,9 @@ def _onnx(document: Export) -> list[str]:
         'tokens = [one.ids for one in tokenizer.encode_batch([f"a photo of a {name}." for name in classes])]',
         '(image_embeds,) = vision.run(None, {"pixel_values": pixels})',
         '(text_embeds,) = text.run(None, {"input_ids": np.array(tokens, np.int64)})',
-        f"logits = {model.logit_scale:.9g} * image_embeds @ text_embeds.T",
-        "probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()",
-        "print(dict(zip(classes, probabilities[0].tolist())))",
+        f"logits = {model.logit_scale:.9g} * (image_embeds @ text_embeds.T)[0]",
+        "scores = np.exp(logits - logits.max())",
+        "print(dict(zip(classes, (scores / scores.sum()).tolist())))",
     ]
 
 

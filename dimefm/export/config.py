@@ -61,3 +61,8 @@ class ExportConfig:
             for option, given in (("--int8", self.int8), ("--image-input", self.image_input != "float32")):
                 if given:
                     raise DimefmError(f"{option} has no effect on {self.format}", remedy="give --format onnx")
+        if self.int8 and self.precision == "fp16":
+            raise DimefmError("--int8 quantizes float32 weights, and not fp16", remedy="leave --precision out")
+        for option, given in (("--max-loss", self.max_loss != 1.0), ("--accept", self.accept)):
+            if given and not self.int8:
+                raise DimefmError(f"{option} has no effect without --int8", remedy="give --int8 too")

@@ -95,6 +95,8 @@ MISTAKES = (
     *("predict nothing photo.jpg --classes a,b", "predict run nothing.jpg --classes a,b", "predict run photo.jpg"),
     *("predict run photo.jpg --classes-from nothing.txt", "predict onnx photo.jpg --classes a,b --device cuda"),
     *("card nothing", "card run", "card run --license nothing", "push nothing org/name", "push run x"),
+    *("latency nothing", "latency ViT-B-32", "latency run nothing --with-teacher", "latency run --batch 0"),
+    *("compare evaluations/student --latency nothing.json", "compare evaluations/student --plot x.png"),
     "cache-texts inputs/sentences.txt --out x.zarr --teacher ViT-B32 --pretrained openai",
     "cache-texts inputs/sentences.txt --out x.zarr --teacher local-dir:nowhere",
     "cache-texts inputs/sentences.txt --out x.zarr --teacher ViT-B-32 --pretrained opnai",
