@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from cache_schemas.document import to_plain
-from cache_schemas.export import Export, ExportOrigin, ExportSource
+from cache_schemas.export import CARD_FILE, EXPORT_FILE, Export, ExportOrigin, ExportSource
 from dimefm.inspection.describe_model import describe_model
 from dimefm.inspection.description import Description, Rows
 from dimefm.models.exported import read_export, require_whole
@@ -39,9 +38,15 @@ def describe_export(path: str) -> Description:
         "load": _LOADS[export.format].format(path=place),
         **(describe_model(path).facts if export.format == "open_clip" else {}),
         **{name: document[name] for name in _FACTS},
-        "files": {file.name: file.stat().st_size for file in sorted(Path(path).iterdir()) if file.is_file()},
+        "files": _sizes(path, export),
     }
     return Description(f"{path}: {export.format} model", facts, _rows(export, facts))
+
+
+def _sizes(path: str, export: Export) -> dict[str, int]:
+    """The bytes of each file that export wrote."""
+    names = [*export.files, EXPORT_FILE, *([CARD_FILE] if CARD_FILE in storage.listing(path) else [])]
+    return {name: storage.size(storage.join(path, name)) for name in sorted({*names})}
 
 
 def _rows(export: Export, facts: dict[str, Any]) -> Rows:

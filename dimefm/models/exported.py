@@ -51,10 +51,10 @@ def require_whole(folder: str, export: Export, required: tuple[str, ...] = ()) -
     from dimefm.system import storage
 
     for name, digest in (export.files or dict.fromkeys(required, "")).items():
-        file = Path(folder, name)
-        if Path(name).name != name or not file.is_file():
+        file = storage.join(folder, name)
+        if Path(name).name != name or not storage.exists(file):
             raise StoreError(f"{folder} is not whole: {name} is missing", remedy="export it again, or copy all of it")
-        if digest and storage.digest_file(str(file)) != digest:
+        if digest and storage.digest_file(file) != digest:
             what = f"{file} is not what export wrote: it was changed or damaged"
             raise StoreError(what, remedy="export it again, or copy it again")
 

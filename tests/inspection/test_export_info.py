@@ -41,6 +41,8 @@ def test_an_onnx_student_is_described(student: Path) -> None:
         f"measure with dimefm evaluate {student} SET",
     ):
         assert words in shown
+    at_url = describe(f"local://{student}")  # by fsspec, as at any URL
+    assert "graphs        opset 17" in at_url
     result = CliRunner().invoke(cli, ["info", str(student), "--json"])
     facts = json.loads(result.stdout)
     assert (facts["artefact"], facts["format"], facts["finished"]) == ("model", "onnx", True)
