@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_schemas import Run
-from dimefm.errors import StoreError
+from dimefm.errors import StoreError, TeacherError
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.run_folder import read_run
 
@@ -55,8 +55,13 @@ def write_student(
     name, tag = teacher or document.teacher.name, pretrained or document.teacher.pretrained
     if not teacher:
         require_cached(name, run)
-    clip = load_clip(name, tag, known=document.teacher, precision="fp32", device="cpu")
     remedy = "name the teacher with --teacher and --pretrained"
+    try:
+        clip = load_clip(name, tag, known=document.teacher, precision="fp32", device="cpu")
+    except TeacherError as error:
+        if teacher:
+            raise
+        raise TeacherError(f"the teacher of {run} cannot be loaded: {error.what}", remedy=remedy) from error
     require_teacher(clip, document.teacher, run, remedy=remedy, any_precision=True)
     config, text = beside_text_tower(clip, document.student)
     if (learned := state["image"]["objective"].get("log_scale")) is not None:
