@@ -22,7 +22,10 @@ from dimefm.export.card_usage import usage
 from dimefm.export.config import ExportConfig
 from dimefm.export.export_student import export
 from dimefm.images.preprocess import Preprocess
+from dimefm.latency.record import read_latency
 from dimefm.models.exported import read_export
+from tests.latency.test_latency import measured
+from tests.latency.test_latency import written as measurements
 from tests.tiny_clip import write_clip
 
 HOSTILE = "x|`[a](javascript:b) <script>alert(1)</script>\n---\nlicense: mit # *'\"\u202e\x1b[2J https://evil.example"
@@ -118,6 +121,21 @@ def test_few_shot_results_are_taken_together(student: Path, evaluation: Path, tm
     (pooled,) = found.data.eval_results or []
     assert (pooled.metric_value, pooled.task_type) == (0.25, "image-classification")
     assert "25.0 (standard deviation over seeds 7.1)" in found.text
+
+
+def test_speed_is_that_of_the_same_weights(student: Path, tmp_path: Path) -> None:
+    weights = read_export(str(student)).model.weights
+    models = [measured(weights=weights, name="/home/me/student", order=("/home/me/other",)), measured(weights="other")]
+    card(student, latency=measurements(tmp_path / "latency.json", models))
+    text = (student / "README.md").read_text()
+    assert text.count("| pytorch, fp32 | 2 threads |") == 3
+    assert "/home/me" not in text + (student / "latency.json").read_text()
+    (kept,) = read_latency(str(student / "latency.json")).models
+    assert (kept.name, kept.image) == ("student", models[0].image)
+    card(student)
+    assert (student / "README.md").read_text() == text
+    with pytest.raises(MismatchError, match="no measurement of this model"):
+        card(student, latency=measurements(tmp_path / "others.json", models[1:]))
 
 
 def test_hostile_names_are_inert(student: Path, evaluation: Path, tmp_path: Path) -> None:
