@@ -10,6 +10,7 @@ from cache_schemas.latency import LATENCY_FILE, Latency, ModelLatency
 from dimefm.errors import MismatchError
 from dimefm.export.card_words import words
 from dimefm.latency.record import describe_machine, read_latency
+from dimefm.latency.table import noise
 from dimefm.system import storage
 from dimefm.system.markdown_table import markdown_table
 from dimefm.system.wording import counted, three_digits
@@ -48,7 +49,8 @@ def speed_section(latency: Latency) -> list[str]:
                 rows.append([tower, _way(one), _place(one), str(timing.batch), *map(three_digits, figures)])
     about = f"Measured with dimefm on {words(describe_machine(latency.machine))}, from prepared pixels and tokens to "
     about += f"embeddings; [{LATENCY_FILE}]({LATENCY_FILE}) has every number."
-    return ["## Speed", "", *markdown_table(rows, "lllrrrr"), "", about]
+    warning = [words(found)] if (found := noise(latency.machine, latency.models)) else []
+    return ["## Speed", "", *markdown_table(rows, "lllrrrr"), "", " ".join([about, *warning])]
 
 
 def _way(one: ModelLatency) -> str:

@@ -125,10 +125,12 @@ def test_few_shot_results_are_taken_together(student: Path, evaluation: Path, tm
 
 def test_speed_is_that_of_the_same_weights(student: Path, tmp_path: Path) -> None:
     weights = read_export(str(student)).model.weights
-    models = [measured(weights=weights, name="/home/me/student", order=("/home/me/other",)), measured(weights="other")]
+    own = measured(weights=weights, name="/home/me/student", order=("/home/me/other",), load=1.7)
+    models = [own, measured(weights="other")]
     card(student, latency=measurements(tmp_path / "latency.json", models))
     text = (student / "README.md").read_text()
     assert text.count("| pytorch, fp32 | 2 threads |") == 3
+    assert "The machine was NOT QUIET: 1.7 of" in text
     assert "/home/me" not in text + (student / "latency.json").read_text()
     (kept,) = read_latency(str(student / "latency.json")).models
     assert (kept.name, kept.image) == ("student", models[0].image)
