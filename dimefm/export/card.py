@@ -99,7 +99,10 @@ def read_exported(folder: str) -> Export:
 
 def read_metadata(path: Path) -> tuple[dict[str, Any], str]:
     """The metadata of a card, and the text below them. Raises StoreError for metadata that are not valid YAML."""
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise StoreError(f"{path} is not UTF-8", remedy="save it as UTF-8") from None
     found = _METADATA.match(text)
     try:
         head = yaml.safe_load(found[1]) if found else {}

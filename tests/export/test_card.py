@@ -142,7 +142,9 @@ def test_speed_is_that_of_the_same_weights(student: Path, tmp_path: Path) -> Non
 
 def test_hostile_names_are_inert(student: Path, evaluation: Path, tmp_path: Path) -> None:
     (result,) = read_results(str(evaluation))
-    result = dataclasses.replace(result, set=HOSTILE, notes=(HOSTILE,), protocol=HOSTILE)
+    result = dataclasses.replace(
+        result, set=HOSTILE, notes=(HOSTILE,), protocol=HOSTILE, metric=HOSTILE, metrics={HOSTILE: 0.5}
+    )
     before = read_export(str(student))
     assert before.origin is not None
     sources = (ExportSource(kind="image", store=HOSTILE, names=(HOSTILE,), digest=HOSTILE, unknown=HOSTILE),)
@@ -207,6 +209,9 @@ def test_a_card_of_another_hand_is_replaced_only_if_asked(student: Path) -> None
     card(student, overwrite=True)
     (student / "README.md").write_text("---\na: [\n---\n")
     with pytest.raises(StoreError, match="metadata are not YAML"):
+        card(student)
+    (student / "README.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(StoreError, match="is not UTF-8"):
         card(student)
 
 
