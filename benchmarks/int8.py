@@ -7,6 +7,7 @@ cosines to the PyTorch model are those of the check. A tower of convolutions is 
 import logging
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def _milliseconds(folders: list[str]) -> list[float]:
     for folder in folders:
         towers = OnnxTowers(folder, threads=1)
         pixels = np.zeros((1, 3, *towers.export.model.preprocessing.size), np.uint8)
-        calls[folder] = lambda towers=towers, pixels=pixels: towers.encode_images(pixels)  # type: ignore[misc]
+        calls[folder] = partial(towers.encode_images, pixels)
     return [1000 * median(seconds) for seconds in rounds(calls, ROUNDS).values()]
 
 
@@ -109,8 +110,8 @@ def _schemes(model: str, scratch: Path) -> list[tuple[str, ...]]:
             )  # fmt: skip
         cosine_N = (_embed(path, unseen) * right).sum(axis=1)
         session = _open(path)
-        call = {"one": lambda session=session: session.run(None, {"pixel_values": unseen[:1]})}  # type: ignore[misc]
-        time = 1000 * median(rounds(call, ROUNDS)["one"])
+        calls: dict[str, Callable[[], object]] = {"one": partial(session.run, None, {"pixel_values": unseen[:1]})}
+        time = 1000 * median(rounds(calls, ROUNDS)["one"])
         rows.append((Path(model).name, scheme, f"{cosine_N.mean():.4f}", f"{cosine_N.min():.4f}", f"{time:.2f}"))
     return rows
 

@@ -88,6 +88,8 @@ def _weight_ranges(model: onnx.ModelProto) -> dict[str, list[dict[str, Any]]]:
         if node.op_type not in ("Conv", "Gemm", "MatMul") or node.input[1] not in weights:
             continue
         weight = numpy_helper.to_array(weights[node.input[1]])
+        if weight.ndim < 2:
+            continue
         given = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
         axis = 0 if node.op_type == "Conv" or given.get("transB") else 1
         weight_CK = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)

@@ -23,7 +23,7 @@ from cache_schemas import Preprocessing, TeacherIdentity
 from cache_schemas.identity import Precision
 from dimefm.errors import MismatchError, TeacherError
 from dimefm.images.preprocess import normalise
-from dimefm.models.exported import format_of
+from dimefm.models.exported import format_of, require_as_exported
 from dimefm.models.hub import require_plain_tokenizer
 from dimefm.models.names import CONFIGURED, FOLDER
 from dimefm.models.pretraining import facts_of_config, facts_of_weights
@@ -218,10 +218,13 @@ def load_clip(
     Raises TeacherError for an unknown name, missing weights, weights trained with another activation, weights whose
     preprocessing is not known, a model without a text tower, or one that could run code of its own (models/hub.py).
     """
+    if name.startswith(FOLDER) and format_of(folder := name.removeprefix(FOLDER)) == "onnx":
+        require_as_exported(folder, device=device, precision=precision, trained=trained)
+        device = "cpu"
     device = choose_device(device)
     precision = precision or teacher_precision(device)
     name, pretrained = full_name(name, pretrained)
-    if name.startswith(FOLDER) and (other := _not_open_clip(name, device)) is not None:
+    if name.startswith(FOLDER) and (other := _not_open_clip(name, precision, device)) is not None:
         return other
     given, configured = trained or Trained(), name.startswith(CONFIGURED)
     if not configured:
@@ -244,13 +247,17 @@ def load_clip(
     )  # fmt: skip
 
 
-def _not_open_clip(name: str, device: str) -> Clip | None:
+def _not_open_clip(name: str, precision: Precision, device: str) -> Clip | None:
     """The model of ``local-dir:FOLDER`` where that has another format than open_clip's."""
     folder = name.removeprefix(FOLDER)
     if format_of(folder) == "onnx":
         from dimefm.models.onnx_clip import OnnxClip
 
         return OnnxClip(folder, name, device)
+    if format_of(folder) == "transformers":
+        from dimefm.models.transformers_clip import load_transformers
+
+        return load_transformers(folder, name, precision, device)
     return None
 
 
