@@ -15,11 +15,15 @@ import click
 from cache_schemas import SchemaError
 from dimefm.commands.caching import cache_images, cache_texts, export_embeddings, import_embeddings
 from dimefm.commands.evaluation import compare, evaluate, sets, submission
+from dimefm.commands.export import export
 from dimefm.commands.help import Commands
 from dimefm.commands.inspection import doctor, info, verify
+from dimefm.commands.latency import latency
+from dimefm.commands.prediction import predict
+from dimefm.commands.publish import card, push
 from dimefm.commands.recipes import recipes
 from dimefm.commands.retrieval import build_index, retrieve, search, select_texts
-from dimefm.commands.training import convert_checkpoint, export, train_student
+from dimefm.commands.training import convert_checkpoint, train_student
 from dimefm.errors import DimefmError, StoppedError
 from dimefm.system import library_warnings, stopping
 from dimefm.system.inert_text import say, text
@@ -53,6 +57,8 @@ class _Group(Commands):
         except (DimefmError, SchemaError) as error:
             raise click.ClickException(text(error)) from error
         except OSError as error:
+            if error.errno == errno.EPIPE:  # `| head` has read enough: click ends without a word
+                raise
             raise click.ClickException(_message_for(error)) from error
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's own error; torch may not have been imported
@@ -107,6 +113,7 @@ def main() -> None:
 cli.add_section("Stage 1: cache the teacher's embeddings", cache_images, cache_texts, import_embeddings)
 cli.add_section("Find the sentences that fit", build_index, retrieve, search, select_texts)
 cli.add_section("Stage 2: train a student", train_student, recipes)
-cli.add_section("Measure", evaluate, sets, compare, submission)
-cli.add_section("Export and convert", export, convert_checkpoint, export_embeddings)
+cli.add_section("Measure", evaluate, sets, compare, latency, submission)
+cli.add_section("Export and convert", export, card, push, convert_checkpoint, export_embeddings)
+cli.add_section("Use a student", predict)
 cli.add_section("Look and check", info, verify, doctor)

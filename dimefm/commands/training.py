@@ -1,4 +1,4 @@
-"""`dimefm train-student`, `export` and `convert-checkpoint`."""
+"""`dimefm train-student` and `convert-checkpoint`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from cache_schemas.identity import Precision
-from cache_schemas.run import Weights
 from dimefm.commands.help import Command, heading
 from dimefm.commands.options import DEVICES, json_option, options_of, quiet_option, require_with, say_json
 from dimefm.commands.recipes import training_fields
@@ -31,7 +30,6 @@ class _Recipes(click.Choice[str]):
 
 _CONFIG = "dimefm.training.config"
 _option = options_of(_CONFIG, "TrainConfig", defaults=False)  # they are the recipe's
-_run_option = options_of("dimefm.evaluation.config", "EvaluationConfig")
 
 
 def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -101,6 +99,7 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @_option("--checkpoint-every", type=click.IntRange(1))
 @_option("--keep", type=click.IntRange(1))
 @_option("--log-every", type=click.IntRange(1))
+@_option("--log-to", type=click.Choice(["trackio", "wandb"]))
 def train_student(
     recipe: str, config_file: str | None, settings: tuple[str, ...], allow_changes: str, dry_run: bool, as_json: bool,
     **options: Any,
@@ -168,27 +167,6 @@ def _dry_run(given: Given, changes: tuple[str, ...], as_json: bool) -> None:
         say_json({"fields": fields, **found.to_json()})
     else:
         say("\n".join(foresight_lines(found)))
-
-
-@click.command(cls=Command)
-@click.argument("run")
-@click.option("--out", required=True, help="Folder to write.")
-@_run_option("--checkpoint", metavar="last|best|STEP")
-@_run_option("--weights", type=click.Choice(get_args(Weights)))
-@click.option("--teacher", help="Where the teacher is now. Default: where it was when the images were cached.")
-@options_of("dimefm.inspection.verify", "VerifyConfig")("--pretrained")
-@quiet_option
-def export(run: str, **options: Any) -> None:
-    """Write the student of a run as an open_clip folder.
-
-    It has its own text tower, or else the teacher's. Load it with
-    open_clip.create_model_and_transforms("local-dir:FOLDER").
-    """
-    if options["teacher"]:
-        require_model(options["teacher"], options["pretrained"])
-    from dimefm.export.export_student import export as write
-
-    say(f"{write(run, **options)}: load it with open_clip as local-dir:{options['out']}")
 
 
 @click.command(cls=Command)

@@ -15,13 +15,13 @@ from dimefm.datasets.known_sets import find_sets
 from dimefm.datasets.own_sets import open_folder
 from dimefm.errors import DimefmError, SourceError
 from dimefm.evaluation.config import ChosenSet, EvaluationConfig, choose_sets, default_name
-from dimefm.export.export_student import require_checkpoint
 from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.named_paths import allowing
 from dimefm.system.notes import note
 from dimefm.system.output_names import require_name
 from dimefm.system.wording import counted
+from dimefm.training.student import require_checkpoint
 
 
 @dataclass

@@ -156,7 +156,7 @@ def _digests(images: ImageSet) -> dict[str, str]:
 
 def _describe(clip: Clip, name: str) -> dict[str, object]:
     """The facts about the model that a result records."""
-    identity, model = clip.identity, clip.model
+    identity, (parameters, image_parameters) = clip.identity, clip.parameter_counts()
     return {
         "name": name,
         "pretrained": identity.pretrained,
@@ -164,6 +164,6 @@ def _describe(clip: Clip, name: str) -> dict[str, object]:
         "text_tower": clip.text_digest(),
         "precision": identity.precision,
         "embed_dim": identity.embed_dim,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "image_parameters": sum(p.numel() for p in model.visual.parameters()),
+        "parameters": parameters,
+        "image_parameters": image_parameters,
     }

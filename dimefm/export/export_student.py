@@ -1,115 +1,181 @@
-"""Writes a trained student as an open_clip folder: its image tower with its own text tower, or with the teacher's."""
+"""`dimefm export`: write a trained student in a format that others read, checked and with a model card."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict
+import filecmp
+import shutil
+import tempfile
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cache_schemas import Run
-from cache_schemas.run import CONFIG_FILE
-from dimefm.errors import StoreError
+from cache_schemas.export import EXPORT_FILE, TOKENIZER_FILE, Export, ExportOrigin
+from cache_schemas.run import RUN_FILE
+from dimefm.errors import DimefmError, OutputExistsError, StoreError
+from dimefm.export.card import CardConfig, write_card
+from dimefm.export.config import ExportConfig
+from dimefm.export.formats import FORMATS, Format, Written
+from dimefm.export.origin import origin_of
+from dimefm.models.exported import format_of, read_export, require_packages
 from dimefm.system import storage
+from dimefm.system.near_names import did_you_mean_path
 from dimefm.system.notes import note
-from dimefm.system.output_names import require_name, require_place
-from dimefm.training.checkpoints import Checkpoints
+from dimefm.system.output_names import require_place
+from dimefm.system.versions import versions
 from dimefm.training.run_folder import read_run
+from dimefm.training.student import require_checkpoint
+
+if TYPE_CHECKING:
+    from dimefm.models.clip import Clip
 
 
-def export(
-    run: str,
-    out: str,
-    *,
-    checkpoint: str = "last",
-    weights: str = "model",
-    teacher: str | None = None,
-    pretrained: str | None = None,
-) -> str:
-    """Write the student of `run` to `out`, for ``open_clip.create_model_and_transforms("local-dir:OUT")``.
+def export(source: str, out: str, **options: Any) -> str:
+    """Write the student of a run, or the model of an open_clip folder, to `out`; `options` are fields of ExportConfig.
 
-    `checkpoint` is "last", "best" or the number of a step; `weights` is "model", or "ema" for their moving average.
-    `teacher` and `pretrained` say where the teacher is now, if it is not where the run recorded it; its weights must be
-    the same. A student with a text tower of its own needs no teacher.
-
-    The folder appears whole or not at all; if one with the same bytes is there, it is left as it is. Raises StoreError
-    for a run without a checkpoint, MismatchError for another teacher, OutputExistsError.
+    The folder appears whole or not at all, and only if the written model agrees with the student. If one with the same
+    bytes is there, it is left as it is. Raises StoreError for a run without a checkpoint, MismatchError for another
+    teacher, OutputExistsError, and DimefmError for a model that the format cannot hold.
     """
-    out = storage.local(out, "an export")
-    require_name(out, "an open_clip folder")
-    require_place(out, CONFIG_FILE)
-    document = read_run(run)
-    step = require_checkpoint(run, checkpoint)
-    own = document.text_student is not None
-    note(f"{run}, step {step:,}: loading the student{'' if own else ' and the text tower of its teacher'} ...")
-    return _export(run, out, document, Checkpoints(run).load(checkpoint), weights, teacher, pretrained)
+    config = ExportConfig(source=source, out=storage.local(out, "an export"), **options)
+    form = FORMATS[config.format]
+    card = CardConfig(evaluation=config.evaluation, license=config.license, data_license=config.data_license)
+    form.require()
+    _require_free(config.out, form)
+    if (Path(source) / RUN_FILE).exists():
+        step, steps = require_checkpoint(source, config.checkpoint), read_run(source).steps
+        if config.checkpoint == "last" and step < steps:
+            note(f"{source} is unfinished: it has done {step:,} of {steps:,} steps")
+        config = replace(config, checkpoint=str(step))  # a run that goes on may have another last one soon
+        note(f"{source}, step {step:,}: loading the student ...")
+    else:
+        _require_folder(source)
+        note(f"{source}: loading the model ...")
+    with tempfile.TemporaryDirectory() as scratch, storage.publishing(config.out) as folder:
+        _write(config, form, Path(scratch), folder)
+        write_card(str(folder), card)
+        if Path(config.out).exists():
+            _keep(Path(config.out), folder, form)
+            if card != CardConfig():
+                write_card(config.out, card)
+    return config.out
 
 
-def require_checkpoint(run: str, checkpoint: str) -> int:
-    """The step of a checkpoint. Raises StoreError for a run without it."""
-    step = Checkpoints(run).step(checkpoint)
-    if step is None:
-        raise StoreError(f"{run} has no checkpoint {checkpoint}", remedy="dimefm info RUN lists them")
-    return step
+def _write(config: ExportConfig, form: Format, scratch: Path, folder: Path) -> None:
+    """The whole of a folder."""
+    from dimefm.export.check import check
+    from dimefm.export.check_material import find_material
+    from dimefm.models.clip import load_clip
+    from dimefm.training.student import write_student
+
+    material = find_material(config) if _changes_weights(config) else None
+    source = Path(config.source)
+    if (source / RUN_FILE).exists():
+        source = scratch / "student"
+        chosen = {name: getattr(config, name) for name in ("checkpoint", "weights", "teacher", "pretrained")}
+        write_student(config.source, str(source), **chosen)
+    clip = load_clip(f"local-dir:{source}", precision="fp32", device="cpu")
+    _require_finite(clip, config.source)
+    with storage.writing_to(config.out):
+        written = form.writer()(clip, source, folder, config)
+        _write_tokenizer(clip, folder, config)
+        files = {file.name: storage.digest_file(str(file)) for file in sorted(folder.iterdir())}
+        document = replace(_document(clip, config, written), files=files)
+        storage.write_json(str(folder / EXPORT_FILE), document.to_json())
+    if material:
+        document = replace(document, checks=(document.checks or {}) | check(clip, folder, material, config))
+        storage.write_json(str(folder / EXPORT_FILE), document.to_json())
 
 
-def _export(
-    run: str, out: str, document: Run, state: Any, weights: str, teacher: str | None, pretrained: str | None
-) -> str:
-    import torch
+def _write_tokenizer(clip: Clip, folder: Path, config: ExportConfig) -> None:
+    """Write tokenizer.json. An open_clip folder does without it where it must: open_clip has the tokenizer too."""
+    from dimefm.models.tokenizer_file import write_tokenizer
 
-    from dimefm.models.clip import load_clip, require_teacher
-    from dimefm.models.hub import require_cached
-    from dimefm.models.open_clip_folder import beside_text_tower, publish_folder
-    from dimefm.models.towers import student_preprocessing, tokenizer_of
-
-    image = {f"visual.{name}": value for name, value in _chosen(run, state["image"], weights).items()}
-    if document.text_student:
-        require_cached(document.text_student.name, run)
-        text = {f"text.{name}": value for name, value in _chosen(run, state["text"], weights).items()}
-        preprocessing = asdict(student_preprocessing(document.student))
-        config = {"model_cfg": _own_config(document), "preprocess_cfg": preprocessing}
-        scale = torch.tensor(math.log(_logit_scale(document, state["image"])))
-        tokenizer = tokenizer_of(document.text_student)
-        publish_folder(Path(out), config, {**text, **image, "logit_scale": scale}, tokenizer)
-        return out
-    name, tag = teacher or document.teacher.name, pretrained or document.teacher.pretrained
-    if not teacher:
-        require_cached(name, run)
-    clip = load_clip(name, tag, known=document.teacher, precision="fp32", device="cpu")
-    remedy = "name the teacher with --teacher and --pretrained"
-    require_teacher(clip, document.teacher, run, remedy=remedy, any_precision=True)
-    config, text = beside_text_tower(clip, document.student)
-    if (learned := state["image"]["objective"].get("log_scale")) is not None:
-        text["logit_scale"] = learned.to(text["logit_scale"])
-    publish_folder(Path(out), config, {**text, **image}, clip.tokenizer)
-    return out
+    try:
+        require_packages(("tokenizers",), TOKENIZER_FILE)
+        write_tokenizer(clip.tokenizer, folder, clip.identity.context_length)
+    except DimefmError as error:
+        if config.format != "open_clip":
+            raise
+        install = f": {error.remedy}" if find_spec("tokenizers") is None else ""
+        note(f"{TOKENIZER_FILE} is left out: {error.what}{install}")
 
 
-def _chosen(run: str, tower: dict[str, Any], weights: str) -> dict[str, Any]:
-    """The weights of a tower, or their moving average."""
-    if weights == "model":
-        return tower["model"]  # type: ignore[no-any-return]
-    if tower["ema"] is None:
-        raise StoreError(
-            f"{run} has no moving average of its weights", remedy="train with --ema, or leave --weights out"
-        )
-    return tower["ema"]["weights"]  # type: ignore[no-any-return]
+def _changes_weights(config: ExportConfig) -> bool:
+    """Whether the exported model is another than that of training, byte for byte."""
+    return config.format != "open_clip" or config.precision != "fp32" or bool(config.check_on)
 
 
-def _own_config(document: Run) -> dict[str, Any]:
-    """open_clip's config of a student with two towers of its own."""
-    assert document.text_student
-    return {
-        "embed_dim": document.student.embed_dim,
-        "quick_gelu": document.student.activation == "quick_gelu",
-        "custom_text": True,
-        "vision_cfg": document.student.vision_cfg,
-        "text_cfg": document.text_student.text_cfg,
-    }
+def _document(clip: Clip, config: ExportConfig, written: Written) -> Export:
+    from dimefm.models.flops import count_flops
+
+    parameters, image_parameters = clip.parameter_counts()
+    image_flops, text_flops = count_flops(clip)
+    model = replace(
+        clip.identity,
+        name=Path(config.out).name,
+        pretrained=None,
+        weights=written.weights,
+        precision=config.precision,
+        preprocessing_from=None,
+    )
+    return Export(
+        format=config.format,
+        model=model,
+        text_tower=written.text_tower,
+        parameters=parameters,
+        image_parameters=image_parameters,
+        image_flops=image_flops,
+        text_flops=text_flops,
+        versions=versions(),
+        origin=_origin(config, clip.identity.weights),
+        onnx=written.onnx,
+        checks=written.checks,
+    )
 
 
-def _logit_scale(document: Run, image: dict[str, Any]) -> float:
-    """The logit scale that the student learned, else its teacher's."""
-    learned = image["objective"].get("log_scale")
-    return math.exp(float(learned)) if learned is not None else document.teacher.logit_scale
+def _origin(config: ExportConfig, weights: str) -> ExportOrigin | None:
+    """Where the model comes from: its run, or what an earlier export recorded beside the same `weights`."""
+    if Path(config.source, RUN_FILE).exists():
+        return origin_of(config.source, int(config.checkpoint), config.weights)
+    if not Path(config.source, EXPORT_FILE).exists():
+        return None
+    before = read_export(config.source)
+    return before.origin if before.model.weights == weights else None
+
+
+def _require_folder(source: str) -> None:
+    found = format_of(source)
+    if found is None:
+        remedy = did_you_mean_path(source, "give the --out of train-student, or an open_clip folder")
+        raise StoreError(f"{source} is neither a run folder nor a model", remedy=remedy)
+    if found != "open_clip":
+        remedy = "name the run that it was exported from, or an open_clip folder"
+        raise StoreError(f"{source} is a model in the format {found} already", remedy=remedy)
+
+
+def _require_finite(clip: Clip, source: str) -> None:
+    broken = [name for name, value in clip.model.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        what = f"{source} has weights that are NaN or infinite, first in {broken[0]} ({len(broken)} tensors)"
+        raise DimefmError(what, remedy="export an earlier checkpoint with --checkpoint STEP")
+
+
+def _require_free(out: str, form: Format) -> None:
+    """Raises OutputExistsError where something else than a model of this format is at `out`."""
+    found = format_of(out)
+    if found and found != form.name:
+        raise OutputExistsError(f"{out} exists and holds a model in the format {found}", remedy="give another --out")
+    require_place(out, form.files[0])
+
+
+def _keep(out: Path, folder: Path, form: Format) -> None:
+    """Leave the folder that is there, if its model has the same bytes, and add the files that it lacks. Raises
+    OutputExistsError for another model."""
+    names = [file.name for file in folder.iterdir() if file.name.startswith(form.files)]
+    if any(not (out / name).exists() or not filecmp.cmp(out / name, folder / name, shallow=False) for name in names):
+        raise OutputExistsError(f"{out} exists and holds another model", remedy="give another --out, or delete it")
+    for file in folder.iterdir():
+        if not (out / file.name).exists():
+            file.rename(out / file.name)
+    shutil.rmtree(folder)

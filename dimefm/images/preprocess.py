@@ -6,10 +6,6 @@ work per image. Shapes: B images, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
-
 import PIL
 import torch
 from open_clip.constants import (
@@ -20,14 +16,13 @@ from open_clip.constants import (
     OPENAI_DATASET_MEAN,
     OPENAI_DATASET_STD,
 )
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch.nn.functional import interpolate
-from torchvision.transforms import Normalize
 from torchvision.transforms.functional import to_pil_image
 
-from cache_schemas import Preprocessing, Status
-from dimefm.images.decode import MAX_PIXELS, DecodeError, decode_fast, decode_pillow, to_tensor
+from cache_schemas import Preprocessing
+from dimefm.images.decode import decode_fast, decode_pillow, to_tensor
+from dimefm.images.open_clip_steps import require_drawable, resize_and_crop, shorter_side
 
 NORMS = {
     "OpenAI's": (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),
@@ -42,13 +37,12 @@ class Preprocess:
     """Encoded bytes to a uint8 tensor (3, H, W) of the model's input size. Raises DecodeError. Safe in threads.
 
     A JPEG is decoded to a tensor and resized here, which agrees with Pillow to within 2 of 255. All else, and with
-    `exact` JPEGs too, goes through open_clip's own steps as a Pillow image.
+    `exact` JPEGs too, goes through open_clip's own steps as a Pillow image (images/open_clip_steps.py).
     """
 
     def __init__(self, facts: Preprocessing, *, exact: bool = False) -> None:
         self.facts = facts
         self._exact = exact
-        self._steps = _open_clip_steps(facts)
         height, width = facts.size
         self.resizes_tensors = facts.resize_mode == "squash" or (facts.resize_mode == "shortest" and height == width)
 
@@ -62,22 +56,12 @@ class Preprocess:
     def apply(self, image: torch.Tensor | Image.Image) -> torch.Tensor:
         """The input of the model from an image that `decode` gave. Raises DecodeError."""
         height, width = image.shape[-2:] if isinstance(image, torch.Tensor) else (image.height, image.width)
-        self._require_drawable(height, width)
+        require_drawable(height, width, self.facts)
         if isinstance(image, torch.Tensor):
             if self.resizes_tensors:
                 return self._resize_and_crop(image)
-            image = to_pil_image(image)
-        drawn: Any = image
-        for step in self._steps:
-            drawn = step(drawn)
-        return to_tensor(drawn)
-
-    def _require_drawable(self, height: int, width: int) -> None:
-        """A strip of one pixel by thousands becomes, with its short side enlarged, larger than any memory."""
-        enlarged = max(self.facts.size) ** 2 * max(height, width) // min(height, width)
-        if self.facts.resize_mode == "shortest" and enlarged > MAX_PIXELS:
-            reason = f"{width} x {height} would be {enlarged:,} pixels when resized; the limit is {MAX_PIXELS:,}"
-            raise DecodeError(Status.TOO_LARGE, reason)
+            return to_tensor(resize_and_crop(to_pil_image(image), self.facts))
+        return to_tensor(resize_and_crop(image, self.facts))
 
     def _resize_and_crop(self, image_3HW: torch.Tensor) -> torch.Tensor:
         height, width = self.facts.size
@@ -94,12 +78,9 @@ def interpolation_mode(facts: Preprocessing) -> str:
 
 
 def shortest_side(image_3HW: torch.Tensor, side: int) -> tuple[int, int]:
-    """Height and width with the shorter side `side` pixels long, and the longer rounded down, as torchvision's
-    Resize."""
+    """`open_clip_steps.shorter_side` of an image (3, H, W)."""
     height, width = image_3HW.shape[-2:]
-    if height <= width:
-        return side, int(side * width / height)
-    return int(side * height / width), side
+    return shorter_side(height, width, side)
 
 
 def resize(image_3HW: torch.Tensor, size: tuple[int, int], mode: str = "bicubic") -> torch.Tensor:
@@ -132,13 +113,6 @@ def _height_first(fewer_rows: int, fewer_columns: int) -> bool:
     """Whether Pillow resizes the height first: from 13.0 on, where that removes far more pixels than the width does.
     The order shows only where a pass overshoots, as bicubic does."""
     return _PILLOW >= 13 and fewer_rows > max(0, 2 * fewer_columns)
-
-
-def _open_clip_steps(facts: Preprocessing) -> list[Callable[[Any], Any]]:
-    """open_clip's resize and crop, without its last three steps, which make a normalised float tensor."""
-    steps = image_transform_v2(PreprocessCfg(**asdict(facts)), is_train=False).transforms
-    assert isinstance(steps[-1], Normalize), "open_clip's preprocessing no longer ends with Normalize"
-    return list(steps[:-3])
 
 
 def normalise(pixels_B3HW: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:

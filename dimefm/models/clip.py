@@ -23,8 +23,9 @@ from cache_schemas import Preprocessing, TeacherIdentity
 from cache_schemas.identity import Precision
 from dimefm.errors import MismatchError, TeacherError
 from dimefm.images.preprocess import normalise
+from dimefm.models.exported import format_of, require_as_exported
 from dimefm.models.hub import require_plain_tokenizer
-from dimefm.models.names import CONFIGURED
+from dimefm.models.names import CONFIGURED, FOLDER
 from dimefm.models.pretraining import facts_of_config, facts_of_weights
 from dimefm.models.strict_open_clip import (
     DECODER,
@@ -62,7 +63,7 @@ class Clip:
         self._transfer = Transfer(self.device)
         self._layout = torch.channels_last if has_convolutions(self.model.visual) else torch.contiguous_format
         self.model.visual.to(memory_format=self._layout)
-        self._encode_image = self.model.encode_image
+        self._encode_compiled: Any = None
         self._compiled_batch = 0
 
     def on(self, device: str) -> Clip:
@@ -77,6 +78,11 @@ class Clip:
         identity = replace(self.identity, precision="fp32")
         return Clip(copy.deepcopy(self.model), self.tokenizer, identity, self.model_cfg, str(self.device))
 
+    def parameter_counts(self) -> tuple[int, int]:
+        """The number of parameters of both towers, and of the image tower alone."""
+        model = self.model
+        return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.visual.parameters())
+
     def weight_bytes(self) -> int:
         """Bytes of the weights as they are held."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
@@ -87,7 +93,7 @@ class Clip:
         CUDA graphs are not used: a batch keeps a GPU busy for fifty times as long as its kernels take to launch, and a
         graph belongs to the thread that recorded it.
         """
-        self._encode_image = torch.compile(self.model.encode_image, dynamic=False)
+        self._encode_compiled = torch.compile(self.model.encode_image, dynamic=False)
         self._compiled_batch = batch_size
 
     @property
@@ -103,7 +109,8 @@ class Clip:
             pixels_B3HW = F.pad(pixels_B3HW, (0, 0, 0, 0, 0, 0, 0, self._compiled_batch - count))
         with torch.inference_mode():
             images = normalise(pixels_B3HW, facts.mean, facts.std).to(self._dtype, memory_format=self._layout)
-            features_BD = self._encode_image(images)[:count]
+            encode = self._encode_compiled or self.model.encode_image
+            features_BD = encode(images)[:count]
         return F.normalize(features_BD.float(), dim=-1)
 
     def encode_texts(self, texts: list[str]) -> torch.Tensor:
@@ -211,9 +218,14 @@ def load_clip(
     Raises TeacherError for an unknown name, missing weights, weights trained with another activation, weights whose
     preprocessing is not known, a model without a text tower, or one that could run code of its own (models/hub.py).
     """
+    if name.startswith(FOLDER) and format_of(folder := name.removeprefix(FOLDER)) == "onnx":
+        require_as_exported(folder, device=device, precision=precision, trained=trained)
+        device = "cpu"
     device = choose_device(device)
     precision = precision or teacher_precision(device)
     name, pretrained = full_name(name, pretrained)
+    if name.startswith(FOLDER) and (other := _not_open_clip(name, precision, device)) is not None:
+        return other
     given, configured = trained or Trained(), name.startswith(CONFIGURED)
     if not configured:
         facts = facts_of_weights(
@@ -233,6 +245,20 @@ def load_clip(
         model, name, pretrained, model_cfg, precision=precision, device=device, preprocessing=preprocessing,
         preprocessing_from=facts.origin,
     )  # fmt: skip
+
+
+def _not_open_clip(name: str, precision: Precision, device: str) -> Clip | None:
+    """The model of ``local-dir:FOLDER`` where that has another format than open_clip's."""
+    folder = name.removeprefix(FOLDER)
+    if format_of(folder) == "onnx":
+        from dimefm.models.onnx_clip import OnnxClip
+
+        return OnnxClip(folder, name, device)
+    if format_of(folder) == "transformers":
+        from dimefm.models.transformers_clip import load_transformers
+
+        return load_transformers(folder, name, precision, device)
+    return None
 
 
 def require_teacher(

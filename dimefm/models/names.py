@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cache_schemas.run import CONFIG_FILE, RUN_FILE
 from dimefm.errors import TeacherError, TrainingError
+from dimefm.models.exported import format_of
 from dimefm.system.near_names import did_you_mean, did_you_mean_path
 
 FOLDER, HUB = "local-dir:", "hf-hub:"
@@ -32,9 +33,9 @@ def require_model(name: str, pretrained: str | None, *, folder: str = FOLDER) ->
         _require_config(name.removeprefix(FOLDER))
     elif not name.startswith(HUB):
         if not pretrained and Path(name).is_dir():
-            if Path(name, CONFIG_FILE).is_file():
+            if format_of(name):
                 raise TeacherError(f"{name} is a folder", remedy=f"name it {FOLDER}{name}")
-            raise TeacherError(f"{name} is a folder without an {CONFIG_FILE}", remedy=_instead_of(name))
+            raise TeacherError(f"{name} is a folder without a model", remedy=_instead_of(name))
         plain = name.replace("/", "-")  # OpenAI writes ViT-B/32, and open_clip takes that
         if plain not in architectures():
             what = f"{name} is neither a folder nor an architecture of open_clip"
@@ -133,7 +134,7 @@ def _require_config(folder: str) -> None:
     if not Path(folder).is_dir():
         remedy = did_you_mean_path(folder, "check the path", FOLDER)
         raise TeacherError(f"cannot load {FOLDER}{folder}: there is no such folder", remedy=remedy)
-    if not Path(folder, CONFIG_FILE).is_file():
+    if format_of(folder) is None:
         raise TeacherError(f"cannot load {FOLDER}{folder}: it has no {CONFIG_FILE}", remedy=_instead_of(folder))
 
 

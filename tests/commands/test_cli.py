@@ -45,7 +45,8 @@ COMMANDS = {
     "build-index": ["STORE.zarr", "--out", "--queries", "--recall", "--accept", "--factory", "--memory", "--workers",
                     "--ray-address", "--partial", "--seed", "--dry-run"],
     "retrieve": ["IMAGES.zarr", "--texts", "--index", "--top-k", "--out", "--device"],
-    "search": ["STORE.zarr|STORE.index", "--image", "--text", "--top-k", "--teacher", "--pretrained", "--device"],
+    "search": ["STORE.zarr|STORE.index", "--image", "--text", "--top-k", "--teacher", "--pretrained", "--model",
+               "--device"],
     "select-texts": ["PAIRS.zarr", "--out", "--by", "--size", "--min-hits", "--min-score", "--pool", "--dedup",
                      "--balance", "--images-sample", "--seed", "--images", "--texts", "--scores", "--device"],
     "train-student": ["--images", "--texts", "--pairs", "--out", "--recipe", "--config", "--student", "--loss",
@@ -55,11 +56,17 @@ COMMANDS = {
                  "--config", "--json", "--task", "--probe-selection", "--solver", "--shots", "--seeds", "--decoder",
                  "--precision", "--device", "--out", "--name", "--skip-existing", "--predictions"],
     "sets": ["[NAME]...", "--data"],
-    "compare": ["NAME...", "--out", "--no-published", "--json"],
+    "compare": ["NAME...", "--out", "--no-published", "--latency", "--plot", "--json"],
+    "latency": ["MODEL...", "--batch", "--threads", "--device", "--precision", "--compiled", "--with-teacher",
+                "--seconds", "--out", "--json"],
     "submission": ["NAME", "--out", "--protocol", "--order"],
-    "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained"],
+    "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained", "--license"],
+    "card": ["FOLDER", "--evaluation", "--license", "--data-license", "--overwrite"],
+    "push": ["FOLDER", "ORG/NAME", "--private", "--revision", "--message"],
     "convert-checkpoint": ["CHECKPOINT", "--out", "--teacher", "--pretrained"],
     "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file"],
+    "predict": ["MODEL", "IMAGE...", "--classes", "--classes-from", "--templates", "--top-k", "--images-from",
+                "--pretrained", "--checkpoint", "--weights", "--device", "--json"],
     "info": ["PATH", "--failures", "--json"],
     "verify": ["STORE", "--sample", "--teacher", "--pretrained", "--repair", "--json"],
     "doctor": [],
@@ -314,7 +321,7 @@ def test_a_labelled_set_without_a_class(tmp_path: Path, teacher_name: str) -> No
 @pytest.mark.parametrize(
     ("teacher", "what"),
     [
-        (["."], ". is a folder without an open_clip_config.json"),
+        (["."], ". is a folder without a model"),
         (["ViT-Z-99"], "ViT-Z-99 is neither a folder nor an architecture"),
         (["ViT-Z-99", "--pretrained", "openai"], "ViT-Z-99 is neither a folder nor an architecture"),
         (["ViT-B-32"], "no weights named for ViT-B-32"),
@@ -799,7 +806,7 @@ def test_compare_and_submission_of_what_was_not_evaluated(tmp_path: Path) -> Non
 
 def test_export_of_what_is_no_run(tmp_path: Path, image_store: Store) -> None:
     for path in (tmp_path / "nowhere", image_store.path):
-        assert "is not a run folder" in refused("export", path, "--out", tmp_path / "out")
+        assert "is neither a run folder nor a model" in refused("export", path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -14,6 +14,7 @@ from dimefm.cli import cli
 from dimefm.retrieval.retrieve import retrieve
 from dimefm.store.embedding_store import Store
 from tests.making import make_jpeg, write_tar
+from tests.tiny_onnx import write_onnx
 
 _TEACHER = "--teacher local-dir:student"
 _CACHE = f"cache-images images --out x.zarr {_TEACHER}"
@@ -46,6 +47,27 @@ MISTAKES = [
     (f"{_TRAIN} --student resnet-18", 1, "no image tower is called 'resnet-18'", "did you mean 'resnet18'"),
     (f"{_TRAIN} --text-student ViT-B32", 1, "no model of open_clip is called 'ViT-B32'", "did you mean 'ViT-B-32'"),
     ("evaluate studnet eval", 1, "studnet is neither a folder", "did you mean 'student'?"),
+    ("latency studnet", 1, "studnet is neither a folder", "did you mean 'student'?"),
+    ("latency ViT-B-32", 1, "no weights named for ViT-B-32", "a tag such as ViT-B-32:openai"),
+    ("latency ViT-B-32:openia", 1, "openia is neither a file", "'openai'?"),
+    ("latency student --batch 1,x", 2, "'1,x' is not a list of whole numbers", "such as"),
+    ("latency student --threads 0", 1, "--threads takes numbers from 1 on", "remedy"),
+    ("latency student --out run", 1, "run is a folder", "latency.json"),
+    ("compare evaluations/student --plot x.png", 2, "--plot has no effect without --latency", ""),
+    ("predict photo.jpg photo.jpg --classes a,b", 1, "photo.jpg is a file, and the model comes", "predict MODEL IMAGE"),
+    ("predict studnet photo.jpg --classes a,b", 1, "studnet is neither a folder", "did you mean 'student'"),
+    ("evaluate onnx eval --precision fp16", 2, "--precision has no effect on onnx, an ONNX model", ""),
+    ("predict onnx photo.jpg --classes a,b --device cuda", 1, "onnx is an ONNX model", "give --device cpu"),
+    # images and classes of one's own
+    ("predict onnx --classes a,b", 2, "name an IMAGE", "--images-from FILE"),
+    ("predict onnx photo.jpg", 2, "give either --classes A,B,... or --classes-from FILE", ""),
+    ("predict onnx photo.jpg --classes a --classes-from eval/classnames.txt", 2, "give either --classes A,B,...", ""),
+    ("predict onnx phto.jpg --classes a,b", 1, "phto.jpg does not exist", "did you mean 'photo.jpg'?"),
+    ("predict onnx photo.jpg --classes a, b", 1, "--classes has an empty name", "put a list with spaces in quotes"),
+    ("predict onnx photo.jpg --classes cat", 1, "'cat' is the only class", "name two classes or more"),
+    ("predict onnx photo.jpg --classes eval/classnames.txt", 1, "is a file, not a class", "give --classes-from eval/"),
+    ("predict onnx photo.jpg --classes a,b --checkpoint best", 2, "--checkpoint has no effect: onnx is not a run", ""),
+    ("predict onnx - --images-from - --classes a,b", 2, "- is given more than once", "one standard input"),
     # paths: not there, or of another kind
     (f"cache-images imgaes --out x {_TEACHER}", 1, "imgaes does not exist", "did you mean 'images'"),
     (f"cache-images images --out run {_TEACHER}", 1, "is not an embedding store", "give another --out"),
@@ -57,7 +79,12 @@ MISTAKES = [
     ("retrieve images.zarr --texts texts.zarr --index texts.zarr --out x", 1, "is not a dimefm index", "build-index"),
     ("select-texts images.zarr --out x.selection", 1, "expected 'dimefm.pairs'", "two paths were swapped"),
     ("compare evaluations/studnet", 1, "does not exist", "did you mean 'evaluations/student'?"),
-    ("export rnu --out x", 1, "rnu is not a run folder", "did you mean 'run'?"),
+    ("export rnu --out x", 1, "rnu is neither a run folder nor a model", "did you mean 'run'?"),
+    ("card studnet", 1, "studnet is no exported model", "did you mean 'student'?"),
+    ("card student", 1, "student is no exported model", "dimefm export student --out STUDENT"),
+    ("card student --license gpl3", 1, "no licence 'gpl3'", "'lgpl' or 'gpl-3.0'"),
+    ("push student me", 1, "'me' is no name of a repository", "give ORG/NAME"),
+    ("push studnet org/name", 1, "studnet is no exported model", "did you mean 'student'?"),
     ("info imges.zarr", 1, "imges.zarr does not exist", "did you mean 'images.zarr'"),
     ("convert-checkpoint nothing.pt --out x --teacher local-dir:student", 1, "nothing.pt does not exist", "remedy"),
     ("export-embeddings text.zarr --out x", 1, "is not a dimefm store", "texts.zarr'"),
@@ -73,6 +100,7 @@ MISTAKES = [
     (f"{_TRAIN} --set lr_=1", 2, "no field is called 'lr_'", "did you mean 'lr'?"),
     (f"{_TRAIN} --set epochs=many", 2, "epochs: expected a number", "found 'many'"),
     (f"{_TRAIN} --loss vl2=1", 2, "'vl2' is not known", "did you mean 'vl'"),
+    (f"{_TRAIN} --log-to wandbs", 2, "'wandbs' is not one of", "'wandb'"),
     (f"{_TRAIN} --allow-changes lrr", 1, "no field is called 'lrr'", "did you mean 'lr'?"),
     (f"{_TRAIN} --weight-decay -1", 1, "weight_decay must not be below 0", "remedy"),
     (f"{_TRAIN} --batch-size 5000", 1, "a batch of 5,000 images is more than", "give a smaller --batch-size"),
@@ -87,6 +115,8 @@ def session(tmp_path_factory: pytest.TempPathFactory, image_store: Store, text_s
     for store, name in ((image_store, "images.zarr"), (text_store, "texts.zarr")):
         shutil.copytree(store.path, folder / name)
     shutil.copytree(sample / "teacher", folder / "student")
+    write_onnx(folder / "onnx")
+    (folder / "photo.jpg").write_bytes(make_jpeg())
     write_tar(folder / "images" / "0.tar", {"a.jpg": make_jpeg()})
     for place, content in (("run/run.json", "{}"), ("eval/classnames.txt", "cat"), ("evaluations/student/x", "")):
         (folder / place).parent.mkdir(parents=True)

@@ -19,6 +19,7 @@ from torchvision.transforms.functional import center_crop
 
 from cache_schemas import Preprocessing, Status
 from dimefm.images.decode import DecodeError
+from dimefm.images.open_clip_steps import input_pixels
 from dimefm.images.preprocess import Preprocess, normalise, resize, shortest_side
 from dimefm.models.clip import Clip
 from tests.making import encoded, make_jpeg, picture, read_tar
@@ -62,6 +63,22 @@ def test_a_jpeg_agrees_with_open_clip(size: tuple[int, int], interpolation: str,
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
 def test_a_png_is_exactly_as_open_clip_has_it(size: tuple[int, int], resize_mode: str) -> None:
     assert difference(encoded(picture(size, seed=4), "PNG"), facts(resize_mode)) < 0.01
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
+@pytest.mark.parametrize("kind", ["JPEG", "P", "1", "LA", "RGBA"])
+def test_without_torch_the_pixels_are_exactly_those_of_open_clip(
+    kind: str, resize_mode: str, interpolation: str
+) -> None:
+    for size in ((91, 60), SMALLER, (37, 5), (25, 24), (1, 1)):
+        image = picture(size, seed=5)
+        data = encoded(image, "JPEG") if kind == "JPEG" else encoded(image.convert(kind), "PNG")
+        for shape in ((24, 24), (18, 32), (31, 17)):
+            wanted = facts(resize_mode, interpolation, shape)
+            pixels_3HW = input_pixels(data, wanted)
+            assert (pixels_3HW == of_open_clip(data, wanted).round()).all(), (size, shape)
+            assert (Preprocess(wanted, exact=True)(data).numpy() == pixels_3HW).all()
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
@@ -175,3 +192,8 @@ def test_a_strip_that_would_fill_the_memory_is_refused(kind: str) -> None:
     with pytest.raises(DecodeError, match="would be 3,010,560,000 pixels when resized") as caught:
         Preprocess(facts(size=(224, 224)))(strip)
     assert caught.value.status == Status.TOO_LARGE
+
+
+def test_a_strip_of_which_nothing_would_be_left_is_refused() -> None:
+    with pytest.raises(DecodeError, match="of 60000 x 1 nothing would be left when resized"):
+        input_pixels(encoded(Image.new("RGB", (60_000, 1)), "PNG"), facts("longest"))

@@ -292,8 +292,8 @@ def test_a_compiled_teacher_gives_the_same_embeddings(
     job = Job(store=store.path, teacher=teacher_name, pretrained=None, precision="fp32", device="cpu", threads=1)
     worker = Worker(replace(job, compile=True))
     worker.start(1, 0)
-    sizes, encode = set(), worker._clip._encode_image
-    monkeypatch.setattr(worker._clip, "_encode_image", lambda images: sizes.add(len(images)) or encode(images))
+    sizes, encode = set(), worker._clip._encode_compiled
+    monkeypatch.setattr(worker._clip, "_encode_compiled", lambda images: sizes.add(len(images)) or encode(images))
     for shard in range(3):
         worker.encode(shard)
     compiled, plain = store.read(0, 96).astype(np.float32), image_store.read(0, 96).astype(np.float32)
