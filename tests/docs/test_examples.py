@@ -48,7 +48,7 @@ def write_zip(path: Path, members: dict[str, bytes], compression: int = zipfile.
 
 def test_examples_are_short_and_say_how_they_are_run() -> None:
     scripts = sorted(EXAMPLES.glob("*.py"))
-    assert len(scripts) == 4
+    assert len(scripts) == 5
     for script in scripts:
         text = script.read_text(encoding="utf-8")
         assert len(text.splitlines()) < 60
@@ -96,6 +96,15 @@ def test_zero_shot_in_plain_onnxruntime_is_what_predict_says(tmp_path: Path, siz
     assert isinstance(found, Prediction)
     chances = {guess.name: guess.probability for guess in found.guesses}
     assert json.loads(done.stdout) == pytest.approx([chances[label] for label in labels], abs=1e-6)
+
+
+def test_zero_shot_in_plain_transformers(place: Path, teacher_name: str, tmp_path: Path) -> None:
+    """With the teacher's folder in place of a student: the sample's students are no CLIPModels."""
+    teacher, name = teacher_name.removeprefix("local-dir:"), "zero_shot_with_transformers"
+    export(teacher, out=str(tmp_path / "STUDENT"), format="transformers")
+    assert not {one for one in names(EXAMPLES / f"{name}.py") if one.startswith(("dimefm", "open_clip"))}
+    chances = example(name).probabilities(str(tmp_path / "STUDENT"), str(place / "cat.jpg"), ["a cat", "a dog"])
+    assert sum(chances) == pytest.approx(1)
 
 
 class TestZippedImages(ImageSourceContract):
