@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -69,7 +70,7 @@ def push(config: PushConfig) -> Pushed:
     _require_card(Path(config.folder) / CARD_FILE)
     size = amount(sum(file.stat().st_size for file in files))
     note(f"{config.folder}: sending {counted(len(files), 'file')}, {size}, to {config.repository} as {user} ...")
-    with _explained(config, api), _progress_bars():
+    with _explained(config, api), _its_words():
         api.create_repo(config.repository, private=config.private or None, exist_ok=True)
         before = _look_at(api, config)
         done = api.create_commit(
@@ -141,16 +142,19 @@ def _look_at(api: Any, config: PushConfig) -> str | None:
 
 
 @contextmanager
-def _progress_bars() -> Iterator[None]:
-    """Those of huggingface_hub, on a terminal, unless --quiet."""
+def _its_words() -> Iterator[None]:
+    """huggingface_hub's progress bars on a terminal, unless --quiet; of its messages errors alone."""
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    were_disabled = are_progress_bars_disabled()
+    were_disabled, verbosity = are_progress_bars_disabled(), get_verbosity()
     if notes.are_muted() or not sys.stderr.isatty():
         disable_progress_bars()
+    set_verbosity(logging.ERROR)
     try:
         yield
     finally:
+        set_verbosity(verbosity)
         if not were_disabled:
             enable_progress_bars()
 
@@ -198,7 +202,7 @@ def _answer(error: Any, config: PushConfig) -> DimefmError:
         return DimefmError(f"the Hub does not know the token{why}", remedy=_LOG_IN)
     if status == 403:
         what = f"the token may not write to {config.repository}{why}"
-        return DimefmError(what, remedy=f"check the name, and that the token may write there; {_LOG_IN}")
+        return DimefmError(what, remedy="check the name, or give a token that may write there")
     if status == 404:
         return DimefmError(f"the Hub has no {config.repository}, or does not show it{why}", remedy="check the name")
     remedy = f"{RUN_AGAIN}; files that are there are not sent again"

@@ -42,7 +42,7 @@ def write_zip(path: Path, members: dict[str, bytes], compression: int = zipfile.
 
 def test_examples_are_short_and_say_how_they_are_run() -> None:
     scripts = sorted(EXAMPLES.glob("*.py"))
-    assert len(scripts) == 3
+    assert len(scripts) == 4
     for script in scripts:
         text = script.read_text(encoding="utf-8")
         assert len(text.splitlines()) < 60
@@ -63,6 +63,15 @@ def test_cache_and_train_then_zero_shot_in_plain_open_clip(
     assert not {name for name in names(EXAMPLES / f"{last}.py") if name.startswith("dimefm")}
     chances = example(last).probabilities(str(tmp_path / "STUDENT"), str(place / "cat.jpg"), ["a cat", "a dog"])
     assert len(chances) == 2
+    assert sum(chances) == pytest.approx(1)
+
+
+def test_zero_shot_in_plain_transformers(place: Path, teacher_name: str, tmp_path: Path) -> None:
+    """With the teacher's folder in place of a student: the sample's students are no CLIPModels."""
+    teacher, name = teacher_name.removeprefix("local-dir:"), "zero_shot_with_transformers"
+    export(teacher, out=str(tmp_path / "STUDENT"), format="transformers")
+    assert not {one for one in names(EXAMPLES / f"{name}.py") if one.startswith(("dimefm", "open_clip"))}
+    chances = example(name).probabilities(str(tmp_path / "STUDENT"), str(place / "cat.jpg"), ["a cat", "a dog"])
     assert sum(chances) == pytest.approx(1)
 
 
