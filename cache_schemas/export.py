@@ -7,11 +7,12 @@ OUT/
   tokenizer.json              the tokenizer, in the format of Hugging Face's tokenizers
   dimefm_export.json          this document
   README.md                   the model card
+  results.jsonl               the results that the card shows, of evaluations of these weights, without paths
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from cache_schemas.document import Document
@@ -23,6 +24,8 @@ ImageInput = Literal["float32", "uint8"]
 Quantization = Literal["dynamic int8", "static int8"]
 
 EXPORT_FILE, TOKENIZER_FILE, CARD_FILE = "dimefm_export.json", "tokenizer.json", "README.md"
+TRANSFORMERS_CONFIG, TRANSFORMERS_WEIGHTS = "config.json", "model.safetensors"
+TRANSFORMERS_IMAGES = "preprocessor_config.json"
 IMAGE_ONNX, TEXT_ONNX = "vision_model.onnx", "text_model.onnx"
 """The two towers of an ONNX export. The first takes `pixel_values` (B, 3, H, W) and gives `image_embeds` (B, D); the
 second takes `input_ids` int64 (B, L) and gives `text_embeds` (B, D). Both outputs are float32 of unit norm."""
@@ -57,8 +60,9 @@ class ExportSource:
 @dataclass(frozen=True, kw_only=True)
 class ExportOrigin:
     """The training run that a model comes from, after `step` of its `steps`. It holds base names and no paths, since
-    the folder may be published. `pretrained` is the tag of the teacher's weights; `config` is the training config, and
-    `changes` are those that the user made during the run. None of it is known of a model that dimefm did not train."""
+    the folder may be published. `pretrained` is the tag of the teacher's weights, `repository` where the Hub has them;
+    `config` is the training config, and `changes` are those that the user made during the run. None of it is known of a
+    model that dimefm did not train."""
 
     student: str
     teacher: str
@@ -73,6 +77,7 @@ class ExportOrigin:
     versions: dict[str, str]
     machine: str | None = None
     pretrained: str | None = None
+    repository: str | None = None
     changes: tuple[Change, ...] = ()
 
 
@@ -85,7 +90,8 @@ class Export(Document):
     which evaluations share the embeddings of texts. `parameters` are those of both towers, `image_parameters` of the
     image tower. `image_flops` and `text_flops` are floating-point operations per image and per sentence, a product and
     its sum counted as two; None where they could not be counted. `checks` are what the check after writing measured, by
-    name.
+    name. `files` are the sha256 of the files beside the document, without the model card and its results; empty in a
+    document that has none.
     """
 
     SCHEMA: ClassVar[str] = "dimefm.export"
@@ -101,3 +107,4 @@ class Export(Document):
     origin: ExportOrigin | None = None
     onnx: OnnxFacts | None = None
     checks: dict[str, float] | None = None
+    files: dict[str, str] = field(default_factory=dict)

@@ -5,6 +5,8 @@ RUN/
   metrics.jsonl               one JSON object per line: training steps and validations
   events.out.tfevents.*       the same for TensorBoard
   checkpoints/step-*.pt       weights, optimiser, position; last.json and best.json name one of them
+  logged-to.jsonl             with log_to: the run's name in trackio or wandb, and the last step that was logged there
+  wandb/                      wandb's own files
   stopped-at.json             number, rows and values of a step whose loss or gradient was not finite
 """
 
@@ -20,6 +22,7 @@ Weights = Literal["model", "ema"]  # of a checkpoint: those that were trained, o
 
 REPORT_FILE = "stopped-at.json"  # of a step that was not finite
 RUN_FILE, METRICS_FILE, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
+LOGGED_TO_FILE = "logged-to.jsonl"
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 """What an export consists of, as any open_clip model: in a folder, or in a repository of the Hub."""

@@ -18,6 +18,8 @@ from dimefm.commands.evaluation import compare, evaluate, sets, submission
 from dimefm.commands.export import export
 from dimefm.commands.help import Commands
 from dimefm.commands.inspection import doctor, info, verify
+from dimefm.commands.latency import latency
+from dimefm.commands.publish import card, push
 from dimefm.commands.recipes import recipes
 from dimefm.commands.retrieval import build_index, retrieve, search, select_texts
 from dimefm.commands.training import convert_checkpoint, train_student
@@ -108,6 +110,6 @@ def main() -> None:
 cli.add_section("Stage 1: cache the teacher's embeddings", cache_images, cache_texts, import_embeddings)
 cli.add_section("Find the sentences that fit", build_index, retrieve, search, select_texts)
 cli.add_section("Stage 2: train a student", train_student, recipes)
-cli.add_section("Measure", evaluate, sets, compare, submission)
-cli.add_section("Export and convert", export, convert_checkpoint, export_embeddings)
+cli.add_section("Measure", evaluate, sets, compare, latency, submission)
+cli.add_section("Export and convert", export, card, push, convert_checkpoint, export_embeddings)
 cli.add_section("Look and check", info, verify, doctor)

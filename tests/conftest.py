@@ -1,4 +1,8 @@
-"""What many tests share: the shipped sample, a tiny teacher, and three small stores made with it without Ray."""
+"""What many tests share: the shipped sample, a tiny teacher, and three small stores made with it without Ray.
+
+What takes seconds to import is imported within functions: the process that hands out the tests (make test) needs none
+of it, and those that run them begin only once it has read this file.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,16 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
-from dimefm.caching.encode_shard import encode_shard
-from dimefm.caching.plan import PlanRequest, open_or_plan
-from dimefm.models.clip import Clip, load_clip
 from dimefm.sample import sample_dir
-from dimefm.store.embedding_store import Store
 from tests.disks import Disk
-from tests.making import read_tar, write_tar
-from tests.tiny_clip import write_clip
-from tests.tiny_training import STUDENT
+
+if TYPE_CHECKING:
+    from dimefm.models.clip import Clip
+    from dimefm.store.embedding_store import Store
 
 IMAGES, SENTENCES, SHARD_ROWS = 96, 200, 32
 
@@ -35,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
     # zarr's file systems at s3:// have a session of their own, which the garbage collector ends at any later moment.
     config.addinivalue_line("filterwarnings", "ignore:Unclosed c:ResourceWarning")
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        import tests.tiny_clip  # noqa: F401  # torch and open_clip, here, where what they warn of is no error
 
 
 def wants_gpus(expression: str) -> bool:
@@ -63,12 +65,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread_for_fixtures() -> None:
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """So that sums are made in the same order in every test, whatever number a command in one before it has set."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -87,12 +93,16 @@ def sample_teacher(sample: Path) -> str:
 @pytest.fixture(scope="session")
 def teacher_name(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What --teacher takes for a CLIP of random weights, 32 px and 128 wide, which takes hardly any time."""
+    from tests.tiny_clip import write_clip
+
     return f"local-dir:{write_clip(tmp_path_factory.mktemp('teacher') / 'tiny', scale=3, width=128)}"
 
 
 @pytest.fixture(scope="session")
 def clip(teacher_name: str) -> Clip:
     """That teacher on the CPU."""
+    from dimefm.models.clip import load_clip
+
     return load_clip(teacher_name, device="cpu")
 
 
@@ -113,6 +123,8 @@ def new_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def image_tar(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tar of 96 images of the sample."""
+    from tests.making import read_tar, write_tar
+
     members = read_tar(sample / "images" / "train-00000.tar", IMAGES)
     return write_tar(tmp_path_factory.mktemp("images") / "images-00000.tar", members)
 
@@ -129,6 +141,8 @@ def text_file(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cifar10(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A labelled set: the first 200 images of eval/cifar10, with all its classes and prompts."""
+    from tests.making import read_tar, write_tar
+
     source, folder = sample / "eval" / "cifar10", tmp_path_factory.mktemp("eval") / "cifar10"
     write_tar(folder / "test-00000.tar", read_tar(source / "test-00000.tar", 2 * 200))
     for name in ("classnames.txt", "templates.txt"):
@@ -138,6 +152,9 @@ def cifar10(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def cached(kind: Any, source: Path, out: Path, clip: Clip, **changes: Any) -> Store:
     """A finished store over `source`, planned and encoded in this process; `changes` are those of its PlanRequest."""
+    from dimefm.caching.encode_shard import encode_shard
+    from dimefm.caching.plan import PlanRequest, open_or_plan
+
     words: dict[str, Any] = {"shard_rows": SHARD_ROWS, "batch_size": 16, **changes}
     request = PlanRequest(kind=kind, arguments=(str(source),), **words)
     store = open_or_plan(request, str(out), clip.identity)
@@ -167,6 +184,8 @@ def prompt_store(cifar10: str, clip: Clip, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def tiny_run(image_store: Store, text_store: Store) -> list[str]:
     """The words of a small `dimefm train-student`, all but --out: eight steps of 16 images at 32 px."""
+    from tests.tiny_training import STUDENT
+
     stores = ["--images", image_store.path, "--texts", text_store.path]
     sizes = ["--image-size", "32", "--batch-size", "16", "--texts-per-step", "64", "--epochs", "2", "--max-steps", "8"]
     rest = ["--loss", "vl=0.7,pvl=0.3,centred=1", "--precision", "fp32", "--workers", "0", "--checkpoint-every", "2"]

@@ -31,6 +31,7 @@ ROOMS = {
     "dimefm.exchange": "caching images models sources store system",
     "dimefm.training": "datasets images models sources store system",
     "dimefm.evaluation": "caching datasets models store system training",
+    "dimefm.latency": "evaluation models system training",
     "dimefm.export": "datasets evaluation images models sample sources store system training",
     "dimefm.inspection": "caching datasets evaluation exchange models retrieval selection sources store system "
     "training",
@@ -38,7 +39,7 @@ ROOMS = {
     "dimefm.commands": "*",
     "dimefm.cli": "commands system",
     "dimefm.__main__": "cli system",
-    "dimefm.reproduce": "caching cli evaluation sample store system training",
+    "dimefm.reproduce": "caching cli evaluation latency sample store system training",
     "dimefm": "*",  # the public face
 }
 
@@ -48,11 +49,13 @@ HOMES = {
     "faiss": {"dimefm/retrieval/faiss_index.py"},
     "zarr": {"dimefm/store/"},
     "open_clip": {"dimefm/models/", "dimefm/images/preprocess.py", "dimefm/datasets/definitions.py", "dimefm/sample/"},
-    "matplotlib": {"dimefm/reproduce/report.py"},
+    "matplotlib": {"dimefm/latency/plot.py", "dimefm/reproduce/report.py"},
     "tensorboard": {"dimefm/training/run_log.py"},
     "sklearn": {"dimefm/evaluation/metrics.py", "dimefm/evaluation/probe.py"},
     "scipy": {"dimefm/evaluation/", "dimefm/datasets/published_layouts.py"},
     "h5py": {"dimefm/datasets/raw_arrays.py"},
+    "trackio": {"dimefm/training/tracker.py"},
+    "wandb": {"dimefm/training/tracker.py"},
 }
 
 

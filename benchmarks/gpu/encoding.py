@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,8 +15,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.gpu_decoding import nvjpeg
 from benchmarks.gpu.kit import Kit
@@ -29,12 +27,14 @@ from dimefm.caching.encode_rows import encode_rows
 from dimefm.caching.image_loader import Loader
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.models.clip import Clip, teacher_precision
+from dimefm.models.flops import flops_of
 from dimefm.store.embedding_store import Store
 from dimefm.system.machine import cpus
 from dimefm.system.matrix_products import DTYPES
 
 _CPU = torch.device("cpu")
 _TASK = 8  # images that a decoding thread takes at once, as in stage 1
+_ALONE = 30  # repeats of a batch of one
 _SHORT = 4  # of the two runs whose difference is the steady state, the short one is a fourth of the long one
 Rows = list[PlannedImage]
 
@@ -54,6 +54,7 @@ def images(kit: Kit) -> None:
     for size, rate in bare.items():
         at = f"{what}, batch {size}: {tower.share(rate, precision):.0%} of the peak"
         kit.line("bare forward", rate, "images/s", at)
+    kit.line("latency of one image", tower.latency(precision), "ms", f"{what}, from pixels on the device")
     best, product = max(bare.values()), f"{peak(kit, precision) / 1e12:,.0f} TFLOP/s"
     at = f"{what}, at the best batch; products reach {product}"
     kit.bar("bare forward against the measured peak", tower.share(best, precision), "", at, least=0.5)
@@ -106,25 +107,27 @@ class Tower:
     def flops(self) -> float:
         """Floating-point operations of one image, counted as it goes through."""
         image = torch.randn(1, 3, *self.size, device=self.kit.device, dtype=self.dtype)
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        # Attention by plain products, and none of the counter's unknowns, so that every product is counted.
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-            self.module(image)
-        torch.backends.mha.set_fastpath_enabled(fast)
-        return float(counter.get_total_flops())
+        with torch.no_grad():
+            return float(flops_of(lambda: self.module(image)))
 
     def rate(self, precision: str, batch: int, repeats: int = 3) -> float:
         """Images/s on normalised images that are on the device; under autocast, unless its weights are of that
         precision."""
-        wanted, held = DTYPES[precision], self.dtype
-        sets = [torch.randn(batch, 3, *self.size, device=self.kit.device, dtype=held) for _ in range(2)]
+        return batch / seconds([self._forward(precision, batch) for _ in range(2)], self.kit.device, repeats)
 
-        def forward(images: torch.Tensor) -> None:
+    def latency(self, precision: str) -> float:
+        """Milliseconds of one image alone, likewise."""
+        return 1000 * seconds([self._forward(precision, 1)], self.kit.device, _ALONE)
+
+    def _forward(self, precision: str, batch: int) -> Callable[[], None]:
+        wanted, held = DTYPES[precision], self.dtype
+        images = torch.randn(batch, 3, *self.size, device=self.kit.device, dtype=held)
+
+        def forward() -> None:
             with torch.inference_mode(), torch.autocast(self.kit.device.type, wanted, enabled=held != wanted):
                 self.module(images)
 
-        return batch / seconds([lambda x=x: forward(x) for x in sets], self.kit.device, repeats)
+        return forward
 
     def share(self, rate: float, precision: str) -> float:
         """What so many images/s are of the peak of products in that precision."""

@@ -15,7 +15,17 @@ from cache_schemas.identity import Precision
 from cache_schemas.run import Weights
 from dimefm.commands.config_file import read_config
 from dimefm.commands.help import Command
-from dimefm.commands.options import DEVICES, fields_of, json_option, options_of, quiet_option, say_json, was_given
+from dimefm.commands.options import (
+    DEVICES,
+    Numbers,
+    fields_of,
+    json_option,
+    options_of,
+    quiet_option,
+    require_with,
+    say_json,
+    was_given,
+)
 from dimefm.commands.weights_options import weights_options
 from dimefm.models.names import require_model
 from dimefm.system.inert_text import say
@@ -33,18 +43,6 @@ class _Names(click.ParamType[tuple[str, ...]]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         return tuple(value) if isinstance(value, (tuple, list)) else tuple(one for one in value.split(",") if one)
-
-
-class _Numbers(click.ParamType[tuple[int, ...]]):
-    """`5,20` as a tuple of numbers."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        try:
-            return tuple(map(int, value if isinstance(value, (tuple, list)) else value.split(",")))
-        except (ValueError, TypeError, AttributeError):
-            self.fail(f"{value!r} is not a list of whole numbers such as 5,20,50", param, ctx)
 
 
 class _Suite(click.Choice[str]):
@@ -92,8 +90,8 @@ class _Evaluate(Command):
 @_option("--task", "tasks", type=click.Choice(get_args(EvaluationTask)), multiple=True)
 @_option("--probe-selection", "selection", type=click.Choice(get_args(ProbeSelection)))
 @_option("--solver", type=click.Choice(get_args(Solver)))
-@_option("--shots", type=_Numbers(), metavar="N,...")
-@_option("--seeds", type=_Numbers(), metavar="SEED,...")
+@_option("--shots", type=Numbers(), metavar="N,...")
+@_option("--seeds", type=Numbers(), metavar="SEED,...")
 @_option("--decoder", type=click.Choice(get_args(CpuDecoder)))
 @_option("--precision", type=click.Choice(get_args(Precision)))
 @_option("--device", type=DEVICES)
@@ -182,8 +180,17 @@ def sets(names: tuple[str, ...], data: str | None) -> None:
     "--out", multiple=True, metavar="FILE", help="Also write the table to a .md, .csv or .tex file. May be repeated."
 )
 @click.option("--no-published", is_flag=True, help="Leave out the results that the paper published.")
+@click.option("--latency", metavar="FILE", help="Add parameters, size and speed, from a file of dimefm latency.")
+@click.option("--plot", metavar="FILE.png", help="Also draw accuracy against --latency.")
 @json_option
-def compare(folders: tuple[str, ...], out: tuple[str, ...], no_published: bool, as_json: bool) -> None:
+def compare(
+    folders: tuple[str, ...],
+    out: tuple[str, ...],
+    no_published: bool,
+    latency: str | None,
+    plot: str | None,
+    as_json: bool,
+) -> None:
     """Print models side by side.
 
     Beside them stands what was published on the same sets. The tables are in Markdown, one per protocol, as wide as the
@@ -193,10 +200,22 @@ def compare(folders: tuple[str, ...], out: tuple[str, ...], no_published: bool, 
     """
     from dimefm.evaluation.compare import compare as run
     from dimefm.evaluation.compare import write_comparison
+    from dimefm.evaluation.speed import points
+    from dimefm.latency.record import read_latency
+    from dimefm.system import storage
 
-    table = run(folders, published=not no_published)
+    require_with("--plot", plot, "--latency", latency)
+    if plot is not None and not plot.endswith(".png"):
+        raise click.UsageError(f"--plot draws a PNG, and {plot} does not end in .png")
+    speeds = read_latency(latency) if latency else None
+    table = run(folders, published=not no_published, latency=speeds)
     for path in out:
         write_comparison(table, path)
+    if plot is not None and speeds is not None:
+        found = points(table, speeds)
+        from dimefm.latency.plot import write_plot  # imports matplotlib
+
+        write_plot(storage.local(plot, "a plot"), found)
     if as_json:
         say_json(table.plain())
     else:

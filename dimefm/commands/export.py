@@ -32,6 +32,10 @@ _option = options_of("dimefm.export.config", "ExportConfig")
 @_option("--accept", is_flag=True)
 @_option("--image-input", type=click.Choice(get_args(ImageInput)))
 @_option("--check-on", multiple=True, metavar="SET")
+@heading("Model card")
+@_option("--evaluation", multiple=True, metavar="EVALUATION")
+@_option("--license", metavar="ID")
+@_option("--data-license", metavar="TEXT")
 def export(run: str, **options: Any) -> None:
     """Write the student of a run as a folder that others can load.
 

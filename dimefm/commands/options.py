@@ -149,3 +149,15 @@ class Bytes(click.ParamType[int]):
             return value if isinstance(value, int) else parse_bytes(value)
         except ValueError:
             self.fail(f"{value!r} is not a size such as 800MB or 12GB", param, ctx)
+
+
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """`5,20` as a tuple of numbers."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        try:
+            return tuple(map(int, value if isinstance(value, (tuple, list)) else value.split(",")))
+        except (ValueError, TypeError, AttributeError):
+            self.fail(f"{value!r} is not a list of whole numbers such as 5,20,50", param, ctx)

@@ -99,6 +99,7 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @_option("--checkpoint-every", type=click.IntRange(1))
 @_option("--keep", type=click.IntRange(1))
 @_option("--log-every", type=click.IntRange(1))
+@_option("--log-to", type=click.Choice(["trackio", "wandb"]))
 def train_student(
     recipe: str, config_file: str | None, settings: tuple[str, ...], allow_changes: str, dry_run: bool, as_json: bool,
     **options: Any,

@@ -11,8 +11,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cache_schemas.latency import Latency
 from dimefm.errors import DimefmError, StoreError
 from dimefm.evaluation.results import Pooled, pool, read_results
+from dimefm.evaluation.speed import SPEED, Quantity, chosen, quantities, speed_notes
 from dimefm.evaluation.suite_means import measured_suites
 from dimefm.system import inert_text, storage
 from dimefm.system.markdown_table import markdown_table
@@ -28,13 +30,17 @@ _LONGEST_SET, _LONGEST_MODEL = 32, 20  # letters of a name in a table for a term
 
 
 class Line(NamedTuple):
-    """What a line of the table compares: a set, or the mean of a suite, under a protocol."""
+    """What a line of the table compares: a set, or the mean of a suite, under a protocol; or a figure of speed."""
 
     title: str
     protocol: str
 
     def __str__(self) -> str:
-        return f"{self.title} {self.protocol}"
+        return self.title if self.protocol == SPEED else f"{self.title} {self.protocol}"
+
+    @property
+    def kind(self) -> str:
+        return SPEED if self.protocol == SPEED else "mean" if self.title in _MEANS else "set"
 
 
 @dataclass(frozen=True)
@@ -64,20 +70,21 @@ class Column:
 
     name: str
     source: str
-    cells: dict[Line, Cell]
+    cells: dict[Line, Cell | Quantity]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table with a column per model, and a line for ImageNet-1K, for each mean, and for each set and protocol."""
+    """A table with a column per model, and a line for ImageNet-1K, for each mean, for each set and protocol, and for
+    each figure of speed."""
 
     models: list[Column]
     notes: list[str]
 
     def names(self) -> list[Line]:
-        """What the lines compare: ImageNet-1K and the means first."""
+        """What the lines compare: ImageNet-1K and the means first, speed last."""
         found = list(dict.fromkeys(name for model in self.models for name in model.cells))
-        return sorted(found, key=lambda name: name.title not in ("imagenet1k", *_MEANS))
+        return sorted(found, key=lambda name: (name.kind == SPEED, name.title not in ("imagenet1k", *_MEANS)))
 
     def lines(self) -> list[list[str]]:
         """The cells below the head."""
@@ -141,7 +148,7 @@ class Comparison:
         return {
             "models": [{"name": model.name, "source": model.source} for model in self.models],
             "lines": [
-                {"of": "mean" if name.title in _MEANS else "set", **name._asdict(), "values": [*map(_plain, row)]}
+                {"of": name.kind, **name._asdict(), "values": [*map(_plain, row)]}
                 for name, row in zip(self.names(), cells, strict=True)
             ],
             "notes": self.notes,
@@ -167,7 +174,9 @@ def _text(model: Column, name: Line) -> str:
     return str(model.cells.get(name, ""))
 
 
-def _plain(cell: Cell | None) -> dict[str, Any] | None:
+def _plain(cell: Cell | Quantity | None) -> dict[str, Any] | None:
+    if isinstance(cell, Quantity):
+        return {"value": cell.value}
     return None if cell is None else {name: value for name, value in asdict(cell).items() if value is not None}
 
 
@@ -182,10 +191,12 @@ def _width(columns: Sequence[Sequence[str]]) -> int:
     return sum(max(map(len, column)) + 3 for column in columns) + 1
 
 
-def compare(folders: Sequence[str], *, published: bool = True) -> Comparison:
+def compare(folders: Sequence[str], *, published: bool = True, latency: Latency | None = None) -> Comparison:
     """The results in these folders (or results.jsonl files), one column for each, and the published numbers on lines
-    that one of them has. Raises StoreError for a folder without results, and if the models have no line in common."""
-    models = [pool(read_results(folder)) for folder in folders]
+    that one of them has; with `latency`, what that knows of the same weights. Raises StoreError for a folder without
+    results, and if the models have no line in common."""
+    results = [read_results(folder) for folder in folders]
+    models = [*map(pool, results)]
     for folder, pooled in zip(folders, models, strict=True):
         if not pooled:
             raise StoreError(f"{folder} has no result", remedy="dimefm evaluate MODEL SET... writes them")
@@ -195,7 +206,13 @@ def compare(folders: Sequence[str], *, published: bool = True) -> Comparison:
         text = (resources.files("dimefm.evaluation") / "published.json").read_text(encoding="utf-8")
         shared = {name for column in columns for name in column.cells}
         columns += [column for row in json.loads(text) if (column := _published_column(row, shared)).cells]
-    return Comparison(columns, _notes(models, columns))
+    notes = _notes(models, columns)
+    if latency is not None:
+        found = chosen(latency, [{str(one.model["weights"]) for one in of} for of in results])
+        for column, one in zip(columns, found, strict=False):  # then come the published ones
+            column.cells.update({Line(name, SPEED): value for name, value in (quantities(one) if one else ())})
+        notes += speed_notes(latency, [column.name for column in columns[: len(found)]], found)
+    return Comparison(columns, notes)
 
 
 def _require_common(folders: Sequence[str], columns: list[Column]) -> None:
@@ -219,7 +236,9 @@ def write_comparison(table: Comparison, path: str) -> None:
 
 
 def _measured_column(folder: str, pooled: list[Pooled]) -> Column:
-    cells = {_line(one): Cell(one.value, one.interval, one.deviation, bool(one.partial)) for one in pooled}
+    cells: dict[Line, Cell | Quantity] = {
+        _line(one): Cell(one.value, one.interval, one.deviation, bool(one.partial)) for one in pooled
+    }
     for one in measured_suites(pooled):
         mean = Cell(one.mean, one.interval, None, bool(one.partial), len(one.sets), one.total)
         cells[Line(one.suite, _short(one.protocol))] = mean
@@ -269,7 +288,7 @@ def _published_column(row: dict[str, Any], shared: set[Line]) -> Column:
     }
     values = {lines[name]: value for name, value in row["values"].items() if value is not None}
     corpus = f" ({row['text_corpus']})" if row["text_corpus"] else ""
-    cells = {name: Cell(value) for name, value in values.items() if name in shared}
+    cells: dict[Line, Cell | Quantity] = {name: Cell(value) for name, value in values.items() if name in shared}
     return Column(f"{row['model']}{corpus}", f"{PUBLISHED}: {row['source']}", cells)
 
 

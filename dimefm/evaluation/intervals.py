@@ -73,6 +73,16 @@ def mean_interval(correct_N: Array) -> Interval:
     return _score_interval(share, share * (1 - share) / images, images)
 
 
+def difference_interval(before_N: Array, after_N: Array) -> Interval:
+    """The interval of how much larger the mean of `after_N` is than that of `before_N`, bool (N,) of the same images:
+    that of Agresti and Min (2005, Statistics in Medicine 24), which is no single point where both always agree."""
+    images = count_images(before_N, after_N) + 2
+    gained, lost = ((one_N & ~other_N).sum() + 0.5 for one_N, other_N in ((after_N, before_N), (before_N, after_N)))
+    middle = (gained - lost) / images
+    half = ndtri(TAILS[1]) * np.sqrt(gained + lost - images * middle**2) / images
+    return float(middle - half), float(middle + half)
+
+
 def mean_per_class_interval(correct_N: Array, labels_N: Array) -> Interval:
     """The interval of `mean_per_class`, from the variance of a mean of independent shares. The variance of a class with
     a single image is taken from all classes, as if they were alike."""

@@ -15,7 +15,8 @@ from dimefm.system.inert_text import line
 from dimefm.system.wording import counted, hanging
 
 _OTHERS = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean of the classes", "roc_auc": "ROC AUC"}
-_NAMES = {**_OTHERS, "map_11_point": "11-point mAP", "mean_recall@1": "recall@1"}
+METRIC_NAMES = {**_OTHERS, "map_11_point": "11-point mAP", "mean_recall@1": "recall@1"}
+"""The metrics that are reported, for people."""
 _RECALLS = "recall@1, @5, @10"
 _EFFECTIVE = "effective robustness"
 
@@ -25,9 +26,9 @@ def result_text(result: EvaluationResult) -> str:
     from the published set, and the notes. No line is longer than 80 characters, but for names that are."""
     low, high = result.interval
     head = f"{line(result.title):<18} {line(result.protocol):<12} "
-    value = f"{_NAMES[result.metric]} {result.value:6.1%} [{low:.1%}, {high:.1%}]"
+    value = f"{METRIC_NAMES[result.metric]} {result.value:6.1%} [{low:.1%}, {high:.1%}]"
     others = [f"{_OTHERS[name]} {result.metrics[name]:.1%}" for name in _OTHERS if name in result.metrics]
-    others = [text for text in others if not text.startswith(_NAMES[result.metric])]
+    others = [text for text in others if not text.startswith(METRIC_NAMES[result.metric])]
     if result.metric == "mean_recall@1":
         ways = (("image to text", "text"), ("text to image", "image"))
         others = [f"{_RECALLS} from {name} {', '.join(_recalls(result, way))}" for name, way in ways]

@@ -19,6 +19,7 @@ import torch
 from dimefm.datasets.image_set import ImageSet
 from dimefm.errors import DimefmError
 from dimefm.evaluation.features import compute_features
+from dimefm.evaluation.intervals import difference_interval
 from dimefm.evaluation.metrics import topk_correct
 from dimefm.evaluation.scoring import cosines
 from dimefm.evaluation.text_embeddings import TextEmbeddings
@@ -38,19 +39,27 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class Top1:
-    """The zero-shot accuracy on a set, in [0, 1], of the PyTorch model and of the exported one; and how many images
-    have another class, those aside for which the PyTorch model has two that are nearly equal."""
+    """The zero-shot accuracy on a set, in [0, 1], of the PyTorch model and of the exported one; the 95% interval of the
+    difference; and how many images have another class, those aside for which the PyTorch model has two that are nearly
+    equal."""
 
     name: str
     images: int
     before: float
     after: float
+    difference: tuple[float, float]
     other_class: int
 
     @property
     def loss(self) -> float:
         """Points of accuracy that the exported model has less."""
-        return 100 * (self.before - self.after)
+        return round(100 * (self.before - self.after), 6)
+
+    def __str__(self) -> str:
+        low, high = (100 * value for value in self.difference)
+        change = f"{0 - self.loss:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}"
+        what = f"top-1 {100 * self.before:.1f} -> {100 * self.after:.1f} on {self.name}"
+        return f"{what} ({counted(self.images, 'image')}, each {100 / self.images:.2g} points; {change})"
 
 
 def check(clip: Clip, folder: Path, material: Material, config: ExportConfig) -> dict[str, float]:
@@ -97,6 +106,7 @@ def compare_top1(clip: Clip, exported: Clip, labelled: ImageSet) -> Top1:
         images=len(before_N),
         before=float(before_N.mean()),
         after=float(after_N.mean()),
+        difference=difference_interval(before_N, after_N),
         other_class=int((worse_N > _ROUNDING).sum()),
     )
 
@@ -113,10 +123,11 @@ def _correct(cosine_NC: np.ndarray[Any, Any], labelled: ImageSet) -> np.ndarray[
 
 
 def _require_small_loss(sets: Sequence[Top1], config: ExportConfig) -> None:
+    for one in sets:
+        note(f"int8: {one}")
     worst = max(sets, key=lambda one: one.loss)
     if worst.loss > config.max_loss and not config.accept:
-        what = f"--int8 loses {worst.loss:.2f} points of top-1 accuracy on {worst.name} ({100 * worst.before:.2f} to "
-        what += f"{100 * worst.after:.2f} on {counted(worst.images, 'image')}), more than {config.max_loss:g}"
+        what = f"--int8 loses {worst.loss:.2f} points, more than {config.max_loss:g}: {worst}"
         raise DimefmError(what, remedy="leave --int8 out, raise --max-loss, or give --accept to write it all the same")
 
 

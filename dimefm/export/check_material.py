@@ -73,11 +73,11 @@ def _of_sets(sets: Sequence[ImageSet]) -> Material:
             raise SourceError(what, remedy="check on a set that has")
     samples = [sample for images in sets for sample in images.samples]
     texts = [text for images in sets for prompts in images.prompts() for text in prompts]
-    read = (read_image(samples[place]) for place in _spread(len(samples), IMAGES))
+    read = (read_image(samples[place]) for place in spread(len(samples), IMAGES))
     found = tuple(data for data in read if not isinstance(data, DecodeError))
     if not found:
         raise SourceError(f"no image of {', '.join(images.where for images in sets)} can be read", remedy=_REMEDY)
-    return Material(found, tuple(texts[place] for place in _spread(len(texts), TEXTS)), tuple(sets))
+    return Material(found, tuple(texts[place] for place in spread(len(texts), TEXTS)), tuple(sets))
 
 
 def _of_run(run: str) -> Material:
@@ -85,7 +85,7 @@ def _of_run(run: str) -> Material:
     config = TrainConfig.parse(document.config, run)
     try:
         images, texts = (Store(_place(run, path)) for path in (config.images, config.texts))
-        encoded, sentences = _images_of(images), _texts_of(texts)
+        encoded, sentences = _images_of(images, IMAGES), _texts_of(texts)
         val = tuple(_place(run, path) for path in config.val)
         with allowing(val):
             labelled = [_part(one, _MOST_IMAGES, _MOST_PROMPTS) for one in open_folders(val)]
@@ -103,8 +103,14 @@ def _place(run: str, path: str) -> str:
     return path if storage.is_url(path) else next((str(one / path) for one in around if (one / path).exists()), path)
 
 
-def _images_of(store: Store) -> tuple[bytes, ...]:
-    rows = _good_rows(store, IMAGES)
+def images_of_run(run: str, count: int) -> tuple[bytes, ...]:
+    """At most `count` of the encoded images that a run was trained on. Raises as reading its store does."""
+    config = TrainConfig.parse(read_run(run).config, run)
+    return _images_of(Store(_place(run, config.images)), count)
+
+
+def _images_of(store: Store, count: int) -> tuple[bytes, ...]:
+    rows = _good_rows(store, count)
     if store.schema.pixels:
         return tuple(store.pixels(rows))
     entries = store.samples(rows, ImagePlace._fields)
@@ -123,18 +129,18 @@ def _texts_of(store: Store) -> tuple[str, ...]:
 
 def _good_rows(store: Store, count: int) -> np.ndarray[Any, Any]:
     good_N = np.flatnonzero(store.status() == Status.OK)
-    rows_N: np.ndarray[Any, Any] = good_N[_spread(len(good_N), count)]
+    rows_N: np.ndarray[Any, Any] = good_N[spread(len(good_N), count)]
     return rows_N
 
 
 def _part(images: ImageSet, most: int, most_prompts: int) -> ImageSet:
     """At most so many images of a set, and so many of its prompts, of every class alike."""
-    places = _spread(len(images.samples), most)
+    places = spread(len(images.samples), most)
     templates = images.templates[: max(1, most_prompts // max(1, len(images.classnames)))]
     labels = None if images.labels is None else images.labels[places]
     return replace(images, samples=[images.samples[place] for place in places], labels=labels, templates=templates)
 
 
-def _spread(total: int, count: int) -> np.ndarray[Any, Any]:
+def spread(total: int, count: int) -> np.ndarray[Any, Any]:
     """At most `count` of `total` places, int64, at equal distances."""
     return np.linspace(0, total - 1, min(count, total)).astype(np.int64)

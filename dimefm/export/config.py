@@ -8,6 +8,7 @@ from typing import Literal
 from cache_schemas.export import ExportFormat, ImageInput
 from cache_schemas.run import Weights
 from dimefm.errors import DimefmError
+from dimefm.export.licences import require_licence
 from dimefm.system.output_names import require_name
 
 
@@ -41,10 +42,27 @@ class ExportConfig:
     """Pixels that the ONNX graph takes: float32, normalised before, or uint8, normalised within the graph."""
     check_on: tuple[str, ...] = ()
     """Labelled set that the exported model is checked on. Default: the --val sets of the run."""
+    evaluation: tuple[str, ...] = ()
+    """Folder of an evaluation of the same run and checkpoint, for the model card; of other formats than open_clip the
+    written folder is evaluated, and dimefm card adds that."""
+    license: str | None = None
+    """Licence of the weights for the model card, by its identifier on the Hub, such as mit, cc-by-nc-4.0 or other."""
+    data_license: str | None = None
+    """Licence of the images and sentences that the student was trained on, in words, for the model card."""
 
     def __post_init__(self) -> None:
         require_name(self.out, "a folder with a model")
+        if self.license:
+            require_licence(self.license)
+        if self.evaluation and self.format != "open_clip":
+            what = f"--evaluation has no effect on {self.format}: the results of the run are of other weights"
+            raise DimefmError(what, remedy="evaluate the written folder, and add that with dimefm card --evaluation")
         if self.format != "onnx":
             for option, given in (("--int8", self.int8), ("--image-input", self.image_input != "float32")):
                 if given:
                     raise DimefmError(f"{option} has no effect on {self.format}", remedy="give --format onnx")
+        if self.int8 and self.precision == "fp16":
+            raise DimefmError("--int8 quantizes float32 weights, and not fp16", remedy="leave --precision out")
+        for option, given in (("--max-loss", self.max_loss != 1.0), ("--accept", self.accept)):
+            if given and not self.int8:
+                raise DimefmError(f"{option} has no effect without --int8", remedy="give --int8 too")

@@ -25,21 +25,26 @@ def describe_export(folder: str, typed: str) -> list[str]:
         for name in _WEIGHTS[export.format]
     ]
     lines = [f"{folder}: {_use(export, typed)}"]
-    return lines if export.checks is None else [*lines, f"  {', '.join(sizes)}", *_checks(export.checks)]
+    return (
+        lines
+        if export.checks is None
+        else [*lines, *(f"  {line}" for line in (", ".join(sizes), *checked(export.checks)))]
+    )
 
 
-def _checks(figures: dict[str, float]) -> list[str]:
+def checked(figures: dict[str, float]) -> list[str]:
+    """Lines about the check after writing."""
     compared = [
         f"{counted(int(figures[f'{kind}s']), word)}, smallest cosine {_cosine(figures[f'{kind}_cosine'])}"
         for kind, word in (("image", "image"), ("text", "sentence"))
     ]
-    lines = [f"  checked against PyTorch on {'; '.join(compared)}"]
+    lines = [f"checked against PyTorch on {'; '.join(compared)}"]
     for name, after in figures.items():
         if name.startswith("top1/"):
             title = name.removeprefix("top1/")
             before, images = figures[f"pytorch_top1/{title}"], counted(int(figures[f"images/{title}"]), "image")
             same = "as PyTorch" if after == before else f"PyTorch {100 * before:.2f}%"
-            lines.append(f"  top-1 accuracy on {images} of {title}: {100 * after:.2f}%, {same}")
+            lines.append(f"top-1 accuracy on {images} of {title}: {100 * after:.2f}%, {same}")
     return lines
 
 

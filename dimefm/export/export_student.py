@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cache_schemas.export import EXPORT_FILE, TOKENIZER_FILE, Export, ExportOrigin
 from cache_schemas.run import RUN_FILE
 from dimefm.errors import DimefmError, OutputExistsError, StoreError
+from dimefm.export.card import CardConfig, write_card
 from dimefm.export.config import ExportConfig
 from dimefm.export.formats import FORMATS, Format, Written
 from dimefm.export.origin import origin_of
@@ -38,6 +39,7 @@ def export(source: str, out: str, **options: Any) -> str:
     """
     config = ExportConfig(source=source, out=storage.local(out, "an export"), **options)
     form = FORMATS[config.format]
+    card = CardConfig(evaluation=config.evaluation, license=config.license, data_license=config.data_license)
     form.require()
     _require_free(config.out, form)
     if (Path(source) / RUN_FILE).exists():
@@ -51,8 +53,11 @@ def export(source: str, out: str, **options: Any) -> str:
         note(f"{source}: loading the model ...")
     with tempfile.TemporaryDirectory() as scratch, storage.publishing(config.out) as folder:
         _write(config, form, Path(scratch), folder)
+        write_card(str(folder), card)
         if Path(config.out).exists():
             _keep(Path(config.out), folder, form)
+            if card != CardConfig():
+                write_card(config.out, card)
     return config.out
 
 
@@ -74,7 +79,8 @@ def _write(config: ExportConfig, form: Format, scratch: Path, folder: Path) -> N
     with storage.writing_to(config.out):
         written = form.writer()(clip, source, folder, config)
         _write_tokenizer(clip, folder, config)
-        document = _document(clip, config, written)
+        files = {file.name: storage.digest_file(str(file)) for file in sorted(folder.iterdir())}
+        document = replace(_document(clip, config, written), files=files)
         storage.write_json(str(folder / EXPORT_FILE), document.to_json())
     if material:
         document = replace(document, checks=(document.checks or {}) | check(clip, folder, material, config))

@@ -7,7 +7,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from cache_schemas.export import IMAGE_ONNX, TEXT_ONNX, ExportFormat, OnnxFacts
+from cache_schemas.export import (
+    IMAGE_ONNX,
+    TEXT_ONNX,
+    TRANSFORMERS_CONFIG,
+    TRANSFORMERS_WEIGHTS,
+    ExportFormat,
+    OnnxFacts,
+)
 from cache_schemas.run import CONFIG_FILE, WEIGHTS_FILE
 from dimefm.models.exported import require_packages
 
@@ -67,6 +74,6 @@ FORMATS: dict[ExportFormat, Format] = {
     "transformers": Format(
         module="dimefm.export.transformers_format",
         needs=("transformers",),
-        files=("config.json", "model.safetensors"),
+        files=(TRANSFORMERS_CONFIG, TRANSFORMERS_WEIGHTS),
     ),
 }

@@ -49,9 +49,14 @@ def write(clip: Clip, source: Path, folder: Path, config: ExportConfig) -> Writt
         except DimefmError as error:
             what = f"the {kind} tower of {config.source}: {error.what}"
             raise DimefmError(what, remedy="give --format open_clip") from error
+    quantized = {}
+    if config.int8:
+        from dimefm.export.int8 import quantize  # it imports onnxruntime's quantizer, which other exports do without
+
+        quantized = quantize(folder, clip, config)
     image_digest, text_digest = (digest_graph(folder / file) for file in (IMAGE_ONNX, TEXT_ONNX))
     weights = hashlib.sha256(f"{image_digest} {text_digest}".encode()).hexdigest()
-    onnx = OnnxFacts(opset=OPSET, image_input=config.image_input, quantized={})
+    onnx = OnnxFacts(opset=OPSET, image_input=config.image_input, quantized=quantized)
     return Written(weights=weights, text_tower=text_digest, onnx=onnx)
 
 

@@ -23,13 +23,16 @@ _DIFFER = " != "  # between the two values of a change
 
 def origin_of(run: str, step: int, weights: Weights) -> ExportOrigin:
     """The origin of the student of a run folder after `step` steps. Raises SchemaError for a damaged run.json."""
+    from dimefm.models.hub import repository_of  # imports open_clip
+
     document = read_run(run)
-    config = document.config
+    config, teacher = document.config, document.teacher
     return ExportOrigin(
         student=public(document.student.name),
-        teacher=public(document.teacher.name),
-        pretrained=public(document.teacher.pretrained),
-        teacher_weights=document.teacher.weights,
+        teacher=public(teacher.name),
+        pretrained=public(teacher.pretrained),
+        repository=repository_of(teacher.name, teacher.pretrained),
+        teacher_weights=teacher.weights,
         step=step,
         steps=document.steps,
         weights=weights,

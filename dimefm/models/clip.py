@@ -221,7 +221,7 @@ def load_clip(
     device = choose_device(device)
     precision = precision or teacher_precision(device)
     name, pretrained = full_name(name, pretrained)
-    if name.startswith(FOLDER) and (other := _not_open_clip(name, device)) is not None:
+    if name.startswith(FOLDER) and (other := _not_open_clip(name, precision, device)) is not None:
         return other
     given, configured = trained or Trained(), name.startswith(CONFIGURED)
     if not configured:
@@ -244,13 +244,17 @@ def load_clip(
     )  # fmt: skip
 
 
-def _not_open_clip(name: str, device: str) -> Clip | None:
+def _not_open_clip(name: str, precision: Precision, device: str) -> Clip | None:
     """The model of ``local-dir:FOLDER`` where that has another format than open_clip's."""
     folder = name.removeprefix(FOLDER)
     if format_of(folder) == "onnx":
         from dimefm.models.onnx_clip import OnnxClip
 
         return OnnxClip(folder, name, device)
+    if format_of(folder) == "transformers":
+        from dimefm.models.transformers_clip import load_transformers
+
+        return load_transformers(folder, name, precision, device)
     return None
 
 

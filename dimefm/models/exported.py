@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
-from cache_schemas.export import EXPORT_FILE, Export, ExportFormat
+from cache_schemas.export import EXPORT_FILE, TRANSFORMERS_CONFIG, Export, ExportFormat
 from cache_schemas.run import CONFIG_FILE
 from dimefm.errors import DimefmError
 
@@ -23,7 +24,15 @@ def format_of(folder: str) -> ExportFormat | None:
         return read_export(folder).format
     if Path(folder, CONFIG_FILE).is_file():
         return "open_clip"
-    return None
+    return "transformers" if _is_clip_model(Path(folder, TRANSFORMERS_CONFIG)) else None
+
+
+def _is_clip_model(config: Path) -> bool:
+    """Whether a config is that of a CLIPModel of Hugging Face, whoever wrote it."""
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type") == "clip"  # type: ignore[no-any-return]
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def read_export(folder: str) -> Export:

@@ -22,11 +22,11 @@ def count_flops(clip: Clip) -> tuple[int, int]:
     pixels_B3HW = torch.zeros(1, 3, height, width, dtype=torch.uint8)
     tokens_BL = clip.tokenize([" ".join(["word"] * clip.identity.context_length)])
     clip.encode_tokens(tokens_BL)  # the first call also finds out whether padding can be left out
-    return _count(lambda: clip.encode_images(pixels_B3HW)), _count(lambda: clip.encode_tokens(tokens_BL))
+    return flops_of(lambda: clip.encode_images(pixels_B3HW)), flops_of(lambda: clip.encode_tokens(tokens_BL))
 
 
-def _count(run: Callable[[], object]) -> int:
-    """Attention runs as plain products: the counter does not see into fused kernels of the CPU."""
+def flops_of(run: Callable[[], object]) -> int:
+    """Of a call. Attention runs as plain products in it: the counter does not see into fused kernels of the CPU."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,16 @@ def require_cached(name: str, where: str) -> None:
         except (OSError, ValueError):  # a folder that is not there: loading it will say so
             return
         _require_towers_here(config, name, where)
+
+
+def repository_of(name: str, pretrained: str | None) -> str | None:
+    """The repository of the Hub, ORG/MODEL, that a model comes from: that of an hf-hub: name, or of a tag of open_clip;
+    None where there is none."""
+    known = name.partition(":")[2].partition("@")[0] if name.startswith(_HUB) else ""
+    if pretrained:
+        known = open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained).get("hf_hub", "")
+    found = re.match(r"[\w.-]+/[\w.-]+", known)
+    return found[0] if found else None
 
 
 def require_plain_tokenizer(name: str, model_cfg: Mapping[str, Any]) -> None:

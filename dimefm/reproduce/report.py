@@ -7,13 +7,18 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cache_schemas.latency import LATENCY_FILE, ModelLatency
 from dimefm.evaluation.predictions import read_predictions
 from dimefm.evaluation.results import read_results
+from dimefm.evaluation.speed import MS, Point, Points, chosen, quantities
+from dimefm.latency.plot import COLOURS, draw
+from dimefm.latency.record import read_latency
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
 from dimefm.system import storage
@@ -26,7 +31,7 @@ from dimefm.training.run_folder import read_run
 
 EVALUATIONS = "evaluations"
 REPORT_FILE, PLOT_FILE = "report.md", "report.png"
-_COLOURS = ("#1f4e79", "#2e8b57", "#a65e2e")  # of the students
+_TEACHER_COLOUR = "#9db4c8"
 _LINE_STYLES = ("-", "--", ":")  # of the sets
 
 
@@ -52,6 +57,7 @@ class Student:
 class _SetScore:
     """Zero-shot of a model on a set, with the prediction for every image."""
 
+    weights: str
     images: int
     classes: int
     top1: float
@@ -81,14 +87,16 @@ def write_report(out: Path, students: Sequence[Student]) -> JobReport:
         if found[student.name][name].times_chance < bar
     ]
     seconds: dict[str, float | None] = json.loads((out / "stages.json").read_text())
+    models = {"teacher": teacher, **{student.label: found[student.name] for student in students}}
     tables = [
         _accuracy_table(teacher, found, students),
+        _speed_table(out, models),
         _cost_table(out, students, seconds),
         _stage_table(out, students, seconds),
     ]
     text = "\n".join([*(line for table in tables for line in [*table, ""]), _machine(out, students)])
     storage.write_atomic(str(out / REPORT_FILE), f"# dimefm: {out.name}\n\n{text}\n".encode())
-    _plot(out, teacher, found, students)
+    _plot(out, teacher, found, students, _points(out, models))
     return JobReport(f"{text}\n\nwritten: {out / REPORT_FILE}, {out / PLOT_FILE}", missed)
 
 
@@ -97,6 +105,7 @@ def _scores(out: Path, model: str) -> dict[str, _SetScore]:
     folder = str(out / EVALUATIONS / model)
     return {
         result.set: _SetScore(
+            weights=str(result.model["weights"]),
             images=result.images,
             classes=result.classes,
             top1=result.metrics["top1"],
@@ -133,6 +142,21 @@ def _accuracy_table(
             )
     head = ("zero-shot", "model", "top-1 / top-5", "of teacher", "x chance", "as teacher says")
     return markdown_table([head, *rows], padded=True)
+
+
+def _speed_table(out: Path, models: dict[str, dict[str, _SetScore]]) -> list[str]:
+    """A row for the teacher and each student: its size, and how fast it is."""
+    found = {name: dict(quantities(one)) for name, one in _latency(out, models).items()}
+    head = ("speed", *dict.fromkeys(title for row in found.values() for title in row))
+    rows = [(name, *(str(row.get(title, "")) for title in head[1:])) for name, row in found.items()]
+    return markdown_table([head, *rows], "l" + "r" * (len(head) - 1), padded=True)
+
+
+def _latency(out: Path, models: dict[str, dict[str, _SetScore]]) -> dict[str, ModelLatency]:
+    """The measurement of each model."""
+    weights = [{one.weights for one in scores.values()} for scores in models.values()]
+    found = chosen(read_latency(str(out / LATENCY_FILE)), weights)
+    return {name: one for name, one in zip(models, found, strict=True) if one is not None}
 
 
 def _cost_table(out: Path, students: Sequence[Student], seconds: dict[str, float | None]) -> list[str]:
@@ -238,13 +262,31 @@ def _machine(out: Path, students: Sequence[Student]) -> str:
     return f"machine: {describe('cpu')}, {cpus()} cores, {platform.system()}; {how}; {packages}"
 
 
+def _points(out: Path, models: dict[str, dict[str, _SetScore]]) -> Points:
+    """Milliseconds per image and the mean of the sets, of the teacher and the students."""
+    found = _latency(out, models)
+    points = [
+        Point(
+            name,
+            min(one.image, key=lambda timing: timing.batch).median_ms,
+            fmean(s.top1 for s in models[name].values()),
+        )
+        for name, one in found.items()
+    ]
+    return Points(points, f"{MS}, one at a time", "mean zero-shot top-1, %")
+
+
 def _plot(
-    out: Path, teacher: dict[str, _SetScore], found: dict[str, dict[str, _SetScore]], students: Sequence[Student]
+    out: Path,
+    teacher: dict[str, _SetScore],
+    found: dict[str, dict[str, _SetScore]],
+    students: Sequence[Student],
+    points: Points,
 ) -> None:
-    """Write report.png: the loss and the validation of each run, and the final accuracy of all models."""
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for student, colour in zip(students, _COLOURS, strict=False):
+    """Write report.png: the loss and the validation of each run, the final accuracy of all models, and their speed."""
+    figure = Figure(figsize=(11.5, 7.6), layout="constrained")
+    (left, middle), (right, last) = figure.subplots(2, 2)
+    for student, colour in zip(students, COLOURS, strict=False):
         _plot_run(left, middle, student, read_metrics(str(student.run(out))), list(teacher), colour)
     for name, style in zip(teacher, _LINE_STYLES, strict=False):
         middle.axhline(100 * teacher[name].top1, ls=style, color="#888888", lw=1, label=f"{name}, teacher")
@@ -252,9 +294,10 @@ def _plot(
     left.legend(fontsize=8)
     middle.set(title="Zero-shot top-1 while training", xlabel="share of the run", ylabel="%", ylim=(0, None))
     middle.legend(fontsize=7)
-    models = [("teacher", teacher, "#9db4c8")]
-    models += [(s.label, found[s.name], colour) for s, colour in zip(students, _COLOURS, strict=False)]
+    models = [("teacher", teacher, _TEACHER_COLOUR)]
+    models += [(s.label, found[s.name], colour) for s, colour in zip(students, COLOURS, strict=False)]
     _plot_accuracy(right, teacher, models)
+    draw(last, points, (_TEACHER_COLOUR, *COLOURS))
     with storage.writing_to(str(out)), storage.writing_atomically(str(out / PLOT_FILE)) as file:
         figure.savefig(file, dpi=130, format="png")
 

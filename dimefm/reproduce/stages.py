@@ -21,6 +21,7 @@ from pathlib import Path
 import click
 
 from cache_schemas import SchemaError
+from cache_schemas.latency import LATENCY_FILE
 from dimefm.errors import DimefmError, StoppedError
 from dimefm.reproduce.paper_cost import measured_rates, paper_cost_table
 from dimefm.reproduce.report import EVALUATIONS, Student, write_report
@@ -36,14 +37,15 @@ _LIBRARIES = ["dimefm.training.train", "dimefm.evaluation.evaluator"]
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """The data of a job and the students that it trains. `seconds` is how long each stage took on some machine, from
-    which the time left is estimated."""
+    """The data of a job and the students that it trains; `latency` are options of `dimefm latency`. `seconds` is how
+    long each stage took on some machine, from which the time left is estimated."""
 
     teacher: tuple[str, ...]
     images: tuple[str, ...]
     texts: tuple[str, ...]
     val: tuple[str, ...]
     students: tuple[Student, ...]
+    latency: tuple[str, ...] = ("--batch", "1,64")
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -73,6 +75,7 @@ _SAMPLE_SECONDS = {
     "cache-images": 112.0, "cache-texts": 26.0, "cache-prompts": 1.0, "build-index": 6.0, "retrieve": 4.2,
     "select-texts": 0.6, "train paper": 79.0, "export paper": 0.7, "evaluate paper": 1.8, "train best": 75.0,
     "export best": 0.7, "evaluate best": 1.6, "evaluate teacher": 37.0,
+    "latency": 30.0,
 }  # fmt: skip
 
 
@@ -89,6 +92,7 @@ def smoke_scale() -> Scale:
             Student(name=s.name, label=s.label, recipe=s.recipe, grounded=s.grounded, options=("--epochs", "1"))
             for s in whole.students
         ),
+        latency=("--batch", "1", "--seconds", "0.2"),
     )
 
 
@@ -117,7 +121,12 @@ def commands(scale: Scale, out: Path) -> list[tuple[str, list[str]]]:
             (f"export {student.name}", ["export", run, "--out", folder]),
             (f"evaluate {student.name}", ["evaluate", folder, *scale.val, *evaluation, "--name", student.name]),
         ]
-    return [*stages, ("evaluate teacher", ["evaluate", *teacher, *scale.val, *evaluation, "--name", "teacher"])]
+    models = [*(str(out / f"student-{student.name}") for student in scale.students), ":".join(teacher[::2])]
+    return [
+        *stages,
+        ("evaluate teacher", ["evaluate", *teacher, *scale.val, *evaluation, "--name", "teacher"]),
+        ("latency", ["latency", *models, *scale.latency, "--out", str(out / LATENCY_FILE)]),
+    ]
 
 
 def run_all(stages: list[tuple[str, list[str]]], out: Path, expected: dict[str, float] | None = None) -> None:

@@ -20,6 +20,11 @@ def rate(count: float, seconds: float, noun: str, plural: str = "") -> str:
     return f"one {noun} in {1 / per_second:,.1f} s" if per_second else f"no {noun}"
 
 
+def three_digits(value: float) -> str:
+    """A number to three digits at least, never as a power of ten: `0.0195`, `4.05`, `70.2`, `3,922`."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def hanging(head: str, words: str) -> str:
     """`head` and then `words`, broken between words so that no line is longer than 80 characters. Further lines are
     indented to below the first of the words. A word that is longer than a line, such as a path, is not broken."""

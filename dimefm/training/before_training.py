@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cache_schemas.run import RUN_FILE
@@ -14,8 +15,12 @@ _FIELDS = "dimefm train-student --fields lists all"
 
 
 def require_startable(config: TrainConfig) -> None:
-    """Raises TrainingError for a config that lacks an input that it draws from, or whose learning rate would not rise
-    to its peak and fall. A run of an older release, which did not look at the latter, goes on."""
+    """Raises TrainingError for a config that lacks an input that it draws from or the library that it logs to, or whose
+    learning rate would not rise to its peak and fall. A run of an older release, which did not look at the latter, goes
+    on."""
+    if config.log_to and not _is_installed(config.log_to):
+        remedy = f'pip install "dimefm[{config.log_to}]"'
+        raise TrainingError(f"the run cannot be logged to {config.log_to}, which is not installed here", remedy=remedy)
     mix = config.text_mix if config.loss.vl else TextMix()
     require_sources(mix, config.pairs, config.selection, paired=config.loss.contrastive > 0)
     if (Path(config.out) / RUN_FILE).exists():
@@ -26,6 +31,14 @@ def require_startable(config: TrainConfig) -> None:
         what = ", ".join(f"{name} ({getattr(config, name):g})" for name in higher)
         settings = " ".join(f"--set {name}={config.lr / 20:g}" for name in higher)
         raise TrainingError(f"{what} must not be above lr ({config.lr:g}), its peak", remedy=f"give {settings}")
+
+
+def _is_installed(package: str) -> bool:
+    """Whether pip has it. A folder of its name, which wandb leaves where it runs, could be imported too."""
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def require_sources(mix: TextMix, pairs: object, selection: object, *, paired: bool) -> None:

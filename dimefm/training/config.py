@@ -5,6 +5,7 @@ The line below a field says what it is; the options of `dimefm train-student` ta
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -108,8 +109,8 @@ class TextMix:
         return total - selected - retrieved, selected, retrieved
 
 
-MAY_DIFFER = ("images", "texts", "pairs", "selection", "out", "val", "val_texts", "workers", "log_every", "device",
-              "checkpoint_every", "keep", "accept_slow")  # fmt: skip
+MAY_DIFFER = ("images", "texts", "pairs", "selection", "out", "val", "val_texts", "workers", "log_every", "log_to",
+              "log_project", "device", "checkpoint_every", "keep", "accept_slow")  # fmt: skip
 """Fields in which a resumed run may differ from its start: they say where things are, how fast and how often, not what
 is computed."""
 
@@ -222,6 +223,11 @@ class TrainConfig:
     """Number of latest checkpoints to keep, beside the best."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
+    log_to: Literal["trackio", "wandb"] | None = None
+    """Tracker that gets what metrics.jsonl gets, as one run through all resumes: pip install "dimefm[wandb]" or
+    "dimefm[trackio]". Default: none."""
+    log_project: str | None = None
+    """Project of the tracker that the run is shown in. Default: dimefm."""
     workers: int | None = None
     """Processes per training process that decode images; 0: it decodes them itself. Default: by cores and memory."""
     device: str | None = None
@@ -254,6 +260,8 @@ class TrainConfig:
             wrong.append(f"ema must lie between 0 and 1, found {self.ema}")
         if self.seed >= 2**63:
             wrong.append(f"seed must be below 2^63, found {self.seed}")
+        if self.log_project is not None and not re.fullmatch(r"[\w-]{1,100}", self.log_project, re.ASCII):
+            wrong.append(f"log_project may have letters, digits, - and _, found {self.log_project!r}")
         wrong += [
             f"{name} is in parts of 1, found {value}: divide by 255"
             for name, value in (("init_mean", self.init_mean), ("init_std", self.init_std))
@@ -278,6 +286,8 @@ class TrainConfig:
         if self.selection and not (mix.selected or self.text_student):
             uses = "--text-mix selected=... or --text-student"
             idle.append(f"a selection is given, but the text mix draws nothing from it; {uses} would")
+        if self.log_project and not self.log_to:
+            idle.append("log_project has no effect without log_to")
         return idle
 
     def _text_problems(self) -> list[str]:

@@ -10,8 +10,12 @@ from cache_schemas.run import METRICS_FILE
 
 
 def read_metrics(out: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none if there is no file. A line that a kill cut off is left out."""
-    path = Path(out) / METRICS_FILE
+    """The lines of a run's metrics.jsonl."""
+    return read_lines(Path(out) / METRICS_FILE)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON lines; none if there is no file. A line that a kill cut off is left out."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

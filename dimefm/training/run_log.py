@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl and TensorBoard events in its folder, progress on the terminal.
+"""The log of a run: metrics.jsonl and TensorBoard events in its folder, progress on the terminal, and a tracker.
 
 A training line has every value that the trainer names: the loss and each of its parts (training/objective.py), the
 gradient's norm, the learning rate. A new loss appears here without a change.
@@ -24,7 +24,9 @@ from cache_schemas.run import METRICS_FILE
 from dimefm.system import storage
 from dimefm.system.progress import Progress
 from dimefm.system.wording import rate
+from dimefm.training.config import TrainConfig
 from dimefm.training.read_metrics import read_metrics
+from dimefm.training.tracker import Tracker
 
 
 class RunLog:
@@ -33,10 +35,11 @@ class RunLog:
     A resumed run goes on after `first` steps: lines of later steps, written before it was stopped, are dropped.
     """
 
-    def __init__(self, out: str, *, first: int, steps: int, enabled: bool) -> None:
+    def __init__(self, config: TrainConfig, *, first: int, steps: int, enabled: bool) -> None:
         self._enabled = enabled
         if not enabled:
             return
+        out = config.out
         self._path = Path(out) / METRICS_FILE
         kept = [line for line in read_metrics(out) if line["step"] <= first]
         with storage.writing_to(str(self._path)):
@@ -44,6 +47,9 @@ class RunLog:
             self._file = self._path.open("a", encoding="utf-8")
             self._events = _Events(out, first)
         self._progress = Progress("training", steps, "step", first)
+        self._tracker = None
+        if config.log_to:
+            self._tracker = Tracker(config, self._progress.note, resumed=first > 0, kept=kept)
         self._began, self._images, self._waited = time.monotonic(), 0, 0.0
         self._now = self._began
 
@@ -54,6 +60,8 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._enabled:
+            if self._tracker:
+                self._tracker.close(failed=kind is not None)
             for file in (self._file, self._events):
                 with suppress(OSError) if kind else nullcontext():  # or it would hide the error that ended the run
                     file.close()
@@ -72,6 +80,8 @@ class RunLog:
             self._images += images
             self._waited += waited
             self._progress.at(done)
+            if self._tracker:
+                self._tracker.hand_over()  # the steps before have been validated by now
 
     def train(self, done: int, values: dict[str, float]) -> None:
         """Log the values of a step, and since the line before: images per second, the share of time spent on waiting
@@ -95,6 +105,8 @@ class RunLog:
     def flush(self) -> None:
         """Wait until all lines are on the disk, before a checkpoint says that their steps are done."""
         if self._enabled:
+            if self._tracker:
+                self._tracker.hand_over()
             with storage.writing_to(str(self._path)):
                 storage.flush(str(self._path))
 
@@ -104,6 +116,8 @@ class RunLog:
             self._file.write(json.dumps({"event": event, "step": step, **known}) + "\n")
             self._file.flush()
             self._events.add(step, {f"{event}/{name}": value for name, value in values.items()})
+            if self._tracker:
+                self._tracker.add(event, step, known)
 
 
 class _Events:

@@ -140,7 +140,7 @@ class _Trainer:
             write_run(config.out, self.document)
         if first == steps:
             return Result(config.out, steps, last_validation(config.out))
-        log = RunLog(config.out, first=first, steps=steps, enabled=self.place.first)
+        log = RunLog(config, first=first, steps=steps, enabled=self.place.first)
         notes = notes + notes_on_preparation(self.spec, self.inputs.images.schema.teacher)
         for note in notes + (self.validation.take_notes() if self.validation else []):
             log.note(note)

@@ -41,7 +41,7 @@ def cosines(one_ND: Any, other_ND: Any) -> torch.Tensor:
 # -- weights are held in the precision of the products ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("precision", "dtype"), HALVES)
+@pytest.mark.parametrize(("precision", "dtype"), [HALVES[0], pytest.param(*HALVES[1], marks=pytest.mark.slow)])
 def test_the_sample_teacher_in_half_is_near_itself_in_float32(
     sample_teacher: str, image_store: Store, precision: Any, dtype: torch.dtype
 ) -> None:

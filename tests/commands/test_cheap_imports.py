@@ -1,7 +1,8 @@
 """What a command that only looks, or that ends with a mistake, imports: no library that takes seconds.
 
-A process that has imported the command line and nothing else forks a child for each command; the child says which
-modules it has at the end. Seconds are not measured here: `python -m benchmarks start-up` does that.
+A process that has imported the command line forks a child for each command; the child says which modules it has at the
+end. Before the first that may import zarr it imports that once for them all, and it counts for each. Seconds are not
+measured here: `python -m benchmarks start-up` does that.
 """
 
 import json
@@ -86,7 +87,10 @@ MISTAKES = (
         "export run --out x --checkpoint 77",
         "convert-checkpoint nothing.pt --out x --teacher x",
     ),
+    *("card nothing", "card run", "card run --license nothing", "push nothing org/name", "push run x"),
     "evaluate nothing inputs/colours",
+    *("latency nothing", "latency ViT-B-32", "latency run nothing --with-teacher", "latency run --batch 0"),
+    *("compare evaluations/student --latency nothing.json", "compare evaluations/student --plot x.png"),
     "cache-texts inputs/sentences.txt --out x.zarr --teacher ViT-B32 --pretrained openai",
     "cache-texts inputs/sentences.txt --out x.zarr --teacher local-dir:nowhere",
     "cache-texts inputs/sentences.txt --out x.zarr --teacher ViT-B-32 --pretrained opnai",
@@ -97,7 +101,9 @@ _FORKS = """
 import json, os, shlex, sys
 import dimefm.cli
 
-for number, words in enumerate(json.load(sys.stdin)):
+for number, (words, may_open) in enumerate(json.load(sys.stdin)):
+    if may_open:
+        import dimefm.store.embedding_store
     if not os.fork():
         out = os.open(f"{number}.out", os.O_CREAT | os.O_WRONLY)
         os.dup2(out, 1), os.dup2(out, 2)
@@ -119,13 +125,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, set[
     """For each command its exit code, the modules that were imported at its end, and what it printed. They run in a
     folder that an older release wrote."""
     folder = unpack_to(tmp_path_factory.mktemp("cheap"))
-    commands = (*HELP, *LOOKS, *MISTAKES)
+    commands = [*((words, False) for words in HELP), *((words, True) for words in (*LOOKS, *MISTAKES))]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run(
         [sys.executable, "-c", _FORKS], input=json.dumps(commands), text=True, check=True, cwd=folder, env=environment
     )
     results = {}
-    for number, words in enumerate(commands):
+    for number, (words, _) in enumerate(commands):
         code, modules = json.loads((folder / f"{number}.json").read_text())
         results[words] = code, set(modules), (folder / f"{number}.out").read_text()
     return results

@@ -133,7 +133,7 @@ def test_every_option_that_a_page_names_exists(page: Path) -> None:
     """In its sentences and tables too, not in its commands alone."""
     commands = [*cli.commands.values(), reproduce]
     known = {name for command in commands for option in command.params for name in option.opts}
-    found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8")))
+    found = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", page.read_text(encoding="utf-8")))
     assert found <= known | OTHERS | {"--help", "--version"}
 
 

@@ -107,7 +107,7 @@ def prepared(s3: str, local: dict[str, Store]) -> str:
     return upload(Path(local["full"].path), f"{s3}/s.zarr")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "full"])
 def test_a_store_on_s3_holds_what_a_local_one_does(
     s3: str, images: str, clip: Clip, local: dict[str, Store], kind: str
 ) -> None:
@@ -150,10 +150,15 @@ def test_a_store_on_s3_goes_on_after_a_commit_is_lost(s3: str, images: str, clip
     assert verify(VerifyConfig(store=store.path)).trusted
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_damage_on_s3_is_found_and_mended(prepared: str, local: dict[str, Store], clip: Clip, damage: str) -> None:
+DAMAGES = ["flip", "cut", "remove"]
+
+
+@pytest.mark.parametrize("damages", [DAMAGES, *(pytest.param([one] * 3, marks=pytest.mark.slow) for one in DAMAGES)])
+def test_damage_on_s3_is_found_and_mended(
+    prepared: str, local: dict[str, Store], clip: Clip, damages: list[str]
+) -> None:
     """Another file of each shard."""
-    for name in ("embedding/c/0/0/0", "status/c/1", "pixels/000002.tar"):
+    for name, damage in zip(("embedding/c/0/0/0", "status/c/1", "pixels/000002.tar"), damages, strict=True):
         path = storage.join(prepared, name)
         data = bytearray(storage.read_bytes(path))
         data[len(data) // 2] ^= 4

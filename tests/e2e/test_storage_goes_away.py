@@ -40,8 +40,8 @@ from tests.contracts.source_contract import listed
 from tests.making import make_jpeg, write_parquet, write_tar, write_text, write_tsv
 from tests.stores import teacher_identity
 
-FAST = ["folder", "tar", "parquet", "token tar", "token parquet"]
-SLOW = ["tsv", "links", "token tsv", "token folder"]
+FAST = ["folder", "tar", "token parquet"]
+SLOW = ["parquet", "tsv", "links", "token tar", "token tsv", "token folder"]
 COUNT, BROKEN = 12, 5
 IMAGES = {f"{i:02d}": bytes(700) if i == BROKEN else make_jpeg(seed=i) for i in range(COUNT)}
 

@@ -16,6 +16,7 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from dimefm.evaluation.intervals import (
     bootstrap_interval,
+    difference_interval,
     map_11_point_interval,
     mean_interval,
     mean_per_class_interval,
@@ -522,3 +523,14 @@ def test_scores_that_are_partly_nan_and_labels_that_are_no_class_are_refused() -
     for label, k, problem in [(2, 1, "for 2 classes"), (-1, 1, "for 2 classes"), (0, 0, "k is 0")]:
         with pytest.raises(ValueError, match=problem):
             topk_correct(np.zeros((1, 2)), np.array([label]), k)
+
+
+def test_a_difference_between_models_is_over_the_same_images() -> None:
+    """As Agresti and Min have it, by hand: 3 of 1,000 images are lost, and the interval is not that of 50% of 1,000."""
+    before_N = np.arange(1000) % 2 == 0
+    after_N = before_N.copy()
+    after_N[[0, 2, 4]] = False
+    middle, half = -3 / 1002, 1.96 * (4 - 9 / 1002) ** 0.5 / 1002
+    assert difference_interval(before_N, after_N) == pytest.approx((middle - half, middle + half), rel=1e-3)
+    low, high = difference_interval(before_N, before_N)
+    assert -0.002 < low < 0 < high < 0.002

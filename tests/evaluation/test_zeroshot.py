@@ -194,8 +194,8 @@ def test_the_fast_decoder_says_so_and_is_nearly_the_same(
     assert off(tmp_path, reference) < 0.01
 
 
-def test_broken_images_are_wrong_and_named(images: ImageSet, sample_teacher: str, tmp_path: Path) -> None:
-    found = evaluated(sample_teacher, images.where, tmp_path / "out")
+def test_broken_images_are_wrong_and_named(images: ImageSet, teacher_name: str, tmp_path: Path) -> None:
+    found = evaluated(teacher_name, images.where, tmp_path / "out")
     predictions = read_predictions(str(tmp_path / "out" / "m"), found)
     assert [place for place, label in enumerate(predictions) if label == -1] == list(BROKEN)
     assert found.value == np.mean(np.array(predictions) == images.class_labels)
@@ -212,9 +212,9 @@ def test_five_classes_have_no_top5_which_would_be_certain(tmp_path: Path) -> Non
 
 
 def test_the_command_prints_a_line_a_set_and_where_it_wrote_all(
-    small: str, images: ImageSet, sample_teacher: str, tmp_path: Path
+    small: str, images: ImageSet, teacher_name: str, tmp_path: Path
 ) -> None:
-    words = ["evaluate", sample_teacher, small, images.where, "--out", str(tmp_path / "out"), "--name", "m"]
+    words = ["evaluate", teacher_name, small, images.where, "--out", str(tmp_path / "out"), "--name", "m"]
     done = CliRunner().invoke(cli, [*words, "--device", "cpu"])
     assert done.exit_code == 0, done.output
     first, second = read_results(str(tmp_path / "out" / "m"))

@@ -43,7 +43,7 @@ def session(path: Path) -> Any:
 
 def test_a_folder_has_graphs_a_tokenizer_and_what_was_checked(folder: Path, source: str) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
-        "dimefm_export.json", "text_model.onnx", "tokenizer.json", "vision_model.onnx",
+        "README.md", "dimefm_export.json", "text_model.onnx", "tokenizer.json", "vision_model.onnx",
     ]  # fmt: skip
     document: Export = read_export(str(folder))
     assert document.onnx is not None
@@ -90,6 +90,17 @@ def test_a_graph_says_how_it_is_used(folder: Path, source: str) -> None:
     for one in (image, text):
         assert float(one["logit_scale"]) == facts.logit_scale
         assert int(one["embed_dim"]) == WIDTH
+
+
+def test_a_graph_says_nothing_of_where_it_was_made(folder: Path) -> None:
+    import onnx
+
+    for name in ("vision_model.onnx", "text_model.onnx"):
+        data = (folder / name).read_bytes()
+        for word in (b".py", b"site-packages", b"stack_trace", b"open_clip.", str(Path(__file__).parents[2]).encode()):
+            assert word not in data
+        model = onnx.load(folder / name)
+        assert (model.producer_name, [one.version for one in model.opset_import]) == ("dimefm", [18])
 
 
 def test_a_folder_of_another_format_is_neither_overwritten_nor_exported(folder: Path, source: str) -> None:

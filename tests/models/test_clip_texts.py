@@ -123,8 +123,15 @@ def test_what_other_sentences_are_beside_it_does_not_change_a_sentence(make: Mak
         (True, {"embed_cls": True}),
     ],
 )
-@pytest.mark.parametrize("scale", [0.03, 1.0, 3.0])  # with the first the padding changes an embedding by 1e-3
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("scale", "precision"),
+    [
+        (0.03, "fp32"), (3.0, "bf16"),  # with the first the padding changes an embedding by 1e-3
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+            (1.0, "fp32"), (3.0, "fp32"), (0.03, "bf16"), (1.0, "bf16")
+        ]),
+    ],
+)  # fmt: skip
 def test_a_tower_that_looks_at_its_padding_is_given_all_of_it(
     make: Make, custom: bool, text: dict[str, Any], scale: float, precision: str
 ) -> None:

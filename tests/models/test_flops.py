@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dimefm.models.clip import Clip
-from dimefm.models.flops import _count, count_flops
+from dimefm.models.flops import count_flops, flops_of
 from tests.tiny_clip import CONFIG
 
 
@@ -40,8 +40,8 @@ def test_of_published_models(name: str, image: float, text: float) -> None:
     pixels = torch.zeros(1, 3, *((side, side) if isinstance(side, int) else side))
     with torch.no_grad():
         found = [
-            _count(lambda: model.encode_image(pixels)),
-            _count(lambda: model.encode_text(torch.zeros(1, 77).long())),
+            flops_of(lambda: model.encode_image(pixels)),
+            flops_of(lambda: model.encode_text(torch.zeros(1, 77).long())),
         ]
     assert [one / 2e9 for one in found] == pytest.approx([image, text], rel=0.015)
 
@@ -53,4 +53,4 @@ def test_of_a_resnet() -> None:
     with torch.device("meta"):
         model = timm.create_model("resnet18").eval()
         pixels = torch.zeros(1, 3, 224, 224)
-    assert _count(lambda: model(pixels)) / 2e9 == pytest.approx(1.81, rel=0.005)
+    assert flops_of(lambda: model(pixels)) / 2e9 == pytest.approx(1.81, rel=0.005)

@@ -22,14 +22,16 @@ from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.caching.worker import SHARDS_AT_ONCE
 from dimefm.errors import DimefmError, MismatchError, UnreadableError
 from dimefm.models.clip import Clip
+from dimefm.retrieval.build_index import IndexConfig, build_index
 from dimefm.retrieval.index_parts import PartTask
+from dimefm.retrieval.index_sidecar import read_sidecar
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from pipeline import ray_cluster, ray_index_parts, ray_workers
 from pipeline.cache import CacheConfig, cache, dry_run
 from pipeline.ray_workers import Job, Worker, run_shards
 from tests.making import make_jpeg
-from tests.stores import teacher_identity
+from tests.stores import random_store, teacher_identity
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +299,24 @@ def test_a_compiled_teacher_gives_the_same_embeddings(
     compiled, plain = store.read(0, 96).astype(np.float32), image_store.read(0, 96).astype(np.float32)
     np.testing.assert_allclose(compiled, plain, atol=2e-3)
     assert sizes == {12}
+
+
+# -- the parts of an index --------------------------------------------------------------------------------------------
+
+
+def test_parts_on_ray_are_the_parts_of_one_process(
+    one_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dimefm.retrieval.choose_index._PART_ROWS", (512, 512))
+    monkeypatch.setattr("dimefm.retrieval.recall.QUERIES", 20)
+    monkeypatch.setattr(ray_index_parts, "gpu_share", lambda *_: 0)
+    store, _ = random_store(tmp_path / "t.zarr", rows=1500, shard_rows=512, kind="text")
+    files = []
+    for name, parts in (("here", None), ("ray", ray_index_parts.on_ray(2))):
+        config = IndexConfig(store=store.path, out=str(tmp_path / name), factory="IVF16,SQ8", recall_target=0.5)
+        build_index(config, *filter(None, [parts]))
+        files.append((tmp_path / name / read_sidecar(config.out).file).read_bytes())
+    assert files[0] == files[1]
 
 
 # -- GPUs, of which Ray believes what it is told ----------------------------------------------------------------------

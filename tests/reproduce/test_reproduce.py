@@ -30,7 +30,7 @@ def test_every_stage_is_a_command_with_options_that_exist(scale: object, tmp_pat
     stages = commands(scale, tmp_path)  # type: ignore[arg-type]
     assert [words[0] for _, words in stages] == [
         "cache-images", "cache-texts", "cache-texts", "build-index", "retrieve", "select-texts", "train-student",
-        "export", "evaluate", "train-student", "export", "evaluate", "evaluate",
+        "export", "evaluate", "train-student", "export", "evaluate", "evaluate", "latency",
     ]  # fmt: skip
     for _, words in stages:
         command = cli.commands[words[0]]
@@ -78,7 +78,8 @@ def finished(
     """The whole job on 96 images."""
     out = tmp_path_factory.mktemp("reproduce") / "tiny"
     sources = {"images": (str(image_tar),), "texts": (str(text_file),), "val": (cifar10,)}
-    run_all(commands(Scale(teacher=("--teacher", teacher), students=STUDENTS, **sources), out), out)
+    latency = ("--batch", "1", "--seconds", "0.02")
+    run_all(commands(Scale(teacher=("--teacher", teacher), students=STUDENTS, latency=latency, **sources), out), out)
     return out
 
 
@@ -86,7 +87,8 @@ def test_end_to_end_the_job_ends_in_a_report(finished: Path, teacher: str, sampl
     report = write_report(finished, STUDENTS)
     assert report.missed[0].startswith("best at this size: cifar10 ")
     assert len(report.missed) == 1
-    for part in ("as teacher says", "teacher in the loop", "cache-images", "bytes/row", "visually grounded", "seed 0"):
+    for part in ("as teacher says", "teacher in the loop", "cache-images", "bytes/row", "visually grounded", "seed 0",
+                 "| ms per image, batch 1 |"):  # fmt: skip
         assert part in report.text
     assert (finished / "report.md").read_text().startswith("# dimefm: tiny")
     assert (finished / "report.png").stat().st_size > 20_000

@@ -129,17 +129,6 @@ def test_parts_merged_are_the_index_built_at_once(
     )
 
 
-@pytest.mark.usefixtures("small_parts")
-def test_parts_on_ray_are_the_parts_of_one_process(texts: tuple[Store, np.ndarray], tmp_path: Path) -> None:
-    from pipeline.ray_index_parts import on_ray
-
-    here = config_for(texts[0], tmp_path, factory="IVF16,SQ8", out=str(tmp_path / "here.index"))
-    on_workers = config_for(texts[0], tmp_path, factory="IVF16,SQ8", out=str(tmp_path / "ray.index"))
-    build_index(here)
-    build_index(on_workers, on_ray(2))
-    assert index_bytes(here.out) == index_bytes(on_workers.out)
-
-
 def test_the_training_rows_are_drawn_from_everywhere(tmp_path: Path) -> None:
     store, _ = random_store(tmp_path / "s.zarr", rows=4096, shard_rows=512, kind="text", failed=(7,))
     values = sample_rows(store, 1000, seed=3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dimefm.system.wording import counted, hanging, rate
+from dimefm.system.wording import counted, hanging, rate, three_digits
 
 
 def test_a_count_of_one_has_a_noun_in_the_singular() -> None:
@@ -33,3 +33,10 @@ def test_lines_are_broken_between_words() -> None:
     assert all(line.startswith(" " * 9) for line in shown[1:])
     assert shown[-1].strip() == path
     assert hanging("a  ", "") == "a  "
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.01954, "0.0195"), (4.05, "4.05"), (70.24, "70.2"), (99.97, "100"), (10_000, "10,000")]
+)
+def test_three_digits_are_no_power_of_ten(value: float, text: str) -> None:
+    assert three_digits(value) == text

@@ -51,6 +51,8 @@ def config(**changes: Any) -> TrainConfig:
         ({"text_mix": TextMix(random=NAN)}, "text_mix.random must be finite"),
         ({"text_mix": TextMix(random=0.5)}, "the text mix random=0.5 does not add up to 1"),
         ({"lr": "1e-3"}, "lr must be a number, found '1e-3'"),
+        ({"log_to": "wandb", "log_project": "a/b"}, "log_project may have letters, digits, - and _, found 'a/b'"),
+        ({"log_project": "mine"}, "log_project has no effect without log_to"),
     ],
 )  # fmt: skip
 def test_a_number_that_makes_no_sense_is_refused(changes: dict[str, Any], what: str) -> None:

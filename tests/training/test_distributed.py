@@ -125,6 +125,7 @@ def test_every_loss_and_its_gradient_are_those_of_one_process_with_the_whole_bat
                 torch.testing.assert_close(mine, whole, rtol=0, atol=1e-10, msg=f"{name} on {rank}: {mine}, {whole}")
 
 
+@pytest.mark.slow
 def test_torchrun_trains_on_two_processes(tiny_run: list[str], tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
@@ -209,12 +210,14 @@ def stopped(rank: int, world: int, port: int, config: TrainConfig, out: str) -> 
 
 
 def test_all_stop_after_the_same_step_when_one_is_asked(image_store: Store, text_store: Store, tmp_path: Path) -> None:
-    config = tiny_config(image_store, text_store, tmp_path / "run", device="cpu", checkpoint_every=100)
+    config = tiny_config(image_store, text_store, tmp_path / "run", device="cpu", checkpoint_every=100, log_every=1)
     arguments = (2, free_port(), config, str(tmp_path))
     multiprocessing.start_processes(stopped, arguments, nprocs=2, start_method=FORKING.get_start_method())
     for rank in range(2):
         assert "was stopped by SIGTERM after step 4 of 8" in (tmp_path / str(rank)).read_text()
     assert Checkpoints(config.out).step() == 4
+    lines = [line["step"] for line in read_metrics(config.out) if line["event"] == "train"]
+    assert lines == [1, 2, 3, 4], "both processes wrote metrics, or neither"
 
 
 def validated(rank: int, world: int, port: int, sets: tuple[str, ...], texts: str, out: str) -> None:

@@ -12,11 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dimefm.errors import StoreError
 from dimefm.training.read_metrics import read_metrics
+from dimefm.training.recipes import sample
 from dimefm.training.run_log import RunLog
 
 
 def log(out: Path, first: int, stop: int, loss: float) -> None:
-    with RunLog(str(out), first=first, steps=6, enabled=True) as run:
+    with RunLog(sample("i", "t", str(out)), first=first, steps=6, enabled=True) as run:
         for step in range(first + 1, stop + 1):
             run.train(step, {"loss": loss + step})
 
@@ -38,7 +39,7 @@ def test_events_that_cannot_be_written_end_the_run_with_its_name(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with RunLog(str(tmp_path), first=0, steps=6, enabled=True) as run:
+    with RunLog(sample("i", "t", str(tmp_path)), first=0, steps=6, enabled=True) as run:
         run.train(1, {"loss": 1.0})
         monkeypatch.setattr("dimefm.training.run_log.RecordWriter.write", full)
         with pytest.raises(StoreError, match=r"cannot be written: No space left on device"):

@@ -84,7 +84,7 @@ def test_run_folder_holds_config_metrics_events_and_checkpoints(undisturbed: Pat
     assert Checkpoints(str(undisturbed)).step() == STEPS
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize("stop", [3, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (1, 5))])
 def test_resume_gives_the_same_weights_to_the_last_bit(
     undisturbed: Path, image_store: Store, text_store: Store, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

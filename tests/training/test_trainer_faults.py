@@ -25,6 +25,7 @@ from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig
 from dimefm.training.image_batches import Augmentation, TrainingImages
 from dimefm.training.read_metrics import read_metrics
+from dimefm.training.recipes import sample
 from dimefm.training.run_folder import read_run
 from dimefm.training.run_log import RunLog
 from dimefm.training.text_batches import TrainingTexts
@@ -69,7 +70,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_when_there_is
 def test_a_disk_too_full_for_metrics_says_so(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    with RunLog(str(tmp_path), first=0, steps=4, enabled=True) as log:
+    with RunLog(sample("i", "t", str(tmp_path)), first=0, steps=4, enabled=True) as log:
         log._file.close()
         log._file = Path("/dev/full").open("w")  # noqa: SIM115
         with pytest.raises(StoreError, match=r"metrics.jsonl cannot be written: No space left on device"):
@@ -80,7 +81,7 @@ def test_a_disk_too_full_for_metrics_says_so(tmp_path: Path) -> None:
 
 
 def test_a_step_whose_values_are_read_late_counts_for_the_time_that_it_took(tmp_path: Path) -> None:
-    with RunLog(str(tmp_path), first=0, steps=3, enabled=True) as log:
+    with RunLog(sample("i", "t", str(tmp_path)), first=0, steps=3, enabled=True) as log:
         for step, took in ((1, 2.0), (2, 2.0), (3, 4.0)):  # read at the same moment, as the last two of a run are
             log.step(step, images=16, waited=1.0, at=log._now + took)
             log.train(step, {"loss": 1.0})

@@ -1,0 +1,1 @@
+"""How fast models are: each in a process of its own, measured in turns, beside each other."""

@@ -1,0 +1,221 @@
+"""What is measured: a model in one way of running it. It is chosen here without torch, and loaded in its own process.
+
+Shapes: B images or sentences, L tokens, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cache_schemas.identity import Precision
+from cache_schemas.latency import Backend, Tower
+from cache_schemas.run import RUN_FILE
+from dimefm.errors import TeacherError
+from dimefm.latency.config import LatencyConfig
+from dimefm.models.exported import NEEDS, format_of, read_export, require_packages
+from dimefm.models.names import CONFIGURED, FOLDER, require_model, tags
+from dimefm.training.run_folder import read_run
+
+if TYPE_CHECKING:
+    from dimefm.models.clip import Clip
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model as `evaluate` names it, and how it is run. `name` is what people call it. An ONNX model has its own
+    precision."""
+
+    name: str
+    model: str
+    pretrained: str | None
+    backend: Backend
+    device: str | None
+    precision: Precision
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.backend})"
+
+    @property
+    def libraries(self) -> list[str]:
+        """Modules that its process needs, which take seconds to import."""
+        return ["dimefm.models.onnx_towers"] if self.backend in ("onnx", "int8") else ["dimefm.evaluation.open_model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a model once it is loaded, as in ModelLatency; `device` is the name of a GPU."""
+
+    weights: str
+    precision: Precision
+    device: str
+    parameters: int
+    image_parameters: int
+    image_flops: int | None
+    text_flops: int | None
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model that is ready. `inputs` makes the input of a tower for a batch, `calls` take it; `wait` waits until the
+    device has done all that it was given."""
+
+    facts: Facts
+    inputs: Callable[[Tower, int], Any]
+    calls: dict[Tower, Callable[[Any], object]]
+    wait: Callable[[], None]
+
+
+def subjects(config: LatencyConfig) -> list[Subject]:
+    """All that is to be measured. Raises a DimefmError for a model that does not exist."""
+    named = dict.fromkeys(one for model in config.models for one in _with_teacher(model, config.with_teacher))
+    names = _short([f"{model}:{tag}" if tag else model for model, tag in named])
+    found = []
+    for (model, tag), name in zip(named, names, strict=True):
+        for backend in _backends(model, tag, config.compiled):
+            quick = backend in ("onnx", "int8")
+            found.append(
+                Subject(
+                    name=name, model=model, pretrained=tag, backend=backend, device="cpu" if quick else config.device,
+                    precision=config.precision,
+                )
+            )  # fmt: skip
+    return found
+
+
+def _with_teacher(model: str, wanted: bool) -> Iterator[tuple[str, str | None]]:
+    """The model and its tag, and the teacher of a run if that is `wanted`."""
+    if Path(model).exists() or model.startswith(CONFIGURED):
+        yield model.rstrip("/"), None
+        if wanted and Path(model, RUN_FILE).exists():
+            teacher = read_run(model).teacher
+            yield teacher.name, teacher.pretrained
+    else:
+        name, _, tag = model.partition(":")
+        yield name, tag or None
+
+
+def _backends(model: str, tag: str | None, compiled: bool) -> list[Backend]:
+    """The ways in which a model can run. Raises a DimefmError for one that does not exist."""
+    folder = model.removeprefix(FOLDER)
+    if Path(folder, RUN_FILE).exists():
+        return ["pytorch", *(["compiled"] if compiled else [])]  # type: ignore[list-item]
+    form = format_of(folder)
+    if form is None:
+        if tag is None and (known := tags(model.replace("/", "-"))):
+            what = f"no weights named for {model}"
+            raise TeacherError(
+                what, remedy=f"name them after a colon, with a tag such as {model}:{known[0]}, or a file"
+            )
+        require_model(model, tag, folder="")
+    else:
+        require_packages(NEEDS[form], f"the {form} model {folder}")
+    if form == "onnx":
+        facts = read_export(folder).onnx
+        return ["int8" if facts and facts.quantized else "onnx"]
+    return ["pytorch", *(["compiled"] if compiled else [])]  # type: ignore[list-item]
+
+
+def _short(names: list[str]) -> list[str]:
+    """The last parts of paths, where these tell the models apart."""
+    last = [Path(name.removeprefix(FOLDER)).name for name in names]
+    return last if len(set(last)) == len(set(names)) else names
+
+
+@contextmanager
+def loading(subject: Subject, threads: int) -> Iterator[Loaded]:
+    """The model, ready to compute on so many threads."""
+    if subject.backend in ("onnx", "int8"):
+        yield _onnx(subject.model.removeprefix(FOLDER), threads)
+        return
+    import torch
+
+    from dimefm.evaluation.open_model import open_model
+
+    torch.set_num_threads(threads)
+    with open_model(subject.model, subject.pretrained, precision=subject.precision, device=subject.device) as clip:
+        yield _pytorch(subject, clip)
+
+
+def _onnx(folder: str, threads: int) -> Loaded:
+    import numpy as np
+
+    from dimefm.models.onnx_towers import OnnxTowers
+
+    towers = OnnxTowers(folder, threads)
+    export, (height, width) = towers.export, towers.export.model.preprocessing.size
+
+    def inputs(tower: Tower, batch: int) -> Any:
+        if tower == "text":
+            return towers.tokenize([_sentence(export.model.context_length)] * batch)
+        return np.random.default_rng(0).integers(0, 256, (batch, 3, height, width), np.uint8)
+
+    facts = Facts(
+        weights=export.model.weights,
+        precision=export.model.precision,
+        device="cpu",
+        parameters=export.parameters,
+        image_parameters=export.image_parameters,
+        image_flops=export.image_flops,
+        text_flops=export.text_flops,
+        bytes=_bytes(folder),
+    )
+    return Loaded(
+        facts=facts,
+        inputs=inputs,
+        calls={"image": towers.encode_images, "text": towers.encode_tokens},
+        wait=lambda: None,
+    )
+
+
+def _pytorch(subject: Subject, clip: Clip) -> Loaded:
+    import torch
+
+    from dimefm.models.flops import count_flops
+
+    (height, width), cuda = clip.identity.preprocessing.size, clip.device.type == "cuda"
+
+    def inputs(tower: Tower, batch: int) -> Any:
+        if tower == "text":
+            return clip.tokenize([_sentence(clip.identity.context_length)] * batch)
+        random = torch.Generator().manual_seed(0)
+        return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=random)
+
+    parameters, image_parameters = clip.parameter_counts()
+    image_flops, text_flops = count_flops(clip)
+    folder = subject.model.removeprefix(FOLDER)
+    facts = Facts(
+        weights=clip.identity.weights,
+        precision=clip.identity.precision,
+        device=torch.cuda.get_device_name(clip.device) if cuda else "cpu",
+        parameters=parameters,
+        image_parameters=image_parameters,
+        image_flops=image_flops,
+        text_flops=text_flops,
+        bytes=_bytes(folder) if format_of(folder) else 4 * parameters,
+    )
+    if subject.backend == "compiled":
+        for name in ("encode_image", "encode_text"):
+            setattr(clip.model, name, torch.compile(getattr(clip.model, name), dynamic=False))
+    return Loaded(
+        facts=facts,
+        inputs=inputs,
+        calls={"image": clip.encode_images, "text": clip.encode_tokens},
+        wait=torch.cuda.synchronize if cuda else lambda: None,
+    )
+
+
+def _sentence(length: int) -> str:
+    """One that fills the context: nothing of it is padding, which some would leave out and others compute."""
+    return " ".join(["word"] * length)
+
+
+def _bytes(folder: str) -> int:
+    """Of the files with weights."""
+    return sum(file.stat().st_size for file in Path(folder).iterdir() if file.suffix in _WEIGHTS)
