@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cache_schemas.identity import Precision
 from cache_schemas.latency import Backend, Tower
@@ -18,6 +18,7 @@ from dimefm.errors import TeacherError
 from dimefm.latency.config import LatencyConfig
 from dimefm.models.exported import NEEDS, format_of, read_export, require_packages
 from dimefm.models.names import CONFIGURED, FOLDER, require_model, tags
+from dimefm.models.trained import Trained
 from dimefm.training.run_folder import read_run
 
 if TYPE_CHECKING:
@@ -28,12 +29,13 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".data")
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model as `evaluate` names it, and how it is run. `name` is what people call it. An ONNX model has its own
-    precision."""
+    """A model as `evaluate` names it, and how it is run. `name` is what people call it. A teacher is named by its
+    `run`. An ONNX model has its own precision."""
 
     name: str
     model: str
     pretrained: str | None
+    run: str | None
     backend: Backend
     device: str | None
     precision: Precision
@@ -74,52 +76,60 @@ class Loaded:
 
 def subjects(config: LatencyConfig) -> list[Subject]:
     """All that is to be measured. Raises a DimefmError for a model that does not exist."""
-    named = dict.fromkeys(one for model in config.models for one in _with_teacher(model, config.with_teacher))
+    named = {(one.model, one.tag): one for model in config.models for one in _named(model, config.with_teacher)}
     names = _short([f"{model}:{tag}" if tag else model for model, tag in named])
-    found = []
-    for (model, tag), name in zip(named, names, strict=True):
-        for backend in _backends(model, tag, config.compiled):
-            quick = backend in ("onnx", "int8")
-            found.append(
-                Subject(
-                    name=name, model=model, pretrained=tag, backend=backend, device="cpu" if quick else config.device,
-                    precision=config.precision,
-                )
-            )  # fmt: skip
-    return found
+    return [
+        Subject(
+            name=name,
+            model=one.model,
+            pretrained=one.tag,
+            run=one.run,
+            backend=backend,
+            device="cpu" if backend in ("onnx", "int8") else config.device,
+            precision=config.precision,
+        )
+        for one, name in zip(named.values(), names, strict=True)
+        for backend in _backends(one.model, one.tag, config.compiled)
+    ]
 
 
-def _with_teacher(model: str, wanted: bool) -> Iterator[tuple[str, str | None]]:
-    """The model and its tag, and the teacher of a run if that is `wanted`."""
+class _Named(NamedTuple):
+    """A model, its tag, and the run that names it as its teacher."""
+
+    model: str
+    tag: str | None = None
+    run: str | None = None
+
+
+def _named(model: str, with_teacher: bool) -> Iterator[_Named]:
+    """What the user means by MODEL, and with it, if wanted, the teacher of a run."""
     if Path(model).exists() or model.startswith(CONFIGURED):
-        yield model.rstrip("/"), None
-        if wanted and Path(model, RUN_FILE).exists():
+        yield _Named(model.rstrip("/"))
+        if with_teacher and Path(model, RUN_FILE).exists():
             teacher = read_run(model).teacher
-            yield teacher.name, teacher.pretrained
+            yield _Named(teacher.name, teacher.pretrained, model)
     else:
         name, _, tag = model.partition(":")
-        yield name, tag or None
+        yield _Named(name, tag or None)
 
 
 def _backends(model: str, tag: str | None, compiled: bool) -> list[Backend]:
     """The ways in which a model can run. Raises a DimefmError for one that does not exist."""
     folder = model.removeprefix(FOLDER)
-    if Path(folder, RUN_FILE).exists():
-        return ["pytorch", *(["compiled"] if compiled else [])]  # type: ignore[list-item]
     form = format_of(folder)
-    if form is None:
+    if form is None and not Path(folder, RUN_FILE).exists():
         if tag is None and (known := tags(model.replace("/", "-"))):
             what = f"no weights named for {model}"
             raise TeacherError(
                 what, remedy=f"name them after a colon, with a tag such as {model}:{known[0]}, or a file"
             )
         require_model(model, tag, folder="")
-    else:
+    elif form is not None:
         require_packages(NEEDS[form], f"the {form} model {folder}")
     if form == "onnx":
         facts = read_export(folder).onnx
         return ["int8" if facts and facts.quantized else "onnx"]
-    return ["pytorch", *(["compiled"] if compiled else [])]  # type: ignore[list-item]
+    return ["pytorch", "compiled"] if compiled else ["pytorch"]
 
 
 def _short(names: list[str]) -> list[str]:
@@ -137,9 +147,18 @@ def loading(subject: Subject, threads: int) -> Iterator[Loaded]:
     import torch
 
     from dimefm.evaluation.open_model import open_model
+    from dimefm.models.hub import require_cached
 
     torch.set_num_threads(threads)
-    with open_model(subject.model, subject.pretrained, precision=subject.precision, device=subject.device) as clip:
+    known = None
+    if subject.run:
+        require_cached(subject.model, subject.run)
+        known = read_run(subject.run).teacher
+    trained = Trained(assume_openai=True) if subject.pretrained and Path(subject.pretrained).is_file() else None
+    with open_model(
+        subject.model, subject.pretrained, trained=trained, known=known, precision=subject.precision,
+        device=subject.device,
+    ) as clip:  # fmt: skip
         yield _pytorch(subject, clip)
 
 

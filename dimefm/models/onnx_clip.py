@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dimefm.errors import TeacherError
 from dimefm.models.clip import Clip
+from dimefm.models.exported import require_as_exported
 from dimefm.models.onnx_towers import OnnxTowers
 
 
@@ -20,8 +20,7 @@ class OnnxClip(Clip):
 
     def __init__(self, folder: str, name: str, device: str) -> None:
         """Raises TeacherError for another device than the CPU, or a folder that cannot be loaded."""
-        if device != "cpu":
-            raise TeacherError(f"{folder} is an ONNX model, which runs on the CPU here", remedy="give --device cpu")
+        require_as_exported(folder, device=device)
         self.towers = OnnxTowers(folder)
         identity = replace(self.towers.export.model, name=name)
         empty = nn.Module()

@@ -23,6 +23,7 @@ from dimefm.export.config import ExportConfig
 from dimefm.export.export_student import export
 from dimefm.images.preprocess import Preprocess
 from dimefm.models.exported import read_export
+from tests.tiny_clip import write_clip
 
 HOSTILE = "x|`[a](javascript:b) <script>alert(1)</script>\n---\nlicense: mit # *'\"\u202e\x1b[2J https://evil.example"
 
@@ -199,7 +200,7 @@ def test_what_is_no_export_and_no_licence_is_refused(finished_run: Path, tmp_pat
 
 
 def run_code(folder: Path, code: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The dictionary that the code of a card prints in its folder."""
+    """What the code of a card prints in its folder."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)).save(folder / "image.jpg")
     monkeypatch.chdir(folder)
     capsys.readouterr()
@@ -207,15 +208,20 @@ def run_code(folder: Path, code: str, capsys: pytest.CaptureFixture[str], monkey
     return yaml.safe_load(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("form", ["open_clip", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "form",
+    ["open_clip", *(pytest.param(form, marks=pytest.mark.slow) for form in ("onnx", "transformers"))],
+)
 def test_the_code_of_the_card_runs(
-    form: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "model"
-    export(str(exported), str(folder), format=form)
+    export(write_clip(tmp_path / "clip"), str(folder), format=form)
     code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     found = run_code(folder, code, capsys, monkeypatch)
-    assert list(found) == ["cat", "dog", "boat"]
+    if form == "transformers":
+        found = {one["label"]: one["score"] for one in found}
+    assert set(found) == {"cat", "dog", "boat"}
     assert sum(found.values()) == pytest.approx(1, abs=1e-5)
 
 
