@@ -202,7 +202,7 @@ def _inputs(kind: Kind, model: Any, count: int) -> torch.Tensor:
     draw = torch.Generator().manual_seed(count)
     if kind.tower == "image":
         return torch.randn(count, 3, _side(model), _side(model), generator=draw)
-    length = getattr(model, "context_length", None) or getattr(model.text, "context_length", 77)
+    length = getattr(model, "context_length", None) or getattr(model.text, "context_length", None) or 77
     tokens = torch.randint(3, 900, (count, int(length)), generator=draw)
     tokens[:, -3:] = torch.tensor([999, 1, 1]) if isinstance(model, _Model) else torch.tensor([31999, 0, 0])
     return tokens

@@ -1,1 +1,1 @@
-"""Trained students written for use elsewhere: so far as open_clip folders."""
+"""Trained students written for use elsewhere: a module per format, the check after writing, the model card."""

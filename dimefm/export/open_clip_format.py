@@ -17,7 +17,8 @@ from dimefm.models.clip import Clip, load_clip
 def write(clip: Clip, source: Path, folder: Path, config: ExportConfig) -> Written:
     """See formats.Writer."""
     for file in source.iterdir():
-        shutil.copy(file, folder)
+        if file.is_file():  # and no cache of the Hub's
+            shutil.copy(file, folder)
     if config.precision == "fp16":
         weights = {name: _halved(value) for name, value in load_file(folder / WEIGHTS_FILE).items()}
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})

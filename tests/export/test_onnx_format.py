@@ -92,6 +92,17 @@ def test_a_graph_says_how_it_is_used(folder: Path, source: str) -> None:
         assert int(one["embed_dim"]) == WIDTH
 
 
+def test_a_graph_says_nothing_of_where_it_was_made(folder: Path) -> None:
+    import onnx
+
+    for name in ("vision_model.onnx", "text_model.onnx"):
+        data = (folder / name).read_bytes()
+        for word in (b".py", b"site-packages", b"stack_trace", b"open_clip.", str(Path(__file__).parents[2]).encode()):
+            assert word not in data
+        model = onnx.load(folder / name)
+        assert (model.producer_name, [one.version for one in model.opset_import]) == ("dimefm", [18])
+
+
 def test_a_folder_of_another_format_is_neither_overwritten_nor_exported(folder: Path, source: str) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(OutputExistsError, match="holds a model in the format onnx"):
