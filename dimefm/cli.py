@@ -19,6 +19,7 @@ from dimefm.commands.export import export
 from dimefm.commands.help import Commands
 from dimefm.commands.inspection import doctor, info, verify
 from dimefm.commands.latency import latency
+from dimefm.commands.prediction import predict
 from dimefm.commands.publish import card, push
 from dimefm.commands.recipes import recipes
 from dimefm.commands.retrieval import build_index, retrieve, search, select_texts
@@ -56,6 +57,8 @@ class _Group(Commands):
         except (DimefmError, SchemaError) as error:
             raise click.ClickException(text(error)) from error
         except OSError as error:
+            if error.errno == errno.EPIPE:  # `| head` has read enough: click ends without a word
+                raise
             raise click.ClickException(_message_for(error)) from error
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's own error; torch may not have been imported
@@ -112,4 +115,5 @@ cli.add_section("Find the sentences that fit", build_index, retrieve, search, se
 cli.add_section("Stage 2: train a student", train_student, recipes)
 cli.add_section("Measure", evaluate, sets, compare, latency, submission)
 cli.add_section("Export and convert", export, card, push, convert_checkpoint, export_embeddings)
+cli.add_section("Use a student", predict)
 cli.add_section("Look and check", info, verify, doctor)

@@ -4,7 +4,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,9 +32,10 @@ ROOMS = {
     "dimefm.training": "datasets images models sources store system",
     "dimefm.evaluation": "caching datasets models store system training",
     "dimefm.latency": "evaluation models system training",
-    "dimefm.export": "datasets evaluation images models sample sources store system training",
+    "dimefm.export": "datasets evaluation images latency models sample sources store system training",
     "dimefm.inspection": "caching datasets evaluation exchange models retrieval selection sources store system "
     "training",
+    "dimefm.prediction": "evaluation images models sources system",
     "pipeline": "caching models retrieval sources store system",
     "dimefm.commands": "*",
     "dimefm.cli": "commands system",
@@ -59,14 +60,17 @@ HOMES = {
 }
 
 
-def names(path: Path) -> Iterator[str]:
+@cache
+def names(path: Path) -> list[str]:
     """Every module that a file imports, wherever in it, and every name it takes from one."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: name the room, as every other import does"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
 
 
 def files(package: str) -> list[Path]:

@@ -27,7 +27,8 @@ from dimefm.commands.options import (
     was_given,
 )
 from dimefm.commands.weights_options import weights_options
-from dimefm.models.names import require_model
+from dimefm.models.exported import format_of
+from dimefm.models.names import FOLDER, require_model
 from dimefm.system.inert_text import say
 from dimefm.system.near_names import did_you_mean
 from dimefm.system.wording import counted
@@ -108,7 +109,7 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
 
     It measures zero-shot classification, retrieval, linear probes and few-shot probes.
 
-    MODEL: a run folder, an exported open_clip folder, or an open_clip name (also hf-hub:, local-dir:).
+    MODEL: a run folder, an exported folder of any format, or an open_clip name (also hf-hub:, local-dir:).
 
     SET: a folder of your own with images: one folder per class, or tars of key.jpg and key.cls, or Parquet files. They
     lie below test/ and train/, or are the test images alone. classnames.txt and templates.txt have class names and
@@ -122,6 +123,8 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
 
     options["folders"] = options["folders"] or tuple((click.get_current_context().default_map or {}).get("folders", ()))
     _require_sense(options)
+    if was_given("precision") and format_of(model.removeprefix(FOLDER)) == "onnx":
+        raise click.UsageError(f"--precision has no effect on {model}, an ONNX model: its graphs have their own")
     config = EvaluationConfig(model=model, **options)
     choose_sets(config)  # refuses what does not exist before torch is imported and the model is loaded
     if not Path(model).exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
@@ -10,12 +11,15 @@ import click
 from cache_schemas.text_selection import Ranking
 from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, Bytes, json_option, options_of, quiet_option, require_with, say_json
-from dimefm.models.names import require_model
-from dimefm.system.inert_text import say
+from dimefm.models.exported import format_of
+from dimefm.models.names import FOLDER, require_model
+from dimefm.system.inert_text import line, say
 from dimefm.system.notes import note
 
 if TYPE_CHECKING:
+    from dimefm.models.clip import Clip
     from dimefm.retrieval.index_parts import PartRunner, PartTask
+    from dimefm.retrieval.search import Student
 
 _index_option = options_of("dimefm.retrieval.build_index", "IndexConfig")
 _selection_option = options_of("dimefm.selection.select_texts", "SelectionConfig")
@@ -108,11 +112,15 @@ def retrieve(images: str, as_json: bool, **options: Any) -> None:
 @click.option("--teacher", help="Where the teacher is now. Default: where it was when the store was written.")
 @options_of("dimefm.inspection.verify", "VerifyConfig")("--pretrained")
 @click.option(
-    "--device", type=DEVICES, help="Where the teacher and the search run. Default: cuda if there is a GPU, else cpu."
+    "--model",
+    help="Student to search with in place of the teacher: a run or an exported folder, distilled from this teacher.",
+)
+@click.option(
+    "--device", type=DEVICES, help="Where the model and the search run. Default: cuda if there is a GPU, else cpu."
 )
 @quiet_option
 @json_option
-def search(path: str, as_json: bool, **options: Any) -> None:
+def search(path: str, model: str | None, as_json: bool, **options: Any) -> None:
     """Print what is nearest to an image or a sentence.
 
     The results come with cosine similarities. A store or index of sentences gives sentences, one of images gives
@@ -124,11 +132,33 @@ def search(path: str, as_json: bool, **options: Any) -> None:
     require_with("--pretrained", options["pretrained"], "--teacher", options["teacher"])
     if options["teacher"]:
         require_model(options["teacher"], options["pretrained"])
+    if model and options["teacher"]:
+        raise click.UsageError("--teacher has no effect with --model, which searches in its place")
     from dimefm.retrieval.search import facts, show
     from dimefm.retrieval.search import search as run
 
-    found = run(path, **options)
-    say_json(list(map(facts, queries, found))) if as_json else say("\n\n".join(map(show, queries, found)))
+    student = _student(model, options["device"]) if model else None
+    found = run(path, student=student, **options)
+    if as_json:
+        say_json([{**facts(*one), **({"model": model} if model else {})} for one in zip(queries, found, strict=True)])
+        return
+    if model:
+        say(f"by embeddings of the student {line(model)}, not of its teacher\n")
+    say("\n\n".join(map(show, queries, found)))
+
+
+def _student(model: str, device: str | None) -> Student:
+    from dimefm.retrieval.search import Student
+    from dimefm.training.student import distilled_from
+
+    def load() -> AbstractContextManager[Clip]:
+        from dimefm.evaluation.open_model import open_model
+
+        on = "cpu" if format_of(folder) == "onnx" else device  # the search itself may be on a GPU
+        return open_model(folder, device=on)
+
+    folder = model.removeprefix(FOLDER)
+    return Student(model, distilled_from(folder), load)
 
 
 @click.command(cls=Command)

@@ -23,7 +23,8 @@ class EvaluationConfig:
     """What to evaluate, on what, and how. Results go to `out`/`name`."""
 
     model: str
-    """Model to measure: a run folder, an exported open_clip folder, or an open_clip name (also hf-hub:, local-dir:)."""
+    """Model to measure: a run folder, an exported folder of any format, or an open_clip name (also hf-hub:,
+    local-dir:)."""
     folders: tuple[str, ...] = ()
     """Labelled sets of your own, a folder each."""
     suite: Literal[Suite, "all"] | None = None

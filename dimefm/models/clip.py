@@ -23,7 +23,7 @@ from cache_schemas import Preprocessing, TeacherIdentity
 from cache_schemas.identity import Precision
 from dimefm.errors import MismatchError, TeacherError
 from dimefm.images.preprocess import normalise
-from dimefm.models.exported import format_of
+from dimefm.models.exported import format_of, require_as_exported
 from dimefm.models.hub import require_plain_tokenizer
 from dimefm.models.names import CONFIGURED, FOLDER
 from dimefm.models.pretraining import facts_of_config, facts_of_weights
@@ -218,6 +218,9 @@ def load_clip(
     Raises TeacherError for an unknown name, missing weights, weights trained with another activation, weights whose
     preprocessing is not known, a model without a text tower, or one that could run code of its own (models/hub.py).
     """
+    if name.startswith(FOLDER) and format_of(folder := name.removeprefix(FOLDER)) == "onnx":
+        require_as_exported(folder, device=device, precision=precision, trained=trained)
+        device = "cpu"
     device = choose_device(device)
     precision = precision or teacher_precision(device)
     name, pretrained = full_name(name, pretrained)

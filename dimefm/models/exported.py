@@ -7,8 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cache_schemas.export import EXPORT_FILE, TRANSFORMERS_CONFIG, Export, ExportFormat
+from cache_schemas.identity import Precision
 from cache_schemas.run import CONFIG_FILE
-from dimefm.errors import DimefmError
+from dimefm.errors import DimefmError, StoreError, TeacherError
+from dimefm.models.trained import Trained, option_of
 
 NEEDS: dict[ExportFormat, tuple[str, ...]] = {
     "open_clip": (),
@@ -43,7 +45,39 @@ def read_export(folder: str) -> Export:
     return Export.parse(storage.read_json(where), where)
 
 
+def require_whole(folder: str, export: Export, required: tuple[str, ...] = ()) -> None:
+    """Raises StoreError if a file that export wrote is missing, or is not as it was written. Of a document that lists
+    no files, those `required` must be there."""
+    from dimefm.system import storage
+
+    for name, digest in (export.files or dict.fromkeys(required, "")).items():
+        file = storage.join(folder, name)
+        if Path(name).name != name or not storage.exists(file):
+            raise StoreError(f"{folder} is not whole: {name} is missing", remedy="export it again, or copy all of it")
+        if digest and storage.digest_file(file) != digest:
+            what = f"{file} is not what export wrote: it was changed or damaged"
+            raise StoreError(what, remedy="export it again, or copy it again")
+
+
 def require_packages(packages: tuple[str, ...], what: str) -> None:
     """Raises DimefmError unless all `packages`, which `what` needs, are installed."""
     if missing := [name for name in packages if find_spec(name) is None]:
         raise DimefmError(f"{what} needs {', '.join(missing)}", remedy='pip install "dimefm[export]"')
+
+
+def require_as_exported(
+    folder: str, *, device: str | None, precision: Precision | None = None, trained: Trained | None = None
+) -> None:
+    """Raises TeacherError for what cannot be chosen of an ONNX model: another device than the CPU, a number format (but
+    fp32, which `evaluate` has by default), its preprocessing."""
+    what = f"{folder} is an ONNX model"
+    if device not in (None, "cpu"):
+        raise TeacherError(f"{what}, which runs on the CPU here", remedy="give --device cpu")
+    if precision not in (None, "fp32"):
+        raise TeacherError(
+            f"{what}, whose graphs have their number format: {precision} has no effect",
+            remedy=f"leave --precision out, or export it again with --precision {precision}",
+        )
+    if trained and trained.fields():
+        given = ", ".join(map(option_of, trained.fields()))
+        raise TeacherError(f"{what}, which has its preprocessing: {given} would have no effect", remedy="leave it out")

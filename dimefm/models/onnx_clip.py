@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dimefm.errors import TeacherError
 from dimefm.models.clip import Clip
+from dimefm.models.exported import require_as_exported, require_whole
 from dimefm.models.onnx_towers import OnnxTowers
 
 
@@ -19,10 +19,11 @@ class OnnxClip(Clip):
     """An ONNX export, which onnxruntime computes on the CPU. Its precision is that of its graphs."""
 
     def __init__(self, folder: str, name: str, device: str) -> None:
-        """Raises TeacherError for another device than the CPU, or a folder that cannot be loaded."""
-        if device != "cpu":
-            raise TeacherError(f"{folder} is an ONNX model, which runs on the CPU here", remedy="give --device cpu")
+        """Raises TeacherError for another device than the CPU, or a folder that cannot be loaded, StoreError for one
+        that is not as it was written."""
+        require_as_exported(folder, device=device)
         self.towers = OnnxTowers(folder)
+        require_whole(folder, self.towers.export)  # else results would be kept under the name of other weights
         identity = replace(self.towers.export.model, name=name)
         empty = nn.Module()
         empty.visual = nn.Module()

@@ -5,14 +5,16 @@ Shapes: Q queries, D embedding width, K neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cache_schemas import Preprocessing
 from cache_schemas.index import SIDECAR_FILE
-from dimefm.errors import SourceError, StoreError, TeacherError
+from dimefm.errors import MismatchError, SourceError, StoreError, TeacherError
 from dimefm.images.decode import DecodeError
 from dimefm.retrieval.index_sidecar import read_sidecar, store_of
 from dimefm.retrieval.open_search import open_search, require_search
@@ -40,6 +42,16 @@ class Hit:
     entry: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Student:
+    """A student that encodes the queries in place of the teacher that it was distilled from. `teacher` is the digest of
+    the teacher's weights, None where the student does not say it."""
+
+    name: str
+    teacher: str | None
+    load: Callable[[], AbstractContextManager[Clip]]
+
+
 def search(
     path: str,
     *,
@@ -48,26 +60,32 @@ def search(
     top_k: int = 10,
     teacher: str | None = None,
     pretrained: str | None = None,
+    student: Student | None = None,
     device: str | None = None,
 ) -> list[list[Hit]]:
     """The `top_k` rows nearest to each image file, and then those nearest to each sentence, best first.
 
     `path` is an index, or a store, which is searched exactly. The store's teacher encodes the queries; `teacher` says
-    where it is now, if it was moved. Raises StoreError where `path` is neither or nothing is found, SourceError for an
-    image that cannot be read, TeacherError where the teacher cannot be loaded, MismatchError where it is another.
+    where it is now, if it was moved. Or else a `student` of this teacher does. Raises StoreError where `path` is
+    neither or nothing is found, SourceError for an image that cannot be read, TeacherError where the teacher cannot be
+    loaded, MismatchError where it is another, or the student is of another.
     """
     index = path if storage.exists(storage.join(path, SIDECAR_FILE)) else None
     store = _store_of_index(index) if index else _open_store(path)
     # Mistakes that are found cheaply are found before torch is imported and the teacher is loaded.
     require_search(store, index)
+    if student:
+        _require_student(student, store)
     encoded = [_read_image(image) for image in images]
-    note(f"{counted(store.schema.rows, 'row')}: loading the teacher ...")
+    note(f"{counted(store.schema.rows, 'row')}: loading the {'student' if student else 'teacher'} ...")
     import torch
 
-    pixels = [_decoded(store, *both) for both in zip(images, encoded, strict=True)]
-    nearest, _, _ = open_search(store, index, device)
-    clip = _teacher(store, teacher, pretrained, device)
-    queries = [clip.encode_images(image[None]) for image in pixels] + [clip.encode_texts([text]) for text in texts]
+    with student.load() if student else nullcontext() as own:
+        facts = own.identity.preprocessing if own else store.schema.teacher.preprocessing
+        pixels = [_decoded(facts, *both) for both in zip(images, encoded, strict=True)]
+        nearest, _, _ = open_search(store, index, device)
+        clip = own or _teacher(store, teacher, pretrained, device)
+        queries = [clip.encode_images(image[None]) for image in pixels] + [clip.encode_texts([text]) for text in texts]
     if not queries:
         return []
     # Rounded to the store's type, so that a row of the store has a cosine of 1 to itself.
@@ -77,6 +95,17 @@ def search(
         require_embeddings(store)
         raise StoreError(f"{path}: nothing is found", remedy=f"search the store itself, {store.path}")
     return [_hits(store, scores_K, rows_K) for scores_K, rows_K in zip(scores_QK, rows_QK, strict=True)]
+
+
+def _require_student(student: Student, store: Store) -> None:
+    """Raises MismatchError unless `student` was distilled from the teacher of the store."""
+    if student.teacher is None:
+        what = f"{student.name} does not say which teacher it was distilled from"
+        raise MismatchError(what, remedy="give the run itself, or what dimefm export makes of it")
+    if student.teacher != (known := store.schema.teacher).weights:
+        what = f"{student.name} was not distilled from {known.name}, the teacher of {store.path}"
+        digests = f"weights: {student.teacher[:16]} != {known.weights[:16]}"
+        raise MismatchError(f"{what}: {digests}", remedy="search a store of the student's own teacher")
 
 
 def facts(query: str, hits: Sequence[Hit]) -> dict[str, Any]:
@@ -143,12 +172,12 @@ def _read_image(path: str) -> bytes:
         raise SourceError(f"{path}: {error.strerror or error}", remedy="give an image file") from None
 
 
-def _decoded(store: Store, path: str, data: bytes) -> torch.Tensor:
-    """The image as the store's teacher takes it."""
+def _decoded(facts: Preprocessing, path: str, data: bytes) -> torch.Tensor:
+    """The image as the model takes it."""
     from dimefm.images.preprocess import Preprocess
 
     try:
-        return Preprocess(store.schema.teacher.preprocessing)(data)
+        return Preprocess(facts)(data)
     except DecodeError as error:
         raise SourceError(f"{path}: {error}", remedy="give an image file") from None
 

@@ -95,13 +95,17 @@ def prompt(template: str, class_name: str) -> str:
 
 def read_classnames(root: str) -> list[str]:
     """Class names, one per line, in the order of the labels."""
-    return _read_lines(storage.join(root, CLASSNAMES))
+    return read_entries(storage.join(root, CLASSNAMES))
 
 
 def read_templates(root: str, name: str = TEMPLATES) -> list[str]:
     """Prompt templates, one per line. Raises SourceError where one has no place for the class."""
-    path = storage.join(root, name)
-    templates = _read_lines(path)
+    return read_template_file(storage.join(root, name))
+
+
+def read_template_file(path: str, needed: str = NEEDED) -> list[str]:
+    """The templates in a file, as `read_templates`."""
+    templates = read_entries(path, needed)
     for number, template in enumerate(templates, 1):
         if "{c}" not in template and "{}" not in template:
             what = f"{path}, line {number}: {template!r} has no {{c}}"
@@ -109,13 +113,14 @@ def read_templates(root: str, name: str = TEMPLATES) -> list[str]:
     return templates
 
 
-def _read_lines(path: str) -> list[str]:
-    """The lines of a file without those that are blank at its end. Raises SourceError for another blank line."""
+def read_entries(path: str, needed: str = NEEDED) -> list[str]:
+    """The lines of a file without those that are blank at its end. Raises SourceError for another blank line, and with
+    `needed` as its remedy where there is no such file."""
     try:
         data = storage.read_bytes(path)
         lines = data.decode(encoding_by_mark(data)).splitlines()
     except FileNotFoundError:
-        raise SourceError(f"{path} does not exist", remedy=NEEDED) from None
+        raise SourceError(f"{path} does not exist", remedy=needed) from None
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8: {error}", remedy="write it again as UTF-8 (iconv does)") from None
     found = [line.strip() for line in lines]

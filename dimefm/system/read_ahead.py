@@ -18,13 +18,13 @@ _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
 
-def in_order(work: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_Out]:
-    """The result of `work` for each item, in the order of the items, on storage.CONNECTIONS threads; at most that many
-    results are held."""
-    pool = ThreadPoolExecutor(storage.CONNECTIONS)
+def in_order(work: Callable[[_In], _Out], items: Sequence[_In], threads: int = storage.CONNECTIONS) -> Iterator[_Out]:
+    """The result of `work` for each item, in the order of the items, on this many threads; at most that many results
+    are held."""
+    pool = ThreadPoolExecutor(threads)
     try:
         ahead = iter(items)
-        waiting = deque(pool.submit(work, item) for item in islice(ahead, storage.CONNECTIONS))
+        waiting = deque(pool.submit(work, item) for item in islice(ahead, threads))
         while waiting:
             result = waiting.popleft().result()
             waiting.extend(pool.submit(work, item) for item in islice(ahead, 1))

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from cache_schemas import Run
-from dimefm.errors import StoreError
+from cache_schemas.export import EXPORT_FILE
+from cache_schemas.run import RUN_FILE
+from dimefm.errors import StoreError, TeacherError
+from dimefm.models.exported import format_of, read_export
+from dimefm.system.near_names import did_you_mean_path
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.run_folder import read_run
 
@@ -19,6 +23,20 @@ def require_checkpoint(run: str, checkpoint: str) -> int:
     if step is None:
         raise StoreError(f"{run} has no checkpoint {checkpoint}", remedy="dimefm info RUN lists them")
     return step
+
+
+def distilled_from(model: str) -> str | None:
+    """The digest of the weights of the teacher that a run or an exported folder was distilled from; None for a model
+    that does not say it. Raises StoreError where there is neither."""
+    if (Path(model) / RUN_FILE).exists():
+        return read_run(model).teacher.weights
+    if format_of(model) is None:
+        remedy = did_you_mean_path(model, "give a run, or what dimefm export made of one")
+        raise StoreError(f"{model} is neither a run nor an exported model", remedy=remedy)
+    if not Path(model, EXPORT_FILE).is_file():
+        return None
+    origin = read_export(model).origin
+    return origin.teacher_weights if origin else None
 
 
 def write_student(
@@ -55,8 +73,13 @@ def write_student(
     name, tag = teacher or document.teacher.name, pretrained or document.teacher.pretrained
     if not teacher:
         require_cached(name, run)
-    clip = load_clip(name, tag, known=document.teacher, precision="fp32", device="cpu")
     remedy = "name the teacher with --teacher and --pretrained"
+    try:
+        clip = load_clip(name, tag, known=document.teacher, precision="fp32", device="cpu")
+    except TeacherError as error:
+        if teacher:
+            raise
+        raise TeacherError(f"the teacher of {run} cannot be loaded: {error.what}", remedy=remedy) from error
     require_teacher(clip, document.teacher, run, remedy=remedy, any_precision=True)
     config, text = beside_text_tower(clip, document.student)
     if (learned := state["image"]["objective"].get("log_scale")) is not None:

@@ -15,6 +15,8 @@ import pytest
 
 from dimefm.cli import cli
 from tests.e2e.test_older_formats import unpack_to
+from tests.making import make_jpeg
+from tests.tiny_onnx import write_onnx
 
 HEAVY = {
     *("torch", "torchvision", "open_clip", "timm", "transformers", "tensorboard", "sklearn", "scipy", "matplotlib"),
@@ -42,6 +44,7 @@ LOOKS = (
         "export-embeddings texts.zarr --out x",
     ),
     "select-texts pairs.zarr --out by-hits.selection",
+    *("predict onnx photo.jpg --classes cat,dog", "predict onnx photo.jpg --classes cat,dog --json"),
 )
 _OPENAI = "--out x.zarr --teacher ViT-B-32 --pretrained openai"
 _STORES = "--images images.zarr --texts texts.zarr"
@@ -71,6 +74,7 @@ MISTAKES = (
     *("retrieve images.zarr --texts images.zarr --out x.zarr", "retrieve images.zarr --texts texts.zarr --out run"),
     "retrieve images.zarr --texts texts.zarr --index nothing.index --out x.zarr",
     *("search texts.zarr", "search nothing --text x", "search texts.zarr --image nothing.jpg"),
+    "search texts.zarr --text x --model onnx",
     *("select-texts nothing.zarr --out x.selection", "select-texts pairs.zarr --out run"),
     "select-texts pairs.zarr --out x.selection --by similarity",
     "train-student --images nothing.zarr --texts texts.zarr --out x",
@@ -87,8 +91,10 @@ MISTAKES = (
         "export run --out x --checkpoint 77",
         "convert-checkpoint nothing.pt --out x --teacher x",
     ),
+    *("evaluate nothing inputs/colours", "evaluate onnx inputs/colours --precision fp32"),
+    *("predict nothing photo.jpg --classes a,b", "predict run nothing.jpg --classes a,b", "predict run photo.jpg"),
+    *("predict run photo.jpg --classes-from nothing.txt", "predict onnx photo.jpg --classes a,b --device cuda"),
     *("card nothing", "card run", "card run --license nothing", "push nothing org/name", "push run x"),
-    "evaluate nothing inputs/colours",
     *("latency nothing", "latency ViT-B-32", "latency run nothing --with-teacher", "latency run --batch 0"),
     *("compare evaluations/student --latency nothing.json", "compare evaluations/student --plot x.png"),
     "cache-texts inputs/sentences.txt --out x.zarr --teacher ViT-B32 --pretrained openai",
@@ -125,6 +131,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, set[
     """For each command its exit code, the modules that were imported at its end, and what it printed. They run in a
     folder that an older release wrote."""
     folder = unpack_to(tmp_path_factory.mktemp("cheap"))
+    write_onnx(folder / "onnx")
+    (folder / "photo.jpg").write_bytes(make_jpeg())
     commands = [*((words, False) for words in HELP), *((words, True) for words in (*LOOKS, *MISTAKES))]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run(

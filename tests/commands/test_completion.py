@@ -43,6 +43,8 @@ def test_models() -> None:
         ("info", "im"),
         ("evaluate", "st"),
         ("evaluate", "student", "se"),
+        ("predict", "student", "ph"),
+        ("predict", "student", "--classes-from", "cl"),
         ("train-student", "--images", ""),
         ("export", "ru"),
         ("search", "texts.zarr", "--image", ""),

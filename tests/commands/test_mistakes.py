@@ -14,6 +14,7 @@ from dimefm.cli import cli
 from dimefm.retrieval.retrieve import retrieve
 from dimefm.store.embedding_store import Store
 from tests.making import make_jpeg, write_tar
+from tests.tiny_onnx import write_onnx
 
 _TEACHER = "--teacher local-dir:student"
 _CACHE = f"cache-images images --out x.zarr {_TEACHER}"
@@ -53,6 +54,20 @@ MISTAKES = [
     ("latency student --threads 0", 1, "--threads takes numbers from 1 on", "remedy"),
     ("latency student --out run", 1, "run is a folder", "latency.json"),
     ("compare evaluations/student --plot x.png", 2, "--plot has no effect without --latency", ""),
+    ("predict photo.jpg photo.jpg --classes a,b", 1, "photo.jpg is a file, and the model comes", "predict MODEL IMAGE"),
+    ("predict studnet photo.jpg --classes a,b", 1, "studnet is neither a folder", "did you mean 'student'"),
+    ("evaluate onnx eval --precision fp16", 2, "--precision has no effect on onnx, an ONNX model", ""),
+    ("predict onnx photo.jpg --classes a,b --device cuda", 1, "onnx is an ONNX model", "give --device cpu"),
+    # images and classes of one's own
+    ("predict onnx --classes a,b", 2, "name an IMAGE", "--images-from FILE"),
+    ("predict onnx photo.jpg", 2, "give either --classes A,B,... or --classes-from FILE", ""),
+    ("predict onnx photo.jpg --classes a --classes-from eval/classnames.txt", 2, "give either --classes A,B,...", ""),
+    ("predict onnx phto.jpg --classes a,b", 1, "phto.jpg does not exist", "did you mean 'photo.jpg'?"),
+    ("predict onnx photo.jpg --classes a, b", 1, "--classes has an empty name", "put a list with spaces in quotes"),
+    ("predict onnx photo.jpg --classes cat", 1, "'cat' is the only class", "name two classes or more"),
+    ("predict onnx photo.jpg --classes eval/classnames.txt", 1, "is a file, not a class", "give --classes-from eval/"),
+    ("predict onnx photo.jpg --classes a,b --checkpoint best", 2, "--checkpoint has no effect: onnx is not a run", ""),
+    ("predict onnx - --images-from - --classes a,b", 2, "- is given more than once", "one standard input"),
     # paths: not there, or of another kind
     (f"cache-images imgaes --out x {_TEACHER}", 1, "imgaes does not exist", "did you mean 'images'"),
     (f"cache-images images --out run {_TEACHER}", 1, "is not an embedding store", "give another --out"),
@@ -100,6 +115,8 @@ def session(tmp_path_factory: pytest.TempPathFactory, image_store: Store, text_s
     for store, name in ((image_store, "images.zarr"), (text_store, "texts.zarr")):
         shutil.copytree(store.path, folder / name)
     shutil.copytree(sample / "teacher", folder / "student")
+    write_onnx(folder / "onnx")
+    (folder / "photo.jpg").write_bytes(make_jpeg())
     write_tar(folder / "images" / "0.tar", {"a.jpg": make_jpeg()})
     for place, content in (("run/run.json", "{}"), ("eval/classnames.txt", "cat"), ("evaluations/student/x", "")):
         (folder / place).parent.mkdir(parents=True)

@@ -12,7 +12,7 @@ from dimefm.system import notes
 from tests.making import make_jpeg, write_tar
 from tests.stores import random_store
 
-SILENT = {"sets", "compare", "submission", "doctor", "info"}  # they show neither
+SILENT = {"card", "sets", "compare", "submission", "doctor", "info"}  # they show neither
 
 
 def run(*arguments: object) -> Result:

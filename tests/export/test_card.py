@@ -22,7 +22,11 @@ from dimefm.export.card_usage import usage
 from dimefm.export.config import ExportConfig
 from dimefm.export.export_student import export
 from dimefm.images.preprocess import Preprocess
+from dimefm.latency.record import read_latency
 from dimefm.models.exported import read_export
+from tests.latency.test_latency import measured
+from tests.latency.test_latency import written as measurements
+from tests.tiny_clip import write_clip
 
 HOSTILE = "x|`[a](javascript:b) <script>alert(1)</script>\n---\nlicense: mit # *'\"\u202e\x1b[2J https://evil.example"
 
@@ -119,9 +123,28 @@ def test_few_shot_results_are_taken_together(student: Path, evaluation: Path, tm
     assert "25.0 (standard deviation over seeds 7.1)" in found.text
 
 
+def test_speed_is_that_of_the_same_weights(student: Path, tmp_path: Path) -> None:
+    weights = read_export(str(student)).model.weights
+    own = measured(weights=weights, name="/home/me/student", order=("/home/me/other",), load=1.7)
+    models = [own, measured(weights="other")]
+    card(student, latency=measurements(tmp_path / "latency.json", models))
+    text = (student / "README.md").read_text()
+    assert text.count("| pytorch, fp32 | 2 threads |") == 3
+    assert "The machine was NOT QUIET: 1.7 of" in text
+    assert "/home/me" not in text + (student / "latency.json").read_text()
+    (kept,) = read_latency(str(student / "latency.json")).models
+    assert (kept.name, kept.image) == ("student", models[0].image)
+    card(student)
+    assert (student / "README.md").read_text() == text
+    with pytest.raises(MismatchError, match="no measurement of this model"):
+        card(student, latency=measurements(tmp_path / "others.json", models[1:]))
+
+
 def test_hostile_names_are_inert(student: Path, evaluation: Path, tmp_path: Path) -> None:
     (result,) = read_results(str(evaluation))
-    result = dataclasses.replace(result, set=HOSTILE, notes=(HOSTILE,), protocol=HOSTILE)
+    result = dataclasses.replace(
+        result, set=HOSTILE, notes=(HOSTILE,), protocol=HOSTILE, metric=HOSTILE, metrics={HOSTILE: 0.5}
+    )
     before = read_export(str(student))
     assert before.origin is not None
     sources = (ExportSource(kind="image", store=HOSTILE, names=(HOSTILE,), digest=HOSTILE, unknown=HOSTILE),)
@@ -187,6 +210,9 @@ def test_a_card_of_another_hand_is_replaced_only_if_asked(student: Path) -> None
     (student / "README.md").write_text("---\na: [\n---\n")
     with pytest.raises(StoreError, match="metadata are not YAML"):
         card(student)
+    (student / "README.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(StoreError, match="is not UTF-8"):
+        card(student)
 
 
 def test_what_is_no_export_and_no_licence_is_refused(finished_run: Path, tmp_path: Path) -> None:
@@ -199,7 +225,7 @@ def test_what_is_no_export_and_no_licence_is_refused(finished_run: Path, tmp_pat
 
 
 def run_code(folder: Path, code: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The dictionary that the code of a card prints in its folder."""
+    """What the code of a card prints in its folder."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)).save(folder / "image.jpg")
     monkeypatch.chdir(folder)
     capsys.readouterr()
@@ -207,15 +233,20 @@ def run_code(folder: Path, code: str, capsys: pytest.CaptureFixture[str], monkey
     return yaml.safe_load(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("form", ["open_clip", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "form",
+    ["open_clip", *(pytest.param(form, marks=pytest.mark.slow) for form in ("onnx", "transformers"))],
+)
 def test_the_code_of_the_card_runs(
-    form: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "model"
-    export(str(exported), str(folder), format=form)
+    export(write_clip(tmp_path / "clip"), str(folder), format=form)
     code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     found = run_code(folder, code, capsys, monkeypatch)
-    assert list(found) == ["cat", "dog", "boat"]
+    if form == "transformers":
+        found = {one["label"]: one["score"] for one in found}
+    assert set(found) == {"cat", "dog", "boat"}
     assert sum(found.values()) == pytest.approx(1, abs=1e-5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ from dimefm.cli import cli
 from dimefm.errors import MismatchError, SourceError, StoreError, TeacherError
 from dimefm.inspection.info import describe
 from dimefm.models.clip import Clip
+from dimefm.models.onnx_towers import OnnxTowers
 from dimefm.retrieval.build_index import IndexConfig, build_index
 from dimefm.retrieval.search import Hit, search, show
 from dimefm.store.embedding_store import Store
-from tests.making import make_jpeg, read_tar
+from tests.making import encoded, make_jpeg, picture, read_tar
 from tests.stores import random_store
+from tests.tiny_onnx import write_onnx
 
 ROWS = [0, 41, 199]
 
@@ -113,6 +116,37 @@ def test_asking_for_more_than_there_are_gives_all(text_store: Store, index: str,
 
 def test_no_query_finds_nothing(text_store: Store) -> None:
     assert search(text_store.path, device="cpu") == []
+
+
+# -- a student in place of the teacher ---------------------------------------------------------------------------------
+
+
+def test_a_student_searches_a_store_of_its_teacher(tmp_path: Path) -> None:
+    store, values_ND = random_store(tmp_path / "t.zarr", rows=20, shard_rows=16, kind="text", weights="w" * 64)
+    model = write_onnx(tmp_path / "student", teacher="w" * 64)
+    (tmp_path / "a.png").write_bytes(encoded(picture(), "PNG"))
+    result = run(store.path, "--model", model, "--image", tmp_path / "a.png", "--text", "a dog", "--top-k", 20)
+    assert result.stdout.startswith(f"by embeddings of the student {model}, not of its teacher\n\n{tmp_path}/a.png\n")
+    document = json.loads(run(store.path, "--model", model, "--text", "a dog", "--top-k", 20, "--json").stdout)
+    assert [one["model"] for one in document] == [model]
+    (query_D,) = OnnxTowers(model).encode_texts(["a dog"])
+    hits = document[0]["hits"]
+    cosine_N = values_ND.astype(np.float32) @ query_D
+    np.testing.assert_allclose([hit["score"] for hit in hits], cosine_N[[hit["row"] for hit in hits]], atol=2e-3)
+    assert "model" not in json.loads(run(store.path, "--model", model, "--text", "x", "--json").stdout)[0]["hits"][0]
+
+
+def test_a_student_of_another_teacher_or_of_none_is_refused(tmp_path: Path) -> None:
+    store, _ = random_store(tmp_path / "t.zarr", rows=20, shard_rows=16, kind="text", weights="w" * 64)
+    other, none = write_onnx(tmp_path / "other", teacher="v" * 64), write_onnx(tmp_path / "none")
+    for model, what in (
+        (other, f"{other} was not distilled from local-dir:/somewhere, the teacher of {store.path}: weights: vvvv"),
+        (none, f"{none} does not say which teacher it was distilled from\n  remedy: give the run itself"),
+        (tmp_path / "othr", f"othr is neither a run nor an exported model\n  remedy: did you mean '{other}'?"),
+    ):
+        assert what in refused(store.path, "--text", "a dog", "--model", model)
+    what = "--teacher has no effect with --model"
+    assert what in refused(store.path, "--text", "x", "--model", other, "--teacher", "hf-hub:a/b", code=2)
 
 
 # -- what is printed --------------------------------------------------------------------------------------------------
