@@ -54,13 +54,13 @@ def write(clip: Clip, source: Path, folder: Path, config: ExportConfig) -> Writt
         from dimefm.export.int8 import quantize  # it imports onnxruntime's quantizer, which other exports do without
 
         quantized = quantize(folder, clip, config)
-    image_digest, text_digest = (_digest(folder / file) for file in (IMAGE_ONNX, TEXT_ONNX))
+    image_digest, text_digest = (digest_graph(folder / file) for file in (IMAGE_ONNX, TEXT_ONNX))
     weights = hashlib.sha256(f"{image_digest} {text_digest}".encode()).hexdigest()
     onnx = OnnxFacts(opset=OPSET, image_input=config.image_input, quantized=quantized)
     return Written(weights=weights, text_tower=text_digest, onnx=onnx)
 
 
-def _digest(path: Path) -> str:
+def digest_graph(path: Path) -> str:
     """sha256 of a graph, and of its weights if they are apart."""
     data = path.with_name(f"{path.name}{DATA}")
     digest = storage.digest_file(str(path))

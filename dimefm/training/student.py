@@ -10,7 +10,7 @@ from typing import Any
 from cache_schemas import Run
 from cache_schemas.export import EXPORT_FILE
 from cache_schemas.run import RUN_FILE
-from dimefm.errors import StoreError
+from dimefm.errors import StoreError, TeacherError
 from dimefm.models.exported import format_of, read_export
 from dimefm.system.near_names import did_you_mean_path
 from dimefm.training.checkpoints import Checkpoints
@@ -73,8 +73,13 @@ def write_student(
     name, tag = teacher or document.teacher.name, pretrained or document.teacher.pretrained
     if not teacher:
         require_cached(name, run)
-    clip = load_clip(name, tag, known=document.teacher, precision="fp32", device="cpu")
     remedy = "name the teacher with --teacher and --pretrained"
+    try:
+        clip = load_clip(name, tag, known=document.teacher, precision="fp32", device="cpu")
+    except TeacherError as error:
+        if teacher:
+            raise
+        raise TeacherError(f"the teacher of {run} cannot be loaded: {error.what}", remedy=remedy) from error
     require_teacher(clip, document.teacher, run, remedy=remedy, any_precision=True)
     config, text = beside_text_tower(clip, document.student)
     if (learned := state["image"]["objective"].get("log_scale")) is not None:

@@ -1,17 +1,20 @@
 """The check after writing: what it reads, what it measures, and what it refuses."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dimefm.errors import DimefmError
+from dimefm.errors import DimefmError, TeacherError
 from dimefm.export.check import check, class_cosines, top1
 from dimefm.export.check_material import Material, find_material
 from dimefm.export.config import ExportConfig
+from dimefm.export.export_student import export
 from dimefm.models.clip import load_clip
 from dimefm.store.embedding_store import Store
+from dimefm.training.run_folder import read_run
 from dimefm.training.train import train
 from tests.tiny_clip import write_clip
 from tests.tiny_training import tiny_config
@@ -99,7 +102,9 @@ def test_int8_may_lose_no_more_than_asked_for(few: Material, tmp_path: Path) -> 
     write_clip(tmp_path / "other", image_seed=1, scale=3)
     labels = class_cosines(one, few.labelled[0]).argmax(axis=1)
     material = replace(few, labelled=(replace(few.labelled[0], labels=labels),))
-    with pytest.raises(DimefmError, match=r"--int8 loses \d+.\d\d points of top-1 accuracy on cifar10 \(100.00 to"):
+    with pytest.raises(
+        DimefmError, match=r"--int8 loses \d+\.\d\d points, more than 1: top-1 100\.0 -> \d+\.\d on cifar10"
+    ):
         check(one, tmp_path / "other", material, config("one", int8=True))
     for options in ({"accept": True}, {"max_loss": 100}):
         assert check(one, tmp_path / "other", material, config("one", int8=True, **options))["top1/cifar10"] < 0.9
@@ -110,3 +115,25 @@ def test_a_model_folder_is_checked_on_the_sample(tmp_path: Path) -> None:
     assert [images.name for images in found.labelled] == ["caltech101", "cifar10"]
     assert max(len(images.samples) for images in found.labelled) == 200
     assert len(found.texts) == 128
+
+
+def test_an_unfinished_run_is_exported_and_named_as_such(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(str(run), str(tmp_path / "student"))
+    assert "unfinished" not in capsys.readouterr().err
+    shutil.copytree(run, tmp_path / "run")
+    document = replace(read_run(str(run)), steps=7)
+    (tmp_path / "run" / "run.json").write_text(json.dumps(document.to_json()))
+    export(str(tmp_path / "run"), str(tmp_path / "other"))
+    assert "is unfinished: it has done 1 of 7 steps" in capsys.readouterr().err
+
+
+def test_a_run_whose_teacher_is_gone_says_how_to_name_it(run: Path, tmp_path: Path, teacher_name: str) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    before = read_run(str(run))
+    moved = replace(before, teacher=replace(before.teacher, name=f"local-dir:{tmp_path / 'gone'}"))
+    (tmp_path / "run" / "run.json").write_text(json.dumps(moved.to_json()))
+    with pytest.raises(TeacherError, match=r"(?s)the teacher of .*run cannot be loaded.*--teacher"):
+        export(str(tmp_path / "run"), str(tmp_path / "student"))
+    export(str(tmp_path / "run"), str(tmp_path / "student"), teacher=teacher_name)

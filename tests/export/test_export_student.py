@@ -1,6 +1,7 @@
 """Students and exports: an exported folder is an ordinary open_clip model with the outputs of the trained student."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,23 +9,29 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from dimefm.errors import MismatchError, OutputExistsError, StoreError, TeacherError, TrainingError
+from cache_schemas.run import WEIGHTS_FILE
+from dimefm.errors import DimefmError, MismatchError, OutputExistsError, StoreError, TeacherError, TrainingError
 from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.evaluate import evaluate
 from dimefm.evaluation.predictions import read_predictions
 from dimefm.evaluation.results import read_results
+from dimefm.export.check import LEAST_COSINE
 from dimefm.export.export_student import export
 from dimefm.images.preprocess import Preprocess, normalise
 from dimefm.models.clip import Clip, load_clip
+from dimefm.models.exported import read_export
 from dimefm.models.towers import build_student, student_spec
 from dimefm.store.embedding_store import Store
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.run_folder import read_run
 from dimefm.training.train import train
+from tests.disks import Disk
 from tests.making import make_jpeg
 from tests.stores import teacher_identity
+from tests.tiny_clip import write_clip
 from tests.tiny_training import tiny_config
 
 
@@ -204,3 +211,56 @@ def test_the_weight_digest_sees_one_changed_value(clip: Clip, teacher_name: str)
 def test_embeddings_are_unit_vectors(clip: Clip) -> None:
     norms = clip.encode_texts(["one", "a much longer sentence about nothing at all"]).norm(dim=1)
     np.testing.assert_allclose(norms.numpy(), 1, atol=1e-6)
+
+
+def test_weights_of_half_the_size_are_nearly_the_same_model(cifar10: str, tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "tiny", scale=3)
+    export(source, str(tmp_path / "half"), precision="fp16", check_on=(cifar10,))
+    sizes = [(Path(one) / "open_clip_model.safetensors").stat().st_size for one in (source, tmp_path / "half")]
+    assert sizes[1] < 0.52 * sizes[0]
+    document, loaded = read_export(str(tmp_path / "half")), load_clip(f"local-dir:{tmp_path / 'half'}", device="cpu")
+    assert document.checks is not None
+    assert 0.9999 < document.checks["image_cosine"] < 1
+    assert (document.model.weights, document.text_tower) == (loaded.identity.weights, loaded.text_digest())
+
+
+def test_a_model_that_does_not_agree_leaves_nothing(
+    cifar10: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_clip(tmp_path / "tiny", scale=3)
+    monkeypatch.setitem(LEAST_COSINE, "fp16", 1.0)
+    with pytest.raises(DimefmError, match=r"(?s)smallest cosine of images of 0.9999.*give --precision fp32"):
+        export(source, str(tmp_path / "half"), precision="fp16", check_on=(cifar10,))
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "tiny")
+    weights = load_file(Path(source, WEIGHTS_FILE))
+    weights["visual.proj"][0, 0] = torch.nan
+    save_file(weights, Path(source, WEIGHTS_FILE), metadata={"format": "pt"})
+    with pytest.raises(DimefmError, match=r"weights that are NaN or infinite, first in visual.proj \(1 tensor"):
+        export(source, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_tokenizers_an_open_clip_folder_is_written_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_clip(tmp_path / "tiny")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    export(source, str(tmp_path / "out"))
+    assert "tokenizer.json is left out" in (noted := capsys.readouterr().err)
+    assert 'pip install "dimefm[export]"' in noted
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    with pytest.raises(DimefmError, match=r'(?s)--format onnx needs tokenizers.*pip install "dimefm\[export\]"'):
+        export(source, str(tmp_path / "onnx"), format="onnx")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_full_disk_leaves_nothing(disk: Disk, cifar10: str, tmp_path: Path, precision: str) -> None:
+    source = write_clip(tmp_path / "tiny")
+    disk.options("size=1m")
+    with pytest.raises(StoreError, match="cannot be written: No space left on device"):
+        export(source, str(disk.path / "out"), precision=precision, check_on=(cifar10,))
+    assert not any(disk.path.iterdir())
