@@ -22,6 +22,7 @@ from dimefm.store.embedding_store import Store
 from dimefm.system.lock import writing
 from dimefm.system.machine import cpus
 from dimefm.training.run_folder import read_run
+from tests.processes import result_of
 from tests.tiny_training import STUDENT
 
 
@@ -75,7 +76,9 @@ STUDENTS = (
 def finished(
     image_tar: Path, text_file: Path, cifar10: str, teacher: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The whole job on 96 images."""
+    """The whole job on 96 images. Its commands are forked from the process that all tests fork from: whichever is the
+    first of them says what that imports, and others need more than a job."""
+    result_of(int)
     out = tmp_path_factory.mktemp("reproduce") / "tiny"
     sources = {"images": (str(image_tar),), "texts": (str(text_file),), "val": (cifar10,)}
     latency = ("--batch", "1", "--seconds", "0.02")
