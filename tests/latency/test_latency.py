@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from cache_schemas.document import to_plain
-from cache_schemas.export import EXPORT_FILE, Export, OnnxFacts
+from cache_schemas.export import EXPORT_FILE, OnnxFacts
 from cache_schemas.latency import Latency, Machine, ModelLatency, Timing
 from dimefm.cli import cli
 from dimefm.errors import OutputExistsError
@@ -23,8 +23,9 @@ from dimefm.latency.record import Record, read_latency
 from dimefm.latency.subject import subjects
 from dimefm.latency.table import noise
 from dimefm.models.clip import Clip
+from dimefm.models.exported import read_export
 from dimefm.models.flops import count_flops
-from dimefm.models.tokenizer_file import write_tokenizer
+from tests.tiny_onnx import write_onnx
 
 
 def timing(batch: int = 1, ms: float = 2.0, slowest: float = 1.05) -> Timing:
@@ -46,33 +47,13 @@ def written(path: Path, models: Sequence[ModelLatency]) -> str:
     return str(path)
 
 
-def onnx_folder(folder: Path, clip: Clip, quantized: bool = False) -> str:
-    """An export of two graphs so small that nothing is to be measured: the mean of each channel, and two tokens."""
-    import onnx
-    from onnx import TensorProto, helper
-
-    folder.mkdir()
-    towers = (
-        ("vision_model.onnx", "pixel_values", TensorProto.FLOAT, ["B", 3, 32, 32], "image_embeds",
-         [helper.make_node("GlobalAveragePool", ["pixel_values"], ["image_embeds"])]),
-        ("text_model.onnx", "input_ids", TensorProto.INT64, ["B", 32], "text_embeds",
-         [helper.make_node("Cast", ["input_ids"], ["text_embeds"], to=TensorProto.FLOAT)]),
-    )  # fmt: skip
-    for file, name, kind, shape, output, nodes in towers:
-        ins = [helper.make_tensor_value_info(name, kind, shape)]
-        outs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)]
-        model = helper.make_model(
-            helper.make_graph(nodes, "tower", ins, outs), opset_imports=[helper.make_opsetid("", 18)], ir_version=9
-        )
-        onnx.save(model, str(folder / file))
-    write_tokenizer(clip.tokenizer, folder, clip.identity.context_length)
+def onnx_folder(folder: Path, quantized: bool = False) -> str:
+    """A tiny export that knows its floating-point operations."""
+    write_onnx(folder, weights="o")
     facts = OnnxFacts(
-        opset=18, image_input="float32", quantized={"vision_model.onnx": "static int8"} if quantized else {}
+        opset=17, image_input="float32", quantized={"vision_model.onnx": "static int8"} if quantized else {}
     )
-    document = Export(
-        format="onnx", model=replace(clip.identity, name="small", weights="o"), text_tower="t", parameters=7,
-        image_parameters=3, image_flops=11, text_flops=13, versions={}, onnx=facts,
-    )  # fmt: skip
+    document = replace(read_export(str(folder)), image_flops=11, text_flops=13, onnx=facts)
     (folder / EXPORT_FILE).write_text(json.dumps(document.to_json()))
     return str(folder)
 
@@ -81,9 +62,9 @@ def test_models_are_measured_beside_each_other_and_one_that_fails_is_named(
     tmp_path: Path, clip: Clip, teacher_name: str
 ) -> None:
     """In processes of their own, PyTorch and onnxruntime; an ONNX export knows its FLOPs without torch."""
-    damaged = Path(onnx_folder(tmp_path / "damaged", clip))
+    damaged = Path(onnx_folder(tmp_path / "damaged"))
     (damaged / "vision_model.onnx").write_bytes(b"no graph")
-    small = onnx_folder(tmp_path / "small", clip, quantized=True)
+    small = onnx_folder(tmp_path / "small", quantized=True)
     words = ["latency", teacher_name, small, str(damaged), "--batch", "4,1", "--threads", "1", "--seconds", "0.01"]
     out = tmp_path / "out.json"
     result = CliRunner().invoke(cli, [*words, "--out", str(out), "--json", "--quiet"])
@@ -109,10 +90,10 @@ def test_models_are_measured_beside_each_other_and_one_that_fails_is_named(
     assert onnx.bytes == sum(file.stat().st_size for file in Path(small).glob("*.onnx"))
 
 
-def test_which_ways_a_model_is_run(tmp_path: Path, clip: Clip, teacher_name: str) -> None:
+def test_which_ways_a_model_is_run(tmp_path: Path, teacher_name: str) -> None:
     weights = tmp_path / "weights.pt"
     weights.write_bytes(b"")
-    models = (onnx_folder(tmp_path / "plain", clip), onnx_folder(tmp_path / "int8", clip, True), teacher_name)
+    models = (onnx_folder(tmp_path / "plain"), onnx_folder(tmp_path / "int8", True), teacher_name)
     config = LatencyConfig(models=(*models, "ViT-B-32:openai", f"ViT-B/32:{weights}"), compiled=True, device="cuda")
     found = [(one.name, one.backend, one.device) for one in subjects(config)]
     assert found == [
@@ -149,10 +130,10 @@ def test_the_teacher_of_a_run_is_added_once_and_not_compiled(
     assert [one.backend for one in chosen if one.name == "tiny"] == ["pytorch", "compiled"]
 
 
-def test_models_of_the_same_name_keep_their_paths(tmp_path: Path, clip: Clip) -> None:
+def test_models_of_the_same_name_keep_their_paths(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    models = tuple(onnx_folder(tmp_path / one / "student", clip) for one in "ab")
+    models = tuple(onnx_folder(tmp_path / one / "student") for one in "ab")
     assert [one.name for one in subjects(LatencyConfig(models=models))] == list(models)
 
 
