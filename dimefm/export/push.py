@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_schemas.export import CARD_FILE, Export
+from cache_schemas.export import CARD_FILE
 from dimefm.errors import RUN_AGAIN, DimefmError, MismatchError, StoreError
 from dimefm.export.card import own_words, read_exported, read_metadata
 from dimefm.export.formats import FORMATS
-from dimefm.system import notes, storage
+from dimefm.models.exported import require_whole
+from dimefm.system import notes
 from dimefm.system.near_names import did_you_mean
 from dimefm.system.notes import note
 from dimefm.system.progress import amount
@@ -66,7 +67,7 @@ def push(config: PushConfig) -> Pushed:
     with _explained(config, api):
         user = api.whoami()["name"]
     files = _files(Path(config.folder))
-    _require_whole(Path(config.folder), document)
+    require_whole(config.folder, document, FORMATS[document.format].files)
     _require_card(Path(config.folder) / CARD_FILE)
     size = amount(sum(file.stat().st_size for file in files))
     note(f"{config.folder}: sending {counted(len(files), 'file')}, {size}, to {config.repository} as {user} ...")
@@ -98,18 +99,6 @@ def _files(folder: Path) -> list[Path]:
     if left := [one.name for one in entries if one not in files]:
         note(f"{folder}: {', '.join(left[:3])}{', ...' * (len(left) > 3)} stay here: folders, links and hidden files")
     return files
-
-
-def _require_whole(folder: Path, document: Export) -> None:
-    """Raises StoreError if a file that export wrote is missing or has changed."""
-    names = document.files or dict.fromkeys(FORMATS[document.format].files)
-    for name, digest in names.items():
-        if Path(name).name != name or not (folder / name).is_file():
-            raise StoreError(f"{folder} is not whole: {name} is missing", remedy="export it again")
-        if digest and storage.digest_file(str(folder / name)) != digest:
-            raise StoreError(
-                f"{folder / name} is not what export wrote: it was changed or damaged", remedy="export again"
-            )
 
 
 def _require_card(path: Path) -> None:

@@ -76,7 +76,10 @@ class Loaded:
 
 def subjects(config: LatencyConfig) -> list[Subject]:
     """All that is to be measured. Raises a DimefmError for a model that does not exist."""
-    named = {(one.model, one.tag): one for model in config.models for one in _named(model, config.with_teacher)}
+    named: dict[tuple[str, str | None], _Named] = {}
+    for one in (one for model in config.models for one in _named(model, config.with_teacher)):
+        if one.run is None or (one.model, one.tag) not in named:  # what the user names is named by no run
+            named[one.model, one.tag] = one
     names = _short([f"{model}:{tag}" if tag else model for model, tag in named])
     return [
         Subject(

@@ -29,7 +29,7 @@ def tables(models: Sequence[ModelLatency]) -> str:
 
 
 def _facts(models: Sequence[ModelLatency]) -> list[str]:
-    head = ("model", "run by", "parameters", "GFLOP/image", "GFLOP/text", "on disk", "memory")
+    head = ("model", "by", "parameters", "GFLOP/image", "GFLOP/text", "on disk", "memory")
     whole = {(one.name, one.backend, one.device, one.precision): one for one in models}  # of any number of threads
     return markdown_table([head, *map(_fact_row, whole.values())], "llrrrrr", padded=True)
 
@@ -43,7 +43,7 @@ def _fact_row(one: ModelLatency) -> tuple[str, ...]:
 def _speed(tower: Tower, models: Sequence[ModelLatency], threads: int, device: str) -> list[str]:
     what = "image" if tower == "image" else "sentence"
     where = counted(threads, "thread") if device == "cpu" else markdown(device)
-    head = (f"{tower} tower, {where}", "run by", "batch", f"ms/{what}", "95 %", "spread", f"{what}s/s")
+    head = (f"{tower}, {where}", "by", "batch", f"ms/{what}", "95 %", "spread", f"{what}s/s")
     timed = [(timing, one) for one in models for timing in _timings(one, tower)]
     timed.sort(key=lambda pair: pair[0].batch)
     rows = [(markdown(one.name), one.backend, *_timing_row(timing)) for timing, one in timed]

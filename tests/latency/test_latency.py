@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +125,28 @@ def test_which_ways_a_model_is_run(tmp_path: Path, clip: Clip, teacher_name: str
         ("weights.pt", "pytorch", "cuda"),
         ("weights.pt", "compiled", "cuda"),
     ]
+
+
+def test_the_teacher_of_a_run_is_added_once_and_not_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher_name: str, clip: Clip
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+    identity = replace(clip.identity, name=teacher_name)
+    monkeypatch.setattr("dimefm.latency.subject.read_run", lambda run: SimpleNamespace(teacher=identity))
+    runs = (str(tmp_path / "a"), str(tmp_path / "b"))
+    chosen = subjects(LatencyConfig(models=runs, with_teacher=True, compiled=True))
+    found = [(one.name, one.backend, one.run) for one in chosen]
+    assert found == [
+        ("a", "pytorch", None),
+        ("a", "compiled", None),
+        ("tiny", "pytorch", runs[0]),
+        ("b", "pytorch", None),
+        ("b", "compiled", None),
+    ]
+    chosen = subjects(LatencyConfig(models=(teacher_name, *runs), with_teacher=True, compiled=True))
+    assert [one.backend for one in chosen if one.name == "tiny"] == ["pytorch", "compiled"]
 
 
 def test_models_of_the_same_name_keep_their_paths(tmp_path: Path, clip: Clip) -> None:
