@@ -15,7 +15,7 @@ COMMANDS = {
             "preprocessing", "precision", "stage1", "sentences", "tokens", "memory", "plan-scale", "training-pixels",
             "store-reads", "order-reads", "training-loop", "loader-scale", "authors-loop", "objectives",
             "coco-retrieval", "retrieval", "index-choices", "selection", "clip-benchmark", "probe-search", "cpu",
-            "sample-recipes", "urls", "architectures", "start-up", "first-session", "probe-few", "latency",
+            "sample-recipes", "urls", "architectures", "start-up", "first-session", "probe-few", "latency", "int8",
             "onnx-towers",
         )
     },

@@ -27,12 +27,14 @@ _TRAINED = (
 
 @click.command()
 @click.option("--run", "runs", multiple=True, type=click.Path(exists=True), help="Trained run. May be repeated.")
-@click.option("--batch", default="1,8,64", show_default=True)
-@click.option("--threads", default="1,2", show_default=True)
+@click.option("--batch", default="1,64", show_default=True)
+@click.option("--threads", help="Default: one per core.")
 @click.option("--seconds", default=0.5, show_default=True, help="Of measuring each model, tower and batch.")
-@click.option("--compiled/--not-compiled", default=True, help="torch.compile takes most of the time.")
+@click.option("--compiled/--not-compiled", default=True, help="torch.compile takes a good part of the time.")
 @click.option("--out", type=click.Path(dir_okay=False), help="File of dimefm latency to add to.")
-def latency(runs: tuple[str, ...], batch: str, threads: str, seconds: float, compiled: bool, out: str | None) -> None:
+def latency(
+    runs: tuple[str, ...], batch: str, threads: str | None, seconds: float, compiled: bool, out: str | None
+) -> None:
     """PyTorch, torch.compile, ONNX and int8 side by side, and the teacher."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -47,7 +49,7 @@ def latency(runs: tuple[str, ...], batch: str, threads: str, seconds: float, com
             _dimefm(f"export {run} --format onnx --int8 --accept --out {int8} "
                     f"--check-on {sample_dir() / 'eval' / 'cifar10'}", folder)  # fmt: skip
             models += [str(run), onnx, int8]
-        how = f"--with-teacher --batch {batch} --threads {threads} --seconds {seconds}"
+        how = f"--with-teacher --batch {batch} --seconds {seconds}" + (f" --threads {threads}" if threads else "")
         words = f"latency {shlex.join(models)} {how} --out {Path(out).resolve() if out else 'latency.json'}"
         _dimefm(words + " --compiled" * compiled, folder, shown=True)
 

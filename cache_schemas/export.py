@@ -8,6 +8,7 @@ OUT/
   dimefm_export.json          this document
   README.md                   the model card
   results.jsonl               the results that the card shows, of evaluations of these weights, without paths
+  latency.json                the measurements of speed that it shows, of these weights
 """
 
 from __future__ import annotations

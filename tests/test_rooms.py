@@ -32,7 +32,7 @@ ROOMS = {
     "dimefm.training": "datasets images models sources store system",
     "dimefm.evaluation": "caching datasets models store system training",
     "dimefm.latency": "evaluation models system training",
-    "dimefm.export": "datasets evaluation images models sample sources store system training",
+    "dimefm.export": "datasets evaluation images latency models sample sources store system training",
     "dimefm.inspection": "caching datasets evaluation exchange models retrieval selection sources store system "
     "training",
     "dimefm.prediction": "evaluation images models sources system",

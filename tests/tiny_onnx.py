@@ -45,10 +45,12 @@ def write_onnx(folder: Path, teacher: str | None = None, **changes: Any) -> str:
     facts = Preprocessing(size=(SIDE, SIDE), mean=mean, std=std, interpolation="bicubic", resize_mode="shortest")
     fields = {"name": folder.name, "preprocessing": facts, "context_length": LENGTH, "logit_scale": 20.0}
     identity = teacher_identity(**(fields | changes))
+    files = {file.name: storage.digest_file(str(file)) for file in sorted(folder.iterdir())}
     document = Export(
         format="onnx", model=identity, text_tower="t", parameters=49_456 * WIDTH, image_parameters=48 * WIDTH,
         image_flops=None, text_flops=None, versions={},
         onnx=OnnxFacts(opset=17, image_input="float32", quantized={}), origin=_origin(teacher) if teacher else None,
+        files=files,
     )  # fmt: skip
     storage.write_json(str(folder / EXPORT_FILE), document.to_json())
     return str(folder)

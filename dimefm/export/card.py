@@ -15,11 +15,13 @@ from typing import Any
 import yaml
 
 from cache_schemas.export import CARD_FILE, EXPORT_FILE, Export
+from cache_schemas.latency import Latency
 from cache_schemas.run import RUN_FILE
 from dimefm.errors import OutputExistsError, StoreError
 from dimefm.export.card_metadata import RESULTS, metadata
 from dimefm.export.card_results import add_results, results_section
 from dimefm.export.card_sections import format_section, licence_section, limits_section, origin_section, summary
+from dimefm.export.card_speed import add_latency, speed_section
 from dimefm.export.card_usage import usage
 from dimefm.export.licences import require_licence
 from dimefm.models.exported import format_of, read_export
@@ -43,6 +45,8 @@ class CardConfig:
 
     evaluation: tuple[str, ...] = ()
     """Folder of an evaluation of this model, such as evaluations/STUDENT; its results are copied into the folder."""
+    latency: str | None = None
+    """File of dimefm latency; its measurements of this model are copied into the folder."""
     license: str | None = None
     """Licence of the weights, by its identifier on the Hub, such as mit, cc-by-nc-4.0 or other."""
     data_license: str | None = None
@@ -70,11 +74,12 @@ def write_card(folder: str, config: CardConfig) -> Card:
     document, path = read_exported(folder), Path(folder) / CARD_FILE
     given, before, after = _existing(path, config.overwrite)
     results = add_results(Path(folder), document, config.evaluation)
+    latency = add_latency(Path(folder), document, config.latency)
     told = {**metadata(document, results), **{name: value for name, value in given.items() if name != RESULTS}}
     options = {"license": config.license, _DATA_LICENCE: config.data_license and line(config.data_license)}
     told |= {name: value for name, value in options.items() if value is not None}
     licence = None if told.get("license") is None else str(told["license"])
-    body = _body(document, Path(folder), results, licence, told.get(_DATA_LICENCE))
+    body = _body(document, Path(folder), results, latency, licence, told.get(_DATA_LICENCE))
     ours = "\n\n".join([_BEGIN.format(_digest(body, told.get(RESULTS))), body, _END])
     head = yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=_WIDTH)
     with storage.writing_to(str(path)):
@@ -94,7 +99,10 @@ def read_exported(folder: str) -> Export:
 
 def read_metadata(path: Path) -> tuple[dict[str, Any], str]:
     """The metadata of a card, and the text below them. Raises StoreError for metadata that are not valid YAML."""
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise StoreError(f"{path} is not UTF-8", remedy="save it as UTF-8") from None
     found = _METADATA.match(text)
     try:
         head = yaml.safe_load(found[1]) if found else {}
@@ -132,11 +140,19 @@ def _digest(body: str, results: Any) -> str:
     return hashlib.sha256(f"{body}{yaml.safe_dump(results)}".encode()).hexdigest()[:16]
 
 
-def _body(document: Export, folder: Path, results: list[Any], licence: str | None, data_licence: str | None) -> str:
+def _body(
+    document: Export,
+    folder: Path,
+    results: list[Any],
+    latency: Latency | None,
+    licence: str | None,
+    data_licence: str | None,
+) -> str:
     sections = [
         summary(document),
         usage(document),
         results_section(document, results),
+        *([speed_section(latency)] if latency else []),
         origin_section(document),
         format_section(document, folder),
         limits_section(document, bool(results)),

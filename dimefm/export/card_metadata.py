@@ -17,7 +17,7 @@ RESULTS = "model-index"
 """The key of the results: written anew each time, while a user's own values of all other keys stay."""
 
 _LIBRARIES: dict[ExportFormat, str] = {"open_clip": "open_clip", "onnx": "onnx", "transformers": "transformers"}
-_TASKS = {"top1": "accuracy", "mean_per_class": "mean_per_class_accuracy", "mean_recall@1": "recall"}
+_TYPES = {"top1": "accuracy", "mean_per_class": "mean_per_class_accuracy", "mean_recall@1": "recall"}
 """The type of a metric on the Hub, where it is not the name that dimefm has for it."""
 
 
@@ -46,7 +46,7 @@ def _model_index(document: Export, results: Sequence[EvaluationResult]) -> Any:
     listed = []
     for one in pool(results):
         metric = metrics[one.title, one.protocol]
-        name = f"{METRIC_NAMES[metric]}, 95 % interval {one.interval[0]:.4f} to {one.interval[1]:.4f}"
+        name = f"{line(METRIC_NAMES.get(metric, metric))}, 95 % interval {one.interval[0]:.4f} to {one.interval[1]:.4f}"
         listed.append(
             EvalResult(
                 task_type=_task(one.protocol, metric),
@@ -54,7 +54,7 @@ def _model_index(document: Export, results: Sequence[EvaluationResult]) -> Any:
                 dataset_name=line(one.title) or "(no name)",
                 dataset_config=line(one.protocol),
                 dataset_split="test",
-                metric_type=_TASKS.get(metric, metric),
+                metric_type=_TYPES.get(metric, line(metric)),
                 metric_name=name,
                 metric_value=one.value,
             )

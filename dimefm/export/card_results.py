@@ -46,10 +46,19 @@ def results_section(document: Export, results: Sequence[EvaluationResult]) -> li
     images = {result.title: result.images for result in results}
     rows = [["set", "protocol", "metric", "value (%)", "95 % interval", "images"]]
     for one in pool(results):
-        metric, deviation = METRIC_NAMES[metrics[one.title, one.protocol]], one.deviation
+        metric, deviation = metrics[one.title, one.protocol], one.deviation
         value = points(one.value) + (f" (standard deviation over seeds {points(deviation)})" if deviation else "")
         interval = f"{points(one.interval[0])} to {points(one.interval[1])}"
-        rows.append([_title(one), words(one.protocol), metric, value, interval, f"{images[one.title]:,}"])
+        rows.append(
+            [
+                _title(one),
+                words(one.protocol),
+                words(METRIC_NAMES.get(metric, metric)),
+                value,
+                interval,
+                f"{images[one.title]:,}",
+            ]
+        )
     about = f"Measured with dimefm on exactly these weights (sha256 {code(document.model.weights[:16])}); "
     about += f"[{RESULTS_FILE}]({RESULTS_FILE}) has every number, and the digests of images, classes and prompts."
     notes = [note for result in results for note in _notes(result)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,7 +73,7 @@ def format_section(document: Export, folder: Path) -> list[str]:
     """The form that the model has, and how it was checked."""
     model, facts = document.model, document.model.preprocessing
     height, width = facts.size
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".onnx"))
+    size = sum(file.stat().st_size for file in folder.iterdir() if re.search(r"\.(safetensors|onnx)\b", file.name))
     rows = [
         ("format", f"{document.format}, {amount(size)} of weights, {model.precision}"),
         ("images", f"{height} x {width} px, {facts.resize_mode} side, {facts.interpolation}, mean "

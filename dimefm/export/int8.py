@@ -35,7 +35,8 @@ from dimefm.models.towers import has_convolutions
 from dimefm.system.notes import note
 
 _BATCH = 16
-_STATIC = ("Conv", "Gemm", "MatMul", "Clip", "Relu", "Add", "MaxPool", "AveragePool", "GlobalAveragePool")
+STATIC = ("Conv", "Gemm", "MatMul", "Clip", "Relu", "Add", "MaxPool", "AveragePool", "GlobalAveragePool")
+"""What is computed in integers; activations other than these, and norms, stay in float32."""
 _DYNAMIC = ("MatMul", "Gather")  # Gemm becomes MatMul; ConvInteger of a patch embedding is slow
 
 
@@ -46,11 +47,10 @@ def quantize(folder: Path, clip: Clip, config: ExportConfig) -> dict[str, Quanti
     for file, way in ways.items():
         path = folder / file
         before = _bytes(path)
-        with _quiet():
-            if way == "static int8":
-                static(path, calibration_pixels(clip.identity.preprocessing, config))
-            else:
-                dynamic(path)
+        if way == "static int8":
+            static(path, calibration_pixels(clip.identity.preprocessing, config))
+        else:
+            dynamic(path)
         note(f"int8: {file} {before / 1e6:.1f} MB -> {_bytes(path) / 1e6:.1f} MB, {way}")
     return ways
 
@@ -58,24 +58,26 @@ def quantize(folder: Path, clip: Clip, config: ExportConfig) -> dict[str, Quanti
 def static(path: Path, inputs_N3HW: np.ndarray[Any, Any]) -> None:
     """Quantize a graph in place, by the ranges that are measured on these inputs."""
     model = onnx.load(path)
-    quantization.quantize_static(
-        path,
-        _beside(path),
-        _Batches(inputs_N3HW, model.graph.input[0].name),
-        op_types_to_quantize=list(_STATIC),
-        per_channel=True,
-        activation_type=quantization.QuantType.QUInt8,
-        weight_type=quantization.QuantType.QInt8,
-        extra_options={"TensorQuantOverrides": _weight_ranges(model), "MatMulConstBOnly": True},
-    )
+    with _quiet():
+        quantization.quantize_static(
+            path,
+            _beside(path),
+            Batches(inputs_N3HW, model.graph.input[0].name),
+            op_types_to_quantize=list(STATIC),
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            extra_options={"TensorQuantOverrides": _weight_ranges(model), "MatMulConstBOnly": True},
+        )
     _replace(path, model)
 
 
 def dynamic(path: Path) -> None:
     """Quantize the matrix products of a graph in place, and its tables of embeddings."""
-    quantization.quantize_dynamic(
-        path, _beside(path), op_types_to_quantize=list(_DYNAMIC), per_channel=True, reduce_range=True
-    )
+    with _quiet():
+        quantization.quantize_dynamic(
+            path, _beside(path), op_types_to_quantize=list(_DYNAMIC), per_channel=True, reduce_range=True
+        )
     _replace(path, onnx.load(path, load_external_data=False))
 
 
@@ -86,6 +88,8 @@ def _weight_ranges(model: onnx.ModelProto) -> dict[str, list[dict[str, Any]]]:
         if node.op_type not in ("Conv", "Gemm", "MatMul") or node.input[1] not in weights:
             continue
         weight = numpy_helper.to_array(weights[node.input[1]])
+        if weight.ndim < 2:
+            continue
         given = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
         axis = 0 if node.op_type == "Conv" or given.get("transB") else 1
         weight_CK = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
@@ -104,7 +108,7 @@ def _limits(weight_CK: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return limit_C
 
 
-class _Batches(quantization.CalibrationDataReader):  # type: ignore[misc]
+class Batches(quantization.CalibrationDataReader):  # type: ignore[misc]
     """The inputs of a graph, a few at a time."""
 
     def __init__(self, inputs: np.ndarray[Any, Any], name: str) -> None:

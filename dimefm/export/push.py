@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -11,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_schemas.export import CARD_FILE, Export
+from cache_schemas.export import CARD_FILE
 from dimefm.errors import RUN_AGAIN, DimefmError, MismatchError, StoreError
 from dimefm.export.card import own_words, read_exported, read_metadata
 from dimefm.export.formats import FORMATS
-from dimefm.system import notes, storage
+from dimefm.models.exported import require_whole
+from dimefm.system import notes
 from dimefm.system.near_names import did_you_mean
 from dimefm.system.notes import note
 from dimefm.system.progress import amount
@@ -65,11 +67,11 @@ def push(config: PushConfig) -> Pushed:
     with _explained(config, api):
         user = api.whoami()["name"]
     files = _files(Path(config.folder))
-    _require_whole(Path(config.folder), document)
+    require_whole(config.folder, document, FORMATS[document.format].files)
     _require_card(Path(config.folder) / CARD_FILE)
     size = amount(sum(file.stat().st_size for file in files))
     note(f"{config.folder}: sending {counted(len(files), 'file')}, {size}, to {config.repository} as {user} ...")
-    with _explained(config, api), _progress_bars():
+    with _explained(config, api), _its_words():
         api.create_repo(config.repository, private=config.private or None, exist_ok=True)
         before = _look_at(api, config)
         done = api.create_commit(
@@ -97,18 +99,6 @@ def _files(folder: Path) -> list[Path]:
     if left := [one.name for one in entries if one not in files]:
         note(f"{folder}: {', '.join(left[:3])}{', ...' * (len(left) > 3)} stay here: folders, links and hidden files")
     return files
-
-
-def _require_whole(folder: Path, document: Export) -> None:
-    """Raises StoreError if a file that export wrote is missing or has changed."""
-    names = document.files or dict.fromkeys(FORMATS[document.format].files)
-    for name, digest in names.items():
-        if Path(name).name != name or not (folder / name).is_file():
-            raise StoreError(f"{folder} is not whole: {name} is missing", remedy="export it again")
-        if digest and storage.digest_file(str(folder / name)) != digest:
-            raise StoreError(
-                f"{folder / name} is not what export wrote: it was changed or damaged", remedy="export again"
-            )
 
 
 def _require_card(path: Path) -> None:
@@ -141,16 +131,19 @@ def _look_at(api: Any, config: PushConfig) -> str | None:
 
 
 @contextmanager
-def _progress_bars() -> Iterator[None]:
-    """Those of huggingface_hub, on a terminal, unless --quiet."""
+def _its_words() -> Iterator[None]:
+    """huggingface_hub's progress bars on a terminal, unless --quiet; of its messages errors alone."""
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    were_disabled = are_progress_bars_disabled()
+    were_disabled, verbosity = are_progress_bars_disabled(), get_verbosity()
     if notes.are_muted() or not sys.stderr.isatty():
         disable_progress_bars()
+    set_verbosity(logging.ERROR)
     try:
         yield
     finally:
+        set_verbosity(verbosity)
         if not were_disabled:
             enable_progress_bars()
 
@@ -198,7 +191,7 @@ def _answer(error: Any, config: PushConfig) -> DimefmError:
         return DimefmError(f"the Hub does not know the token{why}", remedy=_LOG_IN)
     if status == 403:
         what = f"the token may not write to {config.repository}{why}"
-        return DimefmError(what, remedy=f"check the name, and that the token may write there; {_LOG_IN}")
+        return DimefmError(what, remedy="check the name, or give a token that may write there")
     if status == 404:
         return DimefmError(f"the Hub has no {config.repository}, or does not show it{why}", remedy="check the name")
     remedy = f"{RUN_AGAIN}; files that are there are not sent again"

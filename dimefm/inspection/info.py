@@ -15,6 +15,7 @@ from typing import Any, cast
 from cache_schemas import EmbeddingStore, PairsStore
 from cache_schemas.embedding_store import ATTRIBUTES_KEY
 from cache_schemas.evaluation import RESULTS_FILE, SPLITS
+from cache_schemas.export import EXPORT_FILE
 from cache_schemas.index import BUILD, SIDECAR_FILE
 from cache_schemas.run import CONFIG_FILE, RUN_FILE
 from cache_schemas.text_selection import PLAN_FILE
@@ -29,6 +30,7 @@ _BY_FILE = {
     RUN_FILE: "describe_model.describe_run",
     SIDECAR_FILE: "describe_retrieval.describe_index",
     PLAN_FILE: "describe_retrieval.describe_selection",
+    EXPORT_FILE: "describe_export.describe_export",
     CONFIG_FILE: "describe_model.describe_model",
     CLASSNAMES: "describe_evaluation.describe_labelled_set",
 }

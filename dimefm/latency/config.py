@@ -26,7 +26,7 @@ class LatencyConfig:
     precision: Precision = "fp32"
     """Number format of the PyTorch models."""
     compiled: bool = False
-    """Measure the PyTorch models compiled by torch.compile, too, which takes a minute or more for each."""
+    """Measure the PyTorch models that are named compiled by torch.compile, too: a minute or more for each."""
     with_teacher: bool = False
     """Measure the teacher of each run, too."""
     seconds: float = 2.0

@@ -89,7 +89,7 @@ def subjects(config: LatencyConfig) -> list[Subject]:
             precision=config.precision,
         )
         for one, name in zip(named.values(), names, strict=True)
-        for backend in _backends(one.model, one.tag, config.compiled)
+        for backend in _backends(one.model, one.tag, config.compiled and not one.run)
     ]
 
 

@@ -27,6 +27,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _SLOW = 1.0  # seconds of a call that is not repeated for its own sake
 _WARM, _WARM_CALLS = 0.3, 3
 _LEAST = 2  # calls of a round
+_GRACE = 10.0  # seconds in which a worker that is done ends by itself, and tidies up
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Worker:
         """By how many bytes the process, or the GPU, has grown. The worker ends."""
         self._pipe.send(None)
         found: int | None = self._answer()
+        self._process.join(_GRACE)
         return found
 
     def close(self) -> None:

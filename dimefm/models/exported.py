@@ -9,7 +9,7 @@ from pathlib import Path
 from cache_schemas.export import EXPORT_FILE, TRANSFORMERS_CONFIG, Export, ExportFormat
 from cache_schemas.identity import Precision
 from cache_schemas.run import CONFIG_FILE
-from dimefm.errors import DimefmError, TeacherError
+from dimefm.errors import DimefmError, StoreError, TeacherError
 from dimefm.models.trained import Trained, option_of
 
 NEEDS: dict[ExportFormat, tuple[str, ...]] = {
@@ -43,6 +43,20 @@ def read_export(folder: str) -> Export:
 
     where = storage.join(folder, EXPORT_FILE)
     return Export.parse(storage.read_json(where), where)
+
+
+def require_whole(folder: str, export: Export, required: tuple[str, ...] = ()) -> None:
+    """Raises StoreError if a file that export wrote is missing, or is not as it was written. Of a document that lists
+    no files, those `required` must be there."""
+    from dimefm.system import storage
+
+    for name, digest in (export.files or dict.fromkeys(required, "")).items():
+        file = storage.join(folder, name)
+        if Path(name).name != name or not storage.exists(file):
+            raise StoreError(f"{folder} is not whole: {name} is missing", remedy="export it again, or copy all of it")
+        if digest and storage.digest_file(file) != digest:
+            what = f"{file} is not what export wrote: it was changed or damaged"
+            raise StoreError(what, remedy="export it again, or copy it again")
 
 
 def require_packages(packages: tuple[str, ...], what: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dimefm.models.clip import Clip
-from dimefm.models.exported import require_as_exported
+from dimefm.models.exported import require_as_exported, require_whole
 from dimefm.models.onnx_towers import OnnxTowers
 
 
@@ -19,9 +19,11 @@ class OnnxClip(Clip):
     """An ONNX export, which onnxruntime computes on the CPU. Its precision is that of its graphs."""
 
     def __init__(self, folder: str, name: str, device: str) -> None:
-        """Raises TeacherError for another device than the CPU, or a folder that cannot be loaded."""
+        """Raises TeacherError for another device than the CPU, or a folder that cannot be loaded, StoreError for one
+        that is not as it was written."""
         require_as_exported(folder, device=device)
         self.towers = OnnxTowers(folder)
+        require_whole(folder, self.towers.export)  # else results would be kept under the name of other weights
         identity = replace(self.towers.export.model, name=name)
         empty = nn.Module()
         empty.visual = nn.Module()

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from cache_schemas import StudentSpec
 from cache_schemas.run import CONFIG_FILE, WEIGHTS_FILE
-from dimefm.errors import OutputExistsError
+from dimefm.errors import OutputExistsError, TeacherError
 from dimefm.models.clip import Clip
 from dimefm.models.towers import student_preprocessing
 from dimefm.system import storage
@@ -25,7 +25,10 @@ from dimefm.system import storage
 
 def beside_text_tower(clip: Clip, spec: StudentSpec) -> tuple[dict[str, Any], dict[str, Any]]:
     """A model with this image tower and the text tower of `clip`: its open_clip config, and the weights of all but the
-    image tower."""
+    image tower. Raises TeacherError for a `clip` that is not a model of open_clip."""
+    if "text_cfg" not in clip.model_cfg:
+        what = f"{clip.identity.name} is not in the format of open_clip, in which students are written"
+        raise TeacherError(what, remedy="name the same model as an open_clip folder or by its name in open_clip")
     model_cfg = {**copy.deepcopy(clip.model_cfg), "vision_cfg": spec.vision_cfg}
     text = {name: value for name, value in clip.model.state_dict().items() if not name.startswith("visual.")}
     return {"model_cfg": model_cfg, "preprocess_cfg": asdict(student_preprocessing(spec))}, text

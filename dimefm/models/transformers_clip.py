@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,17 +35,20 @@ def load_transformers(folder: str, name: str, precision: Precision, device: str)
     it wants them."""
     require_packages(NEEDS["transformers"], f"the transformers model {folder}")
     preprocessing = _preprocessing(folder)
-    loaded, tokenizer = _open(folder)
-    text, vision = loaded.config.text_config, loaded.config.vision_config
-    if text.hidden_act != vision.hidden_act or text.hidden_act not in ("gelu", "quick_gelu"):
-        what = f"{folder} has the activations {vision.hidden_act} and {text.hidden_act}"
-        raise TeacherError(what, remedy="give a model with gelu, or quick_gelu, in both towers")
-    length, model = text.max_position_embeddings, _Model(loaded)
+    transformers: Any = import_module("transformers")
+    loaded = _open_model(folder, transformers)
+    side = loaded.config.vision_config.image_size
+    if preprocessing.size != (side, side):
+        what = f"{folder} prepares images of {preprocessing.size} px, and its image tower takes {side} px"
+        raise TeacherError(what, remedy="mend the sizes in its preprocessor_config.json")
+    with _strict(folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    length, model = loaded.config.text_config.max_position_embeddings, _Model(loaded)
     identity = TeacherIdentity(
         name=name,
         pretrained=None,
         weights=digest_weights(model),
-        activation=text.hidden_act,
+        activation=loaded.config.text_config.hidden_act,
         preprocessing=preprocessing,
         tokenizer=f"of transformers {_digest_files(folder)}",
         context_length=length,
@@ -98,18 +103,32 @@ class _Tokens:
         return made.input_ids  # type: ignore[no-any-return]
 
 
-def _open(folder: str) -> tuple[Any, Any]:
-    """The CLIPModel in float32, and the tokenizer. Raises TeacherError unless the folder has all weights."""
-    transformers: Any = import_module("transformers")
+def _open_model(folder: str, transformers: Any) -> Any:
+    """The CLIPModel in float32. Raises TeacherError unless the folder has all of its weights, and no others."""
+    with _strict(folder):
+        model, found = transformers.CLIPModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    names = sorted({*found["missing_keys"], *found["unexpected_keys"]})
+    if wrong := [name for name in names if not name.endswith("position_ids")]:  # older releases wrote these too
+        what = f"{folder} has other weights than its config.json says, first {wrong[0]} ({len(wrong)})"
+        raise TeacherError(what, remedy="export or download the model again")
+    acts = {model.config.vision_config.hidden_act, model.config.text_config.hidden_act}
+    if len(acts) > 1 or not acts <= {"gelu", "quick_gelu"}:
+        what = f"the towers of {folder} have the activation {' and '.join(sorted(acts))}"
+        raise TeacherError(what, remedy="give a model with gelu, or quick_gelu, in both towers")
+    return model
+
+
+@contextmanager
+def _strict(folder: str) -> Iterator[None]:
+    """Within the block transformers prints nothing, and what it raises becomes a TeacherError."""
     logging: Any = import_module("transformers.utils.logging")
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, found = transformers.CLIPModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        yield
     except Exception as error:  # transformers and safetensors raise many kinds; all mean that it cannot be had
         reason = str(error).strip().split("\n")[0]
         remedy = "give a folder with config.json, model.safetensors, tokenizer.json and preprocessor_config.json"
@@ -118,10 +137,6 @@ def _open(folder: str) -> tuple[Any, Any]:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
-    if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"]}):
-        what = f"{folder} has other weights than its config.json says, first {wrong[0]} ({len(wrong)})"
-        raise TeacherError(what, remedy="export or download the model again")
-    return model, tokenizer
 
 
 def _digest_files(folder: str) -> str:
@@ -134,10 +149,14 @@ def _digest_files(folder: str) -> str:
 
 
 def _preprocessing(folder: str) -> Preprocessing:
-    """How preprocessor_config.json says that images are prepared, if that can be done here."""
-    path = Path(folder, TRANSFORMERS_IMAGES)
+    """How its files say that images are prepared, if that can be done here. A CLIPProcessor that transformers 5 has
+    saved is one file with all of its parts."""
+    path, whole = Path(folder, TRANSFORMERS_IMAGES), Path(folder, "processor_config.json")
     try:
-        known = _known(json.loads(path.read_text(encoding="utf-8")))
+        if path.is_file():
+            known = _known(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            known = _known(json.loads(whole.read_text(encoding="utf-8"))["image_processor"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         known = None
     if known is None:

@@ -61,7 +61,7 @@ COMMANDS = {
                 "--seconds", "--out", "--json"],
     "submission": ["NAME", "--out", "--protocol", "--order"],
     "export": ["RUN", "--out", "--checkpoint", "--teacher", "--pretrained", "--license"],
-    "card": ["FOLDER", "--evaluation", "--license", "--data-license", "--overwrite"],
+    "card": ["FOLDER", "--evaluation", "--latency", "--license", "--data-license", "--overwrite"],
     "push": ["FOLDER", "ORG/NAME", "--private", "--revision", "--message"],
     "convert-checkpoint": ["CHECKPOINT", "--out", "--teacher", "--pretrained"],
     "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file"],

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -13,12 +16,15 @@ import pytest
 from cache_schemas import Status
 from dimefm import CacheConfig, Store, cache
 from dimefm.export.export_student import export
+from dimefm.prediction.config import PredictConfig
+from dimefm.prediction.predict import Prediction, open_predictor
 from dimefm.sources.account import Account
 from dimefm.sources.base import SourceFile, TextSample
 from tests.contracts.source_contract import ImageSourceContract
 from tests.docs.pages import ROOT
-from tests.making import make_jpeg
+from tests.making import encoded, make_jpeg, picture
 from tests.test_rooms import names
+from tests.tiny_onnx import write_onnx
 
 EXAMPLES = ROOT / "examples"
 
@@ -42,7 +48,7 @@ def write_zip(path: Path, members: dict[str, bytes], compression: int = zipfile.
 
 def test_examples_are_short_and_say_how_they_are_run() -> None:
     scripts = sorted(EXAMPLES.glob("*.py"))
-    assert len(scripts) == 3
+    assert len(scripts) == 5
     for script in scripts:
         text = script.read_text(encoding="utf-8")
         assert len(text.splitlines()) < 60
@@ -63,6 +69,41 @@ def test_cache_and_train_then_zero_shot_in_plain_open_clip(
     assert not {name for name in names(EXAMPLES / f"{last}.py") if name.startswith("dimefm")}
     chances = example(last).probabilities(str(tmp_path / "STUDENT"), str(place / "cat.jpg"), ["a cat", "a dog"])
     assert len(chances) == 2
+    assert sum(chances) == pytest.approx(1)
+
+
+_WITHOUT = """
+import sys
+for name in ("torch", "open_clip", "transformers", "dimefm", "cache_schemas"):
+    sys.modules[name] = None  # so that importing it raises
+import runpy
+sys.argv = sys.argv[1:]
+print(runpy.run_path(sys.argv[0])["probabilities"](sys.argv[1], sys.argv[2], sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize("size", [(90, 61), (33, 48)])
+def test_zero_shot_in_plain_onnxruntime_is_what_predict_says(tmp_path: Path, size: tuple[int, int]) -> None:
+    """The example reads the folder alone, in a process without torch and dimefm."""
+    student, labels = write_onnx(tmp_path / "student"), ["cat", "an old ship", "airplane"]
+    (tmp_path / "a.png").write_bytes(encoded(picture(size), "PNG"))
+    words = [sys.executable, "-c", _WITHOUT, str(EXAMPLES / "zero_shot_with_onnx.py"), student, str(tmp_path / "a.png")]
+    done = subprocess.run([*words, *labels], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = PredictConfig(model=student, images=(str(tmp_path / "a.png"),), classes=tuple(labels))
+    with open_predictor(config) as predictor:
+        (found,) = predictor.run()
+    assert isinstance(found, Prediction)
+    chances = {guess.name: guess.probability for guess in found.guesses}
+    assert json.loads(done.stdout) == pytest.approx([chances[label] for label in labels], abs=1e-6)
+
+
+def test_zero_shot_in_plain_transformers(place: Path, teacher_name: str, tmp_path: Path) -> None:
+    """With the teacher's folder in place of a student: the sample's students are no CLIPModels."""
+    teacher, name = teacher_name.removeprefix("local-dir:"), "zero_shot_with_transformers"
+    export(teacher, out=str(tmp_path / "STUDENT"), format="transformers")
+    assert not {one for one in names(EXAMPLES / f"{name}.py") if one.startswith(("dimefm", "open_clip"))}
+    chances = example(name).probabilities(str(tmp_path / "STUDENT"), str(place / "cat.jpg"), ["a cat", "a dog"])
     assert sum(chances) == pytest.approx(1)
 
 

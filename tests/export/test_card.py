@@ -22,7 +22,10 @@ from dimefm.export.card_usage import usage
 from dimefm.export.config import ExportConfig
 from dimefm.export.export_student import export
 from dimefm.images.preprocess import Preprocess
+from dimefm.latency.record import read_latency
 from dimefm.models.exported import read_export
+from tests.latency.test_latency import measured
+from tests.latency.test_latency import written as measurements
 from tests.tiny_clip import write_clip
 
 HOSTILE = "x|`[a](javascript:b) <script>alert(1)</script>\n---\nlicense: mit # *'\"\u202e\x1b[2J https://evil.example"
@@ -120,9 +123,28 @@ def test_few_shot_results_are_taken_together(student: Path, evaluation: Path, tm
     assert "25.0 (standard deviation over seeds 7.1)" in found.text
 
 
+def test_speed_is_that_of_the_same_weights(student: Path, tmp_path: Path) -> None:
+    weights = read_export(str(student)).model.weights
+    own = measured(weights=weights, name="/home/me/student", order=("/home/me/other",), load=1.7)
+    models = [own, measured(weights="other")]
+    card(student, latency=measurements(tmp_path / "latency.json", models))
+    text = (student / "README.md").read_text()
+    assert text.count("| pytorch, fp32 | 2 threads |") == 3
+    assert "The machine was NOT QUIET: 1.7 of" in text
+    assert "/home/me" not in text + (student / "latency.json").read_text()
+    (kept,) = read_latency(str(student / "latency.json")).models
+    assert (kept.name, kept.image) == ("student", models[0].image)
+    card(student)
+    assert (student / "README.md").read_text() == text
+    with pytest.raises(MismatchError, match="no measurement of this model"):
+        card(student, latency=measurements(tmp_path / "others.json", models[1:]))
+
+
 def test_hostile_names_are_inert(student: Path, evaluation: Path, tmp_path: Path) -> None:
     (result,) = read_results(str(evaluation))
-    result = dataclasses.replace(result, set=HOSTILE, notes=(HOSTILE,), protocol=HOSTILE)
+    result = dataclasses.replace(
+        result, set=HOSTILE, notes=(HOSTILE,), protocol=HOSTILE, metric=HOSTILE, metrics={HOSTILE: 0.5}
+    )
     before = read_export(str(student))
     assert before.origin is not None
     sources = (ExportSource(kind="image", store=HOSTILE, names=(HOSTILE,), digest=HOSTILE, unknown=HOSTILE),)
@@ -187,6 +209,9 @@ def test_a_card_of_another_hand_is_replaced_only_if_asked(student: Path) -> None
     card(student, overwrite=True)
     (student / "README.md").write_text("---\na: [\n---\n")
     with pytest.raises(StoreError, match="metadata are not YAML"):
+        card(student)
+    (student / "README.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(StoreError, match="is not UTF-8"):
         card(student)
 
 

@@ -103,7 +103,7 @@ def test_int8_may_lose_no_more_than_asked_for(few: Material, tmp_path: Path) -> 
     labels = class_cosines(one, few.labelled[0]).argmax(axis=1)
     material = replace(few, labelled=(replace(few.labelled[0], labels=labels),))
     with pytest.raises(
-        DimefmError, match=r"--int8 loses \d+.\d\d points, more than 1: top-1 100.0 -> \d+.\d on cifar10"
+        DimefmError, match=r"--int8 loses \d+\.\d\d points, more than 1: top-1 100\.0 -> \d+\.\d on cifar10"
     ):
         check(one, tmp_path / "other", material, config("one", int8=True))
     for options in ({"accept": True}, {"max_loss": 100}):

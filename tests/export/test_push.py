@@ -56,10 +56,12 @@ def test_a_folder_becomes_a_repository_by_one_commit(hub: Hub, student: Path, ev
     assert hub.tokens["storage"] == {None}
 
 
-def test_the_same_folder_twice_is_one_commit(hub: Hub, student: Path) -> None:
+def test_the_same_folder_twice_is_one_commit(hub: Hub, student: Path, capsys: pytest.CaptureFixture[str]) -> None:
     send(student, private=True)
     before = uploads(hub)
+    capsys.readouterr()
     assert not send(student, private=True).changed
+    assert "empty commit" not in capsys.readouterr().err  # huggingface_hub's own words
     assert uploads(hub) == before
     write_card(str(student), CardConfig(license="mit"))
     assert send(student, message="A licence").changed

@@ -17,12 +17,14 @@ from PIL import Image
 from torch import nn
 
 from dimefm.errors import DimefmError, TeacherError
+from dimefm.evaluation.config import EvaluationConfig
+from dimefm.evaluation.evaluate import evaluate
 from dimefm.export.config import ExportConfig
 from dimefm.export.transformers_format import write
 from dimefm.images.preprocess import Preprocess, normalise
 from dimefm.models.clip import Clip, load_clip
 from dimefm.models.exported import format_of
-from dimefm.models.open_clip_folder import publish_folder
+from dimefm.models.open_clip_folder import beside_text_tower, publish_folder
 from tests.making import make_jpeg
 from tests.tiny_clip import CONFIG, SIDE
 
@@ -128,6 +130,34 @@ def test_what_is_shipped_is_what_is_measured(exported: Exported) -> None:
     assert (same.context_length, same.logit_scale) == (mine.context_length, pytest.approx(mine.logit_scale))
     assert found.parameter_counts() == clip.parameter_counts()
     assert found.text_digest() != clip.text_digest()
+    spec: Any = None
+    with pytest.raises(TeacherError, match="is not in the format of open_clip, in which students are written"):
+        beside_text_tower(found, spec)
+
+
+@pytest.mark.slow
+def test_a_folder_is_evaluated_as_the_model_that_it_was_made_of(plain: Exported, cifar10: str, tmp_path: Path) -> None:
+    found = []
+    for model in (plain.folder, plain.folder.parent / "model"):
+        config = EvaluationConfig(model=str(model), folders=(cifar10,), out=str(tmp_path), name=model.name)
+        found += evaluate(config).results
+    theirs, ours = found
+    assert theirs.images == ours.images == 200
+    assert theirs.metrics["top1"] == pytest.approx(ours.metrics["top1"], abs=0.011)  # two near ties
+    assert theirs.model["weights"] == load_clip(f"local-dir:{plain.folder}", device="cpu").identity.weights
+
+
+@pytest.mark.slow
+def test_a_folder_that_the_library_wrote_is_a_model_too(plain: Exported, tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoProcessor
+
+    for part in (AutoModel, AutoProcessor):
+        made: Any = part.from_pretrained(str(plain.folder))
+        made.save_pretrained(str(tmp_path))
+    theirs, ours = (load_clip(f"local-dir:{folder}", device="cpu") for folder in (tmp_path, plain.folder))
+    assert torch.equal(theirs.encode_texts(TEXTS), ours.encode_texts(TEXTS))
+    assert theirs.identity.weights == ours.identity.weights
+    assert theirs.identity.preprocessing == ours.identity.preprocessing
 
 
 def test_float16_halves_the_weights(plain: Exported, tmp_path: Path) -> None:
@@ -199,13 +229,18 @@ def require_refused(clip: Clip, folder: Path, message: str) -> None:
     [
         ("preprocessor_config.json", {"size": {"shortest_edge": 40}}, "prepares images in a way that dimefm does not"),
         ("preprocessor_config.json", {"resample": 0}, "prepares images in a way"),
+        (
+            "preprocessor_config.json",
+            {"size": 40, "crop_size": 40},
+            r"images of \(40, 40\) px, and its image tower takes",
+        ),
         ("config.json", {"projection_dim": 17}, "cannot be loaded as a CLIPModel"),
         (
             "config.json",
             {"text_config": {"num_hidden_layers": 2}},
             r"other weights than its config.json says, first text",
         ),
-        ("config.json", {"text_config": {"hidden_act": "relu"}}, "has the activations gelu and relu"),
+        ("config.json", {"text_config": {"hidden_act": "relu"}}, "have the activation gelu and relu"),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["x.Y", "x.Y"]}}, ""),
     ],
 )

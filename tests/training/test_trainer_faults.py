@@ -138,14 +138,14 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_the_step_it_is_at(
 ) -> None:
     out = tmp_path / "run"
     words = [*tiny_run, "--student", "test_resnet", "--workers", workers, "--checkpoint-every", "100000",
-             "--max-steps", "100000", "--epochs", "100000", "--log-every", "1", "--out", str(out)]  # fmt: skip
+             "--max-steps", "2000", "--epochs", "2000", "--log-every", "1", "--out", str(out)]  # fmt: skip
     command = Command(words)
     command.wait_until(lambda: len(read_metrics(str(out))) > 3)
     command.send(number)
     printed = command.finish(code)
     step = Checkpoints(str(out)).step()
     assert step is not None
-    assert f"was stopped by {number.name} after step {step:,} of 100,000" in printed
+    assert f"was stopped by {number.name} after step {step:,} of 2,000" in printed
     assert "Traceback" not in printed
     assert read_metrics(str(out))[-1]["step"] == step
 
@@ -289,7 +289,7 @@ def held_from_the_fifth() -> None:
 def test_what_happens_to_the_readers_while_a_step_is_taken(tiny_run: list[str], tmp_path: Path, to_all: bool) -> None:
     out = tmp_path / "run"
     words = [*tiny_run, "--student", "test_resnet", "--workers", "2", "--checkpoint-every", "100000",
-             "--max-steps", "100000", "--epochs", "100000", "--log-every", "1", "--out", str(out)]  # fmt: skip
+             "--max-steps", "2000", "--epochs", "2000", "--log-every", "1", "--out", str(out)]  # fmt: skip
     command = Command(words, prepare=None if to_all else held_from_the_fifth)
     command.wait_until(lambda: len(read_metrics(str(out))) >= 3)
     readers = children(command.pid)
