@@ -21,7 +21,7 @@ ANYWHERE = {
 }  # fmt: skip
 LOCAL = {
     "train-student": "run", "export": "clip", "export-embeddings": "embeddings", "build-index": "t.index",
-    "evaluate": "evaluations", "convert-checkpoint": "converted",
+    "evaluate": "evaluations", "convert-checkpoint": "converted", "latency": "latency.json",
 }  # fmt: skip
 
 
@@ -57,6 +57,7 @@ def words(
         "evaluate": ["evaluate", f"{here}/clip", *known],
         "compare": ["compare", f"{here}/evaluations/clip"],
         "submission": ["submission", f"{here}/evaluations/clip"],
+        "latency": ["latency", f"{here}/clip", "--device", "cpu"],
         "convert-checkpoint": ["convert-checkpoint", f"{here}/model.pth", "--teacher", teacher_name],
     }
     Path(here, "model.pth").touch()
@@ -108,7 +109,7 @@ def test_what_must_be_local_is_refused_at_a_url(words: dict[str, list[str]], tmp
     result = run(*words[command], "--out", "s3://bucket/out")
     assert result.exit_code == 1, f"{result.output}{result.exception!r}"
     assert "Error: s3://bucket/out: " in result.output
-    assert "must be a local path\n  remedy: give a local folder and copy it up afterwards" in result.output
+    assert "must be a local path\n  remedy: give a local path and copy it up afterwards" in result.output
     assert list(tmp_path.iterdir()) == []
 
 

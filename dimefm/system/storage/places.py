@@ -27,7 +27,7 @@ def absolute(path: str) -> str:
 def local(path: str, what: str) -> str:
     """`absolute`, for `what` can only be on a local file system. Raises StoreError for a URL."""
     if is_url(absolute(path)):
-        raise StoreError(f"{path}: {what} must be a local path", remedy="give a local folder and copy it up afterwards")
+        raise StoreError(f"{path}: {what} must be a local path", remedy="give a local path and copy it up afterwards")
     return absolute(path)
 
 
