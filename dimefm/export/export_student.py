@@ -83,7 +83,7 @@ def _write(config: ExportConfig, form: Format, scratch: Path, folder: Path) -> N
         document = replace(_document(clip, config, written), files=files)
         storage.write_json(str(folder / EXPORT_FILE), document.to_json())
     if material:
-        document = replace(document, checks=(document.checks or {}) | check(clip, folder, material, config))
+        document = replace(document, checks=check(clip, folder, material, config))
         storage.write_json(str(folder / EXPORT_FILE), document.to_json())
 
 
@@ -130,7 +130,6 @@ def _document(clip: Clip, config: ExportConfig, written: Written) -> Export:
         versions=versions(),
         origin=_origin(config, clip.identity.weights),
         onnx=written.onnx,
-        checks=written.checks,
     )
 
 

@@ -32,12 +32,11 @@ class Written:
     text_tower: str
     """Digest of the text tower, by which evaluations share the embeddings of texts."""
     onnx: OnnxFacts | None = None
-    checks: dict[str, float] | None = None
 
 
 class Writer(Protocol):
     """Writes `clip`, which was loaded in float32 on the CPU from the open_clip folder `source`, to `folder`. Raises
-    a DimefmError for a model that the format cannot hold, or whose copy does not agree with it."""
+    a DimefmError for a model that the format cannot hold."""
 
     def __call__(self, clip: Clip, source: Path, folder: Path, config: ExportConfig) -> Written: ...
 
