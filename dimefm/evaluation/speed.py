@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cache_schemas.latency import Latency, ModelLatency
 from dimefm.errors import DimefmError
-from dimefm.system.wording import three_digits
+from dimefm.system.wording import counted, three_digits
 
 if TYPE_CHECKING:
     from dimefm.evaluation.compare import Comparison
@@ -79,10 +79,10 @@ def speed_notes(latency: Latency, names: Sequence[str], found: Sequence[ModelLat
         if one is None:
             words = "not measured"
         else:
-            where = one.device if one.device != "cpu" else f"{one.threads} thread{'s' if one.threads != 1 else ''}"
+            where = one.device if one.device != "cpu" else counted(one.threads, "thread")
             words = f"{one.backend} in {one.precision}, {where}"
         how.setdefault(words, []).append(name)
-    machine = f"{latency.machine.processor}, {latency.machine.cores} cores"
+    machine = f"{latency.machine.processor}, {counted(latency.machine.cores, 'core')}"
     return [f"speed, on {machine}: " + "; ".join(f"{words}: {', '.join(of)}" for words, of in how.items())]
 
 

@@ -8,6 +8,7 @@ from cache_schemas.latency import Latency, Machine, ModelLatency
 from dimefm.errors import OutputExistsError, StoreError
 from dimefm.system import storage
 from dimefm.system.near_names import did_you_mean_path
+from dimefm.system.wording import counted
 
 
 class Record:
@@ -16,7 +17,7 @@ class Record:
     def __init__(self, path: str, machine: Machine) -> None:
         """Raises OutputExistsError for a folder, or for measurements of another machine, and SchemaError for another
         document."""
-        self.path, self._machine = storage.local(path, "the measurements of this machine"), machine
+        self.path, self._machine = storage.local(path, "a file of measurements"), machine
         if Path(self.path).is_dir():
             raise OutputExistsError(f"{path} is a folder", remedy="give --out a name such as latency.json")
         if Path(self.path).exists():
@@ -46,5 +47,5 @@ def read_latency(path: str) -> Latency:
 
 def describe_machine(machine: Machine) -> str:
     """The machine in a line."""
-    cores = f"{machine.cores} core{'s' if machine.cores != 1 else ''}"
-    return ", ".join([machine.processor, cores, machine.system, *([" ".join(machine.instructions)] * 1)])
+    parts = (machine.processor, counted(machine.cores, "core"), machine.system, " ".join(machine.instructions))
+    return ", ".join(filter(None, parts))
