@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cache_schemas.run import WEIGHTS_FILE
 from dimefm.export.config import ExportConfig
 from dimefm.export.formats import Written
 from dimefm.models.clip import Clip, load_clip
+from dimefm.models.weights_file import write_weights
 
 
 def write(clip: Clip, source: Path, folder: Path, config: ExportConfig) -> Written:
@@ -21,7 +22,7 @@ def write(clip: Clip, source: Path, folder: Path, config: ExportConfig) -> Writt
             shutil.copy(file, folder)
     if config.precision == "fp16":
         weights = {name: _halved(value) for name, value in load_file(folder / WEIGHTS_FILE).items()}
-        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_weights(folder / WEIGHTS_FILE, weights)
         clip = load_clip(f"local-dir:{folder}", precision="fp32", device="cpu")
     return Written(weights=clip.identity.weights, text_tower=clip.text_digest())
 

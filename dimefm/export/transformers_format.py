@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from cache_schemas.export import TRANSFORMERS_CONFIG, TRANSFORMERS_IMAGES, TRANSFORMERS_WEIGHTS
 from dimefm.errors import DimefmError
@@ -18,6 +17,7 @@ from dimefm.models.as_clip_model import clip_model_config, clip_model_weights, f
 from dimefm.models.clip import Clip
 from dimefm.models.tokenizer_file import write_tokenizer
 from dimefm.models.transformers_clip import RESAMPLE, load_transformers
+from dimefm.models.weights_file import write_weights
 
 
 def write(clip: Clip, source: Path, folder: Path, config: ExportConfig) -> Written:
@@ -28,8 +28,8 @@ def write(clip: Clip, source: Path, folder: Path, config: ExportConfig) -> Writt
         )
         raise DimefmError(f"a CLIPModel of transformers cannot hold this model: {'; '.join(unfit)}", remedy=remedy)
     dtype = "float16" if config.precision == "fp16" else "float32"
-    weights = {name: value.to(getattr(torch, dtype)).contiguous() for name, value in clip_model_weights(clip)}
-    save_file(weights, folder / TRANSFORMERS_WEIGHTS, metadata={"format": "pt"})
+    weights = {name: value.to(getattr(torch, dtype)) for name, value in clip_model_weights(clip)}
+    write_weights(folder / TRANSFORMERS_WEIGHTS, weights)
     files = {
         TRANSFORMERS_CONFIG: clip_model_config(clip) | {"dtype": dtype},
         TRANSFORMERS_IMAGES: _images(clip),
@@ -37,8 +37,6 @@ def write(clip: Clip, source: Path, folder: Path, config: ExportConfig) -> Writt
     }
     for file, content in files.items():
         (folder / file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    # safetensors makes files that their owner alone can read, whatever the umask says.
-    (folder / TRANSFORMERS_WEIGHTS).chmod((folder / TRANSFORMERS_CONFIG).stat().st_mode)
     write_tokenizer(clip.tokenizer, folder, clip.identity.context_length)
     written = load_transformers(str(folder), clip.identity.name, "fp32", "cpu")
     return Written(weights=written.identity.weights, text_tower=written.text_digest())

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from safetensors.torch import save_file
 
 from cache_schemas import StudentSpec
 from cache_schemas.run import CONFIG_FILE, WEIGHTS_FILE
 from dimefm.errors import OutputExistsError, TeacherError
 from dimefm.models.clip import Clip
 from dimefm.models.towers import student_preprocessing
+from dimefm.models.weights_file import write_weights
 from dimefm.system import storage
 
 
@@ -38,14 +33,11 @@ def publish_folder(out: Path, config: dict[str, Any], weights: dict[str, Any], t
     """Write an open_clip folder, whole or not at all. If one with the same bytes is there, it is left as it is. Raises
     OutputExistsError if anything else is at `out`, StoreError if it cannot be written."""
     with storage.publishing(str(out)) as temporary:
-        with storage.writing_to(str(out)), _os_errors():
+        with storage.writing_to(str(out)):
             (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
             if hasattr(tokenizer, "save_pretrained"):  # one of Hugging Face: open_clip looks for its files here
                 tokenizer.save_pretrained(str(temporary))
-            whole = {name: value.contiguous().clone() for name, value in weights.items()}
-            save_file(whole, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-            # safetensors makes files that their owner alone can read, whatever the umask says.
-            (temporary / WEIGHTS_FILE).chmod((temporary / CONFIG_FILE).stat().st_mode)
+            write_weights(temporary / WEIGHTS_FILE, weights)
         if out.exists():
             same = all(
                 (out / name).exists() and (out / name).read_bytes() == (temporary / name).read_bytes()
@@ -56,16 +48,3 @@ def publish_folder(out: Path, config: dict[str, Any], weights: dict[str, Any], t
                 or_delete = ", or delete it" if (out / CONFIG_FILE).exists() else ""  # never a folder of another kind
                 raise OutputExistsError(what, remedy=f"give another --out{or_delete}")
             shutil.rmtree(temporary)
-
-
-@contextmanager
-def _os_errors() -> Iterator[None]:
-    """Within the block, raise an OSError for an error of the operating system that safetensors, a library in Rust, only
-    has in its text."""
-    try:
-        yield
-    except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error

@@ -218,6 +218,7 @@ def test_weights_of_half_the_size_are_nearly_the_same_model(cifar10: str, tmp_pa
     export(source, str(tmp_path / "half"), precision="fp16", check_on=(cifar10,))
     sizes = [(Path(one) / "open_clip_model.safetensors").stat().st_size for one in (source, tmp_path / "half")]
     assert sizes[1] < 0.52 * sizes[0]
+    assert len({file.stat().st_mode for file in (tmp_path / "half").iterdir()}) == 1
     document, loaded = read_export(str(tmp_path / "half")), load_clip(f"local-dir:{tmp_path / 'half'}", device="cpu")
     assert document.checks is not None
     assert 0.9999 < document.checks["image_cosine"] < 1
