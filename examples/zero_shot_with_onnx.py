@@ -41,6 +41,7 @@ def probabilities(folder: str, image: str, labels: list[str]) -> list[float]:
     """How likely each label is for the image, by the student. They add up to 1."""
     export = json.loads(Path(folder, "dimefm_export.json").read_text())
     tokenize, model = Tokenizer.from_file(f"{folder}/tokenizer.json"), export["model"]
+    assert model.get("logit_bias") is None, "with a bias: 1 / (1 + exp(-(logits + logit_bias))), each by itself"
     tokens = np.array([one.ids for one in tokenize.encode_batch([f"a photo of a {label}." for label in labels])])
     of_image = run(
         Path(folder, "vision_model.onnx"), pixels(image, model["preprocessing"], export["onnx"]["image_input"])

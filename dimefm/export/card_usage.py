@@ -36,6 +36,8 @@ def usage(document: Export) -> list[str]:
 
 
 def _open_clip(document: Export) -> list[str]:
+    alone = document.model.logit_bias is not None  # then each class has a probability of its own
+    chances = "(logits + model.logit_bias).sigmoid()" if alone else "logits.softmax(dim=-1)"
     return f"""\
 import open_clip
 import torch
@@ -48,7 +50,8 @@ model.eval()
 with torch.inference_mode():
     image = model.encode_image(preprocess(Image.open("image.jpg").convert("RGB"))[None], normalize=True)
     texts = model.encode_text(tokenize([f"a photo of a {{name}}." for name in classes]), normalize=True)
-    probabilities = (model.logit_scale.exp() * image @ texts.T).softmax(dim=-1)[0]
+    logits = (model.logit_scale.exp() * image @ texts.T)[0]
+    probabilities = {chances}
 print(dict(zip(classes, probabilities.tolist())))""".splitlines()
 
 
@@ -72,6 +75,9 @@ def _onnx(document: Export) -> list[str]:
             "pixels = (pixels / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))",
             "pixels = pixels.astype(np.float32)",
         ]
+    chances = ["probabilities = np.exp(logits - logits.max())", "probabilities /= probabilities.sum()"]
+    if model.logit_bias is not None:
+        chances = [f"probabilities = 1 / (1 + np.exp(-(logits + {model.logit_bias:.9g})))"]
     return [
         "import numpy as np",
         "import onnxruntime",
@@ -88,8 +94,8 @@ def _onnx(document: Export) -> list[str]:
         '(image_embeds,) = vision.run(None, {"pixel_values": pixels})',
         '(text_embeds,) = text.run(None, {"input_ids": np.array(tokens, np.int64)})',
         f"logits = {model.logit_scale:.9g} * (image_embeds @ text_embeds.T)[0]",
-        "scores = np.exp(logits - logits.max())",
-        "print(dict(zip(classes, (scores / scores.sum()).tolist())))",
+        *chances,
+        "print(dict(zip(classes, probabilities.tolist())))",
     ]
 
 

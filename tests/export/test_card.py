@@ -267,3 +267,14 @@ def test_the_code_for_onnx_prepares_images_as_dimefm_does(mode: Any, size: tuple
     expected = Preprocess(facts, exact=True).apply(image).numpy()
     assert names["pixels"].shape == (1, *expected.shape)
     assert np.abs(names["pixels"][0].astype(int) - expected).max() <= (0 if mode != "longest" else 2)
+
+
+def test_the_code_of_a_model_with_a_logit_bias_gives_each_class_its_own_probability(exported: Path) -> None:
+    document = read_export(str(exported))
+    document = dataclasses.replace(document, model=dataclasses.replace(document.model, logit_bias=-3.0))
+    assert "    probabilities = (logits + model.logit_bias).sigmoid()" in usage(document)
+    onnx = OnnxFacts(opset=18, image_input="uint8", quantized={})
+    lines = usage(dataclasses.replace(document, format="onnx", onnx=onnx))
+    names: dict[str, Any] = {"np": np, "logits": np.array([3.0, 4.0])}
+    exec(next(line for line in lines if line.startswith("probabilities")), names)
+    assert names["probabilities"] == pytest.approx([0.5, 1 / (1 + np.exp(-1))])
