@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, cast
 
 from cache_schemas.export import Export, ExportOrigin, ExportSource
 from dimefm.export.card_words import code, repository, words
 from dimefm.export.describe_export import checked
+from dimefm.models.exported import bytes_of_weights
+from dimefm.models.names import FOLDER
 from dimefm.system.markdown_table import markdown_table
 from dimefm.system.progress import amount
 from dimefm.training.config import LossConfig
@@ -16,6 +17,12 @@ from dimefm.training.config import LossConfig
 _RECIPE = ("epochs", "batch_size", "texts_per_step", "lr", "weight_decay", "warmup_epochs", "crop_scale", "flip", "ema",
            "init", "clip_grad", "max_steps", "precision")  # fmt: skip
 """Fields of the training config that the card shows, where they are set; dimefm_export.json has all."""
+
+_RESIZED = {
+    "shortest": "resized by the shortest side",
+    "longest": "resized by the longest side and padded",
+    "squash": "squashed",
+}
 
 
 def summary(document: Export) -> list[str]:
@@ -73,13 +80,13 @@ def format_section(document: Export, folder: Path) -> list[str]:
     """The form that the model has, and how it was checked."""
     model, facts = document.model, document.model.preprocessing
     height, width = facts.size
-    size = sum(file.stat().st_size for file in folder.iterdir() if re.search(r"\.(safetensors|onnx)\b", file.name))
+    bias = "" if model.logit_bias is None else f", bias {model.logit_bias:.6g}"
     rows = [
-        ("format", f"{document.format}, {amount(size)} of weights, {model.precision}"),
-        ("images", f"{height} x {width} px, {facts.resize_mode} side, {facts.interpolation}, mean "
+        ("format", f"{document.format}, {amount(bytes_of_weights(str(folder)))} of weights, {model.precision}"),
+        ("images", f"{height} x {width} px, {_RESIZED[facts.resize_mode]}, {facts.interpolation}, mean "
                    f"{_plain(facts.mean)}, std {_plain(facts.std)}"),
         ("sentences", f"up to {model.context_length} tokens of {words(model.tokenizer)}; the rest is cut off"),
-        ("logit scale", f"{model.logit_scale:.6g}" + (f", bias {model.logit_bias:.6g}" if model.logit_bias else "")),
+        ("logit scale", f"{model.logit_scale:.6g}{bias}"),
         ("weights", f"sha256 {code(model.weights)}"),
     ]  # fmt: skip
     if document.onnx:
@@ -122,7 +129,7 @@ def licence_section(licence: str | None, data_licence: str | None) -> list[str]:
 def _teacher(origin: ExportOrigin) -> str:
     if name := repository(origin):
         return f"[{name}](https://huggingface.co/{name})"
-    return code(f"{origin.teacher.removeprefix('local-dir:')} {origin.pretrained or ''}")
+    return code(f"{origin.teacher.removeprefix(FOLDER)} {origin.pretrained or ''}")
 
 
 def _losses(loss: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cache_schemas.export import IMAGE_ONNX, TEXT_ONNX, Export, ExportFormat
+from cache_schemas.export import IMAGE_ONNX, TEXT_ONNX, TRANSFORMERS_WEIGHTS, Export, ExportFormat
 from cache_schemas.run import WEIGHTS_FILE
 from dimefm.models.exported import read_export
 from dimefm.system.progress import amount
@@ -13,7 +13,7 @@ from dimefm.system.wording import counted
 _WEIGHTS: dict[ExportFormat, tuple[str, ...]] = {
     "open_clip": (WEIGHTS_FILE,),
     "onnx": (IMAGE_ONNX, TEXT_ONNX),
-    "transformers": ("model.safetensors",),
+    "transformers": (TRANSFORMERS_WEIGHTS,),
 }
 
 

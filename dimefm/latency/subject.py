@@ -16,15 +16,13 @@ from cache_schemas.latency import Backend, Tower
 from cache_schemas.run import RUN_FILE
 from dimefm.errors import TeacherError
 from dimefm.latency.config import LatencyConfig
-from dimefm.models.exported import NEEDS, format_of, read_export, require_packages
+from dimefm.models.exported import NEEDS, bytes_of_weights, format_of, read_export, require_packages
 from dimefm.models.names import CONFIGURED, FOLDER, require_model, tags
 from dimefm.models.trained import Trained
 from dimefm.training.run_folder import read_run
 
 if TYPE_CHECKING:
     from dimefm.models.clip import Clip
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +184,7 @@ def _onnx(folder: str, threads: int) -> Loaded:
         image_parameters=export.image_parameters,
         image_flops=export.image_flops,
         text_flops=export.text_flops,
-        bytes=_bytes(folder),
+        bytes=bytes_of_weights(folder),
     )
     return Loaded(
         facts=facts,
@@ -220,7 +218,7 @@ def _pytorch(subject: Subject, clip: Clip) -> Loaded:
         image_parameters=image_parameters,
         image_flops=image_flops,
         text_flops=text_flops,
-        bytes=_bytes(folder) if format_of(folder) else 4 * parameters,
+        bytes=bytes_of_weights(folder) if format_of(folder) else 4 * parameters,
     )
     if subject.backend == "compiled":
         for name in ("encode_image", "encode_text"):
@@ -236,8 +234,3 @@ def _pytorch(subject: Subject, clip: Clip) -> Loaded:
 def _sentence(length: int) -> str:
     """One that fills the context: nothing of it is padding, which some would leave out and others compute."""
     return " ".join(["word"] * length)
-
-
-def _bytes(folder: str) -> int:
-    """Of the files with weights."""
-    return sum(file.stat().st_size for file in Path(folder).iterdir() if file.suffix in _WEIGHTS)

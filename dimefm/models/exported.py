@@ -19,6 +19,8 @@ NEEDS: dict[ExportFormat, tuple[str, ...]] = {
 }
 """The packages that loading a format needs, beside those of dimefm itself."""
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx", ".data")
+
 
 def format_of(folder: str) -> ExportFormat | None:
     """The format of a folder with a model, None for a folder without one."""
@@ -57,6 +59,11 @@ def require_whole(folder: str, export: Export, required: tuple[str, ...] = ()) -
         if digest and storage.digest_file(file) != digest:
             what = f"{file} is not what export wrote: it was changed or damaged"
             raise StoreError(what, remedy="export it again, or copy it again")
+
+
+def bytes_of_weights(folder: str) -> int:
+    """The size of the files with weights in a folder of any format."""
+    return sum(file.stat().st_size for file in Path(folder).iterdir() if file.suffix in _WEIGHTS)
 
 
 def require_packages(packages: tuple[str, ...], what: str) -> None:
