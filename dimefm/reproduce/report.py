@@ -13,12 +13,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cache_schemas.latency import LATENCY_FILE, ModelLatency
 from dimefm.evaluation.predictions import read_predictions
 from dimefm.evaluation.results import read_results
-from dimefm.evaluation.speed import MS, Point, Points, chosen, quantities
+from dimefm.evaluation.speed import Points
 from dimefm.latency.plot import COLOURS, draw
-from dimefm.latency.record import read_latency
+from dimefm.reproduce.speed import read_speeds, speed_points, speed_table
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
 from dimefm.system import storage
@@ -88,15 +87,17 @@ def write_report(out: Path, students: Sequence[Student]) -> JobReport:
     ]
     seconds: dict[str, float | None] = json.loads((out / "stages.json").read_text())
     models = {"teacher": teacher, **{student.label: found[student.name] for student in students}}
+    speeds = read_speeds(out, {name: {one.weights for one in scores.values()} for name, scores in models.items()})
     tables = [
         _accuracy_table(teacher, found, students),
-        _speed_table(out, models),
+        speed_table(speeds),
         _cost_table(out, students, seconds),
         _stage_table(out, students, seconds),
     ]
     text = "\n".join([*(line for table in tables for line in [*table, ""]), _machine(out, students)])
     storage.write_atomic(str(out / REPORT_FILE), f"# dimefm: {out.name}\n\n{text}\n".encode())
-    _plot(out, teacher, found, students, _points(out, models))
+    accuracy = {name: fmean(one.top1 for one in scores.values()) for name, scores in models.items()}
+    _plot(out, teacher, found, students, speed_points(speeds, accuracy))
     return JobReport(f"{text}\n\nwritten: {out / REPORT_FILE}, {out / PLOT_FILE}", missed)
 
 
@@ -142,21 +143,6 @@ def _accuracy_table(
             )
     head = ("zero-shot", "model", "top-1 / top-5", "of teacher", "x chance", "as teacher says")
     return markdown_table([head, *rows], padded=True)
-
-
-def _speed_table(out: Path, models: dict[str, dict[str, _SetScore]]) -> list[str]:
-    """A row for the teacher and each student: its size, and how fast it is."""
-    found = {name: dict(quantities(one)) for name, one in _latency(out, models).items()}
-    head = ("speed", *dict.fromkeys(title for row in found.values() for title in row))
-    rows = [(name, *(str(row.get(title, "")) for title in head[1:])) for name, row in found.items()]
-    return markdown_table([head, *rows], "l" + "r" * (len(head) - 1), padded=True)
-
-
-def _latency(out: Path, models: dict[str, dict[str, _SetScore]]) -> dict[str, ModelLatency]:
-    """The measurement of each model."""
-    weights = [{one.weights for one in scores.values()} for scores in models.values()]
-    found = chosen(read_latency(str(out / LATENCY_FILE)), weights)
-    return {name: one for name, one in zip(models, found, strict=True) if one is not None}
 
 
 def _cost_table(out: Path, students: Sequence[Student], seconds: dict[str, float | None]) -> list[str]:
@@ -260,20 +246,6 @@ def _machine(out: Path, students: Sequence[Student]) -> str:
     threads = f"{config['threads']} torch thread{'s' if config['threads'] != 1 else ''}"
     how = f"students in {config['precision']} on {threads}, seed {config['seed']}"
     return f"machine: {describe('cpu')}, {cpus()} cores, {platform.system()}; {how}; {packages}"
-
-
-def _points(out: Path, models: dict[str, dict[str, _SetScore]]) -> Points:
-    """Milliseconds per image and the mean of the sets, of the teacher and the students."""
-    found = _latency(out, models)
-    points = [
-        Point(
-            name,
-            min(one.image, key=lambda timing: timing.batch).median_ms,
-            fmean(s.top1 for s in models[name].values()),
-        )
-        for name, one in found.items()
-    ]
-    return Points(points, f"{MS}, one at a time", "mean zero-shot top-1, %")
 
 
 def _plot(
