@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from cache_schemas.export import Export, ExportOrigin, ExportSource
 from dimefm.export.card_words import code, repository, words
-from dimefm.export.describe_export import checked
+from dimefm.models.checks import checked
 from dimefm.models.exported import bytes_of_weights
 from dimefm.models.names import FOLDER
 from dimefm.system.markdown_table import markdown_table

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from cache_schemas.export import IMAGE_ONNX, TEXT_ONNX, TRANSFORMERS_WEIGHTS, Export, ExportFormat
 from cache_schemas.run import WEIGHTS_FILE
+from dimefm.models.checks import checked
 from dimefm.models.exported import read_export
 from dimefm.system.progress import amount
-from dimefm.system.wording import counted
 
 _WEIGHTS: dict[ExportFormat, tuple[str, ...]] = {
     "open_clip": (WEIGHTS_FILE,),
@@ -30,27 +30,6 @@ def describe_export(folder: str, typed: str) -> list[str]:
         if export.checks is None
         else [*lines, *(f"  {line}" for line in (", ".join(sizes), *checked(export.checks)))]
     )
-
-
-def checked(figures: dict[str, float]) -> list[str]:
-    """Lines about the check after writing."""
-    compared = [
-        f"{counted(int(figures[f'{kind}s']), word)}, smallest cosine {_cosine(figures[f'{kind}_cosine'])}"
-        for kind, word in (("image", "image"), ("text", "sentence"))
-    ]
-    lines = [f"checked against PyTorch on {'; '.join(compared)}"]
-    for name, after in figures.items():
-        if name.startswith("top1/"):
-            title = name.removeprefix("top1/")
-            before, images = figures[f"pytorch_top1/{title}"], counted(int(figures[f"images/{title}"]), "image")
-            same = "as PyTorch" if after == before else f"PyTorch {100 * before:.2f}%"
-            lines.append(f"top-1 accuracy on {images} of {title}: {100 * after:.2f}%, {same}")
-    return lines
-
-
-def _cosine(value: float) -> str:
-    """As much as differs from 1, since six digits of nine say nothing."""
-    return f"1 - {max(0.0, 1 - value):.0e}" if value > 0.9999 else f"{value:.5f}"
 
 
 def _use(export: Export, typed: str) -> str:

@@ -8,6 +8,7 @@ from cache_schemas.document import to_plain
 from cache_schemas.export import CARD_FILE, EXPORT_FILE, Export, ExportOrigin, ExportSource
 from dimefm.inspection.describe_model import describe_model
 from dimefm.inspection.description import Description, Rows
+from dimefm.models.checks import checked
 from dimefm.models.exported import read_export, require_whole
 from dimefm.system import storage
 from dimefm.system.progress import amount
@@ -19,7 +20,6 @@ _LOADS = {
     "transformers": 'transformers.AutoModel.from_pretrained("{path}")',
 }
 _FACTS = ("format", "model", "origin", "onnx", "image_flops", "text_flops", "checks", "versions")
-_PERCENT = ("top1/", "pytorch_top1/")  # how the names of checks begin that are shares of images
 
 
 def describe_export(path: str) -> Description:
@@ -67,8 +67,7 @@ def _rows(export: Export, facts: dict[str, Any]) -> Rows:
         ("files", ", ".join(f"{name} {amount(size)}" for name, size in facts["files"].items())),
         ("weights", f"sha256 {model.weights[:16]}"),
     ]
-    if export.checks:
-        rows.append(("checked", ", ".join(f"{name} {_figure(name, value)}" for name, value in export.checks.items())))
+    rows += [("check", line) for line in checked(export.checks or {})]
     return [
         *rows,
         ("load with", _LOADS[export.format].format(path=path)),
@@ -110,7 +109,3 @@ def _graphs(export: Export) -> Rows:
         return []
     ways = [f"{file} in {way}" for file, way in export.onnx.quantized.items()]
     return [("graphs", ", ".join([f"opset {export.onnx.opset}, {export.onnx.image_input} pixels", *ways]))]
-
-
-def _figure(name: str, value: float) -> str:
-    return f"{value:.2%}" if name.startswith(_PERCENT) else f"{value:.9g}"
