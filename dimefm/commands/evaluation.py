@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -28,7 +27,7 @@ from dimefm.commands.options import (
 )
 from dimefm.commands.weights_options import weights_options
 from dimefm.models.exported import format_of
-from dimefm.models.names import FOLDER, require_model
+from dimefm.models.names import FOLDER, require_any_model
 from dimefm.system.inert_text import say
 from dimefm.system.near_names import did_you_mean
 from dimefm.system.wording import counted
@@ -127,8 +126,7 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
         raise click.UsageError(f"--precision has no effect on {model}, an ONNX model: its graphs have their own")
     config = EvaluationConfig(model=model, **options)
     choose_sets(config)  # refuses what does not exist before torch is imported and the model is loaded
-    if not Path(model).exists():
-        require_model(model, config.pretrained, folder="")
+    require_any_model(model, config.pretrained)
     from dimefm.evaluation.evaluate import evaluate as run
     from dimefm.evaluation.summary import as_document, result_text, summary_text
 

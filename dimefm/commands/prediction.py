@@ -13,8 +13,7 @@ from dimefm.commands.help import Command
 from dimefm.commands.options import DEVICES, json_option, options_of, quiet_option, say_json, was_given
 from dimefm.commands.weights_options import weights_options
 from dimefm.errors import SourceError, TeacherError
-from dimefm.models.exported import format_of
-from dimefm.models.names import FOLDER, require_model
+from dimefm.models.names import require_any_model
 from dimefm.system.inert_text import line, say
 from dimefm.system.notes import note
 from dimefm.system.wording import counted
@@ -112,5 +111,4 @@ def _require_model(model: str, pretrained: str | None) -> None:
     """Raises TeacherError unless `model` is a run, an exported folder, or a name that open_clip knows."""
     if Path(model).is_file():
         raise TeacherError(f"{model} is a file, and the model comes first", remedy="dimefm predict MODEL IMAGE...")
-    if not Path(model, RUN_FILE).exists() and not format_of(model.removeprefix(FOLDER)):
-        require_model(model, pretrained, folder="")
+    require_any_model(model, pretrained)

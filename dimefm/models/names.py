@@ -43,6 +43,12 @@ def require_model(name: str, pretrained: str | None, *, folder: str = FOLDER) ->
         _require_weights(plain, pretrained)
 
 
+def require_any_model(name: str, pretrained: str | None) -> None:
+    """Raises TeacherError unless `name` is a run, a folder with a model of any format, or as `require_model` has it."""
+    if not Path(name, RUN_FILE).exists() and not format_of(name.removeprefix(FOLDER)):
+        require_model(name, pretrained, folder="")
+
+
 def require_student(name: str | None, text_name: str | None) -> None:
     """Raises TrainingError unless `name` is a model of open_clip or timm, and `text_name` one of open_clip."""
     if name is not None and name not in architectures() and name.partition(".")[0] not in timm_names():

@@ -47,6 +47,7 @@ MISTAKES = [
     (f"{_TRAIN} --student resnet-18", 1, "no image tower is called 'resnet-18'", "did you mean 'resnet18'"),
     (f"{_TRAIN} --text-student ViT-B32", 1, "no model of open_clip is called 'ViT-B32'", "did you mean 'ViT-B-32'"),
     ("evaluate studnet eval", 1, "studnet is neither a folder", "did you mean 'student'?"),
+    ("evaluate images eval", 1, "images is a folder without a model", "open_clip or dimefm export wrote"),
     ("latency studnet", 1, "studnet is neither a folder", "did you mean 'student'?"),
     ("latency ViT-B-32", 1, "no weights named for ViT-B-32", "a tag such as ViT-B-32:openai"),
     ("latency ViT-B-32:openia", 1, "openia is neither a file", "'openai'?"),
