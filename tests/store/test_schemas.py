@@ -42,6 +42,8 @@ from cache_schemas import (
     parse_plan,
 )
 from cache_schemas.evaluation import EvaluationResult
+from cache_schemas.export import Export, ExportOrigin, ExportSource, OnnxFacts
+from cache_schemas.latency import Latency, Machine, ModelLatency, Timing
 from cache_schemas.text_selection import Example, Histogram, SelectionSettings, SourceShare
 
 PREPROCESSING = Preprocessing(
@@ -195,8 +197,59 @@ RESULT = EvaluationResult(
     finished="2025-01-01T00:00:00+00:00",
     notes=("1 images could not be read",),
 )
+EXPORT = Export(
+    format="onnx",
+    model=TEACHER,
+    text_tower="9" * 64,
+    parameters=100,
+    image_parameters=60,
+    image_flops=1000,
+    text_flops=None,
+    versions={"torch": "2.6"},
+    origin=ExportOrigin(
+        student="ViT-B-32",
+        teacher="ViT-L-14",
+        teacher_weights="a" * 64,
+        step=10,
+        steps=100,
+        weights="ema",
+        images_seen=5120,
+        seed=0,
+        config={"lr": 0.1},
+        sources=(ExportSource(kind="image", store="images.zarr", names=("a.tar",), rows=3, digest="1" * 64),),
+        versions={"torch": "2.6"},
+    ),
+    onnx=OnnxFacts(opset=18, image_input="uint8", quantized={"vision_model.onnx": "static int8"}),
+    checks={"cosine/images": 0.99999},
+    files={"vision_model.onnx": "3" * 64},
+)
+LATENCY = Latency(
+    machine=Machine(processor="a CPU", cores=2, instructions=("avx2",), system="Linux"),
+    models=(
+        ModelLatency(
+            name="student",
+            weights="a" * 64,
+            backend="onnx",
+            precision="fp32",
+            device="cpu",
+            threads=1,
+            parameters=100,
+            image_parameters=60,
+            image_flops=1000,
+            text_flops=None,
+            bytes=400,
+            memory=None,
+            image=(Timing(batch=1, median_ms=1.5, p95_ms=2.0, spread=0.1, calls=10),),
+            text=(),
+            load=0.5,
+            order=("student",),
+            versions={"torch": "2.6"},
+            finished="2025-01-01T00:00:00+00:00",
+        ),
+    ),
+)
 DOCUMENTS: list[Document] = [
-    *(STORE, COMMIT, SIDECAR, PART, PAIRS, HIT_COUNTS, RUN, SELECTION_PLAN, TEXT_SELECTION, RESULT),
+    *(STORE, COMMIT, SIDECAR, PART, PAIRS, HIT_COUNTS, RUN, SELECTION_PLAN, TEXT_SELECTION, RESULT, EXPORT, LATENCY),
 ]
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: type(document).__name__)
 

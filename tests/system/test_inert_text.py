@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from cache_schemas import Failure
 from dimefm.cli import cli
 from dimefm.datasets.image_set import ImageSet
-from dimefm.evaluation.compare import Column, Comparison
+from dimefm.evaluation.compare import Cell, Column, Comparison, Line
 from dimefm.evaluation.predictions import _summary
 from dimefm.retrieval.search import Hit, show
 from dimefm.selection.report import _short
@@ -63,7 +63,7 @@ def test_latex_runs_no_command() -> None:
 
 
 def test_a_table_of_models_is_inert_in_every_form() -> None:
-    model = Column(f"=1{EVIL}\\input{{x}}", "measured", {f"{EVIL} zero-shot": "61.3 ± 0.4*"})
+    model = Column(f"=1{EVIL}\\input{{x}}", "measured", {Line(EVIL, "zero-shot"): Cell(0.613)})
     table = Comparison([model], [f"{EVIL}: a note"])
     lines = table.markdown().splitlines()
     assert [line.count(" | ") for line in lines[:4]] == [1, 1, 1, 1]
