@@ -218,14 +218,20 @@ def load_clip(
     Raises TeacherError for an unknown name, missing weights, weights trained with another activation, weights whose
     preprocessing is not known, a model without a text tower, or one that could run code of its own (models/hub.py).
     """
-    if name.startswith(FOLDER) and format_of(folder := name.removeprefix(FOLDER)) == "onnx":
-        require_as_exported(folder, device=device, precision=precision, trained=trained)
-        device = "cpu"
-    device = choose_device(device)
+    form = format_of(name.removeprefix(FOLDER)) if name.startswith(FOLDER) else None
+    if form not in (None, "open_clip"):
+        require_as_exported(name.removeprefix(FOLDER), form, device=device, precision=precision, trained=trained)
+    device = "cpu" if form == "onnx" else choose_device(device)
     precision = precision or teacher_precision(device)
     name, pretrained = full_name(name, pretrained)
-    if name.startswith(FOLDER) and (other := _not_open_clip(name, precision, device)) is not None:
-        return other
+    if form == "onnx":
+        from dimefm.models.onnx_clip import OnnxClip
+
+        return OnnxClip(name.removeprefix(FOLDER), name, device)
+    if form == "transformers":
+        from dimefm.models.transformers_clip import load_transformers
+
+        return load_transformers(name.removeprefix(FOLDER), name, precision, device)
     given, configured = trained or Trained(), name.startswith(CONFIGURED)
     if not configured:
         facts = facts_of_weights(
@@ -245,20 +251,6 @@ def load_clip(
         model, name, pretrained, model_cfg, precision=precision, device=device, preprocessing=preprocessing,
         preprocessing_from=facts.origin,
     )  # fmt: skip
-
-
-def _not_open_clip(name: str, precision: Precision, device: str) -> Clip | None:
-    """The model of ``local-dir:FOLDER`` where that has another format than open_clip's."""
-    folder = name.removeprefix(FOLDER)
-    if format_of(folder) == "onnx":
-        from dimefm.models.onnx_clip import OnnxClip
-
-        return OnnxClip(folder, name, device)
-    if format_of(folder) == "transformers":
-        from dimefm.models.transformers_clip import load_transformers
-
-        return load_transformers(folder, name, precision, device)
-    return None
 
 
 def require_teacher(

@@ -73,14 +73,20 @@ def require_packages(packages: tuple[str, ...], what: str) -> None:
 
 
 def require_as_exported(
-    folder: str, *, device: str | None, precision: Precision | None = None, trained: Trained | None = None
+    folder: str,
+    form: ExportFormat,
+    *,
+    device: str | None = None,
+    precision: Precision | None = None,
+    trained: Trained | None = None,
 ) -> None:
-    """Raises TeacherError for what cannot be chosen of an ONNX model: another device than the CPU, a number format (but
-    fp32, which `evaluate` has by default), its preprocessing."""
-    what = f"{folder} is an ONNX model"
-    if device not in (None, "cpu"):
+    """Raises TeacherError for what cannot be chosen of a model of another format than open_clip's: its preprocessing;
+    of an ONNX model also another device than the CPU, and a number format (but fp32, which `evaluate` has by
+    default)."""
+    what = f"{folder} is {'an ONNX' if form == 'onnx' else f'a {form}'} model"
+    if form == "onnx" and device not in (None, "cpu"):
         raise TeacherError(f"{what}, which runs on the CPU here", remedy="give --device cpu")
-    if precision not in (None, "fp32"):
+    if form == "onnx" and precision not in (None, "fp32"):
         raise TeacherError(
             f"{what}, whose graphs have their number format: {precision} has no effect",
             remedy=f"leave --precision out, or export it again with --precision {precision}",

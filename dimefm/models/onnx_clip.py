@@ -21,7 +21,7 @@ class OnnxClip(Clip):
     def __init__(self, folder: str, name: str, device: str) -> None:
         """Raises TeacherError for another device than the CPU, or a folder that cannot be loaded, StoreError for one
         that is not as it was written."""
-        require_as_exported(folder, device=device)
+        require_as_exported(folder, "onnx", device=device)
         self.towers = OnnxTowers(folder)
         require_whole(folder, self.towers.export)  # else results would be kept under the name of other weights
         identity = replace(self.towers.export.model, name=name)

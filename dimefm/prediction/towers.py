@@ -60,6 +60,6 @@ def open_towers(config: PredictConfig) -> Iterator[Towers]:
 def _onnx_towers(folder: str, config: PredictConfig) -> Towers:
     from dimefm.models.onnx_towers import OnnxTowers
 
-    require_as_exported(folder, device=config.device, trained=config.trained)
+    require_as_exported(folder, "onnx", device=config.device, trained=config.trained)
     towers = OnnxTowers(folder)
     return Towers(towers.export.model, towers.encode_images, towers.encode_texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from decimal import Decimal
 
 _WIDTH = 80
 
@@ -22,7 +23,7 @@ def rate(count: float, seconds: float, noun: str, plural: str = "") -> str:
 
 def three_digits(value: float) -> str:
     """A number to three digits at least, never as a power of ten: `0.0195`, `4.05`, `70.2`, `3,922`."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{Decimal(f'{value:.3g}'):f}"
 
 
 def hanging(head: str, words: str) -> str:

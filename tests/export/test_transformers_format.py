@@ -25,6 +25,7 @@ from dimefm.images.preprocess import Preprocess, normalise
 from dimefm.models.clip import Clip, load_clip
 from dimefm.models.exported import format_of
 from dimefm.models.open_clip_folder import beside_text_tower, publish_folder
+from dimefm.models.trained import Trained
 from tests.making import make_jpeg
 from tests.tiny_clip import CONFIG, SIDE
 
@@ -145,6 +146,11 @@ def test_a_folder_is_evaluated_as_the_model_that_it_was_made_of(plain: Exported,
     assert theirs.images == ours.images == 200
     assert theirs.metrics["top1"] == pytest.approx(ours.metrics["top1"], abs=0.011)  # two near ties
     assert theirs.model["weights"] == load_clip(f"local-dir:{plain.folder}", device="cpu").identity.weights
+
+
+def test_a_preprocessing_beside_its_own_is_refused(plain: Exported) -> None:
+    with pytest.raises(TeacherError, match="is a transformers model, which has its preprocessing: --mean"):
+        load_clip(f"local-dir:{plain.folder}", trained=Trained(mean=(0.1, 0.1, 0.1)), device="cpu")
 
 
 @pytest.mark.slow

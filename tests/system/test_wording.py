@@ -36,7 +36,8 @@ def test_lines_are_broken_between_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.01954, "0.0195"), (4.05, "4.05"), (70.24, "70.2"), (99.97, "100"), (10_000, "10,000")]
+    ("value", "text"),
+    [(0.01954, "0.0195"), (4.05, "4.05"), (70.24, "70.2"), (99.97, "100"), (10_000, "10,000"), (2.4e-5, "0.000024")],
 )
 def test_three_digits_are_no_power_of_ten(value: float, text: str) -> None:
     assert three_digits(value) == text
