@@ -110,6 +110,7 @@ def test_ranges_are_measured_on_images_of_the_run(
     assert "on 128 images of the shipped sample" in err
 
 
+@pytest.mark.slow
 def test_a_model_that_loses_more_leaves_nothing(
     tmp_path: Path, cifar10: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
