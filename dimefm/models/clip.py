@@ -23,7 +23,7 @@ from cache_schemas import Preprocessing, TeacherIdentity
 from cache_schemas.identity import Precision
 from dimefm.errors import MismatchError, TeacherError
 from dimefm.images.preprocess import normalise
-from dimefm.models.exported import format_of, require_as_exported
+from dimefm.models.exported import format_of, require_as_exported, require_own_preprocessing
 from dimefm.models.hub import require_plain_tokenizer
 from dimefm.models.names import CONFIGURED, FOLDER
 from dimefm.models.pretraining import facts_of_config, facts_of_weights
@@ -224,7 +224,7 @@ def load_clip(
     device = choose_device(device)
     precision = precision or teacher_precision(device)
     name, pretrained = full_name(name, pretrained)
-    if name.startswith(FOLDER) and (other := _not_open_clip(name, precision, device)) is not None:
+    if name.startswith(FOLDER) and (other := _not_open_clip(name, precision, device, trained)) is not None:
         return other
     given, configured = trained or Trained(), name.startswith(CONFIGURED)
     if not configured:
@@ -247,7 +247,7 @@ def load_clip(
     )  # fmt: skip
 
 
-def _not_open_clip(name: str, precision: Precision, device: str) -> Clip | None:
+def _not_open_clip(name: str, precision: Precision, device: str, trained: Trained | None) -> Clip | None:
     """The model of ``local-dir:FOLDER`` where that has another format than open_clip's."""
     folder = name.removeprefix(FOLDER)
     if format_of(folder) == "onnx":
@@ -257,6 +257,7 @@ def _not_open_clip(name: str, precision: Precision, device: str) -> Clip | None:
     if format_of(folder) == "transformers":
         from dimefm.models.transformers_clip import load_transformers
 
+        require_own_preprocessing(f"{folder} is a model of transformers", trained)
         return load_transformers(folder, name, precision, device)
     return None
 

@@ -78,6 +78,11 @@ def require_as_exported(
             f"{what}, whose graphs have their number format: {precision} has no effect",
             remedy=f"leave --precision out, or export it again with --precision {precision}",
         )
+    require_own_preprocessing(what, trained)
+
+
+def require_own_preprocessing(what: str, trained: Trained | None) -> None:
+    """Raises TeacherError for options that say how weights were trained, of a model whose folder says it."""
     if trained and trained.fields():
         given = ", ".join(map(option_of, trained.fields()))
         raise TeacherError(f"{what}, which has its preprocessing: {given} would have no effect", remedy="leave it out")
