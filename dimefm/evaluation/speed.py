@@ -80,7 +80,7 @@ def speed_notes(latency: Latency, names: Sequence[str], found: Sequence[ModelLat
             words = "not measured"
         else:
             where = one.device if one.device != "cpu" else f"{one.threads} thread{'s' if one.threads != 1 else ''}"
-            words = f"{one.backend} in {one.precision}, {where}"
+            words = f"{one.way}, {where}"
         how.setdefault(words, []).append(name)
     machine = f"{latency.machine.processor}, {latency.machine.cores} cores"
     return [f"speed, on {machine}: " + "; ".join(f"{words}: {', '.join(of)}" for words, of in how.items())]
