@@ -74,6 +74,11 @@ class ModelLatency:
     finished: str
 
     @property
+    def way(self) -> str:
+        """How it was run; int8 has no other number format beside it."""
+        return self.backend if self.backend == "int8" else f"{self.backend} in {self.precision}"
+
+    @property
     def key(self) -> tuple[str, str, str, str, int]:
         """A later measurement with the same key replaces this one."""
         return self.weights, self.backend, self.precision, self.device, self.threads

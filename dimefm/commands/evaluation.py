@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -21,6 +22,7 @@ from dimefm.commands.options import (
     json_option,
     options_of,
     quiet_option,
+    require_run,
     require_with,
     say_json,
     was_given,
@@ -122,6 +124,8 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
 
     options["folders"] = options["folders"] or tuple((click.get_current_context().default_map or {}).get("folders", ()))
     _require_sense(options)
+    if Path(model).exists():  # else the name is the mistake
+        require_run(model, "checkpoint", "weights")
     if was_given("precision") and format_of(model.removeprefix(FOLDER)) == "onnx":
         raise click.UsageError(f"--precision has no effect on {model}, an ONNX model: its graphs have their own")
     config = EvaluationConfig(model=model, **options)

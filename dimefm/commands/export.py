@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -9,7 +10,7 @@ import click
 from cache_schemas.export import ExportFormat, ImageInput
 from cache_schemas.run import Weights
 from dimefm.commands.help import Command, heading
-from dimefm.commands.options import options_of, quiet_option
+from dimefm.commands.options import options_of, quiet_option, require_run
 from dimefm.models.names import require_model
 from dimefm.system.inert_text import say
 
@@ -41,6 +42,8 @@ def export(run: str, **options: Any) -> None:
 
     RUN: a run folder, or an open_clip folder. The student has its own text tower, or else the teacher's.
     """
+    if Path(run).exists():  # else the name is the mistake
+        require_run(run, "checkpoint", "weights", "teacher", "pretrained")
     if options["teacher"]:
         require_model(options["teacher"], options["pretrained"])
     from dimefm.export.describe_export import describe_export

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, get_args
 
 import click
 
 from cache_schemas.identity import Precision
+from cache_schemas.run import RUN_FILE
 from dimefm.commands.help import Command
-from dimefm.commands.options import DEVICES, Numbers, json_option, options_of, quiet_option, say_json
+from dimefm.commands.options import DEVICES, Numbers, json_option, options_of, quiet_option, say_json, was_given
+from dimefm.models.exported import format_of
+from dimefm.models.names import FOLDER
 from dimefm.system.inert_text import say
 
 _option = options_of("dimefm.latency.config", "LatencyConfig")
@@ -36,6 +40,7 @@ def latency(as_json: bool, **options: Any) -> None:
     MODEL: a run folder, an exported folder of any format, or an open_clip name with the tag or the file of its weights
     as NAME:TAG (also hf-hub:, local-dir:). ONNX folders are run by onnxruntime, all others by PyTorch.
     """
+    _require_use(options["models"])
     from dimefm.latency.config import LatencyConfig
     from dimefm.latency.measure import measure
     from dimefm.latency.table import as_document, shown
@@ -47,3 +52,14 @@ def latency(as_json: bool, **options: Any) -> None:
         say(shown(done))
     if done.failed:
         raise click.exceptions.Exit(1)
+
+
+def _require_use(models: tuple[str, ...]) -> None:
+    """Raises UsageError for options that concern none of the models."""
+    if all(format_of(model.removeprefix(FOLDER)) == "onnx" for model in models):
+        for name in filter(was_given, ("precision", "compiled")):
+            raise click.UsageError(f"--{name} has no effect: ONNX models have their own graphs")
+        if was_given("device") and click.get_current_context().params["device"] != "cpu":
+            raise click.UsageError("--device has no effect: ONNX models run on the CPU")
+    if was_given("with_teacher") and not any(Path(model, RUN_FILE).exists() for model in models):
+        raise click.UsageError("--with-teacher has no effect: none of the models is a run")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import click
 from click.core import ParameterSource
 
+from cache_schemas.run import RUN_FILE
 from dimefm.system import notes
 from dimefm.system.inert_text import say
 
@@ -117,6 +118,13 @@ def parse_bytes(text: str) -> int:
 def was_given(name: str) -> bool:
     """Whether the user gave the option that has this name in Python, even if its value is the default."""
     return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def require_run(model: str, *options: str) -> None:
+    """Raises UsageError for `options`, by their names in Python, that were given for a model that is not a run."""
+    if not Path(model, RUN_FILE).exists():
+        for name in filter(was_given, options):
+            raise click.UsageError(f"--{name} has no effect: {model} is not a run")
 
 
 def require_with(option: str, value: object, needed: str, given: object) -> None:

@@ -8,9 +8,9 @@ from typing import Any, get_args
 
 import click
 
-from cache_schemas.run import RUN_FILE, Weights
+from cache_schemas.run import Weights
 from dimefm.commands.help import Command
-from dimefm.commands.options import DEVICES, json_option, options_of, quiet_option, say_json, was_given
+from dimefm.commands.options import DEVICES, json_option, options_of, quiet_option, require_run, say_json
 from dimefm.commands.weights_options import weights_options
 from dimefm.errors import SourceError, TeacherError
 from dimefm.models.names import require_any_model
@@ -101,10 +101,7 @@ def _require_sense(**options: Any) -> None:
         raise click.UsageError("- is given more than once, and there is one standard input")
     if dashes and sys.stdin.isatty():
         raise click.UsageError("- stands for standard input, and nothing is piped into it")
-    if not Path(options["model"], RUN_FILE).exists():
-        for name in ("checkpoint", "weights"):
-            if was_given(name):
-                raise click.UsageError(f"--{name} has no effect: {options['model']} is not a run")
+    require_run(options["model"], "checkpoint", "weights")
 
 
 def _require_model(model: str, pretrained: str | None) -> None:

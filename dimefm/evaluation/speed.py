@@ -80,7 +80,7 @@ def speed_notes(latency: Latency, names: Sequence[str], found: Sequence[ModelLat
             words = "not measured"
         else:
             where = one.device if one.device != "cpu" else counted(one.threads, "thread")
-            words = f"{one.backend} in {one.precision}, {where}"
+            words = f"{one.way}, {where}"
         how.setdefault(words, []).append(name)
     machine = f"{latency.machine.processor}, {counted(latency.machine.cores, 'core')}"
     return [f"speed, on {machine}: " + "; ".join(f"{words}: {', '.join(of)}" for words, of in how.items())]

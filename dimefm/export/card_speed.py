@@ -46,15 +46,11 @@ def speed_section(latency: Latency) -> list[str]:
         for tower, timings in (("image", one.image), ("text", one.text)):
             for timing in timings:
                 figures = (timing.median_ms, timing.p95_ms, timing.per_second)
-                rows.append([tower, _way(one), _place(one), str(timing.batch), *map(three_digits, figures)])
+                rows.append([tower, one.way, _place(one), str(timing.batch), *map(three_digits, figures)])
     about = f"Measured with dimefm on {words(describe_machine(latency.machine))}, from prepared pixels and tokens to "
     about += f"embeddings; [{LATENCY_FILE}]({LATENCY_FILE}) has every number."
     warning = [words(found)] if (found := noise(latency.machine, latency.models)) else []
     return ["## Speed", "", *markdown_table(rows, "lllrrrr"), "", " ".join([about, *warning])]
-
-
-def _way(one: ModelLatency) -> str:
-    return f"{one.backend}, {one.precision}"
 
 
 def _place(one: ModelLatency) -> str:

@@ -157,7 +157,8 @@ def _require_finite(clip: Clip, source: str) -> None:
     broken = [name for name, value in clip.model.state_dict().items() if not value.isfinite().all()]
     if broken:
         what = f"{source} has weights that are NaN or infinite, first in {broken[0]} ({len(broken)} tensors)"
-        raise DimefmError(what, remedy="export an earlier checkpoint with --checkpoint STEP")
+        earlier = "export an earlier checkpoint with --checkpoint STEP"
+        raise DimefmError(what, remedy=earlier if Path(source, RUN_FILE).exists() else "export another model")
 
 
 def _require_free(out: str, form: Format) -> None:

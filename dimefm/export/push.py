@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_schemas.export import CARD_FILE
+from cache_schemas.evaluation import RESULTS_FILE
+from cache_schemas.export import CARD_FILE, EXPORT_FILE, Export
+from cache_schemas.latency import LATENCY_FILE
 from dimefm.errors import RUN_AGAIN, DimefmError, MismatchError, StoreError
 from dimefm.export.card import own_words, read_exported, read_metadata
 from dimefm.export.formats import FORMATS
@@ -69,6 +71,7 @@ def push(config: PushConfig) -> Pushed:
     files = _files(Path(config.folder))
     require_whole(config.folder, document, FORMATS[document.format].files)
     _require_card(Path(config.folder) / CARD_FILE)
+    _name_others(files, document)
     size = amount(sum(file.stat().st_size for file in files))
     note(f"{config.folder}: sending {counted(len(files), 'file')}, {size}, to {config.repository} as {user} ...")
     with _explained(config, api), _its_words():
@@ -99,6 +102,14 @@ def _files(folder: Path) -> list[Path]:
     if left := [one.name for one in entries if one not in files]:
         note(f"{folder}: {', '.join(left[:3])}{', ...' * (len(left) > 3)} stay here: folders, links and hidden files")
     return files
+
+
+def _name_others(files: list[Path], document: Export) -> None:
+    """Note which files go, too, though dimefm did not write them: they may not be meant for others."""
+    ours = {*document.files, EXPORT_FILE, CARD_FILE, RESULTS_FILE, LATENCY_FILE, "LICENSE"}
+    others = [file.name for file in files if file.name not in ours]
+    if others and document.files:  # an older document lists none
+        note(f"{', '.join(others[:3])}{', ...' * (len(others) > 3)}: sent too, though export did not write this")
 
 
 def _require_card(path: Path) -> None:

@@ -12,6 +12,7 @@ from cache_schemas.export import EXPORT_FILE
 from cache_schemas.run import RUN_FILE
 from dimefm.errors import StoreError, TeacherError
 from dimefm.models.exported import format_of, read_export
+from dimefm.models.names import CONFIGURED
 from dimefm.system.near_names import did_you_mean_path
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.run_folder import read_run
@@ -71,6 +72,10 @@ def write_student(
         publish_folder(Path(out), config, {**text, **image, "logit_scale": scale}, tokenizer)
         return
     name, tag = teacher or document.teacher.name, pretrained or document.teacher.pretrained
+    if pretrained and name.startswith(CONFIGURED):
+        raise TeacherError(
+            f"--pretrained has no effect with {name}, which has weights of its own", remedy="leave it out"
+        )
     if not teacher:
         require_cached(name, run)
     remedy = "name the teacher with --teacher and --pretrained"

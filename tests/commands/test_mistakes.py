@@ -59,6 +59,12 @@ MISTAKES = [
     ("predict studnet photo.jpg --classes a,b", 1, "studnet is neither a folder", "did you mean 'student'"),
     ("evaluate onnx eval --precision fp16", 2, "--precision has no effect on onnx, an ONNX model", ""),
     ("predict onnx photo.jpg --classes a,b --device cuda", 1, "onnx is an ONNX model", "give --device cpu"),
+    ("evaluate onnx eval --weights ema", 2, "--weights has no effect: onnx is not a run", ""),
+    ("export student --out x --checkpoint best", 2, "--checkpoint has no effect: student is not a run", ""),
+    ("export student --out x --teacher local-dir:student", 2, "--teacher has no effect: student is not a run", ""),
+    ("latency onnx --compiled", 2, "--compiled has no effect: ONNX models have their own graphs", ""),
+    ("latency onnx --device cuda", 2, "--device has no effect: ONNX models run on the CPU", ""),
+    ("latency onnx student --with-teacher", 2, "--with-teacher has no effect: none of the models is a run", ""),
     # images and classes of one's own
     ("predict onnx --classes a,b", 2, "name an IMAGE", "--images-from FILE"),
     ("predict onnx photo.jpg", 2, "give either --classes A,B,... or --classes-from FILE", ""),

@@ -59,7 +59,7 @@ def test_a_comparison_gets_the_measurements_of_the_same_weights(folders: list[st
     assert lines["MB on disk"][0] == "12.0"
     assert [*lines][:4] == ["elevater zero-shot", "dtd zero-shot", "gtsrb zero-shot", "eurosat zero-shot"]
     (note,) = [note for note in table.notes if note.startswith("speed")]
-    for words in ("pytorch in fp32, 2 threads: student", "int8 in fp32, 2 threads: onnx", "not measured: teacher"):
+    for words in ("pytorch in fp32, 2 threads: student", "; int8, 2 threads: onnx", "not measured: teacher"):
         assert words in note
     assert {
         "of": "speed",

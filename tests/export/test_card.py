@@ -129,7 +129,7 @@ def test_speed_is_that_of_the_same_weights(student: Path, tmp_path: Path) -> Non
     models = [own, measured(weights="other")]
     card(student, latency=measurements(tmp_path / "latency.json", models))
     text = (student / "README.md").read_text()
-    assert text.count("| pytorch, fp32 | 2 threads |") == 3
+    assert text.count("| pytorch in fp32 | 2 threads |") == 3
     assert "The machine was NOT QUIET: 1.7 of" in text
     assert "/home/me" not in text + (student / "latency.json").read_text()
     (kept,) = read_latency(str(student / "latency.json")).models

@@ -38,7 +38,9 @@ def uploads(hub: Hub) -> int:
     return sum(request.startswith("PUT ") for request in hub.requests)
 
 
-def test_a_folder_becomes_a_repository_by_one_commit(hub: Hub, student: Path, evaluation: Path) -> None:
+def test_a_folder_becomes_a_repository_by_one_commit(
+    hub: Hub, student: Path, evaluation: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_card(str(student), CardConfig(evaluation=(str(evaluation),), license="mit"))
     (student / "features").mkdir()
     (student / ".hidden").write_text("x")
@@ -47,6 +49,7 @@ def test_a_folder_becomes_a_repository_by_one_commit(hub: Hub, student: Path, ev
     assert done == Pushed(f"{hub.endpoint}/org/student", True)
     names = {file.name for file in student.iterdir()} - {"features", ".hidden", "link"}
     assert set(hub.repositories["org/student"].branches["main"]) == names
+    assert "too, though" not in capsys.readouterr().err
     for name in names:
         assert hub.content("org/student", name) == (student / name).read_bytes()
     assert (student / WEIGHTS).stat().st_size > PART  # it went in parts
@@ -64,8 +67,10 @@ def test_the_same_folder_twice_is_one_commit(hub: Hub, student: Path, capsys: py
     assert "empty commit" not in capsys.readouterr().err  # huggingface_hub's own words
     assert uploads(hub) == before
     write_card(str(student), CardConfig(license="mit"))
+    (student / "notes.txt").write_text("mine")
     assert send(student, message="A licence").changed
     assert uploads(hub) == before  # the weights are there
+    assert "notes.txt: sent too, though export did not write this" in capsys.readouterr().err
     repository = hub.repositories["org/student"]
     assert repository.private
     assert [message for _, message in repository.commits][1:] == ["A licence"]

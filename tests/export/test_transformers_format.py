@@ -131,6 +131,8 @@ def test_what_is_shipped_is_what_is_measured(exported: Exported) -> None:
     assert (same.context_length, same.logit_scale) == (mine.context_length, pytest.approx(mine.logit_scale))
     assert found.parameter_counts() == clip.parameter_counts()
     assert found.text_digest() != clip.text_digest()
+    with pytest.raises(TeacherError, match="has its preprocessing: --mean would have no effect"):
+        load_clip(f"local-dir:{exported.folder}", trained=Trained(mean=(0.5, 0.5, 0.5)), device="cpu")
     spec: Any = None
     with pytest.raises(TeacherError, match="is not in the format of open_clip, in which students are written"):
         beside_text_tower(found, spec)
