@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from cache_schemas.export import EXPORT_FILE, IMAGE_ONNX
+from cache_schemas.export import EXPORT_FILE, IMAGE_ONNX, OnnxFacts
 from dimefm.cli import cli
 from dimefm.errors import StoreError
 from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.evaluate import evaluate
 from dimefm.export.export_student import export
 from dimefm.inspection.info import describe, examine
+from dimefm.models.exported import read_export
 from dimefm.models.onnx_clip import OnnxClip
 from dimefm.system.progress import amount
 from tests.tiny_onnx import write_onnx
@@ -48,6 +50,14 @@ def test_an_onnx_student_is_described(student: Path) -> None:
     assert (facts["artefact"], facts["format"], facts["finished"]) == ("model", "onnx", True)
     assert facts["origin"]["teacher_weights"] == "w" * 64
     assert facts["files"][IMAGE_ONNX] == (student / IMAGE_ONNX).stat().st_size
+
+
+def test_quantized_graphs_are_named_as_such(student: Path) -> None:
+    document = read_export(str(student))
+    graphs = OnnxFacts(opset=17, image_input="uint8", quantized={IMAGE_ONNX: "static int8"})
+    (student / EXPORT_FILE).write_text(json.dumps(replace(document, onnx=graphs).to_json()))
+    shown = " ".join(describe(str(student)).split())
+    assert f"precision int8 graphs opset 17, uint8 pixels, {IMAGE_ONNX} in static int8" in shown
 
 
 def test_an_open_clip_student_is_described_by_its_document(teacher_name: str, tmp_path: Path) -> None:
