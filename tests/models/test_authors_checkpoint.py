@@ -286,7 +286,7 @@ def test_a_write_that_fails_leaves_no_folder(teacher: Path, tmp_path: Path, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     checkpoint, out = save(released(), tmp_path), tmp_path / "out"
-    monkeypatch.setattr("dimefm.models.open_clip_folder.save_file", full)
+    monkeypatch.setattr("dimefm.models.weights_file.save_file", full)
     with pytest.raises(StoreError, match="out cannot be written: No space left on device\n  remedy: "):
         convert(checkpoint, str(out), teacher=f"local-dir:{teacher}")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
