@@ -109,3 +109,8 @@ class Export(Document):
     onnx: OnnxFacts | None = None
     checks: dict[str, float] | None = None
     files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def number_format(self) -> str:
+        """What it computes in, or what its weights are kept in: fp32, fp16, or int8 for quantized graphs."""
+        return "int8" if self.onnx and self.onnx.quantized else self.model.precision

@@ -82,7 +82,7 @@ def format_section(document: Export, folder: Path) -> list[str]:
     height, width = facts.size
     bias = "" if model.logit_bias is None else f", bias {model.logit_bias:.6g}"
     rows = [
-        ("format", f"{document.format}, {amount(bytes_of_weights(str(folder)))} of weights, {model.precision}"),
+        ("format", f"{document.format}, {amount(bytes_of_weights(str(folder)))} of weights, {document.number_format}"),
         ("images", f"{height} x {width} px, {_RESIZED[facts.resize_mode]}, {facts.interpolation}, mean "
                    f"{_plain(facts.mean)}, std {_plain(facts.std)}"),
         ("sentences", f"up to {model.context_length} tokens of {words(model.tokenizer)}; the rest is cut off"),

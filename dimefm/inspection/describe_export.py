@@ -62,7 +62,7 @@ def _rows(export: Export, facts: dict[str, Any]) -> Rows:
         ("embeddings", f"{model.embed_dim} wide, logit scale {model.logit_scale:.4g} ({by})"),
         ("parameters", f"{export.parameters:,}, of the image tower {export.image_parameters:,}"),
         *_operations(export),
-        ("precision", "int8" if export.onnx and export.onnx.quantized else model.precision),
+        ("precision", export.number_format),
         *_graphs(export),
         ("files", ", ".join(f"{name} {amount(size)}" for name, size in facts["files"].items())),
         ("weights", f"sha256 {model.weights[:16]}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 COLOURS = ("#1f4e79", "#2e8b57", "#a65e2e")
 """Of the students, in all plots."""
 _WIDE = 5.0  # from the quickest to the slowest, beyond which the axis is logarithmic
+_LEAST_POINTS = 5.0  # of accuracy that the axis shows: less would make noise look like a difference
 _PLACES = (((8, 0), "left", "center"), ((-8, 0), "right", "center"), ((0, 8), "center", "bottom"),
            ((0, -8), "center", "top"), ((8, 14), "left", "center"), ((8, -14), "left", "center"))  # fmt: skip
 """Where a label may stand beside its point, in points of type, and how it is aligned there."""
@@ -25,7 +27,7 @@ _PLACES = (((8, 0), "left", "center"), ((-8, 0), "right", "center"), ((0, 8), "c
 def write_plot(path: str, plot: Points) -> None:
     """Write a PNG."""
     figure = Figure(figsize=(6.5, 4.2))
-    figure.subplots_adjust(left=0.1, right=0.97, top=0.92, bottom=0.12)
+    figure.subplots_adjust(left=0.12, right=0.97, top=0.92, bottom=0.12)
     draw(figure.subplots(), plot)
     with storage.writing_to(path), storage.writing_atomically(path) as file:
         figure.savefig(file, dpi=130, format="png")
@@ -46,7 +48,9 @@ def draw(axes: Axes, plot: Points, colours: Sequence[str] = COLOURS) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_xlim(0, high * 1.25)
-    axes.margins(y=0.15)
+    worst, best = (100 * of(one.accuracy for one in points) for of in (min, max))
+    middle, half = fmean((worst, best)), 0.65 * max(_LEAST_POINTS, best - worst)
+    axes.set_ylim(middle - half, middle + half)
     axes.grid(color="#dddddd", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     _label(axes, points)

@@ -88,6 +88,14 @@ def test_compare_writes_tables_and_the_plot(folders: list[str], latency: str, tm
         assert "ms per image, batch 1" in (tmp_path / f"t.{end}").read_text()
 
 
+def test_a_difference_that_is_noise_does_not_fill_the_axis() -> None:
+    axes = Figure().subplots()
+    draw(axes, Points([Point("student", 1.0, 0.4237), Point("int8", 0.5, 0.4242)], "ms", "%"))
+    low, high = axes.get_ylim()
+    assert low < 42.37 < 42.42 < high
+    assert high - low > 5
+
+
 def test_labels_cover_neither_each_other_nor_points() -> None:
     """Two models at nearly the same place, and two far away, on a logarithmic axis."""
     names = ("student", "student-onnx", "student-int8", "teacher")
