@@ -63,6 +63,9 @@ def write_student(
     assert state is not None
     image = {f"visual.{name}": value for name, value in _chosen(run, state["image"], weights).items()}
     if document.text_student:
+        if teacher or pretrained:
+            what = f"{run} has a text tower of its own: {'--teacher' if teacher else '--pretrained'} has no effect"
+            raise TeacherError(what, remedy="leave it out")
         require_cached(document.text_student.name, run)
         text = {f"text.{name}": value for name, value in _chosen(run, state["text"], weights).items()}
         preprocessing = asdict(student_preprocessing(document.student))

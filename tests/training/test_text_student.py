@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from dimefm.errors import StoreError, TrainingError
+from dimefm.errors import StoreError, TeacherError, TrainingError
 from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.evaluate import evaluate
 from dimefm.export.export_student import export
@@ -63,8 +63,13 @@ def test_the_text_tower_learns_the_cached_embeddings(run: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", ["model", "ema"])
-def test_the_export_is_small_on_both_sides_and_needs_no_teacher(run: Path, tmp_path: Path, weights: str) -> None:
-    export(str(run), str(tmp_path / "s"), weights=weights, teacher="there is none")
+def test_the_export_is_small_on_both_sides_and_needs_no_teacher(
+    run: Path, tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TeacherError, match="has a text tower of its own: --teacher has no effect"):
+        export(str(run), str(tmp_path / "s"), weights=weights, teacher="there is none")
+    monkeypatch.setattr("dimefm.models.clip.require_teacher", None)  # as an export with a teacher calls it
+    export(str(run), str(tmp_path / "s"), weights=weights)
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 's'}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 's'}")
     document, state = read_run(str(run)), Checkpoints(str(run)).load()
