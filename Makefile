@@ -9,7 +9,7 @@ BIN := .venv/bin
 reproduce: .venv/ready
 	$(BIN)/python -m dimefm.reproduce --scale $(SCALE) $(ARGS)
 
-# At least one quick test of everything that is promised: seven minutes on two cores.
+# At least one quick test of everything that is promised: six minutes on two cores.
 test: CHOSEN = -m "not slow and not gpu"
 
 # Every test that there is, but for those of a GPU, which skip themselves: both hide it (tests/conftest.py).
