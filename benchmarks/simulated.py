@@ -6,6 +6,7 @@ rows take 0.7 GB, and are read from memory.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from benchmarks.plan_scale import TEACHER
-from cache_schemas import EmbeddingStore, SourceSummary, Status
-from cache_schemas.embedding_store import EMBEDDING, STATUS, commit_path
+from cache_schemas import EmbeddingStore, SourceSummary, Status, TeacherIdentity
+from cache_schemas.embedding_store import EMBEDDING, STATUS, commit_path, rows_path
 from cache_schemas.plan import PLANS
 from dimefm.caching.plan import chunk_rows, shard_size
 from dimefm.sources.account import Account
 from dimefm.sources.image_sources import open_image_source
+from dimefm.sources.read_image import ImagePlace
 from dimefm.store.embedding_store import Store, create_store
 from dimefm.store.output_folder import is_planned
 from dimefm.store.parquet_tables import write_plan
 from dimefm.system import storage
 
+_NOWHERE = ImagePlace("nowhere.tar", 0, 1)  # where an image is that only has an embedding
 _SHARDS = 64  # at least, as stage 1 cuts a source
 
 
@@ -38,19 +41,8 @@ def simulate(path: Path, kind: Any, rows: int, dim: int, tars: list[str]) -> Non
         if (store.schema.rows, store.schema.dim, store.schema.source.arguments) == (rows, dim, tuple(tars)):
             return
         raise click.ClickException(f"{path} is another simulation: delete it, or give another --folder")
-    source = open_image_source(tars) if tars else None
-    samples = list(source.samples(Account())) if source else []
-    size = shard_size(rows // _SHARDS)
-    summary = SourceSummary(
-        arguments=tuple(tars), files=len(tars), bytes=0, digest="simulated", repeated_keys=0, problems=()
-    )
-    schema = EmbeddingStore(
-        kind=kind, rows=rows, dim=dim, chunk_rows=chunk_rows(size), shard_rows=size, batch_size=64,
-        teacher=replace(TEACHER, embed_dim=dim), source=summary,
-    )  # fmt: skip
-    tables = (_plan(kind, *schema.shard_range(shard), samples) for shard in range(schema.shards))
-    digests = [write_plan(str(path), shard, plan) for shard, plan in enumerate(tables)]
-    store = create_store(str(path), schema, digests, source.files() if source else [])
+    store = make_plans(path, kind, rows, replace(TEACHER, embed_dim=dim), tars)
+    schema, digests = store.schema, store.schema.digests
     rng = np.random.default_rng(0)
     for shard in {0, schema.shards - 1}:
         start, stop = schema.shard_range(shard)
@@ -69,8 +61,27 @@ def simulate(path: Path, kind: Any, rows: int, dim: int, tars: list[str]) -> Non
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(path / store.shard_file(name, 0), target)
         start, stop = schema.shard_range(shard)
-        commit = replace(first, shard=shard, start=start, stop=stop, plan=digests[shard])
+        commit = replace(first, shard=shard, start=start, stop=stop, plan=digests[rows_path(shard)])
         storage.write_json(str(path / commit_path(shard)), commit.to_json())
+
+
+def make_plans(path: Path, kind: Any, rows: int, teacher: TeacherIdentity, tars: Sequence[str] = ()) -> Store:
+    """A store at `path` with whole plans and no shard, unless it is there."""
+    if is_planned(str(path)):
+        return Store(str(path))
+    source = open_image_source(tars) if tars else None
+    samples = list(source.samples(Account())) if source else []
+    size = shard_size(rows // _SHARDS)
+    summary = SourceSummary(
+        arguments=tuple(tars), files=len(tars), bytes=0, digest="simulated", repeated_keys=0, problems=()
+    )
+    schema = EmbeddingStore(
+        kind=kind, rows=rows, dim=teacher.embed_dim, chunk_rows=chunk_rows(size), shard_rows=size, batch_size=64,
+        teacher=teacher, source=summary,
+    )  # fmt: skip
+    tables = (_plan(kind, *schema.shard_range(shard), samples) for shard in range(schema.shards))
+    digests = [write_plan(str(path), shard, plan) for shard, plan in enumerate(tables)]
+    return create_store(str(path), schema, digests, source.files() if source else [])
 
 
 def _plan(kind: str, start: int, stop: int, samples: list[Any]) -> pa.Table:
@@ -81,6 +92,6 @@ def _plan(kind: str, start: int, stop: int, samples: list[Any]) -> pa.Table:
         words = ("a photo of thing number ", keys, " beside another thing on a table")
         columns["text"] = pc.binary_join_element_wise(*words, "")
     else:
-        chosen = [samples[row % len(samples)] for row in rows_N.tolist()]
+        chosen = [samples[row % len(samples)] if samples else _NOWHERE for row in rows_N.tolist()]
         columns |= {name: [getattr(sample, name) for sample in chosen] for name in ("file", "offset", "size")}
     return pa.table(columns, schema=PLANS[kind])
