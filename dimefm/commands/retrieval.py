@@ -84,9 +84,16 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, as_
 @click.option("--top-k", type=click.IntRange(1), default=16, show_default=True, help="Sentences per image.")
 @click.option("--out", required=True, help="Store of pairs to write: a folder or URL, such as PAIRS.zarr.")
 @click.option("--device", type=DEVICES, help=_DEVICE)
+@ray_options(
+    "Workers on Ray, which share the images. With --index one for each machine is best: each holds the index in "
+    "memory. Default: this process alone."
+)
+@click.option("--dry-run", is_flag=True, help="Print what it would take, by an index and exactly; retrieve nothing.")
 @quiet_option
 @json_option
-def retrieve(images: str, as_json: bool, **options: Any) -> None:
+def retrieve(
+    images: str, workers: int | None, ray_address: str | None, dry_run: bool, as_json: bool, **options: Any
+) -> None:
     """Find the nearest sentences of each image.
 
     These are its pseudo texts: nobody wrote them for it. Sentences that at least one image has are visually grounded.
@@ -96,7 +103,14 @@ def retrieve(images: str, as_json: bool, **options: Any) -> None:
 
     if options["index"] and options["device"]:
         raise click.UsageError("--device has no effect with --index: an index searches on the CPU")
-    run(images, **options)
+    runner = shard_runner(workers, ray_address, "cpu" if options["index"] else options["device"])
+    if dry_run:
+        from dimefm.retrieval.retrieve_cost import retrieve_cost
+
+        cost = retrieve_cost(images, options["texts"], options["index"])
+        say_json(cost.facts()) if as_json else say(cost.show())
+        return
+    run(images, run=runner, **options)
     _say_made(options["out"], as_json)
 
 

@@ -73,6 +73,8 @@ MISTAKES = (
     *("build-index texts.zarr --out run", "retrieve images.zarr --texts nothing.zarr --out x.zarr"),
     *("retrieve images.zarr --texts images.zarr --out x.zarr", "retrieve images.zarr --texts texts.zarr --out run"),
     "retrieve images.zarr --texts texts.zarr --index nothing.index --out x.zarr",
+    "retrieve images.zarr --texts nothing.zarr --out x.zarr --dry-run",
+    "retrieve images.zarr --texts texts.zarr --out x.zarr --workers 1000",
     *("search texts.zarr", "search nothing --text x", "search texts.zarr --image nothing.jpg"),
     "search texts.zarr --text x --model onnx",
     *("select-texts nothing.zarr --out x.selection", "select-texts pairs.zarr --out run"),

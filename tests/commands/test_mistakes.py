@@ -84,6 +84,8 @@ MISTAKES = [
     ("build-index texts.zarr --out x.idx", 1, "x.idx would be an index", "ends with .index"),
     ("retrieve images.zarr --texts images.zarr --out x.zarr", 1, "holds image embeddings", "were swapped"),
     ("retrieve images.zarr --texts texts.zarr --index texts.zarr --out x", 1, "is not a dimefm index", "build-index"),
+    ("retrieve images.zarr --texts texts.zarr --out x.zarr --workers 999", 1, "this machine has", "give --workers"),
+    ("retrieve images.zarr --texts txts.zarr --out x.zarr --dry-run", 1, "it does not exist", "texts.zarr'"),
     ("select-texts images.zarr --out x.selection", 1, "expected 'dimefm.pairs'", "two paths were swapped"),
     ("compare evaluations/studnet", 1, "does not exist", "did you mean 'evaluations/student'?"),
     ("export rnu --out x", 1, "rnu is neither a run folder nor a model", "did you mean 'run'?"),
