@@ -29,8 +29,8 @@ OURS = ("benchmarks", "cache_schemas", "dimefm", "docs", "examples", "pipeline",
 MARKDOWN = [*sorted(ROOT.glob("*.md")), *(path for folder in OURS for path in sorted((ROOT / folder).rglob("*.md")))]
 
 OTHERS = {"--address", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--head", "--generate",
-          "--constraint", "--editable"}  # fmt: skip
-"""Options of ray, torchrun and pip."""
+          "--constraint", "--editable", "--nodes", "--gpus-per-node", "--time", "--no-kill", "--file", "--tag", "--force"}  # fmt: skip
+"""Options of ray, torchrun, pip, Slurm, docker and kubectl."""
 
 
 @pytest.fixture(scope="module")
