@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -10,7 +9,17 @@ import click
 
 from cache_schemas.text_selection import Ranking
 from dimefm.commands.help import Command
-from dimefm.commands.options import DEVICES, Bytes, json_option, options_of, quiet_option, require_with, say_json
+from dimefm.commands.options import (
+    DEVICES,
+    Bytes,
+    json_option,
+    options_of,
+    quiet_option,
+    ray_options,
+    require_with,
+    say_json,
+    shard_runner,
+)
 from dimefm.models.exported import format_of
 from dimefm.models.names import FOLDER, require_model
 from dimefm.system.inert_text import line, say
@@ -18,7 +27,6 @@ from dimefm.system.notes import note
 
 if TYPE_CHECKING:
     from dimefm.models.clip import Clip
-    from dimefm.retrieval.index_parts import PartRunner, PartTask
     from dimefm.retrieval.search import Student
 
 _index_option = options_of("dimefm.retrieval.build_index", "IndexConfig")
@@ -42,8 +50,7 @@ def _say_made(out: str, as_json: bool) -> None:
 @_index_option("--accept", is_flag=True)
 @_index_option("--factory")
 @_index_option("--memory", type=Bytes(), metavar="SIZE")
-@click.option("--workers", type=click.IntRange(1), help="Parts to build at once, on Ray. Default: one after another.")
-@click.option("--ray-address", help="Address of an existing Ray cluster, for --workers. Default: a local Ray.")
+@ray_options("Parts to build at once, on Ray. Default: one after another.")
 @_index_option("--partial", is_flag=True)
 @_index_option("--seed", type=click.IntRange(0))
 @click.option(
@@ -59,24 +66,13 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, as_
     """
     from dimefm.retrieval.build_index import IndexConfig, preview_build
     from dimefm.retrieval.build_index import build_index as build
-    from pipeline.workers import require_cores
 
-    require_with("--ray-address", ray_address, "--workers", workers)
-    if ray_address is None:
-        require_cores(workers)
+    run = shard_runner(workers, ray_address, None)
     config = IndexConfig(**options)
     if dry_run:
         preview = preview_build(config)
         say_json(preview.facts()) if as_json else say(preview.show())
         return
-    run: PartRunner | None = None
-    if workers and (workers > 1 or ray_address):
-
-        def run(parts: Sequence[PartTask]) -> Iterable[PartTask]:
-            from pipeline.ray_index_parts import on_ray  # imports Ray
-
-            return on_ray(workers, ray_address)(parts)
-
     build(config, run, note)
     _say_made(config.out, as_json)
 

@@ -21,7 +21,7 @@ from dimefm.retrieval.choose_index import RESCORE, has_coarse_codes, plan_index
 from dimefm.retrieval.faiss_index import REBUILD, FaissIndex, faiss_version
 from dimefm.retrieval.index_parts import (
     TRAINED_FILE,
-    PartRunner,
+    BuildParts,
     PartTask,
     finished_part,
     write_part,
@@ -33,6 +33,7 @@ from dimefm.store.embedding_store import Store
 from dimefm.store.output_folder import require_only
 from dimefm.system import storage
 from dimefm.system.progress import Progress, amount
+from dimefm.system.shard_work import ShardRunner
 from dimefm.system.versions import versions
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class IndexBuild:
     def _rows(self) -> int:
         return sum(stop - start for start, stop in self._ranges())
 
-    def run(self, run_parts: PartRunner) -> IndexSidecar:
+    def run(self, run_parts: ShardRunner) -> IndexSidecar:
         """Every step, or those that are left."""
         indexed = self.published.shards if self.published else {}
         pending = sorted(int(shard) for shard, digest in self.shards.items() if indexed.get(shard) != digest)
@@ -128,7 +129,7 @@ class IndexBuild:
             parts.append(PartTask(self.store.path, str(self.build), f"part-{name}.faiss", self.settings, ranges))
         return parts
 
-    def _build_parts(self, parts: list[PartTask], run_parts: PartRunner) -> None:
+    def _build_parts(self, parts: list[PartTask], run_parts: ShardRunner) -> None:
         """Build the parts that are missing.
 
         Raises StoreError, and keeps the parts, where the whole would not fit into memory.
@@ -137,7 +138,7 @@ class IndexBuild:
         pending = [part for part in parts if finished_part(part.path, self.settings) is None]
         done = total - sum(part.rows for part in pending)
         with Progress("indexing", total, self.store.schema.kind, done) as progress:
-            for part in run_parts(pending):
+            for part, _ in run_parts(BuildParts(), pending, progress.note):
                 done += part.rows
                 progress.at(done)
                 self._require_memory(part, total)

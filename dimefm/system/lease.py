@@ -64,6 +64,11 @@ def writes_under(store: str, lease: str | None) -> None:
         _held[store] = lease
 
 
+def held() -> dict[str, str]:
+    """By the URL of a store, the token under which this process writes to it: what `writes_under` takes."""
+    return dict(_held)
+
+
 def require_held(store: str) -> None:
     """Raises StoreError where this process writes to a store under a lease that another command has taken over. Called
     before any document is written that marks work as done."""

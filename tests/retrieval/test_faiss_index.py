@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import faiss
 import numpy as np
@@ -110,10 +111,10 @@ def test_parts_merged_are_the_index_built_at_once(
     monkeypatch.setattr("dimefm.retrieval.choose_index._PART_ROWS", (512, 512))
     built: list[PartTask] = []
 
-    def backwards(parts: Sequence[PartTask]) -> Iterator[PartTask]:
+    def backwards(_: object, parts: Sequence[PartTask], say: object) -> Iterator[Any]:
         for part in reversed(parts):
             built.append(part)
-            yield build_part(part)
+            yield part, build_part(part)
 
     apart = config_for(texts[0], tmp_path, factory=factory, out=str(tmp_path / "parts.index"))
     build_index(apart, backwards)
@@ -261,10 +262,10 @@ def test_a_gpu_with_too_little_memory_is_named(
 def test_a_part_leaves_the_gpus_alone_where_it_has_none(
     texts: tuple[Store, np.ndarray], tmp_path: Path, lent: list[faiss.Index]
 ) -> None:
-    def here(parts: Sequence[PartTask]) -> Iterator[PartTask]:
+    def here(_: object, parts: Sequence[PartTask], say: object) -> Iterator[Any]:
         lent.clear()
         for part in parts:
-            yield build_part(part, use_gpus=False)
+            yield part, build_part(part, use_gpus=False)
         assert not lent
 
     build_index(config_for(texts[0], tmp_path, factory="IVF16,SQ8"), here)
@@ -370,9 +371,9 @@ def test_a_build_goes_on_where_it_was_stopped(
     build_index(undisturbed)
     config, done = config_for(texts[0], tmp_path, factory="IVF16,SQ8"), list[str]()
 
-    def three_parts(parts: Sequence[PartTask]) -> Iterator[PartTask]:
+    def three_parts(_: object, parts: Sequence[PartTask], say: object) -> Iterator[Any]:
         for part in parts[:3]:
-            yield build_part(part)
+            yield part, build_part(part)
         raise KeyboardInterrupt
 
     def interrupted(*_: object) -> None:
@@ -385,14 +386,14 @@ def test_a_build_goes_on_where_it_was_stopped(
         elif place:
             patch.setattr(FaissIndex, place, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            build_index(config, three_parts if stop == "a part" else None)
+            build_index(config, *([three_parts] if stop == "a part" else []))
     with pytest.raises(StoreError, match="is not a dimefm index"):
         IndexSearch.open(config.out)
 
-    def counting(parts: Sequence[PartTask]) -> Iterator[PartTask]:
+    def counting(_: object, parts: Sequence[PartTask], say: object) -> Iterator[Any]:
         for part in parts:
             done.append(part.file)
-            yield build_part(part)
+            yield part, build_part(part)
 
     build_index(config, counting)
     assert len(done) == {"training": 6, "a part": 3, "merging": 0, "publishing": 0}[stop]
@@ -423,10 +424,10 @@ def test_a_part_that_is_not_whole_is_built_again(
     parts[2].with_suffix(".json").write_text("{")
     done = list[str]()
 
-    def counting(pending: Sequence[PartTask]) -> Iterator[PartTask]:
+    def counting(_: object, pending: Sequence[PartTask], say: object) -> Iterator[Any]:
         for part in pending:
             done.append(part.file)
-            yield build_part(part)
+            yield part, build_part(part)
 
     build_index(dataclasses.replace(config, accept=True), counting)
     assert sorted(done) == [part.name for part in parts[:3]]
