@@ -173,9 +173,10 @@ def _student(model: str, device: str | None) -> Student:
 @_selection_option("--texts")
 @_selection_option("--scores", metavar="OTHER.selection")
 @_selection_option("--device", type=DEVICES)
+@ray_options("Processes that score, cluster and compare, on Ray. Default: none but this one.")
 @quiet_option
 @json_option
-def select_texts(as_json: bool, **options: Any) -> None:
+def select_texts(workers: int | None, ray_address: str | None, as_json: bool, **options: Any) -> None:
     """Select the sentences that are worth training on.
 
     They are visually grounded sentences of a text store, for train-student --selection.
@@ -195,5 +196,8 @@ def select_texts(as_json: bool, **options: Any) -> None:
     from dimefm.selection.select_texts import SelectionConfig
     from dimefm.selection.select_texts import select_texts as select
 
-    select(SelectionConfig(**options))
+    config = SelectionConfig(**options)
+    run = shard_runner(workers, ray_address, config.device)
+    require_with("--workers", workers, "--by similarity, --dedup or --balance", config.computes or None)
+    select(config, run=run)
     _say_made(options["out"], as_json)
