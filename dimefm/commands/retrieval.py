@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _index_option = options_of("dimefm.retrieval.build_index", "IndexConfig")
 _selection_option = options_of("dimefm.selection.select_texts", "SelectionConfig")
+_training_option = options_of("dimefm.training.config", "TrainConfig", defaults=False)
 _DEVICE = "Where exact search computes. Default: cuda if there is a GPU, else cpu."
 
 
@@ -84,19 +85,24 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, as_
 @click.option("--top-k", type=click.IntRange(1), default=16, show_default=True, help="Sentences per image.")
 @click.option("--out", required=True, help="Store of pairs to write: a folder or URL, such as PAIRS.zarr.")
 @click.option("--device", type=DEVICES, help=_DEVICE)
+@_training_option("--cache-dir", metavar="FOLDER")
+@_training_option("--cache-size", type=Bytes(), metavar="SIZE")
 @quiet_option
 @json_option
-def retrieve(images: str, as_json: bool, **options: Any) -> None:
+def retrieve(images: str, as_json: bool, cache_dir: str | None, cache_size: int | None, **options: Any) -> None:
     """Find the nearest sentences of each image.
 
     These are its pseudo texts: nobody wrote them for it. Sentences that at least one image has are visually grounded.
     Exact search suits a GPU, or up to a hundred thousand sentences; build-index --dry-run says which is cheaper.
     """
     from dimefm.retrieval.retrieve import retrieve as run
+    from dimefm.system.file_cache import caching_in
 
     if options["index"] and options["device"]:
         raise click.UsageError("--device has no effect with --index: an index searches on the CPU")
-    run(images, **options)
+    require_with("--cache-size", cache_size, "--cache-dir", cache_dir)
+    with caching_in(cache_dir, cache_size):
+        run(images, **options)
     _say_made(options["out"], as_json)
 
 
