@@ -90,7 +90,7 @@ def _join(address: str) -> None:
     """Join the cluster at `address`. Raises DimefmError where none answers."""
     try:
         _require_answer(address)
-        ray.init(address=address, log_to_driver=False)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except OSError as error:
         remedy = "start one with ray start --head, or leave --ray-address out"
         raise DimefmError(f"no Ray cluster answers at {address}: {error}", remedy=remedy) from None

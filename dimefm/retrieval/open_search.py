@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from dimefm.errors import StoreError
 from dimefm.retrieval.index_sidecar import read_sidecar, require_index_of
 from dimefm.store.embedding_store import Store
+from dimefm.store.local_copy import bring
 from dimefm.system import storage
 from dimefm.system.machine import choose_device
 from dimefm.system.shard_work import Seat
@@ -50,6 +51,7 @@ def open_in_seat(store: Store, index: str | None, digest: str, device: str | Non
             from dimefm.retrieval.faiss_index import use_threads
 
             use_threads(seat.threads)
+    bring(store)  # all of it is read for every batch of images
     found = open_search(store, index, seat.device or device)
     if name_of(index)[1] != digest:
         remedy = "retrieve into another --out; what was retrieved by the one before is kept"

@@ -56,7 +56,7 @@ def retrieve(
     raises.
     """
     require_name(out, "pairs", ".zarr")
-    image_store, text_store = Store(images), Store(texts)
+    image_store, text_store = Store(images, cached=False), Store(texts)
     for store, kind in ((image_store, "image"), (text_store, "text")):
         store.require_kind(kind)
         store.require_complete()
