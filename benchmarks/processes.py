@@ -19,11 +19,13 @@ _EVERY = 0.2
 @dataclass
 class Usage:
     """Seconds of wall clock; CPU seconds by kind of process ("work": Ray's workers or the command itself, "rest": the
-    driver and Ray's own where there are workers); memory of all together, bytes, at each reading."""
+    driver and Ray's own where there are workers); memory of all together, bytes, at each reading, and the part of it
+    that is no file."""
 
     wall: float = 0.0
     cpu: dict[str, float] = field(default_factory=dict)
     memory: list[tuple[float, int]] = field(default_factory=list)
+    anonymous: list[tuple[float, int]] = field(default_factory=list)
 
     @property
     def total_cpu(self) -> float:
@@ -45,7 +47,9 @@ def run(words: list[str], *, memory: bool = False, environment: dict[str, str] |
         while process.poll() is None:
             _read(tag, seen)
             if memory:
-                usage.memory.append((time.perf_counter() - began, sum(map(_pss, seen))))
+                sizes, at = [_pss(pid) for pid in seen], time.perf_counter() - began
+                usage.memory.append((at, sum(size for size, _ in sizes)))
+                usage.anonymous.append((at, sum(size for _, size in sizes)))
             time.sleep(_EVERY)
         usage.wall = time.perf_counter() - began
         if process.returncode:
@@ -76,9 +80,11 @@ def _read(tag: str, seen: dict[int, tuple[str, float]]) -> None:
         seen[pid] = (kind, (int(parts[11]) + int(parts[12])) / _TICKS)
 
 
-def _pss(pid: int) -> int:
+def _pss(pid: int) -> tuple[int, int]:
+    """Memory of a process in bytes, its share of what several have, and the part of it that is no file."""
     try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss:")), 0)
+        return 0, 0
+    sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss")}
+    return sizes.get("Pss:", 0), sizes.get("Pss_Anon:", 0)

@@ -15,7 +15,7 @@ from cache_schemas import Failure, HitCounts, PairsStore, Status, digest_of
 from cache_schemas.embedding_store import COMMITS
 from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
 from dimefm.errors import OutputExistsError, StoreError
-from dimefm.retrieval.open_search import open_search, require_search
+from dimefm.retrieval.open_search import note_search, open_search, require_search
 from dimefm.store.commit import make_commit, remove_commit, write_commit
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
@@ -64,12 +64,13 @@ def retrieve(
         f"{counted(image_store.schema.rows, 'image')}, {counted(text_store.schema.rows, 'sentence')}: "
         "opening the search ..."
     )
+    note_search(index, ["image"])
     search, name, digest = open_search(text_store, index, device)
     with Progress("retrieving", image_store.schema.rows, "image") as progress:
         found = write_pairs(
             image_store,
             text_store,
-            search,
+            search.of_kind("image"),
             index=name,
             index_digest=digest,
             top_k=min(top_k, text_store.schema.rows),
