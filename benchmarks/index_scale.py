@@ -65,7 +65,7 @@ def _build(base: Path, store: Store, memory: str) -> dict[str, Any]:
         usage = run([sys.executable, "-m", "dimefm", *words, "--queries", str(base / "queries.zarr")], memory=True)
         found["wall"] += usage.wall
         found["cpu"] += usage.total_cpu
-        found["memory"] = max(found["memory"], *(memory for _, memory in usage.anonymous))
+        found["memory"] = max(found["memory"], *usage.own)
         kept.write_text(json.dumps(found))
     sidecar = read_sidecar(str(index))
     return {**found, "rows": rows, "factory": sidecar.factory, "train_rows": sidecar.train_rows, "bytes": sidecar.bytes}

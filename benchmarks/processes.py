@@ -4,6 +4,7 @@ Every process inherits an environment variable by which it is known; /proc is re
 """
 
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -14,18 +15,19 @@ from pathlib import Path
 _TAG = "DIMEFM_BENCHMARK"
 _TICKS = os.sysconf("SC_CLK_TCK")
 _EVERY = 0.2
+_SIZES = re.compile(r"^(Pss|Pss_Anon): +(\d+) kB", re.MULTILINE)
 
 
 @dataclass
 class Usage:
     """Seconds of wall clock; CPU seconds by kind of process ("work": Ray's workers or the command itself, "rest": the
-    driver and Ray's own where there are workers); memory of all together, bytes, at each reading, and the part of it
-    that is no file."""
+    driver and Ray's own where there are workers); memory of all together, bytes, at each reading, and that
+    without the pages of files, which the system takes back when it needs them."""
 
     wall: float = 0.0
     cpu: dict[str, float] = field(default_factory=dict)
     memory: list[tuple[float, int]] = field(default_factory=list)
-    anonymous: list[tuple[float, int]] = field(default_factory=list)
+    own: list[int] = field(default_factory=list)
 
     @property
     def total_cpu(self) -> float:
@@ -47,9 +49,9 @@ def run(words: list[str], *, memory: bool = False, environment: dict[str, str] |
         while process.poll() is None:
             _read(tag, seen)
             if memory:
-                sizes, at = [_pss(pid) for pid in seen], time.perf_counter() - began
-                usage.memory.append((at, sum(size for size, _ in sizes)))
-                usage.anonymous.append((at, sum(size for _, size in sizes)))
+                found = [_pss(pid) for pid in seen]
+                usage.memory.append((time.perf_counter() - began, sum(whole for whole, _ in found)))
+                usage.own.append(sum(own for _, own in found))
             time.sleep(_EVERY)
         usage.wall = time.perf_counter() - began
         if process.returncode:
@@ -81,10 +83,10 @@ def _read(tag: str, seen: dict[int, tuple[str, float]]) -> None:
 
 
 def _pss(pid: int) -> tuple[int, int]:
-    """Memory of a process in bytes, its share of what several have, and the part of it that is no file."""
+    """The memory of a process, and the part of it that is no file's."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
         return 0, 0
-    sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss")}
-    return sizes.get("Pss:", 0), sizes.get("Pss_Anon:", 0)
+    sizes = {name: int(size) * 1024 for name, size in _SIZES.findall(text)}
+    return sizes.get("Pss", 0), sizes.get("Pss_Anon", 0)

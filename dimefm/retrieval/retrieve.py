@@ -19,6 +19,7 @@ from dimefm.retrieval.open_search import note_search, open_search, require_searc
 from dimefm.store.commit import make_commit, remove_commit, write_commit
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
+from dimefm.store.local_copy import bring
 from dimefm.store.output_folder import (
     ANOTHER_OUT,
     differing,
@@ -52,7 +53,7 @@ def retrieve(
     for any image, and what `write_pairs` raises.
     """
     require_name(out, "pairs", ".zarr")
-    image_store, text_store = Store(images), Store(texts)
+    image_store, text_store = Store(images, cached=False), Store(texts)
     for store, kind in ((image_store, "image"), (text_store, "text")):
         store.require_kind(kind)
         store.require_complete()
@@ -65,6 +66,7 @@ def retrieve(
         "opening the search ..."
     )
     note_search(index, ["image"])
+    bring(text_store)  # all of it is read for every batch of images
     search, name, digest = open_search(text_store, index, device)
     with Progress("retrieving", image_store.schema.rows, "image") as progress:
         found = write_pairs(
