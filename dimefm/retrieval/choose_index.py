@@ -86,10 +86,13 @@ def has_coarse_codes(factory: str) -> bool:
 
 
 def breakeven_queries(rows: int, plan: IndexPlan) -> int:
-    """The number of queries for which exact search takes as many products as building the index: k-means over the
-    training rows, and finding the list of every row, in units of rows x width."""
-    centroids = _centroids_of(plan.factory)
-    return round(centroids * (1 + _KMEANS_ROUNDS * plan.train_rows / rows))
+    """The number of queries for which exact search takes as many products as building the index."""
+    return round(build_products(rows, plan) / rows)
+
+
+def build_products(rows: int, plan: IndexPlan) -> int:
+    """Products of a row with a centroid: k-means over the training rows, and finding the list of every row."""
+    return _centroids_of(plan.factory) * (rows + _KMEANS_ROUNDS * plan.train_rows)
 
 
 @dataclass(frozen=True)

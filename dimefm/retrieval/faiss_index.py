@@ -23,6 +23,7 @@ from dimefm.system import storage
 
 REBUILD = "delete the folder and build the index again"
 _BLOCK_ROWS = 16384
+_library: Any = faiss  # its type stubs lack some of what it has
 
 
 class FaissIndex:
@@ -75,7 +76,6 @@ class FaissIndex:
         closed, and raises none.
         """
         failed: list[OSError] = []
-        library: Any = faiss  # its type stubs lack the writer
 
         def put(data: bytes) -> None:
             try:
@@ -86,7 +86,7 @@ class FaissIndex:
 
         with storage.writing_to(str(path)), storage.writing_atomically(str(path)) as file:
             try:
-                library.write_index(self.inner, library.PyCallbackIOWriter(put))
+                _library.write_index(self.inner, _library.PyCallbackIOWriter(put))
             except RuntimeError:
                 if failed:
                     raise failed[0] from None
@@ -177,7 +177,7 @@ class FaissIndex:
         """Keep the centroids and codes alone."""
         ivf = faiss.try_extract_index_ivf(self.inner)
         if ivf is not None and self.lists_stay_in_file:  # and so they may be mapped, and cannot be changed
-            lists = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
+            lists = _library.ArrayInvertedLists(ivf.nlist, ivf.code_size)
             ivf.replace_invlists(lists, True)
             lists.this.disown()
         self.inner.reset()
@@ -216,16 +216,20 @@ class FaissIndex:
     def lists_stay_in_file(self) -> bool:
         """Whether it is searched in the inverted lists of its file, of which memory holds what a search needs. FAISS
         can do so but with the blocks of codes of fast scans (PQ...x4fs), and with an index without lists."""
-        ivf = faiss.try_extract_index_ivf(self.inner)
-        return ivf is not None and not isinstance(faiss.downcast_InvertedLists(ivf.invlists), faiss.BlockInvertedLists)
+        ivf: Any = faiss.try_extract_index_ivf(self.inner)
+        return ivf is not None and not isinstance(
+            faiss.downcast_InvertedLists(ivf.invlists), _library.BlockInvertedLists
+        )
 
     def row_bytes(self) -> int:
         """The least that a row takes, by its code, its number, and its links in a graph."""
         index: Any = faiss.try_extract_index_ivf(self.inner) or self.inner
         while isinstance(index, (faiss.IndexIDMap, faiss.IndexPreTransform)):
             index = faiss.downcast_index(index.index)
-        links = 4 * index.hnsw.nb_neighbors(0) if isinstance(index, faiss.IndexHNSW) else 0
-        codes = faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else index
+        links, codes = 0, index
+        if isinstance(index, faiss.IndexHNSW):
+            graph: Any = index.hnsw
+            links, codes = 4 * graph.nb_neighbors(0), faiss.downcast_index(index.storage)
         return links + int(getattr(codes, "code_size", 0)) + 8
 
     # -- search -------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class ListMerge:
             sizes_L = np.zeros(self._ivf.nlist, np.uint64)
             head = self._head(sizes_L, files[0])
             file.write(bytes(len(head)))  # it says how long the lists are, so that it is written last
-            for start, stop in _slices(sum(np.diff(lists.places) for lists in files)):
+            for start, stop in _slices(np.sum([np.diff(lists.places) for lists in files], axis=0)):
                 with self._joined([lists.section(start, stop) for lists in files], dropped) as joined:
                     sizes_L[start:stop] = [joined.list_size(number) for number in range(stop - start)]
                     section = _section_of(joined)
@@ -72,7 +72,7 @@ class ListMerge:
     def _joined(self, sections: Sequence[bytes], dropped: Sequence[tuple[int, int]]) -> Iterator[Any]:
         """The lists of all sections, which are of the same numbers, as FAISS has them."""
         with _lists_of(sections[0]) as joined:
-            if isinstance(joined, faiss.BlockInvertedLists):
+            if isinstance(joined, _library.BlockInvertedLists):
                 joined.packer = self._ivf.get_CodePacker()
             for start, stop in dropped:
                 _library.DirectMap().remove_ids(faiss.IDSelectorRange(start, stop), joined)
@@ -176,4 +176,5 @@ def _section_of(lists: Any) -> bytes:
 
 
 def _file_of(index: Any) -> bytes:
-    return _library.serialize_index(index).tobytes()
+    data: bytes = _library.serialize_index(index).tobytes()
+    return data

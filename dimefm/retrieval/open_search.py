@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from dimefm.errors import StoreError
-from dimefm.retrieval.index_sidecar import read_sidecar, require_index_of
+from dimefm.retrieval.index_sidecar import describe_search, read_sidecar, require_index_of
 from dimefm.store.embedding_store import Store
 from dimefm.store.local_copy import bring
 from dimefm.system import storage
 from dimefm.system.machine import choose_device
+from dimefm.system.notes import note
 from dimefm.system.shard_work import Seat
 
 if TYPE_CHECKING:
@@ -22,6 +24,17 @@ def require_search(store: Store, index: str | None) -> None:
     """Raises what `open_search` would raise of the index's own document, before FAISS and torch are imported."""
     if index is not None:
         require_index_of(index, read_sidecar(storage.local(index, "an index")), store)
+
+
+def note_search(index: str | None, kinds: Iterable[str]) -> None:
+    """Say with which parameters the index is searched for queries of these kinds."""
+    if index is None:
+        return
+    sidecar = read_sidecar(storage.local(index, "an index"))
+    for kind in kinds:
+        found = sidecar.search_of(kind)
+        as_others = "" if found.source == kind else f", as for the {found.source} queries that alone it was tuned for"
+        note(f"{kind} queries: {describe_search(found)}{as_others}")
 
 
 def open_search(store: Store, index: str | None, device: str | None = None) -> Search:
@@ -41,7 +54,7 @@ def name_of(index: str | None) -> tuple[str, str]:
 
 
 def open_in_seat(store: Store, index: str | None, digest: str, device: str | None, seat: Seat) -> Search:
-    """`open_search` in a worker, on its threads and its device. Raises StoreError where the index is another by now
+    """`open_search` in a worker, for images, on its threads and its device. Raises StoreError where the index is another by now
     than `name_of` said: a worker that is replaced opens it later than the others."""
     if seat.threads:
         import torch
@@ -56,7 +69,7 @@ def open_in_seat(store: Store, index: str | None, digest: str, device: str | Non
     if name_of(index)[1] != digest:
         remedy = "retrieve into another --out; what was retrieved by the one before is kept"
         raise StoreError(f"{index} was built again while this command runs", remedy=remedy)
-    return found
+    return found.of_kind("image")
 
 
 def worker_bytes(index: str | None) -> int:

@@ -11,7 +11,7 @@ from cache_schemas.embedding_store import COMMITS
 from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
 from dimefm.errors import OutputExistsError, StoreError
 from dimefm.retrieval.count_hits import count_hits
-from dimefm.retrieval.open_search import name_of, open_in_seat, require_search, worker_bytes
+from dimefm.retrieval.open_search import name_of, note_search, open_in_seat, require_search, worker_bytes
 from dimefm.retrieval.retrieve_shards import RetrieveShards, batches
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
@@ -66,6 +66,7 @@ def retrieve(
     _require_ours(storage.absolute(out))
     if index is None and run is run_here:
         choose_device(device)  # raises where it is not there
+    note_search(index, ["image"])
     name, digest = name_of(index)
     found = _write(
         image_store,

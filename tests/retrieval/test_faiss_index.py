@@ -14,7 +14,7 @@ import faiss
 import numpy as np
 import pytest
 
-from cache_schemas import Status
+from cache_schemas import Recall, Status
 from dimefm.commands.options import parse_bytes
 from dimefm.errors import DimefmError, MismatchError, OutputExistsError, RecallError, StoreError
 from dimefm.retrieval.build_index import IndexConfig, build_index, preview_build
@@ -25,6 +25,7 @@ from dimefm.retrieval.index_merge import ListMerge
 from dimefm.retrieval.index_parts import PartTask, build_part
 from dimefm.retrieval.index_search import IndexSearch, SearchParameters
 from dimefm.retrieval.index_sidecar import read_sidecar
+from dimefm.retrieval.open_search import note_search
 from dimefm.retrieval.recall import RecallQueries, tune
 from dimefm.store.embedding_store import Store
 from dimefm.system.machine import available_memory
@@ -324,11 +325,23 @@ def test_the_cheapest_setting_that_reaches_the_target_is_taken(monkeypatch: pyte
     queries = RecallQueries("text", np.zeros((1, 2)), np.array([-1]), np.arange(11, 0, -1.0)[None], np.arange(11)[None])
     gauge = Gauge({(1, 1): 3, (2, 1): 5, (4, 1): 7, (8, 1): 8, (1, 5): 4, (2, 5): 8, (4, 5): 9, (8, 5): 10})
     monkeypatch.setattr("dimefm.retrieval.recall.time", SimpleNamespace(perf_counter=lambda: gauge.clock))
-    assert tune(gauge, (1, 5), [queries], 0.8).parameters == SearchParameters(8, 1)
-    assert tune(gauge, (1, 5), [queries], 0.9).parameters == SearchParameters(4, 5)
-    best = tune(gauge, (1, 5), [queries], 1.1)
-    assert (best.parameters, best.recall[0].value) == (SearchParameters(8, 5), 1.0)
-    assert SearchParameters(1, 1) not in gauge.asked, "no need to try what a cheaper bisection has ruled out"
+
+    def tuned(target: float) -> tuple[int, int, float]:
+        found = tune(gauge, (1, 5), queries, target)
+        assert found.search_parameters
+        assert found.rescore
+        return found.search_parameters["nprobe"], found.rescore, found.value
+
+    assert tuned(0.8) == (8, 1, 0.8)
+    assert tuned(0.9) == (4, 5, 0.9)
+    assert tuned(1.1) == (8, 5, 1.0)
+    assert SearchParameters(1, 1) not in gauge.asked, "no need to try what more candidates have ruled out"
+
+    flat = Gauge({(1 << power, 5): min(power + 3, 7) for power in range(12)})
+    monkeypatch.setattr("dimefm.retrieval.recall.time", SimpleNamespace(perf_counter=lambda: flat.clock))
+    found = tune(flat, (5,), queries, 0.9)
+    assert (found.search_parameters, found.value) == ({"nprobe": 16}, 0.7), "the fewest lists that find as much"
+    assert max(one.probes for one in flat.asked) == 64, "more lists find no more"
 
 
 def test_rows_that_tie_with_the_tenth_count_and_a_query_does_not_find_itself() -> None:
@@ -341,6 +354,65 @@ def test_rows_that_tie_with_the_tenth_count_and_a_query_does_not_find_itself() -
     assert queries.recall(scores, other) == 1.0
     other[0, 1] = 78
     assert queries.recall(np.where(other == 78, 0.95, scores), other) == 0.9
+
+
+def test_each_kind_of_query_is_tuned_and_searched_with_its_own_parameters(
+    texts: tuple[Store, np.ndarray],
+    images: tuple[Store, np.ndarray],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = config_for(texts[0], tmp_path, factory="IVF16,PQ4x4fs", queries=images[0].path)
+    sidecar = build_index(config)
+    assert [(one.source, one.value >= 0.8) for one in sidecar.recall] == [("image", True), ("text", True)]
+    image, text = (sidecar.search_of(kind) for kind in ("image", "text"))
+    assert (image.search_parameters, image.rescore) == (sidecar.search_parameters, sidecar.rescore)
+    index = IndexSearch.open(config.out)
+    for kind, tuned in (("image", image), ("text", text)):
+        assert tuned.search_parameters
+        assert tuned.queries_per_second
+        assert index.of_kind(kind)._parameters == SearchParameters(
+            tuned.search_parameters["nprobe"], tuned.rescore or 0
+        )
+    note_search(config.out, ["image", "text"])
+    said = capsys.readouterr().err
+    assert re.search(
+        r"image queries: nprobe \d+, .*recall@10 0\.\d+ over \d+ queries, .*queries/s when it was tuned\n", said
+    )
+    assert "text queries: nprobe" in said
+
+
+def test_another_kind_than_the_first_may_stay_below_the_target(
+    texts: tuple[Store, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is kept at its best, and named: an index that is good for images must not fail for its sentences."""
+    values = {"image": 0.9, "text": 0.7}
+
+    def tuned(index: object, depths: object, queries: RecallQueries, target: float) -> Recall:
+        of_kind = {"search_parameters": {"nprobe": 3}, "rescore": 10, "queries_per_second": 5.0}
+        return Recall(k=10, queries=9, source=queries.source, value=values[queries.source], **of_kind)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("dimefm.retrieval.index_build.tune", tuned)
+    images, _ = random_store(tmp_path / "i.zarr", rows=9, shard_rows=9)
+    config = config_for(texts[0], tmp_path, factory="IVF16,SQ8", queries=images.path)
+    assert [one.value for one in build_index(config).recall] == [0.9, 0.7]
+    assert "IVF16,SQ8 reaches recall@10 0.700 for text queries, 0.100 below 0.8\n" in capsys.readouterr().err
+    values["image"] = 0.79
+    with pytest.raises(RecallError, match=r"reaches recall@10 0\.790 for image queries, 0\.010 below 0\.8"):
+        build_index(dataclasses.replace(config, out=str(tmp_path / "other.index")))
+
+
+def test_a_kind_that_was_not_tuned_is_searched_as_the_first(texts: tuple[Store, np.ndarray], tmp_path: Path) -> None:
+    """In sidecars of older releases all others, which have their recall alone."""
+    sidecar = build_index(config_for(texts[0], tmp_path, factory="IVF16,SQ8"))
+    (text,) = sidecar.recall
+    assert sidecar.search_of("image") == text
+    older = Recall(k=10, queries=1000, source="image", value=0.96), Recall(k=10, queries=1000, source="text", value=0.8)
+    old = dataclasses.replace(
+        sidecar, recall=older, search_parameters={"nprobe": 7}, rescore=20, queries_per_second=9.0
+    )
+    assert old.search_of("text") == dataclasses.replace(older[1], search_parameters={"nprobe": 7}, rescore=20)
+    assert old.search_of("image").queries_per_second == 9.0
 
 
 # -- again ------------------------------------------------------------------------------------------------------------
