@@ -16,7 +16,7 @@ COMMANDS = {
             "store-reads", "order-reads", "training-loop", "loader-scale", "authors-loop", "objectives",
             "coco-retrieval", "retrieval", "index-choices", "selection", "clip-benchmark", "probe-search", "cpu",
             "sample-recipes", "urls", "architectures", "start-up", "first-session", "probe-few", "latency", "int8",
-            "onnx-towers", "index-scale",
+            "onnx-towers", "index-scale", "verify-scale",
         )
     },
     "clip-benchmark": "benchmarks.clip_benchmark_agreement",
