@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _index_option = options_of("dimefm.retrieval.build_index", "IndexConfig")
 _selection_option = options_of("dimefm.selection.select_texts", "SelectionConfig")
+_training_option = options_of("dimefm.training.config", "TrainConfig", defaults=False)
 _DEVICE = "Where exact search computes. Default: cuda if there is a GPU, else cpu."
 
 
@@ -84,19 +85,24 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, as_
 @click.option("--top-k", type=click.IntRange(1), default=16, show_default=True, help="Sentences per image.")
 @click.option("--out", required=True, help="Store of pairs to write: a folder or URL, such as PAIRS.zarr.")
 @click.option("--device", type=DEVICES, help=_DEVICE)
+@_training_option("--cache-dir", metavar="FOLDER")
+@_training_option("--cache-size", type=Bytes(), metavar="SIZE")
 @quiet_option
 @json_option
-def retrieve(images: str, as_json: bool, **options: Any) -> None:
+def retrieve(images: str, as_json: bool, cache_dir: str | None, cache_size: int | None, **options: Any) -> None:
     """Find the nearest sentences of each image.
 
     These are its pseudo texts: nobody wrote them for it. Sentences that at least one image has are visually grounded.
     Exact search suits a GPU, or up to a hundred thousand sentences; build-index --dry-run says which is cheaper.
     """
     from dimefm.retrieval.retrieve import retrieve as run
+    from dimefm.system.file_cache import caching_in
 
     if options["index"] and options["device"]:
         raise click.UsageError("--device has no effect with --index: an index searches on the CPU")
-    run(images, **options)
+    require_with("--cache-size", cache_size, "--cache-dir", cache_dir)
+    with caching_in(cache_dir, cache_size):
+        run(images, **options)
     _say_made(options["out"], as_json)
 
 
@@ -173,9 +179,10 @@ def _student(model: str, device: str | None) -> Student:
 @_selection_option("--texts")
 @_selection_option("--scores", metavar="OTHER.selection")
 @_selection_option("--device", type=DEVICES)
+@ray_options("Processes that score, cluster and compare, on Ray. Default: none but this one.")
 @quiet_option
 @json_option
-def select_texts(as_json: bool, **options: Any) -> None:
+def select_texts(workers: int | None, ray_address: str | None, as_json: bool, **options: Any) -> None:
     """Select the sentences that are worth training on.
 
     They are visually grounded sentences of a text store, for train-student --selection.
@@ -195,5 +202,8 @@ def select_texts(as_json: bool, **options: Any) -> None:
     from dimefm.selection.select_texts import SelectionConfig
     from dimefm.selection.select_texts import select_texts as select
 
-    select(SelectionConfig(**options))
+    config = SelectionConfig(**options)
+    run = shard_runner(workers, ray_address, config.device)
+    require_with("--workers", workers, "--by similarity, --dedup or --balance", config.computes or None)
+    select(config, run=run)
     _say_made(options["out"], as_json)

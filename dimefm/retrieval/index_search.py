@@ -159,6 +159,11 @@ def _joined(
 
 def read_index(folder: str, sidecar: IndexSidecar) -> FaissIndex:
     """The index that a sidecar describes. Raises StoreError unless its file is whole."""
+    return FaissIndex.read(whole_file(folder, sidecar), sidecar.spread, mapped=True)
+
+
+def whole_file(folder: str, sidecar: IndexSidecar) -> Path:
+    """The file that a sidecar describes. Raises StoreError unless it is whole."""
     file = Path(folder) / sidecar.file
     size = file.stat().st_size if file.exists() else 0
     if size != sidecar.bytes:
@@ -166,4 +171,4 @@ def read_index(folder: str, sidecar: IndexSidecar) -> FaissIndex:
         raise StoreError(what, remedy=f"it is damaged: {REBUILD}")
     if storage.digest_file(str(file)) != sidecar.digest:
         raise StoreError(f"{file} is damaged: its checksum does not fit", remedy=REBUILD)
-    return FaissIndex.read(file, sidecar.spread)
+    return file

@@ -19,6 +19,7 @@ from dimefm.retrieval.open_search import open_search, require_search
 from dimefm.store.commit import make_commit, remove_commit, write_commit
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
+from dimefm.store.local_copy import bring
 from dimefm.store.output_folder import (
     ANOTHER_OUT,
     differing,
@@ -52,7 +53,7 @@ def retrieve(
     for any image, and what `write_pairs` raises.
     """
     require_name(out, "pairs", ".zarr")
-    image_store, text_store = Store(images), Store(texts)
+    image_store, text_store = Store(images, cached=False), Store(texts)
     for store, kind in ((image_store, "image"), (text_store, "text")):
         store.require_kind(kind)
         store.require_complete()
@@ -64,6 +65,7 @@ def retrieve(
         f"{counted(image_store.schema.rows, 'image')}, {counted(text_store.schema.rows, 'sentence')}: "
         "opening the search ..."
     )
+    bring(text_store)  # all of it is read for every batch of images
     search, name, digest = open_search(text_store, index, device)
     with Progress("retrieving", image_store.schema.rows, "image") as progress:
         found = write_pairs(

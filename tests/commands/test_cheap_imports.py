@@ -78,6 +78,7 @@ MISTAKES = (
     *("search texts.zarr", "search nothing --text x", "search texts.zarr --image nothing.jpg"),
     "search texts.zarr --text x --model onnx",
     *("select-texts nothing.zarr --out x.selection", "select-texts pairs.zarr --out run"),
+    "select-texts pairs.zarr --out x.selection --workers 1",
     "select-texts pairs.zarr --out x.selection --by similarity",
     "train-student --images nothing.zarr --texts texts.zarr --out x",
     f"train-student {_STORES} --out x --set nothing=1",

@@ -30,6 +30,7 @@ MISTAKES = [
     (f"{_CACHE} --retry-failed --dry-run", 2, "--dry-run says nothing about --retry-failed", "dimefm info STORE"),
     ("import-embeddings images --kind images --out x --teacher y", 2, "'images' is not one of", "'image', 'text'"),
     ("select-texts pairs.zarr --out x.selection --by hit", 2, "'hit' is not one of", "'hits', 'similarity', 'random'"),
+    ("select-texts pairs.zarr --out x.selection --workers 1", 2, "--workers has no effect without", "--by similarity"),
     ("build-index texts.zarr --out x.index --recall 2", 2, "'--recall'", "2.0 is not in the range 0<=x<=1"),
     ("search texts.zarr", 2, "give --image FILE or --text SENTENCE", ""),
     ("verify images.zarr --teacher ViT-B-32", 2, "--teacher has no effect without --sample", ""),

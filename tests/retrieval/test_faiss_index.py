@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from dimefm.retrieval.build_index import IndexConfig, build_index, preview_build
 from dimefm.retrieval.choose_index import breakeven_queries, plan_index
 from dimefm.retrieval.faiss_index import FaissIndex, _lent_to_gpus
 from dimefm.retrieval.index_build import sample_rows
+from dimefm.retrieval.index_merge import ListMerge
 from dimefm.retrieval.index_parts import PartTask, build_part
 from dimefm.retrieval.index_search import IndexSearch, SearchParameters
 from dimefm.retrieval.index_sidecar import read_sidecar
@@ -379,12 +381,13 @@ def test_a_build_goes_on_where_it_was_stopped(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    place = {"training": "train", "merging": "merge", "publishing": "write"}.get(stop)
     with monkeypatch.context() as patch:
         if stop == "publishing":
             patch.setattr("dimefm.retrieval.index_build.storage.write_json", _but_the_sidecar)
-        elif place:
-            patch.setattr(FaissIndex, place, interrupted)
+        elif stop == "training":
+            patch.setattr(FaissIndex, "train", interrupted)
+        elif stop == "merging":
+            patch.setattr(ListMerge, "_joined", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build_index(config, *([three_parts] if stop == "a part" else []))
     with pytest.raises(StoreError, match="is not a dimefm index"):
@@ -440,7 +443,7 @@ def _write_again(store: Store, shard: int, values: np.ndarray) -> None:
     store.write_shard(shard, arrays, [], device="cpu", seconds=1.0)
 
 
-@pytest.mark.parametrize("factory", ["IVF16,SQfp16", "Flat"])
+@pytest.mark.parametrize("factory", ["IVF16,SQfp16", "IVF16,PQ16x4fs", "Flat"])
 def test_rows_that_a_store_gets_later_are_added(tmp_path: Path, factory: str) -> None:
     """An unfinished store first; then its other shards, and a row that had failed."""
     store, values = random_store(tmp_path / "t.zarr", rows=3000, shard_rows=512, kind="text", failed=(5,), seed=1)
@@ -478,7 +481,7 @@ def test_a_graph_cannot_be_added_to_and_says_so(tmp_path: Path) -> None:
     before = build_index(config)
     values[5] = values[6]
     _write_again(store, 0, values)
-    with pytest.raises(StoreError, match="cannot drop rows"):
+    with pytest.raises(StoreError, match="HNSW16, to which nothing can be added"):
         build_index(config)
     assert read_sidecar(config.out) == before
 
@@ -573,19 +576,86 @@ def test_a_factory_that_is_given_is_taken_as_it_is() -> None:
 
 
 def test_too_little_memory_is_refused_before_anything_is_built() -> None:
-    with pytest.raises(DimefmError, match=r"fits into 1\.2 GB: the smallest takes 2\.5 GB"):
+    with pytest.raises(DimefmError, match=r"fits into 1\.2 GB: the smallest takes 2\.8 GB"):
         plan_index(28_400_000, 768, 1_200_000_000)
 
 
-@pytest.mark.usefixtures("small_parts")
-def test_an_index_that_outgrows_the_memory_stops_with_its_parts_kept(
-    texts: tuple[Store, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("factory", ["PQ8x4", "IVF16,PQ8x4fs", "HNSW16"])
+def test_an_index_that_must_be_in_memory_and_will_not_fit_is_refused_before_it_is_trained(
+    texts: tuple[Store, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str
 ) -> None:
-    config = config_for(texts[0], tmp_path, factory="IVF16,Flat", memory=100_000)
-    with pytest.raises(StoreError, match=r"IVF16,Flat over 3,000 rows takes \d+\.\d kB, --memory is 100\.0 kB"):
+    config = config_for(texts[0], tmp_path, factory=factory, memory=700_030_000)
+    monkeypatch.setattr(FaissIndex, "train", None)
+    refused = (
+        rf"{factory} over 3,000 rows must be in memory to be searched, and takes 700\.\d MB; --memory is 700\.0 MB"
+    )
+    with pytest.raises(StoreError, match=refused):
         build_index(config)
-    assert len(list((tmp_path / "t.index" / "build").glob("part-*.faiss"))) == 1
-    assert build_index(dataclasses.replace(config, memory=GB)).rows == 2998
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "RR16,IVF16,SQ8"])
+def test_lists_that_stay_in_their_file_need_no_memory_and_are_cut_into_smaller_parts(
+    texts: tuple[Store, np.ndarray], tmp_path: Path, factory: str
+) -> None:
+    parts = list[PartTask]()
+
+    def counting(_: object, pending: Sequence[PartTask], say: object) -> Iterator[Any]:
+        for part in pending:
+            parts.append(part)
+            yield part, build_part(part)
+
+    config = config_for(texts[0], tmp_path, factory=factory, memory=700_030_000)
+    assert build_index(config, counting).rows == 2998
+    assert len(parts) == 6, "a part of all rows would take more"
+
+
+@pytest.fixture(scope="module")
+def big_parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """A trained index, and four parts of it with 6 MB each."""
+    folder = tmp_path_factory.mktemp("parts")
+    index = FaissIndex.from_factory("IVF32,Flat", 256)
+    vectors = np.random.default_rng(0).standard_normal((24000, 256), np.float32)
+    index.train(vectors[:2000], 0)
+    index.write(folder / "trained.faiss")
+    parts = []
+    for at in range(0, 24000, 6000):
+        part = FaissIndex.read(folder / "trained.faiss")
+        part.inner.add_with_ids(vectors[at : at + 6000], np.arange(at, at + 6000))
+        parts.append(folder / f"part-{at}.faiss")
+        part.write(parts[-1])
+    return folder, parts
+
+
+def test_merging_holds_neither_the_parts_nor_the_whole_in_memory(
+    big_parts: tuple[Path, list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, parts = big_parts
+    monkeypatch.setattr("dimefm.retrieval.index_merge._SLICE", 2 * 10**6)
+    trained, merged = FaissIndex.read(folder / "trained.faiss"), folder / "merged.faiss"
+    ListMerge(trained).write(parts[:1], merged)  # which brings FAISS's own code and threads into memory
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = resident_bytes()
+    ListMerge(trained).write(parts, merged)
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak
+    assert int(peak[1]) * 1024 - before < 15e6, "the whole takes 25 MB"
+    at_once = FaissIndex.read(parts[0])
+    for part in parts[1:]:
+        at_once.merge(FaissIndex.read(part))
+    at_once.write(folder / "at-once.faiss")
+    assert merged.read_bytes() == (folder / "at-once.faiss").read_bytes()
+
+
+def test_a_part_of_another_index_is_not_merged(big_parts: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    folder, parts = big_parts
+    other = tmp_path / "other.faiss"
+    FaissIndex.from_factory("IVF16,Flat", 256).write(other)
+    cut = tmp_path / "cut.faiss"
+    cut.write_bytes(parts[1].read_bytes()[:-8])
+    for wrong in (other, cut):
+        with pytest.raises(StoreError, match=f"{wrong.name} is not a part of this index, or is damaged"):
+            ListMerge(FaissIndex.read(folder / "trained.faiss")).write([parts[0], wrong], tmp_path / "merged.faiss")
+    assert not (tmp_path / "merged.faiss").exists()
 
 
 def test_the_forecast_says_when_exact_search_is_cheaper(texts: tuple[Store, np.ndarray], tmp_path: Path) -> None:
