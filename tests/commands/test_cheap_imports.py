@@ -69,6 +69,8 @@ MISTAKES = (
     f"cache-images nothing-here {_OPENAI} --dry-run",
     f"cache-images inputs/images-0.tar {_OPENAI} --view-scale 0.5",
     f"import-embeddings nothing {_OPENAI} --kind image",
+    f"import-embeddings embeddings {_OPENAI} --kind image --workers 1000",
+    "verify images.zarr --workers 1000",
     *("export-embeddings nothing.zarr --out x", "build-index nothing.zarr --out x.index"),
     *("build-index texts.zarr --out run", "retrieve images.zarr --texts nothing.zarr --out x.zarr"),
     *("retrieve images.zarr --texts images.zarr --out x.zarr", "retrieve images.zarr --texts texts.zarr --out run"),

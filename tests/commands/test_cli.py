@@ -42,7 +42,8 @@ from tests.stores import random_store
 COMMANDS = {
     "cache-images": ["SOURCE...", "--out", "--teacher", "--pretrained", "--shard-rows", "--batch-size", "--dry-run"],
     "cache-texts": ["SOURCE...", "--out", "--teacher", "--pretrained", "--shard-rows", "--batch-size", "--dry-run"],
-    "import-embeddings": ["FOLDER", "--out", "--kind", "--teacher", "--images", "--check", "--accept"],
+    "import-embeddings": ["FOLDER", "--out", "--kind", "--teacher", "--images", "--check", "--accept", "--workers",
+                          "--ray-address"],
     "build-index": ["STORE.zarr", "--out", "--queries", "--recall", "--accept", "--factory", "--memory", "--workers",
                     "--ray-address", "--partial", "--seed", "--dry-run"],
     "retrieve": [
@@ -69,11 +70,11 @@ COMMANDS = {
     "card": ["FOLDER", "--evaluation", "--latency", "--license", "--data-license", "--overwrite"],
     "push": ["FOLDER", "ORG/NAME", "--private", "--revision", "--message"],
     "convert-checkpoint": ["CHECKPOINT", "--out", "--teacher", "--pretrained"],
-    "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file"],
+    "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file", "--workers", "--ray-address"],
     "predict": ["MODEL", "IMAGE...", "--classes", "--classes-from", "--templates", "--top-k", "--images-from",
                 "--pretrained", "--checkpoint", "--weights", "--device", "--json"],
     "info": ["PATH", "--failures", "--json"],
-    "verify": ["STORE", "--sample", "--teacher", "--pretrained", "--repair", "--json"],
+    "verify": ["STORE", "--sample", "--teacher", "--pretrained", "--repair", "--workers", "--ray-address", "--json"],
     "doctor": [],
 }  # fmt: skip
 

@@ -34,6 +34,8 @@ MISTAKES = [
     ("build-index texts.zarr --out x.index --recall 2", 2, "'--recall'", "2.0 is not in the range 0<=x<=1"),
     ("search texts.zarr", 2, "give --image FILE or --text SENTENCE", ""),
     ("verify images.zarr --teacher ViT-B-32", 2, "--teacher has no effect without --sample", ""),
+    ("verify images.zarr --ray-address auto", 2, "--ray-address has no effect without --workers", ""),
+    ("export-embeddings texts.zarr --out x --workers 1000", 1, "--workers 1,000: this machine has", "give --workers"),
     ("evaluate student eval --task zeroshot", 2, "'zeroshot' is not one of", "'zero-shot'"),
     ("evaluate student", 2, "name a SET", "--suite or --sets with --data ROOT"),
     ("evaluate student --suite robust --data .", 2, "no suite is called 'robust'", "did you mean 'robustness'?"),
