@@ -18,7 +18,7 @@ COMMANDS = {
             "store-reads", "order-reads", "training-loop", "loader-scale", "authors-loop", "objectives",
             "coco-retrieval", "retrieval", "index-choices", "selection", "clip-benchmark", "probe-search", "cpu",
             "sample-recipes", "urls", "architectures", "start-up", "first-session", "probe-few", "latency", "int8",
-            "onnx-towers", "index-scale", "select-scale", "remote-training",
+            "onnx-towers", "index-scale", "retrieve-scale", "select-scale", "remote-training", "verify-scale",
         )
     },
     "clip-benchmark": "benchmarks.clip_benchmark_agreement",

@@ -17,6 +17,7 @@ from ray.exceptions import RayTaskError
 
 from cache_schemas import SchemaError
 from dimefm.errors import DimefmError
+from dimefm.system.progress import amount
 
 _OBJECT_STORE_BYTES = 100 * 1024**2  # only shard numbers and commits pass through it
 _AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
@@ -134,8 +135,9 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def require_room(workers: int, device: str) -> int:
-    """The CPU cores of the running Ray. Raises DimefmError where it could never place that many workers."""
+def require_room(workers: int, device: str, memory: int = 0) -> int:
+    """The CPU cores of the running Ray. Raises DimefmError where it could never place that many workers, each with so
+    many bytes of memory."""
     resources = ray.cluster_resources()
     cores, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     if device.startswith("cuda") and gpus == 0:
@@ -144,6 +146,11 @@ def require_room(workers: int, device: str) -> int:
         )
     if workers > cores:
         raise DimefmError(f"{workers} workers need {workers} CPUs, and Ray has {cores}", remedy=f"--workers {cores}")
+    if memory:
+        fit = sum(int(node["Resources"].get("memory", 0)) // memory for node in ray.nodes() if node["Alive"])
+        if workers > fit:
+            what = f"{workers} workers need {amount(memory)} of memory each, and Ray has room for {fit}"
+            raise DimefmError(what, remedy=f"--workers {fit}" if fit else "give it nodes with more memory")
     return cores
 
 

@@ -7,6 +7,7 @@ and then calls per unit, and `on_ray(workers, address, device)` is a `ShardRunne
   with its result when it is finished. The driver holds as many results as there are workers, at most.
 - A worker's seat has its part of the cores as threads, and of the GPUs where `device` is cuda: one, or a share of one.
   Ray lets a worker's libraries start with one thread: the work sets the seat's number (torch, FAISS) as it is opened.
+- `memory`, which the caller says of its work, is set aside for each worker: where Ray has too little, it is refused.
 - A lost worker's unit is done again by another, up to three times. A replacement that Ray cannot place yet, as after a
   node was lost, is not waited for: the other workers go on.
 - A worker that raises UnreadableError, as on a machine without the mount, is put aside while others can read.
@@ -40,7 +41,7 @@ def on_ray(workers: int, address: str | None = None, device: str | None = "cpu")
     """
 
     def run(
-        work: ShardWork[Any, Any], units: Sequence[Any], say: Callable[[str], None] = note
+        work: ShardWork[Any, Any], units: Sequence[Any], say: Callable[[str], None] = note, *, memory: int = 0
     ) -> Iterator[tuple[Any, Any]]:
         if not units:
             return
@@ -48,12 +49,12 @@ def on_ray(workers: int, address: str | None = None, device: str | None = "cpu")
         with cluster(address, count, device or choose_device(None)):
             gpus = gpu_share(count, device or "cuda")
             on = device or ("cuda" if gpus else "cpu")
-            cores = require_room(count, on)
+            cores = require_room(count, on, memory)
             cores = cores if address else cpus()  # a local Ray knows of one core per worker, however many there are
             seat = Seat(max(1, cores // count), on)
             actor: Any = ray.remote(_Worker)
             # Spread: else Ray would fill one node with workers that each have the threads of a whole one.
-            actor = actor.options(num_cpus=1, num_gpus=gpus, scheduling_strategy="SPREAD")
+            actor = actor.options(num_cpus=1, num_gpus=gpus, memory=memory or None, scheduling_strategy="SPREAD")
             new_actor = _bound(actor, work, seat, named_paths.allowed(), lease.held())
             yield from _Supervisor(new_actor, count, work, units, say).run()
 

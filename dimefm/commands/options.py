@@ -170,10 +170,16 @@ def shard_runner(workers: int | None, ray_address: str | None, device: str | Non
     if workers is None or (workers == 1 and ray_address is None):
         return run_here
 
-    def run(work: ShardWork[Any, Any], units: Sequence[Any], say: Callable[[str], None] = notes.note) -> Iterator[Any]:
+    def run(
+        work: ShardWork[Any, Any],
+        units: Sequence[Any],
+        say: Callable[[str], None] = notes.note,
+        *,
+        memory: int = 0,
+    ) -> Iterator[Any]:
         from pipeline.ray_shards import on_ray
 
-        return on_ray(workers, ray_address, device)(work, units, say)
+        return on_ray(workers, ray_address, device)(work, units, say, memory=memory)
 
     return run
 

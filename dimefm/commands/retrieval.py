@@ -87,9 +87,23 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, as_
 @click.option("--device", type=DEVICES, help=_DEVICE)
 @_training_option("--cache-dir", metavar="FOLDER")
 @_training_option("--cache-size", type=Bytes(), metavar="SIZE")
+@ray_options(
+    "Workers on Ray, which share the images. With --index one for each machine is best: each holds the index in "
+    "memory. Default: this process alone."
+)
+@click.option("--dry-run", is_flag=True, help="Print what it would take, by an index and exactly; retrieve nothing.")
 @quiet_option
 @json_option
-def retrieve(images: str, as_json: bool, cache_dir: str | None, cache_size: int | None, **options: Any) -> None:
+def retrieve(
+    images: str,
+    workers: int | None,
+    ray_address: str | None,
+    dry_run: bool,
+    as_json: bool,
+    cache_dir: str | None,
+    cache_size: int | None,
+    **options: Any,
+) -> None:
     """Find the nearest sentences of each image.
 
     These are its pseudo texts: nobody wrote them for it. Sentences that at least one image has are visually grounded.
@@ -100,9 +114,18 @@ def retrieve(images: str, as_json: bool, cache_dir: str | None, cache_size: int 
 
     if options["index"] and options["device"]:
         raise click.UsageError("--device has no effect with --index: an index searches on the CPU")
+    runner = shard_runner(workers, ray_address, "cpu" if options["index"] else options["device"])
     require_with("--cache-size", cache_size, "--cache-dir", cache_dir)
+    if cache_dir and workers:
+        raise click.UsageError("--cache-dir has no effect with --workers, which read the stores where they are")
+    if dry_run:
+        from dimefm.retrieval.retrieve_cost import retrieve_cost
+
+        cost = retrieve_cost(images, options["texts"], options["index"])
+        say_json(cost.facts()) if as_json else say(cost.show())
+        return
     with caching_in(cache_dir, cache_size):
-        run(images, **options)
+        run(images, run=runner, **options)
     _say_made(options["out"], as_json)
 
 

@@ -133,6 +133,11 @@ class ExactSearch:
         return rows_N, embedding_ND
 
 
+def block_top(queries_QD: torch.Tensor, block_ND: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `ExactSearch` does with each block on a CPU: scores (Q, K) and places in the block (Q, K)."""
+    return _top(_product(queries_QD, block_ND.T), k)
+
+
 def _as_they_are(half: torch.Tensor) -> torch.Tensor:
     return half
 

@@ -83,7 +83,7 @@ def search(
     with student.load() if student else nullcontext() as own:
         facts = own.identity.preprocessing if own else store.schema.teacher.preprocessing
         pixels = [_decoded(facts, *both) for both in zip(images, encoded, strict=True)]
-        nearest, _, _ = open_search(store, index, device)
+        nearest = open_search(store, index, device)
         clip = own or _teacher(store, teacher, pretrained, device)
         queries = {
             "image": [clip.encode_images(image[None]) for image in pixels],

@@ -59,15 +59,24 @@ class ShardRunner(Protocol):
     """Has work done, here or elsewhere."""
 
     def __call__(
-        self, work: ShardWork[_Unit, _Result], units: Sequence[_Unit], say: Callable[[str], None] = ...
+        self,
+        work: ShardWork[_Unit, _Result],
+        units: Sequence[_Unit],
+        say: Callable[[str], None] = ...,
+        *,
+        memory: int = ...,
     ) -> Iterator[tuple[_Unit, _Result]]:
         """Do every unit, and yield each with its result as it is finished, in any order. Nothing is opened where there
-        are no units. `say` gets a line where a worker is lost. Raises what the work raises; what it has written
-        stays."""
+        are no units. `say` gets a line where a worker is lost; `memory` is what the work keeps open in each worker, in
+        bytes, where that is much. Raises what the work raises; what it has written stays."""
 
 
 def run_here(
-    work: ShardWork[_Unit, _Result], units: Sequence[_Unit], say: Callable[[str], None] = note
+    work: ShardWork[_Unit, _Result],
+    units: Sequence[_Unit],
+    say: Callable[[str], None] = note,
+    *,
+    memory: int = 0,
 ) -> Iterator[tuple[_Unit, _Result]]:
     """Do the units one after another in this process: a `ShardRunner`."""
     if units:

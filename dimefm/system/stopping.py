@@ -38,7 +38,7 @@ class _State:
         self.output: Callable[[], str | None] = lambda: None  # says where the command writes
         self.out: str | None = None  # what it said when the signal came
         self.holding = 0  # blocks of the main thread that hold something
-        self.asks = False  # for the first signal: see `ask_for_the_first`
+        self.asks = 0.0  # for so many signals: see `ask_for`
         self.taken = 0  # signals that the main thread has taken
         self.number: signal.Signals | None = None  # the signal by which it ends
         self.again = False  # that signal is sent once more
@@ -95,9 +95,9 @@ def kept_in(out: str) -> str:
     return BEGINS_AGAIN
 
 
-def ask_for_the_first(asks: bool) -> None:
-    """Whether the first signal has another handler for now, which may take its time, and calls `took`."""
-    _state.asks = asks
+def ask_for(signals: float) -> None:
+    """How many signals, from the first on, have another handler for now, which may take its time, and calls `took`."""
+    _state.asks = signals
 
 
 def took() -> None:
@@ -178,7 +178,7 @@ def _watch(reading: int) -> None:
         elif numbers[0] in _SIGNALS:
             arrived += 1
             end = time.monotonic() + _PATIENCE
-            while _state.taken < arrived and not (arrived == 1 and _state.asks):
+            while _state.taken < arrived and arrived > _state.asks:
                 if time.monotonic() > end:
                     _end(numbers[0])
                 time.sleep(0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from ray.exceptions import RayActorError
 from dimefm.errors import DimefmError, StoreError, UnreadableError
 from dimefm.retrieval.build_index import IndexConfig, build_index
 from dimefm.retrieval.index_sidecar import read_sidecar
+from dimefm.retrieval.retrieve import retrieve
 from dimefm.system import lease, named_paths
 from dimefm.system.shard_work import Seat, run_here
 from pipeline import ray_shards
@@ -151,3 +153,85 @@ def test_parts_of_an_index_are_those_of_one_process(
         build_index(config, run)
         files.append((tmp_path / name / read_sidecar(config.out).file).read_bytes())
     assert files[0] == files[1]
+
+
+# -- retrieve ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dying:
+    """Other work, whose worker dies at its third unit, once, before it or after it."""
+
+    work: Any
+    folder: Path
+    after: bool
+
+    def open(self, seat: Seat) -> Callable[[Any], Any]:
+        do = self.work.open(seat)
+
+        def dying(unit: Any) -> Any:
+            dead = self.folder / "dead"
+            now = unit.shards[0] == 2 and not dead.exists()
+            if now and not self.after:
+                dead.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = do(unit)
+            if now:
+                dead.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return dying
+
+    def name(self, unit: Any) -> str:
+        return str(self.work.name(unit))
+
+
+@pytest.mark.parametrize(("exact", "after"), [(False, False), pytest.param(True, True, marks=pytest.mark.slow)])
+def test_pairs_are_those_of_one_process_though_a_worker_is_lost(
+    one_ray: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    exact: bool,
+    after: bool,
+) -> None:
+    monkeypatch.setattr("dimefm.retrieval.retrieve_shards._LEAST", 1)
+    texts, _ = random_store(tmp_path / "t.zarr", rows=600, shard_rows=256, kind="text", seed=1)
+    images, _ = random_store(tmp_path / "i.zarr", rows=90, shard_rows=16, failed=(3, 40), seed=2)
+    index = None if exact else str(tmp_path / "t.index")
+    if index:
+        build_index(IndexConfig(store=texts.path, out=index, factory="IVF8,PQ8x4fs", recall_target=0.3))
+
+    def run(work: Any, units: Any, say: Any, *, memory: int) -> Iterator[Any]:
+        return on_ray(2)(Dying(work, tmp_path, after), units, say, memory=memory)
+
+    found = [
+        retrieve(images.path, texts.path, top_k=4, index=index, out=str(tmp_path / name), run=runner)
+        for name, runner in (("here.zarr", run_here), ("ray.zarr", run))
+    ]
+    assert "shard 2 lost its worker: it is done again" in capsys.readouterr().err
+    assert found[0] == found[1]
+    here, there = (files_but_commits(tmp_path / name) for name in ("here.zarr", "ray.zarr"))
+    assert len(here) == 4 + 6 + 6 + 1
+    assert here == there
+    commits = [[commit_facts(path) for path in sorted((tmp_path / name / "commits").glob("0*"))]
+               for name in ("here.zarr", "ray.zarr")]  # fmt: skip
+    assert commits[0] == commits[1]
+
+
+def files_but_commits(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "commits"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def commit_facts(path: Path) -> dict[str, Any]:
+    """What a commit says, but for when, how fast, and that Ray was there."""
+    facts = json.loads(path.read_text())
+    return {name: value for name, value in facts.items() if name not in ("seconds", "finished", "versions")}
+
+
+def test_workers_that_do_not_fit_into_memory_are_refused(one_ray: None, tmp_path: Path) -> None:
+    """As where each has an index open."""
+    with pytest.raises(DimefmError, match=r"2 workers need 1000\.0 TB of memory each, and Ray has room for 0\n"):
+        list(on_ray(2)(Squares(tmp_path), range(4), memory=10**15))

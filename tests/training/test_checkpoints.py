@@ -67,6 +67,30 @@ def test_what_is_saved_is_the_state_when_it_was_asked_for(tmp_path: Path, monkey
     assert threading.get_ident() not in held.threads
 
 
+def test_a_state_is_copied_to_where_the_one_before_was(tmp_path: Path) -> None:
+    """Memory that is new costs several times the copy, and the loop waits for it."""
+    checkpoints = Checkpoints(str(tmp_path))
+    with CheckpointWriter(checkpoints) as saving:
+        saving.begin(1, state())
+        first = [copy.data_ptr() for copy in saving._copies]
+        saving.begin(2, state(2.0))
+        assert [copy.data_ptr() for copy in saving._copies] == first
+        changed = state(3.0)
+        changed["image"]["model"]["weight"] = torch.full((3, 4), 3.0, dtype=torch.float64)
+        saving.begin(3, changed)
+        assert len(saving._copies) == len(first)
+    found = checkpoints.load()
+    assert found is not None
+    weight, conv = found["image"]["model"].values()
+    assert weight.dtype == torch.float64
+    assert weight.tolist() == [[3.0] * 4] * 3
+    assert conv.is_contiguous(memory_format=torch.channels_last)
+    assert bool((conv == 3).all())
+    before = checkpoints.load("2")
+    assert before is not None
+    assert bool((before["groups"][0]["t"] == 2).all())
+
+
 def test_one_is_written_at_a_time_and_the_end_waits_for_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
