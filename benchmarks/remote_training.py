@@ -9,6 +9,7 @@ import io
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -44,7 +45,8 @@ from dimefm.training.row_order import Order
 from dimefm.training.text_bank import TextBank
 
 _SHARD, _CHUNK, _DIM, _PIXELS = 4096, 1024, 768, 256
-_WAYS = ("local", "no cache", "empty cache", "full cache")
+_WAYS = ("local", "no cache", "empty cache", "its windows fetched", "full cache")
+_SETTLED = 20.0  # seconds in which a process fetches what it may: three windows, 1.5 GB
 
 
 @click.command()
@@ -99,17 +101,17 @@ class _Run:
         """Of each way: seconds to the first batch, images/s after it, the share of these that the step waited, requests
         and bytes."""
         found, cache = {}, f"{self.temporary}/cache-{turn}-{os.urandom(4).hex()}"
-        for way in _WAYS:
-            before = counts(address)
-            with caching_in(cache if "cache" in way and way != "no cache" else None):
-                seconds = self._measure("s3://bucket" if way != "local" else str(self.base))
-            after = counts(address)
-            found[way] = (*seconds, after[0] - before[0], after[1] - before[1])
-            click.echo(f"  {way}: " + ", ".join(f"{value:,.2f}" for value in found[way]), err=True)
+        for way in ("local", "no cache", "empty cache", "full cache"):
+            before, later = counts(address), ["its windows fetched"] if way == "empty cache" else []
+            with caching_in(cache if way.endswith(" cache") and way != "no cache" else None):
+                for name, seconds in self._measure("s3://bucket" if way != "local" else str(self.base), [way, *later]):
+                    after = counts(address)
+                    found[name] = (*seconds, after[0] - before[0], after[1] - before[1])
+                    click.echo(f"  {name}: " + ", ".join(f"{value:,.2f}" for value in found[name]), err=True)
         storage.remove_folder(cache)
         return found
 
-    def _measure(self, base: str) -> tuple[float, float, float]:
+    def _measure(self, base: str, names: list[str]) -> Iterator[tuple[str, tuple[float, float, float]]]:
         began = time.perf_counter()
         store, texts = Store(f"{base}/images.zarr"), Store(f"{base}/texts.zarr")
         order = Order(store=store, seed=0, batch_size=self.batch, kind="chunks")
@@ -125,15 +127,24 @@ class _Run:
             )
             stack.callback(batches.close)  # type: ignore[attr-defined]
             next(batches)
-            first, waited = time.perf_counter() - began, 0.0
-            began = asked = time.perf_counter()
-            for _ in islice(batches, self.steps):
-                waited += time.perf_counter() - asked
-                if self.rate:
-                    time.sleep(self.batch / self.rate)
-                asked = time.perf_counter()
-            spent = time.perf_counter() - began
-        return first, self.steps * self.batch / spent, waited / spent
+            first = time.perf_counter() - began
+            for name in names:
+                if name != names[0]:
+                    time.sleep(_SETTLED)
+                    deque(islice(batches, 4 * self.workers + 1), 0)  # those that were made in the meantime
+                yield name, (first, *self._steps(batches))
+
+    def _steps(self, batches: Iterator[Batch]) -> tuple[float, float]:
+        """Images/s over the steps, and the share of them that was waited for batches."""
+        waited, began = 0.0, time.perf_counter()
+        asked = began
+        for _ in islice(batches, self.steps):
+            waited += time.perf_counter() - asked
+            if self.rate:
+                time.sleep(self.batch / self.rate)
+            asked = time.perf_counter()
+        spent = time.perf_counter() - began
+        return self.steps * self.batch / spent, waited / spent
 
 
 def _make(base: Path, rows: int, texts: int) -> None:

@@ -23,8 +23,8 @@ from cache_schemas import SchemaError
 from dimefm.errors import DimefmError
 from dimefm.store.embedding_store import opened
 from dimefm.store.pairs_store import Pairs
+from dimefm.system import storage
 from dimefm.system.file_cache import active
-from dimefm.system.storage import is_url
 from dimefm.training.row_order import Order
 
 _WINDOWS_AHEAD = 2
@@ -40,8 +40,8 @@ def fetching_ahead(orders: Sequence[Order], pairs: Pairs | None, first: int, ste
     """Within the block a process fetches what the steps first..steps-1 will read, ahead of the position, which the
     block must set. None where there is nothing to fetch, or another process of this machine does it. The process is
     forked."""
-    far = [order for order in orders if is_url(order.store.path)]
-    far_pairs = pairs if pairs and is_url(pairs.path) else None
+    far = [order for order in orders if storage.is_url(order.store.path)]
+    far_pairs = pairs if pairs and storage.is_url(pairs.path) else None
     if active() is None or not (far or far_pairs) or int(os.environ.get("LOCAL_RANK", "0")):
         yield None
         return

@@ -115,6 +115,9 @@ MISTAKES = [
     (f"{_TRAIN} --log-to wandbs", 2, "'wandbs' is not one of", "'wandb'"),
     (f"{_TRAIN} --allow-changes lrr", 1, "no field is called 'lrr'", "did you mean 'lr'?"),
     (f"{_TRAIN} --weight-decay -1", 1, "weight_decay must not be below 0", "remedy"),
+    (f"{_TRAIN} --cache-size 10GB", 1, "cache_size has no effect without cache_dir", "remedy"),
+    (f"{_TRAIN} --cache-dir s3://bucket/cache", 1, "a cache must be a local path", "remedy"),
+    (f"{_TRAIN} --cache-dir here --cache-size many", 2, "'many' is not a size", "such as 800MB or 12GB"),
     (f"{_TRAIN} --batch-size 5000", 1, "a batch of 5,000 images is more than", "give a smaller --batch-size"),
 ]  # fmt: skip
 """What is typed, the exit code, and two pieces of the message: what is wrong, and how it is mended."""
