@@ -180,6 +180,23 @@ def test_requests_say_where_each_image_is_in_the_order_of_its_rows(image_store: 
         assert request.places_B == [(entry["file"], entry["offset"], entry["size"]) for entry in entries]
 
 
+def test_a_step_has_the_same_rows_in_the_same_order_however_many_processes_share_it(image_store: Store) -> None:
+    """Also where a run goes on with fewer processes than it began with."""
+
+    def rows_of_steps(world: int, first: int, steps: int) -> dict[int, list[int]]:
+        found: dict[int, np.ndarray[Any, Any]] = {}
+        for rank in range(world):
+            order = Order(store=image_store, seed=0, batch_size=8)
+            for request in Requests(order, first=first, steps=steps, rank=rank, world=world):
+                found.setdefault(request.step, np.full(8, -1))[rank::world] = request.rows_B
+        return {step: rows_G.tolist() for step, rows_G in found.items()}
+
+    alone = rows_of_steps(1, 0, 30)
+    assert len({tuple(rows) for rows in alone.values()}) == 30
+    assert rows_of_steps(4, 0, 30) == alone
+    assert rows_of_steps(4, 0, 17) | rows_of_steps(2, 17, 30) == alone
+
+
 def test_no_more_requests_are_made_ahead_than_there_are_steps(
     image_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
