@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import zarr
 
 from cache_schemas import Commit, EmbeddingStore, Failure, Status, digest_of
 from cache_schemas.embedding_store import (
@@ -38,10 +37,10 @@ from dimefm.store.zarr_arrays import (
     create_array,
     digest_arrays,
     group_attributes,
+    new_group,
     open_array,
     open_group,
     write_attributes,
-    zarr_place,
 )
 from dimefm.system import storage
 from dimefm.system.lease import require_held
@@ -99,7 +98,7 @@ class Store:
         """Make the arrays, then the attributes: until these exist, the store counts as not planned. Raises StoreError
         where they cannot be written."""
         with storage.writing_to(path):
-            group = zarr.open_group(zarr_place(storage.absolute(path)), mode="a")
+            group = new_group(storage.absolute(path))
             if ATTRIBUTES_KEY in group.attrs:
                 raise OutputExistsError(f"{path} is a store already", remedy="give another place")
             for name, spec in schema.arrays().items():

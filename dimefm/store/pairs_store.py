@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import zarr
 
 from cache_schemas import Commit, HitCounts, PairsStore, SchemaError, digest_of
 from cache_schemas.embedding_store import COMMITS, commit_path
@@ -23,10 +22,10 @@ from dimefm.store.zarr_arrays import (
     create_array,
     digest_arrays,
     group_attributes,
+    new_group,
     open_group,
     reading_zarr,
     write_attributes,
-    zarr_place,
 )
 from dimefm.system import storage
 from dimefm.system.lease import require_held
@@ -61,7 +60,7 @@ class Pairs:
     def create(path: str, schema: PairsStore) -> Pairs:
         """Make the arrays, then the attributes."""
         path = storage.absolute(path)
-        group = zarr.open_group(zarr_place(path), mode="a")
+        group = new_group(path)
         shape, chunk = (schema.rows, schema.top_k), (min(schema.shard_rows, 1024), schema.top_k)
         create_array(group, TEXT_ROW, shape, "int32", chunk, schema.shard_rows)
         create_array(group, SCORE, shape, "float16", chunk, schema.shard_rows, fill=float("nan"))
