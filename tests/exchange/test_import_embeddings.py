@@ -34,7 +34,8 @@ from dimefm.sources.account import Account
 from dimefm.store.embedding_store import Store
 from dimefm.system import lock, storage
 from dimefm.training.train import train
-from tests.making import encoded, make_jpeg, picture, read_tar, write_tar
+from tests.making import encoded, make_jpeg, picture, read_tar, tree, write_tar
+from tests.other_processes import run_elsewhere
 from tests.tiny_training import tiny_config
 
 SHARD_ROWS = 32
@@ -131,6 +132,17 @@ def test_texts_become_a_finished_store_row_by_row(
     assert len(lines) == 1
     assert lines[0].startswith("mean cosine 1.0000")
     assert "8 of 8 rows" in lines[0]
+
+
+def test_workers_elsewhere_write_the_same_store(config: ImportConfig, images: Path, image_tar: Path) -> None:
+    """The image of the last row is in no source."""
+    fewer = write_tar(Path(config.out).with_name("fewer.tar"), read_tar(image_tar, 95))
+    mine = of(config, images, kind="image", sources=(str(fewer),), check=0)
+    alone = import_embeddings(mine)
+    found = import_embeddings(replace(mine, out=str(Path(config.out).with_name("elsewhere.zarr"))), run=run_elsewhere)
+    assert tree(Path(found.path)) == tree(Path(alone.path))
+    assert found.contents.shards == alone.contents.shards
+    assert found.contents.good == 95
 
 
 def test_images_with_their_sources_are_planned_as_if_they_had_been_cached(
