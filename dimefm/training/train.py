@@ -32,6 +32,7 @@ from dimefm.training.config import TrainConfig
 from dimefm.training.distributed import (
     Place,
     Vote,
+    explain_lost_process,
     find_place,
     join_group,
     leave_group,
@@ -75,7 +76,7 @@ def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
     require_name(config.out, "a run folder")
     place = find_place(config.device)
     lock = writing(config.out, of_use=lambda files: has_begun(config.out, files)) if place.first else holding()
-    with allowing(config.val), lock, open_feed(config, place) as feed, explain_reader_death():
+    with allowing(config.val), lock, open_feed(config, place) as feed, explain_reader_death(), explain_lost_process():
         join_group(config.device)  # from here on nothing is forked
         config, notes = decide_settings(config, place, allow_changes)
         notes += notes_on_feed(config, feed)
@@ -133,7 +134,8 @@ class _Trainer:
     def run(self, notes: list[str]) -> Result:
         """Go on from the last checkpoint, if any, to the last step. `notes` are shown first."""
         config, first, steps = self.config, self.feed.first_step, self.feed.steps
-        if require_same_step(self._restore(), self.place) > steps:
+        require_same_step(first, self._restore(), self.place)
+        if first > steps:
             what = f"{config.out} has done {first:,} steps already, more than {steps:,}"
             raise TrainingError(what, remedy="give more --epochs or --max-steps, or another --out")
         if self.place.first:
@@ -275,10 +277,10 @@ class _Trainer:
 
     @contextmanager
     def _explain_reader_death(self, stop: StopSignal) -> Iterator[None]:
-        """Around the loop: turn the death of a process that reads images into a TrainingError; or, where a signal was
-        sent to the whole job, into the StoppedError that it means."""
+        """Around the loop: turn the death of a process that reads images, or of another one that trains, into a
+        TrainingError; or, where a signal was sent to the whole job, into the StoppedError that it means."""
         try:
-            with explain_reader_death():
+            with explain_reader_death(), explain_lost_process():
                 yield
         except TrainingError:
             if stop.received is None:
