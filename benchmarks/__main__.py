@@ -4,6 +4,8 @@ from importlib import import_module
 
 import click
 
+from dimefm.system.machine import wait_briefly
+
 # Each command is a function of that name; a module is imported when its command is asked for, so that one command
 # needs no libraries of another.
 COMMANDS = {
@@ -16,7 +18,7 @@ COMMANDS = {
             "store-reads", "order-reads", "training-loop", "loader-scale", "authors-loop", "objectives",
             "coco-retrieval", "retrieval", "index-choices", "selection", "clip-benchmark", "probe-search", "cpu",
             "sample-recipes", "urls", "architectures", "start-up", "first-session", "probe-few", "latency", "int8",
-            "onnx-towers", "index-scale",
+            "onnx-towers", "index-scale", "retrieve-scale", "select-scale", "remote-training", "verify-scale",
         )
     },
     "clip-benchmark": "benchmarks.clip_benchmark_agreement",
@@ -45,4 +47,5 @@ def benchmarks() -> None:
 
 
 if __name__ == "__main__":
+    wait_briefly()  # as the command does for a user
     benchmarks(prog_name="python -m benchmarks")

@@ -1,4 +1,5 @@
-"""Whole training steps against the authors' own loop: the same images, cached targets, student, batch and losses.
+"""Whole training steps against the authors' own loop: the same images, cached targets, student, batch and losses; and
+what the step alone takes, below which no loop gets.
 
 Their code is not here. `git clone https://github.com/sunxm2357/DIME-FM`, then give `--authors DIME-FM`.
 """
@@ -11,7 +12,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +24,10 @@ import numpy as np
 import torch
 
 from benchmarks.authors_worker import Job
-from benchmarks.measure import machine, median, ratio, table
+from benchmarks.measure import machine, median, ratio, table, wait
 from benchmarks.small_student import resnet10
-from cache_schemas import Status, to_plain
+from benchmarks.training_steps import BareStep
+from cache_schemas import Status, StudentSpec, to_plain
 from dimefm.models.towers import student_spec
 from dimefm.sources.read_image import ImagePlace, read_encoded
 from dimefm.store.embedding_store import Store
@@ -36,6 +40,7 @@ from dimefm.training.train import train
 _WORKER = str(Path(__file__).parent / "authors_worker.py")
 _RECIPES = {"paper": paper, "resnet10": resnet10}
 _PREFETCHED = 4  # batches that a process of dimefm's loader works ahead
+_REPAIRED, _OURS, _FLOOR = "authors, loader repaired", "dimefm", "the step alone, on resident tensors"
 
 
 @click.command()
@@ -74,7 +79,8 @@ def authors_loop(
     released_steps: int,
     count: int,
 ) -> None:
-    """Training images/s of dimefm and of the authors' loop, as released and with its loader repaired."""
+    """Training images/s of dimefm, of the authors' loop, as released and with its loader repaired, and of dimefm's step
+    without a loop around it: what no loop can exceed."""
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # theirs would spread over several
     cuda, store = torch.cuda.is_available(), Store(images)
     config = _config(_RECIPES[recipe](store.path, Store(texts).path, ""), batch_size, warm_up, steps)
@@ -104,8 +110,9 @@ def authors_loop(
         slow = replace(job, warm_up=4, steps=released_steps, repaired=False)  # it takes minutes for some steps
         loops = {
             "authors, as released": lambda: _theirs(slow),
-            "authors, loader repaired": lambda: _theirs(job),
-            "dimefm": lambda: _ours(config, warm_up, steps),
+            _REPAIRED: lambda: _theirs(job),
+            _OURS: lambda: _ours(config, warm_up, steps),
+            _FLOOR: lambda: _bare(spec, config, warm_up, steps),
         }
         if not released_steps:
             del loops["authors, as released"]
@@ -114,12 +121,14 @@ def authors_loop(
             for name_of, call in loops.items():
                 rates[name_of].append(call())
                 click.echo(f"round {turn + 1}: {name_of}, {rates[name_of][-1]:,.1f} images/s", err=True)
-    ours = rates["dimefm"]
+    ours = rates[_OURS]
     lines = [
         (name, f"{median(found):,.1f}", f"{min(found):,.1f}-{max(found):,.1f}", f"{ratio(ours, found):.2f}")
         for name, found in rates.items()
     ]
     click.echo(table(("loop", "images/s", "lowest-highest", "dimefm is x as fast"), lines))
+    bound = ratio(rates[_FLOOR], rates[_REPAIRED])
+    click.echo(f"a loop around this step that costs nothing would be {bound:.2f} times as fast as theirs, repaired")
     where = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} torch threads"
     facts = f"{config.student} at {size} px, batches of {batch_size} images and texts, {config.precision}, {where}"
     loaders = f"{workers} loading processes (theirs: and as many for texts)"
@@ -160,8 +169,28 @@ def _ours(config: TrainConfig, warm_up: int, steps: int) -> float:
     return statistics.harmonic_mean(rates)  # lines of equally many images: the rate of all together
 
 
+def _bare(spec: StudentSpec, config: TrainConfig, warm_up: int, steps: int) -> float:
+    """Images/s of forward, backward and optimiser, in a process of its own as the loops are."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_bare_rate, spec, config.batch_size, config.precision, warm_up, steps).result()
+
+
+def _bare_rate(spec: StudentSpec, batch_size: int, precision: str, warm_up: int, steps: int) -> float:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    step = BareStep(spec, batch_size, precision, device)
+    for _ in range(warm_up):
+        step()
+    wait(device)
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    wait(device)
+    return steps * batch_size / (time.perf_counter() - began)
+
+
 def _theirs(job: Job) -> float:
-    done = subprocess.run([sys.executable, _WORKER, job.to_json()], capture_output=True, text=True)
+    plain = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}  # which dimefm has set
+    done = subprocess.run([sys.executable, _WORKER, job.to_json()], env=plain, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the authors' loop failed:\n{done.stderr[-3000:]}")
     return float(json.loads(done.stdout.strip().split("\n")[-1]))

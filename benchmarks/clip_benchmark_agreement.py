@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.clip_benchmark_worker import RETRIEVAL, Job, is_retrieval
 from benchmarks.measure import machine, median, ratio, table
+from benchmarks.training_pixels import enlarged
 from cache_schemas.evaluation import PREDICTIONS, EvaluationResult
 from dimefm.datasets.unused_files import CLIP_BENCHMARK_TEMPLATES
 from dimefm.evaluation.predictions import PREDICTIONS_SUFFIX, file_name
@@ -52,14 +53,17 @@ class _Model:
 
 @click.command()
 @click.option("--python", required=True, help="The Python of an environment that has CLIP_benchmark: python -m venv "
-              "ENV; ENV/bin/pip install clip_benchmark==1.6.2 'numpy<2.4', and torch, torchvision, open_clip_torch, "
-              "timm and pillow in the versions that are here.")  # fmt: skip
+              "ENV; ENV/bin/pip install clip_benchmark==1.6.2 requests 'numpy<2.4', and torch, torchvision, "
+              "open_clip_torch, timm and pillow in the versions that are here.")  # fmt: skip
 @click.option("--data", required=True, help="Folder of sets, each of tars with classnames.txt and templates.txt, or "
               "with captions.")  # fmt: skip
 @click.option("--model", "models", multiple=True, required=True, help="local-dir:FOLDER or NAME,TAG; may be repeated.")
 @click.option("--sets", help="Only these of them: A,B.")
 @click.option("--decoder", "decoders", type=click.Choice(["pillow", "fast"]), multiple=True, default=("pillow",),
               show_default=True, help="Of dimefm; may be repeated. Only pillow has to agree.")  # fmt: skip
+@click.option("--enlarge", default=1.0, show_default=True, help="Make the images larger first, as photographs are.")
+@click.option("--repeat", default=1, show_default=True, help="Take each image so many times, as in a larger set.")
+@click.option("--templates", type=int, help="Take only so many of a set's templates.")
 @click.option("--rounds", default=3, show_default=True, help="Of timing, after the one that is compared; 0: none.")
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--workers", default=2, show_default=True, help="Its loading processes.")
@@ -69,6 +73,9 @@ def clip_benchmark(
     models: tuple[str, ...],
     sets: str | None,
     decoders: tuple[str, ...],
+    enlarge: float,
+    repeat: int,
+    templates: int | None,
     rounds: int,
     batch_size: int,
     workers: int,
@@ -79,7 +86,7 @@ def clip_benchmark(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name in names:
-            lay_out(Path(data, name), folder / "data" / name, workers)
+            lay_out(Path(data, name), folder / "data" / name, workers, enlarge, repeat, templates)
         compared: dict[bool, list[tuple[str, ...]]] = {False: [], True: []}
         for model in map(_Model.of, models):
             job = Job(
@@ -118,6 +125,8 @@ def clip_benchmark(
     click.echo("dimefm / CLIP_benchmark, and the largest difference; others: images whose first class is another one,")
     click.echo("and the gap between the first two cosines of those, at most")
     facts = f"float32, batches of {batch_size}, {workers} loading processes of CLIP_benchmark"
+    facts += f", images {enlarge:g} times as large" * (enlarge != 1) + f", each {repeat} times" * (repeat > 1)
+    facts += f", {templates} of the templates" if templates else ""
     click.echo(f"{machine()}; {facts}; {_versions(python)}")
     if rounds:
         click.echo(f"medians of {rounds} paired rounds; all sets in one fresh process, no embeddings kept from before")
@@ -125,29 +134,41 @@ def clip_benchmark(
         raise click.ClickException(f"a difference of {worst:.1e}")
 
 
-def lay_out(source: Path, target: Path, shards: int) -> None:
-    """A copy of a set in CLIP_benchmark's layout. Each of its loading processes wants a tar."""
+def lay_out(
+    source: Path, target: Path, shards: int, enlarge: float = 1.0, repeat: int = 1, templates: int | None = None
+) -> None:
+    """A copy of a set in CLIP_benchmark's layout, of larger or more images, or fewer templates, if asked for. Each of
+    its loading processes wants a tar."""
     test = target / "test"
     test.mkdir(parents=True)
-    for name, new in ((CLASSNAMES, CLASSNAMES), (TEMPLATES, CLIP_BENCHMARK_TEMPLATES)):
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / new)
-    if not (source / CLASSNAMES).exists():
+    if (source / CLASSNAMES).exists():
+        shutil.copyfile(source / CLASSNAMES, target / CLASSNAMES)
+        lines = (source / TEMPLATES).read_text().splitlines(keepends=True)
+        (target / CLIP_BENCHMARK_TEMPLATES).write_text("".join(lines[:templates]))
+    else:
         (target / "dataset_type.txt").write_text(RETRIEVAL)
     samples = [sample for tar in sorted(source.glob("*.tar")) for sample in _samples(tar)]
+    if enlarge != 1:
+        for sample in samples:
+            sample[:] = [(name, enlarged(data, enlarge) if name.endswith(".jpg") else data) for name, data in sample]
+    samples = [
+        [(f"{turn}-{name}", content) for name, content in sample] for turn in range(repeat) for sample in samples
+    ]
     (test / "nshards.txt").write_text(str(shards))
     for shard in range(shards):
         start, stop = (len(samples) * place // shards for place in (shard, shard + 1))
         with tarfile.open(test / f"{shard}.tar", "w") as tar:
-            for member, content in itertools.chain.from_iterable(samples[start:stop]):
+            for name, content in itertools.chain.from_iterable(samples[start:stop]):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
 
 
-def _samples(path: Path) -> list[list[tuple[tarfile.TarInfo, bytes]]]:
-    """The members of a tar by their sample."""
+def _samples(path: Path) -> list[list[tuple[str, bytes]]]:
+    """The members of a tar, name and content, by their sample."""
     with tarfile.open(path) as tar:
-        members = [(member, file.read()) for member in tar if (file := tar.extractfile(member))]
-    return [list(group) for _, group in itertools.groupby(members, lambda one: split_key(one[0].name)[0])]
+        members = [(member.name, file.read()) for member in tar if (file := tar.extractfile(member))]
+    return [list(group) for _, group in itertools.groupby(members, lambda one: split_key(one[0])[0])]
 
 
 def _run_theirs(python: str, job: Job) -> float:

@@ -4,6 +4,7 @@ Every process inherits an environment variable by which it is known; /proc is re
 """
 
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -14,16 +15,19 @@ from pathlib import Path
 _TAG = "DIMEFM_BENCHMARK"
 _TICKS = os.sysconf("SC_CLK_TCK")
 _EVERY = 0.2
+_SIZES = re.compile(r"^(Pss|Pss_Anon): +(\d+) kB", re.MULTILINE)
 
 
 @dataclass
 class Usage:
     """Seconds of wall clock; CPU seconds by kind of process ("work": Ray's workers or the command itself, "rest": the
-    driver and Ray's own where there are workers); memory of all together, bytes, at each reading."""
+    driver and Ray's own where there are workers); memory of all together, bytes, at each reading, and that
+    without the pages of files, which the system takes back when it needs them."""
 
     wall: float = 0.0
     cpu: dict[str, float] = field(default_factory=dict)
     memory: list[tuple[float, int]] = field(default_factory=list)
+    own: list[int] = field(default_factory=list)
 
     @property
     def total_cpu(self) -> float:
@@ -45,7 +49,9 @@ def run(words: list[str], *, memory: bool = False, environment: dict[str, str] |
         while process.poll() is None:
             _read(tag, seen)
             if memory:
-                usage.memory.append((time.perf_counter() - began, sum(map(_pss, seen))))
+                found = [_pss(pid) for pid in seen]
+                usage.memory.append((time.perf_counter() - began, sum(whole for whole, _ in found)))
+                usage.own.append(sum(own for _, own in found))
             time.sleep(_EVERY)
         usage.wall = time.perf_counter() - began
         if process.returncode:
@@ -76,9 +82,11 @@ def _read(tag: str, seen: dict[int, tuple[str, float]]) -> None:
         seen[pid] = (kind, (int(parts[11]) + int(parts[12])) / _TICKS)
 
 
-def _pss(pid: int) -> int:
+def _pss(pid: int) -> tuple[int, int]:
+    """The memory of a process, and the part of it that is no file's."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss:")), 0)
+        return 0, 0
+    sizes = {name: int(size) * 1024 for name, size in _SIZES.findall(text)}
+    return sizes.get("Pss", 0), sizes.get("Pss_Anon", 0)

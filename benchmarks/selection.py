@@ -129,7 +129,7 @@ def _labels(store: Store, folder: Path) -> np.ndarray:
         return np.load(path)
     rows = np.concatenate([store.valid_rows(*store.schema.shard_range(s))[0] for s in range(store.schema.shards)])
     label_T = np.full(store.schema.rows, -1, np.int32)
-    label_T[rows] = cluster(store, rows, seed=0, device="cpu")
+    label_T[rows] = cluster(store, rows, str(folder / "clusters"), seed=0, device="cpu")
     np.save(path, label_T)
     return label_T
 

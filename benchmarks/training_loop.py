@@ -13,6 +13,7 @@ from dimefm.models.towers import student_spec
 from dimefm.store.embedding_store import Store
 from dimefm.system.machine import choose_device, choose_precision
 from dimefm.system.matrix_products import DTYPES
+from dimefm.training.config import TrainConfig
 from dimefm.training.recipes import paper
 
 
@@ -44,20 +45,10 @@ def training_loop(
         )  # fmt: skip
         spec = student_spec(student, Store(images).schema.teacher, image_size)
         bare = BareStep(spec, batch_size, precision, chosen)
-        rates: dict[str, list[float]] = {"bare step": [], "whole loop": []}
-        waits: list[float] = []
-        for turn in range(count + 1):
-            found = rounds({"step": bare}, steps - steps // 3, chosen)["step"]
-            lines = loop_lines(dataclasses.replace(config, out=f"{folder}/{turn}"))[steps // 3 :]
-            if turn:
-                rates["bare step"].append(batch_size / median(found))
-                rates["whole loop"].append(median([line["images_per_second"] for line in lines]))
-                waits.append(median([line["data_wait"] for line in lines]))
-        rows = [(name, f"{median(values):,.1f}") for name, values in rates.items()]
-        click.echo(table((f"{student} at {spec.image_size} px, {precision}", "images/s"), rows))
-        share = ratio(rates["whole loop"], rates["bare step"])
-        click.echo(f"whole loop: {share:.3f} of the bare step; waiting for data {median(waits):.1%} of it")
-        step = batch_size / median(rates["whole loop"])
+        loop = _take_turns(config, bare, count)
+        step, head = batch_size / median(loop.rates), f"{student} at {spec.image_size} px"
+        heads = (head, "bare step, images/s", "whole loop", "share", "lowest-highest", "waiting for data")
+        click.echo(table(heads, [(precision, *loop.cells())]))
         spent = target_seconds(Store(images), Store(texts), batch_size, batch_size, chosen)
         click.echo(f"targets: {1e3 * spent:.2f} ms to read those of a step, {spent / step:.2%} of it")
         if totals:
@@ -77,3 +68,36 @@ def training_loop(
     where = torch.cuda.get_device_name() if chosen.type == "cuda" else f"{torch.get_num_threads()} threads"
     counted = f"medians of {count} paired rounds of {steps - steps // 3} steps"
     click.echo(f"{machine()}, {where}; batches of {batch_size}, {counted}")
+
+
+@dataclasses.dataclass
+class _Loop:
+    """By round, images/s of the whole loop and of the bare step, and the loop's share of waiting for data."""
+
+    rates: list[float] = dataclasses.field(default_factory=list)
+    bare: list[float] = dataclasses.field(default_factory=list)
+    waits: list[float] = dataclasses.field(default_factory=list)
+
+    def cells(self) -> tuple[str, ...]:
+        shares = [rate / bare for rate, bare in zip(self.rates, self.bare, strict=True)]
+        return (
+            f"{median(self.bare):,.1f}", f"{median(self.rates):,.1f}", f"{median(shares):.3f}",
+            f"{min(shares):.3f}-{max(shares):.3f}", f"{median(self.waits):.1%}",
+        )  # fmt: skip
+
+
+def _take_turns(config: TrainConfig, bare: BareStep, count: int) -> _Loop:
+    """Rounds of the bare step, the whole loop, and the bare step again, so that a machine that drifts drifts for both;
+    the first is not counted."""
+    assert config.max_steps
+    loop, device, skipped = _Loop(), torch.device(config.device or "cpu"), config.max_steps // 3
+    half = max(1, (config.max_steps - skipped) // 2)
+    for turn in range(count + 1):
+        before = rounds({"step": bare}, half, device)["step"]
+        lines = loop_lines(dataclasses.replace(config, out=f"{config.out}/{turn}"))[skipped:]
+        after = rounds({"step": bare}, half, device)["step"]
+        if turn:
+            loop.bare.append(config.batch_size / median(before + after))
+            loop.rates.append(median([line["images_per_second"] for line in lines]))
+            loop.waits.append(median([line["data_wait"] for line in lines]))
+    return loop

@@ -34,7 +34,7 @@ def training_pixels(images: str, limit: int, enlarge: float, pixels: int, size: 
     torch.set_num_threads(1)
     data = gather(sorted(Path(images).parent.glob(Path(images).name)), limit)
     if enlarge != 1:
-        data = {name: _enlarged(jpeg, enlarge) for name, jpeg in data.items()}
+        data = {name: enlarged(jpeg, enlarge) for name, jpeg in data.items()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tar = write_tar(folder / "images" / "0.tar", data)
@@ -73,7 +73,8 @@ def _kept_bytes(stores: dict[str, Store]) -> int:
     return sum(map(len, store.pixels(np.arange(store.schema.rows))))
 
 
-def _enlarged(jpeg: bytes, times: float) -> bytes:
+def enlarged(jpeg: bytes, times: float) -> bytes:
+    """A JPEG of so many times the width and height, as a photograph would have."""
     image = decode_pillow(jpeg).convert("RGB")
     sink = io.BytesIO()
     image.resize((round(image.width * times), round(image.height * times)), Image.Resampling.BICUBIC).save(

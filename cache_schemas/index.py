@@ -9,7 +9,7 @@ TEXTS.index/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from cache_schemas.document import Document
@@ -21,12 +21,16 @@ SIDECAR_FILE, BUILD = "index.json", "build"
 
 @dataclass(frozen=True, kw_only=True)
 class Recall:
-    """Share of the exact top `k` that the index finds, measured with `queries` held-out vectors of kind `source`."""
+    """Share of the exact top `k` that the index finds, measured with `queries` held-out vectors of kind `source`, and
+    the parameters that were tuned for queries of this kind; None in older sidecars, which tuned for the first alone."""
 
     k: int
     queries: int
     source: str
     value: float
+    search_parameters: dict[str, int] | None = None
+    rescore: int | None = None
+    queries_per_second: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +59,8 @@ class IndexSidecar(Document):
     `file` holds rows of the store with the identity `store_identity`: those of `shards`, each with the digest of its
     commit. `rescore` times k candidates are fetched and scored again with the store's embeddings (1: the index's own
     scores are taken). `spread` is the standard deviation of each list's rows about their mean, base64 of float16, by
-    which the lists to probe are chosen; empty where FAISS chooses. The search parameters were tuned to `recall_target`
-    with the first kind of `recall`.
+    which the lists to probe are chosen; empty where FAISS chooses. `search_parameters`, `rescore` and
+    `queries_per_second` are those of the first kind of `recall`; every kind was tuned to `recall_target`.
     """
 
     SCHEMA: ClassVar[str] = "dimefm.index"
@@ -94,6 +98,18 @@ class IndexSidecar(Document):
         if "/" in self.file:
             found.append(Problem("file", f"must lie beside the sidecar, found {self.file}"))
         return found
+
+    def search_of(self, kind: str) -> Recall:
+        """How queries of `kind` are searched: as was tuned for them, or for the first kind where they were not."""
+        own = next((recall for recall in self.recall if recall.source == kind), self.recall[0])
+        if own.search_parameters is not None:
+            return own
+        return replace(
+            own,
+            search_parameters=self.search_parameters,
+            rescore=self.rescore,
+            queries_per_second=self.queries_per_second if own is self.recall[0] else None,
+        )
 
     @property
     def bytes_per_vector(self) -> float:

@@ -1,5 +1,5 @@
 """The file measured.json: the rates that one GPU was measured to reach, a copy of rates.json of `python -m benchmarks
-gpu`. The forecast of the paper's job (reproduce.paper_cost) uses it. A rate that was not measured is left out, or null.
+gpu`. Forecasts use it (system.gpu_rates). A rate that was not measured is left out, or null.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ TEXTS.selection/
   plan.json            a SelectionPlan, written first: a command that goes on must have the same plan
   scores/<shard>       by similarity: float32 (rows of the shard of the text store,), NaN without an embedding; then
                        the crc32c of those bytes, uint32; little-endian
+  grounding            while scores are computed: the sample of images that they compare with
+  clusters/            while a selection is de-duplicated or balanced: its candidates by cluster
   rows.parquet         the kept sentences by row, SELECTED_ROWS
   sentences.txt        the same sentences, one per line
   report.md            what was kept and what was not, for people
@@ -24,7 +26,7 @@ Ranking = Literal["hits", "similarity", "random"]
 
 PLAN_FILE, SELECTION_FILE = "plan.json", "selection.json"
 ROWS_FILE, SENTENCES_FILE, REPORT_FILE = "rows.parquet", "sentences.txt", "report.md"
-SCORES = "scores"
+SCORES, GROUNDING, CLUSTERS = "scores", "grounding", "clusters"
 
 SELECTED_ROWS = pa.schema(
     [

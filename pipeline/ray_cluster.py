@@ -12,12 +12,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
-import torch
 from ray._private import ray_constants
 from ray.exceptions import RayTaskError
 
 from cache_schemas import SchemaError
 from dimefm.errors import DimefmError
+from dimefm.system.progress import amount
 
 _OBJECT_STORE_BYTES = 100 * 1024**2  # only shard numbers and commits pass through it
 _AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
@@ -38,7 +38,7 @@ def cluster(address: str | None, workers: int, device: str) -> Iterator[None]:
         if address:
             _join(address)
         else:
-            _start(workers, torch.cuda.device_count() if device.startswith("cuda") else 0)
+            _start(workers, _gpus() if device.startswith("cuda") else 0)
         try:
             yield
         finally:
@@ -90,7 +90,7 @@ def _join(address: str) -> None:
     """Join the cluster at `address`. Raises DimefmError where none answers."""
     try:
         _require_answer(address)
-        ray.init(address=address, log_to_driver=False)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except OSError as error:
         remedy = "start one with ray start --head, or leave --ray-address out"
         raise DimefmError(f"no Ray cluster answers at {address}: {error}", remedy=remedy) from None
@@ -127,6 +127,36 @@ def _require_answer(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _gpus() -> int:
+    import torch  # workers import this module, and not all need torch
+
+    return torch.cuda.device_count()
+
+
+def require_room(workers: int, device: str, memory: int = 0) -> int:
+    """The CPU cores of the running Ray. Raises DimefmError where it could never place that many workers, each with so
+    many bytes of memory."""
+    resources = ray.cluster_resources()
+    cores, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    if device.startswith("cuda") and gpus == 0:
+        raise DimefmError(
+            "--device cuda: Ray has no GPU", remedy="start Ray where there are some, or give --device cpu"
+        )
+    if workers > cores:
+        raise DimefmError(f"{workers} workers need {workers} CPUs, and Ray has {cores}", remedy=f"--workers {cores}")
+    if memory:
+        fit = sum(int(node["Resources"].get("memory", 0)) // memory for node in ray.nodes() if node["Alive"])
+        if workers > fit:
+            what = f"{workers} workers need {amount(memory)} of memory each, and Ray has room for {fit}"
+            raise DimefmError(what, remedy=f"--workers {fit}" if fit else "give it nodes with more memory")
+    return cores
+
+
+def machines() -> int:
+    """How many machines the running Ray has."""
+    return sum(node["Alive"] for node in ray.nodes())
 
 
 def gpu_share(workers: int, device: str) -> float:

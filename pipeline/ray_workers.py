@@ -7,19 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError
 
 from dimefm.caching.worker import SHARDS_AT_ONCE, Job, Worker, none_usable, pending_shards, progress_of
-from dimefm.errors import DimefmError, StoreError, UnreadableError
+from dimefm.errors import UnreadableError
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.machine import cpus
 from dimefm.system.progress import Progress
-from pipeline.ray_cluster import cluster, fetch, gpu_share
-
-_LOST = (RayActorError, OutOfMemoryError)  # the second: Ray ended a worker because the node's memory was full
-_TRIES = 3
-_PATIENCE = 60.0  # seconds without any worker until a note says so
+from pipeline.ray_cluster import cluster, fetch, gpu_share, machines, require_room
+from pipeline.ray_losses import LOST, PATIENCE, Losses, never_ran
 
 
 def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
@@ -40,28 +36,10 @@ def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
     with cluster(address, workers, job.device), Progress("encoding", total, kind, done) as progress:
         check = bool(store.committed())
         workers = min(workers, len(pending))
-        cores = _require_cores(workers, job.device)
+        cores = require_room(workers, job.device)
         cores = cores if address else cpus()  # a local Ray knows of one core per worker, however many there are
         threads = job.threads or max(1, cores // workers)
         _Supervisor(job, workers, threads, pending, check=check).run(progress, done)
-
-
-def _require_cores(workers: int, device: str) -> int:
-    """The CPU cores of the running Ray. Raises DimefmError where it could never place that many workers."""
-    resources = ray.cluster_resources()
-    cores, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    if device.startswith("cuda") and gpus == 0:
-        raise DimefmError(
-            "--device cuda: Ray has no GPU", remedy="start Ray where there are some, or give --device cpu"
-        )
-    if workers > cores:
-        raise DimefmError(f"{workers} workers need {workers} CPUs, and Ray has {cores}", remedy=f"--workers {cores}")
-    return cores
-
-
-def _machines() -> int:
-    """How many machines the running Ray has."""
-    return sum(node["Alive"] for node in ray.nodes())
 
 
 class _Supervisor:
@@ -82,7 +60,7 @@ class _Supervisor:
         self._new_actor: Callable[[], Any] = lambda: actor.remote(job)
         self._workers, self._threads, self._check = workers, threads, check
         self._rows, self._pending = dict(pending), sorted(pending, reverse=True)
-        self._tries: dict[int | None, int] = {}
+        self._losses = Losses()
         self._in_flight: dict[Any, tuple[Any, int | None]] = {}  # by reference: actor, its shard; None while it starts
         self._running: dict[Any, int] = {}  # by actor that has started: how many shards it has
         self._counted: dict[int, int] = {}  # by shard in flight: how many rows are done
@@ -99,13 +77,13 @@ class _Supervisor:
             while (actor := self._free_actor()) is not None:
                 shard = self._pending.pop()
                 self._running[actor] += 1
-                self._in_flight[actor.encode.remote(shard, careful=shard in self._tries)] = (actor, shard)
+                self._in_flight[actor.encode.remote(shard, careful=shard in self._losses)] = (actor, shard)
             ready, _ = ray.wait(list(self._in_flight), timeout=1.0)
             for reference in ready:
                 finished += self._settle(reference, progress)
             busy = any(shard is not None for _, shard in self._in_flight.values())
             heard = time.monotonic() if busy or ready else heard
-            if time.monotonic() - heard > _PATIENCE:
+            if time.monotonic() - heard > PATIENCE:
                 heard = time.monotonic()
                 progress.note("no worker runs: Ray has no node with room for one, or it is still loading the teacher")
             self._count_rows()
@@ -123,7 +101,7 @@ class _Supervisor:
     def _start_actor(self) -> None:
         actor = self._new_actor()
         shard = self._pending[-1] if self._pending else 0
-        started = actor.start.remote(self._threads, shard, self._check, careful=bool(self._tries))
+        started = actor.start.remote(self._threads, shard, self._check, careful=bool(self._losses))
         self._in_flight[started] = (actor, None)
 
     def _settle(self, reference: Any, progress: Progress) -> int:
@@ -134,7 +112,7 @@ class _Supervisor:
             self._counted.pop(shard, None)
         try:
             result = fetch(reference)
-        except _LOST as error:
+        except LOST as error:
             self._replace(actor, shard, error, progress)
             return 0
         except UnreadableError as error:
@@ -153,7 +131,7 @@ class _Supervisor:
     def _started(self, actor: Any, note: str, progress: Progress) -> None:
         """An actor can take shards; after a first one that was checked, the others are started."""
         self._running[actor] = 0
-        self._tries.pop(None, None)
+        self._losses.started()
         if note and note not in self._noted:
             self._noted.add(note)
             progress.note(note)
@@ -164,8 +142,8 @@ class _Supervisor:
 
     def _replace(self, actor: Any, shard: int | None, error: Exception, progress: Progress) -> None:
         """Start another actor in place of a lost one, whose shard goes back to those that are pending."""
-        if "never ran" not in str(error):  # that is: Ray sent it to a node that was lost already, and did not know yet
-            self._count_loss(shard, error)
+        if not never_ran(error):
+            self._losses.count(shard, f"shard {shard}", error)
             if shard is not None:
                 progress.note(f"shard {shard} lost its worker: once more, with a search for images that crash")
         if shard is not None:
@@ -182,7 +160,7 @@ class _Supervisor:
         if shard is None or self._running.pop(actor, None) is not None:  # once for all of its shards
             self._aside += 1
             progress.note(f"{error.host}: {error.what}; its worker is put aside, and the others go on")
-        if elsewhere or self._aside >= self._workers or _machines() == 1:
+        if elsewhere or self._aside >= self._workers or machines() == 1:
             raise error
         if self._check:
             self._start_actor()
@@ -195,15 +173,6 @@ class _Supervisor:
         for reference in ready:
             try:
                 rows = ray.get(reference)
-            except _LOST:
+            except LOST:
                 continue  # its shards come back with the same error, which `_settle` handles
             self._counted |= {shard: count for shard, count in rows.items() if shard in flying}
-
-    def _count_loss(self, shard: int | None, error: Exception) -> None:
-        self._tries[shard] = self._tries.get(shard, 0) + 1
-        if self._tries[shard] >= _TRIES:
-            lines = str(error).strip().split("\n")  # where its own code failed, what it raised comes last
-            reason = lines[-1] if "creation task" in lines[0] else lines[0]
-            lost = f"shard {shard} lost its worker" if shard is not None else "a worker was lost while it started"
-            remedy = "see the worker's log, mend the cause (often memory), and run again"
-            raise StoreError(f"{lost} {_TRIES} times: {reason}", remedy=remedy)

@@ -10,7 +10,15 @@ import click
 from cache_schemas.embedding_store import Decoder, Kind
 from cache_schemas.identity import Precision
 from dimefm.commands.help import Command
-from dimefm.commands.options import DEVICES, options_of, quiet_option, require_with, was_given
+from dimefm.commands.options import (
+    DEVICES,
+    options_of,
+    quiet_option,
+    ray_options,
+    require_with,
+    shard_runner,
+    was_given,
+)
 from dimefm.commands.weights_options import weights_options
 from dimefm.models.names import require_model
 from dimefm.system.inert_text import say
@@ -107,19 +115,21 @@ def _cache(kind: Kind, options: dict[str, Any]) -> None:
 @_import_option("--limit", type=click.IntRange(1), metavar="ROWS")
 @_import_option("--match-parts", type=click.IntRange(1, 16))
 @_import_option("--accept", is_flag=True)
+@ray_options("Shards to write at once, on Ray. Default: one after another.")
 @quiet_option
-def import_embeddings(folder: str, **options: Any) -> None:
+def import_embeddings(folder: str, workers: int | None, ray_address: str | None, **options: Any) -> None:
     """Make a store of embeddings from clip-retrieval.
 
     FOLDER: img_emb/img_emb_N.npy or text_emb/text_emb_N.npy beside metadata/metadata_N.parquet. train-student reads the
     images too, so an image store serves it only if --images says where they are; retrieve does not need them.
     """
     require_model(options["teacher"], options["pretrained"])
+    run = shard_runner(workers, ray_address)
     from dimefm.exchange.import_embeddings import ImportConfig
-    from dimefm.exchange.import_embeddings import import_embeddings as run
+    from dimefm.exchange.import_embeddings import import_embeddings as make
     from dimefm.inspection.info import describe
 
-    store = run(ImportConfig(folder=folder, **options), note)
+    store = make(ImportConfig(folder=folder, **options), note, run)
     say(describe(store.path))
 
 
@@ -127,13 +137,17 @@ def import_embeddings(folder: str, **options: Any) -> None:
 @click.argument("store", metavar="STORE.zarr")
 @click.option("--out", required=True, help="Folder to write.")
 @click.option("--rows-per-file", type=click.IntRange(1), help="Rows per file. Default: the rows of a shard.")
+@ray_options("Files to write at once, on Ray. Default: one after another.")
 @quiet_option
-def export_embeddings(store: str, out: str, rows_per_file: int | None) -> None:
+def export_embeddings(
+    store: str, out: str, rows_per_file: int | None, workers: int | None, ray_address: str | None
+) -> None:
     """Write embeddings as clip-retrieval writes them.
 
     They are in img_emb/ or text_emb/, beside metadata/. Rows without an embedding are left out; the column `row` of the
     metadata says which rows were written.
     """
-    from dimefm.exchange.clip_retrieval_folder import export_embeddings as run
+    run = shard_runner(workers, ray_address)
+    from dimefm.exchange.export_embeddings import export_embeddings as export
 
-    say(f"{run(store, out, rows_per_file=rows_per_file)}: embeddings as .npy, metadata as .parquet")
+    say(f"{export(store, out, rows_per_file=rows_per_file, run=run)}: embeddings as .npy, metadata as .parquet")

@@ -8,7 +8,15 @@ from typing import Any
 import click
 
 from dimefm.commands.help import Command
-from dimefm.commands.options import json_option, options_of, quiet_option, require_with, say_json
+from dimefm.commands.options import (
+    json_option,
+    options_of,
+    quiet_option,
+    ray_options,
+    require_with,
+    say_json,
+    shard_runner,
+)
 from dimefm.models.names import require_model
 from dimefm.system.inert_text import say
 
@@ -66,23 +74,24 @@ def _say_failures(failures: Iterator[dict[str, Any]], as_json: bool) -> None:
 @_option("--teacher")
 @_option("--pretrained")
 @_option("--repair", is_flag=True)
+@ray_options("Shards to check at once, on Ray. Default: one after another.")
 @quiet_option
 @json_option
-def verify(
-    store: str, sample: int | None, teacher: str | None, pretrained: str | None, repair: bool, as_json: bool
-) -> None:
+def verify(workers: int | None, ray_address: str | None, as_json: bool, **options: Any) -> None:
     """Check whether a store can be trusted.
 
     It reads every byte, and exits with 1 if the store cannot be trusted.
     """
-    require_with("--teacher", teacher, "--sample", sample)
+    teacher, pretrained = options["teacher"], options["pretrained"]
+    require_with("--teacher", teacher, "--sample", options["sample"])
     require_with("--pretrained", pretrained, "--teacher", teacher)
     if teacher:
         require_model(teacher, pretrained)
+    run = shard_runner(workers, ray_address)
     from dimefm.inspection.verify import VerifyConfig
     from dimefm.inspection.verify import verify as check
 
-    report = check(VerifyConfig(store=store, sample=sample, teacher=teacher, pretrained=pretrained, repair=repair))
+    report = check(VerifyConfig(**options), run)
     say_json(report.facts()) if as_json else say(report.show())
     if not report.trusted:
         raise click.exceptions.Exit(1)

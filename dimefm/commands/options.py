@@ -7,7 +7,7 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -18,6 +18,7 @@ from click.core import ParameterSource
 from cache_schemas.run import RUN_FILE
 from dimefm.system import notes
 from dimefm.system.inert_text import say
+from dimefm.system.shard_work import ShardRunner, ShardWork, run_here
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -145,6 +146,42 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def ray_options(workers: str) -> Callable[[_Command], _Command]:
+    """--workers, with this help, and --ray-address, for `shard_runner`."""
+
+    def options(command: _Command) -> _Command:
+        address = "Address of an existing Ray cluster, for --workers. Default: a local Ray."
+        command = click.option("--ray-address", help=address)(command)
+        return click.option("--workers", type=click.IntRange(1), help=workers)(command)
+
+    return options
+
+
+def shard_runner(workers: int | None, ray_address: str | None, device: str | None = "cpu") -> ShardRunner:
+    """What the options of `ray_options` ask for: this process, or workers on Ray, each on `device`; None: on GPUs where
+    there are some. Raises UsageError and DimefmError for options that cannot be. Ray is imported when work begins."""
+    from pipeline.workers import require_cores
+
+    require_with("--ray-address", ray_address, "--workers", workers)
+    if ray_address is None:
+        require_cores(workers)
+    if workers is None or (workers == 1 and ray_address is None):
+        return run_here
+
+    def run(
+        work: ShardWork[Any, Any],
+        units: Sequence[Any],
+        say: Callable[[str], None] = notes.note,
+        *,
+        memory: int = 0,
+    ) -> Iterator[Any]:
+        from pipeline.ray_shards import on_ray
+
+        return on_ray(workers, ray_address, device)(work, units, say, memory=memory)
+
+    return run
 
 
 class Bytes(click.ParamType[int]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -10,7 +9,17 @@ import click
 
 from cache_schemas.text_selection import Ranking
 from dimefm.commands.help import Command
-from dimefm.commands.options import DEVICES, Bytes, json_option, options_of, quiet_option, require_with, say_json
+from dimefm.commands.options import (
+    DEVICES,
+    Bytes,
+    json_option,
+    options_of,
+    quiet_option,
+    ray_options,
+    require_with,
+    say_json,
+    shard_runner,
+)
 from dimefm.models.exported import format_of
 from dimefm.models.names import FOLDER, require_model
 from dimefm.system.inert_text import line, say
@@ -18,11 +27,11 @@ from dimefm.system.notes import note
 
 if TYPE_CHECKING:
     from dimefm.models.clip import Clip
-    from dimefm.retrieval.index_parts import PartRunner, PartTask
     from dimefm.retrieval.search import Student
 
 _index_option = options_of("dimefm.retrieval.build_index", "IndexConfig")
 _selection_option = options_of("dimefm.selection.select_texts", "SelectionConfig")
+_training_option = options_of("dimefm.training.config", "TrainConfig", defaults=False)
 _DEVICE = "Where exact search computes. Default: cuda if there is a GPU, else cpu."
 
 
@@ -42,8 +51,7 @@ def _say_made(out: str, as_json: bool) -> None:
 @_index_option("--accept", is_flag=True)
 @_index_option("--factory")
 @_index_option("--memory", type=Bytes(), metavar="SIZE")
-@click.option("--workers", type=click.IntRange(1), help="Parts to build at once, on Ray. Default: one after another.")
-@click.option("--ray-address", help="Address of an existing Ray cluster, for --workers. Default: a local Ray.")
+@ray_options("Parts to build at once, on Ray. Default: one after another.")
 @_index_option("--partial", is_flag=True)
 @_index_option("--seed", type=click.IntRange(0))
 @click.option(
@@ -59,24 +67,13 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, as_
     """
     from dimefm.retrieval.build_index import IndexConfig, preview_build
     from dimefm.retrieval.build_index import build_index as build
-    from pipeline.workers import require_cores
 
-    require_with("--ray-address", ray_address, "--workers", workers)
-    if ray_address is None:
-        require_cores(workers)
+    run = shard_runner(workers, ray_address, None)
     config = IndexConfig(**options)
     if dry_run:
         preview = preview_build(config)
         say_json(preview.facts()) if as_json else say(preview.show())
         return
-    run: PartRunner | None = None
-    if workers and (workers > 1 or ray_address):
-
-        def run(parts: Sequence[PartTask]) -> Iterable[PartTask]:
-            from pipeline.ray_index_parts import on_ray  # imports Ray
-
-            return on_ray(workers, ray_address)(parts)
-
     build(config, run, note)
     _say_made(config.out, as_json)
 
@@ -88,19 +85,47 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, as_
 @click.option("--top-k", type=click.IntRange(1), default=16, show_default=True, help="Sentences per image.")
 @click.option("--out", required=True, help="Store of pairs to write: a folder or URL, such as PAIRS.zarr.")
 @click.option("--device", type=DEVICES, help=_DEVICE)
+@_training_option("--cache-dir", metavar="FOLDER")
+@_training_option("--cache-size", type=Bytes(), metavar="SIZE")
+@ray_options(
+    "Workers on Ray, which share the images. With --index one for each machine is best: each holds the index in "
+    "memory. Default: this process alone."
+)
+@click.option("--dry-run", is_flag=True, help="Print what it would take, by an index and exactly; retrieve nothing.")
 @quiet_option
 @json_option
-def retrieve(images: str, as_json: bool, **options: Any) -> None:
+def retrieve(
+    images: str,
+    workers: int | None,
+    ray_address: str | None,
+    dry_run: bool,
+    as_json: bool,
+    cache_dir: str | None,
+    cache_size: int | None,
+    **options: Any,
+) -> None:
     """Find the nearest sentences of each image.
 
     These are its pseudo texts: nobody wrote them for it. Sentences that at least one image has are visually grounded.
     Exact search suits a GPU, or up to a hundred thousand sentences; build-index --dry-run says which is cheaper.
     """
     from dimefm.retrieval.retrieve import retrieve as run
+    from dimefm.system.file_cache import caching_in
 
     if options["index"] and options["device"]:
         raise click.UsageError("--device has no effect with --index: an index searches on the CPU")
-    run(images, **options)
+    runner = shard_runner(workers, ray_address, "cpu" if options["index"] else options["device"])
+    require_with("--cache-size", cache_size, "--cache-dir", cache_dir)
+    if cache_dir and workers:
+        raise click.UsageError("--cache-dir has no effect with --workers, which read the stores where they are")
+    if dry_run:
+        from dimefm.retrieval.retrieve_cost import retrieve_cost
+
+        cost = retrieve_cost(images, options["texts"], options["index"])
+        say_json(cost.facts()) if as_json else say(cost.show())
+        return
+    with caching_in(cache_dir, cache_size):
+        run(images, run=runner, **options)
     _say_made(options["out"], as_json)
 
 
@@ -177,9 +202,10 @@ def _student(model: str, device: str | None) -> Student:
 @_selection_option("--texts")
 @_selection_option("--scores", metavar="OTHER.selection")
 @_selection_option("--device", type=DEVICES)
+@ray_options("Processes that score, cluster and compare, on Ray. Default: none but this one.")
 @quiet_option
 @json_option
-def select_texts(as_json: bool, **options: Any) -> None:
+def select_texts(workers: int | None, ray_address: str | None, as_json: bool, **options: Any) -> None:
     """Select the sentences that are worth training on.
 
     They are visually grounded sentences of a text store, for train-student --selection.
@@ -199,5 +225,8 @@ def select_texts(as_json: bool, **options: Any) -> None:
     from dimefm.selection.select_texts import SelectionConfig
     from dimefm.selection.select_texts import select_texts as select
 
-    select(SelectionConfig(**options))
+    config = SelectionConfig(**options)
+    run = shard_runner(workers, ray_address, config.device)
+    require_with("--workers", workers, "--by similarity, --dedup or --balance", config.computes or None)
+    select(config, run=run)
     _say_made(options["out"], as_json)

@@ -9,7 +9,7 @@ import click
 
 from cache_schemas.identity import Precision
 from dimefm.commands.help import Command, heading
-from dimefm.commands.options import DEVICES, json_option, options_of, quiet_option, require_with, say_json
+from dimefm.commands.options import DEVICES, Bytes, json_option, options_of, quiet_option, require_with, say_json
 from dimefm.commands.recipes import training_fields
 from dimefm.commands.weights_options import weights_options
 from dimefm.models.names import require_model, require_student
@@ -80,6 +80,8 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @_option("--precision", type=click.Choice(["auto", *get_args(Precision)]))
 @_option("--workers", type=click.IntRange(0))
 @_option("--device", type=DEVICES)
+@_option("--cache-dir", metavar="FOLDER")
+@_option("--cache-size", type=Bytes(), metavar="SIZE")
 @_option("--seed", type=click.IntRange(0))
 @_option("--threads", type=click.IntRange(1))
 @_option("--compile", is_flag=True, default=None)

@@ -1,4 +1,4 @@
-"""Read and write folders of embeddings in the layout of clip-retrieval.
+"""Read folders of embeddings in the layout of clip-retrieval; exchange.export_embeddings writes them.
 
 FOLDER/
   img_emb/img_emb_<n>.npy        float16 or float32 (rows, D); for texts text_emb/text_emb_<n>.npy
@@ -9,7 +9,6 @@ Numbers may be padded with zeros and may leave gaps; only their order counts. Sh
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,23 +21,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache_schemas import Status
 from cache_schemas.embedding_store import Kind
 from cache_schemas.plan import SourceFile
-from dimefm.errors import OutputExistsError, SourceError
+from dimefm.errors import SourceError
 from dimefm.sources.account import Account
 from dimefm.sources.files import stat_files
 from dimefm.sources.parquet import other_kind
-from dimefm.store.embedding_store import Store
-from dimefm.store.failures import require_embeddings
 from dimefm.system import storage
-from dimefm.system.output_names import require_name
-from dimefm.system.progress import Progress
 
 FOLDERS: dict[Kind, str] = {"image": "img_emb", "text": "text_emb"}
 """Where the embeddings of images and of texts are."""
 
-_CAPTION, _IMAGE_KEYS = "caption", ("image_path", "key")
+CAPTION = "caption"
+"""The column of the sentences in the metadata of texts."""
+
+_IMAGE_KEYS = ("image_path", "key")
 _BLOCK = 4096  # rows that are normalised, or read from a metadata file, at a time
 _UNIT = 1e-3  # a vector whose norm is this close to 1 is not normalised again
 
@@ -87,8 +84,8 @@ class Folder:
         if self.parts and dim != self.dim:
             what = f"{vectors} is {dim} wide, those before it {self.dim}"
             raise SourceError(what, remedy="import the embeddings of each model into a store of their own")
-        if self.kind == "text" and _CAPTION not in names:
-            what = f"{metadata} has no column {_CAPTION!r} (it has {', '.join(names)})"
+        if self.kind == "text" and CAPTION not in names:
+            what = f"{metadata} has no column {CAPTION!r} (it has {', '.join(names)})"
             raise SourceError(what, remedy="texts cannot do without their captions: make the metadata again")
         self.parts.append(_Part(vectors, metadata, self.rows, self.rows + rows))
         self.rows, self.dim = self.rows + rows, dim
@@ -136,7 +133,7 @@ class Folder:
 
     def _column(self, part: _Part) -> Iterator[str | None]:
         with _open_parquet(part.metadata) as file:
-            wanted = (_CAPTION,) if self.kind == "text" else _IMAGE_KEYS
+            wanted = (CAPTION,) if self.kind == "text" else _IMAGE_KEYS
             column = next((name for name in wanted if name in file.schema_arrow.names), None)
             if column is None:
                 yield from [None] * (part.stop - part.start)
@@ -204,52 +201,3 @@ def unit(vectors_ND: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.nda
     scale_N = np.where(good_N & (abs(norm_N - 1) > _UNIT), norm_N, 1)
     embedding_ND = np.where(good_N[:, None], values_ND, 0) / scale_N[:, None]
     return embedding_ND.astype(np.float16), good_N
-
-
-def export_embeddings(store_path: str, out: str, *, rows_per_file: int | None = None) -> str:
-    """Write a finished store as a folder in clip-retrieval's layout, in the store's type; returns the folder's path.
-
-    There is one .npy and one metadata file per `rows_per_file` rows of the store, by default those of a shard; rows
-    without an embedding are left out. The metadata has `row` (in the store), `key`, for texts `caption`, and for
-    images `image_path` (the key again) and `file`. The folder appears whole or not at all. Raises StoreError for a
-    store that is unfinished or has no embedding, OutputExistsError where `out` is not empty.
-    """
-    store = Store(store_path)
-    store.require_complete()
-    require_embeddings(store)
-    target = Path(storage.local(out, "an export"))
-    require_name(out, "a folder of embeddings")
-    if target.is_file() or storage.listing(str(target)):
-        raise OutputExistsError(f"{target} exists and is not empty", remedy="give another --out, or delete it")
-    rows, step, name = store.schema.rows, rows_per_file or store.schema.shard_rows, FOLDERS[store.schema.kind]
-    digits = len(str((rows - 1) // step))
-    with storage.publishing(str(target)) as temporary, Progress("exporting", rows, "row") as progress:
-        for number, start in enumerate(range(0, rows, step)):
-            stop = min(start + step, rows)
-            good_N = np.flatnonzero(store.status(start, stop) == Status.OK)
-            if len(good_N):
-                vectors, table = io.BytesIO(), io.BytesIO()
-                np.save(vectors, store.read(start, stop)[good_N])
-                pq.write_table(_metadata(store, start, stop).take(good_N), table)
-                _write(temporary / name / f"{name}_{number:0{digits}d}.npy", vectors, out)
-                _write(temporary / "metadata" / f"metadata_{number:0{digits}d}.parquet", table, out)
-            progress.at(stop)
-    return str(target)
-
-
-def _write(path: Path, data: io.BytesIO, out: str) -> None:
-    with storage.writing_to(out):
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(data.getbuffer())
-
-
-def _metadata(store: Store, start: int, stop: int) -> pa.Table:
-    """The metadata of rows start..stop-1, from the plans of their shards."""
-    size = store.schema.shard_rows
-    first, last = start // size, (stop - 1) // size
-    plan = pa.concat_tables([store.plan(shard) for shard in range(first, last + 1)])
-    plan = plan.slice(start - first * size, stop - start)
-    columns = {"row": plan["row"], "key": plan["key"]}
-    if store.schema.kind == "text":
-        return pa.table({_CAPTION: plan["text"], **columns})
-    return pa.table({"image_path": plan["key"], **columns, "file": plan["file"]})

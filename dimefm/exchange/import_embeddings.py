@@ -5,7 +5,6 @@ Shapes: N rows, F of them failed, D embedding width.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -14,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from cache_schemas import IMAGE_PLAN, TEXT_PLAN, EmbeddingStore, Failure, SourceSummary, Status
-from cache_schemas.embedding_store import EMBEDDING, ROWS, STATUS, Kind
+from cache_schemas import IMAGE_PLAN, TEXT_PLAN, EmbeddingStore, SourceSummary
+from cache_schemas.embedding_store import ROWS, Kind
 from cache_schemas.identity import Precision
 from cache_schemas.plan import SourceFile
 from dimefm.caching.plan import chunk_rows, require_whole_chunks, shard_size
 from dimefm.caching.same_command import Asked, require_no_stranger, require_same_command, source_digest
 from dimefm.errors import MismatchError, SourceError
 from dimefm.exchange.clip_retrieval_folder import Folder
+from dimefm.exchange.import_shards import write_shards
 from dimefm.exchange.match_names import Matches, match, spread
 from dimefm.models.trained import Trained
 from dimefm.sources.account import Account
@@ -35,14 +35,12 @@ from dimefm.system import lock, storage
 from dimefm.system.named_paths import allowing
 from dimefm.system.notes import note
 from dimefm.system.output_names import require_name
-from dimefm.system.progress import Progress
+from dimefm.system.shard_work import ShardRunner, run_here
 
 if TYPE_CHECKING:
     from dimefm.models.clip import Clip
 
 _BATCH_SIZE = 1  # recorded in the store; that of the teacher is not known
-_BAD_VECTOR = "the imported embedding is NaN, infinite or zero"
-_NO_IMAGE = "no image of the sources has this key, or it is not known which of several"
 _SHOWN = 3
 _NO_PIXELS = "imported without --images: serves retrieve, but not train-student, which reads the images"
 _NOT_COMPARED = "not compared with the teacher: only the command line says that it made these embeddings"
@@ -81,7 +79,9 @@ class ImportConfig:
     """How many last parts a row's path must share with an image's path, unless key or path are the same."""
 
 
-def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lambda line: None) -> Store:
+def import_embeddings(
+    config: ImportConfig, report: Callable[[str], None] = lambda line: None, run: ShardRunner = run_here
+) -> Store:
     """Make a finished store from a folder of embeddings, in its order of rows; go on where an earlier run stopped.
 
     Vectors are normalised, except those whose norm is within 0.001 of 1, so that float16 ones stay the same to the last
@@ -89,17 +89,17 @@ def import_embeddings(config: ImportConfig, report: Callable[[str], None] = lamb
     exchange.match_names), and those without one get MISSING: train-student could not read them. Without `sources`, an
     image store has no pixels; it serves retrieve, but not train-student. `batch_size` in the store is 1, as it is not
     known. `report` is called with lines about what was matched and compared; rows with the weakest match are compared
-    first.
+    first. `run` has the shards written, once all is planned.
 
     Raises SourceError for a folder in another layout, or sources with none of its images; MismatchError for another
     teacher, or a store at `out` of another folder, teacher or setting; StoreError where no row has an embedding;
     OutputExistsError.
     """
     with allowing(config.sources):
-        return _import(config, report)
+        return _import(config, report, run)
 
 
-def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
+def _import(config: ImportConfig, report: Callable[[str], None], run: ShardRunner) -> Store:
     require_name(config.out, "a store", ".zarr")
     account = Account()
     folder = Folder(config.folder, config.kind, account, config.limit)
@@ -133,12 +133,9 @@ def _import(config: ImportConfig, report: Callable[[str], None]) -> Store:
             require_same_command(store, files, clip.identity, asked)
         else:
             store = _plan(config, folder, source, files, shard_rows, clip, account, report)
-        _write(store, folder, unmatched_fail=source is not None)
+        write_shards(store, folder, run, unmatched_fail=source is not None)
         require_embeddings(store)
     return store
-
-
-# -- planning ---------------------------------------------------------------------------------------------------------
 
 
 def _plan(
@@ -242,40 +239,3 @@ def _table(batch: list[tuple[str, str | None]], matches: Matches | None, start: 
         return pa.table({**columns, "text": [caption or "" for _, caption in batch]}, schema=TEXT_PLAN)
     places = zip(*(matches.place(row) for row in rows), strict=True)
     return pa.table({**columns, **dict(zip(("file", "offset", "size"), map(list, places), strict=True))}, IMAGE_PLAN)
-
-
-# -- writing ----------------------------------------------------------------------------------------------------------
-
-
-def _write(store: Store, folder: Folder, *, unmatched_fail: bool) -> None:
-    """Write every shard without a commit. With `unmatched_fail`, a row whose plan names no file gets no embedding."""
-    schema, committed = store.schema, store.committed()
-    if len(committed) == schema.shards:
-        return
-    storage.remove_leftovers(store.path)
-    done = sum(stop - start for start, stop in map(schema.shard_range, committed))
-    with Progress("importing", schema.rows, "row", done) as progress:
-        for shard in sorted(set(range(schema.shards)) - committed):
-            began = time.monotonic()
-            start, stop = schema.shard_range(shard)
-            embedding_ND, good_N = folder.read(start, stop)
-            status_N = np.where(good_N, Status.OK, Status.NOT_FINITE).astype(np.uint8)
-            plan = store.plan(shard)
-            if unmatched_fail:
-                status_N[np.array(plan["file"].to_pylist()) == ""] = Status.MISSING
-            failed_F = np.flatnonzero(status_N != Status.OK)
-            embedding_ND[failed_F] = 0
-            failures = [
-                _failure(row, status_N[i]) for i, row in zip(failed_F, plan.take(failed_F).to_pylist(), strict=True)
-            ]
-            seconds = time.monotonic() - began
-            store.write_shard(
-                shard, {EMBEDDING: embedding_ND, STATUS: status_N}, failures, device="import", seconds=seconds
-            )
-            done += stop - start
-            progress.at(done)
-
-
-def _failure(row: dict[str, Any], code: int) -> Failure:
-    reason = _NO_IMAGE if code == Status.MISSING else _BAD_VECTOR
-    return Failure(row=row["row"], key=row["key"], file=row.get("file", ""), status=Status(code).name, reason=reason)

@@ -13,6 +13,7 @@ from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, SCORES, SELECTI
 from dimefm.errors import StoreError
 from dimefm.inspection.description import Description, Rows
 from dimefm.models.teacher_rows import teacher_rows
+from dimefm.retrieval.index_sidecar import describe_search
 from dimefm.selection.report import describe_settings, left_out
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
@@ -20,7 +21,7 @@ from dimefm.store.selected_texts import SelectedTexts
 from dimefm.system import storage
 from dimefm.system.named_paths import named
 from dimefm.system.progress import amount
-from dimefm.system.wording import counted, rate
+from dimefm.system.wording import counted
 
 _EXAMPLES, _SHOWN = 5, 12
 
@@ -33,7 +34,7 @@ def describe_index(path: str) -> Description:
     facts = {"artefact": "index", "path": storage.absolute(path), "finished": True}
     facts |= {name: known[name] for name in known if name not in _NOT_OF_USE}
     facts["bytes_per_vector"] = sidecar.bytes_per_vector
-    return Description(f"{path}: FAISS index", facts, _index(facts))
+    return Description(f"{path}: FAISS index", facts, _index(facts, sidecar))
 
 
 _NOT_OF_USE = ("schema", "version", "checksum", "shards", "spread", "versions")  # of a sidecar
@@ -46,24 +47,15 @@ def describe_unfinished_index(path: str, steps: int) -> Description:
     return Description(f"{path}: FAISS index, unfinished", facts, rows)
 
 
-def _index(facts: dict[str, Any]) -> Rows:
-    parameters = ", ".join(f"{name} {value}" for name, value in facts["search_parameters"].items()) or "none"
-    again = "the scores are the index's own"
-    if facts["rescore"] > 1:
-        again = f"for the best k, {facts['rescore']} k candidates are scored again from the store"
-    target = facts["recall_target"]
+def _index(facts: dict[str, Any], sidecar: IndexSidecar) -> Rows:
+    searches = [sidecar.search_of(recall.source) for recall in sidecar.recall]
     return [
         ("vectors", f"{counted(facts['rows'], facts['kind'])}, {facts['skipped']:,} skipped, {facts['dim']} wide"),
         ("factory", facts["factory"]),
-        ("search", f"parameters: {parameters}; {again}"),
-        *(
-            ("recall", f"@{r['k']} {r['value']:.4f} over {r['queries']:,} {r['source']} queries (target {target})")
-            for r in facts["recall"]
-        ),
+        *((f"{one.source} queries", describe_search(one, sidecar.recall_target)) for one in searches),
         ("size", f"{amount(facts['bytes'])}, {facts['bytes_per_vector']:,.0f} bytes per vector"),
         ("store", f"{facts['store']} ({facts['store_identity'][:16]})"),
         *teacher_rows(facts["teacher"]),
-        ("speed", f"{rate(facts['queries_per_second'], 1, 'query', 'queries')} when it was tuned"),
         (
             "built in",
             f"{facts['seconds']:,.1f} s, trained on {counted(facts['train_rows'], 'row')}, seed {facts['seed']}",

@@ -1,50 +1,17 @@
 """What the paper's job will cost, before anything is run: rows, bytes and shards by count, GPU hours by rates.
 
-Rates that `python -m benchmarks gpu` has measured are in dimefm/measured.json, if it exists. The other rates are upper
-bounds by arithmetic for one H200-class card, on which 788 TFLOP/s in bf16 and 4.3 TB/s were measured, so their hours
-are lower bounds ("floors"). ViT-L/14 at 224 px takes 162 GFLOP per image, its text tower about 4 GFLOP per sentence of
-typical length, ViT-B/32 forward and backward 26 GFLOP per image. Exact search takes a product over the width for each
-score, which is then written and read once.
+Rates that were measured are used where they exist. The others are upper bounds (system.gpu_rates), so their hours are
+lower bounds.
 """
 
 from __future__ import annotations
 
-import json
-from importlib import resources
-
-from cache_schemas.problems import Problem, SchemaError
-from cache_schemas.rates import RATES_FILE, MeasuredRates, parse_rates
+from cache_schemas.rates import MeasuredRates
 from dimefm.errors import DimefmError
+from dimefm.system.gpu_rates import AT_BEST, WIDTH
 from dimefm.system.progress import amount
 
-PAPER_IMAGES, PAPER_TEXTS, PAPER_EPOCHS, WIDTH, SHARD_ROWS = 40_000_000, 28_400_000, 100, 768, 65536
-_FLOPS, _BYTES = 788e12, 4.3e12
-_IMAGE, _TEXT, _STEP = 162e9, 4e9, 26e9
-_SCORE_BYTES = 8
-
-FLOORS = {
-    "teacher_images_per_second": _FLOPS / _IMAGE,
-    "teacher_texts_per_second": _FLOPS / _TEXT,
-    "exact_scores_per_second": 1 / (2 * WIDTH / _FLOPS + _SCORE_BYTES / _BYTES),
-    "student_images_per_second": _FLOPS / _STEP,
-    "online_student_images_per_second": _FLOPS / (_STEP + _IMAGE),
-}
-
-
-def measured_rates() -> MeasuredRates | None:
-    """The rates that ship with the package; None if none were measured yet. Raises SchemaError if they are not
-    valid."""
-    file = resources.files("dimefm") / RATES_FILE
-    return read_rates(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
-
-
-def read_rates(text: str, where: str) -> MeasuredRates:
-    """The rates in `text`, the JSON of the file `where`. Raises SchemaError."""
-    try:
-        raw = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SchemaError(where, MeasuredRates.__name__, [Problem("", f"not JSON: {error}")]) from error
-    return parse_rates(raw, where)
+PAPER_IMAGES, PAPER_TEXTS, PAPER_EPOCHS, SHARD_ROWS = 40_000_000, 28_400_000, 100, 65536
 
 
 def paper_cost_table(images: tuple[str, ...], texts: tuple[str, ...], rates: MeasuredRates | None) -> str:
@@ -54,7 +21,7 @@ def paper_cost_table(images: tuple[str, ...], texts: tuple[str, ...], rates: Mea
     seen = PAPER_EPOCHS * image_rows
     image, text, exact, step, online = (
         _Cost(count, name, rates)
-        for count, name in zip((image_rows, text_rows, image_rows * text_rows, seen, seen), FLOORS, strict=True)
+        for count, name in zip((image_rows, text_rows, image_rows * text_rows, seen, seen), AT_BEST, strict=True)
     )
     costs = (image, text, exact, step, online)
     lines = [f"{'stage':<22}{'rows':>14}{'shards':>8}{'written':>10}{'GPU hours':>11}  {'hours by':<13}rows from"]
@@ -86,7 +53,7 @@ class _Cost:
     def __init__(self, count: int, name: str, rates: MeasuredRates | None) -> None:
         rate = getattr(rates, name, None)
         self.measured = rate is not None
-        self.hours = count / (rate or FLOORS[name]) / 3600
+        self.hours = count / (rate or AT_BEST[name]) / 3600
 
     def __str__(self) -> str:
         return f"{self.hours:>11.2f}  {'measurement' if self.measured else 'arithmetic':<11}"

@@ -23,10 +23,11 @@ import click
 from cache_schemas import SchemaError
 from cache_schemas.latency import LATENCY_FILE
 from dimefm.errors import DimefmError, StoppedError
-from dimefm.reproduce.paper_cost import measured_rates, paper_cost_table
+from dimefm.reproduce.paper_cost import paper_cost_table
 from dimefm.reproduce.report import EVALUATIONS, Student, write_report
 from dimefm.sample import sample_dir
 from dimefm.system import stopping, storage
+from dimefm.system.gpu_rates import measured_rates
 from dimefm.system.inert_text import say, text
 from dimefm.system.progress import duration
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cache_schemas import IndexSidecar
 from cache_schemas.index import SIDECAR_FILE
@@ -20,9 +19,7 @@ from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.machine import available_memory
 from dimefm.system.output_names import require_name
-
-if TYPE_CHECKING:
-    from dimefm.retrieval.index_parts import PartRunner
+from dimefm.system.shard_work import ShardRunner, run_here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +72,7 @@ def _memory(config: IndexConfig) -> int:
 
 
 def build_index(
-    config: IndexConfig, run_parts: PartRunner | None = None, say: Callable[[str], None] = lambda line: None
+    config: IndexConfig, run_parts: ShardRunner = run_here, say: Callable[[str], None] = lambda line: None
 ) -> IndexSidecar:
     """Build an index over a store, tune it to the recall target and measure it; or add the rows that the store has got
     since it was built. Where it has all rows nothing is done.
@@ -102,9 +99,8 @@ def build_index(
                 say(preview.advice())
         say(f"{store.schema.rows:,} {store.schema.kind}s: opening FAISS ...")
         from dimefm.retrieval.index_build import IndexBuild  # imports torch too
-        from dimefm.retrieval.index_parts import run_one_by_one
 
-        return IndexBuild(config, _memory(config), store, images, published).run(run_parts or run_one_by_one)
+        return IndexBuild(config, _memory(config), store, images, published).run(run_parts)
 
 
 def _published(folder: Path, config: IndexConfig, store: Store, images: Store | None) -> IndexSidecar | None:

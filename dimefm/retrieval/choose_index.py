@@ -23,7 +23,9 @@ TRAIN_PER_CENTROID = 64
 _LEAST_PER_CENTROID = 39  # below it FAISS warns that clusters are too few points
 _KMEANS_ROUNDS = 10
 _MANY_LISTS, _MOST_LISTS = 65536, 262144
-_PROGRAM = 700_000_000  # bytes of the process itself and its libraries
+PROGRAM = 700_000_000
+"""Bytes of the process itself and its libraries."""
+_SEARCH = 500_000_000  # bytes that a search takes beside the index: products with centroids, candidates scored again
 _PARTS, _PART_ROWS = 8, (65_536, 2_000_000)
 
 
@@ -43,7 +45,7 @@ def plan_index(rows: int, dim: int, memory: int, factory: str | None = None) -> 
 
     Raises DimefmError where no choice fits, saying how much memory would do.
     """
-    room = memory - _PROGRAM
+    room = memory - PROGRAM
     part_rows = min(max(rows // _PARTS, _PART_ROWS[0]), _PART_ROWS[1])
     if factory:
         centroids = _centroids_of(factory)
@@ -59,13 +61,18 @@ def plan_index(rows: int, dim: int, memory: int, factory: str | None = None) -> 
     for dims_per_byte in (4, 8, 16):
         codes = _codes(dim, 2 * dim // dims_per_byte)  # of half a byte each
         smallest = rows * (math.ceil(codes / 2) + 8) + lists * dim * 4
-        if smallest * (1 + 1 / _PARTS) <= room:  # as it is merged: the whole, and the part that comes next
+        if smallest + _SEARCH <= room:
             graph = "_HNSW32" if lists == _MOST_LISTS else ""
             name = f"IVF{lists}{graph},PQ{codes}x4fs"
             return IndexPlan(name, _train_rows(rows, dim, lists, room), smallest, part_rows)
-    needed = amount(smallest * (1 + 1 / _PARTS) + _PROGRAM)
+    needed = amount(smallest + _SEARCH + PROGRAM)
     what = f"no index over {rows:,} rows of width {dim} fits into {amount(memory)}: the smallest takes {needed}"
     raise DimefmError(what, remedy="give more --memory, or search exactly, without an index")
+
+
+def most_part_rows(memory: int, row_bytes: int) -> int:
+    """How many rows a part may have: FAISS takes twice the bytes of a list as it grows."""
+    return max(1, (memory - PROGRAM) // 2 // row_bytes)
 
 
 def _codes(dim: int, most: int) -> int:
@@ -79,10 +86,13 @@ def has_coarse_codes(factory: str) -> bool:
 
 
 def breakeven_queries(rows: int, plan: IndexPlan) -> int:
-    """The number of queries for which exact search takes as many products as building the index: k-means over the
-    training rows, and finding the list of every row, in units of rows x width."""
-    centroids = _centroids_of(plan.factory)
-    return round(centroids * (1 + _KMEANS_ROUNDS * plan.train_rows / rows))
+    """The number of queries for which exact search takes as many products as building the index."""
+    return round(build_products(rows, plan) / rows)
+
+
+def build_products(rows: int, plan: IndexPlan) -> int:
+    """Products of a row with a centroid: k-means over the training rows, and finding the list of every row."""
+    return _centroids_of(plan.factory) * (rows + _KMEANS_ROUNDS * plan.train_rows)
 
 
 @dataclass(frozen=True)

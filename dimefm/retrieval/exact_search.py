@@ -31,6 +31,9 @@ class Search(Protocol):
     def search(self, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Scores float32 (Q, K) and rows int64 (Q, K), best first; -1 where there are fewer."""
 
+    def of_kind(self, kind: str) -> Search:
+        """The same search, set for queries that are embeddings of an "image" or of a "text"."""
+
 
 _BLOCK_ROWS = 16384
 _QUERIES = 4096  # with a block, 256 MiB of scores
@@ -82,6 +85,10 @@ class ExactSearch:
         scores_QK, rows_QK = self._search(torch.from_numpy(query_QD).to(self._device), k)
         return scores_QK.cpu().numpy(), rows_QK.cpu().numpy()
 
+    def of_kind(self, kind: str) -> ExactSearch:
+        """Itself: it is exact for all."""
+        return self
+
     def _search(self, query_QD: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`search` on the device. The CPU waits for it only where it is more than one block behind."""
         scores_QK = torch.full((len(query_QD), k), -torch.inf, device=self._device)
@@ -124,6 +131,11 @@ class ExactSearch:
         if self._device.type == "cuda":  # page-locked memory is copied while the GPU computes
             return rows_N.pin_memory(), embedding_ND.pin_memory()
         return rows_N, embedding_ND
+
+
+def block_top(queries_QD: torch.Tensor, block_ND: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `ExactSearch` does with each block on a CPU: scores (Q, K) and places in the block (Q, K)."""
+    return _top(_product(queries_QD, block_ND.T), k)
 
 
 def _as_they_are(half: torch.Tensor) -> torch.Tensor:

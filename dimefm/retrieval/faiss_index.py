@@ -1,4 +1,4 @@
-"""A FAISS index in memory: made, filled, merged, written, searched. The only importer of faiss.
+"""A FAISS index in memory: made, filled, merged, written, searched. `retrieval.index_merge` alone imports faiss, too.
 
 `retrieval.build_index` makes one step by step, `retrieval.index_search` searches a finished one. Shapes: Q queries, N
 rows, D width, L lists, P lists probed, C candidates.
@@ -23,6 +23,7 @@ from dimefm.system import storage
 
 REBUILD = "delete the folder and build the index again"
 _BLOCK_ROWS = 16384
+_library: Any = faiss  # its type stubs lack some of what it has
 
 
 class FaissIndex:
@@ -58,10 +59,13 @@ class FaissIndex:
         return FaissIndex(index, factory=factory)
 
     @staticmethod
-    def read(path: Path, spread: str = "") -> FaissIndex:
-        """The index in a file. Raises StoreError where FAISS cannot read it."""
+    def read(path: Path, spread: str = "", *, mapped: bool = False) -> FaissIndex:
+        """The index in a file; `mapped` leaves inverted lists in it, where `lists_stay_in_file`, to be searched alone.
+
+        Raises StoreError where FAISS cannot read it.
+        """
         try:
-            return FaissIndex(faiss.read_index(str(path)), spread=spread)
+            return FaissIndex(faiss.read_index(str(path), faiss.IO_FLAG_MMAP if mapped else 0), spread=spread)
         except RuntimeError as error:
             raise StoreError(f"{path} is damaged: {reason(error)}", remedy=REBUILD) from None
 
@@ -72,7 +76,6 @@ class FaissIndex:
         closed, and raises none.
         """
         failed: list[OSError] = []
-        library: Any = faiss  # its type stubs lack the writer
 
         def put(data: bytes) -> None:
             try:
@@ -83,7 +86,7 @@ class FaissIndex:
 
         with storage.writing_to(str(path)), storage.writing_atomically(str(path)) as file:
             try:
-                library.write_index(self.inner, library.PyCallbackIOWriter(put))
+                _library.write_index(self.inner, _library.PyCallbackIOWriter(put))
             except RuntimeError:
                 if failed:
                     raise failed[0] from None
@@ -172,6 +175,11 @@ class FaissIndex:
 
     def remove_all_rows(self) -> None:
         """Keep the centroids and codes alone."""
+        ivf = faiss.try_extract_index_ivf(self.inner)
+        if ivf is not None and self.lists_stay_in_file:  # and so they may be mapped, and cannot be changed
+            lists = _library.ArrayInvertedLists(ivf.nlist, ivf.code_size)
+            ivf.replace_invlists(lists, True)
+            lists.this.disown()
         self.inner.reset()
 
     @property
@@ -201,6 +209,28 @@ class FaissIndex:
             return
         with _lent_to_gpus(ivf, "quantizer", ivf.quantizer):
             yield
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    @property
+    def lists_stay_in_file(self) -> bool:
+        """Whether it is searched in the inverted lists of its file, of which memory holds what a search needs. FAISS
+        can do so but with the blocks of codes of fast scans (PQ...x4fs), and with an index without lists."""
+        ivf: Any = faiss.try_extract_index_ivf(self.inner)
+        return ivf is not None and not isinstance(
+            faiss.downcast_InvertedLists(ivf.invlists), _library.BlockInvertedLists
+        )
+
+    def row_bytes(self) -> int:
+        """The least that a row takes, by its code, its number, and its links in a graph."""
+        index: Any = faiss.try_extract_index_ivf(self.inner) or self.inner
+        while isinstance(index, (faiss.IndexIDMap, faiss.IndexPreTransform)):
+            index = faiss.downcast_index(index.index)
+        links, codes = 0, index
+        if isinstance(index, faiss.IndexHNSW):
+            graph: Any = index.hnsw
+            links, codes = 4 * graph.nb_neighbors(0), faiss.downcast_index(index.storage)
+        return links + int(getattr(codes, "code_size", 0)) + 8
 
     # -- search -------------------------------------------------------------------------------------------------------
 

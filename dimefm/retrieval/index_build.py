@@ -9,30 +9,28 @@ Shapes: N rows, D embedding width.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cache_schemas import IndexSidecar, digest_of
+from cache_schemas import IndexSidecar, Recall, digest_of
 from cache_schemas.index import BUILD, SIDECAR_FILE
 from dimefm.errors import RecallError, StoreError
-from dimefm.retrieval.choose_index import RESCORE, has_coarse_codes, plan_index
+from dimefm.retrieval.choose_index import PROGRAM, RESCORE, has_coarse_codes, most_part_rows, plan_index
 from dimefm.retrieval.faiss_index import REBUILD, FaissIndex, faiss_version
-from dimefm.retrieval.index_parts import (
-    TRAINED_FILE,
-    PartRunner,
-    PartTask,
-    finished_part,
-    write_part,
-)
-from dimefm.retrieval.index_search import IndexSearch, SearchParameters, read_index
+from dimefm.retrieval.index_merge import ListMerge
+from dimefm.retrieval.index_parts import TRAINED_FILE, BuildParts, PartTask, finished_part, write_part
+from dimefm.retrieval.index_search import IndexSearch, SearchParameters, read_index, whole_file
 from dimefm.retrieval.index_sidecar import is_ours
-from dimefm.retrieval.recall import TuningResult, draw_recall_queries, tune
+from dimefm.retrieval.recall import RecallQueries, draw_recall_queries, tune
 from dimefm.store.embedding_store import Store
 from dimefm.store.output_folder import require_only
 from dimefm.system import storage
+from dimefm.system.notes import note
 from dimefm.system.progress import Progress, amount
+from dimefm.system.shard_work import ShardRunner
 from dimefm.system.versions import versions
 
 if TYPE_CHECKING:
@@ -55,7 +53,7 @@ class IndexBuild:
         self.train_rows = self.published.train_rows if self.published else self.plan.train_rows
         self.settings = digest_of([store.schema.identity, self.plan.factory, config.seed, self.train_rows])
         self.build = self.folder / BUILD
-        self.trained = self.build / TRAINED_FILE
+        self.trained, self.merged = self.build / TRAINED_FILE, self.build / "merged.faiss"
 
     def _ranges(self) -> list[tuple[int, int]]:
         """The rows of the shards that are done."""
@@ -64,7 +62,7 @@ class IndexBuild:
     def _rows(self) -> int:
         return sum(stop - start for start, stop in self._ranges())
 
-    def run(self, run_parts: PartRunner) -> IndexSidecar:
+    def run(self, run_parts: ShardRunner) -> IndexSidecar:
         """Every step, or those that are left."""
         indexed = self.published.shards if self.published else {}
         pending = sorted(int(shard) for shard, digest in self.shards.items() if indexed.get(shard) != digest)
@@ -75,14 +73,15 @@ class IndexBuild:
         storage.remove_leftovers(str(self.folder))
         began = time.monotonic()
         spread = self._train()
-        index = self._start(spread, changed=[shard for shard in pending if str(shard) in indexed])
-        parts = self._parts(pending, index)
+        trained = FaissIndex.read(self.trained, spread)
+        parts = self._parts(pending, trained)
         self._build_parts(parts, run_parts)
-        for part in parts:
-            index.merge(FaissIndex.read(part.path))
+        self._merge(trained, parts, changed=[shard for shard in pending if str(shard) in indexed])
+        queries = draw_recall_queries(self.store, self._ranges(), self.images, self.config.seed)
+        index = FaissIndex.read(self.merged, spread, mapped=True)
         if not index.rows:
             raise StoreError(f"{self.store.path} has no embedding at all", remedy="see dimefm info for what failed")
-        return self._publish(index, self._tune(index), time.monotonic() - began)
+        return self._publish(index, self._tune(index, queries), time.monotonic() - began)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -99,27 +98,20 @@ class IndexBuild:
             index.remove_all_rows()
         else:
             index = FaissIndex.from_factory(self.plan.factory, self.store.schema.dim)
-            if index.needs_training:
-                index.train(sample_rows(self.store, self.train_rows, self.config.seed), self.config.seed)
+        self._require_memory(index)
+        if index.needs_training:
+            index.train(sample_rows(self.store, self.train_rows, self.config.seed), self.config.seed)
         return write_part(index, self.trained, self.settings, seconds=time.monotonic() - began).spread
 
-    def _start(self, spread: str, changed: list[int]) -> FaissIndex:
-        """What the parts are merged into: the published index without the rows of shards that have changed, or the
-        trained one."""
-        if not self.published:
-            return FaissIndex.read(self.trained, spread)
-        index = read_index(str(self.folder), self.published)
-        for shard in changed:
-            index.remove_rows(*self.store.schema.shard_range(shard))
-        return index
-
-    def _parts(self, shards: list[int], index: FaissIndex) -> list[PartTask]:
-        """The pending shards in parts of about `plan.part_rows` rows; in one part where parts cannot be merged."""
-        if self.published and not index.can_merge:
+    def _parts(self, shards: list[int], trained: FaissIndex) -> list[PartTask]:
+        """The pending shards in parts of about `plan.part_rows` rows, fewer where they are so wide that memory would
+        not hold a part; in one part where parts cannot be merged."""
+        if self.published and not trained.can_merge:
             what = f"{self.folder} is a {self.plan.factory}, to which nothing can be added"
             raise StoreError(what, remedy=REBUILD)
         schema = self.store.schema
-        size = max(1, self.plan.part_rows // schema.shard_rows) if index.can_merge else len(shards)
+        rows = min(self.plan.part_rows, most_part_rows(self.memory, trained.row_bytes()))
+        size = max(1, rows // schema.shard_rows) if trained.can_merge else len(shards)
         parts = []
         for at in range(0, len(shards), size):
             chosen = shards[at : at + size]
@@ -128,51 +120,67 @@ class IndexBuild:
             parts.append(PartTask(self.store.path, str(self.build), f"part-{name}.faiss", self.settings, ranges))
         return parts
 
-    def _build_parts(self, parts: list[PartTask], run_parts: PartRunner) -> None:
-        """Build the parts that are missing.
-
-        Raises StoreError, and keeps the parts, where the whole would not fit into memory.
-        """
+    def _build_parts(self, parts: list[PartTask], run_parts: ShardRunner) -> None:
+        """Build the parts that are missing."""
         total = sum(part.rows for part in parts)
         pending = [part for part in parts if finished_part(part.path, self.settings) is None]
         done = total - sum(part.rows for part in pending)
         with Progress("indexing", total, self.store.schema.kind, done) as progress:
-            for part in run_parts(pending):
+            for part, _ in run_parts(BuildParts(), pending, progress.note):
                 done += part.rows
                 progress.at(done)
-                self._require_memory(part, total)
 
-    def _require_memory(self, part: PartTask, total: int) -> None:
-        """Raises StoreError where `total` rows, each as large as those of the part, do not fit into memory."""
-        needed = part.path.stat().st_size / part.rows * total
-        if needed > self.memory:
-            what = f"{self.plan.factory} over {total:,} rows takes {amount(needed)}, --memory is {amount(self.memory)}"
-            raise StoreError(what, remedy="give more --memory or a factory with smaller codes; the parts are kept")
+    def _require_memory(self, index: FaissIndex) -> None:
+        """Raises StoreError where the index must be in memory to be searched, and will not fit."""
+        needed = self._rows() * index.row_bytes() + PROGRAM
+        if needed > self.memory and not index.lists_stay_in_file:
+            what = f"{self.plan.factory} over {self._rows():,} rows must be in memory to be searched, and takes"
+            remedy = "give more --memory, smaller codes, or lists that stay in their file, such as IVF4096,SQ8"
+            raise StoreError(f"{what} {amount(needed)}; --memory is {amount(self.memory)}", remedy=remedy)
 
-    def _tune(self, index: FaissIndex) -> TuningResult:
-        """Raises RecallError where no parameters reach the recall, unless that is accepted."""
+    def _merge(self, trained: FaissIndex, parts: list[PartTask], changed: list[int]) -> None:
+        """Write the published index, without the rows of shards that have changed, and the parts as one file."""
+        dropped = [self.store.schema.shard_range(shard) for shard in changed]
+        files = [part.path for part in parts]
+        if self.published:
+            files.insert(0, whole_file(str(self.folder), self.published))
+        if ListMerge.suits(trained):
+            with Progress("merging", self._rows(), self.store.schema.kind) as progress:
+                ListMerge(trained).write(files, self.merged, dropped, progress.at)
+                progress.at(self._rows())
+            return
+        index = FaissIndex.read(files[0]) if self.published else trained
+        for start, stop in dropped:
+            index.remove_rows(start, stop)
+        for part in parts:
+            index.merge(FaissIndex.read(part.path))
+        index.write(self.merged)
+
+    def _tune(self, index: FaissIndex, queries: Sequence[RecallQueries]) -> tuple[Recall, ...]:
+        """The search parameters for each kind of query. Raises RecallError where none reach the recall for the first
+        kind, unless that is accepted; of another kind that is a note, and what comes close to the best is kept."""
         depths = RESCORE if has_coarse_codes(self.plan.factory) else (1,)
-        queries = draw_recall_queries(self.store, self._ranges(), self.images, self.config.seed)
-        result = tune(
-            IndexSearch(index, self.store, SearchParameters(0, 1)), depths, queries, self.config.recall_target
-        )
-        reached = result.recall[0]
-        if reached.value < self.config.recall_target and not self.config.accept:
-            found = f"{self.plan.factory} reaches recall@{reached.k} {reached.value:.3f} for {reached.source} queries"
-            short = self.config.recall_target - reached.value
-            what = f"{found}, {short:.3f} below {self.config.recall_target}"
-            raise RecallError(what, remedy="give another --factory, a lower --recall, or --accept; the parts are kept")
-        return result
+        search, target = IndexSearch(index, self.store, SearchParameters(0, 1)), self.config.recall_target
+        tuned = list[Recall]()
+        for kind in queries:
+            note(f"tuning for {kind.source} queries ...")
+            reached = tune(search, depths, kind, target)
+            if reached.value < target:
+                of_what = f"recall@{reached.k} {reached.value:.3f} for {reached.source} queries"
+                what = f"{self.plan.factory} reaches {of_what}, {target - reached.value:.3f} below {target}"
+                if not tuned and not self.config.accept:
+                    remedy = "give another --factory, a lower --recall, or --accept; the parts are kept"
+                    raise RecallError(what, remedy=remedy)
+                note(what)
+            tuned.append(reached)
+        return tuple(tuned)
 
-    def _publish(self, index: FaissIndex, tuning: TuningResult, seconds: float) -> IndexSidecar:
-        """Write the index, then the sidecar that names it: until then the one before is in force."""
-        written = self.build / "merged.faiss"
-        index.write(written)
-        digest = storage.digest_file(str(written))
+    def _publish(self, index: FaissIndex, recall: tuple[Recall, ...], seconds: float) -> IndexSidecar:
+        """Name the index, then write the sidecar that names it: until then the one before is in force."""
+        digest = storage.digest_file(str(self.merged))
         file = self.folder / f"index-{digest[:12]}.faiss"
-        written.replace(file)
+        self.merged.replace(file)
         storage.flush(str(file))
-        probes = tuning.parameters.probes
         sidecar = IndexSidecar(
             store=self.store.path,
             store_identity=self.store.schema.identity,
@@ -183,12 +191,12 @@ class IndexBuild:
             dim=self.store.schema.dim,
             teacher=self.store.schema.teacher,
             factory=self.plan.factory,
-            search_parameters={"nprobe": probes} if probes else {},
-            rescore=tuning.parameters.rescore,
+            search_parameters=recall[0].search_parameters or {},
+            rescore=recall[0].rescore or 1,
             spread=index.spread,
-            recall=tuning.recall,
+            recall=recall,
             recall_target=self.config.recall_target,
-            queries_per_second=tuning.queries_per_second,
+            queries_per_second=recall[0].queries_per_second or 0.0,
             file=file.name,
             bytes=file.stat().st_size,
             digest=digest,

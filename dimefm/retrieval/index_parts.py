@@ -7,8 +7,9 @@ whole. The trained index, which has no rows, is kept in the same way.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cache_schemas import IndexPart, SchemaError
@@ -16,6 +17,7 @@ from dimefm.errors import StoreError
 from dimefm.retrieval.faiss_index import FaissIndex, use_threads
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
+from dimefm.system.shard_work import Seat
 
 TRAINED_FILE = "trained.faiss"
 
@@ -42,28 +44,28 @@ class PartTask:
         return Path(self.folder) / self.file
 
 
-PartRunner = Callable[[Sequence[PartTask]], Iterable[PartTask]]
-"""Has parts built by `build_part`, here or elsewhere, and yields each as it is done."""
+@dataclass(frozen=True)
+class BuildParts:
+    """The building of parts, as a `system.shard_work.ShardWork`."""
+
+    def open(self, seat: Seat) -> Callable[[PartTask], None]:
+        """A worker needs memory for the trained index and one part alone."""
+        if seat.threads:
+            use_threads(seat.threads)
+        return partial(build_part, use_gpus=seat.device != "cpu")
+
+    def name(self, unit: PartTask) -> str:
+        """The part in messages."""
+        return f"the part {unit.file}"
 
 
-def build_part(part: PartTask, threads: int | None = None, use_gpus: bool = True) -> PartTask:
-    """Build one part: read the trained index, add the rows, write the part and then its document.
-
-    A plain function, so that it runs anywhere. It needs memory for the trained index and the part alone, and uses all
-    GPUs that it sees, or none.
-    """
+def build_part(part: PartTask, *, use_gpus: bool = True) -> None:
+    """Build one part: read the trained index, add the rows, write the part and then its document; with all GPUs that
+    this process sees, or none."""
     began = time.monotonic()
-    if threads:
-        use_threads(threads)
     index = FaissIndex.read(Path(part.folder) / TRAINED_FILE)
     skipped = index.add_rows(Store(part.store), part.ranges, use_gpus=use_gpus)
     write_part(index, part.path, part.settings, skipped=skipped, seconds=time.monotonic() - began)
-    return part
-
-
-def run_one_by_one(parts: Sequence[PartTask]) -> Iterable[PartTask]:
-    """Build the parts in this process."""
-    return map(build_part, parts)
 
 
 def write_part(index: FaissIndex, path: Path, settings: str, *, skipped: int = 0, seconds: float = 0.0) -> IndexPart:

@@ -9,6 +9,7 @@ import base64
 import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,15 @@ class IndexSearch:
     batch = 4096
     device = "cpu"
 
-    def __init__(self, index: FaissIndex, store: Store, parameters: SearchParameters) -> None:
-        self._index, self._store, self._parameters = index, store, parameters
+    def __init__(
+        self, index: FaissIndex, store: Store, parameters: SearchParameters, sidecar: IndexSidecar | None = None
+    ) -> None:
+        self._index, self._store, self._parameters, self._sidecar = index, store, parameters, sidecar
         self._lists = _ListChoice(index) if index.spread else None
 
     @staticmethod
     def open(path: str, store: Store | None = None) -> IndexSearch:
-        """Open an index; its store is `store`, or else the one that its sidecar names.
+        """Open an index for its first kind of query; its store is `store`, or else the one that its sidecar names.
 
         Raises StoreError where it is missing, damaged or lacks rows of the store, SchemaError where its sidecar is not
         valid, MismatchError where it is over another store.
@@ -58,8 +61,16 @@ class IndexSearch:
         sidecar = read_sidecar(folder)
         store = store or store_of(folder, sidecar)
         require_index_of(path, sidecar, store)
-        parameters = SearchParameters(sidecar.search_parameters.get("nprobe", 0), sidecar.rescore)
-        return IndexSearch(read_index(folder, sidecar), store, parameters)
+        first = _parameters(sidecar, sidecar.recall[0].source)
+        return IndexSearch(read_index(folder, sidecar), store, first, sidecar)
+
+    def of_kind(self, kind: str) -> IndexSearch:
+        """The same index, with the parameters that were tuned for queries of this kind."""
+        if self._sidecar is None:
+            return self
+        other = copy(self)
+        other._parameters = _parameters(self._sidecar, kind)
+        return other
 
     def search(self, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Scores float32 (Q, K) and rows of the store int64 (Q, K), best first; -1 where fewer than k were found.
@@ -104,6 +115,11 @@ class IndexSearch:
             list_QP, near_QP = self._lists.choose(part_QD, probes)
             found.append(self._index.search_lists(part_QD, count, list_QP, near_QP))
         return _joined(found)
+
+
+def _parameters(sidecar: IndexSidecar, kind: str) -> SearchParameters:
+    tuned = sidecar.search_of(kind)
+    return SearchParameters((tuned.search_parameters or {}).get("nprobe", 0), tuned.rescore or 1)
 
 
 class _ListChoice:
@@ -159,6 +175,11 @@ def _joined(
 
 def read_index(folder: str, sidecar: IndexSidecar) -> FaissIndex:
     """The index that a sidecar describes. Raises StoreError unless its file is whole."""
+    return FaissIndex.read(whole_file(folder, sidecar), sidecar.spread, mapped=True)
+
+
+def whole_file(folder: str, sidecar: IndexSidecar) -> Path:
+    """The file that a sidecar describes. Raises StoreError unless it is whole."""
     file = Path(folder) / sidecar.file
     size = file.stat().st_size if file.exists() else 0
     if size != sidecar.bytes:
@@ -166,4 +187,4 @@ def read_index(folder: str, sidecar: IndexSidecar) -> FaissIndex:
         raise StoreError(what, remedy=f"it is damaged: {REBUILD}")
     if storage.digest_file(str(file)) != sidecar.digest:
         raise StoreError(f"{file} is damaged: its checksum does not fit", remedy=REBUILD)
-    return FaissIndex.read(file, sidecar.spread)
+    return file

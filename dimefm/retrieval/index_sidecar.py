@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from cache_schemas import IndexSidecar
+from cache_schemas import IndexSidecar, Recall
 from cache_schemas.index import BUILD, SIDECAR_FILE
 from dimefm.errors import MismatchError, StoreError
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.named_paths import named
 from dimefm.system.near_names import did_you_mean_path
-from dimefm.system.wording import counted
+from dimefm.system.wording import counted, rate
 
 
 def read_sidecar(folder: str) -> IndexSidecar:
@@ -29,6 +29,18 @@ def is_ours(name: str) -> bool:
 def store_of(folder: str, sidecar: IndexSidecar) -> Store:
     """The store that an index is over, where its sidecar names it."""
     return Store(named(sidecar.store, storage.join(folder, SIDECAR_FILE)))
+
+
+def describe_search(recall: Recall, target: float | None = None) -> str:
+    """How queries of a kind are searched, as `IndexSidecar.search_of` says it, and how well."""
+    words = [f"{name} {value}" for name, value in (recall.search_parameters or {}).items()]
+    if recall.rescore and recall.rescore > 1:
+        words.append(f"{recall.rescore} k candidates scored again from the store")
+    reached = f"recall@{recall.k} {recall.value:.4f} over {counted(recall.queries, 'query', 'queries')}"
+    words.append(reached if target is None else f"{reached} (target {target})")
+    if recall.queries_per_second is not None:
+        words.append(f"{rate(recall.queries_per_second, 1, 'query', 'queries')} when it was tuned")
+    return ", ".join(words)
 
 
 def require_index_of(path: str, sidecar: IndexSidecar, store: Store) -> None:

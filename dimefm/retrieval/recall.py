@@ -6,8 +6,7 @@ Shapes: Q queries, D width, K neighbours.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from dimefm.store.embedding_store import Store
 
 RECALL_K, QUERIES = 10, 1000
 _TIE = 1e-6
+_CLOSE, _SATURATES = 0.003, 0.5  # recall that more lists must add to be worth their time, once this much is found
 
 
 class TunableIndex(Protocol):
@@ -96,48 +96,59 @@ def _draw(store: Store, ranges: Sequence[tuple[int, int]], rng: np.random.Genera
     return rows_Q, vectors_QD.astype(np.float32)
 
 
-@dataclass(frozen=True)
-class TuningResult:
-    """The chosen parameters, the queries per second that they gave, and their recall by kind of query."""
-
-    parameters: SearchParameters
-    queries_per_second: float
-    recall: tuple[Recall, ...]
-
-
-def tune(index: TunableIndex, depths: Sequence[int], queries: Sequence[RecallQueries], target: float) -> TuningResult:
-    """The fastest parameters that reach the target over the first kind of query; where none do, the most thorough.
+def tune(index: TunableIndex, depths: Sequence[int], queries: RecallQueries, target: float) -> Recall:
+    """The fastest parameters that reach the target over queries of one kind, with their recall. Where none do, the
+    fewest lists that come close to the best recall, with the most candidates.
 
     `depths` are the values of `rescore` to try, ascending; (1,) for none. Recall grows with the lists probed and with
-    the candidates scored again. So for each depth, from the deepest on, bisection finds the fewest lists that are
-    enough, and only these parameters are timed.
+    the candidates scored again. So for each depth, from the deepest on, the fewest lists that are enough are looked
+    for, and only these parameters are timed.
     """
-    first, probes = queries[0], index.probes()
 
     @cache
-    def reaches_target(parameters: SearchParameters) -> bool:
-        return first.recall(*index.search_with(parameters, first.vectors_QD, RECALL_K + 1)) >= target
+    def recall_of(parameters: SearchParameters) -> float:
+        return queries.recall(*index.search_with(parameters, queries.vectors_QD, RECALL_K + 1))
 
-    enough, least = [], 0
+    probes, enough, least = index.probes(), list[SearchParameters](), 0
     for depth in reversed(depths):
         options = [SearchParameters(count, depth) for count in probes]
-        least = bisect_left(options, True, lo=least, key=reaches_target)
-        if least == len(probes):
+        tried = _climb(options[least:], recall_of, target)
+        found = next((one for one in tried if recall_of(one) >= target), None)
+        if found is None:
+            if not enough:
+                best = max(map(recall_of, tried))
+                enough = [next(one for one in tried if recall_of(one) >= best - _CLOSE)]
             break
-        enough.append(SearchParameters(probes[least], depth))
-    timed = enough or [SearchParameters(probes[-1], depths[-1])]
-    speeds = {parameters: _speed(index, first, parameters) for parameters in timed}
+        enough.append(found)
+        least = options.index(found)
+    speeds = {parameters: _speed(index, queries, parameters) for parameters in enough}
     chosen = max(speeds, key=lambda parameters: speeds[parameters])
-    recall = tuple(
-        Recall(
-            k=RECALL_K,
-            queries=len(q.vectors_QD),
-            source=q.source,
-            value=round(q.recall(*index.search_with(chosen, q.vectors_QD, RECALL_K + 1)), 4),
-        )
-        for q in queries
+    return Recall(
+        k=RECALL_K,
+        queries=len(queries.vectors_QD),
+        source=queries.source,
+        value=round(recall_of(chosen), 4),
+        search_parameters={"nprobe": chosen.probes} if chosen.probes else {},
+        rescore=chosen.rescore,
+        queries_per_second=round(speeds[chosen], 1),
     )
-    return TuningResult(chosen, round(speeds[chosen], 1), recall)
+
+
+def _climb(
+    options: Sequence[SearchParameters], recall_of: Callable[[SearchParameters], float], target: float
+) -> list[SearchParameters]:
+    """The options that were tried, ascending: every second one, until one reaches the target or no longer finds more
+    than the one before; then the one between the last two."""
+    tried, before = list[SearchParameters](), 0.0
+    for at in (*range(0, len(options) - 1, 2), len(options) - 1):
+        tried.append(options[at])
+        value = recall_of(options[at])
+        if value >= target:
+            return tried if at == 0 else [*tried[:-1], options[at - 1], options[at]]
+        if value > _SATURATES and value - before < _CLOSE:
+            break
+        before = value
+    return tried
 
 
 def _speed(index: TunableIndex, queries: RecallQueries, parameters: SearchParameters) -> float:

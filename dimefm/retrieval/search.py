@@ -17,7 +17,7 @@ from cache_schemas.index import SIDECAR_FILE
 from dimefm.errors import MismatchError, SourceError, StoreError, TeacherError
 from dimefm.images.decode import DecodeError
 from dimefm.retrieval.index_sidecar import read_sidecar, store_of
-from dimefm.retrieval.open_search import open_search, require_search
+from dimefm.retrieval.open_search import note_search, open_search, require_search
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import require_embeddings
 from dimefm.system import storage
@@ -83,14 +83,22 @@ def search(
     with student.load() if student else nullcontext() as own:
         facts = own.identity.preprocessing if own else store.schema.teacher.preprocessing
         pixels = [_decoded(facts, *both) for both in zip(images, encoded, strict=True)]
-        nearest, _, _ = open_search(store, index, device)
+        nearest = open_search(store, index, device)
         clip = own or _teacher(store, teacher, pretrained, device)
-        queries = [clip.encode_images(image[None]) for image in pixels] + [clip.encode_texts([text]) for text in texts]
+        queries = {
+            "image": [clip.encode_images(image[None]) for image in pixels],
+            "text": [clip.encode_texts([text]) for text in texts],
+        }
+    queries = {kind: vectors for kind, vectors in queries.items() if vectors}
     if not queries:
         return []
-    # Rounded to the store's type, so that a row of the store has a cosine of 1 to itself.
-    queries_QD = torch.cat(queries).cpu().numpy().astype(store.schema.dtype).astype(np.float32)
-    scores_QK, rows_QK = nearest.search(queries_QD, min(top_k, store.schema.rows))
+    note_search(index, queries)
+    found = []
+    for kind, vectors in queries.items():
+        # Rounded to the store's type, so that a row of the store has a cosine of 1 to itself.
+        queries_QD = torch.cat(vectors).cpu().numpy().astype(store.schema.dtype).astype(np.float32)
+        found.append(nearest.of_kind(kind).search(queries_QD, min(top_k, store.schema.rows)))
+    scores_QK, rows_QK = map(np.concatenate, zip(*found, strict=True))
     if not (rows_QK >= 0).any():
         require_embeddings(store)
         raise StoreError(f"{path}: nothing is found", remedy=f"search the store itself, {store.path}")

@@ -13,7 +13,7 @@ import numpy as np
 
 from cache_schemas.text_selection import SelectionSettings
 from dimefm.store.embedding_store import Store
-from dimefm.system.progress import Progress
+from dimefm.system.shard_work import ShardRunner
 
 
 class Outcome(IntEnum):
@@ -91,12 +91,15 @@ def choose_texts(
     score_T: np.ndarray[Any, Any],
     *,
     rows: np.ndarray[Any, Any] | None,
+    folder: str,
     device: str,
+    run: ShardRunner,
 ) -> ChosenTexts:
     """Rank the sentences and apply the conditions in their order.
 
     `usable_T` says which have an embedding; with `rows` only these may be kept; `score_T` is NaN where there is no
-    score. Memory: a few numbers per sentence; embeddings are read in blocks, and only to make clusters.
+    score. Memory: a few numbers per sentence; embeddings are read a shard at a time, and only to make clusters, in
+    `folder`.
     """
     outcome_T = np.where(usable_T, Outcome.KEPT, Outcome.NO_EMBEDDING).astype(np.uint8)
     if rows is not None:
@@ -114,13 +117,13 @@ def choose_texts(
     none_C = order_C[:0]
     repeated, clusters, cap = (none_C, none_C), None, None
     if (settings.dedup is not None or settings.balance) and len(order_C):
-        from dimefm.selection.clusters import capped, cluster_count, repetitions  # imports torch
+        from dimefm.selection.clusters import capped, cluster, cluster_count  # imports torch
+        from dimefm.selection.repetitions import repetitions
 
-        label_C = _labels(settings, texts, order_C, device)
-        clusters = cluster_count(len(order_C))
+        copies, clusters = settings.dedup is not None, cluster_count(len(order_C))
+        label_C = cluster(texts, order_C, folder, seed=settings.seed, device=device, copies=copies, run=run)
         if settings.dedup is not None:
-            with Progress("comparing", len(order_C), "text") as progress:
-                like_C = repetitions(texts, order_C, label_C, settings.dedup, device=device, progress=progress.at)
+            like_C = repetitions(texts, order_C, label_C, folder, settings.dedup, device=device, run=run)
             repeats_C = like_C >= 0
             outcome_T[order_C[repeats_C]] = Outcome.REPEATED
             repeated = order_C[repeats_C], like_C[repeats_C]
@@ -132,15 +135,3 @@ def choose_texts(
     if settings.size is not None:
         outcome_T[order_C[settings.size :]] = Outcome.SIZE
     return ChosenTexts(outcome_T, repeated, clusters, cap)
-
-
-def _labels(
-    settings: SelectionSettings, texts: Store, order_C: np.ndarray[Any, Any], device: str
-) -> np.ndarray[Any, Any]:
-    """The cluster of each candidate, int32 (C,). The store is read in the order of its rows."""
-    from dimefm.selection.clusters import cluster
-
-    rows_C = np.sort(order_C)
-    with Progress("clustering", len(rows_C), "text") as progress:
-        label_C = cluster(texts, rows_C, seed=settings.seed, device=device, progress=progress.at)
-    return label_C[np.searchsorted(rows_C, order_C)]

@@ -1,19 +1,40 @@
-"""Clusters of similar sentences, and what they serve: to find repetitions, and to cap how many enter from each.
+"""Clusters of similar sentences: which cluster each candidate is in, and how many may enter from each.
 
-Shapes: C candidates, K clusters, N rows of a block, S sampled rows, D width.
+A shard of the store is a unit of the work. What it leaves is in the folder CLUSTERS of the selection until that is
+finished, so that a stopped run goes on, and workers find what they need:
+
+    ranks             int32 (T,): the rank of each sentence of the store, -1 where it is no candidate
+    centres           float32 (K, D)
+    members/<shard>   the candidates of a shard by cluster: see `selection.members`
+    repeated/<first>  what `selection.repetitions` found in the clusters from `first` on
+
+Shapes: T sentences of the store, C candidates, K clusters, N rows of a shard or block, S sampled rows, D width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dimefm.selection.members import (
+    CENTRES,
+    RANKS,
+    label_members,
+    members_path,
+    read_rows,
+    require_room,
+    write_members,
+)
 from dimefm.store.embedding_store import Store
+from dimefm.system import storage
+from dimefm.system.progress import Progress
+from dimefm.system.shard_work import Seat, ShardRunner, run_here
 
 _ROUNDS = 10
 _SAMPLE_PER_CLUSTER = 64
@@ -30,26 +51,94 @@ def cluster_count(candidates: int) -> int:
 
 def cluster(
     texts: Store,
-    rows_C: np.ndarray[Any, Any],
+    order_C: np.ndarray[Any, Any],
+    folder: str,
     *,
     seed: int,
     device: str,
-    progress: Callable[[int], None] = lambda rows: None,
+    copies: bool = False,
+    run: ShardRunner = run_here,
 ) -> np.ndarray[Any, Any]:
-    """The cluster of each of these rows, int32 (C,), by ten rounds of spherical k-means over a random sample of them.
+    """The cluster of each of these rows, given best first, int32 (C,), by ten rounds of spherical k-means over a random
+    sample of them. SemDeDup does the same (Abbas et al. 2023, arXiv 2303.09540).
 
-    SemDeDup does the same (Abbas et al. 2023, arXiv 2303.09540). Rows are read in the order in which they are given.
+    What is in `folder` of an earlier run over the same rows is used. With `copies` it gets the embeddings too, in the
+    order of their clusters, for `repetitions`. The store is read twice, from its beginning to its end.
     """
-    count = cluster_count(len(rows_C))
+    count, schema = cluster_count(len(order_C)), texts.schema
+    _begin(folder, texts, order_C)
+    if not storage.exists(storage.join(folder, CENTRES)):
+        centre_KD = _find_centres(texts, np.sort(order_C), count, seed=seed, device=device)
+        with storage.writing_to(folder):
+            storage.write_atomic(storage.join(folder, CENTRES), centre_KD.cpu().numpy().astype("<f4").tobytes())
+    shards = np.unique(order_C // schema.shard_rows).tolist()
+    pending = [shard for shard in shards if not storage.exists(members_path(folder, shard))]
+    if copies:
+        require_room(folder, len(order_C) * schema.dim * schema.item_bytes * len(pending) // len(shards))
+    work = Labelling(texts.path, folder, count, device, copies)
+    with Progress("clustering", len(shards) * schema.shard_rows, "text") as progress:
+        done = len(shards) - len(pending)
+        for _ in run(work, pending, progress.note):
+            done += 1
+            progress.at(done * schema.shard_rows)
+    label_C = np.empty(len(order_C), np.int32)
+    for shard in shards:
+        rank_N, label_N = label_members(folder, shard, count)
+        label_C[rank_N] = label_N
+    return label_C
+
+
+def _begin(folder: str, texts: Store, order_C: np.ndarray[Any, Any]) -> None:
+    """Write the ranks. Where others were written, all that was made by them is removed."""
+    path, rank_T = storage.join(folder, RANKS), np.full(texts.schema.rows, -1, "<i4")
+    rank_T[order_C] = np.arange(len(order_C), dtype=np.int32)
+    ranks = rank_T.tobytes()
+    with storage.writing_to(folder):
+        if storage.exists(path) and storage.read_bytes(path) == ranks:
+            return
+        storage.remove_folder(folder)
+        storage.write_atomic(path, ranks)
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Work of `cluster` on a shard of the store at `texts`: finds the cluster of each candidate, and writes the members
+    of the shard."""
+
+    texts: str
+    folder: str
+    clusters: int
+    device: str
+    copies: bool
+
+    def open(self, seat: Seat) -> Callable[[int], None]:
+        if seat.threads is not None:
+            torch.set_num_threads(seat.threads)
+        texts, centres = Store(self.texts), storage.read_bytes(storage.join(self.folder, CENTRES))
+        centre_KD = torch.from_numpy(np.frombuffer(centres, "<f4").astype(np.float32).reshape(self.clusters, -1))
+        centre_KD = centre_KD.to(seat.device or self.device)
+
+        def do(shard: int) -> None:
+            start, stop = texts.schema.shard_range(shard)
+            ranks = storage.read_bytes(storage.join(self.folder, RANKS), 4 * start, 4 * (stop - start))
+            rank_N = np.frombuffer(ranks, "<i4")
+            rows_N = start + np.flatnonzero(rank_N >= 0)
+            half_ND = read_rows(texts, rows_N)
+            label_N = _nearest(torch.from_numpy(half_ND), centre_KD)[0].numpy()
+            vectors = half_ND if self.copies else None
+            write_members(self.folder, shard, self.clusters, label_N, rank_N[rows_N - start], rows_N, vectors)
+
+        return do
+
+    def name(self, unit: int) -> str:
+        return f"shard {unit}"
+
+
+def _find_centres(texts: Store, rows_C: np.ndarray[Any, Any], count: int, *, seed: int, device: str) -> torch.Tensor:
+    """Centres of unit norm, float32 (K, D), of ascending rows."""
     sample = min(len(rows_C), max(count, min(_SAMPLE, count * _SAMPLE_PER_CLUSTER)))
     chosen = np.sort(np.random.default_rng((seed, 2)).choice(len(rows_C), sample, replace=False))
-    centre_KD = _spherical_kmeans(torch.from_numpy(texts.gather(rows_C[chosen])), count, seed=seed, device=device)
-    label_C = np.empty(len(rows_C), np.int32)
-    for at in range(0, len(rows_C), _BLOCK):
-        half_ND = torch.from_numpy(texts.gather(rows_C[at : at + _BLOCK]))
-        label_C[at : at + _BLOCK] = _nearest(half_ND, centre_KD)[0].numpy()
-        progress(min(at + _BLOCK, len(rows_C)))
-    return label_C
+    return _spherical_kmeans(torch.from_numpy(read_rows(texts, rows_C[chosen])), count, seed=seed, device=device)
 
 
 def _spherical_kmeans(half_SD: torch.Tensor, count: int, *, seed: int, device: str) -> torch.Tensor:
@@ -58,15 +147,17 @@ def _spherical_kmeans(half_SD: torch.Tensor, count: int, *, seed: int, device: s
     first = np.sort(np.random.default_rng((seed, 3)).choice(len(half_SD), count, replace=False))
     centre_KD = F.normalize(half_SD[torch.from_numpy(first)].float(), dim=1)
     device_SD = half_SD.to(device)
-    for _ in range(_ROUNDS):
-        label_S, similarity_S = _nearest(device_SD, centre_KD.to(device))
-        sum_KD = torch.zeros_like(centre_KD)
-        for at in range(0, len(half_SD), _BLOCK):
-            sum_KD.index_add_(0, label_S[at : at + _BLOCK], half_SD[at : at + _BLOCK].float())
-        empty = torch.bincount(label_S, minlength=count) == 0
-        furthest = torch.argsort(similarity_S, stable=True)[: int(empty.sum())]
-        sum_KD[empty] = half_SD[furthest].float()
-        centre_KD = F.normalize(sum_KD, dim=1)
+    with Progress("finding clusters", _ROUNDS, "round") as progress:
+        for done in range(_ROUNDS):
+            label_S, similarity_S = _nearest(device_SD, centre_KD.to(device))
+            sum_KD = torch.zeros_like(centre_KD)
+            for at in range(0, len(half_SD), _BLOCK):
+                sum_KD.index_add_(0, label_S[at : at + _BLOCK], half_SD[at : at + _BLOCK].float())
+            empty = torch.bincount(label_S, minlength=count) == 0
+            furthest = torch.argsort(similarity_S, stable=True)[: int(empty.sum())]
+            sum_KD[empty] = half_SD[furthest].float()
+            centre_KD = F.normalize(sum_KD, dim=1)
+            progress.at(done + 1)
     return centre_KD.to(device)
 
 
@@ -75,62 +166,6 @@ def _nearest(half_ND: torch.Tensor, centre_KD: torch.Tensor) -> tuple[torch.Tens
     parts = half_ND.to(centre_KD.device).split(max(1, _SIMILARITIES // len(centre_KD)))
     best = [(part_ND.float() @ centre_KD.T).max(dim=1) for part_ND in parts]
     return torch.cat([found.indices for found in best]).cpu(), torch.cat([found.values for found in best]).cpu()
-
-
-def repetitions(
-    texts: Store,
-    rows_C: np.ndarray[Any, Any],
-    label_C: np.ndarray[Any, Any],
-    limit: float,
-    *,
-    device: str,
-    progress: Callable[[int], None] = lambda rows: None,
-) -> np.ndarray[Any, Any]:
-    """For each candidate, given best first, the row that it repeats: int32 (C,), -1 where it repeats none.
-
-    A candidate repeats a better one of its cluster that repeats none itself, if their cosine is `limit` or more. Within
-    a cluster this is exact; two alike that fell into different clusters are not found.
-    """
-    like_C = np.full(len(rows_C), -1, np.int32)
-    order = np.argsort(label_C, kind="stable")
-    ends = np.cumsum(np.bincount(label_C))
-    for start, end in zip([0, *ends[:-1]], ends, strict=True):
-        members = order[start:end]
-        if len(members) > 1:
-            like_C[members] = _repetitions_in_cluster(texts, rows_C[members], limit, device)
-        progress(int(end))
-    return like_C
-
-
-def _repetitions_in_cluster(
-    texts: Store, rows_N: np.ndarray[Any, Any], limit: float, device: str
-) -> np.ndarray[Any, Any]:
-    """`repetitions` for the candidates of one cluster, best first, int32 (N,).
-
-    Each block is compared with the kept candidates of all blocks before it, then with itself.
-    """
-
-    def unit_vectors(rows: np.ndarray[Any, Any]) -> torch.Tensor:
-        return F.normalize(torch.from_numpy(texts.gather(rows)).to(device).float(), dim=1)
-
-    like_N = np.full(len(rows_N), -1, np.int32)
-    kept: list[np.ndarray[Any, Any]] = []
-    for at in range(0, len(rows_N), _BLOCK):
-        block = rows_N[at : at + _BLOCK]
-        block_ND, like = unit_vectors(block), like_N[at : at + _BLOCK]
-        for earlier in kept:
-            similarity_N, place_N = (block_ND @ unit_vectors(earlier).T).max(dim=1)
-            near = (similarity_N >= limit).cpu().numpy() & (like < 0)
-            like[near] = earlier[place_N.cpu().numpy()[near]]
-        near_NN = torch.tril(block_ND @ block_ND.T >= limit, diagonal=-1).cpu().numpy()
-        for i in np.flatnonzero(near_NN.any(axis=1) & (like < 0)):
-            better = np.flatnonzero(near_NN[i, :i] & (like[:i] < 0))
-            if len(better):
-                like[i] = block[better[0]]
-        kept.append(block[like < 0])
-        if len(kept) > 1 and len(kept[-2]) + len(kept[-1]) <= _BLOCK:  # fewer and fuller blocks to compare with
-            kept[-2:] = [np.concatenate(kept[-2:])]
-    return like_N
 
 
 def capped(label_C: np.ndarray[Any, Any], size: int) -> tuple[np.ndarray[Any, Any], int]:

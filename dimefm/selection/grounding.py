@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from cache_schemas import Status
-from cache_schemas.text_selection import SCORES
+from cache_schemas.text_selection import GROUNDING, SCORES
 from dimefm.errors import SelectionError
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
+from dimefm.system.progress import Progress
+from dimefm.system.shard_work import Seat, ShardRunner, run_here
 
 NEAREST = 16
 _SENTENCES = 16384  # in the sample that says how similar an image is to an ordinary sentence
@@ -63,6 +65,20 @@ class Grounding:
         deviation_M = (squares_M / len(text_ND) - mean_M.square()).clamp_min(1e-12).sqrt()
         return Grounding((image_MD / deviation_M[:, None].float()).T.contiguous(), (mean_M / deviation_M).float())
 
+    def write(self, out: str) -> None:
+        """Write the sample to `out`, where workers read it: a store is asked for its random rows only once."""
+        parts = (self.offset_M[None], self.scaled_DM)
+        data = b"".join(part.cpu().numpy().astype("<f4").tobytes() for part in parts)
+        with storage.writing_to(out):
+            storage.write_atomic(storage.join(out, GROUNDING), data)
+
+    @staticmethod
+    def read(out: str, *, width: int, device: str) -> Grounding:
+        """What `write` wrote, of embeddings of this width."""
+        values = np.frombuffer(storage.read_bytes(storage.join(out, GROUNDING)), "<f4").astype(np.float32)
+        part_NM = torch.from_numpy(values.reshape(1 + width, -1)).to(device)
+        return Grounding(part_NM[1:].contiguous(), part_NM[0].contiguous())
+
     def scores(self, embedding_ND: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The score of each sentence, float32 (N,), dimensionless."""
         return self._scores(torch.from_numpy(embedding_ND).to(self.offset_M.device)).cpu().numpy()
@@ -96,37 +112,76 @@ def score_texts(
     seed: int,
     device: str,
     earlier: str | None = None,
-    progress: Callable[[int], None] = lambda rows: None,
+    run: ShardRunner = run_here,
 ) -> np.ndarray[Any, Any]:
     """The score of every sentence, float32 (T,), NaN without an embedding; the scores of each shard are kept in `out`.
 
     A shard whose scores are already in `out`, or in `earlier`, the folder of another selection, is not scored again,
     unless they are damaged. Raises StoreError where `out` cannot be written, SelectionError as `Grounding.sample` does.
     """
-    score_T = np.full(texts.schema.rows, np.nan, np.float32)
-    grounding: Grounding | None = None
-    for shard in range(texts.schema.shards):
-        start, stop = texts.schema.shard_range(shard)
-        path = storage.join(out, f"{SCORES}/{shard:06d}")
-        found = _read_scores(path, stop - start)
+    schema = texts.schema
+    score_T = np.full(schema.rows, np.nan, np.float32)
+    pending = list[int]()
+    for shard in range(schema.shards):
+        start, stop = schema.shard_range(shard)
+        found = _read_scores(out, shard, stop - start)
         if found is None and earlier is not None:
-            found = _read_scores(storage.join(earlier, f"{SCORES}/{shard:06d}"), stop - start)
+            found = _read_scores(earlier, shard, stop - start)
         if found is None:
-            if grounding is None:
-                grounding = Grounding.sample(images, texts, count, seed=seed, device=device)
-            found = np.full(stop - start, np.nan, np.float32)
-            rows_N, embedding_ND = texts.valid_rows(start, stop)
-            found[rows_N - start] = grounding.scores(embedding_ND)
-            data = found.astype("<f4").tobytes()
-            with storage.writing_to(out):
-                storage.write_atomic(path, data + google_crc32c.value(data).to_bytes(_CRC, "little"))
-        score_T[start:stop] = found
-        progress(stop)
+            pending.append(shard)
+        else:
+            score_T[start:stop] = found
+    done = schema.rows - sum(stop - start for start, stop in map(schema.shard_range, pending))
+    with Progress("scoring", schema.rows, "text", done) as progress:
+        if pending and not storage.exists(storage.join(out, GROUNDING)):
+            Grounding.sample(images, texts, count, seed=seed, device=device).write(out)
+        for shard, found in run(Scoring(texts.path, out, device), pending, progress.note):
+            start, stop = schema.shard_range(shard)
+            score_T[start:stop] = found
+            done += stop - start
+            progress.at(done)
+    storage.remove_file(storage.join(out, GROUNDING))
     return score_T
 
 
-def _read_scores(path: str, count: int) -> np.ndarray[Any, Any] | None:
+@dataclass(frozen=True)
+class Scoring:
+    """Work of `score_texts` on a shard of the store at `texts`: writes its scores to `out`, and returns them, float32
+    (N,)."""
+
+    texts: str
+    out: str
+    device: str
+
+    def open(self, seat: Seat) -> Callable[[int], np.ndarray[Any, Any]]:
+        if seat.threads is not None:
+            torch.set_num_threads(seat.threads)
+        texts = Store(self.texts)
+        grounding = Grounding.read(self.out, width=texts.schema.dim, device=seat.device or self.device)
+
+        def do(shard: int) -> np.ndarray[Any, Any]:
+            start, stop = texts.schema.shard_range(shard)
+            score_N = np.full(stop - start, np.nan, np.float32)
+            rows_N, embedding_ND = texts.valid_rows(start, stop)
+            score_N[rows_N - start] = grounding.scores(embedding_ND)
+            data = score_N.astype("<f4").tobytes()
+            with storage.writing_to(self.out):
+                storage.write_atomic(_path(self.out, shard), data + google_crc32c.value(data).to_bytes(_CRC, "little"))
+            return score_N
+
+        return do
+
+    def name(self, unit: int) -> str:
+        return f"shard {unit}"
+
+
+def _path(folder: str, shard: int) -> str:
+    return storage.join(folder, f"{SCORES}/{shard:06d}")
+
+
+def _read_scores(folder: str, shard: int, count: int) -> np.ndarray[Any, Any] | None:
     """The scores of a shard that has `count` rows; None where they are missing or damaged."""
+    path = _path(folder, shard)
     if not storage.exists(path):
         return None
     content = storage.read_bytes(path)

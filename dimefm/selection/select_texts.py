@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from cache_schemas import Status
 from cache_schemas.text_selection import (
+    CLUSTERS,
+    GROUNDING,
     PLAN_FILE,
     REPORT_FILE,
     ROWS_FILE,
@@ -40,6 +43,7 @@ from dimefm.system.named_paths import named
 from dimefm.system.notes import note
 from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
+from dimefm.system.shard_work import ShardRunner, run_here
 from dimefm.system.wording import counted
 
 IMAGES_SAMPLE = 16384
@@ -131,6 +135,11 @@ class SelectionConfig:
         if wrong:
             raise SelectionError("; ".join(wrong), remedy="change the named options")
 
+    @property
+    def computes(self) -> bool:
+        """Whether embeddings are compared, which is what `device` and workers are for."""
+        return self.by == "similarity" or self.dedup is not None or self.balance
+
     def settings(self, among: str | None) -> SelectionSettings:
         """What decides the result, with the defaults filled in."""
         return SelectionSettings(
@@ -147,13 +156,16 @@ class SelectionConfig:
         )
 
 
-def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = None) -> TextSelection:
-    """Select sentences into the folder `config.out`; with `rows`, only from these rows of the text store.
+def select_texts(
+    config: SelectionConfig, rows: np.ndarray[Any, Any] | None = None, run: ShardRunner = run_here
+) -> TextSelection:
+    """Select sentences into the folder `config.out`; with `rows`, only from these rows of the text store. `run` scores,
+    clusters and compares: here, or many shards at a time (pipeline.ray_shards).
 
-    A run that was stopped goes on: the scores of finished shards are kept. Where the selection is finished, nothing is
-    done. On one kind of device the same call writes the same bytes. Raises OutputExistsError where `out` is something
-    else or was made with other settings, MismatchError where the stores are not those of the pairs, StoreError where
-    one of them is unfinished, SelectionError where no sentence is left.
+    A run that was stopped goes on: scores, clusters and repetitions that were finished are kept. Where the selection is
+    finished, nothing is done. On one kind of device the same call writes the same bytes. Raises OutputExistsError where
+    `out` is something else or was made with other settings, MismatchError where the stores are not those of the pairs,
+    StoreError where one of them is unfinished, SelectionError where no sentence is left.
     """
     require_name(config.out, "a selection", ".selection")
     out = storage.absolute(config.out)
@@ -162,8 +174,7 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
     texts = Store(config.texts or named(pairs.schema.texts, pairs.path))
     images = Store(config.images or named(pairs.schema.images, pairs.path)) if config.by == "similarity" else None
     _require_stores(pairs, images, texts)
-    computes = images is not None or config.dedup is not None or config.balance
-    device = _find_device(config, texts.schema.rows) if computes else "cpu"
+    device = _find_device(config, texts.schema.rows) if config.computes else "cpu"
     among = None if rows is None else digest_arrays(np.unique(rows).astype(np.int64))
     plan = SelectionPlan(
         images=images.path if images else pairs.schema.images,
@@ -182,11 +193,14 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
             return SelectedTexts(out).document
         storage.remove_leftovers(out)
         if images is None:
-            usable_T, score_T = _with_embedding(texts), best_cosines(pairs)
+            usable_T, score_T = _with_embedding(texts, plan.settings), best_cosines(pairs)
         else:
-            score_T = _scores_by_similarity(config, plan, images, texts, device)
+            score_T = _scores_by_similarity(config, plan, images, texts, device, run)
             usable_T = ~np.isnan(score_T)
-        chosen = choose_texts(plan.settings, texts, usable_T, hits_T, score_T, rows=rows, device=device)
+        folder = storage.join(out, CLUSTERS)
+        chosen = choose_texts(
+            plan.settings, texts, usable_T, hits_T, score_T, rows=rows, folder=folder, device=device, run=run
+        )
         kept, dropped = _counts(chosen, plan)
         sources, digest = write_kept(out, texts, chosen.outcome_T, hits_T, score_T)
         selection = TextSelection(
@@ -203,6 +217,7 @@ def select_texts(config: SelectionConfig, rows: np.ndarray[Any, Any] | None = No
         )
         with storage.writing_to(out):
             storage.write_atomic(storage.join(out, REPORT_FILE), markdown_report(selection).encode())
+            storage.remove_folder(folder)
             require_held(out)
             storage.write_json(storage.join(out, SELECTION_FILE), selection.to_json())
     return selection
@@ -240,7 +255,7 @@ def _require_stores(pairs: Pairs, images: Store | None, texts: Store) -> None:
 def _begin_or_continue(out: str, plan: SelectionPlan) -> None:
     """Write the plan, or see that an earlier run wrote the same. Raises OutputExistsError where `out` holds something
     else."""
-    ours = {PLAN_FILE, SCORES, ROWS_FILE, SENTENCES_FILE, REPORT_FILE, SELECTION_FILE}
+    ours = {PLAN_FILE, SCORES, GROUNDING, CLUSTERS, ROWS_FILE, SENTENCES_FILE, REPORT_FILE, SELECTION_FILE}
     require_only(out, "a selection", ours)
     path = storage.join(out, PLAN_FILE)
     if not storage.exists(path):
@@ -264,17 +279,26 @@ def _facts(plan: SelectionPlan) -> dict[str, Any]:
     return {**{name: getattr(plan, name) for name in identities}, **vars(plan.settings)}
 
 
-def _with_embedding(texts: Store) -> np.ndarray[Any, Any]:
-    """Which sentences have a usable embedding, bool (T,)."""
-    usable_T = np.zeros(texts.schema.rows, bool)
-    for shard in range(texts.schema.shards):
-        rows_N, _ = texts.valid_rows(*texts.schema.shard_range(shard))
-        usable_T[rows_N] = True
+def _with_embedding(texts: Store, settings: SelectionSettings) -> np.ndarray[Any, Any]:
+    """Which sentences have an embedding that can be used, bool (T,).
+
+    A sentence with a hit was found by its embedding, so where hits are needed, the status of the others is enough.
+    Otherwise every embedding is read, for some may be NaN that no status speaks of.
+    """
+    usable_T: np.ndarray[Any, Any] = texts.status() == Status.OK
+    if settings.min_hits is None:
+        with Progress("reading", texts.schema.rows, "text") as progress:
+            for shard in range(texts.schema.shards):
+                start, stop = texts.schema.shard_range(shard)
+                rows_N, _ = texts.valid_rows(start, stop)
+                usable_T[start:stop] = False
+                usable_T[rows_N] = True
+                progress.at(stop)
     return usable_T
 
 
 def _scores_by_similarity(
-    config: SelectionConfig, plan: SelectionPlan, images: Store, texts: Store, device: str
+    config: SelectionConfig, plan: SelectionPlan, images: Store, texts: Store, device: str, run: ShardRunner
 ) -> np.ndarray[Any, Any]:
     """The score of each sentence, float32 (T,), NaN without an embedding. Raises MismatchError where `config.scores` is
     a selection by other images or settings."""
@@ -287,17 +311,16 @@ def _scores_by_similarity(
             raise MismatchError(what, remedy="leave --scores out, or select with those settings")
     from dimefm.selection.grounding import score_texts  # imports torch
 
-    with Progress("scoring", texts.schema.rows, "text") as progress:
-        return score_texts(
-            images,
-            texts,
-            storage.absolute(config.out),
-            count=plan.settings.images_sample or IMAGES_SAMPLE,
-            seed=plan.settings.seed,
-            device=device,
-            earlier=storage.absolute(config.scores) if config.scores else None,
-            progress=progress.at,
-        )
+    return score_texts(
+        images,
+        texts,
+        storage.absolute(config.out),
+        count=plan.settings.images_sample or IMAGES_SAMPLE,
+        seed=plan.settings.seed,
+        device=device,
+        earlier=storage.absolute(config.scores) if config.scores else None,
+        run=run,
+    )
 
 
 def best_cosines(pairs: Pairs) -> np.ndarray[Any, Any]:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from cache_schemas import Commit, Failure, Status
 from cache_schemas.commit import FAILURES, MOST_FAILURES
 from cache_schemas.embedding_store import commit_path, failures_path
+from dimefm.errors import StoreError
 from dimefm.store.parquet_tables import require_digest, write_table
 from dimefm.store.zarr_arrays import DAMAGED
 from dimefm.system import storage
@@ -58,14 +59,20 @@ def make_commit(
 
 def write_commit(store: str, commit: Commit) -> Commit:
     """Write a commit; where there are many failures, first the table of them. Returns the commit as written. Raises
-    OSError, and StoreError where another command has taken the lease of the store."""
+    OSError, and StoreError where another command has taken the lease of the store. The earlier commit of the shard was
+    removed before its arrays were written."""
     if len(commit.failures) > MOST_FAILURES:
         columns = {name: [getattr(failure, name) for failure in commit.failures] for name in FAILURES.names}
         table = pa.table(columns, schema=FAILURES)
         digest = write_table(storage.join(store, failures_path(commit.shard)), table)
         commit = replace(commit, failures=(), table=digest)
     require_held(store)
-    storage.write_json(storage.join(store, commit_path(commit.shard)), commit.to_json())
+    path = storage.join(store, commit_path(commit.shard))
+    if not storage.is_url(path):
+        storage.write_json(path, commit.to_json())
+    elif not storage.create(path, storage.json_bytes(commit.to_json())):  # the earlier one was removed
+        what = f"{path} has just been written by another command"
+        raise StoreError(what, remedy="let one command alone write there, and run it again; what was finished is kept")
     return commit
 
 

@@ -11,10 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
-import zarr
 
 from cache_schemas import Commit, EmbeddingStore, Failure, Status, digest_of
 from cache_schemas.embedding_store import (
@@ -25,13 +23,13 @@ from cache_schemas.embedding_store import (
     STATUS,
     VIEW,
     commit_path,
-    pixels_path,
     rows_path,
 )
 from cache_schemas.plan import FILES, FILES_TABLE, SourceFile
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.store.commit import make_commit, read_failures, remove_commit, write_commit
 from dimefm.store.parquet_tables import require_digest, sha256, write_table
+from dimefm.store.pixel_reader import PixelReader
 from dimefm.store.plan_reader import PlanReader
 from dimefm.store.stored_array import StoredArray
 from dimefm.store.zarr_arrays import (
@@ -39,10 +37,10 @@ from dimefm.store.zarr_arrays import (
     create_array,
     digest_arrays,
     group_attributes,
+    new_group,
     open_array,
     open_group,
     write_attributes,
-    zarr_place,
 )
 from dimefm.system import storage
 from dimefm.system.lease import require_held
@@ -69,9 +67,10 @@ class Contents:
 class Store:
     """An embedding store on disk. Cheap to open, whatever its size: only its attributes are read."""
 
-    def __init__(self, path: str) -> None:
-        """Open the store at `path`. Raises StoreError where there is none, SchemaError for attributes that are not
-        valid."""
+    def __init__(self, path: str, *, cached: bool = True) -> None:
+        """Open the store at `path`. One at a URL is read through the cache of this machine where there is one
+        (system.file_cache), unless it is to be read but once: `cached` is then False. Raises StoreError where there is
+        none, SchemaError for attributes that are not valid."""
         self.path = storage.absolute(path)
         self.group = open_group(self.path)
         attributes = group_attributes(self.group, self.path)
@@ -80,10 +79,14 @@ class Store:
             metadata = f"{name}/zarr.json"
             require_digest(storage.join(self.path, metadata), self.schema.digests.get(metadata), "cache again")
         self._arrays = {
-            name: StoredArray(self.path, name, open_array(self.group, self.path, name, spec), self.schema.shard_rows)
+            name: StoredArray(
+                self.path, name, open_array(self.group, self.path, name, spec), self.schema.shard_rows,
+                version=self._version if cached else None,
+            )
             for name, spec in self.schema.arrays().items()
-        }
+        }  # fmt: skip
         self._plans = PlanReader(self.path, self.schema)
+        self._pixels = PixelReader(self.path, self.schema, self._version)
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.path,)  # another process opens it again
@@ -95,7 +98,7 @@ class Store:
         """Make the arrays, then the attributes: until these exist, the store counts as not planned. Raises StoreError
         where they cannot be written."""
         with storage.writing_to(path):
-            group = zarr.open_group(zarr_place(storage.absolute(path)), mode="a")
+            group = new_group(storage.absolute(path))
             if ATTRIBUTES_KEY in group.attrs:
                 raise OutputExistsError(f"{path} is a store already", remedy="give another place")
             for name, spec in schema.arrays().items():
@@ -175,6 +178,10 @@ class Store:
             good += commit.counts.get(Status.OK.name, 0)
         return Contents(shards, good)
 
+    def _version(self, shard: int) -> str:
+        """What is in a shard, for a cache of it: rows that are encoded again have another digest."""
+        return self.contents.shards[str(shard)]
+
     def _parse_commit(self, shard: int, document: object) -> Commit:
         path = storage.join(self.path, commit_path(shard))
         commit = Commit.parse(document, path)
@@ -240,18 +247,18 @@ class Store:
         """In a store with pixels: the JPEGs of any rows in any order; their places are looked up for all at once.
         Raises StoreError for one that is missing or damaged, OSError where the storage does not answer."""
         index_N3 = self._arrays[PIXEL_INDEX].read(rows_N)
-        return reading_ahead(self._jpeg, list(zip(rows_N.tolist(), index_N3.tolist(), strict=True)), self.path)
+        return self._pixels.jpegs(rows_N, index_N3)
 
-    def _jpeg(self, place: tuple[int, list[int]]) -> bytes:
-        row, (start, stop, checksum) = place
-        path = storage.join(self.path, pixels_path(row // self.schema.shard_rows))
-        try:
-            jpeg = storage.read_bytes(path, start, stop - start)
-        except FileNotFoundError:
-            raise StoreError(f"{path} is missing", remedy=DAMAGED) from None
-        if google_crc32c.value(jpeg) != checksum:
-            raise StoreError(f"{path}, row {row} is damaged: its checksum does not fit", remedy=DAMAGED)
-        return jpeg
+    def fetch(self, rows_N: np.ndarray[Any, Any], *, pixels: bool = False) -> None:
+        """Bring the chunks of some rows into the cache of this machine, if the store is read through one: embeddings,
+        and with `pixels` all that training reads of them."""
+        names = [
+            name for name in (EMBEDDING, VIEW, PIXEL_INDEX) if name in self._arrays and (pixels or name == EMBEDDING)
+        ]
+        for name in names:
+            self._arrays[name].fetch(rows_N)
+        if pixels and self.schema.pixels:
+            self._pixels.fetch(rows_N, self._arrays[PIXEL_INDEX].read(rows_N))
 
     def status(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         """Status codes, uint8 (N,)."""
@@ -286,6 +293,17 @@ class Store:
         ascending_M, place_N = np.unique(rows_N, return_inverse=True)
         found: list[dict[str, Any]] = self.entries(ascending_M, columns).take(place_N).to_pylist()
         return found
+
+
+def opened(store: Store | str) -> Store:
+    """A store, opened in this process: connections of the one that it was forked from cannot be shared. What that one
+    has read of the commits is not read again."""
+    if isinstance(store, str):
+        return Store(store)
+    found = Store(store.path)
+    if "contents" in store.__dict__:
+        found.contents = store.contents
+    return found
 
 
 def create_store(out: str, schema: EmbeddingStore, digests: Sequence[str], files: Sequence[SourceFile]) -> Store:

@@ -28,7 +28,9 @@ from dimefm.system import storage
 from dimefm.system.machine import open_files
 
 _ABSENT = np.uint64(2**64 - 1)
-_ENTRY = 16  # bytes of a shard index entry: offset and length, uint64 each
+INDEX_ENTRY = 16
+"""Bytes of an entry of a shard's index: offset and length, uint64 each."""
+
 _CRC = 4
 _MOST_MAPS = 4096
 
@@ -55,13 +57,13 @@ class _Maps:
             return data
 
     def forget(self, folder: Path) -> None:
-        """Release the maps of files below a folder."""
+        """Release the map of a file, or of the files below a folder."""
         with self._lock:
-            for path in [path for path in self._maps if folder in path.parents]:
+            for path in [path for path in self._maps if path == folder or folder in path.parents]:
                 del self._maps[path]
 
 
-_maps = _Maps()
+maps = _Maps()
 
 
 def holds_raw_rows(array: Any) -> bool:
@@ -128,7 +130,7 @@ class MappedArray:
 
     def forget(self) -> None:
         """Map the files again: one of them has been written again."""
-        _maps.forget(self._folder)
+        maps.forget(self._folder)
         self._shard.cache_clear()
         self._checked[:] = False
 
@@ -158,7 +160,7 @@ class MappedArray:
     def _gather_in_shard(self, shard: int, within_N: _Array, out: _Array, chosen: _Array) -> None:
         file = self._shard(shard)
         try:
-            data = _maps.get(self._path(shard))
+            data = maps.get(self._path(shard))
         except FileNotFoundError:
             raise StoreError(f"{self._path(shard)} is missing", remedy=DAMAGED) from None
         # Reading a map beyond the present end of its file is a SIGBUS. Asking for that end takes a microsecond.
@@ -193,6 +195,10 @@ class MappedArray:
     def _path(self, shard: int) -> Path:
         return self._folder.joinpath("c", str(shard), *("0" for _ in self._row_shape))
 
+    def _length(self, shard: int, length: int) -> int:
+        """Bytes of the shard in a file of this length."""
+        return length
+
     @contextmanager
     def _open(self, shard: int) -> Iterator[Any]:
         path = self._path(shard)
@@ -204,9 +210,9 @@ class MappedArray:
 
     def _read_index(self, shard: int) -> _ShardIndex:
         path, chunks = self._path(shard), self._shard_rows // self._chunk_rows
-        size = chunks * _ENTRY
+        size = chunks * INDEX_ENTRY
         with self._open(shard) as raw:
-            length = os.fstat(raw.fileno()).st_size
+            length = self._length(shard, os.fstat(raw.fileno()).st_size)
             if length < size + _CRC:
                 raise StoreError(f"{path} is cut short: {length} bytes", remedy=DAMAGED)
             index = os.pread(raw.fileno(), size + _CRC, length - size - _CRC)

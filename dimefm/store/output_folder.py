@@ -34,11 +34,14 @@ def require_only(out: str, what: str, ours: Collection[str] | Callable[[str], bo
 
 def is_planned(out: str) -> bool:
     """Whether the Zarr group at `out` has our attributes, which are written after its plan and its empty arrays. Raises
-    OutputExistsError where it has lost them."""
+    OutputExistsError where it has lost them, StoreError where they are damaged."""
     out = storage.absolute(out)
     path = storage.join(out, "zarr.json")
+    finished = bool(storage.listing(storage.join(out, COMMITS)))
+    if not finished and storage.exists(path) and not storage.size(path):
+        return False  # zarr's own, before ours: a loss of power leaves it empty
     planned = storage.exists(path) and ATTRIBUTES_KEY in storage.read_json(path).get("attributes", {})
-    if not planned and storage.listing(storage.join(out, COMMITS)):
+    if finished and not planned:
         raise OutputExistsError(f"{out} has finished shards but no attributes", remedy="it is damaged: delete it")
     return planned
 

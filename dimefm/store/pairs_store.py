@@ -6,12 +6,12 @@ Shapes: N image rows of a shard, K sentences per image, T sentences.
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import zarr
 
-from cache_schemas import Commit, HitCounts, PairsStore, SchemaError
+from cache_schemas import Commit, HitCounts, PairsStore, SchemaError, digest_of
 from cache_schemas.embedding_store import COMMITS, commit_path
 from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
 from dimefm.errors import MismatchError, StoreError
@@ -22,10 +22,10 @@ from dimefm.store.zarr_arrays import (
     create_array,
     digest_arrays,
     group_attributes,
+    new_group,
     open_group,
     reading_zarr,
     write_attributes,
-    zarr_place,
 )
 from dimefm.system import storage
 from dimefm.system.lease import require_held
@@ -39,16 +39,19 @@ AGAIN_TEXTS = "retrieve into another --out, with an index that was brought up to
 class Pairs:
     """Pairs on disk."""
 
-    def __init__(self, path: str) -> None:
-        """Open the pairs at `path`. Raises StoreError where there are none, SchemaError for attributes that are not
-        valid."""
+    def __init__(self, path: str, *, cached: bool = False) -> None:
+        """Open the pairs at `path`; finished ones at a URL may be `cached`, as a Store is. Raises StoreError where
+        there are none, SchemaError for attributes that are not valid."""
         self.path = storage.absolute(path)
         self.group: Any = open_group(self.path)
         self.schema = PairsStore.parse(group_attributes(self.group, self.path), storage.join(self.path, "zarr.json"))
         self._arrays = {
-            name: StoredArray(self.path, name, array_of(self.group, self.path, name), self.schema.shard_rows, _DAMAGED)
+            name: StoredArray(
+                self.path, name, array_of(self.group, self.path, name), self.schema.shard_rows, _DAMAGED,
+                version=self._version if cached else None,
+            )
             for name in (TEXT_ROW, SCORE)
-        }
+        }  # fmt: skip
 
     def __reduce__(self) -> tuple[type[Pairs], tuple[str]]:
         return Pairs, (self.path,)  # another process opens it again
@@ -57,7 +60,7 @@ class Pairs:
     def create(path: str, schema: PairsStore) -> Pairs:
         """Make the arrays, then the attributes."""
         path = storage.absolute(path)
-        group = zarr.open_group(zarr_place(path), mode="a")
+        group = new_group(path)
         shape, chunk = (schema.rows, schema.top_k), (min(schema.shard_rows, 1024), schema.top_k)
         create_array(group, TEXT_ROW, shape, "int32", chunk, schema.shard_rows)
         create_array(group, SCORE, shape, "float16", chunk, schema.shard_rows, fill=float("nan"))
@@ -73,6 +76,18 @@ class Pairs:
     def gather(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """`text_rows` of any image rows in any order, int32 (N, K)."""
         return self._arrays[TEXT_ROW].read(rows_N)
+
+    def fetch(self, rows_N: np.ndarray[Any, Any]) -> None:
+        """As Store.fetch, the sentences of images."""
+        self._arrays[TEXT_ROW].fetch(rows_N)
+
+    @cached_property
+    def _data(self) -> str:
+        """What is in all shards, for a cache of them."""
+        return digest_of(self.hit_counts().to_json())
+
+    def _version(self, shard: int) -> str:
+        return self._data
 
     @property
     def by_chunks(self) -> bool:

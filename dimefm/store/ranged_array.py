@@ -28,7 +28,9 @@ KEPT_BYTES = 256 * 2**20
 """Bytes of chunks that a process keeps per array: two windows of 64 chunks of embeddings 768 wide, and some more."""
 
 _SMALL = 64 * 1024  # bytes: fetching a chunk of this size or less takes hardly longer than fetching one row of it
-_MANY = 8  # rows of a chunk: as many requests cost a core 16 ms, the 1.5 MB of all of it 9 ms (benchmarks/urls.py)
+MANY = 8
+"""Rows of a chunk: as many requests cost a core 16 ms, the 1.5 MB of all of it 9 ms (benchmarks/urls.py)."""
+
 _NEAR = 16 * 1024  # bytes between rows that are fetched with them: less than another request costs
 _ABSENT = np.uint64(2**64 - 1)
 _ENTRY, _CRC = 16, 4  # bytes of an index entry, offset and length as uint64; and of a checksum
@@ -45,10 +47,11 @@ class RangedArray:
         self._rows, self._row_shape, self._dtype = array.shape[0], tuple(array.shape[1:]), np.dtype(array.dtype)
         self._chunk_rows, self._in_shard = array.chunks[0], array.shards[0] // array.chunks[0]
         self._row_bytes = math.prod(self._row_shape) * self._dtype.itemsize
-        self._chunk_bytes = self._chunk_rows * self._row_bytes
+        self.chunk_bytes = self._chunk_rows * self._row_bytes
         self.fits = self._rows * self._row_bytes <= KEPT_BYTES
         """Whether the whole array is kept once it was fetched."""
-        self._always_whole = self._chunk_bytes <= _SMALL or self.fits
+        self.always_whole = self.chunk_bytes <= _SMALL or self.fits
+        """Whether a chunk is fetched whole, however little of it is wanted."""
         self._indices: dict[int, _Array] = {}
         self._kept: OrderedDict[int, _Array] = OrderedDict()
         self._lock = threading.Lock()
@@ -87,7 +90,7 @@ class RangedArray:
         with self._lock:
             kept = list(self._kept)
         chunks, place_N, counts = np.unique(chunk_N, return_inverse=True, return_counts=True)
-        whole = self._always_whole | (counts >= _MANY) | np.isin(chunks, kept)
+        whole = self.always_whole | (counts >= MANY) | np.isin(chunks, kept)
         wanted = chunks[whole].tolist()
         order_N = np.argsort(chunk_N, kind="stable")
         for chunk, data in self._chunks(wanted, keep=set(wanted)):
@@ -123,14 +126,14 @@ class RangedArray:
         runs: list[list[int]] = []
         for chunk in chunks:
             follows = runs and chunk == runs[-1][-1] + 1 and chunk % self._in_shard
-            if follows and (len(runs[-1]) + 1) * self._chunk_bytes <= URL_BLOCK:
+            if follows and (len(runs[-1]) + 1) * self.chunk_bytes <= URL_BLOCK:
                 runs[-1].append(chunk)
             else:
                 runs.append([chunk])
         return runs
 
     def _fetch_run(self, run: list[int]) -> tuple[list[int], list[_Array]]:
-        shard, step = run[0] // self._in_shard, self._chunk_bytes + _CRC
+        shard, step = run[0] // self._in_shard, self.chunk_bytes + _CRC
         offsets = [self._offset(chunk) for chunk in run]
         if all(b - a == step for a, b in pairwise(offsets)):
             raw = self._fetch(shard, offsets[0], len(run) * step)
@@ -140,15 +143,15 @@ class RangedArray:
         return run, [self._checked(chunk, piece) for chunk, piece in zip(run, pieces, strict=True)]
 
     def _checked(self, chunk: int, piece: bytes) -> _Array:
-        data = memoryview(piece)[: self._chunk_bytes]
-        if google_crc32c.value(bytes(data)) != int.from_bytes(piece[self._chunk_bytes :], "little"):
+        data = memoryview(piece)[: self.chunk_bytes]
+        if google_crc32c.value(bytes(data)) != int.from_bytes(piece[self.chunk_bytes :], "little"):
             raise StoreError(f"{self._where(chunk)} is damaged: its checksum does not fit", remedy=DAMAGED)
         return np.frombuffer(data, self._dtype).reshape(self._chunk_rows, *self._row_shape)
 
     def _keep(self, chunk: int, data: _Array) -> None:
         with self._lock:
             self._kept[chunk] = data
-            while len(self._kept) > max(1, KEPT_BYTES // self._chunk_bytes):
+            while len(self._kept) > max(1, KEPT_BYTES // self.chunk_bytes):
                 self._kept.popitem(last=False)
 
     def _gather_alone(self, rows_N: _Array, places: _Array, out: _Array) -> None:
@@ -191,7 +194,7 @@ class RangedArray:
         """Where each chunk of a shard file begins. The index is looked for where a file of chunks without gaps has it,
         and only then at the end, which takes another request for the size."""
         chunks = -(-self._rows // self._chunk_rows) - shard * self._in_shard
-        end = min(chunks, self._in_shard) * (self._chunk_bytes + _CRC)
+        end = min(chunks, self._in_shard) * (self.chunk_bytes + _CRC)
         index = self._index_at(shard, end)
         if index is None:
             size = self._within(shard, storage.size) - self._in_shard * _ENTRY - _CRC

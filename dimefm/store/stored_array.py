@@ -5,11 +5,13 @@ Shapes: N rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from dimefm.errors import StoreError
+from dimefm.store.cached_array import CachedArray
 from dimefm.store.mapped_array import MappedArray
 from dimefm.store.ranged_array import RangedArray
 from dimefm.store.zarr_arrays import DAMAGED, reading_zarr, write_rows
@@ -21,13 +23,25 @@ Rows = slice | np.ndarray[Any, Any]
 
 class StoredArray:
     """The array `name` of the store at `store`, opened by zarr as `array`; `damaged` is the remedy for a file that is
-    missing or damaged."""
+    missing or damaged. `version` says what is in a shard, for a cache of it."""
 
-    def __init__(self, store: str, name: str, array: Any, shard_rows: int, damaged: str = DAMAGED) -> None:
+    def __init__(
+        self,
+        store: str,
+        name: str,
+        array: Any,
+        shard_rows: int,
+        damaged: str = DAMAGED,
+        version: Callable[[int], str] | None = None,
+    ) -> None:
         self._store, self._name, self._array, self._shard_rows, self._damaged = store, name, array, shard_rows, damaged
-        self.direct = MappedArray.open(store, name, array) or RangedArray.open(store, name, array)
-        """The reader that goes around zarr: memory maps, or byte ranges at a URL; None for an array in another layout
-        than ours."""
+        self.direct = (
+            MappedArray.open(store, name, array)
+            or CachedArray.open(store, name, array, version)
+            or RangedArray.open(store, name, array)
+        )
+        """The reader that goes around zarr: memory maps, of a cache where a store at a URL is read through one, or byte
+        ranges; None for an array in another layout than ours."""
         self._found: set[int] = set()  # shards whose file was there
 
     def read(self, rows: Rows) -> np.ndarray[Any, Any]:
@@ -73,4 +87,10 @@ class StoredArray:
     @property
     def by_chunks(self) -> bool:
         """Whether it is better to ask for whole chunks of rows: for an array at a URL that a process cannot keep."""
-        return storage.is_url(self._store) and not (isinstance(self.direct, RangedArray) and self.direct.fits)
+        fits = isinstance(self.direct, CachedArray | RangedArray) and self.direct.fits
+        return storage.is_url(self._store) and not fits
+
+    def fetch(self, rows_N: np.ndarray[Any, Any]) -> None:
+        """Bring the chunks of some rows into the cache of this machine, if the array is read through one."""
+        if isinstance(self.direct, CachedArray):
+            self.direct.fetch(self.direct.chunks_of(rows_N))

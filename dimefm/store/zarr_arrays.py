@@ -40,6 +40,14 @@ def open_group(path: str) -> zarr.Group:
     raise StoreError(f"{path} is not a dimefm store", remedy=remedy)
 
 
+def new_group(path: str) -> zarr.Group:
+    """The Zarr group at `path`, which is made if there is none, to create arrays in."""
+    document = storage.join(path, "zarr.json")
+    if storage.exists(document) and not storage.size(document):  # left by a loss of power
+        storage.remove_file(document)
+    return zarr.open_group(zarr_place(path), mode="a")
+
+
 def zarr_place(path: str) -> str | Path:
     """`path` as zarr takes it: a local one as a Path, since in a string zarr reads :: as a chain of file systems."""
     return path if storage.is_url(path) else Path(path)

@@ -1,15 +1,21 @@
-"""One writer at a time at a URL: a lease, which is a file beside the data that its owner renews.
+"""One writer at a time at a URL: a lease, which is a chain of small files beside the data.
 
-    STORE/.lease   who writes, a random token, and how often it was renewed
+    STORE/.lease                the first writer
+    STORE/.lease-after-DIGEST   who has taken over from the lease that has this sha256
+    STORE/.lease-beat-DIGEST    how often the owner has renewed the lease that has this sha256
+
+The last of the chain owns the store. A file of the chain is written once, on condition that there is none
+(If-None-Match: *), so that one succeeds of many that start, or take over, at once; and no file of one command is ever
+written by another, so that a command that was stopped for an hour cannot take back what it has lost.
 
 A command that finds a lease watches it for a while. If it changes, its owner lives, and the command ends; if not, the
-command takes the lease over. Clocks of different machines are never compared. An owner that was silent for too long
-finds another token before it commits anything more, and ends.
+command takes over. Clocks of different machines are never compared. An owner that was silent for too long finds that
+another has followed it before it commits anything more, and ends. docs/cluster.md says what that guarantees.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import threading
 import time
 import uuid
@@ -21,40 +27,46 @@ from dimefm.system import storage
 from dimefm.system.lock_owner import show_owner, this_process
 from dimefm.system.notes import note
 
-_LEASE = ".lease"
+_LEASE, _AFTER, _BEATS = ".lease", ".lease-after-", ".lease-beat-"
 _BEAT, _PATIENCE, _LOOK = 10.0, 45.0, 1.0  # seconds between renewals, without one until a takeover, between looks
-_held: dict[str, str] = {}  # by the URL of a store: the token under which this process writes to it
+_held: dict[str, str] = {}  # by the URL of a store: the digest of the lease under which this process writes to it
 
 
 @contextmanager
 def leasing(store: str) -> Iterator[str]:
-    """Hold the store at this URL for the block; gives the token, for `writes_under` in other processes.
+    """Hold the store at this URL for the block; gives the lease's digest, for `writes_under` in other processes.
 
     Raises StoreError with the owner's name where another command writes to it, and at the end of the block where
     another has taken over.
     """
-    token, done = uuid.uuid4().hex, threading.Event()
-    _acquire(store, token)
-    renewing = threading.Thread(target=_renew, args=(store, token, done), daemon=True)
+    content, done = this_process(token=uuid.uuid4().hex), threading.Event()
+    lease = _digest(content)
+    renewing = threading.Thread(target=_renew, args=(store, lease, done), daemon=True)
     try:
+        _acquire(store, content)
         renewing.start()
-        writes_under(store, token)
-        yield token
+        writes_under(store, lease)
+        yield lease
         require_held(store)
     finally:
         done.set()
-        renewing.join()
+        if renewing.ident:
+            renewing.join()
         _held.pop(store, None)
         with suppress(OSError, StoreError):
-            if _token(_read(store)) == token:
-                storage.remove_file(_place(store))
+            _release(store, lease)
 
 
-def writes_under(store: str, token: str | None) -> None:
+def writes_under(store: str, lease: str | None) -> None:
     """Declare that this process writes under a lease, its own or that of the command that it works for. None for a
     local store, which needs none."""
-    if token is not None:
-        _held[store] = token
+    if lease is not None:
+        _held[store] = lease
+
+
+def held() -> dict[str, str]:
+    """By the URL of a store, the token under which this process writes to it: what `writes_under` takes."""
+    return dict(_held)
 
 
 def require_held(store: str) -> None:
@@ -62,62 +74,86 @@ def require_held(store: str) -> None:
     before any document is written that marks work as done."""
     if store not in _held:
         return
-    found = _read(store)
-    if _token(found) != _held[store]:
-        who = "its lease was deleted" if found is None else f"it is being written by {show_owner(found)}"
+    chain = _chain(store)
+    if not chain or _digest(chain[-1]) != _held[store]:
+        who = f"it is being written by {show_owner(chain[-1])}" if chain else "its lease was deleted"
         what = f"{store} is no longer this command's: {who}"
         raise StoreError(what, remedy="let one command alone write there, and run it again; what was finished is kept")
 
 
-def _acquire(store: str, token: str) -> None:
-    content = this_process(token=token, renewed=0)
-    while not storage.create(_place(store), content):
-        before = _read(store)
+def _acquire(store: str, content: bytes) -> None:
+    place = storage.join(store, _LEASE)
+    while not storage.create(place, content):
+        before = _signs(store)
         if before is None:
             continue
-        note(f"{store} has the lease of {show_owner(before)}: watched for a sign of life")
+        owner, _ = before
+        note(f"{store} has the lease of {show_owner(owner)}: watched for a sign of life")
         end = time.monotonic() + _PATIENCE
-        while (now := _read(store)) == before and time.monotonic() < end:
+        while (now := _signs(store)) == before and time.monotonic() < end:
             time.sleep(_LOOK)
-        if now == before:
-            storage.write_atomic(_place(store), content)
-            time.sleep(2 * _LOOK)  # if two take over at once, the one that wrote first must see the other's token
-            now = _read(store)
-            if _token(now) == token:
-                return
-        if now is not None:
-            what = f"{store} is being written by {show_owner(now)}"
-            raise StoreError(what, remedy="wait until it has finished, or stop it")
+        if now == before and storage.create(storage.join(store, f"{_AFTER}{_digest(owner)}"), content):
+            break
+        if (chain := _chain(store)) and chain[-1] != content:
+            raise _written(store, chain[-1])
+    if not storage.refuses_second(storage.join(store, f"{_BEATS}{_digest(content)}"), b"0"):
+        note(f"{store}: this storage writes a file that is there without a word; start one command at a time on it")
+        time.sleep(2 * _LOOK)  # if two begin at once, the one that wrote first must see the other's lease
+        if (chain := _chain(store)) and chain[-1] != content:
+            raise _written(store, chain[-1])
 
 
-def _renew(store: str, token: str, done: threading.Event) -> None:
-    """Renew the lease until `done`, or until another command has it; storage that does not answer is asked again."""
+def _written(store: str, owner: bytes) -> StoreError:
+    what = f"{store} is being written by {show_owner(owner)}"
+    return StoreError(what, remedy="wait until it has finished, or stop it")
+
+
+def _renew(store: str, lease: str, done: threading.Event) -> None:
+    """Renew the lease until `done`; storage that does not answer is asked again."""
+    beats = 0
     while not done.wait(_BEAT):
+        beats += 1
         with suppress(OSError, StoreError):
-            content = _read(store)
-            if content is None or _token(content) != token:
-                return
-            facts = json.loads(content)
-            storage.write_atomic(_place(store), json.dumps({**facts, "renewed": facts["renewed"] + 1}).encode())
+            storage.write_atomic(storage.join(store, f"{_BEATS}{lease}"), str(beats).encode())
 
 
-def _place(store: str) -> str:
-    return storage.join(store, _LEASE)
+def _release(store: str, lease: str) -> None:
+    """Remove the files of the chain if `lease` is its last, the first of them first: then the store is free. Else only
+    what is left of this lease's own."""
+    chain = [_digest(content) for content in _chain(store)]
+    own = [f"{_BEATS}{lease}"]
+    if chain and chain[-1] == lease:
+        own = [_LEASE, *(f"{_AFTER}{one}" for one in chain[:-1]), *(f"{_BEATS}{one}" for one in chain)]
+    for name in own:
+        storage.remove_file(storage.join(store, name))
 
 
-def _read(store: str) -> bytes | None:
-    """The content of the lease, None where there is none. Raises StoreError where it cannot be read."""
+def _signs(store: str) -> tuple[bytes, bytes | None] | None:
+    """The lease of the owner, and the last sign of its life; None where nobody owns the store."""
+    chain = _chain(store)
+    return (chain[-1], _read(store, f"{_BEATS}{_digest(chain[-1])}")) if chain else None
+
+
+def _chain(store: str) -> list[bytes]:
+    """The leases, from the first to that of the owner."""
+    chain, name = list[bytes](), _LEASE
+    while (content := _read(store, name)) is not None:
+        chain.append(content)
+        name = f"{_AFTER}{_digest(content)}"
+    return chain
+
+
+def _read(store: str, name: str) -> bytes | None:
+    """A file of the lease, None where there is none. Raises StoreError where it cannot be read."""
+    place = storage.join(store, name)
     try:
-        return storage.read_bytes(_place(store))
+        return storage.read_bytes(place)
     except FileNotFoundError:
         return None
     except OSError as error:
-        what = f"{_place(store)} cannot be read: {error.strerror or error}"
+        what = f"{place} cannot be read: {error.strerror or error}"
         raise StoreError(what, remedy="look at the access to that place, and run the same command again") from error
 
 
-def _token(content: bytes | None) -> str | None:
-    try:
-        return str(json.loads(content or b"{}").get("token"))
-    except (ValueError, AttributeError):
-        return None
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]

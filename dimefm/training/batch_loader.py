@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from cache_schemas import SchemaError
 from dimefm.errors import DimefmError, TrainingError
 from dimefm.sources.read_image import ImagePlace
+from dimefm.training.fetch_ahead import Position
 from dimefm.training.row_order import Order
 
 THREAD = "read-ahead"
@@ -61,15 +62,22 @@ class Requests(Sampler[Request]):
     the plans of all its shards are read, here for all loader processes.
     """
 
-    def __init__(self, order: Order, *, first: int, steps: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, order: Order, *, first: int, steps: int, rank: int = 0, world: int = 1, position: Position | None = None
+    ) -> None:
+        """`position` gets the step that is asked for, for training.fetch_ahead."""
         self._order, self._first, self._steps, self._rank, self._world = order, first, steps, rank, world
+        self._position = position
         schema = order.store.schema
         self._placed, self._is_text = schema.kind == "image" and not schema.pixels, schema.kind == "text"
 
     def __iter__(self) -> Iterator[Request]:
         left = self._steps - self._first + 1  # with the end of them: the first batch does not wait for more
         ahead = min(left, max(16, _IMAGES_AHEAD * self._world // self._order.batch_size))
-        return take_ahead(self._made(), ahead) if self._placed else self._made()
+        for request in take_ahead(self._made(), ahead) if self._placed else self._made():
+            if self._position is not None:
+                self._position[0] = request.step
+            yield request
 
     def _made(self) -> Iterator[Request]:
         for first, epoch, rows_SG in self._order.windows(self._first, self._steps):

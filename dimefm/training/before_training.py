@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cache_schemas.run import RUN_FILE
 from dimefm.errors import TrainingError
+from dimefm.system import storage
 from dimefm.system.near_names import did_you_mean
 from dimefm.system.wording import counted
 from dimefm.training.config import NEVER_DIFFER, TextMix, TrainConfig
@@ -15,12 +16,14 @@ _FIELDS = "dimefm train-student --fields lists all"
 
 
 def require_startable(config: TrainConfig) -> None:
-    """Raises TrainingError for a config that lacks an input that it draws from or the library that it logs to, or whose
-    learning rate would not rise to its peak and fall. A run of an older release, which did not look at the latter, goes
-    on."""
+    """Raises StoreError for a cache at a URL, and TrainingError for a config that lacks an input that it draws from or
+    the library that it logs to, or whose learning rate would not rise to its peak and fall. A run of an older release,
+    which did not look at the latter, goes on."""
     if config.log_to and not _is_installed(config.log_to):
         remedy = f'pip install "dimefm[{config.log_to}]"'
         raise TrainingError(f"the run cannot be logged to {config.log_to}, which is not installed here", remedy=remedy)
+    if config.cache_dir:
+        storage.local(config.cache_dir, "a cache")
     mix = config.text_mix if config.loss.vl else TextMix()
     require_sources(mix, config.pairs, config.selection, paired=config.loss.contrastive > 0)
     if (Path(config.out) / RUN_FILE).exists():

@@ -110,7 +110,8 @@ class TextMix:
 
 
 MAY_DIFFER = ("images", "texts", "pairs", "selection", "out", "val", "val_texts", "workers", "log_every", "log_to",
-              "log_project", "device", "checkpoint_every", "keep", "accept_slow")  # fmt: skip
+              "log_project", "device", "checkpoint_every", "keep", "accept_slow", "cache_dir",
+              "cache_size")  # fmt: skip
 """Fields in which a resumed run may differ from its start: they say where things are, how fast and how often, not what
 is computed."""
 
@@ -230,6 +231,12 @@ class TrainConfig:
     """Project of the tracker that the run is shown in. Default: dimefm."""
     workers: int | None = None
     """Processes per training process that decode images; 0: it decodes them itself. Default: by cores and memory."""
+    cache_dir: str | None = None
+    """Folder on a local disk that keeps what is read of stores at URLs, ahead of need; processes and runs of a machine
+    may share it. Default: none."""
+    cache_size: int | None = None
+    """Bytes that `cache_dir` may have; what was not used for the longest time goes first. Default: what leaves a tenth
+    of the disk free."""
     device: str | None = None
     """Where the student trains. Default: cuda if there is a GPU, else cpu."""
     accept_slow: bool = False
@@ -246,7 +253,7 @@ class TrainConfig:
             self,
             above_0=("epochs", "batch_size", "texts_per_step", "text_batch_size", "lr", "accumulate", "keep",
                      "checkpoint_every", "log_every", "val_every", "image_size", "clip_grad", "max_steps", "eps",
-                     "threads", "init_std"),
+                     "threads", "init_std", "cache_size"),
             not_below_0=("min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "workers", "seed", "init_mean"),
         )  # fmt: skip
         if any(" must be a number" in problem for problem in wrong):
@@ -286,6 +293,8 @@ class TrainConfig:
         if self.selection and not (mix.selected or self.text_student):
             uses = "--text-mix selected=... or --text-student"
             idle.append(f"a selection is given, but the text mix draws nothing from it; {uses} would")
+        if self.cache_size and not self.cache_dir:
+            idle.append("cache_size has no effect without cache_dir")
         if self.log_project and not self.log_to:
             idle.append("log_project has no effect without log_to")
         return idle

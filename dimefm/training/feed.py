@@ -17,7 +17,9 @@ import torch
 
 from dimefm.models.towers import student_spec, text_spec
 from dimefm.store.embedding_store import Store
+from dimefm.store.local_copy import bring, fits_in_cache
 from dimefm.store.pairs_store import Pairs
+from dimefm.system.file_cache import active
 from dimefm.system.progress import amount
 from dimefm.system.storage import is_url
 from dimefm.training.batch_loader import Requests, take_ahead, training_loader
@@ -25,6 +27,7 @@ from dimefm.training.before_training import notes_on_inputs, notes_on_length
 from dimefm.training.config import TrainConfig
 from dimefm.training.distributed import Place
 from dimefm.training.feed_plan import plan_feed
+from dimefm.training.fetch_ahead import fetching_ahead
 from dimefm.training.image_batches import Augmentation, Batch, TrainingImages
 from dimefm.training.machine_settings import choose_loaders
 from dimefm.training.run_folder import Inputs
@@ -70,8 +73,12 @@ def notes_on_remote_data(inputs: Inputs, bank: TextBank | None, order: Literal["
     """
     images, texts, schema, notes = inputs.images, inputs.texts, inputs.images.schema, list[str]()
     places = [images.path] if schema.pixels else schema.source.arguments
-    if any(map(is_url, places)):
-        what = f"a copy of {images.path} on a local disk" if schema.pixels else "--pixels in a store on a local disk"
+    if any(map(is_url, places)) and not (schema.pixels and active()):
+        what = (
+            f"--cache-dir, or a copy of {images.path} on a local disk"
+            if schema.pixels
+            else "--pixels in a store on a local disk"
+        )
         notes.append(
             f"each image is a request over the network, and each core that reads makes about {REQUESTS_PER_SECOND} of "
             f"them per second: faster with {what}"
@@ -90,11 +97,12 @@ def notes_on_remote_data(inputs: Inputs, bank: TextBank | None, order: Literal["
             f"rows are drawn from all over {images.path}, as when the run began, and each row is a request over the "
             "network: copy it to a local disk"
         )
-    if bank and bank.kept_in == "disk" and is_url(texts.path):
+    if bank and bank.kept_in == "disk" and is_url(texts.path) and not fits_in_cache(texts):
         size = texts.schema.rows * texts.schema.dim * texts.schema.item_bytes
         notes.append(
             f"{texts.path} does not fit into memory: each sentence of a step is a request over the network, about "
-            f"{REQUESTS_PER_SECOND} per second for each core that reads: copy it ({amount(size)}) to a local disk"
+            f"{REQUESTS_PER_SECOND} per second for each core that reads: copy it ({amount(size)}) to a local disk, or "
+            "give a --cache-dir with room for twice as much"
         )
     return notes
 
@@ -108,12 +116,17 @@ def open_feed(config: TrainConfig, place: Place) -> Iterator[Feed]:
     plan = plan_feed(config, place.world)
     inputs, first, steps = plan.inputs, plan.first_step, plan.steps
     bank = _text_bank(config, inputs, place)
+    if bank and bank.kept_in == "disk":
+        bring(inputs.texts)
     with ExitStack() as stack:
         batches: Iterator[Pair] = iter(())
         if first < steps:
+            orders = [plan.images, *([plan.texts] if plan.texts else [])]
+            position = stack.enter_context(fetching_ahead(orders, inputs.pairs, first, steps))
             requests = partial(Requests, first=first, steps=steps, rank=place.rank, world=place.world)
             texts = requests(plan.texts) if plan.texts else None
-            batches = _start(config, place, inputs, bank, requests(plan.images), texts, stack)
+            images = requests(plan.images, position=position)
+            batches = _start(config, place, inputs, bank, images, texts, stack)
         yield Feed(inputs, plan.order, bank, plan.steps_per_epoch, steps, first, batches)
 
 
@@ -131,11 +144,11 @@ def _start(
     workers, ahead, _ = loaders_of(config, place, size, bank.bytes_of_step(config.batch_size) if bank else 0)
     texts: Iterator[TextBatch | None] = repeat(None)
     if config.text_student and text_requests:  # before the loader of images starts a thread: this one forks
-        sentences = TrainingTexts(inputs.texts.path, text_spec(config.text_student, teacher))
+        sentences = TrainingTexts(inputs.texts, text_spec(config.text_student, teacher))
         loader = training_loader(sentences, text_requests, min(1, workers), ahead)
         texts = stack.enter_context(closing(loader))
     augmentation = Augmentation(size=size, crop_scale=config.crop_scale, flip=config.flip, seed=config.seed)
-    pictures = TrainingImages(inputs.images.path, augmentation, bank)
+    pictures = TrainingImages(inputs.images, augmentation, bank)
     images = stack.enter_context(closing(training_loader(pictures, image_requests, workers, ahead)))
     pairs = zip(images, texts, strict=False)
     if place.device.type != "cuda":

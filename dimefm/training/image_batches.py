@@ -22,7 +22,7 @@ from dimefm.images.crops import random_crop, replay
 from dimefm.images.decode import DecodeError, decode_rgb, decode_scaled, jpeg_size
 from dimefm.images.preprocess import resize
 from dimefm.sources.read_image import read_encoded
-from dimefm.store.embedding_store import Store
+from dimefm.store.embedding_store import Store, opened
 from dimefm.system.read_ahead import reading_ahead
 from dimefm.training.batch_loader import Request, note_row, training_error
 from dimefm.training.text_bank import DrawnTexts, TextBank
@@ -92,8 +92,8 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
     An error is returned, not raised: torch's loader would show it as the traceback of another process.
     """
 
-    def __init__(self, store: str, augmentation: Augmentation, bank: TextBank | None = None) -> None:
-        self._path, self._augmentation, self._bank = store, augmentation, bank
+    def __init__(self, store: Store | str, augmentation: Augmentation, bank: TextBank | None = None) -> None:
+        self._given, self._augmentation, self._bank = store, augmentation, bank
         self._store: Store | None = None
 
     def __getitem__(self, request: Request) -> Batch | TrainingError:
@@ -103,7 +103,7 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
             return training_error(error)
 
     def _batch(self, request: Request) -> Batch:
-        store = self._store = self._store or Store(self._path)  # opened in the process that reads
+        store = self._store = self._store or opened(self._given)  # in the process that reads
         view: Callable[[int, bytes], torch.Tensor]
         if store.schema.views:
             # Every epoch shows another view of each image: the same crop and flip that the teacher saw

@@ -45,7 +45,7 @@ def open_inputs(config: TrainConfig) -> Inputs:
         store.require_complete()
         require_embeddings(store)
     require_same_teacher(images, texts)
-    pairs = Pairs(config.pairs) if config.pairs else None
+    pairs = Pairs(config.pairs, cached=True) if config.pairs else None
     if pairs:
         require_pairs_match(pairs, images, texts)
     selection = SelectedTexts(config.selection) if config.selection else None

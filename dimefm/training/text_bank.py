@@ -15,7 +15,7 @@ import torch
 
 from cache_schemas import Status
 from dimefm.errors import TrainingError
-from dimefm.store.embedding_store import Store
+from dimefm.store.embedding_store import Store, opened
 from dimefm.store.pairs_store import Pairs
 from dimefm.store.selected_texts import SelectedTexts
 from dimefm.system.machine import available_memory, processes_here
@@ -97,8 +97,8 @@ class TextBank:
         """The texts of `step`: a function of the seed, the step and the image rows of the global batch alone. Raises
         TrainingError where no sentence was retrieved for any image of the batch, and the mix wants some."""
         if self._process != os.getpid():  # in a forked process: connections cannot be shared
-            self._store, self._process = Store(self._store.path), os.getpid()
-            self._pairs = Pairs(self._pairs.path) if self._pairs else None
+            self._store, self._process = opened(self._store), os.getpid()
+            self._pairs = Pairs(self._pairs.path, cached=True) if self._pairs else None
         rows_T = self.rows(step, rows_G)
         pair_row_G = self._pairs.gather(rows_G)[:, 0].astype(np.int64) if self._paired and self._pairs else None
         return DrawnTexts(

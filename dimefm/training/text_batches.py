@@ -17,7 +17,7 @@ from cache_schemas import SchemaError
 from cache_schemas.run import TextSpec
 from dimefm.errors import DimefmError, TrainingError
 from dimefm.models.towers import tokenizer_of
-from dimefm.store.embedding_store import Store
+from dimefm.store.embedding_store import Store, opened
 from dimefm.training.batch_loader import Request, training_error
 
 
@@ -40,15 +40,15 @@ class TrainingTexts(Dataset["TextBatch | TrainingError"]):
     to one process.
     """
 
-    def __init__(self, store: str, spec: TextSpec) -> None:
-        self._path, self._spec = store, spec
+    def __init__(self, store: Store | str, spec: TextSpec) -> None:
+        self._given, self._spec = store, spec
         self._opened: tuple[Store, Any] | None = None  # by the process that reads, at its first request
         self._rows_N, self._texts = np.empty(0, np.int64), pa.array([], pa.string())  # of the window that was read last
 
     def __getitem__(self, request: Request) -> TextBatch | TrainingError:
         try:
             if self._opened is None:
-                self._opened = Store(self._path), tokenizer_of(self._spec)
+                self._opened = opened(self._given), tokenizer_of(self._spec)
             store, tokenizer = self._opened
             if request.window_N is not None:
                 self._rows_N = np.sort(request.window_N)

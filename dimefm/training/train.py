@@ -18,6 +18,7 @@ import torch
 from dimefm.errors import StoppedError, TrainingError
 from dimefm.models.towers import notes_on_preparation
 from dimefm.system import storage
+from dimefm.system.file_cache import caching_in
 from dimefm.system.lock import writing
 from dimefm.system.machine import describe
 from dimefm.system.named_paths import allowing
@@ -76,7 +77,9 @@ def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
     require_name(config.out, "a run folder")
     place = find_place(config.device)
     lock = writing(config.out, of_use=lambda files: has_begun(config.out, files)) if place.first else holding()
-    with allowing(config.val), lock, open_feed(config, place) as feed, explain_reader_death(), explain_lost_process():
+    cache = caching_in(config.cache_dir, config.cache_size)
+    of_others = explain_lost_process()
+    with allowing(config.val), lock, cache, open_feed(config, place) as feed, explain_reader_death(), of_others:
         join_group(config.device)  # from here on nothing is forked
         config, notes = decide_settings(config, place, allow_changes)
         notes += notes_on_feed(config, feed)

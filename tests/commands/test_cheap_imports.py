@@ -22,7 +22,7 @@ HEAVY = {
     *("torch", "torchvision", "open_clip", "timm", "transformers", "tensorboard", "sklearn", "scipy", "matplotlib"),
     *("ray", "faiss", "h5py", "pandas"),
 }
-MOST_OF_HELP, MOST = 330, 720
+MOST_OF_HELP, MOST = 330, 730
 """Modules that they may import. numpy, pyarrow and zarr, with all that they import, are about 600; with torch it is
 1,200, with open_clip 2,800."""
 
@@ -69,13 +69,18 @@ MISTAKES = (
     f"cache-images nothing-here {_OPENAI} --dry-run",
     f"cache-images inputs/images-0.tar {_OPENAI} --view-scale 0.5",
     f"import-embeddings nothing {_OPENAI} --kind image",
+    f"import-embeddings embeddings {_OPENAI} --kind image --workers 1000",
+    "verify images.zarr --workers 1000",
     *("export-embeddings nothing.zarr --out x", "build-index nothing.zarr --out x.index"),
     *("build-index texts.zarr --out run", "retrieve images.zarr --texts nothing.zarr --out x.zarr"),
     *("retrieve images.zarr --texts images.zarr --out x.zarr", "retrieve images.zarr --texts texts.zarr --out run"),
     "retrieve images.zarr --texts texts.zarr --index nothing.index --out x.zarr",
+    "retrieve images.zarr --texts nothing.zarr --out x.zarr --dry-run",
+    "retrieve images.zarr --texts texts.zarr --out x.zarr --workers 1000",
     *("search texts.zarr", "search nothing --text x", "search texts.zarr --image nothing.jpg"),
     "search texts.zarr --text x --model onnx",
     *("select-texts nothing.zarr --out x.selection", "select-texts pairs.zarr --out run"),
+    "select-texts pairs.zarr --out x.selection --workers 1",
     "select-texts pairs.zarr --out x.selection --by similarity",
     "train-student --images nothing.zarr --texts texts.zarr --out x",
     f"train-student {_STORES} --out x --set nothing=1",

@@ -28,6 +28,7 @@ from dimefm.evaluation.results import read_results
 from dimefm.models.clip import Clip, load_clip
 from dimefm.retrieval.build_index import IndexConfig, build_index
 from dimefm.retrieval.exact_search import ExactSearch
+from dimefm.retrieval.index_sidecar import read_sidecar
 from dimefm.retrieval.retrieve import write_pairs
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
@@ -41,14 +42,18 @@ from tests.stores import random_store
 COMMANDS = {
     "cache-images": ["SOURCE...", "--out", "--teacher", "--pretrained", "--shard-rows", "--batch-size", "--dry-run"],
     "cache-texts": ["SOURCE...", "--out", "--teacher", "--pretrained", "--shard-rows", "--batch-size", "--dry-run"],
-    "import-embeddings": ["FOLDER", "--out", "--kind", "--teacher", "--images", "--check", "--accept"],
+    "import-embeddings": ["FOLDER", "--out", "--kind", "--teacher", "--images", "--check", "--accept", "--workers",
+                          "--ray-address"],
     "build-index": ["STORE.zarr", "--out", "--queries", "--recall", "--accept", "--factory", "--memory", "--workers",
                     "--ray-address", "--partial", "--seed", "--dry-run"],
-    "retrieve": ["IMAGES.zarr", "--texts", "--index", "--top-k", "--out", "--device"],
+    "retrieve": [
+        "IMAGES.zarr", "--texts", "--index", "--top-k", "--out", "--device", "--workers", "--ray-address", "--dry-run",
+    ],
     "search": ["STORE.zarr|STORE.index", "--image", "--text", "--top-k", "--teacher", "--pretrained", "--model",
                "--device"],
     "select-texts": ["PAIRS.zarr", "--out", "--by", "--size", "--min-hits", "--min-score", "--pool", "--dedup",
-                     "--balance", "--images-sample", "--seed", "--images", "--texts", "--scores", "--device"],
+                     "--balance", "--images-sample", "--seed", "--images", "--texts", "--scores", "--device",
+                     "--workers", "--ray-address"],
     "train-student": ["--images", "--texts", "--pairs", "--out", "--recipe", "--config", "--student", "--loss",
                       "--text-mix", "--log-to", "--dry-run", "--json"],
     "recipes": ["[NAME]"],
@@ -65,11 +70,11 @@ COMMANDS = {
     "card": ["FOLDER", "--evaluation", "--latency", "--license", "--data-license", "--overwrite"],
     "push": ["FOLDER", "ORG/NAME", "--private", "--revision", "--message"],
     "convert-checkpoint": ["CHECKPOINT", "--out", "--teacher", "--pretrained"],
-    "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file"],
+    "export-embeddings": ["STORE.zarr", "--out", "--rows-per-file", "--workers", "--ray-address"],
     "predict": ["MODEL", "IMAGE...", "--classes", "--classes-from", "--templates", "--top-k", "--images-from",
                 "--pretrained", "--checkpoint", "--weights", "--device", "--json"],
     "info": ["PATH", "--failures", "--json"],
-    "verify": ["STORE", "--sample", "--teacher", "--pretrained", "--repair", "--json"],
+    "verify": ["STORE", "--sample", "--teacher", "--pretrained", "--repair", "--workers", "--ray-address", "--json"],
     "doctor": [],
 }  # fmt: skip
 
@@ -192,6 +197,8 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
             "--dry-run says nothing",
         ),
         (["build-index", "s.zarr", "--out", "o", "--ray-address", "x"], "--ray-address has no effect without --worker"),
+        (["retrieve", "i", "--texts", "t", "--out", "o", "--ray-address", "x"], "--ray-address has no effect without"),
+        (["retrieve", "i", "--texts", "t", "--out", "o", "--cache-dir", "x", "--workers", "1"], "--cache-dir has no"),
         (
             ["retrieve", "i.zarr", "--texts", "t", "--out", "o", "--index", "i", "--device", "cpu"],
             "--device has no effect with --index",
@@ -538,6 +545,25 @@ def test_retrieve_without_an_index_searches_exactly(image_store: Store, text_sto
     half = unfinished(image_store, tmp_path / "half.zarr")
     message = refused("retrieve", half, "--texts", text_store.path, "--out", tmp_path / "q.zarr")
     assert "is unfinished: 2 of 3 shards are done" in message
+
+
+def test_retrieve_says_what_it_would_take(
+    image_store: Store, text_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index as it was measured when it was built, exact search as it is measured now, a GPU by arithmetic."""
+    monkeypatch.setattr("dimefm.retrieval.retrieve_cost._measured", lambda dim: 96 * 200 / 3600)
+    words = ["retrieve", image_store.path, "--texts", text_store.path, "--out", tmp_path / "p.zarr", "--dry-run"]
+    shown = run(*words).output
+    assert re.search(r"^images +96; 200 sentences, 128 wide$", shown, re.MULTILINE)
+    assert re.search(r"^exact +1h00m of this machine's CPU, at 5\.3 scores/s", shown, re.MULTILINE)
+    assert "build-index --dry-run --queries IMAGES.zarr says whether" in " ".join(shown.split())
+    index = tmp_path / "t.index"
+    build_index(IndexConfig(store=text_store.path, out=str(index)))
+    facts = json.loads(run(*words, "--index", index, "--json").stdout)
+    assert facts["index_images_per_second"] == read_sidecar(str(index)).queries_per_second
+    assert facts["seconds"]["exact"] == pytest.approx(3600)
+    assert facts["advice"].startswith("on CPUs the index is cheaper; exact search on one such GPU is done sooner")
+    assert not (tmp_path / "p.zarr").exists()
 
 
 def test_retrieve_with_an_index_over_another_store(

@@ -42,7 +42,10 @@ STAND_INS = {
 """What is added to a command when it is run. The teacher of the pages, TEACHER, becomes a tiny one."""
 
 # Programs of which a line may consist in a block that is parsed. Of these only their form is looked at.
-_OTHERS = ("source", "pip", "python3", "git", "cd", "export", "ray", "nvidia-smi", "unset")
+_OTHERS = (
+    "source", "pip", "python3", "git", "cd", "export", "ray", "nvidia-smi", "unset", "sbatch", "docker", "kubectl",
+    "img2dataset",
+)  # fmt: skip
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
 
 

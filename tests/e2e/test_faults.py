@@ -238,9 +238,9 @@ def test_a_disk_that_is_full_ends_a_command_with_what_to_do_and_costs_nothing(
 ) -> None:
     out, built = disk.path / "out", list[str]()
 
-    def counting(part: PartTask) -> PartTask:
+    def counting(part: PartTask, *, use_gpus: bool) -> None:
         built.append(Path(part.file).stem)
-        return build_part(part)
+        build_part(part)
 
     monkeypatch.setattr("dimefm.retrieval.index_parts.build_part", counting)
     disk.options(f"size={size}k")

@@ -11,9 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dimefm.errors import OutputExistsError, StoreError
-from dimefm.exchange.clip_retrieval_folder import Folder, export_embeddings, unit
+from dimefm.errors import OutputExistsError, StoreError, UnreadableError
+from dimefm.exchange.clip_retrieval_folder import Folder, unit
+from dimefm.exchange.export_embeddings import ExportFiles, export_embeddings
 from dimefm.store.embedding_store import Store
+from dimefm.system.shard_work import Seat
+from tests.making import tree
+from tests.other_processes import run_elsewhere
 from tests.stores import random_store
 
 Columns = dict[str, list[Any]]
@@ -123,3 +127,19 @@ def test_an_unfinished_store_is_not_exported(image_store: Store, tmp_path: Path)
     with pytest.raises(StoreError, match="unfinished"):
         export_embeddings(str(copy), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_workers_elsewhere_write_the_same_files(tmp_path: Path) -> None:
+    """A file without any row is left out."""
+    store, _ = random_store(tmp_path / "s.zarr", rows=60, shard_rows=16, failed=(3, *range(20, 30)))
+    alone = export_embeddings(store.path, str(tmp_path / "alone"), rows_per_file=10)
+    found = export_embeddings(store.path, str(tmp_path / "elsewhere"), rows_per_file=10, run=run_elsewhere)
+    assert tree(Path(found)) == tree(Path(alone))
+    assert len(tree(Path(alone))) == 2 * 5
+
+
+def test_a_machine_without_the_mount_writes_nothing(tmp_path: Path) -> None:
+    store, _ = random_store(tmp_path / "s.zarr", rows=16, shard_rows=16)
+    for places in ((str(tmp_path / "gone"), str(tmp_path)), (store.path, str(tmp_path / "gone"))):
+        with pytest.raises(UnreadableError, match=r"gone"):
+            ExportFiles(*places, "out", 16).open(Seat())

@@ -20,7 +20,8 @@ from PIL import Image, ImageOps
 from cache_schemas import Status
 from dimefm.cli import cli
 from dimefm.errors import DimefmError, MismatchError, OutputExistsError, SourceError, StoreError, TrainingError
-from dimefm.exchange.clip_retrieval_folder import Folder, export_embeddings
+from dimefm.exchange.clip_retrieval_folder import Folder
+from dimefm.exchange.export_embeddings import export_embeddings
 from dimefm.exchange.import_embeddings import ImportConfig, import_embeddings
 from dimefm.exchange.match_names import stem
 from dimefm.images.preprocess import Preprocess

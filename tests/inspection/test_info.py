@@ -15,7 +15,7 @@ from dimefm.cli import cli
 from dimefm.errors import StoreError
 from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.evaluate import evaluate
-from dimefm.exchange.clip_retrieval_folder import export_embeddings
+from dimefm.exchange.export_embeddings import export_embeddings
 from dimefm.export.export_student import export
 from dimefm.inspection import describe_retrieval
 from dimefm.inspection.info import examine

@@ -28,12 +28,16 @@ from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.cli import cli
 from dimefm.errors import StoreError, UnreadableError
 from dimefm.inspection.verify import Verification, VerifyConfig, verify
+from dimefm.inspection.verify_shard import CheckShards
 from dimefm.models.clip import Clip
 from dimefm.store.embedding_store import Store
 from dimefm.store.parquet_tables import sha256, write_table
 from dimefm.system import storage
+from dimefm.system.shard_work import Seat
 from dimefm.system.storage import files as storage_files
 from tests.making import read_tar, write_tar
+from tests.other_processes import run_elsewhere
+from tests.stores import random_store
 
 BROKEN = 2  # the row whose image cannot be decoded
 VIEWS = ViewPlan(count=2, seed=0, crop_scale=(0.4, 1.0), flip=True)
@@ -439,6 +443,26 @@ def test_a_damaged_plan_is_not_worked_from(copy: Callable[[str], Path], clip: Cl
     flip(store / "rows" / "000000.parquet", 50, 3)
     with pytest.raises(StoreError, match="is damaged: its checksum does not fit"):
         encode_shard(Store(str(store)), 0, clip)
+
+
+def test_workers_elsewhere_find_what_one_process_finds(tmp_path: Path) -> None:
+    """In any order. Keys that are repeated in other shards too, for which hashes of several processes must be equal."""
+    keys = [f"k{row % 60}" for row in range(80)]
+    store, _ = random_store(tmp_path / "s.zarr", rows=80, shard_rows=16, keys=keys, failed=(3,))
+    for name in ("embedding/c/2/0", "embedding/c/4/0", "rows/000000.parquet", "rows/000002.parquet"):
+        flip(Path(store.path, name), 100, 3)
+    config = VerifyConfig(store=store.path)
+    alone, found = verify(config), verify(config, run_elsewhere)
+    assert (found.facts(), found.show()) == (alone.facts(), alone.show())
+    assert sorted(alone.bad) == [2, 4]
+    assert [fault.split()[0] for fault in alone.faults[:2]] == [f"{store.path}/rows/{n:06d}.parquet" for n in (0, 2)]
+    assert alone.faults[-1].startswith("repeated keys: 4, where")  # 64 to 79 are 4 to 19, of which 16 to 19 can be read
+
+
+def test_a_machine_without_the_mount_calls_no_shard_bad(tmp_path: Path) -> None:
+    """Its worker is put aside, where others can read."""
+    with pytest.raises(UnreadableError, match=r"gone is not a dimefm store(?s:.*)see the same files"):
+        CheckShards(str(tmp_path / "gone")).open(Seat())
 
 
 # -- the teacher ------------------------------------------------------------------------------------------------------

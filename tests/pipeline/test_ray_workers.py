@@ -6,8 +6,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,30 +21,14 @@ from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.caching.worker import SHARDS_AT_ONCE
 from dimefm.errors import DimefmError, MismatchError, UnreadableError
 from dimefm.models.clip import Clip
-from dimefm.retrieval.build_index import IndexConfig, build_index
-from dimefm.retrieval.index_parts import PartTask
-from dimefm.retrieval.index_sidecar import read_sidecar
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
-from pipeline import ray_cluster, ray_index_parts, ray_workers
+from dimefm.system.shard_work import Seat
+from pipeline import ray_cluster, ray_shards, ray_workers
 from pipeline.cache import CacheConfig, cache, dry_run
 from pipeline.ray_workers import Job, Worker, run_shards
 from tests.making import make_jpeg
-from tests.stores import random_store, teacher_identity
-
-
-@pytest.fixture(scope="module")
-def one_ray() -> Iterator[None]:
-    """A Ray for all tests that take it: what would start one of its own, which takes seconds, finds this one. It
-    believes that there are two GPUs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # or Ray would find that there are none
-        patch.setattr("torch.cuda.device_count", lambda: 2)
-        with ray_cluster.cluster(None, 2, "cuda"):
-            patch.undo()
-            patch.setattr(ray_workers, "cluster", lambda *_: nullcontext())
-            patch.setattr(ray_index_parts, "cluster", lambda *_: nullcontext())
-            yield
+from tests.stores import teacher_identity
 
 
 @pytest.fixture
@@ -180,7 +163,7 @@ def test_a_retry_on_ray_does_the_rows_that_failed(one_ray: None, clip: Clip, tea
 @pytest.fixture
 def two_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one Ray as a cluster of two machines, and a worker on each."""
-    monkeypatch.setattr(ray_workers, "_machines", lambda: 2)
+    monkeypatch.setattr(ray_workers, "machines", lambda: 2)
     monkeypatch.setattr(ray_workers, "Worker", Elsewhere)
 
 
@@ -245,7 +228,7 @@ def test_workers_are_put_aside_until_a_shard_fails_on_two_machines_or_none_is_le
     progress: Any = Told()
 
     def supervisor(machines: int) -> Any:
-        monkeypatch.setattr(ray_workers, "_machines", lambda: machines)
+        monkeypatch.setattr(ray_workers, "machines", lambda: machines)
         found = ray_workers._Supervisor(job, 3, 1, {0: 4, 1: 4}, check=False)
         found._running, found._pending = dict.fromkeys("xyz", 1), []
         return found
@@ -301,30 +284,17 @@ def test_a_compiled_teacher_gives_the_same_embeddings(
     assert sizes == {12}
 
 
-# -- the parts of an index --------------------------------------------------------------------------------------------
-
-
-def test_parts_on_ray_are_the_parts_of_one_process(
-    one_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dimefm.retrieval.choose_index._PART_ROWS", (512, 512))
-    monkeypatch.setattr("dimefm.retrieval.recall.QUERIES", 20)
-    monkeypatch.setattr(ray_index_parts, "gpu_share", lambda *_: 0)
-    store, _ = random_store(tmp_path / "t.zarr", rows=1500, shard_rows=512, kind="text")
-    files = []
-    for name, parts in (("here", None), ("ray", ray_index_parts.on_ray(2))):
-        config = IndexConfig(store=store.path, out=str(tmp_path / name), factory="IVF16,SQ8", recall_target=0.5)
-        build_index(config, *filter(None, [parts]))
-        files.append((tmp_path / name / read_sidecar(config.out).file).read_bytes())
-    assert files[0] == files[1]
-
-
 # -- GPUs, of which Ray believes what it is told ----------------------------------------------------------------------
 
 
-def seen(part: PartTask, threads: int, use_gpus: bool) -> tuple[str | None, bool]:
-    """In place of `build_part`: the GPUs that its process may see, and whether it was told to use them."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES"), use_gpus
+class Seen:
+    """Work that says which GPUs its process may see, and what its seat has."""
+
+    def open(self, seat: Seat) -> Callable[[str], tuple[str | None, str | None]]:
+        return lambda unit: (os.environ.get("CUDA_VISIBLE_DEVICES"), seat.device)
+
+    def name(self, unit: str) -> str:
+        return unit
 
 
 class Seeing:
@@ -340,14 +310,12 @@ class Seeing:
 @pytest.mark.slow
 def test_what_runs_on_ray_sees_the_gpu_that_it_has_and_no_other(one_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_workers, "Worker", Seeing)
-    monkeypatch.setattr(ray_index_parts, "build_part", seen)
     job = Job(store="s", teacher="t", pretrained=None, precision="fp32", device="cpu", threads=1)
-    part = PartTask("t.zarr", "t.index", "part.faiss", "s", ((0, 1),))
     actor = ray_workers._Supervisor(job, 1, 1, {}, check=False)._new_actor()
     assert ray_cluster.fetch(actor.see.remote()) == "", "a worker of --device cpu"
-    assert list(ray_index_parts.on_ray(1)([part])) in ([("0", True)], [("1", True)]), "a part of an index"
-    monkeypatch.setattr(ray_index_parts, "gpu_share", lambda *_: 0)
-    assert list(ray_index_parts.on_ray(1)([part])) == [("", False)], "a part where Ray has no GPU"
+    seen = dict(ray_shards.on_ray(1, device=None)(Seen(), ["a", "b"]))
+    assert seen in [dict.fromkeys("ab", (gpu, "cuda")) for gpu in "01"]
+    assert list(ray_shards.on_ray(1)(Seen(), ["a"])) == [("a", ("", "cpu"))]
 
 
 @pytest.mark.parametrize(("workers", "gpus", "share"), [(2, 2, 1), (2, 8, 1), (4, 2, 1 / 2), (5, 2, 1 / 3), (3, 0, 0)])

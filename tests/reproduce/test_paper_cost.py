@@ -10,9 +10,10 @@ from click.testing import CliRunner
 
 from cache_schemas import SchemaError, to_plain
 from cache_schemas.rates import MeasuredRates
-from dimefm.reproduce import paper_cost
-from dimefm.reproduce.paper_cost import measured_rates, paper_cost_table, read_rates
+from dimefm.reproduce.paper_cost import paper_cost_table
 from dimefm.reproduce.stages import main
+from dimefm.system import gpu_rates
+from dimefm.system.gpu_rates import measured_rates, read_rates
 
 RATES = MeasuredRates(
     card="NVIDIA H100 80GB HBM3",
@@ -66,7 +67,7 @@ def test_what_was_not_measured_stays_a_floor() -> None:
 
 
 def test_rates_are_read_from_a_file_beside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paper_cost.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(gpu_rates.resources, "files", lambda package: tmp_path)
     assert measured_rates() is None
     (tmp_path / "measured.json").write_text(json.dumps(to_plain(RATES)))
     assert measured_rates() == RATES

@@ -1,19 +1,23 @@
 """Pseudo texts: the nearest sentences of every image, by an index and exactly, through stops and damage."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cache_schemas import PairsStore
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
 from dimefm.retrieval.build_index import IndexConfig, build_index
 from dimefm.retrieval.exact_search import ExactSearch
 from dimefm.retrieval.index_search import IndexSearch
-from dimefm.retrieval.open_search import EXACT
+from dimefm.retrieval.open_search import EXACT, open_in_seat
 from dimefm.retrieval.retrieve import retrieve, write_pairs
+from dimefm.retrieval.retrieve_shards import batches
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
+from dimefm.system.shard_work import Seat
 from tests.stores import brute_force, random_store
 
 
@@ -73,6 +77,7 @@ def test_a_commit_says_on_what_was_searched(
 def test_retrieve_goes_on_where_it_was_stopped(
     texts: tuple[Store, np.ndarray], images: tuple[Store, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("dimefm.retrieval.retrieve_shards._LEAST", 1)
     whole = retrieved(images[0], texts[0], tmp_path)
     searched = []
     search = IndexSearch.search
@@ -93,6 +98,50 @@ def test_retrieve_goes_on_where_it_was_stopped(
     np.testing.assert_array_equal(again.text_rows(0, 90), whole.text_rows(0, 90))
     np.testing.assert_array_equal(again.scores(0, 90), whole.scores(0, 90))
     assert again.hit_counts() == whole.hit_counts()
+
+
+def test_small_shards_are_searched_together_and_written_alone(
+    texts: tuple[Store, np.ndarray], images: tuple[Store, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when one of them is done again: a score may depend on the queries beside it."""
+    asked, search = list[int](), ExactSearch.search
+
+    def counting(self: ExactSearch, queries_QD: np.ndarray, k: int) -> object:
+        asked.append(len(queries_QD))
+        return search(self, queries_QD, k)
+
+    monkeypatch.setattr(ExactSearch, "search", counting)
+    retrieved(images[0], texts[0], tmp_path, exact=True)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "p.zarr").rglob("*/c/*/0")}
+    (tmp_path / "p.zarr" / "commits" / "000001.json").unlink()
+    retrieved(images[0], texts[0], tmp_path, exact=True)
+    assert asked == [88, 88]
+    changed = {path.parent.name for path, at in files.items() if path.stat().st_mtime_ns != at}
+    assert changed == {"1"}
+
+
+def test_batches_are_of_a_thousand_images_at_least_and_depend_on_the_images_alone() -> None:
+    def sizes(rows: int, shard_rows: int, pending: Sequence[int] | None = None) -> list[tuple[int, int]]:
+        schema = PairsStore(
+            images="i", images_identity="i", texts="t", texts_identity="t", index="e", index_digest="e", top_k=1,
+            rows=rows, text_rows=9, shard_rows=shard_rows,
+        )  # fmt: skip
+        found = batches(schema, dict.fromkeys(range(schema.shards) if pending is None else pending, ""))
+        return [(len(batch.shards), len(batch.pending)) for batch in found]
+
+    assert sizes(5000, 1000) == [(2, 2), (2, 2), (1, 1)]
+    assert sizes(5000, 1000, [1, 4]) == [(2, 1), (1, 1)]
+    assert sizes(40_000_000, 65536) == [(1, 1)] * 611
+    assert sizes(1_000_000, 4096)[0] == (4, 4)  # 64 batches, for as many workers
+    assert sizes(40_000_000, 1000)[0] == (66, 66)
+
+
+def test_an_index_that_was_built_again_meanwhile_is_not_searched(
+    texts: tuple[Store, np.ndarray], images: tuple[Store, np.ndarray], tmp_path: Path
+) -> None:
+    retrieved(images[0], texts[0], tmp_path)
+    with pytest.raises(StoreError, match="was built again while this command runs"):
+        open_in_seat(texts[0], str(tmp_path / "t.index"), "digest of the one before", None, Seat(1, "cpu"))
 
 
 def test_finished_pairs_are_shown_as_done(

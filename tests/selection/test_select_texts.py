@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from dimefm.errors import DimefmError, MismatchError, OutputExistsError, Selecti
 from dimefm.inspection.info import describe
 from dimefm.retrieval.exact_search import ExactSearch
 from dimefm.retrieval.retrieve import write_pairs
-from dimefm.selection import clusters, grounding
+from dimefm.selection import grounding, members, repetitions
 from dimefm.selection.choose_texts import Outcome
-from dimefm.selection.clusters import capped, cluster, cluster_count, repetitions
+from dimefm.selection.clusters import capped, cluster, cluster_count
 from dimefm.selection.grounding import Grounding, score_texts
 from dimefm.selection.report import source_file
 from dimefm.selection.select_texts import SelectionConfig, best_cosines, select_texts
@@ -160,8 +161,9 @@ def test_clusters_are_those_that_were_planted_and_the_same_each_time(tmp_path: P
     values = np.eye(16)[planted] + 0.02 * rng.standard_normal((100, 16))
     store, _ = random_store(tmp_path / "t.zarr", rows=100, shard_rows=64, kind="text", values=values)
     assert cluster_count(100) == 10
-    label_C = cluster(store, np.arange(100), seed=1, device="cpu")
-    assert label_C.tolist() == cluster(store, np.arange(100), seed=1, device="cpu").tolist()
+    label_C = cluster(store, np.arange(100), str(tmp_path / "a"), seed=1, device="cpu")
+    again_C = cluster(store, np.arange(100)[::-1], str(tmp_path / "b"), seed=1, device="cpu")[::-1]
+    assert label_C.tolist() == again_C.tolist()
     assert all(len(set(label_C[planted == thing])) <= 2 for thing in range(10))
     assert len(set(zip(label_C.tolist(), planted.tolist(), strict=True))) <= 12  # k-means may halve one or two
 
@@ -176,18 +178,23 @@ def naive_repetitions(values: np.ndarray, rows: np.ndarray, labels: np.ndarray, 
 
 
 @pytest.mark.parametrize("block", [3, 16, 2048])
-@pytest.mark.parametrize("labels", [1, 4])
+@pytest.mark.parametrize("held", [0, 1 << 20])
 def test_repetitions_are_those_of_a_better_kept_one_in_the_cluster(
-    tmp_path: Path, block: int, labels: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, block: int, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clusters, "_BLOCK", block)
+    """Whether or not the members of a cluster fit into memory, and whatever the unit of the work."""
+    monkeypatch.setattr(repetitions, "_BLOCK", block)
+    monkeypatch.setattr(repetitions, "_UNIT", 3 * block)
+    monkeypatch.setattr(members, "_MOST_HELD", held)
     store, values = random_store(tmp_path / "t.zarr", rows=200, shard_rows=64, kind="text", seed=4)
-    rng = np.random.default_rng(0)
-    rows, label_C = rng.permutation(200), rng.integers(labels, size=200)
-    like_C = repetitions(store, rows, label_C, 0.4, device="cpu")
+    rows = np.random.default_rng(0).permutation(200)[:180]
+    folder = str(tmp_path / "clusters")
+    label_C = cluster(store, rows, folder, seed=0, device="cpu", copies=True)
+    assert len(set(label_C.tolist())) > 5
+    like_C = repetitions.repetitions(store, rows, label_C, folder, 0.4, device="cpu")
     dropped = naive_repetitions(values, rows, label_C, 0.4)
     np.testing.assert_array_equal(like_C >= 0, dropped)
-    assert 20 < dropped.sum() < 180
+    assert 20 < dropped.sum() < 160
     place = {row: i for i, row in enumerate(rows.tolist())}
     for i in np.flatnonzero(dropped):
         twin = place[int(like_C[i])]
@@ -243,7 +250,10 @@ def test_every_condition_counts_what_it_leaves_out(world: World, scored: Path, t
     assert found.clusters == cluster_count(200)
     few = world.select(tmp_path / "f", by="hits", min_hits=3, device=None)
     assert few.rows().tolist() == np.flatnonzero(hits_T >= 3).tolist()
-    assert few.document.dropped["with fewer hits than --min-hits"] == TEXTS - 3 - len(few.rows())
+    # Where hits are needed, embeddings are not read: the one that is NaN, though its status is OK, counts as one
+    # without a hit.
+    assert few.document.dropped["without an embedding"] == len(FAILED)
+    assert few.document.dropped["with fewer hits than --min-hits"] == TEXTS - len(FAILED) - len(few.rows())
 
 
 def test_a_sentence_with_the_same_embedding_is_left_out_and_shown_with_its_twin(
@@ -256,9 +266,20 @@ def test_a_sentence_with_the_same_embedding_is_left_out_and_shown_with_its_twin(
     assert (example.row, example.like) == (BROKEN[1], "sentence 0")
 
 
+def test_a_disk_without_room_for_the_copies_is_named_before_they_are_made(
+    world: World, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10_000))
+    with pytest.raises(StoreError, match=r"clusters: --dedup copies .* GB there until it is done, and 0.0 GB are free"):
+        world.select(tmp_path / "s", scores=str(scored), dedup=0.9999)
+    assert not list(tmp_path.rglob("members/*"))
+    monkeypatch.undo()
+    assert world.select(tmp_path / "s", scores=str(scored), dedup=0.9999).rows().tolist()
+
+
 def test_balance_brings_in_more_clusters_than_the_ranking_alone(world: World, scored: Path, tmp_path: Path) -> None:
     label_T = np.full(TEXTS, -1)
-    label_T[world.there] = cluster(world.texts, world.there, seed=0, device="cpu")
+    label_T[world.there] = cluster(world.texts, world.there, str(tmp_path / "clusters"), seed=0, device="cpu")
     plain = world.select(tmp_path / "p", scores=str(scored), size=60).rows()
     even = world.select(tmp_path / "b", scores=str(scored), size=60, pool=190, balance=True).rows()
     assert len(plain) == len(even) == 60

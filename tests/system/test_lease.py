@@ -11,11 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
+import numpy as np
 import pytest
 import s3fs
 from click.testing import CliRunner
+from fsspec.spec import AbstractFileSystem
 
 from dimefm.caching.encode_shard import encode_shard
 from dimefm.caching.plan import PlanRequest, open_or_plan
@@ -23,6 +26,7 @@ from dimefm.caching.worker import Job, Worker
 from dimefm.cli import cli
 from dimefm.errors import StoreError
 from dimefm.models.clip import Clip
+from dimefm.store.commit import make_commit, write_commit
 from dimefm.system import lease, storage
 from dimefm.system.lease import require_held, writes_under
 from dimefm.system.lock import writing
@@ -193,6 +197,99 @@ def test_a_writer_that_was_silent_for_too_long_commits_nothing_more(
     with pytest.raises(StoreError, match=f"{message}.*\n  remedy: let one command alone write there"):
         block.__exit__(None, None, None)
     assert storage.exists(f"{out}/.lease"), "the other's"
+
+
+def named(name: str) -> bytes:
+    return f'{{"process": 7, "user": "{name}", "host": "h", "since": "now", "command": "dimefm"}}'.encode()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "_PATIENCE", 0.05)
+    monkeypatch.setattr(lease, "_LOOK", 0.01)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_command_that_was_stopped_does_not_take_back_what_it_has_lost(url: str) -> None:
+    """Its renewal may be under way for as long as it is stopped, and arrive after it was taken over from; so may the
+    removal of its lease."""
+    for name in ("a", "b", "c"):
+        lease._acquire(url, named(name))  # each finds the one before silent
+        for other in ("a", "b"):
+            storage.write_atomic(f"{url}/.lease-beat-{lease._digest(named(other))}", b"9")
+    assert lease._chain(url) == [named("a"), named("b"), named("c")]
+    writes_under(url, lease._digest(named("a")))
+    with pytest.raises(StoreError, match="is being written by process 7 of c on h"):
+        require_held(url)
+    lease._held.pop(url)
+    lease._release(url, lease._digest(named("a")))
+    assert lease._chain(url)[-1] == named("c")
+    lease._release(url, lease._digest(named("c")))
+    fs, inner = storage.filesystem(url)
+    fs.invalidate_cache()
+    assert not fs.exists(inner) or fs.ls(inner) == []
+
+
+@pytest.mark.usefixtures("impatient")
+def test_who_is_overtaken_while_it_takes_over_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease._acquire(url, named("silent"))
+    create = storage.create
+
+    def late(place: str, data: bytes) -> bool:
+        if ".lease-after-" in place and data == named("late"):
+            assert create(place, named("first"))
+        return create(place, data)
+
+    monkeypatch.setattr(storage, "create", late)
+    with pytest.raises(StoreError, match="is being written by process 7 of first on h"):
+        lease._acquire(url, named("late"))
+    assert lease._chain(url)[-1] == named("first")
+
+
+@pytest.mark.parametrize("wrong", [None, "ignores", "looks first"])
+def test_a_storage_without_a_condition_is_named(
+    s3: str, wrong: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if wrong:
+        plain = s3fs.S3FileSystem._pipe_file
+
+        async def pipe_file(self: Any, path: str, data: bytes, mode: str = "overwrite") -> None:
+            await plain(self, path, data)
+
+        monkeypatch.setattr(s3fs.S3FileSystem, "_pipe_file", pipe_file)
+    fs, _ = storage.filesystem(s3)
+    if wrong == "looks first":
+        monkeypatch.setattr(fs, "pipe_file", MethodType(AbstractFileSystem.pipe_file, fs))
+    elif wrong:
+        monkeypatch.setattr(fs, "pipe_file", MethodType(s3fs.core.sync_wrapper(pipe_file), fs))
+    with writing(f"{s3}/s.zarr"):
+        pass
+    assert ("this storage writes a file that is there without a word" in capsys.readouterr().err) == bool(wrong)
+
+
+def test_a_write_whose_answer_was_lost_counts_as_ours(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client sends it again, and is refused for what it has written itself."""
+    fs, _ = storage.filesystem(s3)
+    plain = fs.pipe_file
+
+    def pipe_file(path: str, data: bytes, **options: Any) -> None:
+        plain(path, data, **options)
+        plain(path, data, **options)
+
+    monkeypatch.setattr(fs, "pipe_file", pipe_file)
+    assert storage.create(f"{s3}/x", b"mine")
+    assert not storage.create(f"{s3}/x", b"another's")
+    assert storage.read_bytes(f"{s3}/x") == b"mine"
+
+
+def test_a_commit_does_not_replace_that_of_another_command(url: str) -> None:
+    """As of a command that was stopped between its look at the lease and its commit."""
+    status_N = np.zeros(4, np.uint8)
+    commits = [make_commit(0, 0, status_N, (), digest=name, device="cpu", seconds=0.0) for name in ("a", "b")]
+    write_commit(url, commits[0])
+    with pytest.raises(StoreError, match=r"000000\.json has just been written by another command"):
+        write_commit(url, commits[1])
+    assert storage.read_json(f"{url}/commits/000000.json")["digest"] == "a"
 
 
 def test_a_lease_that_is_gone_is_not_renewed(s3: str) -> None:

@@ -18,6 +18,7 @@ from dimefm.system.storage.files import (
     json_bytes,
     read_bytes,
     read_json,
+    refuses_second,
     remove_file,
     size,
     write_atomic,
@@ -38,7 +39,7 @@ from dimefm.system.storage.places import CONNECTIONS, absolute, filesystem, is_u
 __all__ = [
     "CONNECTIONS", "GONE", "absolute", "asking", "cannot_write", "create", "digest_file", "exists", "filesystem",
     "flush", "flush_tree", "is_url", "join", "json_bytes", "listing", "local", "make_folder", "missing", "naming",
-    "publishing", "read_bytes", "read_json", "remedy_for", "remove_empty", "remove_file", "remove_folder",
-    "remove_leftovers", "size", "tree", "walk", "walk_local", "write_atomic", "write_json", "writing_atomically",
-    "writing_to",
+    "publishing", "read_bytes", "read_json", "refuses_second", "remedy_for", "remove_empty", "remove_file",
+    "remove_folder", "remove_leftovers", "size", "tree", "walk", "walk_local", "write_atomic", "write_json",
+    "writing_atomically", "writing_to",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.spec import AbstractFileSystem
 
 from dimefm.errors import StoreError
 from dimefm.system.stopping import holding
@@ -117,7 +118,7 @@ def write_atomic(path: str, data: bytes) -> None:
 
 def create(path: str, data: bytes) -> bool:
     """Write a file at a URL unless there is one; whether it was written. If two processes try at once, one succeeds
-    where the object store has such a condition (S3, GCS); elsewhere both may. Raises StoreError."""
+    where the object store has such a condition (S3, GCS, Azure); elsewhere both may. Raises StoreError."""
     with writing_to(path):
         fs, inner = fresh(path)
         if fs.exists(inner):  # some object stores ignore the condition
@@ -126,13 +127,35 @@ def create(path: str, data: bytes) -> bool:
             fs.pipe_file(inner, data, mode="create")
             return True
         except FileExistsError:
-            return False
+            return _holds(fs, inner, data)
         except Exception:
             fs.invalidate_cache()
             if fs.exists(inner):  # another process has written it at the same time
-                return False
+                return _holds(fs, inner, data)
         fs.pipe_file(inner, data)  # the store, or its client, has no such condition; a real error is raised again here
         return True
+
+
+def _holds(fs: Any, inner: str, data: bytes) -> bool:
+    """Whether a file that is in the way is our own: its client asks again where the answer to the first try is lost."""
+    return bytes(fs.cat_file(inner)) == data
+
+
+def refuses_second(path: str, data: bytes) -> bool:
+    """Write a file at a URL twice, and look whether the storage itself refuses the second: whether `create` can be
+    relied on where two processes try at once. Raises StoreError."""
+    with writing_to(path):
+        fs, inner = fresh(path)
+        if getattr(fs.pipe_file, "__func__", None) is AbstractFileSystem.pipe_file:  # it looks, and then writes
+            return False
+        fs.pipe_file(inner, data)
+        try:
+            fs.pipe_file(inner, data, mode="create")
+        except FileExistsError:
+            return True
+        except Exception:  # its client knows no such condition
+            return False
+        return False
 
 
 @contextmanager
