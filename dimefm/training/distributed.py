@@ -6,6 +6,9 @@ Shapes: B images of this process, G images of all processes, D width.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,12 +16,16 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 from torch.autograd.function import once_differentiable
+from torch.distributed.rendezvous import rendezvous
 
 from dimefm.errors import TrainingError
 from dimefm.system.machine import choose_device
+from dimefm.training.meeting import own_store
 
 _T = TypeVar("_T")
 _MEMORY = torch.device("cpu")
+_TO_MEET = timedelta(minutes=30)  # all open the stores first, and some machines are slower
+_TO_ANSWER = timedelta(hours=1)  # others wait while the first writes, longer than torch's default of ten minutes
 
 
 @dataclass(frozen=True)
@@ -80,13 +87,29 @@ def _meet(device: torch.device) -> None:
     gpu: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     place = f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')}"
     try:
-        # Others wait while the first writes, which may take longer than torch's default of ten minutes
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=6), **gpu)
-    except (distributed.DistError, ValueError) as error:
+        store, rank, world = next(rendezvous("env://", timeout=_TO_MEET))
+        store = own_store(store, rank, world, _TO_MEET)
+        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TO_ANSWER, **gpu)
+    except (distributed.DistError, ValueError, TimeoutError) as error:
         remedy = "start it with torchrun, which sets all of this, with --master-port for another port"
         used = "EADDRINUSE" in str(error) or "already in use" in str(error)
         reason = "the port is in use, perhaps by another run" if used else str(error).strip().splitlines()[0]
         raise TrainingError(f"the processes do not meet at {place}: {reason}", remedy=remedy) from error
+
+
+@contextmanager
+def explain_lost_process() -> Iterator[None]:
+    """Turn the error of a process group, which comes where another process has ended, into a TrainingError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, distributed.DistBackendError) or "gloo/" in str(error)):
+            raise
+        reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).partition(". This is")[0]
+        what = f"another process of this run is gone: {reason}"
+        remedy = "see what it printed; the same command goes on from the last checkpoint, by itself with --max-restarts"
+        raise TrainingError(what, remedy=f"{remedy} of torchrun") from error
 
 
 def leave_group(place: Place) -> None:
@@ -136,16 +159,16 @@ def logsumexp_over_all(value: torch.Tensor, place: Place) -> torch.Tensor:
     return largest + total.log()
 
 
-def require_same_step(step: int, place: Place) -> int:
-    """`step`, if it is the same in all processes. Raises TrainingError otherwise: they see different folders."""
-    if place.world == 1:
-        return step
-    steps: list[Any] = [None] * place.world
-    distributed.all_gather_object(steps, step)
+def require_same_step(planned: int, loaded: int, place: Place) -> None:
+    """Raises TrainingError unless all processes plan to go on from the same step, and have loaded its checkpoint. Else
+    they see different folders, or one of them sees the folder as it was before."""
+    seen: list[Any] = [(planned, loaded)] * place.world
+    if place.world > 1:
+        distributed.all_gather_object(seen, (planned, loaded))
+    steps = [step for steps in seen for step in steps]
     if len(set(steps)) > 1:
-        what = f"the processes would go on from different steps: {steps}"
-        raise TrainingError(what, remedy="put --out on a file system that all machines share")
-    return step
+        what = f"the processes would go on from different steps: {sorted(set(steps))}"
+        raise TrainingError(what, remedy="put --out on a file system that all machines share, and run it again")
 
 
 def from_first(value: _T, place: Place) -> _T:

@@ -33,6 +33,7 @@ from dimefm.training.config import TrainConfig
 from dimefm.training.distributed import (
     Place,
     Vote,
+    explain_lost_process,
     find_place,
     join_group,
     leave_group,
@@ -77,7 +78,8 @@ def train(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Result:
     place = find_place(config.device)
     lock = writing(config.out, of_use=lambda files: has_begun(config.out, files)) if place.first else holding()
     cache = caching_in(config.cache_dir, config.cache_size)
-    with allowing(config.val), lock, cache, open_feed(config, place) as feed, explain_reader_death():
+    of_others = explain_lost_process()
+    with allowing(config.val), lock, cache, open_feed(config, place) as feed, explain_reader_death(), of_others:
         join_group(config.device)  # from here on nothing is forked
         config, notes = decide_settings(config, place, allow_changes)
         notes += notes_on_feed(config, feed)
@@ -135,7 +137,8 @@ class _Trainer:
     def run(self, notes: list[str]) -> Result:
         """Go on from the last checkpoint, if any, to the last step. `notes` are shown first."""
         config, first, steps = self.config, self.feed.first_step, self.feed.steps
-        if require_same_step(self._restore(), self.place) > steps:
+        require_same_step(first, self._restore(), self.place)
+        if first > steps:
             what = f"{config.out} has done {first:,} steps already, more than {steps:,}"
             raise TrainingError(what, remedy="give more --epochs or --max-steps, or another --out")
         if self.place.first:
@@ -277,10 +280,10 @@ class _Trainer:
 
     @contextmanager
     def _explain_reader_death(self, stop: StopSignal) -> Iterator[None]:
-        """Around the loop: turn the death of a process that reads images into a TrainingError; or, where a signal was
-        sent to the whole job, into the StoppedError that it means."""
+        """Around the loop: turn the death of a process that reads images, or of another one that trains, into a
+        TrainingError; or, where a signal was sent to the whole job, into the StoppedError that it means."""
         try:
-            with explain_reader_death():
+            with explain_reader_death(), explain_lost_process():
                 yield
         except TrainingError:
             if stop.received is None:

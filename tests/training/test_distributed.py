@@ -28,12 +28,14 @@ from dimefm.training.distributed import (
     Place,
     Vote,
     add_up,
+    explain_lost_process,
     find_place,
     from_first,
     gather_batch,
     join_group,
     leave_group,
     mean_over_processes_,
+    require_same_step,
     same_buffers,
     wait_for_all,
 )
@@ -43,7 +45,7 @@ from dimefm.training.tower_trainer import TowerTrainer
 from dimefm.training.train import train
 from dimefm.training.validation import Validation
 from tests.processes import FORKING, result_of
-from tests.tiny_training import STUDENT, tiny_config
+from tests.tiny_training import STUDENT, same, tiny_config, weights
 
 IMAGES, TEXTS, WIDTH = 8, 12, 6
 NO_LOSS = dict.fromkeys(LossConfig.WEIGHTS, 0.0)
@@ -137,6 +139,57 @@ def test_torchrun_trains_on_two_processes(tiny_run: list[str], tmp_path: Path) -
     assert [line["step"] for line in lines] == [8], "both processes wrote metrics, or neither"
 
 
+def node(out: str, words: list[str], *, port: int, nodes: str) -> subprocess.Popen[bytes]:
+    """The torchrun of one machine, with two processes. All machines are this one."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", "2"]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--max-restarts", "3"]
+    words = [*launch, *meeting, "-m", "dimefm", *words, "--out", out, "--device", "cpu"]
+    return subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+
+def wait_for_steps(run: str, steps: int, *nodes: subprocess.Popen[bytes]) -> None:
+    while len(read_metrics(run)) < steps:
+        assert all(node.poll() is None for node in nodes), "ended before its time"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["a process", "a machine"])
+def test_a_run_on_two_machines_goes_on_by_itself_without_what_is_lost(
+    tiny_run: list[str], tmp_path: Path, lost: str
+) -> None:
+    words = [*tiny_run, "--max-steps", "100", "--epochs", "100", "--checkpoint-every", "10", "--log-every", "1"]
+    runs = [str(tmp_path / name) for name in ("whole", "lost")]
+    for out in runs:
+        port, number = free_port(), "1:2" if lost == "a machine" else "2"
+        nodes = [node(out, words, port=port, nodes=number)]
+        nodes.append(node(out, words, port=port, nodes=number))
+        if out == runs[1]:
+            wait_for_steps(out, 25, *nodes)
+            ranks = {place_of(pid): pid for pid in children(nodes[1].pid)}
+            for pid in ranks.values() if lost == "a machine" else [ranks["1"]]:
+                os.kill(pid, signal.SIGKILL)
+            if lost == "a machine":
+                nodes.pop().kill()
+        assert [each.wait(400) for each in nodes] == [0] * len(nodes)
+        assert [line["step"] for line in read_metrics(out) if line["event"] == "train"] == list(range(1, 101))
+    losses = [[line["loss"] for line in read_metrics(out) if line["event"] == "train"] for out in runs]
+    if lost == "a process":
+        assert same(*map(weights, runs)), "four processes are four processes"
+        assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2), "other rows, or in another order"
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+
+
+def place_of(pid: int) -> str | None:
+    """The LOCAL_RANK of a process."""
+    environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(line.partition("=")[::2] for line in environment).get("LOCAL_RANK")
+
+
 def meet(port: str) -> str:
     """Why two processes do not meet at a port of this machine."""
     os.environ.update(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -157,6 +210,36 @@ def test_a_port_in_use_is_named_with_the_remedy() -> None:
     assert "--master-port" in said
 
 
+def started(rank: int, world: int, port: int, out: str) -> None:
+    """One of the processes of a start, which the last of them does not survive. torchrun has a store for all starts."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True")
+    place = join_group("cpu")
+    assert add_up([1], place) == [world]
+    if rank == world - 1:
+        os._exit(0)
+    try:
+        with explain_lost_process():
+            while True:
+                add_up([1], place)
+    except TrainingError as error:
+        Path(f"{out}/{world}-{rank}").write_text(str(error))
+    os._exit(0)
+
+
+def test_processes_that_are_started_again_do_not_wait_for_those_before(tmp_path: Path) -> None:
+    """With as many as before, and with fewer; what is left by those before is still in the store of torchrun."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for world in (3, 3, 2):
+        arguments = (world, store.port, str(tmp_path))
+        multiprocessing.start_processes(started, arguments, nprocs=world, start_method=FORKING.get_start_method())
+        for rank in range(world - 1):
+            said = tmp_path / f"{world}-{rank}"
+            assert "another process of this run is gone: " in said.read_text()
+            assert "by itself with --max-restarts of torchrun" in said.read_text()
+            said.unlink()
+
+
 # -- what is known to all ---------------------------------------------------------------------------------------------
 
 
@@ -165,6 +248,9 @@ def known_to_all(rank: int, world: int, port: int, out: str) -> None:
     place = join_group("cpu")
     assert from_first({"precision": "bf16"} if rank == 0 else None, place) == {"precision": "bf16"}
     assert add_up([rank, 1], place) == [sum(range(world)), world]
+    require_same_step(3, 3, place)
+    with pytest.raises(TrainingError, match=r"different steps: \[3, 5\]"):
+        require_same_step(3, 5 if rank == 1 else 3, place)
     vote = Vote(place)
     asked = [0, 15 if rank == 1 else 0, 2 if rank == 0 else 0, 0, 0]
     assert [vote.cast(number) for number in asked] == [0, 0, 15, 2, 0]
@@ -278,6 +364,8 @@ def test_a_group_on_gpus_is_bound_to_the_device_and_has_gloo_beside_nccl(monkeyp
     on_gpus(2, monkeypatch, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
     events: list[tuple[str, Any]] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: events.append(("set_device", device)))
+    monkeypatch.setattr("dimefm.training.distributed.rendezvous", lambda *_, **options: iter([("a store", 1, 2)]))
+    monkeypatch.setattr("dimefm.training.distributed.own_store", lambda *given: given[0])
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda backend, **options: events.append((backend, options))
     )
@@ -285,4 +373,5 @@ def test_a_group_on_gpus_is_bound_to_the_device_and_has_gloo_beside_nccl(monkeyp
     (first, device), (backend, options) = events
     assert (first, device) == ("set_device", place.device)
     assert backend == "cpu:gloo,cuda:nccl"
+    assert (options["store"], options["rank"], options["world_size"]) == ("a store", 1, 2)
     assert options["device_id"] == torch.device("cuda:1")
