@@ -54,8 +54,8 @@ def name_of(index: str | None) -> tuple[str, str]:
 
 
 def open_in_seat(store: Store, index: str | None, digest: str, device: str | None, seat: Seat) -> Search:
-    """`open_search` in a worker, for images, on its threads and its device. Raises StoreError where the index is not the
-    one that `name_of` named: a worker that is replaced opens it later than the others."""
+    """`open_search` in a worker, for images, on its threads and its device. Raises StoreError where the index is now
+    another than `name_of` said: a worker that is replaced opens it later than the others."""
     if seat.threads:
         import torch
 
