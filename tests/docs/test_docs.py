@@ -30,7 +30,7 @@ MARKDOWN = [*sorted(ROOT.glob("*.md")), *(path for folder in OURS for path in so
 
 OTHERS = {"--address", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--head", "--generate",
           "--constraint", "--editable", "--nodes", "--gpus-per-node", "--time", "--no-kill", "--file", "--tag",
-          "--force"}  # fmt: skip
+          "--force", "--max-restarts", "--node-rank", "--rdzv-conf"}  # fmt: skip
 """Options of ray, torchrun, pip, Slurm, docker and kubectl."""
 
 

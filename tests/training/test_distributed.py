@@ -227,6 +227,7 @@ def started(rank: int, world: int, port: int, out: str) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_processes_that_are_started_again_do_not_wait_for_those_before(tmp_path: Path) -> None:
     """With as many as before, and with fewer; what is left by those before is still in the store of torchrun."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
