@@ -28,6 +28,7 @@ from dimefm.errors import DimefmError, StoppedError
 from dimefm.system import library_warnings, stopping
 from dimefm.system.inert_text import say, text
 from dimefm.system.machine import wait_briefly
+from dimefm.system.quick_imports import import_quickly
 from dimefm.version import __version__
 
 
@@ -105,6 +106,7 @@ def main() -> None:
     atexit.register(gc.freeze)  # else all objects of torch are searched for cycles at exit, for a second
     wait_briefly()
     library_warnings.silence()
+    import_quickly()
     if sys.stderr is not None:
         faulthandler.enable()  # a crash, of a decoder or as a mapped file is cut short, then says where it was
     cli(prog_name="dimefm")
