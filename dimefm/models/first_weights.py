@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from cache_schemas import StudentSpec
 from cache_schemas.run import WEIGHTS_FILE
 from dimefm.errors import TrainingError
-from dimefm.models.hub import preprocess_config, with_transformers
+from dimefm.models.hub import preprocess_config
 from dimefm.models.names import unknown_tag
 from dimefm.models.pretraining import agreeing_fields, tags_of
 from dimefm.models.towers import has_activation
@@ -154,7 +154,6 @@ def _read(spec: StudentSpec, init: str) -> dict[str, torch.Tensor]:
         if init == "timm":
             return timm.create_model(spec.name, pretrained=True).state_dict()
         if init in open_clip.list_pretrained_tags_by_model(spec.name):
-            with_transformers(open_clip.get_model_config(spec.name))
             with warnings.catch_warnings(action="ignore"):  # about the activation, which was checked before
                 return open_clip.create_model(spec.name, pretrained=init).visual.state_dict()  # type: ignore[no-any-return]
     except Exception as error:  # the hub, torch and safetensors raise many kinds; all say why

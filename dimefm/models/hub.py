@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 
 import open_clip
 from huggingface_hub import constants
-from open_clip import factory, hf_model
+from open_clip import factory
 
 from cache_schemas.run import CONFIG_FILE, WEIGHTS_FILE
 from dimefm.errors import TeacherError
@@ -92,14 +91,6 @@ def fetch_weights(name: str) -> None:
     """Fetch the weights of ``hf-hub:ORG/MODEL``, if they are not in the cache. Raises FileNotFoundError if that fails,
     where open_clip would only log why."""
     factory.download_pretrained_from_hf(name.removeprefix(_HUB[0]))
-
-
-def with_transformers(model_cfg: Mapping[str, Any] | None) -> None:
-    """Have open_clip look for transformers again, if a model's config names a text tower of it: a command imports
-    open_clip without (system.quick_imports). The classes of the module stay, and find what it imports."""
-    names_tower = ((model_cfg or {}).get("text_cfg") or {}).get("hf_model_name")
-    if names_tower and hf_model.transformers is None:
-        importlib.reload(hf_model)
 
 
 def preprocess_config(name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from cache_schemas import Preprocessing
 from dimefm.errors import TeacherError
-from dimefm.models.hub import fetch_weights, with_transformers
+from dimefm.models.hub import fetch_weights
 from dimefm.models.names import CONFIGURED, require_model
 from dimefm.models.pretraining import other_activation
 from dimefm.system import storage
@@ -52,7 +52,6 @@ def create_model(name: str, pretrained: str | None) -> Any:
     try:
         if name.startswith("hf-hub:"):
             fetch_weights(name)
-        with_transformers(open_clip.get_model_config(name))
         model, _, _ = open_clip.create_model_and_transforms(name, pretrained=pretrained, require_pretrained=True)
     except Exception as error:  # open_clip and the hub raise many kinds; all mean that the model cannot be had
         reason = str(error).strip().split("\n")[0].split(" Available: ")[0]  # open_clip lists all of its names

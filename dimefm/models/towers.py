@@ -16,7 +16,7 @@ from open_clip.model import _build_text_tower, _build_vision_tower
 from cache_schemas import Preprocessing, StudentSpec, TeacherIdentity
 from cache_schemas.run import TextSpec
 from dimefm.errors import TrainingError
-from dimefm.models.hub import require_plain_tokenizer, with_transformers
+from dimefm.models.hub import require_plain_tokenizer
 from dimefm.models.names import unknown_student, unknown_text_student
 from dimefm.models.tokenizer import fast_tokenizer, open_tokenizer
 
@@ -149,7 +149,6 @@ def text_spec(name: str, teacher: TeacherIdentity) -> TextSpec:
 
 def build_text_student(spec: TextSpec) -> Any:
     """The text tower with random weights, tokens int64 (B, L) to features (B, D), not normalised."""
-    with_transformers({"text_cfg": spec.text_cfg})
     try:
         return _build_text_tower(spec.embed_dim, dict(spec.text_cfg), spec.activation == "quick_gelu")
     except (ImportError, OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
