@@ -1,5 +1,5 @@
-"""Imports of large libraries without Python's search for cycles, which otherwise runs over all of their objects again and
-again while these are made: a sixth of the time of importing torch and open_clip."""
+"""Imports of large libraries without Python's search for cycles, which otherwise runs over all of their objects again
+and again while these are made: a sixth of the time of importing torch and open_clip."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LARGE = ("torch", "timm", "open_clip")
 
 
 def import_quickly() -> None:
-    """Import large libraries this way from now on. For the process of a command alone: it changes how Python imports."""
+    """Import large libraries this way from now on. For a command's process alone: it changes how Python imports."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
