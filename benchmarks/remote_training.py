@@ -185,7 +185,11 @@ def _make(base: Path, rows: int, texts: int) -> None:
 
 
 def _enlarged(jpeg: bytes) -> bytes:
-    image = Image.open(io.BytesIO(jpeg)).convert("RGB").resize((_PIXELS * 4 // 3, _PIXELS), Image.Resampling.BICUBIC)
+    image = (
+        Image.open(io.BytesIO(jpeg), formats=["JPEG"])
+        .convert("RGB")
+        .resize((_PIXELS * 4 // 3, _PIXELS), Image.Resampling.BICUBIC)
+    )
     sink = io.BytesIO()
     image.save(sink, "JPEG", quality=90)
     return sink.getvalue()

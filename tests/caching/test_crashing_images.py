@@ -191,7 +191,7 @@ def test_a_worker_that_ray_ends_for_memory_is_a_lost_worker(monkeypatch: pytest.
         supervisor._running[actor] = 1
         supervisor._in_flight["encoded"] = (actor, 7)
         assert supervisor._settle("encoded", Progress("images", 4, "image")) == 0
-        assert (supervisor._pending, supervisor._tries) == ([7], {7: tries})
+        assert (supervisor._pending, supervisor._losses._tries) == ([7], {7: tries})
     assert asked == [{"careful": True}] * 2
     supervisor._in_flight["encoded"] = (actor, 7)
     with pytest.raises(StoreError, match="shard 7 lost its worker 3 times: the node's memory is full"):

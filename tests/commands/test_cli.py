@@ -481,7 +481,7 @@ def test_an_index_over_a_store_that_is_unfinished_or_not_there(text_store: Store
     [
         (["--factory", "Magic9"], "--factory Magic9: "),
         (["--factory", "IVF512,Flat"], "--factory IVF512,Flat has 512 centroids, more than the 200 training rows"),
-        (["--memory", "100MB"], "no index over 200 rows of width 128 fits into 100.0 MB: the smallest takes 700.0 MB"),
+        (["--memory", "100MB"], "no index over 200 rows of width 128 fits into 100.0 MB: the smallest takes 1.2 GB"),
         (["--recall", "nan"], "--recall must lie between 0 and 1, found nan"),
         (["--queries", "nowhere"], "nowhere is not a dimefm store"),
         (["--workers", "1", "--ray-address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),

@@ -37,7 +37,9 @@ OF_NO_CONFIG = {
     "cache-images": {"dry_run"},
     "cache-texts": {"dry_run"},
     "build-index": {"dry_run", "workers", "ray_address"},
+    "import-embeddings": {"workers", "ray_address"},
     "select-texts": {"workers", "ray_address"},
+    "verify": {"workers", "ray_address"},
     "evaluate": {"config"},
     "train-student": {"recipe", "config_file", "settings", "fields", "dry_run", "as_json", "allow_changes"},
 }

@@ -45,7 +45,7 @@ def test_a_shard_that_was_written_again_is_mapped_anew(tmp_path: Path) -> None:
     arrays["embedding"] = arrays["embedding"][::-1].copy()
     store.write_shard(1, arrays, (), device="cpu", seconds=0)
     np.testing.assert_array_equal(store.gather(np.array([5])), values[[6]])
-    assert len(mapped_array._maps._maps) <= open_files() // 2
+    assert len(mapped_array.maps._maps) <= open_files() // 2
 
 
 def shuffled(most: int, count: int) -> list[int]:

@@ -349,7 +349,7 @@ def test_what_is_read_over_the_network_is_said_with_a_remedy(
     (image,) = notes_on_remote_data(Inputs(there, text_store, None, None), None, "blocks")
     assert image == (
         "each image is a request over the network, and each core that reads makes about 500 of them per second: "
-        f"faster with a copy of {prepared} on a local disk"
+        f"faster with --cache-dir, or a copy of {prepared} on a local disk"
     )
     monkeypatch.setattr("dimefm.store.ranged_array.KEPT_BYTES", 1000)
     far = Inputs(Store(prepared), text_store, None, None)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dimefm.exchange.clip_retrieval_folder import export_embeddings
+from dimefm.exchange.export_embeddings import export_embeddings
 from dimefm.models.clip import Clip
 from dimefm.retrieval.retrieve import retrieve
 from dimefm.store.embedding_store import Store

@@ -13,8 +13,9 @@ from dimefm.evaluation.features import Features
 from dimefm.evaluation.linear_heads import FeatureRows, train_heads
 from dimefm.evaluation.text_embeddings import TextEmbeddings
 from dimefm.models.clip import load_clip
-from dimefm.selection.clusters import cluster, repetitions
+from dimefm.selection.clusters import cluster
 from dimefm.selection.grounding import Grounding
+from dimefm.selection.repetitions import repetitions
 from tests.stores import random_store
 
 pytestmark = [
@@ -52,11 +53,12 @@ def test_scores_and_clusters_of_sentences_are_those_of_the_cpu(tmp_path: Path) -
     texts, halves = random_store(tmp_path / "t.zarr", rows=2000, shard_rows=1024, kind="text", values=values)
     images, _ = random_store(tmp_path / "i.zarr", rows=500, shard_rows=512)
     scores, labels, repeats = [], [], []
-    for device in DEVICES:
+    for place, device in enumerate(DEVICES):
+        folder = str(tmp_path / f"clusters-{place}")
         scores.append(torch.from_numpy(Grounding.sample(images, texts, 400, seed=0, device=device).scores(halves)))
-        label_C = cluster(texts, np.arange(2000), seed=0, device=device)
+        label_C = cluster(texts, np.arange(2000), folder, seed=0, device=device, copies=True)
         labels.append(label_C)
-        repeats.append(repetitions(texts, np.arange(2000), label_C, 0.99, device=device))
+        repeats.append(repetitions(texts, np.arange(2000), label_C, folder, 0.99, device=device))
     assert_alike(scores, rtol=1e-3, atol=1e-3)
     assert (labels[0] == labels[1]).mean() > 0.99
     assert (labels[1] == labels[2]).all()

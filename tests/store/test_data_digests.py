@@ -13,6 +13,7 @@ import pytest
 from cache_schemas import Status, digest_of
 from dimefm.errors import DimefmError, MismatchError, OutputExistsError, StoreError
 from dimefm.inspection.info import describe
+from dimefm.retrieval import retrieve_shards
 from dimefm.retrieval.build_index import IndexConfig, build_index
 from dimefm.retrieval.exact_search import ExactSearch
 from dimefm.retrieval.retrieve import retrieve
@@ -91,6 +92,7 @@ def test_retrieve_does_the_shards_again_whose_images_have_changed(
 ) -> None:
     """And nothing else: all commits but the second are as they were."""
     before = {path.name: path.read_bytes() for path in (tmp_path / "p.zarr" / "commits").glob("0*.json")}
+    monkeypatch.setattr(retrieve_shards, "_LEAST", 32)  # images: a shard is searched alone
     searched = []
     search = ExactSearch.search
     monkeypatch.setattr(ExactSearch, "search", lambda self, *a: (searched.append(len(a[0])), search(self, *a))[1])
@@ -112,6 +114,7 @@ def test_retrieve_that_is_stopped_between_changed_shards_is_unfinished_and_goes_
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode_again(made.images, *FAILED)
+    monkeypatch.setattr(retrieve_shards, "_LEAST", 32)  # images: a shard is searched alone
     search, searched = ExactSearch.search, []
 
     def stop_at_second(self: ExactSearch, *arguments: Any) -> Any:

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from dimefm.exchange.clip_retrieval_folder import export_embeddings
+from dimefm.exchange.export_embeddings import export_embeddings
 from dimefm.inspection.info import describe
 from dimefm.retrieval.build_index import IndexConfig, build_index
 from dimefm.retrieval.exact_search import ExactSearch
 from dimefm.retrieval.index_search import IndexSearch
 from dimefm.retrieval.recall import draw_recall_queries
 from dimefm.retrieval.retrieve import retrieve
-from dimefm.selection.clusters import cluster, repetitions
+from dimefm.selection.clusters import cluster
 from dimefm.selection.grounding import Grounding
+from dimefm.selection.repetitions import repetitions
 from dimefm.store.embedding_store import Store, _mean_view
 from dimefm.store.pairs_store import Pairs
 from dimefm.training.config import TextMix
@@ -132,9 +133,10 @@ def test_grounding_and_clusters_are_those_of_the_values(texts: Pair, tmp_path: P
     expected = (np.sort(z, axis=1)[:, -4:].mean(axis=1) - z.mean(axis=1)) / z.std(axis=1)
     np.testing.assert_allclose(grounding.scores(embedding), expected, rtol=1e-3)
 
-    labels = cluster(store, rows, seed=0, device="cpu")
+    folder = str(tmp_path / "clusters")
+    labels = cluster(store, rows, folder, seed=0, device="cpu", copies=True)
     assert len(np.unique(labels)) > 20
-    like = repetitions(store, rows, np.zeros(len(rows), np.int32), 0.999999, device="cpu")
+    like = repetitions(store, rows, labels, folder, 0.999999, device="cpu")
     assert (like == -1).all()
 
 
