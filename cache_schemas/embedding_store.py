@@ -13,6 +13,7 @@ STORE.zarr/
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import ClassVar, Literal
@@ -167,6 +168,12 @@ class EmbeddingStore(Document):
     def item_bytes(self) -> int:
         """Bytes of each number of an embedding."""
         return int(self.dtype.removeprefix("float")) // 8
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of all arrays of a full shard."""
+        row = sum(math.prod(spec.shape[1:]) * int(spec.dtype.lstrip("floatuin")) for spec in self.arrays().values())
+        return min(self.shard_rows, self.rows) * row // 8
 
     @property
     def shards(self) -> int:

@@ -11,20 +11,25 @@ and then calls per unit, and `on_ray(workers, address, device)` is a `ShardRunne
 - A lost worker's unit is done again by another, up to three times. A replacement that Ray cannot place yet, as after a
   node was lost, is not waited for: the other workers go on.
 - A worker that raises UnreadableError, as on a machine without the mount, is put aside while others can read.
-- Workers write under the leases of the command, and may open the URL schemes that the user allows.
+- Workers write under the leases of the command, may open the URL schemes that the user allows, and read through its
+  cache: the same folder on each machine.
 - Errors that the user can mend arrive as they were raised.
 """
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import ray
 
 from dimefm.errors import UnreadableError
+from dimefm.store.reopen import reopening
 from dimefm.system import lease, named_paths
+from dimefm.system.file_cache import active, caching_in
 from dimefm.system.machine import choose_device, cpus
 from dimefm.system.notes import note
 from dimefm.system.shard_work import Seat, ShardRunner, ShardWork
@@ -55,7 +60,8 @@ def on_ray(workers: int, address: str | None = None, device: str | None = "cpu")
             actor: Any = ray.remote(_Worker)
             # Spread: else Ray would fill one node with workers that each have the threads of a whole one.
             actor = actor.options(num_cpus=1, num_gpus=gpus, memory=memory or None, scheduling_strategy="SPREAD")
-            new_actor = _bound(actor, work, seat, named_paths.allowed(), lease.held())
+            cache = (str(found.folder), found.limit) if (found := active()) else (None, None)
+            new_actor = _bound(actor, pickle.dumps(work), seat, named_paths.allowed(), lease.held(), cache)
             yield from _Supervisor(new_actor, count, work, units, say).run()
 
     return run
@@ -68,15 +74,21 @@ def _bound(actor: Any, *words: Any) -> Callable[[], Any]:
 class _Worker:
     """What runs in a process of its own: the work, opened once."""
 
-    def __init__(self, work: ShardWork[Any, Any], seat: Seat, schemes: str, leases: dict[str, str]) -> None:
-        self._work, self._seat = work, seat
+    def __init__(
+        self, work: bytes, seat: Seat, schemes: str, leases: dict[str, str], cache: tuple[str | None, int | None]
+    ) -> None:
+        self._work, self._seat, self._cache = work, seat, cache
         named_paths.allow(schemes)
         for store, token in leases.items():
             lease.writes_under(store, token)
 
     def open(self) -> None:
-        """Open the work. This is not in __init__, because Ray would wrap the errors of that."""
-        self._do = self._work.open(self._seat)
+        """Open the work, and the stores in it. This is not in __init__, because Ray would wrap the errors of that."""
+        self._until_the_end = ExitStack()
+        self._until_the_end.enter_context(caching_in(*self._cache))
+        with reopening():
+            work: ShardWork[Any, Any] = pickle.loads(self._work)
+        self._do = work.open(self._seat)
 
     def do(self, unit: Any) -> Any:
         return self._do(unit)

@@ -10,7 +10,9 @@ from dimefm.system.notes import note
 from dimefm.system.shard_work import Seat
 
 
-def run_elsewhere(work: Any, units: Sequence[Any], say: Callable[[str], None] = note) -> Iterator[tuple[Any, Any]]:
+def run_elsewhere(
+    work: Any, units: Sequence[Any], say: Callable[[str], None] = note, *, memory: int = 0
+) -> Iterator[tuple[Any, Any]]:
     """Every unit twice, as after a worker was lost, last first, by work that was pickled and is opened anew."""
     for unit in reversed(units):
         for _ in range(2):

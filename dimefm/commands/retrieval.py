@@ -116,8 +116,6 @@ def retrieve(
         raise click.UsageError("--device has no effect with --index: an index searches on the CPU")
     runner = shard_runner(workers, ray_address, "cpu" if options["index"] else options["device"])
     require_with("--cache-size", cache_size, "--cache-dir", cache_dir)
-    if cache_dir and workers:
-        raise click.UsageError("--cache-dir has no effect with --workers, which read the stores where they are")
     if dry_run:
         from dimefm.retrieval.retrieve_cost import retrieve_cost
 

@@ -27,6 +27,8 @@ from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
 from dimefm.system.shard_work import Seat, ShardRunner, run_here
 
+_COPIES = 4  # of a file's rows in the memory of a worker: as read, those with an embedding, and the file itself
+
 
 def export_embeddings(
     store_path: str, out: str, *, rows_per_file: int | None = None, run: ShardRunner = run_here
@@ -49,7 +51,8 @@ def export_embeddings(
     files = range(-(-rows // step))
     with storage.publishing(str(target)) as temporary, Progress("exporting", rows, "row") as progress:
         work, done = ExportFiles(store.path, str(temporary), out, step), 0
-        for number, _ in run(work, files, progress.note):
+        memory = _COPIES * store.schema.shard_bytes * min(step, rows) // min(store.schema.shard_rows, rows)
+        for number, _ in run(work, files, progress.note, memory=memory):
             done += min(step, rows - number * step)
             progress.at(done)
     return str(target)

@@ -22,6 +22,7 @@ from dimefm.system import storage
 from dimefm.system.progress import Progress
 from dimefm.system.shard_work import Seat, ShardRunner
 
+_COPIES = 4  # of a shard in the memory of a worker: as read, and as zarr writes it
 _BAD_VECTOR = "the imported embedding is NaN, infinite or zero"
 _NO_IMAGE = "no image of the sources has this key, or it is not known which of several"
 
@@ -36,7 +37,8 @@ def write_shards(store: Store, folder: Folder, run: ShardRunner, *, unmatched_fa
     storage.remove_leftovers(store.path)
     done = sum(stop - start for start, stop in map(schema.shard_range, committed))
     with Progress("importing", schema.rows, "row", done) as progress:
-        for shard, _ in run(ImportShards(store.path, folder, unmatched_fail), pending, progress.note):
+        work, memory = ImportShards(store.path, folder, unmatched_fail), _COPIES * schema.shard_bytes
+        for shard, _ in run(work, pending, progress.note, memory=memory):
             start, stop = schema.shard_range(shard)
             done += stop - start
             progress.at(done)

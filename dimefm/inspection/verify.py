@@ -15,7 +15,7 @@ from dimefm.caching.repeats import as_array, repeats
 from dimefm.errors import DimefmError, StoreError
 from dimefm.inspection.info import examine
 from dimefm.inspection.verification import Verification
-from dimefm.inspection.verify_shard import CheckShards, answering, in_one_line, is_normal
+from dimefm.inspection.verify_shard import CheckShards, answering, in_one_line, is_normal, worker_bytes
 from dimefm.store.commit import remove_commit
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import failures_by_status
@@ -79,7 +79,8 @@ def _check(store: Store, run: ShardRunner) -> Verification:
     report = Verification(store.path, schema.rows, len(store.committed()), schema.shards)
     hashes, damaged_plans = array("q"), dict[int, str]()
     with Progress("checking", schema.shards, "shard") as progress:
-        found_shards = run(CheckShards(store.path), range(schema.shards), progress.note)
+        work = CheckShards(store.path)
+        found_shards = run(work, range(schema.shards), progress.note, memory=worker_bytes(schema))
         for done, (shard, found) in enumerate(found_shards, 1):
             hashes.frombytes(found.key_hashes)
             if found.fault:

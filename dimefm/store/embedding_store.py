@@ -6,9 +6,9 @@ Shapes: N rows asked for, M of them without repeats, V views, D embedding width.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ class Store:
         """Open the store at `path`. One at a URL is read through the cache of this machine where there is one
         (system.file_cache), unless it is to be read but once: `cached` is then False. Raises StoreError where there is
         none, SchemaError for attributes that are not valid."""
-        self.path = storage.absolute(path)
+        self.path, self._cached = storage.absolute(path), cached
         self.group = open_group(self.path)
         attributes = group_attributes(self.group, self.path)
         self.schema = EmbeddingStore.parse(attributes, storage.join(self.path, "zarr.json"))
@@ -88,8 +88,8 @@ class Store:
         self._plans = PlanReader(self.path, self.schema)
         self._pixels = PixelReader(self.path, self.schema, self._version)
 
-    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
-        return Store, (self.path,)  # another process opens it again
+    def __reduce__(self) -> tuple[Callable[[str], Store], tuple[str]]:
+        return partial(Store, cached=self._cached), (self.path,)  # another process opens it again
 
     # -- writing ------------------------------------------------------------------------------------------------------
 

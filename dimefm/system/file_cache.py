@@ -52,7 +52,7 @@ class FileCache:
     """The cache in `folder`, of `limit` bytes at most; None: as much as leaves a tenth of the disk free."""
 
     def __init__(self, folder: str, limit: int | None = None) -> None:
-        self.folder = Path(storage.local(folder, "a cache"))
+        self.folder, self.limit = Path(storage.local(folder, "a cache")), limit
         self.room = Room(self.folder, limit, SUFFIX)
         self._broken = mmap.mmap(-1, 1)  # shared with the processes that are forked
 

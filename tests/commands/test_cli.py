@@ -198,7 +198,6 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
         ),
         (["build-index", "s.zarr", "--out", "o", "--ray-address", "x"], "--ray-address has no effect without --worker"),
         (["retrieve", "i", "--texts", "t", "--out", "o", "--ray-address", "x"], "--ray-address has no effect without"),
-        (["retrieve", "i", "--texts", "t", "--out", "o", "--cache-dir", "x", "--workers", "1"], "--cache-dir has no"),
         (
             ["retrieve", "i.zarr", "--texts", "t", "--out", "o", "--index", "i", "--device", "cpu"],
             "--device has no effect with --index",

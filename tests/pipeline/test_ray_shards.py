@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ from dimefm.errors import DimefmError, StoreError, UnreadableError
 from dimefm.retrieval.build_index import IndexConfig, build_index
 from dimefm.retrieval.index_sidecar import read_sidecar
 from dimefm.retrieval.retrieve import retrieve
+from dimefm.store.embedding_store import Store
 from dimefm.system import lease, named_paths
+from dimefm.system.file_cache import active, caching_in
 from dimefm.system.shard_work import Seat, run_here
 from pipeline import ray_shards
 from pipeline.ray_shards import on_ray
@@ -36,6 +40,8 @@ class Squares:
     def open(self, seat: Seat) -> Callable[[int], tuple[int, int]]:
         (self.folder / f"open-{os.getpid()}").touch(exist_ok=False)
         tokens = lease.held() | {"schemes": named_paths.allowed()}
+        if cache := active():
+            tokens["cache"] = f"{cache.folder}, {cache.limit}"
         (self.folder / "seat").write_text(f"{seat} {tokens}")
         return self._square
 
@@ -60,17 +66,31 @@ def supervisor(folder: Path) -> tuple[Any, list[str]]:
 def test_each_unit_is_done_and_a_worker_opens_once(
     one_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under the command's leases, and with the schemes that its user allows."""
+    """Under the command's leases, with the schemes that its user allows, and through its cache."""
     monkeypatch.setenv(named_paths.VARIABLE, "sftp")
     monkeypatch.setitem(lease._held, "memory://out", "token")
-    done = dict(on_ray(2)(Squares(tmp_path), range(9)))
+    with caching_in(str(tmp_path / "cache"), 10**6):
+        done = dict(on_ray(2)(Squares(tmp_path), range(9)))
     assert {unit: square for unit, (square, _) in done.items()} == {unit: unit * unit for unit in range(9)}
     opened = {int(path.name.removeprefix("open-")) for path in tmp_path.glob("open-*")}
     assert {process for _, process in done.values()} <= opened - {os.getpid()}
     assert len(opened) <= 2
     told = (tmp_path / "seat").read_text()
     assert "device='cpu'" in told
-    assert "{'memory://out': 'token', 'schemes': 'sftp'}" in told
+    cache = f"{tmp_path / 'cache'}, 1000000"
+    assert str({"memory://out": "token", "schemes": "sftp", "cache": cache}) in told
+
+
+def test_stores_that_a_worker_cannot_open_again_put_it_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are opened through the cache, but for those that are to be read but once."""
+    monkeypatch.delenv(named_paths.VARIABLE, raising=False)
+    store, _ = random_store(tmp_path / "s.zarr", rows=4, shard_rows=4)
+    once = Store(store.path, cached=False)
+    assert [pickle.loads(pickle.dumps(one))._cached for one in (store, once)] == [True, False]
+    worker = ray_shards._Worker(pickle.dumps(store), Seat(), "", {}, (None, None))
+    shutil.move(store.path, tmp_path / "moved.zarr")
+    with pytest.raises(UnreadableError, match=r"s\.zarr.*(?s:.*)let every machine of the cluster see the same files"):
+        worker.open()
 
 
 def test_a_unit_whose_worker_is_lost_is_done_by_another(one_ray: None, tmp_path: Path) -> None:

@@ -48,13 +48,18 @@ def test_an_export_and_a_verification_are_those_of_one_process(one_ray: None, tm
     store, _ = random_store(tmp_path / "s.zarr", rows=60, shard_rows=16, keys=keys, failed=(3, 20))
     notes = list[str]()
 
-    def deadly(work: Any, units: Sequence[Any], say: Any = None) -> Any:
+    memory_of = dict[str, int]()
+
+    def deadly(work: Any, units: Sequence[Any], say: Any = None, *, memory: int = 0) -> Any:
+        memory_of[type(work).__name__] = memory
         return on_ray(1)(Deadly(work, units[1], tmp_path / "died"), units, notes.append)
 
     alone = export_embeddings(store.path, str(tmp_path / "alone"))
     found = export_embeddings(store.path, str(tmp_path / "ray"), run=deadly)
     assert notes == ["file 1 of the export lost its worker: it is done again"]
     assert tree(Path(found)) == tree(Path(alone))
+    assert memory_of == {"ExportFiles": 4 * store.schema.shard_bytes}
+    assert store.schema.shard_bytes == 16 * (2 * store.schema.dim + 1)
     config = VerifyConfig(store=store.path)
     assert verify(config, on_ray(2)).facts() == verify(config).facts()
     assert verify(config).faults[-1] == "repeated keys: 20, where the source had 0"
