@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -45,7 +43,7 @@ from dimefm.training.tower_trainer import TowerTrainer
 from dimefm.training.train import train
 from dimefm.training.validation import Validation
 from tests.processes import FORKING, result_of
-from tests.tiny_training import STUDENT, same, tiny_config, weights
+from tests.tiny_training import STUDENT, tiny_config
 
 IMAGES, TEXTS, WIDTH = 8, 12, 6
 NO_LOSS = dict.fromkeys(LossConfig.WEIGHTS, 0.0)
@@ -127,69 +125,6 @@ def test_every_loss_and_its_gradient_are_those_of_one_process_with_the_whole_bat
                 torch.testing.assert_close(mine, whole, rtol=0, atol=1e-10, msg=f"{name} on {rank}: {mine}, {whole}")
 
 
-@pytest.mark.slow
-def test_torchrun_trains_on_two_processes(tiny_run: list[str], tmp_path: Path) -> None:
-    out = str(tmp_path / "run")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    words = [*launch, "-m", "dimefm", *tiny_run, "--out", out, "--device", "cpu"]
-    done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    assert Checkpoints(out).step() == 8
-    lines = [line for line in read_metrics(out) if line["event"] == "train"]
-    assert [line["step"] for line in lines] == [8], "both processes wrote metrics, or neither"
-
-
-def node(out: str, words: list[str], *, port: int, nodes: str) -> subprocess.Popen[bytes]:
-    """The torchrun of one machine, with two processes. All machines are this one."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", "2"]
-    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--max-restarts", "3"]
-    words = [*launch, *meeting, "-m", "dimefm", *words, "--out", out, "--device", "cpu"]
-    return subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-
-
-def wait_for_steps(run: str, steps: int, *nodes: subprocess.Popen[bytes]) -> None:
-    while len(read_metrics(run)) < steps:
-        assert all(node.poll() is None for node in nodes), "ended before its time"
-        time.sleep(0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("lost", ["a process", "a machine"])
-def test_a_run_on_two_machines_goes_on_by_itself_without_what_is_lost(
-    tiny_run: list[str], tmp_path: Path, lost: str
-) -> None:
-    words = [*tiny_run, "--max-steps", "100", "--epochs", "100", "--checkpoint-every", "10", "--log-every", "1"]
-    runs = [str(tmp_path / name) for name in ("whole", "lost")]
-    for out in runs:
-        port, number = free_port(), "1:2" if lost == "a machine" else "2"
-        nodes = [node(out, words, port=port, nodes=number)]
-        nodes.append(node(out, words, port=port, nodes=number))
-        if out == runs[1]:
-            wait_for_steps(out, 25, *nodes)
-            ranks = {place_of(pid): pid for pid in children(nodes[1].pid)}
-            for pid in ranks.values() if lost == "a machine" else [ranks["1"]]:
-                os.kill(pid, signal.SIGKILL)
-            if lost == "a machine":
-                nodes.pop().kill()
-        assert [each.wait(400) for each in nodes] == [0] * len(nodes)
-        assert [line["step"] for line in read_metrics(out) if line["event"] == "train"] == list(range(1, 101))
-    losses = [[line["loss"] for line in read_metrics(out) if line["event"] == "train"] for out in runs]
-    if lost == "a process":
-        assert same(*map(weights, runs)), "four processes are four processes"
-        assert losses[0] == losses[1]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2), "other rows, or in another order"
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
-
-
-def place_of(pid: int) -> str | None:
-    """The LOCAL_RANK of a process."""
-    environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-    return dict(line.partition("=")[::2] for line in environment).get("LOCAL_RANK")
-
-
 def meet(port: str) -> str:
     """Why two processes do not meet at a port of this machine."""
     os.environ.update(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -227,7 +162,6 @@ def started(rank: int, world: int, port: int, out: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.slow
 def test_processes_that_are_started_again_do_not_wait_for_those_before(tmp_path: Path) -> None:
     """With as many as before, and with fewer; what is left by those before is still in the store of torchrun."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
