@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -173,6 +173,15 @@ def gpu_share(workers: int, device: str) -> float:
     if gpus == 0:
         return 0
     return 1 if gpus >= workers else 1 / math.ceil(workers / gpus)
+
+
+def ready(references: Collection[Any], seconds: float) -> list[Any]:
+    """All of these that are done, as soon as one is; none after so many seconds. ray.wait alone gives one at a time."""
+    waiting = list(references)
+    if not waiting or not ray.wait(waiting, timeout=seconds)[0]:
+        return []
+    found: list[Any] = ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]
+    return found
 
 
 def fetch(reference: Any) -> Any:
