@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -94,6 +94,11 @@ def _join(address: str) -> None:
     except OSError as error:
         remedy = "start one with ray start --head, or leave --ray-address out"
         raise DimefmError(f"no Ray cluster answers at {address}: {error}", remedy=remedy) from None
+    except Exception as error:  # of Ray's own: another version of it or of Python there, or a node that is too busy
+        ray.shutdown()
+        what = f"the Ray cluster at {address} cannot be joined: {' '.join(str(error).split()) or repr(error)}"
+        remedy = "all its machines need the Ray and Python that this one has, and a node of it must run on this one"
+        raise DimefmError(what, remedy=remedy) from error
 
 
 def _start(cpus: int, gpus: int) -> None:
@@ -108,12 +113,15 @@ def _start(cpus: int, gpus: int) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises that itself where a process of its own is not up after 30 seconds
         ray.shutdown()
         folder = os.environ.get("RAY_TMPDIR", "/tmp")
-        what = f"Ray does not start: {str(error).strip().splitlines()[0]}"
+        what = f"Ray does not start: {(str(error).strip() or repr(error)).splitlines()[0]}"
         remedy = f"see {folder}/ray/session_latest/logs, or give --workers 1, which needs no Ray"
-        if "AF_UNIX" in what:
+        if "timed out during startup" in what:
+            what = "Ray does not start: its processes were not up after 30 seconds, as on a machine that is very busy"
+            remedy = f"try again when it is less busy; or {remedy}"
+        elif "AF_UNIX" in what:
             what = f"Ray does not start: its sockets' names would be too long in {folder}"
             remedy = "name a shorter folder: RAY_TMPDIR=/tmp, say; or give --workers 1, which needs no Ray"
         elif isinstance(error, OSError) and error.filename:
@@ -165,6 +173,15 @@ def gpu_share(workers: int, device: str) -> float:
     if gpus == 0:
         return 0
     return 1 if gpus >= workers else 1 / math.ceil(workers / gpus)
+
+
+def ready(references: Collection[Any], seconds: float) -> list[Any]:
+    """All of these that are done, as soon as one is; none after so many seconds. ray.wait alone gives one at a time."""
+    waiting = list(references)
+    if not waiting or not ray.wait(waiting, timeout=seconds)[0]:
+        return []
+    found: list[Any] = ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]
+    return found
 
 
 def fetch(reference: Any) -> Any:

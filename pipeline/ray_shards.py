@@ -33,7 +33,7 @@ from dimefm.system.file_cache import active, caching_in
 from dimefm.system.machine import choose_device, cpus
 from dimefm.system.notes import note
 from dimefm.system.shard_work import Seat, ShardRunner, ShardWork
-from pipeline.ray_cluster import cluster, fetch, gpu_share, machines, require_room
+from pipeline.ray_cluster import cluster, fetch, gpu_share, machines, ready, require_room
 from pipeline.ray_losses import LOST, PATIENCE, Losses, never_ran
 
 
@@ -123,10 +123,10 @@ class _Supervisor:
             while self._pending and self._free:
                 actor, unit = self._free.pop(), self._pending.pop()
                 self._in_flight[actor.do.remote(self._units[unit])] = (actor, unit)
-            ready, _ = ray.wait(list(self._in_flight), timeout=1.0)
-            for reference in ready:
+            done = ready(self._in_flight, 1.0)
+            for reference in done:
                 yield from self._settle(reference)
-            heard = time.monotonic() if ready or self._busy() else heard
+            heard = time.monotonic() if done or self._busy() else heard
             if time.monotonic() - heard > PATIENCE:
                 heard = time.monotonic()
                 self._say("no worker runs: Ray has no node with room for one, or it is still being opened")

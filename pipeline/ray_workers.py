@@ -14,8 +14,10 @@ from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.machine import cpus
 from dimefm.system.progress import Progress
-from pipeline.ray_cluster import cluster, fetch, gpu_share, machines, require_room
+from pipeline.ray_cluster import cluster, fetch, gpu_share, machines, ready, require_room
 from pipeline.ray_losses import LOST, PATIENCE, Losses, never_ran
+
+_LOOK = 1.0  # seconds between two looks at how far the workers are
 
 
 def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
@@ -64,6 +66,7 @@ class _Supervisor:
         self._in_flight: dict[Any, tuple[Any, int | None]] = {}  # by reference: actor, its shard; None while it starts
         self._running: dict[Any, int] = {}  # by actor that has started: how many shards it has
         self._counted: dict[int, int] = {}  # by shard in flight: how many rows are done
+        self._asked, self._last_asked = dict[Any, Any](), 0.0  # by reference: the actor that was asked, and when
         self._noted, self._noted_none_usable = set[str](), False
         self._aside = 0  # actors that could not read the source
         self._unread: dict[int, str] = {}  # by shard that could not be read: the machine
@@ -78,11 +81,11 @@ class _Supervisor:
                 shard = self._pending.pop()
                 self._running[actor] += 1
                 self._in_flight[actor.encode.remote(shard, careful=shard in self._losses)] = (actor, shard)
-            ready, _ = ray.wait(list(self._in_flight), timeout=1.0)
-            for reference in ready:
+            done = ready(self._in_flight, _LOOK)
+            for reference in done:
                 finished += self._settle(reference, progress)
             busy = any(shard is not None for _, shard in self._in_flight.values())
-            heard = time.monotonic() if busy or ready else heard
+            heard = time.monotonic() if busy or done else heard
             if time.monotonic() - heard > PATIENCE:
                 heard = time.monotonic()
                 progress.note("no worker runs: Ray has no node with room for one, or it is still loading the teacher")
@@ -166,13 +169,17 @@ class _Supervisor:
             self._start_actor()
 
     def _count_rows(self) -> None:
-        """Ask the actors how many rows of their shards are done."""
-        asked = [actor.rows.remote() for actor, shards in self._running.items() if shards]
-        ready, _ = ray.wait(asked, num_returns=len(asked), timeout=0.5) if asked else ([], [])
+        """Take what the actors have answered, and ask them about once a second how many rows of their shards are done.
+        No answer is waited for: with many workers one of them is always slow."""
         flying = {shard for _, shard in self._in_flight.values()}
-        for reference in ready:
+        for reference in ready(self._asked, 0):
+            del self._asked[reference]
             try:
                 rows = ray.get(reference)
             except LOST:
                 continue  # its shards come back with the same error, which `_settle` handles
             self._counted |= {shard: count for shard, count in rows.items() if shard in flying}
+        if time.monotonic() - self._last_asked >= _LOOK:
+            self._last_asked, silent = time.monotonic(), set(self._asked.values())
+            busy = [actor for actor, shards in self._running.items() if shards and actor not in silent]
+            self._asked |= {actor.rows.remote(): actor for actor in busy}

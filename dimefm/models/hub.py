@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,16 +76,35 @@ def offline() -> Iterator[None]:
 
 
 def cached_first(load: Callable[[], _T]) -> _T:
-    """What `load` returns without asking the Hub; if that fails, what it returns when it may ask.
+    """What `load` returns without asking the Hub; if that fails, what it returns when it may ask. Of the processes of a
+    machine that come to that at once, one asks; the others wait for it, and then find the files in the cache.
 
     So many processes do not ask for what one of them has fetched: the Hub soon refuses requests (429), and weights that
     change on the Hub in between are not mixed. If it must be asked, its client waits for as long as a 429 says.
     """
-    try:
-        with offline():
-            return load()
-    except (TeacherError, OSError):  # OSError: from a tokenizer or a config
+    with suppress(TeacherError, OSError), offline():  # OSError: from a tokenizer or a config
         return load()
+    with _one_of_this_machine():
+        with suppress(TeacherError, OSError), offline():
+            return load()
+        return load()
+
+
+@contextmanager
+def _one_of_this_machine() -> Iterator[None]:
+    """For the block, other processes that come here wait. Those that have waited enter it together, because by then
+    they need not ask. Where there can be no lock, as in some caches on a network, huggingface_hub still sees to it that
+    each file is fetched once; it asks about each file in every process, though."""
+    lock = Path(constants.HF_HUB_CACHE, ".locks", "dimefm.lock")
+    with ExitStack() as stack:
+        with suppress(OSError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(lock.open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fcntl.flock(file, fcntl.LOCK_SH)
+        yield
 
 
 def fetch_weights(name: str) -> None:

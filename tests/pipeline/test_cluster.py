@@ -22,11 +22,11 @@ from ray.exceptions import RayActorError
 from dimefm.caching.encode_shard import encode_shard
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.cli import cli
-from dimefm.errors import StoreError
+from dimefm.errors import DimefmError, StoreError
 from dimefm.models.clip import Clip
 from dimefm.store.embedding_store import Store
 from dimefm.system.progress import Progress
-from pipeline.ray_cluster import _ENVIRONMENT, _closed_to_others
+from pipeline.ray_cluster import _ENVIRONMENT, _closed_to_others, cluster
 from pipeline.ray_workers import Job, _Supervisor
 from tests.making import make_jpeg
 from tests.processes import MARK, Command, Gate, processes
@@ -172,6 +172,33 @@ def test_an_address_at_which_nothing_listens_is_refused_at_once(words: list[str]
         result.output,
         re.MULTILINE,
     )
+
+
+@pytest.mark.parametrize(
+    ("address", "raised", "told"),
+    [
+        (
+            None,
+            "The current node timed out during startup. This could",
+            r"not up after 30 seconds(?s:.*)remedy: .* --workers 1, which",
+        ),
+        (None, "", r"Ray does not start: Exception\(''\)\n  remedy: see"),
+        (
+            "auto",
+            "Version mismatch: The cluster was started with:\n    Ray: 1.0",
+            "auto cannot be joined: .* with: Ray: 1.0\n  remedy: all",
+        ),
+    ],
+)
+def test_a_plain_exception_of_ray_becomes_an_error_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, raised: str, told: str
+) -> None:
+    def init(**_: object) -> None:
+        raise Exception(raised)  # what Ray raises
+
+    monkeypatch.setattr("pipeline.ray_cluster.ray.init", init)
+    with pytest.raises(DimefmError, match=told), cluster(address, 1, "cpu"):
+        pass
 
 
 def supervisor(monkeypatch: pytest.MonkeyPatch, message: str) -> _Supervisor:

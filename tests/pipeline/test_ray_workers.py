@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from cache_schemas import Status
 from cache_schemas.embedding_store import rows_path
@@ -249,6 +251,38 @@ def test_workers_are_put_aside_until_a_shard_fails_on_two_machines_or_none_is_le
         two._put_aside("z", None, from_host("a"), progress)
     with pytest.raises(UnreadableError):
         supervisor(1)._put_aside("x", 0, from_host("a"), progress)
+
+
+def test_all_that_is_done_is_taken_at_once_and_a_silent_worker_is_not_waited_for(
+    one_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = [ray.put(number) for number in range(3)]
+    assert set(ray_cluster.ready(done, 1.0)) == set(done)
+    assert ray_cluster.ready([], 1.0) == []
+    monkeypatch.setattr(ray_workers, "ready", lambda asked, _: [one for one in asked if one in done])
+    monkeypatch.setattr(ray_workers, "_LOOK", 0)
+    job = Job(store="s", teacher="t", pretrained=None, precision="fp32", device="cpu", threads=1)
+    supervisor: Any = ray_workers._Supervisor(job, 3, 1, {0: 4, 1: 4}, check=False)
+    silent, answering, idle = Asked({}), Asked({0: 3}), Asked({})
+    supervisor._running = {silent: 1, answering: 1, idle: 0}
+    supervisor._in_flight = {"x": (answering, 0), "y": (silent, 1)}
+    for _ in range(3):
+        supervisor._count_rows()
+        done += answering.asked
+    assert supervisor._counted == {0: 3}
+    assert [len(actor.asked) for actor in (silent, answering, idle)] == [1, 3, 0]
+
+
+class Asked:
+    """An actor that is asked how many rows are done."""
+
+    def __init__(self, rows: dict[int, int]) -> None:
+        self.asked: list[Any] = []
+        self._rows, self.rows = rows, SimpleNamespace(remote=self._asked)
+
+    def _asked(self) -> Any:
+        self.asked.append(ray.put(self._rows))
+        return self.asked[-1]
 
 
 def test_an_error_from_another_machine_keeps_its_name() -> None:
