@@ -18,10 +18,10 @@ import numpy as np
 
 from dimefm.errors import StoreError
 from dimefm.retrieval.faiss_errors import OTHER_FACTORY, factory_error, lacks_gpu_memory, reason, training_error
+from dimefm.retrieval.index_sidecar import REBUILD
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 
-REBUILD = "delete the folder and build the index again"
 _BLOCK_ROWS = 16384
 _library: Any = faiss  # its type stubs lack some of what it has
 

@@ -19,11 +19,11 @@ from cache_schemas import IndexSidecar, Recall, digest_of
 from cache_schemas.index import BUILD, SIDECAR_FILE
 from dimefm.errors import RecallError, StoreError
 from dimefm.retrieval.choose_index import PROGRAM, RESCORE, has_coarse_codes, most_part_rows, plan_index
-from dimefm.retrieval.faiss_index import REBUILD, FaissIndex, faiss_version
+from dimefm.retrieval.faiss_index import FaissIndex, faiss_version
 from dimefm.retrieval.index_merge import ListMerge
 from dimefm.retrieval.index_parts import TRAINED_FILE, BuildParts, PartTask, finished_part, write_part
 from dimefm.retrieval.index_search import IndexSearch, SearchParameters, read_index, whole_file
-from dimefm.retrieval.index_sidecar import is_ours
+from dimefm.retrieval.index_sidecar import REBUILD, is_ours
 from dimefm.retrieval.recall import RecallQueries, draw_recall_queries, tune
 from dimefm.store.embedding_store import Store
 from dimefm.store.output_folder import require_only

@@ -18,7 +18,8 @@ import faiss
 import numpy as np
 
 from dimefm.errors import StoreError
-from dimefm.retrieval.faiss_index import REBUILD, FaissIndex
+from dimefm.retrieval.faiss_index import FaissIndex
+from dimefm.retrieval.index_sidecar import REBUILD
 from dimefm.system import storage
 
 _SLICE = 64 * 1024**2  # bytes of lists that are joined at once, of all parts together; a longer list comes alone

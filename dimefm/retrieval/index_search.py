@@ -19,8 +19,8 @@ import torch
 
 from cache_schemas import IndexSidecar
 from dimefm.errors import StoreError
-from dimefm.retrieval.faiss_index import REBUILD, FaissIndex, inner_products
-from dimefm.retrieval.index_sidecar import read_sidecar, require_index_of, store_of
+from dimefm.retrieval.faiss_index import FaissIndex, inner_products
+from dimefm.retrieval.index_sidecar import REBUILD, read_sidecar, require_index_of, require_size, store_of
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 
@@ -180,11 +180,7 @@ def read_index(folder: str, sidecar: IndexSidecar) -> FaissIndex:
 
 def whole_file(folder: str, sidecar: IndexSidecar) -> Path:
     """The file that a sidecar describes. Raises StoreError unless it is whole."""
-    file = Path(folder) / sidecar.file
-    size = file.stat().st_size if file.exists() else 0
-    if size != sidecar.bytes:
-        what = f"{file} has {size:,} bytes, its sidecar says {sidecar.bytes:,}"
-        raise StoreError(what, remedy=f"it is damaged: {REBUILD}")
-    if storage.digest_file(str(file)) != sidecar.digest:
+    file = require_size(folder, sidecar)
+    if storage.digest_file(file) != sidecar.digest:
         raise StoreError(f"{file} is damaged: its checksum does not fit", remedy=REBUILD)
-    return file
+    return Path(file)

@@ -11,6 +11,8 @@ from dimefm.system.named_paths import named
 from dimefm.system.near_names import did_you_mean_path
 from dimefm.system.wording import counted, rate
 
+REBUILD = "delete the folder and build the index again"
+
 
 def read_sidecar(folder: str) -> IndexSidecar:
     """The sidecar, index.json. Raises StoreError where there is none, SchemaError where it is not valid."""
@@ -41,6 +43,16 @@ def describe_search(recall: Recall, target: float | None = None) -> str:
     if recall.queries_per_second is not None:
         words.append(f"{rate(recall.queries_per_second, 1, 'query', 'queries')} when it was tuned")
     return ", ".join(words)
+
+
+def require_size(folder: str, sidecar: IndexSidecar) -> str:
+    """The path of the index's file. Raises StoreError where it has not the size that the sidecar says."""
+    file = storage.join(folder, sidecar.file)
+    size = storage.size(file) if storage.exists(file) else 0
+    if size != sidecar.bytes:
+        what = f"{file} has {size:,} bytes, its sidecar says {sidecar.bytes:,}"
+        raise StoreError(what, remedy=f"it is damaged: {REBUILD}")
+    return file
 
 
 def require_index_of(path: str, sidecar: IndexSidecar, store: Store) -> None:

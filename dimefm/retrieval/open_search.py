@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from dimefm.errors import StoreError
-from dimefm.retrieval.index_sidecar import describe_search, read_sidecar, require_index_of
+from dimefm.retrieval.index_sidecar import describe_search, read_sidecar, require_index_of, require_size
 from dimefm.store.embedding_store import Store
 from dimefm.store.local_copy import bring
 from dimefm.system import storage
@@ -21,9 +21,13 @@ EXACT = "exact search"
 
 
 def require_search(store: Store, index: str | None) -> None:
-    """Raises what `open_search` would raise of the index's own document, before FAISS and torch are imported."""
+    """Raises what `open_search` would raise of the index's own document and of the size of its file, before FAISS and
+    torch are imported, and before anything is written."""
     if index is not None:
-        require_index_of(index, read_sidecar(storage.local(index, "an index")), store)
+        folder = storage.local(index, "an index")
+        sidecar = read_sidecar(folder)
+        require_index_of(index, sidecar, store)
+        require_size(folder, sidecar)
 
 
 def note_search(index: str | None, kinds: Iterable[str]) -> None:

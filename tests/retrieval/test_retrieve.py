@@ -169,6 +169,10 @@ def test_an_index_over_another_store_is_refused(
         retrieve(images[0].path, texts[0].path, index=str(tmp_path / "t.index"), top_k=5, out=str(tmp_path / "p.zarr"))
     with pytest.raises(OutputExistsError, match=r"--index: .*t\.index \([0-9a-f]{12}\) != none \(exact search\)"):
         retrieve(images[0].path, texts[0].path, top_k=4, out=str(tmp_path / "p.zarr"), device="cpu")
+    next((tmp_path / "t.index").glob("index-*")).write_bytes(b"cut")
+    with pytest.raises(StoreError, match="has 3 bytes, its sidecar says"):
+        retrieve(images[0].path, texts[0].path, index=str(tmp_path / "t.index"), top_k=4, out=str(tmp_path / "q.zarr"))
+    assert not (tmp_path / "q.zarr").exists()
 
 
 def test_images_with_fewer_sentences_than_asked_have_none_in_their_place(tmp_path: Path) -> None:
