@@ -74,7 +74,7 @@ def ray_scale(workers: str, processes: int, shards: int, seconds: float) -> None
     from pipeline import ray_workers  # noqa: F401  # before the clock runs: it imports torch
     from pipeline.ray_cluster import cluster
 
-    lines = []
+    lines = list[tuple[str, ...]]()
     with cluster(None, processes, "cpu"):
         host: Any = ray.remote(Host)
         hosts = [host.options(num_cpus=1, max_concurrency=_CALLS).remote(seconds) for _ in range(processes)]
