@@ -69,10 +69,10 @@ def _fetch(
     begun = [deque[int](maxlen=_WINDOWS_AHEAD) for _ in orders]
     with suppress(DimefmError, SchemaError, OSError):  # whoever wants the data meets it too, and names it
         for step, number, rows_SG in heapq.merge(*(_windows(*each, first, steps) for each in enumerate(orders))):
-            while len(begun[number]) == _WINDOWS_AHEAD and position[0] < begun[number][0]:
-                if os.getppid() != parent:
-                    return
+            while len(begun[number]) == _WINDOWS_AHEAD and position[0] < begun[number][0] and os.getppid() == parent:
                 time.sleep(_LOOK_EVERY)
+            if os.getppid() != parent:  # it was killed
+                return
             begun[number].append(step)
             rows_N = np.unique(rows_SG)
             stores[number].fetch(rows_N, pixels=True)
