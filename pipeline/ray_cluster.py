@@ -108,7 +108,7 @@ def _start(cpus: int, gpus: int) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # where its node is not up in time, Ray raises just that
         ray.shutdown()
         folder = os.environ.get("RAY_TMPDIR", "/tmp")
         what = f"Ray does not start: {str(error).strip().splitlines()[0]}"
