@@ -15,7 +15,7 @@ from dimefm.training.read_metrics import read_metrics
 from tests.tiny_training import same, weights
 from tests.training.test_distributed import free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # most of it imports, of which a busy machine takes minutes
 
 STEPS = 150
 Agent = subprocess.Popen[bytes]  # the torchrun of one machine
