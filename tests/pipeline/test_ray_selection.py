@@ -39,6 +39,7 @@ def selected(pairs: str, out: Path, run: Any) -> dict[str, bytes]:
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("[!.]*") if path.is_file()}
 
 
+@pytest.mark.slow  # the runner has quick tests, and so has the work in one process
 def test_on_ray_a_selection_has_the_same_bytes(
     one_ray: None, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

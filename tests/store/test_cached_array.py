@@ -22,6 +22,7 @@ from dimefm.store.pixel_reader import PixelReader
 from dimefm.store.pixel_tar import pixel_tar
 from dimefm.store.zarr_arrays import create_array
 from dimefm.system import file_cache, storage
+from dimefm.system.cache_room import Room
 from dimefm.system.file_cache import FileCache, caching_in
 from tests.making import upload
 from tests.stores import random_store
@@ -34,6 +35,12 @@ pytest_plugins = ["tests.s3"]
 ROWS, CHUNK, SHARD, DIM = 1000, 64, 256, 1200  # a chunk has 153,600 bytes; four shards, the last one not full
 CHUNK_BYTES = CHUNK * DIM * 2
 SHARD_BYTES = SHARD * DIM * 2
+
+
+@pytest.fixture(autouse=True)
+def _room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However full the disk of this machine is."""
+    monkeypatch.setattr(Room, "_kept_free", lambda self: 0)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 from dimefm.errors import TrainingError
 from dimefm.store.embedding_store import Store
 from dimefm.store.local_copy import bring
+from dimefm.system.cache_room import Room
 from dimefm.system.file_cache import caching_in
 from dimefm.training import fetch_ahead, text_bank
 from dimefm.training.fetch_ahead import fetching_ahead
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
     from tests.s3 import S3Requests
 
 pytest_plugins = ["tests.s3"]
+
+
+@pytest.fixture(autouse=True)
+def _room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However full the disk of this machine is."""
+    monkeypatch.setattr(Room, "_kept_free", lambda self: 0)
 
 
 def test_a_student_from_s3_is_that_of_local_stores_and_a_second_run_asks_for_no_data(

@@ -285,7 +285,11 @@ def held_from_the_fifth() -> None:
     TrainingImages._batch = reading  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("to_all", [True, False], ids=["SIGTERM to all", "a reader killed"])
+@pytest.mark.parametrize(
+    "to_all",
+    [True, pytest.param(False, marks=pytest.mark.slow)],  # test_train.py has a quicker one of a reader that dies
+    ids=["SIGTERM to all", "a reader killed"],
+)
 def test_what_happens_to_the_readers_while_a_step_is_taken(tiny_run: list[str], tmp_path: Path, to_all: bool) -> None:
     out = tmp_path / "run"
     words = [*tiny_run, "--student", "test_resnet", "--workers", "2", "--checkpoint-every", "100000",
