@@ -98,6 +98,7 @@ def test_zero_shot_in_plain_onnxruntime_is_what_predict_says(tmp_path: Path, siz
     assert json.loads(done.stdout) == pytest.approx([chances[label] for label in labels], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_zero_shot_in_plain_transformers(place: Path, teacher_name: str, tmp_path: Path) -> None:
     """With the teacher's folder in place of a student: the sample's students are no CLIPModels."""
     teacher, name = teacher_name.removeprefix("local-dir:"), "zero_shot_with_transformers"

@@ -52,7 +52,9 @@ def run(words: list[str]) -> int:
     return int(pytest.main(["-p", "tests.conftest", "-p", "no:cacheprovider", "-q", *words]))
 
 
-@pytest.mark.parametrize("words", [["-m", "gpu"], ["-m", "not gpu"], ["-k", "something_else"]])
+@pytest.mark.parametrize(
+    "words", [["-m", "gpu"], ["-m", "not gpu"], pytest.param(["-k", "something_else"], marks=pytest.mark.slow)]
+)
 def test_only_tests_of_a_gpu_see_one_and_so_do_their_processes(tmp_path: Path, words: list[str]) -> None:
     (tmp_path / "test_seeing.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")

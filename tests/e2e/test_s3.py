@@ -324,6 +324,7 @@ def test_images_are_not_waited_for_one_by_one(images: str, prepared: str, distan
     assert distant.at_once > 12
 
 
+@pytest.mark.slow
 def test_images_of_tars_are_read_together_while_training(s3: str, images: str, clip: Clip, distant: S3Requests) -> None:
     store = encode_rest(request(images), f"{s3}/s.zarr", clip)
     distant.clear()

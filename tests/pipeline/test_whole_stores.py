@@ -43,6 +43,7 @@ class Deadly:
         return found
 
 
+@pytest.mark.slow  # the runner has quick tests on Ray, and the work has some in other processes
 def test_an_export_and_a_verification_are_those_of_one_process(one_ray: None, tmp_path: Path) -> None:
     keys = [f"k{row % 40}" for row in range(60)]
     store, _ = random_store(tmp_path / "s.zarr", rows=60, shard_rows=16, keys=keys, failed=(3, 20))

@@ -80,8 +80,8 @@ def index_bytes(out: str) -> bytes:
         ("IVF16,Flat", True),
         ("IVF16,SQfp16", True),
         ("IVF16,PQ8x4fs", True),
-        ("RR16,IVF16,PQ8x4", True),
-        ("PQ8x4", False),
+        pytest.param("RR16,IVF16,PQ8x4", True, marks=pytest.mark.slow),
+        pytest.param("PQ8x4", False, marks=pytest.mark.slow),
         ("HNSW16", False),
     ],
 )
@@ -105,7 +105,9 @@ def test_an_index_reaches_the_recall_in_its_sidecar(
     assert (np.diff(scores, axis=1) <= 1e-6).all()
 
 
-@pytest.mark.parametrize("factory", ["IVF16,SQ8", "IVF16,PQ8x4fs", "PQ8x4", "Flat"])
+@pytest.mark.parametrize(
+    "factory", ["IVF16,SQ8", "IVF16,PQ8x4fs", pytest.param("PQ8x4", marks=pytest.mark.slow), "Flat"]
+)
 def test_parts_merged_are_the_index_built_at_once(
     texts: tuple[Store, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str
 ) -> None:

@@ -52,6 +52,7 @@ def test_a_student_from_s3_is_that_of_local_stores_and_a_second_run_asks_for_no_
     assert not s3_requests.of("GET", "/embedding/c/")
 
 
+@pytest.mark.slow
 def test_a_process_fetches_two_windows_ahead_and_then_waits(
     tmp_path: Path, s3: str, s3_requests: S3Requests, monkeypatch: pytest.MonkeyPatch
 ) -> None:

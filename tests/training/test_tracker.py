@@ -94,6 +94,7 @@ def log(out: Path, to: Any, first: int, stop: int, *, crash: bool = False) -> No
         run.flush()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["wandb", "trackio"])
 def test_every_step_is_logged_once_in_one_run(tmp_path: Path, home: Path, to: str) -> None:
     """The first start dies in step 5 and goes on after step 3, for a while without a tracker."""
