@@ -74,7 +74,7 @@ def require_all_but_the_bad(store: Store, images: Path, out: Path, clip: Clip) -
 @pytest.mark.parametrize(
     ("pattern", "end"),
     [
-        ("*-bad.jpg", "SIGSEGV"),
+        pytest.param("*-bad.jpg", "SIGSEGV", marks=pytest.mark.slow),
         pytest.param("memory *-bad.jpg", "more than 8,589,934,592 bytes of memory", marks=pytest.mark.slow),
     ],
     ids=["crash", "memory"],

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dimefm.exchange.export_embeddings import export_embeddings
 from dimefm.inspection.verify import VerifyConfig, verify
 from dimefm.system.shard_work import Seat

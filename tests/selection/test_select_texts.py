@@ -420,7 +420,8 @@ def test_a_stopped_run_goes_on_and_scores_no_finished_shard_again(
     assert files(out) == files(scored)
 
 
-@pytest.mark.parametrize("after", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 20])
 def test_sigkill_and_the_same_command_give_the_same_bytes(world: World, tmp_path: Path, after: int) -> None:
     texts, _ = random_store(tmp_path / "t.zarr", rows=960, shard_rows=16, kind="text", seed=9)
     pairs = str(tmp_path / "p.zarr")

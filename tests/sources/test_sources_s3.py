@@ -363,7 +363,8 @@ def test_a_forked_process_reads_s3(tmp_path: Path, s3: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")  # by zarr, after a failed write
-@pytest.mark.parametrize("kind", ["tar", pytest.param("folder", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tar", "folder"])
 def test_a_token_that_expires_at_any_request_costs_no_row(
     tmp_path: Path, s3: str, s3_requests: S3Requests, clip: Clip, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -258,6 +258,7 @@ def validated(rank: int, world: int, port: int, sets: tuple[str, ...], texts: st
     leave_group(place)
 
 
+@pytest.mark.slow
 def test_images_of_validation_are_shared_and_counted_together(
     cifar10: str, prompt_store: Store, tmp_path: Path
 ) -> None:
