@@ -140,7 +140,8 @@ def assert_no_ray_is_left() -> None:
     pytest.fail(f"still there after four minutes: {left}")
 
 
-@pytest.mark.parametrize("often", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["twice", "five times"])
+@pytest.mark.slow  # that a killed job goes on, shard by shard, has quicker tests
+@pytest.mark.parametrize("often", [False, True], ids=["twice", "five times"])
 def test_stage_1_killed_and_repeated_gives_the_same_store(
     folder: Folder, tmp_path: Path, teacher_name: str, gate: Gate, often: bool
 ) -> None:

@@ -181,6 +181,7 @@ def test_the_summary_has_the_means_of_whole_suites(first: Done) -> None:
         assert f"effective robustness, {name}" in text
 
 
+@pytest.mark.slow
 def test_other_layouts_of_the_same_images_give_the_same_numbers(
     first: Done, tmp_path: Path, model: str, patch: pytest.MonkeyPatch
 ) -> None:
