@@ -104,11 +104,6 @@ class MembersOfClusters:
         found = reading_ahead(lambda shard: _offsets(folder, shard, clusters), self._shards, folder)
         self._offset_S1K = np.stack(list(found))
 
-    def counts(self) -> np.ndarray[Any, Any]:
-        """The number of members of each cluster, int64 (K,)."""
-        counts_K: np.ndarray[Any, Any] = np.diff(self._offset_S1K, axis=1).sum(axis=0, dtype=np.int64)
-        return counts_K
-
     def read(self, first: int, last: int) -> Members:
         """The members of the clusters first..last-1."""
         count = int((self._offset_S1K[:, last] - self._offset_S1K[:, first]).sum())

@@ -70,7 +70,7 @@ def write_commit(store: str, commit: Commit) -> Commit:
     path = storage.join(store, commit_path(commit.shard))
     if not storage.is_url(path):
         storage.write_json(path, commit.to_json())
-    elif not storage.create(path, storage.json_bytes(commit.to_json())):  # the earlier one was removed
+    elif not storage.create(path, storage.json_bytes(commit.to_json())):
         what = f"{path} has just been written by another command"
         raise StoreError(what, remedy="let one command alone write there, and run it again; what was finished is kept")
     return commit

@@ -28,6 +28,7 @@ import numpy as np
 
 from dimefm.system import storage
 from dimefm.system.cache_room import Room
+from dimefm.system.lock import NO_LOCKS
 from dimefm.system.notes import note
 from dimefm.system.read_ahead import URL_BLOCK, in_order
 from dimefm.system.storage.durable import UNFINISHED
@@ -42,7 +43,6 @@ _PIECE = 64 << 20  # bytes that are fetched while a file is locked: others may w
 _WAIT, _LOOK_EVERY = 30.0, 0.02  # seconds that a lock is waited for, and between two looks at it
 _FILES_AT_ONCE = 4
 _TOUCH_EVERY = 10.0  # seconds
-_NO_LOCKS = (37, 38, 95)  # ENOLCK, ENOSYS, EOPNOTSUPP: what some network file systems answer
 
 _Table = np.ndarray[Any, np.dtype[np.uint32]]
 _Check = Callable[[int, bytes], bool]
@@ -274,7 +274,7 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
     return True  # without locks, what two processes fetch at once is fetched twice
 

@@ -65,7 +65,7 @@ def writes_under(store: str, lease: str | None) -> None:
 
 
 def held() -> dict[str, str]:
-    """By the URL of a store, the token under which this process writes to it: what `writes_under` takes."""
+    """By the URL of a store, the lease under which this process writes to it, as `writes_under` takes it."""
     return dict(_held)
 
 

@@ -21,7 +21,8 @@ from dimefm.system.stopping import holding, kept_in
 _LOCK = ".lock"
 _held: set[BinaryIO] = set()
 _forks_let_go = False
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what some network file systems answer
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What some network file systems answer who asks for a lock."""
 
 
 @contextmanager
@@ -107,7 +108,7 @@ def _open(folder: Path) -> BinaryIO:
             what = f"{folder} is being written by {show_owner(file.read())}"
         raise StoreError(what, remedy="wait until it has finished, or stop it") from None
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             file.close()
             raise storage.cannot_write(str(folder), error) from error
     return file
