@@ -6,6 +6,7 @@ of it, and those that run them begin only once it has read this file.
 
 from __future__ import annotations
 
+import gc
 import gzip
 import os
 import re
@@ -31,6 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if not wants_gpus(config.option.markexpr):
         # Before anything asks for one; processes that tests start, Ray's and xdist's too, inherit it.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # What a test has left over, such as a session of onnxruntime, waits for its threads as it is collected; a forked
+    # process does not have them, and would wait for ever. So it collects nothing that it has not made itself.
+    os.register_at_fork(after_in_child=gc.freeze)
     # torch 2.11's own compiler still uses what that release calls deprecated.
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
     # zarr's file systems at s3:// have a session of their own, which the garbage collector ends at any later moment.
