@@ -28,7 +28,7 @@ def open_group(path: str) -> zarr.Group:
         storage.exists(storage.join(path, "zarr.json"))
     try:
         with reading_zarr(path):
-            return zarr.open_group(zarr_place(path), mode="r+")
+            return zarr.open_group(zarr_place(path), mode="r+", zarr_format=3)
     except (FileNotFoundError, zarr.errors.GroupNotFoundError):
         pass
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # raised by zarr for a damaged one
