@@ -116,13 +116,15 @@ def retrieve(
         raise click.UsageError("--device has no effect with --index: an index searches on the CPU")
     runner = shard_runner(workers, ray_address, "cpu" if options["index"] else options["device"])
     require_with("--cache-size", cache_size, "--cache-dir", cache_dir)
-    if dry_run:
-        from dimefm.retrieval.retrieve_cost import retrieve_cost
-
-        cost = retrieve_cost(images, options["texts"], options["index"])
-        say_json(cost.facts()) if as_json else say(cost.show())
-        return
     with caching_in(cache_dir, cache_size):
+        if dry_run:
+            from dimefm.retrieval.retrieve_cost import retrieve_cost
+
+            named = options["texts"], options["index"]
+            machines = workers if workers and ray_address else 1  # workers of a local Ray share this one
+            cost = retrieve_cost(images, *named, workers=machines, device=options["device"])
+            say_json(cost.facts()) if as_json else say(cost.show())
+            return
         run(images, run=runner, **options)
     _say_made(options["out"], as_json)
 

@@ -21,7 +21,8 @@ _QUERIES, _ROWS = 1024, 16384  # of the products that are timed
 class RetrieveCost:
     """Sizes, and rates per second: images by the index, as was measured when it was built (None: without an index, or
     unknown); scores of exact search on this machine's CPU, measured now, and on a GPU. A score is one image with one
-    sentence."""
+    sentence. `workers` share the images, each on a machine, or a GPU, of its own; `device`: where exact search
+    computes, if that is decided."""
 
     images: int
     texts: int
@@ -30,14 +31,20 @@ class RetrieveCost:
     cpu_scores_per_second: float
     gpu_scores_per_second: float
     gpu: str
+    workers: int
+    device: str | None
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By way to search, the seconds of one machine, or of one GPU."""
-        scores = self.images * self.texts
-        found = {"exact": scores / self.cpu_scores_per_second, "exact on a GPU": scores / self.gpu_scores_per_second}
+        """By way to search, the seconds that it takes."""
+        images = self.images / self.workers
+        found = {}
+        if self.device != "cuda":
+            found["exact"] = images * self.texts / self.cpu_scores_per_second
+        if self.device != "cpu":
+            found["exact on a GPU"] = images * self.texts / self.gpu_scores_per_second
         if self.index_images_per_second:
-            found["index"] = self.images / self.index_images_per_second
+            found["index"] = images / self.index_images_per_second
         return found
 
     def advice(self) -> str:
@@ -57,19 +64,22 @@ class RetrieveCost:
         """What `retrieve --dry-run` prints."""
         seconds, rate = self.seconds, self.index_images_per_second
         lines = [f"images    {self.images:,}; {counted(self.texts, 'sentence')}, {self.dim} wide"]
+        many = f"{self.workers:,} machines, each" if self.workers > 1 else ""
         if rate:
-            measured = f"at {rate:,.0f} images/s, measured when it was built"
-            lines.append(hanging("index     ", f"{duration(seconds['index'])} of one machine, {measured}"))
-        here = f"at {self.cpu_scores_per_second:.2g} scores/s, measured now"
-        lines += [
-            hanging("exact     ", f"{duration(seconds['exact'])} of this machine's CPU, {here}"),
-            hanging("on a GPU  ", f"{duration(seconds['exact on a GPU'])} of one GPU, exactly, {self.gpu}"),
-            hanging("so        ", self.advice()),
-        ]
-        return "\n".join(lines)
+            of = f"{many or 'one machine,'} at {rate:,.0f} images/s, measured when it was built"
+            lines.append(hanging("index     ", f"{duration(seconds['index'])} of {of}"))
+        if "exact" in seconds:
+            of = f"{f'the CPUs of {many}' if many else 'the CPU of this machine,'} at {self.cpu_scores_per_second:.2g}"
+            lines.append(hanging("exact     ", f"{duration(seconds['exact'])} of {of} scores/s, measured here and now"))
+        if "exact on a GPU" in seconds:
+            of = f"{counted(self.workers, 'GPU') if many else 'one GPU'}, exactly, {self.gpu}"
+            lines.append(hanging("on a GPU  ", f"{duration(seconds['exact on a GPU'])} of {of}"))
+        return "\n".join([*lines, hanging("so        ", self.advice())])
 
 
-def retrieve_cost(images: str, texts: str, index: str | None) -> RetrieveCost:
+def retrieve_cost(
+    images: str, texts: str, index: str | None, *, workers: int = 1, device: str | None = None
+) -> RetrieveCost:
     """The cost for these stores, whose shards need not be done."""
     image_store, text_store = Store(images), Store(texts)
     image_store.require_kind("image")
@@ -82,7 +92,7 @@ def retrieve_cost(images: str, texts: str, index: str | None) -> RetrieveCost:
     if rates and rates.exact_scores_per_second:
         on_gpu, gpu = rates.exact_scores_per_second, f"as measured on one {rates.card}"
     sizes = image_store.schema.rows, text_store.schema.rows, dim
-    return RetrieveCost(*sizes, rate, _measured(dim), on_gpu * WIDTH / dim, gpu)
+    return RetrieveCost(*sizes, rate, _measured(dim), on_gpu * WIDTH / dim, gpu, workers, device)
 
 
 def _measured(dim: int) -> float:

@@ -554,8 +554,12 @@ def test_retrieve_says_what_it_would_take(
     words = ["retrieve", image_store.path, "--texts", text_store.path, "--out", tmp_path / "p.zarr", "--dry-run"]
     shown = run(*words).output
     assert re.search(r"^images +96; 200 sentences, 128 wide$", shown, re.MULTILINE)
-    assert re.search(r"^exact +1h00m of this machine's CPU, at 5\.3 scores/s", shown, re.MULTILINE)
+    assert re.search(r"^exact +1h00m of the CPU of this machine, at 5\.3 scores/s", shown, re.MULTILINE)
     assert "build-index --dry-run --queries IMAGES.zarr says whether" in " ".join(shown.split())
+    several = run(*words, "--workers", 2, "--ray-address", "none", "--device", "cpu").output
+    assert re.search(r"^exact +30m00s of the CPUs of 2 machines, each at 5\.3 scores/s", several, re.MULTILINE)
+    assert "on a GPU" in shown
+    assert "on a GPU" not in several
     index = tmp_path / "t.index"
     build_index(IndexConfig(store=text_store.path, out=str(index)))
     facts = json.loads(run(*words, "--index", index, "--json").stdout)
