@@ -1,0 +1,180 @@
+"""Which recipe trains the best student from one cache: by images seen and by seconds, over seeds, on changed images.
+
+Half of each set's images, drawn by their keys, are for choosing a recipe; what is reported is of the other half.
+"""
+
+import hashlib
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pyarrow.parquet as pq
+
+from benchmarks.changed_sets import CHANGES, changed_set
+from benchmarks.measure import machine, table
+from dimefm.evaluation.config import EvaluationConfig
+from dimefm.evaluation.evaluate import evaluate
+from dimefm.evaluation.predictions import file_name
+from dimefm.system.machine import describe
+from dimefm.training.read_metrics import read_metrics
+from dimefm.training.recipes import sample
+from dimefm.training.train import train
+
+SETS = ("cifar10", "caltech101", "tiny_imagenet_val")
+STUDENTS: dict[str, dict[str, Any]] = {
+    "test_resnet": {"student": "test_resnet", "image_size": 48, "batch_size": 32, "lr": 8e-3},
+    "resnet10t": {"student": "resnet10t", "image_size": 64, "batch_size": 64, "lr": 4e-3},
+    "vit": {"student": "vit_tiny_patch16_224", "image_size": 64, "batch_size": 64, "lr": 1e-3},
+}
+_PAPER, _CENTRED, _COSINE = {"vl": 0.7, "pvl": 0.3}, {"centred": 1.0}, {"cosine": 1.0}
+RECIPES: dict[str, tuple[str, dict[str, float], dict[str, Any]]] = {  # image store, losses, other fields
+    "authors": ("whole", _PAPER, {"texts_per_step": 64}),
+    "paper": ("whole", _PAPER, {}),
+    "cosine": ("whole", _COSINE, {}),
+    "centred": ("whole", _CENTRED, {}),
+    "cosine+centred": ("whole", {"cosine": 0.5, "centred": 0.5}, {}),
+    "centred, 1 view": ("views1", _CENTRED, {}),
+    "centred, 4 views": ("views4", _CENTRED, {}),
+    "centred, 8 views": ("views8", _CENTRED, {}),
+    "cosine, 8 views": ("views8", _COSINE, {}),
+    "centred, 8 strong views": ("strong8", _CENTRED, {}),
+    "cosine, 8 strong views": ("strong8", _COSINE, {}),
+    "centred, 8 strong and mixed views": ("mixed8", _CENTRED, {}),
+    "queue": ("whole", {"vl": 0.0, "pvl": 1.0}, {"queue": 4096}),
+    "centred, average": ("whole", _CENTRED, {"ema": 0.998}),
+}
+
+
+@click.command()
+@click.option(
+    "--stores", default="runs/recipe-stores", show_default=True, help="Folder of the stores, see recipe-stores."
+)
+@click.option("--data", required=True, type=click.Path(exists=True), help=f"Folder of the sets {', '.join(SETS)}.")
+@click.option("--out", default="runs/recipes", show_default=True)
+@click.option("--student", "students", multiple=True, type=click.Choice(list(STUDENTS)), default=("test_resnet",))
+@click.option("--seen", "budgets", multiple=True, type=int, default=(40_000, 160_000), show_default=True)
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--only", multiple=True, type=click.Choice(list(RECIPES)), help="These alone; may be repeated.")
+@click.option("--jobs", default=1, show_default=True, help="Runs at once, each on one thread.")
+@click.option("--one", hidden=True, help="STUDENT:RECIPE:IMAGES:SEED, in this process.")
+def recipes(
+    stores: str, data: str, out: str, students: tuple[str, ...], budgets: tuple[int, ...], seeds: int,
+    only: tuple[str, ...], jobs: int, one: str | None,
+) -> None:  # fmt: skip
+    """Students by recipe: zero-shot top-1 on each set and on changed images, by images seen and by seconds."""
+    sets = _all_sets(Path(data), Path(out))
+    if one:
+        student, name, seen, seed = one.split(":")
+        _run(Path(stores), Path(out), sets, student, name, int(seen), int(seed))
+        return
+    wanted = list(product(students, only or RECIPES, sorted(budgets), range(seeds)))
+    words = [sys.executable, "-m", "benchmarks", "recipes", "--stores", stores, "--data", data, "--out", out, "--one"]
+    with ThreadPoolExecutor(jobs) as pool:
+        asked = [pool.submit(subprocess.run, [*words, ":".join(map(str, key))], check=True) for key in wanted]
+        for done in asked:
+            done.result()
+    teacher = _scores(Path(out), _teacher(Path(stores), Path(out), sets), sets)
+    for student, seen in product(students, sorted(budgets)):
+        names = list(only or RECIPES)
+        found = {
+            name: [_outcome(Path(out), sets, student, name, seen, seed) for seed in range(seeds)] for name in names
+        }
+        click.echo(f"\n{student}, {seen:,} images seen\n\n{_table(found, teacher)}")
+    click.echo(
+        f"\n{machine()}, {describe('cpu')}, one torch thread; seeds 0 to {seeds - 1}; the half that did not choose"
+    )
+
+
+def _all_sets(data: Path, out: Path) -> dict[str, Path]:
+    """Every set by its name, and its changed copies by NAME-CHANGE."""
+    plain = {name: data / name for name in SETS}
+    return plain | {
+        f"{name}-{change}": changed_set(folder, change, out / "changed")
+        for name, folder in plain.items()
+        for change in CHANGES
+    }
+
+
+def _folder(student: str, name: str, seen: int, seed: int) -> str:
+    return f"{student}-{name.replace(', ', '-').replace(' ', '-')}-{seen}-{seed}"
+
+
+def _run(stores: Path, out: Path, sets: dict[str, Path], student: str, name: str, seen: int, seed: int) -> None:
+    """Train, if that is not done, and evaluate on every set."""
+    store, losses, changes = RECIPES[name]
+    run = str(out / _folder(student, name, seen, seed))
+    fields = {**STUDENTS[student], **changes}
+    loss_fields = {field: fields.pop(field) for field in ("queue",) if field in fields}
+    steps = seen // fields["batch_size"]
+    from dimefm.training.config import LossConfig
+
+    loss = LossConfig(**{**dict.fromkeys(LossConfig.WEIGHTS, 0.0), **losses}, **loss_fields)
+    config = sample(
+        str(stores / f"{store}.zarr"), str(stores / "texts.zarr"), run, loss=loss, epochs=10_000, max_steps=steps,
+        warmup_epochs=0.6, seed=seed, threads=1, workers=0, checkpoint_every=steps, log_every=50, **fields,
+    )  # fmt: skip
+    train(config)
+    weights = "ema" if config.ema else "model"
+    _evaluate(run, Path(run).name, out, sets, weights=weights)
+
+
+def _evaluate(model: str, name: str, out: Path, sets: dict[str, Path], **how: Any) -> str:
+    fast: dict[str, Any] = {"decoder": "fast", "threads": 1, "skip_existing": True, "predictions": True}
+    folders = tuple(str(folder) for folder in sets.values())
+    evaluate(EvaluationConfig(model=model, folders=folders, out=str(out / "evaluations"), name=name, **fast, **how))
+    return name
+
+
+def _teacher(stores: Path, out: Path, sets: dict[str, Path]) -> str:
+    from dimefm.store.embedding_store import Store
+
+    return _evaluate(Store(str(stores / "whole.zarr")).schema.teacher.name, "teacher", out, sets)
+
+
+def _scores(out: Path, name: str, sets: dict[str, Path]) -> dict[str, float]:
+    """Top-1 by set, of the images that do not choose; and the mean of the sets over those that do, as "chosen by"."""
+    found, choosing = {}, []
+    for title in sets:
+        path = out / "evaluations" / name / "predictions" / f"{file_name(f'own-{title}', 'zero-shot')}.parquet"
+        rows = pq.read_table(path, columns=["key", "correct"])
+        chooses = np.array([hashlib.sha256(key.encode()).digest()[0] % 2 == 1 for key in rows["key"].to_pylist()])
+        correct = rows["correct"].to_numpy(zero_copy_only=False)
+        found[title] = float(correct[~chooses].mean())
+        choosing += [float(correct[chooses].mean())] if title in SETS else []
+    return {**found, "chosen by": statistics.fmean(choosing)}
+
+
+def _outcome(out: Path, sets: dict[str, Path], student: str, name: str, seen: int, seed: int) -> dict[str, float]:
+    """Scores of a run by set, and the seconds that its steps took."""
+    folder = _folder(student, name, seen, seed)
+    lines = [line for line in read_metrics(str(out / folder)) if line["event"] == "train"]
+    rate = statistics.median(line["images_per_second"] for line in lines)
+    return {**_scores(out, folder, sets), "seconds": seen / rate}
+
+
+def _table(found: dict[str, list[dict[str, float]]], teacher: dict[str, float]) -> str:
+    head = ("recipe", "chosen by", *SETS, "mean", *(f"{change}, of teacher's" for change in CHANGES), "seconds")
+    whole = {**teacher, "seconds": 0.0}
+    rows = [_row("the teacher", [whole], teacher)]
+    return table(head, rows + [_row(name, runs, teacher) for name, runs in found.items()])
+
+
+def _row(name: str, runs: list[dict[str, float]], teacher: dict[str, float]) -> tuple[str, ...]:
+    cells = [_spread([run[one] for run in runs]) for one in ("chosen by", *SETS)]
+    cells.append(_spread([statistics.fmean(run[one] for one in SETS) for run in runs]))
+    for change in CHANGES:
+        titles = [f"{one}-{change}" for one in SETS]
+        shares = [sum(run[title] for title in titles) / sum(teacher[title] for title in titles) for run in runs]
+        cells.append(f"{statistics.fmean(shares):.0%}")
+    return (name, *cells, f"{statistics.median(run['seconds'] for run in runs):,.0f}")
+
+
+def _spread(values: list[float]) -> str:
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.1f}{spread}"
