@@ -1,5 +1,6 @@
 """Which recipe trains the best student from one cache: by images seen and by seconds, over seeds, on changed images.
 
+Each run and each evaluation is kept in --out: what is there is not done again, so the table can be filled in pieces.
 Half of each set's images, drawn by their keys, are for choosing a recipe; what is reported is of the other half.
 """
 
