@@ -16,6 +16,7 @@ from dimefm.errors import TrainingError
 from dimefm.images.preprocess import normalise
 from dimefm.models.first_weights import load_first_weights
 from dimefm.models.towers import build_student, build_text_student
+from dimefm.training.batch_norm import batch_norms
 from dimefm.training.config import LossConfig, TrainConfig
 from dimefm.training.distributed import Place
 from dimefm.training.mean_embedding import mean_embedding
@@ -36,10 +37,14 @@ def build_towers(
         return TowerTrainer(
             module, objective, place, prepare=prepare, precision=config.precision,
             accumulate=config.accumulate, ema=config.ema, compile=config.compile,
+            batch_norm=config.batch_norm or "sync",
         )  # fmt: skip
 
     image, spec = build_student(run.student), run.student
-    if config.batch_size // place.world // config.accumulate == 1:
+    if config.batch_norm == "frozen" and not batch_norms(image):
+        raise TrainingError(f"{spec.name} has no batch norm to be frozen", remedy="leave batch_norm out")
+    together = place.world if config.batch_norm == "local" else 1
+    if config.batch_size // together // config.accumulate == 1 and config.batch_norm != "frozen":
         _require_more_than_one(image, spec.image_size)
     if config.init and not resumed:
         load_first_weights(image, spec, config.init)

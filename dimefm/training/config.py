@@ -210,6 +210,9 @@ class TrainConfig:
     """Passes that each step is split into, to save memory; loss and gradient stay those of the whole batch."""
     clip_grad: float | None = None
     """Largest norm of the whole gradient; a larger one is scaled down. Default: no limit."""
+    batch_norm: Literal["sync", "local", "frozen"] | None = None
+    """Statistics of batch norm. sync: of the images of all processes, so that the student does not depend on their
+    number; local: each process normalises by its own images; frozen: those of the first weights. Default: sync."""
     ema: float | None = None
     """Decay per step of a moving average of the weights, such as 0.9998. Default: no average."""
     compile: bool = False
@@ -285,6 +288,8 @@ class TrainConfig:
         given = [name for name in ("init_mean", "init_std", "init_activation") if getattr(self, name) is not None]
         if given and not self.init:
             idle.append(f"{', '.join(given)}: no effect without init")
+        if self.batch_norm == "frozen" and not self.init:
+            idle.append("batch_norm frozen needs init: random weights have no statistics")
         mix = self.text_mix
         selected_by_pairs = mix.selected and not self.selection  # then all that were retrieved are the selected ones
         if self.pairs and not (mix.retrieved or selected_by_pairs or self.loss.contrastive):
@@ -331,7 +336,7 @@ class TrainConfig:
 
     def differences(self, other: TrainConfig) -> dict[str, str]:
         """The fields that decide the result and that differ in `other`, each with ``mine != theirs``."""
-        mine, theirs = self.to_json(), other.to_json()
+        mine, theirs = ({**it.to_json(), "batch_norm": it.batch_norm or "local"} for it in (self, other))
         unknown = {"threads"} if self.threads is None else set()  # a run from before they were recorded
         names = [name for name in mine if name not in {*MAY_DIFFER, *unknown} and mine[name] != theirs[name]]
         return {name: " != ".join(_what_differs(mine[name], theirs[name])) for name in names}

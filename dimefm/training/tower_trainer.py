@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dimefm.models.towers import has_convolutions
 from dimefm.system.matrix_products import DTYPES
+from dimefm.training.batch_norm import Statistics, own_statistics, set_statistics, share_statistics_
 from dimefm.training.distributed import Place, gather_batch, mean_over_processes_
 from dimefm.training.moving_average import MovingAverage
 from dimefm.training.objective import Objective
@@ -39,7 +40,7 @@ class TowerTrainer:
     one part only: the features of all parts are computed without a graph, then the loss over the whole batch and its
     gradient by the features, and then each part again with a graph, to which its slice of that gradient is handed (Gao
     et al. 2021, arXiv:2101.06983). The result is that of the whole batch, at the price of one more forward pass. Batch
-    norm is the exception: its statistics are those of one part.
+    norm is the exception: its statistics are those of one part, of all processes (training.batch_norm).
     """
 
     def __init__(
@@ -53,12 +54,17 @@ class TowerTrainer:
         accumulate: int = 1,
         ema: float | None = None,
         compile: bool = False,
+        batch_norm: Statistics = "sync",
     ) -> None:
+        set_statistics(module, batch_norm, place)
         self.layout = torch.channels_last if has_convolutions(module) else torch.contiguous_format
         self.module = module.to(place.device, memory_format=self.layout)
         self.objective = objective.to(place.device)
         self.moving_average = MovingAverage(self.module, ema) if ema else None
-        self._parallel = DistributedDataParallel(self.module) if place.world > 1 else None
+        # Buffers are left to `after_step`: DistributedDataParallel would give all processes those of rank 0
+        parallel = place.world > 1
+        self._parallel = DistributedDataParallel(self.module, broadcast_buffers=False) if parallel else None
+        self._statistics = own_statistics(self.module)
         called: Any = self.module if self._parallel is None else self._parallel
         # Compiled around DDP, whose buckets cut the graph: gradients travel while those of earlier layers are computed
         self._tower: Any = torch.compile(called) if compile else called
@@ -95,7 +101,9 @@ class TowerTrainer:
         return Learned(dict(zip(("loss", *shown), values, strict=True)), teacher_GD, student_BD.detach())
 
     def after_step(self, learned: Learned) -> None:
-        """Bring the objective and the moving average up to date, once the optimiser has taken its step."""
+        """Bring the objective, the statistics of batch norm and the moving average up to date, once the optimiser has
+        taken its step."""
+        share_statistics_(self._statistics, self._place)
         self.objective.after_step(learned.teacher_GD, learned.student_BD, self._place)
         if self.moving_average:
             self.moving_average.update(self.module)
