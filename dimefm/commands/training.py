@@ -71,6 +71,7 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @_option("--texts-per-step", type=click.IntRange(1))
 @_option("--lr", type=float)
 @_option("--weight-decay", type=float)
+@_option("--optimizer", metavar="NAME")
 @_option("--clip-grad", type=float, metavar="NORM")
 @_option("--ema", type=float, metavar="DECAY")
 @heading("Losses and sentences")

@@ -57,6 +57,12 @@ def build_towers(
     return towers
 
 
+def named_modules(config: TrainConfig, towers: dict[str, TowerTrainer]) -> dict[str, Any]:
+    """The modules of towers by the names of their models."""
+    names = {"image": config.student, "text": f"the text tower of {config.text_student}"}
+    return {names[side]: tower.module for side, tower in towers.items()}
+
+
 def _require_more_than_one(tower: Any, size: int) -> None:
     """Raises TrainingError for a tower with batch norm that cannot train on one image at a time: where its last map has
     one place, one image has no variance."""

@@ -116,8 +116,9 @@ MAY_DIFFER = ("images", "texts", "pairs", "selection", "out", "val", "val_texts"
 is computed."""
 
 NEVER_DIFFER = ("student", "image_size", "text_student", "init", "init_mean", "init_std", "init_activation",
-                "batch_size", "text_batch_size")  # fmt: skip
-"""Fields that --allow-changes cannot name: a checkpoint has these towers' weights and counts in these batches."""
+                "batch_size", "text_batch_size", "optimizer", "layer_decay")  # fmt: skip
+"""Fields that --allow-changes cannot name: a checkpoint has these towers' weights, the state of this optimizer for the
+parameters in these groups, and counts in these batches."""
 
 NEVER_DIFFER_IN_LOSS = ("queue", "logit_scale")
 """The same within `loss` and `text_loss`: a checkpoint has this state."""
@@ -157,7 +158,7 @@ class TrainConfig:
     warmup_epochs: float
     """Epochs in which the learning rate rises to its peak."""
     weight_decay: float
-    """Weight decay of AdamW; vectors, biases and embeddings of positions and tokens have none."""
+    """Weight decay; vectors, biases and embeddings of positions and tokens have none."""
     loss: LossConfig
     """Weights of the losses, such as vl=0.7,pvl=0.3; others are 0. The student learns its teacher's scores of images
     with sentences (vl), with the teacher's images (pvl) or with its own (udist); the embeddings themselves (cosine, or
@@ -202,10 +203,15 @@ class TrainConfig:
     """Side of the images that the student sees, in pixels. Default: the model's own."""
     flip: bool = True
     """Flip half of the images from left to right; for images that were cached whole."""
+    optimizer: str = "adamw"
+    """AdamW, or an optimizer of timm such as lion or lamb, with the rest as timm has it: an SGD has momentum 0.9."""
+    layer_decay: float | None = None
+    """Factor of the learning rate from each layer to the one before it, such as 0.75; the projection has all of it.
+    Default: all layers have."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's two moving averages."""
+    """Decay rates of the optimizer's two moving averages. Another than AdamW has its own in place of 0.9,0.999."""
     eps: float = 1e-8
-    """Epsilon of AdamW."""
+    """Epsilon of the optimizer. Another than AdamW has its own in place of 1e-8."""
     accumulate: int = 1
     """Passes that each step is split into, to save memory; loss and gradient stay those of the whole batch."""
     clip_grad: float | None = None
@@ -266,8 +272,9 @@ class TrainConfig:
             wrong.append(f"crop_scale must be 0 < low <= high <= 1, found {self.crop_scale}")
         if not all(0 <= beta < 1 for beta in self.betas):
             wrong.append(f"betas must be 0 <= beta < 1, found {self.betas}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            wrong.append(f"ema must lie between 0 and 1, found {self.ema}")
+        for name in ("ema", "layer_decay"):
+            if (value := getattr(self, name)) is not None and not 0 < value < 1:
+                wrong.append(f"{name} must lie between 0 and 1, found {value}")
         if self.seed >= 2**63:
             wrong.append(f"seed must be below 2^63, found {self.seed}")
         if self.log_project is not None and not re.fullmatch(r"[\w-]{1,100}", self.log_project, re.ASCII):
