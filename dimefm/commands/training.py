@@ -74,6 +74,8 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @_option("--optimizer", metavar="NAME")
 @_option("--clip-grad", type=float, metavar="NORM")
 @_option("--ema", type=float, metavar="DECAY")
+@_option("--patch-dropout", type=float, metavar="SHARE")
+@_option("--gradient-checkpointing", is_flag=True, default=None)
 @heading("Losses and sentences")
 @_option("--loss", metavar="NAME=WEIGHT,...")
 @_option("--text-mix", metavar="KIND=SHARE,...")

@@ -15,6 +15,7 @@ from cache_schemas import Run
 from dimefm.errors import TrainingError
 from dimefm.images.preprocess import normalise
 from dimefm.models.first_weights import load_first_weights
+from dimefm.models.tower_training import checkpoint_gradients, drop_patches
 from dimefm.models.towers import build_student, build_text_student
 from dimefm.training.batch_norm import batch_norms
 from dimefm.training.config import LossConfig, TrainConfig
@@ -37,7 +38,7 @@ def build_towers(
         return TowerTrainer(
             module, objective, place, prepare=prepare, precision=config.precision,
             accumulate=config.accumulate, ema=config.ema, compile=config.compile,
-            batch_norm=config.batch_norm or "sync",
+            batch_norm=config.batch_norm or "sync", recomputes=config.gradient_checkpointing,
         )  # fmt: skip
 
     image, spec = build_student(run.student), run.student
@@ -48,12 +49,17 @@ def build_towers(
         _require_more_than_one(image, spec.image_size)
     if config.init and not resumed:
         load_first_weights(image, spec, config.init)
+    if config.patch_dropout:
+        drop_patches(image, spec.name, config.patch_dropout)
     mean_D = mean_embedding(inputs.images) if config.loss.centred else None
     towers = {"image": trainer(image, config.loss, mean_D, partial(normalise, mean=spec.mean, std=spec.std))}
     if run.text_student:
         mean_D = mean_embedding(inputs.texts) if config.text_loss.centred else None
         text = build_text_student(run.text_student)
         towers["text"] = trainer(text, config.text_loss, mean_D, lambda tokens: tokens)
+    if config.gradient_checkpointing:
+        for name, module in named_modules(config, towers).items():
+            checkpoint_gradients(module, name)
     return towers
 
 

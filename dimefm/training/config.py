@@ -111,7 +111,7 @@ class TextMix:
 
 MAY_DIFFER = ("images", "texts", "pairs", "selection", "out", "val", "val_texts", "workers", "log_every", "log_to",
               "log_project", "device", "checkpoint_every", "keep", "accept_slow", "cache_dir",
-              "cache_size")  # fmt: skip
+              "cache_size", "gradient_checkpointing")  # fmt: skip
 """Fields in which a resumed run may differ from its start: they say where things are, how fast and how often, not what
 is computed."""
 
@@ -214,6 +214,12 @@ class TrainConfig:
     """Epsilon of the optimizer. Another than AdamW has its own in place of 1e-8."""
     accumulate: int = 1
     """Passes that each step is split into, to save memory; loss and gradient stay those of the whole batch."""
+    gradient_checkpointing: bool = False
+    """Compute the inside of the towers' blocks again in the backward pass, in place of keeping it in memory; the
+    student stays the same."""
+    patch_dropout: float = 0.0
+    """Share of an image's patches that a vision transformer leaves out in training, such as 0.5; a step takes about as
+    much less time and memory."""
     clip_grad: float | None = None
     """Largest norm of the whole gradient; a larger one is scaled down. Default: no limit."""
     batch_norm: Literal["sync", "local", "frozen"] | None = None
@@ -263,7 +269,8 @@ class TrainConfig:
             above_0=("epochs", "batch_size", "texts_per_step", "text_batch_size", "lr", "accumulate", "keep",
                      "checkpoint_every", "log_every", "val_every", "image_size", "clip_grad", "max_steps", "eps",
                      "threads", "init_std", "cache_size"),
-            not_below_0=("min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "workers", "seed", "init_mean"),
+            not_below_0=("min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "workers", "seed", "init_mean",
+                         "patch_dropout"),
         )  # fmt: skip
         if any(" must be a number" in problem for problem in wrong):
             return wrong  # the rest compares numbers
@@ -275,6 +282,8 @@ class TrainConfig:
         for name in ("ema", "layer_decay"):
             if (value := getattr(self, name)) is not None and not 0 < value < 1:
                 wrong.append(f"{name} must lie between 0 and 1, found {value}")
+        if self.patch_dropout >= 1:
+            wrong.append(f"patch_dropout must be below 1, found {self.patch_dropout}")
         if self.seed >= 2**63:
             wrong.append(f"seed must be below 2^63, found {self.seed}")
         if self.log_project is not None and not re.fullmatch(r"[\w-]{1,100}", self.log_project, re.ASCII):

@@ -257,7 +257,7 @@ def test_a_student_with_batch_norm_does_not_depend_on_the_number_of_processes(
         image_store, text_store, tmp_path / "one", device="cpu", batch_norm=batch_norm, accumulate=2, ema=0.5, threads=1
     )
     train(config)
-    two = replace(config, out=str(tmp_path / "two"))
+    two = replace(config, out=str(tmp_path / "two"), gradient_checkpointing=True)
     arguments = (2, free_port(), two)
     multiprocessing.start_processes(trained, arguments, nprocs=2, start_method=FORKING.get_start_method())
     one, other = (Checkpoints(out).load() for out in (config.out, two.out))
