@@ -136,7 +136,7 @@ class TrainConfig:
     """
 
     images: str
-    """Image store: embeddings of the images to train on."""
+    """Image store: embeddings of the images to train on. Several of one teacher: A.zarr::B.zarr."""
     texts: str
     """Text store: embeddings of the sentences to train with."""
     out: str
@@ -174,6 +174,8 @@ class TrainConfig:
     threads: int | None = None
     """Threads of torch in each process; on a CPU sums depend on them to the last bit. Default: its cores, or
     OMP_NUM_THREADS."""
+    image_weights: tuple[float, ...] = ()
+    """How often the images of each of several stores are shown in an epoch, such as 1::2. Default: once."""
     pairs: str | None = None
     """Nearest sentences of each image, from retrieve; for retrieved sentences, for selected ones without `selection`,
     and for the contrastive loss."""
@@ -268,7 +270,7 @@ class TrainConfig:
             self,
             above_0=("epochs", "batch_size", "texts_per_step", "text_batch_size", "lr", "accumulate", "keep",
                      "checkpoint_every", "log_every", "val_every", "image_size", "clip_grad", "max_steps", "eps",
-                     "threads", "init_std", "cache_size"),
+                     "threads", "init_std", "cache_size", "image_weights"),
             not_below_0=("min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "workers", "seed", "init_mean",
                          "patch_dropout"),
         )  # fmt: skip
@@ -314,6 +316,13 @@ class TrainConfig:
         if self.selection and not (mix.selected or self.text_student):
             uses = "--text-mix selected=... or --text-student"
             idle.append(f"a selection is given, but the text mix draws nothing from it; {uses} would")
+        stores = len(self.images.split("::"))
+        if self.image_weights and len(self.image_weights) != stores:
+            idle.append(f"image_weights are one for each image store: {len(self.image_weights)} for {stores}")
+        if self.image_weights and stores == 1:
+            idle.append("image_weights have no effect with one image store")
+        if self.pairs and stores > 1:
+            idle.append("pairs are of one image store, and there are several: leave pairs out, or cache one store")
         if self.cache_size and not self.cache_dir:
             idle.append("cache_size has no effect without cache_dir")
         if self.log_project and not self.log_to:

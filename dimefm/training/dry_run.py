@@ -106,8 +106,9 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
     bank = bytes_of_texts(texts, "memory", texts.schema.rows) if kept_in != "disk" else 0
     return Foresight(
         config=config, device=str(place.device), machine=describe(str(place.device)), image_size=size,
-        images=plan.images.rows, sentences=_sentences(config, plan), steps_per_epoch=plan.steps_per_epoch,
-        steps=plan.steps, first_step=plan.first_step, warmup_steps=config.warmup_steps(plan.steps_per_epoch),
+        images=plan.inputs.images.contents.good, sentences=_sentences(config, plan),
+        steps_per_epoch=plan.steps_per_epoch, steps=plan.steps, first_step=plan.first_step,
+        warmup_steps=config.warmup_steps(plan.steps_per_epoch),
         validation_steps=config.validation_steps(plan.steps_per_epoch) if config.val else None,
         parameters=parameters, training_state=(_WEIGHT + 4 * (config.ema is not None)) * parameters + state,
         text_bank=bank, text_bank_in=kept_in, loaders=loaders, shared_memory=loaders * (ahead + 1) * batch,
