@@ -112,8 +112,9 @@ class _Normalised(torch.autograd.Function):
         x, weight_C, mean_C, var_C = ctx.saved_tensors
         scale_C = torch.ones_like(mean_C) if weight_C is None else weight_C
         # As if the statistics were constants; their share follows from the sums of grad and of grad times normalised x
+        not_saved = mean_C.new_empty(0)
         plain, grad_weight_C, grad_bias_C = torch.ops.aten.native_batch_norm_backward(
-            grad, x, scale_C, mean_C, var_C, None, None, False, ctx.eps, [True, True, True]
+            grad, x, scale_C, mean_C, var_C, not_saved, not_saved, False, ctx.eps, [True, True, True]
         )
         sums_2C = torch.stack([grad_bias_C, grad_weight_C])
         if ctx.place.world > 1:

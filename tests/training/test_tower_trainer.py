@@ -173,10 +173,13 @@ def test_processes_and_passes_have_the_gradient_of_one(world: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5, 3)])
-@pytest.mark.parametrize("affine", [True, False])
-def test_a_batch_norm_over_processes_is_the_usual_one(shape: tuple[int, ...], affine: bool) -> None:
+@pytest.mark.parametrize(("affine", "momentum"), [(True, 0.1), (False, None)])
+def test_a_batch_norm_over_processes_is_the_usual_one(
+    shape: tuple[int, ...], affine: bool, momentum: float | None
+) -> None:
     """Values, gradients and statistics, in a single process; several are above."""
-    usual = (torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d)(4, affine=affine).double()
+    kind = torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d
+    usual = kind(4, affine=affine, momentum=momentum).double()
     for parameter in usual.parameters():
         torch.nn.init.uniform_(parameter, 0.5, 2.0)
     other = copy.deepcopy(usual)
