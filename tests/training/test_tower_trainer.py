@@ -132,6 +132,8 @@ def compiled_one_of_two(rank: int, world: int, port: int, out: str, cache: str) 
     for accumulate in (1, 2):
         gradients = two_steps(trainer(place, accumulate=accumulate, compile=True), rank, world)
         torch.save(gradients, f"{out}/{rank}-{accumulate}.pt")
+    found = trainer(place, tower(norm=True), ema=0.5, compile=True)
+    torch.save([*two_steps(found, rank, world), *statistics(found)], f"{out}/{rank}-norm.pt")
     leave_group(place)
 
 
@@ -143,9 +145,11 @@ def test_compiled_processes_and_passes_have_the_gradient_of_one(tmp_path: Path) 
     multiprocessing.start_processes(
         compiled_one_of_two, arguments, nprocs=2, start_method=FORKING.get_start_method()
     )  # fmt: skip
-    expected, found = two_steps(trainer()), sorted((tmp_path / "gradients").iterdir())
-    assert len(found) == 4
+    alone, found = trainer(module=tower(norm=True), ema=0.5), sorted((tmp_path / "gradients").iterdir())
+    plain, normed = two_steps(trainer()), [*two_steps(alone), *statistics(alone)]
+    assert len(found) == 6
     for path in found:
+        expected = normed if "norm" in path.name else plain
         for mine, whole in zip(torch.load(path, weights_only=True), expected, strict=True):
             torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5, msg=path.name)
 
