@@ -81,6 +81,15 @@ def optimizer_of(
     return made
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take the state in a checkpoint. Settings of its groups stay those of the config, which --allow-changes may have
+    changed since."""
+    settings = [{name: v for name, v in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, of_config in zip(optimizer.param_groups, settings, strict=True):
+        group.update(of_config)
+
+
 def _scales(towers: Mapping[str, Any], layer_decay: float) -> dict[torch.nn.Parameter, float]:
     """The share of the learning rate that each parameter of these towers has: 1 for the projection, and `layer_decay`
     times as much with every layer before it (Clark et al. 2020, arXiv:2003.10555)."""

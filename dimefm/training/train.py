@@ -45,7 +45,7 @@ from dimefm.training.feed_plan import TEXT_STREAM
 from dimefm.training.image_batches import Batch
 from dimefm.training.machine_settings import decide_settings, torch_threads
 from dimefm.training.not_finite import explain_out_of_memory, not_finite_error
-from dimefm.training.optimizer import learning_rate, optimizer_of
+from dimefm.training.optimizer import learning_rate, load_optimizer, optimizer_of
 from dimefm.training.read_metrics import last_validation
 from dimefm.training.run_folder import has_begun, plan_run, write_run
 from dimefm.training.run_log import RunLog
@@ -341,10 +341,7 @@ class _Trainer:
         self.image.load_state_dict(state["image"])
         if self.text:
             self.text.load_state_dict(state["text"])
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, of_config in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(of_config)  # which --allow-changes may have changed since the checkpoint
+        load_optimizer(self.optimizer, state["optimizer"])
         if state["scaler"]:  # empty where the run began in another precision
             self.scaler.load_state_dict(state["scaler"])
         return int(state["step"])

@@ -20,7 +20,7 @@ from dimefm.training import optimizer as optimizer_module
 from dimefm.training.before_training import require_startable
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import TrainConfig
-from dimefm.training.optimizer import optimizer_of, require_optimizer
+from dimefm.training.optimizer import load_optimizer, optimizer_of, require_optimizer
 from dimefm.training.recipes import paper
 from dimefm.training.train import train
 from tests.stores import teacher_identity
@@ -66,7 +66,7 @@ def test_a_checkpoint_has_all_that_an_optimizer_goes_by(name: str) -> None:
         state, of_optimizer = torch.load(file, weights_only=True)
         other.load_state_dict(state)
         again = optimizer_of(config(optimizer=one), [other], {})
-        again.load_state_dict(of_optimizer)
+        load_optimizer(again, of_optimizer)
         steps(other, again, range(2, 4))
         assert same(model.state_dict(), other.state_dict()), one
         assert not same(model.state_dict(), small().state_dict()), f"{one} does nothing"
