@@ -27,13 +27,16 @@ class JoinedStore(Store):
     """
 
     def __init__(self, stores: Sequence[Store], weights: Sequence[float] = ()) -> None:
-        """Raises MismatchError for stores that are not alike: of another teacher, other views, or with pixels only in
-        some."""
+        """Raises MismatchError for stores that are not alike (of another teacher, other views, or with pixels only in
+        some), and for one that is named twice."""
         self._stores, self.weights = tuple(stores), tuple(weights) or (1.0,) * len(stores)
+        paths = [store.path for store in self._stores]
+        if twice := next((path for path in paths if paths.count(path) > 1), None):
+            raise MismatchError(f"{twice} is named twice", remedy="name it once, with a weight: --image-weights")
         for other in self._stores[1:]:
             require_same_teacher(self._stores[0], other)
             _require_alike(self._stores[0], other)
-        self.path = "::".join(store.path for store in self._stores)
+        self.path = "::".join(paths)
         self._starts = np.cumsum([0, *(store.schema.rows for store in self._stores)])
         self.schema = _joined_schema([store.schema for store in self._stores])
 
@@ -161,8 +164,6 @@ def open_images(paths: str, weights: Sequence[float] = ()) -> Store:
 
 
 def _require_alike(one: Store, other: Store) -> None:
-    if one.path == other.path:
-        raise MismatchError(f"{one.path} is named twice", remedy="give it a weight: --image-weights 2::1")
     facts = [
         {"views": store.schema.views, "pixels": bool(store.schema.pixels), "dtype": store.schema.dtype}
         for store in (one, other)

@@ -77,7 +77,7 @@ def test_stores_that_are_not_alike_are_refused_by_what_differs(two: Two, tmp_pat
     for other, what in (
         (str(tmp_path / "other.zarr"), "come from different teachers:\n  - teacher.weights: w != others"),
         (str(tmp_path / "wide.zarr"), "cannot be trained on together: dtype: float16 != float32"),
-        (path, "is named twice\n  remedy: give it a weight: --image-weights 2::1"),
+        (path, "is named twice\n  remedy: name it once, with a weight: --image-weights"),
     ):
         with pytest.raises(MismatchError, match=what):
             open_images(f"{path}::{other}")
