@@ -45,6 +45,7 @@ def foresight_lines(found: Foresight) -> list[str]:
     config = found.config
     every = f"every {config.checkpoint_every:,} steps" if config.checkpoint_every else "every ten minutes"
     threads = counted(config.threads or 1, "torch thread")
+    optimizer = "AdamW" if config.optimizer == "adamw" else config.optimizer
     rows = [
         ("machine", f"{found.machine}: {found.device}, {config.precision}, {threads}"),
         ("rows", f"{counted(found.images, 'image')} and {counted(found.sentences, 'sentence')} that can be used"),
@@ -56,7 +57,7 @@ def foresight_lines(found: Foresight) -> list[str]:
         ("a step", _step_time(found)),
         ("the run", _run_time(found)),
         ("student", f"{found.parameters / 1e6:,.1f} million weights, images of {found.image_size} px"),
-        ("memory", f"{amount(found.training_state)} for weights, gradients, AdamW; activations come on top"),
+        ("memory", f"{amount(found.training_state)} for weights, gradients, {optimizer}; activations come on top"),
     ]
     if found.text_bank:
         where = "on the GPU" if found.text_bank_in == "device" else "in memory"

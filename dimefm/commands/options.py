@@ -206,3 +206,15 @@ class Numbers(click.ParamType[tuple[int, ...]]):
             return tuple(map(int, value if isinstance(value, (tuple, list)) else value.split(",")))
         except (ValueError, TypeError, AttributeError):
             self.fail(f"{value!r} is not a list of whole numbers such as 5,20,50", param, ctx)
+
+
+class Weights(click.ParamType[tuple[float, ...]]):
+    """`1::2` as a tuple of numbers, one for each of the stores in `A.zarr::B.zarr`."""
+
+    name = "weights"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            return tuple(map(float, value if isinstance(value, (tuple, list)) else value.split("::")))
+        except (ValueError, TypeError, AttributeError):
+            self.fail(f"{value!r} is not a weight for each store, such as 1::2", param, ctx)

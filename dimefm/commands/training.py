@@ -9,7 +9,16 @@ import click
 
 from cache_schemas.identity import Precision
 from dimefm.commands.help import Command, heading
-from dimefm.commands.options import DEVICES, Bytes, json_option, options_of, quiet_option, require_with, say_json
+from dimefm.commands.options import (
+    DEVICES,
+    Bytes,
+    Weights,
+    json_option,
+    options_of,
+    quiet_option,
+    require_with,
+    say_json,
+)
 from dimefm.commands.recipes import training_fields
 from dimefm.commands.weights_options import weights_options
 from dimefm.models.names import require_model, require_student
@@ -46,6 +55,7 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @_option("--images", metavar="IMAGES.zarr")
 @_option("--texts", metavar="TEXTS.zarr")
 @_option("--out", metavar="RUN")
+@_option("--image-weights", type=Weights(), metavar="1::2")
 @_option("--pairs")
 @_option("--selection")
 @click.option("--recipe", type=_Recipes(["paper", "sample-paper", "sample"]), default="paper", show_default=True,
@@ -71,8 +81,11 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @_option("--texts-per-step", type=click.IntRange(1))
 @_option("--lr", type=float)
 @_option("--weight-decay", type=float)
+@_option("--optimizer", metavar="NAME")
 @_option("--clip-grad", type=float, metavar="NORM")
 @_option("--ema", type=float, metavar="DECAY")
+@_option("--patch-dropout", type=float, metavar="SHARE")
+@_option("--gradient-checkpointing", is_flag=True, default=None)
 @heading("Losses and sentences")
 @_option("--loss", metavar="NAME=WEIGHT,...")
 @_option("--text-mix", metavar="KIND=SHARE,...")

@@ -23,6 +23,7 @@ from dimefm.images.decode import DecodeError
 from dimefm.sample import sample_dir
 from dimefm.sources.read_image import ImagePlace, read_image
 from dimefm.store.embedding_store import Store
+from dimefm.store.joined_store import open_images
 from dimefm.system import storage
 from dimefm.system.named_paths import allowing
 from dimefm.system.notes import note
@@ -84,7 +85,7 @@ def _of_run(run: str) -> Material:
     document = read_run(run)
     config = TrainConfig.parse(document.config, run)
     try:
-        images, texts = (Store(_place(run, path)) for path in (config.images, config.texts))
+        images, texts = _images(run, config), Store(_place(run, config.texts))
         encoded, sentences = _images_of(images, IMAGES), _texts_of(texts)
         val = tuple(_place(run, path) for path in config.val)
         with allowing(val):
@@ -106,7 +107,11 @@ def _place(run: str, path: str) -> str:
 def images_of_run(run: str, count: int) -> tuple[bytes, ...]:
     """At most `count` of the encoded images that a run was trained on. Raises as reading its store does."""
     config = TrainConfig.parse(read_run(run).config, run)
-    return _images_of(Store(_place(run, config.images)), count)
+    return _images_of(_images(run, config), count)
+
+
+def _images(run: str, config: TrainConfig) -> Store:
+    return open_images("::".join(_place(run, path) for path in config.images.split("::")))
 
 
 def _images_of(store: Store, count: int) -> tuple[bytes, ...]:

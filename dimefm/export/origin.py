@@ -11,7 +11,7 @@ from cache_schemas.export import ExportOrigin, ExportSource
 from cache_schemas.run import Change, Weights
 from dimefm.errors import DimefmError
 from dimefm.models.names import FOLDER, HUB
-from dimefm.store.embedding_store import Store
+from dimefm.store.joined_store import open_images
 from dimefm.system.named_paths import named
 from dimefm.training.run_folder import read_run
 
@@ -58,6 +58,8 @@ def public(value: Any) -> Any:
         return [public(one) for one in value]
     if not isinstance(value, str) or _NO_PATH.fullmatch(value):
         return value
+    if "::" in value:
+        return "::".join(map(public, value.split("::")))
     folder, path = (FOLDER, value.removeprefix(FOLDER)) if value.startswith(FOLDER) else ("", value)
     return folder + _base_name(path)
 
@@ -81,16 +83,18 @@ def _sources(run: str, document: Run) -> tuple[ExportSource, ...]:
 
 def _source(run: str, kind: Any, path: str, identity: str, digest: str | None) -> ExportSource:
     """What is still known of a store that a run was trained on."""
-    store, unknown = public(path), "its store could not be read when the model was exported"
-    for place in (path, str(Path(run).absolute().parent / store)):  # a run names its stores as they were typed
+    paths = path.split("::")  # of several stores of images
+    names, unknown = [public(one) for one in paths], "its store could not be read when the model was exported"
+    store, beside = "::".join(names), [str(Path(run).absolute().parent / name) for name in names]
+    for places in (paths, beside):  # a run names its stores as they were typed
         try:
-            found = Store(named(place, run))
+            found = open_images("::".join(named(place, run) for place in places))
             contents = found.contents
         except (DimefmError, SchemaError, OSError):
             continue
         if found.schema.identity != identity or digest not in (None, contents.digest):
             unknown = "its store had other content when the model was exported"
             continue
-        names = tuple(public(one) for one in found.schema.source.arguments)
-        return ExportSource(kind=kind, store=store, names=names, rows=contents.good, digest=digest)
+        sources = tuple(public(one) for one in found.schema.source.arguments)
+        return ExportSource(kind=kind, store=store, names=sources, rows=contents.good, digest=digest)
     return ExportSource(kind=kind, store=store, digest=digest, unknown=unknown)

@@ -88,8 +88,15 @@ class Store:
         self._plans = PlanReader(self.path, self.schema)
         self._pixels = PixelReader(self.path, self.schema, self._version)
 
-    def __reduce__(self) -> tuple[Callable[[str], Store], tuple[str]]:
+    def __reduce__(self) -> tuple[Callable[..., Store], tuple[Any, ...]]:
         return partial(Store, cached=self._cached), (self.path,)  # another process opens it again
+
+    def again(self) -> Store:
+        """See `opened`."""
+        found = Store(self.path)
+        if "contents" in self.__dict__:
+            found.contents = self.contents
+        return found
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -145,6 +152,11 @@ class Store:
                 pixels=pixels,
             )
             return write_commit(self.path, commit)
+
+    @property
+    def parts(self) -> tuple[Store, ...]:
+        """The stores that this one consists of: itself, or those of a `joined_store.JoinedStore`."""
+        return (self,)
 
     # -- progress -----------------------------------------------------------------------------------------------------
 
@@ -286,6 +298,10 @@ class Store:
         of the time. Plans are read as a whole, so it is best to ask for rows of many shards at once."""
         return self._plans.entries(rows_N, columns)
 
+    def name_of(self, row: int) -> str:
+        """A row in words, for messages."""
+        return f"row {row}"
+
     def samples(self, rows_N: np.ndarray[Any, Any], columns: tuple[str, ...] = ()) -> list[dict[str, Any]]:
         """`entries` of any rows, in the order asked for, as dictionaries."""
         if not len(rows_N):
@@ -298,12 +314,7 @@ class Store:
 def opened(store: Store | str) -> Store:
     """A store, opened in this process: connections of the one that it was forked from cannot be shared. What that one
     has read of the commits is not read again."""
-    if isinstance(store, str):
-        return Store(store)
-    found = Store(store.path)
-    if "contents" in store.__dict__:
-        found.contents = store.contents
-    return found
+    return Store(store) if isinstance(store, str) else store.again()
 
 
 def create_store(out: str, schema: EmbeddingStore, digests: Sequence[str], files: Sequence[SourceFile]) -> Store:

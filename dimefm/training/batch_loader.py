@@ -43,8 +43,9 @@ _IMAGES_AHEAD = 2**18  # ten seconds of a GPU and a small student: the plans of 
 
 @dataclass(frozen=True)
 class Request:
-    """What one batch is made of. `places_B` says where each image is, if they are read from their own files.
-    `window_N` are the rows of all batches of a window, in its first request, for a dataset that reads plans itself.
+    """What one batch is made of. `places_B` says where each image is, if they are read from their own files. `passes_B`
+    says which pass over its store each image is shown in, where that is not the epoch. `window_N` are the rows of all
+    batches of a window, in its first request, for a dataset that reads plans itself.
     """
 
     step: int
@@ -53,6 +54,11 @@ class Request:
     all_rows_G: np.ndarray[Any, Any]
     places_B: list[ImagePlace] | None = None
     window_N: np.ndarray[Any, Any] | None = None
+    passes_B: np.ndarray[Any, Any] | None = None
+
+    def passes(self) -> np.ndarray[Any, Any]:
+        """`passes_B`, or the epoch for each image, int64 (B,)."""
+        return np.full(len(self.rows_B), self.epoch) if self.passes_B is None else self.passes_B
 
 
 class Requests(Sampler[Request]):
@@ -80,12 +86,14 @@ class Requests(Sampler[Request]):
             yield request
 
     def _made(self) -> Iterator[Request]:
-        for first, epoch, rows_SG in self._order.windows(self._first, self._steps):
+        for first, epoch, rows_SG, passes_SG in self._order.windows_in_passes(self._first, self._steps):
             rows_SB = np.ascontiguousarray(rows_SG[:, self._rank :: self._world])
+            passes_SB = repeat(None) if passes_SG is None else passes_SG[:, self._rank :: self._world]
             places = self._places(rows_SB) if self._placed else repeat(None)
             window_N = rows_SB.ravel() if self._is_text else None
-            for step, (rows_G, rows_B, places_B) in enumerate(zip(rows_SG, rows_SB, places, strict=False), first):
-                yield Request(step, epoch, rows_B, rows_G, places_B, window_N)
+            batches = zip(rows_SG, rows_SB, places, passes_SB, strict=False)
+            for step, (rows_G, rows_B, places_B, passes_B) in enumerate(batches, first):
+                yield Request(step, epoch, rows_B, rows_G, places_B, window_N, passes_B)
                 window_N = None
 
     def _places(self, rows_SB: np.ndarray[Any, Any]) -> Iterator[list[ImagePlace]]:

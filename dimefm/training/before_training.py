@@ -1,4 +1,5 @@
-"""What can be said of a run from its config alone: what it lacks, and what its user may not have meant. No torch."""
+"""What can be said of a run from its config alone: what it lacks, and what its user may not have meant. No torch, but
+for another optimizer than AdamW."""
 
 from __future__ import annotations
 
@@ -16,14 +17,18 @@ _FIELDS = "dimefm train-student --fields lists all"
 
 
 def require_startable(config: TrainConfig) -> None:
-    """Raises StoreError for a cache at a URL, and TrainingError for a config that lacks an input that it draws from or
-    the library that it logs to, or whose learning rate would not rise to its peak and fall. A run of an older release,
-    which did not look at the latter, goes on."""
+    """Raises StoreError for a cache at a URL, and TrainingError for a config that lacks an input that it draws from,
+    the library that it logs to or its optimizer, or whose learning rate would not rise to its peak and fall. A run of
+    an older release, which did not look at the latter, goes on."""
     if config.log_to and not _is_installed(config.log_to):
         remedy = f'pip install "dimefm[{config.log_to}]"'
         raise TrainingError(f"the run cannot be logged to {config.log_to}, which is not installed here", remedy=remedy)
     if config.cache_dir:
         storage.local(config.cache_dir, "a cache")
+    if config.optimizer != "adamw":
+        from dimefm.training.optimizer import require_optimizer  # imports torch and timm, which know the others
+
+        require_optimizer(config)
     mix = config.text_mix if config.loss.vl else TextMix()
     require_sources(mix, config.pairs, config.selection, paired=config.loss.contrastive > 0)
     if (Path(config.out) / RUN_FILE).exists():
@@ -64,7 +69,7 @@ def require_changeable(names: tuple[str, ...]) -> None:
             raise TrainingError(f"--allow-changes: no field is called {name!r}", remedy=near)
     fixed = [name for name in names if name in NEVER_DIFFER]
     if fixed:
-        why = "a checkpoint has the weights of its towers, and counts in its batches"
+        why = "a checkpoint has the weights of its towers and the state of its optimizer, and counts in its batches"
         what = f"--allow-changes: {', '.join(fixed)} cannot change within a run: {why}"
         raise TrainingError(what, remedy="train a new run, with another --out")
 

@@ -111,13 +111,14 @@ class TextMix:
 
 MAY_DIFFER = ("images", "texts", "pairs", "selection", "out", "val", "val_texts", "workers", "log_every", "log_to",
               "log_project", "device", "checkpoint_every", "keep", "accept_slow", "cache_dir",
-              "cache_size")  # fmt: skip
+              "cache_size", "gradient_checkpointing")  # fmt: skip
 """Fields in which a resumed run may differ from its start: they say where things are, how fast and how often, not what
 is computed."""
 
 NEVER_DIFFER = ("student", "image_size", "text_student", "init", "init_mean", "init_std", "init_activation",
-                "batch_size", "text_batch_size")  # fmt: skip
-"""Fields that --allow-changes cannot name: a checkpoint has these towers' weights and counts in these batches."""
+                "batch_size", "text_batch_size", "optimizer", "layer_decay")  # fmt: skip
+"""Fields that --allow-changes cannot name: a checkpoint has these towers' weights, the state of this optimizer for the
+parameters in these groups, and counts in these batches."""
 
 NEVER_DIFFER_IN_LOSS = ("queue", "logit_scale")
 """The same within `loss` and `text_loss`: a checkpoint has this state."""
@@ -135,7 +136,7 @@ class TrainConfig:
     """
 
     images: str
-    """Image store: embeddings of the images to train on."""
+    """Image store: embeddings of the images to train on. Several of one teacher: A.zarr::B.zarr."""
     texts: str
     """Text store: embeddings of the sentences to train with."""
     out: str
@@ -157,7 +158,7 @@ class TrainConfig:
     warmup_epochs: float
     """Epochs in which the learning rate rises to its peak."""
     weight_decay: float
-    """Weight decay of AdamW; vectors, biases and embeddings of positions and tokens have none."""
+    """Weight decay; vectors, biases and embeddings of positions and tokens have none."""
     loss: LossConfig
     """Weights of the losses, such as vl=0.7,pvl=0.3; others are 0. The student learns its teacher's scores of images
     with sentences (vl), with the teacher's images (pvl) or with its own (udist); the embeddings themselves (cosine, or
@@ -173,6 +174,8 @@ class TrainConfig:
     threads: int | None = None
     """Threads of torch in each process; on a CPU sums depend on them to the last bit. Default: its cores, or
     OMP_NUM_THREADS."""
+    image_weights: tuple[float, ...] = ()
+    """How often the images of each of several stores are shown in an epoch, such as 1::2. Default: once."""
     pairs: str | None = None
     """Nearest sentences of each image, from retrieve; for retrieved sentences, for selected ones without `selection`,
     and for the contrastive loss."""
@@ -202,14 +205,28 @@ class TrainConfig:
     """Side of the images that the student sees, in pixels. Default: the model's own."""
     flip: bool = True
     """Flip half of the images from left to right; for images that were cached whole."""
+    optimizer: str = "adamw"
+    """AdamW, or an optimizer of timm such as lion or lamb, with the rest as timm has it: an SGD has momentum 0.9."""
+    layer_decay: float | None = None
+    """Factor of the learning rate from each layer to the one before it, such as 0.75; the projection has all of it.
+    Default: all layers have."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's two moving averages."""
+    """Decay rates of the optimizer's two moving averages. Another than AdamW has its own in place of 0.9,0.999."""
     eps: float = 1e-8
-    """Epsilon of AdamW."""
+    """Epsilon of the optimizer. Another than AdamW has its own in place of 1e-8."""
     accumulate: int = 1
     """Passes that each step is split into, to save memory; loss and gradient stay those of the whole batch."""
+    gradient_checkpointing: bool = False
+    """Compute the inside of the towers' blocks again in the backward pass, in place of keeping it in memory; the
+    student stays the same."""
+    patch_dropout: float = 0.0
+    """Share of an image's patches that a vision transformer leaves out in training, such as 0.5; a step takes about as
+    much less time and memory."""
     clip_grad: float | None = None
     """Largest norm of the whole gradient; a larger one is scaled down. Default: no limit."""
+    batch_norm: Literal["sync", "local", "frozen"] | None = None
+    """Statistics of batch norm. sync: of the images of all processes, so that the student does not depend on their
+    number; local: each process normalises by its own images; frozen: those of the first weights. Default: sync."""
     ema: float | None = None
     """Decay per step of a moving average of the weights, such as 0.9998. Default: no average."""
     compile: bool = False
@@ -253,8 +270,9 @@ class TrainConfig:
             self,
             above_0=("epochs", "batch_size", "texts_per_step", "text_batch_size", "lr", "accumulate", "keep",
                      "checkpoint_every", "log_every", "val_every", "image_size", "clip_grad", "max_steps", "eps",
-                     "threads", "init_std", "cache_size"),
-            not_below_0=("min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "workers", "seed", "init_mean"),
+                     "threads", "init_std", "cache_size", "image_weights"),
+            not_below_0=("min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "workers", "seed", "init_mean",
+                         "patch_dropout"),
         )  # fmt: skip
         if any(" must be a number" in problem for problem in wrong):
             return wrong  # the rest compares numbers
@@ -263,8 +281,11 @@ class TrainConfig:
             wrong.append(f"crop_scale must be 0 < low <= high <= 1, found {self.crop_scale}")
         if not all(0 <= beta < 1 for beta in self.betas):
             wrong.append(f"betas must be 0 <= beta < 1, found {self.betas}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            wrong.append(f"ema must lie between 0 and 1, found {self.ema}")
+        for name in ("ema", "layer_decay"):
+            if (value := getattr(self, name)) is not None and not 0 < value < 1:
+                wrong.append(f"{name} must lie between 0 and 1, found {value}")
+        if self.patch_dropout >= 1:
+            wrong.append(f"patch_dropout must be below 1, found {self.patch_dropout}")
         if self.seed >= 2**63:
             wrong.append(f"seed must be below 2^63, found {self.seed}")
         if self.log_project is not None and not re.fullmatch(r"[\w-]{1,100}", self.log_project, re.ASCII):
@@ -285,6 +306,8 @@ class TrainConfig:
         given = [name for name in ("init_mean", "init_std", "init_activation") if getattr(self, name) is not None]
         if given and not self.init:
             idle.append(f"{', '.join(given)}: no effect without init")
+        if self.batch_norm == "frozen" and not self.init:
+            idle.append("batch_norm frozen needs init: random weights have no statistics")
         mix = self.text_mix
         selected_by_pairs = mix.selected and not self.selection  # then all that were retrieved are the selected ones
         if self.pairs and not (mix.retrieved or selected_by_pairs or self.loss.contrastive):
@@ -293,6 +316,13 @@ class TrainConfig:
         if self.selection and not (mix.selected or self.text_student):
             uses = "--text-mix selected=... or --text-student"
             idle.append(f"a selection is given, but the text mix draws nothing from it; {uses} would")
+        stores = len(self.images.split("::"))
+        if self.image_weights and len(self.image_weights) != stores:
+            idle.append(f"image_weights are one for each image store: {len(self.image_weights)} for {stores}")
+        if self.image_weights and stores == 1:
+            idle.append("image_weights have no effect with one image store")
+        if self.pairs and stores > 1:
+            idle.append("pairs are of one image store, and there are several: leave pairs out, or cache one store")
         if self.cache_size and not self.cache_dir:
             idle.append("cache_size has no effect without cache_dir")
         if self.log_project and not self.log_to:
@@ -331,7 +361,7 @@ class TrainConfig:
 
     def differences(self, other: TrainConfig) -> dict[str, str]:
         """The fields that decide the result and that differ in `other`, each with ``mine != theirs``."""
-        mine, theirs = self.to_json(), other.to_json()
+        mine, theirs = ({**it.to_json(), "batch_norm": it.batch_norm or "local"} for it in (self, other))
         unknown = {"threads"} if self.threads is None else set()  # a run from before they were recorded
         names = [name for name in mine if name not in {*MAY_DIFFER, *unknown} and mine[name] != theirs[name]]
         return {name: " != ".join(_what_differs(mine[name], theirs[name])) for name in names}

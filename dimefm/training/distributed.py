@@ -124,7 +124,7 @@ def gather_batch(rows_BD: torch.Tensor, place: Place) -> torch.Tensor:
 
     The gradient of a row is the sum of what all processes hand back for it. If the loss is the mean of those of all
     processes, and parameter gradients are averaged over processes, the result is the gradient of one process with the
-    whole batch. Batch norm is the exception: each process has its own statistics.
+    whole batch; for batch norm see training.batch_norm.
     """
     if place.world == 1:
         return rows_BD
@@ -216,13 +216,6 @@ def mean_over_processes_(value: torch.Tensor, place: Place) -> None:
     if place.world > 1:
         distributed.all_reduce(value)
         value /= place.world
-
-
-def same_buffers(module: torch.nn.Module, place: Place) -> None:
-    """Give all processes the buffers of rank 0. Each has statistics of batch norm from its own images."""
-    if place.world > 1:
-        for buffer in module.buffers():
-            distributed.broadcast(buffer, 0)
 
 
 def wait_for_all(place: Place) -> None:

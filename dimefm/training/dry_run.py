@@ -22,13 +22,13 @@ from dimefm.system import storage
 from dimefm.system.machine import describe
 from dimefm.system.output_names import require_name
 from dimefm.training.before_training import notes_on_inputs, notes_on_length
-from dimefm.training.build_towers import build_towers
+from dimefm.training.build_towers import build_towers, named_modules
 from dimefm.training.config import TrainConfig
 from dimefm.training.distributed import Place, find_place
 from dimefm.training.feed import loaders_of
 from dimefm.training.feed_plan import Plan, plan_feed
 from dimefm.training.machine_settings import decide_settings, torch_threads
-from dimefm.training.optimizer import adamw
+from dimefm.training.optimizer import optimizer_of
 from dimefm.training.run_folder import plan_run
 from dimefm.training.text_bank import bytes_of_texts, place_of
 from dimefm.training.tower_trainer import TowerTrainer
@@ -36,7 +36,7 @@ from dimefm.training.validation import open_validation
 
 _FIRST_IMAGES, _GROWTH = 4, 4
 _ENOUGH = 3.0  # seconds of a measured step, beyond which no larger one is tried
-_STATE = 4  # numbers of 4 bytes for each weight: itself, its gradient, and AdamW's two averages
+_WEIGHT, _ADAMW = 8, 8  # bytes for each weight: itself and its gradient; AdamW's two averages
 
 
 @dataclass(frozen=True)
@@ -98,16 +98,19 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
         validation = open_validation(config, document, plan.inputs, place, towers["image"].dtype)
         parameters = sum(p.numel() for tower in towers.values() for p in tower.module.parameters())
         try:
-            measured, seconds, why = *_measure(config, plan, place, towers, size, document.text_student), None
+            measured, seconds, state = _measure(config, plan, place, towers, size, document.text_student)
+            why = None
         except torch.OutOfMemoryError:
-            measured, seconds, why = 0, None, "the GPU has too little memory for a step (--accumulate, --batch-size)"
+            measured, seconds, state = 0, None, _ADAMW * parameters
+            why = "the GPU has too little memory for a step (--accumulate, --batch-size)"
     bank = bytes_of_texts(texts, "memory", texts.schema.rows) if kept_in != "disk" else 0
     return Foresight(
         config=config, device=str(place.device), machine=describe(str(place.device)), image_size=size,
-        images=plan.images.rows, sentences=_sentences(config, plan), steps_per_epoch=plan.steps_per_epoch,
-        steps=plan.steps, first_step=plan.first_step, warmup_steps=config.warmup_steps(plan.steps_per_epoch),
+        images=plan.inputs.images.contents.good, sentences=_sentences(config, plan),
+        steps_per_epoch=plan.steps_per_epoch, steps=plan.steps, first_step=plan.first_step,
+        warmup_steps=config.warmup_steps(plan.steps_per_epoch),
         validation_steps=config.validation_steps(plan.steps_per_epoch) if config.val else None,
-        parameters=parameters, training_state=(_STATE + (config.ema is not None)) * 4 * parameters,
+        parameters=parameters, training_state=(_WEIGHT + 4 * (config.ema is not None)) * parameters + state,
         text_bank=bank, text_bank_in=kept_in, loaders=loaders, shared_memory=loaders * (ahead + 1) * batch,
         seconds_per_step=seconds, measured_images=measured, why_unknown=why,
         notes=[
@@ -126,9 +129,11 @@ def _sentences(config: TrainConfig, plan: Plan) -> int:
 
 def _measure(
     config: TrainConfig, plan: Plan, place: Place, towers: dict[str, TowerTrainer], size: int, text: TextSpec | None
-) -> tuple[int, float]:
-    """How many images were measured at once, as many as a pass has if that is quick, and the seconds of a step."""
-    optimizer = adamw([tower.module for tower in towers.values()], lr=0.0, weight_decay=0.0, betas=(0.9, 0.9), eps=1.0)
+) -> tuple[int, float | None, int]:
+    """How many images were measured at once, as many as a pass has if that is quick; the seconds of a step; and the
+    bytes of the optimiser's state."""
+    modules = named_modules(config, towers)
+    optimizer = optimizer_of(config, [*modules.values()], modules)
     passes, here = config.accumulate, config.batch_size // place.world
     most, images = -(-here // passes), _FIRST_IMAGES
     while True:
@@ -142,7 +147,9 @@ def _measure(
     advance: Callable[[], Any] = optimizer.step
     advance()  # the first makes its state
     again = 4 / 3 if passes > 1 else 1.0  # the features of each pass are computed twice
-    return images, seconds * here / images * again + _seconds(advance, place)
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    size_of_state = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+    return images, seconds * here / images * again + _seconds(advance, place), size_of_state
 
 
 def _seconds(work: Callable[[], object], place: Place) -> float:

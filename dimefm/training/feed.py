@@ -72,7 +72,7 @@ def notes_on_remote_data(inputs: Inputs, bank: TextBank | None, order: Literal["
     Embeddings cost little: a small store is kept whole, and of a large one the chunks that a window of rows comes from.
     """
     images, texts, schema, notes = inputs.images, inputs.texts, inputs.images.schema, list[str]()
-    places = [images.path] if schema.pixels else schema.source.arguments
+    places = [one.path for one in images.parts] if schema.pixels else schema.source.arguments
     if any(map(is_url, places)) and not (schema.pixels and active()):
         what = (
             f"--cache-dir, or a copy of {images.path} on a local disk"

@@ -17,6 +17,7 @@ from dimefm.system.progress import amount
 from dimefm.training.before_training import require_startable
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import TrainConfig
+from dimefm.training.mixed_order import order_of
 from dimefm.training.row_order import Order
 from dimefm.training.run_folder import Inputs, choose_order, open_inputs
 
@@ -50,7 +51,8 @@ def plan_feed(config: TrainConfig, world: int) -> Plan:
         raise TrainingError(f"{config.epochs:g} epochs of {per_epoch} steps are none", remedy="give more --epochs")
     first = Checkpoints(config.out).step() or 0
     if not (first or config.accept_slow):
-        _require_fast(inputs.images)
+        for store in inputs.images.parts:
+            _require_fast(store)
     return Plan(inputs, kind, images, texts, per_epoch, steps, first)
 
 
@@ -73,7 +75,7 @@ def _orders(
 ) -> tuple[Order, Order | None]:
     """The orders of images and, for a text tower, of sentences. Raises TrainingError for a batch size that is not
     possible."""
-    images = Order(store=inputs.images, seed=config.seed, batch_size=config.batch_size, kind=kind)
+    images = order_of(inputs.images, seed=config.seed, batch_size=config.batch_size, kind=kind)
     texts = None
     if config.text_student:
         only = inputs.selection.rows() if inputs.selection else None

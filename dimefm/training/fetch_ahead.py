@@ -40,7 +40,7 @@ def fetching_ahead(orders: Sequence[Order], pairs: Pairs | None, first: int, ste
     """Within the block a process fetches what the steps first..steps-1 will read, ahead of the position, which the
     block must set. None where there is nothing to fetch, or another process of this machine does it. The process is
     forked."""
-    far = [order for order in orders if storage.is_url(order.store.path)]
+    far = [order for order in orders if any(storage.is_url(store.path) for store in order.store.parts)]
     far_pairs = pairs if pairs and storage.is_url(pairs.path) else None
     if active() is None or not (far or far_pairs) or int(os.environ.get("LOCAL_RANK", "0")):
         yield None

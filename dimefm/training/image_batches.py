@@ -1,7 +1,7 @@
 """Image batches: augmented images beside their cached teacher embeddings, and the texts of the step.
 
 Every random choice about an image is drawn from (seed, epoch, row), so that it depends neither on the process that
-decodes it nor on where a run was resumed.
+decodes it nor on where a run was resumed. With several stores, each counts its own passes in place of epochs.
 
 Shapes: B images of this process, G images of all, D embedding width, H height, W width.
 """
@@ -106,18 +106,18 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
         store = self._store = self._store or opened(self._given)  # in the process that reads
         view: Callable[[int, bytes], torch.Tensor]
         if store.schema.views:
-            # Every epoch shows another view of each image: the same crop and flip that the teacher saw
-            view_B = (request.rows_B + request.epoch) % store.schema.views.count
+            # Every pass shows another view of each image: the same crop and flip that the teacher saw
+            view_B = (request.rows_B + request.passes()) % store.schema.views.count
             teacher_BD, boxes_B5 = store.gather_view(request.rows_B, view_B)
             size, facts = (self._augmentation.size,) * 2, store.schema.teacher.preprocessing
 
             def view(place: int, data: bytes) -> torch.Tensor:
                 return replay(decode_rgb(data), boxes_B5[place], size, facts)
         else:
-            teacher_BD = store.gather(request.rows_B)
+            teacher_BD, passes_B = store.gather(request.rows_B), request.passes()
 
             def view(place: int, data: bytes) -> torch.Tensor:
-                return self._augmentation(data, request.epoch, int(request.rows_B[place]))
+                return self._augmentation(data, int(passes_B[place]), int(request.rows_B[place]))
 
         pixels_B3HW = _empty_pixels(len(request.rows_B), self._augmentation.size)
         for place, (where, read) in enumerate(self._encoded(store, request)):
@@ -139,7 +139,7 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
         if request.places_B is None:
             jpegs = store.pixels(request.rows_B)
             for row in request.rows_B.tolist():
-                yield partial("row {}".format, row), partial(next, jpegs)
+                yield partial(store.name_of, row), partial(next, jpegs)
             return
         if not all(place.file for place in request.places_B):
             what = f"{store.path} was imported without the images that its embeddings are of"
@@ -159,7 +159,7 @@ def _empty_pixels(count: int, size: int) -> torch.Tensor:
 
 def _name_of(store: Store, row: int) -> str:
     (sample,) = store.samples(np.array([row]))
-    return f"row {row} (key {sample['key']!r} in {sample['file']})"
+    return f"{store.name_of(row)} (key {sample['key']!r} in {sample['file']})"
 
 
 def _read_again(

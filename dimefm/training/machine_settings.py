@@ -1,4 +1,4 @@
-"""Settings of a run that depend on the machine: precision, torch threads, loader processes.
+"""Settings of a run that depend on the machine: precision, torch threads, loader processes; and what older runs did.
 
 Rank 0 decides the first two when a run begins, run.json keeps them, and a run that goes on elsewhere takes them from
 there.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -35,25 +36,32 @@ _CORES_PER_LOADER, _MOST_LOADERS = 8, 16
 _MEMORY_SHARE = 4  # batches that are read ahead may take a quarter of the memory
 _FILES_OF_BATCH = 8  # file descriptors: one for each tensor of a batch
 _FILES_SHARE = 4  # batches may take a quarter of the descriptors
+_DIFFERS = {
+    **dict.fromkeys(("sync", "frozen"), "drop-path and dropout differ, which each process draws for its own images"),
+    "local": "batch norm, drop-path and dropout differ, which see each process's own images",
+}
+"""What depends on the number of processes, by the statistics of batch norm."""
 
 
 def decide_settings(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -> tuple[TrainConfig, list[str]]:
-    """`config` with precision and threads decided, the same in all processes; and notes for the user.
+    """`config` with precision, threads and batch norm decided, the same in all processes; and notes for the user.
 
     A run that goes on keeps what it began with; a field in `allow_changes` is decided anew.
     """
     decided = from_first(_decide(config, place, allow_changes) if place.first else None, place)
     assert decided is not None
-    precision, threads, notes = decided
-    return replace(config, precision=precision, threads=threads), notes
+    settings, notes = decided
+    return replace(config, **settings), notes
 
 
-def _decide(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -> tuple[Precision, int, list[str]]:
+def _decide(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
     run, notes = run_to_resume(config.out), list[str]()
     before = TrainConfig.parse(run.config, config.out) if run else None
     device, here = str(place.device), describe(str(place.device))
     precision = _decide_precision(config, None if "precision" in allow_changes else before, device, notes)
     threads = _decide_threads(config, None if "threads" in allow_changes else before, device, notes)
+    kept = None if "batch_norm" in allow_changes else before
+    batch_norm = config.batch_norm or (kept.batch_norm or "local" if kept else "sync")  # an older run says nothing
     if config.workers and config.workers > (cores := max(1, cpus() // processes_here())):
         notes.append(f"--workers {config.workers:,}: more processes that read images than cores here ({cores})")
     if run and run.machine and run.machine != here:
@@ -64,9 +72,9 @@ def _decide(config: TrainConfig, place: Place, allow_changes: tuple[str, ...]) -
     if run and run.processes and run.processes != place.world:
         notes.append(
             f"this run began with {run.processes} processes and continues with {place.world}: batches and losses are "
-            "the same but for rounding; batch norm and drop-path differ, which see each process's own images"
+            f"the same but for rounding; {_DIFFERS[batch_norm]}"
         )
-    return precision, threads, notes
+    return {"precision": precision, "threads": threads, "batch_norm": batch_norm}, notes
 
 
 def _decide_precision(config: TrainConfig, before: TrainConfig | None, device: str, notes: list[str]) -> Precision:

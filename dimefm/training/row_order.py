@@ -77,6 +77,13 @@ class Order:
                 if step == stop:  # the rest of the epoch is not needed
                     return
 
+    def windows_in_passes(
+        self, first: int, stop: int
+    ) -> Iterator[tuple[int, int, np.ndarray[Any, Any], np.ndarray[Any, Any] | None]]:
+        """`windows`, with the pass over its store that each row is shown in, int64 (S, G); None: the epoch."""
+        for step, epoch, rows_SG in self.windows(first, stop):
+            yield step, epoch, rows_SG, None
+
     def _blocks(self, epoch: int, skip: int) -> Iterator[np.ndarray[Any, Any]]:
         """The windows of an epoch, int64 (S, G), from its batch `skip` on. Earlier ones are not made.
 

@@ -11,6 +11,7 @@ from cache_schemas.run import CHECKPOINTS, METRICS_FILE, REPORT_FILE, RUN_FILE, 
 from dimefm.errors import MismatchError, StoreError
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
+from dimefm.store.joined_store import open_images
 from dimefm.store.output_folder import ANOTHER_OUT, OWN_AND_NEW, differing, in_lines, require_only
 from dimefm.store.pairs_store import Pairs, require_pairs_match
 from dimefm.store.selected_texts import SelectedTexts
@@ -39,8 +40,8 @@ class Inputs:
 def open_inputs(config: TrainConfig) -> Inputs:
     """Open the inputs that a config names. Raises StoreError for one that is unfinished or empty, MismatchError if they
     do not belong together."""
-    images, texts = Store(config.images), Store(config.texts)
-    for store, kind in ((images, "image"), (texts, "text")):
+    images, texts = open_images(config.images, config.image_weights), Store(config.texts)
+    for store, kind in (*((part, "image") for part in images.parts), (texts, "text")):
         store.require_kind(kind)
         store.require_complete()
         require_embeddings(store)
@@ -179,7 +180,7 @@ def _changes(config: TrainConfig, old: Run, new: Run, allowed: tuple[str, ...], 
     names += [name for name in ("images_data", "texts_data") if getattr(old, name) is not None]
     differences |= differing(_named(old, names), _named(new, names))
     follow = {name for name, field in _FOLLOWS.items() if field in allowed}
-    if {"epochs", "max_steps", "images"} & set(allowed):
+    if {"epochs", "max_steps", "images", "image_weights"} & set(allowed):
         follow.add("steps")
     refused = {name: values for name, values in differences.items() if name not in {*allowed, *follow}}
     if refused:

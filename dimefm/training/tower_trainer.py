@@ -5,8 +5,8 @@ Shapes: B inputs of this process, G of all processes, T embeddings of the other 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dimefm.models.towers import has_convolutions
 from dimefm.system.matrix_products import DTYPES
+from dimefm.training.batch_norm import Statistics, own_statistics, set_statistics, share_statistics_
 from dimefm.training.distributed import Place, gather_batch, mean_over_processes_
 from dimefm.training.moving_average import MovingAverage
 from dimefm.training.objective import Objective
@@ -39,7 +40,8 @@ class TowerTrainer:
     one part only: the features of all parts are computed without a graph, then the loss over the whole batch and its
     gradient by the features, and then each part again with a graph, to which its slice of that gradient is handed (Gao
     et al. 2021, arXiv:2101.06983). The result is that of the whole batch, at the price of one more forward pass. Batch
-    norm is the exception: its statistics are those of one part.
+    norm is the exception: its statistics are those of one part, of all processes (training.batch_norm). `recomputes`
+    says that the backward pass computes parts of the tower again (models.tower_training).
     """
 
     def __init__(
@@ -53,12 +55,19 @@ class TowerTrainer:
         accumulate: int = 1,
         ema: float | None = None,
         compile: bool = False,
+        batch_norm: Statistics = "sync",
+        recomputes: bool = False,
     ) -> None:
+        set_statistics(module, batch_norm, place)
         self.layout = torch.channels_last if has_convolutions(module) else torch.contiguous_format
         self.module = module.to(place.device, memory_format=self.layout)
         self.objective = objective.to(place.device)
         self.moving_average = MovingAverage(self.module, ema) if ema else None
-        self._parallel = DistributedDataParallel(self.module) if place.world > 1 else None
+        # Buffers are left to `after_step`: DistributedDataParallel would give all processes those of rank 0
+        parallel = place.world > 1
+        self._parallel = DistributedDataParallel(self.module, broadcast_buffers=False) if parallel else None
+        self._statistics = own_statistics(self.module)
+        self._counted_again = list(self.module.buffers()) if recomputes else []
         called: Any = self.module if self._parallel is None else self._parallel
         # Compiled around DDP, whose buckets cut the graph: gradients travel while those of earlier layers are computed
         self._tower: Any = torch.compile(called) if compile else called
@@ -83,7 +92,8 @@ class TowerTrainer:
         features_BD = self._features(inputs_B, seed, 0) if len(parts) == 1 else self._without_graph(parts, seed)
         student_BD = F.normalize(features_BD, dim=-1)
         loss, shown = self.objective(teacher_GD, student_BD, other_TD, pair, self._place)
-        scaler.scale(loss).backward()
+        with _unchanged(self._counted_again):
+            scaler.scale(loss).backward()
         if len(parts) > 1:
             assert features_BD.grad is not None
             self._backward(parts, features_BD.grad, seed)
@@ -95,25 +105,26 @@ class TowerTrainer:
         return Learned(dict(zip(("loss", *shown), values, strict=True)), teacher_GD, student_BD.detach())
 
     def after_step(self, learned: Learned) -> None:
-        """Bring the objective and the moving average up to date, once the optimiser has taken its step."""
+        """Bring the objective, the statistics of batch norm and the moving average up to date, once the optimiser has
+        taken its step."""
+        share_statistics_(self._statistics, self._place)
         self.objective.after_step(learned.teacher_GD, learned.student_BD, self._place)
         if self.moving_average:
             self.moving_average.update(self.module)
 
     def _without_graph(self, parts: Sequence[torch.Tensor], seed: tuple[int, ...]) -> torch.Tensor:
         """The features of all parts, as a leaf that gets a gradient."""
-        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
-        with torch.no_grad():
+        with torch.no_grad(), _unchanged(self.module.buffers()):
             features_BD = torch.cat([self._features(part, seed, i) for i, part in enumerate(parts)])
-        for buffer, before in buffers:  # else batch norm would count every part twice
-            buffer.copy_(before)
         return features_BD.requires_grad_()
 
     def _backward(self, parts: Sequence[torch.Tensor], grad_BD: torch.Tensor, seed: tuple[int, ...]) -> None:
         """Compute each part again, with a graph, and hand it its slice of the gradient."""
         for i, (part, gradient) in enumerate(zip(parts, grad_BD.tensor_split(self._parts), strict=True)):
             with nullcontext() if i == len(parts) - 1 else self._no_sync():
-                self._features(part, seed, i).backward(gradient)
+                part_BD = self._features(part, seed, i)
+                with _unchanged(self._counted_again):
+                    part_BD.backward(gradient)
 
     def _features(self, inputs_B: torch.Tensor, seed: tuple[int, ...], part: int) -> torch.Tensor:
         torch.manual_seed(int(np.random.SeedSequence((*seed, self._place.rank, part)).generate_state(1, np.uint64)[0]))
@@ -140,3 +151,12 @@ class TowerTrainer:
             self.moving_average.load_state_dict(state["ema"])
         elif self.moving_average:  # --ema was added since: the average begins with the weights as they are
             self.moving_average.module.load_state_dict(state["model"])
+
+
+@contextmanager
+def _unchanged(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Within the block parts of a tower are computed a second time: batch norm does not count them twice."""
+    saved = [(buffer, buffer.clone()) for buffer in buffers]
+    yield
+    for buffer, before in saved:
+        buffer.copy_(before)

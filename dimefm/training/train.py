@@ -26,7 +26,7 @@ from dimefm.system.output_names import require_name
 from dimefm.system.stopping import holding
 from dimefm.system.transfer import Arriving, Transfer, fetch
 from dimefm.training.batch_loader import explain_reader_death
-from dimefm.training.build_towers import build_towers
+from dimefm.training.build_towers import build_towers, named_modules
 from dimefm.training.checkpoint_writer import CheckpointWriter
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import TrainConfig
@@ -45,7 +45,7 @@ from dimefm.training.feed_plan import TEXT_STREAM
 from dimefm.training.image_batches import Batch
 from dimefm.training.machine_settings import decide_settings, torch_threads
 from dimefm.training.not_finite import explain_out_of_memory, not_finite_error
-from dimefm.training.optimizer import adamw, learning_rate
+from dimefm.training.optimizer import learning_rate, load_optimizer, optimizer_of
 from dimefm.training.read_metrics import last_validation
 from dimefm.training.run_folder import has_begun, plan_run, write_run
 from dimefm.training.run_log import RunLog
@@ -125,10 +125,7 @@ class _Trainer:
         self.towers = build_towers(config, self.document, feed.inputs, place, resumed=feed.first_step > 0)
         self.image, self.text = self.towers["image"], self.towers.get("text")
         modules = [module for tower in self.towers.values() for module in (tower.module, tower.objective)]
-        self.optimizer = adamw(
-            modules, lr=config.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps,
-            undecayed=self.document.undecayed,
-        )  # fmt: skip
+        self.optimizer = optimizer_of(config, modules, named_modules(config, self.towers), self.document.undecayed)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.precision == "fp16")
         self.one = torch.ones((), device=place.device)
         self.transfer = Transfer(place.device)
@@ -218,7 +215,7 @@ class _Trainer:
             warmup_start=config.warmup_lr, floor=config.min_lr,
         )  # fmt: skip
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         return lr
 
     def _learn_images(self, batch: Batch) -> tuple[Learned, torch.Tensor | None]:
@@ -344,10 +341,7 @@ class _Trainer:
         self.image.load_state_dict(state["image"])
         if self.text:
             self.text.load_state_dict(state["text"])
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, of_config in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(of_config)  # which --allow-changes may have changed since the checkpoint
+        load_optimizer(self.optimizer, state["optimizer"])
         if state["scaler"]:  # empty where the run began in another precision
             self.scaler.load_state_dict(state["scaler"])
         return int(state["step"])

@@ -29,7 +29,7 @@ from dimefm.store.embedding_store import Store
 from dimefm.system.machine import cpus, processes_here
 from dimefm.system.wording import counted
 from dimefm.training.config import TrainConfig
-from dimefm.training.distributed import Place, add_up, from_first, same_buffers
+from dimefm.training.distributed import Place, add_up, from_first
 from dimefm.training.run_folder import Inputs
 
 _FEW = 100  # images, of which one is a point of accuracy or more
@@ -71,11 +71,10 @@ class Validation:
         """Top-1 by set and pair of towers: an image tower, and its text tower or None. The name of a score is that of
         the set followed by that of the pair. Images are decoded once for all pairs. All towers keep their mode."""
         modules = [tower for pair in towers.values() for tower in pair if tower is not None]
-        training = [tower.training for tower in modules]
+        modes = [(part, part.training) for tower in modules for part in tower.modules()]
         for tower in modules:
             tower.train()  # LeViT's kind caches what it computed from its weights until then; an average would for ever
             tower.eval()
-            same_buffers(tower, self._place)
         classes = [self._classes if text is None else self._embed_classes(text) for _, text in towers.values()]
         counts = []
         for number, images in enumerate(self._sets):
@@ -88,8 +87,8 @@ class Validation:
             size = 256 if self._place.device.type == "cuda" else 64
             right, readable = count_correct(share, answers, self._preprocess, size)
             counts += [*right, readable]
-        for tower, was in zip(modules, training, strict=True):
-            tower.train(was)
+        for part, was in modes:  # each by itself: frozen batch norms stay so within a tower that trains
+            part.training = was
         names = [(images, name) for images in self._sets for name in (*towers, None)]
         found = list(zip(names, add_up(counts, self._place), strict=True))
         self._note_unread({images.name: (n, len(images.samples)) for (images, name), n in found if name is None})

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from dimefm.cli import cli
 from dimefm.commands.dry_run import field_lines, foresight_lines
+from dimefm.commands.options import Weights
 from dimefm.commands.train_config import Given, config_of
 from dimefm.training.config import LossConfig, TextMix
 from dimefm.training.dry_run import Foresight
@@ -54,6 +55,17 @@ def test_a_file_wins_over_the_recipe_options_over_the_file_and_set_over_all(tmp_
     assert [found.origins[name] for name in ("lr", "epochs", "seed", "betas", "min_lr")] == [
         file, "--epochs", "--set", file, "recipe paper",
     ]  # fmt: skip
+
+
+def test_weights_of_several_stores_are_typed_as_their_paths_are() -> None:
+    words = ["train-student", "--images", "a::b", "--texts", "t", "--out", "o", "--image-weights"]
+    done = CliRunner().invoke(cli, [*words, "1:2"])
+    assert done.exit_code == 2
+    assert "'1:2' is not a weight for each store, such as 1::2" in done.stderr
+    done = CliRunner().invoke(cli, [*words, "1::2::3"])
+    assert "image_weights are one for each image store: 3 for 2" in done.stderr
+    assert given(images="a::b", image_weights=Weights()("1::0.5")).config.image_weights == (1.0, 0.5)
+    assert given("", "image_weights=[1,2]", images="a::b").config.image_weights == (1.0, 2.0)
 
 
 def test_weights_that_are_not_named_beside_another_are_0_wherever_they_are_given(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_an_export_keeps_the_origin_of_the_same_weights_alone(student: Path, tmp
         (r"C:\Users\me\photos", "photos"),
         ("s3://my-bucket/me/x.zarr", "x.zarr"),
         ("s3://my-bucket", "unnamed"),
+        ("/home/me/a.zarr::s3://my-bucket/me/b.zarr", "a.zarr::b.zarr"),
         ("https://me:password@host.example/x.tar?token=secret#part", "x.tar"),
         ("file:///home/me/x.tar", "x.tar"),
         ("local-dir:/home/me/teacher", "local-dir:teacher"),

@@ -39,6 +39,10 @@ def config(**changes: Any) -> TrainConfig:
         ({"crop_scale": (1.0, 0.08)}, "crop_scale must be 0 < low <= high <= 1"),
         ({"ema": 1.5}, "ema must lie between 0 and 1"),
         ({"ema": NAN}, "ema must be finite"),
+        ({"layer_decay": 1.0}, "layer_decay must lie between 0 and 1, found 1.0"),
+        ({"patch_dropout": 1.0}, "patch_dropout must be below 1, found 1.0"),
+        ({"patch_dropout": -0.5}, "patch_dropout must not be below 0, found -0.5"),
+        ({"batch_norm": "frozen"}, "batch_norm frozen needs init: random weights have no statistics"),
         ({"init": "timm", "init_mean": (122.0, 116.0, 103.0)}, "init_mean is in parts of 1"),
         ({"init": "timm", "init_std": (0.0, 0.2, 0.2)}, "init_std must be above 0"),
         ({"loss": LossConfig(vl=NAN)}, "loss.vl must be finite"),
@@ -68,7 +72,9 @@ def test_no_number_may_be_nan(kind: type[Any]) -> None:
     names = [field.name for field in fields(kind) if "float" in str(field.type)]
     assert names
     for name in names:
-        value: Any = tuple([NAN] * 3) if name.startswith("init_") else (NAN, NAN) if name[0] in "bc" else NAN
+        value: Any = (
+            tuple([NAN] * 3) if name.startswith(("init_", "image_")) else (NAN, NAN) if name[0] in "bc" else NAN
+        )
         value = NAN if name in ("cosine", "centred", "contrastive", "clip_grad") else value
         part = kind(**{name: value}) if kind is not TrainConfig else None
         changes = {LossConfig: {"loss": part}, TextMix: {"text_mix": part}}.get(kind, {name: value, "init": "timm"})

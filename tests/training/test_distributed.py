@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dimefm.errors import StoppedError, TrainingError
 from dimefm.models.towers import build_student, student_spec
 from dimefm.store.embedding_store import Store
 from dimefm.training import losses
+from dimefm.training.batch_norm import own_statistics, share_statistics_
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig, TrainConfig
 from dimefm.training.distributed import (
@@ -34,7 +36,6 @@ from dimefm.training.distributed import (
     leave_group,
     mean_over_processes_,
     require_same_step,
-    same_buffers,
     wait_for_all,
 )
 from dimefm.training.objective import Objective
@@ -191,8 +192,9 @@ def known_to_all(rank: int, world: int, port: int, out: str) -> None:
     assert [vote.cast(number) for number in asked] == [0, 0, 15, 2, 0]
     norm = torch.nn.BatchNorm1d(3)
     norm.running_mean.fill_(float(rank + 5))
-    same_buffers(norm, place)
-    assert norm.running_mean.tolist() == [5.0] * 3
+    share_statistics_(own_statistics(norm), place)
+    assert norm.running_mean.tolist() == [6.0] * 3
+    assert norm.running_var.tolist() == [1.0] * 3
     if rank == 0:
         time.sleep(0.5)
         Path(f"{out}/written").touch()
@@ -241,6 +243,35 @@ def test_all_stop_after_the_same_step_when_one_is_asked(image_store: Store, text
     assert lines == [1, 2, 3, 4], "both processes wrote metrics, or neither"
 
 
+def trained(rank: int, world: int, port: int, config: TrainConfig) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    train(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_norm", ["sync", "local"])
+def test_a_student_with_batch_norm_does_not_depend_on_the_number_of_processes(
+    image_store: Store, text_store: Store, tmp_path: Path, batch_norm: str
+) -> None:
+    config = tiny_config(
+        image_store, text_store, tmp_path / "one", device="cpu", batch_norm=batch_norm, accumulate=2, ema=0.5, threads=1
+    )
+    train(config)
+    two = replace(config, out=str(tmp_path / "two"), gradient_checkpointing=True)
+    arguments = (2, free_port(), two)
+    multiprocessing.start_processes(trained, arguments, nprocs=2, start_method=FORKING.get_start_method())
+    one, other = (Checkpoints(out).load() for out in (config.out, two.out))
+    assert one
+    assert other
+    differences = []
+    for find in (lambda state: state["image"]["model"], lambda state: state["image"]["ema"]["weights"]):
+        mine, theirs = find(one), find(other)
+        assert mine.keys() == theirs.keys()
+        assert any("running_var" in name for name in mine)
+        differences += [float((mine[name] - theirs[name]).abs().max()) for name in mine]
+    assert max(differences) < 0.02 if batch_norm == "sync" else max(differences) > 0.1
+
+
 def validated(rank: int, world: int, port: int, sets: tuple[str, ...], texts: str, out: str) -> None:
     if world > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -249,10 +280,6 @@ def validated(rank: int, world: int, port: int, sets: tuple[str, ...], texts: st
     spec = student_spec(STUDENT, Store(texts).schema.teacher, 32)
     torch.manual_seed(0)
     towers = {"": (build_student(spec), None), "_ema": (build_student(spec), None)}
-    for image, _ in towers.values():
-        for name, buffer in image.named_buffers():
-            if "running_mean" in name:
-                buffer.fill_(0.1 * rank)  # as after a step over images of its own
     scores = Validation(sets, Store(texts), spec, place, torch.float32).run(towers)
     Path(f"{out}/{world}-{rank}").write_text(json.dumps(scores))
     leave_group(place)

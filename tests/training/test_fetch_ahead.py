@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,13 @@ from dimefm.training import fetch_ahead, text_bank
 from dimefm.training.fetch_ahead import fetching_ahead
 from dimefm.training.row_order import Order
 from dimefm.training.train import train
+from tests.conftest import cached
 from tests.making import upload
 from tests.stores import random_store
 from tests.tiny_training import same, tiny_config, weights
 
 if TYPE_CHECKING:
+    from dimefm.models.clip import Clip
     from tests.s3 import S3Requests
 
 pytest_plugins = ["tests.s3"]
@@ -50,6 +53,23 @@ def test_a_student_from_s3_is_that_of_local_stores_and_a_second_run_asks_for_no_
         train(there)
         assert same(weights(tmp_path / "local"), weights(tmp_path / name))
     assert not s3_requests.of("GET", "/embedding/c/")
+
+
+@pytest.mark.slow
+def test_a_student_of_two_stores_of_which_one_is_at_a_url_is_that_of_local_ones(
+    image_store: Store, text_store: Store, image_tar: Path, clip: Clip, tmp_path: Path, s3: str,
+    s3_requests: S3Requests,
+) -> None:  # fmt: skip
+    other = cached("image", image_tar, tmp_path / "o.zarr", clip, shard_rows=48, pixels=64)
+    first = cached("image", image_tar, tmp_path / "f.zarr", clip, pixels=64)
+    far = upload(Path(other.path), f"{s3}/o.zarr")
+    for name, where in (("local", other.path), ("first", far), ("second", far)):
+        s3_requests.clear()
+        config = tiny_config(image_store, text_store, tmp_path / name, max_steps=4, cache_dir=str(tmp_path / "cache"))
+        train(replace(config, images=f"{first.path}::{where}", image_weights=(1.0, 3.0)))
+        assert same(weights(tmp_path / "local"), weights(tmp_path / name))
+    assert not s3_requests.of("GET", "/embedding/c/")
+    assert not s3_requests.of("GET", "/pixels/")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 from dataclasses import replace
@@ -18,10 +19,11 @@ from dimefm.retrieval.retrieve import retrieve
 from dimefm.store.embedding_store import Store
 from dimefm.training import build_towers
 from dimefm.training import train as train_module
+from dimefm.training.batch_norm import SyncBatchNorm
 from dimefm.training.checkpoint_writer import CheckpointWriter
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig, TextMix, TrainConfig
-from dimefm.training.distributed import Place, Vote, _meet, add_up, from_first, wait_for_all
+from dimefm.training.distributed import ALONE, Place, Vote, _meet, add_up, from_first, wait_for_all
 from dimefm.training.read_metrics import last_validation, read_metrics
 from dimefm.training.text_bank import TextBank
 from dimefm.training.train import train
@@ -137,6 +139,49 @@ def test_a_compiled_run_keeps_the_weights_and_names_of_one_that_is_not(
     one, other = weights(config.out), weights(compiled.out)
     assert one.keys() == other.keys()
     assert "1.weight" in one
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_norm_over_processes_is_the_usual_one_and_waits_for_nothing(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    usual = torch.nn.BatchNorm2d(8, device=DEVICE)
+    other = copy.deepcopy(usual)
+    other.__class__, other.place = SyncBatchNorm, ALONE
+    images = torch.randn(16, 8, 7, 5, device=DEVICE).mul(3).add(2).to(dtype, memory_format=layout)
+    slope, found = torch.randn(16, 8, 7, 5, device=DEVICE), []
+    for norm in (usual, other):
+        x = images.clone().requires_grad_()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            y = norm(x)
+            (y.float() * slope).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert y.dtype == x.grad.dtype == dtype
+        found.append([y.detach(), x.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()])
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(two, one, rtol=tolerance, atol=tolerance)
+
+
+def test_gradient_checkpointing_is_the_same_in_less_memory(
+    image_store: Store, text_store: Store, tmp_path: Path
+) -> None:
+    peaks, config = [], on_gpu(
+        image_store, text_store, tmp_path / "kept", student="test_vit", image_size=None, precision="fp32",
+        patch_dropout=0.25, max_steps=2, loss=LOSS,
+    )  # fmt: skip
+    again = replace(config, out=str(tmp_path / "again"), gradient_checkpointing=True)
+    for one in (config, again):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        train(one)
+        peaks.append(torch.cuda.max_memory_allocated())
+    np.testing.assert_allclose(losses(again.out), losses(config.out), rtol=1e-3)
+    assert peaks[1] < peaks[0]
 
 
 @pytest.mark.parametrize("place", ["device", "memory", "disk"])

@@ -17,7 +17,7 @@ from dimefm.training import machine_settings
 from dimefm.training.batch_loader import explain_reader_death
 from dimefm.training.distributed import find_place
 from dimefm.training.machine_settings import choose_loaders
-from dimefm.training.run_folder import read_run
+from dimefm.training.run_folder import read_run, write_run
 from dimefm.training.train import train
 from tests.processes import result_of
 from tests.tiny_training import STEPS, tiny_config
@@ -83,6 +83,32 @@ def test_a_run_from_before_threads_were_recorded_goes_on(image_store: Store, tex
     storage.write_json(path, document)
     train(replace(config, max_steps=STEPS), allow_changes=("max_steps",))
     assert [change.field for change in read_run(config.out).changes] == ["max_steps", "steps"]
+
+
+def test_batch_norm_is_over_all_processes_but_in_older_runs(
+    image_store: Store, text_store: Store, tmp_path: Path
+) -> None:
+    config, place = tiny_config(image_store, text_store, tmp_path / "run"), find_place("cpu")
+    train(replace(config, max_steps=2))
+    assert read_run(config.out).config["batch_norm"] == "sync"
+    path = str(tmp_path / "run" / "run.json")
+    document = storage.read_json(path)
+    del document["config"]["batch_norm"]
+    document[CHECKSUM] = digest_of({name: value for name, value in document.items() if name != CHECKSUM})
+    storage.write_json(path, document)
+    write_run(config.out, replace(read_run(config.out), processes=2))
+    found, notes = machine_settings.decide_settings(config, place, ())
+    assert found.batch_norm == "local"
+    assert any(
+        "began with 2 processes" in note and "batch norm, drop-path and dropout differ" in note for note in notes
+    )
+    found, notes = machine_settings.decide_settings(config, place, ("batch_norm",))
+    assert found.batch_norm == "sync"
+    assert not any("batch norm" in note for note in notes)
+    with pytest.raises(MismatchError, match="batch_norm: local != sync"):
+        train(replace(config, max_steps=2, batch_norm="sync"))
+    train(replace(config, max_steps=2))
+    assert [change.field for change in read_run(config.out).changes] == ["processes"]
 
 
 def test_threads_are_what_the_config_says_and_only_for_the_run(

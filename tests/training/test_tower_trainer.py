@@ -1,17 +1,20 @@
 """A tower in training: passes that add up to one, the moving average, seeds of a step, compiled towers."""
 
+import copy
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import multiprocessing
 from torch.nn import functional as F
 
 from dimefm.models.towers import build_student, student_spec
 from dimefm.store.embedding_store import Store
+from dimefm.training.batch_norm import SyncBatchNorm, set_statistics
 from dimefm.training.config import LossConfig
 from dimefm.training.distributed import ALONE, Place, join_group, leave_group
 from dimefm.training.moving_average import MovingAverage
@@ -106,7 +109,19 @@ def one_of_many(rank: int, world: int, port: int, out: str) -> None:
     for accumulate in (1, 2):
         gradients = two_steps(trainer(place, accumulate=accumulate), rank, world)
         torch.save(gradients, f"{out}/{rank}-{accumulate}.pt")
+    (Path(out) / "norm").mkdir(exist_ok=True)
+    for kind in ("sync", "local"):
+        found = trainer(place, tower(norm=True), ema=0.5, batch_norm=kind)
+        gradients = two_steps(found, rank, world)
+        torch.save((gradients, statistics(found)), f"{out}/norm/{kind}-{rank}.pt")
     leave_group(place)
+
+
+def statistics(found: TowerTrainer) -> list[torch.Tensor]:
+    """Those of batch norm in the tower and in its moving average."""
+    average = found.moving_average
+    assert average
+    return [*found.module.buffers(), *average.module.buffers()]
 
 
 def compiled_one_of_two(rank: int, world: int, port: int, out: str, cache: str) -> None:
@@ -117,6 +132,8 @@ def compiled_one_of_two(rank: int, world: int, port: int, out: str, cache: str) 
     for accumulate in (1, 2):
         gradients = two_steps(trainer(place, accumulate=accumulate, compile=True), rank, world)
         torch.save(gradients, f"{out}/{rank}-{accumulate}.pt")
+    found = trainer(place, tower(norm=True), ema=0.5, compile=True)
+    torch.save([*two_steps(found, rank, world), *statistics(found)], f"{out}/{rank}-norm.pt")
     leave_group(place)
 
 
@@ -128,9 +145,11 @@ def test_compiled_processes_and_passes_have_the_gradient_of_one(tmp_path: Path) 
     multiprocessing.start_processes(
         compiled_one_of_two, arguments, nprocs=2, start_method=FORKING.get_start_method()
     )  # fmt: skip
-    expected, found = two_steps(trainer()), sorted((tmp_path / "gradients").iterdir())
-    assert len(found) == 4
+    alone, found = trainer(module=tower(norm=True), ema=0.5), sorted((tmp_path / "gradients").iterdir())
+    plain, normed = two_steps(trainer()), [*two_steps(alone), *statistics(alone)]
+    assert len(found) == 6
     for path in found:
+        expected = normed if "norm" in path.name else plain
         for mine, whole in zip(torch.load(path, weights_only=True), expected, strict=True):
             torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5, msg=path.name)
 
@@ -141,9 +160,69 @@ def test_processes_and_passes_have_the_gradient_of_one(world: int, tmp_path: Pat
     arguments = (world, free_port(), str(tmp_path))
     multiprocessing.start_processes(one_of_many, arguments, nprocs=world, start_method=FORKING.get_start_method())
     expected = two_steps(trainer())
-    for path in sorted(tmp_path.iterdir()):
+    for path in sorted(tmp_path.glob("*.pt")):
         for mine, whole in zip(torch.load(path, weights_only=True), expected, strict=True):
             torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5, msg=path.name)
+    alone = trainer(module=tower(norm=True), ema=0.5)
+    expected, whole_statistics = two_steps(alone), statistics(alone)
+    for rank in range(world):
+        gradients, found = torch.load(tmp_path / "norm" / f"sync-{rank}.pt", weights_only=True)
+        for mine, whole in zip([*gradients, *found], [*expected, *whole_statistics], strict=True):
+            torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
+    local = [torch.load(path, weights_only=True) for path in sorted((tmp_path / "norm").glob("local-*"))]
+    for gradients, found in local:
+        assert not torch.allclose(gradients[0], expected[0], rtol=1e-3), "as with statistics of all"
+        assert all(map(torch.equal, found, local[0][1])), "the statistics depend on the process"
+        torch.testing.assert_close(found[0], local[0][1][0])
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5, 3)])
+@pytest.mark.parametrize(("affine", "momentum"), [(True, 0.1), (False, None)])
+def test_a_batch_norm_over_processes_is_the_usual_one(
+    shape: tuple[int, ...], affine: bool, momentum: float | None
+) -> None:
+    """Values, gradients and statistics, in a single process; several are above."""
+    kind = torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d
+    usual = kind(4, affine=affine, momentum=momentum).double()
+    for parameter in usual.parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 2.0)
+    other = copy.deepcopy(usual)
+    other.__class__, other.place = SyncBatchNorm, ALONE
+    found = []
+    for norm in (usual, other):
+        x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul_(3).add_(2)
+        y = norm(x.requires_grad_())
+        (y.sin() * torch.arange(y.numel()).view(y.shape)).sum().backward()
+        found.append([y.detach(), x.grad, *[p.grad for p in norm.parameters()], *norm.buffers(), norm.eval()(x)])
+    assert len(found[0]) == 6 + 2 * affine
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-9)
+
+
+def test_a_batch_norm_of_timm_keeps_its_activation_and_names_over_processes() -> None:
+    usual = timm.layers.BatchNormAct2d(4, act_layer=torch.nn.SiLU)
+    other = torch.nn.Sequential(copy.deepcopy(usual))
+    set_statistics(other, "sync", Place(0, 2, torch.device("cpu")))
+    assert type(other[0]) is SyncBatchNorm
+    assert other[0].state_dict().keys() == usual.state_dict().keys()
+    other[0].place = ALONE
+    x = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(other(x), usual(x))
+    half = x.bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    other(half).float().square().sum().backward()
+    assert half.grad is not None
+    assert half.grad.dtype == torch.bfloat16
+
+
+def test_frozen_statistics_stay_as_they_are(cifar10: str, prompt_store: Store) -> None:
+    spec = student_spec("test_resnet", prompt_store.schema.teacher, 32)
+    found = trainer(module=build_student(spec), batch_norm="frozen", ema=0.5)
+    before = [value.clone() for value in found.module.buffers()]
+    Validation((cifar10,), prompt_store, spec, ALONE, torch.float32).run({"": (found.module, None)})
+    found.module(torch.randn(2, 3, 32, 32))
+    assert found.module.training
+    assert before
+    assert all(map(torch.equal, before, found.module.buffers()))
 
 
 def test_the_average_follows_its_formula() -> None:

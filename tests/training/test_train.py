@@ -17,7 +17,7 @@ from cache_schemas import StudentSpec
 from cache_schemas.document import CHECKSUM, digest_of
 from dimefm.errors import MismatchError, OutputExistsError, StoreError, TrainingError
 from dimefm.images.preprocess import Preprocess
-from dimefm.models.towers import student_spec
+from dimefm.models.towers import build_student, student_spec
 from dimefm.store.embedding_store import Store
 from dimefm.system.lock import writing
 from dimefm.training import build_towers
@@ -195,6 +195,30 @@ def test_a_start_that_failed_before_its_first_checkpoint_may_be_repeated_otherwi
         train(config)
     train(replace(config, init=None, lr=1e-3))
     assert TrainConfig.parse(read_run(config.out).config, "run.json").lr == 1e-3
+
+
+def test_frozen_statistics_are_those_of_the_first_weights(
+    image_store: Store, text_store: Store, tmp_path: Path
+) -> None:
+    tower = build_student(student_spec(STUDENT, image_store.schema.teacher, 32))
+    for name, buffer in tower.named_buffers():
+        if "running_var" in name:
+            buffer.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+    first = {name: value.clone() for name, value in tower.state_dict().items()}
+    torch.save(first, tmp_path / "first.pt")
+    config = tiny_config(
+        image_store, text_store, tmp_path / "run", init=str(tmp_path / "first.pt"), batch_norm="frozen", max_steps=2
+    )
+    train(config)
+    train(replace(config, max_steps=4), allow_changes=("max_steps",))
+    found = weights(config.out)
+    statistics = [name for name, _ in tower.named_buffers()]
+    assert statistics
+    assert all(torch.equal(found[name], first[name]) for name in statistics)
+    assert not torch.equal(found["trunk.conv1.1.weight"], first["trunk.conv1.1.weight"]), "its scale is not trained"
+    vit = replace(config, out=str(tmp_path / "vit"), student="test_vit", image_size=None)
+    with pytest.raises(TrainingError, match="test_vit has no batch norm to be frozen"):
+        train(vit)
 
 
 def test_two_runs_in_one_folder_are_refused(image_store: Store, text_store: Store, tmp_path: Path) -> None:
