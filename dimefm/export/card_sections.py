@@ -32,7 +32,8 @@ def summary(document: Export) -> list[str]:
     text = f"A CLIP model with {whole} parameters, {image} of them in the image tower: it gives images and sentences "
     text += f"embeddings of {model.embed_dim} numbers that can be compared, for zero-shot classification and search."
     if origin:
-        text += f" Its image tower, {code(origin.student)}, was distilled with dimefm from {_teacher(origin)}."
+        text += f" Its image tower, {code(origin.student)}, was distilled with dimefm from {_teacher(origin)}"
+        text += "".join(f" and {code(name)}" for name in origin.more_teachers) + "."
     return [f"# {words(model.name)}", "", text]
 
 
@@ -47,6 +48,7 @@ def origin_section(document: Export) -> list[str]:
         ("image tower", code(origin.student)),
         ("text tower", f"{code(text)}, distilled too" if text else "that of the teacher, unchanged"),
         ("teacher", f"{_teacher(origin)}, weights sha256 {code(origin.teacher_weights[:16])}"),
+        *(("further teacher", code(name)) for name in origin.more_teachers),
         ("weights", f"after step {origin.step:,} of {origin.steps:,}" + ", moving average" * (origin.weights == "ema")),
         ("images seen", f"{origin.images_seen:,}"),
         (
