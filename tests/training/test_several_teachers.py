@@ -19,13 +19,16 @@ from dimefm.errors import MismatchError, TeacherError, TrainingError
 from dimefm.evaluation.open_model import open_model
 from dimefm.images.preprocess import normalise
 from dimefm.models.clip import Clip, load_clip
+from dimefm.models.exported import read_export
 from dimefm.models.towers import build_student, of_columns, student_spec, widened
 from dimefm.store.embedding_store import Store
+from dimefm.training.batch_loader import Request
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig, TextMix, TrainConfig
+from dimefm.training.image_batches import Augmentation, Batch, TrainingImages
 from dimefm.training.read_metrics import read_metrics
 from dimefm.training.run_folder import open_inputs, read_run
-from dimefm.training.student import write_student
+from dimefm.training.student import distilled_from, write_student
 from dimefm.training.teacher_stores import require_same_images, require_same_rows, require_same_sentences, rows_of_all
 from dimefm.training.train import train
 from tests.conftest import cached
@@ -133,6 +136,20 @@ def test_the_student_leaves_with_the_text_tower_of_either_teacher(
 
 
 @pytest.mark.slow
+def test_an_export_says_which_teacher_it_has_the_text_tower_of(run: str, other: Clip, tmp_path: Path) -> None:
+    out = tmp_path / "student"
+    done = CliRunner().invoke(cli, ["export", run, "--out", str(out), "--teacher", "2"])
+    assert done.exit_code == 0, done.output
+    origin = read_export(str(out)).origin
+    assert origin is not None
+    assert origin.teacher_weights == distilled_from(str(out)) == other.identity.weights
+    assert origin.more_teachers == ("local-dir:tiny",)
+    assert [one.kind for one in origin.sources] == ["image", "text", "image", "text"]
+    assert all(one.unknown is None for one in origin.sources)
+    assert "further teacher" in (out / "README.md").read_text()
+
+
+@pytest.mark.slow
 def test_evaluation_measures_by_each_teacher_and_by_all(run: str, cifar10: str, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out"), "--device", "cpu"]
     for words, name in (([], "two"), (["--teacher", "2"], "two-teacher-2"), (["--teacher", "all"], "two-teacher-all")):
@@ -228,6 +245,26 @@ def test_views_of_all_teachers_must_be_the_same(tmp_path: Path) -> None:
             require_same_images(one, with_views(name, views, pixels))
 
 
+def test_all_teachers_have_seen_the_view_that_the_student_sees(
+    image_tar: Path, clip: Clip, other: Clip, tmp_path: Path
+) -> None:
+    plan = ViewPlan(count=2, seed=0, crop_scale=(0.4, 1.0), flip=True)
+    stores = [
+        cached("image", image_tar, tmp_path / f"{number}.zarr", teacher, views=replace(plan, count=count), pixels=48)
+        for number, (teacher, count) in enumerate([(clip, 3), (other, 2)])
+    ]
+    rows_B = np.array([5, 90, 17])
+    augmentation = Augmentation(size=32, crop_scale=(1.0, 1.0), flip=False, seed=0)
+    batch = TrainingImages(stores[0], augmentation, more=stores[1:])[Request(0, 2, rows_B, rows_B)]
+    assert isinstance(batch, Batch)
+    views_B = (rows_B + 2) % 2  # of both stores
+    expected = [store.gather_view(rows_B, views_B)[0] for store in stores]
+    np.testing.assert_array_equal(batch.teacher_BD.numpy(), np.concatenate(expected, axis=1))
+    pixels = TrainingImages(stores[1], augmentation)[Request(0, 2, rows_B, rows_B)]
+    assert isinstance(pixels, Batch)
+    assert torch.equal(batch.pixels_B3HW, pixels.pixels_B3HW)
+
+
 def test_the_command_line_takes_a_store_for_each_teacher(image_store: Store, text_store: Store, tmp_path: Path) -> None:
     stranger, _ = random_store(tmp_path / "stranger.zarr", rows=96, shard_rows=32)
     words = ["--images", image_store.path, "--images", stranger.path, "--texts", text_store.path]
@@ -318,7 +355,7 @@ def test_two_processes_train_as_one(config: Config, tmp_path: Path) -> None:
     train(config(tmp_path / "one", **changes))
     arguments = (2, free_port(), config(tmp_path / "two", **changes))
     multiprocessing.start_processes(_train, arguments, nprocs=2, start_method=FORKING.get_start_method())
-    one, two = ([line for line in read_metrics(str(tmp_path / run))] for run in ("one", "two"))
+    one, two = (read_metrics(str(tmp_path / run)) for run in ("one", "two"))
     assert len(one) == 4
     for name in one[0].keys() - {"event", "epoch", "images_per_second", "data_wait"}:
         np.testing.assert_allclose([line[name] for line in two], [line[name] for line in one], rtol=2e-3, err_msg=name)
