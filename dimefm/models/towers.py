@@ -166,11 +166,12 @@ def _dim_of_width(spec: StudentSpec, name: str, wide: dict[str, torch.Tensor], n
 
 
 class Columns(torch.nn.Module):
-    """A tower that gives `width` columns of another one's features."""
+    """A tower that gives the first `width` columns of another one's features."""
 
     def __init__(self, tower: Any, width: int) -> None:
         super().__init__()
         self.tower, self._width = tower, width
+        self.train(tower.training)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) to the first columns (B, width)."""

@@ -26,6 +26,7 @@ class LossConfig:
     `square_temperature` is from Hinton et al. 2015, `queue` from He et al. 2020: as many more images to tell apart, at
     the price of students that are a few steps old.
     `mask_diagonal`: at T = 3 and a mean cosine of 0.5 an image's own embedding has 0.99996 of the target's mass.
+    Losses in `OF_TEXTS` need sentences.
     """
 
     WEIGHTS: ClassVar[tuple[str, ...]] = ("vl", "pvl", "udist", "cosine", "centred", "contrastive")

@@ -5,7 +5,7 @@ To add a loss: write the function in training/losses.py; give it a line in LOSSE
 else follows from these: --loss takes it, the tests of the table call it, and it is logged under its name in
 metrics.jsonl and TensorBoard, as every part that `Objective` returns is. If it draws on texts, on the sentence of each
 image or on the mean embedding, say so where these are made ready: `_text_bank` in training/feed.py, and
-training/build_towers.py.
+training/build_towers.py; and name one that needs sentences in LossConfig.OF_TEXTS.
 
 Shapes: B images of this process, G of all processes, T texts, Q images of the queue, D embedding width.
 """

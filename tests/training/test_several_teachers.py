@@ -15,22 +15,26 @@ from torch.nn import functional as F
 
 from cache_schemas import ViewPlan
 from dimefm.cli import cli
+from dimefm.datasets.own_sets import open_folders
 from dimefm.errors import MismatchError, TeacherError, TrainingError
 from dimefm.evaluation.open_model import open_model
-from dimefm.images.preprocess import normalise
+from dimefm.images.preprocess import Preprocess, normalise
 from dimefm.models.clip import Clip, load_clip
 from dimefm.models.exported import read_export
 from dimefm.models.towers import build_student, of_columns, student_spec, widened
 from dimefm.store.embedding_store import Store
 from dimefm.training.batch_loader import Request
+from dimefm.training.build_towers import build_towers
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig, TextMix, TrainConfig
+from dimefm.training.distributed import Place
 from dimefm.training.image_batches import Augmentation, Batch, TrainingImages
 from dimefm.training.read_metrics import read_metrics
-from dimefm.training.run_folder import open_inputs, read_run
+from dimefm.training.run_folder import open_inputs, plan_run, read_run
 from dimefm.training.student import distilled_from, write_student
 from dimefm.training.teacher_stores import require_same_images, require_same_rows, require_same_sentences, rows_of_all
 from dimefm.training.train import train
+from dimefm.training.validation import class_embeddings, count_correct
 from tests.conftest import cached
 from tests.processes import FORKING
 from tests.stores import random_store, teacher_identity
@@ -198,6 +202,35 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         train(replace(stopped, more_images=(), more_texts=()))
     train(stopped)
     assert same(weights(whole.out), weights(stopped.out))
+
+
+def test_the_first_teacher_is_validated(
+    config: Config, cifar10: str, prompt_store: Store, clip: Clip, tmp_path: Path
+) -> None:
+    found = config(tmp_path / "run", max_steps=2, val=(cifar10,), val_texts=prompt_store.path, ema=0.5)
+    result = train(found)
+    assert result.validation.keys() == {"cifar10", "cifar10_ema"}
+    images = open_folders((cifar10,))[0]
+    classes_CD = class_embeddings(images.prompts(), clip.encode_texts)
+    with open_model(found.out, device="cpu") as student:
+
+        def answers(pixels_B3HW: torch.Tensor) -> torch.Tensor:
+            return (student.encode_images(pixels_B3HW) @ classes_CD.T).argmax(dim=1)
+
+        (right,), _ = count_correct(images, [answers], Preprocess(student.identity.preprocessing), 64)
+    assert (
+        abs(result.validation["cifar10"] * len(images.samples) - right) <= 2
+    )  # embeddings were cached in half precision
+
+
+def test_first_weights_are_those_of_the_tower_and_the_first_projection(config: Config, tmp_path: Path) -> None:
+    state = build_student(student_spec(STUDENT, teacher_identity(embed_dim=WIDTH), 32)).state_dict()
+    torch.save(state, tmp_path / "first.pt")
+    found = config(tmp_path / "run", init=str(tmp_path / "first.pt"))
+    inputs = open_inputs(found)
+    run = plan_run(found, inputs, 1, machine="m", processes=1, order="blocks", allow_changes=(), done=0)
+    tower = build_towers(found, run, inputs, Place(0, 1, torch.device("cpu")), resumed=False)["image"].module
+    assert same(of_columns(tower.state_dict(), run.student, 0, WIDTH), state)
 
 
 def test_rows_that_one_teacher_lacks_are_not_drawn(tmp_path: Path) -> None:
