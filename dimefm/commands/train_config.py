@@ -120,7 +120,8 @@ def shown(value: Any) -> str:
 
 
 def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    """The option that gives a field: --images is repeated for `more_images`."""
+    return f"--{name.removeprefix('more_').replace('_', '-')}"
 
 
 def _weights(name: str, text: str) -> dict[str, float]:

@@ -108,7 +108,7 @@ def train_student(
 ) -> None:  # fmt: skip
     """Train a student from cached embeddings.
 
-    --images, --texts and --out are needed, as options or in a --config file.
+    --images, --out and, for losses of sentences, --texts are needed, as options or in a --config file.
 
     No teacher runs. Ctrl-C or SIGTERM makes it write a checkpoint and stop; however it ended, the same command goes on
     from the last checkpoint. On several GPUs: torchrun -m dimefm train-student ...

@@ -147,9 +147,10 @@ def _text_tower(document: Run, run: str, teacher: str | None, pretrained: str | 
     known = document.teachers[place]
     name, tag = moved or known.name, pretrained or known.pretrained
     if not moved and not known.has_text:
-        what = f"{run} learned from {name}, which has no text tower, and a model of open_clip has one"
-        remedy = "dimefm evaluate measures it by --task linear-probe; train with a CLIP teacher beside it to export it"
-        raise TeacherError(what, remedy=remedy)
+        what = f"teacher {place + 1} of {run}, {name}, has no text tower, and a model of open_clip has one"
+        others = any(one.has_text for one in document.teachers)
+        remedy = "export it with another --teacher" if others else "train with a CLIP teacher beside it to export it"
+        raise TeacherError(what, remedy=f"{remedy}; dimefm evaluate measures it by --task linear-probe")
     if pretrained and name.startswith(CONFIGURED):
         raise TeacherError(
             f"--pretrained has no effect with {name}, which has weights of its own", remedy="leave it out"

@@ -28,6 +28,7 @@ from dimefm.training.build_towers import build_towers
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig, TextMix, TrainConfig
 from dimefm.training.distributed import Place
+from dimefm.training.dry_run import foresee
 from dimefm.training.image_batches import Augmentation, Batch, TrainingImages
 from dimefm.training.read_metrics import read_metrics
 from dimefm.training.run_folder import open_inputs, plan_run, read_run
@@ -306,6 +307,13 @@ def test_the_command_line_takes_a_store_for_each_teacher(image_store: Store, tex
     assert f"{image_store.path} and {stranger.path} have other rows: row 0 is" in said
     lonely = CliRunner().invoke(cli, ["train-student", *words[:2], *rest]).output
     assert "Missing --texts" in lonely
+
+
+def test_a_dry_run_counts_the_sentences_of_all_teachers(config: Config, tmp_path: Path) -> None:
+    found = foresee(config(tmp_path / "run"))
+    assert found.text_bank == 2 * 200 * (WIDTH + OTHER)
+    assert found.seconds_per_step is not None
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_of_teachers_that_make_no_sense_are_refused(config: Config, tmp_path: Path) -> None:

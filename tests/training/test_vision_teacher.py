@@ -83,7 +83,7 @@ def test_what_needs_a_text_tower_is_refused_with_the_reason(
         (["cache-texts", texts, "--teacher", TEACHER, "--pretrained", weights, "--out", tmp_path / "t.zarr"],
          "has no text tower: it gives embeddings of images alone"),
         (["evaluate", run, cifar10, "--out", tmp_path / "out"], "--task linear-probe or --task few-shot"),
-        (["export", run, "--out", tmp_path / "student"], "which has no text tower, and a model of open_clip has one"),
+        (["export", run, "--out", tmp_path / "student"], "timm:test_vit, has no text tower, and a model of open_clip"),
         (["predict", run, image_tar, "--classes", "cat,dog"], "has no text tower"),
         (["train-student", "--images", store, "--out", tmp_path / "r", "--loss", "vl=1"], "Missing --texts"),
     ):  # fmt: skip
