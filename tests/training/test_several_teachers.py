@@ -1,6 +1,7 @@
 """Several teachers: one tower with a projection for each, their losses summed, rows that are the same images."""
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 from torch import multiprocessing
 from torch.nn import functional as F
 
-from cache_schemas import ViewPlan
+from cache_schemas import Failure, Status, ViewPlan
 from dimefm.cli import cli
 from dimefm.datasets.own_sets import open_folders
 from dimefm.errors import MismatchError, TeacherError, TrainingError
@@ -29,9 +30,12 @@ from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import LossConfig, TextMix, TrainConfig
 from dimefm.training.distributed import Place
 from dimefm.training.dry_run import foresee
+from dimefm.training.feed import notes_on_feed, open_feed
 from dimefm.training.image_batches import Augmentation, Batch, TrainingImages
+from dimefm.training.objective import Objective
 from dimefm.training.read_metrics import read_metrics
 from dimefm.training.run_folder import open_inputs, plan_run, read_run
+from dimefm.training.several_teachers import SeveralObjectives
 from dimefm.training.student import distilled_from, write_student
 from dimefm.training.teacher_stores import require_same_images, require_same_rows, require_same_sentences, rows_of_all
 from dimefm.training.train import train
@@ -234,13 +238,39 @@ def test_first_weights_are_those_of_the_tower_and_the_first_projection(config: C
     assert same(of_columns(tower.state_dict(), run.student, 0, WIDTH), state)
 
 
-def test_rows_that_one_teacher_lacks_are_not_drawn(tmp_path: Path) -> None:
-    one, _ = random_store(tmp_path / "one", rows=8, shard_rows=4, failed=(1,))
-    other, _ = random_store(tmp_path / "other", rows=8, shard_rows=8, failed=(1, 6), weights="v")
-    found = rows_of_all([one, other])
-    assert found is not None
-    assert found.tolist() == [0, 2, 3, 4, 5, 7]
-    assert rows_of_all([other, one]) is None
+def test_the_loss_is_the_weighted_sum_of_each_teachers_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher_BD, features_BD, text_TD = (torch.randn(rows, 10, generator=generator) for rows in (8, 8, 12))
+    losses = [LossConfig(vl=0.7, pvl=0.3, scale=30), LossConfig(vl=0, pvl=0, cosine=1)]
+    each = [
+        Objective(loss, teacher_scale=100.0, dim=dim, mean_D=None) for loss, dim in zip(losses, (6, 4), strict=True)
+    ]
+    together = SeveralObjectives(each, [6, 4], [1.0, 0.25])
+    unit = [F.normalize(features_BD[:, :6], dim=-1), F.normalize(features_BD[:, 6:], dim=-1)]
+    student_BD = together.unit(features_BD)
+    assert torch.equal(student_BD, torch.cat(unit, dim=1))
+    found, shown = together(teacher_BD, student_BD, [text_TD[:, :6], None], [None, None])
+    first, _ = each[0](teacher_BD[:, :6].contiguous(), unit[0], text_TD[:, :6])
+    second, _ = each[1](teacher_BD[:, 6:].contiguous(), unit[1])
+    torch.testing.assert_close(found, first + 0.25 * second)
+    assert shown["teacher1_loss"] == first
+    assert shown["teacher2_cosine"] == second
+
+
+def test_rows_that_one_teacher_lacks_are_not_drawn(config: Config, tmp_path: Path) -> None:
+    found = config(tmp_path / "run", max_steps=None, epochs=1)
+    lacking = str(shutil.copytree(found.more_images[0], tmp_path / "lacking.zarr"))
+    store = Store(lacking)
+    arrays = {name: array.copy() for name, array in store.shard_arrays(0).items()}
+    arrays["embedding"][5], arrays["status"][5] = 0, Status.NOT_FINITE
+    failure = Failure(row=5, key="k", file="f", status=Status.NOT_FINITE.name, reason="made so")
+    store.write_shard(0, arrays, [failure], device="cpu", seconds=1.0)
+    found = replace(found, more_images=(lacking,), batch_size=19)
+    assert rows_of_all([store, Store(found.images)]) is None
+    with open_feed(found, Place(0, 1, torch.device("cpu"))) as feed:
+        assert any("1 image of" in note and "will not be drawn" in note for note in notes_on_feed(found, feed))
+        drawn = np.concatenate([batch.all_rows_G.numpy() for batch, _ in feed.batches])
+    assert sorted(drawn) == [row for row in range(96) if row != 5]
 
 
 def test_stores_of_other_rows_are_refused_with_the_first_that_differs(tmp_path: Path) -> None:
