@@ -129,7 +129,8 @@ def open_feed(config: TrainConfig, place: Place) -> Iterator[Feed]:
         batches: Iterator[Pair] = iter(())
         if first < steps:
             orders = [plan.images, *([plan.texts] if plan.texts else [])]
-            position = stack.enter_context(fetching_ahead(orders, inputs.pairs, first, steps))
+            beside = [one for one in (inputs.pairs, *(one.images for one in inputs.more)) if one]
+            position = stack.enter_context(fetching_ahead(orders, beside, first, steps))
             requests = partial(Requests, first=first, steps=steps, rank=place.rank, world=place.world)
             texts = requests(plan.texts) if plan.texts else None
             images = requests(plan.images, position=position)
