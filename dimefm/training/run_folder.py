@@ -8,7 +8,7 @@ from typing import Literal
 
 from cache_schemas import Run, StudentSpec
 from cache_schemas.run import CHECKPOINTS, METRICS_FILE, REPORT_FILE, RUN_FILE, Change, FurtherTeacher
-from dimefm.errors import MismatchError, StoreError, TrainingError
+from dimefm.errors import MismatchError, StoreError
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.output_folder import ANOTHER_OUT, OWN_AND_NEW, differing, in_lines, require_only
 from dimefm.store.pairs_store import Pairs, require_pairs_match
@@ -19,7 +19,7 @@ from dimefm.system.versions import versions
 from dimefm.training.before_training import require_changeable
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import NEVER_DIFFER, NEVER_DIFFER_IN_LOSS, TrainConfig
-from dimefm.training.teacher_stores import TeacherStores, open_teacher, require_same_images, require_same_sentences
+from dimefm.training.teacher_stores import TeacherStores, open_teachers, require_same_sentences
 
 _FOLLOWS = {"images_data": "images", "texts_data": "texts", "pairs_digest": "pairs", "selection_digest": "selection",
             "more_images_data": "more_images", "more_texts_data": "more_texts"}  # fmt: skip
@@ -46,11 +46,7 @@ class Inputs:
 def open_inputs(config: TrainConfig) -> Inputs:
     """Open the inputs that a config names. Raises StoreError for one that is unfinished or empty, MismatchError if they
     do not belong together."""
-    first, *more = (open_teacher(*paths) for paths in config.teachers)
-    for one in (first, *more):
-        if config.loss.logit_scale == "teacher" and not one.images.schema.teacher.has_text:
-            what = f"the teacher of {one.images.path} has no text tower, and so no logit scale"
-            raise TrainingError(what, remedy="give --set loss.logit_scale=fixed")
+    first, *more = open_teachers(config)
     images, texts = first.images, first.texts
     pairs = Pairs(config.pairs, cached=True) if config.pairs else None
     selection = SelectedTexts(config.selection) if config.selection else None
@@ -58,10 +54,8 @@ def open_inputs(config: TrainConfig) -> Inputs:
         require_pairs_match(pairs, images, texts)
     if texts and selection:
         selection.require_stores(images, texts)
-    for other in more:
-        require_same_images(images, other.images)
-        if texts and other.texts and (pairs or selection):
-            require_same_sentences(texts, other.texts)
+    if pairs or selection:
+        require_same_sentences([one.texts for one in (first, *more) if one.texts])
     if config.val_texts:
         require_same_teacher(images, Store(config.val_texts))
     return Inputs(images, texts, pairs, selection, tuple(more))

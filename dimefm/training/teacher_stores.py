@@ -11,9 +11,10 @@ import pyarrow as pa
 
 from cache_schemas import Status
 from cache_schemas.embedding_store import rows_path
-from dimefm.errors import MismatchError
+from dimefm.errors import MismatchError, TrainingError
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
+from dimefm.training.config import TrainConfig
 
 _COMPARED = {"image": ("key", "offset", "size"), "text": ("text",)}
 """Columns of a plan that say which sample a row is. The path of its file is not among them: a source may have moved."""
@@ -28,9 +29,27 @@ class TeacherStores:
     texts: Store | None
 
 
-def open_teacher(images: str, texts: str | None) -> TeacherStores:
-    """Open the stores of a teacher. Raises StoreError for one that is unfinished or empty, MismatchError for one of the
-    other kind, or if two teachers made them."""
+def open_teachers(config: TrainConfig) -> list[TeacherStores]:
+    """Open the stores of each teacher. Raises StoreError for one that is unfinished or empty, MismatchError for stores
+    that do not belong together, TrainingError for a teacher that lacks what a loss needs."""
+    try:
+        first, *more = (_open_teacher(*paths) for paths in config.teachers)
+    except MismatchError as error:
+        if not config.more_images:
+            raise
+        remedy = "give --images and --texts of the teachers in the same order, those without sentences last"
+        raise MismatchError(error.what, remedy=remedy) from None
+    for one in (first, *more):
+        if config.loss.logit_scale == "teacher" and not one.images.schema.teacher.has_text:
+            what = f"the teacher of {one.images.path} has no text tower, and so no logit scale"
+            raise TrainingError(what, remedy="give --set loss.logit_scale=fixed")
+    for number, one in enumerate(more):
+        _require_other_teacher(one.images, [before.images for before in (first, *more[:number])])
+        require_same_images(first.images, one.images)
+    return [first, *more]
+
+
+def _open_teacher(images: str, texts: str | None) -> TeacherStores:
     found = TeacherStores(Store(images), None if texts is None else Store(texts))
     for store, kind in ((found.images, "image"), (found.texts, "text")):
         if store is not None:
@@ -39,6 +58,14 @@ def open_teacher(images: str, texts: str | None) -> TeacherStores:
             require_embeddings(store)
             require_same_teacher(found.images, store)
     return found
+
+
+def _require_other_teacher(store: Store, others: Sequence[Store]) -> None:
+    """Raises MismatchError if one of the others is of the same teacher: more images were meant, perhaps."""
+    for other in others:
+        if not other.schema.teacher.differences(store.schema.teacher):
+            what = f"{other.path} and {store.path} come from the same teacher"
+            raise MismatchError(what, remedy="give --images again for another teacher of the same images only")
 
 
 def require_same_images(one: Store, other: Store) -> None:
@@ -106,14 +133,15 @@ def _sample(entries: pa.Table, place: int) -> str:
     return " ".join(f"{name} {value!r}" for name, value in entries.slice(place, 1).to_pylist()[0].items())
 
 
-def require_same_sentences(one: Store, other: Store) -> None:
-    """Raises MismatchError unless row r of both text stores is the same sentence, with an embedding in both or in none:
+def require_same_sentences(stores: Sequence[Store]) -> None:
+    """Raises MismatchError unless row r of all text stores is the same sentence, with an embedding in all or in none:
     what pairs and selections name by its row in the first store."""
-    require_same_rows(one, other)
-    differs_N = np.flatnonzero(_has_embedding(one) != _has_embedding(other))
-    if len(differs_N):
-        what = f"row {differs_N[0]} has an embedding in only one of {one.path} and {other.path}"
-        raise MismatchError(what, remedy="cache both again, or train without --pairs and --selection")
+    for other in stores[1:]:
+        require_same_rows(stores[0], other)
+        differs_N = np.flatnonzero(_has_embedding(stores[0]) != _has_embedding(other))
+        if len(differs_N):
+            what = f"row {differs_N[0]} has an embedding in only one of {stores[0].path} and {other.path}"
+            raise MismatchError(what, remedy="cache both again, or train without --pairs and --selection")
 
 
 def rows_of_all(stores: Sequence[Store]) -> np.ndarray[Any, Any] | None:

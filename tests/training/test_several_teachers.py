@@ -287,9 +287,9 @@ def test_stores_of_other_rows_are_refused_with_the_first_that_differs(tmp_path: 
             require_same_rows(*stores)
     texts, _ = random_store(tmp_path / "texts", rows=8, shard_rows=4, kind="text")
     lacking, _ = random_store(tmp_path / "lacking", rows=8, shard_rows=8, kind="text", failed=(2,), weights="v")
-    require_same_sentences(texts, texts)
+    require_same_sentences([texts, texts])
     with pytest.raises(MismatchError, match="row 2 has an embedding in only one of"):
-        require_same_sentences(texts, lacking)
+        require_same_sentences([texts, lacking])
 
 
 def test_views_of_all_teachers_must_be_the_same(tmp_path: Path) -> None:
@@ -335,6 +335,10 @@ def test_the_command_line_takes_a_store_for_each_teacher(image_store: Store, tex
     rest = ["--loss", "cosine=1,vl=1", "--recipe", "sample", "--out", str(tmp_path / "run")]
     said = CliRunner().invoke(cli, ["train-student", *words, *rest]).output
     assert f"{image_store.path} and {stranger.path} have other rows: row 0 is" in said
+    again = ["--images", image_store.path, *words[:2], "--texts", text_store.path]
+    assert "come from the same teacher" in CliRunner().invoke(cli, ["train-student", *again, *rest]).output
+    swapped = ["--images", stranger.path, *words[:2], "--texts", text_store.path]
+    assert "in the same order, those without" in CliRunner().invoke(cli, ["train-student", *swapped, *rest]).output
     lonely = CliRunner().invoke(cli, ["train-student", *words[:2], *rest]).output
     assert "Missing --texts" in lonely
 
