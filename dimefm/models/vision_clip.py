@@ -18,7 +18,7 @@ from cache_schemas import Preprocessing, TeacherIdentity
 from cache_schemas.identity import Precision
 from dimefm.errors import TeacherError
 from dimefm.models.clip import Clip, digest_weights
-from dimefm.models.names import TIMM
+from dimefm.models.names import FOLDER, TIMM
 from dimefm.models.trained import Trained, option_of
 
 _MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
@@ -100,11 +100,12 @@ def load_timm(name: str, pretrained: str | None, trained: Trained, precision: Pr
     if idle := [field for field in trained.fields() if field in ("activation", "assume_openai")]:
         raise TeacherError(f"{option_of(idle[0])} has no effect with {name}", remedy="leave it out")
     try:
-        model = timm.create_model(model_name, pretrained=pretrained is None, num_classes=0).eval()
-        if pretrained is None and not _has_weights(model):
+        file = pretrained or _file_of(model_name)
+        model = timm.create_model(model_name, pretrained=file is None, num_classes=0).eval()
+        if file is None and not _has_weights(model):
             raise TeacherError(f"timm has no weights of {model_name}", remedy="give a file with --pretrained")
-        if pretrained is not None:
-            _load_strictly(model, pretrained)
+        if file is not None:
+            _load_strictly(model, file)
         facts: dict[str, Any] = resolve_data_config({}, model=model)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             features_1D = model(torch.zeros(1, *facts["input_size"]))
@@ -123,6 +124,17 @@ def load_timm(name: str, pretrained: str | None, trained: Trained, precision: Pr
         model, name, pretrained, preprocessing, features_1D.shape[1], precision=precision, device=device,
         preprocessing_from=origin,
     )  # fmt: skip
+
+
+def _file_of(model_name: str) -> str | None:
+    """The file of weights in a folder that timm wrote; None for another model."""
+    if not model_name.startswith(FOLDER):
+        return None
+    names = ("model.safetensors", "pytorch_model.bin")
+    files = [path for name in names if (path := Path(model_name.removeprefix(FOLDER), name)).is_file()]
+    if not files:
+        raise TeacherError(f"{model_name} has no {' and no '.join(names)}", remedy="give a file with --pretrained")
+    return str(files[0])
 
 
 def _has_weights(model: Any) -> bool:

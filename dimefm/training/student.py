@@ -50,10 +50,12 @@ def distilled_from(model: str) -> str | None:
 
 def number_of_teacher(document: Run, run: str, teacher: str | None) -> int:
     """The place, from 0, of the teacher of a run that has the number `teacher`, from 1; by default of the first one
-    with a text tower, else of the first. Raises TeacherError if there is none of that number."""
+    with a text tower, else of the first. Raises TeacherError if there is none of that number, or just one."""
     teachers = document.teachers
     if teacher is None:
         return next((place for place, one in enumerate(teachers) if one.has_text), 0)
+    if len(teachers) == 1:
+        raise TeacherError(f"{run} has one teacher: --teacher {teacher} has no effect", remedy="leave it out")
     if not (teacher.isdecimal() and 1 <= int(teacher) <= len(teachers)):
         listed = "".join(f"\n  {number}: {one.name}" for number, one in enumerate(teachers, 1))
         raise TeacherError(

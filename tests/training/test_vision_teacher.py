@@ -12,6 +12,7 @@ from cache_schemas import SchemaError
 from dimefm.cli import cli
 from dimefm.errors import TeacherError, TrainingError
 from dimefm.models.clip import load_clip
+from dimefm.models.hub import require_cached
 from dimefm.store.embedding_store import Store
 from dimefm.training.before_training import notes_on_inputs
 from dimefm.training.config import LossConfig
@@ -84,6 +85,7 @@ def test_what_needs_a_text_tower_is_refused_with_the_reason(
          "has no text tower: it gives embeddings of images alone"),
         (["evaluate", run, cifar10, "--out", tmp_path / "out"], "--task linear-probe or --task few-shot"),
         (["export", run, "--out", tmp_path / "student"], "timm:test_vit, has no text tower, and a model of open_clip"),
+        (["evaluate", run, cifar10, "--teacher", "1"], "has one teacher: --teacher 1 has no effect"),
         (["predict", run, image_tar, "--classes", "cat,dog"], "has no text tower"),
         (["train-student", "--images", store, "--out", tmp_path / "r", "--loss", "vl=1"], "Missing --texts"),
     ):  # fmt: skip
@@ -116,6 +118,11 @@ def test_weights_that_do_not_fit_are_refused(weights: Path, tmp_path: Path) -> N
     ):
         with pytest.raises(TeacherError, match=said):
             load_clip(name, pretrained, device="cpu")
+
+
+def test_a_repository_that_a_document_names_is_not_fetched() -> None:
+    with pytest.raises(TeacherError, match="is not on this machine: it would be fetched"):
+        require_cached("timm:hf-hub:someone/model", "a store")
 
 
 def test_a_folder_of_timm_is_a_teacher(tmp_path: Path) -> None:
