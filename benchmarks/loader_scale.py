@@ -92,7 +92,7 @@ class _Start:
         bank = TextBank(texts, TextMix(), None, seed=0, total=self.texts)
         augmentation = Augmentation(size=self.size, crop_scale=(0.08, 1.0), flip=True, seed=0)
         requests = Requests(order, first=step, steps=step + 2 * order.steps_per_epoch)
-        return TrainingImages(order.store.path, augmentation, bank), requests
+        return TrainingImages(order.store.path, augmentation, [bank]), requests
 
     def first_batch(self, step: int) -> tuple[Any, list[float]]:
         """The batches that come next, and the seconds of opening, of finding the step in the order (which the loader

@@ -123,7 +123,7 @@ class _Run:
             position = stack.enter_context(fetching_ahead([order], None, 0, stop))
             requests = Requests(order, first=0, steps=stop, position=position)
             batches: Iterator[Batch] = training_loader(
-                TrainingImages(store, augmentation, bank), requests, self.workers
+                TrainingImages(store, augmentation, [bank]), requests, self.workers
             )
             stack.callback(batches.close)  # type: ignore[attr-defined]
             next(batches)

@@ -146,6 +146,10 @@ class EmbeddingStore(Document):
             found.append(Problem("views.count", f"must be at least 1, found {self.views.count}"))
         if self.decoder == "nvjpeg" and (self.views or self.pixels):
             found.append(Problem("decoder", "nvjpeg goes with neither views nor pixels, which are made on the CPU"))
+        if self.kind == "text" and not self.teacher.has_text:
+            found.append(
+                Problem("teacher.tokenizer", "is empty, as of a vision-only teacher, and the store holds texts")
+            )
         for name in ("views", "pixels"):
             if self.kind == "text" and getattr(self, name) is not None:
                 found.append(Problem(name, "is for images, and the store holds texts"))

@@ -61,9 +61,10 @@ class ExportSource:
 @dataclass(frozen=True, kw_only=True)
 class ExportOrigin:
     """The training run that a model comes from, after `step` of its `steps`. It holds base names and no paths, since
-    the folder may be published. `pretrained` is the tag of the teacher's weights, `repository` where the Hub has them;
-    `config` is the training config, and `changes` are those that the user made during the run. None of it is known of a
-    model that dimefm did not train."""
+    the folder may be published. `pretrained` is the tag of the teacher's weights, `repository` where the Hub has them.
+    Of several teachers these are of the one whose text tower it has, and `more_teachers` names the others. `config` is
+    the training config, and `changes` are those that the user made during the run. None of it is known of a model that
+    dimefm did not train."""
 
     student: str
     teacher: str
@@ -80,6 +81,7 @@ class ExportOrigin:
     pretrained: str | None = None
     repository: str | None = None
     changes: tuple[Change, ...] = ()
+    more_teachers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

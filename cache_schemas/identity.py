@@ -35,6 +35,9 @@ class TeacherIdentity:
     of the weights says more. `weights` is the digest of the weights as they were loaded; `precision` is the number
     format in which they are held and products are computed. `preprocessing_from` says in words where the preprocessing
     was taken from; it is not compared either, and is None in older documents.
+
+    A vision-only model has no text tower: its `tokenizer` is empty, `context_length` and `logit_scale` are 0, and
+    `activation` is that of the towers of its students.
     """
 
     name: str
@@ -49,6 +52,11 @@ class TeacherIdentity:
     logit_scale: float
     logit_bias: float | None
     preprocessing_from: str | None = None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it has a text tower."""
+        return self.tokenizer != ""
 
     def differences(self, other: TeacherIdentity, *, ignore: tuple[str, ...] = ()) -> list[str]:
         """The fields in which `other` differs, each as ``field: mine != theirs``; empty if the teachers agree."""

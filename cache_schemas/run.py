@@ -67,6 +67,18 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FurtherTeacher:
+    """What a run has of a teacher beside its first one: as the fields of Run. One without sentences has no
+    `texts_identity`."""
+
+    teacher: TeacherIdentity
+    images_identity: str
+    images_data: str
+    texts_identity: str | None = None
+    texts_data: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run(Document):
     """What a run was started with.
 
@@ -77,6 +89,9 @@ class Run(Document):
 
     `order` of the rows (training.row_order) and `undecayed`, the parameters without weight decay (training.optimizer),
     are those that the run began with; the defaults are those of older runs.
+
+    With `more_teachers` the student's `embed_dim` is the sum of all teachers' widths: its tower ends in a projection
+    for each, side by side, that of `teacher` first.
     """
 
     SCHEMA: ClassVar[str] = "dimefm.run"
@@ -100,3 +115,9 @@ class Run(Document):
     changes: tuple[Change, ...] = ()
     images_data: str | None = None
     texts_data: str | None = None
+    more_teachers: tuple[FurtherTeacher, ...] = ()
+
+    @property
+    def teachers(self) -> tuple[TeacherIdentity, ...]:
+        """All teachers, in the order of their stores."""
+        return self.teacher, *(one.teacher for one in self.more_teachers)

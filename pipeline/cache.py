@@ -10,7 +10,8 @@ from cache_schemas import EmbeddingStore
 from cache_schemas.embedding_store import Decoder, Kind
 from cache_schemas.identity import Precision
 from dimefm.caching.same_command import arguments_there, require_no_stranger
-from dimefm.errors import DimefmError
+from dimefm.errors import DimefmError, TeacherError
+from dimefm.models.names import TIMM
 from dimefm.models.trained import Trained
 from dimefm.sources.base import Source, paths_of
 from dimefm.sources.files import expand
@@ -35,7 +36,8 @@ class CacheConfig:
     out: str
     """Store to write: a folder or URL, such as IMAGES.zarr or TEXTS.zarr."""
     teacher: str
-    """Teacher, an open_clip model: NAME, hf-hub:ORG/MODEL or local-dir:FOLDER."""
+    """Teacher, an open_clip model: NAME, hf-hub:ORG/MODEL or local-dir:FOLDER. For images also timm:NAME, a model of
+    timm without a text tower."""
     pretrained: str | None = None
     """Weights of a plain NAME: an open_clip tag or a file."""
     trained: Trained | None = None
@@ -116,6 +118,9 @@ def _require_possible(config: CacheConfig, *, writes: bool = False) -> None:
     """Raises DimefmError for sources that do not exist, an output that is something else, and options that do not go
     with each other. Then says what begins."""
     require_name(config.out, "a store", ".zarr")
+    if config.kind == "text" and config.teacher.startswith(TIMM):
+        what = f"{config.teacher} has no text tower: it gives embeddings of images alone"
+        raise TeacherError(what, remedy="cache images with it, and train with --loss cosine=1 and no --texts")
     _require_sources(config)
     if writes:
         require_no_stranger(config.out)  # before the lock is written into it

@@ -89,6 +89,7 @@ class _Evaluate(Command):
 @weights_options
 @_option("--checkpoint", metavar="last|best|STEP")
 @_option("--weights", type=click.Choice(get_args(Weights)))
+@_option("--teacher", metavar="N|all")
 @_option("--task", "tasks", type=click.Choice(get_args(EvaluationTask)), multiple=True)
 @_option("--probe-selection", "selection", type=click.Choice(get_args(ProbeSelection)))
 @_option("--solver", type=click.Choice(get_args(Solver)))
@@ -125,7 +126,7 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     options["folders"] = options["folders"] or tuple((click.get_current_context().default_map or {}).get("folders", ()))
     _require_sense(options)
     if Path(model).exists():  # else the name is the mistake
-        require_run(model, "checkpoint", "weights")
+        require_run(model, "checkpoint", "weights", "teacher")
     if was_given("precision") and format_of(model.removeprefix(FOLDER)) == "onnx":
         raise click.UsageError(f"--precision has no effect on {model}, an ONNX model: its graphs have their own")
     config = EvaluationConfig(model=model, **options)

@@ -44,7 +44,7 @@ def export(run: str, **options: Any) -> None:
     """
     if Path(run).exists():  # else the name is the mistake
         require_run(run, "checkpoint", "weights", "teacher", "pretrained")
-    if options["teacher"]:
+    if options["teacher"] and not (options["teacher"].isdecimal() or options["teacher"] == "all"):
         require_model(options["teacher"], options["pretrained"])
     from dimefm.export.describe_export import describe_export
     from dimefm.export.export_student import export as write

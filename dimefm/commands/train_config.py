@@ -21,6 +21,8 @@ from dimefm.training.recipes import RECIPES
 FIELDS = "dimefm train-student --fields"
 WEIGHTS = {"loss": LossConfig.WEIGHTS, "text_loss": LossConfig.WEIGHTS, "text_mix": TextMix.WEIGHTS}
 """The fields of each part that are weights: where one of them is given, all others are 0."""
+_OF_TEXTS = ("text_student", *(f"loss.{name}" for name in LossConfig.OF_TEXTS))
+"""The fields that, with a value, need a text store."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ def config_of(recipe: str, file: str | None, options: dict[str, Any], settings: 
         layers.lay(name, _weights(name, value) if name in WEIGHTS else value, _option(name))
     for setting in settings:
         layers.lay(*_read_setting(setting, layers), "--set")
-    missing = [_option(name) for name in ("images", "texts", "out") if not layers.values[name]]
+    if not layers.values["texts"] and not any(map(layers.values.get, _OF_TEXTS)):
+        layers.values["texts"] = None
+    missing = [_option(name) for name in ("images", "texts", "out") if layers.values[name] == ""]
     if missing:
         what = f"Missing {', '.join(missing)}: give {'them' if missing[1:] else 'it'}, or a --config file that has"
         raise click.UsageError(f"{what} {'them' if missing[1:] else 'it'}")
@@ -116,7 +120,8 @@ def shown(value: Any) -> str:
 
 
 def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    """The option that gives a field: --images is repeated for `more_images`."""
+    return f"--{name.removeprefix('more_').replace('_', '-')}"
 
 
 def _weights(name: str, text: str) -> dict[str, float]:

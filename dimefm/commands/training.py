@@ -52,8 +52,8 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 
 
 @click.command(cls=Command)
-@_option("--images", metavar="IMAGES.zarr")
-@_option("--texts", metavar="TEXTS.zarr")
+@_option("--images", multiple=True, metavar="IMAGES.zarr")
+@_option("--texts", multiple=True, metavar="TEXTS.zarr")
 @_option("--out", metavar="RUN")
 @_option("--image-weights", type=Weights(), metavar="1::2")
 @_option("--pairs")
@@ -121,7 +121,7 @@ def train_student(
 ) -> None:  # fmt: skip
     """Train a student from cached embeddings.
 
-    --images, --texts and --out are needed, as options or in a --config file.
+    --images, --out and, for losses of sentences, --texts are needed, as options or in a --config file.
 
     No teacher runs. Ctrl-C or SIGTERM makes it write a checkpoint and stop; however it ended, the same command goes on
     from the last checkpoint. On several GPUs: torchrun -m dimefm train-student ...
@@ -132,6 +132,8 @@ def train_student(
 
     require_with("--json", as_json or None, "--dry-run", dry_run or None)
     options = {name: value for name, value in options.items() if value not in (None, ())}
+    for name in {"images", "texts"} & options.keys():
+        options[name], *options[f"more_{name}"] = options[name]
     given = config_of(recipe, config_file, options, settings)
     config, changes = given.config, tuple(name.strip() for name in allow_changes.split(",") if name.strip())
     unused = {"texts_per_step", "text_mix"} & options.keys()

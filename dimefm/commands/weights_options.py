@@ -40,7 +40,7 @@ def weights_options(command: Callable[..., None]) -> Callable[..., None]:
         from dimefm.models.trained import Trained
 
         given = {name: options.pop(name) for name in fields_of(*_TRAINED)}
-        model = options.get("teacher") or options["model"]
+        model = options.get("model") or options["teacher"]
         if options["pretrained"] and (model.startswith(("hf-hub:", "local-dir:")) or Path(model).is_dir()):
             raise click.UsageError(f"--pretrained has no effect with {model}, which has weights of its own")
         command(**options, trained=Trained(**given))

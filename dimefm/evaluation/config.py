@@ -42,6 +42,9 @@ class EvaluationConfig:
     """Checkpoint of a run: last, best or the number of a step."""
     weights: Weights = "model"
     """Weights of a run: those that were trained (model), or their moving average (ema)."""
+    teacher: str | None = None
+    """Of a run with several teachers: the number of the one to measure it by, or all for all that have a text tower
+    together, their embeddings side by side. Default: the first that has one."""
     precision: Precision = "fp32"
     """Number format of the model's weights and matrix products."""
     device: str | None = None
@@ -76,11 +79,12 @@ class EvaluationConfig:
 
 
 def default_name(config: EvaluationConfig) -> str:
-    """The name of the results' folder: the model's own name, with tag, checkpoint and weights if they are not the
-    defaults."""
+    """The name of the results' folder: the model's own name, with tag, checkpoint, weights and teacher if they are not
+    the defaults."""
     model = config.model.removeprefix("local-dir:").removeprefix("hf-hub:").rstrip("/")
     parts = [model if "/" not in model else model.rpartition("/")[2], config.pretrained or ""]
     parts += [config.checkpoint if config.checkpoint != "last" else "", "ema" if config.weights == "ema" else ""]
+    parts += [f"teacher-{config.teacher}" if config.teacher else ""]
     return re.sub(r"[^\w.-]+", "-", "-".join(part for part in parts if part)).strip("-.") or "model"
 
 

@@ -13,7 +13,7 @@ from cache_schemas.run import RUN_FILE
 from dimefm.datasets.image_set import ImageSet
 from dimefm.datasets.known_sets import find_sets
 from dimefm.datasets.own_sets import open_folder
-from dimefm.errors import DimefmError, SourceError
+from dimefm.errors import DimefmError, SourceError, TeacherError
 from dimefm.evaluation.config import ChosenSet, EvaluationConfig, choose_sets, default_name
 from dimefm.system import storage
 from dimefm.system.lock import writing
@@ -21,7 +21,8 @@ from dimefm.system.named_paths import allowing
 from dimefm.system.notes import note
 from dimefm.system.output_names import require_name
 from dimefm.system.wording import counted
-from dimefm.training.student import require_checkpoint
+from dimefm.training.run_folder import read_run
+from dimefm.training.student import ALL, number_of_teacher, require_checkpoint
 
 
 @dataclass
@@ -52,6 +53,7 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
             return done
         if (Path(config.model) / RUN_FILE).exists():
             require_checkpoint(config.model, config.checkpoint)
+            _require_teacher(config)
         note(f"{config.model}, {counted(len(chosen), 'set')}: loading the model ...")
         from dimefm.evaluation.evaluator import Evaluator  # imports torch, and what loads a model open_clip
         from dimefm.evaluation.open_model import open_model
@@ -62,10 +64,30 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
             trained=config.trained,
             checkpoint=config.checkpoint,
             weights=config.weights,
+            teacher=config.teacher,
             precision=config.precision,
             device=config.device,
         ) as clip:
             return Evaluator(config, clip, done, report or (lambda result: None)).run(chosen, opened)
+
+
+def _require_teacher(config: EvaluationConfig) -> None:
+    """Raises TeacherError for a teacher that the run does not have, and for zero-shot of one without a text tower."""
+    document = read_run(config.model)
+    everyone = config.teacher == ALL
+    place = number_of_teacher(document, config.model, None if everyone else config.teacher)
+    require_text(config, document.teachers[place].has_text)
+    texts = sum(one.has_text for one in document.teachers)
+    if everyone and texts < 2:
+        what = f"{config.model} has {counted(texts, 'teacher')} with a text tower: --teacher all has no effect"
+        raise TeacherError(what, remedy="leave it out")
+
+
+def require_text(config: EvaluationConfig, has_text: bool) -> None:
+    """Raises TeacherError for zero-shot of a model without a text tower."""
+    if "zero-shot" in config.tasks and not has_text:
+        what = f"{config.model} has no text tower to measure zero-shot with: it gives embeddings of images alone"
+        raise TeacherError(what, remedy="give --task linear-probe or --task few-shot")
 
 
 def _has_results(files: set[str]) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from cache_schemas.evaluation import TEXT_EMBEDDINGS, UNPACKED, EvaluationResult, Metric
 from dimefm.datasets.image_set import ImageSet
@@ -17,7 +18,7 @@ from dimefm.datasets.known_sets import open_set
 from dimefm.datasets.own_sets import find_folder
 from dimefm.errors import SourceError
 from dimefm.evaluation.config import ChosenSet, EvaluationConfig
-from dimefm.evaluation.evaluate import Evaluation, none_below
+from dimefm.evaluation.evaluate import Evaluation, none_below, require_text
 from dimefm.evaluation.features import Features, compute_features
 from dimefm.evaluation.recorder import Job, Recorder
 from dimefm.evaluation.scoring import cosines, measure, measure_retrieval, probabilities
@@ -34,6 +35,7 @@ class Evaluator:
         self, config: EvaluationConfig, clip: Clip, done: Evaluation, report: Callable[[EvaluationResult], None]
     ) -> None:
         self._config, self._clip, self._done, self._report = config, clip, done, report
+        require_text(config, clip.identity.has_text)
         self._recorder = Recorder(config, clip, done.folder)
         self._texts = TextEmbeddings(clip, storage.join(config.out, TEXT_EMBEDDINGS))
         self._retried: set[str] = set()  # features whose failed images this command has tried again
@@ -167,7 +169,7 @@ class Evaluator:
             test_features,
             job.test,
             job.metric,
-            heads_CD=self._texts.of_classes(train.classnames, train.prompts()),
+            heads_CD=self._heads(train),
             selection=self._config.selection,
             solver=self._config.solver,
             epochs=epochs,
@@ -181,6 +183,12 @@ class Evaluator:
         notes += note_on_few(probed.settings, job.metric)
         settings |= probed.settings
         return self._recorder.add(job, protocol, measurement, settings, test_features, began, notes)
+
+    def _heads(self, train: ImageSet) -> torch.Tensor:
+        """What a probe starts from, float32 (C, D): the class embeddings, or zeros for a model without a text tower."""
+        if not self._clip.identity.has_text:
+            return torch.zeros(len(train.classnames), self._clip.identity.embed_dim)
+        return self._texts.of_classes(train.classnames, train.prompts())
 
 
 def _metric_of(one: ChosenSet, images: ImageSet) -> Metric:

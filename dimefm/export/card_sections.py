@@ -32,7 +32,8 @@ def summary(document: Export) -> list[str]:
     text = f"A CLIP model with {whole} parameters, {image} of them in the image tower: it gives images and sentences "
     text += f"embeddings of {model.embed_dim} numbers that can be compared, for zero-shot classification and search."
     if origin:
-        text += f" Its image tower, {code(origin.student)}, was distilled with dimefm from {_teacher(origin)}."
+        text += f" Its image tower, {code(origin.student)}, was distilled with dimefm from {_teacher(origin)}"
+        text += "".join(f" and {name}" for name in _further(origin)) + "."
     return [f"# {words(model.name)}", "", text]
 
 
@@ -42,11 +43,13 @@ def origin_section(document: Export) -> list[str]:
     if origin is None:
         return ["## Training", "", "It is not recorded how this model was trained."]
     config = cast("dict[str, Any]", origin.config)
-    text = config.get("text_student")
+    text, shares = config.get("text_student"), config.get("teacher_weights")
     facts = [
         ("image tower", code(origin.student)),
         ("text tower", f"{code(text)}, distilled too" if text else "that of the teacher, unchanged"),
         ("teacher", f"{_teacher(origin)}, weights sha256 {code(origin.teacher_weights[:16])}"),
+        *(("further teacher", name) for name in _further(origin)),
+        *([("weights of teachers", ", ".join(f"{weight:g}" for weight in shares))] if shares else []),
         ("weights", f"after step {origin.step:,} of {origin.steps:,}" + ", moving average" * (origin.weights == "ema")),
         ("images seen", f"{origin.images_seen:,}"),
         (
@@ -130,6 +133,10 @@ def _teacher(origin: ExportOrigin) -> str:
     if name := repository(origin):
         return f"[{name}](https://huggingface.co/{name})"
     return code(f"{origin.teacher.removeprefix(FOLDER)} {origin.pretrained or ''}")
+
+
+def _further(origin: ExportOrigin) -> list[str]:
+    return [code(name.removeprefix(FOLDER)) for name in origin.more_teachers]
 
 
 def _losses(loss: dict[str, Any]) -> str:

@@ -85,8 +85,11 @@ def _of_run(run: str) -> Material:
     document = read_run(run)
     config = TrainConfig.parse(document.config, run)
     try:
-        images, texts = _images(run, config), Store(_place(run, config.texts))
-        encoded, sentences = _images_of(images, IMAGES), _texts_of(texts)
+        encoded = _images_of(_images(run, config), IMAGES)
+        texts = config.texts or config.val_texts
+        if texts is None:
+            raise SourceError("it was trained without sentences")
+        sentences = _texts_of(Store(_place(run, texts)))
         val = tuple(_place(run, path) for path in config.val)
         with allowing(val):
             labelled = [_part(one, _MOST_IMAGES, _MOST_PROMPTS) for one in open_folders(val)]

@@ -27,7 +27,8 @@ class ExportConfig:
     weights: Weights = "model"
     """Weights of the checkpoint: model, or ema for their moving average."""
     teacher: str | None = None
-    """Where the teacher is now. Default: where it was when the images were cached."""
+    """Where the teacher is now, or of several teachers the number of the one whose text tower the student gets.
+    Default: the first, where it was when the images were cached."""
     pretrained: str | None = None
     """Tag or file of the teacher's weights."""
     precision: Literal["fp32", "fp16"] = "fp32"

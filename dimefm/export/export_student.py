@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cache_schemas import TeacherIdentity
 from cache_schemas.export import EXPORT_FILE, TOKENIZER_FILE, Export, ExportOrigin
 from cache_schemas.run import RUN_FILE
 from dimefm.errors import DimefmError, OutputExistsError, StoreError
@@ -69,18 +70,18 @@ def _write(config: ExportConfig, form: Format, scratch: Path, folder: Path) -> N
     from dimefm.training.student import write_student
 
     material = find_material(config) if _changes_weights(config) else None
-    source = Path(config.source)
+    source, teacher = Path(config.source), None
     if (source / RUN_FILE).exists():
         source = scratch / "student"
         chosen = {name: getattr(config, name) for name in ("checkpoint", "weights", "teacher", "pretrained")}
-        write_student(config.source, str(source), **chosen)
+        teacher = write_student(config.source, str(source), **chosen)
     clip = load_clip(f"local-dir:{source}", precision="fp32", device="cpu")
     _require_finite(clip, config.source)
     with storage.writing_to(config.out):
         written = form.writer()(clip, source, folder, config)
         _write_tokenizer(clip, folder, config)
         files = {file.name: storage.digest_file(str(file)) for file in sorted(folder.iterdir())}
-        document = replace(_document(clip, config, written), files=files)
+        document = replace(_document(clip, config, written, teacher), files=files)
         storage.write_json(str(folder / EXPORT_FILE), document.to_json())
     if material:
         document = replace(document, checks=check(clip, folder, material, config))
@@ -106,7 +107,7 @@ def _changes_weights(config: ExportConfig) -> bool:
     return config.format != "open_clip" or config.precision != "fp32" or bool(config.check_on)
 
 
-def _document(clip: Clip, config: ExportConfig, written: Written) -> Export:
+def _document(clip: Clip, config: ExportConfig, written: Written, teacher: TeacherIdentity | None) -> Export:
     from dimefm.models.flops import count_flops
 
     parameters, image_parameters = clip.parameter_counts()
@@ -128,15 +129,16 @@ def _document(clip: Clip, config: ExportConfig, written: Written) -> Export:
         image_flops=image_flops,
         text_flops=text_flops,
         versions=versions(),
-        origin=_origin(config, clip.identity.weights),
+        origin=_origin(config, clip.identity.weights, teacher),
         onnx=written.onnx,
     )
 
 
-def _origin(config: ExportConfig, weights: str) -> ExportOrigin | None:
-    """Where the model comes from: its run, or what an earlier export recorded beside the same `weights`."""
-    if Path(config.source, RUN_FILE).exists():
-        return origin_of(config.source, int(config.checkpoint), config.weights)
+def _origin(config: ExportConfig, weights: str, teacher: TeacherIdentity | None) -> ExportOrigin | None:
+    """Where the model comes from: its run, of which it has the text tower of `teacher`; or what an earlier export
+    recorded beside the same `weights`."""
+    if teacher:
+        return origin_of(config.source, int(config.checkpoint), config.weights, teacher)
     if not Path(config.source, EXPORT_FILE).exists():
         return None
     before = read_export(config.source)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from cache_schemas import Run, SchemaError
+from cache_schemas import Run, SchemaError, TeacherIdentity
 from cache_schemas.export import ExportOrigin, ExportSource
 from cache_schemas.run import Change, Weights
 from dimefm.errors import DimefmError
@@ -21,12 +22,13 @@ _NO_PATH = re.compile(rf"{HUB}[\w.-]+/[\w.-]+(@[\w.-]+)?|ViT-[A-Z]/\d+")
 _DIFFER = " != "  # between the two values of a change
 
 
-def origin_of(run: str, step: int, weights: Weights) -> ExportOrigin:
-    """The origin of the student of a run folder after `step` steps. Raises SchemaError for a damaged run.json."""
+def origin_of(run: str, step: int, weights: Weights, teacher: TeacherIdentity) -> ExportOrigin:
+    """The origin of the student of a run folder after `step` steps, with the text tower of `teacher`. Raises
+    SchemaError for a damaged run.json."""
     from dimefm.models.hub import repository_of  # imports open_clip
 
     document = read_run(run)
-    config, teacher = document.config, document.teacher
+    config = document.config
     return ExportOrigin(
         student=public(document.student.name),
         teacher=public(teacher.name),
@@ -46,6 +48,7 @@ def origin_of(run: str, step: int, weights: Weights) -> ExportOrigin:
             Change(step=one.step, field=one.field, values=_DIFFER.join(map(public, one.values.split(_DIFFER))))
             for one in document.changes
         ),
+        more_teachers=tuple(public(one.name) for one in document.teachers if one != teacher),
     )
 
 
@@ -74,11 +77,16 @@ def _base_name(path: str) -> str:
 
 
 def _sources(run: str, document: Run) -> tuple[ExportSource, ...]:
-    config = document.config
-    images = _source(run, "image", str(config["images"]), document.images_identity, document.images_data)
-    if not document.texts_identity:
-        return (images,)
-    return images, _source(run, "text", str(config["texts"]), document.texts_identity, document.texts_data)
+    config: dict[str, Any] = document.config
+    stores = [
+        ("image", config["images"], document.images_identity, document.images_data),
+        ("text", config["texts"], document.texts_identity, document.texts_data),
+    ]
+    paths = zip_longest(config.get("more_images", ()), config.get("more_texts", ()))
+    for one, (images, texts) in zip(document.more_teachers, paths, strict=True):
+        stores.append(("image", images, one.images_identity, one.images_data))
+        stores.append(("text", texts, one.texts_identity, one.texts_data))
+    return tuple(_source(run, kind, str(path), known, digest) for kind, path, known, digest in stores if known)
 
 
 def _source(run: str, kind: Any, path: str, identity: str, digest: str | None) -> ExportSource:

@@ -84,6 +84,7 @@ def _origin(origin: ExportOrigin) -> Rows:
         ("student", f"{origin.student} after step {origin.step:,} of {origin.steps:,}{weights}"),
         ("training", seen),
         ("teacher", f"{teacher}, sha256 {origin.teacher_weights[:16]}"),
+        *(("and", name) for name in origin.more_teachers),
         *((f"{one.kind}s from", _source(one)) for one in origin.sources),
     ]
 

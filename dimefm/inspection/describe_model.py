@@ -22,6 +22,7 @@ from dimefm.training.read_metrics import last_validation, read_metrics
 from dimefm.training.run_folder import read_run
 
 _HEADER = 100_000_000  # the most bytes of a safetensors header, by its format
+_STORES = ("images", "texts", "more_images", "more_texts", "pairs", "selection")
 _COUNTS = ("running_mean", "running_var", "num_batches_tracked")  # of a batch norm: not parameters
 
 
@@ -46,7 +47,8 @@ def describe_run(path: str) -> Description:
         "precision": config["precision"],
         "threads": config["threads"],
         "teacher": to_plain(run.teacher),
-        **{name: config[name] for name in ("images", "texts", "pairs", "selection")},
+        "more_teachers": [to_plain(one.teacher) for one in run.more_teachers],
+        **{name: config[name] for name in _STORES},
         "last": last,
         "validation": last_validation(path),
         "checkpoints": checkpoints.steps(),
@@ -61,6 +63,10 @@ def _as_written(config: dict[str, Any]) -> dict[str, Any]:
     taken what `TrainConfig` does not take."""
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     return {**defaults, **config, "loss": {**vars(LossConfig()), **config.get("loss", {})}}
+
+
+def _listed(stores: str | list[str]) -> str:
+    return stores if isinstance(stores, str) else ", ".join(stores)
 
 
 def _change(change: Change) -> dict[str, Any]:
@@ -78,7 +84,8 @@ def _run(facts: dict[str, Any]) -> Rows:
         ("loss", ", ".join(f"{name} {value}" for name, value in facts["loss"].items())),
         *([("machine", where)] if facts["machine"] else []),
         *teacher_rows(facts["teacher"]),
-        *((name, facts[name]) for name in ("images", "texts", "pairs", "selection") if facts[name]),
+        *(row for one in facts["more_teachers"] for row in teacher_rows(one)),
+        *((name.replace("_", " "), _listed(facts[name])) for name in _STORES if facts[name]),
     ]
     if last:
         rows.append(("last", f"loss {last['loss']:.4f}, {rate(last['images_per_second'], 1, 'image')}"))

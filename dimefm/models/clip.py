@@ -25,7 +25,7 @@ from dimefm.errors import MismatchError, TeacherError
 from dimefm.images.preprocess import normalise
 from dimefm.models.exported import format_of, require_as_exported
 from dimefm.models.hub import require_plain_tokenizer
-from dimefm.models.names import CONFIGURED, FOLDER
+from dimefm.models.names import CONFIGURED, FOLDER, TIMM
 from dimefm.models.pretraining import facts_of_config, facts_of_weights
 from dimefm.models.strict_open_clip import (
     DECODER,
@@ -70,13 +70,13 @@ class Clip:
         """This Clip, or one on `device` to which the model was moved."""
         if self.device == torch.device(device):
             return self
-        return Clip(self.model, self.tokenizer, self.identity, self.model_cfg, device)
+        return type(self)(self.model, self.tokenizer, self.identity, self.model_cfg, device)
 
     def in_float32(self) -> Clip:
         """A copy, with the weights rounded as they are here, that computes in float32: for rows that overflow in
         float16."""
         identity = replace(self.identity, precision="fp32")
-        return Clip(copy.deepcopy(self.model), self.tokenizer, identity, self.model_cfg, str(self.device))
+        return type(self)(copy.deepcopy(self.model), self.tokenizer, identity, self.model_cfg, str(self.device))
 
     def parameter_counts(self) -> tuple[int, int]:
         """The number of parameters of both towers, and of the image tower alone."""
@@ -209,7 +209,8 @@ def load_clip(
     precision: Precision | None = None,
     device: str | None = None,
 ) -> Clip:
-    """Load a model by open_clip's names: an architecture and a tag or file, ``hf-hub:org/model``, ``local-dir:FOLDER``.
+    """Load a model by open_clip's names: an architecture and a tag or file, ``hf-hub:org/model``, ``local-dir:FOLDER``;
+    or a vision-only one, ``timm:MODEL`` (models/vision_clip.py).
 
     If a file of weights or a folder's config does not describe the preprocessing, it comes from `trained`, which the
     user gives; else from `known`, the identity of these weights in a document; else from the tags that open_clip knows
@@ -232,6 +233,10 @@ def load_clip(
         from dimefm.models.transformers_clip import load_transformers
 
         return load_transformers(name.removeprefix(FOLDER), name, precision, device)
+    if name.startswith(TIMM):
+        from dimefm.models.vision_clip import load_timm
+
+        return load_timm(name, pretrained, trained or Trained(), precision, device)
     given, configured = trained or Trained(), name.startswith(CONFIGURED)
     if not configured:
         facts = facts_of_weights(

@@ -16,6 +16,7 @@ from open_clip import factory
 
 from cache_schemas.run import CONFIG_FILE, WEIGHTS_FILE
 from dimefm.errors import TeacherError
+from dimefm.models.names import TIMM
 
 _T = TypeVar("_T")
 
@@ -31,8 +32,10 @@ def require_cached(name: str, where: str) -> None:
     """Raises TeacherError if loading `name`, which the document `where` names, would fetch a model from the Hub for the
     first time: an hf-hub: name, and the models that a folder's config names, must be in the cache of huggingface_hub.
 
-    Names and tags from open_clip's own list are not checked: open_clip decides where these come from.
+    Names and tags from the lists of open_clip and timm are not checked: these decide where they come from.
     """
+    if name.startswith(f"{TIMM}{_HUB[0]}") and not _cached(name.removeprefix(f"{TIMM}{_HUB[0]}"), "config.json"):
+        raise _would_be_fetched(name, name, where)
     if name.startswith(_HUB[0]):
         repository = name.removeprefix(_HUB[0])
         weights = (WEIGHTS_FILE, *_OTHER_WEIGHTS)

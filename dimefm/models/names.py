@@ -17,7 +17,7 @@ from dimefm.errors import TeacherError, TrainingError
 from dimefm.models.exported import format_of
 from dimefm.system.near_names import did_you_mean, did_you_mean_path
 
-FOLDER, HUB = "local-dir:", "hf-hub:"
+FOLDER, HUB, TIMM = "local-dir:", "hf-hub:", "timm:"
 CONFIGURED = (FOLDER, HUB)
 """How names begin that bring a config with them: a folder, a repository of the Hub."""
 
@@ -26,10 +26,13 @@ _ALL = "docs/architectures.md lists all names"
 
 
 def require_model(name: str, pretrained: str | None, *, folder: str = FOLDER) -> None:
-    """Raises TeacherError unless `name` is a folder with an open_clip config, a repository of the Hub, or an
-    architecture of open_clip with weights `pretrained`, a tag or a file. How the name of a folder begins is `folder`.
+    """Raises TeacherError unless `name` is a folder with an open_clip config, a repository of the Hub, an architecture
+    of open_clip with weights `pretrained`, a tag or a file, or a model of timm. How the name of a folder begins is
+    `folder`.
     """
-    if name.startswith(FOLDER):
+    if name.startswith(TIMM):
+        _require_timm(name.removeprefix(TIMM), pretrained)
+    elif name.startswith(FOLDER):
         _require_config(name.removeprefix(FOLDER))
     elif not name.startswith(HUB):
         if not pretrained and Path(name).is_dir():
@@ -142,6 +145,21 @@ def _require_config(folder: str) -> None:
         raise TeacherError(f"cannot load {FOLDER}{folder}: there is no such folder", remedy=remedy)
     if format_of(folder) is None:
         raise TeacherError(f"cannot load {FOLDER}{folder}: it has no {CONFIG_FILE}", remedy=_instead_of(folder))
+
+
+def _require_timm(name: str, pretrained: str | None) -> None:
+    """The same for the model of timm that is called `name` there."""
+    if name.startswith(FOLDER) and not Path(name.removeprefix(FOLDER), "config.json").is_file():
+        raise TeacherError(f"cannot load {TIMM}{name}: there is no config.json of timm", remedy="check the path")
+    if not name.startswith(CONFIGURED) and name.partition(".")[0] not in timm_names():
+        near = did_you_mean(name, sorted(timm_names()), "timm.list_models() lists all")
+        raise TeacherError(f"no model of timm is called {name!r}", remedy=near)
+    if pretrained and not Path(pretrained).is_file():
+        what = f"cannot load {TIMM}{name}: there is no file {pretrained}"
+        near = did_you_mean_path(
+            pretrained, f"give a file; a tag of timm stands in the name, as {TIMM}resnet18.a1_in1k"
+        )
+        raise TeacherError(what, remedy=near)
 
 
 def _require_weights(name: str, pretrained: str | None) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from cache_schemas import Preprocessing
 from dimefm.errors import TeacherError
 from dimefm.models.hub import fetch_weights
-from dimefm.models.names import CONFIGURED, require_model
+from dimefm.models.names import CONFIGURED, TIMM, require_model
 from dimefm.models.pretraining import other_activation
 from dimefm.system import storage
 
@@ -28,6 +28,10 @@ def full_name(name: str, pretrained: str | None) -> tuple[str, str | None]:
     require_model(name, pretrained)
     if name.startswith("local-dir:"):
         return f"local-dir:{storage.absolute(name.removeprefix('local-dir:'))}", pretrained
+    if name.startswith(TIMM):
+        if (model := name.removeprefix(TIMM)).startswith("local-dir:"):
+            name = f"{TIMM}local-dir:{storage.absolute(model.removeprefix('local-dir:'))}"
+        return name, pretrained and storage.absolute(pretrained)
     if name.startswith(CONFIGURED) or pretrained is None:
         return name, pretrained
     name = name.replace("/", "-")

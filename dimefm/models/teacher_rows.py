@@ -11,7 +11,8 @@ def teacher_rows(teacher: dict[str, Any]) -> list[tuple[str, str]]:
     pre = teacher["preprocessing"]
     tag = f" ({teacher['pretrained']})" if teacher["pretrained"] else ""
     origin = f"; from {teacher['preprocessing_from']}" if teacher["preprocessing_from"] else ""
-    facts = f"{teacher['embed_dim']} wide, {teacher['activation']}, {teacher['precision']}"
+    kind = teacher["activation"] if teacher["tokenizer"] else "without a text tower"
+    facts = f"{teacher['embed_dim']} wide, {kind}, {teacher['precision']}"
     height, width = pre["size"]
     return [
         ("teacher", f"{teacher['name']}{tag}, {facts}"),

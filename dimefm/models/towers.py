@@ -6,6 +6,8 @@ Shapes: B images or sentences, L tokens, D embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import open_clip
@@ -21,13 +23,16 @@ from dimefm.models.names import unknown_student, unknown_text_student
 from dimefm.models.tokenizer import fast_tokenizer, open_tokenizer
 
 
-def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = None) -> StudentSpec:
+def student_spec(
+    name: str, teacher: TeacherIdentity, image_size: int | None = None, *, embed_dim: int | None = None
+) -> StudentSpec:
     """The image tower of the open_clip model (``ViT-B-32``) or timm model (``resnet18``) called `name`.
 
-    `image_size` in pixels replaces the model's own. Raises TrainingError for a name that neither library knows, and
-    for a size that the tower cannot take.
+    `image_size` in pixels replaces the model's own, `embed_dim` the teacher's width. Raises TrainingError for a name
+    that neither library knows, and for a size that the tower cannot take.
     """
-    cfg = _config_of(name, teacher)
+    width = embed_dim or teacher.embed_dim
+    cfg = _config_of(name, width)
     if cfg is not None:
         vision_cfg: dict[str, Any] = _without_captions(cfg["vision_cfg"])
         if "timm_model_name" in vision_cfg:
@@ -42,7 +47,7 @@ def student_spec(name: str, teacher: TeacherIdentity, image_size: int | None = N
     return StudentSpec(
         name=name,
         vision_cfg=vision_cfg,
-        embed_dim=teacher.embed_dim,
+        embed_dim=width,
         image_size=size[0] if isinstance(size, (list, tuple)) else size,
         mean=teacher.preprocessing.mean,
         std=teacher.preprocessing.std,
@@ -56,9 +61,10 @@ def _without_captions(tower_cfg: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in tower_cfg.items() if name != "output_tokens"}
 
 
-def notes_on_preparation(spec: StudentSpec, teacher: TeacherIdentity) -> list[str]:
-    """Notes for the user where a student's images are prepared in another way than its teacher's."""
-    theirs, notes = teacher.preprocessing, []
+def notes_on_preparation(spec: StudentSpec, teachers: Sequence[TeacherIdentity]) -> list[str]:
+    """Notes for the user where a student's images are prepared in another way than its first teacher's; and where it
+    will not fit beside the text tower of another."""
+    theirs, notes = teachers[0].preprocessing, []
     for field in ("mean", "std"):
         if getattr(spec, field) != getattr(theirs, field):
             value = getattr(spec, field)
@@ -67,6 +73,10 @@ def notes_on_preparation(spec: StudentSpec, teacher: TeacherIdentity) -> list[st
         what = f"is evaluated on images resized by {spec.resize_mode}, its teacher's by {theirs.resize_mode}"
         why = "crops have no borders" if theirs.resize_mode == "longest" else "the run was begun so"
         notes.append(f"the student {what}: {why}")
+    for one in teachers[1:]:
+        if one.has_text and one.activation != spec.activation and has_activation(spec):
+            what = f"has {one.activation} and the student {spec.activation}: open_clip has one for both towers"
+            notes.append(f"the student cannot be exported with the text tower of {one.name}, which {what}")
     return notes
 
 
@@ -90,11 +100,11 @@ def _timm_config(name: str, image_size: int | None) -> dict[str, Any]:
     }
 
 
-def _config_of(name: str, teacher: TeacherIdentity) -> dict[str, Any] | None:
+def _config_of(name: str, width: int) -> dict[str, Any] | None:
     """open_clip's config of a model, None for an unknown name. A tower without a projection, as SigLIP has, is given
-    one if its width is not the teacher's."""
+    one if its width is another."""
     cfg: dict[str, Any] | None = open_clip.get_model_config(name)
-    if cfg is not None and cfg["embed_dim"] != teacher.embed_dim:
+    if cfg is not None and cfg["embed_dim"] != width:
         for tower, field in (("vision_cfg", "timm_proj"), ("text_cfg", "proj_type")):
             if cfg[tower].get(field) == "none":
                 cfg[tower][field] = "linear"
@@ -121,6 +131,53 @@ def build_student(spec: StudentSpec) -> Any:
         raise TrainingError(f"cannot build {spec.name} at {spec.image_size} px: {reason}", remedy=remedy) from error
 
 
+def widened(tower: Any, spec: StudentSpec) -> Any:
+    """The tower of `spec` with the weights of `tower`, whose projection is narrower: they are the first columns of the
+    wide one. Its other columns are random. Raises TrainingError for a tower in which that is not all that differs."""
+    wide = build_student(spec)
+    state = wide.state_dict()
+    for name, value in tower.state_dict().items():
+        dim = _dim_of_width(spec, name, state, value)
+        part = state[name] if dim is None else state[name].narrow(dim, 0, value.shape[dim])
+        part.copy_(value)
+    return wide
+
+
+def of_columns(weights: dict[str, torch.Tensor], spec: StudentSpec, start: int, width: int) -> dict[str, torch.Tensor]:
+    """Of the weights of the tower of `spec`, those of the tower that gives only `width` columns of its features, from
+    the column `start` on. Raises as `widened` does."""
+    found = {}
+    for name, value in build_student(replace(spec, embed_dim=width)).state_dict().items():
+        dim = _dim_of_width(spec, name, weights, value)
+        found[name] = weights[name] if dim is None else weights[name].narrow(dim, start, width).clone()
+    return found
+
+
+def _dim_of_width(spec: StudentSpec, name: str, wide: dict[str, torch.Tensor], narrow: torch.Tensor) -> int | None:
+    """The dimension along which a tensor of a projection is as long as the tower is wide; None for any other tensor."""
+    whole = wide[name].shape if name in wide else torch.Size()
+    if whole == narrow.shape:
+        return None
+    differ = [dim for dim, (more, less) in enumerate(zip(whole, narrow.shape, strict=False)) if more != less]
+    if len(whole) != narrow.ndim or len(differ) != 1 or whole[differ[0]] != spec.embed_dim:
+        what = f"{spec.name} does not end in one linear projection: {name} cannot be divided between several teachers"
+        raise TrainingError(what, remedy="give another --student, such as ViT-B-32 or resnet18")
+    return differ[0]
+
+
+class Columns(torch.nn.Module):
+    """A tower that gives the first `width` columns of another one's features."""
+
+    def __init__(self, tower: Any, width: int) -> None:
+        super().__init__()
+        self.tower, self._width = tower, width
+        self.train(tower.training)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) to the first columns (B, width)."""
+        return self.tower(inputs)[:, : self._width]  # type: ignore[no-any-return]
+
+
 def _fitting_sizes(spec: StudentSpec) -> str:
     """The sizes that a tower can be expected to take, as a remedy; nothing where it is built at its own size."""
     cfg: dict[str, Any] = (open_clip.get_model_config(spec.name) or {}).get("vision_cfg", {})
@@ -136,7 +193,7 @@ def _fitting_sizes(spec: StudentSpec) -> str:
 
 def text_spec(name: str, teacher: TeacherIdentity) -> TextSpec:
     """The text tower of the open_clip model `name`. Raises TrainingError for a name that open_clip does not know."""
-    cfg = _config_of(name, teacher)
+    cfg = _config_of(name, teacher.embed_dim)
     if cfg is None:
         raise unknown_text_student(name)
     return TextSpec(

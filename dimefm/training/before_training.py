@@ -11,7 +11,7 @@ from dimefm.errors import TrainingError
 from dimefm.system import storage
 from dimefm.system.near_names import did_you_mean
 from dimefm.system.wording import counted
-from dimefm.training.config import NEVER_DIFFER, TextMix, TrainConfig
+from dimefm.training.config import NEVER_DIFFER, LossConfig, TextMix, TrainConfig
 
 _FIELDS = "dimefm train-student --fields lists all"
 
@@ -75,7 +75,17 @@ def require_changeable(names: tuple[str, ...]) -> None:
 
 
 def notes_on_inputs(config: TrainConfig) -> list[str]:
-    """Notes on inputs that are given, and that no loss uses."""
+    """Notes on inputs that are given, and that no loss uses; and on teachers that lack what a loss would use."""
+    needing = [name for name in LossConfig.OF_TEXTS if getattr(config.loss, name)]
+    lacking = [images for images, texts in config.teachers if needing and texts is None]
+    lacks = [
+        f"the teacher of {images} has no sentences: {' and '.join(needing)} will not be learned from it"
+        for images in lacking
+    ]
+    return lacks + _notes_on_unused(config)
+
+
+def _notes_on_unused(config: TrainConfig) -> list[str]:
     if config.loss.vl:
         return []
     mix = ",".join(f"{kind}={share:g}" for kind, share in vars(config.text_mix).items() if share)
@@ -85,7 +95,7 @@ def notes_on_inputs(config: TrainConfig) -> list[str]:
     if config.pairs and not config.loss.contrastive:
         idle.append(f"the pairs {config.pairs}")
     if not (config.loss.contrastive or config.text_student or (config.val and not config.val_texts)):
-        idle.append(f"the sentences of {config.texts}")
+        idle += [f"the sentences of {texts}" for _, texts in config.teachers if texts]
     if not idle:
         return []
     return [f"not used: {', '.join(idle)}: the vl loss, of images and sentences, has weight 0 (--loss vl=...)"]

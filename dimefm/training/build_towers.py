@@ -6,6 +6,7 @@ Shapes: D embedding width.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,13 +17,15 @@ from dimefm.errors import TrainingError
 from dimefm.images.preprocess import normalise
 from dimefm.models.first_weights import load_first_weights
 from dimefm.models.tower_training import checkpoint_gradients, drop_patches
-from dimefm.models.towers import build_student, build_text_student
+from dimefm.models.towers import build_student, build_text_student, widened
+from dimefm.store.embedding_store import Store
 from dimefm.training.batch_norm import batch_norms
 from dimefm.training.config import LossConfig, TrainConfig
 from dimefm.training.distributed import Place
 from dimefm.training.mean_embedding import mean_embedding
 from dimefm.training.objective import Objective
 from dimefm.training.run_folder import Inputs
+from dimefm.training.several_teachers import SeveralObjectives
 from dimefm.training.tower_trainer import TowerTrainer
 
 
@@ -32,31 +35,27 @@ def build_towers(
     """The towers of `run`, "image" and perhaps "text". Their weights are random, or for the image tower those of
     `config.init`, unless the run is `resumed`: then a checkpoint has them."""
 
-    def trainer(module: Any, loss: LossConfig, mean_D: torch.Tensor | None, prepare: Any) -> TowerTrainer:
-        teacher = inputs.images.schema.teacher
-        objective = Objective(loss, teacher_scale=teacher.logit_scale, dim=teacher.embed_dim, mean_D=mean_D)
+    def trainer(module: Any, objective: Objective | SeveralObjectives, prepare: Any) -> TowerTrainer:
         return TowerTrainer(
             module, objective, place, prepare=prepare, precision=config.precision,
             accumulate=config.accumulate, ema=config.ema, compile=config.compile,
             batch_norm=config.batch_norm or "sync", recomputes=config.gradient_checkpointing,
         )  # fmt: skip
 
-    image, spec = build_student(run.student), run.student
+    spec = run.student
+    image = _image_tower(config, run, resumed=resumed)
     if config.batch_norm == "frozen" and not batch_norms(image):
         raise TrainingError(f"{spec.name} has no batch norm to be frozen", remedy="leave batch_norm out")
     together = place.world if config.batch_norm == "local" else 1
     if config.batch_size // together // config.accumulate == 1 and config.batch_norm != "frozen":
         _require_more_than_one(image, spec.image_size)
-    if config.init and not resumed:
-        load_first_weights(image, spec, config.init)
     if config.patch_dropout:
         drop_patches(image, spec.name, config.patch_dropout)
-    mean_D = mean_embedding(inputs.images) if config.loss.centred else None
-    towers = {"image": trainer(image, config.loss, mean_D, partial(normalise, mean=spec.mean, std=spec.std))}
+    prepare = partial(normalise, mean=spec.mean, std=spec.std)
+    towers = {"image": trainer(image, _image_objective(config, inputs), prepare)}
     if run.text_student:
-        mean_D = mean_embedding(inputs.texts) if config.text_loss.centred else None
         text = build_text_student(run.text_student)
-        towers["text"] = trainer(text, config.text_loss, mean_D, lambda tokens: tokens)
+        towers["text"] = trainer(text, _objective(config.text_loss, inputs.texts), lambda tokens: tokens)
     if config.gradient_checkpointing:
         for name, module in named_modules(config, towers).items():
             checkpoint_gradients(module, name)
@@ -67,6 +66,34 @@ def named_modules(config: TrainConfig, towers: dict[str, TowerTrainer]) -> dict[
     """The modules of towers by the names of their models."""
     names = {"image": config.student, "text": f"the text tower of {config.text_student}"}
     return {names[side]: tower.module for side, tower in towers.items()}
+
+
+def _image_tower(config: TrainConfig, run: Run, *, resumed: bool) -> Any:
+    """The image tower. With several teachers all but the further projections begins as with the first teacher alone."""
+    if resumed:
+        return build_student(run.student)
+    first = replace(run.student, embed_dim=run.teacher.embed_dim)
+    image = build_student(first)
+    if config.init:
+        load_first_weights(image, first, config.init)
+    return widened(image, run.student) if run.more_teachers else image
+
+
+def _image_objective(config: TrainConfig, inputs: Inputs) -> Objective | SeveralObjectives:
+    stores = [one.images for one in inputs.teachers]
+    losses = [loss for loss in config.teacher_losses() if loss]
+    objectives = [_objective(loss, store) for loss, store in zip(losses, stores, strict=True)]
+    if not inputs.more:
+        return objectives[0]
+    weights = config.teacher_weights or (1.0,) * len(stores)
+    return SeveralObjectives(objectives, [store.schema.dim for store in stores], weights)
+
+
+def _objective(loss: LossConfig, store: Store | None) -> Objective:
+    """The losses on the embeddings of a store."""
+    assert store
+    teacher, mean_D = store.schema.teacher, mean_embedding(store) if loss.centred else None
+    return Objective(loss, teacher_scale=teacher.logit_scale, dim=teacher.embed_dim, mean_D=mean_D)
 
 
 def _require_more_than_one(tower: Any, size: int) -> None:

@@ -6,7 +6,8 @@ The line below a field says what it is; the options of `dimefm train-student` ta
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, ClassVar, Literal
 
 from cache_schemas import parse_dataclass, to_plain
@@ -25,9 +26,11 @@ class LossConfig:
     `square_temperature` is from Hinton et al. 2015, `queue` from He et al. 2020: as many more images to tell apart, at
     the price of students that are a few steps old.
     `mask_diagonal`: at T = 3 and a mean cosine of 0.5 an image's own embedding has 0.99996 of the target's mass.
+    Losses in `OF_TEXTS` need sentences.
     """
 
     WEIGHTS: ClassVar[tuple[str, ...]] = ("vl", "pvl", "udist", "cosine", "centred", "contrastive")
+    OF_TEXTS: ClassVar[tuple[str, ...]] = ("vl", "contrastive")
 
     vl: float = 0.7
     """Weight of the paper's vision-language loss: KL of the teacher's and the student's scores, over texts for each
@@ -109,9 +112,9 @@ class TextMix:
         return total - selected - retrieved, selected, retrieved
 
 
-MAY_DIFFER = ("images", "texts", "pairs", "selection", "out", "val", "val_texts", "workers", "log_every", "log_to",
-              "log_project", "device", "checkpoint_every", "keep", "accept_slow", "cache_dir",
-              "cache_size", "gradient_checkpointing")  # fmt: skip
+MAY_DIFFER = ("images", "texts", "more_images", "more_texts", "pairs", "selection", "out", "val", "val_texts",
+              "workers", "log_every", "log_to", "log_project", "device", "checkpoint_every", "keep", "accept_slow",
+              "cache_dir", "cache_size", "gradient_checkpointing")  # fmt: skip
 """Fields in which a resumed run may differ from its start: they say where things are, how fast and how often, not what
 is computed."""
 
@@ -136,9 +139,11 @@ class TrainConfig:
     """
 
     images: str
-    """Image store: embeddings of the images to train on. Several of one teacher: A.zarr::B.zarr."""
-    texts: str
-    """Text store: embeddings of the sentences to train with."""
+    """Image store: embeddings of the images to train on. Several of one teacher: A.zarr::B.zarr. Of several teachers: a
+    store each, of the same images."""
+    texts: str | None
+    """Text store: embeddings of the sentences to train with; not needed by losses without sentences. Of several
+    teachers: a store each, in the order of `images`; teachers without one come last."""
     out: str
     """Run folder to write."""
     student: str
@@ -168,6 +173,16 @@ class TrainConfig:
     add up to 1."""
     crop_scale: tuple[float, float]
     """Smallest and largest share of an image's area in a random crop; for images that were cached whole."""
+    more_images: tuple[str, ...] = ()
+    """Image stores of further teachers, of the same images as `images`."""
+    more_texts: tuple[str, ...] = ()
+    """Text stores of further teachers, in the order of `more_images`. A teacher without one has only those losses that
+    need no sentences."""
+    teacher_weights: tuple[float, ...] = ()
+    """Weight of each teacher's losses, in the order of their stores, such as [1,0.5]. Default: 1 each."""
+    teacher_scales: tuple[float, ...] = ()
+    """Factor between cosines and logits for each teacher, in the order of their stores. Default: `loss.scale` for
+    all."""
     precision: Literal["auto", Precision] = "auto"
     """Number format of matrix products. auto: bf16 on CPUs with AMX and on recent GPUs; else fp32 on a CPU, fp16 on a
     GPU."""
@@ -261,6 +276,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         wrong = self._values_out_of_range() + self.loss.problems() + self.text_mix.problems() + self._text_problems()
+        wrong = wrong or self._teacher_problems()
         wrong += self._options_without_effect()
         if wrong:
             raise TrainingError("; ".join(wrong), remedy="change the named options; train-student --fields lists all")
@@ -270,7 +286,7 @@ class TrainConfig:
             self,
             above_0=("epochs", "batch_size", "texts_per_step", "text_batch_size", "lr", "accumulate", "keep",
                      "checkpoint_every", "log_every", "val_every", "image_size", "clip_grad", "max_steps", "eps",
-                     "threads", "init_std", "cache_size", "image_weights"),
+                     "threads", "init_std", "cache_size", "image_weights", "teacher_weights", "teacher_scales"),
             not_below_0=("min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "workers", "seed", "init_mean",
                          "patch_dropout"),
         )  # fmt: skip
@@ -337,6 +353,54 @@ class TrainConfig:
         if self.text_loss.contrastive:
             wrong.append("text_loss.contrastive: a text tower has no pairs to learn from")
         return wrong
+
+    def _teacher_problems(self) -> list[str]:
+        """Settings of teachers, and of those without sentences, that make no sense."""
+        count, wrong = 1 + len(self.more_images), []
+        if len(self.more_texts) >= count or (self.more_texts and self.texts is None):
+            wrong.append(f"there are more text stores than image stores ({count}): give one of images for each")
+        for name in ("teacher_weights", "teacher_scales"):
+            values: tuple[float, ...] = getattr(self, name)
+            if values and (count == 1 or len(values) != count):
+                wrong.append(f"{name} is one number for each of several teachers; {count} here, found {len(values)}")
+        if count > 1 and any("::" in path for path in (self.images, *self.more_images)):
+            wrong.append("images: several stores of one teacher, A.zarr::B.zarr, do not go with several teachers")
+        if self.teacher_scales and self.loss.logit_scale == "teacher":
+            wrong.append("teacher_scales have no effect with loss.logit_scale=teacher: each teacher has its own")
+        if self.loss.logit_scale == "learned" and not all(1 <= scale <= MAX_SCALE for scale in self.teacher_scales):
+            wrong.append(f"teacher_scales must be from 1 to {MAX_SCALE:g} to be learned, found {self.teacher_scales}")
+        if count > 1 and self.text_student:
+            wrong.append("text_student: a text tower is distilled from one teacher, and there are several")
+        if self.texts is None:
+            users = [name for name in ("pairs", "selection", "text_student") if getattr(self, name)]
+            users += ["val without val_texts"] if self.val and not self.val_texts else []
+            wrong += [f"{name} needs the sentences of texts" for name in users]
+        for number, loss in enumerate(self.teacher_losses(), 1):
+            if any(getattr(self.loss, name) for name in LossConfig.WEIGHTS) and loss is None:
+                needing = " and ".join(name for name in LossConfig.OF_TEXTS if getattr(self.loss, name))
+                which = f"teacher {number} has no text store" if count > 1 else "there is no text store"
+                wrong.append(
+                    f"{which}, and the loss {needing} needs sentences: give texts, or --loss cosine=1 or another"
+                )
+        return wrong
+
+    @property
+    def teachers(self) -> list[tuple[str, str | None]]:
+        """The image store and the text store of each teacher."""
+        texts = [*([] if self.texts is None else [self.texts]), *self.more_texts]
+        return list(zip_longest((self.images, *self.more_images), texts))
+
+    def teacher_losses(self) -> list[LossConfig | None]:
+        """The losses of each teacher: `loss` with its own scale, and without those that it has no sentences for; None
+        if nothing is left."""
+        found: list[LossConfig | None] = []
+        for number, (_, texts) in enumerate(self.teachers):
+            changes: dict[str, float] = {} if texts is not None else dict.fromkeys(LossConfig.OF_TEXTS, 0.0)
+            if number < len(self.teacher_scales):
+                changes["scale"] = self.teacher_scales[number]
+            loss = replace(self.loss, **changes) if changes else self.loss  # type: ignore[arg-type]
+            found.append(loss if any(getattr(loss, name) for name in LossConfig.WEIGHTS) else None)
+        return found
 
     def steps(self, per_epoch: int) -> int:
         """Length of the run, with so many steps in an epoch."""

@@ -88,10 +88,11 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
         config, plan.inputs, plan.steps, machine=describe(str(place.device)), processes=place.world,
         order=plan.order, allow_changes=allow_changes, done=plan.first_step,
     )  # fmt: skip
-    size, texts = document.student.image_size, plan.inputs.texts
+    size, texts = document.student.image_size, [one.texts for one in plan.inputs.teachers if one.texts]
     drawn = (config.texts_per_step if config.loss.vl else 0) + (config.batch_size if config.loss.contrastive else 0)
-    kept_in = place_of(texts, place.device) if drawn else "disk"
-    loaders, ahead, batch = loaders_of(config, place, size, bytes_of_texts(texts, kept_in, drawn))
+    places = [place_of(store, place.device) if drawn else "disk" for store in texts]
+    of_batch = sum(bytes_of_texts(store, kept_in, drawn) for store, kept_in in zip(texts, places, strict=True))
+    loaders, ahead, batch = loaders_of(config, place, size, of_batch)
     one_pass = replace(config, compile=False, accumulate=1, batch_size=config.batch_size // config.accumulate)
     with torch_threads(config.threads):
         towers = build_towers(one_pass, document, plan.inputs, place, resumed=True)
@@ -103,15 +104,17 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
         except torch.OutOfMemoryError:
             measured, seconds, state = 0, None, _ADAMW * parameters
             why = "the GPU has too little memory for a step (--accumulate, --batch-size)"
-    bank = bytes_of_texts(texts, "memory", texts.schema.rows) if kept_in != "disk" else 0
+    kept = [store for store, kept_in in zip(texts, places, strict=True) if kept_in != "disk"]
+    bank = sum(bytes_of_texts(store, "memory", store.schema.rows) for store in kept)
     return Foresight(
         config=config, device=str(place.device), machine=describe(str(place.device)), image_size=size,
-        images=plan.inputs.images.contents.good, sentences=_sentences(config, plan),
+        images=_images(plan), sentences=_sentences(config, plan),
         steps_per_epoch=plan.steps_per_epoch, steps=plan.steps, first_step=plan.first_step,
         warmup_steps=config.warmup_steps(plan.steps_per_epoch),
         validation_steps=config.validation_steps(plan.steps_per_epoch) if config.val else None,
         parameters=parameters, training_state=(_WEIGHT + 4 * (config.ema is not None)) * parameters + state,
-        text_bank=bank, text_bank_in=kept_in, loaders=loaders, shared_memory=loaders * (ahead + 1) * batch,
+        text_bank=bank, text_bank_in=places[0] if places else "disk", loaders=loaders,
+        shared_memory=loaders * (ahead + 1) * batch,
         seconds_per_step=seconds, measured_images=measured, why_unknown=why,
         notes=[
             *notes, *notes_on_inputs(config), *notes_on_length(config, plan.steps, plan.steps_per_epoch),
@@ -120,11 +123,17 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
     )  # fmt: skip
 
 
+def _images(plan: Plan) -> int:
+    """The images that can be drawn: an epoch may have more, or fewer, where stores have weights."""
+    return plan.images.rows if plan.inputs.more else plan.inputs.images.contents.good
+
+
 def _sentences(config: TrainConfig, plan: Plan) -> int:
     """Sentences that the run may draw from."""
     selection = plan.inputs.selection
     alone = config.text_student is not None if not config.loss.vl else config.text_mix.selected == 1
-    return len(selection.rows()) if selection and alone else plan.inputs.texts.contents.good
+    texts = plan.inputs.texts
+    return len(selection.rows()) if selection and alone else texts.contents.good if texts else 0
 
 
 def _measure(
@@ -170,16 +179,27 @@ def _learn(
     text: TextSpec | None,
 ) -> None:  # fmt: skip
     """A step on random data, whose gradients are thrown away. A text tower gets its share of sentences."""
-    device, dim = place.device, plan.inputs.images.schema.teacher.embed_dim
+    device, widths = place.device, [one.images.schema.dim for one in plan.inputs.teachers]
 
-    def embeddings(rows: int) -> torch.Tensor:
+    def embeddings(rows: int, dim: int = widths[0]) -> torch.Tensor:
         return F.normalize(torch.randn(rows, dim, device=device), dim=-1)
 
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
-    teacher_BD, text_TD = embeddings(images), embeddings(config.texts_per_step) if config.loss.vl else None
-    pair = (embeddings(images), torch.arange(images, device=device)) if config.loss.contrastive else None
+    scaler, row_B = torch.amp.GradScaler(device.type, enabled=False), torch.arange(images, device=device)
+    teacher_BD = torch.cat([embeddings(images, dim) for dim in widths], dim=1)
+    losses = [loss for loss in config.teacher_losses() if loss]
+    of_each = list(zip(losses, widths, strict=True))
+    texts = [embeddings(config.texts_per_step, dim) if loss.vl else None for loss, dim in of_each]
+    pairs = [(embeddings(images, dim), row_B) if loss.contrastive else None for loss, dim in of_each]
+    several = len(widths) > 1
     pixels_B3HW = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, device=device)
-    towers["image"].learn(pixels_B3HW, teacher_BD, text_TD, pair, seed=(0,), scaler=scaler)
+    towers["image"].learn(
+        pixels_B3HW,
+        teacher_BD,
+        texts if several else texts[0],
+        pairs if several else pairs[0],
+        seed=(0,),
+        scaler=scaler,
+    )
     if text:
         sentences = max(1, config.text_batch_size * images // config.batch_size)
         tokens_BL = tokenizer_of(text)(["a photo of a cat and a dog"] * sentences).to(device)

@@ -22,6 +22,7 @@ from dimefm.store.pairs_store import Pairs
 from dimefm.system.file_cache import active
 from dimefm.system.progress import amount
 from dimefm.system.storage import is_url
+from dimefm.system.wording import counted
 from dimefm.training.batch_loader import Requests, take_ahead, training_loader
 from dimefm.training.before_training import notes_on_inputs, notes_on_length
 from dimefm.training.config import TrainConfig
@@ -48,12 +49,14 @@ class Feed:
     """What a run reads, and how long it is.
 
     `batches` begin with the step `first_step`, from which the run goes on. For a GPU they are in page-locked memory; it
-    must be in use before the first is taken.
+    must be in use before the first is taken. `banks` are those of each teacher, None for one that needs no sentences;
+    `left_out` counts the images that lack the embedding of a further teacher.
     """
 
     inputs: Inputs
     order: Literal["chunks", "blocks"]
-    bank: TextBank | None
+    banks: list[TextBank | None]
+    left_out: int
     steps_per_epoch: int
     steps: int
     first_step: int
@@ -63,7 +66,10 @@ class Feed:
 def notes_on_feed(config: TrainConfig, feed: Feed) -> list[str]:
     """Notes for the user on what a run reads, and for how long."""
     notes = notes_on_inputs(config) + notes_on_length(config, feed.steps, feed.steps_per_epoch)
-    return notes + notes_on_remote_data(feed.inputs, feed.bank, feed.order)
+    if feed.left_out:
+        what = f"{counted(feed.left_out, 'image')} of {feed.inputs.images.path} will not be drawn"
+        notes.append(f"{what}: another teacher has no embedding of them")
+    return notes + notes_on_remote_data(feed.inputs, feed.banks[0], feed.order)
 
 
 def notes_on_remote_data(inputs: Inputs, bank: TextBank | None, order: Literal["chunks", "blocks"]) -> list[str]:
@@ -83,9 +89,9 @@ def notes_on_remote_data(inputs: Inputs, bank: TextBank | None, order: Literal["
             f"each image is a request over the network, and each core that reads makes about {REQUESTS_PER_SECOND} of "
             f"them per second: faster with {what}"
         )
-    stores: list[Store | Pairs] = [images, inputs.pairs] if inputs.pairs else [images]
-    far = [store.path for store in stores if store.by_chunks]
-    if not far and texts.by_chunks:
+    stores: list[Store | Pairs] = [one.images for one in inputs.teachers]
+    far = [store.path for store in stores + ([inputs.pairs] if inputs.pairs else []) if store.by_chunks]
+    if not far and texts and texts.by_chunks:
         far = [texts.path]
     if order == "chunks" and far:
         notes.append(
@@ -97,7 +103,7 @@ def notes_on_remote_data(inputs: Inputs, bank: TextBank | None, order: Literal["
             f"rows are drawn from all over {images.path}, as when the run began, and each row is a request over the "
             "network: copy it to a local disk"
         )
-    if bank and bank.kept_in == "disk" and is_url(texts.path) and not fits_in_cache(texts):
+    if texts and bank and bank.kept_in == "disk" and is_url(texts.path) and not fits_in_cache(texts):
         size = texts.schema.rows * texts.schema.dim * texts.schema.item_bytes
         notes.append(
             f"{texts.path} does not fit into memory: each sentence of a step is a request over the network, about "
@@ -115,40 +121,46 @@ def open_feed(config: TrainConfig, place: Place) -> Iterator[Feed]:
     """
     plan = plan_feed(config, place.world)
     inputs, first, steps = plan.inputs, plan.first_step, plan.steps
-    bank = _text_bank(config, inputs, place)
-    if bank and bank.kept_in == "disk":
-        bring(inputs.texts)
+    banks = [_text_bank(config, inputs, number, place) for number in range(len(inputs.teachers))]
+    for bank, stores in zip(banks, inputs.teachers, strict=True):
+        if stores.texts and bank and bank.kept_in == "disk":
+            bring(stores.texts)
     with ExitStack() as stack:
         batches: Iterator[Pair] = iter(())
         if first < steps:
             orders = [plan.images, *([plan.texts] if plan.texts else [])]
-            position = stack.enter_context(fetching_ahead(orders, inputs.pairs, first, steps))
+            beside = [one for one in (inputs.pairs, *(one.images for one in inputs.more)) if one]
+            position = stack.enter_context(fetching_ahead(orders, beside, first, steps))
             requests = partial(Requests, first=first, steps=steps, rank=place.rank, world=place.world)
             texts = requests(plan.texts) if plan.texts else None
             images = requests(plan.images, position=position)
-            batches = _start(config, place, inputs, bank, images, texts, stack)
-        yield Feed(inputs, plan.order, bank, plan.steps_per_epoch, steps, first, batches)
+            batches = _start(config, place, inputs, banks, images, texts, stack)
+        left_out = 0 if plan.images.only is None else inputs.images.contents.good - plan.images.rows
+        yield Feed(inputs, plan.order, banks, left_out, plan.steps_per_epoch, steps, first, batches)
 
 
 def _start(
     config: TrainConfig,
     place: Place,
     inputs: Inputs,
-    bank: TextBank | None,
+    banks: list[TextBank | None],
     image_requests: Requests,
     text_requests: Requests | None,
     stack: ExitStack,
 ) -> Iterator[Pair]:
     teacher = inputs.images.schema.teacher
     size = student_spec(config.student, teacher, config.image_size).image_size
-    workers, ahead, _ = loaders_of(config, place, size, bank.bytes_of_step(config.batch_size) if bank else 0)
+    sentences_bytes = sum(bank.bytes_of_step(config.batch_size) for bank in banks if bank)
+    workers, ahead, _ = loaders_of(config, place, size, sentences_bytes)
     texts: Iterator[TextBatch | None] = repeat(None)
-    if config.text_student and text_requests:  # before the loader of images starts a thread: this one forks
+    if (
+        config.text_student and text_requests and inputs.texts
+    ):  # before the loader of images starts a thread: this one forks
         sentences = TrainingTexts(inputs.texts, text_spec(config.text_student, teacher))
         loader = training_loader(sentences, text_requests, min(1, workers), ahead)
         texts = stack.enter_context(closing(loader))
     augmentation = Augmentation(size=size, crop_scale=config.crop_scale, flip=config.flip, seed=config.seed)
-    pictures = TrainingImages(inputs.images, augmentation, bank)
+    pictures = TrainingImages(inputs.images, augmentation, banks, [one.images for one in inputs.more])
     images = stack.enter_context(closing(training_loader(pictures, image_requests, workers, ahead)))
     pairs = zip(images, texts, strict=False)
     if place.device.type != "cuda":
@@ -174,10 +186,13 @@ def _begin_page_locking(device: torch.device) -> None:
     torch.cuda.set_device(device)  # or another GPU's memory would be taken for it
 
 
-def _text_bank(config: TrainConfig, inputs: Inputs, place: Place) -> TextBank | None:
-    if not (config.loss.vl or config.loss.contrastive):
+def _text_bank(config: TrainConfig, inputs: Inputs, number: int, place: Place) -> TextBank | None:
+    """The sentences of the teacher of that number, if its losses need some. All banks draw by the same seed: of stores
+    with the same sentences, each teacher gets the same."""
+    loss, texts = config.teacher_losses()[number], inputs.teachers[number].texts
+    if loss is None or texts is None or not (loss.vl or loss.contrastive):
         return None
     return TextBank(
-        inputs.texts, config.text_mix, inputs.pairs, inputs.selection, seed=config.seed,
-        total=config.texts_per_step if config.loss.vl else 0, paired=config.loss.contrastive > 0, device=place.device,
+        texts, config.text_mix, inputs.pairs, inputs.selection, seed=config.seed,
+        total=config.texts_per_step if loss.vl else 0, paired=loss.contrastive > 0, device=place.device,
     )  # fmt: skip

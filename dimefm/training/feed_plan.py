@@ -20,6 +20,7 @@ from dimefm.training.config import TrainConfig
 from dimefm.training.mixed_order import order_of
 from dimefm.training.row_order import Order
 from dimefm.training.run_folder import Inputs, choose_order, open_inputs
+from dimefm.training.teacher_stores import rows_of_all
 
 TEXT_STREAM = 1
 """Added to the seeds of a text tower, so that its random numbers differ from those of the images."""
@@ -75,9 +76,11 @@ def _orders(
 ) -> tuple[Order, Order | None]:
     """The orders of images and, for a text tower, of sentences. Raises TrainingError for a batch size that is not
     possible."""
-    images = order_of(inputs.images, seed=config.seed, batch_size=config.batch_size, kind=kind)
+    only = rows_of_all([one.images for one in inputs.teachers]) if inputs.more else None
+    images = order_of(inputs.images, seed=config.seed, batch_size=config.batch_size, only=only, kind=kind)
     texts = None
     if config.text_student:
+        assert inputs.texts
         only = inputs.selection.rows() if inputs.selection else None
         size = config.text_batch_size
         texts = Order(store=inputs.texts, seed=config.seed, batch_size=size, only=only, stream=TEXT_STREAM, kind=kind)
@@ -97,6 +100,6 @@ def _require_batches(order: Order, world: int, config: TrainConfig, batch: str, 
         what = f"{batch} of {size} over {world} processes is less than one for each of its passes"
         raise TrainingError(what, remedy="give a smaller --accumulate")
     if order.steps_per_epoch == 0:
-        which = " and in the selection" if order.only is not None else ""
+        which = "" if order.only is None else " and in the selection" if items == "sentences" else " and in all others"
         what = f"{batch} of {size:,} {items} is more than the {order.rows:,} with an embedding in {order.store.path}"
         raise TrainingError(what + which, remedy=f"give a smaller {option}, {order.rows} at most")

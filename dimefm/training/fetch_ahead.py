@@ -21,7 +21,7 @@ import numpy as np
 
 from cache_schemas import SchemaError
 from dimefm.errors import DimefmError
-from dimefm.store.embedding_store import opened
+from dimefm.store.embedding_store import Store, opened
 from dimefm.store.pairs_store import Pairs
 from dimefm.system import storage
 from dimefm.system.file_cache import active
@@ -36,13 +36,15 @@ Position = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 @contextmanager
-def fetching_ahead(orders: Sequence[Order], pairs: Pairs | None, first: int, steps: int) -> Iterator[Position | None]:
+def fetching_ahead(
+    orders: Sequence[Order], beside: Sequence[Store | Pairs], first: int, steps: int
+) -> Iterator[Position | None]:
     """Within the block a process fetches what the steps first..steps-1 will read, ahead of the position, which the
-    block must set. None where there is nothing to fetch, or another process of this machine does it. The process is
-    forked."""
+    block must set: the rows of each order's own store, and the rows of the first order in what is `beside` it. None
+    where there is nothing to fetch, or another process of this machine does it. The process is forked."""
     far = [order for order in orders if any(storage.is_url(store.path) for store in order.store.parts)]
-    far_pairs = pairs if pairs and storage.is_url(pairs.path) else None
-    if active() is None or not (far or far_pairs) or int(os.environ.get("LOCAL_RANK", "0")):
+    beside = [one for one in beside if storage.is_url(one.path)]
+    if active() is None or not (far or beside) or int(os.environ.get("LOCAL_RANK", "0")):
         yield None
         return
     for order in orders:
@@ -50,7 +52,7 @@ def fetching_ahead(orders: Sequence[Order], pairs: Pairs | None, first: int, ste
     position = np.frombuffer(mmap.mmap(-1, 8), np.int64)
     position[0] = first
     process = get_context("fork").Process(
-        target=_fetch, args=(orders, far_pairs, first, steps, position, os.getpid()), daemon=True, name="fetch-ahead"
+        target=_fetch, args=(orders, beside, first, steps, position, os.getpid()), daemon=True, name="fetch-ahead"
     )
     process.start()
     try:
@@ -61,11 +63,12 @@ def fetching_ahead(orders: Sequence[Order], pairs: Pairs | None, first: int, ste
 
 
 def _fetch(
-    orders: Sequence[Order], pairs: Pairs | None, first: int, steps: int, position: Position, parent: int
+    orders: Sequence[Order], beside: Sequence[Store | Pairs], first: int, steps: int, position: Position, parent: int
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for loaders: the training process ends it
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    stores, pairs = [opened(order.store) for order in orders], Pairs(pairs.path, cached=True) if pairs else None
+    stores = [opened(order.store) for order in orders]
+    others = [opened(one) if isinstance(one, Store) else Pairs(one.path, cached=True) for one in beside]
     begun = [deque[int](maxlen=_WINDOWS_AHEAD) for _ in orders]
     with suppress(DimefmError, SchemaError, OSError):  # whoever wants the data meets it too, and names it
         for step, number, rows_SG in heapq.merge(*(_windows(*each, first, steps) for each in enumerate(orders))):
@@ -76,8 +79,8 @@ def _fetch(
             begun[number].append(step)
             rows_N = np.unique(rows_SG)
             stores[number].fetch(rows_N, pixels=True)
-            if pairs and not number:
-                pairs.fetch(rows_N)
+            for other in () if number else others:
+                other.fetch(rows_N)
 
 
 def _windows(number: int, order: Order, first: int, steps: int) -> Iterator[tuple[int, int, _Rows]]:

@@ -8,9 +8,10 @@ Shapes: B images of this process, G images of all, D embedding width, H height, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,20 +31,21 @@ from dimefm.training.text_bank import DrawnTexts, TextBank
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's images: uint8 pixels (B, 3, H, W) and teacher embeddings as stored (B, D). They are every world-th
-    image of the global batch, of which `all_rows_G` are the rows (int64) and `texts` what was drawn for it."""
+    """One step's images: uint8 pixels (B, 3, H, W) and teacher embeddings as stored (B, D), those of several teachers
+    side by side. They are every world-th image of the global batch, of which `all_rows_G` are the rows (int64) and
+    `texts` what was drawn for it, for each teacher; None for one that needs no sentences."""
 
     step: int
     epoch: int
     pixels_B3HW: torch.Tensor
     teacher_BD: torch.Tensor
     all_rows_G: torch.Tensor
-    texts: DrawnTexts | None = None
+    texts: tuple[DrawnTexts | None, ...] = ()
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory, from which it can be copied to a GPU in the background."""
         pixels_B3HW, teacher_BD = self.pixels_B3HW.pin_memory(), self.teacher_BD.pin_memory()
-        texts = self.texts.pin_memory() if self.texts else None
+        texts = tuple(drawn and drawn.pin_memory() for drawn in self.texts)
         return replace(self, pixels_B3HW=pixels_B3HW, teacher_BD=teacher_BD, texts=texts)
 
 
@@ -87,14 +89,21 @@ def _scaled(
 
 
 class TrainingImages(Dataset["Batch | TrainingError"]):
-    """Indexed by Request: reads, decodes and augments the images of a batch, gathers their embeddings, draws texts.
+    """Indexed by Request: reads, decodes and augments the images of a batch, gathers their embeddings, draws texts from
+    the `banks` of the teachers. `more` are the stores of further teachers.
 
     An error is returned, not raised: torch's loader would show it as the traceback of another process.
     """
 
-    def __init__(self, store: Store | str, augmentation: Augmentation, bank: TextBank | None = None) -> None:
-        self._given, self._augmentation, self._bank = store, augmentation, bank
-        self._store: Store | None = None
+    def __init__(
+        self,
+        store: Store | str,
+        augmentation: Augmentation,
+        banks: Sequence[TextBank | None] = (),
+        more: Sequence[Store] = (),
+    ) -> None:
+        self._given, self._augmentation, self._banks = [store, *more], augmentation, banks
+        self._stores: list[Store] = []
 
     def __getitem__(self, request: Request) -> Batch | TrainingError:
         try:
@@ -103,18 +112,20 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
             return training_error(error)
 
     def _batch(self, request: Request) -> Batch:
-        store = self._store = self._store or opened(self._given)  # in the process that reads
+        stores = self._stores = self._stores or [opened(one) for one in self._given]  # in the process that reads
+        store = stores[0]
         view: Callable[[int, bytes], torch.Tensor]
         if store.schema.views:
-            # Every pass shows another view of each image: the same crop and flip that the teacher saw
-            view_B = (request.rows_B + request.passes()) % store.schema.views.count
-            teacher_BD, boxes_B5 = store.gather_view(request.rows_B, view_B)
+            # Every pass shows another view of each image: the same crop and flip that each teacher saw
+            count = min(one.schema.views.count for one in stores if one.schema.views)
+            teacher_BD, boxes_B5 = _gather_view(stores, request.rows_B, (request.rows_B + request.passes()) % count)
             size, facts = (self._augmentation.size,) * 2, store.schema.teacher.preprocessing
 
             def view(place: int, data: bytes) -> torch.Tensor:
                 return replay(decode_rgb(data), boxes_B5[place], size, facts)
         else:
-            teacher_BD, passes_B = store.gather(request.rows_B), request.passes()
+            teacher_BD = _beside([one.gather(request.rows_B) for one in stores])
+            passes_B = request.passes()
 
             def view(place: int, data: bytes) -> torch.Tensor:
                 return self._augmentation(data, int(passes_B[place]), int(request.rows_B[place]))
@@ -130,7 +141,7 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
             pixels_B3HW=pixels_B3HW,
             teacher_BD=torch.from_numpy(teacher_BD),
             all_rows_G=torch.from_numpy(request.all_rows_G),
-            texts=self._bank.draw(request.step, request.all_rows_G) if self._bank else None,
+            texts=tuple(bank.draw(request.step, request.all_rows_G) if bank else None for bank in self._banks),
         )
 
     def _encoded(self, store: Store, request: Request) -> Iterator[tuple[Callable[[], str], Callable[[], bytes]]]:
@@ -147,6 +158,23 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
         images = reading_ahead(read_encoded, request.places_B, request.places_B[0].file)
         for row in request.rows_B.tolist():
             yield partial(_name_of, store, row), partial(next, images)
+
+
+def _gather_view(
+    stores: Sequence[Store], rows_B: np.ndarray[Any, Any], view_B: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The embeddings (B, D) of one view of each row, those of all stores side by side, and its boxes (B, 5)."""
+    found = [store.gather_view(rows_B, view_B) for store in stores]
+    boxes_B5 = found[0][1]
+    for store, (_, theirs_B5) in zip(stores, found, strict=True):
+        if not np.array_equal(boxes_B5, theirs_B5):
+            what = f"{stores[0].path} and {store.path} have other crops of the same images"
+            raise TrainingError(what, remedy="cache both from the same images, with the same --pixels and --decoder")
+    return _beside([embedding_BD for embedding_BD, _ in found]), boxes_B5
+
+
+def _beside(parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
 def _empty_pixels(count: int, size: int) -> torch.Tensor:

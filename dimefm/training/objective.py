@@ -5,7 +5,7 @@ To add a loss: write the function in training/losses.py; give it a line in LOSSE
 else follows from these: --loss takes it, the tests of the table call it, and it is logged under its name in
 metrics.jsonl and TensorBoard, as every part that `Objective` returns is. If it draws on texts, on the sentence of each
 image or on the mean embedding, say so where these are made ready: `_text_bank` in training/feed.py, and
-training/build_towers.py.
+training/build_towers.py; and name one that needs sentences in LossConfig.OF_TEXTS.
 
 Shapes: B images of this process, G of all processes, T texts, Q images of the queue, D embedding width.
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from dimefm.training.config import MAX_SCALE, LossConfig
 from dimefm.training.distributed import ALONE, Place, gather_batch
@@ -32,6 +33,9 @@ from dimefm.training.losses import (
     vl_loss,
 )
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Embedding (G, D) and row (G,) of each image's own sentence."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
@@ -45,7 +49,7 @@ class LossInputs:
     teacher_GD: torch.Tensor
     student_BD: torch.Tensor
     text_TD: torch.Tensor | None = None
-    pair: tuple[torch.Tensor, torch.Tensor] | None = None
+    pair: Pair | None = None
     mean_D: torch.Tensor | None = None
     scale: float = 100.0
     student_scale: Scale = 100.0
@@ -136,12 +140,16 @@ class Objective(torch.nn.Module):
             self.register_buffer("teacher_QD", torch.zeros(config.queue, dim))
             self.register_buffer("student_QD", torch.zeros(config.queue, dim))
 
+    def unit(self, features_BD: torch.Tensor) -> torch.Tensor:
+        """The embeddings that the losses compare: features (B, D) of a tower, set to unit norm."""
+        return F.normalize(features_BD, dim=-1)
+
     def forward(
         self,
         teacher_GD: torch.Tensor,
         student_BD: torch.Tensor,
         text_TD: torch.Tensor | None = None,
-        pair: tuple[torch.Tensor, torch.Tensor] | None = None,
+        pair: Pair | None = None,
         place: Place = ALONE,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss, and each of its parts unweighted and detached. Both are this process's part of those of all

@@ -17,10 +17,10 @@ class Recipe(Protocol):
     """A config of three paths, in which `changes` are laid over the fields that the recipe sets. Raises TrainingError
     for a field that does not exist, and for values that make no sense."""
 
-    def __call__(self, images: str, texts: str, out: str, **changes: Any) -> TrainConfig: ...
+    def __call__(self, images: str, texts: str | None, out: str, **changes: Any) -> TrainConfig: ...
 
 
-def paper(images: str, texts: str, out: str, **changes: Any) -> TrainConfig:
+def paper(images: str, texts: str | None, out: str, **changes: Any) -> TrainConfig:
     """The authors' settings: ViT-B/32 from scratch for 100 epochs, by the losses vl and pvl.
 
     It has the numbers of their released code, and differs from that code in these points:
@@ -57,7 +57,7 @@ def paper(images: str, texts: str, out: str, **changes: Any) -> TrainConfig:
     return _changed(recipe, changes)
 
 
-def sample(images: str, texts: str, out: str, **changes: Any) -> TrainConfig:
+def sample(images: str, texts: str | None, out: str, **changes: Any) -> TrainConfig:
     """The best student found for the shipped sample at two minutes on two CPU cores, by regression.
 
     It is timm's smallest ResNet at 48 px, which sees four times as many images in that time as a ResNet-10. It
@@ -88,7 +88,7 @@ def sample(images: str, texts: str, out: str, **changes: Any) -> TrainConfig:
     return _changed(recipe, changes)
 
 
-def sample_paper(images: str, texts: str, out: str, **changes: Any) -> TrainConfig:
+def sample_paper(images: str, texts: str | None, out: str, **changes: Any) -> TrainConfig:
     """The paper's losses on the shipped sample, in two minutes on two CPU cores.
 
     They are vl and pvl as released, over many sentences per step, which are drawn from the visually grounded selection:

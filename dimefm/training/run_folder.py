@@ -6,12 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from cache_schemas import Run, StudentSpec, TeacherIdentity
-from cache_schemas.run import CHECKPOINTS, METRICS_FILE, REPORT_FILE, RUN_FILE, Change
+from cache_schemas import Run, StudentSpec
+from cache_schemas.run import CHECKPOINTS, METRICS_FILE, REPORT_FILE, RUN_FILE, Change, FurtherTeacher
 from dimefm.errors import MismatchError, StoreError
 from dimefm.store.embedding_store import Store, require_same_teacher
-from dimefm.store.failures import require_embeddings
-from dimefm.store.joined_store import open_images
 from dimefm.store.output_folder import ANOTHER_OUT, OWN_AND_NEW, differing, in_lines, require_only
 from dimefm.store.pairs_store import Pairs, require_pairs_match
 from dimefm.store.selected_texts import SelectedTexts
@@ -21,40 +19,46 @@ from dimefm.system.versions import versions
 from dimefm.training.before_training import require_changeable
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import NEVER_DIFFER, NEVER_DIFFER_IN_LOSS, TrainConfig
+from dimefm.training.teacher_stores import TeacherStores, open_teachers, require_same_sentences
 
-_FOLLOWS = {"images_data": "images", "texts_data": "texts", "pairs_digest": "pairs", "selection_digest": "selection"}
+_FOLLOWS = {"images_data": "images", "texts_data": "texts", "pairs_digest": "pairs", "selection_digest": "selection",
+            "more_images_data": "more_images", "more_texts_data": "more_texts"}  # fmt: skip
 """Facts about the content of a run's inputs, with the config field that names the input: if the field may change, the
 content may."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The finished stores of a run, checked against each other."""
+    """The finished stores of a run, checked against each other. `more` are those of further teachers."""
 
     images: Store
-    texts: Store
+    texts: Store | None
     pairs: Pairs | None
     selection: SelectedTexts | None
+    more: tuple[TeacherStores, ...] = ()
+
+    @property
+    def teachers(self) -> tuple[TeacherStores, ...]:
+        """The stores of all teachers."""
+        return TeacherStores(self.images, self.texts), *self.more
 
 
 def open_inputs(config: TrainConfig) -> Inputs:
     """Open the inputs that a config names. Raises StoreError for one that is unfinished or empty, MismatchError if they
     do not belong together."""
-    images, texts = open_images(config.images, config.image_weights), Store(config.texts)
-    for store, kind in (*((part, "image") for part in images.parts), (texts, "text")):
-        store.require_kind(kind)
-        store.require_complete()
-        require_embeddings(store)
-    require_same_teacher(images, texts)
+    first, *more = open_teachers(config)
+    images, texts = first.images, first.texts
     pairs = Pairs(config.pairs, cached=True) if config.pairs else None
-    if pairs:
-        require_pairs_match(pairs, images, texts)
     selection = SelectedTexts(config.selection) if config.selection else None
-    if selection:
+    if texts and pairs:
+        require_pairs_match(pairs, images, texts)
+    if texts and selection:
         selection.require_stores(images, texts)
+    if pairs or selection:
+        require_same_sentences([one.texts for one in (first, *more) if one.texts])
     if config.val_texts:
         require_same_teacher(images, Store(config.val_texts))
-    return Inputs(images, texts, pairs, selection)
+    return Inputs(images, texts, pairs, selection, tuple(more))
 
 
 def read_run(path: str) -> Run:
@@ -90,8 +94,8 @@ def choose_order(config: TrainConfig, inputs: Inputs) -> Literal["chunks", "bloc
     before = run_to_resume(config.out)
     if before:
         return before.order
-    read: list[Store | Pairs] = [inputs.images, *([inputs.pairs] if inputs.pairs else [])]
-    read += [inputs.texts] if config.text_student else []
+    read: list[Store | Pairs] = [one.images for one in inputs.teachers]
+    read += [store for store in (inputs.pairs, inputs.texts if config.text_student else None) if store]
     return "chunks" if any(store.by_chunks for store in read) else "blocks"
 
 
@@ -120,11 +124,11 @@ def plan_run(
     teacher = images.schema.teacher
     run = Run(
         config=config.to_json(),
-        student=_student(config, teacher, done),
+        student=_student(config, inputs, done),
         teacher=teacher,
         images_identity=images.schema.identity,
         images_chunk_rows=images.schema.chunk_rows,
-        texts_identity=inputs.texts.schema.identity,
+        texts_identity=inputs.texts.schema.identity if inputs.texts else None,
         pairs_digest=pairs.hit_counts().digest if pairs else None,
         selection_digest=selection.document.digest if selection else None,
         steps=steps,
@@ -135,7 +139,8 @@ def plan_run(
         order=order,
         undecayed="listed",
         images_data=images.contents.digest,
-        texts_data=inputs.texts.contents.digest,
+        texts_data=inputs.texts.contents.digest if inputs.texts else None,
+        more_teachers=tuple(map(_further, inputs.more)),
     )
     path = Path(config.out) / RUN_FILE
     if path.exists() and done:
@@ -149,12 +154,25 @@ def plan_run(
     return run
 
 
-def _student(config: TrainConfig, teacher: TeacherIdentity, done: int) -> StudentSpec:
+def _further(stores: TeacherStores) -> FurtherTeacher:
+    images, texts = stores.images, stores.texts
+    return FurtherTeacher(
+        teacher=images.schema.teacher,
+        images_identity=images.schema.identity,
+        images_data=images.contents.digest,
+        texts_identity=texts.schema.identity if texts else None,
+        texts_data=texts.contents.digest if texts else None,
+    )
+
+
+def _student(config: TrainConfig, inputs: Inputs, done: int) -> StudentSpec:
     """The image tower. Before the first checkpoint it takes the preprocessing of its first weights."""
     from dimefm.models.first_weights import fit_to_first_weights
     from dimefm.models.towers import student_spec
 
-    spec = student_spec(config.student, teacher, config.image_size)
+    teachers = [one.images.schema.teacher for one in inputs.teachers]
+    width = sum(one.embed_dim for one in teachers)
+    spec = student_spec(config.student, teachers[0], config.image_size, embed_dim=width)
     if not config.init or done:
         return spec
     return fit_to_first_weights(
@@ -178,8 +196,8 @@ def _changes(config: TrainConfig, old: Run, new: Run, allowed: tuple[str, ...], 
     names = ["images_identity", "images_chunk_rows", "texts_identity", "pairs_digest", "selection_digest", "steps"]
     # Older runs did not record what is in their stores.
     names += [name for name in ("images_data", "texts_data") if getattr(old, name) is not None]
-    differences |= differing(_named(old, names), _named(new, names))
-    follow = {name for name, field in _FOLLOWS.items() if field in allowed}
+    differences |= differing(_named(old, names) | _of_more(old), _named(new, names) | _of_more(new))
+    follow = {name for name in differences if _input_of(name) in allowed}
     if {"epochs", "max_steps", "images", "image_weights"} & set(allowed):
         follow.add("steps")
     refused = {name: values for name, values in differences.items() if name not in {*allowed, *follow}}
@@ -190,8 +208,23 @@ def _changes(config: TrainConfig, old: Run, new: Run, allowed: tuple[str, ...], 
     return [Change(step=done, field=name, values=values) for name, values in differences.items()]
 
 
+def _input_of(fact: str) -> str | None:
+    """The config field that names the input of a fact in _FOLLOWS."""
+    return _FOLLOWS.get(fact.partition(".")[0])
+
+
 def _named(run: Run, names: list[str]) -> dict[str, object]:
     return {name: getattr(run, name) for name in names}
+
+
+def _of_more(run: Run) -> dict[str, object]:
+    """What a run records of its further teachers' stores, by name: that of the teacher's number, such as
+    "more_images_data.2"."""
+    return {
+        f"more_{name}.{number}": getattr(one, name)
+        for number, one in enumerate(run.more_teachers, 2)
+        for name in ("images_identity", "images_data", "texts_identity", "texts_data")
+    }
 
 
 def _parts_of_losses(config: TrainConfig) -> dict[str, object]:
@@ -204,9 +237,9 @@ def _refusal(out: str, refused: dict[str, str], allowed: tuple[str, ...]) -> Mis
     """The error for differences that are not allowed, with the option that would allow them if there is one."""
     what = f"{out} was begun by another command {OWN_AND_NEW}:{in_lines(refused)}"
     remedy = f"{ANOTHER_OUT}, or repeat the command that began it"
-    if any("None" not in refused[name].split(" != ") for name in refused.keys() & _FOLLOWS.keys()):
+    if any("None" not in refused[name].split(" != ") for name in filter(_input_of, refused)):
         what += "\n  rows were encoded, retrieved or selected again since"
-    named = {*allowed, *(_FOLLOWS.get(name, name) for name in refused)} - {"steps"}  # steps follow from other fields
+    named = {*allowed, *(_input_of(name) or name for name in refused)} - {"steps"}  # steps follow from other fields
     if named <= _may_change():
         remedy += f"; to go on with the change: --allow-changes {','.join(sorted(named))}"
     return MismatchError(what, remedy=remedy)

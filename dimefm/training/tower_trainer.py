@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from dimefm.models.towers import has_convolutions
@@ -20,7 +19,8 @@ from dimefm.system.matrix_products import DTYPES
 from dimefm.training.batch_norm import Statistics, own_statistics, set_statistics, share_statistics_
 from dimefm.training.distributed import Place, gather_batch, mean_over_processes_
 from dimefm.training.moving_average import MovingAverage
-from dimefm.training.objective import Objective
+from dimefm.training.objective import Objective, Pair
+from dimefm.training.several_teachers import SeveralObjectives
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TowerTrainer:
     def __init__(
         self,
         module: Any,
-        objective: Objective,
+        objective: Objective | SeveralObjectives,
         place: Place,
         *,
         prepare: Callable[[torch.Tensor], torch.Tensor],
@@ -77,29 +77,30 @@ class TowerTrainer:
         self,
         inputs_B: torch.Tensor,
         teacher_BD: torch.Tensor,
-        other_TD: torch.Tensor | None,
-        pair: tuple[torch.Tensor, torch.Tensor] | None,
+        other: torch.Tensor | Sequence[torch.Tensor | None] | None,
+        pair: Pair | Sequence[Pair | None] | None,
         *,
         seed: tuple[int, ...],
         scaler: torch.amp.GradScaler,
     ) -> Learned:
-        """Add the gradients of one step to the parameters. All arguments are on the tower's device.
+        """Add the gradients of one step to the parameters. All arguments are on the tower's device. `other` are
+        embeddings (T, D) of the other modality; of several teachers, `other` and `pair` are one of each.
 
         Random numbers that the tower draws come from `seed`.
         """
         teacher_GD = gather_batch(teacher_BD, self._place).float()
         parts = inputs_B.tensor_split(self._parts)
         features_BD = self._features(inputs_B, seed, 0) if len(parts) == 1 else self._without_graph(parts, seed)
-        student_BD = F.normalize(features_BD, dim=-1)
-        loss, shown = self.objective(teacher_GD, student_BD, other_TD, pair, self._place)
+        student_BD = self.objective.unit(features_BD)
+        loss, shown = self.objective(teacher_GD, student_BD, other, pair, self._place)
         with _unchanged(self._counted_again):
             scaler.scale(loss).backward()
         if len(parts) > 1:
             assert features_BD.grad is not None
             self._backward(parts, features_BD.grad, seed)
-        scale = self.objective.log_scale
-        if scale is not None and scale.grad is not None:  # DistributedDataParallel has only the tower's parameters
-            mean_over_processes_(scale.grad, self._place)
+        for scale in self.objective.parameters():  # DistributedDataParallel has only the tower's parameters
+            if scale.grad is not None:
+                mean_over_processes_(scale.grad, self._place)
         values = torch.stack([loss.detach(), *shown.values()])
         mean_over_processes_(values, self._place)
         return Learned(dict(zip(("loss", *shown), values, strict=True)), teacher_GD, student_BD.detach())

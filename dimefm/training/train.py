@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dimefm.errors import StoppedError, TrainingError
-from dimefm.models.towers import notes_on_preparation
+from dimefm.models.towers import Columns, notes_on_preparation
 from dimefm.system import storage
 from dimefm.system.file_cache import caching_in
 from dimefm.system.lock import writing
@@ -45,6 +45,7 @@ from dimefm.training.feed_plan import TEXT_STREAM
 from dimefm.training.image_batches import Batch
 from dimefm.training.machine_settings import decide_settings, torch_threads
 from dimefm.training.not_finite import explain_out_of_memory, not_finite_error
+from dimefm.training.objective import Pair
 from dimefm.training.optimizer import learning_rate, load_optimizer, optimizer_of
 from dimefm.training.read_metrics import last_validation
 from dimefm.training.run_folder import has_begun, plan_run, write_run
@@ -143,13 +144,13 @@ class _Trainer:
         if first == steps:
             return Result(config.out, steps, last_validation(config.out))
         log = RunLog(config, first=first, steps=steps, enabled=self.place.first)
-        notes = notes + notes_on_preparation(self.spec, self.inputs.images.schema.teacher)
+        notes = notes + notes_on_preparation(self.spec, self.document.teachers)
         for note in notes + (self.validation.take_notes() if self.validation else []):
             log.note(note)
         memory = explain_out_of_memory(config.batch_size // self.place.world, config.accumulate, self.spec.image_size)
         with log, self.checkpoint_writer, StopSignal() as stop, self._explain_reader_death(stop), memory:
-            if self.feed.bank:
-                self.feed.bank.upload(self.place.device)
+            for bank in filter(None, self.feed.banks):
+                bank.upload(self.place.device)
             return Result(config.out, steps, self._loop(log, stop))
 
     def _loop(self, log: RunLog, stop: StopSignal) -> dict[str, float]:
@@ -189,9 +190,10 @@ class _Trainer:
         """Give the device a step: each tower's gradients, then the optimiser. Nothing here waits for it."""
         lr = self._set_learning_rate(batch.step)
         self.optimizer.zero_grad(set_to_none=True)
-        image, text_TD = self._learn_images(batch)
+        image, texts_TD = self._learn_images(batch)
         learned, values = {"image": image}, dict(image.values)
-        cached: dict[str, torch.Tensor | None] = {"images": image.teacher_GD, "texts": text_TD}
+        numbered = {f"texts of teacher {number}": text_TD for number, text_TD in enumerate(texts_TD[1:], 2)}
+        cached: dict[str, torch.Tensor | None] = {"images": image.teacher_GD, "texts": texts_TD[0], **numbered}
         if self.text and texts:
             text = learned["text"] = self._learn_sentences(self.text, texts, image.teacher_GD, batch.step)
             values |= {f"text_{name}": value for name, value in text.values.items()}
@@ -218,17 +220,18 @@ class _Trainer:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         return lr
 
-    def _learn_images(self, batch: Batch) -> tuple[Learned, torch.Tensor | None]:
-        """The image tower's gradients; and the texts (T, D) that it learned from, if any."""
-        send, bank, text_TD, pair = self.transfer.send, self.feed.bank, None, None
-        if bank and batch.texts:
-            text_TD = bank.embeddings(batch.texts, send) if self.config.loss.vl else None
-            pair = bank.pair(batch.texts, send)
+    def _learn_images(self, batch: Batch) -> tuple[Learned, list[torch.Tensor | None]]:
+        """The image tower's gradients; and the texts (T, D) of each teacher that it learned from, if any."""
+        send, texts_TD, pairs = self.transfer.send, list[torch.Tensor | None](), list[Pair | None]()
+        for bank, drawn in zip(self.feed.banks, batch.texts, strict=True):
+            texts_TD.append(bank.embeddings(drawn, send) if bank and drawn and self.config.loss.vl else None)
+            pairs.append(bank.pair(drawn, send) if bank and drawn else None)
+        several = len(texts_TD) > 1
         learned = self.image.learn(
-            send(batch.pixels_B3HW), send(batch.teacher_BD), text_TD, pair,
-            seed=(self.config.seed, batch.step), scaler=self.scaler,
+            send(batch.pixels_B3HW), send(batch.teacher_BD), texts_TD if several else texts_TD[0],
+            pairs if several else pairs[0], seed=(self.config.seed, batch.step), scaler=self.scaler,
         )  # fmt: skip
-        return learned, text_TD
+        return learned, texts_TD
 
     def _learn_sentences(self, tower: TowerTrainer, texts: TextBatch, images_GD: torch.Tensor, step: int) -> Learned:
         """The text tower's gradients. For its losses the images of the step are what texts are for the image tower."""
@@ -301,13 +304,16 @@ class _Trainer:
         return scores
 
     def _validate(self) -> dict[str, float]:
-        """Top-1 by set; that of the moving average too, as ``SET_ema``."""
+        """Top-1 by set, of several teachers that of the first; that of the moving average too, as ``SET_ema``."""
         assert self.validation
         image, text = self.image, self.text
         towers = {"": (image.module, text and text.module)}
         if image.moving_average:
             ema = text.moving_average.module if text and text.moving_average else None
             towers["_ema"] = (image.moving_average.module, ema)
+        if self.document.more_teachers:
+            width = self.document.teacher.embed_dim
+            towers = {name: (Columns(tower, width), None) for name, (tower, _) in towers.items()}
         return self.validation.run(towers)
 
     def _checkpoint_is_due(self, done: int) -> bool:

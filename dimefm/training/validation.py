@@ -179,6 +179,7 @@ def open_validation(
     if run.text_student:
         return Validation(config.val, None, run.student, place, dtype, tokenizer_of(run.text_student))
     texts = Store(config.val_texts) if config.val_texts else inputs.texts
+    assert texts
     return Validation(config.val, texts, run.student, place, dtype)
 
 

@@ -43,7 +43,7 @@ def test_stores_that_are_gone_or_have_changed_are_said_to_be_unknown(finished_ru
     document = read_run(str(finished_run))
     config = {**document.config, "images": "/home/me/secret/gone.zarr"}
     write_run(str(tmp_path), replace(document, config=config, texts_data="0" * 64))
-    images, texts = origin_of(str(tmp_path), 1, "model").sources
+    images, texts = origin_of(str(tmp_path), 1, "model", document.teacher).sources
     assert (images.store, images.rows, images.names) == ("gone.zarr", None, ())
     assert images.digest == document.images_data
     assert "could not be read" in str(images.unknown)

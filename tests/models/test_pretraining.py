@@ -237,7 +237,7 @@ def test_a_student_keeps_the_colours_of_its_first_weights() -> None:
     spec = student("resnet18")
     found = fit_to_first_weights(spec, "timm")
     assert (found.mean, found.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert "mean is (0.485, 0.456, 0.406), that of its first" in notes_on_preparation(found, teacher_identity())[0]
+    assert "mean is (0.485, 0.456, 0.406), that of its first" in notes_on_preparation(found, [teacher_identity()])[0]
     found = fit_to_first_weights(
         student("ViT-B-16-SigLIP"), "webli"
     )  # whose tower is timm's, without open_clip's activation
@@ -305,10 +305,10 @@ def test_a_student_squashes_where_its_teacher_does() -> None:
     squashing = teacher_identity(preprocessing=replace(teacher_identity().preprocessing, resize_mode="squash"))
     spec = student_spec("resnet18", squashing)
     assert student_preprocessing(spec).resize_mode == "squash"
-    assert notes_on_preparation(spec, squashing) == []
+    assert notes_on_preparation(spec, [squashing]) == []
     longest = replace(squashing, preprocessing=replace(squashing.preprocessing, resize_mode="longest"))
     spec = student_spec("resnet18", longest)
     assert student_preprocessing(spec).resize_mode == "shortest"
-    assert "by longest: crops have no borders" in notes_on_preparation(spec, longest)[0]
+    assert "by longest: crops have no borders" in notes_on_preparation(spec, [longest])[0]
     with pytest.raises(TrainingError, match="init_mean: no effect without init"):
         replace(sample("i", "t", "o"), init_mean=HALF)

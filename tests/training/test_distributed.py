@@ -40,20 +40,25 @@ from dimefm.training.distributed import (
 )
 from dimefm.training.objective import Objective
 from dimefm.training.read_metrics import read_metrics
+from dimefm.training.several_teachers import SeveralObjectives
 from dimefm.training.tower_trainer import TowerTrainer
 from dimefm.training.train import train
 from dimefm.training.validation import Validation
 from tests.processes import FORKING, result_of
 from tests.tiny_training import STUDENT, tiny_config
 
-IMAGES, TEXTS, WIDTH = 8, 12, 6
+IMAGES, TEXTS, WIDTH, FIRST = 8, 12, 6, 4  # FIRST: the width of the first of two teachers
 NO_LOSS = dict.fromkeys(LossConfig.WEIGHTS, 0.0)
-OBJECTIVES = {
+OBJECTIVES: dict[str, LossConfig | tuple[LossConfig, LossConfig]] = {
     **{name: LossConfig(**{**NO_LOSS, name: 1.0}) for name in LossConfig.WEIGHTS},
     "pvl, udist without the diagonal": LossConfig(vl=0, pvl=0.5, udist=0.5, mask_diagonal=True),
     "scores with a queue": LossConfig(vl=0.7, pvl=0.3, udist=0.1, mask_diagonal=True, queue=11),
     "all with a queue and a learned scale": LossConfig(
         vl=0.7, pvl=0.3, udist=0.1, cosine=0.5, centred=0.5, contrastive=0.2, queue=5, logit_scale="learned", scale=20.0
+    ),
+    "two teachers": (
+        LossConfig(vl=0.7, pvl=0.3, queue=5, logit_scale="learned", scale=20.0),
+        LossConfig(vl=0.2, pvl=0, udist=0.5, centred=0.5, contrastive=0.2, logit_scale="learned", scale=30.0),
     ),
 }
 
@@ -63,15 +68,32 @@ def units(rows: int, seed: int) -> torch.Tensor:
     return F.normalize(torch.randn(rows, WIDTH, dtype=torch.float64, generator=generator), dim=-1)
 
 
-def two_steps(config: LossConfig, place: Place, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def objective_of(config: LossConfig | tuple[LossConfig, LossConfig]) -> Objective | SeveralObjectives:
+    mean_D = units(1, 5)[0] / 2
+    if isinstance(config, LossConfig):
+        return Objective(config, teacher_scale=100.0, dim=WIDTH, mean_D=mean_D)
+    means = mean_D.split([FIRST, WIDTH - FIRST])
+    each = [
+        Objective(one, teacher_scale=100.0, dim=len(mean), mean_D=mean) for one, mean in zip(config, means, strict=True)
+    ]
+    return SeveralObjectives(each, [FIRST, WIDTH - FIRST], [1.0, 0.5])
+
+
+def two_steps(
+    config: LossConfig | tuple[LossConfig, LossConfig], place: Place, dtype: torch.dtype = torch.float64
+) -> list[torch.Tensor]:
     """What the second step finds, for which the queue has rows of the first: the loss and its parts, the gradients of
     the tower and of the scale."""
     torch.manual_seed(0)
     model = torch.nn.Linear(10, WIDTH).to(place.device, dtype)
     tower = DistributedDataParallel(model) if place.world > 1 else model
-    objective = Objective(config, teacher_scale=100.0, dim=WIDTH, mean_D=units(1, 5)[0] / 2).to(place.device, dtype)
+    objective = objective_of(config).to(place.device, dtype)
     text_TD, pair_GD = (units(rows, 3).half().to(place.device, dtype) for rows in (TEXTS, IMAGES))
-    pair = pair_GD, torch.tensor([4, 1, -1, 4, 0, 7, -1, 2], device=place.device)
+    row_G, widths = torch.tensor([4, 1, -1, 4, 0, 7, -1, 2], device=place.device), [FIRST, WIDTH - FIRST]
+    texts: Any = text_TD if isinstance(config, LossConfig) else text_TD.split(widths, dim=1)
+    pairs: Any = (pair_GD, row_G)
+    if not isinstance(config, LossConfig):
+        pairs = [(part_GD, row_G) for part_GD in pair_GD.split(widths, dim=1)]
     inputs = torch.randn(2, IMAGES, 10, generator=torch.Generator().manual_seed(1)).to(place.device, dtype)
     for step in range(2):
         tower.zero_grad()
@@ -79,14 +101,13 @@ def two_steps(config: LossConfig, place: Place, dtype: torch.dtype = torch.float
         half_GD = units(IMAGES, 10 + step).half().to(place.device)
         teacher_GD = gather_batch(half_GD[place.rows], place).to(dtype)
         assert torch.equal(teacher_GD, half_GD.to(dtype)), "not in the order of the global batch"
-        student_BD = F.normalize(tower(inputs[step][place.rows]), dim=-1)
-        loss, parts = objective(teacher_GD, student_BD, text_TD, pair, place)
+        student_BD = objective.unit(tower(inputs[step][place.rows]))
+        loss, parts = objective(teacher_GD, student_BD, texts, pairs, place)
         loss.backward()
         objective.after_step(teacher_GD, student_BD.detach(), place)
     values = [loss.detach(), *parts.values()]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if objective.log_scale is not None and objective.log_scale.grad is not None:
-        values.append(objective.log_scale.grad)
+    values += [scale.grad for scale in objective.parameters() if scale.grad is not None]
     for value in values:
         mean_over_processes_(value, place)
     return [*values, *gradients]
@@ -117,8 +138,11 @@ def test_every_loss_and_its_gradient_are_those_of_one_process_with_the_whole_bat
     multiprocessing.start_processes(one_of_many, arguments, nprocs=world, start_method=FORKING.get_start_method())
     expected = {name: two_steps(config, ALONE) for name, config in OBJECTIVES.items()}
     for name, config in OBJECTIVES.items():  # the loss and its parts, two gradients; a learned scale and its gradient
-        parts = sum(getattr(config, loss) > 0 for loss in LossConfig.WEIGHTS)
-        assert len(expected[name]) == 1 + parts + 2 + 2 * (config.logit_scale == "learned")
+        each = (config,) if isinstance(config, LossConfig) else config
+        parts = sum(getattr(one, loss) > 0 for one in each for loss in LossConfig.WEIGHTS)
+        learned = sum(one.logit_scale == "learned" for one in each)
+        of_teachers = len(each) if len(each) > 1 else 0
+        assert len(expected[name]) == 1 + of_teachers + parts + 2 + 2 * learned
     for rank in range(world):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, values in expected.items():

@@ -78,11 +78,12 @@ def test_a_process_fetches_two_windows_ahead_and_then_waits(
 ) -> None:
     monkeypatch.setattr("dimefm.training.row_order.CHUNKS_WINDOW_ROWS", 32)
     monkeypatch.setattr(fetch_ahead, "_LOOK_EVERY", 0.01)
-    random_store(tmp_path / "i.zarr", rows=256, shard_rows=16)
-    store = Store(upload(tmp_path / "i.zarr", f"{s3}/i.zarr"))
+    for name in ("i.zarr", "other.zarr"):
+        random_store(tmp_path / name, rows=256, shard_rows=16)
+    store, other = (Store(upload(tmp_path / name, f"{s3}/{name}")) for name in ("i.zarr", "other.zarr"))
 
-    def fetched() -> int:
-        return len({path for _, path, *_ in s3_requests.of("GET", "/embedding/c/")})
+    def fetched(store: str = "i.zarr") -> int:
+        return len({path for _, path, *_ in s3_requests.of("GET", f"{store}/embedding/c/")})
 
     def wait_for(shards: int) -> None:
         deadline = time.monotonic() + 60
@@ -93,13 +94,14 @@ def test_a_process_fetches_two_windows_ahead_and_then_waits(
 
     with caching_in(str(tmp_path / "cache")):
         order = Order(store=Store(store.path), seed=0, batch_size=16, kind="chunks")
-        with fetching_ahead([order], None, 0, 16) as position:
+        with fetching_ahead([order], [other], 0, 16) as position:
             assert position is not None
             wait_for(6)  # of two chunks each: those of the window that comes first, and two more
             position[0] = 2
             wait_for(8)
             position[0] = 15
             wait_for(16)
+        assert fetched("other.zarr") >= 15  # of another teacher, for the same rows
         rows_N = np.arange(256)
         s3_requests.clear()
         Store(store.path).gather(rows_N)

@@ -75,7 +75,7 @@ def test_no_step_waits_for_the_gpu_and_batches_come_page_locked(
     step, locked = train_module._Trainer._step, []
 
     def strict(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        drawn = [value for value in vars(batch.texts).values() if value is not None]
+        drawn = [value for value in vars(batch.texts[0]).values() if value is not None]
         locked.append(all(tensor.is_pinned() for tensor in (batch.pixels_B3HW, batch.teacher_BD, *drawn)))
         torch.cuda.set_sync_debug_mode("error" if batch.step >= 2 else "default")
         try:
