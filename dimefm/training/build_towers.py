@@ -44,8 +44,6 @@ def build_towers(
 
     spec = run.student
     image = _image_tower(config, run, resumed=resumed)
-    if config.batch_norm == "frozen" and not batch_norms(image):
-        raise TrainingError(f"{spec.name} has no batch norm to be frozen", remedy="leave batch_norm out")
     together = place.world if config.batch_norm == "local" else 1
     if config.batch_size // together // config.accumulate == 1 and config.batch_norm != "frozen":
         _require_more_than_one(image, spec.image_size)
@@ -74,6 +72,8 @@ def _image_tower(config: TrainConfig, run: Run, *, resumed: bool) -> Any:
         return build_student(run.student)
     first = replace(run.student, embed_dim=run.teacher.embed_dim)
     image = build_student(first)
+    if config.batch_norm == "frozen" and not batch_norms(image):
+        raise TrainingError(f"{first.name} has no batch norm to be frozen", remedy="leave batch_norm out")
     if config.init:
         load_first_weights(image, first, config.init)
     return widened(image, run.student) if run.more_teachers else image

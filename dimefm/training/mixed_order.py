@@ -29,8 +29,8 @@ _SHUFFLE = 0x5FF1
 def order_of(
     store: Store, *, seed: int, batch_size: int, only: _Rows | None = None, kind: Literal["blocks", "chunks"]
 ) -> Order:
-    """The order of the images of a run; of a store alone, `only` of these rows. Raises TrainingError for a batch that is
-    too small for so many stores."""
+    """The order of the images of a run; of a store alone, `only` of these rows. Raises TrainingError for a batch that
+    is too small for so many stores."""
     if isinstance(store, JoinedStore):
         assert only is None
         return MixedOrder(store=store, seed=seed, batch_size=batch_size, kind=kind)

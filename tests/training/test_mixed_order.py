@@ -173,7 +173,7 @@ def test_a_run_on_two_stores_goes_on_exactly(
         train(replace(cut, images=turned))
     train(cut)
     assert same(weights(whole.out), weights(cut.out))
-    images = origin_of(whole.out, 8, "model").sources[0]
+    images = origin_of(whole.out, 8, "model", read_run(whole.out).teacher).sources[0]
     assert (images.store, images.names, images.rows) == ("a.zarr::b.zarr", ("a.tar", "b.tar"), 96)
     assert len(images_of_run(whole.out, 5)) == 5
     train(replace(cut, image_weights=(1.0, 3.0)), allow_changes=("image_weights",))
