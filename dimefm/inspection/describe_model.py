@@ -46,7 +46,7 @@ def describe_run(path: str) -> Description:
         "precision": config["precision"],
         "threads": config["threads"],
         "teacher": to_plain(run.teacher),
-        **{name: config[name] for name in ("images", "texts", "pairs", "selection")},
+        **{name: config[name] for name in ("images", "texts", "pairs", "captions", "selection")},
         "last": last,
         "validation": last_validation(path),
         "checkpoints": checkpoints.steps(),
@@ -78,7 +78,7 @@ def _run(facts: dict[str, Any]) -> Rows:
         ("loss", ", ".join(f"{name} {value}" for name, value in facts["loss"].items())),
         *([("machine", where)] if facts["machine"] else []),
         *teacher_rows(facts["teacher"]),
-        *((name, facts[name]) for name in ("images", "texts", "pairs", "selection") if facts[name]),
+        *((name, facts[name]) for name in ("images", "texts", "pairs", "captions", "selection") if facts[name]),
     ]
     if last:
         rows.append(("last", f"loss {last['loss']:.4f}, {rate(last['images_per_second'], 1, 'image')}"))
