@@ -76,7 +76,11 @@ def _sources(run: str, document: Run) -> tuple[ExportSource, ...]:
     images = _source(run, "image", str(config["images"]), document.images_identity, document.images_data)
     if not document.texts_identity:
         return (images,)
-    return images, _source(run, "text", str(config["texts"]), document.texts_identity, document.texts_data)
+    sources = [images, _source(run, "text", str(config["texts"]), document.texts_identity, document.texts_data)]
+    if document.captions_identity:
+        path = str(config["captions"])
+        sources.append(_source(run, "caption", path, document.captions_identity, document.captions_data))
+    return tuple(sources)
 
 
 def _source(run: str, kind: Any, path: str, identity: str, digest: str | None) -> ExportSource:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from cache_schemas import to_plain
 from cache_schemas.run import TextSpec
 from dimefm.models.towers import tokenizer_of
+from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.machine import describe
 from dimefm.system.output_names import require_name
@@ -88,10 +89,9 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
         config, plan.inputs, plan.steps, machine=describe(str(place.device)), processes=place.world,
         order=plan.order, allow_changes=allow_changes, done=plan.first_step,
     )  # fmt: skip
-    size, texts = document.student.image_size, plan.inputs.texts
-    drawn = (config.texts_per_step if config.loss.vl else 0) + (config.batch_size if config.loss.contrastive else 0)
-    kept_in = place_of(texts, place.device) if drawn else "disk"
-    loaders, ahead, batch = loaders_of(config, place, size, bytes_of_texts(texts, kept_in, drawn))
+    size, banks = document.student.image_size, _banks(config, plan, place)
+    in_step = sum(bytes_of_texts(store, kept_in, drawn) for store, drawn, kept_in in banks)
+    loaders, ahead, batch = loaders_of(config, place, size, in_step)
     one_pass = replace(config, compile=False, accumulate=1, batch_size=config.batch_size // config.accumulate)
     with torch_threads(config.threads):
         towers = build_towers(one_pass, document, plan.inputs, place, resumed=True)
@@ -101,7 +101,9 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
             measured, seconds, why = *_measure(config, plan, place, towers, size, document.text_student), None
         except torch.OutOfMemoryError:
             measured, seconds, why = 0, None, "the GPU has too little memory for a step (--accumulate, --batch-size)"
-    bank = bytes_of_texts(texts, "memory", texts.schema.rows) if kept_in != "disk" else 0
+    kept = [(store, kept_in) for store, _, kept_in in banks if kept_in != "disk"]
+    bank = sum(bytes_of_texts(store, "memory", store.schema.rows) for store, _ in kept)
+    kept_in = kept[0][1] if kept else "disk"
     return Foresight(
         config=config, device=str(place.device), machine=describe(str(place.device)), image_size=size,
         images=plan.images.rows, sentences=_sentences(config, plan), steps_per_epoch=plan.steps_per_epoch,
@@ -117,11 +119,25 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
     )  # fmt: skip
 
 
+def _banks(
+    config: TrainConfig, plan: Plan, place: Place
+) -> list[tuple[Store, int, Literal["device", "memory", "disk"]]]:
+    """The text stores that a run draws from, how many sentences of each in a step, and where they are kept."""
+    captions = plan.inputs.captions
+    *texts, of_captions = config.text_mix.counts(config.texts_per_step if config.loss.vl else 0)
+    own = config.batch_size if config.loss.contrastive else 0
+    drawn = [(plan.inputs.texts, sum(texts) + (0 if captions else own))]
+    if captions:
+        drawn.append((captions.texts, of_captions + own))
+    return [(store, count, place_of(store, place.device)) for store, count in drawn if count]
+
+
 def _sentences(config: TrainConfig, plan: Plan) -> int:
     """Sentences that the run may draw from."""
     selection = plan.inputs.selection
     alone = config.text_student is not None if not config.loss.vl else config.text_mix.selected == 1
-    return len(selection.rows()) if selection and alone else plan.inputs.texts.contents.good
+    captions = plan.inputs.captions.texts.contents.good if plan.inputs.captions else 0
+    return captions + (len(selection.rows()) if selection and alone else plan.inputs.texts.contents.good)
 
 
 def _measure(

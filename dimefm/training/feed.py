@@ -24,7 +24,7 @@ from dimefm.system.progress import amount
 from dimefm.system.storage import is_url
 from dimefm.training.batch_loader import Requests, take_ahead, training_loader
 from dimefm.training.before_training import notes_on_inputs, notes_on_length
-from dimefm.training.config import TrainConfig
+from dimefm.training.config import TextMix, TrainConfig
 from dimefm.training.distributed import Place
 from dimefm.training.feed_plan import plan_feed
 from dimefm.training.fetch_ahead import fetching_ahead
@@ -83,7 +83,7 @@ def notes_on_remote_data(inputs: Inputs, bank: TextBank | None, order: Literal["
             f"each image is a request over the network, and each core that reads makes about {REQUESTS_PER_SECOND} of "
             f"them per second: faster with {what}"
         )
-    stores: list[Store | Pairs] = [images, inputs.pairs] if inputs.pairs else [images]
+    stores: list[Store | Pairs] = [images, *inputs.all_pairs]
     far = [store.path for store in stores if store.by_chunks]
     if not far and texts.by_chunks:
         far = [texts.path]
@@ -97,14 +97,23 @@ def notes_on_remote_data(inputs: Inputs, bank: TextBank | None, order: Literal["
             f"rows are drawn from all over {images.path}, as when the run began, and each row is a request over the "
             "network: copy it to a local disk"
         )
-    if bank and bank.kept_in == "disk" and is_url(texts.path) and not fits_in_cache(texts):
-        size = texts.schema.rows * texts.schema.dim * texts.schema.item_bytes
-        notes.append(
-            f"{texts.path} does not fit into memory: each sentence of a step is a request over the network, about "
-            f"{REQUESTS_PER_SECOND} per second for each core that reads: copy it ({amount(size)}) to a local disk, or "
-            "give a --cache-dir with room for twice as much"
-        )
+    for store in _read_from_disk(inputs, bank):
+        if is_url(store.path) and not fits_in_cache(store):
+            size = store.schema.rows * store.schema.dim * store.schema.item_bytes
+            notes.append(
+                f"{store.path} does not fit into memory: each sentence of a step is a request over the network, about "
+                f"{REQUESTS_PER_SECOND} per second for each core that reads: copy it ({amount(size)}) to a local disk, "
+                "or give a --cache-dir with room for twice as much"
+            )
     return notes
+
+
+def _read_from_disk(inputs: Inputs, bank: TextBank | None) -> list[Store]:
+    """The text stores that are read anew in each step."""
+    banks = [(bank, inputs.texts)]
+    if bank and bank.captions and inputs.captions:
+        banks.append((bank.captions, inputs.captions.texts))
+    return [store for one, store in banks if one and one.kept_in == "disk" and one.draws]
 
 
 @contextmanager
@@ -116,13 +125,13 @@ def open_feed(config: TrainConfig, place: Place) -> Iterator[Feed]:
     plan = plan_feed(config, place.world)
     inputs, first, steps = plan.inputs, plan.first_step, plan.steps
     bank = _text_bank(config, inputs, place)
-    if bank and bank.kept_in == "disk":
-        bring(inputs.texts)
+    for store in _read_from_disk(inputs, bank):
+        bring(store)
     with ExitStack() as stack:
         batches: Iterator[Pair] = iter(())
         if first < steps:
             orders = [plan.images, *([plan.texts] if plan.texts else [])]
-            position = stack.enter_context(fetching_ahead(orders, inputs.pairs, first, steps))
+            position = stack.enter_context(fetching_ahead(orders, inputs.all_pairs, first, steps))
             requests = partial(Requests, first=first, steps=steps, rank=place.rank, world=place.world)
             texts = requests(plan.texts) if plan.texts else None
             images = requests(plan.images, position=position)
@@ -177,7 +186,13 @@ def _begin_page_locking(device: torch.device) -> None:
 def _text_bank(config: TrainConfig, inputs: Inputs, place: Place) -> TextBank | None:
     if not (config.loss.vl or config.loss.contrastive):
         return None
+    total, paired, captions = config.texts_per_step if config.loss.vl else 0, config.loss.contrastive > 0, None
+    if inputs.captions:
+        captions = TextBank(
+            inputs.captions.texts, TextMix(random=0, retrieved=1), inputs.captions.pairs, seed=config.seed,
+            total=config.text_mix.counts(total)[3], paired=paired, any_of_its=True, device=place.device,
+        )  # fmt: skip
     return TextBank(
-        inputs.texts, config.text_mix, inputs.pairs, inputs.selection, seed=config.seed,
-        total=config.texts_per_step if config.loss.vl else 0, paired=config.loss.contrastive > 0, device=place.device,
+        inputs.texts, config.text_mix, inputs.pairs, inputs.selection, seed=config.seed, total=total,
+        paired=paired and captions is None, captions=captions, device=place.device,
     )  # fmt: skip

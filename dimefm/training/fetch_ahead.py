@@ -36,12 +36,14 @@ Position = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 @contextmanager
-def fetching_ahead(orders: Sequence[Order], pairs: Pairs | None, first: int, steps: int) -> Iterator[Position | None]:
+def fetching_ahead(
+    orders: Sequence[Order], pairs: Sequence[Pairs], first: int, steps: int
+) -> Iterator[Position | None]:
     """Within the block a process fetches what the steps first..steps-1 will read, ahead of the position, which the
     block must set. None where there is nothing to fetch, or another process of this machine does it. The process is
     forked."""
     far = [order for order in orders if storage.is_url(order.store.path)]
-    far_pairs = pairs if pairs and storage.is_url(pairs.path) else None
+    far_pairs = [one for one in pairs if storage.is_url(one.path)]
     if active() is None or not (far or far_pairs) or int(os.environ.get("LOCAL_RANK", "0")):
         yield None
         return
@@ -61,11 +63,11 @@ def fetching_ahead(orders: Sequence[Order], pairs: Pairs | None, first: int, ste
 
 
 def _fetch(
-    orders: Sequence[Order], pairs: Pairs | None, first: int, steps: int, position: Position, parent: int
+    orders: Sequence[Order], pairs: Sequence[Pairs], first: int, steps: int, position: Position, parent: int
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for loaders: the training process ends it
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    stores, pairs = [opened(order.store) for order in orders], Pairs(pairs.path, cached=True) if pairs else None
+    stores, pairs = [opened(order.store) for order in orders], [Pairs(one.path, cached=True) for one in pairs]
     begun = [deque[int](maxlen=_WINDOWS_AHEAD) for _ in orders]
     with suppress(DimefmError, SchemaError, OSError):  # whoever wants the data meets it too, and names it
         for step, number, rows_SG in heapq.merge(*(_windows(*each, first, steps) for each in enumerate(orders))):
@@ -76,8 +78,8 @@ def _fetch(
             begun[number].append(step)
             rows_N = np.unique(rows_SG)
             stores[number].fetch(rows_N, pixels=True)
-            if pairs and not number:
-                pairs.fetch(rows_N)
+            for one in () if number else pairs:
+                one.fetch(rows_N)
 
 
 def _windows(number: int, order: Order, first: int, steps: int) -> Iterator[tuple[int, int, _Rows]]:

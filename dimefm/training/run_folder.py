@@ -9,6 +9,7 @@ from typing import Literal
 from cache_schemas import Run, StudentSpec, TeacherIdentity
 from cache_schemas.run import CHECKPOINTS, METRICS_FILE, REPORT_FILE, RUN_FILE, Change
 from dimefm.errors import MismatchError, StoreError
+from dimefm.store.captions import Captions, open_captions
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
 from dimefm.store.output_folder import ANOTHER_OUT, OWN_AND_NEW, differing, in_lines, require_only
@@ -21,7 +22,8 @@ from dimefm.training.before_training import require_changeable
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.config import NEVER_DIFFER, NEVER_DIFFER_IN_LOSS, TrainConfig
 
-_FOLLOWS = {"images_data": "images", "texts_data": "texts", "pairs_digest": "pairs", "selection_digest": "selection"}
+_FOLLOWS = {"images_data": "images", "texts_data": "texts", "pairs_digest": "pairs", "selection_digest": "selection",
+            "captions_data": "captions"}  # fmt: skip
 """Facts about the content of a run's inputs, with the config field that names the input: if the field may change, the
 content may."""
 
@@ -34,6 +36,12 @@ class Inputs:
     texts: Store
     pairs: Pairs | None
     selection: SelectedTexts | None
+    captions: Captions | None = None
+
+    @property
+    def all_pairs(self) -> list[Pairs]:
+        """Those that were retrieved, and those of the captions, as far as they are given."""
+        return [pairs for pairs in (self.pairs, self.captions and self.captions.pairs) if pairs]
 
 
 def open_inputs(config: TrainConfig) -> Inputs:
@@ -53,7 +61,8 @@ def open_inputs(config: TrainConfig) -> Inputs:
         selection.require_stores(images, texts)
     if config.val_texts:
         require_same_teacher(images, Store(config.val_texts))
-    return Inputs(images, texts, pairs, selection)
+    captions = open_captions(config.captions, images) if config.captions else None
+    return Inputs(images, texts, pairs, selection, captions)
 
 
 def read_run(path: str) -> Run:
@@ -89,7 +98,7 @@ def choose_order(config: TrainConfig, inputs: Inputs) -> Literal["chunks", "bloc
     before = run_to_resume(config.out)
     if before:
         return before.order
-    read: list[Store | Pairs] = [inputs.images, *([inputs.pairs] if inputs.pairs else [])]
+    read: list[Store | Pairs] = [inputs.images, *inputs.all_pairs]
     read += [inputs.texts] if config.text_student else []
     return "chunks" if any(store.by_chunks for store in read) else "blocks"
 
@@ -135,6 +144,8 @@ def plan_run(
         undecayed="listed",
         images_data=images.contents.digest,
         texts_data=inputs.texts.contents.digest,
+        captions_identity=inputs.captions.texts.schema.identity if inputs.captions else None,
+        captions_data=inputs.captions.texts.contents.digest if inputs.captions else None,
     )
     path = Path(config.out) / RUN_FILE
     if path.exists() and done:
@@ -174,7 +185,8 @@ def _changes(config: TrainConfig, old: Run, new: Run, allowed: tuple[str, ...], 
     before = TrainConfig.parse(old.config, f"{config.out}/{RUN_FILE}")
     differences = before.differences(config)
     differences |= differing(_parts_of_losses(before), _parts_of_losses(config))
-    names = ["images_identity", "images_chunk_rows", "texts_identity", "pairs_digest", "selection_digest", "steps"]
+    names = ["images_identity", "images_chunk_rows", "texts_identity", "pairs_digest", "selection_digest", "steps",
+             "captions_identity", "captions_data"]  # fmt: skip
     # Older runs did not record what is in their stores.
     names += [name for name in ("images_data", "texts_data") if getattr(old, name) is not None]
     differences |= differing(_named(old, names), _named(new, names))

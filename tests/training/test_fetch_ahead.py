@@ -73,7 +73,7 @@ def test_a_process_fetches_two_windows_ahead_and_then_waits(
 
     with caching_in(str(tmp_path / "cache")):
         order = Order(store=Store(store.path), seed=0, batch_size=16, kind="chunks")
-        with fetching_ahead([order], None, 0, 16) as position:
+        with fetching_ahead([order], (), 0, 16) as position:
             assert position is not None
             wait_for(6)  # of two chunks each: those of the window that comes first, and two more
             position[0] = 2
