@@ -32,7 +32,7 @@ def show_forecast(
 ) -> str:
     """A line or more for each fact, a name and words. `workers` is their number, on a cluster if `remote`,
     with `threads` decoding threads each, or as many as `rates` show to be of use; `load` is the seconds that the
-    teacher took to load, `caption_seconds` what it takes for the captions on one core."""
+    teacher took to load, `caption_seconds` what one takes for the captions."""
     schema, source, kind, on_cpu = found.schema, found.schema.source, found.schema.kind, device == "cpu"
     workers = min(workers, schema.shards)
     # Several workers on one GPU are no faster than it; there are no more workers than cores.
@@ -57,7 +57,7 @@ def show_forecast(
     ]
     if captions_out:
         words = f"{found.captions:,}, which {captions_out} gets after the images, each once"
-        rows.append(("captions", f"{words}: about {duration(caption_seconds)} of the teacher on one core"))
+        rows.append(("captions", f"{words}: about {duration(caption_seconds)} of the teacher"))
     decodes = kind == "image" and schema.decoder != "nvjpeg"
     if decodes and not on_cpu and (bound := rates.bottleneck(threads)):
         rows.append(("", bound))
