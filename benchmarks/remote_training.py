@@ -120,7 +120,7 @@ class _Run:
         augmentation = Augmentation(size=self.size, crop_scale=(0.08, 1.0), flip=True, seed=0)
         with ExitStack() as stack:
             stop = order.steps_per_epoch
-            position = stack.enter_context(fetching_ahead([order], None, 0, stop))
+            position = stack.enter_context(fetching_ahead([order], (), 0, stop))
             requests = Requests(order, first=0, steps=stop, position=position)
             batches: Iterator[Batch] = training_loader(
                 TrainingImages(store, augmentation, [bank]), requests, self.workers

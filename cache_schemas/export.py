@@ -45,12 +45,12 @@ class OnnxFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSource:
-    """Images or sentences that a student was trained on: the base name of the store, the base names of what was cached
-    into it, the rows with an embedding, and the digest of these embeddings, by which another machine can tell that it
-    has the same. Where the store could not be read any more, `unknown` says why, and names and rows are left out; an
-    older run has no digest."""
+    """Images, sentences or captions of the images that a student was trained on: the base name of the store, the base
+    names of what was cached into it, the rows with an embedding, and the digest of these embeddings, by which another
+    machine can tell that it has the same. Where the store could not be read any more, `unknown` says why, and names and
+    rows are left out; an older run has no digest."""
 
-    kind: Literal["image", "text"]
+    kind: Literal["image", "text", "caption"]
     store: str
     names: tuple[str, ...] = ()
     rows: int | None = None

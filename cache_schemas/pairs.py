@@ -1,5 +1,8 @@
 """PAIRS.zarr: for each image row, its top-k sentences; for each sentence, how many images retrieved it.
 
+CAPTIONS.zarr, the store of the captions of images, has pairs of the same form in it, in pairs/: there the sentences of
+an image are its own, and k is the most that an image has.
+
 PAIRS.zarr/
   zarr.json            attributes: a PairsStore document under the key "dimefm"
   text_row/            int32 (image rows, k): rows of the text store, best first; -1 where the image has none
@@ -11,19 +14,22 @@ PAIRS.zarr/
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from cache_schemas.document import Document
 from cache_schemas.problems import Problem
 
 TEXT_ROW, SCORE, HITS = "text_row", "score", "hits"
 HITS_COMMIT = "commits/hits.json"
+CAPTION_PAIRS = "pairs"
+"""Where, within a store of captions, the pairs are that say whose they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairsStore(Document):
     """The attributes of a pseudo-text store. `index` is where the index was, or "exact search"; `texts_data` is the
-    digest of the embeddings that were searched, None in older stores. The digests of the images are in the commits."""
+    digest of the embeddings that were searched, None in older stores. The digests of the images are in the commits.
+    Pairs of the `kind` captions were not searched for: they are as the source has them, and `index` says "captions"."""
 
     SCHEMA: ClassVar[str] = "dimefm.pairs"
 
@@ -38,6 +44,7 @@ class PairsStore(Document):
     text_rows: int
     shard_rows: int
     texts_data: str | None = None
+    kind: Literal["retrieved", "captions"] = "retrieved"
 
     def problems(self) -> list[Problem]:
         fields = ("top_k", "rows", "text_rows", "shard_rows")
@@ -57,9 +64,9 @@ class PairsStore(Document):
 class HitCounts(Document):
     """commits/hits.json: how many sentences are visually grounded, that is, retrieved for at least one image.
 
-    `selected` sentences of `text_rows` are; `skipped` images have no usable embedding; `mean_score` is over all
-    retrieved sentences; `digest` is that of the array hits/. `images_data` is the digest of the embeddings of all
-    images, None where it was not kept for each shard.
+    `selected` sentences of `text_rows` are; `skipped` images have no usable embedding, or no caption; `mean_score` is
+    over all retrieved sentences; `digest` is that of the array hits/. `images_data` is the digest of the embeddings of
+    all images, None where it was not kept for each shard.
     """
 
     SCHEMA: ClassVar[str] = "dimefm.selection"

@@ -31,6 +31,9 @@ IMAGE_PLAN = pa.schema(
         pa.field("size", pa.int64(), nullable=False),  # in bytes; in a .tsv, of the base64 text
     ]
 )
+CAPTIONS = "captions"
+"""A further column of a plan of images whose captions were asked for: a list of strings, each as a text plan has it."""
+CAPTIONED_PLAN = IMAGE_PLAN.append(pa.field(CAPTIONS, pa.list_(pa.string()), nullable=False))
 TEXT_PLAN = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),

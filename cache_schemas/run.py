@@ -85,7 +85,8 @@ class Run(Document):
     `config` is the training config as it is now; training.config parses it. The order of the rows depends on
     `images_chunk_rows` beside the seed. Without a `text_student` the student has its teacher's text tower. `machine` is
     the kind of CPU or the GPU that the run began on, `processes` the number of processes that torchrun started,
-    `images_data` and `texts_data` are the digests of the embeddings that it is trained on; all None in older runs.
+    `images_data` and `texts_data` are the digests of the embeddings that it is trained on; all None in older runs. So
+    are `captions_identity` and `captions_data` of the store of captions, where none is used.
 
     `order` of the rows (training.row_order) and `undecayed`, the parameters without weight decay (training.optimizer),
     are those that the run began with; the defaults are those of older runs.
@@ -116,6 +117,8 @@ class Run(Document):
     images_data: str | None = None
     texts_data: str | None = None
     more_teachers: tuple[FurtherTeacher, ...] = ()
+    captions_identity: str | None = None
+    captions_data: str | None = None
 
     @property
     def teachers(self) -> tuple[TeacherIdentity, ...]:

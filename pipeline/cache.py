@@ -14,9 +14,12 @@ from dimefm.errors import DimefmError, TeacherError
 from dimefm.models.names import TIMM
 from dimefm.models.trained import Trained
 from dimefm.sources.base import Source, paths_of
+from dimefm.sources.captions import CaptionField
 from dimefm.sources.files import expand
+from dimefm.store.captions import captions_out
 from dimefm.store.embedding_store import Store
 from dimefm.store.output_folder import is_planned
+from dimefm.system import storage
 from dimefm.system.named_paths import allowing
 from dimefm.system.notes import note
 from dimefm.system.output_names import require_name
@@ -45,6 +48,13 @@ class CacheConfig:
     column: str | None = None
     """Column of the tables, or field of the tars, to read. Default: the one that fits; of sentences the first of text,
     caption, sentence, TEXT and title."""
+    captions: str | None = None
+    """Also cache the captions of the images, several each where there are several. txt: the lines of KEY.txt beside the
+    image, in its tar or folder; json:FIELD: a field of KEY.json; coco:FILE.json: COCO's annotations; else the column of
+    a table, by its name, or in a .tsv by its number from 0."""
+    captions_out: str | None = None
+    """Store to write for the embeddings of `captions`, and whose they are. Default: IMAGES.captions.zarr beside
+    IMAGES.zarr."""
     min_words: int | None = None
     """Leave out sentences with fewer words. In languages without spaces a few letters count as one word."""
     max_words: int | None = None
@@ -89,7 +99,8 @@ class CacheConfig:
 
 
 def cache(config: CacheConfig) -> Store:
-    """Run the job to its end, or go on where an earlier run stopped. Returns the finished store.
+    """Run the job to its end, or go on where an earlier run stopped. Returns the finished store; with `captions` that
+    of the images, and the one of the captions is finished too.
 
     With `accept_missing`, images whose file is gone or refused since they were planned stay without an embedding;
     otherwise they raise UnreadableError. Raises StoreError if no row of the finished store has an embedding, or if
@@ -122,8 +133,19 @@ def _require_possible(config: CacheConfig, *, writes: bool = False) -> None:
         what = f"{config.teacher} has no text tower: it gives embeddings of images alone"
         raise TeacherError(what, remedy="cache images with it, and train with --loss cosine=1 and no --texts")
     _require_sources(config)
+    outs = [config.out]
+    if config.captions is not None:
+        CaptionField.parse(config.captions)
+        outs.append(captions_place(config))
+        require_name(outs[1], "a store", ".zarr")
+        if storage.absolute(outs[1]) == storage.absolute(config.out):
+            what = f"--captions-out {outs[1]} is the --out of the images"
+            raise DimefmError(what, remedy="give it another name, or leave it out")
+    elif config.captions_out is not None:
+        raise DimefmError("captions_out has no effect without captions", remedy="give --captions too")
     if writes:
-        require_no_stranger(config.out)  # before the lock is written into it
+        for out in outs:
+            require_no_stranger(out)  # before the lock is written into it
     if config.ray_address is None:
         require_cores(config.workers)
     elif config.workers is None:
@@ -134,6 +156,11 @@ def _require_possible(config: CacheConfig, *, writes: bool = False) -> None:
         raise DimefmError(what, remedy="give --decoder fast")
     begun = earlier_schema(config)
     note(f"{'going on with' if begun else 'planning'} {config.out}: loading the teacher ...")
+
+
+def captions_place(config: CacheConfig) -> str:
+    """Where the store of captions goes."""
+    return config.captions_out or captions_out(config.out)
 
 
 def _require_sources(config: CacheConfig) -> None:

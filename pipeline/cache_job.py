@@ -6,14 +6,16 @@ import time
 from dataclasses import replace
 
 from cache_schemas import EmbeddingStore, ViewPlan
+from dimefm.caching.align_captions import align_captions
 from dimefm.caching.crashing_images import running
 from dimefm.caching.plan import PlanRequest, forecast, open_or_plan, what_limit_left
+from dimefm.caching.planned_captions import PlannedCaptions
 from dimefm.caching.sentences import SentenceRules
 from dimefm.caching.speed import PROBE_ROWS, measure, one_thread, teacher_seconds
 from dimefm.caching.worker import Job, pending_shards, run_here
 from dimefm.errors import DimefmError, StoreError
 from dimefm.models.clip import Clip, load_clip, teacher_precision
-from dimefm.models.tokenizer import canonical
+from dimefm.models.tokenizer import canonical, cuts
 from dimefm.sources.account import describe_skipped, first_lines
 from dimefm.sources.base import paths_of
 from dimefm.store.embedding_store import Store
@@ -25,7 +27,7 @@ from dimefm.system.machine import choose_device
 from dimefm.system.named_paths import allowed, allowing
 from dimefm.system.notes import note
 from dimefm.system.stopping import GOES_ON, holding
-from pipeline.cache import CacheConfig, earlier_schema
+from pipeline.cache import CacheConfig, captions_place, earlier_schema
 from pipeline.show_forecast import show_forecast
 from pipeline.workers import choose_workers
 
@@ -34,6 +36,35 @@ BATCH_SIZE = {"cpu": 32, "cuda": 512}
 
 def run_job(config: CacheConfig) -> Store:
     """Do what `pipeline.cache.cache` does, once it has looked at all that is named."""
+    store, _ = _run(config)
+    if config.captions is not None:
+        _run_captions(config, store)
+    return store
+
+
+def _run_captions(config: CacheConfig, images: Store) -> None:
+    """Cache the captions in the plan of a finished image store, and write whose they are."""
+    texts = CacheConfig(
+        kind="text",
+        sources=(PlannedCaptions(images),),
+        out=captions_place(config),
+        teacher=config.teacher,
+        pretrained=config.pretrained,
+        trained=config.trained,
+        precision=config.precision or images.schema.teacher.precision,
+        device=config.device,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        ray_address=config.ray_address,
+    )
+    note(f"{texts.out}: the captions of these images ...")
+    store, request = _run(texts)
+    with holding(lambda: f"{store.path} is kept; {GOES_ON}"):
+        align_captions(images, store, request.canonical)
+
+
+def _run(config: CacheConfig) -> tuple[Store, PlanRequest]:
+    """The finished store of images or sentences, and how it was planned."""
     device = _device(config)
     loaded = _load(config, device, "cpu")
     request, teacher = _request(config, device, loaded), loaded.identity
@@ -57,7 +88,7 @@ def run_job(config: CacheConfig) -> Store:
         finished = len(store.committed()) == store.schema.shards
         if finished and not config.retry_failed:
             require_embeddings(store)
-            return store
+            return store, request
         failed = sum(pending_shards(store, retry=True).values()) if finished else 0
         workers = config.workers or _worth_starting(store, device, loaded)
         clip: Clip | None = loaded
@@ -80,7 +111,7 @@ def run_job(config: CacheConfig) -> Store:
         if failed and not config.accept_missing and failed == sum(pending_shards(store, retry=True).values()):
             what = f"{store.path}: none of the {failed:,} rows that had failed could be mended{as_list(store)}"
             raise StoreError(what, remedy=f"mend the files first; {listed(store)}")
-    return store
+    return store, request
 
 
 def _worth_starting(store: Store, device: str, clip: Clip) -> int:
@@ -131,9 +162,11 @@ def foresee(config: CacheConfig) -> str:
         seconds=lambda: found.schema.rows / rates.of_worker(1, shared=True),
     )
     remote = config.ray_address is not None
+    caption_seconds = found.captions * teacher_seconds("text", clip) if found.captions else 0.0
     return show_forecast(
-        found, rates, device=device, workers=workers, threads=config.threads, remote=remote, load=seconds
-    )
+        found, rates, device=device, workers=workers, threads=config.threads, remote=remote, load=seconds,
+        captions_out=captions_place(config) if config.captions else "", caption_seconds=caption_seconds,
+    )  # fmt: skip
 
 
 def _device(config: CacheConfig) -> str:
@@ -166,6 +199,8 @@ def _request(config: CacheConfig, device: str, clip: Clip) -> PlanRequest:
         kind=config.kind,
         arguments=config.sources,
         column=config.column,
+        captions=config.captions,
+        is_cut=cuts(clip.tokenizer) if config.captions else None,
         sentences=SentenceRules(min_words=config.min_words, max_words=config.max_words, shuffle=config.shuffle),
         canonical=canonical(clip.tokenizer),
         views=views,

@@ -19,11 +19,20 @@ _LIBRARIES = 5.0  # seconds that the command's own process takes to import them,
 
 
 def show_forecast(
-    found: Forecast, rates: Rates, *, device: str, workers: int, threads: int | None, remote: bool, load: float
+    found: Forecast,
+    rates: Rates,
+    *,
+    device: str,
+    workers: int,
+    threads: int | None,
+    remote: bool,
+    load: float,
+    captions_out: str = "",
+    caption_seconds: float = 0.0,
 ) -> str:
     """A line or more for each fact, a name and words. `workers` is their number, on a cluster if `remote`,
     with `threads` decoding threads each, or as many as `rates` show to be of use; `load` is the seconds that the
-    teacher took to load."""
+    teacher took to load, `caption_seconds` what one takes for the captions."""
     schema, source, kind, on_cpu = found.schema, found.schema.source, found.schema.kind, device == "cpu"
     workers = min(workers, schema.shards)
     # Several workers on one GPU are no faster than it; there are no more workers than cores.
@@ -46,6 +55,9 @@ def show_forecast(
         ("takes", f"{duration(schema.rows / speed)} at {rate(speed, 1, kind)} with {who}"),
         ("start-up", f"about {duration(start)} before that{', Ray and its workers with it' if on_ray else ''}"),
     ]
+    if captions_out:
+        words = f"{found.captions:,}, which {captions_out} gets after the images, each once"
+        rows.append(("captions", f"{words}: about {duration(caption_seconds)} of the teacher"))
     decodes = kind == "image" and schema.decoder != "nvjpeg"
     if decodes and not on_cpu and (bound := rates.bottleneck(threads)):
         rows.append(("", bound))

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from cache_schemas import EmbeddingStore, SourceSummary, TeacherIdentity, ViewPlan
 from cache_schemas.embedding_store import ROWS, Decoder, Kind
-from cache_schemas.plan import PLANS, SourceFile, planned_rows
+from cache_schemas.plan import CAPTIONED_PLAN, CAPTIONS, PLANS, SourceFile, planned_rows
 from dimefm.caching.repeats import as_array, repeats
 from dimefm.caching.same_command import (
     Asked,
@@ -27,7 +27,7 @@ from dimefm.caching.same_command import (
 from dimefm.caching.sentences import SentenceRules, tidy
 from dimefm.errors import SourceError
 from dimefm.sources.account import Account, found_instead
-from dimefm.sources.base import Source, names_of
+from dimefm.sources.base import ImageSample, Source, names_of
 from dimefm.sources.image_sources import open_image_source
 from dimefm.sources.prompts import PromptSet
 from dimefm.sources.text_sources import open_text_source
@@ -46,11 +46,14 @@ class PlanRequest:
     """What to plan: the arguments that name the source, what to take from it, and how to cut the store into shards.
     With the teacher's `canonical`, a new plan leaves out sentences that become equal to others for the teacher, unless
     the source holds the prompts of a labelled set. With `limit` a new plan has that many rows at most, and reads no
-    further."""
+    further. With `captions` (see sources.captions) the plan of images holds those of each; with `is_cut` the ones of
+    which the teacher's tokenizer leaves the end out are counted."""
 
     kind: Kind
     arguments: tuple[str | Source[Any], ...]
     column: str | None = None
+    captions: str | None = None
+    is_cut: Callable[[str], bool] | None = None
     sentences: SentenceRules = field(default_factory=SentenceRules)
     canonical: Callable[[str], str] | None = None
     views: ViewPlan | None = None
@@ -65,6 +68,8 @@ class PlanRequest:
         found: dict[str, object] = {"column": self.column} if self.column else {}
         if self.limit:
             found["limit"] = self.limit
+        if self.captions:
+            found["captions"] = self.captions
         return {**found, **self.sentences.settings()} if self.kind == "text" else found
 
 
@@ -73,6 +78,7 @@ class _Tally:
     """What planning finds out besides the rows."""
 
     bytes: int = 0
+    captions: int = 0
     account: Account = field(default_factory=Account)
     keys: array[int] = field(default_factory=lambda: array("q"))
 
@@ -82,11 +88,13 @@ class _Tally:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a plan would hold, without writing it: the store's attributes, the bytes of its arrays, its first rows."""
+    """What a plan would hold, without writing it: the store's attributes, the bytes of its arrays, its first rows, the
+    number of captions of its images."""
 
     schema: EmbeddingStore
     bytes_out: int
     first: list[Any]
+    captions: int = 0
 
 
 def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity, *, accept_missing: bool = False) -> Store:
@@ -139,7 +147,8 @@ def forecast(request: PlanRequest, teacher: TeacherIdentity, keep: int = 0) -> F
         rows += table.num_rows
     schema = _schema(request, files, tally, rows, shard_rows, teacher)
     specs = schema.arrays().values()
-    return Forecast(schema, sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs), first)
+    bytes_out = sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs)
+    return Forecast(schema, bytes_out, first, tally.captions)
 
 
 def count_rows(request: PlanRequest) -> int:
@@ -165,6 +174,9 @@ def _schema(
     if rows == 0:
         what = f"no {request.kind} in {', '.join(names_of(request.arguments))}{found_instead(tally.account.lines())}"
         raise SourceError(what, remedy="check that the files hold what you mean to cache")
+    if request.captions and not tally.captions:
+        what = f"no image has a caption by --captions {request.captions}{found_instead(tally.account.lines())}"
+        raise SourceError(what, remedy="give the place that captions are in: txt, json:FIELD, coco:FILE or a column")
     return EmbeddingStore(
         kind=request.kind,
         rows=rows,
@@ -215,8 +227,9 @@ def require_whole_chunks(shard_rows: int | None) -> None:
 
 def _open(request: PlanRequest, tally: _Tally) -> Any:
     require_whole_chunks(request.shard_rows)
-    opener = open_image_source if request.kind == "image" else open_text_source
-    return opener(list(request.arguments), request.column, tally.account)
+    if request.kind == "image":
+        return open_image_source(list(request.arguments), request.column, tally.account, request.captions)
+    return open_text_source(list(request.arguments), request.column, tally.account)
 
 
 def _samples(request: PlanRequest, source: Any, tally: _Tally) -> Iterator[Any]:
@@ -225,14 +238,36 @@ def _samples(request: PlanRequest, source: Any, tally: _Tally) -> Iterator[Any]:
         prompts = any(isinstance(part, PromptSet) for part in source.parts)
         canonical = None if prompts else request.canonical
         return tidy(source, request.sentences, tally.account, canonical, limit=request.limit)
-    return islice(source.samples(tally.account), request.limit)
+    samples = islice(source.samples(tally.account), request.limit)
+    return _counting_captions(samples, request, tally) if request.captions else samples
+
+
+def _counting_captions(samples: Iterator[ImageSample], request: PlanRequest, tally: _Tally) -> Iterator[ImageSample]:
+    """The samples. Images without a caption, and captions that the teacher does not see whole, are no reason to leave
+    anything out, and are counted."""
+    for sample in samples:
+        tally.captions += len(sample.captions)
+        if not sample.captions:
+            tally.account.skip("images without a caption (they are cached as the others are)", _place(sample))
+        for caption in sample.captions:
+            if request.is_cut and request.is_cut(caption):
+                reason = "captions whose end is beyond the teacher's context (their beginning is cached)"
+                tally.account.skip(reason, f"{_place(sample)}: {caption[:80]}")
+        yield sample
+
+
+def _place(sample: ImageSample) -> str:
+    return f"{sample.file}: {sample.key}"
 
 
 def _tables(request: PlanRequest, source: Any, size: int, tally: _Tally) -> Iterator[pa.Table]:
     """The plan, in tables of `size` rows each."""
-    samples, schema, rows = _samples(request, source, tally), PLANS[request.kind], 0
+    samples, rows = _samples(request, source, tally), 0
+    schema = CAPTIONED_PLAN if request.captions else PLANS[request.kind]
     while batch := list(islice(samples, size)):
         columns = dict(zip(batch[0]._fields, zip(*batch, strict=True), strict=True))
+        if not request.captions:
+            columns.pop(CAPTIONS, None)
         if request.kind == "image":
             tally.keys.extend(map(hash, columns["key"]))
         tally.bytes += sum(

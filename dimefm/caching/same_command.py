@@ -19,6 +19,7 @@ from cache_schemas.embedding_store import (
     STATUS,
     VIEW,
 )
+from cache_schemas.pairs import CAPTION_PAIRS
 from cache_schemas.plan import SourceFile
 from dimefm.errors import MismatchError
 from dimefm.sources.base import Source, names_of, paths_of
@@ -33,7 +34,8 @@ _PUT_BACK = f"put the files back as they were, with their times, or {ANOTHER_OUT
 
 def require_no_stranger(out: str) -> None:
     """Raises OutputExistsError where something is at `out` that is not an embedding store, finished or not."""
-    require_only(out, "an embedding store", {"zarr.json", EMBEDDING, STATUS, VIEW, PIXEL_INDEX, ROWS, COMMITS, PIXELS})
+    ours = {"zarr.json", EMBEDDING, STATUS, VIEW, PIXEL_INDEX, ROWS, COMMITS, PIXELS, CAPTION_PAIRS}
+    require_only(out, "an embedding store", ours)
 
 
 @dataclass(frozen=True, kw_only=True)

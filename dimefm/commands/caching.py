@@ -53,6 +53,8 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.command(cls=Command)
 @_cache_options
+@_option("--captions", metavar="WHERE")
+@_option("--captions-out", metavar="CAPTIONS.zarr")
 @_option("--threads", type=click.IntRange(1))
 @_option("--compile", is_flag=True)
 @_option("--decoder", type=click.Choice(get_args(Decoder)))
@@ -71,6 +73,7 @@ def cache_images(**options: Any) -> None:
     require_with(
         "--view-scale", options["view_scale"] if was_given("view_scale") else None, "--views", options["views"]
     )
+    require_with("--captions-out", options["captions_out"], "--captions", options["captions"])
     if options["retry_failed"] and options["dry_run"]:
         raise click.UsageError("--dry-run says nothing about --retry-failed; dimefm info STORE --failures does")
     _cache("image", options)
@@ -96,11 +99,13 @@ def cache_texts(**options: Any) -> None:
 def _cache(kind: Kind, options: dict[str, Any]) -> None:
     require_model(options["teacher"], options["pretrained"])
     from dimefm.inspection.info import describe
-    from pipeline.cache import CacheConfig, cache, dry_run
+    from pipeline.cache import CacheConfig, cache, captions_place, dry_run
 
     dry = options.pop("dry_run")
     config = CacheConfig(kind=kind, **options)
     say(dry_run(config) if dry else describe(cache(config).path))
+    if config.captions is not None and not dry:
+        say(describe(captions_place(config)))
 
 
 @click.command(cls=Command)

@@ -57,6 +57,7 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @_option("--out", metavar="RUN")
 @_option("--image-weights", type=Weights(), metavar="1::2")
 @_option("--pairs")
+@_option("--captions", metavar="CAPTIONS.zarr")
 @_option("--selection")
 @click.option("--recipe", type=_Recipes(["paper", "sample-paper", "sample"]), default="paper", show_default=True,
               help="Recipe that decides every option below that is not given; dimefm recipes explains them. paper: the "

@@ -81,6 +81,7 @@ def _sources(run: str, document: Run) -> tuple[ExportSource, ...]:
     stores = [
         ("image", config["images"], document.images_identity, document.images_data),
         ("text", config["texts"], document.texts_identity, document.texts_data),
+        ("caption", config.get("captions"), document.captions_identity, document.captions_data),
     ]
     paths = zip_longest(config.get("more_images", ()), config.get("more_texts", ()))
     for one, (images, texts) in zip(document.more_teachers, paths, strict=True):

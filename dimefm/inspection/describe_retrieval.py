@@ -70,6 +70,7 @@ def describe_pairs(path: str) -> Description:
     facts: dict[str, Any] = {
         "artefact": "pairs",
         "path": pairs.path,
+        "kind": schema.kind,
         "finished": storage.exists(storage.join(pairs.path, HITS_COMMIT)),
         "rows": schema.rows,
         "top_k": schema.top_k,
@@ -80,9 +81,11 @@ def describe_pairs(path: str) -> Description:
         "shards": schema.shards,
         "shards_done": len(pairs.committed()),
     }
-    title = f"{pairs.path}: pairs, the nearest sentences of each image"
+    captions = schema.kind == "captions"
+    title = f"{pairs.path}: pairs, the {'captions' if captions else 'nearest sentences'} of each image"
     if not facts["finished"]:
-        done = [("shards", f"{facts['shards_done']:,} of {facts['shards']:,} done; the same retrieve goes on there")]
+        again = f"the same {'cache-images' if captions else 'retrieve'} goes on there"
+        done = [("shards", f"{facts['shards_done']:,} of {facts['shards']:,} done; {again}")]
         return Description(f"{title}, unfinished", facts, done)
     counts = pairs.hit_counts()
     facts |= {name: getattr(counts, name) for name in ("images", "skipped", "selected", "mean_score")}
@@ -103,9 +106,13 @@ def _examples(pairs: Pairs) -> list[dict[str, Any]]:
 
 def _pairs(facts: dict[str, Any]) -> Rows:
     found, sentences = facts["selected"], facts["text_rows"]
+    captions = facts["kind"] == "captions"
+    sentences_each = f"up to {counted(facts['top_k'], 'caption')} each"
+    if not captions:
+        sentences_each = f"the nearest {counted(facts['top_k'], 'sentence')} each"
     rows = [
-        ("images", f"{facts['images']:,} of {facts['rows']:,}, the nearest {counted(facts['top_k'], 'sentence')} each"),
-        ("skipped", f"{counted(facts['skipped'], 'image')} without a usable embedding"),
+        ("images", f"{facts['images']:,} of {facts['rows']:,}, {sentences_each}"),
+        ("skipped", f"{counted(facts['skipped'], 'image')} without a {'caption or a ' * captions}usable embedding"),
         ("found", f"{found:,} of {sentences:,} sentences, {found / sentences:.1%}, by at least one image"),
         ("mean score", f"{facts['mean_score']:.4f}, a cosine"),
         ("images store", facts["images_store"]),

@@ -11,10 +11,13 @@ from typing import Any
 from cache_schemas import EmbeddingStore, Failure, Skipped, Status
 from cache_schemas.document import to_plain
 from cache_schemas.embedding_store import EMBEDDING
+from cache_schemas.pairs import CAPTION_PAIRS, HITS_COMMIT
 from dimefm.inspection.description import Description, Rows
 from dimefm.models.teacher_rows import teacher_rows
 from dimefm.sources.account import describe_skipped, first_lines
 from dimefm.store.embedding_store import Store
+from dimefm.store.pairs_store import Pairs
+from dimefm.system import storage
 from dimefm.system.progress import amount
 from dimefm.system.wording import counted, rate
 
@@ -54,9 +57,23 @@ def _facts(store: Store) -> dict[str, Any]:
         "views": to_plain(schema.views),
         "pixels": schema.pixels,
         "source": to_plain(schema.source),
+        "captions": _captions(store),
         "failures": to_plain(failures),
         "worker_seconds": seconds,
     }
+
+
+def _captions(store: Store) -> dict[str, Any] | None:
+    """Of a store of captions: whose they are, as far as that is known."""
+    path = storage.join(store.path, CAPTION_PAIRS)
+    if store.schema.kind != "text" or not storage.exists(storage.join(path, "zarr.json")):
+        return None
+    pairs = Pairs(path)
+    facts = {"images_store": pairs.schema.images, "rows": pairs.schema.rows, "most": pairs.schema.top_k}
+    if not storage.exists(storage.join(path, HITS_COMMIT)):
+        return {**facts, "finished": False}
+    counts = pairs.hit_counts()
+    return {**facts, "finished": True, "images": counts.images, "mean_score": counts.mean_score}
 
 
 def _bytes(schema: EmbeddingStore) -> int:
@@ -77,12 +94,21 @@ def _counts(facts: dict[str, Any]) -> Rows:
     if facts["views"]:
         low, high = facts["views"]["crop_scale"]
         rows.append(("views", f"{facts['views']['count']} per image, crops of {low:g} to {high:g} of its area"))
+    if captions := facts["captions"]:
+        rows.append(("captions of", _show_captions(captions)))
     if facts["pixels"]:
         rows.append(("pixels", f"JPEGs of short side {facts['pixels']}, which train-student reads"))
     if seconds := facts["worker_seconds"]:
         shown = f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"
         rows.append(("worker time", f"{shown} s, {rate(done, seconds, 'row')} per worker"))
     return rows
+
+
+def _show_captions(captions: dict[str, Any]) -> str:
+    if not captions["finished"]:
+        return f"{captions['images_store']}, unfinished: the same cache-images goes on there"
+    images = f"{captions['images']:,} of {captions['rows']:,} images, up to {captions['most']:,} each"
+    return f"{captions['images_store']}: {images}; mean cosine {captions['mean_score']:.4f}"
 
 
 def _source(facts: dict[str, Any]) -> Rows:

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 
 from cache_schemas import SchemaError
 from cache_schemas.embedding_store import ATTRIBUTES_KEY, commit_path, failures_path, pixels_path, rows_path
+from cache_schemas.pairs import CAPTION_PAIRS, HITS_COMMIT
 from cache_schemas.plan import FILES_TABLE
 from dimefm.caching.repeats import as_array, repeats
 from dimefm.errors import DimefmError, StoreError
 from dimefm.inspection.info import examine
 from dimefm.inspection.verification import Verification
+from dimefm.inspection.verify_captions import caption_pairs, check_caption_pairs
 from dimefm.inspection.verify_shard import CheckShards, answering, in_one_line, is_normal, worker_bytes
 from dimefm.store.commit import remove_commit
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import failures_by_status
+from dimefm.store.pairs_store import Pairs
 from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.progress import Progress
@@ -90,7 +93,13 @@ def _check(store: Store, run: ShardRunner) -> Verification:
             progress.at(done)
     report.faults += [damaged_plans[shard] for shard in sorted(damaged_plans)]
     _check_documents(store, report)
-    _check_foreign(store, report)
+    pairs = caption_pairs(store)
+    if pairs:
+        problems = [*check_caption_pairs(store, pairs)]
+        report.faults += [f"{one}: delete that folder, and run the same cache-images again" for one in problems]
+        if not problems:
+            report.notes.append(_describe_captions(pairs))
+    _check_foreign(store, report, pairs)
     if not report.bad and store.contents.shards and not store.contents.good:
         report.empty = failures_by_status(store)
     if schema.kind == "image":
@@ -121,13 +130,21 @@ def _check_documents(store: Store, report: Verification) -> None:
         report.faults.append(in_one_line(error))
 
 
-def _check_foreign(store: Store, report: Verification) -> None:
+def _describe_captions(pairs: Pairs) -> str:
+    done, shards = len(pairs.committed()), pairs.schema.shards
+    if done < shards or not storage.exists(storage.join(pairs.path, HITS_COMMIT)):
+        return f"captions: whose they are is known for {done:,} of {shards:,} shards of images; run cache-images again"
+    return f"captions of {pairs.hit_counts().images:,} of {pairs.schema.rows:,} images of {pairs.schema.images}"
+
+
+def _check_foreign(store: Store, report: Verification, pairs: Pairs | None) -> None:
     schema, shards = store.schema, range(store.schema.shards)
     expected = {"zarr.json", FILES_TABLE}
     expected |= {path(shard) for shard in shards for path in (rows_path, commit_path, failures_path)}
     expected |= {pixels_path(shard) for shard in shards} if schema.pixels else set()
     for name in schema.arrays():
         expected |= {store.shard_file(name, shard) for shard in shards} | {f"{name}/zarr.json"}
+    expected |= {storage.join(CAPTION_PAIRS, name) for name in pairs.files()} if pairs else set()
     foreign = sorted(storage.tree(store.path) - expected)
     report.faults += [
         f"{storage.join(store.path, name)} does not belong to the store: move it away" for name in foreign

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from open_clip.tokenizer import SimpleTokenizer, canonicalize_text, get_clean_fn
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, canonicalize_text, get_clean_fn
 
 from dimefm.errors import TeacherError
 
@@ -80,6 +80,25 @@ def canonical(tokenizer: Any) -> Callable[[str], str] | None:
         return clean(text)  # type: ignore[no-any-return]
 
     return of
+
+
+def cuts(tokenizer: Any) -> Callable[[str], bool] | None:
+    """A function that says whether a text has more tokens than one of open_clip's tokenizers keeps. None for another
+    tokenizer, which cannot be asked for more."""
+    if not isinstance(tokenizer, SimpleTokenizer | HFTokenizer):
+        return None
+    tokenize, length = fast_tokenizer(tokenizer), int(tokenizer.context_length)
+
+    def is_cut(text: str) -> bool:
+        if len(text) + 2 <= length and text.isascii():  # a token has a letter or more; two mark the ends
+            return False
+        (tokens_L,) = tokenize([text])
+        if tokens_L[-2] == tokens_L[-1]:  # there is padding
+            return False
+        (more_L,) = tokenizer([text], 2 * length)
+        return bool((more_L[:length] != tokens_L).any() or (more_L[length:] != more_L[-1]).any())
+
+    return is_cut
 
 
 class FastTokenizer:

@@ -10,9 +10,9 @@ from cache_schemas import HitCounts, PairsStore
 from cache_schemas.embedding_store import COMMITS
 from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
 from dimefm.errors import OutputExistsError, StoreError
-from dimefm.retrieval.count_hits import count_hits
 from dimefm.retrieval.open_search import name_of, note_search, open_in_seat, require_search, worker_bytes
 from dimefm.retrieval.retrieve_shards import RetrieveShards, batches
+from dimefm.store.count_hits import count_hits
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.failures import require_embeddings
 from dimefm.store.output_folder import (
@@ -126,7 +126,7 @@ def _write(
     out = storage.absolute(out)
     with writing(out, of_use=lambda files: any(name.startswith(f"{COMMITS}/") for name in files)):
         pairs = _open_or_create(out, schema)
-        pending = _pending(pairs, images)
+        pending = pairs.pending(images)
         hits, done = storage.join(pairs.path, HITS_COMMIT), schema.rows - _rows(schema, pending)
         if pending:
             note(f"{counted(schema.rows, 'image')}, {counted(schema.text_rows, 'sentence')}: opening the search ...")
@@ -147,17 +147,9 @@ def _rows(schema: PairsStore, shards: Iterable[int]) -> int:
     return sum(stop - start for start, stop in map(schema.shard_range, shards))
 
 
-def _pending(pairs: Pairs, images: Store) -> dict[int, str]:
-    """The shards that are not done, or were done for other embeddings than the images have now; with the digests of
-    these."""
-    now = images.contents.shards
-    current = {shard for shard, digest in pairs.images_data().items() if digest in (None, now.get(shard))}
-    return {shard: now[str(shard)] for shard in range(pairs.schema.shards) if str(shard) not in current}
-
-
 def _kept(pairs: Pairs, images: Store) -> str:
     shards = pairs.schema.shards
-    done = shards - len(_pending(pairs, images))
+    done = shards - len(pairs.pending(images))
     return f"{done} of {shards} shards are kept in {pairs.path}; {GOES_ON}" if done else BEGINS_AGAIN
 
 

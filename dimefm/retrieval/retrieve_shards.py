@@ -13,13 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cache_schemas import Failure, PairsStore, Status
-from cache_schemas.pairs import SCORE, TEXT_ROW
-from dimefm.store.commit import make_commit, remove_commit, write_commit
+from cache_schemas import PairsStore, Status
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
-from dimefm.store.zarr_arrays import digest_arrays, write_rows
-from dimefm.system import storage
 from dimefm.system.shard_work import Seat
 
 if TYPE_CHECKING:
@@ -87,24 +83,10 @@ def _retrieve(pairs: Pairs, images: Store, search: Search, batch: Batch) -> None
     for shard, digest in batch.pending.items():
         first, last = pairs.schema.shard_range(shard)
         rows = slice(first - start, last - start)
-        commit = make_commit(
-            shard,
-            first,
-            status_N[rows],
-            _without_embedding(images, shard, status_N[rows]),
-            digest=digest_arrays(row_NK[rows], score_NK[rows]),
-            device=search.device,
-            seconds=seconds,
-            images=digest,
-        )
-        with storage.writing_to(pairs.path):
-            remove_commit(pairs.path, shard)  # where a shard is done again
-            for name, values in ((TEXT_ROW, row_NK[rows]), (SCORE, score_NK[rows])):
-                file = f"{name}/c/{shard}/0"
-                storage.remove_file(storage.join(pairs.path, file))  # zarr would read what a stopped run left
-                array = pairs.group[name].with_config({"write_empty_chunks": True})
-                write_rows(pairs.path, file, array, first, values)
-            write_commit(pairs.path, commit)
+        pairs.write_shard(
+            shard, images, status_N[rows], row_NK[rows], score_NK[rows],
+            device=search.device, seconds=seconds, digest=digest,
+        )  # fmt: skip
 
 
 def _nearest(
@@ -118,13 +100,3 @@ def _nearest(
         scores, rows = search.search(embedding_ND[part], shape[1])
         row_NK[places[part]], score_NK[places[part]] = rows, np.where(rows >= 0, scores, np.nan)
     return row_NK, score_NK
-
-
-def _without_embedding(images: Store, shard: int, status_N: np.ndarray[Any, Any]) -> list[Failure]:
-    """The images of a shard that get no sentence, as failures of its commit."""
-    places = np.flatnonzero(status_N != Status.OK)
-    if not len(places):
-        return []
-    rows = images.plan(shard).take(places).select(["row", "key", "file"]).to_pylist()
-    names, reason = [Status(code).name for code in status_N[places]], "the image has no embedding"
-    return [Failure(**row, status=name, reason=reason) for row, name in zip(rows, names, strict=True)]

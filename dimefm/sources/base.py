@@ -17,13 +17,15 @@ class ImageSample(NamedTuple):
 
     `file` is an absolute path or a URL, and the image is its bytes [offset, offset + size); in a .tsv these are base64.
     In a Parquet file, `file` is PATH#COLUMN, or PATH#COLUMN[N] for element N of a list, `offset` is the number of the
-    row and `size` the length of the image.
+    row and `size` the length of the image. `captions` are the image's own sentences, each as text_lines.clean makes it,
+    where the source was asked for them.
     """
 
     key: str
     file: str
     offset: int
     size: int
+    captions: tuple[str, ...] = ()
 
 
 class TextSample(NamedTuple):
@@ -78,8 +80,13 @@ class Source(Protocol[_Sample]):
 
 
 def names_of(arguments: Sequence[str | Source[Any]]) -> tuple[str, ...]:
-    """The arguments as a store's attributes and messages have them. A Source is named by its class."""
-    return tuple(one if isinstance(one, str) else f"{type(one).__qualname__} (a Source)" for one in arguments)
+    """The arguments as a store's attributes and messages have them. A Source is called by its `name`, if it has one, or
+    else by its class."""
+    return tuple(one if isinstance(one, str) else _name_of(one) for one in arguments)
+
+
+def _name_of(source: Source[Any]) -> str:
+    return str(getattr(source, "name", f"{type(source).__qualname__} (a Source)"))
 
 
 def paths_of(arguments: Sequence[str | Source[Any]]) -> tuple[str, ...]:

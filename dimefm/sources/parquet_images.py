@@ -17,8 +17,10 @@ from cache_schemas.plan import SourceFile
 from dimefm.errors import SourceError, StoreError
 from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample
+from dimefm.sources.caption_reader import CaptionReader
 from dimefm.sources.files import look_up
 from dimefm.sources.parquet import (
+    Column,
     DamagedParquetError,
     as_strings,
     byte_lengths,
@@ -33,6 +35,7 @@ from dimefm.sources.parquet import (
     places_in_lists,
     read_blocks,
 )
+from dimefm.sources.parquet_captions import CaptionsByRow, caption_column, captions_by_row, of_single_images
 from dimefm.sources.walk_folder import cannot_read
 from dimefm.system import storage
 from dimefm.system.named_paths import named
@@ -52,6 +55,7 @@ class ParquetImages:
     The key is the value of a string column called key, __key__, id or path, else the struct's `path`, else file:row; in
     lists, :N follows it unless it is a path. Without `column`, the images are in the only column that could hold them.
     Files that were `found` in a folder and have no such column are counted; a file that was named is an error then.
+    `captions` is a column of strings, or of lists of strings: the captions of the image of the same row.
     Files that are images of their own, named by a path, are added to `taken`.
     """
 
@@ -59,35 +63,42 @@ class ParquetImages:
         self,
         files: Sequence[SourceFile],
         column: str | None = None,
+        captions: str | None = None,
         *,
         found: bool = False,
         taken: set[str] | None = None,
     ) -> None:
         self._files, self._column, self._found, self._taken = files, column, found, taken
+        self._captions = captions
 
     def files(self) -> list[SourceFile]:
         """The Parquet files, as given."""
         return list(self._files)
 
     def check(self) -> None:
-        """Raises SourceError where the first file has no such column, or several that could be meant."""
+        """Raises SourceError where the first file has no such column, or several that could be meant, or none of
+        captions."""
         path = self._files[0].path
         try:
-            self._column_of(open_parquet(path), path, Account())
+            file = open_parquet(path)
+            self._column_of(file, path, Account())
+            caption_column(file, path, self._captions, Account(), found=self._found)
         except (OSError, MemoryError, DamagedParquetError):
             return  # this is reported when the samples are listed
 
     def samples(self, account: Account) -> Iterator[ImageSample]:
         """Images by file and row, a null one with a size of 0. Raises SourceError as `check` does, for every file."""
         for path in (file.path for file in self._files):
-            rows = 0
+            rows, reader = 0, CaptionReader(path, account)
             try:
                 file = open_parquet(path)
                 column = self._column_of(file, path, account)
                 if column is None:
                     continue
-                for batch in _batches(file, column):
-                    for sample in _images(path, rows, batch, column, account):
+                captions = caption_column(file, path, self._captions, account, found=self._found)
+                for batch in _batches(file, column, captions):
+                    texts = captions_by_row(path, rows, batch, captions, reader)
+                    for sample in _images(path, rows, batch, column, texts, account):
                         if self._taken is not None and not sample.file.startswith(f"{path}#"):
                             self._taken.add(sample.file)
                         yield sample
@@ -98,6 +109,7 @@ class ParquetImages:
                 account.problem(describe_damage(path, rows, error))
             except (OSError, MemoryError) as error:
                 raise cannot_read(path, error) from error
+            reader.finish()
 
     def _column_of(self, file: pq.ParquetFile, path: str, account: Account) -> str | None:
         """The column of images; None where the file has none and was counted."""
@@ -191,7 +203,7 @@ def _key_column(schema: pa.Schema) -> str | None:
     return next((name for name in _KEYS if name in columns and is_string(columns[name].type)), None)
 
 
-def _batches(file: pq.ParquetFile, name: str) -> Iterator[pa.RecordBatch]:
+def _batches(file: pq.ParquetFile, name: str, captions: Column | None) -> Iterator[pa.RecordBatch]:
     """The columns that are needed of the file, a bounded block at a time. The images are read to know their lengths,
     which Parquet does not keep apart from them."""
     column, key = columns_of(file.schema_arrow)[name], _key_column(file.schema_arrow)
@@ -199,11 +211,14 @@ def _batches(file: pq.ParquetFile, name: str) -> Iterator[pa.RecordBatch]:
     if pa.types.is_struct(column.type):
         leaves = [f"{column.leaf}.bytes", *([f"{column.leaf}.path"] if _has_path(column.type) else [])]
     for group in range(file.metadata.num_row_groups):
-        yield from read_blocks(file, [*leaves, *([key] if key else [])], group)
+        wanted = [*leaves, *([key] if key else []), *([captions.leaf] if captions else [])]
+        yield from read_blocks(file, [*dict.fromkeys(wanted)], group)
 
 
-def _images(path: str, before: int, batch: pa.RecordBatch, name: str, account: Account) -> Iterator[ImageSample]:
-    """The images of a batch that has `before` rows before it in its file."""
+def _images(
+    path: str, before: int, batch: pa.RecordBatch, name: str, texts: CaptionsByRow, account: Account
+) -> Iterator[ImageSample]:
+    """The images of a batch that has `before` rows before it in its file, with the captions of their rows."""
     key_column = _key_column(batch.schema)
     keys = as_strings(batch.column(key_column)) if key_column else None
     values, rows_N = flat_values(batch, columns_of(batch.schema)[name])
@@ -220,6 +235,8 @@ def _images(path: str, before: int, batch: pa.RecordBatch, name: str, account: A
     if pa.types.is_struct(values.type):
         values = pc.struct_field(values, "bytes")
     sizes = byte_lengths(values)
+    if in_lists and texts:
+        texts = of_single_images(texts, rows, path, before, account)
     elsewhere = {i: own for i, own in enumerate(paths) if own and sizes[i] is None}
     files = _files_at(elsewhere, path, [before + row for row in rows], account)
     for i, (row, place, size, own) in enumerate(zip(rows, places_in_lists(rows), sizes, paths, strict=True)):
@@ -228,9 +245,9 @@ def _images(path: str, before: int, batch: pa.RecordBatch, name: str, account: A
             key += f":{place}"
         if i not in elsewhere:
             where = f"{path}#{name}[{place}]" if in_lists else f"{path}#{name}"
-            yield ImageSample(key, where, before + row, size or 0)
+            yield ImageSample(key, where, before + row, size or 0, texts.get(row, ()))
         elif file := files.get(i):
-            yield ImageSample(key, file.path, 0, file.size)
+            yield ImageSample(key, file.path, 0, file.size, texts.get(row, ()))
 
 
 def _files_at(paths: dict[int, str], table: str, rows: Sequence[int], account: Account) -> dict[int, SourceFile]:

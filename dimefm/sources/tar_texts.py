@@ -63,11 +63,7 @@ class TarTexts:
             account.skip("empty members of tars", place)
             return
         try:
-            with as_text(io.BufferedReader(io.BytesIO(data))) as file:
-                if self._column is None:
-                    found: list[FieldValue] = [(str(number), line, "") for number, line in enumerate(file, 1)]
-                else:
-                    found = list(values_at(json.load(file), self._column))
+            found = values_in(data, self._column)
         except NotTextError as error:
             account.skip(f"members of tars that are no text: {error}", place)
         except (ValueError, RecursionError):
@@ -81,6 +77,15 @@ class TarTexts:
                     yield TextSample(key if len(found) == 1 else f"{key}:{where}", text)
                 else:
                     account.skip(f"{what} {why_nothing_left(value)}", place)
+
+
+def values_in(data: bytes, column: str | None) -> list[FieldValue]:
+    """The lines of a text, or with `column` what that field of its JSON holds. Raises NotTextError, or ValueError or
+    RecursionError for what is no JSON."""
+    with as_text(io.BufferedReader(io.BytesIO(data))) as file:
+        if column is None:
+            return [(str(number), line, "") for number, line in enumerate(file, 1)]
+        return list(values_at(json.load(file), column))
 
 
 def _why_not_used(extension: str) -> str:

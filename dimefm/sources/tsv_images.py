@@ -15,6 +15,7 @@ from dimefm.errors import SourceError
 from dimefm.images.decode import MAX_BYTES, sniff
 from dimefm.sources.account import Account
 from dimefm.sources.base import ImageSample
+from dimefm.sources.caption_reader import CaptionReader
 from dimefm.sources.files import open_seekable
 from dimefm.sources.forward_reader import Window, open_window
 from dimefm.sources.walk_folder import cannot_read
@@ -36,11 +37,12 @@ class TsvImages:
 
     All lines have as many columns as the first. Where NAME.lineidx, with the offset of every line, lies beside
     NAME.tsv, only the beginnings of lines are read, else the whole file; the samples are the same. Files that were
-    `found` in a folder may hold something else, and are counted then.
+    `found` in a folder may hold something else, and are counted then. `captions` is the number of the column that holds
+    the image's caption, counted from 0: these tables have no names of columns.
     """
 
-    def __init__(self, files: Sequence[SourceFile], *, found: bool = False) -> None:
-        self._files, self._found = files, found
+    def __init__(self, files: Sequence[SourceFile], captions: str | None = None, *, found: bool = False) -> None:
+        self._files, self._captions, self._found = files, captions, found
 
     def files(self) -> list[SourceFile]:
         """The .tsv files, as given, without their .lineidx files."""
@@ -49,16 +51,27 @@ class TsvImages:
     def samples(self, account: Account) -> Iterator[ImageSample]:
         """Images by file and line; blank lines, and lines with too few columns, are counted.
 
-        Raises SourceError for a file that holds no images, and for a .lineidx that does not fit.
+        Raises SourceError for a file that holds no images, for a .lineidx that does not fit, and for a column of
+        captions that the table does not have.
         """
         for file in self._files:
             try:
                 if self._found and not _may_hold_images(file):
                     account.skip("tables (.tsv) whose first lines hold no image", file.path)
                     continue
-                yield from _images(file, account)
+                yield from _images(file, account, self._caption_column(file))
             except OSError as error:
                 raise cannot_read(file.path, error) from error
+
+    def _caption_column(self, file: SourceFile) -> int | None:
+        """The number of the column of captions; None where there is none, as in a table that was found in a folder
+        whose captions have a name."""
+        if self._captions is None or self._captions.isdecimal():
+            return None if self._captions is None else int(self._captions)
+        if self._found:
+            return None
+        what = f"{file.path} has no column {self._captions!r}: the columns of a .tsv of images have no names"
+        raise SourceError(what, remedy="give the number of the column with --captions, counted from 0")
 
 
 def _may_hold_images(file: SourceFile) -> bool:
@@ -72,8 +85,9 @@ def _may_hold_images(file: SourceFile) -> bool:
     return False
 
 
-def _images(file: SourceFile, account: Account) -> Iterator[ImageSample]:
+def _images(file: SourceFile, account: Account, caption_column: int | None) -> Iterator[ImageSample]:
     """The images of a table, each after as many tabs as its first line has."""
+    reader = CaptionReader(file.path, account)
     name = file.path.rpartition("/")[2]
     index = file.path.removesuffix(SUFFIX) + INDEX_SUFFIX
     tabs = 0  # of each line, known from the first on
@@ -93,7 +107,20 @@ def _images(file: SourceFile, account: Account) -> Iterator[ImageSample]:
             continue
         key = text[: text.index(b"\t")].decode("utf-8", "backslashreplace").removeprefix("\ufeff").strip()
         start = last_tab + 1
-        yield ImageSample(key or f"{name}:{number}", file.path, offset + start, size - start)
+        captions: tuple[str, ...] = ()
+        if caption_column is not None:
+            captions = reader.of_values([_cell(file, text[:last_tab], caption_column)], f"{file.path}:{number}")
+        yield ImageSample(key or f"{name}:{number}", file.path, offset + start, size - start, captions)
+    reader.finish()
+
+
+def _cell(file: SourceFile, text: bytes, column: int) -> str:
+    """A column of a line whose image was cut off. Raises SourceError where there is no such column."""
+    cells = text.split(b"\t")
+    if column >= len(cells):
+        what = f"{file.path} has no column {column} before the image, which is in column {len(cells)}"
+        raise SourceError(what, remedy=f"give --captions a number from 0 to {len(cells) - 1}")
+    return cells[column].decode("utf-8", "replace")
 
 
 def _count_tabs(where: str, line: bytes) -> int:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from cache_schemas import Commit, HitCounts, PairsStore, SchemaError, digest_of
-from cache_schemas.embedding_store import COMMITS, commit_path
+from cache_schemas import Commit, Failure, HitCounts, PairsStore, SchemaError, Status, digest_of
+from cache_schemas.embedding_store import COMMITS, commit_path, failures_path
 from cache_schemas.pairs import HITS, HITS_COMMIT, SCORE, TEXT_ROW
 from dimefm.errors import MismatchError, StoreError
+from dimefm.store.commit import make_commit, remove_commit, write_commit
 from dimefm.store.embedding_store import Store, require_same_data
 from dimefm.store.stored_array import StoredArray
 from dimefm.store.zarr_arrays import (
@@ -26,13 +27,18 @@ from dimefm.store.zarr_arrays import (
     open_group,
     reading_zarr,
     write_attributes,
+    write_rows,
 )
 from dimefm.system import storage
 from dimefm.system.lease import require_held
 from dimefm.system.read_ahead import reading_ahead
 
+HITS_ROWS = 65536  # of a shard of hits
 _DAMAGED = "delete the folder and retrieve again"
+_DAMAGED_CAPTIONS = "delete the folder and run the same cache-images again"
 AGAIN = "run the same dimefm retrieve again: it does the shards whose images have changed, and counts the hits again"
+AGAIN_CAPTIONS = "run the same dimefm cache-images again: it does what has changed"
+_AGAIN_OVER_BOTH = "run dimefm retrieve over these two stores"
 AGAIN_TEXTS = "retrieve into another --out, with an index that was brought up to date if there is one"
 
 
@@ -45,9 +51,10 @@ class Pairs:
         self.path = storage.absolute(path)
         self.group: Any = open_group(self.path)
         self.schema = PairsStore.parse(group_attributes(self.group, self.path), storage.join(self.path, "zarr.json"))
+        self._damaged = _DAMAGED_CAPTIONS if self.schema.kind == "captions" else _DAMAGED
         self._arrays = {
             name: StoredArray(
-                self.path, name, array_of(self.group, self.path, name), self.schema.shard_rows, _DAMAGED,
+                self.path, name, array_of(self.group, self.path, name), self.schema.shard_rows, self._damaged,
                 version=self._version if cached else None,
             )
             for name in (TEXT_ROW, SCORE)
@@ -64,10 +71,54 @@ class Pairs:
         shape, chunk = (schema.rows, schema.top_k), (min(schema.shard_rows, 1024), schema.top_k)
         create_array(group, TEXT_ROW, shape, "int32", chunk, schema.shard_rows)
         create_array(group, SCORE, shape, "float16", chunk, schema.shard_rows, fill=float("nan"))
-        create_array(group, HITS, (schema.text_rows,), "uint32", (65536,), 65536)
+        create_array(group, HITS, (schema.text_rows,), "uint32", (HITS_ROWS,), HITS_ROWS)
         require_held(path)
         write_attributes(path, (TEXT_ROW, SCORE, HITS), schema.to_json())
         return Pairs(path)
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def pending(self, images: Store) -> dict[int, str]:
+        """The shards that are not done, or were done for other embeddings than the images have now; with the digests of
+        these."""
+        now = images.contents.shards
+        current = {shard for shard, digest in self.images_data().items() if digest in (None, now.get(shard))}
+        return {shard: now[str(shard)] for shard in range(self.schema.shards) if str(shard) not in current}
+
+    def write_shard(
+        self,
+        shard: int,
+        images: Store,
+        status_N: np.ndarray[Any, Any],
+        row_NK: np.ndarray[Any, Any],
+        score_NK: np.ndarray[Any, Any],
+        *,
+        device: str,
+        seconds: float,
+        digest: str,
+    ) -> None:
+        """Write and commit one shard. `status_N` are those of its images, of which only OK ones may have sentences;
+        `digest` is that of their embeddings. Raises StoreError where it cannot be written."""
+        commit = make_commit(
+            shard,
+            self.schema.shard_range(shard)[0],
+            status_N,
+            _without_embedding(images, shard, status_N),
+            digest=digest_arrays(row_NK, score_NK),
+            device=device,
+            seconds=seconds,
+            images=digest,
+        )
+        with storage.writing_to(self.path):
+            remove_commit(self.path, shard)  # where a shard is done again
+            for name, values in ((TEXT_ROW, row_NK), (SCORE, score_NK)):
+                file = f"{name}/c/{shard}/0"
+                storage.remove_file(storage.join(self.path, file))  # zarr would read what a stopped run left
+                array = self.group[name].with_config({"write_empty_chunks": True})
+                write_rows(self.path, file, array, commit.start, values)
+            write_commit(self.path, commit)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
 
     def text_rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """For each image the rows of its sentences in the text store, best first, int32 (N, K); -1 for none."""
@@ -98,6 +149,25 @@ class Pairs:
         """Cosine similarities, float16 (N, K)."""
         return self._arrays[SCORE].read(slice(start, stop))
 
+    def shard_arrays(self, shard: int) -> dict[str, np.ndarray[Any, Any]]:
+        """Rows and scores of one shard by name, every checksum compared."""
+        rows = slice(*self.schema.shard_range(shard))
+        return {name: array.read_by_zarr(rows) for name, array in self._arrays.items()}
+
+    def commit(self, shard: int) -> Commit | None:
+        """The commit of a shard, None where it is not done. Raises SchemaError, StoreError for a damaged one."""
+        path = storage.join(self.path, commit_path(shard))
+        return Commit.parse(storage.read_json(path), path) if storage.exists(path) else None
+
+    def files(self) -> set[str]:
+        """The files that finished pairs may have, as paths within them."""
+        found = {"zarr.json", HITS_COMMIT, *(f"{name}/zarr.json" for name in (*self._arrays, HITS))}
+        found |= {f"{HITS}/c/{part}" for part in range(-(-self.schema.text_rows // HITS_ROWS))}
+        for shard in range(self.schema.shards):
+            found |= {array.file(shard) for array in self._arrays.values()}
+            found |= {commit_path(shard), failures_path(shard)}
+        return found
+
     def hits(self) -> np.ndarray[Any, Any]:
         """By sentence, how many images have it among their top k, uint32 (T,). Raises StoreError if unfinished, or
         damaged."""
@@ -108,7 +178,8 @@ class Pairs:
         except ValueError:  # a checksum
             hits_T = np.empty(0, np.uint32)
         if digest_arrays(hits_T) != expected:
-            raise StoreError(f"{storage.join(self.path, HITS)} is damaged: its checksum does not fit", remedy=_DAMAGED)
+            what = f"{storage.join(self.path, HITS)} is damaged: its checksum does not fit"
+            raise StoreError(what, remedy=self._damaged)
         return hits_T
 
     def committed(self) -> set[int]:
@@ -129,21 +200,36 @@ class Pairs:
         return {str(commit.shard): commit.images for commit in reading_ahead(read, paths, self.path) if commit}
 
     def hit_counts(self) -> HitCounts:
-        """The hits in numbers. Raises StoreError where `retrieve` has not finished."""
+        """The hits in numbers. Raises StoreError where these pairs are unfinished."""
         path = storage.join(self.path, HITS_COMMIT)
         if not storage.exists(path):
-            raise StoreError(f"{self.path} is unfinished", remedy="run the same dimefm retrieve again")
+            command = "cache-images" if self.schema.kind == "captions" else "retrieve"
+            raise StoreError(f"{self.path} is unfinished", remedy=f"run the same dimefm {command} again")
         return HitCounts.parse(storage.read_json(path), path)
 
 
+def _without_embedding(images: Store, shard: int, status_N: np.ndarray[Any, Any]) -> list[Failure]:
+    """The images of a shard that get no sentence, as failures of its commit."""
+    places = np.flatnonzero(status_N != Status.OK)
+    if not len(places):
+        return []
+    rows = images.plan(shard).take(places).select(["row", "key", "file"]).to_pylist()
+    names, reason = [Status(code).name for code in status_N[places]], "the image has no embedding"
+    return [Failure(**row, status=name, reason=reason) for row, name in zip(rows, names, strict=True)]
+
+
 def require_pairs_match(pairs: Pairs, images: Store, texts: Store) -> None:
-    """Raises MismatchError unless `pairs` was retrieved over these two stores, of the embeddings that they have now."""
+    """Raises MismatchError unless `pairs` were made for these two stores, and the embeddings that they have now."""
+    captions = pairs.schema.kind == "captions"
+    made = f"{pairs.path} was {'made' if captions else 'retrieved'}"
     for name, mine, store in (
         ("images", pairs.schema.images_identity, images),
         ("texts", pairs.schema.texts_identity, texts),
     ):
         if mine != store.schema.identity:
-            what = f"{pairs.path} was retrieved over other {name} than {store.path}"
-            raise MismatchError(what, remedy="run dimefm retrieve over these two stores")
-    require_same_data(f"{pairs.path} was retrieved", pairs.schema.texts_data, texts, remedy=AGAIN_TEXTS)
-    require_same_data(f"{pairs.path} was retrieved", pairs.hit_counts().images_data, images, remedy=AGAIN)
+            what = f"{made} over other {name} than {store.path}"
+            remedy = "give the captions that were cached with these images" if captions else _AGAIN_OVER_BOTH
+            raise MismatchError(what, remedy=remedy)
+    again, again_texts = (AGAIN_CAPTIONS, AGAIN_CAPTIONS) if captions else (AGAIN, AGAIN_TEXTS)
+    require_same_data(made, pairs.schema.texts_data, texts, remedy=again_texts)
+    require_same_data(made, pairs.hit_counts().images_data, images, remedy=again)

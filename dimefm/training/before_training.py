@@ -30,7 +30,8 @@ def require_startable(config: TrainConfig) -> None:
 
         require_optimizer(config)
     mix = config.text_mix if config.loss.vl else TextMix()
-    require_sources(mix, config.pairs, config.selection, paired=config.loss.contrastive > 0)
+    paired = config.loss.contrastive > 0
+    require_sources(mix, config.pairs, config.selection, config.captions, paired=paired and not config.captions)
     if (Path(config.out) / RUN_FILE).exists():
         return
     rates = ("min_lr", "warmup_lr") if config.warmup_epochs else ("min_lr",)
@@ -49,12 +50,17 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def require_sources(mix: TextMix, pairs: object, selection: object, *, paired: bool) -> None:
-    """Raises TrainingError for a mix that draws from `pairs` or a `selection` that is None. `paired`: a loss needs each
-    image's own sentence."""
+def require_sources(mix: TextMix, pairs: object, selection: object, captions: object = None, *, paired: bool) -> None:
+    """Raises TrainingError for a mix that draws from `pairs`, a `selection` or `captions` that are None. `paired`: a
+    loss needs each image's own sentence, which no captions give."""
+    if captions is None and mix.captions:
+        remedy = "run cache-images with --captions, and give its --captions-out"
+        raise TrainingError("captions in the text mix need --captions", remedy=remedy)
     if pairs is None and (mix.retrieved or paired):
-        what = "retrieved texts need" if mix.retrieved else "the contrastive loss needs"
-        raise TrainingError(f"{what} --pairs", remedy="run dimefm retrieve first")
+        if mix.retrieved:
+            raise TrainingError("retrieved texts need --pairs", remedy="run dimefm retrieve first")
+        remedy = "run cache-images with --captions, or else dimefm retrieve first"
+        raise TrainingError("the contrastive loss needs --captions or --pairs", remedy=remedy)
     if mix.selected and pairs is None and selection is None:
         remedy = "run dimefm retrieve first, and select-texts for a selection"
         raise TrainingError("selected texts need --selection or --pairs", remedy=remedy)
@@ -92,9 +98,12 @@ def _notes_on_unused(config: TrainConfig) -> list[str]:
     idle = [f"the text mix {mix}"] if config.text_mix != TextMix() else []
     if config.selection and not config.text_student:
         idle.append(f"the selection {config.selection}")
-    if config.pairs and not config.loss.contrastive:
+    contrasted = bool(config.loss.contrastive) and not config.captions  # with retrieved sentences
+    if config.pairs and not contrasted:
         idle.append(f"the pairs {config.pairs}")
-    if not (config.loss.contrastive or config.text_student or (config.val and not config.val_texts)):
+    if config.captions and not config.loss.contrastive:
+        idle.append(f"the captions {config.captions}")
+    if not (contrasted or config.text_student or (config.val and not config.val_texts)):
         idle += [f"the sentences of {texts}" for _, texts in config.teachers if texts]
     if not idle:
         return []

@@ -45,7 +45,7 @@ class LossConfig:
     centred: float = 0.0
     """Weight of the same regression after the mean of the teacher's image embeddings is taken off both sides."""
     contrastive: float = 0.0
-    """Weight of CLIP's own loss between each image and its best retrieved sentence; needs `pairs`."""
+    """Weight of CLIP's own loss between each image and one of its `captions`, or else its best sentence of `pairs`."""
     vl_temperature: float = 1.0
     """Temperature of both softmaxes in vl."""
     pvl_temperature: float = 3.0
@@ -89,7 +89,7 @@ class LossConfig:
 class TextMix:
     """Shares of the sentences of a step, by where they are drawn from. They add up to 1."""
 
-    WEIGHTS: ClassVar[tuple[str, ...]] = ("random", "selected", "retrieved")
+    WEIGHTS: ClassVar[tuple[str, ...]] = ("random", "selected", "retrieved", "captions")
 
     random: float = 1.0
     """Share drawn from all sentences of the text store."""
@@ -97,24 +97,28 @@ class TextMix:
     """Share drawn from the visually grounded ones: those of `selection`, else those retrieved for some image."""
     retrieved: float = 0.0
     """Share drawn from sentences that were retrieved for an image of the same batch."""
+    captions: float = 0.0
+    """Share drawn from the captions of the images of the same batch."""
 
     def problems(self) -> list[str]:
         """Shares that make no sense, in words."""
         wrong = [f"text_mix.{problem}" for problem in out_of_range(self, above_0=(), not_below_0=self.WEIGHTS)]
-        if not wrong and abs(self.random + self.selected + self.retrieved - 1) > 1e-6:
+        if not wrong and abs(sum(vars(self).values()) - 1) > 1e-6:
             typed = ",".join(f"{kind}={share:g}" for kind, share in vars(self).items() if share) or "of no share"
             wrong.append(f"the text mix {typed} does not add up to 1")
         return wrong
 
-    def counts(self, total: int) -> tuple[int, int, int]:
+    def counts(self, total: int) -> tuple[int, int, int, int]:
         """How many of `total` texts come from each; the random ones take up what rounding leaves."""
-        selected, retrieved = round(self.selected * total), round(self.retrieved * total)
-        return total - selected - retrieved, selected, retrieved
+        selected, retrieved, captions = (
+            round(share * total) for share in (self.selected, self.retrieved, self.captions)
+        )
+        return total - selected - retrieved - captions, selected, retrieved, captions
 
 
-MAY_DIFFER = ("images", "texts", "more_images", "more_texts", "pairs", "selection", "out", "val", "val_texts",
-              "workers", "log_every", "log_to", "log_project", "device", "checkpoint_every", "keep", "accept_slow",
-              "cache_dir", "cache_size", "gradient_checkpointing")  # fmt: skip
+MAY_DIFFER = ("images", "texts", "more_images", "more_texts", "pairs", "captions", "selection", "out", "val",
+              "val_texts", "workers", "log_every", "log_to", "log_project", "device", "checkpoint_every", "keep",
+              "accept_slow", "cache_dir", "cache_size", "gradient_checkpointing")  # fmt: skip
 """Fields in which a resumed run may differ from its start: they say where things are, how fast and how often, not what
 is computed."""
 
@@ -167,10 +171,10 @@ class TrainConfig:
     loss: LossConfig
     """Weights of the losses, such as vl=0.7,pvl=0.3; others are 0. The student learns its teacher's scores of images
     with sentences (vl), with the teacher's images (pvl) or with its own (udist); the embeddings themselves (cosine, or
-    centred: less their mean); or each image's best retrieved sentence (contrastive)."""
+    centred: less their mean); or each image's own sentence, a caption or the best retrieved one (contrastive)."""
     text_mix: TextMix
-    """Shares of the sentences of a step that are random, selected and retrieved, such as random=0.5,selected=0.5; they
-    add up to 1."""
+    """Shares of the sentences of a step that are random, selected, retrieved and captions of its images, such as
+    random=0.5,captions=0.5; they add up to 1."""
     crop_scale: tuple[float, float]
     """Smallest and largest share of an image's area in a random crop; for images that were cached whole."""
     more_images: tuple[str, ...] = ()
@@ -194,6 +198,9 @@ class TrainConfig:
     pairs: str | None = None
     """Nearest sentences of each image, from retrieve; for retrieved sentences, for selected ones without `selection`,
     and for the contrastive loss."""
+    captions: str | None = None
+    """Captions of the images, from cache-images; for captions in the text mix, and for the contrastive loss, for which
+    one of each image is drawn anew in each step."""
     selection: str | None = None
     """Selection, from select-texts; for selected sentences and for `text_student`."""
     init: str | None = None
@@ -326,9 +333,13 @@ class TrainConfig:
             idle.append("batch_norm frozen needs init: random weights have no statistics")
         mix = self.text_mix
         selected_by_pairs = mix.selected and not self.selection  # then all that were retrieved are the selected ones
-        if self.pairs and not (mix.retrieved or selected_by_pairs or self.loss.contrastive):
+        by_pairs = self.loss.contrastive and not self.captions  # which take the place of the best retrieved sentence
+        if self.pairs and not (mix.retrieved or selected_by_pairs or by_pairs):
             uses = "--text-mix retrieved=..., --text-mix selected=... without a selection, or --loss contrastive=..."
             idle.append(f"pairs are given, but neither the text mix nor the loss draws from them; {uses} would")
+        if self.captions and not (mix.captions or self.loss.contrastive):
+            uses = "--text-mix captions=... or --loss contrastive=..."
+            idle.append(f"captions are given, but neither the text mix nor the loss draws from them; {uses} would")
         if self.selection and not (mix.selected or self.text_student):
             uses = "--text-mix selected=... or --text-student"
             idle.append(f"a selection is given, but the text mix draws nothing from it; {uses} would")
@@ -337,8 +348,11 @@ class TrainConfig:
             idle.append(f"image_weights are one for each image store: {len(self.image_weights)} for {stores}")
         if self.image_weights and stores == 1:
             idle.append("image_weights have no effect with one image store")
-        if self.pairs and stores > 1:
-            idle.append("pairs are of one image store, and there are several: leave pairs out, or cache one store")
+        for name in ("pairs", "captions"):
+            if getattr(self, name) and stores > 1:
+                idle.append(
+                    f"{name} are of one image store, and there are several: leave {name} out, or cache one store"
+                )
         if self.cache_size and not self.cache_dir:
             idle.append("cache_size has no effect without cache_dir")
         if self.log_project and not self.log_to:
@@ -369,10 +383,12 @@ class TrainConfig:
             wrong.append("teacher_scales have no effect with loss.logit_scale=teacher: each teacher has its own")
         if self.loss.logit_scale == "learned" and not all(1 <= scale <= MAX_SCALE for scale in self.teacher_scales):
             wrong.append(f"teacher_scales must be from 1 to {MAX_SCALE:g} to be learned, found {self.teacher_scales}")
+        if count > 1 and self.captions:
+            wrong.append("captions are encoded by one teacher, and there are several: leave captions out")
         if count > 1 and self.text_student:
             wrong.append("text_student: a text tower is distilled from one teacher, and there are several")
         if self.texts is None:
-            users = [name for name in ("pairs", "selection", "text_student") if getattr(self, name)]
+            users = [name for name in ("pairs", "captions", "selection", "text_student") if getattr(self, name)]
             users += ["val without val_texts"] if self.val and not self.val_texts else []
             wrong += [f"{name} needs the sentences of texts" for name in users]
         for number, loss in enumerate(self.teacher_losses(), 1):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from cache_schemas import to_plain
 from cache_schemas.run import TextSpec
 from dimefm.models.towers import tokenizer_of
+from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.machine import describe
 from dimefm.system.output_names import require_name
@@ -88,11 +89,9 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
         config, plan.inputs, plan.steps, machine=describe(str(place.device)), processes=place.world,
         order=plan.order, allow_changes=allow_changes, done=plan.first_step,
     )  # fmt: skip
-    size, texts = document.student.image_size, [one.texts for one in plan.inputs.teachers if one.texts]
-    drawn = (config.texts_per_step if config.loss.vl else 0) + (config.batch_size if config.loss.contrastive else 0)
-    places = [place_of(store, place.device) if drawn else "disk" for store in texts]
-    of_batch = sum(bytes_of_texts(store, kept_in, drawn) for store, kept_in in zip(texts, places, strict=True))
-    loaders, ahead, batch = loaders_of(config, place, size, of_batch)
+    size, banks = document.student.image_size, _banks(config, plan, place)
+    in_step = sum(bytes_of_texts(store, kept_in, drawn) for store, drawn, kept_in in banks)
+    loaders, ahead, batch = loaders_of(config, place, size, in_step)
     one_pass = replace(config, compile=False, accumulate=1, batch_size=config.batch_size // config.accumulate)
     with torch_threads(config.threads):
         towers = build_towers(one_pass, document, plan.inputs, place, resumed=True)
@@ -104,8 +103,9 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
         except torch.OutOfMemoryError:
             measured, seconds, state = 0, None, _ADAMW * parameters
             why = "the GPU has too little memory for a step (--accumulate, --batch-size)"
-    kept = [store for store, kept_in in zip(texts, places, strict=True) if kept_in != "disk"]
-    bank = sum(bytes_of_texts(store, "memory", store.schema.rows) for store in kept)
+    kept = [(store, kept_in) for store, _, kept_in in banks if kept_in != "disk"]
+    bank = sum(bytes_of_texts(store, "memory", store.schema.rows) for store, _ in kept)
+    kept_in = kept[0][1] if kept else "disk"
     return Foresight(
         config=config, device=str(place.device), machine=describe(str(place.device)), image_size=size,
         images=_images(plan), sentences=_sentences(config, plan),
@@ -113,7 +113,7 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
         warmup_steps=config.warmup_steps(plan.steps_per_epoch),
         validation_steps=config.validation_steps(plan.steps_per_epoch) if config.val else None,
         parameters=parameters, training_state=(_WEIGHT + 4 * (config.ema is not None)) * parameters + state,
-        text_bank=bank, text_bank_in=places[0] if places else "disk", loaders=loaders,
+        text_bank=bank, text_bank_in=kept_in, loaders=loaders,
         shared_memory=loaders * (ahead + 1) * batch,
         seconds_per_step=seconds, measured_images=measured, why_unknown=why,
         notes=[
@@ -121,6 +121,19 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
             *(validation.take_notes() if validation else ()),
         ],
     )  # fmt: skip
+
+
+def _banks(
+    config: TrainConfig, plan: Plan, place: Place
+) -> list[tuple[Store, int, Literal["device", "memory", "disk"]]]:
+    """The text stores that a run draws from, how many sentences of each in a step, and where they are kept."""
+    captions = plan.inputs.captions
+    *texts, of_captions = config.text_mix.counts(config.texts_per_step if config.loss.vl else 0)
+    own = config.batch_size if config.loss.contrastive else 0
+    drawn = [(one.texts, sum(texts) + (0 if captions else own)) for one in plan.inputs.teachers if one.texts]
+    if captions:
+        drawn.append((captions.texts, of_captions + own))
+    return [(store, count, place_of(store, place.device)) for store, count in drawn if count]
 
 
 def _images(plan: Plan) -> int:
@@ -132,8 +145,9 @@ def _sentences(config: TrainConfig, plan: Plan) -> int:
     """Sentences that the run may draw from."""
     selection = plan.inputs.selection
     alone = config.text_student is not None if not config.loss.vl else config.text_mix.selected == 1
-    texts = plan.inputs.texts
-    return len(selection.rows()) if selection and alone else texts.contents.good if texts else 0
+    captions = plan.inputs.captions.texts.contents.good if plan.inputs.captions else 0
+    texts = plan.inputs.texts.contents.good if plan.inputs.texts else 0
+    return captions + (len(selection.rows()) if selection and alone else texts)
 
 
 def _measure(

@@ -6,7 +6,7 @@ connections with whatever CUDA and NCCL have begun by then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from dimefm.system.storage import is_url
 from dimefm.system.wording import counted
 from dimefm.training.batch_loader import Requests, take_ahead, training_loader
 from dimefm.training.before_training import notes_on_inputs, notes_on_length
-from dimefm.training.config import TrainConfig
+from dimefm.training.config import TextMix, TrainConfig
 from dimefm.training.distributed import Place
 from dimefm.training.feed_plan import plan_feed
 from dimefm.training.fetch_ahead import fetching_ahead
@@ -69,10 +69,12 @@ def notes_on_feed(config: TrainConfig, feed: Feed) -> list[str]:
     if feed.left_out:
         what = f"{counted(feed.left_out, 'image')} of {feed.inputs.images.path} will not be drawn"
         notes.append(f"{what}: another teacher has no embedding of them")
-    return notes + notes_on_remote_data(feed.inputs, feed.banks[0], feed.order)
+    return notes + notes_on_remote_data(feed.inputs, feed.banks, feed.order)
 
 
-def notes_on_remote_data(inputs: Inputs, bank: TextBank | None, order: Literal["chunks", "blocks"]) -> list[str]:
+def notes_on_remote_data(
+    inputs: Inputs, banks: Sequence[TextBank | None], order: Literal["chunks", "blocks"]
+) -> list[str]:
     """Notes on data that is read over the network at every step: what this costs, and the remedy.
 
     Embeddings cost little: a small store is kept whole, and of a large one the chunks that a window of rows comes from.
@@ -89,8 +91,8 @@ def notes_on_remote_data(inputs: Inputs, bank: TextBank | None, order: Literal["
             f"each image is a request over the network, and each core that reads makes about {REQUESTS_PER_SECOND} of "
             f"them per second: faster with {what}"
         )
-    stores: list[Store | Pairs] = [one.images for one in inputs.teachers]
-    far = [store.path for store in stores + ([inputs.pairs] if inputs.pairs else []) if store.by_chunks]
+    stores: list[Store | Pairs] = [*(one.images for one in inputs.teachers), *inputs.all_pairs]
+    far = [store.path for store in stores if store.by_chunks]
     if not far and texts and texts.by_chunks:
         far = [texts.path]
     if order == "chunks" and far:
@@ -103,14 +105,23 @@ def notes_on_remote_data(inputs: Inputs, bank: TextBank | None, order: Literal["
             f"rows are drawn from all over {images.path}, as when the run began, and each row is a request over the "
             "network: copy it to a local disk"
         )
-    if texts and bank and bank.kept_in == "disk" and is_url(texts.path) and not fits_in_cache(texts):
-        size = texts.schema.rows * texts.schema.dim * texts.schema.item_bytes
-        notes.append(
-            f"{texts.path} does not fit into memory: each sentence of a step is a request over the network, about "
-            f"{REQUESTS_PER_SECOND} per second for each core that reads: copy it ({amount(size)}) to a local disk, or "
-            "give a --cache-dir with room for twice as much"
-        )
+    for store in _read_from_disk(inputs, banks):
+        if is_url(store.path) and not fits_in_cache(store):
+            size = store.schema.rows * store.schema.dim * store.schema.item_bytes
+            notes.append(
+                f"{store.path} does not fit into memory: each sentence of a step is a request over the network, about "
+                f"{REQUESTS_PER_SECOND} per second for each core that reads: copy it ({amount(size)}) to a local disk, "
+                "or give a --cache-dir with room for twice as much"
+            )
     return notes
+
+
+def _read_from_disk(inputs: Inputs, banks: Sequence[TextBank | None]) -> list[Store]:
+    """The text stores that are read anew in each step."""
+    read = [(bank, one.texts) for bank, one in zip(banks, inputs.teachers, strict=True)]
+    if inputs.captions:
+        read.append((banks[0] and banks[0].captions, inputs.captions.texts))
+    return [store for bank, store in read if store and bank and bank.kept_in == "disk" and bank.draws]
 
 
 @contextmanager
@@ -122,14 +133,13 @@ def open_feed(config: TrainConfig, place: Place) -> Iterator[Feed]:
     plan = plan_feed(config, place.world)
     inputs, first, steps = plan.inputs, plan.first_step, plan.steps
     banks = [_text_bank(config, inputs, number, place) for number in range(len(inputs.teachers))]
-    for bank, stores in zip(banks, inputs.teachers, strict=True):
-        if stores.texts and bank and bank.kept_in == "disk":
-            bring(stores.texts)
+    for store in _read_from_disk(inputs, banks):
+        bring(store)
     with ExitStack() as stack:
         batches: Iterator[Pair] = iter(())
         if first < steps:
             orders = [plan.images, *([plan.texts] if plan.texts else [])]
-            beside = [one for one in (inputs.pairs, *(one.images for one in inputs.more)) if one]
+            beside: list[Store | Pairs] = [*inputs.all_pairs, *(one.images for one in inputs.more)]
             position = stack.enter_context(fetching_ahead(orders, beside, first, steps))
             requests = partial(Requests, first=first, steps=steps, rank=place.rank, world=place.world)
             texts = requests(plan.texts) if plan.texts else None
@@ -192,7 +202,13 @@ def _text_bank(config: TrainConfig, inputs: Inputs, number: int, place: Place) -
     loss, texts = config.teacher_losses()[number], inputs.teachers[number].texts
     if loss is None or texts is None or not (loss.vl or loss.contrastive):
         return None
+    total, paired, captions = config.texts_per_step if loss.vl else 0, loss.contrastive > 0, None
+    if inputs.captions:
+        captions = TextBank(
+            inputs.captions.texts, TextMix(random=0, retrieved=1), inputs.captions.pairs, seed=config.seed,
+            total=config.text_mix.counts(total)[3], paired=paired, any_of_its=True, device=place.device,
+        )  # fmt: skip
     return TextBank(
-        texts, config.text_mix, inputs.pairs, inputs.selection, seed=config.seed,
-        total=config.texts_per_step if loss.vl else 0, paired=loss.contrastive > 0, device=place.device,
+        texts, config.text_mix, inputs.pairs, inputs.selection, seed=config.seed, total=total,
+        paired=paired and captions is None, captions=captions, device=place.device,
     )  # fmt: skip

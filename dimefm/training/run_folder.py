@@ -9,6 +9,7 @@ from typing import Literal
 from cache_schemas import Run, StudentSpec
 from cache_schemas.run import CHECKPOINTS, METRICS_FILE, REPORT_FILE, RUN_FILE, Change, FurtherTeacher
 from dimefm.errors import MismatchError, StoreError
+from dimefm.store.captions import Captions, open_captions
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.output_folder import ANOTHER_OUT, OWN_AND_NEW, differing, in_lines, require_only
 from dimefm.store.pairs_store import Pairs, require_pairs_match
@@ -22,7 +23,8 @@ from dimefm.training.config import NEVER_DIFFER, NEVER_DIFFER_IN_LOSS, TrainConf
 from dimefm.training.teacher_stores import TeacherStores, open_teachers, require_same_sentences
 
 _FOLLOWS = {"images_data": "images", "texts_data": "texts", "pairs_digest": "pairs", "selection_digest": "selection",
-            "more_images_data": "more_images", "more_texts_data": "more_texts"}  # fmt: skip
+            "captions_data": "captions", "more_images_data": "more_images",
+            "more_texts_data": "more_texts"}  # fmt: skip
 """Facts about the content of a run's inputs, with the config field that names the input: if the field may change, the
 content may."""
 
@@ -35,12 +37,18 @@ class Inputs:
     texts: Store | None
     pairs: Pairs | None
     selection: SelectedTexts | None
+    captions: Captions | None = None
     more: tuple[TeacherStores, ...] = ()
 
     @property
     def teachers(self) -> tuple[TeacherStores, ...]:
         """The stores of all teachers."""
         return TeacherStores(self.images, self.texts), *self.more
+
+    @property
+    def all_pairs(self) -> list[Pairs]:
+        """Those that were retrieved, and those of the captions, as far as they are given."""
+        return [pairs for pairs in (self.pairs, self.captions and self.captions.pairs) if pairs]
 
 
 def open_inputs(config: TrainConfig) -> Inputs:
@@ -58,7 +66,8 @@ def open_inputs(config: TrainConfig) -> Inputs:
         require_same_sentences([one.texts for one in (first, *more) if one.texts])
     if config.val_texts:
         require_same_teacher(images, Store(config.val_texts))
-    return Inputs(images, texts, pairs, selection, tuple(more))
+    captions = open_captions(config.captions, images) if config.captions else None
+    return Inputs(images, texts, pairs, selection, captions, tuple(more))
 
 
 def read_run(path: str) -> Run:
@@ -94,8 +103,8 @@ def choose_order(config: TrainConfig, inputs: Inputs) -> Literal["chunks", "bloc
     before = run_to_resume(config.out)
     if before:
         return before.order
-    read: list[Store | Pairs] = [one.images for one in inputs.teachers]
-    read += [store for store in (inputs.pairs, inputs.texts if config.text_student else None) if store]
+    read: list[Store | Pairs] = [*(one.images for one in inputs.teachers), *inputs.all_pairs]
+    read += [inputs.texts] if config.text_student and inputs.texts else []
     return "chunks" if any(store.by_chunks for store in read) else "blocks"
 
 
@@ -140,6 +149,8 @@ def plan_run(
         undecayed="listed",
         images_data=images.contents.digest,
         texts_data=inputs.texts.contents.digest if inputs.texts else None,
+        captions_identity=inputs.captions.texts.schema.identity if inputs.captions else None,
+        captions_data=inputs.captions.texts.contents.digest if inputs.captions else None,
         more_teachers=tuple(map(_further, inputs.more)),
     )
     path = Path(config.out) / RUN_FILE
@@ -193,7 +204,8 @@ def _changes(config: TrainConfig, old: Run, new: Run, allowed: tuple[str, ...], 
     before = TrainConfig.parse(old.config, f"{config.out}/{RUN_FILE}")
     differences = before.differences(config)
     differences |= differing(_parts_of_losses(before), _parts_of_losses(config))
-    names = ["images_identity", "images_chunk_rows", "texts_identity", "pairs_digest", "selection_digest", "steps"]
+    names = ["images_identity", "images_chunk_rows", "texts_identity", "pairs_digest", "selection_digest", "steps",
+             "captions_identity", "captions_data"]  # fmt: skip
     # Older runs did not record what is in their stores.
     names += [name for name in ("images_data", "texts_data") if getattr(old, name) is not None]
     differences |= differing(_named(old, names) | _of_more(old), _named(new, names) | _of_more(new))

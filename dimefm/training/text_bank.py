@@ -26,21 +26,23 @@ CPU = torch.device("cpu")
 _SHARE = 4  # sentences may take a quarter of the memory
 _BLOCK = 2**18  # rows
 _Rows = np.ndarray[Any, Any]
+_NONE_RETRIEVED = "no sentence was retrieved for any image of the batch"
 _NO_ROWS: _Rows = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
 class DrawnTexts:
     """The texts of a step: rows int64 (T,) of the text store, and their embeddings as stored (T, D). If each image's
-    own sentence is wanted, also the row of its best retrieved one (G,), -1 where it has none, and their embeddings.
+    own sentence is wanted, also its row (G,), -1 where the image has none, and their embeddings.
 
-    Embeddings that are on the device already are None here.
+    Embeddings that are on the device already are None here. `captions` are what was drawn of another store.
     """
 
     rows_T: torch.Tensor
     embedding_TD: torch.Tensor | None
     pair_row_G: torch.Tensor | None
     pair_GD: torch.Tensor | None
+    captions: DrawnTexts | None = None
 
     def pin_memory(self) -> DrawnTexts:
         """The same in page-locked memory, see Batch in training/image_batches.py."""
@@ -49,7 +51,7 @@ class DrawnTexts:
 
 
 class TextBank:
-    """Draws `total` texts per step from a text store.
+    """Draws `total` texts per step from a text store, and `captions` from theirs by a bank of their own.
 
     `kept_in` says where all embeddings are: on the "device", or in "memory", if they take a quarter of it at most; else
     on "disk", from where the processes that read images read them too. It is decided here, before those processes are
@@ -66,22 +68,29 @@ class TextBank:
         seed: int,
         total: int,
         paired: bool = False,
+        any_of_its: bool = False,
+        captions: TextBank | None = None,
         device: torch.device = CPU,
     ) -> None:
-        """`paired` asks for each image's own sentence too; `total` may be 0 where nothing else is needed. Raises
-        TrainingError for a mix that cannot be drawn."""
-        require_sources(mix, pairs, selection, paired=paired)
+        """`paired` asks for each image's own sentence too: the best of `pairs`, or with `any_of_its` one that is drawn
+        anew in each step. `total` counts the texts of the mix with `captions`, and may be 0 where nothing else is
+        needed. Raises TrainingError for a mix that cannot be drawn."""
+        require_sources(mix, pairs, selection, captions, paired=paired)
         self._store, self._mix, self._pairs, self._paired = store, mix, pairs, paired
-        self._seed, self._total = seed, total
+        self._seed, self._counts = seed, mix.counts(total)[:3]
+        self._any_of_its, self.captions = any_of_its, captions
         self._good = np.flatnonzero(store.status() == Status.OK).astype(np.int32) if mix.random else _NO_ROWS
         self._selected = _selected_rows(pairs, selection) if mix.selected else _NO_ROWS
-        self.kept_in = place_of(store, device)
+        self.draws = paired or any(self._counts)
+        self.kept_in = place_of(store, device) if self.draws else "disk"
         self._in_memory = store.read(0, store.schema.rows) if self.kept_in == "memory" else None
         self._on_device: torch.Tensor | None = None
         self._process = os.getpid()
 
     def upload(self, device: torch.device) -> None:
         """Put all embeddings on the device, if that is where they are kept."""
+        if self.captions:
+            self.captions.upload(device)
         if self.kept_in != "device":
             return
         rows, dim, dtype = self._store.schema.rows, self._store.schema.dim, self._store.schema.dtype
@@ -91,7 +100,9 @@ class TextBank:
 
     def bytes_of_step(self, batch_size: int) -> int:
         """Bytes of embeddings that are handed over with each batch of `batch_size` images, those of all processes."""
-        return bytes_of_texts(self._store, self.kept_in, self._total + (batch_size if self._paired else 0))
+        captions = self.captions.bytes_of_step(batch_size) if self.captions else 0
+        texts = sum(self._counts) + (batch_size if self._paired else 0)
+        return captions + bytes_of_texts(self._store, self.kept_in, texts)
 
     def draw(self, step: int, rows_G: _Rows) -> DrawnTexts:
         """The texts of `step`: a function of the seed, the step and the image rows of the global batch alone. Raises
@@ -100,23 +111,40 @@ class TextBank:
             self._store, self._process = opened(self._store), os.getpid()
             self._pairs = Pairs(self._pairs.path, cached=True) if self._pairs else None
         rows_T = self.rows(step, rows_G)
-        pair_row_G = self._pairs.gather(rows_G)[:, 0].astype(np.int64) if self._paired and self._pairs else None
+        pair_row_G = self._own_sentences(self._pairs, step, rows_G) if self._paired and self._pairs else None
         return DrawnTexts(
             rows_T=torch.from_numpy(rows_T),
             embedding_TD=self._read(rows_T),
             pair_row_G=None if pair_row_G is None else torch.from_numpy(pair_row_G),
             pair_GD=None if pair_row_G is None else self._read(np.maximum(pair_row_G, 0)),
+            captions=self.captions.draw(step, rows_G) if self.captions else None,
         )
 
+    def _own_sentences(self, pairs: Pairs, step: int, rows_G: _Rows) -> _Rows:
+        """The row of each image's own sentence, int64 (G,), -1 where it has none."""
+        row_GK: _Rows = pairs.gather(rows_G).astype(np.int64)
+        if not self._any_of_its:
+            return row_GK[:, 0]
+        count_G, rng = (row_GK >= 0).sum(axis=1), np.random.default_rng((self._seed, 0xCA97, step))
+        place_G = (rng.random(len(rows_G)) * count_G).astype(np.int64)  # below the count, since those are below 1
+        own_G: _Rows = row_GK[np.arange(len(rows_G)), place_G]
+        return own_G
+
     def embeddings(self, drawn: DrawnTexts, send: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The embeddings of drawn texts, float32 (T, D), on the device that `send` takes tensors to."""
+        """The embeddings of drawn texts, float32 (T, D), and after them those of captions, on the device that `send`
+        takes tensors to."""
         read_TD = drawn.embedding_TD
-        return self._look_up(send(drawn.rows_T)) if read_TD is None else send(read_TD).float()
+        text_TD = self._look_up(send(drawn.rows_T)) if read_TD is None else send(read_TD).float()
+        if self.captions and drawn.captions:
+            return torch.cat([text_TD, self.captions.embeddings(drawn.captions, send)])
+        return text_TD
 
     def pair(
         self, drawn: DrawnTexts, send: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Each image's own sentence, if they were asked for: embedding float32 (G, D) and row (G,), on the device."""
+        if self.captions and drawn.captions and drawn.captions.pair_row_G is not None:
+            return self.captions.pair(drawn.captions, send)
         if drawn.pair_row_G is None:
             return None
         row_G, read_GD = send(drawn.pair_row_G), drawn.pair_GD
@@ -125,8 +153,8 @@ class TextBank:
 
     def rows(self, step: int, rows_G: _Rows) -> _Rows:
         """The rows of the text store that are drawn for `step`, int64 (T,)."""
-        rng = np.random.default_rng((self._seed, 0x7E87, step))
-        random, selected, retrieved = self._mix.counts(self._total)
+        rng = np.random.default_rng((self._seed, 0xCA98 if self._any_of_its else 0x7E87, step))
+        random, selected, retrieved = self._counts
         parts: list[_Rows] = [np.empty(0, np.int64)]
         for count, rows in ((random, self._good), (selected, self._selected)):
             if count and len(rows):
@@ -135,7 +163,8 @@ class TextBank:
             found = self._pairs.gather(rows_G)
             found = found[found >= 0]
             if not len(found):
-                what = f"step {step + 1}: no sentence was retrieved for any image of the batch"
+                none = "no image of the batch has a caption" if self._any_of_its else _NONE_RETRIEVED
+                what = f"step {step + 1}: {none}"
                 raise TrainingError(what, remedy="give a larger --batch-size, or another --text-mix")
             parts.append(rng.choice(found, size=retrieved))
         return np.concatenate(parts).astype(np.int64)

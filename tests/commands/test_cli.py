@@ -40,7 +40,8 @@ from tests.making import make_jpeg, write_tar
 from tests.stores import random_store
 
 COMMANDS = {
-    "cache-images": ["SOURCE...", "--out", "--teacher", "--pretrained", "--shard-rows", "--batch-size", "--dry-run"],
+    "cache-images": ["SOURCE...", "--out", "--teacher", "--pretrained", "--captions", "--captions-out", "--shard-rows",
+                     "--batch-size", "--dry-run"],
     "cache-texts": ["SOURCE...", "--out", "--teacher", "--pretrained", "--shard-rows", "--batch-size", "--dry-run"],
     "import-embeddings": ["FOLDER", "--out", "--kind", "--teacher", "--images", "--check", "--accept", "--workers",
                           "--ray-address"],
@@ -54,8 +55,8 @@ COMMANDS = {
     "select-texts": ["PAIRS.zarr", "--out", "--by", "--size", "--min-hits", "--min-score", "--pool", "--dedup",
                      "--balance", "--images-sample", "--seed", "--images", "--texts", "--scores", "--device",
                      "--workers", "--ray-address"],
-    "train-student": ["--images", "--texts", "--pairs", "--out", "--recipe", "--config", "--student", "--loss",
-                      "--text-mix", "--log-to", "--dry-run", "--json"],
+    "train-student": ["--images", "--texts", "--pairs", "--captions", "--out", "--recipe", "--config", "--student",
+                      "--loss", "--text-mix", "--log-to", "--dry-run", "--json"],
     "recipes": ["[NAME]"],
     "evaluate": ["MODEL", "[SET]...", "--suite", "--data", "--sets", "--pretrained", "--checkpoint", "--weights",
                  "--config", "--json", "--task", "--probe-selection", "--solver", "--shots", "--seeds", "--decoder",
@@ -192,6 +193,10 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     ("arguments", "what"),
     [
         (["cache-images", "x", "--out", "o", "--teacher", "t", "--view-scale", "0.5"], "--view-scale has no effect"),
+        (
+            ["cache-images", "x", "--out", "o", "--teacher", "t", "--captions-out", "c"],
+            "--captions-out has no effect without --captions",
+        ),
         (
             ["cache-images", "x", "--out", "o", "--teacher", "t", "--dry-run", "--retry-failed"],
             "--dry-run says nothing",
@@ -658,9 +663,11 @@ def test_training_from_a_store_that_is_unfinished_or_not_there(
         (["--text-mix", "selected=1"], "--pairs"),
         (["--text-mix", "random=0.5"], "add up to"),
         (["--pairs", "nowhere"], "neither the text mix nor the loss draws from them"),
+        (["--captions", "nowhere"], "neither the text mix nor the loss draws from them"),
+        (["--text-mix", "random=0.5,captions=0.5"], "captions in the text mix need --captions"),
         (["--set", "loss.queue=-1"], "loss.queue must not be below 0"),
         (["--set", "loss.mask_diagonal=true"], "loss.mask_diagonal needs pvl or udist"),
-        (["--loss", "contrastive=1"], "the contrastive loss needs --pairs"),
+        (["--loss", "contrastive=1"], "the contrastive loss needs --captions or --pairs"),
         (["--ema", "1.5"], "ema must lie between 0 and 1"),
         (["--accumulate", "9"], "a batch of 8 over 1 processes is less than one for each of its passes"),
         (["--init", "nowhere.pt"], "'nowhere.pt' is no file, no folder and no tag"),
@@ -678,6 +685,24 @@ def test_settings_that_cannot_be_trained_with(
     if "--loss" not in options:
         more += ["--loss", "vl=1"]
     assert what in refused(*training(image_store.path, text_store.path, tmp_path / "run", *more, *options))
+
+
+def test_captions_from_a_tar_to_a_student(tmp_path: Path, text_store: Store, teacher_name: str) -> None:
+    members: dict[str, bytes] = {}
+    for row in range(8):
+        members |= {f"{row}.jpg": make_jpeg(seed=row), f"{row}.txt": f"picture {row}\nanother".encode()}
+    write_tar(tmp_path / "a.tar", members)
+    stores = ["--captions", "txt", "--out", tmp_path / "I.zarr", "--captions-out", tmp_path / "C.zarr"]
+    made = run("cache-images", tmp_path / "a.tar", "--teacher", teacher_name, "--device", "cpu", *stores)
+    assert made.exit_code == 0, made.output
+    assert "I.zarr: image embeddings" in made.output
+    assert "C.zarr: text embeddings" in made.output
+    assert "8 of 8 images, up to 2 each" in " ".join(made.output.split())
+    small = ["--student", "test_resnet", "--image-size", 32, "--batch-size", 8, "--max-steps", 1, "--workers", 0]
+    mix = ["--captions", tmp_path / "C.zarr", "--loss", "vl=1,contrastive=1", "--text-mix", "random=0.5,captions=0.5"]
+    result = run(*training(tmp_path / "I.zarr", text_store.path, tmp_path / "run", *small, *mix))
+    assert result.exit_code == 0, result.output
+    assert str(tmp_path / "C.zarr") in " ".join(run("info", tmp_path / "run").output.split())
 
 
 def test_every_switch_arrives_in_the_run(tmp_path: Path, tiny_run: list[str]) -> None:

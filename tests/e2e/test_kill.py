@@ -30,7 +30,7 @@ from dimefm.system import storage
 from dimefm.system.storage import durable, files, folders
 from dimefm.training.checkpoints import Checkpoints
 from dimefm.training.read_metrics import read_metrics
-from tests.making import make_jpeg
+from tests.making import make_jpeg, write_tar
 from tests.processes import FORKING, Command, Gate, processes
 from tests.stores import random_store
 
@@ -406,3 +406,38 @@ def test_retrieval_killed_and_repeated_gives_the_same_pairs(
     assert before.items() <= stamps(out).items(), "a finished shard was done again"
     assert data_files(out) == data_files(undisturbed)
     assert Pairs(str(out)).hit_counts() == Pairs(str(undisturbed)).hit_counts()
+
+
+@pytest.mark.slow  # that a stopped command goes on in each of these parts has quicker tests
+def test_captions_killed_and_repeated_are_the_same(teacher_name: str, tmp_path: Path, gate: Gate) -> None:
+    """Killed while the images, then their captions and then whose they are is written."""
+    members: dict[str, bytes] = {}
+    for row in range(1040):
+        said = [f"picture {row} of many", f"a picture by day {row % 7}"]
+        members |= {f"{row:04d}.jpg": make_jpeg((20, 20), seed=row % 5), f"{row:04d}.txt": "\n".join(said).encode()}
+    tar = write_tar(tmp_path / "a.tar", members)
+
+    def words(out: Path) -> list[str]:
+        more = ["--device", "cpu", "--workers", "1", "--threads", "1", "--shard-rows", "512", "--captions", "txt"]
+        return ["cache-images", str(tar), "--teacher", teacher_name, *more, "--out", f"{out}/I.zarr"]
+
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    captions, pairs = out / "I.captions.zarr", out / "I.captions.zarr" / "pairs"
+    moments = {
+        f"{out}/I.zarr/commits/000001.json": (1, 0, 0), f"{captions}/rows/000000.parquet": (3, 0, 0),
+        f"{captions}/commits/000001.json": (3, 1, 0), f"{pairs}/zarr.json": (3, 3, 0),
+        f"{pairs}/commits/000001.json": (3, 3, 1), f"{pairs}/commits/hits.json": (3, 3, 3),
+    }  # fmt: skip
+    for moment, done in moments.items():
+        gate.close(at=f"os.rename {moment}")
+        Command(words(out), gate).kill_when(gate.waiting)
+        assert tuple(len(stamps(one)) for one in (out / "I.zarr", captions, pairs)) == done, moment
+    gate.open()
+    Command(words(out)).finish()
+    Command(words(undisturbed)).finish()
+    for store in ("I.zarr", "I.captions.zarr"):
+        mine, theirs = data_files(out / store), data_files(undisturbed / store)
+        assert mine.keys() == theirs.keys()
+        differ = {name for name in mine if mine[name] != theirs[name]}
+        assert not {name for name in differ if "/c/" in name or name.startswith("rows/0")}
+        assert verify(VerifyConfig(store=str(out / store))).trusted

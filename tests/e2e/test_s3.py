@@ -346,24 +346,24 @@ def test_what_is_read_over_the_network_is_said_with_a_remedy(
     s3: str, images: str, prepared: str, local: dict[str, Store], text_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = local["plain"], Store(prepared)
-    assert notes_on_remote_data(Inputs(here, text_store, None, None), None, "blocks") == []
-    (image,) = notes_on_remote_data(Inputs(there, text_store, None, None), None, "blocks")
+    assert notes_on_remote_data(Inputs(here, text_store, None, None), [None], "blocks") == []
+    (image,) = notes_on_remote_data(Inputs(there, text_store, None, None), [None], "blocks")
     assert image == (
         "each image is a request over the network, and each core that reads makes about 500 of them per second: "
         f"faster with --cache-dir, or a copy of {prepared} on a local disk"
     )
     monkeypatch.setattr("dimefm.store.ranged_array.KEPT_BYTES", 1000)
     far = Inputs(Store(prepared), text_store, None, None)
-    _, order = notes_on_remote_data(far, None, "chunks")
+    _, order = notes_on_remote_data(far, [None], "chunks")
     assert order.startswith(f"rows are drawn from whole chunks of neighbours, since {prepared} is at a URL: ")
-    _, order = notes_on_remote_data(far, None, "blocks")  # of a run that began over a local copy
+    _, order = notes_on_remote_data(far, [None], "blocks")  # of a run that began over a local copy
     assert order.startswith(
         f"rows are drawn from all over {prepared}, as when the run began, and each row is a request "
     )
     monkeypatch.setattr("dimefm.training.text_bank._room_in_memory", lambda: 0)
     texts = Store(upload(Path(text_store.path), f"{s3}/texts.zarr"))
     bank = TextBank(texts, TextMix(), None, seed=0, total=4)
-    (sentences,) = notes_on_remote_data(Inputs(here, texts, None, None), bank, "blocks")
+    (sentences,) = notes_on_remote_data(Inputs(here, texts, None, None), [bank], "blocks")
     assert f"copy it ({amount(texts.schema.rows * texts.schema.dim * 2)})" in sentences
 
 

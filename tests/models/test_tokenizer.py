@@ -20,7 +20,7 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from dimefm.models import tokenizer as module
 from dimefm.models.clip import Clip
-from dimefm.models.tokenizer import FastTokenizer, fast_tokenizer, join_pairs
+from dimefm.models.tokenizer import FastTokenizer, cuts, fast_tokenizer, join_pairs
 from dimefm.sample.archive import read_lines
 
 THEIRS = SimpleTokenizer()
@@ -262,3 +262,18 @@ def test_a_word_whose_beginning_depends_on_its_end_is_looked_at_whole() -> None:
     for word, first in ((letters, ["ab", "cd", "ef"]), (letters[:-1], ["a", "bc", "de"])):
         assert SimpleTokenizer.bpe(toy, word).split(" ")[:3] == first
         assert words[word] == module._packed([toy.encoder[token] for token in first])
+
+
+def test_a_text_is_cut_where_it_has_more_tokens_than_the_context() -> None:
+    tokenizer = SimpleTokenizer(context_length=8)
+    is_cut = cuts(tokenizer)
+    assert is_cut is not None
+    assert [is_cut(" ".join(["cat"] * words)) for words in (0, 1, 5, 6, 7, 8, 50)] == [False] * 4 + [True] * 3
+    assert not is_cut("a cat in a cat")
+    assert is_cut("\u732b" * 8), "each of these letters is a token or more"
+    assert not is_cut("\u732b")
+    assert is_cut("unbelievablestuffinoneword" * 3), "one word may have many tokens"
+
+
+def test_of_a_tokenizer_of_another_kind_it_is_not_known_what_it_cuts() -> None:
+    assert cuts(lambda texts: texts) is None

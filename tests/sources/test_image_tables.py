@@ -323,12 +323,12 @@ def test_what_is_not_base64_and_what_was_cut_short_cannot_be_decoded(make_tsv: A
     path = make_tsv(b"a\teHg=\nb\te!g=\nc\teHg\nd\teHg=eHg=")
     for sample, status in zip(samples(path), [None, *[Status.UNDECODABLE] * 3], strict=True):
         if status:
-            error = refused(*sample[1:])
+            error = refused(*sample[1:4])
             assert error.status == status
             assert str(error).startswith("not base64: ")
     last = samples(path)[-1]
     path.write_bytes(path.read_bytes()[:-3])
-    error = refused(*last[1:])
+    error = refused(*last[1:4])
     assert (error.status, str(error)) == (Status.TRUNCATED, "the file ends after 5 of 8 bytes")
 
 

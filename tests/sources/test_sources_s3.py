@@ -17,6 +17,7 @@ from dimefm.caching.encode_shard import encode_shard
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.errors import DimefmError, SourceError
 from dimefm.images.decode import DecodeError
+from dimefm.inspection.verify import VerifyConfig, verify
 from dimefm.models.clip import Clip
 from dimefm.sources import files
 from dimefm.sources.account import Account
@@ -25,9 +26,11 @@ from dimefm.sources.files import expand
 from dimefm.sources.image_sources import WebDataset, open_image_source
 from dimefm.sources.read_image import ImagePlace, read_encoded
 from dimefm.sources.text_sources import open_text_source
+from dimefm.store.captions import open_captions
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.read_ahead import in_order
+from pipeline.cache import CacheConfig, cache
 from tests.contracts.source_contract import accounted, listed
 from tests.making import make_jpeg, upload, write_lineidx, write_parquet, write_tar, write_text, write_tsv
 
@@ -125,6 +128,37 @@ def test_prompts_are_those_of_the_disk(tmp_path: Path, s3: str) -> None:
     there = open_text_source([upload(tmp_path / "set", f"{s3}/set")])
     assert listed(there) == listed(open_text_source([str(tmp_path / "set")]))
     assert len(there.files()) == 2
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+def test_captions_are_those_of_the_disk(kind: str, tmp_path: Path, s3: str) -> None:
+    members = {"a.jpg": make_jpeg(seed=1), "a.txt": b"one\ntwo", "b.jpg": make_jpeg(seed=2), "b.txt": b"three"}
+    if kind == "tar":
+        write_tar(tmp_path / "in" / "a.tar", members)
+    else:
+        (tmp_path / "in").mkdir()
+        for name, data in members.items():
+            (tmp_path / "in" / name).write_bytes(data)
+    far, found = upload(tmp_path / "in", f"{s3}/in"), []
+    for place in (str(tmp_path / "in"), far):
+        found.append([(one.key, one.captions) for one in listed(open_image_source([place], captions="txt"))[0]])
+    assert found[0] == found[1] == [("a", ("one", "two")), ("b", ("three",))]
+
+
+@pytest.mark.slow  # that sources and stores are the same at a URL has quicker tests
+def test_a_store_of_captions_at_a_url(tmp_path: Path, s3: str, teacher_name: str) -> None:
+    members = {"a.jpg": make_jpeg(seed=1), "a.txt": b"one\ntwo", "b.jpg": make_jpeg(seed=2), "b.txt": b"TWO"}
+    write_tar(tmp_path / "a.tar", members)
+    config = CacheConfig(
+        kind="image", sources=(upload(tmp_path, s3) + "/a.tar",), out=f"{s3}/I.zarr", teacher=teacher_name,
+        captions="txt", workers=1, device="cpu",
+    )  # fmt: skip
+    images = cache(config)
+    captions = open_captions(f"{s3}/I.captions.zarr", images)
+    assert sorted(captions.pairs.gather(np.array([0]))[0].tolist()) == [0, 1]
+    assert captions.pairs.gather(np.array([1]))[0].tolist() == [1, -1]
+    assert cache(config).schema.identity == images.schema.identity
+    assert verify(VerifyConfig(store=captions.texts.path)).trusted
 
 
 # -- how much is asked ------------------------------------------------------------------------------------------------

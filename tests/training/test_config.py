@@ -114,7 +114,7 @@ def test_inputs_that_are_drawn_from_must_be_given() -> None:
     for changes, what in (
         ({"text_mix": TextMix(random=0.5, selected=0.5)}, "selected texts need --selection or --pairs"),
         ({"text_mix": TextMix(random=0.5, retrieved=0.5)}, "retrieved texts need --pairs"),
-        ({"loss": LossConfig(contrastive=1)}, "the contrastive loss needs --pairs"),
+        ({"loss": LossConfig(contrastive=1)}, "the contrastive loss needs --captions or --pairs"),
     ):
         with pytest.raises(TrainingError, match=what):
             require_startable(config(**changes))

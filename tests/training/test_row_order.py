@@ -294,7 +294,7 @@ def test_a_mix_that_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
         TextBank(texts, TextMix(random=0.5, selected=0.5), None, seed=0, total=8)
     with pytest.raises(TrainingError, match="retrieved texts need --pairs"):
         TextBank(texts, TextMix(random=0.5, retrieved=0.5), None, seed=0, total=8)
-    with pytest.raises(TrainingError, match="contrastive loss needs --pairs"):
+    with pytest.raises(TrainingError, match="contrastive loss needs --captions or --pairs"):
         TextBank(texts, TextMix(), None, seed=0, total=8, paired=True)
 
 
