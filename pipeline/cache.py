@@ -9,6 +9,7 @@ from typing import Any
 from cache_schemas import EmbeddingStore
 from cache_schemas.embedding_store import Decoder, Kind
 from cache_schemas.identity import Precision
+from cache_schemas.views import Augment
 from dimefm.caching.same_command import arguments_there, require_no_stranger
 from dimefm.errors import DimefmError
 from dimefm.models.trained import Trained
@@ -52,11 +53,20 @@ class CacheConfig:
     shuffle: int | None = None
     """Shuffle rows once with this seed, so that sequential reads are random samples. Default: no shuffling."""
     views: int | None = None
-    """Cache this many random crops per image, instead of the whole image."""
+    """Cache this many random crops per image, instead of the whole image. More than a finished store has are added."""
     view_scale: float = 0.4
     """Smallest share of an image's area that a view shows."""
     view_seed: int = 0
     """Seed of the views."""
+    augment: Augment = "crop"
+    """What a view is. crop: a random crop, half of them flipped; strong: RandAugment and colour jitter besides."""
+    view_operations: int = 2
+    """Operations of RandAugment in a strong view, each left out half of the time."""
+    view_magnitude: int = 9
+    """How strong the operations of a strong view are, 0 to 10."""
+    mixup: float | None = None
+    """Mix each view with one of another image of its shard, by shares drawn from Beta(ALPHA, ALPHA). Default: none is
+    mixed."""
     pixels: int | None = None
     """Also keep each image as a JPEG whose short side has this many pixels, for train-student to read."""
     decoder: Decoder = "fast"
