@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cache_schemas import EmbeddingStore
+from cache_schemas import EmbeddingStore, StrongViews, ViewPlan
 from cache_schemas.embedding_store import Decoder, Kind
 from cache_schemas.identity import Precision
 from cache_schemas.views import Augment
@@ -137,6 +137,7 @@ def _require_possible(config: CacheConfig, *, writes: bool = False) -> None:
     if config.decoder == "nvjpeg" and (config.views or config.pixels):
         what = "--decoder nvjpeg goes with neither --views nor --pixels, which are made on the CPU"
         raise DimefmError(what, remedy="give --decoder fast")
+    view_plan(config)
     begun = earlier_schema(config)
     note(f"{'going on with' if begun else 'planning'} {config.out}: loading the teacher ...")
 
@@ -147,6 +148,28 @@ def _require_sources(config: CacheConfig) -> None:
         return
     for argument in paths_of(config.sources):
         expand(argument)
+
+
+def view_plan(config: CacheConfig) -> ViewPlan | None:
+    """The views that a config asks for. Raises DimefmError where they cannot be, or something is asked of them but no
+    view is."""
+    if not config.views:
+        if config.augment != "crop" or config.mixup:
+            what = f"{'--mixup' if config.mixup else '--augment'} has no effect without --views"
+            raise DimefmError(what, remedy="say how many views to cache, such as --views 4")
+        return None
+    strong = StrongViews(operations=config.view_operations, magnitude=config.view_magnitude)
+    plan = ViewPlan(
+        count=config.views,
+        seed=config.view_seed,
+        crop_scale=(config.view_scale, 1.0),
+        flip=True,
+        strong=strong if config.augment == "strong" else None,
+        mixup=config.mixup or 0.0,
+    )
+    if problems := plan.problems():
+        raise DimefmError(f"views: {'; '.join(map(str, problems))}", remedy="give another value")
+    return plan
 
 
 def earlier_schema(config: CacheConfig) -> EmbeddingStore | None:

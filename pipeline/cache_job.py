@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from itertools import product
 
-from cache_schemas import EmbeddingStore, StrongViews, ViewPlan
+from cache_schemas import EmbeddingStore
 from dimefm.caching.add_views import stores_to_write
 from dimefm.caching.crashing_images import running
 from dimefm.caching.plan import PlanRequest, forecast, open_or_plan, what_limit_left
@@ -27,7 +27,7 @@ from dimefm.system.machine import choose_device
 from dimefm.system.named_paths import allowed, allowing
 from dimefm.system.notes import note
 from dimefm.system.stopping import GOES_ON, holding
-from pipeline.cache import CacheConfig, earlier_schema
+from pipeline.cache import CacheConfig, earlier_schema, view_plan
 from pipeline.show_forecast import show_forecast
 from pipeline.workers import choose_workers
 
@@ -175,26 +175,12 @@ def _request(config: CacheConfig, device: str, clip: Clip) -> PlanRequest:
         column=config.column,
         sentences=SentenceRules(min_words=config.min_words, max_words=config.max_words, shuffle=config.shuffle),
         canonical=canonical(clip.tokenizer),
-        views=_views(config),
+        views=view_plan(config),
         pixels=config.pixels,
         decoder=config.decoder,
         shard_rows=config.shard_rows,
         batch_size=config.batch_size or batch_size,
         limit=config.limit,
-    )
-
-
-def _views(config: CacheConfig) -> ViewPlan | None:
-    if not config.views:
-        return None
-    strong = StrongViews(operations=config.view_operations, magnitude=config.view_magnitude)
-    return ViewPlan(
-        count=config.views,
-        seed=config.view_seed,
-        crop_scale=(config.view_scale, 1.0),
-        flip=True,
-        strong=strong if config.augment == "strong" else None,
-        mixup=config.mixup or 0.0,
     )
 
 

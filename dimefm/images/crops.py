@@ -132,7 +132,7 @@ def _replay_alone(
     if len(numbers_P) == BOX:
         return view
     *chosen, brightness, contrast, color = numbers_P[BOX:].tolist()
-    pixels_3HW = view.numpy()
+    pixels_3HW = np.ascontiguousarray(view.numpy())
     for operation, degree in zip(chosen[::2], chosen[1::2], strict=True):
         pixels_3HW = operations.apply(pixels_3HW, operation, degree)
     return torch.from_numpy(operations.jitter(pixels_3HW, brightness, contrast, color))

@@ -14,7 +14,7 @@ import torch
 from cache_schemas import Status, StrongViews, ViewPlan
 from dimefm.caching.add_views import stores_to_write
 from dimefm.caching.encode_shard import encode_shard, retry_shard
-from dimefm.errors import MismatchError, StoreError
+from dimefm.errors import DimefmError, MismatchError, StoreError
 from dimefm.exchange.export_embeddings import export_embeddings
 from dimefm.inspection.describe_store import describe_store, failures_of
 from dimefm.inspection.verify import VerifyConfig, verify
@@ -307,3 +307,21 @@ def test_an_export_has_the_mean_of_all_views(copy: Store, tmp_path: Path) -> Non
 
 def test_a_student_is_trained_on_all_views(copy: Store, text_store: Store, tmp_path: Path) -> None:
     assert train(tiny_config(copy, text_store, tmp_path / "run", epochs=3)).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"augment": "strong"}, "--augment has no effect without --views"),
+        ({"mixup": 0.2}, "--mixup has no effect without --views"),
+        ({"views": 2, "augment": "strong", "view_magnitude": 11}, "strong.magnitude: must be 0 to 10, found 11"),
+        ({"views": 2, "mixup": -1.0}, "mixup: must be 0 or more"),
+    ],
+)
+def test_views_that_cannot_be_are_refused_before_anything_is_written(
+    source: Path, teacher_name: str, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    config = CacheConfig(kind="image", sources=(str(source),), out=str(tmp_path / "s.zarr"), teacher=teacher_name)
+    with pytest.raises(DimefmError, match=words):
+        cache(replace(config, **changes))
+    assert not (tmp_path / "s.zarr").exists()
