@@ -88,6 +88,9 @@ def addition_schema(made: EmbeddingStore, first: int, end: int, like: Store | No
 def plan_addition(store: Store, first: int, end: int) -> Store:
     """Make the arrays of an addition to a store. Raises StoreError where they cannot be written."""
     path = storage.join(store.path, views_path(first))
+    if not storage.is_url(path):
+        with storage.writing_to(path):
+            storage.make_folder(path)  # zarr would not flush its name
     return store.create(path, addition_schema(store.made, first, end))
 
 

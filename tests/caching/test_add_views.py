@@ -13,6 +13,7 @@ import torch
 
 from cache_schemas import Status, StrongViews, ViewPlan
 from dimefm.caching.add_views import stores_to_write
+from dimefm.caching.canary import check_canary
 from dimefm.caching.encode_shard import encode_shard, retry_shard
 from dimefm.errors import DimefmError, MismatchError, StoreError
 from dimefm.exchange.export_embeddings import export_embeddings
@@ -161,6 +162,25 @@ def test_views_that_are_not_complete_are_not_read_and_the_same_command_goes_on(c
         opened(copy)
     with pytest.raises(MismatchError, match="5 views were begun, and 3 are asked for"):
         stores_to_write(store, replace(PLAN, count=3))
+
+
+@pytest.mark.parametrize(
+    "at", ["dimefm.store.embedding_store.write_attributes", "dimefm.store.embedding_store.make_commit"]
+)
+def test_a_kill_while_views_are_added_leaves_a_store_with_those_before(
+    source: Path, clip: Clip, tmp_path: Path, at: str
+) -> None:
+    store = planned(source, tmp_path / "s.zarr", clip, None, PLAN)
+    write([store], clip)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(at, None)
+        with pytest.raises(TypeError, match="not callable"):
+            write(stores_to_write(store, WHOLE), clip)
+    assert Store(store.path).schema.views == PLAN
+    assert verify(VerifyConfig(store=store.path)).trusted
+    write(stores_to_write(store, WHOLE), clip)
+    assert Store(store.path).schema.views == WHOLE
+    assert verify(VerifyConfig(store=store.path)).trusted
 
 
 def test_views_are_added_to_added_ones(copy: Store, clip: Clip) -> None:
@@ -325,3 +345,18 @@ def test_views_that_cannot_be_are_refused_before_anything_is_written(
     with pytest.raises(DimefmError, match=words):
         cache(replace(config, **changes))
     assert not (tmp_path / "s.zarr").exists()
+
+
+def test_views_are_not_added_where_those_before_would_come_out_otherwise_now(clip: Clip, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"{number}.jpg").write_bytes(make_jpeg(seed=number))
+    plan = replace(PLAN, mixup=0.0)
+    store = planned(folder, tmp_path / "s.zarr", clip, None, plan)
+    write([store], clip)
+    _, added = stores_to_write(store, replace(plan, count=3))
+    check_canary(added, clip)
+    (folder / "1.jpg").write_bytes(make_jpeg(seed=7))
+    with pytest.raises(MismatchError, match="encoded again has cosine"):
+        check_canary(added, clip)
