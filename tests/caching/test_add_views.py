@@ -357,6 +357,6 @@ def test_views_are_not_added_where_those_before_would_come_out_otherwise_now(cli
     write([store], clip)
     _, added = stores_to_write(store, replace(plan, count=3))
     check_canary(added, clip)
-    (folder / "1.jpg").write_bytes(make_jpeg(seed=7))
+    (folder / "1.jpg").write_bytes(make_jpeg((50, 40), seed=7).ljust((folder / "1.jpg").stat().st_size, b"\0"))
     with pytest.raises(MismatchError, match="encoded again has cosine"):
         check_canary(added, clip)
