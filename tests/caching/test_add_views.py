@@ -351,12 +351,12 @@ def test_views_are_not_added_where_those_before_would_come_out_otherwise_now(cli
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(2):
-        (folder / f"{number}.jpg").write_bytes(make_jpeg(seed=number))
+        (folder / f"{number}.jpg").write_bytes(make_jpeg((120, 90), seed=number))
     plan = replace(PLAN, mixup=0.0)
     store = planned(folder, tmp_path / "s.zarr", clip, None, plan)
     write([store], clip)
     _, added = stores_to_write(store, replace(plan, count=3))
     check_canary(added, clip)
-    (folder / "1.jpg").write_bytes(make_jpeg((50, 40), seed=7).ljust((folder / "1.jpg").stat().st_size, b"\0"))
+    (folder / "1.jpg").write_bytes(make_jpeg((48, 40), seed=7).ljust((folder / "1.jpg").stat().st_size, b"\0"))
     with pytest.raises(MismatchError, match="encoded again has cosine"):
         check_canary(added, clip)
