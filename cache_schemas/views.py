@@ -87,8 +87,8 @@ class StrongViews:
 class ViewPlan:
     """`count` views per image: random resized crops over `crop_scale` of the area, half of them flipped where `flip`,
     each drawn from (seed, row, view). `strong`: what more is done to them. `mixup`: views are mixed with those of other
-    rows of the shard, by shares of Beta(mixup, mixup). `first`: the number of the first view, where the store was made
-    to add views to another."""
+    rows of the shard, by shares of Beta(mixup, mixup), the larger share their own. `first`: the number of the first
+    view, where the store was made to add views to another."""
 
     count: int
     seed: int

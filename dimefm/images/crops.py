@@ -96,9 +96,11 @@ def level(operation: Operation, share: float, sign: int) -> int:
 
 def draw_mixup(plan: ViewPlan, row: int, view: int, start: int, stop: int) -> tuple[int, int]:
     """The row that a view of `row` is mixed with, another one of the shard start..stop-1, and the share of its own
-    pixels in 1/256; -1 and all of it where nothing is left to mix."""
+    pixels in 1/256: the larger of the two, so that a view is still one of its row (as in MixMatch, arXiv:1905.02249).
+    -1 and all of it where nothing is left to mix."""
     partners = np.random.default_rng((plan.seed, row, view // _PARTNER_VIEWS, _MIXUP_STREAM))
-    share = np.random.default_rng((plan.seed, row, view, _MIXUP_STREAM + 1)).beta(plan.mixup, plan.mixup)
+    drawn = np.random.default_rng((plan.seed, row, view, _MIXUP_STREAM + 1)).beta(plan.mixup, plan.mixup)
+    share = max(drawn, 1 - drawn)
     if stop - start < 2 or round(ONE * share) == ONE:
         return -1, ONE
     other = start + int(partners.integers(stop - start - 1))

@@ -121,7 +121,7 @@ def test_a_mixed_view_is_the_mean_of_the_two_by_the_share_that_is_stored(found: 
     assert (partner // 16 == np.arange(ROWS)[:, None] // 16)[partner >= 0].all()  # of the same shard
     assert (partner != np.arange(ROWS)[:, None]).all()
     assert (share[partner < 0] == ONE).all()
-    assert share[partner >= 0].std() > 50
+    assert share[partner >= 0].std() > 30
     if kind == "mixed":
         plain, mixed = found["strong"].seen.double(), one.seen.double()
         for row, view in np.argwhere(partner >= 0).tolist():
