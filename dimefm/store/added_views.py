@@ -44,7 +44,7 @@ def planned_additions(store: Store) -> list[Store]:
         path = storage.join(storage.join(store.path, VIEWS), name)
         if not is_planned(path):  # stopped at its very beginning
             continue
-        added = type(store)(path)
+        added = type(store)(path, cached=store.cached)
         stop = added.made.views.end if added.made.views else end
         if added.made != addition_schema(store.made, end, stop, added):
             what = f"{path} does not hold the views of {store.path} from number {end} on"

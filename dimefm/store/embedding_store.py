@@ -77,7 +77,7 @@ class Store:
         (system.file_cache), unless it is to be read but once: `cached` is then False. `additions`: how many additions
         of views are read with it, 0 for the store as it was made, as all need that write to it; by default those that
         are complete. Raises StoreError where there is none, SchemaError for attributes that are not valid."""
-        self.path, self._cached = storage.absolute(path), cached
+        self.path, self.cached = storage.absolute(path), cached
         self.group = open_group(self.path)
         attributes = group_attributes(self.group, self.path)
         self.schema = EmbeddingStore.parse(attributes, storage.join(self.path, "zarr.json"))
@@ -101,7 +101,7 @@ class Store:
             self.schema = replace(self.schema, views=replace(self.schema.views, count=count))
 
     def __reduce__(self) -> tuple[Callable[[str], Store], tuple[str]]:
-        again = partial(Store, cached=self._cached, additions=len(self.additions))
+        again = partial(Store, cached=self.cached, additions=len(self.additions))
         return again, (self.path,)  # another process opens it again
 
     # -- writing ------------------------------------------------------------------------------------------------------
