@@ -6,6 +6,7 @@ Shapes: N rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypedDict, Unpack
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from cache_schemas import Status
 from cache_schemas.embedding_store import STATUS
+from cache_schemas.plan import PlannedImage
 from dimefm.caching.crashing_images import without_crashes
 from dimefm.caching.encode_rows import OnRows, Rows, ShardData, encode_rows
 from dimefm.caching.image_loader import Known
@@ -48,17 +50,26 @@ def encode_planned(
     StoreError for a JPEG of the store that cannot be decoded any more."""
     if is_addition(store.schema) and rows:
         return _encode_added(store, rows, clip, careful=careful, **how)
-    return _encode_images_or_texts(store, rows, clip, careful=careful, tar=tar, **how)
+    return _encode_images_or_texts(store, rows, (), clip, careful=careful, tar=tar, **how)
 
 
 def _encode_images_or_texts(
-    store: Store, rows: Rows, clip: Clip, *, careful: bool, tar: PixelTar | None, **how: Unpack[How]
+    store: Store,
+    rows: Rows,
+    unreadable: Sequence[PlannedImage],
+    clip: Clip,
+    *,
+    careful: bool,
+    tar: PixelTar | None,
+    **how: Unpack[How],
 ) -> ShardData:
+    """`unreadable`: other images of the shard that are not to be read, to be mixed in."""
     if store.schema.kind == "text":
         return encode_rows(rows, store.schema, clip, **how)
     if careful:
         rows = without_crashes(rows, store.schema, clip.device, how.get("threads", 1))
-    return encode_rows(rows, store.schema, clip, tar=tar, known=Known(image=other_images(store, rows)), **how)
+    known = Known(image=other_images(store, [*rows, *unreadable]))
+    return encode_rows(rows, store.schema, clip, tar=tar, known=known, **how)
 
 
 def _encode_added(store: Store, rows: Rows, clip: Clip, *, careful: bool, **how: Unpack[How]) -> ShardData:
@@ -68,12 +79,14 @@ def _encode_added(store: Store, rows: Rows, clip: Clip, *, careful: bool, **how:
     start, stop = store.schema.shard_range(shard)
     rows_N = np.array([row.row for row in rows])
     good = np.flatnonzero(before.status(start, stop)[rows_N - start] == Status.OK)
+    failed = before.failures_in(shard)
     if len(good):
         images = images_of(store, rows_N[good])
-        found = _encode_images_or_texts(store, images, clip, careful=careful, tar=None, **how)
+        bad_N = np.array(sorted(row for row, one in failed.items() if one.status != Status.NOT_FINITE.name), np.int64)
+        unreadable = [image._replace(crash=failed[image.row].reason) for image in images_of(store, bad_N)]
+        found = _encode_images_or_texts(store, images, unreadable, clip, careful=careful, tar=None, **how)
         _require_as_before(store, before, images, found, accept_missing=how.get("accept_missing", False))
         data.replace(good, found)
-    failed = before.failures_in(shard)
     for place in np.setdiff1d(np.arange(len(rows)), good).tolist():
         failure = failed[rows[place].row]
         data.fail(place, Status[failure.status], failure.reason)

@@ -18,7 +18,7 @@ from dimefm.store.embedding_store import Store
 
 def images_of(store: Store, rows_N: np.ndarray[Any, Any]) -> list[Any]:
     """The PlannedImages, or PlannedTexts, of some rows. Of a row without a JPEG there is nothing to read."""
-    rows = planned_rows(store.entries(rows_N))
+    rows = planned_rows(store.entries(rows_N)) if len(rows_N) else []
     if not is_addition(store.schema):
         return rows
     whole = Store(parent_path(store.path, store.schema), additions=0)

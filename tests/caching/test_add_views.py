@@ -20,6 +20,7 @@ from dimefm.exchange.export_embeddings import export_embeddings
 from dimefm.inspection.describe_store import describe_store, failures_of
 from dimefm.inspection.verify import VerifyConfig, verify
 from dimefm.models.clip import Clip
+from dimefm.sources.read_image import read_image
 from dimefm.store.embedding_store import Store, opened
 from dimefm.training.train import train
 from pipeline.cache import CacheConfig, cache, dry_run
@@ -360,3 +361,21 @@ def test_views_are_not_added_where_those_before_would_come_out_otherwise_now(cli
     (folder / "1.jpg").write_bytes(make_jpeg((48, 40), seed=7).ljust((folder / "1.jpg").stat().st_size, b"\0"))
     with pytest.raises(MismatchError, match="encoded again has cosine"):
         check_canary(added, clip)
+
+
+def test_an_image_that_failed_is_not_read_to_be_mixed_in(
+    grown: dict[int | None, tuple[Store, Store]], copy: Store, clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be one that ends the process which decodes it."""
+    (added,) = copy.additions
+    read: list[int] = []
+
+    def reading(image: Any, **words: Any) -> Any:
+        read.append(image.row)
+        return read_image(image, **words)
+
+    monkeypatch.setattr("dimefm.caching.image_loader.read_image", reading)
+    (Path(added.path) / "commits" / "000000.json").unlink()
+    encode_shard(added, 0, clip)
+    assert set(read) == set(range(16)) - {BAD}
+    np.testing.assert_array_equal(Store(copy.path).views(np.arange(16)), copy.views(np.arange(16)))
