@@ -19,7 +19,7 @@ COMMANDS = {
             "coco-retrieval", "retrieval", "index-choices", "selection", "clip-benchmark", "probe-search", "cpu",
             "sample-recipes", "urls", "architectures", "start-up", "first-session", "probe-few", "latency", "int8",
             "onnx-towers", "index-scale", "retrieve-scale", "select-scale", "remote-training", "verify-scale",
-            "checkpoint-cost", "ray-scale", "recipes", "recipe-stores",
+            "checkpoint-cost", "ray-scale", "recipes", "recipe-stores", "views",
         )
     },
     "clip-benchmark": "benchmarks.clip_benchmark_agreement",

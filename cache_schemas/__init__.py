@@ -5,7 +5,7 @@ The ground of all rooms. It needs the standard library, numpy and pyarrow, and n
 
 from cache_schemas.commit import Commit, Failure
 from cache_schemas.document import Document, digest_of, parse_dataclass, to_plain
-from cache_schemas.embedding_store import EmbeddingStore, Skipped, SourceSummary, Status, ViewPlan
+from cache_schemas.embedding_store import EmbeddingStore, Skipped, SourceSummary, Status
 from cache_schemas.identity import Preprocessing, TeacherIdentity
 from cache_schemas.index import IndexPart, IndexSidecar, Recall
 from cache_schemas.pairs import HitCounts, PairsStore
@@ -13,6 +13,7 @@ from cache_schemas.plan import FILES, IMAGE_PLAN, TEXT_PLAN, parse_plan
 from cache_schemas.problems import Problem, SchemaError
 from cache_schemas.run import Run, StudentSpec
 from cache_schemas.text_selection import SelectionPlan, TextSelection
+from cache_schemas.views import StrongViews, ViewPlan
 
 __all__ = [
     "FILES",
@@ -35,6 +36,7 @@ __all__ = [
     "Skipped",
     "SourceSummary",
     "Status",
+    "StrongViews",
     "StudentSpec",
     "TeacherIdentity",
     "TextSelection",

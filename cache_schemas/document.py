@@ -18,6 +18,10 @@ from cache_schemas.problems import Problem, SchemaError
 
 CHECKSUM = "checksum"
 
+LATER = {"later": True}
+"""Metadata of a field that a later release has added: at its default it is left out of what is written and digested, so
+that documents, and the digests that others have recorded of them, are as they were before."""
+
 _T = typing.TypeVar("_T")
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
@@ -37,7 +41,8 @@ def parse_dataclass(cls: type[_T], raw: object, where: str) -> _T:
 def to_plain(value: object) -> Any:
     """A dataclass (or tuple, dict, scalar) as plain JSON data, which `parse_dataclass` reads back."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {f.name: to_plain(v) for f, v in fields if not ("later" in f.metadata and v == f.default)}
     if isinstance(value, dict):
         return {k: to_plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -4,11 +4,13 @@ STORE.zarr/
   zarr.json              attributes: an EmbeddingStore document under the key "dimefm"
   embedding/             float16 (or float32) (rows, dim) or (rows, views, dim), unit norm, sharded, a crc32c on each
   status/                uint8 (rows,), a Status code per row
-  view/                  with views: int32 (rows, views, 5), the ViewBox of each view: enough to replay it exactly
+  view/                  with views: int32 (rows, views, numbers), enough of each view to replay it exactly (views.py)
   rows/<shard>.parquet   the plan, written before any work (plan.py); rows/files.parquet: the files it was made from
   commits/<shard>.json   written last, one per finished shard (commit.py); beside it the table of failures, if many
   pixels/<shard>.tar     with pixels: the images as small JPEGs, a WebDataset in the order of the rows
   pixel_index/           with pixels: int64 (rows, 3): where in the tar the JPEG of a row begins and ends, its crc32c
+  views/<first>/         views that were added later: a store of its own, of the views from number `first` on, which has
+                         neither plan nor pixels: those are of the store that it is in
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import ClassVar, Literal
 from cache_schemas.document import Document, digest_of
 from cache_schemas.identity import TeacherIdentity
 from cache_schemas.problems import Problem
+from cache_schemas.views import ViewPlan
 
 Kind = Literal["image", "text"]
 CpuDecoder = Literal["fast", "pillow"]
@@ -28,8 +31,7 @@ Decoder = Literal[CpuDecoder, "nvjpeg"]
 
 ATTRIBUTES_KEY = "dimefm"
 EMBEDDING, STATUS, VIEW, PIXEL_INDEX = "embedding", "status", "view", "pixel_index"
-ROWS, COMMITS, PIXELS = "rows", "commits", "pixels"
-BOX = 5  # numbers of a ViewBox
+ROWS, COMMITS, PIXELS, VIEWS = "rows", "commits", "pixels", "views"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +106,6 @@ class SourceSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewPlan:
-    """`count` views per image: random resized crops over `crop_scale` of the area, half of them flipped where `flip`,
-    each drawn from (seed, row, view)."""
-
-    count: int
-    seed: int
-    crop_scale: tuple[float, float]
-    flip: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class EmbeddingStore(Document):
     """The attributes of an embedding store. `digests` are the sha256, by path, of what is written once when the store
     is planned: every array's zarr.json, rows/files.parquet and the plans."""
@@ -142,8 +133,8 @@ class EmbeddingStore(Document):
             found.append(Problem("shard_rows", f"must be a multiple of chunk_rows, found {self.shard_rows}"))
         if self.dim != self.teacher.embed_dim:
             found.append(Problem("dim", f"is {self.dim}, but teacher.embed_dim is {self.teacher.embed_dim}"))
-        if self.views and self.views.count < 1:
-            found.append(Problem("views.count", f"must be at least 1, found {self.views.count}"))
+        if self.views:
+            found += [Problem(f"views.{one.path}", one.what) for one in self.views.problems()]
         if self.decoder == "nvjpeg" and (self.views or self.pixels):
             found.append(Problem("decoder", "nvjpeg goes with neither views nor pixels, which are made on the CPU"))
         if self.kind == "text" and not self.teacher.has_text:
@@ -163,7 +154,8 @@ class EmbeddingStore(Document):
             STATUS: ArraySpec(shape=(self.rows,), dtype="uint8", chunk_rows=self.shard_rows),
         }
         if self.views:
-            found[VIEW] = ArraySpec(shape=(self.rows, *views, BOX), dtype="int32", chunk_rows=self.chunk_rows)
+            numbers = (self.rows, *views, self.views.numbers)
+            found[VIEW] = ArraySpec(shape=numbers, dtype="int32", chunk_rows=self.chunk_rows)
         if self.pixels:
             found[PIXEL_INDEX] = ArraySpec(shape=(self.rows, 3), dtype="int64", chunk_rows=self.chunk_rows)
         return found
@@ -215,3 +207,8 @@ def commit_path(shard: int) -> str:
 def failures_path(shard: int) -> str:
     """Where, within a store, the table of a shard's failures is, if they are many."""
     return f"{COMMITS}/{shard:06d}.failures.parquet"
+
+
+def views_path(first: int) -> str:
+    """Where, within a store, the views are that were added from number `first` on."""
+    return f"{VIEWS}/{first:06d}"

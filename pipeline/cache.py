@@ -6,9 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cache_schemas import EmbeddingStore
+from cache_schemas import EmbeddingStore, StrongViews, ViewPlan
 from cache_schemas.embedding_store import Decoder, Kind
 from cache_schemas.identity import Precision
+from cache_schemas.views import Augment
 from dimefm.caching.same_command import arguments_there, require_no_stranger
 from dimefm.errors import DimefmError, TeacherError
 from dimefm.models.names import TIMM
@@ -64,11 +65,20 @@ class CacheConfig:
     shuffle: int | None = None
     """Shuffle rows once with this seed, so that sequential reads are random samples. Default: no shuffling."""
     views: int | None = None
-    """Cache this many random crops per image, instead of the whole image."""
+    """Cache this many random crops per image, instead of the whole image. More than a finished store has are added."""
     view_scale: float = 0.4
     """Smallest share of an image's area that a view shows."""
     view_seed: int = 0
     """Seed of the views."""
+    augment: Augment = "crop"
+    """What a view is. crop: a random crop, half of them flipped; strong: RandAugment and colour jitter besides."""
+    view_operations: int = 2
+    """Operations of RandAugment in a strong view, each left out half of the time."""
+    view_magnitude: int = 9
+    """How strong the operations of a strong view are, 0 to 10."""
+    mixup: float | None = None
+    """Mix each view with one of another image of its shard, by shares drawn from Beta(ALPHA, ALPHA). Default: none is
+    mixed."""
     pixels: int | None = None
     """Also keep each image as a JPEG whose short side has this many pixels, for train-student to read."""
     decoder: Decoder = "fast"
@@ -154,6 +164,7 @@ def _require_possible(config: CacheConfig, *, writes: bool = False) -> None:
     if config.decoder == "nvjpeg" and (config.views or config.pixels):
         what = "--decoder nvjpeg goes with neither --views nor --pixels, which are made on the CPU"
         raise DimefmError(what, remedy="give --decoder fast")
+    view_plan(config)
     begun = earlier_schema(config)
     note(f"{'going on with' if begun else 'planning'} {config.out}: loading the teacher ...")
 
@@ -169,6 +180,28 @@ def _require_sources(config: CacheConfig) -> None:
         return
     for argument in paths_of(config.sources):
         expand(argument)
+
+
+def view_plan(config: CacheConfig) -> ViewPlan | None:
+    """The views that a config asks for. Raises DimefmError where they cannot be, or something is asked of them but no
+    view is."""
+    if not config.views:
+        if config.augment != "crop" or config.mixup:
+            what = f"{'--mixup' if config.mixup else '--augment'} has no effect without --views"
+            raise DimefmError(what, remedy="say how many views to cache, such as --views 4")
+        return None
+    strong = StrongViews(operations=config.view_operations, magnitude=config.view_magnitude)
+    plan = ViewPlan(
+        count=config.views,
+        seed=config.view_seed,
+        crop_scale=(config.view_scale, 1.0),
+        flip=True,
+        strong=strong if config.augment == "strong" else None,
+        mixup=config.mixup or 0.0,
+    )
+    if problems := plan.problems():
+        raise DimefmError(f"views: {'; '.join(map(str, problems))}", remedy="give another value")
+    return plan
 
 
 def earlier_schema(config: CacheConfig) -> EmbeddingStore | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import product
 
-from cache_schemas import EmbeddingStore, ViewPlan
+from cache_schemas import EmbeddingStore
+from dimefm.caching.add_views import stores_to_write
 from dimefm.caching.align_captions import align_captions
 from dimefm.caching.crashing_images import running
 from dimefm.caching.plan import PlanRequest, forecast, open_or_plan, what_limit_left
@@ -27,7 +29,7 @@ from dimefm.system.machine import choose_device
 from dimefm.system.named_paths import allowed, allowing
 from dimefm.system.notes import note
 from dimefm.system.stopping import GOES_ON, holding
-from pipeline.cache import CacheConfig, captions_place, earlier_schema
+from pipeline.cache import CacheConfig, captions_place, earlier_schema, view_plan
 from pipeline.show_forecast import show_forecast
 from pipeline.workers import choose_workers
 
@@ -73,6 +75,7 @@ def _run(config: CacheConfig) -> tuple[Store, PlanRequest]:
         store = open_or_plan(request, config.out, teacher, accept_missing=config.accept_missing)
         if not planned:
             _report_unused(store.schema)
+        parts = stores_to_write(store, request.views)
         job = Job(
             store=store.path,
             teacher=teacher.name,
@@ -85,20 +88,21 @@ def _run(config: CacheConfig) -> tuple[Store, PlanRequest]:
             lease=lease,
             schemes=allowed(),
         )
-        finished = len(store.committed()) == store.schema.shards
+        finished = all(len(part.committed()) == part.schema.shards for part in parts)
         if finished and not config.retry_failed:
             require_embeddings(store)
             return store, request
-        failed = sum(pending_shards(store, retry=True).values()) if finished else 0
-        workers = config.workers or _worth_starting(store, device, loaded)
+        failed = sum(pending_shards(parts[0], retry=True).values()) if finished else 0
+        workers = config.workers or _worth_starting(parts, config, device, loaded)
         clip: Clip | None = loaded
         del loaded
-        with holding(lambda: _kept(store, config.out)), running(store.path) as died:
+        with holding(lambda: _kept(parts, config.out)), running(store.path) as died:
             # An image may have crashed the last run. On Ray it ends only a worker, and another one goes on.
             may_run_here = config.ray_address is None and not (died and config.kind == "image")
-            jobs = [job, replace(job, retry=True)] if config.retry_failed else [job]
-            for each in jobs:
-                shards = len(pending_shards(store, retry=each.retry))
+            retries = (False, True) if config.retry_failed else (False,)
+            for part, retry in product(parts, retries):
+                each = replace(job, store=part.path, retry=retry)
+                shards = len(pending_shards(part, retry=retry))
                 if may_run_here and min(workers, shards) <= 1:
                     clip = clip or _load(config, device, device)
                     run_here(each, clip)
@@ -107,28 +111,32 @@ def _run(config: CacheConfig) -> tuple[Store, PlanRequest]:
 
                     clip = None  # the workers need the memory for their own
                     run_shards(each, workers=workers, address=config.ray_address)
+        store = Store(store.path)
         require_embeddings(store)
-        if failed and not config.accept_missing and failed == sum(pending_shards(store, retry=True).values()):
+        if failed and not config.accept_missing and failed == sum(pending_shards(parts[0], retry=True).values()):
             what = f"{store.path}: none of the {failed:,} rows that had failed could be mended{as_list(store)}"
             raise StoreError(what, remedy=f"mend the files first; {listed(store)}")
     return store, request
 
 
-def _worth_starting(store: Store, device: str, clip: Clip) -> int:
+def _worth_starting(parts: list[Store], config: CacheConfig, device: str, clip: Clip) -> int:
     """The number of workers for what is not finished, where none is asked for."""
-    schema, pending = store.schema, pending_shards(store, retry=False) or pending_shards(store, retry=True)
-    images = sum(pending.values()) * (schema.views.count if schema.views else 1)
+    shards, images = 0, 0
+    for part in parts:
+        pending = pending_shards(part, retry=False) or pending_shards(part, retry=config.retry_failed)
+        images += sum(pending.values()) * (part.schema.views.count if part.schema.views else 1)
+        shards = max(shards, len(pending))
     return choose_workers(
         device,
-        shards=len(pending),
+        shards=shards,
         weight_bytes=clip.weight_bytes(),
-        seconds=lambda: images * teacher_seconds(schema.kind, clip),
+        seconds=lambda: images * teacher_seconds(config.kind, clip),
     )
 
 
-def _kept(store: Store, out: str) -> str:
-    done = len(store.committed())
-    what = f"{done} of {store.schema.shards} shards are kept" if done else "the plan is kept"
+def _kept(parts: list[Store], out: str) -> str:
+    done, shards = sum(len(part.committed()) for part in parts), sum(part.schema.shards for part in parts)
+    what = f"{done} of {shards} shards are kept" if done else "the plan is kept"
     return f"{what} in {out}; {GOES_ON}"
 
 
@@ -152,6 +160,8 @@ def foresee(config: CacheConfig) -> str:
     request = _request(config, device, clip)
     if config.compile:
         clip.compile(request.batch_size)
+    if begun := earlier_schema(config):
+        request = _of_views_to_add(request, begun)
     found = forecast(request, clip.identity, keep=PROBE_ROWS)
     with one_thread(), allowing(paths_of(config.sources)):
         rates = measure(found.first, found.schema, clip, accept_missing=config.accept_missing)
@@ -192,9 +202,6 @@ def _load(config: CacheConfig, device: str, place: str) -> Clip:
 def _request(config: CacheConfig, device: str, clip: Clip) -> PlanRequest:
     begun = earlier_schema(config)
     batch_size = begun.batch_size if begun else BATCH_SIZE[device.partition(":")[0]]
-    views = None
-    if config.views:
-        views = ViewPlan(count=config.views, seed=config.view_seed, crop_scale=(config.view_scale, 1.0), flip=True)
     return PlanRequest(
         kind=config.kind,
         arguments=config.sources,
@@ -203,10 +210,18 @@ def _request(config: CacheConfig, device: str, clip: Clip) -> PlanRequest:
         is_cut=cuts(clip.tokenizer) if config.captions else None,
         sentences=SentenceRules(min_words=config.min_words, max_words=config.max_words, shuffle=config.shuffle),
         canonical=canonical(clip.tokenizer),
-        views=views,
+        views=view_plan(config),
         pixels=config.pixels,
         decoder=config.decoder,
         shard_rows=config.shard_rows,
         batch_size=config.batch_size or batch_size,
         limit=config.limit,
     )
+
+
+def _of_views_to_add(request: PlanRequest, begun: EmbeddingStore) -> PlanRequest:
+    """A request for more views than a store has as one for what would be added: those views, and no pixels."""
+    own, asked = begun.views, request.views
+    if own is None or asked is None or own.count >= asked.count or replace(asked, count=own.count) != own:
+        return request
+    return replace(request, views=replace(own, first=own.count, count=asked.count - own.count), pixels=None)

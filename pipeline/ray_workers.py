@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from dimefm.caching.worker import SHARDS_AT_ONCE, Job, Worker, none_usable, pending_shards, progress_of
+from dimefm.caching.worker import SHARDS_AT_ONCE, Job, Worker, none_usable, pending_shards, progress_of, to_be_checked
 from dimefm.errors import UnreadableError
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
@@ -28,7 +28,7 @@ def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
     can. Raises DimefmError where Ray has too few GPUs or cores, StoreError where a shard loses its worker three times,
     and whatever a worker raised.
     """
-    store = Store(job.store)
+    store = Store(job.store, additions=0)
     pending = pending_shards(store, retry=job.retry)
     if not pending:
         return
@@ -36,7 +36,7 @@ def run_shards(job: Job, *, workers: int, address: str | None = None) -> None:
     total, done = progress_of(store, pending, retry=job.retry)
     kind = store.schema.kind
     with cluster(address, workers, job.device), Progress("encoding", total, kind, done) as progress:
-        check = bool(store.committed())
+        check = to_be_checked(store)
         workers = min(workers, len(pending))
         cores = require_room(workers, job.device)
         cores = cores if address else cpus()  # a local Ray knows of one core per worker, however many there are

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cache_schemas import to_plain
+from cache_schemas import ViewPlan, to_plain
 from dimefm.caching.plan import Forecast, what_limit_left
 from dimefm.caching.speed import Rates
 from dimefm.models.teacher_rows import teacher_rows
@@ -51,6 +51,7 @@ def show_forecast(
         ("rows", f"{schema.rows:,} from {counted(source.files, 'file')}, {amount(source.bytes)} to read"),
         ("shards", f"{schema.shards:,}"),
         ("writes", f"{amount(found.bytes_out)} of embeddings and status{jpegs}"),
+        *_added(schema.views),
         ("measured", measured),
         ("takes", f"{duration(schema.rows / speed)} at {rate(speed, 1, kind)} with {who}"),
         ("start-up", f"about {duration(start)} before that{', Ray and its workers with it' if on_ray else ''}"),
@@ -70,3 +71,9 @@ def show_forecast(
     rows += teacher_rows(to_plain(schema.teacher))
     width = max(len(name) for name, _ in rows)
     return "\n".join(hanging(f"{name:<{width}}  ", line(words)) for name, words in rows)
+
+
+def _added(views: ViewPlan | None) -> list[tuple[str, str]]:
+    if views is None or not views.first:
+        return []
+    return [("views", f"{counted(views.count, 'view')} of each image added to the {views.first} that are there")]

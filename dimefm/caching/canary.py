@@ -11,10 +11,12 @@ import numpy as np
 
 from cache_schemas import Status
 from cache_schemas.embedding_store import EMBEDDING
-from cache_schemas.plan import planned_rows
 from dimefm.caching.encode_rows import encode_rows
+from dimefm.caching.image_loader import NOTHING_KNOWN, Known
+from dimefm.caching.images_of import images_of, other_images
 from dimefm.errors import RUN_AGAIN, MismatchError, UnreadableError
 from dimefm.models.clip import Clip
+from dimefm.store.added_views import is_addition, store_before
 from dimefm.store.embedding_store import Store
 
 _CANARY_ROWS, _CANARY_COSINE = 8, 0.999
@@ -26,6 +28,8 @@ def check_canary(store: Store, clip: Clip, *, accept_missing: bool = False) -> N
     Raises UnreadableError for a row that can no longer be read, unless `accept_missing`."""
     commit = next((c for c in store.commits() if c.counts.get(Status.OK.name)), None)
     if commit is None:
+        if is_addition(store.schema):  # its first shard: the views before must be as they were
+            check_canary(store_before(store), clip, accept_missing=accept_missing)
         return
     good = np.flatnonzero(store.status(commit.start, commit.stop) == Status.OK)[:_CANARY_ROWS] + commit.start
     for row, key, cosine in compare_again(store, clip, good, accept_missing=accept_missing):
@@ -43,11 +47,14 @@ def check_canary(store: Store, clip: Clip, *, accept_missing: bool = False) -> N
 def compare_again(
     store: Store, clip: Clip, rows_N: np.ndarray[Any, Any], *, accept_missing: bool = True
 ) -> list[tuple[int, str, float]]:
-    """Encode rows again, given in ascending order: for each its number, its key, and the least cosine of its views to
-    what is stored; NaN where it can no longer be read. Without `accept_missing`, a file that may not be read is an
-    UnreadableError."""
-    rows = planned_rows(store.entries(rows_N))
-    data = encode_rows(rows, store.schema, clip, accept_missing=accept_missing)
+    """Encode rows again, given in ascending order: for each its number, its key, and the least cosine to what is stored
+    of its views, which are made from their numbers; NaN where it can no longer be read. Without `accept_missing`, a
+    file that may not be read is an UnreadableError."""
+    rows, known = images_of(store, rows_N), NOTHING_KNOWN
+    if store.schema.views:
+        views = dict(zip(rows_N.tolist(), store.views(rows_N), strict=True))
+        known = Known(image=other_images(store), views=views.__getitem__)
+    data = encode_rows(rows, store.schema, clip, accept_missing=accept_missing, known=known)
     again = data.arrays[EMBEDDING].astype(np.float32)
     kept = store.embeddings(rows_N).astype(np.float32)
     norms = np.linalg.norm(again, axis=-1) * np.linalg.norm(kept, axis=-1)

@@ -19,7 +19,7 @@ from cache_schemas import EmbeddingStore, Status
 from cache_schemas.embedding_store import EMBEDDING, PIXEL_INDEX, STATUS, VIEW
 from cache_schemas.plan import PlannedImage, PlannedText
 from dimefm.caching.gpu_image_loader import GpuLoader, open_loader
-from dimefm.caching.image_loader import Loader
+from dimefm.caching.image_loader import NOTHING_KNOWN, Known, Loader
 from dimefm.images.decode import DecodeError
 from dimefm.models.clip import Clip, token_counts
 from dimefm.store.pixel_tar import PixelTar
@@ -79,14 +79,15 @@ def encode_rows(
     tar: PixelTar | None = None,
     turn: AbstractContextManager[Any] = _UNSHARED,
     accept_missing: bool = False,
+    known: Known = NOTHING_KNOWN,
 ) -> ShardData:
     """Encode these rows of a plan; with pixels, their JPEGs are added to `tar`. Which rows share a batch depends on the
     data alone, never on timing, so that a second run gives the same bytes. Rows that overflow float16 are computed
-    again in float32. `turn` and `accept_missing`: see encode_shard.How."""
+    again in float32. `turn` and `accept_missing`: see encode_planned.How. `known`: see caching.image_loader."""
     data, wide, done = ShardData.empty(len(rows), schema), None, 0
     batches = _text_batches(rows, schema, clip)
     if schema.kind == "image":
-        loader = open_loader(schema, clip.device, accept_missing=accept_missing)
+        loader = open_loader(schema, clip.device, accept_missing=accept_missing, known=known)
         batches = _image_batches(rows, schema, clip, loader, threads, data, tar)
     with closing(batches):
         first, asked = list(islice(batches, 1)), monotonic()
@@ -174,8 +175,8 @@ def _image_batches(
             if isinstance(one, DecodeError):
                 data.fail(place, one.status, str(one))
                 continue
-            if one.boxes_V5 is not None:
-                data.arrays[VIEW][place] = one.boxes_V5
+            if one.views_VP is not None:
+                data.arrays[VIEW][place] = one.views_VP
             if tar is not None and one.jpeg is not None:
                 data.arrays[PIXEL_INDEX][place] = tar.add(images[place].row, one.jpeg)
             places.append(place)

@@ -8,38 +8,25 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import IO, Any, TypedDict, Unpack
+from contextlib import ExitStack, contextmanager
+from typing import IO, Any, Unpack
 
 import numpy as np
 
 from cache_schemas import Commit, Failure, Status
 from cache_schemas.embedding_store import PIXEL_INDEX, STATUS, pixels_path
 from cache_schemas.plan import planned_rows
-from dimefm.caching.crashing_images import without_crashes
-from dimefm.caching.encode_rows import OnRows, Rows, ShardData, encode_rows
+from dimefm.caching.encode_planned import How, encode_planned
+from dimefm.caching.encode_rows import Rows, ShardData
 from dimefm.caching.permanent_failures import require_permanent
 from dimefm.errors import StoreError
 from dimefm.models.clip import Clip
+from dimefm.store.added_views import is_addition
 from dimefm.store.commit import remove_commit
 from dimefm.store.embedding_store import Store
 from dimefm.store.pixel_tar import PixelTar, pixel_tar
 from dimefm.store.zarr_arrays import DAMAGED, digest_arrays
 from dimefm.system import storage
-
-
-class How(TypedDict, total=False):
-    """How rows are encoded; the defaults are those of `encode_rows`.
-
-    `threads` read and decode. `progress` is called with the number of further rows that are done. `turn` is held while
-    the teacher works: with two shards on two threads, one reads and decodes its first rows, or writes its results,
-    while the other has the teacher. `accept_missing`: leave out the images whose file is gone or may not be read.
-    """
-
-    threads: int
-    progress: OnRows
-    turn: AbstractContextManager[Any]
-    accept_missing: bool
 
 
 def encode_shard(store: Store, shard: int, clip: Clip, *, careful: bool = False, **how: Unpack[How]) -> Commit:
@@ -51,13 +38,11 @@ def encode_shard(store: Store, shard: int, clip: Clip, *, careful: bool = False,
     cannot be written.
     """
     began = time.monotonic()
-    rows = encoded = planned_rows(store.plan(shard))
-    if careful and store.schema.kind == "image":
-        encoded = without_crashes(rows, store.schema, clip.device, how.get("threads", 1))
+    rows = planned_rows(store.plan(shard))
     # What cannot be read becomes a status or a StoreError: any OSError that is left is about writing.
     with storage.writing_to(store.path), ExitStack() as stack:
         tar = stack.enter_context(_pixel_tar(store, shard)) if store.schema.pixels else None
-        data = encode_rows(encoded, store.schema, clip, tar=tar, **how)
+        data = encode_planned(store, rows, clip, careful=careful, tar=tar, **how)
         _require_permanent(store, rows, data, how)
         digest = tar.finish() if tar else None
     return _commit(store, shard, rows, data, digest, clip, began)
@@ -72,11 +57,10 @@ def retry_shard(store: Store, shard: int, clip: Clip, *, careful: bool = False, 
         raise StoreError(f"{store.path}: the arrays of shard {shard} are not those that were committed", remedy=DAMAGED)
     failed = data.failed()
     left = [rows[i] for i in failed]
-    if store.schema.kind == "image" and (careful or (data.arrays[STATUS] == Status.CRASHED).any()):
-        left = without_crashes(left, store.schema, clip.device, how.get("threads", 1))
+    careful = careful or bool((data.arrays[STATUS] == Status.CRASHED).any())
     with storage.writing_to(store.path), tempfile.TemporaryFile() as spool:
         tar = PixelTar(spool) if store.schema.pixels else None
-        data.replace(failed, encode_rows(left, store.schema, clip, tar=tar, **how))
+        data.replace(failed, encode_planned(store, left, clip, careful=careful, tar=tar, **how))
         _require_permanent(store, rows, data, how)
         digest = _merge_pixels(store, shard, data, failed, spool) if tar else None
     before = commit.seconds if commit else 0.0  # the time of a shard is all that was spent on it
@@ -84,7 +68,7 @@ def retry_shard(store: Store, shard: int, clip: Clip, *, careful: bool = False, 
 
 
 def _require_permanent(store: Store, rows: Rows, data: ShardData, how: How) -> None:
-    if store.schema.kind == "image":
+    if store.schema.kind == "image" and not is_addition(store.schema):
         accept_missing = how.get("accept_missing", False)
         require_permanent(store, rows, data.arrays[STATUS], data.reasons, accept_missing=accept_missing)
 

@@ -16,7 +16,7 @@ import torch
 
 from cache_schemas import EmbeddingStore, Preprocessing
 from cache_schemas.plan import PlannedImage
-from dimefm.caching.image_loader import Loaded, Loader, or_reason, read_planned_image
+from dimefm.caching.image_loader import NOTHING_KNOWN, Known, Loaded, Loader, or_reason, read_planned_image
 from dimefm.errors import StoreError
 from dimefm.images.decode import DecodeError, jpeg_size
 from dimefm.images.preprocess import Preprocess
@@ -111,11 +111,13 @@ class GpuPreprocess:
         return self._on_cpu(data).to(self._device)
 
 
-def open_loader(schema: EmbeddingStore, device: torch.device, *, accept_missing: bool = False) -> Loader | GpuLoader:
+def open_loader(
+    schema: EmbeddingStore, device: torch.device, *, accept_missing: bool = False, known: Known = NOTHING_KNOWN
+) -> Loader | GpuLoader:
     """The loader of a store's images for a teacher on `device`. `accept_missing`: see sources.read_image."""
     if schema.decoder == "nvjpeg":
         return GpuLoader(schema, device, accept_missing=accept_missing)
-    return Loader(schema, accept_missing=accept_missing)
+    return Loader(schema, accept_missing=accept_missing, known=known)
 
 
 def nvjpeg() -> Callable[[list[torch.Tensor], torch.device], list[torch.Tensor]]:

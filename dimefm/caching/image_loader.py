@@ -1,6 +1,6 @@
 """From a planned image to what the teacher sees and what is stored beside its embedding.
 
-Shapes: B images in a batch, V views (1 without), H height, W width.
+Shapes: B images in a batch, V views (1 without), P numbers of a view, H height, W width.
 """
 
 from __future__ import annotations
@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 
-from cache_schemas import EmbeddingStore, Status
+from cache_schemas import EmbeddingStore, Status, ViewPlan
 from cache_schemas.plan import PlannedImage
-from dimefm.images.crops import draw_boxes, replay
+from cache_schemas.views import MIXUP, ONE
+from dimefm.images.crops import draw_mixup, draw_view, draw_views, replay
 from dimefm.images.decode import DecodeError, decode_rgb, to_tensor
 from dimefm.images.preprocess import Preprocess
 from dimefm.images.small_jpeg import small_jpeg
@@ -34,20 +37,32 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Loaded:
-    """uint8 (V, 3, H, W) for the teacher; with views their boxes int32 (V, 5); with pixels the JPEG to keep."""
+    """uint8 (V, 3, H, W) for the teacher; with views their numbers int32 (V, P); with pixels the JPEG to keep."""
 
     pixels_V3HW: torch.Tensor
-    boxes_V5: np.ndarray[Any, Any] | None = None
+    views_VP: np.ndarray[Any, Any] | None = None
     jpeg: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a loader of views may be told about rows. `image`: where the image of a row is that others are mixed with;
+    without it none is mixed. `views`: the numbers of a row's views, int32 (V, P), instead of drawing them."""
+
+    image: Callable[[int], PlannedImage] | None = None
+    views: Callable[[int], np.ndarray[Any, Any]] | None = None
+
+
+NOTHING_KNOWN = Known()
 
 
 class Loader:
     """Reads and decodes the images of a store's plan. Safe in threads."""
 
-    def __init__(self, schema: EmbeddingStore, *, accept_missing: bool = False) -> None:
+    def __init__(self, schema: EmbeddingStore, *, accept_missing: bool = False, known: Known = NOTHING_KNOWN) -> None:
         """`accept_missing`: see sources.read_image."""
         self._read = partial(read_planned_image, accept_missing=accept_missing)
-        self._views, self._side = schema.views, schema.pixels
+        self._views, self._side, self._known, self._schema = schema.views, schema.pixels, known, schema
         self._preprocess = Preprocess(schema.teacher.preprocessing, exact=schema.decoder == "pillow")
 
     def load(self, image: PlannedImage) -> Loaded | DecodeError:
@@ -104,14 +119,45 @@ class Loader:
         jpeg = small_jpeg(data, image, self._side) if self._side else None
         if not self._views:
             return Loaded(self._preprocess.apply(image)[None], None, jpeg)
-        # Views are drawn on what the trainer will decode: the kept JPEG, where there is one.
-        if jpeg is not None and jpeg is not data:
-            image_3HW = decode_rgb(jpeg)
-        else:
-            image_3HW = image if isinstance(image, torch.Tensor) else to_tensor(image)
-        boxes_V5 = draw_boxes(self._views, row, *image_3HW.shape[-2:])
-        facts = self._preprocess.facts
-        return Loaded(torch.stack([replay(image_3HW, box, facts.size, facts) for box in boxes_V5]), boxes_V5, jpeg)
+        image_3HW, facts, other = _as_trained(data, image, jpeg), self._preprocess.facts, cache(self._other_image)
+        views_VP = self._known.views(row) if self._known.views else self._draw(self._views, row, image_3HW, other)
+        pixels = [replay(image_3HW, one_P, self._views, facts.size, facts, other) for one_P in views_VP]
+        return Loaded(torch.stack(pixels), views_VP, jpeg)
+
+    def _draw(
+        self, plan: ViewPlan, row: int, image_3HW: torch.Tensor, other: Callable[[int], torch.Tensor]
+    ) -> np.ndarray[Any, Any]:
+        """The numbers of the views of a row, int32 (V, P). A view that would be mixed with an image that cannot be read
+        is not mixed."""
+        views_VP = np.zeros((plan.count, plan.numbers), np.int32)
+        views_VP[:, : plan.alone] = draw_views(plan, row, *image_3HW.shape[-2:])
+        if not plan.mixup:
+            return views_VP
+        views_VP[:, plan.alone : plan.alone + MIXUP] = (-1, ONE)
+        shard = self._schema.shard_range(row // self._schema.shard_rows)
+        for view, numbers_P in enumerate(views_VP, plan.first):
+            partner, share = draw_mixup(plan, row, view, *shard)
+            if partner >= 0 and self._known.image:
+                with suppress(DecodeError):
+                    mixed_in_P = draw_view(plan, partner, view, *other(partner).shape[-2:])
+                    numbers_P[plan.alone :] = (partner, share, *mixed_in_P)
+        return views_VP
+
+    def _other_image(self, row: int) -> torch.Tensor:
+        """The image of another row, as it is for that row, uint8 (3, H, W). Raises DecodeError."""
+        assert self._known.image is not None
+        data = self._read(self._known.image(row))
+        if isinstance(data, DecodeError):
+            raise data
+        image = self._preprocess.decode(data)
+        return _as_trained(data, image, small_jpeg(data, image, self._side) if self._side else None)
+
+
+def _as_trained(data: bytes, image: torch.Tensor | Image.Image, jpeg: bytes | None) -> torch.Tensor:
+    """What the trainer will decode, on which views are drawn: the kept JPEG, where there is one."""
+    if jpeg is not None and jpeg is not data:
+        return decode_rgb(jpeg)
+    return image if isinstance(image, torch.Tensor) else to_tensor(image)
 
 
 def read_planned_image(image: PlannedImage, *, accept_missing: bool = False) -> bytes | DecodeError:

@@ -98,7 +98,8 @@ class Forecast:
 
 
 def open_or_plan(request: PlanRequest, out: str, teacher: TeacherIdentity, *, accept_missing: bool = False) -> Store:
-    """The store at `out`: opened if the same command made it, planned if there is none. With `accept_missing` it is
+    """The store at `out`: opened if the same command made it, perhaps with fewer views (caching.add_views), planned if
+    there is none. With `accept_missing` it is
     opened although files of its source are gone, even files that the arguments name.
 
     Raises SourceError for an empty source, OutputExistsError where `out` holds something else, MismatchError where it

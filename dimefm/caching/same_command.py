@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -18,6 +18,7 @@ from cache_schemas.embedding_store import (
     ROWS,
     STATUS,
     VIEW,
+    VIEWS,
 )
 from cache_schemas.pairs import CAPTION_PAIRS
 from cache_schemas.plan import SourceFile
@@ -34,7 +35,7 @@ _PUT_BACK = f"put the files back as they were, with their times, or {ANOTHER_OUT
 
 def require_no_stranger(out: str) -> None:
     """Raises OutputExistsError where something is at `out` that is not an embedding store, finished or not."""
-    ours = {"zarr.json", EMBEDDING, STATUS, VIEW, PIXEL_INDEX, ROWS, COMMITS, PIXELS, CAPTION_PAIRS}
+    ours = {"zarr.json", EMBEDDING, STATUS, VIEW, PIXEL_INDEX, ROWS, COMMITS, PIXELS, VIEWS, CAPTION_PAIRS}
     require_only(out, "an embedding store", ours)
 
 
@@ -54,8 +55,11 @@ class Asked:
 
 
 def require_same_command(store: Store, files: Sequence[SourceFile], teacher: TeacherIdentity, asked: Asked) -> None:
-    """Raises MismatchError naming every setting, and the first files, that are not what the store was planned with."""
+    """Raises MismatchError naming every setting, and the first files, that are not what the store was planned with.
+    More views than it has are no difference: they can be added."""
     changes = _changes(store, files)
+    if fewer := _fewer_views(store.schema.views, asked.views):
+        raise MismatchError(f"{store.path} has {fewer}", remedy=f"give the --views that it has, or {ANOTHER_OUT}")
     differences = _differences(store.schema, asked, teacher, files_changed=bool(changes))
     if differences:
         what = f"{store.path} was made by another command {OWN_AND_NEW}:{in_lines([*differences, *_first(changes)])}"
@@ -68,8 +72,12 @@ def require_same_command(store: Store, files: Sequence[SourceFile], teacher: Tea
 
 def _differences(schema: EmbeddingStore, asked: Asked, teacher: TeacherIdentity, *, files_changed: bool) -> list[str]:
     """A line for each setting of the store, and each fact of its teacher, that is not what is asked for."""
-    own = {**_flat(schema.source.settings), **_flat({"views": schema.views})}
-    new = {**_flat(asked.source_settings), **_flat({"views": asked.views})}
+    own_views, new_views = _of_views(schema.views), _of_views(asked.views)
+    if own_views and new_views:  # more views may be added; the strength of strong views says nothing beside crops
+        both = (own_views.keys() & new_views.keys()) - {"views.count"}
+        own_views, new_views = ({name: views[name] for name in both} for views in (own_views, new_views))
+    own = {**_flat(schema.source.settings), **own_views}
+    new = {**_flat(asked.source_settings), **new_views}
     names = ["kind", "batch_size", "pixels", "decoder"]
     if not (asked.shard_rows_derived and files_changed):  # else it differs because of the files, which are named
         names.append("shard_rows")
@@ -80,6 +88,22 @@ def _differences(schema: EmbeddingStore, asked: Asked, teacher: TeacherIdentity,
         *(f"{name}: {values}" for name, values in settings),
         *(f"teacher.{difference}" for difference in schema.teacher.differences(teacher)),
     ]
+
+
+def _of_views(plan: ViewPlan | None) -> dict[str, object]:
+    """What --views, --augment and --mixup decide, by name; all of it None without views."""
+    if plan is None:
+        return {}
+    facts = {"count": plan.count, "seed": plan.seed, "crop_scale": list(plan.crop_scale), "flip": plan.flip}
+    facts |= {"augment": plan.augment, "mixup": plan.mixup, **(to_plain(plan.strong) if plan.strong else {})}
+    return {f"views.{name}": value for name, value in facts.items()}
+
+
+def _fewer_views(own: ViewPlan | None, asked: ViewPlan | None) -> str | None:
+    """What to say where fewer views are asked for than there are of this kind."""
+    if own is None or asked is None or asked.count >= own.count or replace(asked, count=own.count) != own:
+        return None
+    return f"{own.count} views of each image, and {asked.count} are asked for: none is taken away"
 
 
 def _source_changed(path: str, changes: list[str], remedy: str) -> MismatchError:

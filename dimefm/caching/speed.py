@@ -19,7 +19,7 @@ from cache_schemas import EmbeddingStore, Status
 from cache_schemas.embedding_store import Kind
 from cache_schemas.plan import PlannedImage
 from dimefm.caching.gpu_image_loader import open_loader
-from dimefm.caching.image_loader import Loaded
+from dimefm.caching.image_loader import Known, Loaded
 from dimefm.errors import RUN_AGAIN, SourceError, UnreadableError
 from dimefm.images.decode import DecodeError
 from dimefm.models.clip import Clip
@@ -71,7 +71,8 @@ def measure(rows: list[Any], schema: EmbeddingStore, clip: Clip, *, accept_missi
     if schema.kind == "text":
         batch = [row.text for row in rows]
         return Rates(math.inf, _rate(len(batch), lambda: clip.encode_texts(batch)))
-    loader = open_loader(schema, clip.device, accept_missing=accept_missing)
+    near = Known(image=lambda row: rows[row % len(rows)])  # in place of the images that these would be mixed with
+    loader = open_loader(schema, clip.device, accept_missing=accept_missing, known=near)
     began = time.perf_counter()
     ((loaded, pixels_N3HW),) = loader.batches(rows, len(rows), 1)
     seconds = time.perf_counter() - began

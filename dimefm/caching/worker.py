@@ -24,6 +24,7 @@ from dimefm.caching.speed import PROBE_ROWS, measure, one_thread
 from dimefm.errors import SourceError, TeacherError, UnreadableError
 from dimefm.models.clip import Clip, load_clip, require_teacher
 from dimefm.models.hub import cached_first
+from dimefm.store.added_views import is_addition, parent_path
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import failed_counts, require_embeddings
 from dimefm.system import storage
@@ -85,8 +86,8 @@ class Worker:
         """
         torch.set_num_threads(1)
         allow(self._job.schemes)
-        job, self._store = self._job, Store(self._job.store)
-        writes_under(self._store.path, job.lease)
+        job, self._store = self._job, Store(self._job.store, additions=0)
+        writes_under(parent_path(self._store.path, self._store.schema), job.lease)
         schema = self._store.schema
         clip = self._clip
         if clip is None:
@@ -181,10 +182,15 @@ def pending_shards(store: Store, *, retry: bool) -> dict[int, int]:
     return {shard: stop - start for shard, (start, stop) in ranges.items()}
 
 
+def to_be_checked(store: Store) -> bool:
+    """Whether rows are there already that those to come must fit: see caching.canary."""
+    return bool(store.committed()) or is_addition(store.schema)
+
+
 def run_here(job: Job, clip: Clip) -> None:
     """Do what `pipeline.ray_workers.run_shards` does with one worker, in this process, with a teacher that is loaded
     already. Raises what the worker raises; shards that were committed stay."""
-    store = Store(job.store)
+    store = Store(job.store, additions=0)
     pending = pending_shards(store, retry=job.retry)
     if not pending:
         return
@@ -206,7 +212,7 @@ def run_here(job: Job, clip: Clip) -> None:
         progress.at(done + sum(encoded.values()))
 
     with one_thread(), Progress("encoding", total, store.schema.kind, done) as progress:
-        note = worker.start(job.threads or cpus(), order[0], check=bool(store.committed()))
+        note = worker.start(job.threads or cpus(), order[0], check=to_be_checked(store))
         if note:
             progress.note(note)
         _encode_each(encode, order, SHARDS_AT_ONCE[job.device.partition(":")[0]], stopped)

@@ -9,6 +9,7 @@ import click
 
 from cache_schemas.embedding_store import Decoder, Kind
 from cache_schemas.identity import Precision
+from cache_schemas.views import Augment
 from dimefm.commands.help import Command
 from dimefm.commands.options import (
     DEVICES,
@@ -61,6 +62,8 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
 @_option("--pixels", type=click.IntRange(8), metavar="SIDE")
 @_option("--views", type=click.IntRange(1))
 @_option("--view-scale", type=click.FloatRange(0.01, 1))
+@_option("--augment", type=click.Choice(get_args(Augment)))
+@_option("--mixup", type=click.FloatRange(0, min_open=True), metavar="ALPHA")
 @_option("--retry-failed", is_flag=True)
 @_option("--accept-missing", is_flag=True)
 def cache_images(**options: Any) -> None:
@@ -70,9 +73,9 @@ def cache_images(**options: Any) -> None:
     these, ranges such as {000..009}.tar, and folders. All may be local paths or URLs (s3://...). Files that are found
     there but not used are counted, with an example.
     """
-    require_with(
-        "--view-scale", options["view_scale"] if was_given("view_scale") else None, "--views", options["views"]
-    )
+    for name in ("view_scale", "augment", "mixup"):
+        given = options[name] if was_given(name) else None
+        require_with(f"--{name.replace('_', '-')}", given, "--views", options["views"])
     require_with("--captions-out", options["captions_out"], "--captions", options["captions"])
     if options["retry_failed"] and options["dry_run"]:
         raise click.UsageError("--dry-run says nothing about --retry-failed; dimefm info STORE --failures does")

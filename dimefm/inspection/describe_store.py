@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from cache_schemas import EmbeddingStore, Failure, Skipped, Status
+from cache_schemas import Commit, EmbeddingStore, Failure, Skipped, Status
 from cache_schemas.document import to_plain
 from cache_schemas.embedding_store import EMBEDDING
 from cache_schemas.pairs import CAPTION_PAIRS, HITS_COMMIT
 from dimefm.inspection.description import Description, Rows
 from dimefm.models.teacher_rows import teacher_rows
 from dimefm.sources.account import describe_skipped, first_lines
+from dimefm.store.added_views import planned_additions
 from dimefm.store.embedding_store import Store
 from dimefm.store.pairs_store import Pairs
 from dimefm.system import storage
@@ -37,10 +38,11 @@ def _facts(store: Store) -> dict[str, Any]:
     failures: list[Failure] = []
     done, seconds = 0, 0.0
     for commit in store.commits():
-        counts.update(commit.counts)
-        if len(failures) < _FAILURES:
-            failures += islice(store.failures(commit), _FAILURES - len(failures))
+        counts.update(_status(store, commit))
+        failures += islice(_failures(store, commit), _FAILURES - len(failures))
         done, seconds = done + 1, seconds + commit.seconds
+    added = planned_additions(Store(store.path, additions=0))
+    seconds += sum(commit.seconds for one in added for commit in one.commits())
     return {
         "artefact": "store",
         "path": store.path,
@@ -55,6 +57,7 @@ def _facts(store: Store) -> dict[str, Any]:
         "teacher": to_plain(schema.teacher),
         "identity": schema.identity,
         "views": to_plain(schema.views),
+        "added_views": [_addition(one) for one in added],
         "pixels": schema.pixels,
         "source": to_plain(schema.source),
         "captions": _captions(store),
@@ -76,6 +79,38 @@ def _captions(store: Store) -> dict[str, Any] | None:
     return {**facts, "finished": True, "images": counts.images, "mean_score": counts.mean_score}
 
 
+def _status(store: Store, commit: Commit) -> dict[str, int]:
+    """The rows of a shard by status, with the views that were added."""
+    if not store.additions:
+        return commit.counts
+    failed = Counter(failure.status for failure in _failures(store, commit))
+    return {Status.OK.name: commit.stop - commit.start - failed.total(), **failed}
+
+
+def _failures(store: Store, commit: Commit) -> Iterator[Failure]:
+    """The rows of a shard without an embedding in each of their views."""
+    if not store.additions:
+        return store.failures(commit)
+    found = store.failures_in(commit.shard)
+    return (found[row] for row in sorted(found))
+
+
+def _addition(added: Store) -> dict[str, Any]:
+    """What there is to say of views that were added."""
+    views, done = added.made.views, len(added.committed())
+    assert views is not None
+    facts = {"first": views.first, "count": views.count, "shards_done": done}
+    return {**facts, "finished": done == added.schema.shards, "bytes": _bytes(added.schema)}
+
+
+def _views(views: dict[str, Any]) -> str:
+    low, high = views["crop_scale"]
+    words = f"{views['count']} per image, crops of {low:g} to {high:g} of its area"
+    if strong := views.get("strong"):
+        words += f", {counted(strong['operations'], 'operation')} of magnitude {strong['magnitude']} and colour jitter"
+    return words + (f", mixed by Beta({views['mixup']:g})" if views.get("mixup") else "")
+
+
 def _bytes(schema: EmbeddingStore) -> int:
     return math.prod(schema.arrays()[EMBEDDING].shape) * schema.item_bytes
 
@@ -92,8 +127,11 @@ def _counts(facts: dict[str, Any]) -> Rows:
         ("identity", f"{facts['identity'][:16]} (indexes, pairs and runs refer to it)"),
     ]
     if facts["views"]:
-        low, high = facts["views"]["crop_scale"]
-        rows.append(("views", f"{facts['views']['count']} per image, crops of {low:g} to {high:g} of its area"))
+        rows.append(("views", _views(facts["views"])))
+    for one in facts["added_views"]:
+        which = counted(one["count"], "view") + f" from number {one['first']} on"
+        unread = f", not read yet: {one['shards_done']:,} of {facts['shards']:,} shards done"
+        rows.append(("added", which + ("" if one["finished"] else unread)))
     if captions := facts["captions"]:
         rows.append(("captions of", _show_captions(captions)))
     if facts["pixels"]:
@@ -130,5 +168,5 @@ def failures_of(path: str) -> Iterator[dict[str, Any]]:
     """Each row of a store without an embedding: `row`, `key`, `status`, `file`, `reason`."""
     store = Store(path)
     for commit in store.commits():
-        for failure in store.failures(commit):
+        for failure in _failures(store, commit):
             yield {name: getattr(failure, name) for name in ("row", "key", "status", "file", "reason")}

@@ -9,7 +9,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 from cache_schemas import SchemaError
-from cache_schemas.embedding_store import ATTRIBUTES_KEY, commit_path, failures_path, pixels_path, rows_path
+from cache_schemas.embedding_store import ATTRIBUTES_KEY, VIEWS, commit_path, failures_path, pixels_path, rows_path
 from cache_schemas.pairs import CAPTION_PAIRS, HITS_COMMIT
 from cache_schemas.plan import FILES_TABLE
 from dimefm.caching.repeats import as_array, repeats
@@ -18,6 +18,7 @@ from dimefm.inspection.info import examine
 from dimefm.inspection.verification import Verification
 from dimefm.inspection.verify_captions import caption_pairs, check_caption_pairs
 from dimefm.inspection.verify_shard import CheckShards, answering, in_one_line, is_normal, worker_bytes
+from dimefm.store.added_views import is_addition, planned_additions
 from dimefm.store.commit import remove_commit
 from dimefm.store.embedding_store import Store
 from dimefm.store.failures import failures_by_status
@@ -52,21 +53,25 @@ def verify(config: VerifyConfig, run: ShardRunner = run_here) -> Verification:
     with writing(store.path) if config.repair else nullcontext():
         with answering(store):
             report = _check(store, run)
+            stores = [store, *planned_additions(store)]
+            report.additions = [_check(added, run) for added in stores[1:]]
+        parts = list(zip(stores, (report, *report.additions), strict=True))
         if config.sample:
             from dimefm.inspection.verify_teacher import check_teacher
 
-            check_teacher(store, config, report)
-        if config.repair and report.bad:
-            for shard in report.bad:
-                remove_commit(store.path, shard)
-            report.repaired = True
+            check_teacher(parts, config)
+        if config.repair:
+            for part, found in parts:
+                for shard in found.bad:
+                    remove_commit(part.path, shard)
+                found.repaired = bool(found.bad)
     return report
 
 
 def _open(path: str) -> Store:
     """Open the store. Raises StoreError where something else lies there, and says what."""
     try:
-        return Store(path)
+        return Store(path, additions=0)
     except (SchemaError, StoreError):
         found = None
         with suppress(DimefmError, OSError, SchemaError):
@@ -102,7 +107,7 @@ def _check(store: Store, run: ShardRunner) -> Verification:
     _check_foreign(store, report, pairs)
     if not report.bad and store.contents.shards and not store.contents.good:
         report.empty = failures_by_status(store)
-    if schema.kind == "image":
+    if schema.kind == "image" and not is_addition(schema):
         _check_repeated(hashes, schema.source.repeated_keys, report)
     return report
 
@@ -139,13 +144,22 @@ def _describe_captions(pairs: Pairs) -> str:
 
 def _check_foreign(store: Store, report: Verification, pairs: Pairs | None) -> None:
     schema, shards = store.schema, range(store.schema.shards)
-    expected = {"zarr.json", FILES_TABLE}
-    expected |= {path(shard) for shard in shards for path in (rows_path, commit_path, failures_path)}
+    expected = {"zarr.json"}
+    expected |= {path(shard) for shard in shards for path in (commit_path, failures_path)}
+    if not is_addition(schema):
+        expected |= {FILES_TABLE, *map(rows_path, shards)}
     expected |= {pixels_path(shard) for shard in shards} if schema.pixels else set()
     for name in schema.arrays():
         expected |= {store.shard_file(name, shard) for shard in shards} | {f"{name}/zarr.json"}
     expected |= {storage.join(CAPTION_PAIRS, name) for name in pairs.files()} if pairs else set()
-    foreign = sorted(storage.tree(store.path) - expected)
+    own = {name for name in storage.tree(store.path) if not _of_addition(name)}
+    foreign = sorted(own - expected)
     report.faults += [
         f"{storage.join(store.path, name)} does not belong to the store: move it away" for name in foreign
     ]
+
+
+def _of_addition(name: str) -> bool:
+    """Whether a file of a store is one of an addition of views, which is checked by itself."""
+    folder, _, rest = name.partition("/")
+    return folder == VIEWS and rest.partition("/")[0].isdecimal() and "/" in rest

@@ -55,7 +55,7 @@ class CheckShards:
     def open(self, seat: Seat) -> Callable[[int], ShardFindings]:
         """Raises UnreadableError where the store is not there, as on a machine without the mount: otherwise every shard
         would be called bad."""
-        return partial(check_shard, reopen(self.store))
+        return partial(check_shard, reopen(self.store, additions=0))
 
     def name(self, unit: int) -> str:
         """The shard in messages."""

@@ -1,9 +1,12 @@
-"""`dimefm verify --sample`: encode rows of a store again with its teacher, and compare."""
+"""`dimefm verify --sample`: encode rows of a store again with its teacher, and compare.
+
+Shapes: N rows.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,19 +22,18 @@ if TYPE_CHECKING:
 _SAME = 0.999  # the least cosine of a row that is encoded again
 
 
-def check_teacher(store: Store, config: VerifyConfig, report: Verification) -> None:
-    """Encode rows again, spread over the good shards: the cosine of each to what is stored must be near 1."""
+def check_teacher(parts: list[tuple[Store, Verification]], config: VerifyConfig) -> None:
+    """Encode rows of a store, and of what was added to it, again, spread over the good shards: the cosine of each to
+    what is stored must be near 1. Each part has its own report."""
     from dimefm.caching.canary import compare_again  # these import torch
     from dimefm.models.clip import load_clip, require_teacher
     from dimefm.models.hub import require_cached
 
     assert config.sample is not None
-    shards = [shard for shard in sorted(store.committed()) if shard not in report.bad]
-    ranges = [np.arange(*store.schema.shard_range(shard)) for shard in shards]
-    rows = np.concatenate([r[store.status(r[0], r[-1] + 1) == Status.OK] for r in ranges] or [np.empty(0, np.int64)])
-    if not len(rows):
+    store, report = parts[0]
+    chosen = [_choose(*part, config.sample) for part in parts]
+    if not any(map(len, chosen)):
         return
-    chosen = np.unique(rows[np.linspace(0, len(rows) - 1, min(config.sample, len(rows))).astype(np.int64)])
     known = store.schema.teacher
     name, tag = config.teacher or known.name, config.pretrained if config.teacher else known.pretrained
     if not config.teacher:
@@ -42,7 +44,20 @@ def check_teacher(store: Store, config: VerifyConfig, report: Verification) -> N
     except MismatchError as error:
         report.faults.append(error.what)
         return
-    found = compare_again(store, clip, chosen)
+    for (part, found), rows_N in zip(parts, chosen, strict=True):
+        if len(rows_N):
+            _note(part, compare_again(part, clip, rows_N), found)
+
+
+def _choose(store: Store, report: Verification, sample: int) -> np.ndarray[Any, Any]:
+    """At most `sample` rows that have an embedding, spread over the good shards, int64 (N,)."""
+    shards = [shard for shard in sorted(store.committed()) if shard not in report.bad]
+    ranges = [np.arange(*store.schema.shard_range(shard)) for shard in shards]
+    rows = np.concatenate([r[store.status(r[0], r[-1] + 1) == Status.OK] for r in ranges] or [np.empty(0, np.int64)])
+    return np.unique(rows[np.linspace(0, len(rows) - 1, min(sample, len(rows))).astype(np.int64)])
+
+
+def _note(store: Store, found: list[tuple[int, str, float]], report: Verification) -> None:
     gone = [one for one in found if math.isnan(one[2])]
     read = [one for one in found if not math.isnan(one[2])]
     if gone:

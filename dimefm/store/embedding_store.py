@@ -1,6 +1,9 @@
 """The embedding store: one Zarr v3 group per cached source, written a shard at a time, read by row.
 
-Shapes: N rows asked for, M of them without repeats, V views, D embedding width.
+A store of views may hold more of them than it was made with: each addition is a store of its own within it
+(store.added_views), which is read with it once it is complete.
+
+Shapes: N rows asked for, M of them without repeats, V views, P numbers of a view, D embedding width.
 """
 
 from __future__ import annotations
@@ -23,15 +26,17 @@ from cache_schemas.embedding_store import (
     STATUS,
     VIEW,
     commit_path,
+    pixels_path,
     rows_path,
 )
 from cache_schemas.plan import FILES, FILES_TABLE, SourceFile
 from dimefm.errors import MismatchError, OutputExistsError, StoreError
+from dimefm.store.added_views import complete_additions, parent_path
 from dimefm.store.commit import make_commit, read_failures, remove_commit, write_commit
 from dimefm.store.parquet_tables import require_digest, sha256, write_table
 from dimefm.store.pixel_reader import PixelReader
 from dimefm.store.plan_reader import PlanReader
-from dimefm.store.stored_array import StoredArray
+from dimefm.store.stored_array import Rows, StoredArray
 from dimefm.store.zarr_arrays import (
     DAMAGED,
     create_array,
@@ -67,11 +72,12 @@ class Contents:
 class Store:
     """An embedding store on disk. Cheap to open, whatever its size: only its attributes are read."""
 
-    def __init__(self, path: str, *, cached: bool = True) -> None:
+    def __init__(self, path: str, *, cached: bool = True, additions: int | None = None) -> None:
         """Open the store at `path`. One at a URL is read through the cache of this machine where there is one
-        (system.file_cache), unless it is to be read but once: `cached` is then False. Raises StoreError where there is
-        none, SchemaError for attributes that are not valid."""
-        self.path, self._cached = storage.absolute(path), cached
+        (system.file_cache), unless it is to be read but once: `cached` is then False. `additions`: how many additions
+        of views are read with it, 0 for the store as it was made, as all need that write to it; by default those that
+        are complete. Raises StoreError where there is none, SchemaError for attributes that are not valid."""
+        self.path, self.cached = storage.absolute(path), cached
         self.group = open_group(self.path)
         attributes = group_attributes(self.group, self.path)
         self.schema = EmbeddingStore.parse(attributes, storage.join(self.path, "zarr.json"))
@@ -85,17 +91,26 @@ class Store:
             )
             for name, spec in self.schema.arrays().items()
         }  # fmt: skip
-        self._plans = PlanReader(self.path, self.schema)
+        self._plans = PlanReader(parent_path(self.path, self.schema), self.schema)
         self._pixels = PixelReader(self.path, self.schema, self._version)
+        self.made = self.schema
+        """The attributes as they were written: without the views that were added."""
+        self.additions = complete_additions(self, additions)
+        if self.additions and self.schema.views:
+            count = sum(store.made.views.count for store in (self, *self.additions) if store.made.views)
+            self.schema = replace(self.schema, views=replace(self.schema.views, count=count))
 
     def __reduce__(self) -> tuple[Callable[..., Store], tuple[Any, ...]]:
-        return partial(Store, cached=self._cached), (self.path,)  # another process opens it again
+        again = partial(Store, cached=self.cached, additions=len(self.additions))
+        return again, (self.path,)  # another process opens it again
 
     def again(self) -> Store:
         """See `opened`."""
-        found = Store(self.path)
-        if "contents" in self.__dict__:
-            found.contents = self.contents
+        found = Store(self.path, additions=len(self.additions))
+        for mine, theirs in zip((found, *found.additions), (self, *self.additions), strict=True):
+            for name in ("contents", "_own_contents"):
+                if name in theirs.__dict__:
+                    mine.__dict__[name] = theirs.__dict__[name]
         return found
 
     # -- writing ------------------------------------------------------------------------------------------------------
@@ -135,7 +150,8 @@ class Store:
         StoreError where it cannot be written, as on a full disk; shards that were committed before are not touched.
         """
         start = self.schema.shard_range(shard)[0]
-        self.__dict__.pop("contents", None)
+        for name in ("contents", "_own_contents"):
+            self.__dict__.pop(name, None)
         with storage.writing_to(self.path):
             remove_commit(self.path, shard)  # the shard may be written again
             for name, array in self._arrays.items():
@@ -181,9 +197,28 @@ class Store:
         """The rows of a finished shard that have no embedding, with why. Raises StoreError where they are damaged."""
         return read_failures(self.path, commit)
 
+    def failures_in(self, shard: int) -> dict[int, Failure]:
+        """By row, why it has no embedding: the first reason, of the store itself and what was added to it. Raises as
+        `commit` and `failures` do."""
+        found: dict[int, Failure] = {}
+        for store in (self, *self.additions):
+            if commit := store.commit(shard):
+                for failure in store.failures(commit):
+                    found.setdefault(failure.row, failure)
+        return found
+
     @cached_property
     def contents(self) -> Contents:
         """What the commits say; read once, when it is first asked for. Raises as `commit` does."""
+        if not self.additions:
+            return self._own_contents
+        parts = [self._own_contents.shards, *(each.contents.shards for each in self.additions)]
+        shards = {shard: digest_of([part[shard] for part in parts]) for shard in parts[0]}
+        ranges = (self.schema.shard_range(int(shard)) for shard in shards)
+        return Contents(shards, sum(int((self.status(*each) == Status.OK).sum()) for each in ranges))
+
+    @cached_property
+    def _own_contents(self) -> Contents:
         shards, good = {}, 0
         for commit in self.commits():
             shards[str(commit.shard)] = commit.digest
@@ -192,7 +227,7 @@ class Store:
 
     def _version(self, shard: int) -> str:
         """What is in a shard, for a cache of it: rows that are encoded again have another digest."""
-        return self.contents.shards[str(shard)]
+        return self._own_contents.shards[str(shard)]
 
     def _parse_commit(self, shard: int, document: object) -> Commit:
         path = storage.join(self.path, commit_path(shard))
@@ -220,7 +255,7 @@ class Store:
     def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Embeddings of rows start..stop-1, in the store's type (N, D); in a store of views, the normalised mean of the
         views. Rows without an embedding are zero. Raises StoreError for rows that are damaged or not written."""
-        return self._one_view(self._arrays[EMBEDDING].read(slice(start, stop)))
+        return self._one_view(self._all_views(EMBEDDING, slice(start, stop)))
 
     def valid_rows(self, start: int, stop: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """The rows of start..stop-1 that have an embedding, finite and not zero: their numbers int64 (N,), and their
@@ -233,7 +268,12 @@ class Store:
 
     def gather(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Embeddings of any rows in any order, as `read` returns them."""
-        return self._one_view(self._arrays[EMBEDDING].read(rows_N))
+        return self._one_view(self._all_views(EMBEDDING, rows_N))
+
+    def _all_views(self, name: str, rows: Rows) -> np.ndarray[Any, Any]:
+        """Some rows of an array, with the views that were added."""
+        parts = [store._arrays[name].read(rows) for store in (self, *self.additions)]
+        return np.concatenate(parts, axis=1) if self.additions else parts[0]
 
     def _one_view(self, embedding: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return _mean_view(embedding) if self.schema.views else embedding
@@ -241,16 +281,33 @@ class Store:
     def gather_view(
         self, rows_N: np.ndarray[Any, Any], view_N: np.ndarray[Any, Any]
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """In a store of views: the embedding (N, D) and the box int32 (N, 5) of one view of each row."""
-        places = np.arange(len(rows_N))
-        return self._arrays[EMBEDDING].read(rows_N)[places, view_N], self._arrays[VIEW].read(rows_N)[places, view_N]
+        """In a store of views: the embedding (N, D) and the numbers int32 (N, P) of one view of each row."""
+        return self._one_of(EMBEDDING, rows_N, view_N), self._one_of(VIEW, rows_N, view_N)
+
+    def _one_of(self, name: str, rows_N: np.ndarray[Any, Any], view_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """One view of each row from an array (N, V, ...)."""
+        spec = self.made.arrays()[name]
+        found = np.empty((len(rows_N), *spec.shape[2:]), spec.dtype)
+        for store in (self, *self.additions):
+            views = store.made.views
+            assert views is not None
+            first = views.first
+            (place_M,) = np.nonzero((first <= view_N) & (view_N < views.end))
+            if len(place_M):
+                rows_MV = store._arrays[name].read(rows_N[place_M])
+                found[place_M] = rows_MV[np.arange(len(place_M)), view_N[place_M] - first]
+        return found
 
     def embeddings(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Embeddings as stored, (N, D), or with views (N, V, D)."""
-        return self._arrays[EMBEDDING].read(rows_N)
+        return self._all_views(EMBEDDING, rows_N)
+
+    def views(self, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """In a store of views: their numbers, int32 (N, V, P)."""
+        return self._all_views(VIEW, rows_N)
 
     def shard_arrays(self, shard: int) -> dict[str, np.ndarray[Any, Any]]:
-        """All arrays of one shard by name, every checksum compared."""
+        """All arrays of one shard by name, every checksum compared; without the views that were added."""
         return {
             name: array.read_by_zarr(slice(*self.schema.shard_range(shard))) for name, array in self._arrays.items()
         }
@@ -261,20 +318,32 @@ class Store:
         index_N3 = self._arrays[PIXEL_INDEX].read(rows_N)
         return self._pixels.jpegs(rows_N, index_N3)
 
+    def pixel_places(self, rows_N: np.ndarray[Any, Any]) -> Iterator[tuple[str, int, int]]:
+        """In a store with pixels: for each row the tar with its JPEG, where that begins, and how many bytes it has."""
+        index_N3 = self._arrays[PIXEL_INDEX].read(rows_N)
+        for row, (begin, end, _) in zip(rows_N.tolist(), index_N3.tolist(), strict=True):
+            yield storage.join(self.path, pixels_path(row // self.schema.shard_rows)), begin, end - begin
+
     def fetch(self, rows_N: np.ndarray[Any, Any], *, pixels: bool = False) -> None:
         """Bring the chunks of some rows into the cache of this machine, if the store is read through one: embeddings,
         and with `pixels` all that training reads of them."""
         names = [
             name for name in (EMBEDDING, VIEW, PIXEL_INDEX) if name in self._arrays and (pixels or name == EMBEDDING)
         ]
-        for name in names:
-            self._arrays[name].fetch(rows_N)
+        for store in (self, *self.additions):
+            for name in names:
+                if name in store._arrays:
+                    store._arrays[name].fetch(rows_N)
         if pixels and self.schema.pixels:
             self._pixels.fetch(rows_N, self._arrays[PIXEL_INDEX].read(rows_N))
 
     def status(self, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
-        """Status codes, uint8 (N,)."""
-        return self._arrays[STATUS].read(slice(start, self.schema.rows if stop is None else stop))
+        """Status codes, uint8 (N,). A row has an embedding if it has one in each of its views."""
+        rows = slice(start, self.schema.rows if stop is None else stop)
+        status_N = self._arrays[STATUS].read(rows)
+        for store in self.additions:
+            status_N = np.where(status_N == Status.OK, store._arrays[STATUS].read(rows), status_N)
+        return status_N
 
     @property
     def by_chunks(self) -> bool:

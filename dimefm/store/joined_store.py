@@ -97,8 +97,12 @@ class JoinedStore(Store):
 
     def gather_view(self, rows_N: _Rows, view_N: _Rows) -> tuple[_Rows, _Rows]:
         """As of a Store."""
-        embedding_ND, numbers = self._gathered(rows_N, lambda store, rows, at: store.gather_view(rows, view_N[at]))
-        return embedding_ND, numbers
+        embedding_ND, numbers_NP = self._gathered(rows_N, lambda store, rows, at: store.gather_view(rows, view_N[at]))
+        if self.schema.views and self.schema.views.mixup:  # the row that a view is mixed with is one of its own part
+            other_N = numbers_NP[:, self.schema.views.alone]
+            mixed_N = other_N >= 0
+            other_N[mixed_N] += self._starts[self._part(rows_N[mixed_N])].astype(other_N.dtype)
+        return embedding_ND, numbers_NP
 
     def pixels(self, rows_N: _Rows) -> Iterator[bytes]:
         """As of a Store."""

@@ -13,14 +13,14 @@ from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 
 
-def reopen(path: str, *others: str) -> Store:
-    """The store at `path`. Raises UnreadableError where it, or one of the folders `others`, is not there, as on a
-    machine without the mount: the command has seen them, so other machines can."""
+def reopen(path: str, *others: str, additions: int | None = None) -> Store:
+    """The store at `path`; `additions` as in Store. Raises UnreadableError where it, or one of the folders `others`, is
+    not there, as on a machine without the mount: the command has seen them, so other machines can."""
     with reopening():
         for other in others:
             if not storage.exists(other):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), other)
-        return Store(path)
+        return Store(path, additions=additions)
 
 
 @contextmanager

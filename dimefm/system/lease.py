@@ -71,7 +71,8 @@ def held() -> dict[str, str]:
 
 def require_held(store: str) -> None:
     """Raises StoreError where this process writes to a store under a lease that another command has taken over. Called
-    before any document is written that marks work as done."""
+    before any document is written that marks work as done. The lease of a store covers all that lies in it."""
+    store = next((one for one in _held if f"{store}/".startswith(f"{one}/")), store)
     if store not in _held:
         return
     chain = _chain(store)

@@ -136,7 +136,7 @@ _TEXT_LOSS, _TEXT_BATCH = LossConfig(vl=0.0, pvl=0.0, cosine=1.0), 256
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides a student. A store of views brings its own crops and flips.
+    """Everything that decides a student. A store of views brings its own crops, flips and operations.
 
     `text_loss` and `text_batch_size` are for a `text_student`. What is left to the machine, precision "auto" and
     `threads` None, is decided when a run begins and kept by it (training.machine_settings).

@@ -3,7 +3,7 @@
 Every random choice about an image is drawn from (seed, epoch, row), so that it depends neither on the process that
 decodes it nor on where a run was resumed. With several stores, each counts its own passes in place of epochs.
 
-Shapes: B images of this process, G images of all, D embedding width, H height, W width.
+Shapes: B images of this process, G images of all, D embedding width, P numbers of a view, H height, W width.
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from cache_schemas import SchemaError
+from cache_schemas import SchemaError, ViewPlan
 from dimefm.errors import DimefmError, TrainingError
 from dimefm.images.crops import random_crop, replay
 from dimefm.images.decode import DecodeError, decode_rgb, decode_scaled, jpeg_size
 from dimefm.images.preprocess import resize
-from dimefm.sources.read_image import read_encoded
+from dimefm.sources.read_image import ImagePlace, read_encoded
 from dimefm.store.embedding_store import Store, opened
 from dimefm.system.read_ahead import reading_ahead
 from dimefm.training.batch_loader import Request, note_row, training_error
 from dimefm.training.text_bank import DrawnTexts, TextBank
+
+_Seen = TypeVar("_Seen")
 
 
 @dataclass(frozen=True)
@@ -115,14 +117,15 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
         stores = self._stores = self._stores or [opened(one) for one in self._given]  # in the process that reads
         store = stores[0]
         view: Callable[[int, bytes], torch.Tensor]
-        if store.schema.views:
-            # Every pass shows another view of each image: the same crop and flip that each teacher saw
+        if plan := store.schema.views:
+            # Every pass shows another view of each image: the same pixels that each teacher saw, at this size
             count = min(one.schema.views.count for one in stores if one.schema.views)
-            teacher_BD, boxes_B5 = _gather_view(stores, request.rows_B, (request.rows_B + request.passes()) % count)
+            teacher_BD, numbers_BP = _gather_view(stores, request.rows_B, (request.rows_B + request.passes()) % count)
             size, facts = (self._augmentation.size,) * 2, store.schema.teacher.preprocessing
+            other = self._mixed_in(store, plan, numbers_BP)
 
             def view(place: int, data: bytes) -> torch.Tensor:
-                return replay(decode_rgb(data), boxes_B5[place], size, facts)
+                return replay(decode_rgb(data), numbers_BP[place], plan, size, facts, other)
         else:
             teacher_BD = _beside([one.gather(request.rows_B) for one in stores])
             passes_B = request.passes()
@@ -131,7 +134,7 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
                 return self._augmentation(data, int(passes_B[place]), int(request.rows_B[place]))
 
         pixels_B3HW = _empty_pixels(len(request.rows_B), self._augmentation.size)
-        for place, (where, read) in enumerate(self._encoded(store, request)):
+        for place, (where, read) in enumerate(self._encoded(store, request.rows_B, request.places_B)):
             note_row(request.rows_B[place])
             pixels_B3HW[place] = _read_again(where, read, partial(view, place))
         note_row(None)
@@ -144,33 +147,55 @@ class TrainingImages(Dataset["Batch | TrainingError"]):
             texts=tuple(bank.draw(request.step, request.all_rows_G) if bank else None for bank in self._banks),
         )
 
-    def _encoded(self, store: Store, request: Request) -> Iterator[tuple[Callable[[], str], Callable[[], bytes]]]:
+    def _mixed_in(
+        self, store: Store, plan: ViewPlan, numbers_BP: np.ndarray[Any, Any]
+    ) -> Callable[[int], torch.Tensor]:
+        """Gives the images of the rows that these views are mixed with, uint8 (3, H, W). They are read here, and
+        decoded when they are asked for."""
+        rows_N = np.unique(numbers_BP[:, plan.alone]) if plan.mixup else np.empty(0, np.int64)
+        rows_N = rows_N[rows_N >= 0].astype(np.int64)
+        places_N = None
+        if not store.schema.pixels:
+            samples = store.samples(rows_N, ImagePlace._fields)
+            places_N = [ImagePlace(**{name: one[name] for name in ImagePlace._fields}) for one in samples]
+        encoded = zip(rows_N.tolist(), self._encoded(store, rows_N, places_N), strict=True)
+        found = {row: (where, _read_again(where, read, bytes)) for row, (where, read) in encoded}
+
+        def other(row: int) -> torch.Tensor:
+            where, data = found[row]
+            return _read_again(where, lambda: data, decode_rgb)
+
+        return other
+
+    def _encoded(
+        self, store: Store, rows_N: np.ndarray[Any, Any], places_N: list[ImagePlace] | None
+    ) -> Iterator[tuple[Callable[[], str], Callable[[], bytes]]]:
         """How to name each image in an error, and how to read it: from the store's own pixels, else from the file that
         it was cached from."""
-        if request.places_B is None:
-            jpegs = store.pixels(request.rows_B)
-            for row in request.rows_B.tolist():
+        if places_N is None:
+            jpegs = store.pixels(rows_N)
+            for row in rows_N.tolist():
                 yield partial(store.name_of, row), partial(next, jpegs)
             return
-        if not all(place.file for place in request.places_B):
+        if not all(place.file for place in places_N):
             what = f"{store.path} was imported without the images that its embeddings are of"
             raise TrainingError(what, remedy="import it again with --images, or cache the images")
-        images = reading_ahead(read_encoded, request.places_B, request.places_B[0].file)
-        for row in request.rows_B.tolist():
+        images = reading_ahead(read_encoded, places_N, places_N[0].file if places_N else "")
+        for row in rows_N.tolist():
             yield partial(_name_of, store, row), partial(next, images)
 
 
 def _gather_view(
     stores: Sequence[Store], rows_B: np.ndarray[Any, Any], view_B: np.ndarray[Any, Any]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The embeddings (B, D) of one view of each row, those of all stores side by side, and its boxes (B, 5)."""
+    """The embeddings (B, D) of one view of each row, those of all stores side by side, and its numbers (B, P)."""
     found = [store.gather_view(rows_B, view_B) for store in stores]
-    boxes_B5 = found[0][1]
-    for store, (_, theirs_B5) in zip(stores, found, strict=True):
-        if not np.array_equal(boxes_B5, theirs_B5):
-            what = f"{stores[0].path} and {store.path} have other crops of the same images"
+    numbers_BP = found[0][1]
+    for store, (_, theirs_BP) in zip(stores, found, strict=True):
+        if not np.array_equal(numbers_BP, theirs_BP):
+            what = f"{stores[0].path} and {store.path} have other views of the same images"
             raise TrainingError(what, remedy="cache both from the same images, with the same --pixels and --decoder")
-    return _beside([embedding_BD for embedding_BD, _ in found]), boxes_B5
+    return _beside([embedding_BD for embedding_BD, _ in found]), numbers_BP
 
 
 def _beside(parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
@@ -190,9 +215,7 @@ def _name_of(store: Store, row: int) -> str:
     return f"{store.name_of(row)} (key {sample['key']!r} in {sample['file']})"
 
 
-def _read_again(
-    where: Callable[[], str], read: Callable[[], bytes], view: Callable[[bytes], torch.Tensor]
-) -> torch.Tensor:
+def _read_again(where: Callable[[], str], read: Callable[[], bytes], view: Callable[[bytes], _Seen]) -> _Seen:
     try:
         return view(read())
     except (OSError, DecodeError, MemoryError) as error:

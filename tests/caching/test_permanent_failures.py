@@ -369,7 +369,7 @@ def test_an_image_that_failed_by_the_machine_is_tried_again_once_by_a_command(
         return decode(loader, data, row)
 
     monkeypatch.setattr(Loader, "_decode", failing)
-    monkeypatch.setattr("dimefm.caching.encode_shard.without_crashes", lambda rows, *words: rows)
+    monkeypatch.setattr("dimefm.caching.encode_planned.without_crashes", lambda rows, *words: rows)
     assert evaluate(config).results[0].unreadable == 1
     again = 0 if lasting or (lasting is None and skip) else 1
     assert evaluate(config).results[0].unreadable == 1

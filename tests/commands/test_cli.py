@@ -193,6 +193,8 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     ("arguments", "what"),
     [
         (["cache-images", "x", "--out", "o", "--teacher", "t", "--view-scale", "0.5"], "--view-scale has no effect"),
+        (["cache-images", "x", "--out", "o", "--teacher", "t", "--augment", "strong"], "--augment has no effect"),
+        (["cache-images", "x", "--out", "o", "--teacher", "t", "--mixup", "0.2"], "--mixup has no effect"),
         (
             ["cache-images", "x", "--out", "o", "--teacher", "t", "--captions-out", "c"],
             "--captions-out has no effect without --captions",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from click.testing import CliRunner
 
 from cache_schemas import Status, digest_of
 from cache_schemas.document import CHECKSUM
+from dimefm.caching.add_views import stores_to_write
 from dimefm.cli import cli
 from dimefm.evaluation.results import read_results
 from dimefm.store.embedding_store import Store
@@ -104,6 +106,27 @@ def test_stores_are_verified_and_read(written: Path) -> None:
     assert np.allclose(norms, 1, atol=1e-2)
     assert Pairs(str(written / "pairs.zarr")).hit_counts().images == 23
     assert len(SelectedTexts(str(written / "texts.selection")).rows()) == 12
+
+
+def test_views_are_added_to_a_store(written: Path) -> None:
+    images = Store(str(written / "images.zarr"))
+    before, plan = files_of(written / "images.zarr"), images.schema.views
+    assert plan is not None
+    _, added = stores_to_write(images, replace(plan, count=3))
+    for shard in range(2):
+        arrays = images.shard_arrays(shard)
+        first = {
+            name: arrays[name][:, :1] if name in ("embedding", "view") else arrays[name]
+            for name in added.schema.arrays()
+        }
+        added.write_shard(shard, first, list(images.failures_in(shard).values()), device="cpu", seconds=0.0)
+    grown = Store(images.path)
+    assert grown.schema.views == replace(plan, count=3)
+    assert grown.schema.identity != images.schema.identity
+    np.testing.assert_array_equal(grown.embeddings(np.arange(24))[:, 2], images.embeddings(np.arange(24))[:, 0])
+    dimefm("verify", written / "images.zarr")
+    after = files_of(written / "images.zarr")
+    assert {name: data for name, data in after.items() if not name.startswith("views/")} == before
 
 
 def test_a_finished_command_has_nothing_to_do(written: Path) -> None:

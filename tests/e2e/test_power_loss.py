@@ -197,6 +197,14 @@ def test_a_cache(power: PowerLoss, out: Path, image_tar: Path, teacher_name: str
     assert len(power.checked) == 4
 
 
+def test_views_that_are_added(power: PowerLoss, out: Path, image_tar: Path, teacher_name: str) -> None:
+    more = ["--shard-rows", "48", "--workers", "1", "--device", "cpu", "--views"]
+    words = ["cache-images", str(image_tar), "--out", str(out), "--teacher", teacher_name, *more]
+    do(power, *words, "1")
+    assert do(power, *words, "2") == {"zarr.json", "commits/*.json"}
+    assert len(power.checked) == 3
+
+
 def test_an_index_pairs_and_a_selection(
     power: PowerLoss, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

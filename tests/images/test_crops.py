@@ -15,7 +15,7 @@ from cache_schemas import EmbeddingStore, SchemaError, Status, ViewPlan
 from dimefm.caching.encode_shard import encode_shard
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.errors import MismatchError
-from dimefm.images.crops import draw_boxes, random_crop
+from dimefm.images.crops import draw_views, random_crop
 from dimefm.images.decode import decode_rgb
 from dimefm.models.clip import Clip
 from dimefm.sources.read_image import ImagePlace
@@ -176,15 +176,15 @@ def test_the_views_of_an_image_differ(found: dict[int | None, Cached]) -> None:
 
 
 def test_half_of_the_views_are_flipped_and_none_without_flips() -> None:
-    flips = [draw_boxes(replace(PLAN, count=8), row, 60, 80)[:, 4] for row in range(300)]
+    flips = [draw_views(replace(PLAN, count=8), row, 60, 80)[:, 4] for row in range(300)]
     assert np.mean(flips) == pytest.approx(0.5, abs=0.05)
-    assert not any(draw_boxes(replace(PLAN, flip=False), row, 60, 80)[:, 4].any() for row in range(50))
+    assert not any(draw_views(replace(PLAN, flip=False), row, 60, 80)[:, 4].any() for row in range(50))
 
 
 def test_a_view_depends_on_seed_row_and_its_number_alone() -> None:
-    many, few = draw_boxes(replace(PLAN, count=5), 7, 60, 80), draw_boxes(PLAN, 7, 60, 80)
+    many, few = draw_views(replace(PLAN, count=5), 7, 60, 80), draw_views(PLAN, 7, 60, 80)
     np.testing.assert_array_equal(many[:VIEWS], few)
-    for other in (draw_boxes(PLAN, 8, 60, 80), draw_boxes(replace(PLAN, seed=1), 7, 60, 80)):
+    for other in (draw_views(PLAN, 8, 60, 80), draw_views(replace(PLAN, seed=1), 7, 60, 80)):
         assert (other != few).any()
 
 
@@ -247,7 +247,6 @@ def test_a_second_run_gives_the_same_bytes(
     ("changes", "difference"),
     [
         ({"seed": 1}, "views.seed: 0 != 1"),
-        ({"count": 4}, "views.count: 3 != 4"),
         ({"crop_scale": (0.5, 1.0)}, "views.crop_scale: [0.4, 1.0] != [0.5, 1.0]"),
         ({"flip": False}, "views.flip: True != False"),
     ],

@@ -33,6 +33,7 @@ from cache_schemas import (
     SelectionPlan,
     SourceSummary,
     Status,
+    StrongViews,
     StudentSpec,
     TeacherIdentity,
     TextSelection,
@@ -491,8 +492,16 @@ sources = st.builds(
     problems=st.lists(names).map(tuple),
     settings=st.dictionaries(names, counts | names),
 )
+strong_views = st.builds(StrongViews, operations=st.integers(0, 16), magnitude=st.integers(0, 10))
 view_plans = st.builds(
-    ViewPlan, count=st.integers(1, 9), seed=counts, crop_scale=st.tuples(finite, finite), flip=st.booleans()
+    ViewPlan,
+    count=st.integers(1, 9),
+    seed=counts,
+    crop_scale=st.tuples(finite, finite),
+    flip=st.booleans(),
+    strong=st.none() | strong_views,
+    mixup=st.sampled_from([0.0, 0.2]),
+    first=st.integers(0, 9),
 )
 
 
@@ -548,6 +557,29 @@ def test_the_shards_of_any_store_cover_its_rows_once(store: EmbeddingStore) -> N
         assert start == shard * store.shard_rows
         assert 0 < stop - start <= store.shard_rows
     assert store.shard_range(store.shards - 1)[1] == store.rows
+
+
+# -- views ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_store_of_crops_is_written_and_named_as_before_there_were_strong_views() -> None:
+    plan = ViewPlan(count=2, seed=0, crop_scale=(0.4, 1.0), flip=True)
+    store = dataclasses.replace(STORE, kind="image", views=plan)
+    before = {"count": 2, "seed": 0, "crop_scale": [0.4, 1.0], "flip": True}
+    assert store.to_json()["views"] == before
+    assert digest_of(plan) == digest_of(before)
+    assert store.arrays()["view"].shape == (STORE.rows, 2, 5)
+    others = [{"strong": StrongViews()}, {"mixup": 0.2}, {"strong": StrongViews(magnitude=5)}]
+    changed = [dataclasses.replace(store, views=dataclasses.replace(plan, **one)) for one in others]
+    assert len({store.identity, *(one.identity for one in changed)}) == 4
+    assert [one.arrays()["view"].shape[-1] for one in changed] == [5 + 4 + 3, 2 * 5 + 2, 5 + 4 + 3]
+
+
+def test_a_store_of_operations_that_are_not_known_here_is_refused() -> None:
+    plan = ViewPlan(count=2, seed=0, crop_scale=(0.4, 1.0), flip=True, strong=StrongViews(version=2))
+    document = dataclasses.replace(STORE, kind="image", views=plan).to_json()
+    with pytest.raises(SchemaError, match=r"views\.strong\.version: 2 is not known here"):
+        EmbeddingStore.parse(document, "zarr.json")
 
 
 # -- identity ---------------------------------------------------------------------------------------------------------

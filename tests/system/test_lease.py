@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -20,6 +21,8 @@ import s3fs
 from click.testing import CliRunner
 from fsspec.spec import AbstractFileSystem
 
+from cache_schemas import ViewPlan
+from dimefm.caching.add_views import stores_to_write
 from dimefm.caching.encode_shard import encode_shard
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.caching.worker import Job, Worker
@@ -27,6 +30,7 @@ from dimefm.cli import cli
 from dimefm.errors import StoreError
 from dimefm.models.clip import Clip
 from dimefm.store.commit import make_commit, write_commit
+from dimefm.store.embedding_store import Store
 from dimefm.system import lease, storage
 from dimefm.system.lease import require_held, writes_under
 from dimefm.system.lock import writing
@@ -320,6 +324,32 @@ def test_a_worker_writes_under_the_lease_of_its_command(s3: str, image_tar: Path
         assert store.committed() == {0}
         writes_under(out, token)
     require_held(out)
+
+
+def test_views_are_added_under_the_lease_of_their_store(s3: str, image_tar: Path, clip: Clip) -> None:
+    out, plan = f"{s3}/s.zarr", ViewPlan(count=1, seed=0, crop_scale=(0.4, 1.0), flip=True)
+    with writing(out) as token:
+        request = PlanRequest(kind="image", arguments=(str(image_tar),), shard_rows=48, views=plan)
+        store = open_or_plan(request, out, clip.identity)
+        for shard in range(2):
+            encode_shard(store, shard, clip)
+        _, added = stores_to_write(store, replace(plan, count=2))
+        job = Job(
+            store=added.path, teacher="t", pretrained=None, precision=clip.identity.precision, device="cpu", threads=1,
+            lease=token,
+        )  # fmt: skip
+        worker = Worker(job, clip)
+        worker.start(1, 0)
+        worker.encode(0)
+        writes_under(out, "another's")
+        with pytest.raises(StoreError, match="is no longer this command's"):
+            worker.encode(1)
+        assert added.committed() == {0}
+        writes_under(out, token)
+        worker.encode(1)
+    found = Store(out)
+    assert found.schema.views == replace(plan, count=2)
+    assert found.embeddings(np.arange(96)).shape == (96, 2, 128)
 
 
 def test_a_lease_tells_no_secrets(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
