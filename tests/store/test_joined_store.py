@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.making import read_tar, write_tar
 from tests.stores import random_store
 
 FIRST, SECOND = 20, 37
+VIEWS = ViewPlan(count=2, seed=0, crop_scale=(0.4, 1.0), flip=True)
 Two = tuple[Store, np.ndarray, np.ndarray]
 
 
@@ -101,7 +103,7 @@ def halves(image_tar: Path, clip: Clip, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize("pixels", [None, 48])
-@pytest.mark.parametrize("views", [None, ViewPlan(count=2, seed=0, crop_scale=(0.4, 1.0), flip=True)])
+@pytest.mark.parametrize("views", [None, VIEWS, replace(VIEWS, mixup=1.0)])
 def test_images_of_a_joined_store_are_those_of_its_parts(
     halves: Callable[..., list[Store]], pixels: int | None, views: ViewPlan | None
 ) -> None:

@@ -187,6 +187,7 @@ def test_what_goes_with_one_store_alone_is_refused(two: str, image_store: Store,
         ({"images": two, "image_weights": (2.0,)}, "image_weights are one for each image store: 1 for 2"),
         ({"images": two, "image_weights": (1.0, 0.0)}, "image_weights must be above 0"),
         ({"images": two, "pairs": "p", "loss": LossConfig(contrastive=1)}, "pairs are of one image store"),
+        ({"images": two, "captions": "c", "loss": LossConfig(contrastive=1)}, "captions are of one image store"),
     ):
         with pytest.raises(TrainingError, match=what):
             replace(config, **changes)  # type: ignore[arg-type]

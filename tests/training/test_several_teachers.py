@@ -360,6 +360,8 @@ def test_settings_of_teachers_that_make_no_sense_are_refused(config: Config, tmp
         ({"texts": None, "more_texts": ()}, "teacher 1 has no text store, and the loss vl needs sentences"),
         ({"more_texts": ()}, "teacher 2 has no text store, and the loss vl needs sentences"),
         ({"text_student": "ViT-B-32"}, "distilled from one teacher, and there are several"),
+        ({"images": "a.zarr::b.zarr"}, "several stores of one teacher, A.zarr::B.zarr, do not go with several"),
+        ({"captions": "c", "loss": LossConfig(contrastive=1)}, "captions are encoded by one teacher, and there are"),
         ({"teacher_scales": (1.0, 1.0), "loss": LossConfig(logit_scale="teacher")}, "each teacher has its own"),
     ):  # fmt: skip
         with pytest.raises(TrainingError, match=said):
