@@ -22,7 +22,7 @@ from dimefm.caching.image_loader import Known, Loaded, Loader
 from dimefm.caching.plan import PlanRequest, forecast
 from dimefm.images import operations
 from dimefm.images.crops import level
-from dimefm.images.decode import decode_rgb
+from dimefm.images.decode import decode_pillow, decode_rgb
 from dimefm.models.clip import load_clip
 from dimefm.sample import sample_dir
 from dimefm.sources.read_image import read_encoded
@@ -95,8 +95,9 @@ def _write_photographs(folder: Path, images: int, side: int) -> None:
     with tarfile.open(sample_dir() / "images" / "train-00000.tar") as tar:
         members = (member for member in tar if member.name.endswith(".jpg"))
         for member in islice(members, images):
-            with Image.open(tar.extractfile(member)) as image:  # type: ignore[arg-type]
-                large = image.convert("RGB").resize((side, side * 3 // 4), Image.Resampling.BICUBIC)
+            data = tar.extractfile(member)
+            assert data is not None
+            large = decode_pillow(data.read()).convert("RGB").resize((side, side * 3 // 4), Image.Resampling.BICUBIC)
             large.save(folder / Path(member.name).name, quality=90)
 
 
