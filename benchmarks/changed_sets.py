@@ -47,7 +47,9 @@ def changed_set(folder: Path, change: str, out: Path) -> Path:
                 stem, _, ending = member.name.rpartition(".")
                 if ending in ("jpg", "jpeg", "png"):
                     sink = io.BytesIO()
-                    CHANGES[change](Image.open(io.BytesIO(data)).convert("RGB")).save(sink, "PNG")
+                    CHANGES[change](Image.open(io.BytesIO(data), formats=["JPEG", "PNG"]).convert("RGB")).save(
+                        sink, "PNG"
+                    )
                     data, ending = sink.getvalue(), "png"
                 info = tarfile.TarInfo(f"{stem}.{ending}")
                 info.size = len(data)

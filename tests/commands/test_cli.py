@@ -273,7 +273,7 @@ def test_other_errors_of_torch_are_traced(monkeypatch: pytest.MonkeyPatch) -> No
         ("--text-mix", "pretty=1", "'pretty' is not known: there are random, selected, retrieved"),
         ("--text-mix", "retreived=1", "'retreived' is not known: did you mean 'retrieved'?"),
         ("--set", "loss.quue=8", "no field is called 'loss.quue': did you mean 'loss.queue'"),
-        ("--set", "weight-decay=8", "no field is called 'weight-decay': did you mean 'weight_decay'?"),
+        ("--set", "weight-decay=8", "no field is called 'weight-decay': did you mean 'weight_decay' or"),
         ("--set", "banana=8", "no field is called 'banana': dimefm train-student --fields lists all"),
         ("--set", "warmup_epochs", "'warmup_epochs' is not FIELD=VALUE"),
         ("--set", "epochs.x=1", "no field is called 'epochs.x': did you mean 'epochs'"),

@@ -86,7 +86,7 @@ def test_stores_that_a_worker_cannot_open_again_put_it_aside(tmp_path: Path, mon
     monkeypatch.delenv(named_paths.VARIABLE, raising=False)
     store, _ = random_store(tmp_path / "s.zarr", rows=4, shard_rows=4)
     once = Store(store.path, cached=False)
-    assert [pickle.loads(pickle.dumps(one))._cached for one in (store, once)] == [True, False]
+    assert [pickle.loads(pickle.dumps(one)).cached for one in (store, once)] == [True, False]
     worker = ray_shards._Worker(pickle.dumps(store), Seat(), "", {}, (None, None))
     shutil.move(store.path, tmp_path / "moved.zarr")
     with pytest.raises(UnreadableError, match=r"s\.zarr.*(?s:.*)let every machine of the cluster see the same files"):

@@ -102,7 +102,7 @@ def test_end_to_end_the_job_ends_in_a_report(finished: Path, teacher: str, sampl
         assert f"| {student.label} " in report.text
     config = read_run(str(finished / "run-paper")).config
     assert (config["loss"]["vl"], config["loss"]["pvl"]) == (0.7, 0.3)  # type: ignore[index]
-    assert config["text_mix"] == {"random": 0.0, "selected": 1.0, "retrieved": 0.0}
+    assert config["text_mix"] == {"random": 0.0, "selected": 1.0, "retrieved": 0.0, "captions": 0.0}
     assert config["selection"]
     if teacher == sample_teacher:
         assert read_results(str(finished / "evaluations" / "teacher"))[0].metrics["top1"] > 0.4

@@ -508,7 +508,7 @@ view_plans = st.builds(
 @st.composite
 def stores(draw: st.DrawFn) -> EmbeddingStore:
     teacher, chunk_rows = draw(teachers), draw(st.integers(1, 5000))
-    kind = draw(st.sampled_from(["image", "text"]))
+    kind = draw(st.sampled_from(["image", "text"] if teacher.has_text else ["image"]))
     return EmbeddingStore(
         kind=kind,
         rows=draw(st.integers(1, 10**11)),

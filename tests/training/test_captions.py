@@ -75,7 +75,7 @@ def config_of(images: Store, texts: Store, captions: Captions, out: Path, **chan
 
 def bank_of(images: Store, texts: Store, captions: Captions, **changes: Any) -> TextBank:
     config = config_of(images, texts, captions, Path("unused"), **changes)
-    bank = _text_bank(config, Inputs(images, texts, None, None, captions), Place(0, 1, CPU))
+    bank = _text_bank(config, Inputs(images, texts, None, None, captions), 0, Place(0, 1, CPU))
     assert bank is not None
     return bank
 
