@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from cache_schemas.identity import Precision
+from cache_schemas.views import Augment
 from dimefm.commands.help import Command, heading
 from dimefm.commands.options import (
     DEVICES,
@@ -74,6 +75,7 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @_option("--init", metavar="WEIGHTS")
 @_option("--text-student", metavar="NAME")
 @_option("--image-size", type=click.IntRange(1), metavar="PIXELS")
+@_option("--augment", type=click.Choice(get_args(Augment)))
 @heading("Steps")
 @_option("--epochs", type=float)
 @_option("--max-steps", type=click.IntRange(1))

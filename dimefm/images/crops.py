@@ -65,12 +65,13 @@ def draw_view(plan: ViewPlan, row: int, view: int, height: int, width: int) -> n
     numbers_P[:4] = random_crop(height, width, plan.crop_scale, rng)
     numbers_P[4] = plan.flip and rng.random() < 0.5
     if plan.strong:
-        numbers_P[BOX:] = _draw_operations(plan.strong, rng)
+        numbers_P[BOX:] = draw_operations(plan.strong, rng)
     return numbers_P
 
 
-def _draw_operations(strong: StrongViews, rng: np.random.Generator) -> list[int]:
-    """Operations with their levels, then the factors of the jitter; as many draws whatever comes out."""
+def draw_operations(strong: StrongViews, rng: np.random.Generator) -> list[int]:
+    """Operations with their levels, then the factors of the jitter; as many draws whatever comes out. For
+    `with_operations`."""
     numbers: list[int] = []
     for _ in range(strong.operations):
         applied, operation = rng.random() < _APPLIED, Operation(int(rng.integers(1, len(Operation))))
@@ -131,10 +132,13 @@ def _replay_alone(
     top, left, height, width, flipped = numbers_P[:BOX].tolist()
     view = resize(image_3HW[:, top : top + height, left : left + width], size, interpolation_mode(facts))
     view = view.flip(-1) if flipped else view
-    if len(numbers_P) == BOX:
-        return view
-    *chosen, brightness, contrast, color = numbers_P[BOX:].tolist()
-    pixels_3HW = np.ascontiguousarray(view.numpy())
+    return view if len(numbers_P) == BOX else with_operations(view, numbers_P[BOX:].tolist())
+
+
+def with_operations(view_3HW: torch.Tensor, numbers: list[int]) -> torch.Tensor:
+    """A view, uint8 (3, H, W), after the operations and the jitter that `draw_operations` has drawn."""
+    *chosen, brightness, contrast, color = numbers
+    pixels_3HW = np.ascontiguousarray(view_3HW.numpy())
     for operation, degree in zip(chosen[::2], chosen[1::2], strict=True):
         pixels_3HW = operations.apply(pixels_3HW, operation, degree)
     return torch.from_numpy(operations.jitter(pixels_3HW, brightness, contrast, color))

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from cache_schemas import parse_dataclass, to_plain
 from cache_schemas.identity import Activation, Precision
+from cache_schemas.views import Augment
 from dimefm.errors import TrainingError
 from dimefm.training.ranges import out_of_range
 
@@ -227,6 +228,9 @@ class TrainConfig:
     """Side of the images that the student sees, in pixels. Default: the model's own."""
     flip: bool = True
     """Flip half of the images from left to right; for images that were cached whole."""
+    augment: Augment = "crop"
+    """What is done to images that were cached whole. crop: a random crop, and a flip; strong: then operations of
+    RandAugment and changes of brightness, contrast and colour, as in strong views."""
     optimizer: str = "adamw"
     """AdamW, or an optimizer of timm such as lion or lamb, with the rest as timm has it: an SGD has momentum 0.9."""
     layer_decay: float | None = None

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from cache_schemas import StrongViews
 from dimefm.models.towers import student_spec, text_spec
 from dimefm.store.embedding_store import Store
 from dimefm.store.local_copy import bring, fits_in_cache
@@ -169,7 +170,10 @@ def _start(
         sentences = TrainingTexts(inputs.texts, text_spec(config.text_student, teacher))
         loader = training_loader(sentences, text_requests, min(1, workers), ahead)
         texts = stack.enter_context(closing(loader))
-    augmentation = Augmentation(size=size, crop_scale=config.crop_scale, flip=config.flip, seed=config.seed)
+    strong = StrongViews() if config.augment == "strong" else None
+    augmentation = Augmentation(
+        size=size, crop_scale=config.crop_scale, flip=config.flip, seed=config.seed, strong=strong
+    )
     pictures = TrainingImages(inputs.images, augmentation, banks, [one.images for one in inputs.more])
     images = stack.enter_context(closing(training_loader(pictures, image_requests, workers, ahead)))
     pairs = zip(images, texts, strict=False)

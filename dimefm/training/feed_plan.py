@@ -44,6 +44,9 @@ def plan_feed(config: TrainConfig, world: int) -> Plan:
     the user can mend."""
     require_startable(config)
     inputs = open_inputs(config)
+    if config.augment != "crop" and inputs.images.schema.views:
+        what = f"augment {config.augment} has no effect with {inputs.images.path}, whose views are shown as they are"
+        raise TrainingError(what, remedy="leave it out, or give a store of whole images")
     kind = choose_order(config, inputs)
     images, texts = _orders(config, inputs, world, kind)
     per_epoch = images.steps_per_epoch

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from cache_schemas import SchemaError, ViewPlan
+from cache_schemas import SchemaError, StrongViews, ViewPlan
 from dimefm.errors import DimefmError, TrainingError
-from dimefm.images.crops import random_crop, replay
+from dimefm.images.crops import draw_operations, random_crop, replay, with_operations
 from dimefm.images.decode import DecodeError, decode_rgb, decode_scaled, jpeg_size
 from dimefm.images.preprocess import resize
 from dimefm.sources.read_image import ImagePlace, read_encoded
@@ -53,12 +53,14 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random resized crop to `size` pixels over `crop_scale` of the area, bilinear, and a horizontal flip."""
+    """Random resized crop to `size` pixels over `crop_scale` of the area, bilinear, and a horizontal flip; then what
+    `strong` says, as it is done to views."""
 
     size: int
     crop_scale: tuple[float, float]
     flip: bool
     seed: int
+    strong: StrongViews | None = None
 
     def __call__(self, data: bytes, epoch: int, row: int) -> torch.Tensor:
         """The crop of an encoded image for `row` in `epoch`, uint8 (3, size, size). Raises DecodeError.
@@ -78,7 +80,8 @@ class Augmentation:
         top, left, height, width = _scaled(box, whole, image)
         view = image[:, top : top + height, left : left + width]
         view = resize(view, (self.size, self.size), "bilinear")
-        return view.flip(-1) if self.flip and rng.random() < 0.5 else view
+        view = view.flip(-1) if self.flip and rng.random() < 0.5 else view
+        return with_operations(view, draw_operations(self.strong, rng)) if self.strong else view
 
 
 def _scaled(

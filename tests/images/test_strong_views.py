@@ -15,8 +15,9 @@ from cache_schemas import Status, StrongViews, ViewPlan
 from cache_schemas.views import ONE, Operation
 from dimefm.caching.canary import compare_again
 from dimefm.caching.encode_shard import encode_shard
-from dimefm.errors import MismatchError
+from dimefm.errors import MismatchError, TrainingError
 from dimefm.images import crops
+from dimefm.images.decode import jpeg_size
 from dimefm.models.clip import Clip
 from dimefm.sources.read_image import ImagePlace
 from dimefm.store.embedding_store import Store
@@ -26,7 +27,7 @@ from dimefm.training.train import train
 from tests.conftest import cached
 from tests.images.test_crops import Spy, planned
 from tests.making import make_jpeg, read_tar, write_tar
-from tests.tiny_training import tiny_config
+from tests.tiny_training import same, tiny_config, weights
 
 ROWS, VIEWS = 32, 5
 CROP = ViewPlan(count=VIEWS, seed=0, crop_scale=(0.4, 1.0), flip=True)
@@ -187,3 +188,49 @@ def test_500_images_of_the_sample_are_replayed_to_the_last_bit(
     size = clip.identity.preprocessing.size[0]
     assert digest(trained_on(one.store, size, rows, 4)) == digest(one.seen)
     assert set(one.store.views(np.arange(rows))[..., [5, 7]].ravel().tolist()) == set(Operation)
+
+
+# -- in the trainer alone ---------------------------------------------------------------------------------------------
+
+
+def test_whole_images_may_be_changed_as_strong_views_are(image_tar: Path) -> None:
+    """By the operations of views, drawn from seed, epoch and row after the crop, which is that without them."""
+    data = next(value for name, value in read_tar(image_tar, 4).items() if name.endswith(".jpg"))
+    plain = Augmentation(size=48, crop_scale=(0.3, 1.0), flip=True, seed=5)
+    strong = replace(plain, strong=StrongViews())
+    changed = 0
+    for epoch in range(8):
+        view, found = plain(data, epoch, 2), strong(data, epoch, 2)
+        assert torch.equal(found, strong(data, epoch, 2))
+        rng = _after_crop(np.random.default_rng((5, epoch, 2)), data)
+        assert torch.equal(found, crops.with_operations(view, crops.draw_operations(StrongViews(), rng)))
+        changed += not torch.equal(view, found)
+    assert changed >= 7  # jitter alone changes nearly all
+
+
+def _after_crop(rng: np.random.Generator, data: bytes) -> np.random.Generator:
+    """The generator where a crop and a flip have been drawn from it."""
+    size = jpeg_size(data)
+    assert size
+    crops.random_crop(*size, (0.3, 1.0), rng)
+    rng.random()
+    return rng
+
+
+def test_a_run_with_strong_augmentation_goes_on_exactly_and_views_refuse_it(
+    image_store: Store, text_store: Store, image_tar: Path, clip: Clip, tmp_path: Path
+) -> None:
+    whole = tiny_config(image_store, text_store, tmp_path / "whole", augment="strong", max_steps=4)
+    plain = replace(whole, out=str(tmp_path / "plain"), augment="crop")
+    for config in (whole, plain):
+        train(config)
+    parts = replace(whole, out=str(tmp_path / "parts"))
+    train(replace(parts, max_steps=2))
+    with pytest.raises(MismatchError, match="augment: strong != crop"):
+        train(replace(parts, augment="crop"))
+    train(parts, allow_changes=("max_steps",))
+    views = cached("image", image_tar, tmp_path / "views.zarr", clip, views=replace(CROP, count=1))
+    with pytest.raises(TrainingError, match=r"augment strong has no effect with .*views.zarr, whose views are shown"):
+        train(tiny_config(views, text_store, tmp_path / "refused", augment="strong"))
+    assert not same(weights(whole.out), weights(plain.out))
+    assert same(weights(whole.out), weights(parts.out))
