@@ -73,13 +73,19 @@ class ListMerge:
     def _joined(self, sections: Sequence[bytes], dropped: Sequence[tuple[int, int]]) -> Iterator[Any]:
         """The lists of all sections, which are of the same numbers, as FAISS has them."""
         with _lists_of(sections[0]) as joined:
+            aside = None
             if isinstance(joined, _library.BlockInvertedLists):
                 joined.packer = self._ivf.get_CodePacker()
+                aside = _SetAside(joined)
             for start, stop in dropped:
                 _library.DirectMap().remove_ids(faiss.IDSelectorRange(start, stop), joined)
             for section in sections[1:]:
+                if aside:
+                    aside.take()
                 with _lists_of(section) as lists:
                     joined.merge_from(lists, 0)
+            if aside:
+                aside.put_back()
             yield joined
 
     def _head(self, sizes_L: np.ndarray[Any, Any], like: _Lists) -> bytes:
@@ -91,6 +97,43 @@ class ListMerge:
                 break
             index = faiss.downcast_index(index.index)
         return _file_of(self._index)[: self._before] + like.head(sizes_L)
+
+
+class _SetAside:
+    """Rows that are taken out of lists of blocks while others are added.
+
+    FAISS (1.15.1) writes beyond a list to which it adds rows when that has a multiple of `block_size` rows, which is
+    the bytes of a block (BlockInvertedLists::add_entries). So such a list lends its last row, which comes back last.
+    """
+
+    def __init__(self, joined: Any) -> None:
+        self._joined, self._packer = joined, joined.packer
+        self._rows: dict[int, list[tuple[int, np.ndarray[Any, Any]]]] = {}  # by list: id and code
+
+    def take(self) -> None:
+        """Take a row out of every list to which nothing may be added as it is."""
+        for number in range(self._joined.nlist):
+            self._take(number)
+
+    def put_back(self) -> None:
+        """Add the rows that were taken out."""
+        for number, rows in self._rows.items():
+            self._take(number)
+            blocks = np.zeros(-(-len(rows) // self._packer.nvec) * self._packer.block_size, np.uint8)
+            for place, (_, code) in enumerate(rows):
+                self._packer.pack_1_c(faiss.swig_ptr(code), place, faiss.swig_ptr(blocks))
+            ids = np.array([row for row, _ in rows], np.int64)
+            self._joined.add_entries(number, len(rows), faiss.swig_ptr(ids), faiss.swig_ptr(blocks))
+        self._rows.clear()
+
+    def _take(self, number: int) -> None:
+        size = self._joined.list_size(number)
+        if not size or size % self._joined.block_size:
+            return
+        code = np.empty(self._packer.code_size, np.uint8)
+        self._packer.unpack_1_c(self._joined.get_codes(number), size - 1, faiss.swig_ptr(code))
+        self._rows.setdefault(number, []).append((self._joined.get_single_id(number, size - 1), code))
+        self._joined.resize(number, size - 1)
 
 
 class _Lists:

@@ -720,6 +720,41 @@ def test_merging_holds_neither_the_parts_nor_the_whole_in_memory(
     assert merged.read_bytes() == (folder / "at-once.faiss").read_bytes()
 
 
+@pytest.mark.parametrize("sizes", [(64, 64, 7), (64, 64, 64), (65, 63, 64), (128, 1, 63), (3, 61)], ids=str)
+def test_rows_are_added_to_lists_whose_size_faiss_cannot_add_to(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    """A block of this index has 64 bytes: FAISS writes beyond a list of 64 rows, or 128, that gets more."""
+    vectors = np.random.default_rng(0).standard_normal((2000, 16), np.float32)
+    trained = FaissIndex.from_factory("IVF1,PQ4x4fs", 16)
+    trained.train(vectors, 0)
+    trained.write(tmp_path / "trained.faiss")
+    ivf = faiss.extract_index_ivf(trained.inner)
+    assert faiss.downcast_InvertedLists(ivf.invlists).block_size == 64
+    parts, at = [], 0
+    for size in sizes:
+        part = FaissIndex.read(tmp_path / "trained.faiss")
+        part.inner.add_with_ids(vectors[at : at + size], np.arange(at, at + size))
+        parts.append(tmp_path / f"part-{at}.faiss")
+        part.write(parts[-1])
+        at += size
+    ListMerge(trained).write(parts, tmp_path / "merged.faiss")
+    merged, at_once = FaissIndex.read(tmp_path / "merged.faiss"), FaissIndex.read(tmp_path / "trained.faiss")
+    at_once.inner.add_with_ids(vectors[:at], np.arange(at))
+    assert merged.rows == at
+    assert codes_by_id(merged) == codes_by_id(at_once)
+
+
+def codes_by_id(index: FaissIndex) -> dict[int, bytes]:
+    """The code of every row of an index of one list."""
+    ivf = faiss.extract_index_ivf(index.inner)
+    lists, packer = faiss.downcast_InvertedLists(ivf.invlists), ivf.get_CodePacker()
+    found = {}
+    for place in range(lists.list_size(0)):
+        code = np.empty(packer.code_size, np.uint8)
+        packer.unpack_1_c(lists.get_codes(0), place, faiss.swig_ptr(code))
+        found[lists.get_single_id(0, place)] = code.tobytes()
+    return found
+
+
 def test_a_part_of_another_index_is_not_merged(big_parts: tuple[Path, list[Path]], tmp_path: Path) -> None:
     folder, parts = big_parts
     other = tmp_path / "other.faiss"
