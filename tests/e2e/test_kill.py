@@ -237,8 +237,8 @@ def killed_within_a_shard(path: str, teacher: str, work: str, moment: str) -> No
 
 
 @pytest.mark.parametrize(("work", "moment"), [
-    ("encode", "1"), ("retry", "4"), ("encode", "commit"), ("retry", "commit"),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in [("encode", "4"), ("retry", "1")]),
+    ("retry", "4"), ("encode", "commit"), ("retry", "commit"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [("encode", "1"), ("encode", "4"), ("retry", "1")]),
 ])  # fmt: skip
 def test_a_kill_at_any_moment_within_a_shard_leaves_it_undone(
     small_folder: Folder, tmp_path: Path, clip: Clip, teacher_name: str, work: str, moment: str

@@ -46,6 +46,11 @@ COUNT, BROKEN = 12, 5
 IMAGES = {f"{i:02d}": bytes(700) if i == BROKEN else make_jpeg(seed=i) for i in range(COUNT)}
 
 
+def slow(*kinds: str) -> list[Any]:
+    """Kinds that are tried among all tests alone."""
+    return [pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
 def write_source(kind: str, folder: Path) -> None:
     """Twelve images, one of them none, in two files or folders of a kind."""
     items = list(IMAGES.items())
@@ -205,7 +210,7 @@ def disturbed(gone: Callable[..., Any], moment: int, last: int, work: Callable[[
 
 
 @pytest.mark.parametrize("accept_missing", [False, True])
-@pytest.mark.parametrize("kind", FAST + [pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW])
+@pytest.mark.parametrize("kind", FAST + slow(*SLOW))
 def test_a_store_is_right_or_the_command_fails(tmp_path: Path, clip: Clip, kind: str, accept_missing: bool) -> None:
     source, undisturbed = tmp_path / "in" / "source", tmp_path / "undisturbed.zarr"
     write_source(kind.removeprefix("token "), source)
@@ -261,7 +266,7 @@ def test_a_retry_is_right_or_fails(tmp_path: Path, clip: Clip, kind: str, accept
             assert failures(store) == failures(whole)
 
 
-@pytest.mark.parametrize("kind", ["folders", "tars", "token tars"])
+@pytest.mark.parametrize("kind", ["token tars", *slow("folders", "tars")])
 def test_features_of_a_set_are_right_or_the_evaluation_fails(tmp_path: Path, clip: Clip, kind: str) -> None:
     folder = tmp_path / "in" / "set"
     write_text(folder / "classnames.txt", ["cat", "dog"])
@@ -294,7 +299,7 @@ def test_features_of_a_set_are_right_or_the_evaluation_fails(tmp_path: Path, cli
             assert [failure.row for failure in again.failures()] == [BROKEN]
 
 
-@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl", "tsv", "parquet", "prompts"])
+@pytest.mark.parametrize("kind", ["txt", "parquet", *slow("txt.gz", "jsonl", "tsv", "prompts")])
 @pytest.mark.parametrize("token", [False, True])
 def test_a_plan_of_sentences_is_right_or_fails(tmp_path: Path, kind: str, token: bool) -> None:
     folder = tmp_path / "in" / "texts"

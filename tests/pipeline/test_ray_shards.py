@@ -113,6 +113,7 @@ def test_a_unit_that_loses_three_workers_ends_the_work(tmp_path: Path) -> None:
         found._replace(1, died)
 
 
+@pytest.mark.slow
 def test_an_error_that_the_user_can_mend_arrives_as_it_was(one_ray: None, tmp_path: Path) -> None:
     """What came before it is there."""
     done = list[int]()

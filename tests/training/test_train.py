@@ -356,6 +356,7 @@ a_reader_dies = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExcep
 @a_reader_dies
 def test_a_worker_that_dies_ends_the_run_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingImages, "_batch", lambda self, request: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds between two looks at it
     store, _ = random_store(tmp_path / "s.zarr", rows=32, shard_rows=32)
     augmentation = Augmentation(size=32, crop_scale=(0.5, 1), flip=True, seed=0)
     requests = Requests(Order(store=store, seed=0, batch_size=8), first=0, steps=4)
