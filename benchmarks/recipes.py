@@ -22,7 +22,9 @@ from benchmarks.measure import machine, table
 from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.evaluate import evaluate
 from dimefm.evaluation.predictions import file_name
+from dimefm.store.embedding_store import Store
 from dimefm.system.machine import describe
+from dimefm.training.config import LossConfig
 from dimefm.training.read_metrics import read_metrics
 from dimefm.training.recipes import sample
 from dimefm.training.train import train
@@ -34,8 +36,8 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "vit": {"student": "vit_tiny_patch16_224", "image_size": 64, "batch_size": 64, "lr": 1e-3},
 }
 _PAPER, _CENTRED, _COSINE = {"vl": 0.7, "pvl": 0.3}, {"centred": 1.0}, {"cosine": 1.0}
-RECIPES: dict[str, tuple[str, dict[str, float], dict[str, Any]]] = {  # image store, losses, other fields
-    "authors": ("whole", _PAPER, {"texts_per_step": 64}),
+RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # image store, losses, other fields
+    "authors": ("whole", _PAPER, {"texts_per_step": 0}),  # as many as images
     "paper": ("whole", _PAPER, {}),
     "cosine": ("whole", _COSINE, {}),
     "centred": ("whole", _CENTRED, {}),
@@ -47,7 +49,7 @@ RECIPES: dict[str, tuple[str, dict[str, float], dict[str, Any]]] = {  # image st
     "centred, 8 strong views": ("strong8", _CENTRED, {}),
     "cosine, 8 strong views": ("strong8", _COSINE, {}),
     "centred, 8 strong and mixed views": ("mixed8", _CENTRED, {}),
-    "queue": ("whole", {"vl": 0.0, "pvl": 1.0}, {"queue": 4096}),
+    "queue": ("whole", {"pvl": 1.0, "queue": 4096}, {}),
     "centred, average": ("whole", _CENTRED, {"ema": 0.998}),
 }
 
@@ -111,11 +113,10 @@ def _run(stores: Path, out: Path, sets: dict[str, Path], student: str, name: str
     store, losses, changes = RECIPES[name]
     run = str(out / _folder(student, name, seen, seed))
     fields = {**STUDENTS[student], **changes}
-    loss_fields = {field: fields.pop(field) for field in ("queue",) if field in fields}
+    if fields.get("texts_per_step") == 0:
+        fields["texts_per_step"] = fields["batch_size"]
     steps = seen // fields["batch_size"]
-    from dimefm.training.config import LossConfig
-
-    loss = LossConfig(**{**dict.fromkeys(LossConfig.WEIGHTS, 0.0), **losses}, **loss_fields)
+    loss = LossConfig(**{**dict.fromkeys(LossConfig.WEIGHTS, 0.0), **losses})
     config = sample(
         str(stores / f"{store}.zarr"), str(stores / "texts.zarr"), run, loss=loss, epochs=10_000, max_steps=steps,
         warmup_epochs=0.6, seed=seed, threads=1, workers=0, checkpoint_every=steps, log_every=50, **fields,
@@ -133,8 +134,6 @@ def _evaluate(model: str, name: str, out: Path, sets: dict[str, Path], **how: An
 
 
 def _teacher(stores: Path, out: Path, sets: dict[str, Path]) -> str:
-    from dimefm.store.embedding_store import Store
-
     return _evaluate(Store(str(stores / "whole.zarr")).schema.teacher.name, "teacher", out, sets)
 
 

@@ -139,9 +139,10 @@ def _require_possible(config: CacheConfig, *, writes: bool = False) -> None:
     """Raises DimefmError for sources that do not exist, an output that is something else, and options that do not go
     with each other. Then says what begins."""
     require_name(config.out, "a store", ".zarr")
-    if config.kind == "text" and config.teacher.startswith(TIMM):
+    if config.teacher.startswith(TIMM) and (config.kind == "text" or config.captions is not None):
         what = f"{config.teacher} has no text tower: it gives embeddings of images alone"
-        raise TeacherError(what, remedy="cache images with it, and train with --loss cosine=1 and no --texts")
+        alone = "leave --captions out" if config.captions is not None else "cache images with it"
+        raise TeacherError(what, remedy=f"{alone}, and train with --loss cosine=1 and no --texts")
     _require_sources(config)
     outs = [config.out]
     if config.captions is not None:

@@ -27,7 +27,7 @@ from dimefm.caching.repeats import as_array
 from dimefm.store.count_hits import count_hits
 from dimefm.store.embedding_store import Store
 from dimefm.store.output_folder import is_planned
-from dimefm.store.pairs_store import Pairs
+from dimefm.store.pairs_store import Pairs, pairs_schema
 from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.progress import Progress
@@ -75,20 +75,7 @@ def _open_or_create(images: Store, texts: Store, out: str) -> Pairs:
 
 
 def _schema(images: Store, texts: Store, most: int) -> PairsStore:
-    return PairsStore(
-        kind="captions",
-        images=images.path,
-        images_identity=images.schema.identity,
-        texts=texts.path,
-        texts_identity=texts.schema.identity,
-        index=_NO_SEARCH,
-        index_digest=_NO_SEARCH,
-        top_k=most,
-        rows=images.schema.rows,
-        text_rows=texts.schema.rows,
-        shard_rows=images.schema.shard_rows,
-        texts_data=texts.contents.digest,
-    )
+    return pairs_schema(images, texts, kind="captions", index=_NO_SEARCH, index_digest=_NO_SEARCH, top_k=most)
 
 
 def _captions(images: Store, shard: int) -> pa.ChunkedArray:

@@ -52,7 +52,10 @@ def config_of(recipe: str, file: str | None, options: dict[str, Any], settings: 
     missing = [_option(name) for name in ("images", "texts", "out") if layers.values[name] == ""]
     if missing:
         what = f"Missing {', '.join(missing)}: give {'them' if missing[1:] else 'it'}, or a --config file that has"
-        raise click.UsageError(f"{what} {'them' if missing[1:] else 'it'}")
+        what += " them" if missing[1:] else " it"
+        if "--texts" in missing and layers.values["captions"]:
+            what += "; where there are no other sentences, --texts may be the store of the captions"
+        raise click.UsageError(what)
     config = layers.config()
     return Given(config, flat(config.to_json()), layers.origins)
 

@@ -23,7 +23,7 @@ from dimefm.store.output_folder import (
     require_only,
     require_same,
 )
-from dimefm.store.pairs_store import Pairs
+from dimefm.store.pairs_store import Pairs, pairs_schema
 from dimefm.system import storage
 from dimefm.system.lock import writing
 from dimefm.system.machine import choose_device
@@ -70,7 +70,9 @@ def retrieve(
     name, digest = name_of(index)
     found = _write(
         image_store,
-        _schema(image_store, text_store, name, digest, min(top_k, text_store.schema.rows)),
+        pairs_schema(
+            image_store, text_store, index=name, index_digest=digest, top_k=min(top_k, text_store.schema.rows)
+        ),
         out,
         partial(open_in_seat, text_store, index, digest, device),
         run,
@@ -94,23 +96,8 @@ def write_pairs(
     holds something else or the texts have changed, StoreError where it cannot be written or another process writes to
     it.
     """
-    return _write(images, _schema(images, texts, index, index_digest, top_k), out, lambda _: search, run_here)
-
-
-def _schema(images: Store, texts: Store, index: str, index_digest: str, top_k: int) -> PairsStore:
-    return PairsStore(
-        images=images.path,
-        images_identity=images.schema.identity,
-        texts=texts.path,
-        texts_identity=texts.schema.identity,
-        index=index,
-        index_digest=index_digest,
-        top_k=top_k,
-        rows=images.schema.rows,
-        text_rows=texts.schema.rows,
-        shard_rows=images.schema.shard_rows,
-        texts_data=texts.contents.digest,
-    )
+    schema = pairs_schema(images, texts, index=index, index_digest=index_digest, top_k=top_k)
+    return _write(images, schema, out, lambda _: search, run_here)
 
 
 def _write(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,6 +40,32 @@ AGAIN = "run the same dimefm retrieve again: it does the shards whose images hav
 AGAIN_CAPTIONS = "run the same dimefm cache-images again: it does what has changed"
 _AGAIN_OVER_BOTH = "run dimefm retrieve over these two stores"
 AGAIN_TEXTS = "retrieve into another --out, with an index that was brought up to date if there is one"
+
+
+def pairs_schema(
+    images: Store,
+    texts: Store,
+    *,
+    index: str,
+    index_digest: str,
+    top_k: int,
+    kind: Literal["retrieved", "captions"] = "retrieved",
+) -> PairsStore:
+    """The document of pairs of the images and texts that are in two finished stores now."""
+    return PairsStore(
+        images=images.path,
+        images_identity=images.schema.identity,
+        texts=texts.path,
+        texts_identity=texts.schema.identity,
+        index=index,
+        index_digest=index_digest,
+        top_k=top_k,
+        rows=images.schema.rows,
+        text_rows=texts.schema.rows,
+        shard_rows=images.schema.shard_rows,
+        texts_data=texts.contents.digest,
+        kind=kind,
+    )
 
 
 class Pairs:

@@ -66,7 +66,8 @@ def _require_other_teacher(store: Store, others: Sequence[Store]) -> None:
     for other in others:
         if not other.schema.teacher.differences(store.schema.teacher):
             what = f"{other.path} and {store.path} come from the same teacher"
-            raise MismatchError(what, remedy="give --images again for another teacher of the same images only")
+            remedy = "give --images again for another teacher of the same images only; more images of one teacher are"
+            raise MismatchError(what, remedy=f"{remedy} --images A.zarr::B.zarr")
 
 
 def require_same_images(one: Store, other: Store) -> None:

@@ -93,6 +93,8 @@ def test_inputs_may_stand_in_the_file_and_are_missed_otherwise(tmp_path: Path) -
     assert config_of("paper", str(tmp_path / "c.yaml"), {"texts": "other"}, ()).config.texts == "other"
     with pytest.raises(click.UsageError, match="Missing --texts, --out: give them, or a --config file that has them"):
         config_of("paper", None, {"images": "i"}, ())
+    with pytest.raises(click.UsageError, match="that has it; where there are no other sentences, --texts may be"):
+        config_of("paper", None, {"images": "i", "captions": "c", "out": "o"}, ())
 
 
 def test_a_value_of_the_wrong_kind_names_what_gave_it(tmp_path: Path) -> None:

@@ -336,7 +336,9 @@ def test_the_command_line_takes_a_store_for_each_teacher(image_store: Store, tex
     said = CliRunner().invoke(cli, ["train-student", *words, *rest]).output
     assert f"{image_store.path} and {stranger.path} have other rows: row 0 is" in said
     again = ["--images", image_store.path, *words[:2], "--texts", text_store.path]
-    assert "come from the same teacher" in CliRunner().invoke(cli, ["train-student", *again, *rest]).output
+    same = CliRunner().invoke(cli, ["train-student", *again, *rest]).output
+    assert "come from the same teacher" in same
+    assert "more images of one teacher are --images A.zarr::B.zarr" in same
     swapped = ["--images", stranger.path, *words[:2], "--texts", text_store.path]
     assert "in the same order, those without" in CliRunner().invoke(cli, ["train-student", *swapped, *rest]).output
     lonely = CliRunner().invoke(cli, ["train-student", *words[:2], *rest]).output

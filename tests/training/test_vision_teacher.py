@@ -83,6 +83,8 @@ def test_what_needs_a_text_tower_is_refused_with_the_reason(
     for words, said in (
         (["cache-texts", texts, "--teacher", TEACHER, "--pretrained", weights, "--out", tmp_path / "t.zarr"],
          "has no text tower: it gives embeddings of images alone"),
+        (["cache-images", image_tar, "--captions", "txt", "--teacher", TEACHER, "--pretrained", weights,
+          "--out", tmp_path / "i.zarr"], "remedy: leave --captions out"),
         (["evaluate", run, cifar10, "--out", tmp_path / "out"], "--task linear-probe or --task few-shot"),
         (["export", run, "--out", tmp_path / "student"], "timm:test_vit, has no text tower, and a model of open_clip"),
         (["evaluate", run, cifar10, "--teacher", "1"], "has one teacher: --teacher 1 has no effect"),
