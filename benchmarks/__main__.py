@@ -4,6 +4,7 @@ from importlib import import_module
 
 import click
 
+from dimefm.system.allocator import keep_freed_memory
 from dimefm.system.machine import wait_briefly
 
 # Each command is a function of that name; a module is imported when its command is asked for, so that one command
@@ -19,7 +20,7 @@ COMMANDS = {
             "coco-retrieval", "retrieval", "index-choices", "selection", "clip-benchmark", "probe-search", "cpu",
             "sample-recipes", "urls", "architectures", "start-up", "first-session", "probe-few", "latency", "int8",
             "onnx-towers", "index-scale", "retrieve-scale", "select-scale", "remote-training", "verify-scale",
-            "checkpoint-cost", "ray-scale", "recipes", "recipe-stores", "views",
+            "checkpoint-cost", "ray-scale", "recipes", "recipe-stores", "second-teacher", "views", "allocator",
         )
     },
     "clip-benchmark": "benchmarks.clip_benchmark_agreement",
@@ -49,4 +50,5 @@ def benchmarks() -> None:
 
 if __name__ == "__main__":
     wait_briefly()  # as the command does for a user
+    keep_freed_memory()
     benchmarks(prog_name="python -m benchmarks")

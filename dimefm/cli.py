@@ -26,6 +26,7 @@ from dimefm.commands.retrieval import build_index, retrieve, search, select_text
 from dimefm.commands.training import convert_checkpoint, train_student
 from dimefm.errors import DimefmError, StoppedError
 from dimefm.system import library_warnings, stopping
+from dimefm.system.allocator import keep_freed_memory
 from dimefm.system.inert_text import say, text
 from dimefm.system.machine import wait_briefly
 from dimefm.system.quick_imports import import_quickly
@@ -105,6 +106,7 @@ def main() -> None:
     stopping.listen(_output)
     atexit.register(gc.freeze)  # else all objects of torch are searched for cycles at exit, for a second
     wait_briefly()
+    keep_freed_memory()
     library_warnings.silence()
     import_quickly()
     if sys.stderr is not None:
