@@ -1,4 +1,5 @@
-"""Labelled sets whose images are changed: greyscale, inverted, drawn by their edges, blurred, of low resolution.
+"""Labelled sets whose images are changed: greyscale, inverted, drawn by their edges, blurred, of low resolution; or all
+at once, small, grey and inverted, unlike any image that a student was trained on.
 
 What a student knows of another domain than its training images shows in its share of the teacher's score on these.
 """
@@ -28,6 +29,7 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "edges": lambda image: image.convert("L").filter(ImageFilter.FIND_EDGES).convert("RGB"),
     "blurred": _blurred,
     "low-resolution": _small,
+    "unlike": lambda image: ImageOps.invert(image.convert("L").resize((28, 28))).convert("RGB"),
 }
 
 

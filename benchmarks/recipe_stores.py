@@ -9,27 +9,33 @@ import click
 
 from dimefm.sample import sample_dir
 
-_VIEWS = ("--view-scale", "0.6,1")
+_VIEWS = ("--view-scale", "0.6")
 STORES: dict[str, list[str]] = {  # by name: the options of cache-images
     "whole": [],
     "views1": ["--views", "1", *_VIEWS],
     "views4": ["--views", "4", *_VIEWS],
-    "views8": ["--views", "8", *_VIEWS],
-    "strong8": ["--views", "8", "--augment", "strong", *_VIEWS],
-    "mixed8": ["--views", "8", "--augment", "strong", "--mixup", "1", *_VIEWS],
+    "views16": ["--views", "16", *_VIEWS],
+    "strong4": ["--views", "4", "--augment", "strong", *_VIEWS],
+    "strong16": ["--views", "16", "--augment", "strong", *_VIEWS],
+    "mixed4": ["--views", "4", "--augment", "strong", "--mixup", "1", *_VIEWS],
+    "second": [],
+    "second-strong4": ["--views", "4", "--augment", "strong", *_VIEWS],
 }
-_GROWN = {"views4": "views1", "views8": "views4"}  # its first views need not be encoded again
+_GROWN = {"views4": "views1", "views16": "views4", "strong16": "strong4"}  # its first views need not be encoded again
 
 
 @click.command()
 @click.option("--images", multiple=True, help="Sources of images. Default: the sample's.")
 @click.option("--texts", multiple=True, help="Sources of sentences. Default: the sample's.")
 @click.option("--teacher", help="Default: the sample's.")
+@click.option("--second", default="runs/second-teacher", show_default=True, help="Teacher of the stores second*.")
 @click.option("--out", default="runs/recipe-stores", show_default=True)
 @click.option("--only", multiple=True, type=click.Choice(list(STORES)), help="These alone; may be repeated.")
+@click.option("--precision", default="bf16", show_default=True, help="Of the teacher, on the images.")
 def recipe_stores(
-    images: tuple[str, ...], texts: tuple[str, ...], teacher: str | None, out: str, only: tuple[str, ...]
-) -> None:
+    images: tuple[str, ...], texts: tuple[str, ...], teacher: str | None, second: str, out: str, only: tuple[str, ...],
+    precision: str,
+) -> None:  # fmt: skip
     """Cache images whole and in views, and sentences; what was stopped goes on."""
     shipped, base = sample_dir(), Path(out)
     teacher = teacher or f"local-dir:{shipped / 'teacher'}"
@@ -40,8 +46,9 @@ def recipe_stores(
         store, first = base / f"{name}.zarr", base / f"{_GROWN.get(name)}.zarr"
         if not store.exists() and first.exists():
             shutil.copytree(first, store)
-        words = ("cache-images", *pictures, "--out", str(store), "--teacher", teacher, "--pixels", "72")
-        _dimefm(*words, *STORES[name])
+        whose = f"local-dir:{second}" if name.startswith("second") else teacher
+        how = ("--teacher", whose, "--precision", precision, "--pixels", "72", *STORES[name])
+        _dimefm("cache-images", *pictures, "--out", str(store), *how)
 
 
 def _dimefm(*words: str) -> None:

@@ -22,6 +22,7 @@ from benchmarks.measure import machine, table
 from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.evaluate import evaluate
 from dimefm.evaluation.predictions import file_name
+from dimefm.evaluation.results import read_results
 from dimefm.store.embedding_store import Store
 from dimefm.system.machine import describe
 from dimefm.training.config import LossConfig
@@ -30,27 +31,40 @@ from dimefm.training.recipes import sample
 from dimefm.training.train import train
 
 SETS = ("cifar10", "caltech101", "tiny_imagenet_val")
+PAIRS = "coco_mini_retrieval"
 STUDENTS: dict[str, dict[str, Any]] = {
     "test_resnet": {"student": "test_resnet", "image_size": 48, "batch_size": 32, "lr": 8e-3},
     "resnet10t": {"student": "resnet10t", "image_size": 64, "batch_size": 64, "lr": 4e-3},
-    "vit": {"student": "vit_tiny_patch16_224", "image_size": 64, "batch_size": 64, "lr": 1e-3},
+    "mobilevit": {"student": "mobilevit_xxs", "image_size": 64, "batch_size": 64, "lr": 2e-3},
 }
 _PAPER, _CENTRED, _COSINE = {"vl": 0.7, "pvl": 0.3}, {"centred": 1.0}, {"cosine": 1.0}
-RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # image store, losses, other fields
+_BOTH, _MUON = {"cosine": 0.5, "centred": 0.5}, {"optimizer": "muon", "lr": 0.02}
+RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # image stores, losses, other fields
     "authors": ("whole", _PAPER, {"texts_per_step": 0}),  # as many as images
-    "paper": ("whole", _PAPER, {}),
-    "cosine": ("whole", _COSINE, {}),
+    "queue": ("whole", {"pvl": 1.0, "queue": 4096}, {}),
     "centred": ("whole", _CENTRED, {}),
-    "cosine+centred": ("whole", {"cosine": 0.5, "centred": 0.5}, {}),
+    "cosine": ("whole", _COSINE, {}),
+    "cosine + centred": ("whole", _BOTH, {}),
+    "centred, average": ("whole", _CENTRED, {"ema": 0.998}),
     "centred, 1 view": ("views1", _CENTRED, {}),
     "centred, 4 views": ("views4", _CENTRED, {}),
-    "centred, 8 views": ("views8", _CENTRED, {}),
-    "cosine, 8 views": ("views8", _COSINE, {}),
-    "centred, 8 strong views": ("strong8", _CENTRED, {}),
-    "cosine, 8 strong views": ("strong8", _COSINE, {}),
-    "centred, 8 strong and mixed views": ("mixed8", _CENTRED, {}),
-    "queue": ("whole", {"pvl": 1.0, "queue": 4096}, {}),
-    "centred, average": ("whole", _CENTRED, {"ema": 0.998}),
+    "centred, 16 views": ("views16", _CENTRED, {}),
+    "centred, strong without views": ("whole", _CENTRED, {"augment": "strong"}),
+    "centred, 4 strong views": ("strong4", _CENTRED, {}),
+    "cosine, 4 strong views": ("strong4", _COSINE, {}),
+    "centred, 16 strong views": ("strong16", _CENTRED, {}),
+    "centred, 4 strong and mixed views": ("mixed4", _CENTRED, {}),
+    "authors, 4 strong views": ("strong4", _PAPER, {"texts_per_step": 0}),
+    "both, Muon": ("whole", _BOTH, _MUON),
+    "both, Muon, lr 0.01": ("whole", _BOTH, {**_MUON, "lr": 0.01}),
+    "both, Muon, lr 0.04": ("whole", _BOTH, {**_MUON, "lr": 0.04}),
+    "both, AdaMuon": ("whole", _BOTH, {"optimizer": "adamuon", "lr": 4e-3}),
+    "both, Muon, 4 views": ("views4", _BOTH, _MUON),
+    "both, Muon, 4 strong views": ("strong4", _BOTH, _MUON),
+    "both, Muon, 4 strong and mixed views": ("mixed4", _BOTH, _MUON),
+    "authors, Muon": ("whole", _PAPER, {"texts_per_step": 0, **_MUON}),
+    "both and queue": ("whole", {**_BOTH, "pvl": 0.1, "queue": 4096}, {}),
+    "centred, two teachers": ("whole+second", _CENTRED, {}),
 }
 
 
@@ -95,13 +109,14 @@ def recipes(
 
 
 def _all_sets(data: Path, out: Path) -> dict[str, Path]:
-    """Every set by its name, and its changed copies by NAME-CHANGE."""
+    """Every set by its name, their changed copies by NAME-CHANGE, and the pairs."""
     plain = {name: data / name for name in SETS}
-    return plain | {
+    changed = {
         f"{name}-{change}": changed_set(folder, change, out / "changed")
         for name, folder in plain.items()
         for change in CHANGES
     }
+    return plain | changed | {PAIRS: data / PAIRS}
 
 
 def _folder(student: str, name: str, seen: int, seed: int) -> str:
@@ -117,9 +132,11 @@ def _run(stores: Path, out: Path, sets: dict[str, Path], student: str, name: str
         fields["texts_per_step"] = fields["batch_size"]
     steps = seen // fields["batch_size"]
     loss = LossConfig(**{**dict.fromkeys(LossConfig.WEIGHTS, 0.0), **losses})
+    first, *more = (str(stores / f"{one}.zarr") for one in store.split("+"))
+    rows = Store(first).schema.rows
     config = sample(
-        str(stores / f"{store}.zarr"), str(stores / "texts.zarr"), run, loss=loss, epochs=10_000, max_steps=steps,
-        warmup_epochs=0.6, seed=seed, threads=1, workers=0, checkpoint_every=steps, log_every=50, **fields,
+        first, str(stores / "texts.zarr"), run, more_images=tuple(more), loss=loss, epochs=10_000, max_steps=steps,
+        warmup_epochs=seen / rows / 20, seed=seed, threads=1, workers=0, checkpoint_every=steps, log_every=50, **fields,
     )  # fmt: skip
     train(config)
     weights = "ema" if config.ema else "model"
@@ -138,15 +155,18 @@ def _teacher(stores: Path, out: Path, sets: dict[str, Path]) -> str:
 
 
 def _scores(out: Path, name: str, sets: dict[str, Path]) -> dict[str, float]:
-    """Top-1 by set, of the images that do not choose; and the mean of the sets over those that do, as "chosen by"."""
+    """Top-1 by set, of the images that do not choose; the mean recall@5 of all pairs; and the mean of the sets over the
+    images that do choose, as "chosen by"."""
     found, choosing = {}, []
-    for title in sets:
+    for title in sets.keys() - {PAIRS}:
         path = out / "evaluations" / name / "predictions" / f"{file_name(f'own-{title}', 'zero-shot')}.parquet"
         rows = pq.read_table(path, columns=["key", "correct"])
         chooses = np.array([hashlib.sha256(key.encode()).digest()[0] % 2 == 1 for key in rows["key"].to_pylist()])
         correct = rows["correct"].to_numpy(zero_copy_only=False)
         found[title] = float(correct[~chooses].mean())
         choosing += [float(correct[chooses].mean())] if title in SETS else []
+    recalls = next(one.metrics for one in read_results(str(out / "evaluations" / name)) if one.set == PAIRS)
+    found[PAIRS] = statistics.fmean(recalls[f"{way}_retrieval_recall@5"] for way in ("text", "image"))
     return {**found, "chosen by": statistics.fmean(choosing)}
 
 
@@ -159,7 +179,8 @@ def _outcome(out: Path, sets: dict[str, Path], student: str, name: str, seen: in
 
 
 def _table(found: dict[str, list[dict[str, float]]], teacher: dict[str, float]) -> str:
-    head = ("recipe", "chosen by", *SETS, "mean", *(f"{change}, of teacher's" for change in CHANGES), "seconds")
+    changes = (f"{change}, of teacher's" for change in CHANGES)
+    head = ("recipe", "chosen by", *SETS, "mean", f"{PAIRS} R@5", *changes, "seconds")
     whole = {**teacher, "seconds": 0.0}
     rows = [_row("the teacher", [whole], teacher)]
     return table(head, rows + [_row(name, runs, teacher) for name, runs in found.items()])
@@ -168,6 +189,7 @@ def _table(found: dict[str, list[dict[str, float]]], teacher: dict[str, float]) 
 def _row(name: str, runs: list[dict[str, float]], teacher: dict[str, float]) -> tuple[str, ...]:
     cells = [_spread([run[one] for run in runs]) for one in ("chosen by", *SETS)]
     cells.append(_spread([statistics.fmean(run[one] for one in SETS) for run in runs]))
+    cells.append(_spread([run[PAIRS] for run in runs]))
     for change in CHANGES:
         titles = [f"{one}-{change}" for one in SETS]
         shares = [sum(run[title] for title in titles) / sum(teacher[title] for title in titles) for run in runs]
