@@ -20,7 +20,8 @@ COMMANDS = {
             "coco-retrieval", "retrieval", "index-choices", "selection", "clip-benchmark", "probe-search", "cpu",
             "sample-recipes", "urls", "architectures", "start-up", "first-session", "probe-few", "latency", "int8",
             "onnx-towers", "index-scale", "retrieve-scale", "select-scale", "remote-training", "verify-scale",
-            "checkpoint-cost", "ray-scale", "recipes", "recipe-stores", "second-teacher", "views", "allocator",
+            "checkpoint-cost", "ray-scale", "recipes", "recipe-stores", "second-teacher", "shift", "views",
+            "allocator",
         )
     },
     "clip-benchmark": "benchmarks.clip_benchmark_agreement",

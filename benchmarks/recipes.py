@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.changed_sets import CHANGES, changed_set
 from benchmarks.measure import machine, table
+from benchmarks.recipe_plot import Outcome, write_plot
+from cache_schemas.evaluation import RESULTS_FILE
 from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.evaluate import evaluate
 from dimefm.evaluation.predictions import file_name
@@ -44,7 +46,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # image stor
     "queue": ("whole", {"pvl": 1.0, "queue": 4096}, {}),
     "centred": ("whole", _CENTRED, {}),
     "cosine": ("whole", _COSINE, {}),
-    "cosine + centred": ("whole", _BOTH, {}),
+    "both": ("whole", _BOTH, {}),
     "centred, average": ("whole", _CENTRED, {"ema": 0.998}),
     "centred, 1 view": ("views1", _CENTRED, {}),
     "centred, 4 views": ("views4", _CENTRED, {}),
@@ -58,13 +60,18 @@ RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # image stor
     "both, Muon": ("whole", _BOTH, _MUON),
     "both, Muon, lr 0.01": ("whole", _BOTH, {**_MUON, "lr": 0.01}),
     "both, Muon, lr 0.04": ("whole", _BOTH, {**_MUON, "lr": 0.04}),
+    "both, SGD": ("whole", _BOTH, {"optimizer": "sgd", "lr": 0.5, "weight_decay": 5e-4}),
+    "both, LAMB": ("whole", _BOTH, {"optimizer": "lamb", "lr": 0.02}),
+    "both, NAdamW": ("whole", _BOTH, {"optimizer": "nadamw"}),
+    "both, two teachers": ("whole+second", _BOTH, {}),
     "both, AdaMuon": ("whole", _BOTH, {"optimizer": "adamuon", "lr": 4e-3}),
     "both, Muon, 4 views": ("views4", _BOTH, _MUON),
     "both, Muon, 4 strong views": ("strong4", _BOTH, _MUON),
     "both, Muon, 4 strong and mixed views": ("mixed4", _BOTH, _MUON),
+    "both, Muon, average": ("whole", _BOTH, {**_MUON, "ema": 0.998}),
+    "both, Muon, two teachers": ("whole+second", _BOTH, _MUON),
     "authors, Muon": ("whole", _PAPER, {"texts_per_step": 0, **_MUON}),
     "both and queue": ("whole", {**_BOTH, "pvl": 0.1, "queue": 4096}, {}),
-    "centred, two teachers": ("whole+second", _CENTRED, {}),
 }
 
 
@@ -78,34 +85,44 @@ RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # image stor
 @click.option("--seen", "budgets", multiple=True, type=int, default=(40_000, 160_000), show_default=True)
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--only", multiple=True, type=click.Choice(list(RECIPES)), help="These alone; may be repeated.")
+@click.option("--precision", default="auto", show_default=True, help="Of the students' matrix products.")
 @click.option("--jobs", default=1, show_default=True, help="Runs at once, each on one thread.")
+@click.option("--report", is_flag=True, help="Train nothing: show what is there.")
+@click.option("--plot", help="PNG to write, of accuracy by images seen and by seconds.")
 @click.option("--one", hidden=True, help="STUDENT:RECIPE:IMAGES:SEED, in this process.")
 def recipes(
     stores: str, data: str, out: str, students: tuple[str, ...], budgets: tuple[int, ...], seeds: int,
-    only: tuple[str, ...], jobs: int, one: str | None,
+    only: tuple[str, ...], precision: str, jobs: int, report: bool, plot: str | None,
+    one: str | None,
 ) -> None:  # fmt: skip
     """Students by recipe: zero-shot top-1 on each set and on changed images, by images seen and by seconds."""
     sets = _all_sets(Path(data), Path(out))
     if one:
         student, name, seen, seed = one.split(":")
-        _run(Path(stores), Path(out), sets, student, name, int(seen), int(seed))
+        _run(Path(stores), Path(out), sets, student, name, int(seen), int(seed), precision)
         return
-    wanted = list(product(students, only or RECIPES, sorted(budgets), range(seeds)))
-    words = [sys.executable, "-m", "benchmarks", "recipes", "--stores", stores, "--data", data, "--out", out, "--one"]
-    with ThreadPoolExecutor(jobs) as pool:
-        asked = [pool.submit(subprocess.run, [*words, ":".join(map(str, key))], check=True) for key in wanted]
-        for done in asked:
-            done.result()
+    names = only or tuple(RECIPES)
+    if not report:
+        where = ["--stores", stores, "--data", data, "--out", out, "--precision", precision]
+        words = [sys.executable, "-m", "benchmarks", "recipes", *where, "--one"]
+        with ThreadPoolExecutor(jobs) as pool:
+            wanted = product(students, names, sorted(budgets), range(seeds))
+            asked = [pool.submit(subprocess.run, [*words, ":".join(map(str, key))], check=True) for key in wanted]
+            for done in asked:
+                done.result()
     teacher = _scores(Path(out), _teacher(Path(stores), Path(out), sets), sets)
+    points: dict[str, dict[int, list[Outcome]]] = {}
     for student, seen in product(students, sorted(budgets)):
-        names = list(only or RECIPES)
-        found = {
-            name: [_outcome(Path(out), sets, student, name, seen, seed) for seed in range(seeds)] for name in names
-        }
+        found = {}
+        for name in names:
+            kept = (_outcome(Path(out), sets, student, name, seen, seed) for seed in range(seeds))
+            if runs := [run for run in kept if run]:
+                found[name] = points.setdefault(f"{student}: {name}", {})[seen] = runs
         click.echo(f"\n{student}, {seen:,} images seen\n\n{_table(found, teacher)}")
-    click.echo(
-        f"\n{machine()}, {describe('cpu')}, one torch thread; seeds 0 to {seeds - 1}; the half that did not choose"
-    )
+    how = f"precision {precision}, one torch thread; seeds 0 to {seeds - 1}; the half of the images that did not choose"
+    click.echo(f"\n{machine()}, {describe('cpu')}, {how}")
+    if plot:
+        write_plot(plot, points, teacher["mean"])
 
 
 def _all_sets(data: Path, out: Path) -> dict[str, Path]:
@@ -123,7 +140,9 @@ def _folder(student: str, name: str, seen: int, seed: int) -> str:
     return f"{student}-{name.replace(', ', '-').replace(' ', '-')}-{seen}-{seed}"
 
 
-def _run(stores: Path, out: Path, sets: dict[str, Path], student: str, name: str, seen: int, seed: int) -> None:
+def _run(
+    stores: Path, out: Path, sets: dict[str, Path], student: str, name: str, seen: int, seed: int, precision: str
+) -> None:
     """Train, if that is not done, and evaluate on every set."""
     store, losses, changes = RECIPES[name]
     run = str(out / _folder(student, name, seen, seed))
@@ -136,7 +155,8 @@ def _run(stores: Path, out: Path, sets: dict[str, Path], student: str, name: str
     rows = Store(first).schema.rows
     config = sample(
         first, str(stores / "texts.zarr"), run, more_images=tuple(more), loss=loss, epochs=10_000, max_steps=steps,
-        warmup_epochs=seen / rows / 20, seed=seed, threads=1, workers=0, checkpoint_every=steps, log_every=50, **fields,
+        warmup_epochs=seen / rows / 20, seed=seed, precision=precision, threads=1, workers=0, checkpoint_every=steps,
+        log_every=50, **fields,
     )  # fmt: skip
     train(config)
     weights = "ema" if config.ema else "model"
@@ -167,34 +187,35 @@ def _scores(out: Path, name: str, sets: dict[str, Path]) -> dict[str, float]:
         choosing += [float(correct[chooses].mean())] if title in SETS else []
     recalls = next(one.metrics for one in read_results(str(out / "evaluations" / name)) if one.set == PAIRS)
     found[PAIRS] = statistics.fmean(recalls[f"{way}_retrieval_recall@5"] for way in ("text", "image"))
-    return {**found, "chosen by": statistics.fmean(choosing)}
+    return {**found, "chosen by": statistics.fmean(choosing), "mean": statistics.fmean(found[one] for one in SETS)}
 
 
-def _outcome(out: Path, sets: dict[str, Path], student: str, name: str, seen: int, seed: int) -> dict[str, float]:
-    """Scores of a run by set, and the seconds that its steps took."""
+def _outcome(out: Path, sets: dict[str, Path], student: str, name: str, seen: int, seed: int) -> Outcome | None:
+    """Scores of a run by set, and the seconds that its steps took; None where it is not there yet."""
     folder = _folder(student, name, seen, seed)
+    results = out / "evaluations" / folder / RESULTS_FILE
+    if not results.exists() or len(read_results(str(results))) < len(sets):
+        return None
     lines = [line for line in read_metrics(str(out / folder)) if line["event"] == "train"]
     rate = statistics.median(line["images_per_second"] for line in lines)
     return {**_scores(out, folder, sets), "seconds": seen / rate}
 
 
-def _table(found: dict[str, list[dict[str, float]]], teacher: dict[str, float]) -> str:
+def _table(found: dict[str, list[Outcome]], teacher: dict[str, float]) -> str:
     changes = (f"{change}, of teacher's" for change in CHANGES)
-    head = ("recipe", "chosen by", *SETS, "mean", f"{PAIRS} R@5", *changes, "seconds")
+    head = ("recipe", "seeds", "chosen by", *SETS, "mean", f"{PAIRS} R@5", *changes, "seconds")
     whole = {**teacher, "seconds": 0.0}
     rows = [_row("the teacher", [whole], teacher)]
     return table(head, rows + [_row(name, runs, teacher) for name, runs in found.items()])
 
 
-def _row(name: str, runs: list[dict[str, float]], teacher: dict[str, float]) -> tuple[str, ...]:
-    cells = [_spread([run[one] for run in runs]) for one in ("chosen by", *SETS)]
-    cells.append(_spread([statistics.fmean(run[one] for one in SETS) for run in runs]))
-    cells.append(_spread([run[PAIRS] for run in runs]))
+def _row(name: str, runs: list[Outcome], teacher: dict[str, float]) -> tuple[str, ...]:
+    cells = [_spread([run[one] for run in runs]) for one in ("chosen by", *SETS, "mean", PAIRS)]
     for change in CHANGES:
         titles = [f"{one}-{change}" for one in SETS]
         shares = [sum(run[title] for title in titles) / sum(teacher[title] for title in titles) for run in runs]
         cells.append(f"{statistics.fmean(shares):.0%}")
-    return (name, *cells, f"{statistics.median(run['seconds'] for run in runs):,.0f}")
+    return (name, str(len(runs)), *cells, f"{statistics.median(run['seconds'] for run in runs):,.0f}")
 
 
 def _spread(values: list[float]) -> str:
