@@ -21,7 +21,7 @@ def write_plot(path: str, points: dict[str, dict[int, list[Outcome]]], teacher: 
         scores = [[100 * run["mean"] for run in runs] for runs in budgets.values()]
         means = [statistics.fmean(values) for values in scores]
         spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in scores]
-        seconds = [statistics.median(run["seconds"] for run in runs) for runs in budgets.values()]
+        seconds = [min(run["seconds"] for run in runs) for runs in budgets.values()]
         look = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKS[number % len(_MARKS)]}
         by_images.errorbar(list(budgets), means, spread, ms=5, lw=1.4, capsize=3, label=name, **look)
         by_seconds.errorbar(seconds, means, spread, ms=5, lw=1.4, capsize=3, **look)

@@ -60,9 +60,11 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @_option("--pairs")
 @_option("--captions", metavar="CAPTIONS.zarr")
 @_option("--selection")
-@click.option("--recipe", type=_Recipes(["paper", "sample-paper", "sample"]), default="paper", show_default=True,
+@click.option("--recipe", type=_Recipes(["paper", "best", "sample-paper", "sample"]), default="paper",
+              show_default=True,
               help="Recipe that decides every option below that is not given; dimefm recipes explains them. paper: the "
-                   "authors' settings; sample-paper, sample: small students for the shipped sample.")  # fmt: skip
+                   "authors' settings; best: those that won the comparison of docs/recipes.md, with a small student; "
+                   "sample-paper, sample: smaller ones for the shipped sample.")  # fmt: skip
 @click.option("--config", "config_file", metavar="FILE",
               help="YAML or JSON file with fields of the config, or a run.json. It wins over --recipe, and options "
                    "given beside it win over it.")  # fmt: skip

@@ -6,13 +6,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 import timm.optim as timm_optim
 import torch
+from timm.optim import muon
 
 from dimefm.errors import TrainingError
 from dimefm.models.tower_layers import parameter_layers
+from dimefm.system.machine import emulates
 from dimefm.system.near_names import did_you_mean
 from dimefm.training.config import TrainConfig
 
@@ -78,7 +81,17 @@ def optimizer_of(
     made: torch.optim.Optimizer = _timm.create_optimizer_v2(
         groups, config.optimizer, config.lr, config.weight_decay, **_given(config)
     )
+    if isinstance(made, muon.Muon) and emulates("bf16", groups[0]["params"][0].device.type):
+        _orthogonalise_in_float32()
     return made
+
+
+def _orthogonalise_in_float32() -> None:
+    """Let timm's Muon make its matrices orthogonal in float32. It does so in bf16, as on GPUs; where a processor only
+    emulates that, a step takes up to twelve times as long."""
+    usual = muon.zeropower_via_newtonschulz
+    if not isinstance(usual, partial):
+        muon.zeropower_via_newtonschulz = partial(usual, dtype=torch.float32)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.optim import muon
 from timm.optim._param_groups import param_groups_layer_decay
 
 from dimefm.errors import MismatchError, TrainingError
@@ -71,6 +72,24 @@ def test_a_checkpoint_has_all_that_an_optimizer_goes_by(name: str) -> None:
         assert same(model.state_dict(), other.state_dict()), one
         assert not same(model.state_dict(), small().state_dict()), f"{one} does nothing"
         assert {group["weight_decay"] for group in optimizer.param_groups} == {0, 0.05}, one
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_muon_goes_without_bf16_where_that_is_emulated(emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, found = muon.zeropower_via_newtonschulz, set[torch.dtype]()
+    usual = getattr(usual, "func", usual)
+
+    def spy(*given: Any, dtype: torch.dtype = torch.bfloat16, **named: Any) -> torch.Tensor:
+        found.add(dtype)
+        result: torch.Tensor = usual(*given, dtype=dtype, **named)
+        return result
+
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", spy)
+    monkeypatch.setattr(optimizer_module, "emulates", lambda precision, device: emulated)
+    for name in ("muon", "nmuon", "adamw"):
+        model = small()
+        steps(model, optimizer_of(config(optimizer=name), [model], {}), range(1))
+    assert found == {torch.float32 if emulated else torch.bfloat16}
 
 
 def test_the_default_is_fused_adamw_in_two_groups() -> None:
