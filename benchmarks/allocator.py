@@ -69,9 +69,9 @@ def _commands(folder: Path, rows: int) -> dict[str, list[str]]:
         "cache-images, one worker": [*cache, "--workers", "1"],
         "evaluate the teacher": ["evaluate", teacher, str(shipped / "eval" / "caltech101"), "--device", "cpu"],
         "train resnet10t at 64 px": [
-            *train, "--student", "resnet10t", "--image-size", "64", "--batch-size", "64", "--max-steps", "100",
+            *train, "--student", "resnet10t", "--image-size", "64", "--batch-size", "64", "--max-steps", "30",
         ],
-        "train ViT-B-32": [*train, "--student", "ViT-B-32", "--image-size", "224", "--max-steps", "8"],
+        "train ViT-B-32": [*train, "--student", "ViT-B-32", "--image-size", "224", "--max-steps", "2"],
     }  # fmt: skip
 
 

@@ -13,16 +13,25 @@ _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 
 
 def write_plot(path: str, points: dict[str, dict[int, list[Outcome]]], teacher: float) -> None:
-    """Write a PNG: a line for each recipe, from its budgets; bars are a standard deviation over seeds."""
+    """Write a PNG: a line for each STUDENT: RECIPE, from its budgets; bars are a standard deviation over seeds."""
     rows = -(-len(points) // 3)
     figure = Figure(figsize=(10, 4.2 + 0.2 * rows), layout="constrained")
     by_images, by_seconds = figure.subplots(1, 2, sharey=True)
-    for number, (name, budgets) in enumerate(points.items()):
+    students, recipes = (
+        list(dict.fromkeys(parts)) for parts in zip(*(name.split(": ", 1) for name in points), strict=True)
+    )
+    for name, budgets in points.items():
         scores = [[100 * run["mean"] for run in runs] for runs in budgets.values()]
         means = [statistics.fmean(values) for values in scores]
         spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in scores]
         seconds = [min(run["seconds"] for run in runs) for runs in budgets.values()]
-        look = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKS[number % len(_MARKS)]}
+        student, recipe = name.split(": ", 1)
+        place, dashed = recipes.index(recipe), students.index(student) % 2
+        look = {
+            "color": _COLOURS[place % len(_COLOURS)],
+            "marker": _MARKS[place % len(_MARKS)],
+            "ls": ("-", "--")[dashed],
+        }
         by_images.errorbar(list(budgets), means, spread, ms=5, lw=1.4, capsize=3, label=name, **look)
         by_seconds.errorbar(seconds, means, spread, ms=5, lw=1.4, capsize=3, **look)
     for axes, what in ((by_images, "images seen"), (by_seconds, "seconds of training on one thread")):

@@ -119,7 +119,10 @@ def recipes(
             if runs := [run for run in kept if run]:
                 found[name] = points.setdefault(f"{student}: {name}", {})[seen] = runs
         click.echo(f"\n{student}, {seen:,} images seen\n\n{_table(found, teacher)}")
-    how = f"precision {precision}, one torch thread; seeds 0 to {seeds - 1}; the half of the images that did not choose"
+    how = (
+        f"precision {precision}, one torch thread; seeds 0 to {seeds - 1}; the half of the images that did not choose;"
+    )
+    how += f" {', '.join(CHANGES)}: in percent of what the teacher scores on images changed so"
     click.echo(f"\n{machine()}, {describe('cpu')}, {how}")
     if plot:
         write_plot(plot, points, teacher["mean"])
@@ -146,7 +149,7 @@ def _run(
     """Train, if that is not done, and evaluate on every set."""
     store, losses, changes = RECIPES[name]
     run = str(out / _folder(student, name, seen, seed))
-    fields = {**STUDENTS[student], **changes}
+    fields = {"optimizer": "adamw", **STUDENTS[student], **changes}
     if fields.get("texts_per_step") == 0:
         fields["texts_per_step"] = fields["batch_size"]
     steps = seen // fields["batch_size"]
@@ -203,8 +206,7 @@ def _outcome(out: Path, sets: dict[str, Path], student: str, name: str, seen: in
 
 
 def _table(found: dict[str, list[Outcome]], teacher: dict[str, float]) -> str:
-    changes = (f"{change}, of teacher's" for change in CHANGES)
-    head = ("recipe", "seeds", "chosen by", *SETS, "mean", f"{PAIRS} R@5", *changes, "seconds")
+    head = ("recipe", "seeds", "chosen by", *SETS, "mean", f"{PAIRS} R@5", *CHANGES, "seconds")
     whole = {**teacher, "seconds": 0.0}
     rows = [_row("the teacher", [whole], teacher)]
     return table(head, rows + [_row(name, runs, teacher) for name, runs in found.items()])

@@ -22,7 +22,8 @@ from dimefm.training.train import train
 _Recipe = Callable[[str, str, str], TrainConfig]
 VARIANTS: dict[str, tuple[_Recipe, dict[str, Any]]] = {
     "sample": (sample, {}),
-    "sample, lr 4e-3": (sample, {"lr": 4e-3}),
+    "sample, lr 0.01": (sample, {"lr": 0.01}),
+    "sample, AdamW, cosine": (sample, {"optimizer": "adamw", "lr": 8e-3, "loss": LossConfig(vl=0, pvl=0, cosine=1)}),
     "sample, batches of 64": (sample, {"batch_size": 64}),
     "sample, 40 px, 15 epochs": (sample, {"image_size": 40, "epochs": 15}),
     "sample, 64 px, 7 epochs": (sample, {"image_size": 64, "epochs": 7}),

@@ -10,5 +10,6 @@ def resnet10(images: str, texts: str, out: str) -> TrainConfig:
     """30 epochs in batches of 64, regression of the centred embedding."""
     return replace(
         sample(images, texts, out), student="resnet10t", image_size=64, epochs=30, batch_size=64, lr=4e-3,
+        optimizer="adamw",
         warmup_epochs=1.5, val_every=5, loss=LossConfig(vl=0, pvl=0, centred=1),
     )  # fmt: skip

@@ -24,6 +24,7 @@ def tiny_config(images: Store, texts: Store, out: Path, **changes: Any) -> Train
         texts_per_step=64,
         epochs=2,
         lr=4e-3,
+        optimizer="adamw",
         max_steps=STEPS,
         loss=LossConfig(vl=0.7, pvl=0.3, udist=0.1, cosine=0.5, centred=0.5),
         checkpoint_every=3,

@@ -73,10 +73,10 @@ def sample_scale() -> Scale:
 
 
 _SAMPLE_SECONDS = {
-    "cache-images": 112.0, "cache-texts": 26.0, "cache-prompts": 1.0, "build-index": 6.0, "retrieve": 4.2,
-    "select-texts": 0.6, "train paper": 79.0, "export paper": 0.7, "evaluate paper": 1.8, "train best": 75.0,
-    "export best": 0.7, "evaluate best": 1.6, "evaluate teacher": 37.0,
-    "latency": 30.0,
+    "cache-images": 45.0, "cache-texts": 24.0, "cache-prompts": 1.3, "build-index": 5.4, "retrieve": 3.6,
+    "select-texts": 0.9, "train paper": 51.0, "export paper": 1.3, "evaluate paper": 1.9, "train best": 58.0,
+    "export best": 1.3, "evaluate best": 1.7, "evaluate teacher": 16.0,
+    "latency": 34.0,
 }  # fmt: skip
 
 
