@@ -4,7 +4,6 @@ from importlib import import_module
 
 import click
 
-from dimefm.system.allocator import keep_freed_memory
 from dimefm.system.machine import wait_briefly
 
 # Each command is a function of that name; a module is imported when its command is asked for, so that one command
@@ -51,5 +50,4 @@ def benchmarks() -> None:
 
 if __name__ == "__main__":
     wait_briefly()  # as the command does for a user
-    keep_freed_memory()
     benchmarks(prog_name="python -m benchmarks")

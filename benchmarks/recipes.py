@@ -26,6 +26,7 @@ from dimefm.evaluation.evaluate import evaluate
 from dimefm.evaluation.predictions import file_name
 from dimefm.evaluation.results import read_results
 from dimefm.store.embedding_store import Store
+from dimefm.system.allocator import keep_freed_memory
 from dimefm.system.machine import describe
 from dimefm.training.config import LossConfig
 from dimefm.training.read_metrics import read_metrics
@@ -98,6 +99,7 @@ def recipes(
     """Students by recipe: zero-shot top-1 on each set and on changed images, by images seen and by seconds."""
     sets = _all_sets(Path(data), Path(out))
     if one:
+        keep_freed_memory()  # as train-student does
         student, name, seen, seed = one.split(":")
         _run(Path(stores), Path(out), sets, student, name, int(seen), int(seed), precision)
         return

@@ -101,12 +101,17 @@ def cli() -> None:
     """
 
 
+_NETWORKS = ("cache-images", "cache-texts", "train-student", "evaluate", "predict", "latency")
+"""Commands that run a network. The others have large arrays that come and go, and must keep within --memory."""
+
+
 def main() -> None:
     """Entry point of the `dimefm` command."""
     stopping.listen(_output)
     atexit.register(gc.freeze)  # else all objects of torch are searched for cycles at exit, for a second
     wait_briefly()
-    keep_freed_memory()
+    if sys.argv[1:2] and sys.argv[1] in _NETWORKS:
+        keep_freed_memory()
     library_warnings.silence()
     import_quickly()
     if sys.stderr is not None:

@@ -15,7 +15,6 @@ from benchmarks.gpu import running
 from benchmarks.gpu.results import Results, Step
 from benchmarks.gpu.sizes import GPU, SMALL
 from dimefm.errors import DimefmError
-from dimefm.system.allocator import keep_freed_memory
 from dimefm.system.machine import choose_device, wait_briefly
 
 _END = 5.0  # seconds kept back to write and to clean up
@@ -56,7 +55,6 @@ def gpu(out: Path, device: str, minutes: float, only: str | None) -> None:
     began = time.monotonic()
     chosen = _chosen(only)
     wait_briefly()
-    keep_freed_memory()
     running.prepare()
     try:
         choose_device(device)

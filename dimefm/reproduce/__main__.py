@@ -5,9 +5,7 @@ from dimefm.system import stopping
 if __name__ == "__main__":
     stopping.listen()
     from dimefm.reproduce.stages import main
-    from dimefm.system.allocator import keep_freed_memory
     from dimefm.system.machine import wait_briefly
 
     wait_briefly()
-    keep_freed_memory()
     main(prog_name="reproduce")

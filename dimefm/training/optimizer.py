@@ -15,7 +15,6 @@ from timm.optim import muon
 
 from dimefm.errors import TrainingError
 from dimefm.models.tower_layers import parameter_layers
-from dimefm.system.machine import emulates
 from dimefm.system.near_names import did_you_mean
 from dimefm.training.config import TrainConfig
 
@@ -81,17 +80,16 @@ def optimizer_of(
     made: torch.optim.Optimizer = _timm.create_optimizer_v2(
         groups, config.optimizer, config.lr, config.weight_decay, **_given(config)
     )
-    if isinstance(made, muon.Muon) and emulates("bf16", groups[0]["params"][0].device.type):
-        _orthogonalise_in_float32()
+    if isinstance(made, muon.Muon):
+        _orthogonalise_in(torch.bfloat16 if config.precision == "bf16" else torch.float32)
     return made
 
 
-def _orthogonalise_in_float32() -> None:
-    """Let timm's Muon make its matrices orthogonal in float32. It does so in bf16, as on GPUs; where a processor only
-    emulates that, a step takes up to twelve times as long."""
+def _orthogonalise_in(dtype: torch.dtype) -> None:
+    """Let timm's Muon make its matrices orthogonal in the precision of the run. It does so in bf16 whatever the run
+    has, which many processors only emulate: a step then takes up to twelve times as long."""
     usual = muon.zeropower_via_newtonschulz
-    if not isinstance(usual, partial):
-        muon.zeropower_via_newtonschulz = partial(usual, dtype=torch.float32)
+    muon.zeropower_via_newtonschulz = partial(getattr(usual, "func", usual), dtype=dtype)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -65,14 +65,15 @@ subprocess.run([sys.executable, "-c", {bare!r}, sys.argv[1]])
     assert _faults(parent, "thread") < _PAGES // 100
 
 
-def test_the_command_keeps_its_memory() -> None:
-    program = """
+@pytest.mark.parametrize(("command", "kept"), [("evaluate", "1"), ("cache-images", "1"), ("build-index", "None")])
+def test_commands_that_run_a_network_keep_their_memory(command: str, kept: str) -> None:
+    program = f"""
 import atexit, os, sys
 from dimefm.cli import main
 
-sys.argv[1:] = ["--version"]
-atexit.register(lambda: print(os.environ["MALLOC_ARENA_MAX"]))
+sys.argv[1:] = [{command!r}, "--help"]
+atexit.register(lambda: print(os.environ.get("MALLOC_ARENA_MAX")))
 main()
 """
     found = subprocess.run([sys.executable, "-c", program], env=_PLAIN, capture_output=True, text=True, check=True)
-    assert found.stdout.splitlines()[-1] == "1"
+    assert found.stdout.splitlines()[-1] == kept

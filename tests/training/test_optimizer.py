@@ -74,22 +74,26 @@ def test_a_checkpoint_has_all_that_an_optimizer_goes_by(name: str) -> None:
         assert {group["weight_decay"] for group in optimizer.param_groups} == {0, 0.05}, one
 
 
-@pytest.mark.parametrize("emulated", [False, True])
-def test_muon_goes_without_bf16_where_that_is_emulated(emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_muon_computes_in_the_precision_of_the_run(
+    precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usual, found = muon.zeropower_via_newtonschulz, set[torch.dtype]()
     usual = getattr(usual, "func", usual)
 
-    def spy(*given: Any, dtype: torch.dtype = torch.bfloat16, **named: Any) -> torch.Tensor:
+    def spy(*given: Any, dtype: torch.dtype = torch.float64, **named: Any) -> torch.Tensor:
         found.add(dtype)
         result: torch.Tensor = usual(*given, dtype=dtype, **named)
         return result
 
     monkeypatch.setattr(muon, "zeropower_via_newtonschulz", spy)
-    monkeypatch.setattr(optimizer_module, "emulates", lambda precision, device: emulated)
-    for name in ("muon", "nmuon", "adamw"):
+    for name in ("muon", "nmuon"):
+        optimizer_of(config(optimizer=name), [small()], {})  # of a run before
         model = small()
-        steps(model, optimizer_of(config(optimizer=name), [model], {}), range(1))
-    assert found == {torch.float32 if emulated else torch.bfloat16}
+        steps(model, optimizer_of(config(optimizer=name, precision=precision), [model], {}), range(1))
+    assert found == {dtype}
 
 
 def test_the_default_is_fused_adamw_in_two_groups() -> None:
