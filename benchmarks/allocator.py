@@ -52,19 +52,7 @@ def _commands(folder: Path, rows: int) -> dict[str, list[str]]:
     cache = ["cache-images", str(shipped / "images"), "--teacher", teacher, "--limit", str(rows), "--device", "cpu"]
     store = str(folder / "first.zarr")
     _run([*cache, "--pixels", "72", "--out", store], {}, _Spent())
-    train = [
-        "train-student",
-        "--images",
-        store,
-        "--recipe",
-        "sample",
-        "--loss",
-        "cosine=1",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-    ]
+    train = ["train-student", "--images", store, "--recipe", "best", "--device", "cpu", "--threads", "1"]
     return {
         "cache-images, one worker": [*cache, "--workers", "1"],
         "evaluate the teacher": ["evaluate", teacher, str(shipped / "eval" / "caltech101"), "--device", "cpu"],

@@ -126,6 +126,8 @@ def recipes(
     )
     how += f" {', '.join(CHANGES)}: in percent of what the teacher scores on images changed so"
     click.echo(f"\n{machine()}, {describe('cpu')}, {how}")
+    if not points:
+        raise click.ClickException(f"no finished run in {out}: repeat the command without --report")
     if plot:
         write_plot(plot, points, teacher["mean"])
 

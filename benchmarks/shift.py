@@ -47,15 +47,7 @@ def shift(models: tuple[str, ...], images: str, data: str, out: str) -> None:
                     classes_CD = texts.of_classes(opened.classnames, opened.prompts()).numpy()
                     found.append(_look(clip, opened, classes_CD, mean_D, f"{folder}/{name}-{change}"))
                 rows.append((Path(model).name, change or "none", *(f"{100 * v:.1f}" for v in np.mean(found, axis=0))))
-    head = (
-        "model",
-        "change",
-        "top-1",
-        "batch norm of these images",
-        "mean moved",
-        "share of the first answer",
-        "cosine",
-    )
+    head = ("model", "change", "top-1", "batch norm of these", "mean moved", "share of the first answer", "cosine")
     click.echo(table(head, rows))
     click.echo(f"means of {', '.join(SETS)}; cosine: of the mean embedding to the teacher's mean over its images")
 
