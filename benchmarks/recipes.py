@@ -39,6 +39,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "test_resnet": {"student": "test_resnet", "image_size": 48, "batch_size": 32, "lr": 8e-3},
     "resnet10t": {"student": "resnet10t", "image_size": 64, "batch_size": 64, "lr": 4e-3},
     "mobilevit": {"student": "mobilevit_xxs", "image_size": 64, "batch_size": 64, "lr": 2e-3},
+    "vit": {"student": str(Path(__file__).with_name("vit_tiny_8.json")), "batch_size": 64, "lr": 1e-3},
 }
 _PAPER, _CENTRED, _COSINE = {"vl": 0.7, "pvl": 0.3}, {"centred": 1.0}, {"cosine": 1.0}
 _BOTH, _MUON = {"cosine": 0.5, "centred": 0.5}, {"optimizer": "muon", "lr": 0.02}

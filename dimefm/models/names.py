@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from cache_schemas.run import CONFIG_FILE, RUN_FILE
 from dimefm.errors import TeacherError, TrainingError
@@ -53,11 +55,36 @@ def require_any_model(name: str, pretrained: str | None) -> None:
 
 
 def require_student(name: str | None, text_name: str | None) -> None:
-    """Raises TrainingError unless `name` is a model of open_clip or timm, and `text_name` one of open_clip."""
-    if name is not None and name not in architectures() and name.partition(".")[0] not in timm_names():
+    """Raises TrainingError unless `name` is a model of open_clip or timm or a file with a config of open_clip, and
+    `text_name` a model of open_clip."""
+    if name is not None and is_config_file(name):
+        read_config_file(name)
+    elif name is not None and name not in architectures() and name.partition(".")[0] not in timm_names():
         raise unknown_student(name)
     if text_name is not None and text_name not in architectures():
         raise unknown_text_student(text_name)
+
+
+def is_config_file(name: str) -> bool:
+    """Whether an architecture is named by a file, and not by its name in open_clip or timm."""
+    return name.endswith(".json")
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The config of an architecture in a file, as open_clip's own files have it, or as the open_clip_config.json of a
+    folder has it. Raises TrainingError for a file that is not there, or has no image tower."""
+    try:
+        document = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        near = did_you_mean_path(path, "check the path")
+        raise TrainingError(f"cannot read the student {path}: {error.strerror}", remedy=near) from error
+    except ValueError as error:
+        raise TrainingError(f"{path} is not JSON: {error}", remedy="give a model config of open_clip") from error
+    config = document.get("model_cfg", document) if isinstance(document, dict) else {}
+    if not isinstance(config, dict) or not isinstance(config.get("vision_cfg"), dict):
+        remedy = "give a model config of open_clip; docs/training.md has an example"
+        raise TrainingError(f"{path} has no vision_cfg", remedy=remedy)
+    return {"text_cfg": {}, "embed_dim": None, **config}
 
 
 def unknown_student(name: str) -> TrainingError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -19,17 +20,18 @@ from cache_schemas import Preprocessing, StudentSpec, TeacherIdentity
 from cache_schemas.run import TextSpec
 from dimefm.errors import TrainingError
 from dimefm.models.hub import require_plain_tokenizer
-from dimefm.models.names import unknown_student, unknown_text_student
+from dimefm.models.names import is_config_file, read_config_file, unknown_student, unknown_text_student
 from dimefm.models.tokenizer import fast_tokenizer, open_tokenizer
 
 
 def student_spec(
     name: str, teacher: TeacherIdentity, image_size: int | None = None, *, embed_dim: int | None = None
 ) -> StudentSpec:
-    """The image tower of the open_clip model (``ViT-B-32``) or timm model (``resnet18``) called `name`.
+    """The image tower of the open_clip model (``ViT-B-32``) or timm model (``resnet18``) called `name`, or of the
+    open_clip config in the file ``NAME.json``.
 
     `image_size` in pixels replaces the model's own, `embed_dim` the teacher's width. Raises TrainingError for a name
-    that neither library knows, and for a size that the tower cannot take.
+    that neither library knows, for a file without a config, and for a size that the tower cannot take.
     """
     width = embed_dim or teacher.embed_dim
     cfg = _config_of(name, width)
@@ -45,7 +47,7 @@ def student_spec(
         vision_cfg["image_size"] = image_size
     size = vision_cfg.get("image_size", 224)
     return StudentSpec(
-        name=name,
+        name=Path(name).stem if is_config_file(name) else name,
         vision_cfg=vision_cfg,
         embed_dim=width,
         image_size=size[0] if isinstance(size, (list, tuple)) else size,
@@ -103,7 +105,7 @@ def _timm_config(name: str, image_size: int | None) -> dict[str, Any]:
 def _config_of(name: str, width: int) -> dict[str, Any] | None:
     """open_clip's config of a model, None for an unknown name. A tower without a projection, as SigLIP has, is given
     one if its width is another."""
-    cfg: dict[str, Any] | None = open_clip.get_model_config(name)
+    cfg: dict[str, Any] | None = read_config_file(name) if is_config_file(name) else open_clip.get_model_config(name)
     if cfg is not None and cfg["embed_dim"] != width:
         for tower, field in (("vision_cfg", "timm_proj"), ("text_cfg", "proj_type")):
             if cfg[tower].get(field) == "none":

@@ -152,7 +152,8 @@ class TrainConfig:
     out: str
     """Run folder to write."""
     student: str
-    """Image tower: an open_clip model such as ViT-B-32, or a timm model such as resnet18."""
+    """Image tower: an open_clip model such as ViT-B-32, a timm model such as resnet18, or NAME.json: a file with a
+    config as open_clip's models have."""
     epochs: float
     """Length of the run in passes over the images; may be a fraction."""
     batch_size: int

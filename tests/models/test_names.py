@@ -110,3 +110,20 @@ def test_students() -> None:
         require_student("elephant", None)
     with pytest.raises(TrainingError, match="did you mean 'ViT-B-32'"):
         require_student(None, "ViT-B32")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "cannot read the student tower.json: No such file"),
+        ("{", "tower.json is not JSON"),
+        ("[]", "tower.json has no vision_cfg"),
+        ('{"model_cfg": 1}', "tower.json has no vision_cfg"),
+    ],
+)
+def test_a_config_file_that_is_none_is_named(folder: Path, text: str | None, expected: str) -> None:
+    if text is not None:
+        Path("tower.json").write_text(text)
+
+    with pytest.raises(TrainingError, match=expected):
+        require_student("tower.json", None)
