@@ -16,7 +16,7 @@ test: CHOSEN = -m "not slow and not gpu"
 test-all: CHOSEN =
 
 # Style and types are checked beside the tests. What they say comes after, in one piece; either fails the whole.
-test test-all: .venv/ready
+test test-all: .venv/ready .venv/browser
 	@said=$$(mktemp); ($(LINT)) >$$said 2>&1 & lint=$$!; \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(CHOSEN) $(ARGS); tests=$$?; \
 	wait $$lint; checks=$$?; cat $$said; rm $$said; [ $$tests -eq 0 ] && [ $$checks -eq 0 ]
@@ -39,6 +39,14 @@ bench: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch .venv/ready
+
+# Pages are tested in a real browser. Where none is there, and Debian's can be installed, it is; else its tests say that
+# they are skipped.
+.venv/browser: .venv/ready
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver) >/dev/null || true; fi
+	@touch .venv/browser
 
 clean:
 	rm -rf .venv runs

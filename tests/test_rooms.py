@@ -35,6 +35,7 @@ ROOMS = {
     "dimefm.export": "datasets evaluation images latency models sample sources store system training",
     "dimefm.inspection": "caching datasets evaluation exchange models retrieval selection sources store system "
     "training",
+    "dimefm.pages": "caching inspection store system",
     "dimefm.prediction": "evaluation images models sources system",
     "pipeline": "caching models sources store system",
     "dimefm.commands": "*",
@@ -50,6 +51,7 @@ HOMES = {
     "faiss": {"dimefm/retrieval/faiss_index.py", "dimefm/retrieval/index_merge.py"},
     "zarr": {"dimefm/store/"},
     "open_clip": {"dimefm/models/", "dimefm/images/preprocess.py", "dimefm/datasets/definitions.py", "dimefm/sample/"},
+    "jinja2": {"dimefm/pages/page.py"},
     "matplotlib": {"dimefm/latency/plot.py", "dimefm/reproduce/report.py"},
     "tensorboard": {"dimefm/training/run_log.py"},
     "sklearn": {"dimefm/evaluation/metrics.py", "dimefm/evaluation/probe.py"},

@@ -1,0 +1,48 @@
+"""Small pictures of some rows of an image store, from its own JPEGs or the files that it was cached from.
+
+Shapes: N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from dimefm.caching.images_of import images_of
+from dimefm.errors import DimefmError
+from dimefm.images.decode import DecodeError
+from dimefm.images.thumbnail import thumbnail
+from dimefm.sources.parquet import split_column
+from dimefm.sources.read_image import ImagePlace, read_encoded
+from dimefm.store.embedding_store import Store
+
+_THREADS = 8  # most of them wait for storage
+
+
+def thumbnails(store: Store, rows_N: np.ndarray[Any, Any], side: int) -> Iterator[bytes | str]:
+    """For each row, in the order asked for, a JPEG whose longer side has at most `side` pixels; or in words why there
+    is none. Each file is asked once."""
+    ascending_M, place_N = np.unique(np.asarray(rows_N, np.int64), return_inverse=True)
+    if store.schema.pixels:
+        places = [ImagePlace(*place) for place in store.pixel_places(ascending_M)]
+    else:
+        places = [ImagePlace(one.file, one.offset, one.size) for one in images_of(store, ascending_M)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(lambda place: _thumbnail(place, side), places))
+    yield from (found[place] for place in place_N.tolist())
+
+
+def _thumbnail(place: ImagePlace, side: int) -> bytes | str:
+    if not place.file:
+        return "it was imported without its image"
+    if not place.size and split_column(place.file)[1] is None:
+        return "it has no bytes"
+    try:
+        return thumbnail(read_encoded(place), side)
+    except DimefmError as error:
+        return error.what
+    except (DecodeError, OSError) as error:
+        return str(error)

@@ -1,0 +1,78 @@
+"""`dimefm report`: one page for what dimefm wrote at some places, whatever that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import cast
+
+from dimefm.errors import OutputExistsError
+from dimefm.inspection.kinds import Kind, kind_of, require_kind
+from dimefm.pages.page import Page, Section, render
+from dimefm.system import storage
+from dimefm.system.notes import note
+from dimefm.version import __version__
+
+_SECTIONS = {
+    Kind.STORE: "store_page.store_sections",
+}
+"""What makes the sections of a kind: a module of this room and its function, which takes the paths of all places of
+this kind, so that models and runs can be compared. Other kinds are shown as `dimefm info` describes them."""
+
+_MARK = b'<meta name="generator" content="dimefm">'
+
+
+def report(paths: Sequence[str], out: str) -> str:
+    """Write a page about `paths` to the file `out`, which may hold an older page; returns its path.
+
+    Each path is a place of any kind that `dimefm info` knows, or a folder with several of these. Raises StoreError
+    where there is nothing of dimefm's, OutputExistsError where `out` is another file or a folder.
+    """
+    target = Path(storage.local(out, "a page"))
+    if target.is_dir() or (target.is_file() and _MARK not in target.read_bytes()[:2000]):
+        raise OutputExistsError(f"{target} exists and is not a page of dimefm's", remedy="give another --out")
+    page = make_page(paths)
+    with storage.writing_to(str(target)):
+        storage.make_folder(str(target.parent))
+        storage.write_atomic(str(target), render(page).encode())
+    return str(target)
+
+
+def make_page(paths: Sequence[str]) -> Page:
+    """The page about some places. Raises StoreError as `report` does."""
+    found: dict[Kind, list[str]] = {}
+    for path in paths:
+        for kind, place in _places(path):
+            if place not in found.setdefault(kind, []):
+                found[kind].append(place)
+    sections: list[Section] = []
+    for kind in Kind:
+        if kind in found:
+            note(f"looking at {', '.join(found[kind])} ...")
+            sections += _sections(kind, found[kind])
+    title = paths[0] if len(paths) == 1 else f"{len(paths)} places"
+    return Page(f"dimefm: {title.rstrip('/')}", f"{_now()}, dimefm {__version__}", sections)
+
+
+def _places(path: str) -> list[tuple[Kind, str]]:
+    """A place with its kind; of a folder that is none itself, the places in it."""
+    kind = kind_of(path)
+    if kind is None and not storage.is_url(path) and Path(path).is_dir():
+        inside = [str(one) for one in sorted(Path(path).iterdir()) if one.is_dir()]
+        known = [(kind, one) for one in inside if (kind := kind_of(one))]
+        if known:
+            return known
+    return [(kind or require_kind(path, "report"), path)]
+
+
+def _sections(kind: Kind, paths: list[str]) -> list[Section]:
+    name = _SECTIONS.get(kind, "described.described_sections")
+    module, function = name.split(".")
+    sections = cast(Callable[[list[str]], list[Section]], getattr(import_module(f"{__package__}.{module}"), function))
+    return sections(paths)
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
