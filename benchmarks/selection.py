@@ -13,7 +13,7 @@ from benchmarks.measure import machine, table
 from benchmarks.small_student import resnet10
 from cache_schemas import Status
 from dimefm.selection.clusters import cluster
-from dimefm.selection.grounding import score_texts
+from dimefm.selection.grounding import score_by_grounding
 from dimefm.selection.report import source_file
 from dimefm.selection.select_texts import SelectionConfig, best_cosines, select_texts
 from dimefm.store.embedding_store import Store
@@ -141,7 +141,7 @@ def _aucs(images: Store, texts: Store, pairs: Pairs, kind_T: np.ndarray, folder:
     top_k = pairs.schema.top_k
     scores[f"hits, top {top_k}"] = pairs.hits()
     scores[f"best cosine of those in a top {top_k}, others lowest"] = np.where(np.isnan(cosine_T), -2, cosine_T)
-    found = score_texts(
+    found = score_by_grounding(
         images, texts, str(folder / "4-similarity.selection"), count=count, seed=0, device="cpu"
     )  # fmt: skip
     scores["select-texts --by similarity"] = found

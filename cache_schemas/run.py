@@ -108,6 +108,7 @@ class Run(Document):
     steps: int
     versions: dict[str, str]
     selection_digest: str | None = None
+    image_selection_digest: str | None = None
     text_student: TextSpec | None = None
     machine: str | None = None
     processes: int | None = None

@@ -26,7 +26,7 @@ ROOMS = {
     "dimefm.caching": "images models sources store system",
     "dimefm.retrieval": "images models store system",
     "dimefm.sample": "images sources",
-    "dimefm.selection": "store system",
+    "dimefm.selection": "images sources store system",
     "dimefm.datasets": "images sources system",
     "dimefm.exchange": "caching images models sources store system",
     "dimefm.training": "datasets images models sources store system",

@@ -134,6 +134,14 @@ def require_with(option: str, value: object, needed: str, given: object) -> None
         raise click.UsageError(f"{option} has no effect without {needed}")
 
 
+def say_made(out: str, as_json: bool) -> None:
+    """What `dimefm info` says of what was written."""
+    from dimefm.inspection.info import examine
+
+    made = examine(out)
+    say_json(made.facts) if as_json else say(made.show())
+
+
 def say_json(document: Any) -> None:
     """Print a document as JSON, in which no control character is left as it is. NaN and infinity, which JSON does not
     have, become null."""

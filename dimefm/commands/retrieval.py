@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from cache_schemas.text_selection import Ranking
 from dimefm.commands.help import Command
 from dimefm.commands.options import (
     DEVICES,
@@ -18,6 +17,7 @@ from dimefm.commands.options import (
     ray_options,
     require_with,
     say_json,
+    say_made,
     shard_runner,
 )
 from dimefm.models.exported import format_of
@@ -30,17 +30,8 @@ if TYPE_CHECKING:
     from dimefm.retrieval.search import Student
 
 _index_option = options_of("dimefm.retrieval.build_index", "IndexConfig")
-_selection_option = options_of("dimefm.selection.select_texts", "SelectionConfig")
 _training_option = options_of("dimefm.training.config", "TrainConfig", defaults=False)
 _DEVICE = "Where exact search computes. Default: cuda if there is a GPU, else cpu."
-
-
-def _say_made(out: str, as_json: bool) -> None:
-    """What `dimefm info` says of what was written."""
-    from dimefm.inspection.info import examine
-
-    made = examine(out)
-    say_json(made.facts) if as_json else say(made.show())
 
 
 @click.command(cls=Command)
@@ -75,7 +66,7 @@ def build_index(dry_run: bool, workers: int | None, ray_address: str | None, as_
         say_json(preview.facts()) if as_json else say(preview.show())
         return
     build(config, run, note)
-    _say_made(config.out, as_json)
+    say_made(config.out, as_json)
 
 
 @click.command(cls=Command)
@@ -126,7 +117,7 @@ def retrieve(
             say_json(cost.facts()) if as_json else say(cost.show())
             return
         run(images, run=runner, **options)
-    _say_made(options["out"], as_json)
+    say_made(options["out"], as_json)
 
 
 @click.command(cls=Command)
@@ -184,49 +175,3 @@ def _student(model: str, device: str | None) -> Student:
 
     folder = model.removeprefix(FOLDER)
     return Student(model, distilled_from(folder), load)
-
-
-@click.command(cls=Command)
-@click.argument("pairs", metavar="PAIRS.zarr")
-@_selection_option("--out", required=True)
-@_selection_option("--by", type=click.Choice(get_args(Ranking)))
-@_selection_option("--size", type=click.IntRange(1), metavar="N")
-@_selection_option("--min-hits", type=click.IntRange(1), metavar="N")
-@_selection_option("--min-score", type=float, metavar="X")
-@_selection_option("--pool", type=click.IntRange(1), metavar="N")
-@_selection_option("--dedup", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="COSINE")
-@_selection_option("--balance", is_flag=True)
-@_selection_option("--images-sample", type=click.IntRange(2), metavar="N")
-@_selection_option("--seed", type=click.IntRange(0))
-@_selection_option("--images")
-@_selection_option("--texts")
-@_selection_option("--scores", metavar="OTHER.selection")
-@_selection_option("--device", type=DEVICES)
-@ray_options("Processes that score, cluster and compare, on Ray. Default: none but this one.")
-@quiet_option
-@json_option
-def select_texts(workers: int | None, ray_address: str | None, as_json: bool, **options: Any) -> None:
-    """Select the sentences that are worth training on.
-
-    They are visually grounded sentences of a text store, for train-student --selection.
-
-    PAIRS.zarr: the nearest sentences of images, from retrieve. They name their image store and text store.
-
-    The sentences are ranked, by default by hits:
-
-    \b
-    --by hits        by how many images have them among their top k
-    --by similarity  by how far their nearest images stand out from all others
-    --by random      at random
-
-    Then the options that are given apply in this order: --min-hits, --min-score, --pool, --dedup, --balance, --size.
-    With --by hits and none of them, every sentence that at least one image has is kept.
-    """
-    from dimefm.selection.select_texts import SelectionConfig
-    from dimefm.selection.select_texts import select_texts as select
-
-    config = SelectionConfig(**options)
-    run = shard_runner(workers, ray_address, config.device)
-    require_with("--workers", workers, "--by similarity, --dedup or --balance", config.computes or None)
-    select(config, run=run)
-    _say_made(options["out"], as_json)

@@ -60,6 +60,7 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @_option("--pairs")
 @_option("--captions", metavar="CAPTIONS.zarr")
 @_option("--selection")
+@_option("--image-selection", metavar="IMAGES.selection")
 @click.option("--recipe", type=_Recipes(["paper", "best", "sample-paper", "sample"]), default="paper",
               show_default=True,
               help="Recipe that decides every option below that is not given; dimefm recipes explains them. paper: the "

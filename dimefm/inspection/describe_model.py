@@ -22,7 +22,7 @@ from dimefm.training.read_metrics import last_validation, read_metrics
 from dimefm.training.run_folder import read_run
 
 _HEADER = 100_000_000  # the most bytes of a safetensors header, by its format
-_STORES = ("images", "texts", "more_images", "more_texts", "pairs", "captions", "selection")
+_STORES = ("images", "texts", "more_images", "more_texts", "pairs", "captions", "selection", "image_selection")
 _COUNTS = ("running_mean", "running_var", "num_batches_tracked")  # of a batch norm: not parameters
 
 

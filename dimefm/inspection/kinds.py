@@ -11,6 +11,7 @@ from cache_schemas import EmbeddingStore, PairsStore
 from cache_schemas.embedding_store import ATTRIBUTES_KEY
 from cache_schemas.evaluation import RESULTS_FILE, SPLITS
 from cache_schemas.export import EXPORT_FILE
+from cache_schemas.image_selection import ImageSelectionPlan
 from cache_schemas.index import BUILD, SIDECAR_FILE
 from cache_schemas.run import CONFIG_FILE, RUN_FILE
 from cache_schemas.text_selection import PLAN_FILE
@@ -30,6 +31,7 @@ class Kind(StrEnum):
     INDEX = "index"
     UNFINISHED_INDEX = "unfinished index"
     SELECTION = "selection"
+    IMAGE_SELECTION = "selection of images"
     EXPORT = "export"
     MODEL = "model"
     SET = "labelled set"
@@ -75,7 +77,7 @@ def _marked(path: str) -> Kind | None:
     names = storage.listing(path)
     for name, kind in _BY_FILE.items():
         if name in names:
-            return kind
+            return _of_selection(storage.join(path, name)) if kind == Kind.SELECTION else kind
     if "zarr.json" in names:
         schema: Any = storage.read_json(storage.join(path, "zarr.json"))
         for key in ("attributes", ATTRIBUTES_KEY, "schema"):
@@ -86,6 +88,13 @@ def _marked(path: str) -> Kind | None:
     if "metadata" in names and {"img_emb", "text_emb"} & set(names):
         return Kind.EMBEDDINGS
     return Kind.EVALUATIONS if folders_with_results(path) else None
+
+
+def _of_selection(plan: str) -> Kind:
+    """Whether sentences or images are selected."""
+    document = storage.read_json(plan)
+    schema = document.get("schema") if isinstance(document, dict) else None
+    return Kind.IMAGE_SELECTION if schema == ImageSelectionPlan.SCHEMA else Kind.SELECTION
 
 
 def _class_folders(path: str) -> bool:

@@ -84,7 +84,7 @@ def search(
         facts = own.identity.preprocessing if own else store.schema.teacher.preprocessing
         pixels = [_decoded(facts, *both) for both in zip(images, encoded, strict=True)]
         nearest = open_search(store, index, device)
-        clip = own or _teacher(store, teacher, pretrained, device)
+        clip = own or load_teacher(store, teacher, pretrained, device)
         queries = {
             "image": [clip.encode_images(image[None]) for image in pixels],
             "text": [clip.encode_texts([text]) for text in texts],
@@ -154,7 +154,9 @@ def _open_store(path: str) -> Store:
     return Store(path)
 
 
-def _teacher(store: Store, teacher: str | None, pretrained: str | None, device: str | None) -> Clip:
+def load_teacher(store: Store, teacher: str | None, pretrained: str | None, device: str | None) -> Clip:
+    """The teacher of a store, from where it was when that was cached, or else from `teacher` and `pretrained`. Raises
+    TeacherError where it cannot be loaded, MismatchError where it is another."""
     from dimefm.models.clip import load_clip, require_teacher
     from dimefm.models.hub import require_cached
 

@@ -6,29 +6,14 @@ Shapes: T sentences of the store, C candidates.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
 from cache_schemas.text_selection import SelectionSettings
+from dimefm.selection.narrow import Limits, Narrowed, Outcome, narrow
 from dimefm.store.embedding_store import Store
 from dimefm.system.shard_work import ShardRunner
-
-
-class Outcome(IntEnum):
-    """What became of a sentence: it was kept, or left out by one of these conditions, which apply in this order."""
-
-    KEPT = 0
-    NO_EMBEDDING = 1
-    ELSEWHERE = 2
-    FEW_HITS = 3
-    LOW_SCORE = 4
-    POOL = 5
-    REPEATED = 6
-    CAP = 7
-    SIZE = 8
-
 
 REASON_TEXTS = {
     Outcome.NO_EMBEDDING: "without an embedding",
@@ -59,14 +44,10 @@ def in_words(reason: str, settings: SelectionSettings, cap: int | None) -> str:
 
 
 @dataclass(frozen=True)
-class ChosenTexts:
-    """The outcome of every sentence, uint8 (T,); the rows that repeat another and the row that each repeats, int (R,);
-    the number of clusters and the cap on each, None where there were none."""
+class ChosenTexts(Narrowed):
+    """As `Narrowed`, and the outcome of every sentence, uint8 (T,)."""
 
     outcome_T: np.ndarray[Any, Any]
-    repeated: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
-    clusters: int | None
-    cap: int | None
 
 
 def ranking(
@@ -111,27 +92,6 @@ def choose_texts(
     if settings.min_score is not None:
         outcome_T[(outcome_T == Outcome.KEPT) & ~(score_T >= settings.min_score)] = Outcome.LOW_SCORE
     order_C = ranking(settings, np.flatnonzero(outcome_T == Outcome.KEPT), hits_T, score_T)
-    if settings.pool is not None:
-        outcome_T[order_C[settings.pool :]] = Outcome.POOL
-        order_C = order_C[: settings.pool]
-    none_C = order_C[:0]
-    repeated, clusters, cap = (none_C, none_C), None, None
-    if (settings.dedup is not None or settings.balance) and len(order_C):
-        from dimefm.selection.clusters import capped, cluster, cluster_count  # imports torch
-        from dimefm.selection.repetitions import repetitions
-
-        copies, clusters = settings.dedup is not None, cluster_count(len(order_C))
-        label_C = cluster(texts, order_C, folder, seed=settings.seed, device=device, copies=copies, run=run)
-        if settings.dedup is not None:
-            like_C = repetitions(texts, order_C, label_C, folder, settings.dedup, device=device, run=run)
-            repeats_C = like_C >= 0
-            outcome_T[order_C[repeats_C]] = Outcome.REPEATED
-            repeated = order_C[repeats_C], like_C[repeats_C]
-            order_C, label_C = order_C[~repeats_C], label_C[~repeats_C]
-        if settings.balance and settings.size is not None:
-            inside_C, cap = capped(label_C, settings.size)
-            outcome_T[order_C[~inside_C]] = Outcome.CAP
-            order_C = order_C[inside_C]
-    if settings.size is not None:
-        outcome_T[order_C[settings.size :]] = Outcome.SIZE
-    return ChosenTexts(outcome_T, repeated, clusters, cap)
+    limits = Limits(settings.pool, settings.dedup, settings.balance, settings.size, settings.seed)
+    found = narrow(limits, texts, order_C, outcome_T, folder=folder, device=device, run=run)
+    return ChosenTexts(found.repeated, found.clusters, found.cap, outcome_T)

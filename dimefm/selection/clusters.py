@@ -1,14 +1,14 @@
-"""Clusters of similar sentences: which cluster each candidate is in, and how many may enter from each.
+"""Clusters of similar rows: which cluster each candidate is in, and how many may enter from each.
 
 A shard of the store is a unit of the work. What it leaves is in the folder CLUSTERS of the selection until that is
 finished, so that a stopped run goes on, and workers find what they need:
 
-    ranks             int32 (T,): the rank of each sentence of the store, -1 where it is no candidate
+    ranks             int32 (T,): the rank of each row of the store, -1 where it is no candidate
     centres           float32 (K, D)
     members/<shard>   the candidates of a shard by cluster: see `selection.members`
     repeated/<first>  what `selection.repetitions` found in the clusters from `first` on
 
-Shapes: T sentences of the store, C candidates, K clusters, N rows of a shard or block, S sampled rows, D width.
+Shapes: T rows of the store, C candidates, K clusters, N rows of a shard or block, S sampled rows, D width.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def cluster_count(candidates: int) -> int:
 
 
 def cluster(
-    texts: Store,
+    store: Store,
     order_C: np.ndarray[Any, Any],
     folder: str,
     *,
@@ -65,18 +65,18 @@ def cluster(
     What is in `folder` of an earlier run over the same rows is used. With `copies` it gets the embeddings too, in the
     order of their clusters, for `repetitions`. The store is read twice, from its beginning to its end.
     """
-    count, schema = cluster_count(len(order_C)), texts.schema
-    _begin(folder, texts, order_C)
+    count, schema = cluster_count(len(order_C)), store.schema
+    _begin(folder, store, order_C)
     if not storage.exists(storage.join(folder, CENTRES)):
-        centre_KD = _find_centres(texts, np.sort(order_C), count, seed=seed, device=device)
+        centre_KD = find_centres(store, np.sort(order_C), count, seed=seed, device=device)
         with storage.writing_to(folder):
             storage.write_atomic(storage.join(folder, CENTRES), centre_KD.cpu().numpy().astype("<f4").tobytes())
     shards = np.unique(order_C // schema.shard_rows).tolist()
     pending = [shard for shard in shards if not storage.exists(members_path(folder, shard))]
     if copies:
         require_room(folder, len(order_C) * schema.dim * schema.item_bytes * len(pending) // len(shards))
-    work = Labelling(texts.path, folder, count, device, copies)
-    with Progress("clustering", len(shards) * schema.shard_rows, "text") as progress:
+    work = Labelling(store.path, folder, count, device, copies)
+    with Progress("clustering", len(shards) * schema.shard_rows, schema.kind) as progress:
         done = len(shards) - len(pending)
         for _ in run(work, pending, progress.note):
             done += 1
@@ -88,9 +88,9 @@ def cluster(
     return label_C
 
 
-def _begin(folder: str, texts: Store, order_C: np.ndarray[Any, Any]) -> None:
+def _begin(folder: str, store: Store, order_C: np.ndarray[Any, Any]) -> None:
     """Write the ranks. Where others were written, all that was made by them is removed."""
-    path, rank_T = storage.join(folder, RANKS), np.full(texts.schema.rows, -1, "<i4")
+    path, rank_T = storage.join(folder, RANKS), np.full(store.schema.rows, -1, "<i4")
     rank_T[order_C] = np.arange(len(order_C), dtype=np.int32)
     ranks = rank_T.tobytes()
     with storage.writing_to(folder):
@@ -102,10 +102,10 @@ def _begin(folder: str, texts: Store, order_C: np.ndarray[Any, Any]) -> None:
 
 @dataclass(frozen=True)
 class Labelling:
-    """Work of `cluster` on a shard of the store at `texts`: finds the cluster of each candidate, and writes the members
+    """Work of `cluster` on a shard of `store`: finds the cluster of each candidate, and writes the members
     of the shard."""
 
-    texts: str
+    store: str
     folder: str
     clusters: int
     device: str
@@ -114,16 +114,16 @@ class Labelling:
     def open(self, seat: Seat) -> Callable[[int], None]:
         if seat.threads is not None:
             torch.set_num_threads(seat.threads)
-        texts, centres = Store(self.texts), storage.read_bytes(storage.join(self.folder, CENTRES))
+        store, centres = Store(self.store), storage.read_bytes(storage.join(self.folder, CENTRES))
         centre_KD = torch.from_numpy(np.frombuffer(centres, "<f4").astype(np.float32).reshape(self.clusters, -1))
         centre_KD = centre_KD.to(seat.device or self.device)
 
         def do(shard: int) -> None:
-            start, stop = texts.schema.shard_range(shard)
+            start, stop = store.schema.shard_range(shard)
             ranks = storage.read_bytes(storage.join(self.folder, RANKS), 4 * start, 4 * (stop - start))
             rank_N = np.frombuffer(ranks, "<i4")
             rows_N = start + np.flatnonzero(rank_N >= 0)
-            half_ND = read_rows(texts, rows_N)
+            half_ND = read_rows(store, rows_N)
             label_N = _nearest(torch.from_numpy(half_ND), centre_KD)[0].numpy()
             vectors = half_ND if self.copies else None
             write_members(self.folder, shard, self.clusters, label_N, rank_N[rows_N - start], rows_N, vectors)
@@ -134,11 +134,13 @@ class Labelling:
         return f"shard {unit}"
 
 
-def _find_centres(texts: Store, rows_C: np.ndarray[Any, Any], count: int, *, seed: int, device: str) -> torch.Tensor:
+def find_centres(store: Store, rows_C: np.ndarray[Any, Any], count: int, *, seed: int, device: str) -> torch.Tensor:
     """Centres of unit norm, float32 (K, D), of ascending rows."""
     sample = min(len(rows_C), max(count, min(_SAMPLE, count * _SAMPLE_PER_CLUSTER)))
     chosen = np.sort(np.random.default_rng((seed, 2)).choice(len(rows_C), sample, replace=False))
-    return _spherical_kmeans(torch.from_numpy(read_rows(texts, rows_C[chosen])), count, seed=seed, device=device)
+    half_SD = torch.from_numpy(read_rows(store, rows_C[chosen]))
+    half_SD = half_SD[half_SD.isfinite().all(dim=1) & half_SD.any(dim=1)]  # a status of OK says that of no embedding
+    return _spherical_kmeans(half_SD, min(count, len(half_SD)), seed=seed, device=device)
 
 
 def _spherical_kmeans(half_SD: torch.Tensor, count: int, *, seed: int, device: str) -> torch.Tensor:

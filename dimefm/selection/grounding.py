@@ -9,22 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import torch
 
 from cache_schemas import Status
 from cache_schemas.text_selection import GROUNDING, SCORES
 from dimefm.errors import SelectionError
+from dimefm.selection.scores import score_rows
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
-from dimefm.system.progress import Progress
-from dimefm.system.shard_work import Seat, ShardRunner, run_here
+from dimefm.system.shard_work import ShardRunner, run_here
 
 NEAREST = 16
 _SENTENCES = 16384  # in the sample that says how similar an image is to an ordinary sentence
 _BLOCK = 1024  # with 16,384 images, 64 MiB of similarities
-_CRC = 4
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,8 @@ class Grounding:
     @staticmethod
     def sample(images: Store, texts: Store, count: int, *, seed: int, device: str) -> Grounding:
         """Draw up to `count` images and up to 16,384 sentences by `seed`. Raises SelectionError for fewer than two."""
-        image_MD = _draw(images, count, (seed, 0)).to(device)
-        text_ND = _draw(texts, _SENTENCES, (seed, 1)).to(device)
+        image_MD = draw_rows(images, count, (seed, 0)).to(device)
+        text_ND = draw_rows(texts, _SENTENCES, (seed, 1)).to(device)
         for name, vectors, store in (("images", image_MD, images), ("sentences", text_ND, texts)):
             if len(vectors) < 2:
                 what = f"{store.path} has {len(vectors)} {name} with an embedding; a score takes two or more"
@@ -95,7 +93,7 @@ class Grounding:
         return torch.cat(found)
 
 
-def _draw(store: Store, count: int, seed: tuple[int, int]) -> torch.Tensor:
+def draw_rows(store: Store, count: int, seed: tuple[int, int]) -> torch.Tensor:
     """Embeddings of up to `count` random rows, float32, without those that are zero or not finite."""
     rows = np.flatnonzero(store.status() == Status.OK)
     chosen = np.sort(np.random.default_rng(seed).choice(rows, min(count, len(rows)), replace=False))
@@ -103,9 +101,20 @@ def _draw(store: Store, count: int, seed: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(embedding_ND[np.isfinite(embedding_ND).all(axis=1) & embedding_ND.any(axis=1)])
 
 
-def score_texts(
-    images: Store,
-    texts: Store,
+@dataclass(frozen=True)
+class GroundingScorer:
+    """Scores by the sample that is in the folder `out`."""
+
+    out: str
+
+    def load(self, width: int, device: str) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+        """The scores of sentences of this width."""
+        return Grounding.read(self.out, width=width, device=device).scores
+
+
+def score_by_grounding(
+    by: Store,
+    store: Store,
     out: str,
     *,
     count: int,
@@ -114,78 +123,24 @@ def score_texts(
     earlier: str | None = None,
     run: ShardRunner = run_here,
 ) -> np.ndarray[Any, Any]:
-    """The score of every sentence, float32 (T,), NaN without an embedding; the scores of each shard are kept in `out`.
+    """How far the rows of `by` nearest to each row of `store` stand out, float32 (T,), NaN without an embedding; the
+    scores of each shard are kept in `out`, as `scores.score_rows` says; `earlier` is the folder of another selection.
 
-    A shard whose scores are already in `out`, or in `earlier`, the folder of another selection, is not scored again,
-    unless they are damaged. Raises StoreError where `out` cannot be written, SelectionError as `Grounding.sample` does.
+    Raises StoreError where `out` cannot be written, SelectionError as `Grounding.sample` does.
     """
-    schema = texts.schema
-    score_T = np.full(schema.rows, np.nan, np.float32)
-    pending = list[int]()
-    for shard in range(schema.shards):
-        start, stop = schema.shard_range(shard)
-        found = _read_scores(out, shard, stop - start)
-        if found is None and earlier is not None:
-            found = _read_scores(earlier, shard, stop - start)
-        if found is None:
-            pending.append(shard)
-        else:
-            score_T[start:stop] = found
-    done = schema.rows - sum(stop - start for start, stop in map(schema.shard_range, pending))
-    with Progress("scoring", schema.rows, "text", done) as progress:
-        if pending and not storage.exists(storage.join(out, GROUNDING)):
-            Grounding.sample(images, texts, count, seed=seed, device=device).write(out)
-        for shard, found in run(Scoring(texts.path, out, device), pending, progress.note):
-            start, stop = schema.shard_range(shard)
-            score_T[start:stop] = found
-            done += stop - start
-            progress.at(done)
+
+    def prepare() -> None:
+        if not storage.exists(storage.join(out, GROUNDING)):
+            Grounding.sample(by, store, count, seed=seed, device=device).write(out)
+
+    score_T = score_rows(
+        store,
+        storage.join(out, SCORES),
+        GroundingScorer(out),
+        device=device,
+        prepare=prepare,
+        earlier=storage.join(earlier, SCORES) if earlier else None,
+        run=run,
+    )
     storage.remove_file(storage.join(out, GROUNDING))
     return score_T
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """Work of `score_texts` on a shard of the store at `texts`: writes its scores to `out`, and returns them, float32
-    (N,)."""
-
-    texts: str
-    out: str
-    device: str
-
-    def open(self, seat: Seat) -> Callable[[int], np.ndarray[Any, Any]]:
-        if seat.threads is not None:
-            torch.set_num_threads(seat.threads)
-        texts = Store(self.texts)
-        grounding = Grounding.read(self.out, width=texts.schema.dim, device=seat.device or self.device)
-
-        def do(shard: int) -> np.ndarray[Any, Any]:
-            start, stop = texts.schema.shard_range(shard)
-            score_N = np.full(stop - start, np.nan, np.float32)
-            rows_N, embedding_ND = texts.valid_rows(start, stop)
-            score_N[rows_N - start] = grounding.scores(embedding_ND)
-            data = score_N.astype("<f4").tobytes()
-            with storage.writing_to(self.out):
-                storage.write_atomic(_path(self.out, shard), data + google_crc32c.value(data).to_bytes(_CRC, "little"))
-            return score_N
-
-        return do
-
-    def name(self, unit: int) -> str:
-        return f"shard {unit}"
-
-
-def _path(folder: str, shard: int) -> str:
-    return storage.join(folder, f"{SCORES}/{shard:06d}")
-
-
-def _read_scores(folder: str, shard: int, count: int) -> np.ndarray[Any, Any] | None:
-    """The scores of a shard that has `count` rows; None where they are missing or damaged."""
-    path = _path(folder, shard)
-    if not storage.exists(path):
-        return None
-    content = storage.read_bytes(path)
-    data, checksum = content[:-_CRC], int.from_bytes(content[-_CRC:], "little")
-    if len(data) != count * 4 or google_crc32c.value(data) != checksum:
-        return None
-    return np.frombuffer(data, "<f4").astype(np.float32)

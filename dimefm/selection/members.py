@@ -35,19 +35,19 @@ def members_path(folder: str, shard: int) -> str:
     return storage.join(folder, f"{MEMBERS}/{shard:06d}")
 
 
-def read_rows(texts: Store, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def read_rows(store: Store, rows_N: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Embeddings of ascending rows, in the store's type (N, D). A shard of which most chunks are asked for is read as a
     whole: a memory map would count as this process's memory."""
-    schema = texts.schema
+    schema = store.schema
     out = np.empty((len(rows_N), schema.dim), schema.dtype)
     shards, firsts = np.unique(rows_N // schema.shard_rows, return_index=True)
     for shard, first, last in zip(shards.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(rows_N)], strict=True):
         (start, stop), mine_N = schema.shard_range(shard), rows_N[first:last]
         chunks = len(np.unique(mine_N // schema.chunk_rows))
         if 2 * chunks * schema.chunk_rows >= stop - start:
-            out[first:last] = texts.read(start, stop)[mine_N - start]
+            out[first:last] = store.read(start, stop)[mine_N - start]
         else:
-            out[first:last] = texts.gather(mine_N)
+            out[first:last] = store.gather(mine_N)
     return out
 
 
@@ -99,15 +99,15 @@ def _ints(folder: str, shard: int, first: int, count: int) -> np.ndarray[Any, An
 class MembersOfClusters:
     """The members of some shards, by cluster."""
 
-    def __init__(self, folder: str, shards: Sequence[int], clusters: int, texts: Store) -> None:
-        self._folder, self._shards, self._texts = folder, list(shards), texts
+    def __init__(self, folder: str, shards: Sequence[int], clusters: int, store: Store) -> None:
+        self._folder, self._shards, self._store = folder, list(shards), store
         found = reading_ahead(lambda shard: _offsets(folder, shard, clusters), self._shards, folder)
         self._offset_S1K = np.stack(list(found))
 
     def read(self, first: int, last: int) -> Members:
         """The members of the clusters first..last-1."""
         count = int((self._offset_S1K[:, last] - self._offset_S1K[:, first]).sum())
-        schema, bounds = self._texts.schema, np.diff(self._offset_S1K[:, first : last + 1], axis=1)
+        schema, bounds = self._store.schema, np.diff(self._offset_S1K[:, first : last + 1], axis=1)
         label_N = np.concatenate([np.repeat(np.arange(first, last, dtype=np.int32), of_shard) for of_shard in bounds])
         rank_N, row_N = np.empty(count, np.int32), np.empty(count, np.int32)
         half_ND = np.empty((count, schema.dim), schema.dtype) if count <= _MOST_HELD else None
@@ -118,11 +118,11 @@ class MembersOfClusters:
             rank_N[here], row_N[here], at = ranks, rows, here.stop
             if half_ND is not None:
                 half_ND[here] = vectors
-        return Members(self._texts, label_N, rank_N, row_N, half_ND)
+        return Members(self._store, label_N, rank_N, row_N, half_ND)
 
     def _part(self, i: int, first: int, last: int, half: object) -> tuple[np.ndarray[Any, Any], ...]:
         """Ranks, rows and, unless `half` is None, embeddings of these clusters in a shard."""
-        shard, offset_1K, schema = self._shards[i], self._offset_S1K[i], self._texts.schema
+        shard, offset_1K, schema = self._shards[i], self._offset_S1K[i], self._store.schema
         start, stop, every = int(offset_1K[first]), int(offset_1K[last]), int(offset_1K[-1])
         rank_N = _ints(self._folder, shard, len(offset_1K) + start, stop - start)
         row_N = _ints(self._folder, shard, len(offset_1K) + every + start, stop - start)
@@ -138,19 +138,19 @@ class Members:
 
     def __init__(
         self,
-        texts: Store,
+        store: Store,
         label_N: np.ndarray[Any, Any],
         rank_N: np.ndarray[Any, Any],
         row_N: np.ndarray[Any, Any],
         half_ND: np.ndarray[Any, Any] | None,
     ) -> None:
-        self._texts, self._half_ND, self._order_N = texts, half_ND, np.lexsort((rank_N, label_N))
+        self._store, self._half_ND, self._order_N = store, half_ND, np.lexsort((rank_N, label_N))
         self.label_N, self.rank_N, self.row_N = (values_N[self._order_N] for values_N in (label_N, rank_N, row_N))
 
     def embeddings(self, places: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The embeddings of those at these places, in the store's type; from the store where there are too many to
         hold, as in a single cluster of a million."""
         if self._half_ND is None:
-            return self._texts.gather(self.row_N[places])
+            return self._store.gather(self.row_N[places])
         found_ND: np.ndarray[Any, Any] = self._half_ND[self._order_N[places]]
         return found_ND

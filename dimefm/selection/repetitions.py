@@ -1,4 +1,4 @@
-"""Sentences that repeat a better one: found by comparing the candidates of each cluster with one another.
+"""Rows that repeat a better one: found by comparing the candidates of each cluster with one another.
 
 Some clusters together are a unit of the work. Shapes: C candidates, K clusters, N members of a cluster, D width.
 """
@@ -26,7 +26,7 @@ _UNIT = 1 << 17  # members of the clusters that are compared at a time: with 768
 
 
 def repetitions(
-    texts: Store,
+    store: Store,
     order_C: np.ndarray[Any, Any],
     label_C: np.ndarray[Any, Any],
     folder: str,
@@ -42,12 +42,12 @@ def repetitions(
     their embeddings, by `clusters.cluster`; what was found in finished clusters is kept there too.
     """
     counts_K = np.bincount(label_C, minlength=cluster_count(len(order_C)))
-    shards = tuple(np.unique(order_C // texts.schema.shard_rows).tolist())
+    shards = tuple(np.unique(order_C // store.schema.shard_rows).tolist())
     units = _units(counts_K)
     pending = [unit for unit in units if not storage.exists(_path(folder, unit))]
-    work = Comparing(texts.path, folder, shards, len(counts_K), limit, device)
+    work = Comparing(store.path, folder, shards, len(counts_K), limit, device)
     done = len(label_C) - sum(int(counts_K[first:last].sum()) for first, last in pending)
-    with Progress("comparing", len(label_C), "text", done) as progress:
+    with Progress("comparing", len(label_C), store.schema.kind, done) as progress:
         for (first, last), _ in run(work, pending, progress.note):
             done += int(counts_K[first:last].sum())
             progress.at(done)
@@ -78,7 +78,7 @@ class Comparing:
     """Work of `repetitions` on the clusters first..last-1: writes the ranks of the members that repeat another, and of
     those that they repeat, int32 (2, R)."""
 
-    texts: str
+    store: str
     folder: str
     shards: tuple[int, ...]
     clusters: int
@@ -89,7 +89,7 @@ class Comparing:
         if seat.threads is not None:
             torch.set_num_threads(seat.threads)
         device = seat.device or self.device
-        members = MembersOfClusters(self.folder, self.shards, self.clusters, Store(self.texts))
+        members = MembersOfClusters(self.folder, self.shards, self.clusters, Store(self.store))
 
         def do(unit: tuple[int, int]) -> None:
             found = members.read(*unit)

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cache_schemas.image_selection import ImageSelection
 from cache_schemas.text_selection import (
     ROWS_FILE,
     SELECTED_ROWS,
@@ -22,7 +23,8 @@ from cache_schemas.text_selection import (
     SourceShare,
     TextSelection,
 )
-from dimefm.selection.choose_texts import ChosenTexts, Outcome, in_words, ranking
+from dimefm.selection.choose_texts import ChosenTexts, in_words, ranking
+from dimefm.selection.narrow import Outcome
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.inert_text import markdown
@@ -154,12 +156,12 @@ def markdown_report(selection: TextSelection) -> str:
         "## By source file",
         "",
     ]
-    parts += _source_table(selection)
+    parts += source_table(selection, "sentences")
     parts += ["", "## What was left out", "", *(f"- {n:,}: {why}" for why, n in left_out(selection))]
     if not selection.dropped:
         parts.append("- nothing")
     if selection.histogram:
-        parts += ["", f"## By {selection.histogram.of}", "", "```", *_bars(selection.histogram), "```"]
+        parts += ["", f"## By {selection.histogram.of}", "", "```", *histogram_bars(selection.histogram), "```"]
     for group in dict.fromkeys(example.group for example in selection.examples):
         parts += ["", f"## Examples: {group}", ""]
         parts += [_example(example) for example in selection.examples if example.group == group]
@@ -193,10 +195,10 @@ def describe_settings(selection: TextSelection) -> str:
     return ", ".join(words)
 
 
-def _source_table(selection: TextSelection) -> list[str]:
+def source_table(selection: TextSelection | ImageSelection, what: str) -> list[str]:
     """Rows of a table of the source files, those that gave the most first."""
     found = sorted(selection.sources, key=lambda source: (-source.kept, -source.rows, source.file))
-    rows = [("file", "sentences", "kept", "share of the file", "share of the selection")]
+    rows = [("file", what, "kept", "share of the file", "share of the selection")]
     for s in found[:_SOURCES]:
         shares = (f"{s.kept / s.rows:.1%}", f"{s.kept / selection.kept:.1%}")
         rows.append((markdown(s.file) or "(none)", f"{s.rows:,}", f"{s.kept:,}", *shares))
@@ -205,7 +207,7 @@ def _source_table(selection: TextSelection) -> list[str]:
     return markdown_table(rows, align="lrrrr")
 
 
-def _bars(found: Histogram) -> list[str]:
+def histogram_bars(found: Histogram) -> list[str]:
     """A histogram of characters, one line per bin."""
     most = max(a + b for a, b in zip(found.kept, found.dropped, strict=True))
     lines = [f"{'from':>10}  {'kept':>10}  {'dropped':>10}  # kept  . dropped"]

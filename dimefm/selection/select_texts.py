@@ -28,7 +28,8 @@ from cache_schemas.text_selection import (
     TextSelection,
 )
 from dimefm.errors import MismatchError, SelectionError
-from dimefm.selection.choose_texts import REASON_TEXTS, ChosenTexts, Outcome, choose_texts, in_words
+from dimefm.selection.choose_texts import REASON_TEXTS, ChosenTexts, choose_texts, in_words
+from dimefm.selection.narrow import Outcome
 from dimefm.selection.report import examples, histogram, markdown_report, write_kept
 from dimefm.store.embedding_store import Store, require_same_data, require_same_teacher
 from dimefm.store.output_folder import OWN_AND_NEW, differing, in_lines, require_only, require_same
@@ -309,9 +310,9 @@ def _scores_by_similarity(
         if differences:
             what = f"the scores of {other.path} are not those asked for {OWN_AND_NEW}:{in_lines(differences)}"
             raise MismatchError(what, remedy="leave --scores out, or select with those settings")
-    from dimefm.selection.grounding import score_texts  # imports torch
+    from dimefm.selection.grounding import score_by_grounding  # imports torch
 
-    return score_texts(
+    return score_by_grounding(
         images,
         texts,
         storage.absolute(config.out),

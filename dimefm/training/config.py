@@ -117,9 +117,9 @@ class TextMix:
         return total - selected - retrieved - captions, selected, retrieved, captions
 
 
-MAY_DIFFER = ("images", "texts", "more_images", "more_texts", "pairs", "captions", "selection", "out", "val",
-              "val_texts", "workers", "log_every", "log_to", "log_project", "device", "checkpoint_every", "keep",
-              "accept_slow", "cache_dir", "cache_size", "gradient_checkpointing")  # fmt: skip
+MAY_DIFFER = ("images", "texts", "more_images", "more_texts", "pairs", "captions", "selection", "image_selection",
+              "out", "val", "val_texts", "workers", "log_every", "log_to", "log_project", "device", "checkpoint_every",
+              "keep", "accept_slow", "cache_dir", "cache_size", "gradient_checkpointing")  # fmt: skip
 """Fields in which a resumed run may differ from its start: they say where things are, how fast and how often, not what
 is computed."""
 
@@ -205,6 +205,8 @@ class TrainConfig:
     one of each image is drawn anew in each step."""
     selection: str | None = None
     """Selection, from select-texts; for selected sentences and for `text_student`."""
+    image_selection: str | None = None
+    """Selection, from select-images or leaks: only its images are trained on."""
     init: str | None = None
     """First weights of the image tower: an open_clip tag, timm, a file, or an open_clip folder. Default: random."""
     init_mean: tuple[float, float, float] | None = None
@@ -349,6 +351,8 @@ class TrainConfig:
             uses = "--text-mix selected=... or --text-student"
             idle.append(f"a selection is given, but the text mix draws nothing from it; {uses} would")
         stores = len(self.images.split("::"))
+        if self.image_selection and stores > 1:
+            idle.append("image_selection is of one image store, and there are several: leave it out, or cache one")
         if self.image_weights and len(self.image_weights) != stores:
             idle.append(f"image_weights are one for each image store: {len(self.image_weights)} for {stores}")
         if self.image_weights and stores == 1:

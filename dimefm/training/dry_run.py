@@ -138,7 +138,8 @@ def _banks(
 
 def _images(plan: Plan) -> int:
     """The images that can be drawn: an epoch may have more, or fewer, where stores have weights."""
-    return plan.images.rows if plan.inputs.more else plan.inputs.images.contents.good
+    alone = not (plan.inputs.more or plan.inputs.image_selection)
+    return plan.inputs.images.contents.good if alone else plan.images.rows
 
 
 def _sentences(config: TrainConfig, plan: Plan) -> int:

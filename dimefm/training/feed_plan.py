@@ -6,7 +6,9 @@ It holds no batch and starts no process: training.feed does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from cache_schemas.plan import FILES_TABLE
 from dimefm.errors import TrainingError
@@ -79,7 +81,7 @@ def _orders(
 ) -> tuple[Order, Order | None]:
     """The orders of images and, for a text tower, of sentences. Raises TrainingError for a batch size that is not
     possible."""
-    only = rows_of_all([one.images for one in inputs.teachers]) if inputs.more else None
+    only = _rows(inputs)
     images = order_of(inputs.images, seed=config.seed, batch_size=config.batch_size, only=only, kind=kind)
     texts = None
     if config.text_student:
@@ -93,6 +95,16 @@ def _orders(
     return images, texts
 
 
+def _rows(inputs: Inputs) -> np.ndarray[Any, Any] | None:
+    """The rows of images that may be drawn, int64 (N,), ascending: those of the selection, and of several teachers
+    those that have an embedding in every store. None: all with an embedding."""
+    of_all = rows_of_all([one.images for one in inputs.teachers]) if inputs.more else None
+    if inputs.image_selection is None:
+        return of_all
+    selected = inputs.image_selection.rows()
+    return selected if of_all is None else np.intersect1d(selected, of_all, assume_unique=True)
+
+
 def _require_batches(order: Order, world: int, config: TrainConfig, batch: str, items: str, option: str) -> None:
     """Raises TrainingError for a batch size that is not possible."""
     size = order.batch_size
@@ -103,6 +115,7 @@ def _require_batches(order: Order, world: int, config: TrainConfig, batch: str, 
         what = f"{batch} of {size} over {world} processes is less than one for each of its passes"
         raise TrainingError(what, remedy="give a smaller --accumulate")
     if order.steps_per_epoch == 0:
-        which = "" if order.only is None else " and in the selection" if items == "sentences" else " and in all others"
+        selected = config.image_selection if items == "images" else config.selection
+        which = "" if order.only is None else " and in the selection" if selected else " and in all others"
         what = f"{batch} of {size:,} {items} is more than the {order.rows:,} with an embedding in {order.store.path}"
         raise TrainingError(what + which, remedy=f"give a smaller {option}, {order.rows} at most")

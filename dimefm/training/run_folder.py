@@ -13,6 +13,7 @@ from dimefm.store.captions import Captions, open_captions
 from dimefm.store.embedding_store import Store, require_same_teacher
 from dimefm.store.output_folder import ANOTHER_OUT, OWN_AND_NEW, differing, in_lines, require_only
 from dimefm.store.pairs_store import Pairs, require_pairs_match
+from dimefm.store.selected_images import SelectedImages
 from dimefm.store.selected_texts import SelectedTexts
 from dimefm.system import storage
 from dimefm.system.near_names import did_you_mean_path
@@ -23,6 +24,7 @@ from dimefm.training.config import NEVER_DIFFER, NEVER_DIFFER_IN_LOSS, TrainConf
 from dimefm.training.teacher_stores import TeacherStores, open_teachers, require_same_sentences
 
 _FOLLOWS = {"images_data": "images", "texts_data": "texts", "pairs_digest": "pairs", "selection_digest": "selection",
+            "image_selection_digest": "image_selection",
             "captions_data": "captions", "more_images_data": "more_images",
             "more_texts_data": "more_texts"}  # fmt: skip
 """Facts about the content of a run's inputs, with the config field that names the input: if the field may change, the
@@ -39,6 +41,7 @@ class Inputs:
     selection: SelectedTexts | None
     captions: Captions | None = None
     more: tuple[TeacherStores, ...] = ()
+    image_selection: SelectedImages | None = None
 
     @property
     def teachers(self) -> tuple[TeacherStores, ...]:
@@ -67,7 +70,10 @@ def open_inputs(config: TrainConfig) -> Inputs:
     if config.val_texts:
         require_same_teacher(images, Store(config.val_texts))
     captions = open_captions(config.captions, images) if config.captions else None
-    return Inputs(images, texts, pairs, selection, captions, tuple(more))
+    image_selection = SelectedImages(config.image_selection) if config.image_selection else None
+    if image_selection:
+        image_selection.require_store(images)
+    return Inputs(images, texts, pairs, selection, captions, tuple(more), image_selection)
 
 
 def read_run(path: str) -> Run:
@@ -140,6 +146,7 @@ def plan_run(
         texts_identity=inputs.texts.schema.identity if inputs.texts else None,
         pairs_digest=pairs.hit_counts().digest if pairs else None,
         selection_digest=selection.document.digest if selection else None,
+        image_selection_digest=inputs.image_selection.document.digest if inputs.image_selection else None,
         steps=steps,
         versions=versions(),
         text_student=text_spec(config.text_student, teacher) if config.text_student else None,
@@ -204,7 +211,8 @@ def _changes(config: TrainConfig, old: Run, new: Run, allowed: tuple[str, ...], 
     before = TrainConfig.parse(old.config, f"{config.out}/{RUN_FILE}")
     differences = before.differences(config)
     differences |= differing(_parts_of_losses(before), _parts_of_losses(config))
-    names = ["images_identity", "images_chunk_rows", "texts_identity", "pairs_digest", "selection_digest", "steps",
+    names = ["images_identity", "images_chunk_rows", "texts_identity", "pairs_digest", "selection_digest",
+             "image_selection_digest", "steps",
              "captions_identity", "captions_data"]  # fmt: skip
     # Older runs did not record what is in their stores.
     names += [name for name in ("images_data", "texts_data") if getattr(old, name) is not None]

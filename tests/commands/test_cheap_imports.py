@@ -82,6 +82,7 @@ MISTAKES = (
     *("select-texts nothing.zarr --out x.selection", "select-texts pairs.zarr --out run"),
     "select-texts pairs.zarr --out x.selection --workers 1",
     "select-texts pairs.zarr --out x.selection --by similarity",
+    *("select-images nothing.zarr --out x.selection --size 9", "select-images texts.zarr --out x.selection --size 9"),
     "train-student --images nothing.zarr --texts texts.zarr --out x",
     f"train-student {_STORES} --out x --set nothing=1",
     f"train-student {_STORES} --out x --recipe nothing",

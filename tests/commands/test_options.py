@@ -18,6 +18,7 @@ from dimefm.exchange.import_embeddings import ImportConfig
 from dimefm.inspection.verify import VerifyConfig
 from dimefm.models.trained import Trained
 from dimefm.retrieval.build_index import IndexConfig
+from dimefm.selection.select_images import ImageSelectionConfig
 from dimefm.selection.select_texts import SelectionConfig
 from dimefm.training.config import LossConfig, TextMix, TrainConfig
 from dimefm.training.recipes import RECIPES
@@ -29,6 +30,7 @@ CONFIGS: dict[str, Any] = {
     "import-embeddings": ImportConfig,
     "build-index": IndexConfig,
     "select-texts": SelectionConfig,
+    "select-images": ImageSelectionConfig,
     "train-student": TrainConfig,
     "evaluate": EvaluationConfig,
     "verify": VerifyConfig,
@@ -39,6 +41,7 @@ OF_NO_CONFIG = {
     "build-index": {"dry_run", "workers", "ray_address"},
     "import-embeddings": {"workers", "ray_address"},
     "select-texts": {"workers", "ray_address"},
+    "select-images": {"workers", "ray_address", "teacher", "pretrained"},
     "verify": {"workers", "ray_address"},
     "evaluate": {"config"},
     "train-student": {"recipe", "config_file", "settings", "fields", "dry_run", "as_json", "allow_changes"},

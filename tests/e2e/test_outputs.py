@@ -17,7 +17,8 @@ pytest_plugins = ["tests.s3"]
 
 ANYWHERE = {
     "cache-images": "images.zarr", "cache-texts": "texts.zarr", "import-embeddings": "imported.zarr",
-    "retrieve": "pairs.zarr", "select-texts": "t.selection", "compare": "table.md", "submission": "s.zip",
+    "retrieve": "pairs.zarr", "select-texts": "t.selection",
+    "select-images": "i.selection", "compare": "table.md", "submission": "s.zip",
 }  # fmt: skip
 LOCAL = {
     "train-student": "run", "export": "clip", "export-embeddings": "embeddings", "build-index": "t.index",
@@ -49,6 +50,7 @@ def words(
         "cache-texts": ["cache-texts", str(text_file), *small],
         "retrieve": ["retrieve", image_store.path, "--texts", text_store.path, "--top-k", "2", "--device", "cpu"],
         "select-texts": ["select-texts", f"{here}/pairs.zarr", "--by", "similarity", "--size", "9", "--device", "cpu"],
+        "select-images": ["select-images", image_store.path, "--dedup", "0.9", "--size", "9", "--device", "cpu"],
         "train-student": tiny_run,
         "export": ["export", f"{here}/run"],
         "export-embeddings": ["export-embeddings", image_store.path],

@@ -19,9 +19,9 @@ from dimefm.inspection.info import describe
 from dimefm.retrieval.exact_search import ExactSearch
 from dimefm.retrieval.retrieve import write_pairs
 from dimefm.selection import grounding, members, repetitions
-from dimefm.selection.choose_texts import Outcome
 from dimefm.selection.clusters import capped, cluster, cluster_count
-from dimefm.selection.grounding import Grounding, score_texts
+from dimefm.selection.grounding import Grounding, score_by_grounding
+from dimefm.selection.narrow import Outcome
 from dimefm.selection.report import source_file
 from dimefm.selection.select_texts import SelectionConfig, best_cosines, select_texts
 from dimefm.store.embedding_store import Store
@@ -125,7 +125,7 @@ def test_a_score_is_its_formula_whatever_the_block(
     world: World, tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grounding, "_BLOCK", block)
-    score_T = score_texts(world.images, world.texts, str(tmp_path), count=1000, seed=0, device="cpu")
+    score_T = score_by_grounding(world.images, world.texts, str(tmp_path), count=1000, seed=0, device="cpu")
     np.testing.assert_allclose(score_T, formula(world), rtol=1e-3)
     assert np.flatnonzero(np.isnan(score_T)).tolist() == sorted(world.gone)
 
@@ -149,7 +149,7 @@ def test_a_sample_of_images_is_drawn_by_the_seed_and_of_that_size(world: World) 
 def test_one_image_is_too_few_to_score_by(world: World, tmp_path: Path) -> None:
     images, _ = random_store(tmp_path / "i.zarr", rows=2, shard_rows=16, failed=(1,))
     with pytest.raises(SelectionError, match="has 1 images with an embedding; a score takes two"):
-        score_texts(images, world.texts, str(tmp_path / "o"), count=10, seed=0, device="cpu")
+        score_by_grounding(images, world.texts, str(tmp_path / "o"), count=10, seed=0, device="cpu")
 
 
 # -- clusters ---------------------------------------------------------------------------------------------------------

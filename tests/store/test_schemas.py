@@ -44,6 +44,7 @@ from cache_schemas import (
 )
 from cache_schemas.evaluation import EvaluationResult
 from cache_schemas.export import Export, ExportOrigin, ExportSource, OnnxFacts
+from cache_schemas.image_selection import ImageSelection, ImageSelectionPlan, ImageSelectionSettings
 from cache_schemas.latency import Latency, Machine, ModelLatency, Timing
 from cache_schemas.text_selection import Example, Histogram, SelectionSettings, SourceShare
 
@@ -177,6 +178,28 @@ TEXT_SELECTION = TextSelection(
     examples=(Example(group="kept", row=3, score=None, hits=0, file="a.txt", text="犬", like="a dog"),),
     digest="5" * 64,
 )
+IMAGE_SELECTION_PLAN = ImageSelectionPlan(
+    images="/data/images.zarr",
+    images_identity="f" * 64,
+    images_data="e" * 64,
+    settings=ImageSelectionSettings(
+        by="near", near="d" * 64, near_data="c" * 64, near_sample=16384, drop_near=("犬",), drop_above=0.25,
+        drop_data="b" * 64, exact=True, top=60, dedup=0.9, balance=True, size=20, seed=0,
+    ),
+)  # fmt: skip
+IMAGE_SELECTION = ImageSelection(
+    plan=IMAGE_SELECTION_PLAN,
+    rows=100,
+    kept=20,
+    dropped={"repeated, by --dedup": 70, "beyond --size": 10},
+    groups={"1": 19, "11 or more": 1},
+    clusters=8,
+    cap=3,
+    sources=(SourceShare(file="/data/a.tar", rows=100, kept=20),),
+    histogram=Histogram(of="score", edges=(0.0, 1.5, 3.0), kept=(0, 20), dropped=(70, 10)),
+    digest="5" * 64,
+    copies_digest="6" * 64,
+)
 RESULT = EvaluationResult(
     set="caltech101",
     suite="elevater",
@@ -250,7 +273,22 @@ LATENCY = Latency(
     ),
 )
 DOCUMENTS: list[Document] = [
-    *(STORE, COMMIT, SIDECAR, PART, PAIRS, HIT_COUNTS, RUN, SELECTION_PLAN, TEXT_SELECTION, RESULT, EXPORT, LATENCY),
+    *(
+        STORE,
+        COMMIT,
+        SIDECAR,
+        PART,
+        PAIRS,
+        HIT_COUNTS,
+        RUN,
+        SELECTION_PLAN,
+        TEXT_SELECTION,
+        IMAGE_SELECTION_PLAN,
+        IMAGE_SELECTION,
+        RESULT,
+        EXPORT,
+        LATENCY,
+    ),
 ]
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: type(document).__name__)
 
