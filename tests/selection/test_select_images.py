@@ -294,7 +294,7 @@ def test_a_selection_of_other_images_is_refused(
 
 def test_a_store_of_views_is_selected_from(image_tar: Path, clip: Clip, tmp_path: Path) -> None:
     store = cached(
-        "image", image_tar, tmp_path / "v.zarr", clip, views=ViewPlan(count=2, seed=0, crop_scale=(0.5, 1.0))
+        "image", image_tar, tmp_path / "v.zarr", clip, views=ViewPlan(count=2, seed=0, crop_scale=(0.5, 1.0), flip=True)
     )
     found = select(store, tmp_path / "s.selection", dedup=0.99, size=30)
     assert found.kept == 30
