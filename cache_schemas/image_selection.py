@@ -66,7 +66,8 @@ class ImageSelectionSettings:
 @dataclass(frozen=True, kw_only=True)
 class ImageSelectionPlan(Document):
     """What a selection is made from, and how. `images_data` is the digest of the embeddings. Without `settings` it is
-    what `dimefm leaks` has left: all but the images that it found in test sets."""
+    what `dimefm leaks` has left: all but the images that it found in test sets, and `leaks` is the digest of these
+    sets and of what it looked for."""
 
     SCHEMA: ClassVar[str] = "dimefm.image_selection.plan"
 
@@ -74,6 +75,7 @@ class ImageSelectionPlan(Document):
     images_identity: str
     images_data: str
     settings: ImageSelectionSettings | None
+    leaks: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from dimefm.commands.prediction import predict
 from dimefm.commands.publish import card, push
 from dimefm.commands.recipes import recipes
 from dimefm.commands.retrieval import build_index, retrieve, search
-from dimefm.commands.selection import select_images, select_texts
+from dimefm.commands.selection import leaks, select_images, select_texts
 from dimefm.commands.training import convert_checkpoint, train_student
 from dimefm.errors import DimefmError, StoppedError
 from dimefm.system import library_warnings, stopping
@@ -122,7 +122,9 @@ def main() -> None:
 
 
 cli.add_section("Stage 1: cache the teacher's embeddings", cache_images, cache_texts, import_embeddings)
-cli.add_section("Find the sentences and images that fit", build_index, retrieve, search, select_texts, select_images)
+cli.add_section(
+    "Find the sentences and images that fit", build_index, retrieve, search, select_texts, select_images, leaks
+)
 cli.add_section("Stage 2: train a student", train_student, recipes)
 cli.add_section("Measure", evaluate, sets, compare, latency, submission)
 cli.add_section("Export and convert", export, card, push, convert_checkpoint, export_embeddings)

@@ -36,6 +36,7 @@ ROOMS = {
     "dimefm.inspection": "caching datasets evaluation exchange models retrieval selection sources store system "
     "training",
     "dimefm.pages": "caching inspection retrieval selection store system",
+    "dimefm.leaks": "datasets evaluation images retrieval selection sources store system",
     "dimefm.prediction": "evaluation images models sources system",
     "pipeline": "caching models sources store system",
     "dimefm.commands": "*",

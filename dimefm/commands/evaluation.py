@@ -17,6 +17,7 @@ from dimefm.commands.config_file import read_config
 from dimefm.commands.help import Command
 from dimefm.commands.options import (
     DEVICES,
+    Names,
     Numbers,
     fields_of,
     json_option,
@@ -36,15 +37,6 @@ from dimefm.system.wording import counted
 
 _CONFIG, _TRAINED = ("dimefm.evaluation.config", "EvaluationConfig"), ("dimefm.models.trained", "Trained")
 _option = options_of(*_CONFIG)
-
-
-class _Names(click.ParamType[tuple[str, ...]]):
-    """`a,b` as a tuple of names."""
-
-    name = "names"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        return tuple(value) if isinstance(value, (tuple, list)) else tuple(one for one in value.split(",") if one)
 
 
 class _Suite(click.Choice[str]):
@@ -85,7 +77,7 @@ class _Evaluate(Command):
                    "command line goes before it.")  # fmt: skip
 @_option("--suite", type=_Suite([*get_args(Suite), "all"]))
 @_option("--data", metavar="ROOT")
-@_option("--sets", type=_Names(), metavar="A,B")
+@_option("--sets", type=Names(), metavar="A,B")
 @weights_options
 @_option("--checkpoint", metavar="last|best|STEP")
 @_option("--weights", type=click.Choice(get_args(Weights)))

@@ -204,6 +204,15 @@ class Bytes(click.ParamType[int]):
             self.fail(f"{value!r} is not a size such as 800MB or 12GB", param, ctx)
 
 
+class Names(click.ParamType[tuple[str, ...]]):
+    """`a,b` as a tuple of names."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return tuple(value) if isinstance(value, (tuple, list)) else tuple(one for one in value.split(",") if one)
+
+
 class Numbers(click.ParamType[tuple[int, ...]]):
     """`5,20` as a tuple of numbers."""
 

@@ -1,4 +1,4 @@
-"""`dimefm select-texts` and `select-images`."""
+"""`dimefm select-texts`, `select-images` and `leaks`."""
 
 from __future__ import annotations
 
@@ -7,23 +7,29 @@ from typing import Any, get_args
 
 import click
 
+from cache_schemas.evaluation import Suite
 from cache_schemas.image_selection import ImageRanking
 from cache_schemas.text_selection import Ranking
 from dimefm.commands.help import Command
 from dimefm.commands.options import (
     DEVICES,
+    Names,
     json_option,
     options_of,
     quiet_option,
     ray_options,
     require_with,
+    say_json,
     say_made,
     shard_runner,
 )
 from dimefm.models.names import require_model
+from dimefm.system.inert_text import say
 
 _selection_option = options_of("dimefm.selection.select_texts", "SelectionConfig")
 _image_option = options_of("dimefm.selection.select_images", "ImageSelectionConfig")
+_leaks_option = options_of("dimefm.leaks.find_leaks", "LeaksConfig")
+_sets_option = options_of("dimefm.evaluation.config", "EvaluationConfig")
 
 
 @click.command(cls=Command)
@@ -117,6 +123,55 @@ def select_images(
     run = shard_runner(workers, ray_address, config.device)
     select(config, _encoder(config.images, teacher, pretrained, config.device), run)
     say_made(options["out"], as_json)
+
+
+@click.command(cls=Command)
+@click.argument("images", metavar="IMAGES.zarr")
+@click.argument("folders", nargs=-1, metavar="[SET]...")
+@_leaks_option("--out", required=True)
+@_sets_option("--suite", type=click.Choice([*get_args(Suite), "all"]))
+@_sets_option("--data", metavar="ROOT")
+@_sets_option("--sets", type=Names(), metavar="A,B")
+@_leaks_option("--cosine", type=click.FloatRange(-1, 1), metavar="COSINE")
+@_leaks_option("--similarity", type=click.FloatRange(0, 1), metavar="X")
+@_leaks_option("--nearest", type=click.IntRange(1), metavar="N")
+@click.option("--teacher", help="Where the store's teacher is now, if it was moved.")
+@click.option("--pretrained", help="Weights of --teacher: an open_clip tag or a file.")
+@click.option("--device", type=DEVICES, help="Where test images are encoded and compared. Default: cuda if there is a "
+              "GPU, else cpu.")  # fmt: skip
+@quiet_option
+@json_option
+def leaks(
+    images: str, folders: tuple[str, ...], suite: Any, data: str | None, sets: tuple[str, ...],
+    teacher: str | None, pretrained: str | None, device: str | None, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Find training images that stand in a test set.
+
+    The store's teacher encodes the test images. The training images nearest to each are compared with it pixel by
+    pixel: resized, cropped, mirrored or brightened copies are found too. All others are written as a selection, for
+    train-student --image-selection; evaluate --leaks gives the accuracy on the test images that do not leak.
+
+    IMAGES.zarr: the image store that is trained on, from cache-images.
+
+    SET: a labelled set of your own, as for evaluate; or name known ones with --suite or --sets, and --data.
+    """
+    require_with("--pretrained", pretrained, "--teacher", teacher)
+    if teacher:
+        require_model(teacher, pretrained)
+    from dimefm.evaluation.config import EvaluationConfig, choose_sets
+
+    named = EvaluationConfig(model="", folders=folders, suite=suite, data=data, sets=sets)
+    chosen = choose_sets(named)
+    from dimefm.leaks.find_leaks import LeaksConfig, find_leaks
+    from dimefm.leaks.report import as_text
+
+    def load(store: Any) -> Any:
+        from dimefm.retrieval.search import load_teacher
+
+        return load_teacher(store, teacher, pretrained, device)
+
+    found = find_leaks(LeaksConfig(images=images, **options), chosen, data, load, device)
+    say_json(found.to_json()) if as_json else say(as_text(found, options["out"]))
 
 
 def _encoder(

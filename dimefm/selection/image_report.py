@@ -34,7 +34,7 @@ _Array = np.ndarray[Any, Any]
 
 REASONS = {
     Outcome.NO_EMBEDDING: "without an embedding",
-    Outcome.ELSEWHERE: "a copy of an image of a test set",
+    Outcome.LEAKED: "in a test set",
     Outcome.COPY: "the same bytes as another, by --exact",
     Outcome.UNWANTED: "near to a sentence, by --drop-near",
     Outcome.POOL: "beyond --top",

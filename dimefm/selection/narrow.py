@@ -24,14 +24,15 @@ class Outcome(IntEnum):
     KEPT = 0
     NO_EMBEDDING = 1
     ELSEWHERE = 2
-    FEW_HITS = 3
-    LOW_SCORE = 4
-    COPY = 5
-    UNWANTED = 6
-    POOL = 7
-    REPEATED = 8
-    CAP = 9
-    SIZE = 10
+    LEAKED = 3
+    FEW_HITS = 4
+    LOW_SCORE = 5
+    COPY = 6
+    UNWANTED = 7
+    POOL = 8
+    REPEATED = 9
+    CAP = 10
+    SIZE = 11
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Shapes: T images of the store, Q queries, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ from dimefm.system.wording import counted
 
 NEAR_SAMPLE = 16384
 _PASSES = 2  # of clusters: see benchmarks/planted_copies.py
+_OURS = {PLAN_FILE, SCORES, UNWANTED, CLUSTERS, ROWS_FILE, DROPPED_FILE, REPORT_FILE, SELECTION_FILE}
 _Array = np.ndarray[Any, Any]
 
 
@@ -161,7 +162,7 @@ def select_images(
         settings=_settings(config, targets, query_QD.astype(np.float16)),
     )
     with writing(out, of_use=lambda files: files - {PLAN_FILE}):
-        _begin_or_continue(out, plan)
+        begin_or_continue(out, plan, _OURS, "select-images")
         if storage.exists(storage.join(out, SELECTION_FILE)):
             return SelectedImages(out).document
         storage.remove_leftovers(out)
@@ -248,11 +249,10 @@ def _settings(config: ImageSelectionConfig, targets: Store | None, query_QD: _Ar
     )
 
 
-def _begin_or_continue(out: str, plan: ImageSelectionPlan) -> None:
-    """Write the plan, or see that an earlier run wrote the same. Raises OutputExistsError where `out` holds something
-    else."""
-    ours = {PLAN_FILE, SCORES, UNWANTED, CLUSTERS, ROWS_FILE, DROPPED_FILE, REPORT_FILE, SELECTION_FILE}
-    require_only(out, "a selection of images", ours)
+def begin_or_continue(out: str, plan: ImageSelectionPlan, ours: Collection[str], command: str) -> None:
+    """Write the plan of a command, or see that an earlier run of it wrote the same. Raises OutputExistsError where
+    `out` holds something else than `ours`."""
+    require_only(out, f"a selection of images by {command}", ours)
     path = storage.join(out, PLAN_FILE)
     if not storage.exists(path):
         with storage.writing_to(out):
@@ -264,8 +264,8 @@ def _begin_or_continue(out: str, plan: ImageSelectionPlan) -> None:
 
 def _facts(plan: ImageSelectionPlan) -> dict[str, Any]:
     """All that decides the result, by name."""
-    facts = {name: getattr(plan, name) for name in ("images_identity", "images_data")}
-    return {**facts, **(vars(plan.settings) if plan.settings else {"by": "leaks"})}
+    facts = {name: getattr(plan, name) for name in ("images_identity", "images_data", "leaks")}
+    return {**facts, **(vars(plan.settings) if plan.settings else {})}
 
 
 def _scores(

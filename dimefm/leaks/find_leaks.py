@@ -1,0 +1,236 @@
+"""`leaks`: which training images stand in a test set.
+
+The test images are encoded by the teacher of the store. For each, the training images nearest to it are candidates;
+those whose pixels are alike too are leaks.
+
+Shapes: N test images, K training images near to each, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cache_schemas import Status, digest_of
+from cache_schemas.evaluation import FEATURES, UNPACKED
+from cache_schemas.image_selection import DROPPED_FILE, ImageSelection, ImageSelectionPlan
+from cache_schemas.leaks import LEAKED, LEAKED_FILE, LEAKS_FILE, LeakedSet, Leaks
+from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, ROWS_FILE, SELECTION_FILE
+from dimefm.datasets.image_set import ImageSet
+from dimefm.datasets.known_sets import open_set
+from dimefm.datasets.own_sets import open_folder
+from dimefm.errors import DimefmError, SourceError
+from dimefm.evaluation.config import ChosenSet
+from dimefm.images.decode import DecodeError
+from dimefm.leaks.alike import Look, similarity
+from dimefm.selection.narrow import Narrowed, Outcome
+from dimefm.selection.select_images import begin_or_continue, finish_selection
+from dimefm.sources.read_image import ImagePlace, read_encoded
+from dimefm.store.embedding_store import Store
+from dimefm.store.parquet_tables import write_table
+from dimefm.store.selected_images import SelectedImages
+from dimefm.system import storage
+from dimefm.system.lock import writing
+from dimefm.system.machine import cpus
+from dimefm.system.named_paths import allowing
+from dimefm.system.notes import note
+from dimefm.system.output_names import require_name
+from dimefm.system.progress import Progress
+
+_OURS = {PLAN_FILE, ROWS_FILE, DROPPED_FILE, REPORT_FILE, SELECTION_FILE, LEAKS_FILE, LEAKED_FILE, FEATURES, UNPACKED}
+_LOOKS = 2048  # training images that are kept decoded: the same ones are near to many test images
+_Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaksConfig:
+    """What to compare, and from where on two images are one."""
+
+    images: str
+    """Image store whose images must not stand in a test set."""
+    out: str
+    """Selection to write, of all other images, such as LEAKS.selection."""
+    cosine: float = 0.75
+    """Least cosine of the teacher's embeddings of a test image and a training image whose pixels are compared."""
+    similarity: float = 0.75
+    """Least correlation of their pixels, aligned, from which on they are the same picture."""
+    nearest: int = 20
+    """Training images that each test image is compared with."""
+
+
+def find_leaks(
+    config: LeaksConfig,
+    sets: list[ChosenSet],
+    data: str | None,
+    load: Callable[[Store], Any],
+    device: str | None = None,
+) -> Leaks:
+    """Compare the test images of `sets` with those of the store, and write a selection of all images but the leaks.
+    `load` loads the teacher of the store.
+
+    A run that was stopped goes on; test images are encoded once. Raises SourceError for a set that cannot be read,
+    OutputExistsError where `config.out` is something else or was made of other sets, StoreError for an unfinished
+    store, SelectionError where no image is left.
+    """
+    require_name(config.out, "a selection", ".selection")
+    out = storage.local(config.out, "the result of leaks")
+    images = Store(config.images)
+    images.require_kind("image")
+    images.require_complete()
+    typed = [*(one.folder for one in sets if one.definition is None), *filter(None, [data])]
+    with allowing(typed), writing(out, of_use=lambda files: files - {PLAN_FILE}):
+        opened = [(one, _open(one, data, storage.join(out, UNPACKED))) for one in sets]
+        facts = [[one.title, test.digest()] for one, test in opened]
+        plan = ImageSelectionPlan(
+            images=images.path,
+            images_identity=images.schema.identity,
+            images_data=images.contents.digest,
+            settings=None,
+            leaks=digest_of([facts, config.cosine, config.similarity, config.nearest]),
+        )
+        begin_or_continue(out, plan, _OURS, "leaks")
+        if storage.exists(storage.join(out, SELECTION_FILE)):
+            return read_leaks(out)
+        storage.remove_leftovers(out)
+        note("loading the teacher ...")
+        clip = load(images)
+        return _compare(config, out, plan, images, opened, clip, device)
+
+
+def read_leaks(path: str) -> Leaks:
+    """The document of a finished folder. Raises StoreError, SchemaError for what is none."""
+    SelectedImages(path)
+    where = storage.join(storage.absolute(path), LEAKS_FILE)
+    return Leaks.parse(storage.read_json(where), where)
+
+
+def _open(one: ChosenSet, data: str | None, unpacked: str) -> ImageSet:
+    """The test images of a set."""
+    if one.definition is None:
+        return open_folder(one.folder)
+    assert data is not None
+    found = open_set(one.definition, data, "test", unpacked)
+    if found is None:
+        raise SourceError(f"{one.name} is not below {data}", remedy="dimefm sets NAME says where to get it")
+    return found
+
+
+def _compare(
+    config: LeaksConfig, out: str, plan: ImageSelectionPlan, images: Store, opened: list[tuple[ChosenSet, ImageSet]],
+    clip: Any, device: str | None,
+) -> Leaks:  # fmt: skip
+    from dimefm.evaluation.features import compute_features
+    from dimefm.retrieval.exact_search import ExactSearch
+    from dimefm.system.machine import choose_device
+
+    search, tables, sets = ExactSearch(images, device=choose_device(device)), [LEAKED.empty_table()], list[LeakedSet]()
+    for one, test in opened:
+        features = compute_features(clip, test, storage.join(out, f"{FEATURES}/{one.title}.zarr"), decoder="fast")
+        pairs = _candidates(search, features.all(), features.readable, config)
+        alike = _similarities(images, test, pairs)
+        table = _table(one.title, images, test, pairs, alike, config)
+        tables.append(table)
+        leaked = table.filter(table["leak"])["test_row"].unique()
+        sets.append(
+            LeakedSet(
+                title=one.title, suite=one.suite, digest=test.digest(), images=len(test.samples), leaked=len(leaked),
+                candidates=len(table), unread=table["similarity"].null_count,
+            )
+        )  # fmt: skip
+    found = pa.concat_tables(tables)
+    rows = found.filter(found["leak"])["row"].unique().to_numpy()
+    document = Leaks(
+        images=images.path, images_identity=images.schema.identity, images_data=images.contents.digest,
+        cosine=config.cosine, similarity=config.similarity, nearest=config.nearest, sets=tuple(sets), rows=len(rows),
+        digest=write_table(storage.join(out, LEAKED_FILE), found),
+    )  # fmt: skip
+    with storage.writing_to(out):
+        storage.write_json(storage.join(out, LEAKS_FILE), document.to_json())
+    _finish(out, plan, images, rows)
+    return document
+
+
+def _finish(out: str, plan: ImageSelectionPlan, images: Store, rows: _Array) -> ImageSelection:
+    """Write the selection of all images but these rows."""
+    outcome_T = np.full(images.schema.rows, Outcome.NO_EMBEDDING, np.uint8)
+    outcome_T[images.status() == Status.OK] = Outcome.KEPT
+    outcome_T[rows] = Outcome.LEAKED
+    none = np.empty(0, np.int64)
+    scores_T = np.full(images.schema.rows, np.nan, np.float32)
+    return finish_selection(out, plan, images, outcome_T, scores_T, (none, none), Narrowed((none, none), None, None))
+
+
+def _candidates(
+    search: Any, feature_ND: _Array, readable_N: _Array, config: LeaksConfig
+) -> list[tuple[int, int, float]]:
+    """Test row, training row and cosine of each pair that is to be looked at."""
+    rows_N = np.flatnonzero(readable_N)
+    score_NK, row_NK = search.search(feature_ND[rows_N], config.nearest)
+    near_NK = (row_NK >= 0) & (score_NK >= config.cosine)
+    places, ranks = np.nonzero(near_NK)
+    found = zip(rows_N[places].tolist(), row_NK[places, ranks].tolist(), score_NK[places, ranks].tolist(), strict=True)
+    return list(found)
+
+
+def _similarities(images: Store, test: ImageSet, pairs: list[tuple[int, int, float]]) -> Iterator[float | None]:
+    """The similarity of the pixels of each pair; None where one of the two cannot be read."""
+    rows = np.unique(np.array([row for _, row, _ in pairs], np.int64))
+    places = dict(zip(rows.tolist(), _places(images, rows), strict=True))
+
+    @lru_cache(_LOOKS)
+    def trained(row: int) -> Look | None:
+        return _look(places[row])
+
+    @lru_cache(_LOOKS)
+    def tested(row: int) -> Look | None:
+        sample = test.samples[row]
+        return _look(ImagePlace(sample.file, sample.offset, sample.size))
+
+    def compare(pair: tuple[int, int, float]) -> float | None:
+        one, other = tested(pair[0]), trained(pair[1])
+        return None if one is None or other is None else similarity(one, other)
+
+    with ThreadPoolExecutor(cpus()) as pool, Progress(f"comparing {test.name}", len(pairs), "pair") as progress:
+        for done, value in enumerate(pool.map(compare, pairs), 1):
+            progress.at(done)
+            yield value
+
+
+def _places(images: Store, rows_N: _Array) -> list[ImagePlace]:
+    if images.schema.pixels:
+        return [ImagePlace(*place) for place in images.pixel_places(rows_N)]
+    fields = ImagePlace._fields
+    return [ImagePlace(**{name: one[name] for name in fields}) for one in images.samples(rows_N, fields)]
+
+
+def _look(place: ImagePlace) -> Look | None:
+    try:
+        return Look(read_encoded(place)) if place.file else None
+    except (DimefmError, DecodeError, OSError):
+        return None
+
+
+def _table(
+    title: str, images: Store, test: ImageSet, pairs: list[tuple[int, int, float]], alike: Iterator[float | None],
+    config: LeaksConfig,
+) -> pa.Table:  # fmt: skip
+    rows = np.array([row for _, row, _ in pairs], np.int64)
+    keys = [one["key"] for one in images.samples(rows, ("key",))]
+    values = list(alike)
+    columns = {
+        "set": [title] * len(pairs),
+        "test_row": [test_row for test_row, _, _ in pairs],
+        "test_key": [test.samples[test_row].key for test_row, _, _ in pairs],
+        "row": rows,
+        "key": keys,
+        "cosine": [cosine for _, _, cosine in pairs],
+        "similarity": values,
+        "leak": [value is not None and value >= config.similarity for value in values],
+    }
+    return pa.table(columns, schema=LEAKED)
