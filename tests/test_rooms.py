@@ -33,10 +33,10 @@ ROOMS = {
     "dimefm.evaluation": "caching datasets models store system training",
     "dimefm.latency": "evaluation models system training",
     "dimefm.export": "datasets evaluation images latency models sample sources store system training",
-    "dimefm.inspection": "caching datasets evaluation exchange models retrieval selection sources store system "
-    "training",
-    "dimefm.pages": "caching inspection retrieval selection store system",
     "dimefm.leaks": "datasets evaluation images retrieval selection sources store system",
+    "dimefm.inspection": "caching datasets evaluation exchange latency models retrieval selection sources store system "
+    "training",
+    "dimefm.pages": "caching evaluation inspection latency retrieval selection store system",
     "dimefm.prediction": "evaluation images models sources system",
     "pipeline": "caching models sources store system",
     "dimefm.commands": "*",

@@ -46,8 +46,8 @@ def doctor() -> None:
 def info(path: str, failures: bool, as_json: bool) -> None:
     """Describe what dimefm wrote, or would read.
 
-    PATH: a store, pairs, an index, a selection, a run, an exported model, results of evaluations, exported embeddings,
-    or a labelled set.
+    PATH: a store, pairs, an index, a selection, a run, an exported model, results of evaluations, latency.json,
+    exported embeddings, or a labelled set.
     """
     from dimefm.inspection.info import examine, list_failures
 

@@ -19,8 +19,8 @@ def report(paths: tuple[str, ...], out: str) -> None:
 
     It is one HTML file that needs no network and no other file.
 
-    PATH: what dimefm wrote: a store, pairs, a selection, an index, a run, results of evaluations, an exported model, or
-    a folder of these. Several runs are drawn over each other, several models stand side by side.
+    PATH: what dimefm wrote: a store, pairs, a selection, an index, a run, results of evaluations, latency.json, an
+    exported model, or a folder of these. Several runs are drawn over each other, several models stand side by side.
     """
     from dimefm.pages.report import report as write
 

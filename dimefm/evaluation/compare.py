@@ -191,17 +191,20 @@ def _width(columns: Sequence[Sequence[str]]) -> int:
     return sum(max(map(len, column)) + 3 for column in columns) + 1
 
 
-def compare(folders: Sequence[str], *, published: bool = True, latency: Latency | None = None) -> Comparison:
+def compare(
+    folders: Sequence[str], *, published: bool = True, latency: Latency | None = None, require_common: bool = True
+) -> Comparison:
     """The results in these folders (or results.jsonl files), one column for each, and the published numbers on lines
     that one of them has; with `latency`, what that knows of the same weights. Raises StoreError for a folder without
-    results, and if the models have no line in common."""
+    results and, with `require_common`, if the models have no line in common."""
     results = [read_results(folder) for folder in folders]
     models = [*map(pool, results)]
     for folder, pooled in zip(folders, models, strict=True):
         if not pooled:
             raise StoreError(f"{folder} has no result", remedy="dimefm evaluate MODEL SET... writes them")
     columns = [_measured_column(folder, pooled) for folder, pooled in zip(folders, models, strict=True)]
-    _require_common(folders, columns)
+    if require_common:
+        _require_common(folders, columns)
     if published:
         text = (resources.files("dimefm.evaluation") / "published.json").read_text(encoding="utf-8")
         shared = {name for column in columns for name in column.cells}

@@ -27,6 +27,7 @@ _DESCRIBES = {
     Kind.PAIRS: "describe_retrieval.describe_pairs",
     Kind.EMBEDDINGS: "describe_evaluation.describe_embeddings",
     Kind.EVALUATIONS: "describe_evaluation.describe_evaluations",
+    Kind.LATENCY: "describe_latency.describe_latency",
 }
 """What describes a kind: a module of this room and its function."""
 

@@ -13,6 +13,7 @@ from cache_schemas.evaluation import RESULTS_FILE, SPLITS
 from cache_schemas.export import EXPORT_FILE
 from cache_schemas.image_selection import ImageSelectionPlan
 from cache_schemas.index import BUILD, SIDECAR_FILE
+from cache_schemas.latency import LATENCY_FILE, Latency
 from cache_schemas.run import CONFIG_FILE, RUN_FILE
 from cache_schemas.text_selection import PLAN_FILE
 from dimefm.errors import SourceError, StoreError
@@ -21,6 +22,7 @@ from dimefm.system import storage
 from dimefm.system.near_names import did_you_mean_path
 
 _LOOKED_AT, _NAMED = 50, 4
+_MOST_BYTES = 16 << 20  # of a file that may be measurements of latency
 _ELSE = "give the --out of one of dimefm's commands"
 
 
@@ -39,6 +41,7 @@ class Kind(StrEnum):
     PAIRS = "pairs"
     EMBEDDINGS = "embeddings"
     EVALUATIONS = "evaluations"
+    LATENCY = "latency"
 
 
 _BY_FILE = {
@@ -54,7 +57,7 @@ _BY_SCHEMA = {EmbeddingStore.SCHEMA: Kind.STORE, PairsStore.SCHEMA: Kind.PAIRS}
 
 def kind_of(path: str) -> Kind | None:
     """What is at `path`; None where it is nothing of dimefm's."""
-    return _marked(path) or (Kind.SET if _class_folders(path) else None)
+    return _marked(path) or (Kind.LATENCY if _is_latency(path) else Kind.SET if _class_folders(path) else None)
 
 
 def require_kind(path: str, command: str) -> Kind:
@@ -97,6 +100,18 @@ def _of_selection(plan: str) -> Kind:
     return Kind.IMAGE_SELECTION if schema == ImageSelectionPlan.SCHEMA else Kind.SELECTION
 
 
+def _is_latency(path: str) -> bool:
+    """Whether it is a file of measurements, whatever it is called; one called latency.json is taken for it unread."""
+    if path.rpartition("/")[2] == LATENCY_FILE and storage.exists(storage.absolute(path)):
+        return storage.is_url(path) or Path(path).is_file()
+    if storage.is_url(path) or not path.endswith(".json") or not Path(path).is_file():
+        return False
+    with suppress(ValueError, StoreError):
+        found: Any = storage.read_json(storage.absolute(path)) if Path(path).stat().st_size <= _MOST_BYTES else None
+        return isinstance(found, dict) and found.get("schema") == Latency.SCHEMA
+    return False
+
+
 def _class_folders(path: str) -> bool:
     """Whether it is a labelled set without classnames.txt: folders of images, one for each class."""
     if storage.is_url(path) or not Path(path).is_dir():
@@ -125,7 +140,10 @@ def _no_folder(path: str, command: str) -> StoreError:
     """The error for an empty folder, or a file: of a run, an index and so on the folder is meant."""
     if storage.is_url(path) or Path(path).is_dir():
         return StoreError(f"{path} is empty", remedy=_ELSE)
-    return StoreError(f"{path} is a file, and {command} describes folders", remedy=_around(path, command))
+    return StoreError(
+        f"{path} is a file, and {command} describes folders, and of files {LATENCY_FILE} alone",
+        remedy=_around(path, command),
+    )
 
 
 def _around(path: str, command: str) -> str:

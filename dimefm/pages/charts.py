@@ -19,17 +19,19 @@ from dimefm.pages.page import Chart, Dot
 from dimefm.system.inert_text import line as inert
 
 _WIDTH, _HEIGHT = 520, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 20, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 20, 10, 40
 _MOST_POINTS = 400  # of a line: more cannot be seen apart
 _LETTER, _MOST_LETTERS = 7.8, 60
 
 
 class Line(NamedTuple):
-    """A line by its points, in order of x. Lines of one `colour` belong together; by default each has its own."""
+    """A line by its points, in order of x. Lines of one `colour` belong together; by default each has its own.
+    `spread`, if there is one for each point, is drawn up and down from it."""
 
     name: str
     points: Sequence[tuple[float, float]]
     colour: int | None = None
+    spread: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ def line_chart(
     kept = [one._replace(points=[p for p in one.points if all(map(math.isfinite, p))]) for one in lines]
     kept = [one for one in kept if one.points]
     heights = [y for one in kept for _, y in one.points] + [value for _, value in rules]
+    heights += [
+        end for one in kept for (_, y), d in zip(one.points, one.spread, strict=False) for end in (y - d, y + d)
+    ]
     drawing = _Drawing(
         axis([x for one in kept for x, _ in one.points], _LEFT, _WIDTH - _RIGHT, log=log_across),
         axis(heights, _HEIGHT - _BOTTOM, _TOP, log=log, zero=zero),
@@ -93,6 +98,10 @@ def line_chart(
         places = [(drawing.across.at(x), drawing.along.at(y)) for x, y in _thinned(one.points)]
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         drawing.add('<polyline class="s{}" data-name="{}" points="{}"/>', colour % 8, inert(one.name), joined)
+        if len(places) == len(one.points) == len(one.spread):
+            for (x, _), (_, value), far in zip(places, one.points, one.spread, strict=True):
+                low, high = drawing.along.at(value - far), drawing.along.at(value + far)
+                drawing.add('<line class="s{}" x1="{}" x2="{}" y1="{}" y2="{}"/>', colour % 8, x, x, low, high)
         if len(places) <= 30:
             for x, y in places:
                 drawing.add('<circle class="f{}" cx="{}" cy="{}" r="2.6"/>', colour % 8, x, y)
@@ -216,7 +225,7 @@ def bar_chart(
     return Chart(title, drawing.svg(), f"{along}; " + "; ".join(said), legend, note)
 
 
-def _short(name: str, most: int = 20) -> str:
+def _short(name: str, most: int = 18) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
@@ -271,7 +280,12 @@ def shade_chart(title: str, rows: Sequence[str], columns: Sequence[str], shares:
     for c, name in enumerate(columns):
         x = left + size * (c + 0.5)
         drawing.add(
-            '<text x="{}" y="{}" transform="rotate(-50 {} {})">{}</text>', x, top - 6, x, top - 6, _short(inert(name))
+            '<text x="{}" y="{}" transform="rotate(-50 {} {})">{}</text>',
+            x,
+            top - 6,
+            x,
+            top - 6,
+            _short(inert(name), 14),
         )
     for r, name in enumerate(rows):
         drawing.text(left - 6, top + size * (r + 0.5) + 4, _short(name), "end")

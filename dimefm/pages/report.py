@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import cast
 
+from cache_schemas.latency import LATENCY_FILE
 from dimefm.errors import OutputExistsError
 from dimefm.inspection.kinds import Kind, kind_of, require_kind
 from dimefm.pages.page import Page, Section, render
@@ -19,9 +20,14 @@ _SECTIONS = {
     Kind.INDEX: "index_page.index_sections",
     Kind.SELECTION: "selection_page.selection_sections",
     Kind.STORE: "store_page.store_sections",
+    Kind.EVALUATIONS: "evaluation_page.evaluation_sections",
+    Kind.LATENCY: "latency_page.latency_sections",
 }
 """What makes the sections of a kind: a module of this room and its function, which takes the paths of all places of
 this kind, so that models and runs can be compared. Other kinds are shown as `dimefm info` describes them."""
+
+_BESIDE = {Kind.LATENCY: Kind.EVALUATIONS}
+"""A kind whose sections need another: its function also takes the paths of all places of that kind."""
 
 _MARK = b'<meta name="generator" content="dimefm">'
 
@@ -53,7 +59,8 @@ def make_page(paths: Sequence[str]) -> Page:
     for kind in Kind:
         if kind in found:
             note(f"looking at {', '.join(found[kind])} ...")
-            sections += _sections(kind, found[kind])
+            beside = [found.get(_BESIDE[kind], [])] if kind in _BESIDE else []
+            sections += _sections(kind, found[kind], *beside)
     title = paths[0] if len(paths) == 1 else f"{len(paths)} places"
     return Page(f"dimefm: {title.rstrip('/')}", f"{_now()}, dimefm {__version__}", sections)
 
@@ -62,18 +69,18 @@ def _places(path: str) -> list[tuple[Kind, str]]:
     """A place with its kind; of a folder that is none itself, the places in it."""
     kind = kind_of(path)
     if kind is None and not storage.is_url(path) and Path(path).is_dir():
-        inside = [str(one) for one in sorted(Path(path).iterdir()) if one.is_dir()]
+        inside = [str(one) for one in sorted(Path(path).iterdir()) if one.is_dir() or one.name == LATENCY_FILE]
         known = [(kind, one) for one in inside if (kind := kind_of(one))]
         if known:
             return known
     return [(kind or require_kind(path, "report"), path)]
 
 
-def _sections(kind: Kind, paths: list[str]) -> list[Section]:
+def _sections(kind: Kind, *places: list[str]) -> list[Section]:
     name = _SECTIONS.get(kind, "described.described_sections")
     module, function = name.split(".")
-    sections = cast(Callable[[list[str]], list[Section]], getattr(import_module(f"{__package__}.{module}"), function))
-    return sections(paths)
+    sections = cast(Callable[..., list[Section]], getattr(import_module(f"{__package__}.{module}"), function))
+    return sections(*places)
 
 
 def _now() -> str:
