@@ -10,9 +10,10 @@ import numpy as np
 from cache_schemas import Status
 from cache_schemas.image_selection import ImageSelection
 from cache_schemas.text_selection import SELECTION_FILE
-from dimefm.inspection.describe_retrieval import may_be_opened
+from dimefm.inspection.describe_retrieval import may_open
 from dimefm.inspection.info import examine
 from dimefm.pages.charts import Bar, bar_chart, histogram
+from dimefm.pages.leaks_page import leaks_sections
 from dimefm.pages.page import Block, Card, Cell, Facts, Gallery, Section, Table, Words
 from dimefm.pages.pictures import Pictures
 from dimefm.store.embedding_store import Store
@@ -33,7 +34,8 @@ def image_selection_sections(paths: Sequence[str]) -> list[Section]:
         if storage.exists(storage.join(path, SELECTION_FILE)):
             selected = SelectedImages(path)
             blocks += _charts(selected.document)
-            more = _pictures(selected)
+            images = _images(selected)
+            more = leaks_sections(selected.path, images) or _pictures(selected, images)
         sections += [Section(described.title, blocks), *more]
     return sections
 
@@ -68,13 +70,18 @@ def _charts(found: ImageSelection) -> list[Block]:
     return [*blocks, Table(("source", "images", "kept", "share"), rows, "lrrr", f"Sources{more}")]
 
 
-def _pictures(selected: SelectedImages) -> list[Section]:
-    """Contact sheets, and the largest groups of images that are alike."""
+def _images(selected: SelectedImages) -> Store | None:
+    """The image store, if it is there and may be opened."""
     where = selected.document.plan.images
-    if not may_be_opened(selected.path, where) or not storage.exists(where):
+    return Store(where) if may_open(selected.path, where) and storage.exists(where) else None
+
+
+def _pictures(selected: SelectedImages, images: Store | None) -> list[Section]:
+    """Contact sheets, and the largest groups of images that are alike."""
+    if images is None:
+        where = selected.document.plan.images
         return [Section("Pictures", [Words(f"The image store {where} is not there, so there are no pictures.", True)])]
-    images, rng = Store(where), np.random.default_rng(0)
-    pictures, kept_K = Pictures(images), selected.rows()
+    pictures, kept_K, rng = Pictures(images), selected.rows(), np.random.default_rng(0)
     table = selected.copies()
     row_R, like_R = table["row"].to_numpy(), table["like"].to_numpy()
     same = set(row_R[table["same_bytes"].to_numpy(zero_copy_only=False)].tolist())
