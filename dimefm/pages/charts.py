@@ -181,7 +181,10 @@ def bar_chart(
         v for _, bars in series for bar in bars if bar for v in (bar.value, bar.interval[1] if bar.interval else 0.0)
     ]
     left = min(_WIDE_LABEL, 14 + 7 * max(map(len, groups), default=0))
-    drawing = _Drawing(axis(tops, left, _WIDTH - 44, zero=True), Axis(0, 1, 0, 1, ()), height=high)
+    longest = max((len(_short(bar.words)) for _, bars in series for bar in bars if bar), default=0)
+    drawing = _Drawing(
+        axis(tops, left, _WIDTH - max(44, 10 + 7 * longest), zero=True), Axis(0, 1, 0, 1, ()), height=high
+    )
     for value in drawing.across.ticks:
         x = drawing.across.at(value)
         drawing.add('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>', x, x, _TOP, high - _BOTTOM)
