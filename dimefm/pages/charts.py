@@ -137,7 +137,8 @@ def histogram(
     if log_across:
         step = -(-len(edges) // 8)
         for n in range(0, len(edges), step):
-            drawing.text(places[n], _HEIGHT - _BOTTOM + 17, words(edges[n]))
+            anchor = "end" if n == bins else "middle"  # the last would reach beyond the frame
+            drawing.text(places[n], _HEIGHT - _BOTTOM + 17, words(edges[n]), anchor)
     for n in range(bins):
         below = 0
         for colour, (name, values) in enumerate(counts):
