@@ -18,6 +18,7 @@ from dimefm.version import __version__
 _SECTIONS = {
     Kind.STORE: "store_page.store_sections",
     Kind.PAIRS: "pairs_page.pairs_sections",
+    Kind.SET: "set_page.set_sections",
 }
 """What makes the sections of a kind: a module of this room and its function, which takes the paths of all places of
 this kind, so that models and runs can be compared. Other kinds are shown as `dimefm info` describes them."""
