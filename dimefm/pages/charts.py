@@ -19,9 +19,9 @@ from dimefm.pages.page import Chart, Dot
 from dimefm.system.inert_text import line as inert
 
 _WIDTH, _HEIGHT = 520, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 10, 10, 40
 _MOST_POINTS = 400  # of a line: more cannot be seen apart
-_WIDE_LABEL, _MOST_LETTERS = 150, 60
+_WIDE_LABEL, _MOST_LETTERS = 190, 60
 
 
 class Line(NamedTuple):
@@ -181,11 +181,9 @@ def bar_chart(
     tops = [
         v for _, bars in series for bar in bars if bar for v in (bar.value, bar.interval[1] if bar.interval else 0.0)
     ]
-    left = min(_WIDE_LABEL, 14 + 7 * max(map(len, groups), default=0))
-    longest = max((len(_short(bar.words)) for _, bars in series for bar in bars if bar), default=0)
-    drawing = _Drawing(
-        axis(tops, left, _WIDTH - max(44, 10 + 7 * longest), zero=True), Axis(0, 1, 0, 1, ()), height=high
-    )
+    left = min(_WIDE_LABEL, 14 + max((_width(_short(group)) for group in groups), default=0))
+    right = max(44, 10 + max((_width(_short(bar.words)) for _, bars in series for bar in bars if bar), default=0))
+    drawing = _Drawing(axis(tops, left, _WIDTH - right, zero=True), Axis(0, 1, 0, 1, ()), height=high)
     for value in drawing.across.ticks:
         x = drawing.across.at(value)
         drawing.add('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>', x, x, _TOP, high - _BOTTOM)
@@ -217,6 +215,11 @@ def bar_chart(
     ]
     legend = [(n, name) for n, (name, _) in enumerate(series)] if len(series) > 1 else []
     return Chart(title, drawing.svg(), f"{along}; " + "; ".join(said), legend, note)
+
+
+def _width(name: str) -> int:
+    """About how many pixels a label takes."""
+    return sum(10 if letter.isupper() else 7 for letter in name)
 
 
 def _short(name: str, most: int = 20) -> str:

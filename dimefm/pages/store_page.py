@@ -25,6 +25,7 @@ from dimefm.system.wording import counted
 _DOTS, _FEWEST_DOTS = 600, 120  # of all maps of a page, since each has a picture; and of one map
 _FAILURES, _EXAMPLES, _MOST_LINES = 300, 3, 8
 _PENDING = "not done yet"
+_IN_TABLE = ("failed", "")  # lines of info about failures, which have a table here
 
 
 def store_sections(paths: Sequence[str]) -> list[Section]:
@@ -41,7 +42,8 @@ def _store(path: str, name: str, dots: int) -> list[Section]:
     if not found.facts["finished"]:
         done = f"{found.facts['shards_done']:,} of {counted(found.facts['shards'], 'shard')} are done"
         blocks.append(Words(f"This store is unfinished: {done}. The same command goes on there.", warning=True))
-    blocks += [Facts([("path", store.path), *found.rows]), _status(found)]
+    facts = [row for row in found.rows if row[0] not in _IN_TABLE]
+    blocks += [Facts([("path", store.path), *facts]), _status(found)]
     blocks += [*_throughput(store, found), *_failures(path, found), _identity(found)]
     sections = [Section(f"{name}: {store.schema.kind}s", blocks)]
     looked = look(store, found.facts["status"].get(Status.OK.name, 0))
@@ -118,7 +120,7 @@ def _reason(failure: dict[str, Any]) -> str:
 
 
 def _example(failure: dict[str, Any]) -> str:
-    return f"row {failure['row']:,}, {short(failure['key'], 60)}: {short(failure['reason'], 80)}"
+    return f"row {failure['row']:,}, {short(failure['key'], 60)}"
 
 
 def _identity(found: Description) -> Block:
