@@ -12,10 +12,12 @@ from cache_schemas import digest_of
 from cache_schemas.document import CHECKSUM
 from cache_schemas.embedding_store import ATTRIBUTES_KEY
 from cache_schemas.pairs import HITS_COMMIT
+from dimefm.images.thumbnail import thumbnail
 from dimefm.inspection.info import examine
 from dimefm.models.clip import Clip
 from dimefm.pages import pairs_page
 from dimefm.pages.pairs_page import _largest
+from dimefm.pages.pictures import SIDE, as_uri
 from dimefm.pages.report import report
 from dimefm.retrieval.retrieve import retrieve
 from dimefm.store.embedding_store import Store
@@ -100,7 +102,11 @@ def test_hostile_captions_and_keys_are_text(browser: Browser, clip: Clip, tmp_pa
     assert sum(HOSTILE in one for one in browser.texts(".gallery li span")) == 5
     assert HOSTILE in browser.texts("td")
     assert browser.run("return document.scripts.length") == 1
-    assert browser.widths("img") == [48] * 5
+    shown = browser.run(
+        "return [...document.querySelectorAll('.gallery li')].map(o => [o.textContent, o.children[0].src])"
+    )
+    for words, image in shown:
+        assert image == as_uri(thumbnail(make_jpeg(seed=int(words.strip()[len(key)])), SIDE))
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,20 @@
 """Pages of embedding stores: what is drawn of real stores, finished or not, and what is said of what cannot be."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cache_schemas import Status, ViewPlan
+from cache_schemas import Failure, Status, ViewPlan
 from dimefm.caching.encode_shard import encode_shard
 from dimefm.caching.plan import PlanRequest, open_or_plan
+from dimefm.images.thumbnail import thumbnail
 from dimefm.models.clip import Clip
-from dimefm.pages import likeness
+from dimefm.pages import likeness, store_page
 from dimefm.pages.likeness import nearest, random_cosines
+from dimefm.pages.pictures import as_uri
 from dimefm.pages.report import report
 from dimefm.pages.short_words import short, short_names
 from dimefm.store.embedding_store import Store
@@ -23,9 +26,14 @@ HOSTILE = "<script>document.title=1</script>\"'><img src=x onerror=alert(2)>{{ 7
 GOOD, SHARD_ROWS = 20, 8
 
 
+def key(number: int) -> str:
+    """A key as a tar can have it."""
+    return f"{HOSTILE.replace('/', '!').replace('.', '!')}{number}"
+
+
 def tar_of_images(folder: Path) -> Path:
     """Twenty pictures, and three that are none; every key is hostile."""
-    members = {f"{HOSTILE.replace('/', '!').replace('.', '!')}{n}.jpg": make_jpeg(seed=n) for n in range(GOOD)}
+    members = {f"{key(n)}.jpg": make_jpeg(seed=n) for n in range(GOOD)}
     broken = {f"broken{n}.jpg": b"no image" for n in range(2)}
     return write_tar(folder / "images.tar", {**members, **broken, "empty.jpg": b""})
 
@@ -94,8 +102,16 @@ def test_the_map_shows_the_picture_at_the_pointer(browser: Browser, unfinished: 
     opened(browser, tmp_path, unfinished)
     browser.hover(browser.one(".map .point"))
 
-    assert "<img src=x onerror=alert(2)>{{ 7*7 }}" in browser.texts("#tip")[0]
     assert browser.widths("#tip img") == [48]
+    shown = browser.run("return [[document.querySelector('#tip').textContent, document.querySelector('#tip img').src]]")
+    shown += browser.run("return [...document.querySelectorAll('.dots li')].map(o => [o.textContent, o.dataset.image])")
+    shown += browser.run(
+        "return [...document.querySelectorAll('td:has(img)')].map(o => [o.textContent, o.firstChild.src])"
+    )
+    for words, image in shown:
+        number = re.fullmatch(re.escape(key(0)[:-1]) + r"(\d+) \(row \d+\)", words)
+        assert number
+        assert image == as_uri(thumbnail(make_jpeg(seed=int(number[1])), 96))
 
 
 def test_failures_are_counted_by_reason(browser: Browser, clip: Clip, tmp_path: Path) -> None:
@@ -108,6 +124,32 @@ def test_failures_are_counted_by_reason(browser: Browser, clip: Clip, tmp_path: 
     assert cells[3].startswith("row ")
     assert {"broken0", "broken1"} <= {one.rpartition(" ")[2] for one in cells[3].split("; ")}
     assert (cells[4], cells[6]) == ("EMPTY", "1")
+
+
+def test_reasons_are_the_same_but_for_files_and_numbers(
+    browser: Browser, clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_page, "_FAILURES", 15)
+    request = PlanRequest(kind="image", arguments=(str(tar_of_images(tmp_path)),), shard_rows=32, batch_size=8)
+    store = open_or_plan(request, str(tmp_path / "s.zarr"), clip.identity)
+    rows = store.schema.rows
+    reasons = [f"/a/{row}.tar ends after {row * 1000:,} bytes" if row % 2 else "no image" for row in range(rows)]
+    failures = [Failure(row=row, key=key(row), file=f"/a/{row}.tar", status="TRUNCATED", reason=reasons[row])
+                for row in range(rows)]  # fmt: skip
+    arrays: dict[str, Any] = {"embedding": np.zeros((rows, store.schema.dim), np.float16)}
+    arrays["status"] = np.full(rows, Status.TRUNCATED, np.uint8)
+    store.write_shard(0, arrays, failures, device="cpu", seconds=0)
+    opened(browser, tmp_path, store)
+
+    assert f"Failures by reason: the first 15 of {rows}; dimefm info STORE --failures lists them" in browser.texts(
+        "figcaption"
+    )
+    cells = [cell.text for cell in browser.all("#s1 table td")]
+    assert [cells[at : at + 3] for at in (0, 4)] == [
+        ["TRUNCATED", "no image", "8"], ["TRUNCATED", "… ends after … bytes", "7"]
+    ]  # fmt: skip
+    assert cells[3] == "; ".join(f"row {row}, {short(key(row), 60)}" for row in (0, 2, 4))
+    assert list(shapes(browser)) == ["Rows by status"]  # no time, no embedding
 
 
 def test_a_store_whose_images_are_gone_says_so(browser: Browser, clip: Clip, tmp_path: Path) -> None:
