@@ -1,11 +1,12 @@
-"""Small pictures of some rows of an image store, from its own JPEGs or the files that it was cached from.
+"""Small pictures of images: of some rows of an image store, from its own JPEGs or the files that it was cached from,
+or of images whose places are known.
 
 Shapes: N rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +17,7 @@ from dimefm.errors import DimefmError
 from dimefm.images.decode import DecodeError
 from dimefm.images.thumbnail import thumbnail
 from dimefm.sources.parquet import split_column
-from dimefm.sources.read_image import ImagePlace, read_encoded
+from dimefm.sources.read_image import EncodedImage, ImagePlace, read_encoded
 from dimefm.store.embedding_store import Store
 
 _THREADS = 8  # most of them wait for storage
@@ -30,12 +31,17 @@ def thumbnails(store: Store, rows_N: np.ndarray[Any, Any], side: int) -> Iterato
         places = [ImagePlace(*place) for place in store.pixel_places(ascending_M)]
     else:
         places = [ImagePlace(one.file, one.offset, one.size) for one in images_of(store, ascending_M)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(lambda place: _thumbnail(place, side), places))
+    found = thumbnails_at(places, side)
     yield from (found[place] for place in place_N.tolist())
 
 
-def _thumbnail(place: ImagePlace, side: int) -> bytes | str:
+def thumbnails_at(places: Sequence[EncodedImage], side: int) -> list[bytes | str]:
+    """As `thumbnails`, of images at these places."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda place: _thumbnail(place, side), places))
+
+
+def _thumbnail(place: EncodedImage, side: int) -> bytes | str:
     if not place.file:
         return "it was imported without its image"
     if not place.size and split_column(place.file)[1] is None:

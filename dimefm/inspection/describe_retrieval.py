@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from cache_schemas import SchemaError
 from cache_schemas.document import to_plain
 from cache_schemas.index import SIDECAR_FILE, IndexSidecar
 from cache_schemas.pairs import HITS_COMMIT
 from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, SCORES, SELECTION_FILE, SelectionPlan
-from dimefm.errors import StoreError
+from dimefm.errors import DimefmError, MismatchError, StoreError
 from dimefm.inspection.description import Description, Rows
 from dimefm.models.teacher_rows import teacher_rows
 from dimefm.retrieval.index_sidecar import describe_search
@@ -89,18 +90,20 @@ def describe_pairs(path: str) -> Description:
         return Description(f"{title}, unfinished", facts, done)
     counts = pairs.hit_counts()
     facts |= {name: getattr(counts, name) for name in ("images", "skipped", "selected", "mean_score")}
-    facts |= {"examples_opened": _beside(pairs.path, schema.texts), "examples": _examples(pairs)}
+    facts |= {"examples_opened": may_open(pairs.path, schema.texts), "examples": _examples(pairs)}
     return Description(title, facts, _pairs(facts))
 
 
 def _examples(pairs: Pairs) -> list[dict[str, Any]]:
-    """The sentences that most images have, where their store may be opened."""
-    texts, hits = pairs.schema.texts, pairs.hits()
-    if not _beside(pairs.path, texts) or not storage.exists(texts):
+    """The sentences that most images have, where their store may be opened and is what it was."""
+    hits = pairs.hits()
+    try:
+        texts = named_store(pairs, "text")
+    except (DimefmError, SchemaError):
         return []
     best = np.argpartition(hits, -min(_EXAMPLES, len(hits)))[-_EXAMPLES:]
     best = best[np.argsort(-hits[best].astype(np.int64), kind="stable")]
-    samples = Store(texts).samples(best)
+    samples = texts.samples(best)
     return [{"row": int(one["row"]), "hits": int(hits[one["row"]]), "text": one["text"]} for one in samples]
 
 
@@ -124,9 +127,9 @@ def _pairs(facts: dict[str, Any]) -> Rows:
     return [*rows, *((counted(one["hits"], "hit"), one["text"][:80]) for one in facts["examples"])]
 
 
-def _beside(path: str, other: str) -> bool:
-    """Whether info opens `other`, which the document at `path` names: a local folder, or a place in the same bucket as
-    `path`, which the user typed."""
+def may_open(path: str, other: str) -> bool:
+    """Whether info and report open `other`, which the document at `path` names: a local folder, or a place in the same
+    bucket as `path`, which the user typed."""
     if storage.is_url(other):
         bucket = "/".join(path.split("/", 3)[:3])
         return storage.is_url(path) and "::" not in other and other.startswith(f"{bucket}/")
@@ -134,6 +137,22 @@ def _beside(path: str, other: str) -> bool:
         return bool(named(other, path))
     except StoreError:
         return False
+
+
+def named_store(pairs: Pairs, kind: Literal["image", "text"]) -> Store:
+    """The store of images or of texts that pairs name. Raises StoreError where it may not be opened, or is not there or
+    damaged, SchemaError as Store does, MismatchError where it is another than these pairs were made from."""
+    schema = pairs.schema
+    path, identity = (
+        (schema.images, schema.images_identity) if kind == "image" else (schema.texts, schema.texts_identity)
+    )
+    if not may_open(pairs.path, path):
+        what = f"{path} is not opened, since only the document of {pairs.path} names it"
+        raise StoreError(what, remedy="keep both in one bucket, or copy them to local folders")
+    store = Store(path)
+    if store.schema.identity != identity:
+        raise MismatchError(f"{path} is another store than the one that {pairs.path} was made from")
+    return store
 
 
 def describe_selection(path: str) -> Description:
@@ -175,7 +194,7 @@ def _unfinished_selection(path: str, title: str) -> Description:
     }
     rows = [("texts store", plan.texts)]
     if plan.settings.by == "similarity":
-        there = _beside(path, plan.texts) and storage.exists(plan.texts)
+        there = may_open(path, plan.texts) and storage.exists(plan.texts)
         facts["shards"] = Store(plan.texts).schema.shards if there else 0
         facts["shards_done"] = len(storage.listing(storage.join(path, SCORES)))
         rows.insert(0, ("scores", f"{facts['shards_done']:,} of {facts['shards']:,} shards done"))

@@ -21,7 +21,7 @@ from dimefm.system.inert_text import line as inert
 _WIDTH, _HEIGHT = 520, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 20, 10, 40
 _MOST_POINTS = 400  # of a line: more cannot be seen apart
-_LETTER, _MOST_LETTERS = 7.8, 60
+_WIDE_LABEL, _MOST_LETTERS = 190, 60
 
 
 class Line(NamedTuple):
@@ -146,7 +146,8 @@ def histogram(
     if log_across:
         step = -(-len(edges) // 8)
         for n in range(0, len(edges), step):
-            drawing.text(places[n], _HEIGHT - _BOTTOM + 17, words(edges[n]))
+            anchor = "end" if n == bins else "middle"  # the last would reach beyond the frame
+            drawing.text(places[n], _HEIGHT - _BOTTOM + 17, words(edges[n]), anchor)
     for n in range(bins):
         below = 0
         for colour, (name, values) in enumerate(counts):
@@ -189,8 +190,8 @@ def bar_chart(
     tops = [
         v for _, bars in series for bar in bars if bar for v in (bar.value, bar.interval[1] if bar.interval else 0.0)
     ]
-    left = 14 + _LETTER * max((len(_short(group)) for group in groups), default=0)
-    right = 12 + _LETTER * max((len(_short(bar.words)) for _, bars in series for bar in bars if bar), default=0)
+    left = min(_WIDE_LABEL, 14 + max((_width(_short(group)) for group in groups), default=0))
+    right = max(44, 10 + max((_width(_short(bar.words)) for _, bars in series for bar in bars if bar), default=0))
     drawing = _Drawing(axis(tops, left, _WIDTH - right, zero=True), Axis(0, 1, 0, 1, ()), height=high)
     for value in drawing.across.ticks:
         x = drawing.across.at(value)
@@ -223,6 +224,11 @@ def bar_chart(
     ]
     legend = [(n, name) for n, (name, _) in enumerate(series)] if len(series) > 1 else []
     return Chart(title, drawing.svg(), f"{along}; " + "; ".join(said), legend, note)
+
+
+def _width(name: str) -> int:
+    """About how many pixels a label takes."""
+    return sum(10 if letter.isupper() else 7 for letter in name)
 
 
 def _short(name: str, most: int = 18) -> str:

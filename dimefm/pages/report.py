@@ -23,6 +23,8 @@ _SECTIONS = {
     Kind.STORE: "store_page.store_sections",
     Kind.EVALUATIONS: "evaluation_page.evaluation_sections",
     Kind.LATENCY: "latency_page.latency_sections",
+    Kind.PAIRS: "pairs_page.pairs_sections",
+    Kind.SET: "set_page.set_sections",
 }
 """What makes the sections of a kind: a module of this room and its function, which takes the paths of all places of
 this kind, so that models and runs can be compared. Other kinds are shown as `dimefm info` describes them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from selenium.webdriver import Chrome, ChromeOptions, Keys
+from selenium.webdriver import ActionChains, Chrome, ChromeOptions, Keys
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -61,6 +61,19 @@ class Browser:
     def press(self, element: WebElement, key: str) -> None:
         """Press a key by its name in selenium.webdriver.Keys, such as ARROW_RIGHT."""
         element.send_keys(getattr(Keys, key))
+
+    def hover(self, element: WebElement) -> None:
+        """Move the pointer to the middle of an element."""
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
+        ActionChains(self.driver).move_to_element(element).perform()
+
+    def widths(self, selector: str) -> list[int]:
+        """How wide in pixels the pictures of a selector are by their files; 0 for one that is none."""
+        load = """const done = arguments[1], all = [...document.querySelectorAll(arguments[0])];
+            all.forEach(one => { one.loading = 'eager'; });
+            Promise.allSettled(all.map(one => one.decode())).then(() => done(all.map(one => one.naturalWidth)))"""
+        found: list[int] = self.driver.execute_async_script(load, selector)
+        return found
 
     def run(self, script: str, *given: Any) -> Any:
         """The value that JavaScript returns."""
