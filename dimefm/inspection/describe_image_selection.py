@@ -6,6 +6,7 @@ from typing import Any
 
 from cache_schemas.document import to_plain
 from cache_schemas.image_selection import ImageSelectionPlan
+from cache_schemas.leaks import LEAKS_FILE, Leaks
 from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, SELECTION_FILE
 from dimefm.inspection.description import Description, Rows
 from dimefm.selection.image_report import describe_image_settings
@@ -41,8 +42,18 @@ def describe_image_selection(path: str) -> Description:
         "sources": to_plain(sorted(found.sources, key=lambda source: (-source.kept, source.file))),
         "images_store": found.plan.images,
         "report": storage.join(storage.absolute(path), REPORT_FILE),
+        "leaks": _leaks(path),
     }
     return Description(title, facts, _rows(facts))
+
+
+def _leaks(path: str) -> list[dict[str, Any]] | None:
+    """Of a selection that `leaks` wrote: what was found in each set."""
+    where = storage.join(path, LEAKS_FILE)
+    if not storage.exists(where):
+        return None
+    found: list[dict[str, Any]] = to_plain(Leaks.parse(storage.read_json(where), where).sets)
+    return found
 
 
 def _rows(facts: dict[str, Any]) -> Rows:
@@ -52,6 +63,8 @@ def _rows(facts: dict[str, Any]) -> Rows:
         ("how", facts["how"]),
         *(("left out", f"{one['images']:,}: {one['reason']}") for one in facts["left_out"]),
     ]
+    for one in facts["leaks"] or ():
+        rows.append(("leaks", f"{one['leaked']:,} of {counted(one['images'], 'image')} of {one['title']}"))
     if groups.keys() - {"1"}:
         rows.append(("stand for", ", ".join(f"{size}: {count:,}" for size, count in groups.items())))
     rows += [

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache_schemas.evaluation import FEATURES
 from cache_schemas.leaks import LEAKED_FILE, LEAKS_FILE, Leaks
 from dimefm.pages.charts import Bar, bar_chart
-from dimefm.pages.page import Block, Card, Cell, Gallery, Section, Table
+from dimefm.pages.page import Block, Card, Cell, Gallery, Mark, Section, Table
 from dimefm.pages.pictures import Pictures
 from dimefm.store.embedding_store import Store
 from dimefm.store.parquet_tables import require_digest
@@ -43,7 +44,7 @@ def _rank(pair: dict[str, Any]) -> tuple[bool, float]:
 
 
 def _sets(found: Leaks) -> Table:
-    rows = []
+    rows = list[tuple[str | Cell, ...]]()
     for one in found.sets:
         share = one.leaked / max(1, one.images)
         counts = [Cell(f"{count:,}", count) for count in (one.images, one.leaked)]
@@ -67,18 +68,23 @@ def _pairs(path: str, title: str, images: Store | None, pairs: list[dict[str, An
     tested = Pictures(Store(storage.join(path, f"{FEATURES}/{title}.zarr")))
     trained = Pictures(images) if images else None
     blocks = list[Block]()
-    for what, chosen, mark in (("Leaks", leaks[:_PAIRS], "bad"), ("Most alike, but no leaks", misses, "good")):
+    shown: list[tuple[str, list[dict[str, Any]], Mark]] = [
+        ("Leaks", leaks[:_PAIRS], "bad"),
+        ("Most alike, but no leaks", misses, "good"),
+    ]
+    for what, chosen, mark in shown:
         if not chosen:
             continue
-        left = tested.of([pair["test_row"] for pair in chosen])
-        right = trained.of([pair["row"] for pair in chosen]) if trained else [None] * len(chosen)
-        cards = list[Card]()
-        for pair, test, train in zip(chosen, left, right, strict=True):
-            said = f"alike {pair['similarity']:.2f}, cosine {pair['cosine']:.2f}"
-            cards += [
-                Card(test, f"test: {pair['test_key']}", (said,), mark),  # type: ignore[arg-type]
-                Card(train, f"trained on: {pair['key']}", (f"row {pair['row']:,}",), mark),  # type: ignore[arg-type]
-            ]
+        left = tested.of(np.array([pair["test_row"] for pair in chosen]))
+        right = trained.of(np.array([pair["row"] for pair in chosen])) if trained else [None] * len(chosen)
+        cards = [
+            Card(test, pair["test_key"], (f"trained on: {pair['key']}", _said(pair)), mark, [train])
+            for pair, test, train in zip(chosen, left, right, strict=True)
+        ]
         more = f", the first {_PAIRS:,} of {len(leaks):,} pairs" if what == "Leaks" and len(leaks) > _PAIRS else ""
         blocks.append(Gallery(cards, f"{what}{more}: each test image, and beside it the training image"))
     return [*tested.notes(), *(trained.notes() if trained else []), *blocks]
+
+
+def _said(pair: dict[str, Any]) -> str:
+    return f"alike {pair['similarity']:.2f}, cosine {pair['cosine']:.2f}, row {pair['row']:,}"

@@ -63,12 +63,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Card:
-    """A picture, as a `data:` URI (None: there is none to show), with a title and lines below it."""
+    """A picture, as a `data:` URI (None: there is none to show), with a title and lines below it; and others that stand
+    `beside` it."""
 
     image: str | None
     title: str
     lines: Sequence[str] = ()
     mark: Mark = ""
+    beside: Sequence[str | None] = ()
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from cache_schemas.evaluation import EvaluationResult
 from cache_schemas.export import Export, ExportOrigin, ExportSource, OnnxFacts
 from cache_schemas.image_selection import ImageSelection, ImageSelectionPlan, ImageSelectionSettings
 from cache_schemas.latency import Latency, Machine, ModelLatency, Timing
+from cache_schemas.leaks import LeakedSet, Leaks
 from cache_schemas.text_selection import Example, Histogram, SelectionSettings, SourceShare
 
 PREPROCESSING = Preprocessing(
@@ -200,6 +201,17 @@ IMAGE_SELECTION = ImageSelection(
     digest="5" * 64,
     copies_digest="6" * 64,
 )
+LEAKS = Leaks(
+    images="/data/images.zarr",
+    images_identity="f" * 64,
+    images_data="e" * 64,
+    cosine=0.75,
+    similarity=0.75,
+    nearest=20,
+    sets=(LeakedSet(title="cifar10", suite="elevater", digest="d" * 64, images=9, leaked=1, candidates=7, unread=0),),
+    rows=1,
+    digest="c" * 64,
+)
 RESULT = EvaluationResult(
     set="caltech101",
     suite="elevater",
@@ -284,6 +296,7 @@ DOCUMENTS: list[Document] = [
         SELECTION_PLAN,
         TEXT_SELECTION,
         IMAGE_SELECTION_PLAN,
+        LEAKS,
         IMAGE_SELECTION,
         RESULT,
         EXPORT,
