@@ -96,6 +96,7 @@ class _Evaluate(Command):
 @_option("--name")
 @_option("--skip-existing", is_flag=True)
 @_option("--predictions", is_flag=True)
+@_option("--leaks", metavar="LEAKS.selection")
 @json_option
 @quiet_option
 def evaluate(model: str, as_json: bool, **options: Any) -> None:

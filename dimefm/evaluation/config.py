@@ -76,6 +76,8 @@ class EvaluationConfig:
     """Keep results of the same model, images and settings, instead of measuring again."""
     predictions: bool = False
     """Also keep each image's prediction and scores, with a summary."""
+    leaks: str | None = None
+    """What `dimefm leaks` found: also measure on the images that the training images have no copy of."""
 
 
 def default_name(config: EvaluationConfig) -> str:

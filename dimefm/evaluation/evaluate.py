@@ -14,6 +14,7 @@ from dimefm.datasets.image_set import ImageSet
 from dimefm.datasets.known_sets import find_sets
 from dimefm.datasets.own_sets import open_folder
 from dimefm.errors import DimefmError, SourceError, TeacherError
+from dimefm.evaluation.clean_images import CleanImages
 from dimefm.evaluation.config import ChosenSet, EvaluationConfig, choose_sets, default_name
 from dimefm.system import storage
 from dimefm.system.lock import writing
@@ -54,6 +55,7 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
         if (Path(config.model) / RUN_FILE).exists():
             require_checkpoint(config.model, config.checkpoint)
             _require_teacher(config)
+        clean = CleanImages(config.leaks, config.model) if config.leaks else None
         note(f"{config.model}, {counted(len(chosen), 'set')}: loading the model ...")
         from dimefm.evaluation.evaluator import Evaluator  # imports torch, and what loads a model open_clip
         from dimefm.evaluation.open_model import open_model
@@ -68,7 +70,7 @@ def evaluate(config: EvaluationConfig, report: Callable[[EvaluationResult], None
             precision=config.precision,
             device=config.device,
         ) as clip:
-            return Evaluator(config, clip, done, report or (lambda result: None)).run(chosen, opened)
+            return Evaluator(config, clip, done, report or (lambda result: None), clean).run(chosen, opened)
 
 
 def _require_teacher(config: EvaluationConfig) -> None:

@@ -17,11 +17,12 @@ from dimefm.datasets.image_set import ImageSet
 from dimefm.datasets.known_sets import open_set
 from dimefm.datasets.own_sets import find_folder
 from dimefm.errors import SourceError
+from dimefm.evaluation.clean_images import CleanImages
 from dimefm.evaluation.config import ChosenSet, EvaluationConfig
 from dimefm.evaluation.evaluate import Evaluation, none_below, require_text
 from dimefm.evaluation.features import Features, compute_features
 from dimefm.evaluation.recorder import Job, Recorder
-from dimefm.evaluation.scoring import cosines, measure, measure_retrieval, probabilities
+from dimefm.evaluation.scoring import Measurement, cosines, measure, measure_retrieval, probabilities
 from dimefm.evaluation.text_embeddings import TextEmbeddings
 from dimefm.models.clip import Clip
 from dimefm.store.failures import as_list
@@ -32,11 +33,16 @@ class Evaluator:
     """One model on all sets: `run` goes from set to set, `_results_of` from task to task."""
 
     def __init__(
-        self, config: EvaluationConfig, clip: Clip, done: Evaluation, report: Callable[[EvaluationResult], None]
+        self,
+        config: EvaluationConfig,
+        clip: Clip,
+        done: Evaluation,
+        report: Callable[[EvaluationResult], None],
+        clean: CleanImages | None = None,
     ) -> None:
-        self._config, self._clip, self._done, self._report = config, clip, done, report
+        self._config, self._clip, self._done, self._report, self._clean = config, clip, done, report, clean
         require_text(config, clip.identity.has_text)
-        self._recorder = Recorder(config, clip, done.folder)
+        self._recorder = Recorder(config, clip, done.folder, clean.digest if clean else None)
         self._texts = TextEmbeddings(clip, storage.join(config.out, TEXT_EMBEDDINGS))
         self._retried: set[str] = set()  # features whose failed images this command has tried again
 
@@ -135,7 +141,7 @@ class Evaluator:
     def _zero_shot(self, job: Job) -> EvaluationResult:
         if found := self._recorder.find(job, "zero-shot", {}):
             return found
-        began, images = time.monotonic(), job.test
+        began, images, scored = time.monotonic(), job.test, None
         embedded = self._features(job.chosen, images)
         if images.captions is not None:
             texts_MD = self._texts.of_texts([text for texts in images.captions for text in texts])
@@ -146,8 +152,16 @@ class Evaluator:
             scores_NC = probabilities(cosines_NC)
             self._recorder.keep_predictions(job, "zero-shot", scores_NC, embedded)
             ranks_images = job.metric in ("roc_auc", "map_11_point")  # by probability, as ELEVATER does
-            measurement = measure(scores_NC if ranks_images else cosines_NC, images, job.metric)
-        return self._recorder.add(job, "zero-shot", measurement, {}, embedded, began)
+            scored = scores_NC if ranks_images else cosines_NC
+            measurement = measure(scored, images, job.metric)
+        measurement, notes = self._on_clean(measurement, scored, job)
+        return self._recorder.add(job, "zero-shot", measurement, {}, embedded, began, notes)
+
+    def _on_clean(
+        self, measurement: Measurement, scores_NC: np.ndarray[Any, Any] | None, job: Job
+    ) -> tuple[Measurement, list[str]]:
+        """The measurement with that on images which are not trained on, where leaks are given; and notes on it."""
+        return self._clean.add(measurement, scores_NC, job.test, job.metric) if self._clean else (measurement, [])
 
     def _probe(
         self, job: Job, train: ImageSet, protocol: str, rows: np.ndarray[Any, Any], seed: int | None
@@ -177,7 +191,8 @@ class Evaluator:
         )
         self._recorder.keep_predictions(job, protocol, probed.scores_NC, test_features)
         measurement = measure(probed.scores_NC, job.test, job.metric)
-        notes = [f"training images: {note}" for note in train.notes if note not in job.test.notes]
+        measurement, notes = self._on_clean(measurement, probed.scores_NC, job)
+        notes += [f"training images: {note}" for note in train.notes if note not in job.test.notes]
         if lost := probed.settings["unreadable"]:
             notes.append(f"{lost} of {len(rows)} training images could not be read and are left out")
         notes += note_on_few(probed.settings, job.metric)

@@ -40,9 +40,10 @@ class Job:
 class Recorder:
     """Results of one model in its folder of an evaluation."""
 
-    def __init__(self, config: EvaluationConfig, clip: Clip, folder: str) -> None:
-        """Raises MismatchError if the folder has results of other weights."""
-        self._config, self._clip, self._folder = config, clip, folder
+    def __init__(self, config: EvaluationConfig, clip: Clip, folder: str, leaks: str | None = None) -> None:
+        """`leaks` is the digest of the leaks without which is measured, too. Raises MismatchError if the folder has
+        results of other weights."""
+        self._config, self._clip, self._folder, self._leaks = config, clip, folder, leaks
         self._results = Results(folder)
         self._results.require_model(clip.identity.weights)
         self._model = _describe(clip, config.model)
@@ -129,6 +130,7 @@ class Recorder:
         intervals = {"intervals": "by image"} if job.test.captions is not None else {}
         return {
             **intervals,
+            **({"leaks": self._leaks} if self._leaks else {}),
             "decoder": self._config.decoder,
             "batch_size": self._config.batch_size,
             "preprocessing": to_plain(self._clip.identity.preprocessing),

@@ -1,0 +1,100 @@
+"""`evaluate --leaks`: the accuracy on the test images that no training image is a copy of, beside that on all.
+
+Shapes: N test images, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cache_schemas.evaluation import Metric
+from cache_schemas.export import EXPORT_FILE
+from cache_schemas.leaks import LEAKED_FILE, LEAKS_FILE, Leaks
+from cache_schemas.run import RUN_FILE
+from dimefm.datasets.image_set import ImageSet
+from dimefm.errors import MismatchError, SourceError, StoreError
+from dimefm.models.exported import format_of, read_export
+from dimefm.store.parquet_tables import require_digest
+from dimefm.system import storage
+from dimefm.system.notes import note
+from dimefm.system.wording import counted
+from dimefm.training.run_folder import read_run
+
+if TYPE_CHECKING:
+    from dimefm.evaluation.scoring import Measurement
+
+CLEAN = "clean_"
+"""How metrics on clean images begin."""
+
+
+class CleanImages:
+    """What `dimefm leaks` found in test sets."""
+
+    def __init__(self, path: str, model: str) -> None:
+        """Read the folder `path`. Raises StoreError where it is none of `leaks`, MismatchError if `model` was trained
+        on other images than those that were looked at."""
+        where = storage.join(storage.absolute(path), LEAKS_FILE)
+        if not storage.exists(where):
+            raise StoreError(f"{path} has no {LEAKS_FILE}", remedy="give the --out of dimefm leaks")
+        self._document = Leaks.parse(storage.read_json(where), where)
+        _require_trained_on(self._document, path, model)
+        table = storage.join(storage.absolute(path), LEAKED_FILE)
+        data = require_digest(table, self._document.digest, "run dimefm leaks again, into another --out")
+        found = pq.ParquetFile(pa.BufferReader(data)).read(columns=["set", "test_row", "leak"], use_threads=False)
+        self._leaks = found.filter(found["leak"])
+
+    @property
+    def digest(self) -> str:
+        """That of the pairs, for the settings of a result."""
+        return self._document.digest
+
+    def add(
+        self, measurement: Measurement, scores_NC: np.ndarray[Any, Any] | None, images: ImageSet, metric: Metric
+    ) -> tuple[Measurement, list[str]]:
+        """The measurement with the metrics on clean images, and what to say of them; without `scores_NC`, as for
+        retrieval, only what there is to say."""
+        from dimefm.evaluation.scoring import Measurement, measure  # imports torch
+
+        known = next((one for one in self._document.sets if one.digest == images.digest()), None)
+        if known is None:
+            return measurement, [f"dimefm leaks did not look at these images of {images.name}"]
+        rows = self._leaks.filter(pa.compute.equal(self._leaks["set"], known.title))["test_row"].to_numpy()
+        rows = np.unique(rows)
+        said = f"{len(rows):,} of {counted(len(images.samples), 'image')} are trained on"
+        if scores_NC is None or not len(rows):
+            return measurement, [said]
+        clean = np.setdiff1d(np.arange(len(images.samples)), rows)
+        try:
+            part = replace(images, samples=[images.samples[row] for row in clean], labels=images.class_labels[clean])
+            found = measure(scores_NC[clean], part, metric) if len(clean) else None
+        except SourceError as error:  # the metric is not defined on what is left
+            return measurement, [f"{said}; on the others nothing can be measured: {error.what}"]
+        if found is None:
+            return measurement, [f"{said}: none is left to be measured on"]
+        name = next(iter(found.values))
+        said += f"; {name} on the other {len(clean):,}: {found.values[name]:.1%}, on all {measurement.values[name]:.1%}"
+        values = {f"{CLEAN}{key}": value for key, value in found.values.items()}
+        intervals = {f"{CLEAN}{key}": value for key, value in found.intervals.items()}
+        return Measurement(measurement.values | values, measurement.intervals | intervals), [said]
+
+
+def _require_trained_on(document: Leaks, path: str, model: str) -> None:
+    """Raises MismatchError if the model says that it was trained on other images."""
+    known: set[str | None]
+    if Path(model, RUN_FILE).exists():
+        known = {read_run(model).images_data}
+    else:
+        exported = read_export(model) if format_of(model) and Path(model, EXPORT_FILE).exists() else None
+        sources = exported.origin.sources if exported and exported.origin else ()
+        known = {one.digest for one in sources if one.kind == "image"}
+    if not known or None in known:
+        note(f"{model} does not say what it was trained on: it is taken to be {document.images}")
+    elif document.images_data not in known:
+        what = f"{path} is about {document.images}, and {model} was trained on other images"
+        raise MismatchError(what, remedy="run dimefm leaks over the image store of this run")
