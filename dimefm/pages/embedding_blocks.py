@@ -143,7 +143,11 @@ def duplicates(looked: Looked) -> list[Block]:
     return [
         Words(
             f"This is of a sample: {in_words(looked)}. "
-            + ("" if len(rows_N) == looked.good else "A copy that was not drawn is not seen, so the store has more.")
+            + (
+                ""
+                if len(rows_N) == looked.good
+                else "Copies that were not drawn are not seen: the store may have more."
+            )
         ),
         Table(
             ("cosine to the nearest", "rows", "share"), counts, "lrr", "Rows of the sample by their nearest other row"
