@@ -1,0 +1,195 @@
+"""leaks: planted copies in a test set are found, left out of the selection, and of the accuracy on clean images."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from dimefm.errors import MismatchError, OutputExistsError, SourceError, StoreError
+from dimefm.evaluation.config import EvaluationConfig, choose_sets
+from dimefm.evaluation.evaluate import evaluate
+from dimefm.inspection.info import describe, examine
+from dimefm.leaks import find_leaks as module
+from dimefm.leaks.find_leaks import LeaksConfig, find_leaks
+from dimefm.models.clip import Clip
+from dimefm.pages.report import report
+from dimefm.store.embedding_store import Store
+from dimefm.store.selected_images import SelectedImages
+from dimefm.training.train import train
+from tests.making import read_tar, tree
+from tests.pages.browser import Browser
+from tests.tiny_training import tiny_config
+
+pytest_plugins = ["tests.pages.conftest"]
+COPIED = 6
+
+
+@pytest.fixture(scope="module")
+def test_set(image_tar: Path, cifar10: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Two classes of 12 images: six are copies of training images, the others are of another set. And the keys of the
+    training images that were copied."""
+    folder = tmp_path_factory.mktemp("sets") / "planted"
+    trained = read_tar(image_tar, 96)
+    keys = sorted(trained)[: 8 * COPIED : 8]
+    members = sorted(read_tar(next(Path(cifar10).rglob("*.tar")), 120).items())
+    others = iter([data for name, data in members if name.endswith((".jpg", ".jpeg"))])
+    for number, key in enumerate(keys):
+        image = Image.open(io.BytesIO(trained[key]), formats=["JPEG"]).convert("RGB")
+        if number % 3 == 1:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if number % 3 == 2:
+            image = image.crop((0, 0, int(0.85 * image.width), int(0.85 * image.height)))
+        place = folder / "test" / f"class {number % 2}" / f"copy{number}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        image.save(place, quality=80)
+    for number in range(18):
+        place = folder / "test" / f"class {number % 2}" / f"other{number}.jpg"
+        place.write_bytes(next(others))
+    return folder, [key.rpartition(".")[0] for key in keys]
+
+
+def run(images: Store, folder: Path | list[Path], out: Path, clip: Clip, **changes: Any) -> Any:
+    """Every pair is looked at: the embeddings of the tiny teacher mean nothing."""
+    folders = tuple(map(str, folder if isinstance(folder, list) else [folder]))
+    chosen = choose_sets(EvaluationConfig(model="", folders=folders))
+    fields = {"cosine": -1.0, "nearest": 96, **changes}
+    return find_leaks(LeaksConfig(images=images.path, out=str(out), **fields), chosen, None, lambda _: clip, "cpu")
+
+
+@pytest.fixture(scope="module")
+def found(
+    image_store: Store, test_set: tuple[Path, list[str]], clip: Clip, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("leaks") / "l.selection"
+    run(image_store, test_set[0], out, clip)
+    return out
+
+
+def test_planted_copies_are_found_and_nothing_else(
+    found: Path, image_store: Store, test_set: tuple[Path, list[str]]
+) -> None:
+    table = pq.read_table(found / "leaks.parquet").to_pylist()
+    leaks = [one for one in table if one["leak"]]
+    assert len(table) == 24 * 96
+    assert {one["key"] for one in leaks} == set(test_set[1])
+    assert sorted(one["test_key"].rpartition("/")[2] for one in leaks) == [f"copy{number}" for number in range(COPIED)]
+    facts = examine(str(found)).facts["leaks"]
+    assert [(one["images"], one["leaked"], one["candidates"], one["unread"]) for one in facts] == [(24, 6, 24 * 96, 0)]
+    kept = SelectedImages(str(found)).rows()
+    assert len(kept) == image_store.schema.rows - COPIED
+    assert not set(kept.tolist()) & {one["row"] for one in leaks}
+    assert "6 of 24 images of own-planted" in describe(str(found))
+    assert "in a test set" in (found / "report.md").read_text()
+
+
+def test_training_leaves_them_out_and_evaluation_tells_the_clean_ones(
+    found: Path, image_store: Store, text_store: Store, test_set: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    config = tiny_config(image_store, text_store, tmp_path / "run", image_selection=str(found), max_steps=2)
+    train(config)
+    words: dict[str, Any] = {"folders": (str(test_set[0]),), "out": str(tmp_path / "e"), "predictions": True}
+    (result,) = evaluate(
+        EvaluationConfig(model=config.out, leaks=str(found), skip_existing=True, **words)
+    ).results  # fmt: skip
+    predicted = pq.read_table(next((tmp_path / "e").rglob("predictions/*.parquet"))).to_pylist()
+    clean = [one["correct"] for one in predicted if "other" in one["key"]]
+    assert len(clean) == 18
+    assert result.metrics["clean_top1"] == pytest.approx(np.mean(clean))
+    assert result.metrics["top1"] == pytest.approx(np.mean([one["correct"] for one in predicted]))
+    assert result.intervals["clean_top1"][0] <= result.metrics["clean_top1"] <= result.intervals["clean_top1"][1]
+    assert "6 of 24 images are trained on; top1 on the other 18" in result.notes[-1]
+    # With other leaks, or without any, it is measured again.
+    (without,) = evaluate(EvaluationConfig(model=config.out, skip_existing=True, **words)).results
+    assert "clean_top1" not in without.metrics
+
+
+def test_leaks_of_other_images_are_refused(
+    found: Path, image_store: Store, text_store: Store, test_set: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    config = tiny_config(image_store, text_store, tmp_path / "run", max_steps=2)
+    train(config)
+    document = tmp_path / "run" / "run.json"
+    from cache_schemas.document import CHECKSUM, digest_of
+
+    body = {**json.loads(document.read_text()), "images_data": "0" * 64}
+    body.pop(CHECKSUM)
+    document.write_text(json.dumps({**body, CHECKSUM: digest_of(body)}))
+    asked = EvaluationConfig(model=config.out, folders=(str(test_set[0]),), out=str(tmp_path / "e"), leaks=str(found))
+    with pytest.raises(MismatchError, match="was trained on other images"):
+        evaluate(asked)
+    with pytest.raises(StoreError, match=r"has no leaks\.json"):
+        evaluate(EvaluationConfig(model=config.out, folders=(str(test_set[0]),), leaks=str(tmp_path)))
+
+
+def test_a_set_that_leaks_did_not_look_at_is_named(
+    found: Path, image_store: Store, text_store: Store, cifar10: str, tmp_path: Path
+) -> None:
+    config = tiny_config(image_store, text_store, tmp_path / "run", max_steps=2)
+    train(config)
+    asked = EvaluationConfig(model=config.out, folders=(cifar10,), out=str(tmp_path / "e"), leaks=str(found))
+    (result,) = evaluate(asked).results
+    assert result.notes[-1] == "dimefm leaks did not look at these images of cifar10"
+    assert not [name for name in result.metrics if name.startswith("clean")]
+
+
+def test_again_does_nothing_and_other_sets_are_refused(
+    found: Path, image_store: Store, test_set: tuple[Path, list[str]], cifar10: str, clip: Clip
+) -> None:
+    before = tree(found)
+    assert run(image_store, test_set[0], found, clip).rows == COPIED
+    assert tree(found) == before
+    with pytest.raises(OutputExistsError, match="leaks: "):
+        run(image_store, [test_set[0], Path(cifar10)], found, clip)
+    with pytest.raises(OutputExistsError, match="leaks: "):
+        run(image_store, test_set[0], found, clip, similarity=0.9)
+
+
+def test_a_stopped_search_goes_on_without_encoding_again(
+    image_store: Store, test_set: tuple[Path, list[str]], clip: Clip, found: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_candidates", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(image_store, test_set[0], tmp_path / "l.selection", clip)
+    features = tmp_path / "l.selection" / "features"
+    before = {place: place.stat().st_mtime_ns for place in features.rglob("*")}
+    run(image_store, test_set[0], tmp_path / "l.selection", clip)
+    assert {place: place.stat().st_mtime_ns for place in before} == before
+    assert pq.read_table(tmp_path / "l.selection" / "leaks.parquet") == pq.read_table(found / "leaks.parquet")
+
+
+def test_images_that_cannot_be_read_are_counted(
+    image_store: Store, test_set: tuple[Path, list[str]], clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(place: Any) -> bytes:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(module, "read_encoded", gone)
+    document = run(image_store, test_set[0], tmp_path / "l.selection", clip)
+    (one,) = document.sets
+    assert (one.unread, one.leaked, document.rows) == (24 * 96, 0, 0)
+
+
+def test_a_set_that_is_not_there_is_an_error(image_store: Store, clip: Clip, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="is no folder"):
+        run(image_store, tmp_path / "nothing", tmp_path / "l.selection", clip)
+
+
+def test_the_page_shows_the_pairs_side_by_side(browser: Browser, found: Path, tmp_path: Path) -> None:
+    browser.open(Path(report([str(found)], str(tmp_path / "page.html"))))
+
+    leaks = browser.all(".pairs")[0]
+    browser.run("arguments[0].scrollIntoView()", leaks)
+    sizes = """return [...arguments[0].querySelectorAll('li')].map(
+        item => [...item.querySelectorAll('img')].map(image => image.naturalWidth > 0))"""
+    assert browser.run(sizes, leaks) == [[True, True]] * COPIED
+    assert "6 training images stand in these sets" in browser.one("main").text
