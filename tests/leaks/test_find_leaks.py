@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from cache_schemas.document import CHECKSUM, digest_of
 from dimefm.errors import MismatchError, OutputExistsError, SourceError, StoreError
 from dimefm.evaluation.config import EvaluationConfig, choose_sets
 from dimefm.evaluation.evaluate import evaluate
@@ -93,6 +94,8 @@ def test_training_leaves_them_out_and_evaluation_tells_the_clean_ones(
     config = tiny_config(image_store, text_store, tmp_path / "run", image_selection=str(found), max_steps=2)
     train(config)
     words: dict[str, Any] = {"folders": (str(test_set[0]),), "out": str(tmp_path / "e"), "predictions": True}
+    (without,) = evaluate(EvaluationConfig(model=config.out, skip_existing=True, **words)).results
+    assert "clean_top1" not in without.metrics
     (result,) = evaluate(
         EvaluationConfig(model=config.out, leaks=str(found), skip_existing=True, **words)
     ).results  # fmt: skip
@@ -111,8 +114,6 @@ def test_leaks_of_other_images_are_refused(
     config = tiny_config(image_store, text_store, tmp_path / "run", max_steps=2)
     train(config)
     document = tmp_path / "run" / "run.json"
-    from cache_schemas.document import CHECKSUM, digest_of
-
     body = {**json.loads(document.read_text()), "images_data": "0" * 64}
     body.pop(CHECKSUM)
     document.write_text(json.dumps({**body, CHECKSUM: digest_of(body)}))
