@@ -8,6 +8,7 @@ seed: the same bytes on every run.
 Shapes: N rows of a shard, E width of the real store, D width of the grown one.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,12 @@ _DIFFERENCE, _NOISE = 0.5, 0.25
 _ROTATION_SEED = 20
 
 
-def grow(real: str, path: Path, kind: Any, rows: int, dim: int, *, seed: int) -> Store:
-    """A finished store of `rows` rows, `dim` wide, at `path`; what an earlier run left is gone on with."""
+def grow(
+    real: str, path: Path, kind: Any, rows: int, dim: int, *, seed: int,
+    change: Callable[[int, np.ndarray[Any, Any]], None] | None = None,
+) -> Store:  # fmt: skip
+    """A finished store of `rows` rows, `dim` wide, at `path`; what an earlier run left is gone on with. `change` may
+    alter the embeddings (N, D) of each shard, of norm 1, before they are written."""
     source = Store(real)
     store = make_plans(path, kind, rows, replace(TEACHER, embed_dim=dim))
     pending = sorted(set(range(store.schema.shards)) - set(store.committed()))
@@ -48,6 +53,8 @@ def grow(real: str, path: Path, kind: Any, rows: int, dim: int, *, seed: int) ->
             grown_ND = mixed_NE @ rotation_ED
             grown_ND += rng.standard_normal(grown_ND.shape, dtype=np.float32) * (_NOISE / dim**0.5)
             grown_ND /= np.linalg.norm(grown_ND, axis=1, keepdims=True)
+            if change:
+                change(shard, grown_ND)
             status_N = np.full(stop - start, Status.OK, np.uint8)
             arrays = {EMBEDDING: grown_ND.astype(np.float16), STATUS: status_N}
             store.write_shard(shard, arrays, (), device="none", seconds=0)
