@@ -1,6 +1,6 @@
-"""Does it help to choose the images? Students after equal images seen: of all images, without near-copies, balanced over
-clusters, and of random draws of the same sizes; from a store as it is, and from one in which a third of the images are
-near-copies of a few hundred, as on the web.
+"""Does it help to choose the images? Students after equal images seen: of all images, without near-copies, balanced
+over clusters, and of random draws of the same sizes; from a store as it is, and from one in which a third of the images
+are near-copies of a few hundred, as on the web.
 
 Stores, selections, runs and evaluations are kept in --out: what is there is not done again.
 """
