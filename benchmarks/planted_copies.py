@@ -141,16 +141,20 @@ def _write_set(folder: Path, originals: dict[str, bytes], unseen: str) -> None:
 
 
 def _by_selection(base: Path, store: Store, originals: list[str]) -> str:
-    """For each threshold: the share of the copies of each kind that are no longer beside their original, and of all
-    other images that are left out too."""
+    """For each threshold: the share of the copies of each kind that are left out, or stand for their original and all
+    its copies; and the share of all other images that are left out too."""
     rows = {one["key"]: one["row"] for one in store.samples(np.arange(store.schema.rows))}
     lines = []
     for limit in _COSINES:
         kept = _kept(base, store, limit)
+        groups = [
+            {rows[key], *(rows[f"copy-{n:05d}-{way}"] for way in range(len(KINDS)))} for n, key in enumerate(originals)
+        ]
         cells = []
         for way in range(len(KINDS)):
-            pairs = [(rows[key], rows[f"copy-{n:05d}-{way}"]) for n, key in enumerate(originals)]
-            cells.append(f"{np.mean([not (one in kept and other in kept) for one, other in pairs]):.1%}")
+            copies = [rows[f"copy-{n:05d}-{way}"] for n in range(len(originals))]
+            found = [copy not in kept or group & kept == {copy} for copy, group in zip(copies, groups, strict=True)]
+            cells.append(f"{np.mean(found):.1%}")
         planted = {row for key, row in rows.items() if key.startswith("copy-")} | {rows[key] for key in originals}
         alone = [row for row in rows.values() if row not in planted]
         cells.append(f"{np.mean([row not in kept for row in alone]):.2%}")
