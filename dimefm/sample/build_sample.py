@@ -93,12 +93,14 @@ def build_embeddings(source: Path, out: Path) -> None:
 
 
 def build_images(source: Path, out: Path) -> dict[str, bytes]:
-    """Write the unlabelled training images, with both sets mixed in every tar. Return the bytes of each image by
-    key."""
+    """Write the unlabelled training images, with both sets mixed in every tar, but those in leaked.txt: `dimefm leaks`
+    found near-copies of them in the test sets. Return the bytes of each image by key."""
+    leaked = set(Path(__file__).with_name("leaked.txt").read_text(encoding="utf-8").split())
     caltech = first_of_each_class(_keyed("caltech101-*.tar", source, "caltech101"), CALTECH_PER_CLASS)
     cifar = first_of_each_class(_keyed("cifar10-*.tar", source, "cifar10"), CIFAR_PER_CLASS)
     images = {key: smaller(sample["jpg"], CALTECH_SIDE) for key, sample in caltech.items()}
     images |= {key: sample["jpg"] for key, sample in cifar.items()}
+    images = {key: jpeg for key, jpeg in images.items() if key not in leaked}
     order = sorted(images, key=scattered)
     for number, start in enumerate(range(0, len(order), IMAGES_PER_TAR)):
         keys = order[start : start + IMAGES_PER_TAR]
