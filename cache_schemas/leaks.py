@@ -1,17 +1,18 @@
-"""LEAKS.selection/: the training images that are also test images; and, as a selection, all others.
+"""LEAKS.selection/: the training images that are also test images, and, as a selection, all others; or the training
+sentences that are also captions of test images.
 
 LEAKS.selection/
   plan.json, rows.parquet, dropped.parquet, report.md, selection.json
-                       as of a selection of images: train-student --image-selection takes it
-  features/            the test images' embeddings by the teacher, a store for each set
-  leaks.parquet        the pairs of a test image and a training image, LEAKED
+                       of images: as of a selection of images, for train-student --image-selection
+  features/            of images: the test images' embeddings by the teacher, a store for each set
+  leaks.parquet        the pairs of a test image or caption and a training image or sentence, LEAKED
   leaks.json           a Leaks, written before selection.json
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pyarrow as pa
 
@@ -23,12 +24,12 @@ LEAKS_FILE, LEAKED_FILE = "leaks.json", "leaks.parquet"
 LEAKED = pa.schema(
     [
         pa.field("set", pa.string(), nullable=False),
-        pa.field("test_row", pa.int64(), nullable=False),  # of the set
+        pa.field("test_row", pa.int64(), nullable=False),  # the image in the set
         pa.field("test_key", pa.string(), nullable=False),
-        pa.field("row", pa.int64(), nullable=False),  # of the image store
+        pa.field("row", pa.int64(), nullable=False),  # of the store
         pa.field("key", pa.string(), nullable=False),
         pa.field("cosine", pa.float32(), nullable=False),
-        pa.field("similarity", pa.float32()),  # of their pixels; null where one of the two cannot be read
+        pa.field("similarity", pa.float32()),  # of pixels or words; null where an image cannot be read
         pa.field("leak", pa.bool_(), nullable=False),
     ]
 )
@@ -36,14 +37,14 @@ LEAKED = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class LeakedSet:
-    """A test set: of `images` how many are among the training images (`leaked`), how many pairs were looked at
+    """A test set: of `tested` images, or captions, how many are trained on (`leaked`), how many pairs were looked at
     (`candidates`), and in how many of these an image could not be read. `title` names it in leaks.parquet, `digest` is
     that of its images and labels, by which results of evaluations name it."""
 
     title: str
     suite: str
     digest: str
-    images: int
+    tested: int
     leaked: int
     candidates: int
     unread: int
@@ -51,14 +52,17 @@ class LeakedSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Leaks(Document):
-    """What was found. A pair is looked at from `cosine` on, of the `nearest` training images of each test image; it is
-    a leak from `similarity` on. `rows` training images are in one or more. `digest` is the sha256 of leaks.parquet."""
+    """What was found in a store of this `kind`. A pair is looked at from `cosine` on, of the `nearest` rows of each
+    test image or caption; it is a leak from `similarity` on. `rows` of the store are in one or more. `asked` is the
+    digest of the sets and of these three, `digest` the sha256 of leaks.parquet."""
 
     SCHEMA: ClassVar[str] = "dimefm.leaks"
 
-    images: str
-    images_identity: str
-    images_data: str
+    kind: Literal["image", "text"]
+    store: str
+    store_identity: str
+    store_data: str
+    asked: str
     cosine: float
     similarity: float
     nearest: int
@@ -69,7 +73,7 @@ class Leaks(Document):
     def problems(self) -> list[Problem]:
         """Problems that the types cannot express."""
         return [
-            Problem("sets", f"{one.title} has {one.leaked} leaks of {one.images} images")
+            Problem("sets", f"{one.title} has {one.leaked} leaks of {one.tested}")
             for one in self.sets
-            if one.leaked > one.images
+            if one.leaked > one.tested
         ]

@@ -41,8 +41,9 @@ SELECTED_ROWS = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionSettings:
-    """How sentences are chosen. None: the condition does not apply. `among` is the digest of the rows that alone could
-    be chosen; `seed` is that of the random draw, of the samples that scores are made from, and of the clusters."""
+    """How sentences are chosen. None: the condition does not apply. `among` is the digest of the rows that alone
+    could be chosen, `without` that of leaks that could not; `seed` is that of the random draw, of the samples that
+    scores are made from, and of the clusters."""
 
     by: Ranking
     among: str | None
@@ -54,6 +55,7 @@ class SelectionSettings:
     size: int | None
     images_sample: int | None
     seed: int
+    without: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ _sets_option = options_of("dimefm.evaluation.config", "EvaluationConfig")
 @_selection_option("--images")
 @_selection_option("--texts")
 @_selection_option("--scores", metavar="OTHER.selection")
+@_selection_option("--without", metavar="LEAKS.selection")
 @_selection_option("--device", type=DEVICES)
 @ray_options("Processes that score, cluster and compare, on Ray. Default: none but this one.")
 @quiet_option
@@ -126,7 +127,7 @@ def select_images(
 
 
 @click.command(cls=Command)
-@click.argument("images", metavar="IMAGES.zarr")
+@click.argument("store", metavar="STORE.zarr")
 @click.argument("folders", nargs=-1, metavar="[SET]...")
 @_leaks_option("--out", required=True)
 @_sets_option("--suite", type=click.Choice([*get_args(Suite), "all"]))
@@ -142,16 +143,18 @@ def select_images(
 @quiet_option
 @json_option
 def leaks(
-    images: str, folders: tuple[str, ...], suite: Any, data: str | None, sets: tuple[str, ...],
+    store: str, folders: tuple[str, ...], suite: Any, data: str | None, sets: tuple[str, ...],
     teacher: str | None, pretrained: str | None, device: str | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Find training images that stand in a test set.
+    """Find training images, or sentences, that stand in a test set.
 
     The store's teacher encodes the test images. The training images nearest to each are compared with it pixel by
     pixel: resized, cropped, mirrored or brightened copies are found too. All others are written as a selection, for
     train-student --image-selection; evaluate --leaks gives the accuracy on the test images that do not leak.
 
-    IMAGES.zarr: the image store that is trained on, from cache-images.
+    Of a text store the sentences are compared with the captions of the sets; select-texts --without leaves them out.
+
+    STORE.zarr: the store that is trained on, from cache-images or cache-texts.
 
     SET: a labelled set of your own, as for evaluate; or name known ones with --suite or --sets, and --data.
     """
@@ -170,7 +173,7 @@ def leaks(
 
         return load_teacher(store, teacher, pretrained, device)
 
-    found = find_leaks(LeaksConfig(images=images, **options), chosen, data, load, device)
+    found = find_leaks(LeaksConfig(store=store, **options), chosen, data, load, device)
     say_json(found.to_json()) if as_json else say(as_text(found, options["out"]))
 
 

@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cache_schemas.evaluation import Metric
 from cache_schemas.export import EXPORT_FILE
-from cache_schemas.leaks import LEAKED_FILE, LEAKS_FILE, Leaks
+from cache_schemas.leaks import Leaks
 from cache_schemas.run import RUN_FILE
 from dimefm.datasets.image_set import ImageSet
-from dimefm.errors import MismatchError, SourceError, StoreError
+from dimefm.errors import MismatchError, SourceError
 from dimefm.models.exported import format_of, read_export
-from dimefm.store.parquet_tables import require_digest
-from dimefm.system import storage
+from dimefm.store.leaked_rows import read_leaks, read_pairs
 from dimefm.system.notes import note
 from dimefm.system.wording import counted
 from dimefm.training.run_folder import read_run
@@ -39,14 +37,9 @@ class CleanImages:
     def __init__(self, path: str, model: str) -> None:
         """Read the folder `path`. Raises StoreError where it is none of `leaks`, MismatchError if `model` was trained
         on other images than those that were looked at."""
-        where = storage.join(storage.absolute(path), LEAKS_FILE)
-        if not storage.exists(where):
-            raise StoreError(f"{path} has no {LEAKS_FILE}", remedy="give the --out of dimefm leaks")
-        self._document = Leaks.parse(storage.read_json(where), where)
+        self._document = read_leaks(path)
         _require_trained_on(self._document, path, model)
-        table = storage.join(storage.absolute(path), LEAKED_FILE)
-        data = require_digest(table, self._document.digest, "run dimefm leaks again, into another --out")
-        found = pq.ParquetFile(pa.BufferReader(data)).read(columns=["set", "test_row", "leak"], use_threads=False)
+        found = read_pairs(path, self._document)
         self._leaks = found.filter(found["leak"])
 
     @property
@@ -94,7 +87,7 @@ def _require_trained_on(document: Leaks, path: str, model: str) -> None:
         sources = exported.origin.sources if exported and exported.origin else ()
         known = {one.digest for one in sources if one.kind == "image"}
     if not known or None in known:
-        note(f"{model} does not say what it was trained on: it is taken to be {document.images}")
-    elif document.images_data not in known:
-        what = f"{path} is about {document.images}, and {model} was trained on other images"
+        note(f"{model} does not say what it was trained on: it is taken to be {document.store}")
+    elif document.store_data not in known:
+        what = f"{path} is about {document.store}, and {model} was trained on other images"
         raise MismatchError(what, remedy="run dimefm leaks over the image store of this run")

@@ -1,4 +1,4 @@
-"""What `info` knows of a selection of images."""
+"""What `info` knows of a selection of images, and of leaks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 from cache_schemas.document import to_plain
 from cache_schemas.image_selection import ImageSelectionPlan
-from cache_schemas.leaks import LEAKS_FILE, Leaks
+from cache_schemas.leaks import LEAKS_FILE
 from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, SELECTION_FILE
 from dimefm.inspection.description import Description, Rows
 from dimefm.selection.image_report import describe_image_settings
+from dimefm.store.leaked_rows import read_leaks
 from dimefm.store.selected_images import SelectedImages
 from dimefm.system import storage
 from dimefm.system.wording import counted
@@ -49,11 +50,34 @@ def describe_image_selection(path: str) -> Description:
 
 def _leaks(path: str) -> list[dict[str, Any]] | None:
     """Of a selection that `leaks` wrote: what was found in each set."""
-    where = storage.join(path, LEAKS_FILE)
-    if not storage.exists(where):
+    if not storage.exists(storage.join(path, LEAKS_FILE)):
         return None
-    found: list[dict[str, Any]] = to_plain(Leaks.parse(storage.read_json(where), where).sets)
+    found: list[dict[str, Any]] = to_plain(read_leaks(path).sets)
     return found
+
+
+def describe_text_leaks(path: str) -> Description:
+    """Leaks of a text store."""
+    found = read_leaks(path)
+    facts = {
+        "artefact": "leaks",
+        "path": storage.absolute(path),
+        "finished": True,
+        "kind": found.kind,
+        "store": found.store,
+        "rows": found.rows,
+        "cosine": found.cosine,
+        "similarity": found.similarity,
+        "nearest": found.nearest,
+        "sets": to_plain(found.sets),
+    }
+    rows = [("leaks", f"{one.leaked:,} of {counted(one.tested, 'caption')} of {one.title}") for one in found.sets]
+    rows += [
+        ("rows", f"{counted(found.rows, 'sentence')} of the store; select-texts --without leaves them out"),
+        ("looked for", f"a cosine of {found.cosine:g} or more, {found.similarity:g} or more of the words in common"),
+        ("texts store", found.store),
+    ]
+    return Description(f"{storage.absolute(path)}: leaks", facts, rows)
 
 
 def _rows(facts: dict[str, Any]) -> Rows:
@@ -64,7 +88,7 @@ def _rows(facts: dict[str, Any]) -> Rows:
         *(("left out", f"{one['images']:,}: {one['reason']}") for one in facts["left_out"]),
     ]
     for one in facts["leaks"] or ():
-        rows.append(("leaks", f"{one['leaked']:,} of {counted(one['images'], 'image')} of {one['title']}"))
+        rows.append(("leaks", f"{one['leaked']:,} of {counted(one['tested'], 'image')} of {one['title']}"))
     if groups.keys() - {"1"}:
         rows.append(("stand for", ", ".join(f"{size}: {count:,}" for size, count in groups.items())))
     rows += [

@@ -20,6 +20,7 @@ _DESCRIBES = {
     Kind.UNFINISHED_INDEX: "describe_retrieval.describe_unfinished_index",
     Kind.SELECTION: "describe_retrieval.describe_selection",
     Kind.IMAGE_SELECTION: "describe_image_selection.describe_image_selection",
+    Kind.LEAKS: "describe_image_selection.describe_text_leaks",
     Kind.EXPORT: "describe_export.describe_export",
     Kind.MODEL: "describe_model.describe_model",
     Kind.SET: "describe_evaluation.describe_labelled_set",

@@ -14,6 +14,7 @@ from cache_schemas.export import EXPORT_FILE
 from cache_schemas.image_selection import ImageSelectionPlan
 from cache_schemas.index import BUILD, SIDECAR_FILE
 from cache_schemas.latency import LATENCY_FILE, Latency
+from cache_schemas.leaks import LEAKS_FILE
 from cache_schemas.run import CONFIG_FILE, RUN_FILE
 from cache_schemas.text_selection import PLAN_FILE
 from dimefm.errors import SourceError, StoreError
@@ -34,6 +35,7 @@ class Kind(StrEnum):
     UNFINISHED_INDEX = "unfinished index"
     SELECTION = "selection"
     IMAGE_SELECTION = "selection of images"
+    LEAKS = "leaks"
     EXPORT = "export"
     MODEL = "model"
     SET = "labelled set"
@@ -48,6 +50,7 @@ _BY_FILE = {
     RUN_FILE: Kind.RUN,
     SIDECAR_FILE: Kind.INDEX,
     PLAN_FILE: Kind.SELECTION,
+    LEAKS_FILE: Kind.LEAKS,
     EXPORT_FILE: Kind.EXPORT,
     CONFIG_FILE: Kind.MODEL,
     CLASSNAMES: Kind.SET,

@@ -1,4 +1,4 @@
-"""`leaks`: which training images stand in a test set.
+"""`leaks`: which training images, or sentences, stand in a test set.
 
 The test images are encoded by the teacher of the store. For each, the training images nearest to it are candidates;
 those whose pixels are alike too are leaks.
@@ -29,15 +29,16 @@ from dimefm.errors import DimefmError, SourceError
 from dimefm.evaluation.config import ChosenSet
 from dimefm.images.decode import DecodeError
 from dimefm.leaks.alike import Look, similarity
+from dimefm.leaks.find_text_leaks import asked_of, existing_text_leaks, find_text_leaks, require_captions
 from dimefm.selection.narrow import Narrowed, Outcome
 from dimefm.selection.select_images import begin_or_continue, finish_selection
 from dimefm.sources.read_image import ImagePlace, read_encoded
 from dimefm.store.embedding_store import Store
+from dimefm.store.leaked_rows import read_leaks
 from dimefm.store.parquet_tables import write_table
-from dimefm.store.selected_images import SelectedImages
 from dimefm.system import storage
 from dimefm.system.lock import writing
-from dimefm.system.machine import cpus
+from dimefm.system.machine import choose_device, cpus
 from dimefm.system.named_paths import allowing
 from dimefm.system.notes import note
 from dimefm.system.output_names import require_name
@@ -52,16 +53,17 @@ _Array = np.ndarray[Any, Any]
 class LeaksConfig:
     """What to compare, and from where on two images are one."""
 
-    images: str
-    """Image store whose images must not stand in a test set."""
+    store: str
+    """Store whose images, or sentences, must not stand in a test set."""
     out: str
-    """Selection to write, of all other images, such as LEAKS.selection."""
+    """Folder to write, such as LEAKS.selection: for images it is a selection of all others."""
     cosine: float = 0.75
-    """Least cosine of the teacher's embeddings of a test image and a training image whose pixels are compared."""
+    """Least cosine of the teacher's embeddings from which on two images, or sentences, are compared."""
     similarity: float = 0.75
-    """Least correlation of their pixels, aligned, from which on they are the same picture."""
+    """Least similarity, from 0 to 1, from which on they are the same: of images the correlation of their pixels,
+    aligned; of sentences the share of words in common."""
     nearest: int = 20
-    """Training images that each test image is compared with."""
+    """Rows of the store that each test image, or caption, is compared with."""
 
 
 def find_leaks(
@@ -71,8 +73,8 @@ def find_leaks(
     load: Callable[[Store], Any],
     device: str | None = None,
 ) -> Leaks:
-    """Compare the test images of `sets` with those of the store, and write a selection of all images but the leaks.
-    `load` loads the teacher of the store.
+    """Compare the test images of `sets` with those of the store, and write a selection of all images but the leaks; or
+    of a text store compare their captions. `load` loads the teacher of the store.
 
     A run that was stopped goes on; test images are encoded once. Raises SourceError for a set that cannot be read,
     OutputExistsError where `config.out` is something else or was made of other sets, StoreError for an unfinished
@@ -80,12 +82,13 @@ def find_leaks(
     """
     require_name(config.out, "a selection", ".selection")
     out = storage.local(config.out, "the result of leaks")
-    images = Store(config.images)
-    images.require_kind("image")
+    images = Store(config.store)
     images.require_complete()
     typed = [*(one.folder for one in sets if one.definition is None), *filter(None, [data])]
     with allowing(typed), writing(out, of_use=lambda files: files - {PLAN_FILE}):
         opened = [(one, _open(one, data, storage.join(out, UNPACKED))) for one in sets]
+        if images.schema.kind == "text":
+            return _of_texts(config, out, images, opened, load, device)
         facts = [[one.title, test.digest()] for one, test in opened]
         plan = ImageSelectionPlan(
             images=images.path,
@@ -103,11 +106,16 @@ def find_leaks(
         return _compare(config, out, plan, images, opened, clip, device)
 
 
-def read_leaks(path: str) -> Leaks:
-    """The document of a finished folder. Raises StoreError, SchemaError for what is none."""
-    SelectedImages(path)
-    where = storage.join(storage.absolute(path), LEAKS_FILE)
-    return Leaks.parse(storage.read_json(where), where)
+def _of_texts(
+    config: LeaksConfig, out: str, texts: Store, opened: list[tuple[ChosenSet, ImageSet]], load: Callable[[Store], Any],
+    device: str | None,
+) -> Leaks:  # fmt: skip
+    require_captions(opened)
+    asked = asked_of(texts, opened, config)
+    if (found := existing_text_leaks(out, asked)) is not None:
+        return found
+    note("loading the teacher ...")
+    return find_text_leaks(config, out, asked, texts, opened, load(texts), choose_device(device))
 
 
 def _open(one: ChosenSet, data: str | None, unpacked: str) -> ImageSet:
@@ -127,7 +135,6 @@ def _compare(
 ) -> Leaks:  # fmt: skip
     from dimefm.evaluation.features import compute_features
     from dimefm.retrieval.exact_search import ExactSearch
-    from dimefm.system.machine import choose_device
 
     search, tables, sets = ExactSearch(images, device=choose_device(device)), [LEAKED.empty_table()], list[LeakedSet]()
     for one, test in opened:
@@ -139,17 +146,25 @@ def _compare(
         leaked = table.filter(table["leak"])["test_row"].unique()
         sets.append(
             LeakedSet(
-                title=one.title, suite=one.suite, digest=test.digest(), images=len(test.samples), leaked=len(leaked),
+                title=one.title, suite=one.suite, digest=test.digest(), tested=len(test.samples), leaked=len(leaked),
                 candidates=len(table), unread=table["similarity"].null_count,
             )
         )  # fmt: skip
     found = pa.concat_tables(tables)
     rows = found.filter(found["leak"])["row"].unique().to_numpy()
     document = Leaks(
-        images=images.path, images_identity=images.schema.identity, images_data=images.contents.digest,
-        cosine=config.cosine, similarity=config.similarity, nearest=config.nearest, sets=tuple(sets), rows=len(rows),
+        kind="image",
+        store=images.path,
+        store_identity=images.schema.identity,
+        store_data=images.contents.digest,
+        asked=plan.leaks or "",
+        cosine=config.cosine,
+        similarity=config.similarity,
+        nearest=config.nearest,
+        sets=tuple(sets),
+        rows=len(rows),
         digest=write_table(storage.join(out, LEAKED_FILE), found),
-    )  # fmt: skip
+    )
     with storage.writing_to(out):
         storage.write_json(storage.join(out, LEAKS_FILE), document.to_json())
     _finish(out, plan, images, rows)

@@ -1,4 +1,4 @@
-"""What `dimefm leaks` says: for each test set, how many of its images are trained on."""
+"""What `dimefm leaks` says: for each test set, how much of it is trained on."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from dimefm.system.wording import counted
 
 def as_text(found: Leaks, out: str) -> str:
     """A table of the sets, and what to do."""
-    head = ("test set", "images", "also trained on", "share", "pairs looked at", "unreadable")
+    images = found.kind == "image"
+    head = ["test set", "images" if images else "captions", "also trained on", "share", "pairs looked at"]
+    head += ["unreadable"] if images else []
     rows = [
-        (
+        [
             markdown(one.title),
-            f"{one.images:,}",
+            f"{one.tested:,}",
             f"{one.leaked:,}",
-            f"{one.leaked / max(1, one.images):.2%}",
+            f"{one.leaked / max(1, one.tested):.2%}",
             f"{one.candidates:,}",
-            f"{one.unread:,}",
-        )
+            *([f"{one.unread:,}"] if images else []),
+        ]
         for one in found.sets
     ]
-    table = "\n".join(markdown_table([head, *rows], "lrrrrr", padded=True))
+    table = "\n".join(markdown_table([head, *rows], "lrrrrr"[: len(head)], padded=True))
+    rows_of_store = "training image" if images else "training sentence"
     if not found.rows:
-        return f"{table}\n\nno training image stands in these sets\nwritten: {line(out)}"
-    what = f"{counted(found.rows, 'training image')} in all: to train without, give train-student --image-selection"
+        return f"{table}\n\nno {rows_of_store} stands in these sets\nwritten: {line(out)}"
+    option = "train-student --image-selection" if images else "select-texts --without"
+    what = f"{counted(found.rows, rows_of_store)} in all: to train without, give {option}"
     return f"{table}\n\n{what} {line(out)}\nthe pairs: dimefm report {line(out)}"

@@ -2,39 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cache_schemas.evaluation import FEATURES
-from cache_schemas.leaks import LEAKED_FILE, LEAKS_FILE, Leaks
+from cache_schemas.leaks import LEAKS_FILE, Leaks
+from dimefm.inspection.info import examine
 from dimefm.pages.charts import Bar, bar_chart
-from dimefm.pages.page import Block, Card, Cell, Gallery, Mark, Section, Table
+from dimefm.pages.page import Block, Card, Cell, Facts, Gallery, Mark, Section, Table
 from dimefm.pages.pictures import Pictures
 from dimefm.store.embedding_store import Store
-from dimefm.store.parquet_tables import require_digest
+from dimefm.store.leaked_rows import read_leaks, read_pairs
 from dimefm.system import storage
 
-_PAIRS, _NEAR_MISSES = 60, 12  # of each set
+_PAIRS, _NEAR_MISSES, _SENTENCES = 60, 12, 300  # of each set
 
 
 def leaks_sections(path: str, images: Store | None) -> list[Section]:
     """A table of the sets, and for each set its leaks; nothing for a selection that `leaks` did not write. Without
     `images` there are no pictures of training images."""
-    where = storage.join(path, LEAKS_FILE)
-    if not storage.exists(where):
+    if not storage.exists(storage.join(path, LEAKS_FILE)):
         return []
-    found = Leaks.parse(storage.read_json(where), where)
-    data = require_digest(storage.join(path, LEAKED_FILE), found.digest, "run dimefm leaks again, into another --out")
-    table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+    found = read_leaks(path)
+    table = read_pairs(path, found)
     sections = [Section("Test images that are trained on", [_sets(found), _shares(found)])]
     for one in found.sets:
         pairs = sorted(table.filter(pa.compute.equal(table["set"], one.title)).to_pylist(), key=_rank)
         if pairs:
-            sections.append(Section(f"Pairs of {one.title}", _pairs(path, one.title, images, pairs, found)))
+            blocks = _pairs(path, one.title, images, pairs, found) if found.kind == "image" else [_sentences(pairs)]
+            sections.append(Section(f"Pairs of {one.title}", blocks))
     return sections
+
+
+def text_leaks_sections(paths: Sequence[str]) -> list[Section]:
+    """Sections for leaks of text stores."""
+    sections = []
+    for path in paths:
+        described = examine(path)
+        sections += [Section(described.title, [Facts(described.rows)]), *leaks_sections(path, None)]
+    return sections
+
+
+def _sentences(pairs: list[dict[str, Any]]) -> Table:
+    """The pairs of captions and sentences, by key: the most alike first."""
+    rows = [
+        (
+            Cell(f"{pair['similarity']:.2f}", pair["similarity"], mark="bad" if pair["leak"] else ""),
+            Cell(f"{pair['cosine']:.3f}", pair["cosine"]),
+            pair["test_key"],
+            pair["key"],
+            "leak" if pair["leak"] else "",
+        )
+        for pair in pairs[:_SENTENCES]
+    ]
+    caption = f"Captions and sentences, the most alike {len(rows):,} of {len(pairs):,} pairs"
+    return Table(("words in common", "cosine", "caption", "sentence", ""), rows, "rrlll", caption)
 
 
 def _rank(pair: dict[str, Any]) -> tuple[bool, float]:
@@ -46,17 +71,18 @@ def _rank(pair: dict[str, Any]) -> tuple[bool, float]:
 def _sets(found: Leaks) -> Table:
     rows = list[tuple[str | Cell, ...]]()
     for one in found.sets:
-        share = one.leaked / max(1, one.images)
-        counts = [Cell(f"{count:,}", count) for count in (one.images, one.leaked)]
+        share = one.leaked / max(1, one.tested)
+        counts = [Cell(f"{count:,}", count) for count in (one.tested, one.leaked)]
         more = [Cell(f"{count:,}", count) for count in (one.candidates, one.unread)]
         rows.append((one.title, *counts, Cell(f"{share:.2%}", share, share=share), *more))
-    head = ("test set", "images", "also trained on", "share", "pairs looked at", "could not be read")
-    caption = f"{found.rows:,} training images stand in these sets: a cosine of {found.cosine:g} or more, and alike by"
+    what, tested = ("images", "images") if found.kind == "image" else ("sentences", "captions")
+    head = ("test set", tested, "also trained on", "share", "pairs looked at", "could not be read")
+    caption = f"{found.rows:,} training {what} stand in these sets: a cosine of {found.cosine:g} or more, and alike by"
     return Table(head, rows, "lrrrrr", f"{caption} {found.similarity:g} or more of 1")
 
 
 def _shares(found: Leaks) -> Block:
-    bars = [Bar(100 * one.leaked / max(1, one.images), f"{one.leaked / max(1, one.images):.2%}") for one in found.sets]
+    bars = [Bar(100 * one.leaked / max(1, one.tested), f"{one.leaked / max(1, one.tested):.2%}") for one in found.sets]
     return bar_chart("Share of each test set that is trained on", [one.title for one in found.sets],
                      [("leaked", bars)], "%")  # fmt: skip
 

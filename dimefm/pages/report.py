@@ -19,6 +19,7 @@ from dimefm.version import __version__
 _SECTIONS = {
     Kind.INDEX: "index_page.index_sections",
     Kind.IMAGE_SELECTION: "image_selection_page.image_selection_sections",
+    Kind.LEAKS: "leaks_page.text_leaks_sections",
     Kind.SELECTION: "selection_page.selection_sections",
     Kind.STORE: "store_page.store_sections",
     Kind.EVALUATIONS: "evaluation_page.evaluation_sections",

@@ -18,6 +18,7 @@ from dimefm.system.shard_work import ShardRunner
 REASON_TEXTS = {
     Outcome.NO_EMBEDDING: "without an embedding",
     Outcome.ELSEWHERE: "not among the rows given",
+    Outcome.LEAKED: "in a test set, by --without",
     Outcome.FEW_HITS: "with fewer hits than --min-hits",
     Outcome.LOW_SCORE: "below --min-score",
     Outcome.POOL: "beyond --pool",
@@ -72,21 +73,23 @@ def choose_texts(
     score_T: np.ndarray[Any, Any],
     *,
     rows: np.ndarray[Any, Any] | None,
+    leaked: np.ndarray[Any, Any],
     folder: str,
     device: str,
     run: ShardRunner,
 ) -> ChosenTexts:
     """Rank the sentences and apply the conditions in their order.
 
-    `usable_T` says which have an embedding; with `rows` only these may be kept; `score_T` is NaN where there is no
-    score. Memory: a few numbers per sentence; embeddings are read a shard at a time, and only to make clusters, in
-    `folder`.
+    `usable_T` says which have an embedding; with `rows` only these may be kept, and none of `leaked`; `score_T` is
+    NaN where there is no score. Memory: a few numbers per sentence; embeddings are read a shard at a time, and only
+    to make clusters, in `folder`.
     """
     outcome_T = np.where(usable_T, Outcome.KEPT, Outcome.NO_EMBEDDING).astype(np.uint8)
     if rows is not None:
         given_T = np.zeros(len(outcome_T), bool)
         given_T[rows] = True
         outcome_T[usable_T & ~given_T] = Outcome.ELSEWHERE
+    outcome_T[leaked[outcome_T[leaked] == Outcome.KEPT]] = Outcome.LEAKED
     if settings.min_hits is not None:
         outcome_T[(outcome_T == Outcome.KEPT) & (hits_T < settings.min_hits)] = Outcome.FEW_HITS
     if settings.min_score is not None:

@@ -32,6 +32,7 @@ from dimefm.selection.choose_texts import REASON_TEXTS, ChosenTexts, choose_text
 from dimefm.selection.narrow import Outcome
 from dimefm.selection.report import examples, histogram, markdown_report, write_kept
 from dimefm.store.embedding_store import Store, require_same_data, require_same_teacher
+from dimefm.store.leaked_rows import NO_ROWS, LeakedRows
 from dimefm.store.output_folder import OWN_AND_NEW, differing, in_lines, require_only, require_same
 from dimefm.store.pairs_store import AGAIN, AGAIN_TEXTS, Pairs
 from dimefm.store.selected_texts import SelectedTexts
@@ -99,6 +100,8 @@ class SelectionConfig:
     """Where the text store is now, if it was moved. Default: where retrieve read it."""
     scores: str | None = None
     """Take the similarity scores of this other selection over the same stores."""
+    without: str | None = None
+    """Leave out the sentences that are captions of test images, which `dimefm leaks` found in the text store."""
     device: str | None = None
     """Where similarities are computed. Default: cuda if there is a GPU, else cpu."""
 
@@ -141,7 +144,7 @@ class SelectionConfig:
         """Whether embeddings are compared, which is what `device` and workers are for."""
         return self.by == "similarity" or self.dedup is not None or self.balance
 
-    def settings(self, among: str | None) -> SelectionSettings:
+    def settings(self, among: str | None, without: str | None = None) -> SelectionSettings:
         """What decides the result, with the defaults filled in."""
         return SelectionSettings(
             by=self.by,
@@ -154,6 +157,7 @@ class SelectionConfig:
             size=self.size,
             images_sample=(self.images_sample or IMAGES_SAMPLE) if self.by == "similarity" else None,
             seed=self.seed or 0,
+            without=without,
         )
 
 
@@ -177,6 +181,7 @@ def select_texts(
     _require_stores(pairs, images, texts)
     device = _find_device(config, texts.schema.rows) if config.computes else "cpu"
     among = None if rows is None else digest_arrays(np.unique(rows).astype(np.int64))
+    leaks = LeakedRows(config.without, texts) if config.without else None
     plan = SelectionPlan(
         images=images.path if images else pairs.schema.images,
         images_identity=pairs.schema.images_identity,
@@ -184,7 +189,7 @@ def select_texts(
         texts_identity=pairs.schema.texts_identity,
         pairs=pairs.path,
         pairs_digest=pairs.hit_counts().digest,
-        settings=config.settings(among),
+        settings=config.settings(among, leaks.digest if leaks else None),
         images_data=pairs.hit_counts().images_data,
         texts_data=pairs.schema.texts_data,
     )
@@ -200,7 +205,16 @@ def select_texts(
             usable_T = ~np.isnan(score_T)
         folder = storage.join(out, CLUSTERS)
         chosen = choose_texts(
-            plan.settings, texts, usable_T, hits_T, score_T, rows=rows, folder=folder, device=device, run=run
+            plan.settings,
+            texts,
+            usable_T,
+            hits_T,
+            score_T,
+            rows=rows,
+            leaked=leaks.rows() if leaks else NO_ROWS,
+            folder=folder,
+            device=device,
+            run=run,
         )
         kept, dropped = _counts(chosen, plan)
         sources, digest = write_kept(out, texts, chosen.outcome_T, hits_T, score_T)

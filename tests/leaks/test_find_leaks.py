@@ -59,7 +59,7 @@ def run(images: Store, folder: Path | list[Path], out: Path, clip: Clip, **chang
     folders = tuple(map(str, folder if isinstance(folder, list) else [folder]))
     chosen = choose_sets(EvaluationConfig(model="", folders=folders))
     fields = {"cosine": -1.0, "nearest": 96, **changes}
-    return find_leaks(LeaksConfig(images=images.path, out=str(out), **fields), chosen, None, lambda _: clip, "cpu")
+    return find_leaks(LeaksConfig(store=images.path, out=str(out), **fields), chosen, None, lambda _: clip, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_planted_copies_are_found_and_nothing_else(
     assert {one["key"] for one in leaks} == set(test_set[1])
     assert sorted(one["test_key"].rpartition("/")[2] for one in leaks) == [f"copy{number}" for number in range(COPIED)]
     facts = examine(str(found)).facts["leaks"]
-    assert [(one["images"], one["leaked"], one["candidates"], one["unread"]) for one in facts] == [(24, 6, 24 * 96, 0)]
+    assert [(one["tested"], one["leaked"], one["candidates"], one["unread"]) for one in facts] == [(24, 6, 24 * 96, 0)]
     kept = SelectedImages(str(found)).rows()
     assert len(kept) == image_store.schema.rows - COPIED
     assert not set(kept.tolist()) & {one["row"] for one in leaks}

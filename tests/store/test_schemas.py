@@ -202,13 +202,15 @@ IMAGE_SELECTION = ImageSelection(
     copies_digest="6" * 64,
 )
 LEAKS = Leaks(
-    images="/data/images.zarr",
-    images_identity="f" * 64,
-    images_data="e" * 64,
+    kind="image",
+    store="/data/images.zarr",
+    store_identity="f" * 64,
+    store_data="e" * 64,
+    asked="b" * 64,
     cosine=0.75,
     similarity=0.75,
     nearest=20,
-    sets=(LeakedSet(title="cifar10", suite="elevater", digest="d" * 64, images=9, leaked=1, candidates=7, unread=0),),
+    sets=(LeakedSet(title="cifar10", suite="elevater", digest="d" * 64, tested=9, leaked=1, candidates=7, unread=0),),
     rows=1,
     digest="c" * 64,
 )
