@@ -35,7 +35,7 @@ ROOMS = {
     "dimefm.export": "datasets evaluation images latency models sample sources store system training",
     "dimefm.inspection": "caching datasets evaluation exchange models retrieval selection sources store system "
     "training",
-    "dimefm.pages": "caching inspection retrieval selection store system",
+    "dimefm.pages": "caching inspection retrieval selection store system training",
     "dimefm.prediction": "evaluation images models sources system",
     "pipeline": "caching models sources store system",
     "dimefm.commands": "*",

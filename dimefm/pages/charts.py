@@ -19,7 +19,7 @@ from dimefm.pages.page import Chart, Dot
 from dimefm.system.inert_text import line as inert
 
 _WIDTH, _HEIGHT = 520, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 20, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 20, 10, 40
 _MOST_POINTS = 400  # of a line: more cannot be seen apart
 _LETTER, _MOST_LETTERS = 7.8, 60
 
