@@ -36,7 +36,7 @@ ROOMS = {
     "dimefm.leaks": "datasets evaluation images retrieval selection sources store system",
     "dimefm.inspection": "caching datasets evaluation exchange latency models retrieval selection sources store system "
     "training",
-    "dimefm.pages": "caching datasets evaluation inspection latency retrieval selection sources store system",
+    "dimefm.pages": "caching datasets evaluation inspection latency retrieval selection sources store system training",
     "dimefm.prediction": "evaluation images models sources system",
     "pipeline": "caching models sources store system",
     "dimefm.commands": "*",

@@ -19,7 +19,7 @@ from dimefm.pages.page import Chart, Dot
 from dimefm.system.inert_text import line as inert
 
 _WIDTH, _HEIGHT = 520, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 20, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 20, 10, 40
 _MOST_POINTS = 400  # of a line: more cannot be seen apart
 _WIDE_LABEL, _MOST_LETTERS = 190, 60
 

@@ -21,6 +21,7 @@ _SECTIONS = {
     Kind.IMAGE_SELECTION: "image_selection_page.image_selection_sections",
     Kind.LEAKS: "leaks_page.text_leaks_sections",
     Kind.SELECTION: "selection_page.selection_sections",
+    Kind.RUN: "run_page.run_sections",
     Kind.STORE: "store_page.store_sections",
     Kind.EVALUATIONS: "evaluation_page.evaluation_sections",
     Kind.LATENCY: "latency_page.latency_sections",

@@ -43,6 +43,7 @@ LOOKS = (
         "compare evaluations/student",
         "export-embeddings texts.zarr --out x",
     ),
+    "report run --out page.html",
     "select-texts pairs.zarr --out by-hits.selection",
     *("predict onnx photo.jpg --classes cat,dog", "predict onnx photo.jpg --classes cat,dog --json"),
 )
@@ -53,6 +54,10 @@ MISTAKES = (
         "cache",
         "info",
         "info nothing",
+        "report nothing",
+        "report run --out run",
+        "watch nothing",
+        "watch texts.zarr",
         "verify nothing.zarr",
         "compare nothing",
         "compare evaluations/student --out x.doc",
