@@ -77,7 +77,7 @@ class EvaluationConfig:
     predictions: bool = False
     """Also keep each image's prediction and scores, with a summary."""
     leaks: str | None = None
-    """What `dimefm leaks` found: also measure on the images that the training images have no copy of."""
+    """What dimefm leaks found: also measure on the images that the training images have no copy of."""
 
 
 def default_name(config: EvaluationConfig) -> str:

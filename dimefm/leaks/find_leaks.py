@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -45,6 +45,7 @@ from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
 
 _OURS = {PLAN_FILE, ROWS_FILE, DROPPED_FILE, REPORT_FILE, SELECTION_FILE, LEAKS_FILE, LEAKED_FILE, FEATURES, UNPACKED}
+_ALIKE = {"image": 0.75, "text": 0.9}  # sentences of one form differ in the one word that matters
 _LOOKS = 2048  # training images that are kept decoded: the same ones are near to many test images
 _Array = np.ndarray[Any, Any]
 
@@ -59,9 +60,9 @@ class LeaksConfig:
     """Folder to write, such as LEAKS.selection: for images it is a selection of all others."""
     cosine: float = 0.75
     """Least cosine of the teacher's embeddings from which on two images, or sentences, are compared."""
-    similarity: float = 0.75
+    similarity: float | None = None
     """Least similarity, from 0 to 1, from which on they are the same: of images the correlation of their pixels,
-    aligned; of sentences the share of words in common."""
+    aligned; of sentences the share of words in common. Default: 0.75 for images, 0.9 for sentences."""
     nearest: int = 20
     """Rows of the store that each test image, or caption, is compared with."""
 
@@ -84,6 +85,7 @@ def find_leaks(
     out = storage.local(config.out, "the result of leaks")
     images = Store(config.store)
     images.require_complete()
+    config = replace(config, similarity=config.similarity or _ALIKE[images.schema.kind])
     typed = [*(one.folder for one in sets if one.definition is None), *filter(None, [data])]
     with allowing(typed), writing(out, of_use=lambda files: files - {PLAN_FILE}):
         opened = [(one, _open(one, data, storage.join(out, UNPACKED))) for one in sets]
@@ -152,6 +154,7 @@ def _compare(
         )  # fmt: skip
     found = pa.concat_tables(tables)
     rows = found.filter(found["leak"])["row"].unique().to_numpy()
+    assert config.similarity is not None
     document = Leaks(
         kind="image",
         store=images.path,
@@ -237,7 +240,7 @@ def _table(
 ) -> pa.Table:  # fmt: skip
     rows = np.array([row for _, row, _ in pairs], np.int64)
     keys = [one["key"] for one in images.samples(rows, ("key",))]
-    values = list(alike)
+    values, least = list(alike), config.similarity or 0.0
     columns = {
         "set": [title] * len(pairs),
         "test_row": [test_row for test_row, _, _ in pairs],
@@ -246,6 +249,6 @@ def _table(
         "key": keys,
         "cosine": [cosine for _, _, cosine in pairs],
         "similarity": values,
-        "leak": [value is not None and value >= config.similarity for value in values],
+        "leak": [value is not None and value >= least for value in values],
     }
     return pa.table(columns, schema=LEAKED)

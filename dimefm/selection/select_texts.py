@@ -101,7 +101,7 @@ class SelectionConfig:
     scores: str | None = None
     """Take the similarity scores of this other selection over the same stores."""
     without: str | None = None
-    """Leave out the sentences that are captions of test images, which `dimefm leaks` found in the text store."""
+    """Leave out the sentences that are captions of test images, which dimefm leaks found in the text store."""
     device: str | None = None
     """Where similarities are computed. Default: cuda if there is a GPU, else cpu."""
 

@@ -93,6 +93,7 @@ MISTAKES = [
     ("select-images texts.zarr --out x.selection --size 9", 1, "holds text embeddings", "were swapped"),
     ("select-images images.zarr --out x.selection", 1, "nothing says what to leave out", "change the named options"),
     ("select-images images.zarr --out x.selection --drop-near cats", 1, "needs --drop-above", "dimefm search"),
+    ("leaks images.zarr evl --out x.selection", 1, "evl is no folder", "did you mean 'eval'?"),
     ("compare evaluations/studnet", 1, "does not exist", "did you mean 'evaluations/student'?"),
     ("export rnu --out x", 1, "rnu is neither a run folder nor a model", "did you mean 'run'?"),
     ("card studnet", 1, "studnet is no exported model", "did you mean 'student'?"),

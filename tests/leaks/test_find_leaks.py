@@ -1,6 +1,5 @@
 """leaks: planted copies in a test set are found, left out of the selection, and of the accuracy on clean images."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,58 +7,27 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from cache_schemas.document import CHECKSUM, digest_of
 from dimefm.errors import MismatchError, OutputExistsError, SourceError, StoreError
-from dimefm.evaluation.config import EvaluationConfig, choose_sets
+from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.evaluate import evaluate
 from dimefm.inspection.info import describe, examine
 from dimefm.leaks import find_leaks as module
-from dimefm.leaks.find_leaks import LeaksConfig, find_leaks
 from dimefm.models.clip import Clip
-from dimefm.pages.report import report
 from dimefm.store.embedding_store import Store
 from dimefm.store.selected_images import SelectedImages
 from dimefm.training.train import train
-from tests.making import read_tar, tree
-from tests.pages.browser import Browser
+from tests.leaks.planted import COPIED, run, write_test_set
+from tests.making import tree
 from tests.tiny_training import tiny_config
-
-pytest_plugins = ["tests.pages.conftest"]
-COPIED = 6
 
 
 @pytest.fixture(scope="module")
 def test_set(image_tar: Path, cifar10: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """Two classes of 12 images: six are copies of training images, the others are of another set. And the keys of the
-    training images that were copied."""
+    """The folder of the set, and the keys of the training images that were copied."""
     folder = tmp_path_factory.mktemp("sets") / "planted"
-    trained = read_tar(image_tar, 96)
-    keys = sorted(trained)[: 8 * COPIED : 8]
-    members = sorted(read_tar(next(Path(cifar10).rglob("*.tar")), 120).items())
-    others = iter([data for name, data in members if name.endswith((".jpg", ".jpeg"))])
-    for number, key in enumerate(keys):
-        image = Image.open(io.BytesIO(trained[key]), formats=["JPEG"]).convert("RGB")
-        if number % 3 == 1:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if number % 3 == 2:
-            image = image.crop((0, 0, int(0.85 * image.width), int(0.85 * image.height)))
-        place = folder / "test" / f"class {number % 2}" / f"copy{number}.jpg"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        image.save(place, quality=80)
-    for number in range(18):
-        place = folder / "test" / f"class {number % 2}" / f"other{number}.jpg"
-        place.write_bytes(next(others))
-    return folder, [key.rpartition(".")[0] for key in keys]
-
-
-def run(images: Store, folder: Path | list[Path], out: Path, clip: Clip, **changes: Any) -> Any:
-    """Every pair is looked at: the embeddings of the tiny teacher mean nothing."""
-    folders = tuple(map(str, folder if isinstance(folder, list) else [folder]))
-    chosen = choose_sets(EvaluationConfig(model="", folders=folders))
-    fields = {"cosine": -1.0, "nearest": 96, **changes}
-    return find_leaks(LeaksConfig(store=images.path, out=str(out), **fields), chosen, None, lambda _: clip, "cpu")
+    return folder, write_test_set(folder, image_tar, cifar10)
 
 
 @pytest.fixture(scope="module")
@@ -180,14 +148,3 @@ def test_images_that_cannot_be_read_are_counted(
 def test_a_set_that_is_not_there_is_an_error(image_store: Store, clip: Clip, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is no folder"):
         run(image_store, tmp_path / "nothing", tmp_path / "l.selection", clip)
-
-
-def test_the_page_shows_the_pairs_side_by_side(browser: Browser, found: Path, tmp_path: Path) -> None:
-    browser.open(Path(report([str(found)], str(tmp_path / "page.html"))))
-
-    leaks = browser.all(".pairs")[0]
-    browser.run("arguments[0].scrollIntoView()", leaks)
-    sizes = """return [...arguments[0].querySelectorAll('li')].map(
-        item => [...item.querySelectorAll('img')].map(image => image.naturalWidth > 0))"""
-    assert browser.run(sizes, leaks) == [[True, True]] * COPIED
-    assert "6 training images stand in these sets" in browser.one("main").text
