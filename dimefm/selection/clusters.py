@@ -138,10 +138,10 @@ def _find_centres(texts: Store, rows_C: np.ndarray[Any, Any], count: int, *, see
     """Centres of unit norm, float32 (K, D), of ascending rows."""
     sample = min(len(rows_C), max(count, min(_SAMPLE, count * _SAMPLE_PER_CLUSTER)))
     chosen = np.sort(np.random.default_rng((seed, 2)).choice(len(rows_C), sample, replace=False))
-    return _spherical_kmeans(torch.from_numpy(read_rows(texts, rows_C[chosen])), count, seed=seed, device=device)
+    return spherical_kmeans(torch.from_numpy(read_rows(texts, rows_C[chosen])), count, seed=seed, device=device)
 
 
-def _spherical_kmeans(half_SD: torch.Tensor, count: int, *, seed: int, device: str) -> torch.Tensor:
+def spherical_kmeans(half_SD: torch.Tensor, count: int, *, seed: int = 0, device: str = "cpu") -> torch.Tensor:
     """Centres of unit norm, float32 (K, D) on `device`. A cluster that lost all its rows starts anew at the row that is
     furthest from its centre. The CPU makes the sums, because there their order is fixed."""
     first = np.sort(np.random.default_rng((seed, 3)).choice(len(half_SD), count, replace=False))

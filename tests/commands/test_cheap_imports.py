@@ -42,6 +42,7 @@ LOOKS = (
         "verify images.zarr",
         "compare evaluations/student",
         "export-embeddings texts.zarr --out x",
+        "export-embeddings texts.zarr --out x.parquet --format parquet --map",
     ),
     "select-texts pairs.zarr --out by-hits.selection",
     *("predict onnx photo.jpg --classes cat,dog", "predict onnx photo.jpg --classes cat,dog --json"),

@@ -36,6 +36,7 @@ MISTAKES = [
     ("verify images.zarr --teacher ViT-B-32", 2, "--teacher has no effect without --sample", ""),
     ("verify images.zarr --ray-address auto", 2, "--ray-address has no effect without --workers", ""),
     ("export-embeddings texts.zarr --out x --workers 1000", 1, "--workers 1,000: this machine has", "give --workers"),
+    ("export-embeddings texts.zarr --out x --clusters 9", 2, "--clusters has no effect without --format parquet", ""),
     ("evaluate student eval --task zeroshot", 2, "'zeroshot' is not one of", "'zero-shot'"),
     ("evaluate student", 2, "name a SET", "--suite or --sets with --data ROOT"),
     ("evaluate student --suite robust --data .", 2, "no suite is called 'robust'", "did you mean 'robustness'?"),

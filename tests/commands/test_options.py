@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from dimefm.cli import cli
 from dimefm.commands.options import fields_of, options_of, say_json
 from dimefm.evaluation.config import EvaluationConfig
+from dimefm.exchange.export_parquet import ParquetConfig
 from dimefm.exchange.import_embeddings import ImportConfig
 from dimefm.inspection.verify import VerifyConfig
 from dimefm.models.trained import Trained
@@ -27,6 +28,7 @@ CONFIGS: dict[str, Any] = {
     "cache-images": CacheConfig,
     "cache-texts": CacheConfig,
     "import-embeddings": ImportConfig,
+    "export-embeddings": ParquetConfig,
     "build-index": IndexConfig,
     "select-texts": SelectionConfig,
     "train-student": TrainConfig,
@@ -38,6 +40,7 @@ OF_NO_CONFIG = {
     "cache-texts": {"dry_run"},
     "build-index": {"dry_run", "workers", "ray_address"},
     "import-embeddings": {"workers", "ray_address"},
+    "export-embeddings": {"format_", "workers", "ray_address"},
     "select-texts": {"workers", "ray_address"},
     "verify": {"workers", "ray_address"},
     "evaluate": {"config"},
