@@ -20,9 +20,21 @@ SIDECAR_FILE, BUILD = "index.json", "build"
 
 
 @dataclass(frozen=True, kw_only=True)
+class TriedSearch:
+    """Search parameters that were tried: the lists probed (0: there are no lists), how many times k candidates are
+    scored again, the recall, and the queries per second of one run."""
+
+    probes: int
+    rescore: int
+    value: float
+    queries_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recall:
     """Share of the exact top `k` that the index finds, measured with `queries` held-out vectors of kind `source`, and
-    the parameters that were tuned for queries of this kind; None in older sidecars, which tuned for the first alone."""
+    the parameters that were tuned for queries of this kind; None in older sidecars, which tuned for the first alone.
+    `tried` are all parameters that were measured on the way, none in older sidecars."""
 
     k: int
     queries: int
@@ -31,6 +43,7 @@ class Recall:
     search_parameters: dict[str, int] | None = None
     rescore: int | None = None
     queries_per_second: float | None = None
+    tried: tuple[TriedSearch, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

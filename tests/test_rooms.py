@@ -35,13 +35,13 @@ ROOMS = {
     "dimefm.export": "datasets evaluation images latency models sample sources store system training",
     "dimefm.inspection": "caching datasets evaluation exchange models retrieval selection sources store system "
     "training",
-    "dimefm.pages": "caching inspection store system",
+    "dimefm.pages": "caching inspection retrieval selection store system training",
     "dimefm.prediction": "evaluation images models sources system",
     "pipeline": "caching models sources store system",
     "dimefm.commands": "*",
     "dimefm.cli": "commands system",
     "dimefm.__main__": "cli system",
-    "dimefm.reproduce": "caching cli evaluation latency sample store system training",
+    "dimefm.reproduce": "caching cli evaluation latency pages sample store system training",
     "dimefm": "*",  # the public face
 }
 

@@ -1,4 +1,4 @@
-"""`dimefm report`."""
+"""`dimefm report` and `dimefm watch`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import click
 from dimefm.commands.help import Command
 from dimefm.commands.options import quiet_option
 from dimefm.system.inert_text import say
+from dimefm.system.notes import note
 
 
 @click.command(cls=Command)
@@ -25,3 +26,25 @@ def report(paths: tuple[str, ...], out: str) -> None:
     from dimefm.pages.report import report as write
 
     say(write(paths, out))
+
+
+@click.command(cls=Command)
+@click.argument("run", metavar="RUN")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="N",
+              help="Port to listen at, on this machine alone. Default: any that is free.")  # fmt: skip
+@quiet_option
+def watch(run: str, port: int) -> None:
+    """Watch a run in a browser while it trains.
+
+    Prints the URL of its page, which renews itself, and serves it until Ctrl-C. From another machine: ssh -L
+    PORT:localhost:PORT, with the port of that URL on both sides.
+
+    RUN: a run folder, as train-student wrote it; training goes on in a command of its own.
+    """
+    from dimefm.pages.watch import watch as serve
+
+    def ready(url: str) -> None:
+        note(f"the page of {run} is served until Ctrl-C")
+        say(url)
+
+    serve(run, port, ready=ready)

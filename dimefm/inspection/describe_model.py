@@ -29,7 +29,7 @@ _COUNTS = ("running_mean", "running_var", "num_batches_tracked")  # of a batch n
 def describe_run(path: str) -> Description:
     """A training run, finished or not."""
     run, checkpoints = read_run(path), Checkpoints(path)
-    config = _as_written(run.config)
+    config = as_written(run.config)
     usual = {**vars(LossConfig()), **dict.fromkeys(LossConfig.WEIGHTS, 0)}  # a weight is shown unless it is 0
     train = [line for line in read_metrics(path) if line["event"] == "train"]
     last = {name: train[-1].get(name) for name in ("step", "loss", "images_per_second")} if train else None
@@ -58,7 +58,7 @@ def describe_run(path: str) -> Description:
     return Description(f"{Path(path)}: training run", facts, _run(facts))
 
 
-def _as_written(config: dict[str, Any]) -> dict[str, Any]:
+def as_written(config: dict[str, Any]) -> dict[str, Any]:
     """The config in a run.json, with the defaults of fields that it lacks. Nothing is refused: an older dimefm may have
     taken what `TrainConfig` does not take."""
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
@@ -88,7 +88,8 @@ def _run(facts: dict[str, Any]) -> Rows:
         *((name.replace("_", " "), _listed(facts[name])) for name in _STORES if facts[name]),
     ]
     if last:
-        rows.append(("last", f"loss {last['loss']:.4f}, {rate(last['images_per_second'], 1, 'image')}"))
+        loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
+        rows.append(("last", f"loss {loss}, {rate(last['images_per_second'] or 0, 1, 'image')}"))
     rows += [("validation", f"{name} top-1 {score:.3f}") for name, score in facts["validation"].items()]
     steps = ", ".join(f"{step:,}{' (best)' if step == best else ''}" for step in facts["checkpoints"])
     rows.append(("checkpoints", f"after step {steps}" if steps else "none yet"))

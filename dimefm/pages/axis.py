@@ -41,7 +41,8 @@ def axis(values: Iterable[float], start: float, end: float, *, log: bool = False
         return _decades(low, high, start, end)
     low = min(low, 0.0) if zero else low
     if low == high:
-        low, high = (low - 0.5, high + 0.5) if not zero else (low, low + 1)
+        room = abs(low) / 2 or 0.5
+        low, high = (low - room, high + room) if not zero else (low, low + 1)
     step = _round_step((high - low) / _TICKS)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return Axis(first * step, last * step, start, end, tuple(round(n * step, 12) for n in range(first, last + 1)))
@@ -63,7 +64,10 @@ def _round_step(least: float) -> float:
 
 
 def words(value: float) -> str:
-    """A number as an axis names it: 20k, 1.5M, 0.05."""
+    """A number as an axis names it: 20k, 1.5M, 0.05, 5e-4."""
+    if 0 < abs(value) < 1e-3:
+        lead, power = f"{value:.3e}".split("e")
+        return f"{float(lead):g}e{int(power)}"
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if unit == 'k' else size):g}{unit}"

@@ -19,9 +19,9 @@ from dimefm.pages.page import Chart, Dot
 from dimefm.system.inert_text import line as inert
 
 _WIDTH, _HEIGHT = 520, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 20, 10, 40
 _MOST_POINTS = 400  # of a line: more cannot be seen apart
-_WIDE_LABEL, _MOST_LETTERS = 150, 60
+_LETTER, _MOST_LETTERS = 7.8, 60
 
 
 class Line(NamedTuple):
@@ -96,7 +96,7 @@ def line_chart(
         if len(places) <= 30:
             for x, y in places:
                 drawing.add('<circle class="f{}" cx="{}" cy="{}" r="2.6"/>', colour % 8, x, y)
-    for number, (name, value) in enumerate(rules, len(kept)):
+    for number, (name, value) in enumerate(rules, max(legend.values(), default=-1) + 1):
         y = drawing.along.at(value)
         drawing.add(
             '<line class="rule s{}" x1="{}" x2="{}" y1="{}" y2="{}"/>', number % 8, _LEFT, _WIDTH - _RIGHT, y, y
@@ -180,13 +180,14 @@ def bar_chart(
     tops = [
         v for _, bars in series for bar in bars if bar for v in (bar.value, bar.interval[1] if bar.interval else 0.0)
     ]
-    left = min(_WIDE_LABEL, 14 + 7 * max(map(len, groups), default=0))
-    drawing = _Drawing(axis(tops, left, _WIDTH - 44, zero=True), Axis(0, 1, 0, 1, ()), height=high)
+    left = 14 + _LETTER * max((len(_short(group)) for group in groups), default=0)
+    right = 12 + _LETTER * max((len(_short(bar.words)) for _, bars in series for bar in bars if bar), default=0)
+    drawing = _Drawing(axis(tops, left, _WIDTH - right, zero=True), Axis(0, 1, 0, 1, ()), height=high)
     for value in drawing.across.ticks:
         x = drawing.across.at(value)
         drawing.add('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>', x, x, _TOP, high - _BOTTOM)
         drawing.text(x, high - _BOTTOM + 17, words(value))
-    drawing.text((left + _WIDTH) / 2, high - 5, _short(along, _MOST_LETTERS))
+    drawing.text((left + _WIDTH - right) / 2, high - 5, _short(along, _MOST_LETTERS))
     for g, group in enumerate(groups):
         top = _TOP + g * (thick * len(series) + gap) + gap / 2
         drawing.add("<g><title>{}</title>", inert(group))

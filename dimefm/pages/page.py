@@ -126,9 +126,9 @@ class Page:
 
 def render(page: Page, *, script: str = "", served: bool = False) -> str:
     """The page as HTML. `script` is JavaScript beside the page's own; `served`: it may ask the server it came from."""
-    code = Markup(_file("page.js") + script)  # ours: nothing of a user is in it
+    code = Markup(template_file("page.js") + script)  # ours: nothing of a user is in it
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
-    style = Markup(_file("page.css"))
+    style = Markup(template_file("page.css"))
     return _template("page.html").render(page=page, script=code, style=style, digest=digest, served=served)
 
 
@@ -138,7 +138,8 @@ def render_sections(page: Page) -> str:
 
 
 @lru_cache
-def _file(name: str) -> str:
+def template_file(name: str) -> str:
+    """A file of the folder templates: HTML, CSS or JavaScript."""
     return resources.files(__package__).joinpath("templates", name).read_text(encoding="utf-8")
 
 
@@ -151,7 +152,7 @@ def _environment() -> jinja2.Environment:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_file),
+        loader=jinja2.FunctionLoader(template_file),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -16,6 +16,9 @@ from dimefm.system.notes import note
 from dimefm.version import __version__
 
 _SECTIONS = {
+    Kind.INDEX: "index_page.index_sections",
+    Kind.SELECTION: "selection_page.selection_sections",
+    Kind.RUN: "run_page.run_sections",
     Kind.STORE: "store_page.store_sections",
 }
 """What makes the sections of a kind: a module of this room and its function, which takes the paths of all places of

@@ -8,7 +8,7 @@ from pathlib import Path
 from cache_schemas.latency import LATENCY_FILE, ModelLatency
 from dimefm.evaluation.speed import MS, Point, Points, chosen, quantities
 from dimefm.latency.record import read_latency
-from dimefm.system.markdown_table import markdown_table
+from dimefm.reproduce.tables import JobTable
 
 
 def read_speeds(out: Path, weights: Mapping[str, set[str]]) -> dict[str, ModelLatency]:
@@ -18,12 +18,12 @@ def read_speeds(out: Path, weights: Mapping[str, set[str]]) -> dict[str, ModelLa
     return {name: one for name, one in zip(weights, found, strict=True) if one is not None}
 
 
-def speed_table(speeds: Mapping[str, ModelLatency]) -> list[str]:
+def speed_table(speeds: Mapping[str, ModelLatency]) -> JobTable:
     """A row for each model: its size, and how fast it is."""
     found = {name: dict(quantities(one)) for name, one in speeds.items()}
     head = ("speed", *dict.fromkeys(title for row in found.values() for title in row))
     rows = [(name, *(str(row.get(title, "")) for title in head[1:])) for name, row in found.items()]
-    return markdown_table([head, *rows], "l" + "r" * (len(head) - 1), padded=True)
+    return JobTable("Speed", [head, *rows])
 
 
 def speed_points(speeds: Mapping[str, ModelLatency], accuracy: Mapping[str, float]) -> Points:

@@ -24,7 +24,8 @@ from cache_schemas import SchemaError
 from cache_schemas.latency import LATENCY_FILE
 from dimefm.errors import DimefmError, StoppedError
 from dimefm.reproduce.paper_cost import paper_cost_table
-from dimefm.reproduce.report import EVALUATIONS, Student, write_report
+from dimefm.reproduce.report import write_report
+from dimefm.reproduce.tables import EVALUATIONS, Student
 from dimefm.sample import sample_dir
 from dimefm.system import stopping, storage
 from dimefm.system.gpu_rates import measured_rates

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from cache_schemas import Recall, Status
+from cache_schemas.index import TriedSearch
 from dimefm.errors import StoreError
 from dimefm.retrieval.exact_search import ExactSearch
 from dimefm.retrieval.index_search import SearchParameters
@@ -105,9 +105,20 @@ def tune(index: TunableIndex, depths: Sequence[int], queries: RecallQueries, tar
     for, and only these parameters are timed.
     """
 
-    @cache
+    measured: dict[SearchParameters, TriedSearch] = {}
+
     def recall_of(parameters: SearchParameters) -> float:
-        return queries.recall(*index.search_with(parameters, queries.vectors_QD, RECALL_K + 1))
+        if parameters not in measured:
+            began = time.perf_counter()
+            found = index.search_with(parameters, queries.vectors_QD, RECALL_K + 1)
+            rate = len(queries.vectors_QD) / max(time.perf_counter() - began, 1e-9)
+            measured[parameters] = TriedSearch(
+                probes=parameters.probes,
+                rescore=parameters.rescore,
+                value=queries.recall(*found),
+                queries_per_second=round(rate, 1),
+            )
+        return measured[parameters].value
 
     probes, enough, least = index.probes(), list[SearchParameters](), 0
     for depth in reversed(depths):
@@ -131,6 +142,7 @@ def tune(index: TunableIndex, depths: Sequence[int], queries: RecallQueries, tar
         search_parameters={"nprobe": chosen.probes} if chosen.probes else {},
         rescore=chosen.rescore,
         queries_per_second=round(speeds[chosen], 1),
+        tried=tuple(replace(one, value=round(one.value, 4)) for one in measured.values()),
     )
 
 

@@ -16,13 +16,18 @@ def read_metrics(out: str) -> list[dict[str, Any]]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a file of JSON lines; none if there is no file. A line that a kill cut off is left out."""
-    lines = []
+    return whole_lines(path)[0]
+
+
+def whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines as `read_lines` has them, and how many were left out."""
+    lines, cut = [], 0
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(line))
         except ValueError:
-            continue
-    return lines
+            cut += 1
+    return lines, cut
 
 
 def last_validation(out: str) -> dict[str, float]:

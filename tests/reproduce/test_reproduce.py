@@ -16,8 +16,9 @@ from dimefm.cli import cli
 from dimefm.errors import DimefmError, StoppedError
 from dimefm.evaluation.results import read_results
 from dimefm.reproduce import stages
-from dimefm.reproduce.report import Student, write_report
+from dimefm.reproduce.report import write_report
 from dimefm.reproduce.stages import Scale, commands, main, run_all, sample_scale, smoke_scale
+from dimefm.reproduce.tables import Student
 from dimefm.store.embedding_store import Store
 from dimefm.system.lock import writing
 from dimefm.system.machine import cpus
@@ -95,6 +96,9 @@ def test_end_to_end_the_job_ends_in_a_report(finished: Path, teacher: str, sampl
         assert part in report.text
     assert (finished / "report.md").read_text().startswith("# dimefm: tiny")
     assert (finished / "report.png").stat().st_size > 20_000
+    page = (finished / "report.html").read_text()
+    for part in ("best at this size", "teacher in the loop", "texts.index", "run-paper", "pairs.zarr"):
+        assert part in page
     for student in STUDENTS:
         (found,) = read_results(str(finished / "evaluations" / student.name))
         assert found.images == 200
