@@ -27,7 +27,7 @@ from dimefm.system.notes import note
 
 if TYPE_CHECKING:
     from dimefm.models.clip import Clip
-    from dimefm.retrieval.search import Student
+    from dimefm.retrieval.searched import Student
 
 _index_option = options_of("dimefm.retrieval.build_index", "IndexConfig")
 _selection_option = options_of("dimefm.selection.select_texts", "SelectionConfig")
@@ -173,7 +173,7 @@ def search(path: str, model: str | None, as_json: bool, **options: Any) -> None:
 
 
 def _student(model: str, device: str | None) -> Student:
-    from dimefm.retrieval.search import Student
+    from dimefm.retrieval.searched import Student
     from dimefm.training.student import distilled_from
 
     def load() -> AbstractContextManager[Clip]:
