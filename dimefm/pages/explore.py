@@ -108,9 +108,9 @@ class Explorer:
 
     def _page(self, request: Request) -> Response:
         schema, student = self._store.schema, self._student
-        how = f"searched by the index {self._searched.index}" if self._searched.index else "searched exactly"
-        by = f"asked by the student {student.name} of {schema.teacher.name}" if student else schema.teacher.name
-        words = f"{counted(schema.rows, schema.kind)}, {how}; {by}; dimefm {__version__}"
+        how = f"of {self._store.path}, searched by this index" if self._searched.index else "searched exactly"
+        by = f"the student {student.name} of {schema.teacher.name}" if student else schema.teacher.name
+        words = f"{counted(schema.rows, schema.kind)} {how}, for queries by {by}; dimefm {__version__}"
         page = Page(f"dimefm: {self._config.path.rstrip('/')}", words, [])
         return Response(render(page, script=template_file("explore.js"), served=True).encode())
 

@@ -108,7 +108,7 @@ function showAsked(query) {
   asked.replaceChildren();
   if (query && facts.kind === "image") asked.append(pictureOf(query.row));
   if (image) asked.append(shownImage(image));
-  const name = query ? `row ${query.row.toLocaleString("en")}: ${query.words}` : image ? image.name : given.get("text");
+  const name = query ? `row ${query.row.toLocaleString("en")}: ${query.words}` : image ? image.name : given.has("text") ? `\u201c${given.get("text")}\u201d` : null;
   const words = name === null ? `Some ${facts.kind === "image" ? "images" : "sentences"} to begin with` : `Nearest to ${name}`;
   asked.append(element("h2", {}, words));
 }
