@@ -45,7 +45,8 @@ class LoggedRun:
     @property
     def batch_size(self) -> int:
         """Images of a step."""
-        return int(self.config["batch_size"])
+        size: int = self.config["batch_size"]
+        return size
 
     @property
     def finished(self) -> bool:
@@ -55,7 +56,7 @@ class LoggedRun:
     @property
     def done(self) -> int:
         """The last step that is known to be done."""
-        return max(self.checkpoint, *(line["step"] for line in self.lines[-1:]), 0)
+        return max([self.checkpoint, *(line["step"] for line in self.lines[-1:])])
 
     def names(self, event: str) -> list[str]:
         """The names of the values of an event, in the order in which they first appear."""
@@ -77,7 +78,12 @@ def missing(logged: LoggedRun) -> list[str]:
     """What a run lacks, in sentences that can follow its name."""
     sentences = []
     if not logged.finished:
-        sentences.append(f"is not finished: {logged.done:,} of {counted(logged.run.steps, 'step')} are done")
+        kept = (
+            f"its last checkpoint is of step {logged.checkpoint:,}" if logged.checkpoint else "it has no checkpoint yet"
+        )
+        sentences.append(
+            f"is not finished: {logged.done:,} of {counted(logged.run.steps, 'step')} are done, and {kept}"
+        )
     if not logged.names("train"):
         sentences.append("has logged no step yet")
     if not logged.names("validation"):

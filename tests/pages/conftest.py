@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cache_schemas import Run
+from dimefm.training.run_folder import read_run
+from tests.e2e.test_older_formats import unpack_to
 from tests.pages.browser import Browser
 
 
@@ -26,3 +29,9 @@ def browser(_browser: Browser) -> Iterator[Browser]:
     yield _browser
     assert not _browser.errors()
     _browser.open(Path("/dev/null"))
+
+
+@pytest.fixture(scope="session")
+def like(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The document of a run that an older release wrote; others are made like it."""
+    return read_run(str(unpack_to(tmp_path_factory.mktemp("older")) / "run"))

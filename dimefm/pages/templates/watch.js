@@ -6,7 +6,6 @@ let version = "", timer = 0;
 
 const state = document.createElement("p");
 state.id = "state";
-state.setAttribute("role", "status");
 document.querySelector("header").append(state);
 
 function figures() {  // by what they are called; a name that comes again has a number
@@ -20,6 +19,17 @@ function figures() {  // by what they are called; a name that comes again has a 
   return found;
 }
 
+function cursorOf(figure) {  // the value that a chart's cursor is at, if it is shown
+  const drawing = figure.querySelector(".drawing");
+  return figure.querySelector(".readout")?.value && valueAt(drawing.querySelector("svg").dataset.x, drawing.cursorAt);
+}
+
+function readAtValue(drawing, value) {
+  const scale = drawing.querySelector("svg[data-x]").dataset.x, [, , from, to] = scale.split(" ").map(Number);
+  const share = (value - valueAt(scale, from)) / (valueAt(scale, to) - valueAt(scale, from));
+  readAt(drawing, from + share * (to - from));
+}
+
 const canHaveFocus = figure => [...figure.querySelectorAll("input, button, .drawing, .scroll")];
 
 function keep(figure) {
@@ -31,9 +41,10 @@ function keep(figure) {
     column: sorted?.cellIndex,
     order: sorted?.ariaSort,
     scrolled: scroll && [scroll.scrollLeft, scroll.scrollTop],
-    cursor: figure.querySelector(".readout")?.value && figure.querySelector(".drawing")?.cursorAt,
+    cursor: cursorOf(figure),
     focused,
     top: figure.getBoundingClientRect().top,
+    bottom: figure.getBoundingClientRect().bottom,
   };
 }
 
@@ -45,7 +56,7 @@ function restore(figure, kept) {
     filter(input);
   }
   if (kept.scrolled) figure.querySelector(".scroll")?.scrollTo(...kept.scrolled);
-  if (kept.cursor) readAt(figure.querySelector(".drawing"), kept.cursor);
+  if (kept.cursor) readAtValue(figure.querySelector(".drawing"), kept.cursor);
   if (kept.focused < 0) return;
   canHaveFocus(figure)[kept.focused]?.focus({ preventScroll: true });
   if (kept.selected && document.activeElement === input) input.setSelectionRange(...kept.selected);
@@ -54,15 +65,15 @@ function restore(figure, kept) {
 function replaceSections(html) {
   const before = new Map([...figures()].map(([name, figure]) => [name, keep(figure)]));
   const link = document.activeElement.closest("nav a")?.textContent;
-  const onTop = [...figures()].find(([, figure]) => figure.getBoundingClientRect().bottom > 0)?.[0];
+  const seen = [...before].filter(([, kept]) => kept.bottom > 0 && kept.top < innerHeight);
+  const still = (seen.find(([, kept]) => kept.focused >= 0) ?? seen[0])?.[0];  // what stays where it is
   document.getElementById("sections").innerHTML = html;
   const after = figures();
   for (const [name, figure] of after) if (before.has(name)) restore(figure, before.get(name));
   [...document.querySelectorAll("nav a")].find(one => one.textContent === link)?.focus({ preventScroll: true });
-  if (scrollY && after.has(onTop)) {
-    const moved = after.get(onTop).getBoundingClientRect().top - before.get(onTop).top;
-    scrollBy({ top: moved, behavior: "instant" });
-  }
+  if (!scrollY || !after.has(still)) return;
+  const moved = after.get(still).getBoundingClientRect().top - before.get(still).top;
+  scrollBy({ top: moved, behavior: "instant" });
 }
 
 function say(name, words) {
