@@ -18,11 +18,12 @@ import numpy as np
 
 from cache_schemas import SchemaError
 from dimefm.caching.thumbnails import thumbnails
-from dimefm.errors import DimefmError
+from dimefm.errors import DimefmError, StoreError
 from dimefm.pages.page import Page, render, template_file
 from dimefm.pages.row_sample import sample_rows
 from dimefm.pages.server import Request, Response, Routes, as_json, as_text, serve
 from dimefm.retrieval.searched import Encoder, Hit, Searched, SearchedRows, Student, decoded
+from dimefm.store.failures import require_embeddings
 from dimefm.system.inert_text import text
 from dimefm.system.machine import available_memory
 from dimefm.system.notes import note
@@ -108,9 +109,9 @@ class Explorer:
 
     def _page(self, request: Request) -> Response:
         schema, student = self._store.schema, self._student
-        how = f"of {self._store.path}, searched by this index" if self._searched.index else "searched exactly"
+        how = f" of {self._store.path} by this index" if self._searched.index else ", by exact search"
         by = f"the student {student.name} of {schema.teacher.name}" if student else schema.teacher.name
-        words = f"{counted(schema.rows, schema.kind)} {how}, for queries by {by}; dimefm {__version__}"
+        words = f"{counted(schema.rows, schema.kind)}{how}; what is asked is encoded by {by}; dimefm {__version__}"
         page = Page(f"dimefm: {self._config.path.rstrip('/')}", words, [])
         return Response(render(page, script=template_file("explore.js"), served=True).encode())
 
@@ -143,6 +144,9 @@ class Explorer:
     def _start(self, request: Request) -> Any:
         """Some rows to begin with, spread over the store."""
         rows_N = sample_rows(self._store, _count(request)).rows_N
+        if not len(rows_N):
+            require_embeddings(self._store)
+            raise StoreError(f"no row of {self._store.path} has an embedding")
         entries = self._store.samples(rows_N)
         return {"hits": [_shown(row, None, entry) for row, entry in zip(rows_N, entries, strict=True)]}
 

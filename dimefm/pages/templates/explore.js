@@ -70,7 +70,7 @@ async function picture(row) {  // an image, or in words why there is none
   try {
     const response = await fetch(`picture?row=${row}`);
     if (response.headers.get("Content-Type") === "image/jpeg") return shownImage(await response.blob());
-    return element("div", { className: "none" }, await response.text());
+    return element("div", { className: "none" }, (await response.text()).trim());
   } catch {
     return element("div", { className: "none" }, "no picture");
   }
