@@ -169,7 +169,7 @@ def export_embeddings(
     """Write embeddings for other programs.
 
     \b
-    --format clip-retrieval  img_emb/ or text_emb/, beside metadata/
+    --format clip-retrieval  img_emb/ or text_emb/, with metadata/ beside it
     --format parquet         row, key, text or file, vector, and what is asked for
 
     pandas, DuckDB, Hugging Face's datasets and embedding-atlas read such Parquet. Rows without an embedding are left

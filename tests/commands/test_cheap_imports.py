@@ -80,6 +80,7 @@ MISTAKES = (
     "retrieve images.zarr --texts texts.zarr --out x.zarr --workers 1000",
     *("search texts.zarr", "search nothing --text x", "search texts.zarr --image nothing.jpg"),
     "search texts.zarr --text x --model onnx",
+    *("explore nothing", "explore texts.zarr --model onnx", "explore texts.zarr --teacher ViT-B32"),
     *("select-texts nothing.zarr --out x.selection", "select-texts pairs.zarr --out run"),
     "select-texts pairs.zarr --out x.selection --workers 1",
     "select-texts pairs.zarr --out x.selection --by similarity",

@@ -76,6 +76,7 @@ COMMANDS = {
     "predict": ["MODEL", "IMAGE...", "--classes", "--classes-from", "--templates", "--top-k", "--images-from",
                 "--pretrained", "--checkpoint", "--weights", "--device", "--json"],
     "info": ["PATH", "--failures", "--json"],
+    "explore": ["STORE.zarr|STORE.index", "--port", "--teacher", "--pretrained", "--model", "--device", "--memory"],
     "verify": ["STORE", "--sample", "--teacher", "--pretrained", "--repair", "--workers", "--ray-address", "--json"],
     "doctor": [],
 }  # fmt: skip

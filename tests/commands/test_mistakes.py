@@ -33,6 +33,8 @@ MISTAKES = [
     ("select-texts pairs.zarr --out x.selection --workers 1", 2, "--workers has no effect without", "--by similarity"),
     ("build-index texts.zarr --out x.index --recall 2", 2, "'--recall'", "2.0 is not in the range 0<=x<=1"),
     ("search texts.zarr", 2, "give --image FILE or --text SENTENCE", ""),
+    ("explore texts.zarr --pretrained openai", 2, "--pretrained has no effect without --teacher", ""),
+    ("explore texts.zar", 1, "texts.zar is neither a dimefm store nor an index", "did you mean 'texts.zarr'"),
     ("verify images.zarr --teacher ViT-B-32", 2, "--teacher has no effect without --sample", ""),
     ("verify images.zarr --ray-address auto", 2, "--ray-address has no effect without --workers", ""),
     ("export-embeddings texts.zarr --out x --workers 1000", 1, "--workers 1,000: this machine has", "give --workers"),

@@ -18,6 +18,7 @@ from dimefm.exchange.export_parquet import ParquetConfig
 from dimefm.exchange.import_embeddings import ImportConfig
 from dimefm.inspection.verify import VerifyConfig
 from dimefm.models.trained import Trained
+from dimefm.pages.explore import ExploreConfig
 from dimefm.retrieval.build_index import IndexConfig
 from dimefm.selection.select_texts import SelectionConfig
 from dimefm.training.config import LossConfig, TextMix, TrainConfig
@@ -34,6 +35,7 @@ CONFIGS: dict[str, Any] = {
     "train-student": TrainConfig,
     "evaluate": EvaluationConfig,
     "verify": VerifyConfig,
+    "explore": ExploreConfig,
 }
 OF_NO_CONFIG = {
     "cache-images": {"dry_run"},
@@ -43,6 +45,7 @@ OF_NO_CONFIG = {
     "export-embeddings": {"format_", "workers", "ray_address"},
     "select-texts": {"workers", "ray_address"},
     "verify": {"workers", "ray_address"},
+    "explore": {"port", "model"},
     "evaluate": {"config"},
     "train-student": {"recipe", "config_file", "settings", "fields", "dry_run", "as_json", "allow_changes"},
 }
