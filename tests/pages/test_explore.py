@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from selenium.webdriver.common.by import By
 
+from dimefm.commands.retrieval import student_of
 from dimefm.errors import MismatchError, StoreError
 from dimefm.models.clip import Clip
+from dimefm.models.onnx_towers import OnnxTowers
 from dimefm.pages.explore import ExploreConfig, Explorer
 from dimefm.pages.server import PageServer
 from dimefm.retrieval.build_index import IndexConfig, build_index
@@ -29,6 +31,7 @@ from tests.making import read_tar
 from tests.pages.browser import Browser
 from tests.pages.serving import Serving
 from tests.stores import random_store
+from tests.tiny_onnx import write_onnx
 
 HOSTILE = "<script>document.title='run'</script><img src=x onerror=alert(2)>\u202e{{ 7*7 }}"
 INERT = "<script>document.title='run'</script><img src=x onerror=alert(2)>\\u202e{{ 7*7 }}"
@@ -41,8 +44,8 @@ def served() -> Iterator[Served]:
     """Serves explorers of paths until the test ends."""
     with ExitStack() as stack:
 
-        def serve(path: str, **options: Any) -> PageServer:
-            explorer = Explorer(ExploreConfig(path, device="cpu", **options))
+        def serve(path: str, student: Student | None = None, **options: Any) -> PageServer:
+            explorer = Explorer(ExploreConfig(path, device="cpu", **options), student)
             stack.enter_context(explorer.loading())
             server = stack.enter_context(PageServer(explorer.routes, 0))
             thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -284,6 +287,18 @@ def test_what_cannot_be_asked_is_answered_in_words(image_store: Store, text_stor
     assert ask(server, "/picture?row=1")[:3] == b"\xff\xd8\xff"
     for host in (f"evil.example:{server.port}", f"127.0.0.1.evil.example:{server.port}"):
         assert b"only " in ask(server, "/row?row=1", host=host)
+
+
+def test_a_student_asks_in_place_of_the_teacher(tmp_path: Path, served: Served) -> None:
+    store, values_ND = random_store(tmp_path / "t.zarr", rows=20, shard_rows=16, kind="text", weights="w" * 64)
+    model = write_onnx(tmp_path / "student", teacher="w" * 64)
+    server = served(store.path, student=student_of(str(model), "cpu"))
+    (query_D,) = OnnxTowers(model).encode_texts(["a dog"])
+    found = answered(ask(server, "/text?count=20", b"a dog"))
+    np.testing.assert_allclose(
+        [score for _, score in found], np.sort(values_ND.astype(np.float32) @ query_D)[::-1], atol=2e-3
+    )
+    assert f"the student {model} of local-dir:/somewhere" in ask(server, "/").decode()
 
 
 def test_mistakes_are_errors_before_a_page_is_served(text_store: Store, tmp_path: Path) -> None:
