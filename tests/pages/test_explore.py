@@ -160,8 +160,7 @@ def test_what_is_no_image_or_is_too_large_gives_words(
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(50 * 2**20 + 1)
     browser.driver.find_element(By.ID, "file").send_keys(str(tmp_path / "huge.png"))
-    wait_for(lambda: texts(browser, "#status"), "words")
-    assert texts(browser, "#status") == ["huge.png has more than 50 MB"]
+    wait_for(lambda: texts(browser, "#found .warning") == ["huge.png has more than 50 MB"], "words")
     browser.run("location.hash = 'image=9'")
     wait_for(lambda: "closed" in "".join(texts(browser, "#found .warning")), "words")
 

@@ -36,9 +36,15 @@ function ask(name, value) {
 
 function askWithImage(given) {
   if (!given) return;
-  if (given.size > MOST_BYTES) return say(`${given.name} has more than ${MOST_BYTES / 2 ** 20} MB`, true);
+  if (given.size > MOST_BYTES) return refuse(`${given.name} has more than ${MOST_BYTES / 2 ** 20} MB`);
   images.set(String(images.size + 1), given);
   ask("image", images.size);
+}
+
+function refuse(words) {
+  questions++;
+  found.ariaBusy = "false";
+  found.replaceChildren(element("p", { className: "warning" }, words));
 }
 
 function say(words, warning = false) {
@@ -125,7 +131,7 @@ async function answer() {
   addresses = [];
   showAsked(answered.query);
   found.className = facts.kind === "image" ? "gallery" : "sentences";
-  if (answered.error) found.replaceChildren(element("p", { className: "warning" }, answered.error));
+  if (answered.error) refuse(answered.error);
   else found.replaceChildren(element(facts.kind === "image" ? "ul" : "ol", {}, ...answered.hits.map(shownHit)));
   took.textContent = "milliseconds" in answered ? `found in ${answered.milliseconds.toLocaleString("en")} ms` : "";
   scrollTo(0, 0);
