@@ -13,7 +13,8 @@ from click.shell_completion import CompletionItem
 _PLACES = {
     "captions", "captions_out", "checkpoint", "classes_from", "config", "config_file", "data", "evaluation", "folder",
     "folders", "images", "images_from", "index", "init", "latency", "model", "models", "order", "out", "pairs", "path",
-    "pretrained", "queries", "run", "scores", "selection", "sources", "store", "templates", "texts", "val", "val_texts",
+    "paths", "pretrained", "queries", "run", "scores", "selection", "sources", "store", "templates", "texts", "val",
+    "val_texts",
 }  # fmt: skip
 """Names, in Python, of arguments and options that take a path."""
 

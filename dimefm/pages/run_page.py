@@ -100,9 +100,9 @@ def _course(runs: Sequence[LoggedRun]) -> list[Block]:
 def _over_steps(
     runs: Sequence[LoggedRun], event: str, name: str, title: str, along: str, *, note: str = ""
 ) -> list[Block]:
-    """A value over steps, and over the images that were seen where a step has not as many of them in each run."""
+    """A value over steps, and where batches are unlike over the images that were seen too."""
     charts = _drawn(runs, event, name, title, along, note=note)
-    if charts and len({run.batch_size for run in runs}) > 1:
+    if charts and _unlike_batches(runs):
         charts += _drawn(runs, event, name, f"{title}, over images seen", along, over="images", note=note)
     return charts
 
@@ -152,7 +152,7 @@ def _numbers(run: LoggedRun) -> Table:
 
 def _results(runs: Sequence[LoggedRun]) -> Table:
     """A row for each run: how far it is, and its last and best numbers."""
-    sets = _all_names(runs, "validation")
+    sets, unlike = _all_names(runs, "validation"), _unlike_batches(runs)
     rows: list[list[str | Cell]] = []
     bests = {name: [_best_point(run, "validation", name) for run in runs] for name in sets}
     for number, run in enumerate(runs):
@@ -161,7 +161,7 @@ def _results(runs: Sequence[LoggedRun]) -> Table:
         row: list[str | Cell] = [
             run.name,
             Cell(f"{run.done:,} of {run.run.steps:,}", run.done),
-            Cell(f"{seen:,}", seen),
+            *([Cell(f"{seen:,}", seen)] if unlike else []),
             _value_cells(losses[-1] if losses else None)[0],
             _with_step(_best_point(run, "train", "loss")),
         ]
@@ -175,7 +175,7 @@ def _results(runs: Sequence[LoggedRun]) -> Table:
         row.append(Cell(f"{middle:,.0f}", middle) if middle is not None else Cell("none"))
         rows.append(row)
     of_sets = [words for name in sets for words in (f"{name} last", f"{name} best")]
-    head = ("run", "steps", "images seen", "loss last", "loss lowest", *of_sets, "images/s")
+    head = ("run", "steps", *(["images seen"] if unlike else []), "loss last", "loss lowest", *of_sets, "images/s")
     return Table(head, rows, "l" + "r" * (len(head) - 1), "How far each run is, and what it reached (at a step)")
 
 
@@ -224,6 +224,11 @@ def _flat(values: dict[str, Any], before: str = "") -> Iterable[tuple[str, str]]
 
 def _all_names(runs: Sequence[LoggedRun], event: str) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.names(event)))
+
+
+def _unlike_batches(runs: Sequence[LoggedRun]) -> bool:
+    """Whether a step has not as many images in each run."""
+    return len({run.batch_size for run in runs}) > 1
 
 
 def _finite(points: Points) -> Points:

@@ -45,8 +45,7 @@ class LoggedRun:
     @property
     def batch_size(self) -> int:
         """Images of a step."""
-        size: int = self.config["batch_size"]
-        return size
+        return _count(self.config["batch_size"])
 
     @property
     def finished(self) -> bool:
@@ -56,7 +55,7 @@ class LoggedRun:
     @property
     def done(self) -> int:
         """The last step that is known to be done."""
-        return max([self.checkpoint, *(line["step"] for line in self.lines[-1:])])
+        return max([self.checkpoint, *(_count(line["step"]) for line in self.lines[-1:])])
 
     def names(self, event: str) -> list[str]:
         """The names of the values of an event, in the order in which they first appear."""
@@ -149,6 +148,10 @@ def _stopped_at(path: str, checkpoint: int) -> int | None:
     report = storage.join(path, REPORT_FILE)
     step = int(storage.read_json(report)["step"]) if storage.exists(report) else 0
     return step if step > checkpoint else None
+
+
+def _count(value: Any) -> int:
+    return int(value)
 
 
 def _number(value: Any) -> float:

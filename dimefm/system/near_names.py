@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 _LEAST = 3  # letters that say something about a name
+_ALIKE = 0.61  # difflib's ratio of names that are alike: `watch` is not like `cache`
 
 
 def near_names(word: str, known: Iterable[str], most: int = 3) -> list[str]:
@@ -17,7 +18,7 @@ def near_names(word: str, known: Iterable[str], most: int = 3) -> list[str]:
         by_plain.setdefault(_plain(name), []).append(name)
     wanted = _plain(word)
     parts = [name for name in by_plain if name.startswith(wanted) or wanted in name.split("-")]
-    near = [*(parts if len(wanted) >= _LEAST else []), *get_close_matches(wanted, by_plain, n=most)]
+    near = [*(parts if len(wanted) >= _LEAST else []), *get_close_matches(wanted, by_plain, n=most, cutoff=_ALIKE)]
     return [name for plain in dict.fromkeys(near) for name in by_plain[plain]][:most]
 
 

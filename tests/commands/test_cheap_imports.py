@@ -44,6 +44,7 @@ LOOKS = (
         "export-embeddings texts.zarr --out x",
         "export-embeddings texts.zarr --out x.parquet --format parquet --map",
     ),
+    "report run --out page.html",
     "select-texts pairs.zarr --out by-hits.selection",
     *("predict onnx photo.jpg --classes cat,dog", "predict onnx photo.jpg --classes cat,dog --json"),
 )
@@ -54,6 +55,10 @@ MISTAKES = (
         "cache",
         "info",
         "info nothing",
+        "report nothing",
+        "report run --out run",
+        "watch nothing",
+        "watch texts.zarr",
         "verify nothing.zarr",
         "compare nothing",
         "compare evaluations/student --out x.doc",

@@ -41,6 +41,8 @@ def test_models() -> None:
         ("cache-images", "x", "--out", "im"),
         ("cache-images", "--pretrained", "w"),
         ("info", "im"),
+        ("report", "ru"),
+        ("watch", "ru"),
         ("evaluate", "st"),
         ("evaluate", "student", "se"),
         ("predict", "student", "ph"),

@@ -134,7 +134,7 @@ def test_what_is_missing_is_said(like: Run, tmp_path: Path) -> None:
     ]
     both = run_sections([str(tmp_path / "new"), without])
     assert lines(charts(both)["Loss"]) == {"without": "1 to 1"}
-    assert rows(both, "How far")[1] == ["new", "0 of 100", "0", "none", "none", "none"]
+    assert rows(both, "How far")[1] == ["new", "0 of 100", "none", "none", "none"]
 
 
 def test_lines_of_steps_that_were_done_again_are_left_out(like: Run, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def test_a_new_step_appears_and_what_the_reader_did_stays(like: Run, tmp_path: P
     with Serving("watch", run) as served:
         browser.open(served.url)
         wait_for(lambda: state(browser).startswith("training: 20 of 100 steps; last update "))
+        browser.run("document.documentElement.style.scrollBehavior = 'auto'")  # else places change for a while
         browser.type(".filter input", "cosine 0.5")
         browser.press(browser.all("th button")[1], "ENTER")
         browser.press(browser.all("th button")[1], "ENTER")
@@ -55,7 +56,7 @@ def test_a_new_step_appears_and_what_the_reader_did_stays(like: Run, tmp_path: P
         kept = """const i = document.querySelector('.filter input');
             return [i === document.activeElement, i.value, i.selectionStart, i.selectionEnd,
                 document.querySelector('th[aria-sort]').ariaSort, document.querySelector('.readout').value,
-                [...document.querySelectorAll('.table tbody tr:not([hidden]) td:first-child')].map(t => t.textContent)]"""
+                [...document.querySelectorAll('tbody tr:not([hidden]) td:first-child')].map(t => t.textContent)]"""
         place = "return document.activeElement.getBoundingClientRect().top"
         before, top = browser.run(kept), browser.run(place)
         names = ["teacher 11: cosine", "teacher 10: cosine"]

@@ -1,6 +1,7 @@
 
 // The page of a run that is being trained: asks for newer sections, and puts them in the place of those that it shows.
 
+document.documentElement.style.overflowAnchor = "none";  // what stays in its place is chosen below
 const SHOWN = 2000, HIDDEN = 30000;  // milliseconds from one question to the next
 let version = "", timer = 0;
 
