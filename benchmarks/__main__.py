@@ -20,7 +20,7 @@ COMMANDS = {
             "sample-recipes", "urls", "architectures", "start-up", "first-session", "probe-few", "latency", "int8",
             "onnx-towers", "index-scale", "retrieve-scale", "select-scale", "remote-training", "verify-scale",
             "checkpoint-cost", "ray-scale", "recipes", "recipe-stores", "second-teacher", "shift", "views",
-            "allocator", "planted-copies", "image-choices",
+            "allocator", "explore", "planted-copies", "image-choices",
         )
     },
     "clip-benchmark": "benchmarks.clip_benchmark_agreement",

@@ -33,15 +33,15 @@ _NOWHERE = ImagePlace("nowhere.tar", 0, 1)  # where an image is that only has an
 _SHARDS = 64  # at least, as stage 1 cuts a source
 
 
-def simulate(path: Path, kind: Any, rows: int, dim: int, tars: list[str]) -> None:
-    """A finished store at `path`, unless one of that size is there."""
+def simulate(path: Path, kind: Any, rows: int, dim: int, tars: list[str], teacher: TeacherIdentity = TEACHER) -> None:
+    """A finished store at `path`, as if by `teacher`, unless one of that size is there."""
     if is_planned(str(path)):
         store = Store(str(path))
         store.require_complete()
         if (store.schema.rows, store.schema.dim, store.schema.source.arguments) == (rows, dim, tuple(tars)):
             return
         raise click.ClickException(f"{path} is another simulation: delete it, or give another --folder")
-    store = make_plans(path, kind, rows, replace(TEACHER, embed_dim=dim), tars)
+    store = make_plans(path, kind, rows, replace(teacher, embed_dim=dim), tars)
     schema, digests = store.schema, store.schema.digests
     rng = np.random.default_rng(0)
     for shard in {0, schema.shards - 1}:

@@ -19,7 +19,7 @@ from dimefm.commands.export import export
 from dimefm.commands.help import Commands
 from dimefm.commands.inspection import doctor, info, verify
 from dimefm.commands.latency import latency
-from dimefm.commands.pages import report, watch
+from dimefm.commands.pages import explore, report, watch
 from dimefm.commands.prediction import predict
 from dimefm.commands.publish import card, push
 from dimefm.commands.recipes import recipes
@@ -129,4 +129,4 @@ cli.add_section("Stage 2: train a student", train_student, recipes)
 cli.add_section("Measure", evaluate, sets, compare, latency, submission)
 cli.add_section("Export and convert", export, card, push, convert_checkpoint, export_embeddings)
 cli.add_section("Use a student", predict)
-cli.add_section("Look and check", info, report, watch, verify, doctor)
+cli.add_section("Look and check", info, report, watch, explore, verify, doctor)

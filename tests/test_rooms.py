@@ -28,7 +28,7 @@ ROOMS = {
     "dimefm.sample": "images sources",
     "dimefm.selection": "images sources store system",
     "dimefm.datasets": "images sources system",
-    "dimefm.exchange": "caching images models sources store system",
+    "dimefm.exchange": "caching images models selection sources store system",
     "dimefm.training": "datasets images models sources store system",
     "dimefm.evaluation": "caching datasets models store system training",
     "dimefm.latency": "evaluation models system training",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import PurePosixPath
 from typing import Any, get_args
 
 import click
@@ -27,6 +28,7 @@ from dimefm.system.notes import note
 
 _option = options_of("pipeline.cache", "CacheConfig")
 _import_option = options_of("dimefm.exchange.import_embeddings", "ImportConfig")
+_parquet_option = options_of("dimefm.exchange.export_parquet", "ParquetConfig")
 
 
 def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -143,19 +145,50 @@ def import_embeddings(folder: str, workers: int | None, ray_address: str | None,
 
 @click.command(cls=Command)
 @click.argument("store", metavar="STORE.zarr")
-@click.option("--out", required=True, help="Folder to write.")
-@click.option("--rows-per-file", type=click.IntRange(1), help="Rows per file. Default: the rows of a shard.")
+@_parquet_option("--out", required=True)
+@click.option(
+    "--format", "format_", type=click.Choice(["clip-retrieval", "parquet"]), default="clip-retrieval",
+    show_default=True, help="Layout to write.",
+)  # fmt: skip
+@_parquet_option("--rows-per-file", type=click.IntRange(1))
+@_parquet_option("--pairs", metavar="PAIRS.zarr")
+@_parquet_option("--clusters", type=click.IntRange(2, 100_000), metavar="N")
+@_parquet_option("--map", is_flag=True)
+@_parquet_option("--thumbnails", type=click.IntRange(8, 4096), metavar="SIDE")
 @ray_options("Files to write at once, on Ray. Default: one after another.")
 @quiet_option
 def export_embeddings(
-    store: str, out: str, rows_per_file: int | None, workers: int | None, ray_address: str | None
+    store: str,
+    out: str,
+    format_: str,
+    rows_per_file: int | None,
+    workers: int | None,
+    ray_address: str | None,
+    **columns: Any,
 ) -> None:
-    """Write embeddings as clip-retrieval writes them.
+    """Write embeddings for other programs.
 
-    They are in img_emb/ or text_emb/, beside metadata/. Rows without an embedding are left out; the column `row` of the
-    metadata says which rows were written.
+    \b
+    --format clip-retrieval  img_emb/ or text_emb/, with metadata/ beside it
+    --format parquet         row, key, text or file, vector, and what is asked for
+
+    pandas, DuckDB, Hugging Face's datasets and embedding-atlas read such Parquet. Rows without an embedding are left
+    out; the column `row` says which rows were written.
     """
+    if format_ == "clip-retrieval":
+        for name, value in columns.items():
+            require_with(f"--{name}", value or None, "--format parquet", None)
+    elif PurePosixPath(out).suffix.lower() == ".parquet":
+        for name, value in (("--rows-per-file", rows_per_file), ("--workers", workers)):
+            if value:
+                raise click.UsageError(f"{name} has no effect with one file: give a folder as --out")
     run = shard_runner(workers, ray_address)
+    if format_ == "parquet":
+        from dimefm.exchange.export_parquet import ParquetConfig, export_parquet
+
+        config = ParquetConfig(store=store, out=out, rows_per_file=rows_per_file, **columns)
+        say(f"{export_parquet(config, run)}: embeddings as .parquet")
+        return
     from dimefm.exchange.export_embeddings import export_embeddings as export
 
     say(f"{export(store, out, rows_per_file=rows_per_file, run=run)}: embeddings as .npy, metadata as .parquet")

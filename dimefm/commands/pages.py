@@ -1,13 +1,25 @@
-"""`dimefm report` and `dimefm watch`."""
+"""`dimefm report`, `dimefm watch` and `dimefm explore`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import click
 
 from dimefm.commands.help import Command
-from dimefm.commands.options import quiet_option
+from dimefm.commands.options import DEVICES, Bytes, options_of, quiet_option
+from dimefm.commands.retrieval import model_option, require_encoder, student_of
 from dimefm.system.inert_text import say
 from dimefm.system.notes import note
+
+_port_option = click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    metavar="N",
+    help="Port to listen at, on this machine alone. Default: any that is free.",
+)
+_explore_option = options_of("dimefm.pages.explore", "ExploreConfig")
 
 
 @click.command(cls=Command)
@@ -30,8 +42,7 @@ def report(paths: tuple[str, ...], out: str) -> None:
 
 @click.command(cls=Command)
 @click.argument("run", metavar="RUN")
-@click.option("--port", type=click.IntRange(0, 65535), default=0, metavar="N",
-              help="Port to listen at, on this machine alone. Default: any that is free.")  # fmt: skip
+@_port_option
 @quiet_option
 def watch(run: str, port: int) -> None:
     """Watch a run in a browser while it trains.
@@ -48,3 +59,33 @@ def watch(run: str, port: int) -> None:
         say(url)
 
     serve(run, port, ready=ready)
+
+
+@click.command(cls=Command)
+@click.argument("path", metavar="STORE.zarr|STORE.index")
+@_port_option
+@_explore_option("--teacher")
+@_explore_option("--pretrained")
+@model_option
+@_explore_option("--device", type=DEVICES)
+@_explore_option("--memory", type=Bytes(), metavar="SIZE")
+@quiet_option
+def explore(path: str, port: int, model: str | None, **options: Any) -> None:
+    """Explore a store in a browser: by sentences, images and rows.
+
+    Prints the URL of a page where you type a sentence, drop, paste or choose an image, and see what is nearest; a click
+    goes on from there. It is served until Ctrl-C, to this machine alone. From another one: ssh -L PORT:localhost:PORT,
+    with the port of that URL on both sides.
+
+    A store is searched exactly, an index as retrieve searches it.
+    """
+    require_encoder(options["teacher"], options["pretrained"], model)
+    from dimefm.pages.explore import ExploreConfig
+    from dimefm.pages.explore import explore as serve
+
+    def ready(url: str) -> None:
+        note(f"the page of {path} is served until Ctrl-C")
+        say(url)
+
+    student = student_of(model, options["device"]) if model else None
+    serve(ExploreConfig(path=path, **options), port, student=student, ready=ready)

@@ -27,10 +27,14 @@ from dimefm.system.notes import note
 
 if TYPE_CHECKING:
     from dimefm.models.clip import Clip
-    from dimefm.retrieval.search import Student
+    from dimefm.retrieval.searched import Student
 
 _index_option = options_of("dimefm.retrieval.build_index", "IndexConfig")
 _training_option = options_of("dimefm.training.config", "TrainConfig", defaults=False)
+model_option = click.option(
+    "--model",
+    help="Student to search with in place of the teacher: a run or an exported folder, distilled from this teacher.",
+)
 _DEVICE = "Where exact search computes. Default: cuda if there is a GPU, else cpu."
 
 
@@ -127,10 +131,7 @@ def retrieve(
 @click.option("--top-k", type=click.IntRange(1), default=10, show_default=True, help="Results per image or sentence.")
 @click.option("--teacher", help="Where the teacher is now. Default: where it was when the store was written.")
 @options_of("dimefm.inspection.verify", "VerifyConfig")("--pretrained")
-@click.option(
-    "--model",
-    help="Student to search with in place of the teacher: a run or an exported folder, distilled from this teacher.",
-)
+@model_option
 @click.option(
     "--device", type=DEVICES, help="Where the model and the search run. Default: cuda if there is a GPU, else cpu."
 )
@@ -145,15 +146,11 @@ def search(path: str, model: str | None, as_json: bool, **options: Any) -> None:
     queries = [*options["images"], *options["texts"]]
     if not queries:
         raise click.UsageError("give --image FILE or --text SENTENCE")
-    require_with("--pretrained", options["pretrained"], "--teacher", options["teacher"])
-    if options["teacher"]:
-        require_model(options["teacher"], options["pretrained"])
-    if model and options["teacher"]:
-        raise click.UsageError("--teacher has no effect with --model, which searches in its place")
+    require_encoder(options["teacher"], options["pretrained"], model)
     from dimefm.retrieval.search import facts, show
     from dimefm.retrieval.search import search as run
 
-    student = _student(model, options["device"]) if model else None
+    student = student_of(model, options["device"]) if model else None
     found = run(path, student=student, **options)
     if as_json:
         say_json([{**facts(*one), **({"model": model} if model else {})} for one in zip(queries, found, strict=True)])
@@ -163,8 +160,18 @@ def search(path: str, model: str | None, as_json: bool, **options: Any) -> None:
     say("\n\n".join(map(show, queries, found)))
 
 
-def _student(model: str, device: str | None) -> Student:
-    from dimefm.retrieval.search import Student
+def require_encoder(teacher: str | None, pretrained: str | None, model: str | None) -> None:
+    """Raises UsageError and DimefmError for what cannot encode queries."""
+    require_with("--pretrained", pretrained, "--teacher", teacher)
+    if teacher:
+        require_model(teacher, pretrained)
+    if model and teacher:
+        raise click.UsageError("--teacher has no effect with --model, which searches in its place")
+
+
+def student_of(model: str, device: str | None) -> Student:
+    """The --model of `search` and `explore`. Raises DimefmError where it is no student."""
+    from dimefm.retrieval.searched import Student
     from dimefm.training.student import distilled_from
 
     def load() -> AbstractContextManager[Clip]:

@@ -169,7 +169,7 @@ def leaks(
     from dimefm.leaks.report import as_text
 
     def load(store: Any) -> Any:
-        from dimefm.retrieval.search import load_teacher
+        from dimefm.retrieval.searched import load_teacher
 
         return load_teacher(store, teacher, pretrained, device)
 
@@ -183,7 +183,7 @@ def _encoder(
     """Encodes sentences with the teacher of a store."""
 
     def encode(sentences: Sequence[str]) -> Any:
-        from dimefm.retrieval.search import load_teacher
+        from dimefm.retrieval.searched import load_teacher
         from dimefm.store.embedding_store import Store
 
         return load_teacher(Store(images), teacher, pretrained, device).encode_texts(list(sentences)).cpu().numpy()

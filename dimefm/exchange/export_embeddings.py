@@ -1,5 +1,5 @@
 """`export-embeddings` as one call: write a store as a folder in clip-retrieval's layout
-(see exchange.clip_retrieval_folder).
+(see exchange.clip_retrieval_folder). exchange.export_parquet writes one as a Parquet data set.
 
 Shapes: N rows of a file, D embedding width.
 """
@@ -40,9 +40,7 @@ def export_embeddings(
     images `image_path` (the key again) and `file`. `run` has the files written. The folder appears whole or not at all.
     Raises StoreError for a store that is unfinished or has no embedding, OutputExistsError where `out` is not empty.
     """
-    store = Store(store_path)
-    store.require_complete()
-    require_embeddings(store)
+    store = open_finished(store_path)
     target = Path(storage.local(out, "an export"))
     require_name(out, "a folder of embeddings")
     if target.is_file() or storage.listing(str(target)):
@@ -56,6 +54,14 @@ def export_embeddings(
             done += min(step, rows - number * step)
             progress.at(done)
     return str(target)
+
+
+def open_finished(path: str) -> Store:
+    """A store that can be exported. Raises StoreError for one that is unfinished or has no embedding."""
+    store = Store(path)
+    store.require_complete()
+    require_embeddings(store)
+    return store
 
 
 @dataclass(frozen=True)
@@ -83,13 +89,18 @@ class ExportFiles:
         if not len(good_N):
             return
         folder, name = Path(self.folder), FOLDERS[store.schema.kind]
-        suffix = f"{number:0{len(str((rows - 1) // self.rows_per_file))}d}"
+        suffix = numbered(number, rows, self.rows_per_file)
         vectors, table = io.BytesIO(), io.BytesIO()
         np.save(vectors, store.read(start, stop)[good_N])
         pq.write_table(_metadata(store, start, stop).take(good_N), table)
         with storage.writing_to(self.out):
             _write(folder / name / f"{name}_{suffix}.npy", vectors)
             _write(folder / "metadata" / f"metadata_{suffix}.parquet", table)
+
+
+def numbered(number: int, rows: int, rows_per_file: int) -> str:
+    """The number of a file of an export, padded so that names stand in the order of their rows."""
+    return f"{number:0{len(str((rows - 1) // rows_per_file))}d}"
 
 
 def _write(path: Path, data: io.BytesIO) -> None:
@@ -99,12 +110,17 @@ def _write(path: Path, data: io.BytesIO) -> None:
 
 
 def _metadata(store: Store, start: int, stop: int) -> pa.Table:
-    """The metadata of rows start..stop-1, from the plans of their shards."""
-    size = store.schema.shard_rows
-    first, last = start // size, (stop - 1) // size
-    plan = pa.concat_tables([store.plan(shard) for shard in range(first, last + 1)])
-    plan = plan.slice(start - first * size, stop - start)
+    """The metadata of rows start..stop-1."""
+    plan = planned(store, start, stop)
     columns = {"row": plan["row"], "key": plan["key"]}
     if store.schema.kind == "text":
         return pa.table({CAPTION: plan["text"], **columns})
     return pa.table({"image_path": plan["key"], **columns, "file": plan["file"]})
+
+
+def planned(store: Store, start: int, stop: int) -> pa.Table:
+    """What the plans of their shards say of rows start..stop-1."""
+    size = store.schema.shard_rows
+    first, last = start // size, (stop - 1) // size
+    plan = pa.concat_tables([store.plan(shard) for shard in range(first, last + 1)])
+    return plan.slice(start - first * size, stop - start)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dimefm.store.embedding_store import Store
+from dimefm.store.principal_axes import principal_axes
 
 _SHARDS = 16  # that rows are taken from: of each its plan is read, and a chunk of embeddings
 
@@ -47,7 +48,4 @@ def sample_rows(store: Store, count: int, seed: int = 0) -> RowSample:
 def principal_components(embedding_ND: np.ndarray[Any, Any], count: int = 2) -> np.ndarray[Any, Any]:
     """The places of rows along the directions in which they differ most, float32 (N, P) (principal component
     analysis)."""
-    centred_ND = embedding_ND - embedding_ND.mean(axis=0)
-    _, vectors_DD = np.linalg.eigh(centred_ND.T @ centred_ND)  # in order of ascending variance
-    found: np.ndarray[Any, Any] = centred_ND @ vectors_DD[:, : -count - 1 : -1]
-    return found
+    return principal_axes(embedding_ND, count).place(embedding_ND)

@@ -24,10 +24,10 @@ from dimefm.errors import DimefmError
 from dimefm.system.inert_text import text
 from dimefm.system.stopping import holding
 
-MOST_BODY = 16 * 2**20  # bytes of a request: a picture that somebody asks with
+MOST_BODY = 50 * 2**20  # bytes of a request: a picture that somebody asks with
 
 _ADDRESS, _PATIENCE = "127.0.0.1", 30.0  # seconds for each read and write of a request
-_DISCARDED = 64 * 2**20  # of a body that is too large: a browser shows an answer only when it has sent all of it
+_DISCARDED = 200 * 2**20  # of a body that is too large: a browser shows an answer only when it has sent all of it
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",

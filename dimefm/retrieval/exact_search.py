@@ -57,8 +57,16 @@ class ExactSearch:
 
     batch = 65536  # queries for which each row is read only once
 
-    def __init__(self, store: Store, *, device: str = "cpu", ranges: Sequence[tuple[int, int]] | None = None) -> None:
-        """Search all rows of the store, or those of `ranges`, each a start and a stop."""
+    def __init__(
+        self,
+        store: Store,
+        *,
+        device: str = "cpu",
+        ranges: Sequence[tuple[int, int]] | None = None,
+        keep: bool = False,
+    ) -> None:
+        """Search all rows of the store, or those of `ranges`, each a start and a stop. With `keep` they are read now
+        and kept in memory as float32: a query alone is then answered in a tenth of the time."""
         self._store, self.device, self._device = store, device, torch.device(device)
         self._ranges = ((0, store.schema.rows),) if ranges is None else ranges
         self._transfer = Transfer(self._device)
@@ -71,6 +79,8 @@ class ExactSearch:
             rows = sum(stop - start for start, stop in self._ranges)
             if rows * store.schema.dim * store.schema.item_bytes < _RESIDENT * free:
                 self._kept = list(self._blocks())
+        elif keep:
+            self._kept = [(rows_N, embedding_ND.float()) for rows_N, embedding_ND in self._blocks()]
 
     def search(self, queries_QD: np.ndarray[Any, Any], k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Scores float32 (Q, K) and rows of the store int64 (Q, K), best first; -inf and -1 where there are fewer.

@@ -41,12 +41,13 @@ def note_search(index: str | None, kinds: Iterable[str]) -> None:
         note(f"{kind} queries: {describe_search(found)}{as_others}")
 
 
-def open_search(store: Store, index: str | None, device: str | None = None) -> Search:
-    """A search over `store`. Raises as `retrieval.index_search.IndexSearch.open` does."""
+def open_search(store: Store, index: str | None, device: str | None = None, *, keep: bool = False) -> Search:
+    """A search over `store`; an exact one can `keep` all its rows in memory. Raises as
+    `retrieval.index_search.IndexSearch.open` does."""
     if index is None:
         from dimefm.retrieval.exact_search import ExactSearch
 
-        return ExactSearch(store, device=choose_device(device))
+        return ExactSearch(store, device=choose_device(device), keep=keep)
     from dimefm.retrieval.index_search import IndexSearch
 
     return IndexSearch.open(storage.absolute(index), store)

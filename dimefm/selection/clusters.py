@@ -140,10 +140,10 @@ def find_centres(store: Store, rows_C: np.ndarray[Any, Any], count: int, *, seed
     chosen = np.sort(np.random.default_rng((seed, 2)).choice(len(rows_C), sample, replace=False))
     half_SD = torch.from_numpy(read_rows(store, rows_C[chosen]))
     half_SD = half_SD[half_SD.isfinite().all(dim=1) & half_SD.any(dim=1)]  # a status of OK says that of no embedding
-    return _spherical_kmeans(half_SD, min(count, len(half_SD)), seed=seed, device=device)
+    return spherical_kmeans(half_SD, min(count, len(half_SD)), seed=seed, device=device)
 
 
-def _spherical_kmeans(half_SD: torch.Tensor, count: int, *, seed: int, device: str) -> torch.Tensor:
+def spherical_kmeans(half_SD: torch.Tensor, count: int, *, seed: int = 0, device: str = "cpu") -> torch.Tensor:
     """Centres of unit norm, float32 (K, D) on `device`. A cluster that lost all its rows starts anew at the row that is
     furthest from its centre. The CPU makes the sums, because there their order is fixed."""
     first = np.sort(np.random.default_rng((seed, 3)).choice(len(half_SD), count, replace=False))

@@ -14,9 +14,11 @@ from click.testing import CliRunner
 from dimefm.cli import cli
 from dimefm.commands.options import fields_of, options_of, say_json
 from dimefm.evaluation.config import EvaluationConfig
+from dimefm.exchange.export_parquet import ParquetConfig
 from dimefm.exchange.import_embeddings import ImportConfig
 from dimefm.inspection.verify import VerifyConfig
 from dimefm.models.trained import Trained
+from dimefm.pages.explore import ExploreConfig
 from dimefm.retrieval.build_index import IndexConfig
 from dimefm.selection.select_images import ImageSelectionConfig
 from dimefm.selection.select_texts import SelectionConfig
@@ -28,21 +30,25 @@ CONFIGS: dict[str, Any] = {
     "cache-images": CacheConfig,
     "cache-texts": CacheConfig,
     "import-embeddings": ImportConfig,
+    "export-embeddings": ParquetConfig,
     "build-index": IndexConfig,
     "select-texts": SelectionConfig,
     "select-images": ImageSelectionConfig,
     "train-student": TrainConfig,
     "evaluate": EvaluationConfig,
     "verify": VerifyConfig,
+    "explore": ExploreConfig,
 }
 OF_NO_CONFIG = {
     "cache-images": {"dry_run"},
     "cache-texts": {"dry_run"},
     "build-index": {"dry_run", "workers", "ray_address"},
     "import-embeddings": {"workers", "ray_address"},
+    "export-embeddings": {"format_", "workers", "ray_address"},
     "select-texts": {"workers", "ray_address"},
     "select-images": {"workers", "ray_address", "teacher", "pretrained"},
     "verify": {"workers", "ray_address"},
+    "explore": {"port", "model"},
     "evaluate": {"config"},
     "train-student": {"recipe", "config_file", "settings", "fields", "dry_run", "as_json", "allow_changes"},
 }

@@ -103,7 +103,8 @@ def test_hostile_captions_and_keys_are_text(browser: Browser, clip: Clip, tmp_pa
     assert HOSTILE in browser.texts("td")
     assert browser.run("return document.scripts.length") == 1
     shown = browser.run(
-        "return [...document.querySelectorAll('.gallery li')].map(o => [o.textContent.trim(), o.querySelector('img').src])"
+        "return [...document.querySelectorAll('.gallery li')]"
+        ".map(one => [one.textContent.trim(), one.querySelector('img').src])"
     )
     for words, image in shown:
         assert image == as_uri(thumbnail(make_jpeg(seed=int(words.strip()[len(key)])), SIDE))

@@ -30,6 +30,18 @@ def test_the_nearest_rows_are_those_of_brute_force(
     assert scores.dtype == np.float32
 
 
+def test_rows_that_are_kept_give_the_same_and_are_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dimefm.retrieval.exact_search._BLOCK_ROWS", 300)
+    store, values = random_store(tmp_path / "s.zarr", rows=1000, shard_rows=256, failed=(5, 700), seed=1)
+    kept, query = ExactSearch(store, keep=True), values[100:101].astype(np.float32)
+    expected = ExactSearch(store).search(query, 9)
+    monkeypatch.setattr(Store, "read", None)
+    for one, other in zip(kept.search(query, 9), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("width", [1, 63, 64, 65, 700, 64 * 40 + 7])
 def test_the_largest_of_a_row_are_found_through_its_groups(width: int) -> None:
     scores = torch.from_numpy(np.random.default_rng(width).standard_normal((5, width)).astype(np.float32))

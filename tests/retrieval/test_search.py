@@ -16,7 +16,8 @@ from dimefm.inspection.info import describe
 from dimefm.models.clip import Clip
 from dimefm.models.onnx_towers import OnnxTowers
 from dimefm.retrieval.build_index import IndexConfig, build_index
-from dimefm.retrieval.search import Hit, search, show
+from dimefm.retrieval.search import search, show
+from dimefm.retrieval.searched import Hit
 from dimefm.store.embedding_store import Store
 from tests.making import encoded, make_jpeg, picture, read_tar
 from tests.stores import random_store

@@ -16,7 +16,8 @@ from dimefm.cli import cli
 from dimefm.datasets.image_set import ImageSet
 from dimefm.evaluation.compare import Cell, Column, Comparison, Line
 from dimefm.evaluation.predictions import _summary
-from dimefm.retrieval.search import Hit, show
+from dimefm.retrieval.search import show
+from dimefm.retrieval.searched import Hit
 from dimefm.selection.report import _short
 from dimefm.sources.base import ImageSample
 from dimefm.system import inert_text
