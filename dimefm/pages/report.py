@@ -17,19 +17,20 @@ from dimefm.system.notes import note
 from dimefm.version import __version__
 
 _SECTIONS = {
+    Kind.STORE: "store_page.store_sections",
+    Kind.PAIRS: "pairs_page.pairs_sections",
     Kind.INDEX: "index_page.index_sections",
+    Kind.SELECTION: "selection_page.selection_sections",
     Kind.IMAGE_SELECTION: "image_selection_page.image_selection_sections",
     Kind.LEAKS: "leaks_page.text_leaks_sections",
-    Kind.SELECTION: "selection_page.selection_sections",
+    Kind.SET: "set_page.set_sections",
     Kind.RUN: "run_page.run_sections",
-    Kind.STORE: "store_page.store_sections",
     Kind.EVALUATIONS: "evaluation_page.evaluation_sections",
     Kind.LATENCY: "latency_page.latency_sections",
-    Kind.PAIRS: "pairs_page.pairs_sections",
-    Kind.SET: "set_page.set_sections",
 }
 """What makes the sections of a kind: a module of this room and its function, which takes the paths of all places of
-this kind, so that models and runs can be compared. Other kinds are shown as `dimefm info` describes them."""
+this kind, so that models and runs can be compared; in the order of a page. Other kinds come last, and are shown as
+`dimefm info` describes them."""
 
 _BESIDE = {Kind.LATENCY: Kind.EVALUATIONS}
 """A kind whose sections need another: its function also takes the paths of all places of that kind."""
@@ -61,11 +62,11 @@ def make_page(paths: Sequence[str]) -> Page:
             if place not in found.setdefault(kind, []):
                 found[kind].append(place)
     sections: list[Section] = []
-    for kind in Kind:
-        if kind in found:
-            note(f"looking at {', '.join(found[kind])} ...")
-            beside = [found.get(_BESIDE[kind], [])] if kind in _BESIDE else []
-            sections += _sections(kind, found[kind], *beside)
+    order = [*_SECTIONS, *(kind for kind in Kind if kind not in _SECTIONS)]
+    for kind in sorted(found, key=order.index):
+        note(f"looking at {', '.join(found[kind])} ...")
+        beside = [found.get(_BESIDE[kind], [])] if kind in _BESIDE else []
+        sections += _sections(kind, found[kind], *beside)
     title = paths[0] if len(paths) == 1 else f"{len(paths)} places"
     return Page(f"dimefm: {title.rstrip('/')}", f"{_now()}, dimefm {__version__}", sections)
 
