@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from cache_schemas.plan import FILES_TABLE
 from dimefm.caching.images_of import images_of
 from dimefm.errors import DimefmError
 from dimefm.images.decode import DecodeError
@@ -20,6 +24,7 @@ from dimefm.sources.parquet import split_column
 from dimefm.sources.read_image import EncodedImage, ImagePlace, read_encoded
 from dimefm.store.embedding_store import Store
 
+_CHANGED = "its file is another one than when it was cached"
 _THREADS = 8  # most of them wait for storage
 
 
@@ -31,8 +36,22 @@ def thumbnails(store: Store, rows_N: np.ndarray[Any, Any], side: int) -> Iterato
         places = [ImagePlace(*place) for place in store.pixel_places(ascending_M)]
     else:
         places = [ImagePlace(one.file, one.offset, one.size) for one in images_of(store, ascending_M)]
-    found = thumbnails_at(places, side)
+    changed = _changed(store, {split_column(place.file)[0] for place in places})
+    good = [place for place in places if split_column(place.file)[0] not in changed]
+    pictures = iter(thumbnails_at(good, side))
+    found = [_CHANGED if split_column(place.file)[0] in changed else next(pictures) for place in places]
     yield from (found[place] for place in place_N.tolist())
+
+
+def _changed(store: Store, files: set[str]) -> set[str]:
+    """Of these files, the local ones that have another size than when the store was planned: an image that is read
+    where another one was would be shown below the wrong name."""
+    if store.schema.pixels or FILES_TABLE not in store.schema.digests:
+        return set()
+    table = store.source_files()
+    table = table.filter(pc.is_in(table["path"], pa.array(sorted(files))))
+    sizes = zip(table["path"].to_pylist(), table["size"].to_pylist(), strict=True)
+    return {path for path, size in sizes if Path(path).is_file() and Path(path).stat().st_size != size}
 
 
 def thumbnails_at(places: Sequence[EncodedImage], side: int) -> list[bytes | str]:

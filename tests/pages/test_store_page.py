@@ -257,3 +257,13 @@ def test_names_are_as_short_as_they_can_be() -> None:
     assert short_names(["/a/b/c.zarr", "/a/d/c.zarr", "/a/e.zarr/"]) == ["b/c.zarr", "d/c.zarr", "e.zarr"]
     assert short_names(["c.zarr"]) == ["c.zarr"]
     assert short("one\n two " * 50, 12) == "one two one…"
+
+
+def test_a_file_that_was_replaced_gives_no_wrong_picture(browser: Browser, clip: Clip, tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "a.tar", {f"{n}.jpg": make_jpeg(seed=n) for n in range(12)})
+    store = cached("image", tar, tmp_path / "images.zarr", clip)
+    write_tar(tar, {f"{n}.jpg": make_jpeg(seed=n + 50) for n in range(30)})
+    opened(browser, tmp_path, store)
+
+    assert "its file is another one than when it was cached" in browser.texts(".warning")[0]
+    assert browser.run("return document.images.length") == 0
