@@ -21,7 +21,7 @@ def memory(rows: int) -> None:
         folder = Path(name)
         tars = sorted((sample_dir() / "images").iterdir())
         (folder / "images").mkdir()
-        copies = -(-rows // 5277)
+        copies = -(-rows // 5268)
         for copy in range(copies):
             for tar in tars:
                 (folder / "images" / f"{copy:03d}-{tar.name}").symlink_to(tar)
@@ -33,4 +33,4 @@ def memory(rows: int) -> None:
         chosen = [m for t, m in usage.memory if tenth <= 10 * t / usage.wall < tenth + 1]
         lines.append((f"{tenth + 1}", f"{statistics.median(chosen) / 1e9:.2f} GB", f"{max(chosen) / 1e9:.2f} GB"))
     click.echo(table(("tenth of the run", "median", "peak"), lines))
-    click.echo(f"{machine()}; {copies * 5277:,} images in {usage.wall:,.0f} s, proportional set size of all processes")
+    click.echo(f"{machine()}; {copies * 5268:,} images in {usage.wall:,.0f} s, proportional set size of all processes")

@@ -172,7 +172,7 @@ def export_embeddings(
     --format clip-retrieval  img_emb/ or text_emb/, with metadata/ beside it
     --format parquet         row, key, text or file, vector, and what is asked for
 
-    pandas, DuckDB, Hugging Face's datasets and embedding-atlas read such Parquet. Rows without an embedding are left
+    pandas, DuckDB and Hugging Face's datasets read such Parquet. Rows without an embedding are left
     out; the column `row` says which rows were written.
     """
     if format_ == "clip-retrieval":

@@ -58,7 +58,7 @@ class LeaksConfig:
     """Store whose images, or sentences, must not stand in a test set."""
     out: str
     """Folder to write, such as LEAKS.selection: for images it is a selection of all others."""
-    cosine: float = 0.75
+    cosine: float = 0.6
     """Least cosine of the teacher's embeddings from which on two images, or sentences, are compared."""
     similarity: float | None = None
     """Least similarity, from 0 to 1, from which on they are the same: of images the correlation of their pixels,

@@ -23,6 +23,7 @@ ANYWHERE = {
 LOCAL = {
     "train-student": "run", "export": "clip", "export-embeddings": "embeddings", "build-index": "t.index",
     "evaluate": "evaluations", "convert-checkpoint": "converted", "latency": "latency.json",
+    "leaks": "l.selection", "report": "page.html",
 }  # fmt: skip
 
 
@@ -52,6 +53,8 @@ def words(
         "select-texts": ["select-texts", f"{here}/pairs.zarr", "--by", "similarity", "--size", "9", "--device", "cpu"],
         "select-images": ["select-images", image_store.path, "--dedup", "0.9", "--size", "9", "--device", "cpu"],
         "train-student": tiny_run,
+        "leaks": ["leaks", image_store.path, cifar10, "--device", "cpu"],
+        "report": ["report", image_store.path],
         "export": ["export", f"{here}/run"],
         "export-embeddings": ["export-embeddings", image_store.path],
         "import-embeddings": ["import-embeddings", f"{here}/embeddings", "--kind", "image", "--teacher", teacher_name],
