@@ -112,6 +112,7 @@ document.addEventListener("pointermove", event => {
     readAt(drawing, (event.clientX - box.x) * svg.viewBox.baseVal.width / box.width);
   }
 });
+document.addEventListener("scroll", hideTip, { passive: true });
 document.addEventListener("keydown", event => {
   const drawing = drawingOf(event), step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (event.key === "Escape") hideTip();
