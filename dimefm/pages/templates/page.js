@@ -93,6 +93,7 @@ function nearestDot(drawing, x, y) {
 const drawingOf = event => event.target.closest?.(".drawing");
 const isMap = drawing => drawing.parentElement.classList.contains("map");
 const hideTip = () => { document.getElementById("tip").hidden = true; };
+let tipIsAtPointer = false;  // and not where the arrow keys are
 
 document.addEventListener("click", event => {
   const button = event.target.closest("th button");
@@ -106,13 +107,14 @@ document.addEventListener("pointermove", event => {
   if (!drawing) return hideTip();
   if (isMap(drawing)) {
     const number = nearestDot(drawing, event.clientX, event.clientY);
+    tipIsAtPointer = true;
     if (number < 0) hideTip(); else showDot(drawing, number, event.clientX, event.clientY);
   } else if (drawing.querySelector("svg[data-x]")) {
     const svg = drawing.querySelector("svg"), box = svg.getBoundingClientRect();
     readAt(drawing, (event.clientX - box.x) * svg.viewBox.baseVal.width / box.width);
   }
 });
-document.addEventListener("scroll", hideTip, { passive: true });
+document.addEventListener("scroll", () => { if (tipIsAtPointer) hideTip(); }, { passive: true });
 document.addEventListener("keydown", event => {
   const drawing = drawingOf(event), step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (event.key === "Escape") hideTip();
@@ -121,6 +123,7 @@ document.addEventListener("keydown", event => {
     const points = drawing.querySelectorAll(".point");
     const number = ((drawing.dotAt ?? -step) + step + points.length) % points.length;
     const box = points[number].getBoundingClientRect();
+    tipIsAtPointer = false;
     showDot(drawing, number, box.x, box.y);
   } else if (drawing.querySelector("svg[data-x]")) {
     const places = [...new Set([...drawing.querySelectorAll("polyline[data-name]")]
