@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from dimefm.commands.completion import completed
 from dimefm.system.near_names import did_you_mean
@@ -45,6 +46,16 @@ class Command(click.Command):
                 parameter.metavar, parameter.type.name = parameter.metavar or "N", "whole number"
             elif isinstance(parameter.type, type(click.FLOAT)):
                 parameter.metavar, parameter.type.name = parameter.metavar or "X", "number"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:  # as of a variable of the shell that is not set
+            value = ctx.params.get(str(parameter.name))
+            if ctx.get_parameter_source(str(parameter.name)) is not ParameterSource.COMMANDLINE:
+                continue
+            if value == "" or ((parameter.multiple or parameter.nargs == -1) and "" in value):
+                raise click.BadParameter("it is empty", ctx, parameter)
+        return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}

@@ -122,6 +122,8 @@ def select_images(
 
     config = ImageSelectionConfig(**options)
     run = shard_runner(workers, ray_address, config.device)
+    alone = config.ranking == "random" and config.dedup is None and not config.balance and not config.drop_near
+    require_with("--workers", workers, "another --by, --dedup, --balance or --drop-near", None if alone else True)
     select(config, _encoder(config.images, teacher, pretrained, config.device), run)
     say_made(options["out"], as_json)
 
@@ -163,8 +165,8 @@ def leaks(
         require_model(teacher, pretrained)
     from dimefm.evaluation.config import EvaluationConfig, choose_sets
 
-    named = EvaluationConfig(model="", folders=folders, suite=suite, data=data, sets=sets)
-    chosen = choose_sets(named)
+    asked = EvaluationConfig(model="", folders=folders, suite=suite, data=data, sets=sets)
+    chosen = choose_sets(asked)
     from dimefm.leaks.find_leaks import LeaksConfig, find_leaks
     from dimefm.leaks.report import as_text
 
@@ -173,7 +175,8 @@ def leaks(
 
         return load_teacher(store, teacher, pretrained, device)
 
-    found = find_leaks(LeaksConfig(store=store, **options), chosen, data, load, device)
+    named = not suite or bool(sets)
+    found = find_leaks(LeaksConfig(store=store, **options), chosen, data, load, device, named=named)
     say_json(found.to_json()) if as_json else say(as_text(found, options["out"]))
 
 

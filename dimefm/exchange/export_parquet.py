@@ -1,5 +1,5 @@
-"""`export-embeddings --format parquet` as one call: a store as a Parquet data set, for pandas, DuckDB and Hugging Face's
-datasets.
+"""`export-embeddings --format parquet` as one call: a store as a Parquet data set, for pandas, DuckDB and
+Hugging Face's datasets.
 
     row        int64                    in the store
     key        string

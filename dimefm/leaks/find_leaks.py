@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cache_schemas import Status, digest_of
 from cache_schemas.evaluation import FEATURES, UNPACKED
@@ -25,7 +26,7 @@ from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, ROWS_FILE, SELE
 from dimefm.datasets.image_set import ImageSet
 from dimefm.datasets.known_sets import open_set
 from dimefm.datasets.own_sets import open_folder
-from dimefm.errors import DimefmError, SourceError
+from dimefm.errors import DimefmError, SourceError, UnreadableError
 from dimefm.evaluation.config import ChosenSet
 from dimefm.images.decode import DecodeError
 from dimefm.leaks.alike import Look, similarity
@@ -43,10 +44,13 @@ from dimefm.system.named_paths import allowing
 from dimefm.system.notes import note
 from dimefm.system.output_names import require_name
 from dimefm.system.progress import Progress
+from dimefm.system.wording import counted
 
+_PAIRS = "pairs"  # of each set, until all are compared
 _OURS = {PLAN_FILE, ROWS_FILE, DROPPED_FILE, REPORT_FILE, SELECTION_FILE, LEAKS_FILE, LEAKED_FILE, FEATURES, UNPACKED}
+_OURS.add(_PAIRS)
 _ALIKE = {"image": 0.75, "text": 0.9}  # sentences of one form differ in the one word that matters
-_LOOKS = 2048  # training images that are kept decoded: the same ones are near to many test images
+_LOOKS, _TESTED, _BLOCK = 512, 32, 4096  # looks, of 0.5 MB, that are kept: of training and of test images; pairs
 _Array = np.ndarray[Any, Any]
 
 
@@ -73,9 +77,12 @@ def find_leaks(
     data: str | None,
     load: Callable[[Store], Any],
     device: str | None = None,
+    *,
+    named: bool = True,
 ) -> Leaks:
     """Compare the test images of `sets` with those of the store, and write a selection of all images but the leaks; or
-    of a text store compare their captions. `load` loads the teacher of the store.
+    of a text store compare their captions. `load` loads the teacher of the store. Sets that are not below `data` are
+    left out, with a note, unless the user has `named` them.
 
     A run that was stopped goes on; test images are encoded once. Raises SourceError for a set that cannot be read,
     OutputExistsError where `config.out` is something else or was made of other sets, StoreError for an unfinished
@@ -85,10 +92,11 @@ def find_leaks(
     out = storage.local(config.out, "the result of leaks")
     images = Store(config.store)
     images.require_complete()
-    config = replace(config, similarity=config.similarity or _ALIKE[images.schema.kind])
+    if config.similarity is None:
+        config = replace(config, similarity=_ALIKE[images.schema.kind])
     typed = [*(one.folder for one in sets if one.definition is None), *filter(None, [data])]
     with allowing(typed), writing(out, of_use=lambda files: files - {PLAN_FILE}):
-        opened = [(one, _open(one, data, storage.join(out, UNPACKED))) for one in sets]
+        opened = _open_all(sets, data, storage.join(out, UNPACKED), named=named)
         if images.schema.kind == "text":
             return _of_texts(config, out, images, opened, load, device)
         facts = [[one.title, test.digest()] for one, test in opened]
@@ -120,14 +128,26 @@ def _of_texts(
     return find_text_leaks(config, out, asked, texts, opened, load(texts), choose_device(device))
 
 
-def _open(one: ChosenSet, data: str | None, unpacked: str) -> ImageSet:
-    """The test images of a set."""
-    if one.definition is None:
-        return open_folder(one.folder)
-    assert data is not None
-    found = open_set(one.definition, data, "test", unpacked)
-    if found is None:
-        raise SourceError(f"{one.name} is not below {data}", remedy="dimefm sets NAME says where to get it")
+def _open_all(
+    sets: list[ChosenSet], data: str | None, unpacked: str, *, named: bool
+) -> list[tuple[ChosenSet, ImageSet]]:
+    """The test images of the sets. Raises SourceError for one that is not there and was named, and if none is."""
+    found, missing = list[tuple[ChosenSet, ImageSet]](), list[str]()
+    for one in sets:
+        if one.definition is None:
+            found.append((one, open_folder(one.folder)))
+            continue
+        assert data is not None
+        test = open_set(one.definition, data, "test", unpacked)
+        if test is None:
+            missing.append(one.name)
+        else:
+            found.append((one, test))
+    if missing and (named or not found):
+        what = f"{', '.join(missing)}: not below {data}"
+        raise SourceError(what, remedy="dimefm sets NAME says where to get it")
+    if missing:
+        note(f"not below {data}, and so not looked at: {', '.join(missing)}")
     return found
 
 
@@ -141,10 +161,17 @@ def _compare(
     search, tables, sets = ExactSearch(images, device=choose_device(device)), [LEAKED.empty_table()], list[LeakedSet]()
     for one, test in opened:
         features = compute_features(clip, test, storage.join(out, f"{FEATURES}/{one.title}.zarr"), decoder="fast")
-        pairs = _candidates(search, features.all(), features.readable, config)
-        alike = _similarities(images, test, pairs)
-        table = _table(one.title, images, test, pairs, alike, config)
+        kept = storage.join(out, f"{_PAIRS}/{one.title}.parquet")
+        if storage.exists(kept):
+            table = pq.read_table(kept)
+        else:
+            pairs = _candidates(search, features.all(), features.readable, config)
+            table = _table(one.title, images, test, pairs, _similarities(images, test, pairs), config)
+            write_table(kept, table)
         tables.append(table)
+        lost = int((~features.readable).sum())
+        if lost:
+            note(f"{counted(lost, 'image')} of {one.name} cannot be read, and so cannot be looked for")
         leaked = table.filter(table["leak"])["test_row"].unique()
         sets.append(
             LeakedSet(
@@ -153,6 +180,10 @@ def _compare(
             )
         )  # fmt: skip
     found = pa.concat_tables(tables)
+    if len(found) and found["similarity"].null_count == len(found):
+        storage.remove_folder(storage.join(out, _PAIRS))
+        what = f"not one of {counted(len(found), 'pair')} can be compared: the images of {images.path}, or of the sets,"
+        raise UnreadableError(f"{what} cannot be read", remedy="put the files back, and run the same command again")
     rows = found.filter(found["leak"])["row"].unique().to_numpy()
     assert config.similarity is not None
     document = Leaks(
@@ -170,6 +201,7 @@ def _compare(
     )
     with storage.writing_to(out):
         storage.write_json(storage.join(out, LEAKS_FILE), document.to_json())
+        storage.remove_folder(storage.join(out, _PAIRS))
     _finish(out, plan, images, rows)
     return document
 
@@ -205,7 +237,7 @@ def _similarities(images: Store, test: ImageSet, pairs: list[tuple[int, int, flo
     def trained(row: int) -> Look | None:
         return _look(places[row])
 
-    @lru_cache(_LOOKS)
+    @lru_cache(_TESTED)
     def tested(row: int) -> Look | None:
         sample = test.samples[row]
         return _look(ImagePlace(sample.file, sample.offset, sample.size))
@@ -215,9 +247,10 @@ def _similarities(images: Store, test: ImageSet, pairs: list[tuple[int, int, flo
         return None if one is None or other is None else similarity(one, other)
 
     with ThreadPoolExecutor(cpus()) as pool, Progress(f"comparing {test.name}", len(pairs), "pair") as progress:
-        for done, value in enumerate(pool.map(compare, pairs), 1):
-            progress.at(done)
-            yield value
+        for at in range(0, len(pairs), _BLOCK):
+            for done, value in enumerate(pool.map(compare, pairs[at : at + _BLOCK]), at + 1):
+                progress.at(done)
+                yield value
 
 
 def _places(images: Store, rows_N: _Array) -> list[ImagePlace]:

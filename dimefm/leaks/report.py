@@ -12,7 +12,7 @@ def as_text(found: Leaks, out: str) -> str:
     """A table of the sets, and what to do."""
     images = found.kind == "image"
     head = ["test set", "images" if images else "captions", "also trained on", "share", "pairs looked at"]
-    head += ["unreadable"] if images else []
+    head += ["pairs unreadable"] if images else []
     rows = [
         [
             markdown(one.title),
@@ -25,6 +25,9 @@ def as_text(found: Leaks, out: str) -> str:
         for one in found.sets
     ]
     table = "\n".join(markdown_table([head, *rows], "lrrrrr"[: len(head)], padded=True))
+    lost = sum(one.unread for one in found.sets)
+    if lost:
+        table += f"\n\n{counted(lost, 'pair')} could not be compared, as an image cannot be read: there may be more"
     rows_of_store = "training image" if images else "training sentence"
     if not found.rows:
         return f"{table}\n\nno {rows_of_store} stands in these sets\nwritten: {line(out)}"

@@ -10,6 +10,7 @@ import numpy as np
 from cache_schemas import Status
 from cache_schemas.image_selection import ImageSelection
 from cache_schemas.text_selection import SELECTION_FILE
+from dimefm.errors import MismatchError
 from dimefm.inspection.describe_retrieval import may_open
 from dimefm.inspection.info import examine
 from dimefm.pages.charts import Bar, bar_chart, histogram
@@ -35,7 +36,10 @@ def image_selection_sections(paths: Sequence[str]) -> list[Section]:
             selected = SelectedImages(path)
             blocks += _charts(selected.document)
             images = _images(selected)
-            more = leaks_sections(selected.path, images) or _pictures(selected, images)
+            if images is None:
+                what = f"The image store {selected.document.plan.images} is not there, or is another one now,"
+                blocks.append(Words(f"{what} so there are no pictures of its images.", warning=True))
+            more = leaks_sections(selected.path, images) or (_pictures(selected, images) if images else [])
         sections += [Section(described.title, blocks), *more]
     return sections
 
@@ -71,16 +75,20 @@ def _charts(found: ImageSelection) -> list[Block]:
 
 
 def _images(selected: SelectedImages) -> Store | None:
-    """The image store, if it is there and may be opened."""
+    """The image store, if it is there, is still the one that was selected from, and may be opened."""
     where = selected.document.plan.images
-    return Store(where) if may_open(selected.path, where) and storage.exists(where) else None
+    if not may_open(selected.path, where) or not storage.exists(where):
+        return None
+    store = Store(where)
+    try:
+        selected.require_store(store)
+    except MismatchError:
+        return None
+    return store
 
 
-def _pictures(selected: SelectedImages, images: Store | None) -> list[Section]:
+def _pictures(selected: SelectedImages, images: Store) -> list[Section]:
     """Contact sheets, and the largest groups of images that are alike."""
-    if images is None:
-        where = selected.document.plan.images
-        return [Section("Pictures", [Words(f"The image store {where} is not there, so there are no pictures.", True)])]
     pictures, kept_K, rng = Pictures(images), selected.rows(), np.random.default_rng(0)
     table = selected.copies()
     row_R, like_R = table["row"].to_numpy(), table["like"].to_numpy()

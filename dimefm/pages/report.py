@@ -8,10 +8,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import cast
 
+from cache_schemas import SchemaError
 from cache_schemas.latency import LATENCY_FILE
-from dimefm.errors import OutputExistsError
+from dimefm.errors import DimefmError, OutputExistsError
 from dimefm.inspection.kinds import Kind, kind_of, require_kind
-from dimefm.pages.page import Page, Section, render
+from dimefm.pages.page import Page, Section, Words, render
 from dimefm.system import storage
 from dimefm.system.notes import note
 from dimefm.version import __version__
@@ -57,16 +58,23 @@ def report(paths: Sequence[str], out: str) -> str:
 def make_page(paths: Sequence[str]) -> Page:
     """The page about some places. Raises StoreError as `report` does."""
     found: dict[Kind, list[str]] = {}
+    seen = set[str]()
     for path in paths:
         for kind, place in _places(path):
-            if place not in found.setdefault(kind, []):
-                found[kind].append(place)
+            if storage.absolute(place) not in seen:
+                seen.add(storage.absolute(place))
+                found.setdefault(kind, []).append(place)
     sections: list[Section] = []
     order = [*_SECTIONS, *(kind for kind in Kind if kind not in _SECTIONS)]
     for kind in sorted(found, key=order.index):
         note(f"looking at {', '.join(found[kind])} ...")
         beside = [found.get(_BESIDE[kind], [])] if kind in _BESIDE else []
-        sections += _sections(kind, found[kind], *beside)
+        try:
+            sections += _sections(kind, found[kind], *beside)
+        except (DimefmError, SchemaError) as error:
+            if len(seen) == 1:
+                raise
+            sections.append(Section(", ".join(found[kind]), [Words(str(error), warning=True)]))
     title = paths[0] if len(paths) == 1 else f"{len(paths)} places"
     return Page(f"dimefm: {title.rstrip('/')}", f"{_now()}, dimefm {__version__}", sections)
 

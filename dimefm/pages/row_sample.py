@@ -28,14 +28,13 @@ def sample_rows(store: Store, count: int, seed: int = 0) -> RowSample:
     if len(shards) > _SHARDS:
         shards = shards[np.linspace(0, len(shards) - 1, _SHARDS).round().astype(np.int64)]
     rng, rows, embeddings = np.random.default_rng(seed), list[Any](), list[Any]()
-    for shard in shards.tolist():
+    for place, shard in enumerate(shards.tolist()):
         start, stop = store.schema.shard_range(shard)
-        share = -(-count // len(shards))
+        share = -(-(count - sum(map(len, rows))) // (len(shards) - place))  # what earlier shards lacked, too
         chunk = max(store.schema.chunk_rows, share)
-        at = start + int(rng.integers(0, max(1, -(-(stop - start) // chunk)))) * chunk
+        at = start + int(rng.integers(0, max(1, stop - start - chunk + 1)))
         found_N, embedding_ND = store.valid_rows(at, min(at + chunk, stop))
-        left = min(share, count - sum(map(len, rows)), len(found_N))
-        chosen = np.sort(rng.choice(len(found_N), left, replace=False)) if left else np.empty(0, np.int64)
+        chosen = np.sort(rng.choice(len(found_N), min(share, len(found_N)), replace=False))
         rows.append(found_N[chosen])
         embeddings.append(embedding_ND[chosen].astype(np.float32))
     if not rows:

@@ -44,6 +44,8 @@ class WatchedRun:
         if not Path(storage.local(path, "a run to watch")).exists():
             remedy = did_you_mean_path(path, "start it first: dimefm train-student ... --out RUN")
             raise StoreError(f"{path} does not exist", remedy=remedy)
+        if not Path(path).is_dir():
+            raise StoreError(f"{path} is a file", remedy="give the folder of a run")
         self._path = path
         self._lock = threading.Lock()  # several windows may ask
         self._version = ""

@@ -58,7 +58,8 @@ def require_room(folder: str, needed: int) -> None:
         what = (
             f"{folder}: --dedup copies {needed / 1e9:,.1f} GB there until it is done, and {free / 1e9:,.1f} GB are free"
         )
-        raise StoreError(what, remedy="make room, or give --pool a smaller number; what was finished is kept")
+        remedy = "make room, or let fewer go on, by a smaller --pool or --top; what was finished is kept"
+        raise StoreError(what, remedy=remedy)
 
 
 def write_members(

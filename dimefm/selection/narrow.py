@@ -73,11 +73,10 @@ def narrow(
         from dimefm.selection.clusters import capped, cluster, cluster_count  # imports torch
         from dimefm.selection.repetitions import repetitions
 
-        copies, clusters = limits.dedup is not None, cluster_count(len(order_C))
-        label_C = order_C[:0]
+        copies, label_C = limits.dedup is not None, order_C[:0]
         for number in range(limits.passes if copies else 1):
             place = folder if not number else storage.join(folder, f"pass-{number + 1}")
-            seed = limits.seed + number
+            seed, clusters = limits.seed + number, cluster_count(len(order_C))
             label_C = cluster(store, order_C, place, seed=seed, device=device, copies=copies, run=run)
             if limits.dedup is not None:
                 like_C = repetitions(store, order_C, label_C, place, limits.dedup, device=device, run=run)

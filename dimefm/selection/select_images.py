@@ -166,7 +166,11 @@ def select_images(
         if storage.exists(storage.join(out, SELECTION_FILE)):
             return SelectedImages(out).document
         storage.remove_leftovers(out)
-        return _select(plan, images, targets, query_QD, out, device, run)
+        try:
+            return _select(plan, images, targets, query_QD, out, device, run)
+        except SelectionError:
+            remove_begun(out, _OURS)
+            raise
 
 
 def _select(
@@ -260,6 +264,16 @@ def begin_or_continue(out: str, plan: ImageSelectionPlan, ours: Collection[str],
         return
     own = ImageSelectionPlan.parse(storage.read_json(path), path)
     require_same(out, differing(_facts(own), _facts(plan)))
+
+
+def remove_begun(out: str, ours: Collection[str]) -> None:
+    """Remove what came to nothing, so that other settings can be tried in the same place."""
+    for name in ours:
+        place = storage.join(out, name)
+        if storage.listing(place):
+            storage.remove_folder(place)
+        elif storage.exists(place):
+            storage.remove_file(place)
 
 
 def _facts(plan: ImageSelectionPlan) -> dict[str, Any]:

@@ -8,11 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cache_schemas.evaluation import FEATURES
 from cache_schemas.leaks import LEAKED_FILE, LEAKS_FILE, Leaks
 from dimefm.errors import MismatchError, StoreError
 from dimefm.store.embedding_store import Store, require_same_data
 from dimefm.store.parquet_tables import require_digest
 from dimefm.system import storage
+from dimefm.system.near_names import did_you_mean_path
 
 AGAIN = "run dimefm leaks again, into another --out"
 NO_ROWS: np.ndarray[Any, Any] = np.empty(0, np.int64)
@@ -21,7 +23,11 @@ NO_ROWS: np.ndarray[Any, Any] = np.empty(0, np.int64)
 def read_leaks(path: str) -> Leaks:
     """The document of a folder. Raises StoreError where `leaks` has not finished one, SchemaError for a damaged one."""
     where = storage.join(storage.absolute(path), LEAKS_FILE)
+    if not storage.exists(path):
+        raise StoreError(f"{path} does not exist", remedy=did_you_mean_path(path, "give the --out of dimefm leaks"))
     if not storage.exists(where):
+        if storage.exists(storage.join(storage.absolute(path), FEATURES)):
+            raise StoreError(f"{path} is unfinished", remedy="run the same dimefm leaks again")
         raise StoreError(f"{path} has no {LEAKS_FILE}", remedy="give the --out of dimefm leaks")
     return Leaks.parse(storage.read_json(where), where)
 

@@ -28,7 +28,7 @@ class SelectedImages:
         where = storage.join(self.path, SELECTION_FILE)
         if not storage.exists(where):
             if storage.exists(storage.join(self.path, PLAN_FILE)):
-                raise StoreError(f"{self.path} is unfinished", remedy="run the same dimefm select-images again")
+                raise StoreError(f"{self.path} is unfinished", remedy="run the command that began it again")
             raise StoreError(f"{self.path} is not a selection of images", remedy="make it with dimefm select-images")
         self.document = ImageSelection.parse(storage.read_json(where), where)
 

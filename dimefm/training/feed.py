@@ -146,7 +146,8 @@ def open_feed(config: TrainConfig, place: Place) -> Iterator[Feed]:
             texts = requests(plan.texts) if plan.texts else None
             images = requests(plan.images, position=position)
             batches = _start(config, place, inputs, banks, images, texts, stack)
-        left_out = 0 if plan.images.only is None else inputs.images.contents.good - plan.images.rows
+        by_teachers = inputs.more and plan.images.only is not None and inputs.image_selection is None
+        left_out = inputs.images.contents.good - plan.images.rows if by_teachers else 0
         yield Feed(inputs, plan.order, banks, left_out, plan.steps_per_epoch, steps, first, batches)
 
 

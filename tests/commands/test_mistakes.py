@@ -175,3 +175,15 @@ def test_a_mistake(
     assert len(lines) <= 12
     assert max(line.count(", ") for line in lines) <= 10, "a list of names is shown in full"
     assert sorted(path.name for path in session.iterdir()) == before, "something was written"
+
+
+def test_an_empty_value_is_refused(session: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(session)
+    for typed in (
+        "train-student --images images.zarr --image-selection ''",
+        "search texts.zarr --text ''",
+        "select-images images.zarr --out x.selection --drop-near ''",
+        "info ''",
+    ):
+        result = CliRunner().invoke(cli, shlex.split(typed))
+        assert (result.exit_code, "it is empty" in result.output) == (2, True), result.output

@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from cache_schemas.document import CHECKSUM, digest_of
-from dimefm.errors import MismatchError, OutputExistsError, SourceError, StoreError
+from dimefm.errors import MismatchError, OutputExistsError, SourceError, StoreError, UnreadableError
 from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.evaluate import evaluate
 from dimefm.inspection.info import describe, examine
 from dimefm.leaks import find_leaks as module
+from dimefm.leaks.report import as_text
 from dimefm.models.clip import Clip
 from dimefm.store.embedding_store import Store
 from dimefm.store.selected_images import SelectedImages
@@ -56,24 +57,33 @@ def test_planted_copies_are_found_and_nothing_else(
     assert "in a test set" in (found / "report.md").read_text()
 
 
-def test_training_leaves_them_out_and_evaluation_tells_the_clean_ones(
+def test_evaluation_tells_the_clean_ones(
     found: Path, image_store: Store, text_store: Store, test_set: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    config = tiny_config(image_store, text_store, tmp_path / "run", image_selection=str(found), max_steps=2)
+    config = tiny_config(image_store, text_store, tmp_path / "run", max_steps=2)
     train(config)
     words: dict[str, Any] = {"folders": (str(test_set[0]),), "out": str(tmp_path / "e"), "predictions": True}
     (without,) = evaluate(EvaluationConfig(model=config.out, skip_existing=True, **words)).results
     assert "clean_top1" not in without.metrics
-    (result,) = evaluate(
-        EvaluationConfig(model=config.out, leaks=str(found), skip_existing=True, **words)
-    ).results  # fmt: skip
+    (result,) = evaluate(EvaluationConfig(model=config.out, leaks=str(found), skip_existing=True, **words)).results
     predicted = pq.read_table(next((tmp_path / "e").rglob("predictions/*.parquet"))).to_pylist()
     clean = [one["correct"] for one in predicted if "other" in one["key"]]
     assert len(clean) == 18
     assert result.metrics["clean_top1"] == pytest.approx(np.mean(clean))
     assert result.metrics["top1"] == pytest.approx(np.mean([one["correct"] for one in predicted]))
     assert result.intervals["clean_top1"][0] <= result.metrics["clean_top1"] <= result.intervals["clean_top1"][1]
-    assert "6 of 24 images are trained on; top1 on the other 18" in result.notes[-1]
+    assert "6 of 24 images stand in the images that it was trained on; top1 on the other 18" in result.notes[-1]
+
+
+def test_a_run_without_them_has_no_leaks(
+    found: Path, image_store: Store, text_store: Store, test_set: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    config = tiny_config(image_store, text_store, tmp_path / "run", image_selection=str(found), max_steps=2)
+    train(config)
+    out, folders = str(tmp_path / "e"), (str(test_set[0]),)
+    (result,) = evaluate(EvaluationConfig(model=config.out, leaks=str(found), folders=folders, out=out)).results
+    assert result.notes[-1] == "0 of 24 images stand in the images that it was trained on"
+    assert "clean_top1" not in result.metrics
 
 
 def test_leaks_of_other_images_are_refused(
@@ -140,9 +150,23 @@ def test_images_that_cannot_be_read_are_counted(
         raise FileNotFoundError
 
     monkeypatch.setattr(module, "read_encoded", gone)
+    with pytest.raises(UnreadableError, match=r"not one of 2,304 pairs can be compared"):
+        run(image_store, test_set[0], tmp_path / "l.selection", clip)
+    assert not (tmp_path / "l.selection" / "selection.json").exists()
+    monkeypatch.undo()
+    real, seen = module.read_encoded, list[Any]()
+
+    def some(place: Any) -> bytes:
+        seen.append(place)
+        if len(seen) % 5 == 0:
+            raise FileNotFoundError
+        return real(place)
+
+    monkeypatch.setattr(module, "read_encoded", some)
     document = run(image_store, test_set[0], tmp_path / "l.selection", clip)
     (one,) = document.sets
-    assert (one.unread, one.leaked, document.rows) == (24 * 96, 0, 0)
+    assert 0 < one.unread < 24 * 96
+    assert "could not be compared" in as_text(document, "l.selection")
 
 
 def test_a_set_that_is_not_there_is_an_error(image_store: Store, clip: Clip, tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ from dimefm.pages import likeness, store_page
 from dimefm.pages.likeness import nearest, random_cosines
 from dimefm.pages.pictures import as_uri
 from dimefm.pages.report import report
+from dimefm.pages.row_sample import sample_rows
 from dimefm.pages.short_words import short, short_names
 from dimefm.store.embedding_store import Store
 from tests.conftest import cached
 from tests.making import make_jpeg, write_tar, write_text
 from tests.pages.browser import Browser
+from tests.stores import random_store
 
 HOSTILE = "<script>document.title=1</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}"
 GOOD, SHARD_ROWS = 20, 8
@@ -267,3 +269,13 @@ def test_a_file_that_was_replaced_gives_no_wrong_picture(browser: Browser, clip:
 
     assert "its file is another one than when it was cached" in browser.texts(".warning")[0]
     assert browser.run("return document.images.length") == 0
+
+
+@pytest.mark.parametrize("rows", [1, 17, 129, 300, 5001])
+def test_a_sample_has_as_many_rows_as_there_are(tmp_path: Path, rows: int) -> None:
+    store, _ = random_store(tmp_path / "i.zarr", rows=rows, shard_rows=128, failed=(0,) if rows > 1 else ())
+    found = sample_rows(store, 200)
+    assert len(found.rows_N) >= min(200, rows - (rows > 1)) * 0.5
+    assert len(np.unique(found.rows_N)) == len(found.rows_N)
+    whole = min(-(-rows // 128), 16) * 128  # of at most 16 shards
+    assert len(sample_rows(store, 10**6).rows_N) >= min(rows, whole) - 128

@@ -231,6 +231,17 @@ def test_a_store_without_any_embedding_is_an_error(tmp_path: Path) -> None:
         select(store, tmp_path / "r.selection", by="random", size=1)
 
 
+def test_where_nothing_was_left_other_settings_can_be_tried(
+    world: tuple[Store, np.ndarray[Any, Any]], tmp_path: Path
+) -> None:
+    store, values = world
+    asked = values[[20]].astype(np.float32)
+    words: dict[str, Any] = {"drop_near": ("a",), "encode": lambda sentences: asked}
+    with pytest.raises(SelectionError, match="no image is left"):
+        select(store, tmp_path / "s.selection", drop_above=-0.99, **words)
+    assert select(store, tmp_path / "s.selection", drop_above=0.9, **words).kept > 400
+
+
 @pytest.mark.parametrize(
     ("words", "what"),
     [
