@@ -53,7 +53,8 @@ class Command(click.Command):
             value = ctx.params.get(str(parameter.name))
             if ctx.get_parameter_source(str(parameter.name)) is not ParameterSource.COMMANDLINE:
                 continue
-            if value == "" or ((parameter.multiple or parameter.nargs == -1) and "" in value):
+            several = parameter.multiple or parameter.nargs == -1
+            if "" in (value or ()) if several else value == "":
                 raise click.BadParameter("it is empty", ctx, parameter)
         return rest
 
