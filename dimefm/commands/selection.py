@@ -131,11 +131,19 @@ def select_images(
 @click.argument("store", metavar="STORE.zarr")
 @click.argument("folders", nargs=-1, metavar="[SET]...")
 @_leaks_option("--out", required=True)
-@click.option("--suite", type=click.Choice([*get_args(Suite), "all"]),
-              help="Look at the sets of this suite that are found below --data. all: every set that dimefm knows.")  # fmt: skip
+@click.option(
+    "--suite",
+    type=click.Choice([*get_args(Suite), "all"]),
+    help="Look at the sets of this suite that are found below --data. all: every set that dimefm knows.",
+)
 @click.option("--data", metavar="ROOT", help="Folder or URL that has a folder for each set.")
-@click.option("--sets", type=Names(), default=(), metavar="A,B",
-              help="Look only at these sets of the suite; or, without one, at these sets or folders below --data.")  # fmt: skip
+@click.option(
+    "--sets",
+    type=Names(),
+    default=(),
+    metavar="A,B",
+    help="Look only at these sets of the suite; or, without one, at these sets or folders below --data.",
+)
 @_leaks_option("--cosine", type=click.FloatRange(-1, 1), metavar="COSINE")
 @_leaks_option("--similarity", type=click.FloatRange(0, 1), metavar="X")
 @_leaks_option("--nearest", type=click.IntRange(1), metavar="N")
