@@ -42,10 +42,12 @@ bench: .venv/ready
 
 # Pages are tested in a real browser. Where none is there, and Debian's can be installed, it is; else its tests say that
 # they are skipped.
+APT = apt-get -qq -o Acquire::http::Timeout=15 -o Acquire::Retries=1
+
 .venv/browser: .venv/ready
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver) >/dev/null || true; fi
+	  ($(APT) update && $(APT) install -y --no-install-recommends chromium chromium-driver) >/dev/null || true; fi
 	@touch .venv/browser
 
 clean:
