@@ -26,13 +26,13 @@ from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, ROWS_FILE, SELE
 from dimefm.datasets.image_set import ImageSet
 from dimefm.datasets.known_sets import open_set
 from dimefm.datasets.own_sets import open_folder
-from dimefm.errors import DimefmError, SourceError, UnreadableError
+from dimefm.errors import DimefmError, SelectionError, SourceError, UnreadableError
 from dimefm.evaluation.config import ChosenSet
 from dimefm.images.decode import DecodeError
 from dimefm.leaks.alike import Look, similarity
 from dimefm.leaks.find_text_leaks import asked_of, existing_text_leaks, find_text_leaks, require_captions
 from dimefm.selection.narrow import Narrowed, Outcome
-from dimefm.selection.select_images import begin_or_continue, finish_selection
+from dimefm.selection.select_images import begin_or_continue, finish_selection, remove_begun
 from dimefm.sources.read_image import ImagePlace, read_encoded
 from dimefm.store.embedding_store import Store
 from dimefm.store.leaked_rows import read_leaks
@@ -47,8 +47,8 @@ from dimefm.system.progress import Progress
 from dimefm.system.wording import counted
 
 _PAIRS = "pairs"  # of each set, until all are compared
-_OURS = {PLAN_FILE, ROWS_FILE, DROPPED_FILE, REPORT_FILE, SELECTION_FILE, LEAKS_FILE, LEAKED_FILE, FEATURES, UNPACKED}
-_OURS.add(_PAIRS)
+_RESULT = {PLAN_FILE, ROWS_FILE, DROPPED_FILE, REPORT_FILE, SELECTION_FILE, LEAKS_FILE, LEAKED_FILE}
+_OURS = {*_RESULT, FEATURES, UNPACKED, _PAIRS}
 _ALIKE = {"image": 0.75, "text": 0.9}  # sentences of one form differ in the one word that matters
 _LOOKS, _TESTED, _BLOCK = 512, 32, 4096  # looks, of 0.5 MB, that are kept: of training and of test images; pairs
 _Array = np.ndarray[Any, Any]
@@ -113,7 +113,11 @@ def find_leaks(
         storage.remove_leftovers(out)
         note("loading the teacher ...")
         clip = load(images)
-        return _compare(config, out, plan, images, opened, clip, device)
+        try:
+            return _compare(config, out, plan, images, opened, clip, device)
+        except SelectionError:
+            remove_begun(out, _RESULT)
+            raise
 
 
 def _of_texts(

@@ -12,7 +12,7 @@ from cache_schemas.evaluation import FEATURES
 from cache_schemas.leaks import LEAKS_FILE, Leaks
 from dimefm.inspection.info import examine
 from dimefm.pages.charts import Bar, bar_chart
-from dimefm.pages.page import Block, Card, Cell, Facts, Gallery, Mark, Section, Table
+from dimefm.pages.page import Block, Card, Cell, Facts, Gallery, Mark, Section, Table, Words
 from dimefm.pages.pictures import Pictures
 from dimefm.store.embedding_store import Store
 from dimefm.store.leaked_rows import read_leaks, read_pairs
@@ -28,7 +28,8 @@ def leaks_sections(path: str, images: Store | None) -> list[Section]:
         return []
     found = read_leaks(path)
     table = read_pairs(path, found)
-    sections = [Section("Test images that are trained on", [_sets(found), _shares(found)])]
+    tested = "images" if found.kind == "image" else "captions"
+    sections = [Section(f"Test {tested} that are trained on", [_sets(found), _shares(found)])]
     for one in found.sets:
         pairs = sorted(table.filter(pa.compute.equal(table["set"], one.title)).to_pylist(), key=_rank)
         if pairs:
@@ -91,7 +92,8 @@ def _pairs(path: str, title: str, images: Store | None, pairs: list[dict[str, An
     """Galleries of a set: the leaks, and what just was none."""
     leaks = [pair for pair in pairs if pair["leak"]]
     misses = [pair for pair in pairs if not pair["leak"] and pair["similarity"] is not None][:_NEAR_MISSES]
-    tested = Pictures(Store(storage.join(path, f"{FEATURES}/{title}.zarr")))
+    features = storage.join(path, f"{FEATURES}/{title}.zarr")
+    tested = Pictures(Store(features)) if storage.exists(features) else None
     trained = Pictures(images) if images else None
     blocks = list[Block]()
     shown: list[tuple[str, list[dict[str, Any]], Mark]] = [
@@ -101,15 +103,19 @@ def _pairs(path: str, title: str, images: Store | None, pairs: list[dict[str, An
     for what, chosen, mark in shown:
         if not chosen:
             continue
-        left = tested.of(np.array([pair["test_row"] for pair in chosen]))
-        right = trained.of(np.array([pair["row"] for pair in chosen])) if trained else [None] * len(chosen)
+        left, right = _pictures(tested, chosen, "test_row"), _pictures(trained, chosen, "row")
         cards = [
             Card(test, pair["test_key"], (f"trained on: {pair['key']}", _said(pair)), mark, [train])
             for pair, test, train in zip(chosen, left, right, strict=True)
         ]
         more = f", the first {_PAIRS:,} of {len(leaks):,} pairs" if what == "Leaks" and len(leaks) > _PAIRS else ""
         blocks.append(Gallery(cards, f"{what}{more}: each test image, and beside it the training image"))
-    return [*tested.notes(), *(trained.notes() if trained else []), *blocks]
+    gone = [] if tested else [Words(f"Test images cannot be shown: {features} is not there", warning=True)]
+    return [*gone, *(note for one in (tested, trained) if one for note in one.notes()), *blocks]
+
+
+def _pictures(store: Pictures | None, pairs: list[dict[str, Any]], row: str) -> Sequence[str | None]:
+    return store.of(np.array([pair[row] for pair in pairs])) if store else [None] * len(pairs)
 
 
 def _said(pair: dict[str, Any]) -> str:

@@ -182,17 +182,7 @@ def select_texts(
     device = _find_device(config, texts.schema.rows) if config.computes else "cpu"
     among = None if rows is None else digest_arrays(np.unique(rows).astype(np.int64))
     leaks = LeakedRows(config.without, texts) if config.without else None
-    plan = SelectionPlan(
-        images=images.path if images else pairs.schema.images,
-        images_identity=pairs.schema.images_identity,
-        texts=texts.path,
-        texts_identity=pairs.schema.texts_identity,
-        pairs=pairs.path,
-        pairs_digest=pairs.hit_counts().digest,
-        settings=config.settings(among, leaks.digest if leaks else None),
-        images_data=pairs.hit_counts().images_data,
-        texts_data=pairs.schema.texts_data,
-    )
+    plan = _plan(pairs, images, texts, config.settings(among, leaks.digest if leaks else None))
     with writing(out, of_use=lambda files: files - {PLAN_FILE}):
         _begin_or_continue(out, plan)
         if storage.exists(storage.join(out, SELECTION_FILE)):
@@ -236,6 +226,20 @@ def select_texts(
             require_held(out)
             storage.write_json(storage.join(out, SELECTION_FILE), selection.to_json())
     return selection
+
+
+def _plan(pairs: Pairs, images: Store | None, texts: Store, settings: SelectionSettings) -> SelectionPlan:
+    return SelectionPlan(
+        images=images.path if images else pairs.schema.images,
+        images_identity=pairs.schema.images_identity,
+        texts=texts.path,
+        texts_identity=pairs.schema.texts_identity,
+        pairs=pairs.path,
+        pairs_digest=pairs.hit_counts().digest,
+        settings=settings,
+        images_data=pairs.hit_counts().images_data,
+        texts_data=pairs.schema.texts_data,
+    )
 
 
 def _find_device(config: SelectionConfig, rows: int) -> str:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cache_schemas.document import CHECKSUM, digest_of
-from dimefm.errors import MismatchError, OutputExistsError, SourceError, StoreError, UnreadableError
+from dimefm.errors import MismatchError, OutputExistsError, SelectionError, SourceError, StoreError, UnreadableError
 from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.evaluate import evaluate
 from dimefm.inspection.info import describe, examine
@@ -172,3 +172,12 @@ def test_images_that_cannot_be_read_are_counted(
 def test_a_set_that_is_not_there_is_an_error(image_store: Store, clip: Clip, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is no folder"):
         run(image_store, tmp_path / "nothing", tmp_path / "l.selection", clip)
+
+
+def test_where_every_image_leaks_other_options_can_be_tried(
+    image_store: Store, test_set: tuple[Path, list[str]], clip: Clip, tmp_path: Path
+) -> None:
+    with pytest.raises(SelectionError, match=r"no image is left"):
+        run(image_store, test_set[0], tmp_path / "l.selection", clip, similarity=0.0)
+    assert len(run(image_store, test_set[0], tmp_path / "l.selection", clip).sets) == 1
+    assert len(SelectedImages(str(tmp_path / "l.selection")).rows()) == image_store.schema.rows - COPIED

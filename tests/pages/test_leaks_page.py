@@ -1,6 +1,7 @@
 """Pages of selected images and of leaks."""
 
 from pathlib import Path
+from shutil import rmtree
 
 from dimefm.models.clip import Clip
 from dimefm.pages.report import report
@@ -25,6 +26,11 @@ def test_leaks_are_shown_side_by_side(
     assert browser.run(sizes, leaks) == [[True, True]] * COPIED
     assert "6 training images stand in these sets" in browser.one("main").text
 
+    rmtree(tmp_path / "l.selection" / "features")
+    browser.open(Path(report([str(tmp_path / "l.selection")], str(tmp_path / "again.html"))))
+    assert browser.run(sizes, browser.all(".pairs")[0]) == [[True]] * COPIED
+    assert "Test images cannot be shown" in browser.one(".warning").text
+
 
 def test_captions_that_leak_are_listed(browser: Browser, text_store: Store, clip: Clip, tmp_path: Path) -> None:
     write_captions(tmp_path / "coco", text_store)
@@ -32,6 +38,7 @@ def test_captions_that_leak_are_listed(browser: Browser, text_store: Store, clip
     browser.open(Path(report([str(tmp_path / "l.selection")], str(tmp_path / "page.html"))))
 
     assert len([row for row in browser.texts("tbody tr") if row.endswith("leak")]) == 3
+    assert "Test captions that are trained on" in browser.one("main").text
 
 
 def test_kept_and_dropped_images_are_shown(browser: Browser, image_store: Store, tmp_path: Path) -> None:
