@@ -65,11 +65,14 @@ class _Layers:
 
     def __init__(self, recipe: str) -> None:
         begun = RECIPES[recipe]("", "", "")
-        self.values = flat(begun.to_json())
+        self.values, self.student = flat(begun.to_json()), begun.student
         self.origins = {name: f"recipe {recipe}" if by else "default" for name, (_, by) in set_by(begun).items()}
 
     def lay(self, name: str, value: Any, origin: str) -> None:
-        """Lay a value over what is there. A part's mapping has the values of its fields."""
+        """Lay a value over what is there. A part's mapping has the values of its fields. Another student than the
+        recipe's has its own image size in place of the recipe's."""
+        if name == "student" and value != self.student and self.origins["image_size"].startswith("recipe "):
+            self.lay("image_size", None, "default")
         if isinstance(value, dict) and name in WEIGHTS:
             given = {f"{name}.{field}": one for field, one in value.items()}
             if set(value) & set(WEIGHTS[name]):

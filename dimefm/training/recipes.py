@@ -14,8 +14,9 @@ from dimefm.training.config import LossConfig, TextMix, TrainConfig
 
 
 class Recipe(Protocol):
-    """A config of three paths, in which `changes` are laid over the fields that the recipe sets. Raises TrainingError
-    for a field that does not exist, and for values that make no sense."""
+    """A config of three paths, in which `changes` are laid over the fields that the recipe sets. Another student than
+    the recipe's has its own image size, unless `changes` have one. Raises TrainingError for a field that does not
+    exist, and for values that make no sense."""
 
     def __call__(self, images: str, texts: str | None, out: str, **changes: Any) -> TrainConfig: ...
 
@@ -65,8 +66,8 @@ def best(images: str, texts: str | None, out: str, **changes: Any) -> TrainConfi
     are needed.
 
     It was found with a ResNet-10-T at 64 px and with timm's smallest ResNet at 48 px, in batches of 64 and 32, at up to
-    160,000 images seen, from one small teacher. Another student is named with both --student and --image-size; nothing
-    larger has been tried.
+    160,000 images seen, from one small teacher; nothing larger has been tried. Another student (--student) sees images
+    of its own size, unless --image-size says otherwise.
     """
     recipe = TrainConfig(
         images=images,
@@ -133,7 +134,8 @@ def _changed(recipe: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
     for name in changes.keys() - TrainConfig.__dataclass_fields__.keys():
         near = did_you_mean(name, TrainConfig.__dataclass_fields__, "dimefm train-student --fields lists all")
         raise TrainingError(f"no field of TrainConfig is called {name!r}", remedy=near)
-    return replace(recipe, **changes)
+    own_size = {"image_size": None} if changes.get("student", recipe.student) != recipe.student else {}
+    return replace(recipe, **{**own_size, **changes})
 
 
 RECIPES: dict[str, Recipe] = {"paper": paper, "best": best, "sample-paper": sample_paper, "sample": sample}

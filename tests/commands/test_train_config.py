@@ -46,6 +46,21 @@ def test_a_recipe_alone(recipe: str) -> None:
     assert found.values.keys() == found.origins.keys()
 
 
+def test_another_student_has_its_own_image_size(tmp_path: Path) -> None:
+    sizes = {"recipe sample": 48, "default": None, "--image-size": 96, str(tmp_path / "c.yaml"): 112}
+    for origin, found in zip(
+        sizes,
+        (
+            given(recipe="sample", student="test_resnet"),  # the recipe's own
+            given(recipe="sample", student="resnet18"),
+            given(recipe="sample", student="resnet18", image_size=96),
+            given("image_size: 112\nstudent: resnet18\n", recipe="sample", folder=tmp_path),
+        ),
+        strict=True,
+    ):
+        assert (found.origins["image_size"], found.config.image_size) == (origin, sizes[origin])
+
+
 def test_a_file_wins_over_the_recipe_options_over_the_file_and_set_over_all(tmp_path: Path) -> None:
     text = "lr: 1e-3\nepochs: 7\nseed: 5\nbetas: [0.9, 0.98]\n"
     found = given(text, "seed=9", folder=tmp_path, epochs=3.0)

@@ -86,7 +86,9 @@ def test_no_number_may_be_nan(kind: type[Any]) -> None:
 def test_a_recipe_takes_changes_by_name(recipe: str) -> None:
     plain = RECIPES[recipe]("i", "t", "o")
     changed = RECIPES[recipe]("i", "t", "o", student="resnet18", lr=1e-2)
-    assert changed == replace(plain, student="resnet18", lr=1e-2)
+    assert changed == replace(plain, student="resnet18", lr=1e-2, image_size=None)  # its own
+    assert RECIPES[recipe]("i", "t", "o", student="resnet18", image_size=96).image_size == 96
+    assert RECIPES[recipe]("i", "t", "o", student=plain.student) == plain
     with pytest.raises(TrainingError, match=r"no field of TrainConfig is called 'weight_decai'\n.*'weight_decay'\?"):
         RECIPES[recipe]("i", "t", "o", weight_decai=0.1)
     with pytest.raises(TrainingError, match="--fields lists all"):
