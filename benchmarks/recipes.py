@@ -60,6 +60,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # image stor
     "centred, 4 strong and mixed views": ("mixed4", _CENTRED, {}),
     "authors, 4 strong views": ("strong4", _PAPER, {"texts_per_step": 0}),
     "both, Muon": ("whole", _BOTH, _MUON),
+    "both, Muon, lr 0.003": ("whole", _BOTH, {**_MUON, "lr": 0.003}),
+    "both, Muon, lr 0.005": ("whole", _BOTH, {**_MUON, "lr": 0.005}),
     "both, Muon, lr 0.01": ("whole", _BOTH, {**_MUON, "lr": 0.01}),
     "both, Muon, lr 0.04": ("whole", _BOTH, {**_MUON, "lr": 0.04}),
     "both, SGD": ("whole", _BOTH, {"optimizer": "sgd", "lr": 0.5, "weight_decay": 5e-4}),
