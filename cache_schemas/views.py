@@ -29,6 +29,9 @@ ONE = 256
 FIXED = 65536
 """1 of a sine, a shear or a shift that is stored as an integer."""
 
+MOST_VIEWS = 1024
+"""Of an image: all of them are in memory at once."""
+
 OPERATIONS_VERSION = 1
 """What `images.operations` implements. A change of any pixel is another version, which keeps the old one readable."""
 
@@ -121,8 +124,8 @@ class ViewPlan:
     def problems(self) -> list[Problem]:
         """What types cannot express, with paths within the plan."""
         found = []
-        if self.count < 1:
-            found.append(Problem("count", f"must be at least 1, found {self.count}"))
+        if not (self.count >= 1 and self.end <= MOST_VIEWS):
+            found.append(Problem("count", f"must be at least 1, and {MOST_VIEWS} with all before, found {self.count}"))
         if self.first < 0:
             found.append(Problem("first", f"must be at least 0, found {self.first}"))
         if not 0 <= self.mixup < float("inf"):

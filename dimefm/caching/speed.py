@@ -71,6 +71,7 @@ def measure(rows: list[Any], schema: EmbeddingStore, clip: Clip, *, accept_missi
     if schema.kind == "text":
         batch = [row.text for row in rows]
         return Rates(math.inf, _rate(len(batch), lambda: clip.encode_texts(batch)))
+    rows = rows[: max(1, PROBE_ROWS // (schema.views.count if schema.views else 1))]  # all are in memory at once
     near = Known(image=lambda row: rows[row % len(rows)])  # in place of the images that these would be mixed with
     loader = open_loader(schema, clip.device, accept_missing=accept_missing, known=near)
     began = time.perf_counter()

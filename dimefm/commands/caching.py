@@ -10,7 +10,7 @@ import click
 
 from cache_schemas.embedding_store import Decoder, Kind
 from cache_schemas.identity import Precision
-from cache_schemas.views import Augment
+from cache_schemas.views import MOST_VIEWS, Augment
 from dimefm.commands.help import Command
 from dimefm.commands.options import (
     DEVICES,
@@ -62,7 +62,7 @@ def _cache_options(command: Callable[..., None]) -> Callable[..., None]:
 @_option("--compile", is_flag=True)
 @_option("--decoder", type=click.Choice(get_args(Decoder)))
 @_option("--pixels", type=click.IntRange(8), metavar="SIDE")
-@_option("--views", type=click.IntRange(1))
+@_option("--views", type=click.IntRange(1, MOST_VIEWS))
 @_option("--view-scale", type=click.FloatRange(0.01, 1))
 @_option("--augment", type=click.Choice(get_args(Augment)))
 @_option("--mixup", type=click.FloatRange(0, min_open=True), metavar="ALPHA")

@@ -78,17 +78,18 @@ def _require_teacher(config: EvaluationConfig) -> None:
     document = read_run(config.model)
     everyone = config.teacher == ALL
     place = number_of_teacher(document, config.model, None if everyone else config.teacher)
-    require_text(config, document.teachers[place].has_text)
+    which = "" if len(document.teachers) == 1 else f"teacher {place + 1} of "
+    require_text(config, document.teachers[place].has_text, which)
     texts = sum(one.has_text for one in document.teachers)
     if everyone and texts < 2:
         what = f"{config.model} has {counted(texts, 'teacher')} with a text tower: --teacher all has no effect"
         raise TeacherError(what, remedy="leave it out")
 
 
-def require_text(config: EvaluationConfig, has_text: bool) -> None:
-    """Raises TeacherError for zero-shot of a model without a text tower."""
+def require_text(config: EvaluationConfig, has_text: bool, which: str = "") -> None:
+    """Raises TeacherError for zero-shot of a model without a text tower; `which` says which teacher of a run it is."""
     if "zero-shot" in config.tasks and not has_text:
-        what = f"{config.model} has no text tower to measure zero-shot with: it gives embeddings of images alone"
+        what = f"{which}{config.model} has no text tower to measure zero-shot with: it gives embeddings of images alone"
         raise TeacherError(what, remedy="give --task linear-probe or --task few-shot")
 
 

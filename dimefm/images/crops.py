@@ -33,6 +33,7 @@ _RANGES = {
 """How far the level of an operation may be from that which changes nothing, at magnitude 10."""
 _MOST_DEGREES, _MOST_ADDED, _MOST_BITS_LOST = 30, 110, 4
 _PARTNER_VIEWS = 4  # neighbouring views that are mixed with the same row, which so is decoded once for them
+_PILLOW = 13  # whose order of the axes a crop is resized in, whatever is installed: another would give other pixels
 _MIXUP_STREAM = 0x313  # beside those of the crops, so that mixup changes no crop
 
 
@@ -130,7 +131,8 @@ def _replay_alone(
     image_3HW: torch.Tensor, numbers_P: np.ndarray[Any, Any], size: tuple[int, int], facts: Preprocessing
 ) -> torch.Tensor:
     top, left, height, width, flipped = numbers_P[:BOX].tolist()
-    view = resize(image_3HW[:, top : top + height, left : left + width], size, interpolation_mode(facts))
+    crop = image_3HW[:, top : top + height, left : left + width]
+    view = resize(crop, size, interpolation_mode(facts), pillow=_PILLOW)
     view = view.flip(-1) if flipped else view
     return view if len(numbers_P) == BOX else with_operations(view, numbers_P[BOX:].tolist())
 

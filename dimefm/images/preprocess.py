@@ -83,16 +83,20 @@ def shortest_side(image_3HW: torch.Tensor, side: int) -> tuple[int, int]:
     return shorter_side(height, width, side)
 
 
-def resize(image_3HW: torch.Tensor, size: tuple[int, int], mode: str = "bicubic") -> torch.Tensor:
+def resize(
+    image_3HW: torch.Tensor, size: tuple[int, int], mode: str = "bicubic", *, pillow: int | None = None
+) -> torch.Tensor:
     """Antialiased resize of a uint8 image, one axis after the other, rounding to uint8 in between.
 
     Pillow does the same, and in Pillow's order of the axes the result is within 2 of 255 of Pillow's. In the other
     order, or without the rounding, the overshoot of the first pass is clipped in other places, and sharp edges differ
-    by up to 30. On a CPU, one call of torch's resize does the width first.
+    by up to 30. On a CPU, one call of torch's resize does the width first. `pillow` is the release, such as 13, whose
+    order it is; by default the installed one.
     """
     height, width = size
     image = image_3HW[None]
-    if mode == "bicubic" and _height_first(image.shape[-2] - height, image.shape[-1] - width):
+    by_pillow = mode == "bicubic" and (_PILLOW if pillow is None else pillow) >= 13
+    if by_pillow and _height_first(image.shape[-2] - height, image.shape[-1] - width):
         image = _interpolate(image, (height, image.shape[-1]), mode)
     elif image.device.type != "cpu":
         image = _interpolate(image, (image.shape[-2], width), mode)
@@ -112,7 +116,7 @@ def _interpolate(image_13HW: torch.Tensor, size: tuple[int, int], mode: str) -> 
 def _height_first(fewer_rows: int, fewer_columns: int) -> bool:
     """Whether Pillow resizes the height first: from 13.0 on, where that removes far more pixels than the width does.
     The order shows only where a pass overshoots, as bicubic does."""
-    return _PILLOW >= 13 and fewer_rows > max(0, 2 * fewer_columns)
+    return fewer_rows > max(0, 2 * fewer_columns)
 
 
 def normalise(pixels_B3HW: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:

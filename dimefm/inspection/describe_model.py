@@ -23,6 +23,7 @@ from dimefm.training.run_folder import read_run
 
 _HEADER = 100_000_000  # the most bytes of a safetensors header, by its format
 _STORES = ("images", "texts", "more_images", "more_texts", "pairs", "captions", "selection", "image_selection")
+_WEIGHTS = ("image_weights", "teacher_weights", "teacher_scales")
 _COUNTS = ("running_mean", "running_var", "num_batches_tracked")  # of a batch norm: not parameters
 
 
@@ -48,7 +49,7 @@ def describe_run(path: str) -> Description:
         "threads": config["threads"],
         "teacher": to_plain(run.teacher),
         "more_teachers": [to_plain(one.teacher) for one in run.more_teachers],
-        **{name: config[name] for name in _STORES},
+        **{name: config[name] for name in (*_STORES, *_WEIGHTS)},
         "last": last,
         "validation": last_validation(path),
         "checkpoints": checkpoints.steps(),
@@ -86,6 +87,11 @@ def _run(facts: dict[str, Any]) -> Rows:
         *teacher_rows(facts["teacher"]),
         *(row for one in facts["more_teachers"] for row in teacher_rows(one)),
         *((name.replace("_", " "), _listed(facts[name])) for name in _STORES if facts[name]),
+        *(
+            (name.replace("_", " "), ", ".join(f"{value:g}" for value in facts[name]))
+            for name in _WEIGHTS
+            if facts[name]
+        ),
     ]
     if last:
         loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"

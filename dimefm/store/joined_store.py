@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from cache_schemas import EmbeddingStore, digest_of
-from dimefm.errors import MismatchError
+from dimefm.errors import AbsentError, MismatchError
 from dimefm.store.embedding_store import Contents, Store, require_same_teacher
+from dimefm.store.output_folder import differing
 
 _Rows = np.ndarray[Any, Any]
 
@@ -161,22 +162,29 @@ class JoinedStore(Store):
 
 
 def open_images(paths: str, weights: Sequence[float] = ()) -> Store:
-    """The store at a path, or the stores at several, with ``::`` between them, as one. Raises as `Store` does, and
-    MismatchError for stores that are not alike."""
-    stores = [Store(path) for path in paths.split("::")]
+    """The store at a path, or the stores at several, with ``::`` between them, as one. Raises as `Store` does,
+    AbsentError where there is no path beside a ``::``, and MismatchError for stores that are not alike."""
+    named = paths.split("::")
+    if not all(named):
+        raise AbsentError(f"{paths!r} has no store on one side of ::", remedy="name stores as A.zarr::B.zarr")
+    stores = [Store(path) for path in named]
     return stores[0] if len(stores) == 1 else JoinedStore(stores, weights)
 
 
 def _require_alike(one: Store, other: Store) -> None:
-    facts = [
-        {"views": store.schema.views, "pixels": bool(store.schema.pixels), "dtype": store.schema.dtype}
-        for store in (one, other)
-    ]
-    differing = [name for name in facts[0] if facts[0][name] != facts[1][name]]
-    if differing:
-        values = "; ".join(f"{name}: {facts[0][name]} != {facts[1][name]}" for name in differing)
+    mine, theirs = _facts(one), _facts(other)
+    differences = differing(*({name: facts[name] for name in mine.keys() & theirs.keys()} for facts in (mine, theirs)))
+    if differences:
+        values = "; ".join(f"{name}: {differences[name]}" for name in mine if name in differences)
         what = f"{one.path} and {other.path} cannot be trained on together: {values}"
         raise MismatchError(what, remedy="cache both with the same options")
+
+
+def _facts(store: Store) -> dict[str, object]:
+    """What stores that are joined must have in common, by name: their number of views, and what these are."""
+    views, schema = store.schema.views, store.schema
+    facts = {"views": views.count if views else None, "pixels": bool(schema.pixels), "dtype": schema.dtype}
+    return facts | ({f"views.{name}": value for name, value in vars(views).items() if name != "count"} if views else {})
 
 
 def _joined_schema(schemas: Sequence[EmbeddingStore]) -> EmbeddingStore:

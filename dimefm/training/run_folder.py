@@ -163,6 +163,7 @@ def plan_run(
     path = Path(config.out) / RUN_FILE
     if path.exists() and done:
         old = read_run(config.out)
+        _require_same_views(config.out, old, inputs)
         run = replace(run, undecayed=old.undecayed, student=old.student)
         changes = _changes(config, old, run, allow_changes, done)
         if not changes:
@@ -196,6 +197,20 @@ def _student(config: TrainConfig, inputs: Inputs, done: int) -> StudentSpec:
     return fit_to_first_weights(
         spec, config.init, mean=config.init_mean, std=config.init_std, activation=config.init_activation
     )
+
+
+def _require_same_views(out: str, old: Run, inputs: Inputs) -> None:
+    """Raises MismatchError where views were added to a store of images since the run began: it has another identity."""
+    identities = [old.images_identity, *(one.images_identity for one in old.more_teachers)]
+    for identity, teacher in zip(identities, inputs.teachers, strict=False):
+        images = teacher.images
+        if len(images.parts) > 1:
+            continue
+        before = (Store(images.path, additions=most).schema for most in range(len(images.additions)))
+        if views := next((schema.views for schema in before if schema.identity == identity), None):
+            now = images.schema.views.count if images.schema.views else 0
+            what = f"{out} was begun with {views.count} views of each image, and {images.path} has {now} by now"
+            raise MismatchError(what, remedy="give another --out: a new run is trained on all of them")
 
 
 def write_run(out: str, run: Run) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -63,9 +64,7 @@ class TowerTrainer:
         self.module = module.to(place.device, memory_format=self.layout)
         self.objective = objective.to(place.device)
         self.moving_average = MovingAverage(self.module, ema) if ema else None
-        # Buffers are left to `after_step`: DistributedDataParallel would give all processes those of rank 0
-        parallel = place.world > 1
-        self._parallel = DistributedDataParallel(self.module, broadcast_buffers=False) if parallel else None
+        self._parallel = _parallel(self.module) if place.world > 1 else None
         self._statistics = own_statistics(self.module)
         self._counted_again = list(self.module.buffers()) if recomputes else []
         called: Any = self.module if self._parallel is None else self._parallel
@@ -161,3 +160,13 @@ def _unchanged(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
     yield
     for buffer, before in saved:
         buffer.copy_(before)
+
+
+def _parallel(module: torch.nn.Module) -> DistributedDataParallel:
+    """A tower whose gradients are means over all processes. Buffers are left to `after_step`: by default all processes
+    would get those of rank 0. What says so has another name in newer releases of torch, which warn of the old one."""
+    names = signature(DistributedDataParallel).parameters
+    own_buffers: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False
+    }
+    return DistributedDataParallel(module, **own_buffers)

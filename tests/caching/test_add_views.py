@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from cache_schemas import Status, StrongViews, ViewPlan
+from cache_schemas.plan import planned_rows
+from dimefm.caching import image_loader, speed
 from dimefm.caching.add_views import stores_to_write
 from dimefm.caching.canary import check_canary
 from dimefm.caching.encode_shard import encode_shard, retry_shard
-from dimefm.errors import DimefmError, MismatchError, StoreError
+from dimefm.errors import DimefmError, MismatchError, SourceError, StoreError
 from dimefm.exchange.export_embeddings import export_embeddings
 from dimefm.inspection.describe_store import describe_store, failures_of
 from dimefm.inspection.verify import VerifyConfig, verify
@@ -328,6 +330,29 @@ def test_an_export_has_the_mean_of_all_views(copy: Store, tmp_path: Path) -> Non
 
 def test_a_student_is_trained_on_all_views(copy: Store, text_store: Store, tmp_path: Path) -> None:
     assert train(tiny_config(copy, text_store, tmp_path / "run", epochs=3)).steps == 3
+
+
+def test_a_run_that_began_before_views_were_added_says_so(copy: Store, text_store: Store, tmp_path: Path) -> None:
+    added = Path(copy.path) / "views"
+    added.rename(tmp_path / "views")
+    config = tiny_config(Store(copy.path), text_store, tmp_path / "run", max_steps=1)
+    train(config)
+    (tmp_path / "views").rename(added)
+    with pytest.raises(MismatchError, match=f"was begun with 2 views of each image, and {copy.path} has 5 by now"):
+        train(replace(config, max_steps=2), allow_changes=("max_steps", "images"))
+
+
+def test_a_measurement_decodes_fewer_images_the_more_views_they_have(
+    grown: dict[int | None, tuple[Store, Store]], clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All views of its images are in memory at once."""
+    monkeypatch.setattr(speed, "PROBE_ROWS", 4 * ALL)
+    read = list[int]()
+    monkeypatch.setattr(image_loader, "read_image", lambda image, **how: read.append(image.row) or b"")
+    store = grown[None][1]
+    with pytest.raises(SourceError, match="none of the first 4 images"):
+        speed.measure(planned_rows(store.plan(0)), store.schema, clip)
+    assert set(read) == set(range(4))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from cache_schemas import EmbeddingStore, SchemaError, Status, ViewPlan
+from cache_schemas import EmbeddingStore, Preprocessing, SchemaError, Status, ViewPlan
 from dimefm.caching.encode_shard import encode_shard
 from dimefm.caching.plan import PlanRequest, open_or_plan
 from dimefm.errors import MismatchError
-from dimefm.images.crops import draw_views, random_crop
+from dimefm.images import preprocess
+from dimefm.images.crops import draw_views, random_crop, replay
 from dimefm.images.decode import decode_rgb
 from dimefm.models.clip import Clip
 from dimefm.sources.read_image import ImagePlace
@@ -106,6 +108,29 @@ def test_the_trainer_sees_what_the_teacher_saw_bit_for_bit(
     one = found[side]
     pixels = batch_of(one.store, epoch, clip.identity.preprocessing.size[0]).pixels_B3HW
     assert torch.equal(pixels, one.seen[np.arange(ROWS), view_of(epoch)])
+
+
+@pytest.mark.parametrize("pillow", [10, 12, 13])
+@pytest.mark.parametrize(
+    ("height", "width", "pixels"),
+    [(90, 40, "5277f2a5a7bfd218"), (40, 90, "3ae1a239a333d3a2"), (20, 24, "6a862f4c342db153")],
+    ids=["tall", "wide", "small"],
+)
+def test_no_release_of_a_library_changes_a_view(
+    height: int, width: int, pixels: str, pillow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even one that resizes whole images otherwise, as Pillow 13 does. A failure here means that views of stores
+    that are there would be replayed otherwise than the teacher saw them."""
+    monkeypatch.setattr(preprocess, "_PILLOW", pillow)
+    y, x = np.arange(100)[:, None], np.arange(100)[None]
+    bars = [((y // step + x // (step + 1)) % 2) * 255 for step in (2, 3, 5)]  # edges that bicubic overshoots at
+    image = torch.from_numpy(np.stack(bars).astype(np.uint8))
+    facts = Preprocessing(
+        size=(SIDE, SIDE), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", resize_mode="shortest"
+    )
+    numbers = np.array([5, 7, height, width, 1], np.int32)
+    view = replay(image, numbers, PLAN, facts.size, facts, lambda row: image)
+    assert hashlib.sha256(view.contiguous().numpy().tobytes()).hexdigest()[:16] == pixels
 
 
 @pytest.mark.parametrize("side", SIDES)

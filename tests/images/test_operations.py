@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from cache_schemas import StrongViews, ViewPlan
-from cache_schemas.views import FIXED, ONE, OPERATIONS_VERSION, Operation
+from cache_schemas.views import FIXED, MOST_VIEWS, ONE, OPERATIONS_VERSION, Operation
 from dimefm.images import operations
 from dimefm.images.crops import draw_mixup, draw_view, level
 
@@ -223,3 +224,7 @@ def test_views_say_what_is_wrong_with_them() -> None:
     paths = {problem.path for problem in plan.problems()}
     names = {"strong.operations", "strong.magnitude", "strong.jitter", "strong.version"}
     assert paths == {"count", "mixup", "first", *names}
+    most = ViewPlan(count=MOST_VIEWS, seed=0, crop_scale=(0.4, 1.0), flip=True)
+    assert not most.problems()
+    for plan in (replace(most, count=MOST_VIEWS + 1), replace(most, first=1)):  # a view takes 150 kB at 224 px
+        assert [problem.path for problem in plan.problems()] == ["count"]

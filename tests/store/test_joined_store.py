@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cache_schemas import Status, ViewPlan
-from dimefm.errors import MismatchError, StoreError
+from dimefm.errors import AbsentError, MismatchError, StoreError
 from dimefm.models.clip import Clip
 from dimefm.sources.read_image import ImagePlace
 from dimefm.store.embedding_store import Store, opened
@@ -85,6 +85,9 @@ def test_stores_that_are_not_alike_are_refused_by_what_differs(two: Two, tmp_pat
             open_images(f"{path}::{other}")
     with pytest.raises(StoreError, match="nowhere"):
         open_images(f"{path}::{tmp_path / 'nowhere.zarr'}")
+    for typed in (f"{path}::", f"::{path}"):  # no folder is the one that the command runs in
+        with pytest.raises(AbsentError, match="has no store on one side of ::"):
+            open_images(typed)
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +134,8 @@ def test_views_and_pixels_must_be_those_of_all(halves: Callable[..., list[Store]
     plain, kept = halves()[0], halves(pixels=48)[1]
     with pytest.raises(MismatchError, match="pixels: False != True"):
         JoinedStore([plain, kept])
+    two = [halves(views=replace(VIEWS, count=count))[count - 1] for count in (1, 2)]
+    with pytest.raises(MismatchError, match="cannot be trained on together: views: 1 != 2\n"):
+        JoinedStore(two)
+    with pytest.raises(MismatchError, match="cannot be trained on together: views: None != 2\n"):
+        JoinedStore([plain, two[1]])

@@ -20,6 +20,7 @@ from dimefm.datasets.own_sets import open_folders
 from dimefm.errors import MismatchError, TeacherError, TrainingError
 from dimefm.evaluation.open_model import open_model
 from dimefm.images.preprocess import Preprocess, normalise
+from dimefm.inspection.describe_model import describe_run
 from dimefm.models.clip import Clip, load_clip
 from dimefm.models.exported import read_export
 from dimefm.models.towers import build_student, of_columns, student_spec, widened
@@ -106,6 +107,7 @@ def test_run_json_has_both_teachers(run: str, clip: Clip, other: Clip, other_ima
     assert [one.weights for one in document.teachers] == [clip.identity.weights, other.identity.weights]
     assert document.student.embed_dim == WIDTH + OTHER
     assert document.more_teachers[0].images_data == other_images.contents.digest
+    assert ("teacher weights", "1, 0.5") in describe_run(run).rows
 
 
 def test_the_student_leaves_with_the_text_tower_of_either_teacher(

@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def test_batch_norm_counts_each_part_once() -> None:
 def one_of_many(rank: int, world: int, port: int, out: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # of DistributedDataParallel: each process would say it
     place = join_group("cpu")
     for accumulate in (1, 2):
         gradients = two_steps(trainer(place, accumulate=accumulate), rank, world)

@@ -152,7 +152,7 @@ def test_beside_a_clip_teacher_it_has_the_losses_without_sentences(
     assert names == {"teacher1_loss", "teacher1_vl", "teacher1_cosine", "teacher2_loss", "teacher2_cosine"}
     for words, said in (
         (["--teacher", "all"], "has 1 teacher with a text tower: --teacher all has no effect"),
-        (["--teacher", "2"], "has no text tower to measure zero-shot with"),
+        (["--teacher", "2"], f"teacher 2 of {config.out} has no text tower to measure zero-shot with"),
         (["--teacher", "3"], "has no teacher 3"),
     ):
         done = dimefm("evaluate", config.out, cifar10, *words, "--out", tmp_path / "out")
