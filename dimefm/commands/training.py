@@ -61,11 +61,12 @@ def _list_fields(ctx: click.Context, param: click.Parameter, value: bool) -> Non
 @_option("--captions", metavar="CAPTIONS.zarr")
 @_option("--selection")
 @_option("--image-selection", metavar="IMAGES.selection")
-@click.option("--recipe", type=_Recipes(["paper", "best", "sample-paper", "sample"]), default="paper",
+@click.option("--recipe", type=_Recipes(["paper", "best", "best-vit", "sample-paper", "sample"]), default="paper",
               show_default=True,
               help="Recipe that decides every option below that is not given; dimefm recipes explains them. paper: the "
                    "authors' settings; best: those that won the comparison of docs/recipes.md, with a small student; "
-                   "sample-paper, sample: smaller ones for the shipped sample.")  # fmt: skip
+                   "best-vit: the same for vision transformers; sample-paper, sample: smaller ones for the shipped "
+                   "sample.")  # fmt: skip
 @click.option("--config", "config_file", metavar="FILE",
               help="YAML or JSON file with fields of the config, or a run.json. It wins over --recipe, and options "
                    "given beside it win over it.")  # fmt: skip

@@ -110,6 +110,14 @@ def _notes_on_unused(config: TrainConfig) -> list[str]:
     return [f"not used: {', '.join(idle)}: the vl loss, of images and sentences, has weight 0 (--loss vl=...)"]
 
 
+def notes_on_rate(config: TrainConfig) -> list[str]:
+    """A note on a vision transformer that Muon would train at the rate of a ResNet (docs/recipes.md)."""
+    transformer = Path(config.student).name.lower().startswith(("vit", "deit", "eva"))
+    if not (transformer and config.optimizer.endswith("muon") and config.lr > 0.01):
+        return []
+    return [f"at lr {config.lr:g} Muon teaches a vision transformer less than at 0.003, which --recipe best-vit has"]
+
+
 def notes_on_length(config: TrainConfig, steps: int, steps_per_epoch: int) -> list[str]:
     """Notes on a run that ends within its warm-up, or before its first validation is due."""
     notes, warmup = [], config.warmup_steps(steps_per_epoch)

@@ -22,7 +22,7 @@ from dimefm.store.embedding_store import Store
 from dimefm.system import storage
 from dimefm.system.machine import describe
 from dimefm.system.output_names import require_name
-from dimefm.training.before_training import notes_on_inputs, notes_on_length
+from dimefm.training.before_training import notes_on_inputs, notes_on_length, notes_on_rate
 from dimefm.training.build_towers import build_towers, named_modules
 from dimefm.training.config import TrainConfig
 from dimefm.training.distributed import Place, find_place
@@ -117,7 +117,8 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
         shared_memory=loaders * (ahead + 1) * batch,
         seconds_per_step=seconds, measured_images=measured, why_unknown=why,
         notes=[
-            *notes, *notes_on_inputs(config), *notes_on_length(config, plan.steps, plan.steps_per_epoch),
+            *notes, *notes_on_inputs(config), *notes_on_rate(config),
+            *notes_on_length(config, plan.steps, plan.steps_per_epoch),
             *(validation.take_notes() if validation else ()),
         ],
     )  # fmt: skip

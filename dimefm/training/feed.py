@@ -25,7 +25,7 @@ from dimefm.system.progress import amount
 from dimefm.system.storage import is_url
 from dimefm.system.wording import counted
 from dimefm.training.batch_loader import Requests, take_ahead, training_loader
-from dimefm.training.before_training import notes_on_inputs, notes_on_length
+from dimefm.training.before_training import notes_on_inputs, notes_on_length, notes_on_rate
 from dimefm.training.config import TextMix, TrainConfig
 from dimefm.training.distributed import Place
 from dimefm.training.feed_plan import plan_feed
@@ -66,7 +66,8 @@ class Feed:
 
 def notes_on_feed(config: TrainConfig, feed: Feed) -> list[str]:
     """Notes for the user on what a run reads, and for how long."""
-    notes = notes_on_inputs(config) + notes_on_length(config, feed.steps, feed.steps_per_epoch)
+    notes = notes_on_inputs(config) + notes_on_rate(config)
+    notes += notes_on_length(config, feed.steps, feed.steps_per_epoch)
     if feed.left_out:
         what = f"{counted(feed.left_out, 'image')} of {feed.inputs.images.path} will not be drawn"
         notes.append(f"{what}: another teacher has no embedding of them")

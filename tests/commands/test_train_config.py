@@ -42,7 +42,7 @@ def test_a_recipe_alone(recipe: str) -> None:
     assert found.origins["images"] == "--images"
     assert found.origins["lr"] == found.origins["loss.vl"] == found.origins["warmup_epochs"] == f"recipe {recipe}"
     assert found.origins["eps"] == found.origins["loss.queue"] == found.origins["text_loss.cosine"] == "default"
-    assert found.origins["image_size"] == ("default" if recipe == "paper" else f"recipe {recipe}")
+    assert found.origins["image_size"] == ("default" if found.config.image_size is None else f"recipe {recipe}")
     assert found.values.keys() == found.origins.keys()
 
 

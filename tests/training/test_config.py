@@ -9,9 +9,15 @@ from typing import Any
 import pytest
 
 from dimefm.errors import TrainingError
-from dimefm.training.before_training import notes_on_inputs, notes_on_length, require_changeable, require_startable
+from dimefm.training.before_training import (
+    notes_on_inputs,
+    notes_on_length,
+    notes_on_rate,
+    require_changeable,
+    require_startable,
+)
 from dimefm.training.config import LossConfig, TextMix, TrainConfig
-from dimefm.training.recipes import RECIPES, paper, sample, sample_paper
+from dimefm.training.recipes import RECIPES, best, best_vit, paper, sample, sample_paper
 
 NAN, INF = float("nan"), float("inf")
 
@@ -136,6 +142,13 @@ def test_inputs_that_no_loss_uses_are_named() -> None:
     assert notes_on_inputs(sample("i", "t", "o", text_student="x")) == []
     (note,) = notes_on_inputs(sample("i", "t", "o", val=("set",), val_texts="p"))
     assert note.startswith("not used: the sentences of t: ")
+
+
+def test_a_note_on_a_vision_transformer_at_the_rate_of_a_resnet() -> None:
+    (note,) = notes_on_rate(best("i", None, "o", student="vit_small_patch16_224"))
+    assert note == "at lr 0.02 Muon teaches a vision transformer less than at 0.003, which --recipe best-vit has"
+    assert notes_on_rate(best("i", None, "o")) == notes_on_rate(best_vit("i", None, "o")) == []
+    assert notes_on_rate(best("i", None, "o", student="ViT-B-32", optimizer="adamw")) == []
 
 
 def test_a_run_that_ends_within_its_warm_up_is_named() -> None:
