@@ -76,9 +76,6 @@ def optimizer_of(
     groups = parameter_groups(modules, config.weight_decay, undecayed, scales)
     if config.optimizer == "adamw":
         return _adamw(groups, config.lr, config.betas, config.eps)
-    if issubclass(_timm.get_optimizer_info(config.optimizer).opt_class, muon.Muon):
-        for undecayed_group in groups[1::2]:  # AdamW takes them: positions are a table of vectors, no weight matrix
-            undecayed_group["use_fallback"] = True
     groups = [group for group in groups if group["params"]]
     made: torch.optim.Optimizer = _timm.create_optimizer_v2(
         groups, config.optimizer, config.lr, config.weight_decay, **_given(config)
@@ -121,7 +118,7 @@ def parameter_groups(
     undecayed: Literal["named", "listed"] = "listed",
     scales: Mapping[torch.nn.Parameter, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameters in two groups: with weight decay, then without. With `scales` there are two for each share of the
+    """Parameters in two groups: with weight decay, and without. With `scales` there are two for each share of the
     learning rate that a parameter may have (1 where none is named), which is the "lr_scale" of the group.
 
     With "listed", these are not decayed: vectors and biases, embeddings of tokens and positions, and what any part of a

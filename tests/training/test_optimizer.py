@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,24 +94,6 @@ def test_muon_computes_in_the_precision_of_the_run(
         model = small()
         steps(model, optimizer_of(config(optimizer=name, precision=precision), [model], {}), range(1))
     assert found == {dtype}
-
-
-@pytest.mark.parametrize("name", ["muon", "nadamuon"])
-def test_muon_takes_weight_matrices_and_leaves_embeddings_to_adamw(name: str, tmp_path: Path) -> None:
-    vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
-    file = tmp_path / "small.json"
-    file.write_text(json.dumps({"vision_cfg": vision}))
-    tower = build_student(student_spec(str(file), teacher_identity()))
-    optimizer = optimizer_of(config(optimizer=name, weight_decay=0.0), [tower], {})
-    tower(torch.randn(2, 3, 32, 32)).square().mean().backward()
-    optimizer.step()
-    by_muon = {path for path, one in tower.named_parameters() if "momentum_buffer" in optimizer.state[one]}
-    assert by_muon == {
-        path
-        for path, one in tower.named_parameters()
-        if one.ndim > 1 and path != "positional_embedding"  # also a matrix, of 17 x 64
-    }
-    assert len(by_muon) == 10
 
 
 def test_the_default_is_fused_adamw_in_two_groups() -> None:
