@@ -12,12 +12,13 @@ IMAGES.selection/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import pyarrow as pa
 
-from cache_schemas.document import Document
+from cache_schemas.document import LATER, Document
+from cache_schemas.leaks import LookedFor
 from cache_schemas.problems import Problem
 from cache_schemas.text_selection import Histogram, SourceShare
 
@@ -45,8 +46,9 @@ COPIES = pa.schema(
 @dataclass(frozen=True, kw_only=True)
 class ImageSelectionSettings:
     """How images are chosen. None: the condition does not apply. `near` is the identity of the store of targets, and
-    `near_data` the digest of its embeddings. `drop_near` are queries in words; `drop_data` is the digest of their
-    embeddings. `exact`: of images with the same bytes one is kept."""
+    `near_data` the digest of its embeddings. `drop_near` are queries in words, which the teacher of the store encodes;
+    in older plans `drop_data` is the digest of what it gave, on one device. `exact`: of images with the same bytes one
+    is kept."""
 
     by: ImageRanking
     near: str | None
@@ -54,20 +56,20 @@ class ImageSelectionSettings:
     near_sample: int | None
     drop_near: tuple[str, ...]
     drop_above: float | None
-    drop_data: str | None
     exact: bool
     top: int | None
     dedup: float | None
     balance: bool
     size: int | None
     seed: int
+    drop_data: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSelectionPlan(Document):
     """What a selection is made from, and how. `images_data` is the digest of the embeddings. Without `settings` it is
     what `dimefm leaks` has left: all but the images that it found in test sets, and `leaks` is the digest of these
-    sets and of what it looked for."""
+    sets and of what it looked for, which is `looked_for`; older plans have the digest alone."""
 
     SCHEMA: ClassVar[str] = "dimefm.image_selection.plan"
 
@@ -76,6 +78,7 @@ class ImageSelectionPlan(Document):
     images_data: str
     settings: ImageSelectionSettings | None
     leaks: str | None = None
+    looked_for: LookedFor | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, kw_only=True)

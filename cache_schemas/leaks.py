@@ -11,12 +11,12 @@ LEAKS.selection/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import pyarrow as pa
 
-from cache_schemas.document import Document
+from cache_schemas.document import LATER, Document
 from cache_schemas.problems import Problem
 
 LEAKS_FILE, LEAKED_FILE = "leaks.json", "leaks.parquet"
@@ -39,7 +39,9 @@ LEAKED = pa.schema(
 class LeakedSet:
     """A test set: of `tested` images, or captions, how many are trained on (`leaked`), how many pairs were looked at
     (`candidates`), and in how many of these an image could not be read. `title` names it in leaks.parquet, `digest` is
-    that of its images and labels, by which results of evaluations name it."""
+    that of its images and labels, by which results of evaluations name it. `unreadable` counts the test images that
+    have no embedding, and so could not be looked for, by status: {"UNDECODABLE": 2}; None for captions, and in older
+    files."""
 
     title: str
     suite: str
@@ -48,6 +50,22 @@ class LeakedSet:
     leaked: int
     candidates: int
     unread: int
+    unreadable: dict[str, int] | None = field(default=None, metadata=LATER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookedFor:
+    """What `leaks` was asked for: its options, as of Leaks, and the digest of each set by its title."""
+
+    cosine: float
+    similarity: float
+    nearest: int
+    sets: dict[str, str]
+
+    def facts(self) -> dict[str, object]:
+        """All of it by name, to be compared with another."""
+        options = {name: getattr(self, name) for name in ("cosine", "similarity", "nearest")}
+        return {**options, **{f"set {title}": digest for title, digest in self.sets.items()}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +88,16 @@ class Leaks(Document):
     rows: int
     digest: str
 
+    @property
+    def looked_for(self) -> LookedFor:
+        """What was asked for."""
+        sets = {one.title: one.digest for one in self.sets}
+        return LookedFor(cosine=self.cosine, similarity=self.similarity, nearest=self.nearest, sets=sets)
+
     def problems(self) -> list[Problem]:
         """Problems that the types cannot express."""
         return [
-            Problem("sets", f"{one.title} has {one.leaked} leaks of {one.tested}")
+            Problem("sets", f"{one.title} has {one.leaked} leaks and {lost} unreadable images of {one.tested}")
             for one in self.sets
-            if one.leaked > one.tested
+            if one.leaked + (lost := sum((one.unreadable or {}).values())) > one.tested
         ]

@@ -89,7 +89,8 @@ class Run(Document):
     are `captions_identity` and `captions_data` of the store of captions, where none is used.
 
     `order` of the rows (training.row_order) and `undecayed`, the parameters without weight decay (training.optimizer),
-    are those that the run began with; the defaults are those of older runs.
+    are those that the run began with, as is `centred_on`: the rows whose mean the loss `centred` takes off, those that
+    are drawn or all that are stored. The defaults are those of older runs.
 
     With `more_teachers` the student's `embed_dim` is the sum of all teachers' widths: its tower ends in a projection
     for each, side by side, that of `teacher` first.
@@ -114,6 +115,7 @@ class Run(Document):
     processes: int | None = None
     order: Literal["chunks", "blocks"] = "chunks"
     undecayed: Literal["named", "listed"] = "named"
+    centred_on: Literal["stored", "drawn"] = "stored"
     changes: tuple[Change, ...] = ()
     images_data: str | None = None
     texts_data: str | None = None

@@ -6,11 +6,11 @@ from typing import Any
 
 from cache_schemas.document import to_plain
 from cache_schemas.image_selection import ImageSelectionPlan
-from cache_schemas.leaks import LEAKS_FILE
+from cache_schemas.leaks import LEAKS_FILE, Leaks
 from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, SELECTION_FILE
 from dimefm.inspection.description import Description, Rows
 from dimefm.selection.image_report import describe_image_settings
-from dimefm.store.leaked_rows import read_leaks
+from dimefm.store.leaked_rows import read_leaks, unreadable_images
 from dimefm.store.selected_images import SelectedImages
 from dimefm.system import storage
 from dimefm.system.wording import counted
@@ -28,6 +28,7 @@ def describe_image_selection(path: str) -> Description:
                  "settings": to_plain(plan.settings), "images_store": plan.images}  # fmt: skip
         return Description(f"{title}, unfinished", facts, [("images store", plan.images)])
     found = SelectedImages(path).document
+    leaks = read_leaks(path) if storage.exists(storage.join(path, LEAKS_FILE)) else None
     facts = {
         "artefact": "image selection",
         "path": storage.absolute(path),
@@ -43,17 +44,9 @@ def describe_image_selection(path: str) -> Description:
         "sources": to_plain(sorted(found.sources, key=lambda source: (-source.kept, source.file))),
         "images_store": found.plan.images,
         "report": storage.join(storage.absolute(path), REPORT_FILE),
-        "leaks": _leaks(path),
+        "leaks": to_plain(leaks.sets) if leaks else None,
     }
-    return Description(title, facts, _rows(facts))
-
-
-def _leaks(path: str) -> list[dict[str, Any]] | None:
-    """Of a selection that `leaks` wrote: what was found in each set."""
-    if not storage.exists(storage.join(path, LEAKS_FILE)):
-        return None
-    found: list[dict[str, Any]] = to_plain(read_leaks(path).sets)
-    return found
+    return Description(title, facts, _rows(facts, leaks))
 
 
 def describe_text_leaks(path: str) -> Description:
@@ -80,15 +73,16 @@ def describe_text_leaks(path: str) -> Description:
     return Description(f"{storage.absolute(path)}: leaks", facts, rows)
 
 
-def _rows(facts: dict[str, Any]) -> Rows:
+def _rows(facts: dict[str, Any], leaks: Leaks | None) -> Rows:
     sources, groups = facts["sources"], facts["groups"]
     rows = [
         ("kept", f"{facts['kept']:,} of {facts['rows']:,} images, {facts['kept'] / facts['rows']:.1%}"),
         ("how", facts["how"]),
         *(("left out", f"{one['images']:,}: {one['reason']}") for one in facts["left_out"]),
     ]
-    for one in facts["leaks"] or ():
-        rows.append(("leaks", f"{one['leaked']:,} of {counted(one['tested'], 'image')} of {one['title']}"))
+    for one in leaks.sets if leaks else ():
+        rows.append(("leaks", f"{one.leaked:,} of {counted(one.tested, 'image')} of {one.title}"))
+    rows += [("not tested", text) for text in (unreadable_images(leaks) if leaks else ())]
     if groups.keys() - {"1"}:
         rows.append(("stand for", ", ".join(f"{size}: {count:,}" for size, count in groups.items())))
     rows += [

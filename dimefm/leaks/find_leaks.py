@@ -2,16 +2,13 @@
 
 The test images are encoded by the teacher of the store. For each, the training images nearest to it are candidates;
 those whose pixels are alike too are leaks.
-
-Shapes: N test images, K training images near to each, D embedding width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,36 +18,34 @@ import pyarrow.parquet as pq
 from cache_schemas import Status, digest_of
 from cache_schemas.evaluation import FEATURES, UNPACKED
 from cache_schemas.image_selection import DROPPED_FILE, ImageSelection, ImageSelectionPlan
-from cache_schemas.leaks import LEAKED, LEAKED_FILE, LEAKS_FILE, LeakedSet, Leaks
+from cache_schemas.leaks import LEAKED, LEAKED_FILE, LEAKS_FILE, LeakedSet, Leaks, LookedFor
 from cache_schemas.text_selection import PLAN_FILE, REPORT_FILE, ROWS_FILE, SELECTION_FILE
 from dimefm.datasets.image_set import ImageSet
 from dimefm.datasets.known_sets import open_set
 from dimefm.datasets.own_sets import open_folder
-from dimefm.errors import DimefmError, SelectionError, SourceError, UnreadableError
+from dimefm.errors import SelectionError, SourceError, UnreadableError
 from dimefm.evaluation.config import ChosenSet
-from dimefm.images.decode import DecodeError
-from dimefm.leaks.alike import Look, similarity
-from dimefm.leaks.find_text_leaks import asked_of, existing_text_leaks, find_text_leaks, require_captions
+from dimefm.leaks.find_text_leaks import existing_text_leaks, find_text_leaks, require_captions
+from dimefm.leaks.image_pairs import image_pairs
+from dimefm.selection.image_plan import begin_or_continue, remove_begun
 from dimefm.selection.narrow import Narrowed, Outcome
-from dimefm.selection.select_images import begin_or_continue, finish_selection, remove_begun
-from dimefm.sources.read_image import ImagePlace, read_encoded
+from dimefm.selection.select_images import finish_selection
 from dimefm.store.embedding_store import Store
 from dimefm.store.leaked_rows import read_leaks
-from dimefm.store.parquet_tables import write_table
+from dimefm.store.parquet_tables import parquet_bytes, write_table
 from dimefm.system import storage
+from dimefm.system.checked_file import read_checked, write_checked
 from dimefm.system.lock import writing
-from dimefm.system.machine import choose_device, cpus
+from dimefm.system.machine import choose_device
 from dimefm.system.named_paths import allowing
 from dimefm.system.notes import note
 from dimefm.system.output_names import require_name
-from dimefm.system.progress import Progress
 from dimefm.system.wording import counted
 
 _PAIRS = "pairs"  # of each set, until all are compared
 _RESULT = {PLAN_FILE, ROWS_FILE, DROPPED_FILE, REPORT_FILE, SELECTION_FILE, LEAKS_FILE, LEAKED_FILE}
 _OURS = {*_RESULT, FEATURES, UNPACKED, _PAIRS}
 _ALIKE = {"image": 0.75, "text": 0.9}  # sentences of one form differ in the one word that matters
-_LOOKS, _TESTED, _BLOCK = 512, 32, 4096  # looks, of 0.5 MB, that are kept: of training and of test images; pairs
 _Array = np.ndarray[Any, Any]
 
 
@@ -92,20 +87,21 @@ def find_leaks(
     out = storage.local(config.out, "the result of leaks")
     images = Store(config.store)
     images.require_complete()
-    if config.similarity is None:
-        config = replace(config, similarity=_ALIKE[images.schema.kind])
     typed = [*(one.folder for one in sets if one.definition is None), *filter(None, [data])]
     with allowing(typed), writing(out, of_use=lambda files: files - {PLAN_FILE}):
         opened = _open_all(sets, data, storage.join(out, UNPACKED), named=named)
+        alike = _ALIKE[images.schema.kind] if config.similarity is None else config.similarity
+        sets_of = {one.title: test.digest() for one, test in opened}
+        asked = LookedFor(cosine=config.cosine, similarity=alike, nearest=config.nearest, sets=sets_of)
         if images.schema.kind == "text":
-            return _of_texts(config, out, images, opened, load, device)
-        facts = [[one.title, test.digest()] for one, test in opened]
+            return _of_texts(asked, out, images, opened, load, device)
         plan = ImageSelectionPlan(
             images=images.path,
             images_identity=images.schema.identity,
             images_data=images.contents.digest,
             settings=None,
-            leaks=digest_of([facts, config.cosine, config.similarity, config.nearest]),
+            leaks=digest_of([list(map(list, sets_of.items())), config.cosine, alike, config.nearest]),
+            looked_for=asked,
         )
         begin_or_continue(out, plan, _OURS, "leaks")
         if storage.exists(storage.join(out, SELECTION_FILE)):
@@ -114,22 +110,21 @@ def find_leaks(
         note("loading the teacher ...")
         clip = load(images)
         try:
-            return _compare(config, out, plan, images, opened, clip, device)
+            return _compare(asked, out, plan, images, opened, clip, device)
         except SelectionError:
             remove_begun(out, _RESULT)
             raise
 
 
 def _of_texts(
-    config: LeaksConfig, out: str, texts: Store, opened: list[tuple[ChosenSet, ImageSet]], load: Callable[[Store], Any],
+    asked: LookedFor, out: str, texts: Store, opened: list[tuple[ChosenSet, ImageSet]], load: Callable[[Store], Any],
     device: str | None,
 ) -> Leaks:  # fmt: skip
     require_captions(opened)
-    asked = asked_of(texts, opened, config)
-    if (found := existing_text_leaks(out, asked)) is not None:
+    if (found := existing_text_leaks(out, texts, asked)) is not None:
         return found
     note("loading the teacher ...")
-    return find_text_leaks(config, out, asked, texts, opened, load(texts), choose_device(device))
+    return find_text_leaks(asked, out, texts, opened, load(texts), choose_device(device))
 
 
 def _open_all(
@@ -156,7 +151,7 @@ def _open_all(
 
 
 def _compare(
-    config: LeaksConfig, out: str, plan: ImageSelectionPlan, images: Store, opened: list[tuple[ChosenSet, ImageSet]],
+    asked: LookedFor, out: str, plan: ImageSelectionPlan, images: Store, opened: list[tuple[ChosenSet, ImageSet]],
     clip: Any, device: str | None,
 ) -> Leaks:  # fmt: skip
     from dimefm.evaluation.features import compute_features
@@ -165,22 +160,19 @@ def _compare(
     search, tables, sets = ExactSearch(images, device=choose_device(device)), [LEAKED.empty_table()], list[LeakedSet]()
     for one, test in opened:
         features = compute_features(clip, test, storage.join(out, f"{FEATURES}/{one.title}.zarr"), decoder="fast")
-        kept = storage.join(out, f"{_PAIRS}/{one.title}.parquet")
-        if storage.exists(kept):
-            table = pq.read_table(kept)
+        kept = storage.join(out, f"{_PAIRS}/{one.title}")
+        if (data := read_checked(kept)) is not None:
+            table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         else:
-            pairs = _candidates(search, features.all(), features.readable, config)
-            table = _table(one.title, images, test, pairs, _similarities(images, test, pairs), config)
-            write_table(kept, table)
+            table = image_pairs(one.title, images, test, search, features, asked)
+            write_checked(kept, parquet_bytes(table))
         tables.append(table)
-        lost = int((~features.readable).sum())
-        if lost:
-            note(f"{counted(lost, 'image')} of {one.name} cannot be read, and so cannot be looked for")
         leaked = table.filter(table["leak"])["test_row"].unique()
         sets.append(
             LeakedSet(
                 title=one.title, suite=one.suite, digest=test.digest(), tested=len(test.samples), leaked=len(leaked),
                 candidates=len(table), unread=table["similarity"].null_count,
+                unreadable=dict(Counter(failure.status for failure in features.failures())),
             )
         )  # fmt: skip
     found = pa.concat_tables(tables)
@@ -189,16 +181,15 @@ def _compare(
         what = f"not one of {counted(len(found), 'pair')} can be compared: the images of {images.path}, or of the sets,"
         raise UnreadableError(f"{what} cannot be read", remedy="put the files back, and run the same command again")
     rows = found.filter(found["leak"])["row"].unique().to_numpy()
-    assert config.similarity is not None
     document = Leaks(
         kind="image",
         store=images.path,
         store_identity=images.schema.identity,
         store_data=images.contents.digest,
         asked=plan.leaks or "",
-        cosine=config.cosine,
-        similarity=config.similarity,
-        nearest=config.nearest,
+        cosine=asked.cosine,
+        similarity=asked.similarity,
+        nearest=asked.nearest,
         sets=tuple(sets),
         rows=len(rows),
         digest=write_table(storage.join(out, LEAKED_FILE), found),
@@ -218,74 +209,3 @@ def _finish(out: str, plan: ImageSelectionPlan, images: Store, rows: _Array) -> 
     none = np.empty(0, np.int64)
     scores_T = np.full(images.schema.rows, np.nan, np.float32)
     return finish_selection(out, plan, images, outcome_T, scores_T, (none, none), Narrowed((none, none), None, None))
-
-
-def _candidates(
-    search: Any, feature_ND: _Array, readable_N: _Array, config: LeaksConfig
-) -> list[tuple[int, int, float]]:
-    """Test row, training row and cosine of each pair that is to be looked at."""
-    rows_N = np.flatnonzero(readable_N)
-    score_NK, row_NK = search.search(feature_ND[rows_N], config.nearest)
-    near_NK = (row_NK >= 0) & (score_NK >= config.cosine)
-    places, ranks = np.nonzero(near_NK)
-    found = zip(rows_N[places].tolist(), row_NK[places, ranks].tolist(), score_NK[places, ranks].tolist(), strict=True)
-    return list(found)
-
-
-def _similarities(images: Store, test: ImageSet, pairs: list[tuple[int, int, float]]) -> Iterator[float | None]:
-    """The similarity of the pixels of each pair; None where one of the two cannot be read."""
-    rows = np.unique(np.array([row for _, row, _ in pairs], np.int64))
-    places = dict(zip(rows.tolist(), _places(images, rows), strict=True))
-
-    @lru_cache(_LOOKS)
-    def trained(row: int) -> Look | None:
-        return _look(places[row])
-
-    @lru_cache(_TESTED)
-    def tested(row: int) -> Look | None:
-        sample = test.samples[row]
-        return _look(ImagePlace(sample.file, sample.offset, sample.size))
-
-    def compare(pair: tuple[int, int, float]) -> float | None:
-        one, other = tested(pair[0]), trained(pair[1])
-        return None if one is None or other is None else similarity(one, other)
-
-    with ThreadPoolExecutor(cpus()) as pool, Progress(f"comparing {test.name}", len(pairs), "pair") as progress:
-        for at in range(0, len(pairs), _BLOCK):
-            for done, value in enumerate(pool.map(compare, pairs[at : at + _BLOCK]), at + 1):
-                progress.at(done)
-                yield value
-
-
-def _places(images: Store, rows_N: _Array) -> list[ImagePlace]:
-    if images.schema.pixels:
-        return [ImagePlace(*place) for place in images.pixel_places(rows_N)]
-    fields = ImagePlace._fields
-    return [ImagePlace(**{name: one[name] for name in fields}) for one in images.samples(rows_N, fields)]
-
-
-def _look(place: ImagePlace) -> Look | None:
-    try:
-        return Look(read_encoded(place)) if place.file else None
-    except (DimefmError, DecodeError, OSError):
-        return None
-
-
-def _table(
-    title: str, images: Store, test: ImageSet, pairs: list[tuple[int, int, float]], alike: Iterator[float | None],
-    config: LeaksConfig,
-) -> pa.Table:  # fmt: skip
-    rows = np.array([row for _, row, _ in pairs], np.int64)
-    keys = [one["key"] for one in images.samples(rows, ("key",))]
-    values, least = list(alike), config.similarity or 0.0
-    columns = {
-        "set": [title] * len(pairs),
-        "test_row": [test_row for test_row, _, _ in pairs],
-        "test_key": [test.samples[test_row].key for test_row, _, _ in pairs],
-        "row": rows,
-        "key": keys,
-        "cosine": [cosine for _, _, cosine in pairs],
-        "similarity": values,
-        "leak": [value is not None and value >= least for value in values],
-    }
-    return pa.table(columns, schema=LEAKED)

@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from cache_schemas import digest_of
-from cache_schemas.leaks import LEAKED, LEAKED_FILE, LEAKS_FILE, LeakedSet, Leaks
+from cache_schemas.leaks import LEAKED, LEAKED_FILE, LEAKS_FILE, LeakedSet, Leaks, LookedFor
 from dimefm.datasets.image_set import ImageSet
 from dimefm.errors import SourceError
 from dimefm.evaluation.config import ChosenSet
 from dimefm.store.embedding_store import Store
-from dimefm.store.output_folder import require_only, require_same
+from dimefm.store.output_folder import differing, require_only, require_same
 from dimefm.store.parquet_tables import write_table
 from dimefm.system import storage
 from dimefm.system.progress import Progress
@@ -47,35 +47,29 @@ def require_captions(opened: list[tuple[ChosenSet, ImageSet]]) -> None:
             raise SourceError(what, remedy="give an image store, or sets of captions, such as coco_captions")
 
 
-def existing_text_leaks(out: str, asked: str) -> Leaks | None:
+def existing_text_leaks(out: str, texts: Store, asked: LookedFor) -> Leaks | None:
     """What an earlier run of the same command has found. Raises OutputExistsError where `out` holds anything else."""
     require_only(out, "leaks of a text store", {LEAKED_FILE, LEAKS_FILE})
     where = storage.join(out, LEAKS_FILE)
     if not storage.exists(where):
         return None
     found = Leaks.parse(storage.read_json(where), where)
-    require_same(out, {} if found.asked == asked else {"leaks": f"{found.asked[:12]} != {asked[:12]}"})
+    own = {"texts_identity": found.store_identity, "texts_data": found.store_data, **found.looked_for.facts()}
+    new = {"texts_identity": texts.schema.identity, "texts_data": texts.contents.digest, **asked.facts()}
+    require_same(out, differing(own, new))
     return found
 
 
-def asked_of(texts: Store, opened: list[tuple[ChosenSet, ImageSet]], config: Any) -> str:
-    """The digest of what is looked for, in what."""
-    facts = [[one.title, test.digest()] for one, test in opened]
-    store = [texts.schema.identity, texts.contents.digest]
-    return digest_of([store, facts, config.cosine, config.similarity, config.nearest])
-
-
 def find_text_leaks(
-    config: Any, out: str, asked: str, texts: Store, opened: list[tuple[ChosenSet, ImageSet]], clip: Any, device: str
+    asked: LookedFor, out: str, texts: Store, opened: list[tuple[ChosenSet, ImageSet]], clip: Any, device: str
 ) -> Leaks:
-    """Compare the captions of each set with the sentences of the store, and write what was found. `config` is a
-    LeaksConfig."""
+    """Compare the captions of each set with the sentences of the store, and write what was found."""
     from dimefm.retrieval.exact_search import ExactSearch
 
     search, tables, sets = ExactSearch(texts, device=device), [LEAKED.empty_table()], list[LeakedSet]()
     for one, test in opened:
         captions = _captions(test)
-        table = _pairs(one.title, config, texts, search, captions, clip)
+        table = _pairs(one.title, asked, texts, search, captions, clip)
         tables.append(table)
         leaked = table.filter(table["leak"])["test_key"].unique()
         sets.append(
@@ -87,13 +81,20 @@ def find_text_leaks(
     found = pa.concat_tables(tables)
     document = Leaks(
         kind="text", store=texts.path, store_identity=texts.schema.identity, store_data=texts.contents.digest,
-        asked=asked, cosine=config.cosine, similarity=config.similarity, nearest=config.nearest, sets=tuple(sets),
+        asked=_digest(texts, asked), cosine=asked.cosine, similarity=asked.similarity, nearest=asked.nearest,
+        sets=tuple(sets),
         rows=len(found.filter(found["leak"])["row"].unique()),
         digest=write_table(storage.join(out, LEAKED_FILE), found),
     )  # fmt: skip
     with storage.writing_to(out):
         storage.write_json(storage.join(out, LEAKS_FILE), document.to_json())
     return document
+
+
+def _digest(texts: Store, asked: LookedFor) -> str:
+    """That of what was looked for, in what."""
+    store, sets = [texts.schema.identity, texts.contents.digest], list(map(list, asked.sets.items()))
+    return digest_of([store, sets, asked.cosine, asked.similarity, asked.nearest])
 
 
 def _captions(test: ImageSet) -> list[Caption]:
@@ -105,20 +106,20 @@ def _captions(test: ImageSet) -> list[Caption]:
     ]
 
 
-def _pairs(title: str, config: Any, texts: Store, search: Any, captions: list[Caption], clip: Any) -> pa.Table:
+def _pairs(title: str, asked: LookedFor, texts: Store, search: Any, captions: list[Caption], clip: Any) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [] for name in LEAKED.names}
     with Progress(f"comparing {title}", len(captions), "caption") as progress:
         for at in range(0, len(captions), _BLOCK):
             block = captions[at : at + _BLOCK]
             caption_MD = clip.encode_texts([one.text for one in block]).cpu().numpy()
-            score_MK, row_MK = search.search(caption_MD, config.nearest)
-            near_MK = (row_MK >= 0) & (score_MK >= config.cosine)
+            score_MK, row_MK = search.search(caption_MD, asked.nearest)
+            near_MK = (row_MK >= 0) & (score_MK >= asked.cosine)
             sentences = {one["row"]: one for one in texts.samples(np.unique(row_MK[near_MK]))}
             for place, rank in zip(*np.nonzero(near_MK), strict=True):
                 caption, sentence = block[place], sentences[int(row_MK[place, rank])]
                 alike = same_words(caption.text, sentence["text"])
                 values = (title, caption.row, caption.key, sentence["row"], sentence["key"],
-                          float(score_MK[place, rank]), alike, alike >= config.similarity)  # fmt: skip
+                          float(score_MK[place, rank]), alike, alike >= asked.similarity)  # fmt: skip
                 for name, value in zip(LEAKED.names, values, strict=True):
                     columns[name].append(value)
             progress.at(at + len(block))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cache_schemas.leaks import Leaks
+from dimefm.store.leaked_rows import unreadable_images
 from dimefm.system.inert_text import line, markdown
 from dimefm.system.markdown_table import markdown_table
 from dimefm.system.wording import counted
@@ -28,6 +29,8 @@ def as_text(found: Leaks, out: str) -> str:
     lost = sum(one.unread for one in found.sets)
     if lost:
         table += f"\n\n{counted(lost, 'pair')} could not be compared, as an image cannot be read: there may be more"
+    lines = "".join(f"\n{line(text)}" for text in unreadable_images(found))
+    table += f"\n{lines}" if lines else ""
     rows_of_store = "training image" if images else "training sentence"
     if not found.rows:
         return f"{table}\n\nno {rows_of_store} stands in these sets\nwritten: {line(out)}"

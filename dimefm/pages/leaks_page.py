@@ -15,7 +15,7 @@ from dimefm.pages.charts import Bar, bar_chart
 from dimefm.pages.page import Block, Card, Cell, Facts, Gallery, Mark, Section, Table, Words
 from dimefm.pages.pictures import Pictures
 from dimefm.store.embedding_store import Store
-from dimefm.store.leaked_rows import read_leaks, read_pairs
+from dimefm.store.leaked_rows import read_leaks, read_pairs, unreadable_images
 from dimefm.system import storage
 
 _PAIRS, _NEAR_MISSES, _SENTENCES = 60, 12, 300  # of each set
@@ -29,7 +29,8 @@ def leaks_sections(path: str, images: Store | None) -> list[Section]:
     found = read_leaks(path)
     table = read_pairs(path, found)
     tested = "images" if found.kind == "image" else "captions"
-    sections = [Section(f"Test {tested} that are trained on", [_sets(found), _shares(found)])]
+    unreadable = [Words(text, warning=True) for text in unreadable_images(found)]
+    sections = [Section(f"Test {tested} that are trained on", [_sets(found), *unreadable, _shares(found)])]
     for one in found.sets:
         pairs = sorted(table.filter(pa.compute.equal(table["set"], one.title)).to_pylist(), key=_rank)
         if pairs:
@@ -77,7 +78,7 @@ def _sets(found: Leaks) -> Table:
         more = [Cell(f"{count:,}", count) for count in (one.candidates, one.unread)]
         rows.append((one.title, *counts, Cell(f"{share:.2%}", share, share=share), *more))
     what, tested = ("images", "images") if found.kind == "image" else ("sentences", "captions")
-    head = ("test set", tested, "also trained on", "share", "pairs looked at", "could not be read")
+    head = ("test set", tested, "also trained on", "share", "pairs looked at", "pairs unreadable")
     caption = f"{found.rows:,} training {what} stand in these sets: a cosine of {found.cosine:g} or more, and alike by"
     return Table(head, rows, "lrrrrr", f"{caption} {found.similarity:g} or more of 1")
 

@@ -14,11 +14,13 @@ import torch
 from torch.nn import functional as F
 
 from cache_schemas import Status
+from dimefm.errors import RUN_AGAIN, StoreError
 from dimefm.selection.clusters import cluster_count, find_centres
 from dimefm.selection.grounding import draw_rows
 from dimefm.selection.scores import score_rows
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
+from dimefm.system.checked_file import read_checked, write_checked
 from dimefm.system.shard_work import ShardRunner
 
 VECTORS = "vectors"
@@ -29,15 +31,17 @@ _Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class NearestVector:
-    """The mean of the `top` largest cosines of an image with the vectors, of unit length, in the file VECTORS of
-    `folder`; of all where there are fewer."""
+    """The mean of the `top` largest cosines of an image with the vectors that `keep_vectors` has put into `folder`; of
+    all where there are fewer."""
 
     folder: str
     top: int = 1
 
     def load(self, width: int, device: str) -> Callable[[_Array], _Array]:
         """The scores of images of this width."""
-        data = storage.read_bytes(storage.join(self.folder, VECTORS))
+        data = read_checked(storage.join(self.folder, VECTORS))
+        if data is None:
+            raise StoreError(f"{self.folder}/{VECTORS} is damaged", remedy=RUN_AGAIN)
         vector_KD = torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32).reshape(-1, width)).to(device)
 
         def scores(embedding_ND: _Array) -> _Array:
@@ -51,18 +55,18 @@ class NearestVector:
         return scores
 
 
-def score_by_vectors(
-    store: Store, folder: str, vectors: Callable[[], _Array], *, device: str, run: ShardRunner, top: int = 1
-) -> _Array:
-    """The mean of the `top` largest cosines of each image with `vectors`, (Q, D) of unit length; they are asked for
-    where scores are missing. float32 (T,), NaN without an embedding."""
+def keep_vectors(folder: str, vectors: Callable[[], _Array]) -> None:
+    """Put vectors, (Q, D) of unit length, into `folder`, unless they are there and undamaged: then they are not asked
+    for. Raises StoreError where they cannot be written."""
+    path = storage.join(folder, VECTORS)
+    if read_checked(path) is None:
+        write_checked(path, vectors().astype("<f4").tobytes())
 
-    def prepare() -> None:
-        if not storage.exists(storage.join(folder, VECTORS)):
-            with storage.writing_to(folder):
-                storage.write_atomic(storage.join(folder, VECTORS), vectors().astype("<f4").tobytes())
 
-    return score_rows(store, folder, NearestVector(folder, top), device=device, prepare=prepare, run=run)
+def score_by_vectors(store: Store, folder: str, *, device: str, run: ShardRunner, top: int = 1) -> _Array:
+    """The mean of the `top` largest cosines of each image with the vectors in `folder`: float32 (T,), NaN without an
+    embedding."""
+    return score_rows(store, folder, NearestVector(folder, top), device=device, prepare=lambda: None, run=run)
 
 
 def closeness(
@@ -75,7 +79,8 @@ def closeness(
         found: _Array = F.normalize(draw_rows(targets, count, (seed, 0)), dim=1).numpy()
         return found
 
-    return score_by_vectors(store, folder, sample, device=device, run=run, top=_NEAREST)
+    keep_vectors(folder, sample)
+    return score_by_vectors(store, folder, device=device, run=run, top=_NEAREST)
 
 
 def centrality(store: Store, folder: str, *, seed: int, device: str, run: ShardRunner) -> _Array:
@@ -86,4 +91,5 @@ def centrality(store: Store, folder: str, *, seed: int, device: str, run: ShardR
         rows_C = np.flatnonzero(store.status() == Status.OK)
         return find_centres(store, rows_C, cluster_count(len(rows_C)), seed=seed, device=device).cpu().numpy()
 
-    return score_by_vectors(store, folder, centres, device=device, run=run)
+    keep_vectors(folder, centres)
+    return score_by_vectors(store, folder, device=device, run=run)

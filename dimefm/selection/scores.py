@@ -12,16 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import google_crc32c
 import numpy as np
 import torch
 
 from dimefm.store.embedding_store import Store
 from dimefm.system import storage
+from dimefm.system.checked_file import read_checked, write_checked
 from dimefm.system.progress import Progress
 from dimefm.system.shard_work import Seat, ShardRunner, run_here
 
-_CRC = 4
 _Array = np.ndarray[Any, Any]
 
 
@@ -91,10 +90,7 @@ class Scoring:
             score_N = np.full(stop - start, np.nan, np.float32)
             rows_N, embedding_ND = store.valid_rows(start, stop)
             score_N[rows_N - start] = scores(embedding_ND)
-            data = score_N.astype("<f4").tobytes()
-            with storage.writing_to(self.folder):
-                checksum = google_crc32c.value(data).to_bytes(_CRC, "little")
-                storage.write_atomic(_path(self.folder, shard), data + checksum)
+            write_checked(_path(self.folder, shard), score_N.astype("<f4").tobytes())
             return score_N
 
         return do
@@ -109,11 +105,7 @@ def _path(folder: str, shard: int) -> str:
 
 def _read_scores(folder: str, shard: int, count: int) -> _Array | None:
     """The scores of a shard that has `count` rows; None where they are missing or damaged."""
-    path = _path(folder, shard)
-    if not storage.exists(path):
-        return None
-    content = storage.read_bytes(path)
-    data, checksum = content[:-_CRC], int.from_bytes(content[-_CRC:], "little")
-    if len(data) != count * 4 or google_crc32c.value(data) != checksum:
+    data = read_checked(_path(folder, shard))
+    if data is None or len(data) != count * 4:
         return None
     return np.frombuffer(data, "<f4").astype(np.float32)

@@ -5,7 +5,7 @@ Shapes: T images of the store, Q queries, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,12 @@ from cache_schemas.text_selection import (
     SELECTION_FILE,
 )
 from dimefm.errors import SelectionError
+from dimefm.selection.image_plan import begin_or_continue, remove_begun
 from dimefm.selection.image_report import REASONS, markdown_report, score_histogram, write_copies, write_kept_images
 from dimefm.selection.narrow import Limits, Narrowed, Outcome, narrow
 from dimefm.store.embedding_store import Store, require_same_teacher
-from dimefm.store.output_folder import differing, in_lines, require_only, require_same
+from dimefm.store.output_folder import in_lines
 from dimefm.store.selected_images import SelectedImages
-from dimefm.store.zarr_arrays import digest_arrays
 from dimefm.system import storage
 from dimefm.system.lease import require_held
 from dimefm.system.lock import writing
@@ -152,29 +152,30 @@ def select_images(
     if targets:
         targets.require_complete()
         require_same_teacher(images, targets)
-    note(f"{counted(images.schema.rows, 'image')}: loading torch ...")
-    device = choose_device(config.device)
-    query_QD = encode(config.drop_near) if encode and config.drop_near else np.empty((0, images.schema.dim))
     plan = ImageSelectionPlan(
         images=images.path,
         images_identity=images.schema.identity,
         images_data=images.contents.digest,
-        settings=_settings(config, targets, query_QD.astype(np.float16)),
+        settings=_settings(config, targets),
     )
     with writing(out, of_use=lambda files: files - {PLAN_FILE}):
         begin_or_continue(out, plan, _OURS, "select-images")
         if storage.exists(storage.join(out, SELECTION_FILE)):
             return SelectedImages(out).document
         storage.remove_leftovers(out)
+        note(f"{counted(images.schema.rows, 'image')}: loading torch ...")
+        device = choose_device(config.device)
+        if config.drop_near:
+            _keep_queries(config.drop_near, encode, out)
         try:
-            return _select(plan, images, targets, query_QD, out, device, run)
+            return _select(plan, images, targets, out, device, run)
         except SelectionError:
             remove_begun(out, _OURS)
             raise
 
 
 def _select(
-    plan: ImageSelectionPlan, images: Store, targets: Store | None, query_QD: _Array, out: str, device: str,
+    plan: ImageSelectionPlan, images: Store, targets: Store | None, out: str, device: str,
     run: ShardRunner,
 ) -> ImageSelection:  # fmt: skip
     settings = plan.settings
@@ -191,7 +192,7 @@ def _select(
     if settings.drop_near:
         from dimefm.selection.image_scores import score_by_vectors
 
-        near_T = score_by_vectors(images, storage.join(out, UNWANTED), lambda: query_QD, device=device, run=run)
+        near_T = score_by_vectors(images, storage.join(out, UNWANTED), device=device, run=run)
         outcome_T[(outcome_T == Outcome.KEPT) & (near_T >= settings.drop_above)] = Outcome.UNWANTED
     order_C = order_C[outcome_T[order_C] == Outcome.KEPT]
     limits = Limits(settings.top, settings.dedup, settings.balance, settings.size, settings.seed, _PASSES)
@@ -234,7 +235,7 @@ def finish_selection(
     return selection
 
 
-def _settings(config: ImageSelectionConfig, targets: Store | None, query_QD: _Array) -> ImageSelectionSettings:
+def _settings(config: ImageSelectionConfig, targets: Store | None) -> ImageSelectionSettings:
     """What decides the result, with the defaults filled in."""
     return ImageSelectionSettings(
         by=config.ranking,
@@ -243,7 +244,6 @@ def _settings(config: ImageSelectionConfig, targets: Store | None, query_QD: _Ar
         near_sample=(config.near_sample or NEAR_SAMPLE) if targets else None,
         drop_near=config.drop_near,
         drop_above=config.drop_above,
-        drop_data=digest_arrays(query_QD) if len(query_QD) else None,
         exact=config.exact,
         top=config.top,
         dedup=config.dedup,
@@ -253,33 +253,14 @@ def _settings(config: ImageSelectionConfig, targets: Store | None, query_QD: _Ar
     )
 
 
-def begin_or_continue(out: str, plan: ImageSelectionPlan, ours: Collection[str], command: str) -> None:
-    """Write the plan of a command, or see that an earlier run of it wrote the same. Raises OutputExistsError where
-    `out` holds something else than `ours`."""
-    require_only(out, f"a selection of images by {command}", ours)
-    path = storage.join(out, PLAN_FILE)
-    if not storage.exists(path):
-        with storage.writing_to(out):
-            storage.write_json(path, plan.to_json())
-        return
-    own = ImageSelectionPlan.parse(storage.read_json(path), path)
-    require_same(out, differing(_facts(own), _facts(plan)))
+def _keep_queries(sentences: tuple[str, ...], encode: Callable[[Sequence[str]], _Array] | None, out: str) -> None:
+    """Encode `drop_near`, unless a run that was stopped has: before anything is scored, so that a teacher that is gone
+    is an error at once."""
+    from dimefm.selection.image_scores import keep_vectors  # imports torch
 
-
-def remove_begun(out: str, ours: Collection[str]) -> None:
-    """Remove what came to nothing, so that other settings can be tried in the same place."""
-    for name in ours:
-        place = storage.join(out, name)
-        if storage.listing(place):
-            storage.remove_folder(place)
-        elif storage.exists(place):
-            storage.remove_file(place)
-
-
-def _facts(plan: ImageSelectionPlan) -> dict[str, Any]:
-    """All that decides the result, by name."""
-    facts = {name: getattr(plan, name) for name in ("images_identity", "images_data", "leaks")}
-    return {**facts, **(vars(plan.settings) if plan.settings else {})}
+    if encode is None:
+        raise ValueError("drop_near needs encode")
+    keep_vectors(storage.join(out, UNWANTED), lambda: encode(sentences))
 
 
 def _scores(

@@ -15,6 +15,7 @@ from dimefm.store.embedding_store import Store, require_same_data
 from dimefm.store.parquet_tables import require_digest
 from dimefm.system import storage
 from dimefm.system.near_names import did_you_mean_path
+from dimefm.system.wording import counted
 
 AGAIN = "run dimefm leaks again, into another --out"
 NO_ROWS: np.ndarray[Any, Any] = np.empty(0, np.int64)
@@ -36,6 +37,17 @@ def read_pairs(path: str, document: Leaks) -> pa.Table:
     """The pairs that were looked at, LEAKED. Raises StoreError where they are damaged."""
     data = require_digest(storage.join(storage.absolute(path), LEAKED_FILE), document.digest, AGAIN)
     return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+
+
+def unreadable_images(found: Leaks) -> list[str]:
+    """A sentence for each set with test images that could not be looked for."""
+    sentences = list[str]()
+    for one in found.sets:
+        if reasons := sorted((one.unreadable or {}).items(), key=lambda item: (-item[1], item[0])):
+            what = f"{sum(count for _, count in reasons):,} of {counted(one.tested, 'image')} of {one.title}"
+            why = ", ".join(f"{count:,} {status}" for status, count in reasons)
+            sentences.append(f"{what} could not be encoded, and so not be looked for: {why}")
+    return sentences
 
 
 class LeakedRows:

@@ -22,12 +22,17 @@ def write_plan(path: str, shard: int, table: pa.Table) -> str:
 
 def write_table(path: str, table: pa.Table) -> str:
     """Write a table as a Parquet file; returns its sha256. Raises StoreError where it cannot be written."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    data = sink.getvalue()
+    data = parquet_bytes(table)
     with storage.writing_to(path):
         storage.write_atomic(path, data)
     return sha256(data)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as the content of a Parquet file."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
 
 
 def read_table(

@@ -6,10 +6,12 @@ Shapes: D embedding width.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from cache_schemas import Run
@@ -28,12 +30,17 @@ from dimefm.training.run_folder import Inputs
 from dimefm.training.several_teachers import SeveralObjectives
 from dimefm.training.tower_trainer import TowerTrainer
 
+_Rows = np.ndarray[Any, Any]
+
 
 def build_towers(
-    config: TrainConfig, run: Run, inputs: Inputs, place: Place, *, resumed: bool
+    config: TrainConfig, run: Run, inputs: Inputs, place: Place, only: Mapping[str, _Rows | None], *, resumed: bool
 ) -> dict[str, TowerTrainer]:
-    """The towers of `run`, "image" and perhaps "text". Their weights are random, or for the image tower those of
-    `config.init`, unless the run is `resumed`: then a checkpoint has them."""
+    """The towers of `run`, "image" and perhaps "text"; `only` are the rows that each draws, if not all. Their weights
+    are random, or for the image tower those of `config.init`, unless the run is `resumed`: then a checkpoint has them.
+    """
+    if run.centred_on == "stored":
+        only = {}
 
     def trainer(module: Any, objective: Objective | SeveralObjectives, prepare: Any) -> TowerTrainer:
         return TowerTrainer(
@@ -50,10 +57,12 @@ def build_towers(
     if config.patch_dropout:
         drop_patches(image, spec.name, config.patch_dropout)
     prepare = partial(normalise, mean=spec.mean, std=spec.std)
-    towers = {"image": trainer(image, _image_objective(config, inputs), prepare)}
+    towers = {"image": trainer(image, _image_objective(config, inputs, only.get("image")), prepare)}
     if run.text_student:
         text = build_text_student(run.text_student)
-        towers["text"] = trainer(text, _objective(config.text_loss, inputs.texts), lambda tokens: tokens)
+        towers["text"] = trainer(
+            text, _objective(config.text_loss, inputs.texts, only.get("text")), lambda tokens: tokens
+        )
     if config.gradient_checkpointing:
         for name, module in named_modules(config, towers).items():
             checkpoint_gradients(module, name)
@@ -79,20 +88,20 @@ def _image_tower(config: TrainConfig, run: Run, *, resumed: bool) -> Any:
     return widened(image, run.student) if run.more_teachers else image
 
 
-def _image_objective(config: TrainConfig, inputs: Inputs) -> Objective | SeveralObjectives:
+def _image_objective(config: TrainConfig, inputs: Inputs, only: _Rows | None) -> Objective | SeveralObjectives:
     stores = [one.images for one in inputs.teachers]
     losses = [loss for loss in config.teacher_losses() if loss]
-    objectives = [_objective(loss, store) for loss, store in zip(losses, stores, strict=True)]
+    objectives = [_objective(loss, store, only) for loss, store in zip(losses, stores, strict=True)]
     if not inputs.more:
         return objectives[0]
     weights = config.teacher_weights or (1.0,) * len(stores)
     return SeveralObjectives(objectives, [store.schema.dim for store in stores], weights)
 
 
-def _objective(loss: LossConfig, store: Store | None) -> Objective:
-    """The losses on the embeddings of a store."""
+def _objective(loss: LossConfig, store: Store | None, only: _Rows | None) -> Objective:
+    """The losses on the embeddings of a store, of which `only` these rows are drawn."""
     assert store
-    teacher, mean_D = store.schema.teacher, mean_embedding(store) if loss.centred else None
+    teacher, mean_D = store.schema.teacher, mean_embedding(store, only) if loss.centred else None
     return Objective(loss, teacher_scale=teacher.logit_scale, dim=teacher.embed_dim, mean_D=mean_D)
 
 

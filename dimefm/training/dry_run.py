@@ -94,7 +94,7 @@ def foresee(config: TrainConfig, allow_changes: tuple[str, ...] = ()) -> Foresig
     loaders, ahead, batch = loaders_of(config, place, size, in_step)
     one_pass = replace(config, compile=False, accumulate=1, batch_size=config.batch_size // config.accumulate)
     with torch_threads(config.threads):
-        towers = build_towers(one_pass, document, plan.inputs, place, resumed=True)
+        towers = build_towers(one_pass, document, plan.inputs, place, plan.only, resumed=True)
         validation = open_validation(config, document, plan.inputs, place, towers["image"].dtype)
         parameters = sum(p.numel() for tower in towers.values() for p in tower.module.parameters())
         try:

@@ -11,8 +11,9 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from cache_schemas import StrongViews
@@ -51,10 +52,12 @@ class Feed:
 
     `batches` begin with the step `first_step`, from which the run goes on. For a GPU they are in page-locked memory; it
     must be in use before the first is taken. `banks` are those of each teacher, None for one that needs no sentences;
-    `left_out` counts the images that lack the embedding of a further teacher.
+    `only` are the rows that are drawn, as of a Plan; `left_out` counts the images that lack the embedding of a further
+    teacher.
     """
 
     inputs: Inputs
+    only: dict[str, np.ndarray[Any, Any] | None]
     order: Literal["chunks", "blocks"]
     banks: list[TextBank | None]
     left_out: int
@@ -149,7 +152,7 @@ def open_feed(config: TrainConfig, place: Place) -> Iterator[Feed]:
             batches = _start(config, place, inputs, banks, images, texts, stack)
         by_teachers = inputs.more and plan.images.only is not None and inputs.image_selection is None
         left_out = inputs.images.contents.good - plan.images.rows if by_teachers else 0
-        yield Feed(inputs, plan.order, banks, left_out, plan.steps_per_epoch, steps, first, batches)
+        yield Feed(inputs, plan.only, plan.order, banks, left_out, plan.steps_per_epoch, steps, first, batches)
 
 
 def _start(

@@ -40,6 +40,11 @@ class Plan:
     steps: int
     first_step: int
 
+    @property
+    def only(self) -> dict[str, np.ndarray[Any, Any] | None]:
+        """For each tower the rows that are drawn, int64 (N,), ascending; None: all with an embedding."""
+        return {"image": self.images.only, "text": self.texts.only if self.texts else None}
+
 
 def plan_feed(config: TrainConfig, world: int) -> Plan:
     """Open the stores that a run reads, and count its steps. Raises TrainingError, MismatchError or StoreError for what

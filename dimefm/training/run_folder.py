@@ -154,6 +154,7 @@ def plan_run(
         processes=processes,
         order=order,
         undecayed="listed",
+        centred_on="drawn",
         images_data=images.contents.digest,
         texts_data=inputs.texts.contents.digest if inputs.texts else None,
         captions_identity=inputs.captions.texts.schema.identity if inputs.captions else None,
@@ -164,7 +165,7 @@ def plan_run(
     if path.exists() and done:
         old = read_run(config.out)
         _require_same_views(config.out, old, inputs)
-        run = replace(run, undecayed=old.undecayed, student=old.student)
+        run = replace(run, undecayed=old.undecayed, centred_on=old.centred_on, student=old.student)
         changes = _changes(config, old, run, allow_changes, done)
         if not changes:
             return old

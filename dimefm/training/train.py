@@ -123,7 +123,7 @@ class _Trainer:
         self.saved_at = time.monotonic()
 
         torch.manual_seed(config.seed)
-        self.towers = build_towers(config, self.document, feed.inputs, place, resumed=feed.first_step > 0)
+        self.towers = build_towers(config, self.document, feed.inputs, place, feed.only, resumed=feed.first_step > 0)
         self.image, self.text = self.towers["image"], self.towers.get("text")
         modules = [module for tower in self.towers.values() for module in (tower.module, tower.objective)]
         self.optimizer = optimizer_of(config, modules, named_modules(config, self.towers), self.document.undecayed)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from dimefm.evaluation.config import EvaluationConfig
 from dimefm.evaluation.evaluate import evaluate
 from dimefm.inspection.info import describe, examine
 from dimefm.leaks import find_leaks as module
+from dimefm.leaks import image_pairs
 from dimefm.leaks.report import as_text
 from dimefm.models.clip import Clip
 from dimefm.store.embedding_store import Store
+from dimefm.store.leaked_rows import read_leaks
 from dimefm.store.selected_images import SelectedImages
 from dimefm.training.train import train
 from tests.leaks.planted import COPIED, run, write_test_set
@@ -119,10 +122,30 @@ def test_again_does_nothing_and_other_sets_are_refused(
     before = tree(found)
     assert run(image_store, test_set[0], found, clip).rows == COPIED
     assert tree(found) == before
-    with pytest.raises(OutputExistsError, match="leaks: "):
+    with pytest.raises(OutputExistsError, match=r":\n  - set own-cifar10: None != [0-9a-f]{64}\n.*another --out"):
         run(image_store, [test_set[0], Path(cifar10)], found, clip)
+    with pytest.raises(
+        OutputExistsError, match=r":\n  - cosine: -1\.0 != 0\.5\n  - similarity: 0\.75 != 0\.9\n.*another"
+    ):
+        run(image_store, test_set[0], found, clip, cosine=0.5, similarity=0.9)
+
+
+def test_a_plan_of_an_older_release_is_gone_on_with(
+    found: Path, image_store: Store, test_set: tuple[Path, list[str]], clip: Clip, tmp_path: Path
+) -> None:
+    """Its plan has the digest of what was looked for alone, and its leaks.json no count of what could not be read."""
+    copytree(found, tmp_path / "l.selection")
+    for name, drop in (("plan.json", lambda body: body.pop("looked_for")),
+                       ("leaks.json", lambda body: body["sets"][0].pop("unreadable"))):  # fmt: skip
+        document = tmp_path / "l.selection" / name
+        body = json.loads(document.read_text())
+        drop(body)
+        body.pop(CHECKSUM)
+        document.write_text(json.dumps({**body, CHECKSUM: digest_of(body)}))
+    again = run(image_store, test_set[0], tmp_path / "l.selection", clip)
+    assert (again.rows, again.sets[0].unreadable) == (COPIED, None)
     with pytest.raises(OutputExistsError, match="leaks: "):
-        run(image_store, test_set[0], found, clip, similarity=0.9)
+        run(image_store, test_set[0], tmp_path / "l.selection", clip, similarity=0.9)
 
 
 def test_a_stopped_search_goes_on_without_encoding_again(
@@ -133,7 +156,7 @@ def test_a_stopped_search_goes_on_without_encoding_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_candidates", killed)
+        patched.setattr(image_pairs, "_candidates", killed)
         with pytest.raises(KeyboardInterrupt):
             run(image_store, test_set[0], tmp_path / "l.selection", clip)
     features = tmp_path / "l.selection" / "features"
@@ -143,18 +166,63 @@ def test_a_stopped_search_goes_on_without_encoding_again(
     assert pq.read_table(tmp_path / "l.selection" / "leaks.parquet") == pq.read_table(found / "leaks.parquet")
 
 
+def test_pairs_that_were_kept_are_compared_again_only_where_they_are_damaged(
+    image_store: Store, test_set: tuple[Path, list[str]], clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared, real, out = list[str](), module.image_pairs, tmp_path / "l.selection"
+    monkeypatch.setattr(module, "image_pairs", lambda title, *rest: compared.append(title) or real(title, *rest))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def stopped() -> bytes:
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "write_table", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run(image_store, test_set[0], out, clip, nearest=2)
+        return (out / "pairs" / "own-planted").read_bytes()
+
+    whole = stopped()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 3] ^= 1  # of a value: Parquet itself may not see it
+    (out / "pairs" / "own-planted").write_bytes(damaged)
+    assert stopped() == whole
+    assert compared == ["own-planted"] * 2
+    run(image_store, test_set[0], out, clip, nearest=2)
+    assert len(pq.read_table(out / "leaks.parquet")) == 24 * 2
+    assert compared == ["own-planted"] * 2
+
+
+def test_test_images_that_cannot_be_read_are_counted_with_their_reason(
+    image_store: Store, test_set: tuple[Path, list[str]], clip: Clip, tmp_path: Path
+) -> None:
+    copytree(test_set[0], tmp_path / "planted")
+    (tmp_path / "planted" / "test" / "class 0" / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "planted" / "test" / "class 1" / "empty.jpg").write_bytes(b"")
+    out = tmp_path / "l.selection"
+    document = run(image_store, tmp_path / "planted", out, clip, nearest=1)
+    assert read_leaks(str(out)) == document
+    (one,) = document.sets
+    assert (one.tested, one.candidates, one.unread) == (26, 24, 0)
+    assert one.unreadable == {"UNDECODABLE": 1, "EMPTY": 1}
+    sentence = "2 of 26 images of own-planted could not be encoded, and so not be looked for: 1 EMPTY, 1 UNDECODABLE"
+    assert sentence in as_text(document, str(out))
+    assert sentence in " ".join(describe(str(out)).split())
+    assert examine(str(out)).facts["leaks"][0]["unreadable"] == one.unreadable
+
+
 def test_images_that_cannot_be_read_are_counted(
     image_store: Store, test_set: tuple[Path, list[str]], clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(place: Any) -> bytes:
         raise FileNotFoundError
 
-    monkeypatch.setattr(module, "read_encoded", gone)
+    monkeypatch.setattr(image_pairs, "read_encoded", gone)
     with pytest.raises(UnreadableError, match=r"not one of 2,304 pairs can be compared"):
         run(image_store, test_set[0], tmp_path / "l.selection", clip)
     assert not (tmp_path / "l.selection" / "selection.json").exists()
     monkeypatch.undo()
-    real, seen = module.read_encoded, list[Any]()
+    real, seen = image_pairs.read_encoded, list[Any]()
 
     def some(place: Any) -> bytes:
         seen.append(place)
@@ -162,7 +230,7 @@ def test_images_that_cannot_be_read_are_counted(
             raise FileNotFoundError
         return real(place)
 
-    monkeypatch.setattr(module, "read_encoded", some)
+    monkeypatch.setattr(image_pairs, "read_encoded", some)
     document = run(image_store, test_set[0], tmp_path / "l.selection", clip)
     (one,) = document.sets
     assert 0 < one.unread < 24 * 96

@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(SourceError, match="has classes and no captions"):
         run(text_store, Path(cifar10), tmp_path / "a.selection", clip)
     run(text_store, captions[0], tmp_path / "l.selection", clip)
-    with pytest.raises(OutputExistsError, match="leaks: "):
+    with pytest.raises(OutputExistsError, match=r":\n  - similarity: 0\.9 != 0\.5\n"):
         run(text_store, captions[0], tmp_path / "l.selection", clip, similarity=0.5)
     run(image_store, captions[0], tmp_path / "i.selection", clip)
     search, pairs = ExactSearch(text_store), str(tmp_path / "p.zarr")

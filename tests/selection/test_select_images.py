@@ -1,6 +1,7 @@
 """select-images: planted copies are found, each condition counts what it leaves out, and a stopped run goes on."""
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 from PIL import Image
 
 from cache_schemas import ViewPlan
+from cache_schemas.document import CHECKSUM, digest_of
 from cache_schemas.image_selection import ImageSelection
-from dimefm.errors import MismatchError, OutputExistsError, SelectionError, StoreError, TrainingError
+from dimefm.errors import MismatchError, OutputExistsError, SelectionError, StoreError, TeacherError, TrainingError
 from dimefm.inspection.info import describe
 from dimefm.models.clip import Clip
 from dimefm.selection import exact_copies
@@ -215,6 +217,73 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
         SelectedImages(str(tmp_path / "s.selection"))
     select(store, tmp_path / "s.selection", dedup=0.95, balance=True, size=300)
     assert tree(tmp_path / "s.selection") == tree(tmp_path / "whole.selection")
+
+
+def test_sentences_are_encoded_once_and_compared_by_their_words(
+    world: tuple[Store, np.ndarray[Any, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another device rounds their embeddings otherwise; and a teacher takes long to load."""
+    store, values = world
+    out, calls = tmp_path / "s.selection", list[tuple[str, ...]]()
+
+    def encode(sentences: tuple[str, ...]) -> np.ndarray[Any, Any]:
+        calls.append(sentences)
+        found: np.ndarray[Any, Any] = values[[20, 30]].astype(np.float32)
+        return found
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    words: dict[str, Any] = {"encode": encode, "drop_above": 0.6, "dedup": 0.95}
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "narrow", killed)
+        with pytest.raises(KeyboardInterrupt):
+            select(store, out, drop_near=("a", "b"), **words)
+    assert calls == [("a", "b")]
+    with pytest.raises(OutputExistsError, match=r"drop_near: \('a', 'b'\) != \('c',\)"):
+        select(store, out, drop_near=("c",), **words)
+    first = select(store, out, drop_near=("a", "b"), **words)
+    plan = json.loads((out / "plan.json").read_text())
+    plan["settings"]["drop_data"] = "0" * 64  # as older releases have it
+    plan.pop(CHECKSUM)
+    (out / "plan.json").write_text(json.dumps({**plan, CHECKSUM: digest_of(plan)}))
+    assert select(store, out, drop_near=("a", "b"), **words) == first
+    assert calls == [("a", "b")]
+
+
+def test_damaged_embeddings_of_sentences_are_made_again(
+    world: tuple[Store, np.ndarray[Any, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, values = world
+    words: dict[str, Any] = {
+        "drop_near": ("a",),
+        "drop_above": 0.6,
+        "encode": lambda _: values[[20]].astype(np.float32),
+    }
+    select(store, tmp_path / "whole.selection", **words)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_scores", killed)
+        with pytest.raises(KeyboardInterrupt):
+            select(store, tmp_path / "s.selection", **words)
+    vectors = tmp_path / "s.selection" / "unwanted" / "vectors"
+    vectors.write_bytes(bytes([*vectors.read_bytes()[:-5], 0, 0, 0, 0, 0]))
+    select(store, tmp_path / "s.selection", **words)
+    assert tree(tmp_path / "s.selection") == tree(tmp_path / "whole.selection")
+
+
+def test_a_teacher_that_is_gone_leaves_nothing_behind(
+    world: tuple[Store, np.ndarray[Any, Any]], tmp_path: Path
+) -> None:
+    def gone(_: Any) -> Any:
+        raise TeacherError("gone", remedy="give --teacher")
+
+    with pytest.raises(TeacherError):
+        select(world[0], tmp_path / "s.selection", gone, drop_near=("a",), drop_above=0.6)
+    assert not (tmp_path / "s.selection").exists()
 
 
 def test_one_cluster_of_equal_images_leaves_one(tmp_path: Path) -> None:

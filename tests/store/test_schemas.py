@@ -210,7 +210,18 @@ LEAKS = Leaks(
     cosine=0.75,
     similarity=0.75,
     nearest=20,
-    sets=(LeakedSet(title="cifar10", suite="elevater", digest="d" * 64, tested=9, leaked=1, candidates=7, unread=0),),
+    sets=(
+        LeakedSet(
+            title="cifar10",
+            suite="elevater",
+            digest="d" * 64,
+            tested=9,
+            leaked=1,
+            candidates=7,
+            unread=0,
+            unreadable={"UNDECODABLE": 2},
+        ),
+    ),
     rows=1,
     digest="c" * 64,
 )

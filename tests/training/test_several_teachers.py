@@ -236,7 +236,7 @@ def test_first_weights_are_those_of_the_tower_and_the_first_projection(config: C
     found = config(tmp_path / "run", init=str(tmp_path / "first.pt"))
     inputs = open_inputs(found)
     run = plan_run(found, inputs, 1, machine="m", processes=1, order="blocks", allow_changes=(), done=0)
-    tower = build_towers(found, run, inputs, Place(0, 1, torch.device("cpu")), resumed=False)["image"].module
+    tower = build_towers(found, run, inputs, Place(0, 1, torch.device("cpu")), {}, resumed=False)["image"].module
     assert same(of_columns(tower.state_dict(), run.student, 0, WIDTH), state)
 
 

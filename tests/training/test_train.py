@@ -28,7 +28,6 @@ from dimefm.training.config import LossConfig, TrainConfig
 from dimefm.training.distributed import Place
 from dimefm.training.image_batches import Augmentation, TrainingImages
 from dimefm.training.machine_settings import decide_settings
-from dimefm.training.mean_embedding import mean_embedding
 from dimefm.training.read_metrics import last_validation, read_metrics
 from dimefm.training.row_order import Order
 from dimefm.training.run_folder import read_run, write_run
@@ -460,21 +459,6 @@ def test_settings_that_make_no_sense_are_all_named(image_store: Store, text_stor
         tiny_config(image_store, text_store, tmp_path, epochs=0, crop_scale=(0.5, 1.5), loss=LossConfig(vl=0, pvl=0))
     for part in ("epochs must be above 0", "crop_scale", "every loss has weight 0"):
         assert part in str(caught.value)
-
-
-def test_mean_embedding_leaves_out_rows_that_have_none(tmp_path: Path) -> None:
-    store, values = random_store(tmp_path / "s.zarr", rows=40, shard_rows=32, failed=(0, 7))
-    good = np.delete(values.astype(np.float64), [0, 7], axis=0)
-    np.testing.assert_allclose(mean_embedding(store).numpy(), good.mean(axis=0), atol=1e-6)
-
-
-def test_mean_embedding_of_a_large_store_reads_some_chunks_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dimefm.training.mean_embedding._MOST_ROWS", 48)
-    store, values = random_store(tmp_path / "s.zarr", rows=200, shard_rows=32)  # 13 chunks of 16 rows
-    chosen = np.concatenate([values[:16], values[96:112], values[192:]]).astype(np.float64)
-    np.testing.assert_allclose(mean_embedding(store).numpy(), chosen.mean(axis=0), atol=1e-6)
 
 
 def test_metrics_survive_a_line_cut_off_by_a_kill(tmp_path: Path) -> None:
