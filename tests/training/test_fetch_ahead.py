@@ -85,23 +85,23 @@ def test_a_process_fetches_two_windows_ahead_and_then_waits(
     def fetched(store: str = "i.zarr") -> int:
         return len({path for _, path, *_ in s3_requests.of("GET", f"{store}/embedding/c/")})
 
-    def wait_for(shards: int) -> None:
+    def wait_for(shards: int, store: str = "i.zarr") -> int:
         deadline = time.monotonic() + 60
-        while fetched() < shards and time.monotonic() < deadline:
+        while fetched(store) < shards and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.1)
-        assert fetched() == shards
+        return fetched(store)
 
     with caching_in(str(tmp_path / "cache")):
         order = Order(store=Store(store.path), seed=0, batch_size=16, kind="chunks")
         with fetching_ahead([order], [other], 0, 16) as position:
             assert position is not None
-            wait_for(6)  # of two chunks each: those of the window that comes first, and two more
+            assert wait_for(6) == 6  # of two chunks each: those of the window that comes first, and two more
             position[0] = 2
-            wait_for(8)
+            assert wait_for(8) == 8
             position[0] = 15
-            wait_for(16)
-        assert fetched("other.zarr") >= 15  # of another teacher, for the same rows
+            assert wait_for(16) == 16
+            assert wait_for(15, "other.zarr") >= 15  # of another teacher, for the same rows
         rows_N = np.arange(256)
         s3_requests.clear()
         Store(store.path).gather(rows_N)
