@@ -22,7 +22,7 @@ HEAVY = {
     *("torch", "torchvision", "open_clip", "timm", "transformers", "tensorboard", "sklearn", "scipy", "matplotlib"),
     *("ray", "faiss", "h5py", "pandas"),
 }
-MOST_OF_HELP, MOST = 330, 735
+MOST_OF_HELP, MOST = 330, 740
 """Modules that they may import. numpy, pyarrow and zarr, with all that they import, are about 600; with torch it is
 1,200, with open_clip 2,800."""
 

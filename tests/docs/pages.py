@@ -118,7 +118,7 @@ def _parse(words: list[str], block: Block) -> None:
         assert command is not None
         if "--help" not in rest:
             command.make_context(name, rest, parent=context)
-        of_texts = set() if {"--loss", "best"} & set(words) else {"--texts"}  # some losses need none
+        of_texts = set() if {"--loss", "best", "best-vit"} & set(words) else {"--texts"}  # some losses need none
         needed = {"--images", "--out"} | of_texts if name == "train-student" else set()  # or a file has them
         if not needed <= set(words) and not {"--config", "--fields"} & set(words):
             raise click.MissingParameter(ctx=context)
