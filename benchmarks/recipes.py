@@ -8,7 +8,9 @@ import hashlib
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,11 @@ from dimefm.evaluation.results import read_results
 from dimefm.store.embedding_store import Store
 from dimefm.system.allocator import keep_freed_memory
 from dimefm.system.machine import describe
+from dimefm.training import train as train_module
 from dimefm.training.config import LossConfig
+from dimefm.training.optimizer import learning_rate
 from dimefm.training.read_metrics import read_metrics
 from dimefm.training.recipes import sample
-from dimefm.training.train import train
 
 SETS = ("cifar10", "caltech101", "tiny_imagenet_val")
 PAIRS = "coco_mini_retrieval"
@@ -43,6 +46,10 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }
 _PAPER, _CENTRED, _COSINE = {"vl": 0.7, "pvl": 0.3}, {"centred": 1.0}, {"cosine": 1.0}
 _BOTH, _MUON = {"cosine": 0.5, "centred": 0.5}, {"optimizer": "muon", "lr": 0.02}
+SCHEDULES: dict[str, Callable[[float], float]] = {  # the share of the rate after a part of the steps; else a cosine
+    "linear": lambda progress: 1 - progress,
+    "constant, then linear": lambda progress: min(1.0, (1 - progress) / 0.4),
+}
 RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # image stores, losses, other fields
     "authors": ("whole", _PAPER, {"texts_per_step": 0}),  # as many as images
     "queue": ("whole", {"pvl": 1.0, "queue": 4096}, {}),
@@ -64,6 +71,9 @@ RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # image stor
     "both, Muon, lr 0.005": ("whole", _BOTH, {**_MUON, "lr": 0.005}),
     "both, Muon, lr 0.01": ("whole", _BOTH, {**_MUON, "lr": 0.01}),
     "both, Muon, lr 0.04": ("whole", _BOTH, {**_MUON, "lr": 0.04}),
+    "both, Muon, linear": ("whole", _BOTH, {**_MUON, "schedule": "linear"}),
+    "both, Muon, constant at first": ("whole", _BOTH, {**_MUON, "schedule": "constant, then linear"}),
+    "both, Muon, no weight decay": ("whole", _BOTH, {**_MUON, "weight_decay": 0.0}),
     "both, SGD": ("whole", _BOTH, {"optimizer": "sgd", "lr": 0.5, "weight_decay": 5e-4}),
     "both, LAMB": ("whole", _BOTH, {"optimizer": "lamb", "lr": 0.02}),
     "both, NAdamW": ("whole", _BOTH, {"optimizer": "nadamw"}),
@@ -159,6 +169,8 @@ def _run(
     store, losses, changes = RECIPES[name]
     run = str(out / _folder(student, name, seen, seed))
     fields = {"optimizer": "adamw", **STUDENTS[student], **changes}
+    if schedule := SCHEDULES.get(fields.pop("schedule", "")):
+        train_module.learning_rate = partial(_scheduled, schedule)
     if fields.get("texts_per_step") == 0:
         fields["texts_per_step"] = fields["batch_size"]
     steps = seen // fields["batch_size"]
@@ -170,9 +182,18 @@ def _run(
         warmup_epochs=seen / rows / 20, seed=seed, precision=precision, threads=1, workers=0, checkpoint_every=steps,
         log_every=50, **fields,
     )  # fmt: skip
-    train(config)
+    train_module.train(config)
     weights = "ema" if config.ema else "model"
     _evaluate(run, Path(run).name, out, sets, weights=weights)
+
+
+def _scheduled(share: Callable[[float], float], step: int, **facts: Any) -> float:
+    """As the trainer's learning_rate, with another fall after the same warm-up."""
+    warmup_steps, steps = facts["warmup_steps"], facts["steps"]
+    if step < warmup_steps:
+        return learning_rate(step, **facts)
+    fallen: float = share((step - warmup_steps) / max(1, steps - warmup_steps))
+    return facts["floor"] + (facts["peak"] - facts["floor"]) * fallen
 
 
 def _evaluate(model: str, name: str, out: Path, sets: dict[str, Path], **how: Any) -> str:
