@@ -169,8 +169,8 @@ def _run(
     store, losses, changes = RECIPES[name]
     run = str(out / _folder(student, name, seen, seed))
     fields = {"optimizer": "adamw", **STUDENTS[student], **changes}
-    if schedule := SCHEDULES.get(fields.pop("schedule", "")):
-        train_module.learning_rate = partial(_scheduled, schedule)
+    if schedule := fields.pop("schedule", None):
+        train_module.learning_rate = partial(_scheduled, SCHEDULES[schedule])
     if fields.get("texts_per_step") == 0:
         fields["texts_per_step"] = fields["batch_size"]
     steps = seen // fields["batch_size"]

@@ -125,7 +125,7 @@ class ViewPlan:
         """What types cannot express, with paths within the plan."""
         found = []
         if not (self.count >= 1 and self.end <= MOST_VIEWS):
-            found.append(Problem("count", f"must be at least 1, and {MOST_VIEWS} with all before, found {self.count}"))
+            found.append(Problem("count", f"must be 1 to {MOST_VIEWS}, with the views before it, found {self.count}"))
         if self.first < 0:
             found.append(Problem("first", f"must be at least 0, found {self.first}"))
         if not 0 <= self.mixup < float("inf"):
