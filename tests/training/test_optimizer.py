@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from dataclasses import replace
@@ -45,10 +46,17 @@ def small() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 3))
 
 
-def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+def small_vit(folder: Path) -> Any:
+    vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+    (folder / "small.json").write_text(json.dumps({"vision_cfg": vision}))
+    torch.manual_seed(0)
+    return build_student(student_spec(str(folder / "small.json"), teacher_identity()))
+
+
+def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, numbers: range, side: int = 4) -> None:
     for step in numbers:
         optimizer.zero_grad()
-        images = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(step))
+        images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(step))
         model(images).square().mean().backward()
         optimizer.step()
 
@@ -99,13 +107,9 @@ def test_muon_computes_in_the_precision_of_the_run(
 
 @pytest.mark.parametrize("name", ["muon", "nadamuon"])
 def test_muon_takes_weight_matrices_and_leaves_embeddings_to_adamw(name: str, tmp_path: Path) -> None:
-    vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
-    file = tmp_path / "small.json"
-    file.write_text(json.dumps({"vision_cfg": vision}))
-    tower = build_student(student_spec(str(file), teacher_identity()))
+    tower = small_vit(tmp_path)
     optimizer = optimizer_of(config(optimizer=name, weight_decay=0.0), [tower], {})
-    tower(torch.randn(2, 3, 32, 32)).square().mean().backward()
-    optimizer.step()
+    steps(tower, optimizer, range(1), side=32)
     by_muon = {path for path, one in tower.named_parameters() if "momentum_buffer" in optimizer.state[one]}
     assert by_muon == {
         path
@@ -113,6 +117,21 @@ def test_muon_takes_weight_matrices_and_leaves_embeddings_to_adamw(name: str, tm
         if one.ndim > 1 and path != "positional_embedding"  # also a matrix, of 17 x 64
     }
     assert len(by_muon) == 10
+
+
+def test_a_run_in_which_muon_took_the_positions_goes_on_so(tmp_path: Path) -> None:
+    tower, again = small_vit(tmp_path), small_vit(tmp_path)
+    optimizer = optimizer_of(config(optimizer="muon"), [tower], {})
+    for group in optimizer.param_groups:
+        group.pop("use_fallback", None)  # as an older release had it
+    steps(tower, optimizer, range(1), side=32)
+    again.load_state_dict(tower.state_dict())
+    continued = optimizer_of(config(optimizer="muon"), [again], {})
+    load_optimizer(continued, copy.deepcopy(optimizer.state_dict()))
+    steps(tower, optimizer, range(1, 3), side=32)
+    steps(again, continued, range(1, 3), side=32)
+    assert "momentum_buffer" in continued.state[again.positional_embedding]
+    assert same(tower.state_dict(), again.state_dict())
 
 
 def test_the_default_is_fused_adamw_in_two_groups() -> None:
